@@ -1,0 +1,46 @@
+"""Train a neural network step by step, keep every step, and step back into any of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from everystep.api import Run, open, runs, train, train_experiment
+from everystep.errors import (
+    DataError,
+    DeviceError,
+    EverystepError,
+    ExperimentError,
+    ModelError,
+    RecordingError,
+    RunError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from everystep.experiment.gradient_descent import GradientDescent
+
+__all__ = [
+    "DataError",
+    "DeviceError",
+    "EverystepError",
+    "ExperimentError",
+    "GradientDescent",
+    "ModelError",
+    "RecordingError",
+    "Run",
+    "RunError",
+    "UsageError",
+    "open",
+    "runs",
+    "train",
+    "train_experiment",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # An optimizer is a torch class, and importing everystep must not import torch.
+    if name == "GradientDescent":
+        from everystep.experiment.gradient_descent import GradientDescent
+
+        return GradientDescent
+    raise AttributeError(f"module 'everystep' has no attribute {name!r}")

@@ -1,0 +1,187 @@
+"""The public face: train, open, and what a run can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from everystep.experiment.specification import Experiment, check_iteration, load
+from everystep.recording.recorder import DEFAULT_BUDGET
+from everystep.recording.run import RUNS, RecordedRun, find_run, find_runs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import Dataset
+
+    from everystep.training.job import Outcome, Progress
+
+__all__ = ["Run", "open", "runs", "train", "train_experiment"]
+
+
+class Run(RecordedRun):
+    """A recorded training, read from its directory whenever something is asked for."""
+
+    def __repr__(self) -> str:
+        summary = self.summary()
+        losses = (
+            f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}" if summary.steps else ""
+        )
+        return f"<everystep run {str(self.directory)!r}: {summary.status}, {summary.steps} steps{losses}>"
+
+    def _repr_html_(self) -> str:
+        from everystep.views.summary import summary_html
+
+        return summary_html(self)
+
+
+def open(run: str | Path) -> Run:
+    """Open a run: its directory, or its name under runs/.
+
+    Raises:
+        RunError: there is no such run; names the nearest.
+    """
+    return Run(find_run(run))
+
+
+def runs(directory: str | Path = RUNS) -> list[Run]:
+    """Return all runs directly in a directory, by name.
+
+    Raises:
+        RunError: the directory does not exist.
+    """
+    return [Run(path) for path in find_runs(directory)]
+
+
+def train(
+    model: nn.Module,
+    data: tuple[Any, Any] | Dataset[Any],
+    *,
+    loss: Callable[[Any, Any], Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    drop_last: bool = False,
+    seed: int | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    schedule: LRScheduler | None = None,
+    schedule_every: Literal["step", "epoch"] = "step",
+    clip_norm: float | None = None,
+    validation: tuple[Any, Any] | float | None = None,
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+    evaluate_every: int | None = None,
+    stop_on_nan: bool = False,
+    directory: str | Path | None = None,
+    snapshot_budget: int = DEFAULT_BUDGET,
+    dataset_limit: int | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train a live model in place, recording every step, and return the run.
+
+    When it returns, or is stopped, the same parameters, buffers and optimizer hold the last state.
+
+    Args:
+        model: any module, in the mode (`train()`, `eval()`) that it shall train in.
+        data: x (N, ...) and y (N, ...), tensors or NumPy arrays, or a map-style Dataset of pairs. A
+            Dataset is read once into tensors; one that gives other rows each time, at every step.
+        loss: of prediction and target; gives one number.
+        optimizer: over the model's parameters: `everystep.GradientDescent`, or any torch optimizer
+            that needs no closure.
+        steps: how many steps to take; or `epochs`: how often to see all rows.
+        batch_size: rows a step, shuffled anew every epoch; absent: all rows at every step, in order.
+        drop_last: leave out an epoch's last batch where it is short.
+        seed: reseeds torch's global generator first. Absent: it goes on from where it is, and the
+            order of batches follows the seed it was last given (`torch.initial_seed()`).
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`; absent: where the model is.
+        threads: how many threads torch computes with.
+        schedule: of the optimizer's learning rate; advanced every `schedule_every`.
+        clip_norm: clip the 2-norm of all gradients together to this before the update.
+        validation: x and y to measure but not to train on, or the share of rows to keep out for it.
+        metrics: more to measure: name to a function of all predictions and targets of the
+            validation part, or of the data where there is none.
+        evaluate_every: steps between measurements; absent: an epoch, or a hundredth of the steps
+            where every step sees all rows. The last step is always measured.
+        stop_on_nan: stop at the first loss that is not finite; otherwise it is recorded and said.
+        directory: of the run, which must not exist; absent: the next free one under runs/.
+        snapshot_budget: bytes of snapshots that the run may keep.
+        dataset_limit: bytes that a Dataset may take as tensors; absent: 2 GB.
+        progress: show a progress bar where stderr is a terminal.
+
+    Raises:
+        UsageError: something does not serve; lists everything, each with the cure.
+        RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
+        KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
+    """
+    from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+    from everystep.training.from_objects import Objects, train_objects
+
+    iteration = check_iteration(
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        seed=seed,
+        device=device,
+        threads=threads,
+        clip_norm=clip_norm,
+        evaluate_every=evaluate_every,
+        stop_on_nan=stop_on_nan,
+    )
+    limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
+    objects = Objects(
+        model, data, loss, optimizer, schedule, schedule_every, validation, metrics or {}, limit
+    )
+    place = None if directory is None else Path(directory)
+    outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, _progress(progress))
+    return _run_of(outcome)
+
+
+def train_experiment(
+    experiment: str | Path | Mapping[str, Any] | Experiment,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    directory: str | Path | None = None,
+    snapshot_budget: int = DEFAULT_BUDGET,
+    progress: bool = True,
+) -> Run:
+    """Train an experiment, recording every step, and return the run.
+
+    The caller's random generators are left as they were.
+
+    Args:
+        experiment: the name of a built-in one, a TOML file, its content as a dict, or one loaded.
+        settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
+        directory: of the run, which must not exist; absent: the next free one under runs/.
+        snapshot_budget: bytes of snapshots that the run may keep.
+        progress: show a progress bar where stderr is a terminal.
+
+    Raises:
+        UsageError: something does not serve; lists everything, each with the cure.
+        RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
+        KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
+    """
+    from everystep.training.from_experiment import train_experiment as train_loaded
+
+    name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"
+    loaded = experiment if isinstance(experiment, Experiment) else load(experiment, settings)
+    place = None if directory is None else Path(directory)
+    outcome = train_loaded(loaded, name, place, RUNS, snapshot_budget, _progress(progress))
+    return _run_of(outcome)
+
+
+def _run_of(outcome: Outcome) -> Run:
+    if outcome.interrupted:
+        raise KeyboardInterrupt(
+            f"training stopped by the user; what was recorded: everystep.open('{outcome.directory}')"
+        )
+    return Run(outcome.directory)
+
+
+def _progress(wanted: bool) -> Progress:
+    from everystep.views.terminal import Silent, TerminalProgress
+
+    return TerminalProgress(show_header=False, lines=None) if wanted else Silent()

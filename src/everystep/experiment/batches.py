@@ -1,0 +1,93 @@
+"""Which rows each step sees: a pure function of seed and step, known without iterating."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ExperimentError, Fault
+from everystep.experiment.data import derived_generator
+
+__all__ = ["Batches"]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The rows of each step: all of them at every step, or shuffled epochs.
+
+    Args:
+        rows: how many rows there are.
+        batch_size: rows a step, or None for all of them, in order.
+        seed: decides the order of every epoch.
+        drop_last: leave out an epoch's last batch where it is short.
+
+    Raises:
+        ExperimentError: no rows, or a batch larger than the data.
+    """
+
+    rows: int
+    batch_size: int | None = None
+    seed: int = 0
+    drop_last: bool = False
+    _order: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ExperimentError("the data has no rows to train on")
+        if self.batch_size is not None and not 1 <= self.batch_size <= self.rows:
+            problem = f"{self.batch_size} rows a step of {self.rows} rows to train on; take 1 to "
+            raise ExperimentError([Fault("batch_size", f"{problem}{self.rows}")])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many steps see all rows once (all but a dropped last batch)."""
+        if self.batch_size is None:
+            return 1
+        whole, rest = divmod(self.rows, self.batch_size)
+        return whole + bool(rest and not self.drop_last)
+
+    @property
+    def smallest(self) -> int:
+        """How many rows the smallest batch has."""
+        if self.batch_size is None:
+            return self.rows
+        rest = 0 if self.drop_last else self.rows % self.batch_size
+        return rest or self.batch_size
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch (from 0) of a step (from 1)."""
+        return (step - 1) // self.steps_per_epoch
+
+    def indices(self, step: int) -> Tensor | None:
+        """Return the rows of a step (from 1) as int64 on the CPU, or None for all in order.
+
+        Raises:
+            ValueError: the step is below 1.
+        """
+        if step < 1:
+            raise ValueError(f"steps count from 1, not {step}")
+        if self.batch_size is None:
+            return None
+        start = (step - 1) % self.steps_per_epoch * self.batch_size
+        return self._epoch_order(self.epoch(step))[start : start + self.batch_size]
+
+    def of(self, x: Tensor, y: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Return what gives the batch (x, y) of a step, from tensors (rows, ...) on any device."""
+        if self.batch_size is None:
+            return lambda step: (x, y)
+
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            rows = self.indices(step).to(x.device)  # type: ignore[union-attr]
+            return x.index_select(0, rows), y.index_select(0, rows)
+
+        return batch
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        if epoch not in self._order:
+            self._order.clear()  # one epoch at a time is in use
+            generator = derived_generator(self.seed, "epoch", epoch)
+            self._order[epoch] = torch.randperm(self.rows, generator=generator)
+        return self._order[epoch]

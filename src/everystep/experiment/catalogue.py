@@ -1,0 +1,239 @@
+"""torch's layers, losses, optimizers and schedules by name, with arguments checked before use.
+
+Names come from experiment files, so nothing here evaluates them: a layer is parsed with `ast`, its
+arguments are literals, and the class is looked up among those that torch exports.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from everystep.errors import Fault, did_you_mean
+from everystep.experiment.gradient_descent import GradientDescent
+
+__all__ = [
+    "LayerCall",
+    "layer_class",
+    "loss_class",
+    "names_faults",
+    "optimizer_class",
+    "parse_layer",
+    "schedule_class",
+]
+
+_CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
+_NEEDS_FUNCTIONS = {"LambdaLR", "MultiplicativeLR"}
+_NEEDS_SCHEDULES = {"SequentialLR", "ChainedScheduler"}
+
+
+class LayerCall(NamedTuple):
+    """A layer as written in an experiment: `Linear(1000, 100, bias=False)`, taken apart."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def parse_layer(text: str) -> LayerCall:
+    """Take a layer's text apart; raises ValueError that says what is wrong and the cure."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError(f'{text!r} cannot be read; write a layer as "Linear(1000, 100)"') from None
+    if isinstance(call, ast.Name):
+        raise ValueError(f'{text!r} wants parentheses: "{call.id}()"')
+    if not isinstance(call, ast.Call):
+        raise ValueError(f'{text!r} is no layer; write one as "Linear(1000, 100)"')
+    if not isinstance(call.func, ast.Name):
+        written = ast.unparse(call.func)
+        raise ValueError(f'{written!r}: write the bare name of a torch.nn class, as in "ReLU()"')
+    try:
+        arguments = tuple(ast.literal_eval(argument) for argument in call.args)
+        keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(
+            f"{text!r}: arguments must be literal values (numbers, strings, True, None, tuples)"
+        ) from None
+    if len(keywords) != len(call.keywords):
+        raise ValueError(f"{text!r}: ** is not allowed; write each argument out")
+    return LayerCall(call.func.id, arguments, keywords)
+
+
+def layer_class(name: str) -> type[nn.Module]:
+    """Return the `torch.nn` module class of that name; raises ValueError with the nearest names."""
+    return _look_up(name, _LAYERS, "layer of torch.nn")
+
+
+def loss_class(name: str) -> type[nn.Module]:
+    """Return the `torch.nn` loss class of that name; raises ValueError where it does not serve."""
+    found = _look_up(name, _LOSSES, "loss of torch.nn")
+    wanted = [
+        parameter.name
+        for parameter in list(inspect.signature(found.forward).parameters.values())[1:]
+        if parameter.default is parameter.empty
+    ]
+    if len(wanted) != 2:
+        raise ValueError(
+            f"{name} takes {', '.join(wanted)}; a loss of a prediction and a target is needed"
+        )
+    if name in ("AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss"):
+        raise ValueError(f"{name} has parameters of its own; give the model a last layer instead")
+    return found
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Return the optimizer of that name; raises ValueError where it needs a closure."""
+    found = _look_up(name, _OPTIMIZERS, "optimizer")
+    if inspect.signature(found.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{name} evaluates the loss several times in one step (it needs a closure), and a step "
+            "here has one forward and one backward pass; Adam or SGD with momentum do without"
+        )
+    return found
+
+
+def schedule_class(name: str) -> type[lr_scheduler.LRScheduler]:
+    """Return the schedule of that name; raises ValueError where a file cannot express it."""
+    found = _look_up(name, _SCHEDULES, "schedule of torch.optim.lr_scheduler")
+    if name in _NEEDS_FUNCTIONS:
+        raise ValueError(f"{name} takes a function, which a file cannot hold; use it from Python")
+    if name in _NEEDS_SCHEDULES:
+        raise ValueError(f"{name} is made of other schedules; use it from Python")
+    return found
+
+
+def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
+    """Find every unknown name and wrong argument in an experiment as read from TOML.
+
+    Parts that are not of the expected type are passed over: the specification reports those.
+    """
+    faults: list[Fault] = []
+    layers = _table(experiment, "model").get("layers")
+    for index, text in enumerate(layers if isinstance(layers, list) else []):
+        if isinstance(text, str):
+            faults += _faults_of(f"model.layers[{index}]", lambda text=text: _check_layer(text))
+    for section, find in (
+        ("loss", loss_class),
+        ("optimizer", optimizer_class),
+        ("schedule", schedule_class),
+    ):
+        table = _table(experiment, section)
+        if isinstance(table.get("name"), str):
+            faults += _section_faults(section, table, find)
+    return faults
+
+
+def _section_faults(
+    section: str, table: Mapping[str, Any], find: Callable[[str], type]
+) -> list[Fault]:
+    unknown_name = _faults_of(f"{section}.name", lambda: find(table["name"]))
+    if unknown_name:
+        return unknown_name
+    parameters = keyword_parameters(find(table["name"]))
+    own = {"name", "every"} if section == "schedule" else {"name"}
+    given = {key for key in table if key not in own}
+    faults = [
+        Fault(f"{section}.{key}", f"{table['name']} has no such argument; {_cure(key, parameters)}")
+        for key in sorted(given - set(parameters))
+    ]
+    missing = [name for name, needed in parameters.items() if needed and name not in given]
+    faults += [Fault(f"{section}.{name}", f"{table['name']} needs it") for name in missing]
+    if faults:
+        return faults
+    return _faults_of(section, lambda: _try_section(section, table, find(table["name"])))
+
+
+def keyword_parameters(cls: type) -> dict[str, bool]:
+    """Return what `cls` can be given by keyword, each with whether it must be."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    return {
+        p.name: p.default is p.empty
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in ("params", "optimizer")
+    }
+
+
+def _check_layer(text: str) -> None:
+    call = parse_layer(text)
+    cls = layer_class(call.name)
+    try:
+        inspect.signature(cls).bind(*call.arguments, **call.keywords)
+    except TypeError as error:
+        known = [name for name in inspect.signature(cls).parameters if name not in ("device",)]
+        raise ValueError(f"{text}: {error}; {call.name} takes ({', '.join(known)})") from None
+    _construct(text, lambda: cls(*call.arguments, **call.keywords))
+
+
+def _try_section(section: str, table: Mapping[str, Any], cls: type) -> None:
+    keywords = {key: value for key, value in table.items() if key not in ("name", "every")}
+    if section == "loss":
+        weights = {k: torch.ones(1) for k in ("weight", "pos_weight") if k in keywords}
+        _construct(table["name"], lambda: cls(**keywords | weights))
+    elif section == "optimizer":
+        parameter = nn.Parameter(torch.zeros(2, 2))
+        _construct(table["name"], lambda: cls([parameter], **_tuples(keywords)))
+
+
+def _construct(what: str, make: Callable[[], Any]) -> None:
+    """Make the thing on torch's meta device: arguments are checked, nothing is drawn or stored."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            make()
+    except Exception as error:  # whatever torch makes of the user's arguments
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _tuples(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
+
+
+def _table(experiment: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    table = experiment.get(section)
+    return table if isinstance(table, Mapping) else {}
+
+
+def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:
+    try:
+        check()
+    except ValueError as error:
+        return [Fault(path, str(error))]
+    return []
+
+
+def _look_up(name: str, known: Mapping[str, Any], what: str) -> Any:
+    if name not in known:
+        cure = did_you_mean(name, list(known))
+        raise ValueError(f"{name!r} is no {what}" + (f"; {cure}" if cure else ""))
+    return known[name]
+
+
+def _cure(key: str, parameters: Mapping[str, bool]) -> str:
+    return did_you_mean(key, list(parameters)) or f"it takes {', '.join(parameters)}"
+
+
+def _classes(namespace: Any, base: type) -> dict[str, Any]:
+    members = inspect.getmembers(namespace, inspect.isclass)
+    return {name: cls for name, cls in members if issubclass(cls, base) and cls is not base}
+
+
+_MODULES = _classes(nn, nn.Module)
+_LOSSES = {name: cls for name, cls in _MODULES.items() if name.endswith("Loss")}
+_LAYERS = {
+    name: cls for name, cls in _MODULES.items() if name not in _LOSSES and name not in _CONTAINERS
+}
+_OPTIMIZERS = {"GradientDescent": GradientDescent} | _classes(torch.optim, torch.optim.Optimizer)
+_SCHEDULES = {
+    name: cls
+    for name, cls in _classes(lr_scheduler, lr_scheduler.LRScheduler).items()
+    if not name.startswith("_")
+}

@@ -1,0 +1,194 @@
+"""The data set: drawn, bundled with scikit-learn, or the user's own arrays and tables."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.errors import DataError, did_you_mean
+from everystep.experiment.preparation import ArrayPreparation, Preparation
+from everystep.experiment.specification import (
+    ArrayData,
+    BundledData,
+    Experiment,
+    RandomData,
+    TableData,
+)
+from everystep.experiment.table import read_table
+
+__all__ = ["Data", "Target", "derived_generator", "make_data", "split_rows"]
+
+#: What the loss wants of a target: class indices (int64, shape (N,)), or values (floats, (N, ...)).
+Target = Literal["classes", "values"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: rows along the first dimension.
+
+    x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the rows
+    that are kept out of training, or None; preparation: how they were made from what was read.
+    """
+
+    x: Tensor
+    y: Tensor
+    validation: tuple[Tensor, Tensor] | None = None
+    preparation: Preparation | None = None
+
+    def to(self, device: torch.device) -> Data:
+        """Return the data on that device."""
+        validation = self.validation and (
+            self.validation[0].to(device),
+            self.validation[1].to(device),
+        )
+        return Data(self.x.to(device), self.y.to(device), validation, self.preparation)
+
+
+def make_data(experiment: Experiment, target: Target) -> Data:
+    """Make the data of an experiment, on the CPU; `random` draws from torch's global generator.
+
+    Args:
+        experiment: the experiment; its seed decides which rows are kept for validation.
+        target: what the loss wants.
+
+    Raises:
+        DataError: says what is wrong with the data and what to do about it.
+    """
+    data = experiment.data
+    if isinstance(data, TableData):
+        return _from_table(data, target, experiment.seed)
+    if isinstance(data, RandomData):
+        x = torch.randn(data.N, data.D_in)
+        y = torch.randn(data.N, data.D_out)
+        return _from_arrays(x.numpy(), y.numpy(), experiment, target)
+    if isinstance(data, BundledData):
+        return _from_arrays(*_load_bundled(data.name), experiment, target)
+    return _from_arrays(*_load_arrays(data), experiment, target)
+
+
+def derived_generator(seed: int, *purpose: Any) -> torch.Generator:
+    """Return a CPU generator of its own for one purpose: a pure function of seed and purpose."""
+    text = " ".join(["everystep", str(seed), *map(str, purpose)])
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def split_rows(count: int, validation: float | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the rows to train on and those to validate on (int64, each in ascending order).
+
+    Raises:
+        DataError: one of the two would be empty.
+    """
+    if validation is None:
+        return torch.arange(count), torch.arange(0)
+    kept_out = round(count * validation)
+    if not 0 < kept_out < count:
+        raise DataError(
+            f"validation = {validation} of {count} rows leaves {count - kept_out} to train on and "
+            f"{kept_out} to validate on; both must have rows"
+        )
+    order = torch.randperm(count, generator=derived_generator(seed, "validation"))
+    return order[kept_out:].sort().values, order[:kept_out].sort().values
+
+
+def _from_table(data: TableData, target: Target, seed: int) -> Data:
+    table = read_table(data, classes=target == "classes")
+    training, validation = split_rows(table.frame.height, data.validation, seed)
+    preparation = table.fit(training.numpy())
+    x, y = preparation.apply(table.frame[training.numpy()])
+    kept_out = preparation.apply(table.frame[validation.numpy()]) if len(validation) else None
+    return Data(
+        torch.from_numpy(x),
+        torch.from_numpy(y),
+        kept_out and (torch.from_numpy(kept_out[0]), torch.from_numpy(kept_out[1])),
+        preparation,
+    )
+
+
+def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: Target) -> Data:
+    data = experiment.data
+    training, validation = (
+        rows.numpy() for rows in split_rows(len(x), data.validation, experiment.seed)
+    )
+    preparation = ArrayPreparation.fit(
+        x[training],
+        y,
+        scale=data.scale,
+        classes=target == "classes",
+        indices=experiment.model.layers[0].startswith("Embedding"),
+    )
+    x_training, y_training = map(torch.from_numpy, preparation.apply(x[training], y[training]))
+    x_validation, y_validation = map(
+        torch.from_numpy, preparation.apply(x[validation], y[validation])
+    )
+    kept_out = (x_validation, y_validation) if len(validation) else None
+    return Data(x_training, y_training, kept_out, preparation)
+
+
+def _load_bundled(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Load from scikit-learn's own files; the digits as images of one channel (N, 1, 8, 8)."""
+    import sklearn.datasets
+
+    bunch = getattr(sklearn.datasets, f"load_{name}")()
+    x = bunch.images[:, np.newaxis] if name == "digits" else bunch.data
+    return np.asarray(x), np.asarray(bunch.target)
+
+
+def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
+    if data.path is None:
+        x, y = _load_npy(Path(data.x)), _load_npy(Path(data.y))
+    else:
+        arrays = _read_file(Path(data.path), _archive_reader(Path(data.path)))
+        absent = [name for name in (data.x, data.y) if name not in arrays]
+        if absent:
+            cures = "; ".join(f"{name!r}: {did_you_mean(name, list(arrays))}" for name in absent)
+            raise DataError(f"{data.path} has no array {cures}")
+        x, y = arrays[data.x], arrays[data.y]
+    for name, array in (("x", x), ("y", y)):
+        if array.ndim == 0 or array.dtype.kind not in "fiub":
+            raise DataError(
+                f"data.{name}: numbers with rows along the first dimension are needed, not "
+                f"{array.dtype} of shape {array.shape}"
+            )
+    if len(x) != len(y):
+        raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must have the same number")
+    if len(x) == 0:
+        raise DataError(f"{data.path or data.x} has no rows")
+    return x, y
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    if path.suffix != ".npy":
+        raise DataError(
+            f"{path} is no .npy file; for .npz or .safetensors, give the file as data.path and the "
+            "names in it as data.x and data.y"
+        )
+    array: np.ndarray = _read_file(path, lambda: np.load(path, allow_pickle=False))
+    return array
+
+
+def _archive_reader(path: Path) -> Callable[[], dict[str, np.ndarray]]:
+    match path.suffix:
+        case ".npz":
+            return lambda: dict(np.load(path, allow_pickle=False))
+        case ".safetensors":
+            from safetensors.numpy import load_file
+
+            return lambda: load_file(path)
+    raise DataError(f"{path}: a .npz or .safetensors file is needed here")
+
+
+def _read_file(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; data.path is relative to the experiment") from None
+    except Exception as error:  # each format has its own
+        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None

@@ -1,0 +1,44 @@
+"""The chapter's own update, as a torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+__all__ = ["GradientDescent"]
+
+
+class GradientDescent(torch.optim.Optimizer):
+    """The chapter's update: `parameter - gradient * lr`.
+
+    A multiplication, then a subtraction, each rounded: not the fused multiply-add of
+    `torch.optim.SGD`, whose last bits differ.
+
+    Args:
+        params: parameters, or groups of them, as for every torch optimizer.
+        lr: the learning rate, a finite number >= 0.
+
+    Raises:
+        ValueError: lr is negative or not finite.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
+        if not 0.0 <= lr < float("inf"):
+            raise ValueError(f"lr must be a finite number >= 0, not {lr}")
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Subtract `gradient * lr` from every parameter that has a gradient, in place."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr = group["lr"]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad * lr)
+        return loss

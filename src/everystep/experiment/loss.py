@@ -1,0 +1,72 @@
+"""The loss: any loss of `torch.nn` that compares a prediction with a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everystep.errors import DataError, ExperimentError, Fault, ModelError
+from everystep.experiment.catalogue import loss_class
+from everystep.experiment.data import Data, Target
+from everystep.experiment.specification import Loss
+
+__all__ = ["build_loss", "check_loss", "target_of"]
+
+_OF_CLASSES = {"CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"}
+_WEIGHTS = ("weight", "pos_weight")
+
+
+def target_of(loss: Loss) -> Target:
+    """Return what the loss wants of a target: class indices, or values."""
+    return "classes" if loss.name in _OF_CLASSES else "values"
+
+
+def build_loss(loss: Loss) -> nn.Module:
+    """Make the loss; class weights may be written as a list of numbers."""
+    keywords: dict[str, Any] = dict(loss.keywords)
+    for name in _WEIGHTS:
+        if name in keywords:
+            keywords[name] = torch.tensor(keywords[name], dtype=torch.float32)
+    return loss_class(loss.name)(**keywords)
+
+
+def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:
+    """Try the loss on a prediction (n, ...) of the first n rows, and name what does not fit.
+
+    Raises:
+        ModelError: the shapes of prediction and target do not go together.
+        DataError: a class that the model has no output for.
+        ExperimentError: the loss is not a single number.
+    """
+    name = type(loss).__name__
+    target = data.y[: len(prediction)]
+    if name in _OF_CLASSES and data.y.dtype == torch.int64:
+        classes = prediction.shape[1] if prediction.ndim > 1 else 0
+        if classes <= int(data.y.max()):
+            raise DataError(
+                f"the data has {int(data.y.max()) + 1} classes, but the model has {classes} outputs "
+                f"(it gives {tuple(prediction.shape)}); {name} needs one output for each class"
+            )
+    elif name not in _OF_CLASSES and prediction.shape != target.shape:
+        raise ModelError(
+            f"{name} compares the model's output {tuple(prediction.shape)} with a target of shape "
+            f"{tuple(target.shape)}; give the last layer {target.shape[-1]} outputs"
+        )
+    try:
+        value = loss(prediction, target)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"{name} cannot compare the model's output with the target: {error}"
+        ) from None
+    if value.numel() != 1:
+        raise ExperimentError(
+            [
+                Fault(
+                    "loss.reduction",
+                    f"the loss must be one number, not {tuple(value.shape)}; "
+                    'take reduction = "mean" or "sum"',
+                )
+            ]
+        )

@@ -1,0 +1,102 @@
+"""The model: a sequence of layers, built and tried before training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from everystep.errors import ModelError
+from everystep.experiment.catalogue import layer_class, parse_layer
+from everystep.experiment.specification import Model
+
+__all__ = ["build_model", "try_model"]
+
+
+def build_model(model: Model, x: Tensor) -> nn.Sequential:
+    """Make the layers, drawing their first parameters from torch's global generator (CPU).
+
+    x: a few rows (n, ...): lazy layers take their sizes from them.
+
+    Raises:
+        ModelError: a layer refuses its arguments.
+    """
+    layers = []
+    for index, text in enumerate(model.layers):
+        call = parse_layer(text)
+        try:
+            layers.append(layer_class(call.name)(*call.arguments, **call.keywords))
+        except Exception as error:  # whatever torch makes of the user's arguments
+            raise ModelError(f"model.layers[{index}]: {text}: {error}") from None
+    made = nn.Sequential(*layers)
+    if any(isinstance(layer, LazyModuleMixin) for layer in made.modules()):
+        _run_through(made.eval(), x, model.layers)
+        made.train()
+    return made
+
+
+def try_model(model: nn.Sequential, x: Tensor, layers: list[str]) -> Tensor:
+    """Run rows x (n, ...) through a copy, as in training, and return its output (n, ...).
+
+    Neither the model nor any random generator is touched.
+
+    Raises:
+        ModelError: names the first layer that does not fit: what it expects, what it gets.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return _run_through(copy.deepcopy(model), x, layers)
+
+
+@torch.no_grad()
+def _run_through(model: nn.Sequential, x: Tensor, layers: list[str]) -> Tensor:
+    given = "the data"
+    for index, layer in enumerate(model):
+        place = f"model.layers[{index}]: {layers[index]}"
+        if _expected(layer) is not None and (wrong := _mismatch(layer, x)):
+            raise ModelError(f"{place} expects {wrong}, but {given} gives {tuple(x.shape)}")
+        try:
+            x = layer(x)
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            TypeError,
+            AssertionError,
+            NotImplementedError,
+        ) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"{place} cannot take {tuple(x.shape)} {x.dtype} from {given}: {reason}"
+            ) from None
+        if not isinstance(x, Tensor):
+            raise ModelError(
+                f"{place} gives a {type(x).__name__}, not one tensor, so no layer can follow it in "
+                "a sequence; train such a model from Python with everystep.train"
+            )
+        given = f"layers[{index}] ({layers[index]})"
+    return x
+
+
+def _expected(layer: nn.Module) -> tuple[str, int, int] | None:
+    """Return what is counted, along which dimension, and how many the layer expects."""
+    for attribute, what, dimension in (
+        ("in_features", "features", -1),
+        ("in_channels", "channels", 1),
+        ("num_features", "features", 1),
+        ("num_channels", "channels", 1),
+    ):
+        count: Any = getattr(layer, attribute, None)
+        if isinstance(count, int) and count > 0:
+            return what, dimension, count
+    return None
+
+
+def _mismatch(layer: nn.Module, x: Tensor) -> str:
+    what, dimension, count = _expected(layer) or ("", 0, 0)
+    if -x.ndim <= dimension < x.ndim and x.shape[dimension] == count:
+        return ""
+    where = "in the last dimension" if dimension == -1 else f"in dimension {dimension}"
+    return f"{count} {what} {where}"

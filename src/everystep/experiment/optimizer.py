@@ -1,0 +1,67 @@
+"""The optimizer and its schedule, made from their specification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from everystep.errors import ExperimentError, Fault
+from everystep.experiment.catalogue import keyword_parameters, optimizer_class, schedule_class
+from everystep.experiment.specification import Experiment, Optimizer, Schedule
+
+__all__ = ["build_optimizer", "build_schedule", "with_fused"]
+
+# torch has fused kernels of the others on every device that everystep trains on.
+_FUSED_ON_CPU_ONLY = {"Adagrad"}
+
+
+def with_fused(experiment: Experiment, device: torch.device) -> Experiment:
+    """Return the experiment with `fused = true` where the optimizer has it and nothing is said.
+
+    torch's fused, foreach and for-loop implementations differ in their last bits, and which one is
+    the default differs by device: what is written down is what is used.
+    """
+    optimizer = experiment.optimizer
+    said = {"fused", "foreach", "differentiable", "maximize"} & set(optimizer.keywords)
+    has_it = "fused" in keyword_parameters(optimizer_class(optimizer.name))
+    if said - {"maximize"} or not has_it:
+        return experiment
+    if optimizer.name in _FUSED_ON_CPU_ONLY and device.type != "cpu":
+        return experiment
+    pinned = Optimizer.model_validate(optimizer.model_dump() | {"fused": True})
+    return experiment.model_copy(update={"optimizer": pinned})
+
+
+def build_optimizer(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Make the optimizer over these parameters.
+
+    Raises:
+        ExperimentError: torch refuses an argument, or there are no parameters.
+    """
+    cls: Any = optimizer_class(optimizer.name)
+    try:
+        made: torch.optim.Optimizer = cls(list(parameters), **optimizer.keywords)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ExperimentError([Fault("optimizer", f"{optimizer.name}: {error}")]) from None
+    return made
+
+
+def build_schedule(schedule: Schedule, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Make the schedule of the optimizer's learning rate.
+
+    Raises:
+        ExperimentError: torch refuses an argument.
+    """
+    cls: Any = schedule_class(schedule.name)
+    keywords = {k: list(v) if isinstance(v, tuple) else v for k, v in schedule.keywords.items()}
+    try:
+        made: LRScheduler = cls(optimizer, **keywords)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExperimentError([Fault("schedule", f"{schedule.name}: {error}")]) from None
+    return made

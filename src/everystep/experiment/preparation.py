@@ -1,0 +1,202 @@
+"""What is done to data before training, fitted on the training rows and kept with the run.
+
+Plain numbers and names, so that a run can store them as JSON and apply them to new rows without
+unpickling anything; that is why scikit-learn's transformers do not serve here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field
+
+from everystep.errors import DataError, Fault
+
+__all__ = [
+    "ArrayPreparation",
+    "CategoricalColumn",
+    "NumericColumn",
+    "Preparation",
+    "Scaling",
+    "TablePreparation",
+]
+
+Class = str | int | float
+
+
+class Fitted(BaseModel):
+    """Frozen and of exact fields, so that JSON both ways gives an equal one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scaling(Fitted):
+    """Standard scaling: subtract the mean, divide by the population standard deviation (0 as 1)."""
+
+    mean: list[float]
+    deviation: list[float]
+
+    @classmethod
+    def fit(cls, values: np.ndarray) -> Scaling:
+        """Fit to `values` (N, ...), each position on its own, in float64."""
+        flat = values.reshape(len(values), -1).astype(np.float64)
+        deviation = flat.std(axis=0)
+        deviation[deviation == 0] = 1
+        return cls(mean=flat.mean(axis=0).tolist(), deviation=deviation.tolist())
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """Return `values` (N, ...) scaled, in float64."""
+        flat = values.reshape(len(values), -1).astype(np.float64)
+        return ((flat - np.array(self.mean)) / np.array(self.deviation)).reshape(values.shape)
+
+
+class ArrayPreparation(Fitted):
+    """How arrays become tensors: scaled or not, and classes counted from 0."""
+
+    kind: Literal["arrays"] = "arrays"
+    scaling: Scaling | None
+    classes: list[Class] | None
+    indices: bool = False
+
+    @classmethod
+    def fit(
+        cls, x: np.ndarray, y: np.ndarray, *, scale: str | None, classes: bool, indices: bool
+    ) -> ArrayPreparation:
+        """Fit to training rows x (n, ...) and all targets y (N, ...).
+
+        `classes`: the loss wants class indices; `indices`: the model looks x up (an embedding).
+        """
+        _refuse_non_finite("x", x)
+        _refuse_non_finite("y", y)
+        counted = None
+        if classes and not (y.ndim > 1 and y.dtype.kind == "f"):
+            if y.dtype.kind == "f" and not np.equal(y, np.round(y)).all():
+                raise DataError("data.y: a classification loss needs whole numbers as classes")
+            counted = [int(value) for value in np.unique(y)]
+        if indices and scale:
+            raise DataError("data.scale: an embedding looks x up by whole numbers; leave scale out")
+        return cls(scaling=Scaling.fit(x) if scale else None, classes=counted, indices=indices)
+
+    def apply(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return x in float32 (int64 for an embedding), y as classes (int64) or float32 values."""
+        scaled = self.scaling.apply(x) if self.scaling else x
+        features = scaled.astype(np.int64 if self.indices else np.float32)
+        if self.classes is not None:
+            return features, np.searchsorted(np.array(self.classes), y).astype(np.int64)
+        values = y.astype(np.float32)
+        return features, values[:, np.newaxis] if values.ndim == 1 else values
+
+
+class NumericColumn(Fitted):
+    """A column of numbers: what stands in for a missing one, and the scaling."""
+
+    kind: Literal["numeric"] = "numeric"
+    name: str
+    fill: float | None
+    scaling: Scaling | None
+
+    def apply(self, column: pl.Series) -> np.ndarray:
+        """Return (N, 1) float64."""
+        filled = column.cast(pl.Float64)
+        if self.fill is not None:
+            filled = filled.fill_nan(None).fill_null(self.fill)
+        values = filled.to_numpy()[:, np.newaxis]
+        return self.scaling.apply(values) if self.scaling else values
+
+
+class CategoricalColumn(Fitted):
+    """A column of words: one column of 0 and 1 for each that the training rows have.
+
+    A missing word is 0 in all of them.
+    """
+
+    kind: Literal["categorical"] = "categorical"
+    name: str
+    categories: list[str]
+    unseen: Literal["error", "zeros"]
+
+    def apply(self, column: pl.Series) -> np.ndarray:
+        """Return (N, categories) float64; raises DataError for a category never seen."""
+        words = column.cast(pl.String)
+        new = sorted(set(words.drop_nulls()) - set(self.categories))
+        if new and self.unseen == "error":
+            raise DataError(
+                f"column {self.name!r}: {_listed(new)} never seen in the training rows; set "
+                'data.unseen = "zeros", take another seed, or leave the column out of data.features'
+            )
+        flags = [(words == category).fill_null(False).to_numpy() for category in self.categories]
+        return np.stack(flags, axis=1).astype(np.float64)
+
+
+Column = Annotated[NumericColumn | CategoricalColumn, Field(discriminator="kind")]
+
+
+class TablePreparation(Fitted):
+    """How the columns of a table become x (N, features) and y."""
+
+    kind: Literal["table"] = "table"
+    columns: list[Column]
+    target: list[str]
+    classes: list[Class] | None
+    class_indices: bool
+
+    @property
+    def x_names(self) -> list[str]:
+        """The name of each column of x: `age`, `colour=red`, `colour=blue`, ..."""
+        return [
+            name
+            for column in self.columns
+            for name in (
+                [column.name]
+                if isinstance(column, NumericColumn)
+                else [f"{column.name}={category}" for category in column.categories]
+            )
+        ]
+
+    def features(self, frame: pl.DataFrame) -> np.ndarray:
+        """Return x (N, len(x_names)) in float32."""
+        parts = [column.apply(frame[column.name]) for column in self.columns]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def targets(self, frame: pl.DataFrame) -> np.ndarray:
+        """Return y: (N,) int64 class indices, or (N, targets) float32."""
+        if self.classes is None:
+            return frame.select(pl.col(self.target).cast(pl.Float32)).to_numpy()
+        index = {value: position for position, value in enumerate(self.classes)}
+        values = frame[self.target[0]].to_list()
+        new = sorted({str(value) for value in values if value not in index})
+        if new:
+            raise DataError(
+                f"target {self.target[0]!r}: class {_listed(new)} never seen in the training rows; "
+                "take another seed or a smaller data.validation, or leave those rows out"
+            )
+        indices = np.array([index[value] for value in values], dtype=np.int64)
+        return indices if self.class_indices else indices.astype(np.float32)[:, np.newaxis]
+
+    def apply(self, frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Return x and y of these rows."""
+        return self.features(frame), self.targets(frame)
+
+
+Preparation = ArrayPreparation | TablePreparation
+
+
+def _refuse_non_finite(name: str, values: np.ndarray) -> None:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        rows = np.unique(np.nonzero(~np.isfinite(values))[0])
+        raise DataError(
+            [
+                Fault(
+                    f"data.{name}",
+                    f"{len(rows)} of {len(values)} rows have NaN or infinity (first: row {rows[0]}); "
+                    "take them out",
+                )
+            ]
+        )
+
+
+def _listed(names: list[Any]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "") + " was"

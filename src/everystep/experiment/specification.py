@@ -1,0 +1,380 @@
+"""An experiment as data: TOML to validated, frozen models, and back.
+
+Imports no torch: names of layers, losses and optimizers are checked in `load`, which does.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from everystep.errors import ExperimentError, Fault, did_you_mean
+
+__all__ = [
+    "ArrayData",
+    "BundledData",
+    "DataSpecification",
+    "Experiment",
+    "Iteration",
+    "RandomData",
+    "TableData",
+    "built_in",
+    "check_iteration",
+    "load",
+    "parse_setting",
+]
+
+BundledName = Literal["digits", "diabetes", "wine", "iris", "breast_cancer"]
+
+
+class Section(BaseModel):
+    """What all parts of an experiment share: no unknown keys, no conversions, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NamedSection(Section):
+    """A torch class by name; the other keys are its keyword arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of the class; a TOML list stands for a tuple."""
+        extra = self.model_extra or {}
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in extra.items()}
+
+
+class DataSpecification(Section):
+    """What every source of data has."""
+
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+    scale: Literal["standard"] | None = None
+
+
+class RandomData(DataSpecification):
+    """The chapter's data: x (N, D_in), then y (N, D_out), from the standard normal distribution."""
+
+    source: Literal["random"]
+    N: PositiveInt
+    D_in: PositiveInt
+    D_out: PositiveInt
+
+
+class BundledData(DataSpecification):
+    """A real data set that comes with scikit-learn."""
+
+    source: Literal["bundled"]
+    name: BundledName
+
+
+class TableData(DataSpecification):
+    """A CSV, TSV, Parquet or Arrow file. A relative path is relative to the experiment's file."""
+
+    source: Literal["table"]
+    path: str
+    target: str | Annotated[list[str], Field(min_length=1)]
+    features: Annotated[list[str], Field(min_length=1)] | None = None
+    missing: Literal["error", "drop", "mean"] = "error"
+    unseen: Literal["error", "zeros"] = "error"
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+
+
+class ArrayData(DataSpecification):
+    """Arrays: two .npy files, or two names within one .npz or .safetensors file (`path`)."""
+
+    source: Literal["arrays"]
+    path: str | None = None
+    x: str = "x"
+    y: str = "y"
+
+
+class Model(Section):
+    """The model: the layers of an `nn.Sequential`, each written as it would be in Python."""
+
+    layers: Annotated[list[str], Field(min_length=1)]
+
+
+class Loss(NamedSection):
+    """A loss of `torch.nn`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name_of_mean(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("reduction") == "elementwise_mean":
+            raise PydanticCustomError(
+                "old_name", "reduction 'elementwise_mean' is torch's old name; write 'mean'"
+            )
+        return value
+
+
+class Optimizer(NamedSection):
+    """`GradientDescent`, or an optimizer of `torch.optim`."""
+
+
+class Schedule(NamedSection):
+    """A schedule of `torch.optim.lr_scheduler`, advanced every step or every epoch."""
+
+    every: Literal["step", "epoch"] = "step"
+
+
+class Iteration(Section):
+    """How to iterate: what an experiment file and the arguments of `train` have in common."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    device: str | None = None
+    threads: PositiveInt | None = None
+    steps: NonNegativeInt | None = None
+    epochs: NonNegativeInt | None = None
+    batch_size: PositiveInt | None = None
+    drop_last: bool = False
+    evaluate_every: PositiveInt | None = None
+    clip_norm: PositiveFloat | None = None
+    stop_on_nan: bool = False
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise PydanticCustomError("steps", "say either steps or epochs (one of the two)")
+        return self
+
+
+class Experiment(Iteration):
+    """All that determines a run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: str = "cpu"
+    data: Annotated[RandomData | BundledData | TableData | ArrayData, Field(discriminator="source")]
+    model: Model
+    loss: Loss
+    optimizer: Optimizer
+    schedule: Schedule | None = None
+
+    def to_toml(self) -> str:
+        """Write the experiment as TOML that `load` reads back to an equal one."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, exclude_defaults=False))
+
+
+def check_iteration(**arguments: Any) -> Iteration:
+    """Check the arguments of `train` by the rules of the experiment file.
+
+    Raises:
+        ExperimentError: lists everything that is wrong.
+    """
+    try:
+        return Iteration.model_validate(arguments)
+    except ValidationError as error:
+        raise ExperimentError([_fault(detail, arguments) for detail in error.errors()]) from None
+
+
+def built_in() -> dict[str, Path]:
+    """Return the experiments that come with everystep: name to file."""
+    folder = Path(str(resources.files("everystep.experiment") / "builtin"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(
+    source: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> Experiment:
+    """Read an experiment, put `settings` over it, and check all of it, names and arguments too.
+
+    Args:
+        source: the name of a built-in experiment, the path of a TOML file, or its content as a dict.
+        settings: values to override, by path: `{"optimizer.lr": 1e-3, "model.layers[1]": "Tanh()"}`.
+            None takes a value away. Setting one of steps and epochs takes the other away.
+
+    Raises:
+        ExperimentError: lists everything that is wrong, each with its path and the cure.
+    """
+    raw, where, folder = _read(source)
+    for path, value in (settings or {}).items():
+        _override(raw, path, value)
+    faults: list[Fault] = []
+    experiment = None
+    try:
+        experiment = Experiment.model_validate(raw)
+    except ValidationError as error:
+        found = {fault.path: fault for fault in (_fault(d, raw) for d in error.errors())}
+        faults += found.values()
+
+    from everystep.experiment.catalogue import names_faults
+
+    placed = {fault.path for fault in faults}
+    faults += [fault for fault in names_faults(raw) if fault.path not in placed]
+    if faults or experiment is None:
+        raise ExperimentError(faults, where)
+    return _resolve_paths(experiment, folder)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Take `optimizer.lr=1e-3` apart; the value is TOML, or else a bare string.
+
+    Raises:
+        ExperimentError: there is no `=`, or no path before it.
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise ExperimentError([Fault(text, "write a setting as path=value: optimizer.lr=1e-3")])
+    try:
+        return path.strip(), tomllib.loads(f"value = {value}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return path.strip(), value.strip()
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; raises ExperimentError where it is missing or no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ExperimentError(f"{path} is not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ExperimentError(f"{path} is no TOML: {error}") from None
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path]:
+    """Return what an experiment says, its name for messages, and the folder of its file."""
+    if isinstance(source, Mapping):
+        return _copied(source), "the experiment", Path.cwd()
+    if isinstance(source, str) and source in built_in():
+        source = built_in()[source]
+    path = Path(source)
+    if not path.exists():
+        cure = did_you_mean(str(source), list(built_in()))
+        raise ExperimentError(
+            f"{str(source)!r} is neither a file nor a built-in experiment; "
+            f"{cure or 'everystep experiments lists those'}"
+        )
+    return _read_toml(path), str(path), path.parent
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _override(raw: dict[str, Any], path: str, value: Any) -> None:
+    keys: list[str | int] = [
+        int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path)
+    ]
+    place: Any = raw
+    for key, following in zip(keys, keys[1:], strict=False):
+        if isinstance(place, dict) and isinstance(key, str):
+            place = place.setdefault(key, [] if isinstance(following, int) else {})
+        elif isinstance(place, list) and isinstance(key, int) and key < len(place):
+            place = place[key]
+        else:
+            raise ExperimentError([Fault(path, "there is no such place in the experiment")])
+    last = keys[-1]
+    if isinstance(place, list) and isinstance(last, int) and last < len(place):
+        place[last] = value
+    elif isinstance(place, dict) and isinstance(last, str):
+        if value is None:
+            place.pop(last, None)
+        else:
+            place[last] = value
+    else:
+        raise ExperimentError([Fault(path, "there is no such place in the experiment")])
+    if path in ("steps", "epochs") and value is not None:
+        raw.pop("epochs" if path == "steps" else "steps", None)
+
+
+def _resolve_paths(experiment: Experiment, folder: Path) -> Experiment:
+    """Make the paths of the data absolute, so that the experiment means the same from anywhere."""
+    data = experiment.data
+    changes: dict[str, str] = {}
+    if isinstance(data, TableData) or (isinstance(data, ArrayData) and data.path):
+        changes["path"] = _absolute(data.path or "", folder)
+    elif isinstance(data, ArrayData):
+        changes = {"x": _absolute(data.x, folder), "y": _absolute(data.y, folder)}
+    return experiment.model_copy(update={"data": data.model_copy(update=changes)})
+
+
+def _absolute(path: str, folder: Path) -> str:
+    found = (folder / Path(path).expanduser()).resolve()
+    bundled = Path(str(resources.files("everystep.experiment") / "builtin")) / path
+    return str(bundled if not found.exists() and bundled.is_file() else found)
+
+
+def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
+    """Say in our words what pydantic found."""
+    location = _without_tags(detail["loc"])
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
+    key = str(location[-1]) if location else ""
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "missing":
+            problem = f"is missing; {_CURES.get(path, f'add {key} = ...')}"
+        case "union_tag_not_found":
+            path, problem = f"{path}.source", f"is missing; known here: {', '.join(_SOURCES)}"
+        case "union_tag_invalid":
+            tag = str(context["tag"])
+            path = f"{path}.source"
+            problem = f"{tag!r} is no source of data; {did_you_mean(tag, _SOURCES)}"
+        case "extra_forbidden":
+            cure = _elsewhere(key, location) or did_you_mean(key, _known_keys(location[:-1], raw))
+            problem = f"unknown key; {cure}".removesuffix("; ")
+        case "literal_error":
+            allowed = re.findall(r"'([^']*)'", str(context["expected"]))
+            problem = f"{detail['input']!r} is not possible; {did_you_mean(str(detail['input']), allowed)}"
+            problem = problem.removesuffix("; ") + f" (one of {', '.join(allowed)})"
+        case _:
+            problem = detail["msg"].replace("Input should", "should")
+            if not isinstance(detail["input"], dict | list):
+                problem += f", not {detail['input']!r}"
+    return Fault(path, problem)
+
+
+_DATA = {"random": RandomData, "bundled": BundledData, "table": TableData, "arrays": ArrayData}
+_SOURCES = list(_DATA)
+_CURES = {
+    "data": 'add [data] with source = "random", "bundled", "table" or "arrays"',
+    "model": 'add [model] with layers = ["Linear(1000, 100)", ...]',
+    "loss": 'add [loss] with name = "MSELoss"',
+    "optimizer": 'add [optimizer] with name = "GradientDescent" and lr = 1e-4',
+}
+
+
+def _without_tags(location: tuple[str | int, ...]) -> list[str | int]:
+    """Drop what pydantic puts between: the source of the data, the branch of a target."""
+    parts = list(location)
+    if parts[0:1] == ["data"] and parts[1:2] and parts[1] in _DATA:
+        del parts[1]
+    return parts[:2] if parts[:2] == ["data", "target"] else parts
+
+
+def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> list[str]:
+    section = next(iter(location), None)
+    if section is None:
+        return list(Experiment.model_fields)
+    if section == "data":
+        source = raw["data"].get("source")
+        return list(_DATA[source].model_fields) if source in _DATA else []
+    return list({"model": Model, "schedule": Schedule}[str(section)].model_fields)
+
+
+def _elsewhere(key: str, location: list[Any]) -> str:
+    """Return where the key belongs, if it is a key of the experiment's top that stands too low."""
+    belongs = key in Experiment.model_fields and len(location) > 1
+    return f"{key} stands at the top of the file, before the first [section]" if belongs else ""

@@ -1,0 +1,239 @@
+"""Tables: read through polars, checked, and made into numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from everystep.errors import DataError, Fault, did_you_mean
+from everystep.experiment.preparation import (
+    CategoricalColumn,
+    Class,
+    NumericColumn,
+    Scaling,
+    TablePreparation,
+)
+from everystep.experiment.specification import TableData
+
+__all__ = ["Table", "read_table"]
+
+_MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that has been read and checked, not yet numbers."""
+
+    frame: pl.DataFrame
+    features: list[str]
+    target: list[str]
+    classes: bool
+    specification: TableData
+
+    def fit(self, training: np.ndarray) -> TablePreparation:
+        """Fit the preparation to the training rows (int64 positions)."""
+        frame = self.frame[training]
+        return TablePreparation(
+            columns=[self._fit_column(frame[name]) for name in self.features],
+            target=self.target,
+            classes=self._fit_classes(frame),
+            class_indices=self.classes,
+        )
+
+    def _fit_column(self, column: pl.Series) -> NumericColumn | CategoricalColumn:
+        if not _is_numeric(column):
+            categories = sorted(column.cast(pl.String).drop_nulls().unique().to_list())
+            return CategoricalColumn(
+                name=column.name, categories=categories, unseen=self.specification.unseen
+            )
+        values = column.cast(pl.Float64)
+        fill = None
+        if self.specification.missing == "mean":
+            known = values.fill_nan(None).drop_nulls().to_numpy()
+            if not len(known):
+                raise DataError(f"column {column.name!r} has no value in the training rows")
+            fill = float(known.mean())
+            values = values.fill_nan(None).fill_null(fill)
+        scaling = (
+            Scaling.fit(values.to_numpy()[:, np.newaxis]) if self.specification.scale else None
+        )
+        return NumericColumn(name=column.name, fill=fill, scaling=scaling)
+
+    def _fit_classes(self, frame: pl.DataFrame) -> list[Class] | None:
+        column = frame[self.target[0]]
+        if not self.classes and _is_numeric(column):
+            return None
+        return sorted(column.unique().to_list())
+
+
+def read_table(data: TableData, *, classes: bool) -> Table:
+    """Read the file, choose its columns, and check that they can be trained on.
+
+    Args:
+        data: the `[data]` section; its path is absolute.
+        classes: whether the loss wants class indices.
+
+    Raises:
+        DataError: lists everything that is wrong.
+    """
+    frame = _read(Path(data.path), data.separator)
+    target = [data.target] if isinstance(data.target, str) else list(data.target)
+    features = data.features or [name for name in frame.columns if name not in target]
+    faults = [
+        Fault(f"data.{key}", f"no column {name!r} in {Path(data.path).name}; {cure}".rstrip("; "))
+        for key, names in (("target", target), ("features", features))
+        for name in names
+        if name not in frame.columns and (cure := did_you_mean(name, frame.columns)) is not None
+    ]
+    faults += [
+        Fault("data.features", f"{name!r} is the target; a model that sees it has nothing to learn")
+        for name in features
+        if name in target
+    ]
+    if faults:
+        raise DataError(faults)
+    if not features:
+        raise DataError(f"{data.path} has no column besides the target; features are needed")
+    frame = frame.select([*features, *target])
+    if frame.height == 0:
+        raise DataError(f"{data.path} has no rows")
+    faults = _target_faults(frame, target, classes)
+    faults += _feature_faults(frame, features, data.missing)
+    if faults:
+        raise DataError(faults)
+    if data.missing == "drop":
+        frame = _without_missing(frame, data.path)
+    return Table(frame, features, target, classes, data)
+
+
+def _read(path: Path, separator: str | None) -> pl.DataFrame:
+    readers = {
+        ".csv": lambda: _read_text(path, separator or ","),
+        ".tsv": lambda: _read_text(path, separator or "\t"),
+        ".txt": lambda: _read_text(path, separator or "\t"),
+        ".parquet": lambda: pl.read_parquet(path),
+        ".arrow": lambda: pl.read_ipc(path, memory_map=False),
+        ".feather": lambda: pl.read_ipc(path, memory_map=False),
+        ".ipc": lambda: pl.read_ipc(path, memory_map=False),
+    }
+    if not path.is_file():
+        raise DataError(
+            f"data.path: {path} does not exist; a relative path is relative to the experiment's file"
+        )
+    if path.suffix.lower() not in readers:
+        raise DataError(f"data.path: {path.name} is none of {', '.join(readers)}")
+    try:
+        return readers[path.suffix.lower()]()
+    except pl.exceptions.NoDataError:
+        raise DataError(f"{path} has no rows") from None
+    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from None
+
+
+def _read_text(path: Path, separator: str) -> pl.DataFrame:
+    # Types are inferred from the whole file: a word in the last row must not be a surprise.
+    return pl.read_csv(
+        path, separator=separator, null_values=_MISSING_WORDS, infer_schema_length=None
+    )
+
+
+def _is_numeric(column: pl.Series) -> bool:
+    return column.dtype.is_numeric() or column.dtype == pl.Boolean
+
+
+def _missing(column: pl.Series) -> pl.Series:
+    return column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
+
+
+def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> list[Fault]:
+    faults = []
+    if classes and len(target) > 1:
+        faults.append(Fault("data.target", "a classification loss takes one column of classes"))
+    for name in target:
+        column = frame[name]
+        missing = int(_missing(column).sum())
+        if missing:
+            faults.append(
+                Fault(
+                    "data.target",
+                    f"{name!r} has {missing} missing values in {frame.height} rows; a row without "
+                    "a target teaches nothing, so take those rows out of the file",
+                )
+            )
+        elif column.dtype.is_float() and column.is_infinite().any():
+            faults.append(Fault("data.target", f"{name!r} has infinite values"))
+        elif not classes and not _is_numeric(column) and not _is_yes_or_no(column, target):
+            faults.append(
+                Fault(
+                    "data.target",
+                    f"{name!r} is text in a place for numbers{_first_word(column)}; for classes "
+                    'take a loss of classes: name = "CrossEntropyLoss"',
+                )
+            )
+    return faults
+
+
+def _is_yes_or_no(column: pl.Series, target: list[str]) -> bool:
+    return len(target) == 1 and column.n_unique() == 2
+
+
+def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> list[Fault]:
+    faults = []
+    for name in features:
+        column = frame[name]
+        absent = int(_missing(column).sum())
+        if absent == frame.height:
+            faults.append(Fault(f"column {name!r}", "has no value at all; leave it out"))
+        elif absent and missing == "error":
+            faults.append(
+                Fault(
+                    f"column {name!r}",
+                    f"{absent} of {frame.height} values are missing; set data.missing to "
+                    '"drop" (leaves out those rows) or "mean", or leave the column out',
+                )
+            )
+        elif column.dtype.is_float() and column.drop_nulls().is_infinite().any():
+            faults.append(Fault(f"column {name!r}", "has infinite values; take those rows out"))
+        elif not (_is_numeric(column) or column.dtype in (pl.String, pl.Categorical, pl.Enum)):
+            faults.append(
+                Fault(
+                    f"column {name!r}",
+                    f"is {column.dtype}, neither numbers nor words; leave it out of data.features",
+                )
+            )
+        elif not _is_numeric(column):
+            faults += _mostly_numbers(column)
+    return faults
+
+
+def _mostly_numbers(column: pl.Series) -> list[Fault]:
+    """Find a column of numbers with a few words among them: a slip, not a category."""
+    words = column.cast(pl.String).drop_nulls()
+    numbers = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
+    if numbers.sum() * 2 <= len(words):
+        return []
+    return [
+        Fault(
+            f"column {column.name!r}",
+            f"text in a column of numbers{_first_word(column)}; correct it, leave the value empty, "
+            "or leave the column out of data.features",
+        )
+    ]
+
+
+def _first_word(column: pl.Series) -> str:
+    words = column.cast(pl.String)
+    is_number = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
+    rows = (~is_number & words.is_not_null()).arg_true()
+    return f" ({words[int(rows[0])]!r} in row {int(rows[0]) + 1})" if len(rows) else ""
+
+
+def _without_missing(frame: pl.DataFrame, path: str) -> pl.DataFrame:
+    complete = frame.filter(~pl.any_horizontal([_missing(column) for column in frame]))
+    if complete.height == 0:
+        raise DataError(f'{path}: every row lacks some value; set data.missing = "mean"')
+    return complete

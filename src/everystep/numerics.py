@@ -1,0 +1,197 @@
+"""What bits depend on besides the seed: set before torch computes, recorded, compared.
+
+The same program and the same seed give other bits under another CPU capability, thread count or
+matrix-product library setting. All of it belongs to the process, so it is set early (`prepare`),
+held during a training (`in_force`), written into the run (`Numerics`), and compared on replay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "warning"]
+
+#: Read by the libraries below torch when they first compute.
+#:
+#: `MKL_CBWR` (Intel's conditional numerical reproducibility) with STRICT makes the bits of a matrix
+#: product independent of the thread count and of memory alignment.
+ENVIRONMENT = {
+    "MKL_CBWR": "AVX2,STRICT",
+    "MKL_DYNAMIC": "FALSE",
+    "OMP_DYNAMIC": "FALSE",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+
+#: What `mkl_serv_cbwr_get` returns in its low bits, after MKL's `mkl_types.h`.
+_CBWR_BRANCHES = {
+    1: "off",
+    2: "auto",
+    3: "COMPATIBLE",
+    4: "SSE2",
+    6: "SSSE3",
+    7: "SSE4_1",
+    8: "SSE4_2",
+    9: "AVX",
+    10: "AVX2",
+    11: "AVX512_MIC",
+    12: "AVX512",
+    13: "AVX512_MIC_E1",
+    14: "AVX512_E1",
+}
+_CBWR_STRICT = 0x10000
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Everything that the bits of a run depend on besides its experiment, as it was in force."""
+
+    torch: str
+    architecture: str
+    processor: str
+    device: str
+    cpu_capability: str
+    mkl_cbwr: str
+    threads: int
+    deterministic_algorithms: bool
+    flush_denormal: bool
+    float32_matmul_precision: str
+    onednn: bool
+    cudnn_benchmark: bool
+    cublas_workspace_config: str
+
+    @classmethod
+    def read(cls, device: torch.device) -> Numerics:
+        """Read what is in force in this process for computing on `device`."""
+        import torch
+
+        return cls(
+            torch=torch.__version__,
+            architecture=platform.machine(),
+            processor=_processor(),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
+            mkl_cbwr=_mkl_cbwr(),
+            threads=torch.get_num_threads(),
+            deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
+            flush_denormal=_flushes_denormals(),
+            float32_matmul_precision=torch.get_float32_matmul_precision(),
+            onednn=bool(torch.backends.mkldnn.enabled),  # type: ignore[attr-defined]  # set by a proxy module
+            cudnn_benchmark=bool(torch.backends.cudnn.benchmark),
+            cublas_workspace_config=os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Numerics:
+        """Return what `to_json` was made from; raises TypeError where fields are missing."""
+        return cls(**data)
+
+    def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
+        """Return each field that differs, with this value and the other's."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def prepare() -> None:
+    """Set the environment that the libraries below torch read when they first compute.
+
+    What the user has set stands. Without effect on a library that has computed already: `Numerics`
+    reads back and records what is really in force.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def warning() -> str | None:
+    """Return a sentence for the user where `prepare` came too late for the matrix products."""
+    asked = os.environ.get("MKL_CBWR") == ENVIRONMENT["MKL_CBWR"]
+    if asked and _mkl_cbwr() == "off":
+        return (
+            "torch had already computed in this process, so the bits of this run depend on the "
+            "thread count and on memory alignment; to avoid that, call "
+            "everystep.numerics.prepare() first, or start Python with MKL_CBWR=AVX2,STRICT"
+        )
+    return None
+
+
+@contextmanager
+def in_force(threads: int | None = None) -> Iterator[None]:
+    """Hold deterministic algorithms, unflushed denormals and `threads` within; restore them after."""
+    import torch
+    import torch.utils.deterministic
+
+    threads_before = torch.get_num_threads()
+    deterministic_before = torch.are_deterministic_algorithms_enabled()
+    warn_only_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    flush_before = _flushes_denormals()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.set_flush_denormal(False)
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.use_deterministic_algorithms(deterministic_before, warn_only=warn_only_before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
+        torch.set_flush_denormal(flush_before)
+
+
+def _flushes_denormals() -> bool:
+    """Find out by computing: torch has a setter for it, but no getter."""
+    import torch
+
+    return (torch.tensor([1e-39]) * 1).item() == 0
+
+
+def _mkl_cbwr() -> str:
+    """Return MKL's reproducibility mode as in force: 'AVX2,STRICT', 'off', ..., or 'absent'."""
+    import torch
+
+    if not torch.backends.mkl.is_available():
+        return "absent"
+    library = _torch_cpu_library()
+    get = getattr(library, "mkl_serv_cbwr_get", None) if library else None
+    if get is None:
+        return "unknown"
+    value = int(get(-1))
+    branch = value & ~_CBWR_STRICT
+    name = _CBWR_BRANCHES.get(branch, str(branch))
+    return f"{name},STRICT" if value & _CBWR_STRICT else name
+
+
+def _torch_cpu_library() -> ctypes.CDLL | None:
+    import torch
+
+    suffix = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(
+        sys.platform, "libtorch_cpu.so"
+    )
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / suffix))
+    except OSError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

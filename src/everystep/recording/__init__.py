@@ -1,0 +1,1 @@
+"""What is kept: the only code that knows a run's SQLite and safetensors."""

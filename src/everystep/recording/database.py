@@ -1,0 +1,216 @@
+"""A run's SQLite database. The only module that speaks SQL."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everystep.errors import RecordingError, RunError
+
+__all__ = [
+    "APPLICATION_ID",
+    "FILE_NAME",
+    "LOCK_NAME",
+    "SCHEMA_VERSION",
+    "Database",
+    "SnapshotRow",
+    "reading",
+]
+
+FILE_NAME = "run.sqlite"
+LOCK_NAME = "run.lock"
+APPLICATION_ID = 0x65767374  # "evst"
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+-- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
+-- A float32 loss is exact in REAL.
+CREATE TABLE steps (
+    step INTEGER PRIMARY KEY,              -- from 1
+    loss REAL                              -- of the forward pass, that is of state step-1
+);
+
+-- Named numbers besides the loss: what was evaluated, and the learning rate where it changed.
+CREATE TABLE measurements (
+    name TEXT NOT NULL,
+    step INTEGER NOT NULL,                 -- the state (from 0) or step that it belongs to
+    value REAL,                            -- NULL means NaN
+    PRIMARY KEY (name, step)
+) WITHOUT ROWID;
+
+-- States on disk; a row is entered when its directory is complete.
+CREATE TABLE snapshots (
+    step INTEGER PRIMARY KEY,              -- the state (from 0)
+    directory TEXT NOT NULL,               -- relative to the run's
+    digest TEXT NOT NULL,                  -- SHA-256 of its files
+    bytes INTEGER NOT NULL
+);
+
+-- Everything else: status, numerics, versions, times. Values are JSON.
+CREATE TABLE facts (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+"""
+
+
+class SnapshotRow(NamedTuple):
+    """A snapshot as the database knows it."""
+
+    step: int
+    directory: str
+    digest: str
+    bytes: int
+
+
+class Database:
+    """An open connection; made by `create` for the one writer, by `reading` for readers.
+
+    Every call may raise RecordingError (writer) or RunError (reader) with what SQLite says.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+
+    @classmethod
+    def create(cls, path: Path) -> Database:
+        """Create the database; it may be used by another thread afterwards, one at a time."""
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        database = cls(connection, path)
+        with database._translated():
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.executescript(SCHEMA)
+        return database
+
+    def close(self) -> None:
+        """Close the connection; what was committed stays."""
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All writes within are committed together, or none."""
+        with self._translated():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def write_losses(self, first_step: int, losses: Iterable[float]) -> None:
+        """Write the losses of consecutive steps."""
+        self._connection.executemany(
+            "INSERT INTO steps VALUES (?, ?)", enumerate(losses, start=first_step)
+        )
+
+    def write_measurements(self, rows: Iterable[tuple[str, int, float]]) -> None:
+        """Write measurements (name, step, value)."""
+        self._connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Write facts; values as JSON can hold them."""
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO facts VALUES (?, ?)",
+            [(key, json.dumps(value)) for key, value in facts.items()],
+        )
+
+    def add_snapshot(self, row: SnapshotRow) -> None:
+        """Enter a snapshot whose directory is complete."""
+        self._connection.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", row)
+
+    def remove_snapshots(self, steps: Iterable[int]) -> None:
+        """Take snapshots out, before their directories are removed."""
+        self._connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
+
+    def facts(self) -> dict[str, Any]:
+        """Return all facts."""
+        return {key: json.loads(value) for key, value in self._rows("SELECT * FROM facts")}
+
+    def losses(self, last: int | None = None) -> list[tuple[int, float | None]]:
+        """Return (step, loss) in order of the steps, or only the last ones."""
+        if last is None:
+            return self._rows("SELECT step, loss FROM steps ORDER BY step")
+        return self._rows("SELECT * FROM steps ORDER BY step DESC LIMIT ?", last)[::-1]
+
+    def ends(self) -> tuple[int, float | None, float | None]:
+        """Return how many steps there are, and the first and the last loss."""
+        rows = self._rows(
+            "SELECT count(*), (SELECT loss FROM steps ORDER BY step LIMIT 1), "
+            "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps"
+        )
+        return rows[0]
+
+    def measurements(self) -> list[tuple[str, int, float | None]]:
+        """Return (name, step, value) in order of names, then steps."""
+        return self._rows("SELECT name, step, value FROM measurements ORDER BY name, step")
+
+    def snapshots(self) -> list[SnapshotRow]:
+        """Return the snapshots in order of their steps."""
+        return [SnapshotRow(*row) for row in self._rows("SELECT * FROM snapshots ORDER BY step")]
+
+    def _rows(self, query: str, *arguments: Any) -> list[Any]:
+        try:
+            return self._connection.execute(query, arguments).fetchall()
+        except sqlite3.Error as error:
+            raise RunError(f"{self._path} cannot be read: {error}") from None
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise RecordingError(f"{self._path} cannot be written: {error}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Database]:
+    """Open a run's database to read, also while it is being written or lies read-only.
+
+    Raises:
+        RunError: there is none, or it is not one of ours, or of a newer everystep.
+    """
+    if not path.is_file():
+        raise RunError(f"{path.parent} is no run: it has no {path.name}")
+    connection = _connect_reading(path)
+    try:
+        _check_identity(connection, path)
+        yield Database(connection, path)
+    finally:
+        connection.close()
+
+
+def _connect_reading(path: Path) -> sqlite3.Connection:
+    uri = path.resolve().as_uri()
+    last_error: sqlite3.Error | None = None
+    # On a read-only file system SQLite cannot make its shared-memory file; immutable needs none.
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        try:
+            connection = sqlite3.connect(f"{uri}?{mode}", uri=True, isolation_level=None)
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            last_error = error
+        else:
+            return connection
+    raise RunError(f"{path} cannot be read: {last_error}")
+
+
+def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != APPLICATION_ID:
+        raise RunError(f"{path} is a SQLite database, but not that of an everystep run")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"{path} was written by a newer everystep (format {version}; this one reads up to "
+            f"{SCHEMA_VERSION}); pip install --upgrade everystep"
+        )

@@ -1,0 +1,203 @@
+"""Writes a run while it is being trained, in the background."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from everystep.errors import RecordingError, RunError
+from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
+from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from everystep.step.state import State
+
+__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory"]
+
+#: Bytes of snapshots a run may keep, unless told otherwise.
+DEFAULT_BUDGET = 512_000_000
+#: Data up to this size is stored in the run; of larger data, its size and digest.
+DATA_LIMIT = 256_000_000
+
+
+def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
+    """Create a run's directory: that one, or the next free `runs/name-1`, `runs/name-2`, ...
+
+    Raises:
+        RunError: `directory` exists already.
+        RecordingError: it cannot be created.
+    """
+    candidates = [directory] if directory else (runs / f"{name}-{n}" for n in itertools.count(1))
+    for candidate in candidates:
+        try:
+            candidate.parent.mkdir(parents=True, exist_ok=True)
+            candidate.mkdir()
+        except FileExistsError:
+            if directory is not None and directory.exists():
+                raise RunError(
+                    f"{directory} exists already, and a run is never overwritten; choose another "
+                    "directory, or leave it out and the next free one is taken"
+                ) from None
+            if candidate.parent.is_dir():
+                continue
+            raise RecordingError(f"{candidate.parent} is no directory") from None
+        except OSError as error:
+            raise RecordingError(
+                f"cannot create the run's directory {candidate}: {error.strerror}; choose a place "
+                "that can be written to (--run, or directory= in Python)"
+            ) from None
+        return candidate
+    raise AssertionError("the count is endless")
+
+
+class Recorder:
+    """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
+
+    What goes wrong in the thread is raised by the next `check`, and by `finish`.
+    """
+
+    def __init__(self, directory: Path, facts: dict[str, Any], budget: int) -> None:
+        self.directory = directory
+        self.plan = SnapshotPlan(budget)
+        self._snapshot_seconds = 0.0
+        self._last_step = 0
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._snapshots_asked = 0
+        self._snapshots_written = 0
+        self._error: BaseException | None = None
+        self._lock = FileLock(directory / LOCK_NAME)
+        try:
+            self._lock.acquire(timeout=0)
+            (directory / "snapshots").mkdir()
+        except OSError as error:
+            raise self._translated(error) from error
+        self._database = Database.create(directory / FILE_NAME)
+        with self._database.transaction():
+            self._database.write_facts({"status": "running"} | facts)
+        self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
+        self._thread.start()
+
+    def text(self, name: str, content: str) -> None:
+        """Write a text file into the run."""
+        self._put(lambda: self._write_text(name, content))
+
+    def data(self, tensors: dict[str, Tensor]) -> None:
+        """Write the data set (CPU tensors) while it is small; else its size and digest."""
+        self._put(lambda: self._write_data(tensors))
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """Write facts."""
+        self._put(lambda: self._in_transaction(lambda: self._database.write_facts(facts)))
+
+    def losses(self, first_step: int, losses: Sequence[float]) -> None:
+        """Write the losses of consecutive steps."""
+        self._put(lambda: self._write_losses(first_step, losses))
+
+    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
+        """Write measurements (name, step, value)."""
+        self._put(lambda: self._in_transaction(lambda: self._database.write_measurements(rows)))
+
+    def snapshot(self, state: State) -> None:
+        """Write a state."""
+        self._snapshots_asked += 1
+        self._put(lambda: self._write_snapshot(state))
+
+    def choose_interval(self, step_seconds: float) -> None:
+        """Choose how often to take snapshots, knowing how long a step takes."""
+        self.plan.choose_interval(step_seconds, self._snapshot_seconds)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a snapshot is still being written, so that another had better wait."""
+        return self._snapshots_asked > self._snapshots_written
+
+    def check(self) -> None:
+        """Raise RecordingError if writing has failed."""
+        if self._error is not None:
+            raise self._translated(self._error) from self._error
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Write what is left and the last facts, and close the run.
+
+        Raises:
+            RecordingError: writing failed, now or before; the run is closed all the same.
+        """
+        self.facts(facts)
+        self._queue.put(None)
+        self._thread.join()
+        self._database.close()
+        self._lock.release()
+        self.check()
+
+    def _put(self, job: Callable[[], None]) -> None:
+        self._queue.put(job)
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._error is not None:
+                continue
+            try:
+                job()
+            except BaseException as error:  # handed to the training thread by `check`
+                self._error = error
+
+    def _in_transaction(self, write: Callable[[], None]) -> None:
+        with self._database.transaction():
+            write()
+
+    def _write_losses(self, first_step: int, losses: Sequence[float]) -> None:
+        self._in_transaction(lambda: self._database.write_losses(first_step, losses))
+        self._last_step = first_step + len(losses) - 1
+
+    def _write_text(self, name: str, content: str) -> None:
+        (self.directory / name).write_text(content, encoding="utf-8")
+
+    def _write_data(self, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        content = save(tensors) if size <= DATA_LIMIT else None
+        if content is not None:
+            (self.directory / "data.safetensors").write_bytes(content)
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(memoryview(tensors[name].contiguous().view(-1).view(_bytes()).numpy()))
+        facts = {"stored": content is not None, "bytes": size, "digest": digest.hexdigest()}
+        self._in_transaction(lambda: self._database.write_facts({"data.file": facts}))
+
+    def _write_snapshot(self, state: State) -> None:
+        started = time.thread_time()
+        row = write_snapshot(self.directory / "snapshots", state)
+        given_up = self.plan.add(row.step, row.bytes)
+        self._in_transaction(lambda: self._database.add_snapshot(row))
+        remove_snapshots(self.directory / "snapshots", given_up, self._forget)
+        self._snapshot_seconds = time.thread_time() - started
+        self._snapshots_written += 1
+
+    def _forget(self, steps: list[int]) -> None:
+        self._in_transaction(lambda: self._database.remove_snapshots(steps))
+
+    def _translated(self, error: BaseException) -> RecordingError:
+        kept = f"steps 1 to {self._last_step} are kept" if self._last_step else "no step is kept"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return RecordingError(
+            f"writing the run {self.directory} failed: {reason}; {kept}. "
+            "Make room or choose another place, and train again"
+        )
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8

@@ -1,0 +1,121 @@
+"""Snapshots: states on disk, and when to take and to thin them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everystep.recording.database import SnapshotRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from everystep.step.state import State
+
+__all__ = ["SnapshotPlan", "read_snapshot", "write_snapshot"]
+
+PARAMETERS = "parameters.safetensors"
+REST = "rest.safetensors"
+
+#: A jump to any step should cost about this many seconds of replay, or less.
+REPLAY_SECONDS = 0.05
+#: Snapshots may take this share of the training's time.
+TIME_SHARE = 0.01
+
+
+def write_snapshot(folder: Path, state: State) -> SnapshotRow:
+    """Write a state as `folder/000137/`: under a temporary name, synced, then renamed as a whole."""
+    from safetensors.torch import save
+
+    name = f"{state.step:06d}"
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        files = {
+            PARAMETERS: save(state.parameters),
+            # One key only: safetensors writes several in no fixed order, and the digest must hold.
+            REST: save(
+                state.rest, metadata={"everystep": json.dumps(state.settings, sort_keys=True)}
+            ),
+        }
+        digest = hashlib.sha256()
+        for file_name, content in files.items():
+            digest.update(content)
+            with (temporary / file_name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.rename(folder / name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return SnapshotRow(
+        state.step, f"{folder.name}/{name}", digest.hexdigest(), sum(map(len, files.values()))
+    )
+
+
+def read_snapshot(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Read a snapshot: parameters, the rest, and the settings that are no tensors."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(directory / REST, framework="pt") as file:
+        settings = json.loads((file.metadata() or {}).get("everystep", "{}"))
+    return load_file(directory / PARAMETERS), load_file(directory / REST), settings
+
+
+@dataclass
+class SnapshotPlan:
+    """When to take a snapshot, and which to give up when the budget is full.
+
+    Snapshots lie at multiples of the interval, a power of two, so that any two runs share the steps
+    of the sparser one. The interval starts where a jump costs about `REPLAY_SECONDS` and taking
+    snapshots `TIME_SHARE` of the training, and doubles whenever the budget is full. State 0 and the
+    newest are always kept.
+    """
+
+    budget: int
+    interval: int | None = None
+    kept: dict[int, int] = field(default_factory=dict)
+
+    def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
+        """Choose the first interval from the measured times of a step and of a snapshot."""
+        wanted = max(REPLAY_SECONDS, snapshot_seconds / TIME_SHARE) / max(step_seconds, 1e-9)
+        self.interval = 1
+        while self.interval < wanted:
+            self.interval *= 2
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether the state after `step` should be kept."""
+        return self.interval is not None and step % self.interval == 0
+
+    def add(self, step: int, size: int) -> list[int]:
+        """Count a snapshot of `size` bytes in; return the steps of those to give up for it."""
+        self.kept[step] = size
+        given_up: list[int] = []
+        while sum(self.kept.values()) > self.budget and len(self.kept) > 2:
+            if not any(self._is_between(s) for s in self.kept):
+                break
+            self.interval = 2 * (self.interval or 1)
+            given_up += [s for s in self.kept if self._is_between(s) and s % self.interval]
+            for gone in given_up:
+                self.kept.pop(gone, None)
+        return given_up
+
+    def _is_between(self, step: int) -> bool:
+        return 0 < step < max(self.kept)
+
+
+def remove_snapshots(folder: Path, steps: list[int], forget: Callable[[list[int]], None]) -> None:
+    """Remove snapshots: first from the database (`forget`), then their directories."""
+    if steps:
+        forget(steps)
+        for step in steps:
+            shutil.rmtree(folder / f"{step:06d}", ignore_errors=True)

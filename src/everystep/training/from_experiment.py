@@ -1,0 +1,110 @@
+"""A job from an experiment: device, data, model, loss, optimizer, batches, in that order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from everystep import numerics
+from everystep.errors import ExperimentError, Fault
+from everystep.experiment.batches import Batches
+from everystep.experiment.data import make_data
+from everystep.experiment.device import select
+from everystep.experiment.loss import build_loss, check_loss, target_of
+from everystep.experiment.model import build_model, try_model
+from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
+from everystep.experiment.specification import Experiment
+from everystep.step.evaluate import Evaluation
+from everystep.step.iterate import Trainee
+from everystep.step.state import generators_preserved
+from everystep.training.facts import describe
+from everystep.training.job import Job, Outcome, Progress
+from everystep.training.loop import run_job
+from everystep.training.measurements import standard_measurements
+
+__all__ = ["default_evaluate_every", "total_steps", "train_experiment"]
+
+
+def train_experiment(
+    experiment: Experiment,
+    name: str,
+    directory: Path | None,
+    runs: Path,
+    budget: int,
+    progress: Progress,
+) -> Outcome:
+    """Train an experiment, recording every step; the caller's random generators stay as they are.
+
+    Raises:
+        UsageError: the device, the data or the model do not serve; says why and the cure.
+        RecordingError: writing the run failed.
+    """
+    numerics.prepare()
+    device = select(experiment.device)
+    with numerics.in_force(experiment.threads), generators_preserved(device):
+        job = _job(with_fused(experiment, device), name, device)
+        return run_job(job, directory, runs, budget, progress)
+
+
+def total_steps(steps: int | None, epochs: int | None, batches: Batches) -> int:
+    """Return the number of steps, which may be said in epochs."""
+    return steps if steps is not None else (epochs or 0) * batches.steps_per_epoch
+
+
+def default_evaluate_every(steps: int, batches: Batches) -> int:
+    """Return an epoch, or a hundredth of the steps where each step is an epoch."""
+    return batches.steps_per_epoch if batches.batch_size else max(1, steps // 100)
+
+
+def _job(experiment: Experiment, name: str, device: torch.device) -> Job:
+    torch.manual_seed(experiment.seed)
+    data = make_data(experiment, target_of(experiment.loss))
+    batches = Batches(len(data.x), experiment.batch_size, experiment.seed, experiment.drop_last)
+    steps = total_steps(experiment.steps, experiment.epochs, batches)
+    model = build_model(experiment.model, data.x[:2])
+    loss = build_loss(experiment.loss)
+    few_rows = data.x[: min(2, batches.smallest)]
+    prediction = try_model(model, few_rows, experiment.model.layers)
+    check_loss(loss, prediction, data)
+    model.to(device)
+    loss.to(device)
+    _check_schedule(experiment)
+    optimizer = build_optimizer(experiment.optimizer, model.parameters())
+    schedule = experiment.schedule and build_schedule(experiment.schedule, optimizer)
+    on_device = data.to(device)
+    trainee = Trainee(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        batch=batches.of(on_device.x, on_device.y),
+        device=device,
+        schedule=schedule,
+        schedule_every=experiment.schedule.every if experiment.schedule else "step",
+        steps_per_epoch=batches.steps_per_epoch,
+        clip_norm=experiment.clip_norm,
+    )
+    evaluation = on_device.validation and Evaluation(
+        model, standard_measurements(loss, on_device.validation[1]), *on_device.validation, device
+    )
+    every = experiment.evaluate_every or default_evaluate_every(steps, batches)
+    source = experiment.data.model_dump(exclude_none=True)
+    return Job(
+        name=name,
+        trainee=trainee,
+        steps=steps,
+        facts=describe(trainee, data, batches, source, experiment.seed, every),
+        data=data,
+        experiment_toml=experiment.to_toml(),
+        evaluation=evaluation,
+        evaluate_every=every,
+        stop_on_nan=experiment.stop_on_nan,
+        notices=[message] if (message := numerics.warning()) else [],
+    )
+
+
+def _check_schedule(experiment: Experiment) -> None:
+    schedule = experiment.schedule
+    if schedule and schedule.name == "ReduceLROnPlateau" and not experiment.data.validation:
+        problem = "ReduceLROnPlateau follows the validation loss; add validation = 0.2 to [data]"
+        raise ExperimentError([Fault("schedule", problem)])

@@ -1,0 +1,55 @@
+"""What is measured of a validation part unless told otherwise: the loss, and accuracy or R²."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["standard_measurements"]
+
+Measurement = Callable[[Tensor, Tensor], Any]
+
+
+def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Measurement]:
+    """Return the measurements that fit a loss and its targets (N, ...), named `validation_...`.
+
+    Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in
+    columns (N, k); both by torchmetrics.
+    """
+    found: dict[str, Measurement] = {"validation_loss": loss}
+    if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
+        found["validation_accuracy"] = _binary_accuracy(
+            0.5 if isinstance(loss, nn.BCELoss) else 0.0
+        )
+    elif target.dtype == torch.int64:
+        found["validation_accuracy"] = _accuracy
+    elif target.is_floating_point() and target.ndim <= 2 and len(target) > 1:
+        found["validation_r2"] = _r2
+    return found
+
+
+def _accuracy(prediction: Tensor, target: Tensor) -> Tensor:
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    classes = prediction.shape[1]
+    accuracy: Tensor = multiclass_accuracy(prediction, target, num_classes=classes, average="micro")
+    return accuracy
+
+
+def _binary_accuracy(threshold: float) -> Measurement:
+    def accuracy(prediction: Tensor, target: Tensor) -> Any:
+        from torchmetrics.functional.classification import binary_accuracy
+
+        # torchmetrics would guess from their range whether predictions are logits.
+        return binary_accuracy((prediction > threshold).int(), (target > 0.5).int())
+
+    return accuracy
+
+
+def _r2(prediction: Tensor, target: Tensor) -> Any:
+    from torchmetrics.functional.regression import r2_score
+
+    return r2_score(prediction.float(), target.float())

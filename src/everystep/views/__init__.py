@@ -1,0 +1,1 @@
+"""A run as what a person looks at. Computes nothing about training."""

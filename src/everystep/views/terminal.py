@@ -1,0 +1,207 @@
+"""What the terminal shows: quiet, aligned, in the order of the chapter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from everystep.recording.run import Summary
+
+__all__ = ["Silent", "TerminalProgress", "header", "number", "runs_table"]
+
+_LABEL_WIDTH = 8
+
+
+def number(value: float | None) -> str:
+    """Return a number in four significant digits, as every view shows it."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def header(facts: dict[str, Any]) -> str:
+    """Return what a run is, in the chapter's order: device, data, model, loss, update."""
+    numerics = facts["numerics"]
+    threads = f"{numerics['threads']} thread{'s' if numerics['threads'] != 1 else ''}"
+    lines = [
+        ("device", f"{facts['device']} ({numerics['processor']}, {threads})"),
+        ("data", _data_text(facts)),
+        ("model", facts["model"]["text"]),
+        ("", f"{facts['model']['parameters']:,} parameters"),
+        ("loss", facts["loss"]["text"]),
+        ("update", _update_text(facts)),
+        ("steps", _steps_text(facts)),
+    ]
+    return "\n".join(_labelled(label, text) for label, text in lines)
+
+
+class Silent:
+    """Watches a training without a word, but for what the user should know."""
+
+    def reading(self, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+        """Say nothing."""
+
+    def advance(self, first_step: int, losses: Sequence[float]) -> None:
+        """Say nothing."""
+
+    def notice(self, message: str) -> None:
+        """Tell the user on stderr."""
+        print(f"everystep: {message}", file=sys.stderr)
+
+    def end(self) -> None:
+        """Say nothing."""
+
+
+class TerminalProgress(Silent):
+    """Watches a training: the header, then a bar; lines of `step<TAB>loss` where piped.
+
+    Data goes to stdout, everything else to stderr.
+    """
+
+    def __init__(self, *, show_header: bool, lines: TextIO | None) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._show_header = show_header
+        self._lines = lines
+        self._bar: Progress | None = None
+        self._dtype = "float32"
+
+    def reading(self, done: int, total: int) -> None:
+        """Show how much of a Dataset has been read."""
+        if self._bar is None:
+            self._start("reading", total, "[dim]rows")
+        self._update(done)
+        if done >= total:
+            self.end()
+
+    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+        """Show the header and start the bar."""
+        if self._show_header:
+            self._console.print(header(facts), markup=False)
+            self._console.print()
+        self._start("training", facts["steps"], "")
+
+    def advance(self, first_step: int, losses: Sequence[float]) -> None:
+        """Move the bar; write the lines."""
+        if self._lines is not None:
+            text = "".join(
+                f"{step}\t{shortest(loss)}\n" for step, loss in enumerate(losses, first_step)
+            )
+            self._lines.write(text)
+            self._lines.flush()
+        self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
+
+    def notice(self, message: str) -> None:
+        """Tell the user, above the bar."""
+        self._console.print(Text(f"everystep: {message}", style="yellow"))
+
+    def end(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _start(self, what: str, total: int, text: str) -> None:
+        if not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
+            TextColumn("{task.fields[text]:<14}"),
+            _Speed(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self._console,
+        )
+        self._bar.add_task(what, total=total, text=text, width=len(str(total)))
+        self._bar.start()
+
+    def _update(self, completed: int, text: str | None = None) -> None:
+        if self._bar is not None:
+            fields = {} if text is None else {"text": text}
+            self._bar.update(self._bar.task_ids[0], completed=completed, **fields)  # type: ignore[arg-type]
+
+
+class _Speed(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the speed, or nothing before there is one."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "", style="dim")
+
+
+def shortest(loss: float) -> str:
+    """Return the fewest digits that give this float32 (or else float64) back."""
+    import numpy as np
+
+    single = np.float32(loss)
+    return str(single) if float(single) == loss or loss != loss else repr(loss)
+
+
+def runs_table(runs: Iterable[Summary]) -> Table:
+    """Return the runs as a table: name, status, steps, first and last loss, when."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("run")
+    table.add_column("status")
+    for heading in ("steps", "first loss", "last loss"):
+        table.add_column(heading, justify="right")
+    table.add_column("started")
+    for run in runs:
+        steps = str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}"
+        style = {"finished": "", "running": "green"}.get(run.status, "yellow")
+        table.add_row(
+            Text(run.name),
+            Text(run.status, style=style),
+            steps,
+            number(run.first_loss),
+            number(run.last_loss),
+            f"{run.started.astimezone():%Y-%m-%d %H:%M}",
+        )
+    return table
+
+
+def _labelled(label: str, text: str) -> str:
+    first, *rest = text.splitlines() or [""]
+    indent = " " * _LABEL_WIDTH
+    return "\n".join([f"{label:<{_LABEL_WIDTH}}{first}", *(indent + line for line in rest)])
+
+
+def _data_text(facts: dict[str, Any]) -> str:
+    data = facts["data"]
+    what = data.get("name") or Path(data.get("path", data["source"])).name
+    shapes = (
+        f"x {_shape(data['x'])}, y {_shape(data['y'])}" if "x" in data else f"{data['rows']} rows"
+    )
+    kept_out = data.get("validation_rows")
+    return f"{what}: {shapes}" + (f"; {kept_out} rows for validation" if kept_out else "")
+
+
+def _update_text(facts: dict[str, Any]) -> str:
+    parts = [facts["optimizer"]["text"]]
+    if facts["clip_norm"] is not None:
+        parts.insert(0, f"gradients clipped to norm {facts['clip_norm']:g}")
+    if facts["schedule"]:
+        parts.append(facts["schedule"])
+    return "\n".join(parts)
+
+
+def _steps_text(facts: dict[str, Any]) -> str:
+    batches = facts["batches"]
+    if batches["batch_size"] is None:
+        return f"{facts['steps']:,}, each with all {facts['data']['rows']:,} rows"
+    return (
+        f"{facts['steps']:,}, {batches['batch_size']} rows each, "
+        f"{batches['steps_per_epoch']:,} to an epoch"
+    )
+
+
+def _shape(sizes: list[int]) -> str:
+    return "(" + ", ".join(map(str, sizes)) + ")"
