@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +12,13 @@ from everystep.recording.run import RUNS, RecordedRun, find_run, find_runs
 
 if TYPE_CHECKING:
     import torch
+    from plotnine import ggplot
     from torch import Tensor, nn
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
     from everystep.training.job import Outcome, Progress
+    from everystep.views.table import LossTable
 
 __all__ = ["Run", "open", "runs", "train", "train_experiment"]
 
@@ -26,10 +28,34 @@ class Run(RecordedRun):
 
     def __repr__(self) -> str:
         summary = self.summary()
-        losses = (
-            f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}" if summary.steps else ""
+        losses = f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}" if summary.steps else ""
+        return (
+            f"<everystep run {str(self.directory)!r}: {summary.status}, {summary.steps} steps{losses}>"
         )
-        return f"<everystep run {str(self.directory)!r}: {summary.status}, {summary.steps} steps{losses}>"
+
+    def table(self, rows: int = 100_000) -> LossTable:
+        """Return the losses as a table to browse (DataTables): shows in a notebook, `save(path)`.
+
+        rows: embed at most so many; of a longer run, an excerpt that says so.
+        """
+        from everystep.views.table import loss_table
+
+        return loss_table(self, rows)
+
+    def plot(self, *others: RecordedRun, log: bool = False, measurements: Sequence[str] = ()) -> ggplot:
+        """Return a plot of the loss at each iteration: shows in a notebook, `save(path)`.
+
+        others: runs to lay over it; log: a logarithmic axis; measurements: names to draw as lines.
+        """
+        from everystep.views.plot import loss_plot
+
+        return loss_plot([self, *others], log=log, measurements=measurements)
+
+    def report(self) -> str:
+        """Return everything about the run as one HTML page that needs nothing else."""
+        from everystep.views.report import report_html
+
+        return report_html(self)
 
     def _repr_html_(self) -> str:
         from everystep.views.summary import summary_html

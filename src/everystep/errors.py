@@ -62,9 +62,7 @@ class UsageError(EverystepError, ValueError):
     def _message(self) -> str:
         if len(self.faults) == 1:
             return f"{self.where}: {self.faults[0]}" if self.where else str(self.faults[0])
-        heading = f"{len(self.faults)} things are wrong" + (
-            f" in {self.where}" if self.where else ""
-        )
+        heading = f"{len(self.faults)} things are wrong" + (f" in {self.where}" if self.where else "")
         return "\n  ".join([heading + ":", *map(str, self.faults)])
 
 

@@ -56,7 +56,7 @@ _CBWR_STRICT = 0x10000
 class Numerics:
     """Everything that the bits of a run depend on besides its experiment, as it was in force."""
 
-    torch: str
+    torch_version: str
     architecture: str
     processor: str
     device: str
@@ -76,7 +76,7 @@ class Numerics:
         import torch
 
         return cls(
-            torch=torch.__version__,
+            torch_version=torch.__version__,
             architecture=platform.machine(),
             processor=_processor(),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -86,7 +86,7 @@ class Numerics:
             deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
             flush_denormal=_flushes_denormals(),
             float32_matmul_precision=torch.get_float32_matmul_precision(),
-            onednn=bool(torch.backends.mkldnn.enabled),  # type: ignore[attr-defined]  # set by a proxy module
+            onednn=bool(torch.backends.mkldnn.enabled),
             cudnn_benchmark=bool(torch.backends.cudnn.benchmark),
             cublas_workspace_config=os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
         )
@@ -164,7 +164,7 @@ def _mkl_cbwr() -> str:
     """Return MKL's reproducibility mode as in force: 'AVX2,STRICT', 'off', ..., or 'absent'."""
     import torch
 
-    if not torch.backends.mkl.is_available():
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return "absent"
     library = _torch_cpu_library()
     get = getattr(library, "mkl_serv_cbwr_get", None) if library else None

@@ -10,6 +10,7 @@ import ast
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +70,13 @@ def parse_layer(text: str) -> LayerCall:
 
 def layer_class(name: str) -> type[nn.Module]:
     """Return the `torch.nn` module class of that name; raises ValueError with the nearest names."""
-    return _look_up(name, _LAYERS, "layer of torch.nn")
+    found: type[nn.Module] = _look_up(name, _LAYERS, "layer of torch.nn")
+    return found
 
 
 def loss_class(name: str) -> type[nn.Module]:
     """Return the `torch.nn` loss class of that name; raises ValueError where it does not serve."""
-    found = _look_up(name, _LOSSES, "loss of torch.nn")
+    found: type[nn.Module] = _look_up(name, _LOSSES, "loss of torch.nn")
     wanted = [
         parameter.name
         for parameter in list(inspect.signature(found.forward).parameters.values())[1:]
@@ -91,7 +93,7 @@ def loss_class(name: str) -> type[nn.Module]:
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Return the optimizer of that name; raises ValueError where it needs a closure."""
-    found = _look_up(name, _OPTIMIZERS, "optimizer")
+    found: type[torch.optim.Optimizer] = _look_up(name, _OPTIMIZERS, "optimizer")
     if inspect.signature(found.step).parameters["closure"].default is inspect.Parameter.empty:
         raise ValueError(
             f"{name} evaluates the loss several times in one step (it needs a closure), and a step "
@@ -102,7 +104,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 def schedule_class(name: str) -> type[lr_scheduler.LRScheduler]:
     """Return the schedule of that name; raises ValueError where a file cannot express it."""
-    found = _look_up(name, _SCHEDULES, "schedule of torch.optim.lr_scheduler")
+    found: type[lr_scheduler.LRScheduler] = _look_up(name, _SCHEDULES, "schedule of lr_scheduler")
     if name in _NEEDS_FUNCTIONS:
         raise ValueError(f"{name} takes a function, which a file cannot hold; use it from Python")
     if name in _NEEDS_SCHEDULES:
@@ -119,7 +121,7 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     layers = _table(experiment, "model").get("layers")
     for index, text in enumerate(layers if isinstance(layers, list) else []):
         if isinstance(text, str):
-            faults += _faults_of(f"model.layers[{index}]", lambda text=text: _check_layer(text))
+            faults += _faults_of(f"model.layers[{index}]", partial(_check_layer, text))
     for section, find in (
         ("loss", loss_class),
         ("optimizer", optimizer_class),
@@ -131,9 +133,7 @@ def names_faults(experiment: Mapping[str, Any]) -> list[Fault]:
     return faults
 
 
-def _section_faults(
-    section: str, table: Mapping[str, Any], find: Callable[[str], type]
-) -> list[Fault]:
+def _section_faults(section: str, table: Mapping[str, Any], find: Callable[[str], type]) -> list[Fault]:
     unknown_name = _faults_of(f"{section}.name", lambda: find(table["name"]))
     if unknown_name:
         return unknown_name
@@ -157,8 +157,7 @@ def keyword_parameters(cls: type) -> dict[str, bool]:
     return {
         p.name: p.default is p.empty
         for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and p.name not in ("params", "optimizer")
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ("params", "optimizer")
     }
 
 

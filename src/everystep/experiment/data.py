@@ -125,9 +125,7 @@ def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: T
         indices=experiment.model.layers[0].startswith("Embedding"),
     )
     x_training, y_training = map(torch.from_numpy, preparation.apply(x[training], y[training]))
-    x_validation, y_validation = map(
-        torch.from_numpy, preparation.apply(x[validation], y[validation])
-    )
+    x_validation, y_validation = map(torch.from_numpy, preparation.apply(x[validation], y[validation]))
     kept_out = (x_validation, y_validation) if len(validation) else None
     return Data(x_training, y_training, kept_out, preparation)
 

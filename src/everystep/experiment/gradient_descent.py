@@ -30,7 +30,7 @@ class GradientDescent(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Subtract `gradient * lr` from every parameter that has a gradient, in place."""
         loss = None
         if closure is not None:

@@ -57,9 +57,7 @@ def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:
     try:
         value = loss(prediction, target)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ModelError(
-            f"{name} cannot compare the model's output with the target: {error}"
-        ) from None
+        raise ModelError(f"{name} cannot compare the model's output with the target: {error}") from None
     if value.numel() != 1:
         raise ExperimentError(
             [

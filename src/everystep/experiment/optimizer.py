@@ -36,9 +36,7 @@ def with_fused(experiment: Experiment, device: torch.device) -> Experiment:
     return experiment.model_copy(update={"optimizer": pinned})
 
 
-def build_optimizer(
-    optimizer: Optimizer, parameters: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
+def build_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Make the optimizer over these parameters.
 
     Raises:

@@ -49,7 +49,8 @@ class Scaling(Fitted):
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Return `values` (N, ...) scaled, in float64."""
         flat = values.reshape(len(values), -1).astype(np.float64)
-        return ((flat - np.array(self.mean)) / np.array(self.deviation)).reshape(values.shape)
+        scaled: np.ndarray = (flat - np.array(self.mean)) / np.array(self.deviation)
+        return scaled.reshape(values.shape)
 
 
 class ArrayPreparation(Fitted):

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -279,7 +280,7 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
         int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path)
     ]
     place: Any = raw
-    for key, following in zip(keys, keys[1:], strict=False):
+    for key, following in pairwise(keys):
         if isinstance(place, dict) and isinstance(key, str):
             place = place.setdefault(key, [] if isinstance(following, int) else {})
         elif isinstance(place, list) and isinstance(key, int) and key < len(place):
@@ -337,7 +338,9 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem = f"unknown key; {cure}".removesuffix("; ")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", str(context["expected"]))
-            problem = f"{detail['input']!r} is not possible; {did_you_mean(str(detail['input']), allowed)}"
+            problem = (
+                f"{detail['input']!r} is not possible; {did_you_mean(str(detail['input']), allowed)}"
+            )
             problem = problem.removesuffix("; ") + f" (one of {', '.join(allowed)})"
         case _:
             problem = detail["msg"].replace("Input should", "should")
@@ -346,7 +349,12 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
     return Fault(path, problem)
 
 
-_DATA = {"random": RandomData, "bundled": BundledData, "table": TableData, "arrays": ArrayData}
+_DATA: dict[str, type[Section]] = {
+    "random": RandomData,
+    "bundled": BundledData,
+    "table": TableData,
+    "arrays": ArrayData,
+}
 _SOURCES = list(_DATA)
 _CURES = {
     "data": 'add [data] with source = "random", "bundled", "table" or "arrays"',
@@ -371,7 +379,7 @@ def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> list[s
     if section == "data":
         source = raw["data"].get("source")
         return list(_DATA[source].model_fields) if source in _DATA else []
-    return list({"model": Model, "schedule": Schedule}[str(section)].model_fields)
+    return list((Model if section == "model" else Schedule).model_fields)
 
 
 def _elsewhere(key: str, location: list[Any]) -> str:

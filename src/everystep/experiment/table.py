@@ -57,9 +57,7 @@ class Table:
                 raise DataError(f"column {column.name!r} has no value in the training rows")
             fill = float(known.mean())
             values = values.fill_nan(None).fill_null(fill)
-        scaling = (
-            Scaling.fit(values.to_numpy()[:, np.newaxis]) if self.specification.scale else None
-        )
+        scaling = Scaling.fit(values.to_numpy()[:, np.newaxis]) if self.specification.scale else None
         return NumericColumn(name=column.name, fill=fill, scaling=scaling)
 
     def _fit_classes(self, frame: pl.DataFrame) -> list[Class] | None:
@@ -115,9 +113,9 @@ def _read(path: Path, separator: str | None) -> pl.DataFrame:
         ".tsv": lambda: _read_text(path, separator or "\t"),
         ".txt": lambda: _read_text(path, separator or "\t"),
         ".parquet": lambda: pl.read_parquet(path),
-        ".arrow": lambda: pl.read_ipc(path, memory_map=False),
-        ".feather": lambda: pl.read_ipc(path, memory_map=False),
-        ".ipc": lambda: pl.read_ipc(path, memory_map=False),
+        ".arrow": lambda: pl.read_ipc(path),
+        ".feather": lambda: pl.read_ipc(path),
+        ".ipc": lambda: pl.read_ipc(path),
     }
     if not path.is_file():
         raise DataError(
@@ -136,9 +134,7 @@ def _read(path: Path, separator: str | None) -> pl.DataFrame:
 
 def _read_text(path: Path, separator: str) -> pl.DataFrame:
     # Types are inferred from the whole file: a word in the last row must not be a surprise.
-    return pl.read_csv(
-        path, separator=separator, null_values=_MISSING_WORDS, infer_schema_length=None
-    )
+    return pl.read_csv(path, separator=separator, null_values=_MISSING_WORDS, infer_schema_length=None)
 
 
 def _is_numeric(column: pl.Series) -> bool:

@@ -148,7 +148,8 @@ class Database:
             "SELECT count(*), (SELECT loss FROM steps ORDER BY step LIMIT 1), "
             "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps"
         )
-        return rows[0]
+        count, first, last = rows[0]
+        return count, first, last
 
     def measurements(self) -> list[tuple[str, int, float | None]]:
         """Return (name, step, value) in order of names, then steps."""

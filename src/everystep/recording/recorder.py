@@ -172,7 +172,7 @@ class Recorder:
         digest = hashlib.sha256()
         for name in sorted(tensors):
             digest.update(name.encode())
-            digest.update(memoryview(tensors[name].contiguous().view(-1).view(_bytes()).numpy()))
+            digest.update(_bytes_of(tensors[name]))
         facts = {"stored": content is not None, "bytes": size, "digest": digest.hexdigest()}
         self._in_transaction(lambda: self._database.write_facts({"data.file": facts}))
 
@@ -197,7 +197,8 @@ class Recorder:
         )
 
 
-def _bytes() -> Any:
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a CPU tensor of any dtype, as hashlib takes them, without a copy."""
     import torch
 
-    return torch.uint8
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

@@ -92,6 +92,21 @@ class RecordedRun:
         frame = pl.DataFrame(rows, schema=schema, orient="row")
         return frame.with_columns(pl.col("value").fill_null(math.nan))
 
+    def table_frame(self, last: int | None = None) -> polars.DataFrame:
+        """Return the losses of all or the last steps with a column for each measurement.
+
+        A step without that measurement has null there. What was measured of state 0, before the
+        first step, has no row.
+        """
+        import polars as pl
+
+        frame = self.last_losses(last)
+        measured = self.measurements
+        for name in measured["name"].unique(maintain_order=True):
+            values = measured.filter(pl.col("name") == name).select("step", pl.col("value").alias(name))
+            frame = frame.join(values, on="step", how="left", maintain_order="left")
+        return frame
+
     @property
     def snapshots(self) -> list[int]:
         """The steps (0 is before the first) whose state is on disk."""

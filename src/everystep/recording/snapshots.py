@@ -41,9 +41,7 @@ def write_snapshot(folder: Path, state: State) -> SnapshotRow:
         files = {
             PARAMETERS: save(state.parameters),
             # One key only: safetensors writes several in no fixed order, and the digest must hold.
-            REST: save(
-                state.rest, metadata={"everystep": json.dumps(state.settings, sort_keys=True)}
-            ),
+            REST: save(state.rest, metadata={"everystep": json.dumps(state.settings, sort_keys=True)}),
         }
         digest = hashlib.sha256()
         for file_name, content in files.items():

@@ -38,7 +38,7 @@ class Evaluation:
         afterwards as they were.
         """
         with generators_preserved(self.device), _evaluating(self.model):
-            parts = [self.model(part) for part in self.x.split(self.rows)]
+            parts = [self.model(part) for part in torch.split(self.x, self.rows)]
             prediction = torch.cat(parts) if len(parts) > 1 else parts[0]
             return {name: float(f(prediction, self.y)) for name, f in self.measurements.items()}
 

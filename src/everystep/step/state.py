@@ -94,9 +94,7 @@ class State:
     ) -> State:
         """Copy the state after `step`; touches neither the training nor its generators."""
         parameters = {
-            name: _copy(value)
-            for name, value in model.state_dict().items()
-            if isinstance(value, Tensor)
+            name: _copy(value) for name, value in model.state_dict().items() if isinstance(value, Tensor)
         }
         outside = {
             f"buffer/{name}": _copy(buffer)
@@ -141,10 +139,12 @@ def _optimizer_parts(
             for key, value in group.items()
             if isinstance(value, Tensor)
         }
-        groups.append(
-            {key: _plain(value) for key, value in group.items() if not isinstance(value, Tensor)}
-            | {"params": [named[parameter] for parameter in group["params"]]}
-        )
+        settings = {
+            key: _plain(value)
+            for key, value in group.items()
+            if key != "params" and not isinstance(value, Tensor)
+        }
+        groups.append(settings | {"params": [named[parameter] for parameter in group["params"]]})
     return tensors, {"class": type(optimizer).__qualname__, "groups": groups, "values": values}
 
 

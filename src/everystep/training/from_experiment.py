@@ -71,7 +71,7 @@ def _job(experiment: Experiment, name: str, device: torch.device) -> Job:
     loss.to(device)
     _check_schedule(experiment)
     optimizer = build_optimizer(experiment.optimizer, model.parameters())
-    schedule = experiment.schedule and build_schedule(experiment.schedule, optimizer)
+    schedule = build_schedule(experiment.schedule, optimizer) if experiment.schedule else None
     on_device = data.to(device)
     trainee = Trainee(
         model=model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -114,9 +114,7 @@ class Objects:
             ),
             (
                 "validation",
-                _must_be(
-                    "a pair of tensors (x, y) or a share of the rows such as 0.2", self.validation
-                ),
+                _must_be("a pair of tensors (x, y) or a share of the rows such as 0.2", self.validation),
                 not (self.validation is None or is_fraction or is_validation_pair),
             ),
             (
@@ -206,7 +204,7 @@ def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None,
                     "validation and metrics need data that stays the same, but the Dataset gives "
                     "other rows when read again; evaluate such a model outside everystep"
                 )
-            return None, len(objects.data)
+            return None, len(objects.data)  # type: ignore[arg-type]  # checked just now
         pair: Pair = read_dataset(objects.data, objects.dataset_limit, progress.reading)
     else:
         pair = cast(Pair, objects.data)
@@ -273,7 +271,7 @@ def _device(objects: Objects, name: str | None) -> torch.device:
     return device
 
 
-def _is_dataset(data: Any) -> bool:
+def _is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
     return isinstance(data, Dataset) or (
         not isinstance(data, tuple | list | Tensor | np.ndarray | Mapping)
         and hasattr(data, "__getitem__")

@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,7 @@ FLUSH_SECONDS = 0.1
 TIMED_STEPS = 8
 
 
-def run_job(
-    job: Job, directory: Path | None, runs: Path, budget: int, progress: Progress
-) -> Outcome:
+def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress: Progress) -> Outcome:
     """Train, recording every step.
 
     Args:
@@ -196,25 +195,25 @@ class _Training:
 
 def _finish_failed(recorder: Recorder, training: _Training, error: BaseException) -> None:
     """Close the run of a training that raised; what the training raised comes first."""
-    try:
+    with suppress(Exception):  # the device or the disk may be what failed
         training.flush()
-    except Exception:  # the device or the disk may be what failed
-        pass
     reason = str(error).strip() or type(error).__name__
-    try:
+    with suppress(Exception):
         recorder.finish({"status": "failed", "reason": reason, "finished": _now()})
-    except Exception:  # likewise
-        pass
 
 
 def _circumstances(job: Job) -> dict[str, Any]:
-    packages = ("everystep", "torch", "numpy", "safetensors")
     return {
         "steps": job.steps,
         "engine": "eager",
         "numerics": numerics.Numerics.read(job.trainee.device).to_json(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
 
 
 def _now() -> str:

@@ -21,9 +21,7 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
     """
     found: dict[str, Measurement] = {"validation_loss": loss}
     if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
-        found["validation_accuracy"] = _binary_accuracy(
-            0.5 if isinstance(loss, nn.BCELoss) else 0.0
-        )
+        found["validation_accuracy"] = _binary_accuracy(0.5 if isinstance(loss, nn.BCELoss) else 0.0)
     elif target.dtype == torch.int64:
         found["validation_accuracy"] = _accuracy
     elif target.is_floating_point() and target.ndim <= 2 and len(target) > 1:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from everystep.recording.run import Summary
+from everystep.recording.run import RecordedRun, Summary
 
-__all__ = ["Silent", "TerminalProgress", "header", "number", "runs_table"]
+if TYPE_CHECKING:
+    import polars
+
+__all__ = [
+    "Silent",
+    "TerminalProgress",
+    "closing",
+    "header",
+    "losses_text",
+    "number",
+    "runs_json",
+    "runs_table",
+    "shortest",
+]
 
 _LABEL_WIDTH = 8
 
@@ -91,9 +107,7 @@ class TerminalProgress(Silent):
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
         """Move the bar; write the lines."""
         if self._lines is not None:
-            text = "".join(
-                f"{step}\t{shortest(loss)}\n" for step, loss in enumerate(losses, first_step)
-            )
+            text = "".join(f"{step}\t{shortest(loss)}\n" for step, loss in enumerate(losses, first_step))
             self._lines.write(text)
             self._lines.flush()
         self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
@@ -138,6 +152,71 @@ class _Speed(ProgressColumn):
         return Text(f"{speed:,.0f}/s" if speed else "", style="dim")
 
 
+def closing(directory: Path, reason: str | None) -> str:
+    """Return the last words of a training: how it ended, where the run is, what to type next."""
+    run = RecordedRun(directory)
+    summary = run.summary()
+    seconds = run.facts.get("seconds", math.nan)
+    lines = [] if reason is None else [f"stopped {reason}", ""]
+    measured = "".join(
+        f", {name} {number(value)}" for name, value in _latest_measurements(run).items() if name != "lr"
+    )
+    loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if summary.steps else ""
+    lines.append(f"{summary.steps:,} steps in {seconds:.3g} s{loss}{measured}")
+    lines.append(f"recorded in {directory}")
+    argument = shlex.quote(_shortest_name(directory))
+    lines += [
+        "",
+        "next:",
+        f"  everystep losses {argument} --last 5",
+        f"  everystep table {argument} -o losses.html",
+        f"  everystep plot {argument} -o loss.png",
+        f"  everystep report {argument} -o report.html",
+    ]
+    return "\n".join(lines)
+
+
+def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"]) -> str:
+    """Return a table of losses and measurements as text, every number in full precision."""
+    if style == "csv":
+        return frame.write_csv(null_value="")
+    columns = {name: frame[name].to_list() for name in frame.columns}
+    if style == "json":
+        values = [[_json_number(value) for value in column] for column in columns.values()]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+        return json.dumps(rows, indent=1) + "\n"
+    cells = [
+        [name, *("-" if v is None else str(v) if name == "step" else shortest(v) for v in column)]
+        for name, column in columns.items()
+    ]
+    widths = [max(map(len, column)) for column in cells]
+    rows_of_cells = zip(*cells, strict=True)
+    return "".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) + "\n"
+        for row in rows_of_cells
+    )
+
+
+def runs_json(runs: Iterable[Summary]) -> str:
+    """Return the runs as a JSON array."""
+    return json.dumps(
+        [
+            {
+                "name": run.name,
+                "directory": str(run.directory),
+                "status": run.status,
+                "steps": run.steps,
+                "planned_steps": run.planned,
+                "first_loss": _json_number(run.first_loss),
+                "last_loss": _json_number(run.last_loss),
+                "started": run.started.isoformat(),
+            }
+            for run in runs
+        ],
+        indent=1,
+    )
+
+
 def shortest(loss: float) -> str:
     """Return the fewest digits that give this float32 (or else float64) back."""
     import numpy as np
@@ -177,9 +256,7 @@ def _labelled(label: str, text: str) -> str:
 def _data_text(facts: dict[str, Any]) -> str:
     data = facts["data"]
     what = data.get("name") or Path(data.get("path", data["source"])).name
-    shapes = (
-        f"x {_shape(data['x'])}, y {_shape(data['y'])}" if "x" in data else f"{data['rows']} rows"
-    )
+    shapes = f"x {_shape(data['x'])}, y {_shape(data['y'])}" if "x" in data else f"{data['rows']} rows"
     kept_out = data.get("validation_rows")
     return f"{what}: {shapes}" + (f"; {kept_out} rows for validation" if kept_out else "")
 
@@ -205,3 +282,17 @@ def _steps_text(facts: dict[str, Any]) -> str:
 
 def _shape(sizes: list[int]) -> str:
     return "(" + ", ".join(map(str, sizes)) + ")"
+
+
+def _json_number(value: float | None) -> float | int | str | None:
+    """Return what JSON can hold: it has no nan and no infinity."""
+    return str(value) if value is not None and not math.isfinite(value) else value
+
+
+def _latest_measurements(run: RecordedRun) -> dict[str, float]:
+    return {name: value for name, _, value in run.measurements.iter_rows()}
+
+
+def _shortest_name(directory: Path) -> str:
+    """Return what a user need type: the bare name of a run in runs/."""
+    return directory.name if directory.parent == Path("runs") else str(directory)

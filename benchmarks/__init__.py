@@ -1,0 +1,1 @@
+"""The project's benchmark: one runner, every peer, one table. `python -m benchmarks`."""

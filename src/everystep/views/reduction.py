@@ -1,0 +1,59 @@
+"""Fewer points that look the same: the smallest and the largest value of every bucket of steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import polars
+
+__all__ = ["reduce"]
+
+
+def reduce(
+    frame: polars.DataFrame, buckets: int, step: str = "step", value: str = "loss"
+) -> polars.DataFrame:
+    """Return the rows of `frame` that a plot of it needs, so that no spike is lost.
+
+    The range of steps is cut into buckets of equal width. Kept are, of each bucket, the first row
+    with its smallest and with its largest finite value and its first row that is not finite; and the
+    first and the last row of all. Rows come back unaltered, with all their columns, in their order.
+
+    Args:
+        frame: in ascending order of its steps; a missing value counts as NaN.
+        buckets: how many, at least 1. A frame of up to twice as many rows is returned as it is; of a
+            longer one, at most three rows a bucket and two more are kept.
+        step: the column of the steps, integers.
+        value: the column of the values, numbers.
+    """
+    assert buckets >= 1
+    if len(frame) <= 2 * buckets:
+        return frame
+    steps = frame[step].to_numpy()
+    values = frame[value].to_numpy().astype(np.float64)
+    bucket_of = (steps - steps[0]) * buckets // (steps[-1] - steps[0] + 1)
+    starts = np.flatnonzero(np.diff(bucket_of, prepend=-1))
+    sizes = np.diff(starts, append=len(values))
+
+    finite = np.isfinite(values)
+    smallest = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
+    largest = np.maximum.reduceat(np.where(finite, values, -np.inf), starts)
+    kept = np.zeros(len(values), dtype=bool)
+    kept[[0, -1]] = True
+    for wanted in (
+        finite & (values == np.repeat(smallest, sizes)),
+        finite & (values == np.repeat(largest, sizes)),
+        ~finite,
+    ):
+        kept[_first_of_each(wanted, bucket_of)] = True
+    return frame[np.flatnonzero(kept)]
+
+
+def _first_of_each(wanted: NDArray[np.bool_], bucket_of: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the index of the first wanted row of each bucket that has one."""
+    rows = np.flatnonzero(wanted)
+    is_first = np.diff(bucket_of[rows], prepend=-1) > 0
+    return rows[is_first]
