@@ -175,11 +175,20 @@ def _check_layer(text: str) -> None:
 def _try_section(section: str, table: Mapping[str, Any], cls: type) -> None:
     keywords = {key: value for key, value in table.items() if key not in ("name", "every")}
     if section == "loss":
+        _check_reduction(keywords.get("reduction", "mean"))
         weights = {k: torch.ones(1) for k in ("weight", "pos_weight") if k in keywords}
         _construct(table["name"], lambda: cls(**keywords | weights))
     elif section == "optimizer":
         parameter = nn.Parameter(torch.zeros(2, 2))
         _construct(table["name"], lambda: cls([parameter], **_tuples(keywords)))
+
+
+def _check_reduction(reduction: Any) -> None:
+    """Check what torch looks at only when the loss is computed."""
+    if reduction == "none":
+        raise ValueError("reduction 'none' gives a loss for each row; a step needs one: mean or sum")
+    if reduction not in ("mean", "sum", "batchmean"):
+        raise ValueError(f"{reduction!r} is no reduction; take 'mean' or 'sum'")
 
 
 def _construct(what: str, make: Callable[[], Any]) -> None:

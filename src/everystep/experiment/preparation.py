@@ -164,7 +164,7 @@ class TablePreparation(Fitted):
     def targets(self, frame: pl.DataFrame) -> np.ndarray:
         """Return y: (N,) int64 class indices, or (N, targets) float32."""
         if self.classes is None:
-            return frame.select(pl.col(self.target).cast(pl.Float32)).to_numpy()
+            return frame.select(pl.col(self.target).cast(pl.Float32)).to_numpy(writable=True)
         index = {value: position for position, value in enumerate(self.classes)}
         values = frame[self.target[0]].to_list()
         new = sorted({str(value) for value in values if value not in index})

@@ -50,14 +50,18 @@ def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
                 ) from None
             if candidate.parent.is_dir():
                 continue
-            raise RecordingError(f"{candidate.parent} is no directory") from None
+            raise _cannot_create(candidate, f"{candidate.parent} is no directory") from None
         except OSError as error:
-            raise RecordingError(
-                f"cannot create the run's directory {candidate}: {error.strerror}; choose a place "
-                "that can be written to (--run, or directory= in Python)"
-            ) from None
+            raise _cannot_create(candidate, error.strerror) from None
         return candidate
     raise AssertionError("the count is endless")
+
+
+def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
+    return RecordingError(
+        f"cannot create the run's directory {directory}: {reason}; choose a place that can be written "
+        "to (--run, or directory= in Python)"
+    )
 
 
 class Recorder:
@@ -166,7 +170,7 @@ class Recorder:
         from safetensors.torch import save
 
         size = sum(tensor.nbytes for tensor in tensors.values())
-        content = save(tensors) if size <= DATA_LIMIT else None
+        content = save(_unshared(tensors)) if size <= DATA_LIMIT else None
         if content is not None:
             (self.directory / "data.safetensors").write_bytes(content)
         digest = hashlib.sha256()
@@ -195,6 +199,16 @@ class Recorder:
             f"writing the run {self.directory} failed: {reason}; {kept}. "
             "Make room or choose another place, and train again"
         )
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous, each in memory of its own, as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        taken = {other.untyped_storage().data_ptr() for other in found.values()}
+        alone = tensor.contiguous()
+        found[name] = alone.clone() if alone.untyped_storage().data_ptr() in taken else alone
+    return found
 
 
 def _bytes_of(tensor: Tensor) -> Any:

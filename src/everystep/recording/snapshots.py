@@ -97,18 +97,19 @@ class SnapshotPlan:
     def add(self, step: int, size: int) -> list[int]:
         """Count a snapshot of `size` bytes in; return the steps of those to give up for it."""
         self.kept[step] = size
-        given_up: list[int] = []
+        given_up = self._take_out_between()
         while sum(self.kept.values()) > self.budget and len(self.kept) > 2:
-            if not any(self._is_between(s) for s in self.kept):
-                break
             self.interval = 2 * (self.interval or 1)
-            given_up += [s for s in self.kept if self._is_between(s) and s % self.interval]
-            for gone in given_up:
-                self.kept.pop(gone, None)
+            given_up += self._take_out_between()
         return given_up
 
-    def _is_between(self, step: int) -> bool:
-        return 0 < step < max(self.kept)
+    def _take_out_between(self) -> list[int]:
+        """Take out what lies off the interval, between state 0 and the newest."""
+        newest, interval = max(self.kept), self.interval or 1
+        off = [step for step in self.kept if 0 < step < newest and step % interval]
+        for step in off:
+            del self.kept[step]
+        return off
 
 
 def remove_snapshots(folder: Path, steps: list[int], forget: Callable[[list[int]], None]) -> None:

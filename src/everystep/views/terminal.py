@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -108,8 +109,12 @@ class TerminalProgress(Silent):
         """Move the bar; write the lines."""
         if self._lines is not None:
             text = "".join(f"{step}\t{shortest(loss)}\n" for step, loss in enumerate(losses, first_step))
-            self._lines.write(text)
-            self._lines.flush()
+            try:
+                self._lines.write(text)
+                self._lines.flush()
+            except BrokenPipeError:  # whoever read them has gone (`| head`); the training goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._lines.fileno())
+                self._lines = None
         self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
 
     def notice(self, message: str) -> None:
@@ -281,7 +286,7 @@ def _steps_text(facts: dict[str, Any]) -> str:
 
 
 def _shape(sizes: list[int]) -> str:
-    return "(" + ", ".join(map(str, sizes)) + ")"
+    return str(tuple(sizes))
 
 
 def _json_number(value: float | None) -> float | int | str | None:

@@ -1,0 +1,240 @@
+"""The loss as the chapter plots it: points of loss against iteration, by plotnine's ggplot."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import plotnine as p9
+import polars as pl
+
+from everystep.errors import UsageError, did_you_mean
+from everystep.views.reduction import reduce
+
+if TYPE_CHECKING:
+    from everystep.recording.run import RecordedRun
+
+__all__ = ["loss_plot", "save_plot"]
+
+#: Of a series of more than twice as many points, so many evenly spread ones are drawn, and the
+#: extremes of so many buckets: these alone would look like two bands.
+BUCKETS = 2000
+#: More marks than this look the same.
+MARKS = 1000
+#: Of one run: ink for the loss, and colours for measurements. Of several: colours for each run.
+INK = "#1c1d20"
+ALARM = "#b3261e"
+COLOURS = ["#2a5db0", "#c2570c", "#1a7a5a", "#8a4bc4", "#a83264", "#6b6f78", "#8a6d0a", "#0b7f93"]
+LINES = ["solid", "dashed", "dotted", "dashdot"]
+SUFFIXES = (".png", ".svg", ".pdf")
+DOTS_PER_INCH = 150
+
+
+def loss_plot(
+    runs: Sequence[RecordedRun], log: bool = False, measurements: Sequence[str] = ()
+) -> p9.ggplot:
+    """Return the losses of one run or several as points, and measurements as lines.
+
+    Of a long run, a few thousand points are drawn, among them the extremes of every stretch of it.
+    Losses that are not finite are marked at the bottom, and counted in the caption.
+
+    Args:
+        runs: at least one; several are told apart by colour.
+        log: a log10 axis; values that are not positive are left out, as the caption then says.
+        measurements: names of what to draw besides the loss; a run that lacks one goes without.
+
+    Raises:
+        UsageError: there is no run, or a measurement that none of them has.
+    """
+    if not runs:
+        raise UsageError("there is nothing to plot; give at least one run")
+    names = _names(runs)
+    points, marks, notes = [], [], []
+    for run, name in zip(runs, names, strict=True):
+        frame = run.losses
+        points.append(_drawable(frame, name, "loss", log, notes))
+        marks.append(_nonfinite(frame, name, notes))
+    lines = _measured(runs, names, measurements, log, notes)
+    several = len(runs) > 1
+    frame = pd.concat(points)
+    plot = p9.ggplot(frame, p9.aes("step", "value")) + _layers(several, frame, pd.concat(marks), lines)
+    if several:
+        plot += p9.scale_colour_manual(_repeated(COLOURS, len(names)), breaks=names, limits=names)
+        plot += p9.guides(colour=p9.guide_legend(override_aes={"size": 3}))
+    elif len(lines):
+        plot += p9.scale_colour_manual(_repeated(COLOURS, len(measurements)))
+    if log and any(map(len, [*points, lines])):
+        plot += p9.scale_y_log10(minor_breaks=False)
+    others = [name for name in dict.fromkeys(measurements) if not name.endswith("loss")]
+    labels = p9.labs(
+        x="iteration",
+        y=", ".join(["loss", *map(_plain, others)]),
+        title="" if several else names[0],
+        caption="\n".join(notes),
+    )
+    return plot + p9.scale_x_continuous(labels=_thousands) + labels + _look()
+
+
+def save_plot(plot: p9.ggplot, path: str | Path) -> None:
+    """Write a plot as .png, .svg or .pdf, by the path's suffix.
+
+    Raises:
+        UsageError: the suffix is another, or nothing can be written there.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"{path}: a plot is written as {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
+    with _quiet():
+        try:
+            plot.save(path, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _names(runs: Sequence[RecordedRun]) -> list[str]:
+    """Return what to call each run: its name, or its directory where the name is not the only one."""
+    count = Counter(run.name for run in runs)
+    named = [run.name if count[run.name] == 1 else str(run.directory) for run in runs]
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(named):
+        seen[name] += 1
+        if seen[name] > 1:
+            named[index] = f"{name} ({seen[name]})"
+    return [_plain(name) for name in named]
+
+
+def _drawable(
+    frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]
+) -> pd.DataFrame:
+    """Return the points to draw: run, step, value; notes what had to be left out."""
+    finite = frame.filter(pl.col(column).is_finite())
+    if log:
+        positive = finite.filter(pl.col(column) > 0)
+        left_out = len(finite) - len(positive)
+        if left_out:
+            what = "losses" if column == "loss" else "values"
+            notes.append(f"{name}: {left_out:,} {what} of 0 or less are left out of the log axis")
+        finite = positive
+    extremes = reduce(finite, BUCKETS, value=column)
+    if len(extremes) < len(finite):
+        spread = finite.gather_every(len(finite) // BUCKETS)
+        finite = pl.concat([extremes, spread]).unique("step").sort("step")
+    return _pandas(finite, name, column)
+
+
+def _nonfinite(frame: pl.DataFrame, name: str, notes: list[str]) -> pd.DataFrame:
+    """Return where the loss is not finite; notes how often, and since when."""
+    wrong = frame.filter(~pl.col("loss").is_finite())
+    if len(wrong):
+        notes.append(
+            f"{name}: the loss is not finite at {len(wrong):,} of {len(frame):,} steps, "
+            f"first {wrong['loss'].item(0)} at step {wrong['step'].item(0):,}"
+        )
+    return _pandas(wrong.gather_every(max(1, -(-len(wrong) // MARKS))), name, "loss")
+
+
+def _measured(
+    runs: Sequence[RecordedRun],
+    names: Sequence[str],
+    measurements: Sequence[str],
+    log: bool,
+    notes: list[str],
+) -> pd.DataFrame:
+    """Return the lines to draw: run, step, value, measurement."""
+    if not measurements:
+        return pd.DataFrame()
+    frames = [run.measurements for run in runs]
+    known = sorted(set(pl.concat(frame["name"] for frame in frames)))
+    lines = []
+    for wanted in dict.fromkeys(measurements):
+        if wanted not in known:
+            cure = did_you_mean(wanted, known) if known else "only the loss was recorded"
+            raise UsageError(f"no measurement {wanted!r}; {cure}")
+        for frame, name in zip(frames, names, strict=True):
+            of_run = frame.filter(pl.col("name") == wanted)
+            line = _drawable(of_run, f"{name}, {_plain(wanted)}", "value", log, notes)
+            lines.append(line.assign(run=name, measurement=_plain(wanted)))
+    return pd.concat(lines)
+
+
+def _pandas(frame: pl.DataFrame, name: str, column: str) -> pd.DataFrame:
+    values = {"step": frame["step"].to_numpy(), "value": frame[column].to_numpy().astype(np.float64)}
+    return pd.DataFrame(values).assign(run=name)
+
+
+def _layers(
+    several: bool, points: pd.DataFrame, marks: pd.DataFrame, lines: pd.DataFrame
+) -> list[Any]:
+    """Return points, lines and marks; colour tells runs apart, or else measurements."""
+    size = 1.4 if len(points) <= 2 * BUCKETS else 0.9
+    if several:
+        layers = [p9.geom_point(p9.aes(colour="run"), size=size, stroke=0)]
+    else:
+        layers = [p9.geom_point(colour=INK, size=size, stroke=0)]
+    if len(lines):
+        by = (
+            p9.aes(colour="run", linetype="measurement", group="run + measurement")
+            if several
+            else p9.aes(colour="measurement")
+        )
+        layers.append(p9.geom_line(by, data=lines, size=0.7))
+        if several:
+            layers.append(p9.scale_linetype_manual(_repeated(LINES, lines["measurement"].nunique())))
+    if len(marks):
+        layers.append(
+            p9.geom_rug(p9.aes(x="step"), data=marks, inherit_aes=False, sides="b", colour=ALARM)
+        )
+    return layers
+
+
+def _look() -> p9.theme:
+    """Return a quiet theme: white, thin lines, the text a little lighter than the points."""
+    quiet = p9.element_text(colour="#5c6068")
+    return p9.theme_minimal(base_size=11) + p9.theme(
+        figure_size=(8, 5),
+        plot_margin=0.02,
+        plot_background=p9.element_rect(fill="white", colour="white"),
+        plot_title=p9.element_text(colour=INK, size=13, ha="left"),
+        plot_caption=p9.element_text(colour="#5c6068", size=8, ha="left"),
+        axis_text=quiet,
+        axis_title=quiet,
+        legend_title=p9.element_blank(),
+        panel_grid_minor=p9.element_blank(),
+        panel_grid_major=p9.element_line(colour="#e3e4e8", size=0.5),
+    )
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib draws as it is: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def _thousands(ticks: Sequence[float]) -> list[str]:
+    return [f"{tick:,.0f}" if tick == round(tick) else f"{tick:g}" for tick in ticks]
+
+
+def _repeated(values: Sequence[str], count: int) -> list[str]:
+    return [values[index % len(values)] for index in range(count)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep plotnine's and matplotlib's remarks from the user: what matters stands in the caption."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,207 @@
+"""The losses as a table to browse, by DataTables; complete in itself, with nothing to fetch.
+
+DataTables comes with itables. The page talks to DataTables directly, because itables' own page is
+three times as large and cannot sort blanks, NaN and infinities apart from numbers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shlex
+from base64 import b64encode
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from everystep.errors import UsageError
+from everystep.views.reduction import reduce
+
+if TYPE_CHECKING:
+    from everystep.recording.run import RecordedRun
+
+__all__ = ["LossTable", "environment", "loss_table", "shortest_texts"]
+
+#: Rows that stand in the page as plain HTML, for where scripts do not run.
+STATIC_ROWS = 10
+#: An excerpt of fewer rows would say nothing.
+FEWEST_ROWS = 100
+
+
+class LossTable:
+    """The losses and measurements of a run, as a table; notebooks show it by themselves.
+
+    frame: the rows of the table: step, loss, and a column for each measurement, null where there is
+        none.
+    """
+
+    def __init__(self, name: str, frame: pl.DataFrame, total: int, stride: int | None) -> None:
+        self.frame = frame
+        self._name = name
+        self._total = total
+        self._stride = stride
+
+    def __repr__(self) -> str:
+        return f"{self.caption()}\n{self.frame}"
+
+    def _repr_html_(self) -> str:
+        return self.fragment()
+
+    def caption(self) -> str:
+        """Return in a sentence what the rows are, and how to get all where they are an excerpt."""
+        if self._stride is None:
+            return f"{self._total:,} rows, all there are"
+        return f"{self._excerpt_text()}; all: {self._command()}"
+
+    def fragment(self) -> str:
+        """Return the table as a piece of HTML that can stand in another page, more than once."""
+        titles = self.frame.columns
+        steps, *numbers = self.frame.get_columns()
+        columns = [steps.to_list(), *map(shortest_texts, numbers)]
+        static = list(zip(*(column[:STATIC_ROWS] for column in columns), strict=True))
+        return _rendered(
+            "table_fragment.html",
+            excerpt=None if self._stride is None else self._excerpt_text(),
+            command=self._command(),
+            total=len(self.frame),
+            static=static,
+            data={"name": self._name, "titles": titles, "columns": columns},
+            datatables=_datatables(),
+        )
+
+    def html(self) -> str:
+        """Return a complete page."""
+        lead = "The loss of every step" if self._stride is None else "The losses"
+        return _rendered("table.html", name=self._name, lead=lead, fragment=Markup(self.fragment()))
+
+    def save(self, path: str | Path) -> None:
+        """Write a complete page.
+
+        Raises:
+            UsageError: nothing can be written there.
+        """
+        try:
+            Path(path).write_text(self.html(), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+
+    def _excerpt_text(self) -> str:
+        return (
+            f"{len(self.frame):,} of {self._total:,} rows: every {self._stride:,}th step; of each "
+            f"{self._stride:,} steps the smallest and the largest value and the first that is not "
+            "finite; the first and the last step"
+        )
+
+    def _command(self) -> str:
+        return f"everystep losses {shlex.quote(self._name)} --csv"
+
+
+def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
+    """Return the losses and measurements of a run as a table.
+
+    Args:
+        run: the run.
+        rows: how many the table may have, at least 100. Of a longer run it holds an excerpt, and
+            says so: steps evenly spread, all minima and maxima between them, the first, the last.
+
+    Raises:
+        UsageError: there are too few `rows`.
+    """
+    if rows < FEWEST_ROWS:
+        raise UsageError(f"a table of {rows} rows is too short; rows must be at least {FEWEST_ROWS}")
+    losses = run.losses
+    measured = {
+        _title(str(name)): part.select("step", pl.col("value").alias(_title(str(name))))
+        for (name,), part in run.measurements.partition_by("name", as_dict=True).items()
+    }
+    frame = losses
+    for part in measured.values():
+        frame = frame.join(part, on="step", how="full", coalesce=True)
+    frame = frame.sort("step")
+    total = len(frame)
+    if total <= rows:
+        return LossTable(run.name, frame, total, None)
+    stride = _round_up(8 * total / rows)
+    kept = [
+        frame.filter(pl.col("step") % stride == 0)["step"],
+        reduce(losses, max(1, total // stride))["step"],
+        *(
+            reduce(part, max(1, rows // (8 * len(measured))), value=name)["step"]
+            for name, part in measured.items()
+        ),
+    ]
+    excerpt = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
+    return LossTable(run.name, excerpt, total, stride)
+
+
+def shortest_texts(values: pl.Series) -> list[str]:
+    """Return each number in the fewest digits that give it back; an empty text where it is null.
+
+    A column of Float32 is read as such. Of Float64, numbers that are float32 values, as most
+    measurements are, are written as such.
+    """
+    numbers = values.to_numpy()
+    with np.errstate(over="ignore"):
+        single = numbers.astype(np.float32)
+    is_single = (single == numbers) | np.isnan(single)
+    texts = [
+        str(short) if fits else repr(long)
+        for short, long, fits in zip(single, numbers.tolist(), is_single.tolist(), strict=True)
+    ]
+    if values.null_count():
+        for row in np.flatnonzero(values.is_null().to_numpy()):
+            texts[row] = ""
+    return texts
+
+
+@cache
+def environment() -> Environment:
+    """Return what renders the templates: all that they are given is escaped."""
+    found = Environment(
+        loader=PackageLoader("everystep.views"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.globals["asset"] = _asset
+    # `tojson` escapes <, > and & for use in a script element; NaN is not JSON.
+    found.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return found
+
+
+def _rendered(template: str, **values: Any) -> str:
+    return environment().get_template(template).render(**values)
+
+
+def _asset(name: str) -> Markup:
+    """Return a style sheet or script of ours, or one that is vendored."""
+    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+@cache
+def _datatables() -> str:
+    """Return DataTables, with its buttons, as itables bundles it: gzip in base64, for table.js."""
+    import itables.options
+
+    bundle = Path(itables.options.dt_bundle).read_bytes()
+    return b64encode(gzip.compress(bundle, mtime=0)).decode("ascii")
+
+
+def _title(measurement: str) -> str:
+    """Return the title of a measurement's column; the columns of the losses keep their own."""
+    return f"{measurement} (measured)" if measurement in ("step", "loss") else measurement
+
+
+def _round_up(number: float) -> int:
+    """Return the next of 1, 2, 5, 10, 20, 50, ..."""
+    power = 1
+    while True:
+        for leading in (1, 2, 5):
+            if leading * power >= number:
+                return leading * power
+        power *= 10

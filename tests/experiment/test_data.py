@@ -1,0 +1,190 @@
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.numpy import save_file
+from sklearn.preprocessing import StandardScaler
+
+from everystep.errors import DataError
+from everystep.experiment.data import make_data, split_rows
+from everystep.experiment.preparation import TablePreparation
+from everystep.experiment.specification import load
+
+
+def experiment(data, **others):
+    base = {
+        "steps": 1,
+        "model": {"layers": ["Linear(2, 1)"]},
+        "loss": {"name": "MSELoss"},
+        "optimizer": {"name": "SGD"},
+    }
+    return load(base | {"data": data} | others)
+
+
+def table(frame, target="y", classes=False, name="t.csv", **data):
+    pl.DataFrame(frame).write_csv(name)
+    made = experiment({"source": "table", "path": name, "target": target} | data)
+    return make_data(made, "classes" if classes else "values")
+
+
+def test_random_data_is_what_torch_draws():
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 1000), torch.randn(64, 10)
+    torch.manual_seed(0)
+    data = make_data(load("two-layer"), "values")
+    assert torch.equal(data.x, x)
+    assert torch.equal(data.y, y)
+
+
+def test_digits_are_images_with_classes():
+    data = make_data(load("digits"), "classes")
+    assert data.x.shape == (1438, 1, 8, 8)
+    assert data.x.dtype == torch.float32
+    assert data.y.dtype == torch.int64
+    assert len(data.validation[0]) == 359
+
+
+def test_a_table_becomes_numbers_and_its_preparation_survives_json():
+    frame = {"size": [1.0, 2.0, 3.0], "colour": ["red", "blue", "red"], "y": [10, 20, 30]}
+    data = table(frame)
+    assert data.preparation.x_names == ["size", "colour=blue", "colour=red"]
+    assert data.x.tolist() == [[1, 0, 1], [2, 1, 0], [3, 0, 1]]
+    assert data.y.tolist() == [[10], [20], [30]]
+    again = TablePreparation.model_validate_json(data.preparation.model_dump_json())
+    assert again == data.preparation
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "arrow"])
+def test_every_kind_of_table_is_read(suffix):
+    frame = pl.DataFrame({"a": [1.5, 2.5], "b": [3, 4], "y": ["no", "yes"]})
+    path = f"t.{suffix}"
+    {
+        "csv": frame.write_csv,
+        "tsv": lambda p: frame.write_csv(p, separator="\t"),
+        "parquet": frame.write_parquet,
+        "arrow": frame.write_ipc,
+    }[suffix](path)
+    data = make_data(experiment({"source": "table", "path": path, "target": "y"}), "classes")
+    assert data.x.tolist() == [[1.5, 3], [2.5, 4]]
+    assert data.y.tolist() == [0, 1]
+    assert data.preparation.classes == ["no", "yes"]
+
+
+def test_scaling_is_fitted_on_the_training_rows_as_scikit_learn_does():
+    values = np.random.default_rng(0).normal(5, 3, size=(40, 2))
+    frame = {"a": values[:, 0], "b": values[:, 1], "y": range(40)}
+    data = table(frame, scale="standard", validation=0.25)
+    training, validation = split_rows(40, 0.25, seed=0)
+    scaler = StandardScaler().fit(values[training])
+    np.testing.assert_allclose(data.x, scaler.transform(values[training]), rtol=1e-6)
+    np.testing.assert_allclose(data.validation[0], scaler.transform(values[validation]), rtol=1e-6)
+
+
+def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
+    frame = {"a": [1.0, None, 3.0], "y": [1, 2, 3]}
+    with pytest.raises(DataError, match=r"column 'a': 1 of 3 values are missing; set data\.missing"):
+        table(frame)
+    assert table(frame, missing="drop").x.tolist() == [[1], [3]]
+    assert table(frame, missing="mean").x.tolist() == [[1], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("frame", "options", "problem"),
+    [
+        ({"a": [1], "y": [1]}, {"target": "z"}, "no column 'z' in t.csv"),
+        ({"age": [1], "y": [1]}, {"features": ["agee"]}, "did you mean age"),
+        ({"a": [1, 2], "y": [1, None]}, {}, "'y' has 1 missing values in 2 rows"),
+        (
+            {"a": ["1", "2", "x", "4"], "y": [1, 2, 3, 4]},
+            {},
+            "text in a column of numbers .'x' in row 3",
+        ),
+        ({"a": [1, 2, 3], "y": ["u", "v", "w"]}, {}, "CrossEntropyLoss"),
+        ({"a": [], "y": []}, {}, "no rows"),
+        ({"y": [1, 2]}, {}, "no column besides the target"),
+        ({"a": [1, 2], "y": [1, 2]}, {"features": ["a", "y"]}, "'y' is the target"),
+        ({"a": [1, 2], "y": [1, 2]}, {"validation": 0.1}, "both must have rows"),
+        ({"a": [None, None], "y": [1, 2]}, {"missing": "drop"}, "no value at all"),
+    ],
+)
+def test_bad_tables_are_told_with_the_cure(frame, options, problem):
+    with pytest.raises(DataError, match=problem):
+        table(frame, **options)
+
+
+def test_all_missing_columns_are_told_at_once():
+    with pytest.raises(DataError) as caught:
+        table({"a": [1], "y": [1]}, features=["b", "c"], target="z")
+    assert len(caught.value.faults) == 3
+
+
+def test_words_and_classes_never_seen_in_training_are_an_error():
+    colours = ["red"] * 9 + ["blue"]
+    seed = next(s for s in range(100) if 9 in split_rows(10, 0.2, s)[1].tolist())
+    pl.DataFrame({"colour": colours, "y": range(10)}).write_csv("t.csv")
+    source = {"source": "table", "path": "t.csv", "target": "y", "validation": 0.2}
+    with pytest.raises(DataError, match=r"'blue' was never seen .* data\.unseen"):
+        make_data(experiment(source, seed=seed), "values")
+    data = make_data(experiment(source | {"unseen": "zeros"}, seed=seed), "values")
+    assert 0 in data.validation[0].sum(dim=1)
+    with pytest.raises(DataError, match="class 'blue' was never seen"):
+        make_data(experiment(source | {"target": "colour"}, seed=seed), "classes")
+
+
+def test_a_file_that_is_missing_or_no_table_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.csv does not exist"):
+        make_data(experiment({"source": "table", "path": "nowhere.csv", "target": "y"}), "values")
+    (tmp_path / "t.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        make_data(experiment({"source": "table", "path": "t.parquet", "target": "y"}), "values")
+    (tmp_path / "t.xlsx").write_text("")
+    with pytest.raises(DataError, match=r"is none of \.csv"):
+        make_data(experiment({"source": "table", "path": "t.xlsx", "target": "y"}), "values")
+
+
+def test_arrays_come_from_npy_npz_and_safetensors():
+    x, y = np.arange(6.0).reshape(3, 2), np.array([5, 3, 5])
+    np.save("x.npy", x)
+    np.save("y.npy", y)
+    np.savez("both.npz", x=x, y=y)
+    save_file({"inputs": x, "y": y}, "both.safetensors")
+    for source in (
+        {"x": "x.npy", "y": "y.npy"},
+        {"path": "both.npz"},
+        {"path": "both.safetensors", "x": "inputs"},
+    ):
+        data = make_data(experiment({"source": "arrays"} | source), "classes")
+        assert data.x.tolist() == x.tolist()
+        assert data.y.tolist() == [1, 0, 1]
+        assert data.preparation.classes == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"x": np.zeros((3, 2)), "y": np.zeros(4)}, "x has 3 rows and y has 4"),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "has no rows"),
+        ({"x": np.array([["a"]]), "y": np.zeros(1)}, "numbers with rows"),
+        ({"x": np.array([[np.nan]]), "y": np.zeros(1)}, "1 of 1 rows have NaN"),
+        ({"z": np.zeros(1), "y": np.zeros(1)}, "has no array 'x'"),
+    ],
+)
+def test_bad_arrays_are_told(arrays, problem):
+    np.savez("a.npz", **arrays)
+    with pytest.raises(DataError, match=problem):
+        make_data(experiment({"source": "arrays", "path": "a.npz"}), "values")
+
+
+def test_no_pickle_is_opened():
+    np.save("x.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(DataError, match="cannot be read"):
+        make_data(experiment({"source": "arrays", "x": "x.npy", "y": "x.npy"}), "values")
+
+
+def test_the_split_is_a_function_of_the_seed_and_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    training, validation = split_rows(100, 0.2, seed=4)
+    assert sorted([*training.tolist(), *validation.tolist()]) == list(range(100))
+    assert torch.equal(validation, split_rows(100, 0.2, seed=4)[1])
+    assert not torch.equal(validation, split_rows(100, 0.2, seed=5)[1])
+    assert torch.equal(before, torch.get_rng_state())

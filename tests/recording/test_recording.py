@@ -1,0 +1,263 @@
+import math
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+import everystep
+from everystep.recording.database import Database, reading
+from everystep.recording.snapshots import SnapshotPlan
+
+any_float32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
+
+
+@given(st.lists(any_float32, min_size=1, max_size=20))
+def test_any_float32_loss_comes_back_from_sqlite(losses):
+    """All but the sign of zero and a NaN's payload."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        database = Database.create(Path(folder) / "run.sqlite")
+        with database.transaction():
+            database.write_losses(1, losses)
+            database.write_facts({"loss.dtype": "float32"})
+        database.close()
+        read = everystep.Run(folder).losses["loss"].to_list()
+    for wrote, got in zip(losses, read, strict=True):
+        assert got == wrote or (math.isnan(got) and math.isnan(wrote))
+        assert np.float32(got) == got or math.isnan(got)
+
+
+def test_any_sqlite_client_reads_the_run_while_training_goes_on(small):
+    model, x, y = small
+    seen = []
+
+    def watching(prediction, target):
+        if len(seen) < 3:
+            for directory in everystep.runs():
+                with sqlite3.connect(directory.directory / "run.sqlite") as connection:
+                    count = connection.execute("SELECT count(*) FROM steps").fetchone()[0]
+                connection.close()
+                if count and count not in seen:
+                    seen.append(count)
+                    assert everystep.runs()[0].status == "running"
+        return nn.functional.mse_loss(prediction, target)
+
+    run = train(model, (x, y), loss=watching, steps=3000)
+    assert seen
+    assert seen[-1] < 3000
+    assert run.status == "finished"
+
+
+def train(model, data, **options):
+    settings = {"loss": nn.MSELoss(), "steps": 5, "progress": False} | options
+    settings.setdefault("optimizer", everystep.GradientDescent(model.parameters(), lr=0.01))
+    return everystep.train(model, data, **settings)
+
+
+def test_the_directory_is_that_of_the_design(small):
+    model, x, y = small
+    run = train(model, (x, y), validation=(x[:2], y[:2]))
+    assert run.directory.as_posix() == "runs/sequential-1"
+    data = load_file(run.directory / "data.safetensors")
+    assert torch.equal(data["x"], x)
+    assert torch.equal(data["validation_y"], y[:2])
+    model.load_state_dict(load_file(run.directory / "snapshots/000005/parameters.safetensors"))
+    experiment = everystep.train_experiment("two-layer", {"steps": 1}, progress=False)
+    text = (experiment.directory / "experiment.toml").read_text()
+    (experiment.directory / "again.toml").write_text(text)
+    again = everystep.train_experiment(experiment.directory / "again.toml", progress=False)
+    assert again.losses.equals(experiment.losses)
+
+
+def test_a_run_is_never_overwritten(small):
+    model, x, y = small
+    train(model, (x, y), directory="here")
+    with pytest.raises(everystep.RunError, match="here exists already, and a run is never overwritten"):
+        train(model, (x, y), directory="here")
+    names = [train(model, (x, y), steps=1).name for _ in range(2)]
+    assert names == ["sequential-1", "sequential-2"]
+    assert [run.name for run in everystep.runs("runs")] == names
+
+
+def test_runs_started_at_once_take_different_directories(small):
+    _, x, y = small
+    threads = [
+        threading.Thread(target=lambda: train(nn.Linear(4, 2), (x, y), steps=2)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [run.status for run in everystep.runs()] == ["finished"] * 4
+
+
+def test_what_is_no_run_is_told(tmp_path):
+    with pytest.raises(everystep.RunError, match="everystep train"):
+        everystep.open("nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(everystep.RunError, match=r"is no run: it has no run\.sqlite"):
+        everystep.open("empty")
+    (tmp_path / "empty" / "run.sqlite").write_text("this is no database, but long enough to look at")
+    with pytest.raises(everystep.RunError, match="cannot be read"):
+        everystep.open("empty")
+    (tmp_path / "other").mkdir()
+    with sqlite3.connect(tmp_path / "other" / "run.sqlite") as connection:
+        connection.execute("CREATE TABLE t (x)")
+    connection.close()
+    with pytest.raises(everystep.RunError, match="not that of an everystep run"):
+        everystep.open("other")
+    with pytest.raises(everystep.RunError, match="no directory"):
+        everystep.runs("nowhere")
+
+
+def test_a_run_of_a_newer_format_is_refused_with_the_cure(small):
+    model, x, y = small
+    run = train(model, (x, y))
+    with sqlite3.connect(run.directory / "run.sqlite") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(everystep.RunError, match="newer everystep"):
+        everystep.open(run.directory)
+
+
+def test_a_misspelt_run_is_guessed(small):
+    model, x, y = small
+    train(model, (x, y))
+    with pytest.raises(everystep.RunError, match="did you mean sequential-1"):
+        everystep.open("sequentail-1")
+
+
+def test_a_state_without_a_snapshot_lists_those_that_there_are(small):
+    model, x, y = small
+    run = train(model, (x, y))
+    assert run.snapshots == [0, 5]
+    with pytest.raises(everystep.RunError, match="no snapshot of state 3; it has: 0, 5"):
+        run.parameters(3)
+    assert torch.equal(run.parameters(-1)["0.bias"], model[0].bias)
+
+
+@given(
+    st.integers(1, 200),
+    st.floats(1e-6, 1.0),
+    st.floats(1e-6, 0.1),
+    st.integers(1, 400),
+)
+def test_snapshots_stay_within_the_budget_at_multiples_of_a_power_of_two(size, step, cost, steps):
+    plan = SnapshotPlan(budget=1000)
+    plan.add(0, size)
+    plan.choose_interval(step, cost)
+    assert plan.interval * step >= 0.05 or plan.interval * step * 0.01 >= cost or plan.interval == 1
+    for t in range(1, steps + 1):
+        if plan.is_due(t):
+            gone = plan.add(t, size)
+            assert 0 not in gone
+            assert t not in gone
+        assert sum(plan.kept.values()) <= 1000 or len(plan.kept) == 2
+        assert all(s % plan.interval == 0 or s == max(plan.kept) for s in plan.kept)
+    assert plan.interval & (plan.interval - 1) == 0
+
+
+def test_thinned_snapshots_are_gone_from_disk_too(small):
+    model, x, y = small
+    run = train(model, (x, y), steps=400, snapshot_budget=60_000)
+    on_disk = sorted(int(path.name) for path in (run.directory / "snapshots").iterdir())
+    assert on_disk == run.snapshots
+    with reading(run.directory / "run.sqlite") as database:
+        assert sum(row.bytes for row in database.snapshots()) <= 60_000 or len(on_disk) == 2
+
+
+def test_equal_states_have_equal_digests(small):
+    _, x, y = small
+    digests = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        run = train(nn.Linear(4, 2), (x, y))
+        with reading(run.directory / "run.sqlite") as database:
+            digests.append([row.digest for row in database.snapshots() if row.step == 5])
+    assert digests[0] == digests[1]
+
+
+def test_a_full_disk_ends_in_one_message_and_keeps_what_was_recorded():
+    code = """
+import resource, sys
+import everystep, torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Linear(4, 2)
+x, y = torch.randn(8, 4), torch.randn(8, 2)
+calls = 0
+def loss(p, t):
+    global calls
+    calls += 1
+    if calls == 2000:  # from here on, no file may grow beyond what it is
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    return nn.functional.mse_loss(p, t)
+try:
+    everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run",
+                    optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
+except everystep.RecordingError as error:
+    print(error)
+    sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert "writing the run run failed" in done.stdout
+    assert "are kept" in done.stdout
+    run = everystep.open("run")
+    assert len(run.losses) > 0
+    assert run.status in ("failed", "interrupted")
+
+
+def test_a_place_that_cannot_be_written_is_named(small, tmp_path):
+    model, x, y = small
+    (tmp_path / "file").write_text("")
+    with pytest.raises(everystep.RecordingError, match="choose a place that can be written"):
+        train(model, (x, y), directory="file/run")
+    with pytest.raises(everystep.RecordingError, match="cannot create the run's directory"):
+        train(model, (x, y), directory="/proc/run")
+
+
+def test_a_killed_run_reads_as_interrupted():
+    code = """
+import everystep, os, signal, torch
+from torch import nn
+model = nn.Linear(4, 2)
+x, y = torch.randn(8, 4), torch.randn(8, 2)
+import time
+start = 0
+def loss(p, t):
+    global start
+    start = start or time.time()
+    if time.time() - start > 0.7: os.kill(os.getpid(), signal.SIGKILL)
+    return nn.functional.mse_loss(p, t)
+everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run",
+                optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True)
+    run = everystep.open("run")
+    assert run.status == "interrupted"
+    losses = run.losses
+    assert losses["step"].to_list() == list(range(1, len(losses) + 1))
+    assert len(losses) > 100
+
+
+@pytest.mark.skipif(os.name != "posix", reason="directories are made read-only by their mode")
+def test_a_run_that_can_only_be_read_is_read(small):
+    model, x, y = small
+    run = train(model, (x, y))
+    for path in (run.directory / "run.sqlite", run.directory):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert len(everystep.open(run.directory).losses) == 5
+    run.directory.chmod(0o755)

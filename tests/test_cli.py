@@ -1,0 +1,237 @@
+"""The commands, as typed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import polars as pl
+import pytest
+
+import everystep
+from everystep import cli
+from everystep.experiment.specification import built_in
+
+
+@pytest.fixture
+def everystep_command(capfd, monkeypatch):
+    """Run a command in this process; returns exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-c", "from everystep.cli import main; main()", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_train_prints_lines_where_piped_and_says_what_is_next(everystep_command):
+    code, out, err = everystep_command("train")
+    assert code == 0
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [int(step) for step, _ in lines] == list(range(1, 501))
+    run = everystep.open("two-layer-1")
+    assert [float(loss) for _, loss in lines] == pytest.approx(run.losses["loss"].to_list(), rel=1e-7)
+    headings = [line.split()[0] for line in err.splitlines() if re.match(r"[a-z]+ ", line)]
+    assert headings[:6] == ["device", "data", "model", "loss", "update", "steps"]
+    assert "(0): Linear(in_features=1000, out_features=100, bias=True)" in err
+    assert "recorded in runs/two-layer-1" in err
+    for line in err.partition("next:\n")[2].splitlines():
+        assert everystep_command(*line.split()[1:])[0] == 0
+
+
+def test_settings_and_shorthands(everystep_command):
+    code, _, _ = everystep_command(
+        "train", "two-layer", "--steps", 3, "--seed", 7, "--device", "cpu", "--threads", 1,
+        "--set", "optimizer.lr=1e-3", "--set", "model.layers[1]=Tanh()", "--run", "mine", "-q",
+    )  # fmt: skip
+    assert code == 0
+    run = everystep.open("mine")
+    assert run.facts["seed"] == 7
+    assert "Tanh()" in run.facts["model"]["text"]
+    assert "lr=0.001" in run.facts["optimizer"]["text"]
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(everystep_command, name):
+    assert name in everystep_command("experiments")[1]
+    code, text, _ = everystep_command("experiments", name)
+    assert (code, text) == (0, built_in()[name].read_text())
+    with open("copy.toml", "w") as file:
+        file.write(text)
+    assert everystep_command("train", "copy.toml", "--steps", 2, "-q")[0] == 0
+    assert everystep.open("copy-1").status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "two-layr"], "did you mean two-layer"),
+        (["train", "--steps", "-1"], "steps: should be greater than or equal to 0, not -1"),
+        (["train", "--set", "optimizer.lrr=1"], "did you mean lr"),
+        (["train", "--set", "nonsense"], "path=value"),
+        (["train", "--device", "cuda:7"], "on this machine"),
+        (["train", "--set", "batch_size=65"], "65 rows a step of 64 rows"),
+        (["train", "--set", "model.layers[2]=Linear(99, 10)"], "expects 99 features"),
+        (["train", "--set", "loss.reduction=none"], "mean or sum"),
+        (["train", "--run", "."], "never overwritten"),
+        (["train", "wine", "--set", "data.path=nothing.csv"], "does not exist"),
+        (["experiments", "digit"], "did you mean digits"),
+        (["losses", "nothing"], "has no runs; everystep train"),
+        (["runs"], "is no directory; everystep train"),
+        (["plot", "nothing", "-o", "x.png"], "no run 'nothing'"),
+        (["nonsense"], "No such command"),
+        (["train", "--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_use_ends_in_one_message_with_the_cure_and_exit_code_2(
+    everystep_command, arguments, message
+):
+    code, out, err = everystep_command(*arguments)
+    assert code == 2
+    assert message in err
+    assert out == ""
+
+
+def test_losses_in_every_form(everystep_command):
+    everystep_command("train", "digits", "--steps", "46", "--run", "run", "-q")
+    frame = everystep.open("run").table_frame()
+    code, out, _ = everystep_command("losses", "run", "--last", 2)
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert out.split()[:4] == ["step", "loss", "validation_accuracy", "validation_loss"]
+    everystep_command("losses", "run", "--csv", "-o", "l.csv")
+    read = pl.read_csv("l.csv", schema_overrides={"loss": pl.Float32})
+    assert read["loss"].equals(frame["loss"])
+    everystep_command("losses", "run", "--parquet", "-o", "l.parquet")
+    assert pl.read_parquet("l.parquet").equals(frame)
+    rows = json.loads(everystep_command("losses", "run", "--json")[1])
+    assert [row["loss"] for row in rows] == frame["loss"].to_list()
+    assert everystep_command("losses", "run", "--csv", "--json")[0] == 2
+    assert everystep_command("losses", "run", "--parquet")[0] == 2
+    assert everystep_command("losses", "run", "--csv", "-o", "/nowhere/l.csv")[0] == 2
+
+
+def test_nan_and_infinity_survive_json(everystep_command):
+    everystep_command("train", "--steps", 12, "--set", "optimizer.lr=10.0", "--run", "run", "-q")
+    losses = [row["loss"] for row in json.loads(everystep_command("losses", "run", "--json")[1])]
+    assert losses[-1] == "nan"
+    assert "inf" in losses
+    (run,) = json.loads(everystep_command("runs", ".", "--json")[1])
+    assert (run["last_loss"], run["status"], run["steps"]) == ("nan", "finished", 12)
+
+
+def test_stop_on_nan_exits_with_1(everystep_command):
+    settings = ["--set", "optimizer.lr=10.0", "--set", "stop_on_nan=true"]
+    code, _, err = everystep_command("train", *settings)
+    assert code == 1
+    assert "stopped the loss is" in err
+
+
+def test_runs_are_listed(everystep_command):
+    for _ in range(2):
+        everystep_command("train", "--steps", 3, "-q")
+    _, out, _ = everystep_command("runs")
+    assert [line.split()[0] for line in out.splitlines()] == ["run", "two-layer-1", "two-layer-2"]
+    assert out.count("finished") == 2
+
+
+def test_pages_and_plots_are_written(everystep_command):
+    everystep_command("train", "--run", "run", "-q")
+    for command in (
+        ["table", "run", "-o", "t.html"],
+        ["report", "run", "-o", "r.html"],
+        ["plot", "run", "-o", "p.svg"],
+        ["plot", "run", "run", "--log", "-o", "p.pdf"],
+    ):
+        code, out, err = everystep_command(*command)
+        assert (code, out) == (0, "")
+        assert command[-1] in err
+        assert os.path.getsize(command[-1]) > 1000
+    assert everystep_command("table", "run", "-o", "/nowhere/t.html")[0] == 2
+    assert everystep_command("plot", "run", "-o", "p.jpg")[0] == 2
+
+
+def test_ctrl_c_stops_cleanly_and_leaves_a_readable_run():
+    process = start("train", "--steps", "1000000")
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by the user (Ctrl-C)" in err
+    assert "Traceback" not in err
+    run = everystep.open("two-layer-1")
+    losses = run.losses
+    assert run.status == "stopped"
+    assert losses["step"].to_list() == list(range(1, len(losses) + 1))
+    assert run.snapshots[-1] == len(losses)
+
+
+def test_who_reads_only_the_first_lines_does_not_stop_the_training():
+    process = start("train", "--steps", "1500")
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 0, err
+    assert "Traceback" not in err
+    assert "Exception" not in err
+    assert everystep.open("two-layer-1").summary().steps == 1500
+
+
+def test_help_and_lists_import_neither_torch_nor_plotnine(everystep_command):
+    everystep_command("train", "--steps", 3, "-q")
+    code = (
+        "import sys; from everystep import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'plotnine'} & set(sys.modules), 'imported'"
+    )
+    for arguments in (
+        ["--help"], ["runs"], ["losses", "two-layer-1"], ["table", "two-layer-1", "-o", "t.html"],
+        ["experiments"],
+    ):  # fmt: skip
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_a_bar_is_shown_in_a_terminal():
+    import pty
+
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from everystep.cli import main; main()", "train"],
+        stdout=child, stderr=child, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(child)
+    shown = b""
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        try:
+            part = os.read(parent, 65536)
+        except OSError:  # the other end has closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait() == 0
+    os.close(parent)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "500/500" in text
+    assert "loss 1.457e-05" in text
+    assert "/s" in text
+    assert "500\t" not in text

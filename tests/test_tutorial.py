@@ -1,0 +1,110 @@
+"""The tutorial does what it says: its code runs, prints what it shows, and gives published losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
+PUBLISHED = Path(__file__).parent / "golden" / "published_losses.tsv"
+
+END_OF_BLOCK = "<<end of block>>"
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+#: Numbers with the blanks around them, whose count depends on how many digits a number has.
+PADDED_NUMBER = re.compile(rf" *{NUMBER.pattern} *")
+
+
+def blocks() -> list[tuple[str, str]]:
+    """Return language and content of each fenced block, in order."""
+    fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return fenced.findall(TUTORIAL.read_text(encoding="utf-8"))
+
+
+def execute(arguments: list[str], directory: Path) -> str:
+    """Run this Python in a directory, check that it succeeds, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", *arguments],
+        cwd=directory,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_same_output(printed: str, shown: str) -> None:
+    """Text and whole numbers must be equal; other numbers may differ as processors do."""
+    context = f"printed:\n{printed}\nthe tutorial shows:\n{shown}"
+    assert PADDED_NUMBER.sub("#", printed) == PADDED_NUMBER.sub("#", shown), context
+    for got, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        whole = got.lstrip("+-").isdigit() and expected.lstrip("+-").isdigit()
+        # A number shown with few digits may be rounded the other way: a unit of its last digit.
+        mantissa, _, exponent = expected.partition("e")
+        unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+        near = math.isclose(float(got), float(expected), rel_tol=1e-3, abs_tol=1.01 * unit)
+        assert got == expected if whole else near, f"{got} is not {expected}; {context}"
+
+
+def test_python_prints_what_is_shown_and_gives_the_published_losses(tmp_path: Path) -> None:
+    every = blocks()
+    code = [content for language, content in every if language == "python"]
+    ends = f"\nprint({END_OF_BLOCK!r})\n"
+    keep = "import json, pathlib\npathlib.Path('by_hand.json').write_text(json.dumps(losses))\n"
+    script = tmp_path / "tutorial.py"
+    script.write_text(ends.join([*code, keep]), encoding="utf-8")
+
+    printed = execute([script.name], tmp_path).split(f"{END_OF_BLOCK}\n")[:-1]
+
+    following = [after for (language, _), after in pairwise([*every, ("", "")]) if language == "python"]
+    assert len(printed) == len(following)
+    for got, (language, shown) in zip(printed, following, strict=True):
+        assert_same_output(got, shown if language == "text" else "")
+
+    for name in ("losses.html", "loss.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+    losses = json.loads((tmp_path / "by_hand.json").read_text())
+    rows = [line.split("\t") for line in PUBLISHED.read_text().splitlines()[1:]]
+    assert [int(step) for step, _ in rows] == list(range(1, 501))
+    for loss, (step, text) in zip(losses, rows, strict=True):
+        published = float(text)
+        half_a_unit = 0.5 * 10.0 ** (math.floor(math.log10(published)) - 2)
+        assert abs(loss - published) <= half_a_unit + 2e-4 * published, f"step {step}: {loss}, {text}"
+
+
+def test_commands_succeed_and_print_what_is_shown(tmp_path: Path) -> None:
+    console = "".join(content for language, content in blocks() if language == "console")
+    commands = re.split(r"^\$ ", console, flags=re.MULTILINE)[1:]
+    assert commands
+    for command in commands:
+        line, _, shown = command.partition("\n")
+        program, *arguments = shlex.split(line)
+        assert program == "everystep"
+        printed = execute(["-c", "from everystep.cli import main; main()", *arguments], tmp_path)
+        if shown.strip():
+            assert_same_output(printed, shown.rstrip("\n") + "\n")
+
+    for name in ("losses.html", "loss.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [("loss 1.46e-05", "loss 1.49e-05"), ("step 3", "step 4"), ("True", "False"), ("  (0)", "(0)")],
+)
+def test_other_output_is_noticed(printed: str, shown: str) -> None:
+    with pytest.raises(AssertionError):
+        assert_same_output(printed, shown)
+
+
+def test_the_last_digits_may_be_other_ones() -> None:
+    assert_same_output("498  1.542354e-05 True", "498 1.5423544e-05 True")

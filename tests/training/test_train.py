@@ -1,0 +1,376 @@
+"""Training live objects: against loops written out by hand, and what becomes of what is handed in."""
+
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+import everystep
+from everystep.experiment.batches import Batches
+
+
+def train(model, data, **options):
+    settings = {"loss": nn.MSELoss(), "steps": 5, "progress": False} | options
+    if "optimizer" not in settings:
+        settings["optimizer"] = everystep.GradientDescent(model.parameters(), lr=0.05)
+    return everystep.train(model, data, **settings)
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 2))
+
+
+def test_shuffled_batches_dropout_clipping_and_a_schedule_have_the_bits_of_the_loop(small):
+    _, x, y = small
+
+    def make():
+        torch.manual_seed(5)
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        return model, optimizer, lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+
+    model, optimizer, schedule = make()
+    batches, loss_function, expected = Batches(20, 6, seed=5), nn.MSELoss(), []
+    for step in range(1, 12):
+        rows = batches.indices(step)
+        loss = loss_function(model(x[rows]), y[rows])
+        expected.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+
+    other, optimizer, schedule = make()
+    options = {"optimizer": optimizer, "schedule": schedule, "batch_size": 6, "clip_norm": 0.5}
+    run = train(other, (x, y), steps=11, **options, validation=(x[:3], y[:3]), evaluate_every=1)
+    assert run.losses["loss"].to_list() == expected
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values())
+    )
+    rates = run.measurements.filter(run.measurements["name"] == "lr")
+    assert rates["step"].to_list() == [1, 3, 5, 7, 9, 11]
+    assert rates["value"].to_list() == [0.01 * 0.5**k for k in range(6)]
+
+
+def test_epochs_stand_for_steps_and_a_schedule_can_follow_them(small):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    options = {"optimizer": optimizer, "schedule": schedule, "schedule_every": "epoch"}
+    run = train(model, (x, y), steps=None, epochs=3, batch_size=8, **options)
+    assert len(run.losses) == 9
+    rates = run.measurements.filter(run.measurements["name"] == "lr")
+    assert rates["step"].to_list() == [1, 4, 7]
+
+
+def test_a_schedule_can_follow_the_validation_loss(small):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    options = {"optimizer": optimizer, "schedule": schedule, "validation": 0.2, "evaluate_every": 1}
+    train(model, (x, y), steps=4, **options)
+    assert schedule.num_bad_epochs + schedule.last_epoch > 0
+    with pytest.raises(everystep.ExperimentError, match="follows the validation loss"):
+        train(model, (x, y), optimizer=optimizer, schedule=schedule)
+
+
+def test_the_same_objects_hold_the_last_state_and_modes_stay(small):
+    model, x, y = small
+    model[1].eval()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run = train(model, (x, y), optimizer=optimizer, validation=(x, y))
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(run.parameters(5)[n], v) for n, v in model.state_dict().items())
+    assert len(optimizer.state) == 4
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
+def test_evaluation_touches_neither_generators_nor_buffers(small):
+    _, x, y = small
+    runs = []
+    for validation in (None, (x, y)):
+        torch.manual_seed(2)
+        random.seed(2)
+        np.random.seed(2)
+        model = network()
+        # A metric that draws must not change the training either.
+        metrics = {"drawn": lambda p, t: torch.rand(1) + random.random() + np.random.rand()}
+        options = {"metrics": metrics, "evaluate_every": 1} if validation else {}
+        runs.append(train(model, (x, y), validation=validation, **options))
+        generators = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+        runs.append(generators)
+    assert runs[0].losses.equals(runs[2].losses)
+    assert torch.equal(runs[1][0], runs[3][0])
+    assert runs[1][1:] == runs[3][1:]
+    assert set(runs[2].measurements["name"]) == {"validation_loss", "validation_r2", "drawn"}
+
+
+def test_a_validation_measurement_belongs_to_the_state_after_the_step(small):
+    model, x, y = small
+    run = train(model, (x, y), steps=3, validation=(x, y), evaluate_every=1)
+    measured = run.measurements.filter(run.measurements["name"] == "validation_loss")
+    # The data is the same, and the loss of step t is that of state t-1.
+    assert measured["value"].to_list()[:2] == pytest.approx(run.losses["loss"].to_list()[1:], rel=1e-6)
+
+
+def test_accuracy_of_classes_and_of_logits(small):
+    _, x, _ = small
+    y = torch.arange(20) % 2
+    model = nn.Linear(4, 2)
+    run = train(model, (x, y), loss=nn.CrossEntropyLoss(), validation=(x, y))
+    accuracy = run.measurements.filter(run.measurements["name"] == "validation_accuracy")["value"][-1]
+    assert accuracy == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    model = nn.Linear(4, 1)
+    target = y[:, None].float()
+    run = train(model, (x, target), loss=nn.BCEWithLogitsLoss(), validation=(x, target))
+    accuracy = run.measurements.filter(run.measurements["name"] == "validation_accuracy")["value"][-1]
+    assert accuracy == pytest.approx(((model(x) > 0).float() == target).float().mean().item())
+
+
+def test_a_seed_reseeds_and_no_seed_goes_on(small):
+    _, x, y = small
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
+    before = torch.get_rng_state()
+    first = train(model, (x, y), steps=1)
+    assert not torch.equal(before, torch.get_rng_state())
+    state, _, _ = _snapshot(first, 0)
+    assert torch.equal(state["generator/torch"], before)
+    again = train(model, (x, y), steps=1, seed=9)
+    state, _, _ = _snapshot(again, 0)
+    torch.manual_seed(9)
+    assert torch.equal(state["generator/torch"], torch.get_rng_state())
+
+
+def _snapshot(run, step):
+    from everystep.recording.snapshots import read_snapshot
+
+    parameters, rest, settings = read_snapshot(run.directory / "snapshots" / f"{step:06d}")
+    return rest, parameters, settings
+
+
+def test_what_train_changes_it_restores(small):
+    model, x, y = small
+    threads = torch.get_num_threads()
+    run = train(model, (x, y), threads=1)
+    assert run.facts["numerics"]["threads"] == 1
+    assert run.facts["numerics"]["deterministic_algorithms"]
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_dataset_gives_the_bits_of_its_tensors(small):
+    model, x, y = small
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    from_tensors = train(model, (x, y), batch_size=6, seed=1)
+    model.load_state_dict(start)
+    from_dataset = train(model, TensorDataset(x, y), batch_size=6, seed=1)
+    assert from_dataset.losses.equals(from_tensors.losses)
+
+
+class Augmented(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, row):
+        return self.x[row] + torch.rand(4), self.y[row]
+
+
+def test_a_dataset_that_gives_other_rows_each_time_is_read_lazily(small, capfd):
+    model, x, y = small
+    before = torch.get_rng_state()
+    run = train(model, Augmented(x, y), batch_size=6, steps=1)
+    assert "will need the Dataset" in capfd.readouterr().err
+    assert run.facts["data"]["lazy"]
+    assert not (run.directory / "data.safetensors").exists()
+    torch.set_rng_state(before)
+    rows = Batches(20, 6, torch.initial_seed()).indices(1).tolist()
+    drawn = [x[row] + torch.rand(4) for row in rows]
+    model.load_state_dict(run.parameters(0))
+    assert nn.MSELoss()(model(torch.stack(drawn)), y[rows]).item() == run.losses["loss"][0]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+def test_datasets_that_cannot_be_used_say_why(small):
+    model, x, y = small
+    with pytest.raises(everystep.DataError, match="pass dataset_limit=480"):
+        train(model, TensorDataset(x, y), dataset_limit=100)
+    with pytest.raises(everystep.DataError, match="map-style Dataset"):
+        train(model, Stream())
+    with pytest.raises(everystep.DataError, match=r"must be a pair \(x, y\)"):
+        train(model, TensorDataset(x))
+    with pytest.raises(everystep.DataError, match="no rows"):
+        train(model, TensorDataset(x[:0], y[:0]))
+
+
+def test_wrong_arguments_are_told_at_once(small):
+    model, x, y = small
+    with pytest.raises(everystep.ExperimentError) as caught:
+        train("model", x, loss=3, optimizer="SGD", validation=2)
+    assert {f.path for f in caught.value.faults} == {"model", "data", "loss", "optimizer", "validation"}
+    with pytest.raises(everystep.ExperimentError) as caught:
+        train(model, (x, y), steps=-1, batch_size=0, seed="a")
+    assert {f.path for f in caught.value.faults} == {"steps", "batch_size", "seed"}
+    with pytest.raises(everystep.ExperimentError, match="either steps or epochs"):
+        train(model, (x, y), epochs=1)
+    with pytest.raises(everystep.ExperimentError, match="closure"):
+        train(model, (x, y), optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"loss": nn.MSELoss(reduction="none")}, r"one number, not shape \(20, 2\)"),
+        ({"loss": lambda p, y: 3.0}, "one number, not float"),
+        ({"loss": lambda p, y: torch.tensor(1.0)}, "does not depend on any parameter"),
+        ({"batch_size": 21}, "21 rows a step of 20 rows"),
+        ({"device": "cuda:99"}, "on this machine"),
+    ],
+)
+def test_what_cannot_be_trained_says_why(small, options, problem):
+    model, x, y = small
+    with pytest.raises(everystep.UsageError, match=problem):
+        train(model, (x, y), **options)
+
+
+def test_data_that_does_not_fit_together_is_refused(small):
+    model, x, y = small
+    with pytest.raises(everystep.DataError, match="x has 20 rows and y has 19"):
+        train(model, (x, y[:19]))
+    with pytest.raises(everystep.DataError, match="no rows"):
+        train(model, (x[:0], y[:0]))
+    with pytest.raises(everystep.DataError, match="x must be a tensor"):
+        train(model, ([1, 2], y))
+    assert len(train(model, (x.numpy(), y.numpy())).losses) == 5
+
+
+def test_nan_is_recorded_said_once_and_training_goes_on(small, capfd):
+    model, x, y = small
+    optimizer = everystep.GradientDescent(model.parameters(), lr=1e30)
+    run = train(model, (x, y), optimizer=optimizer, steps=8)
+    losses = run.losses["loss"].to_list()
+    assert len(losses) == 8
+    assert math.isnan(losses[-1])
+    assert capfd.readouterr().err.count("the loss is") == 1
+    first = next(step for step, loss in enumerate(losses, 1) if not math.isfinite(loss))
+    assert run.facts["nonfinite_step"] == first
+    assert run.status == "finished"
+
+
+def test_stop_on_nan_stops_at_that_step(small):
+    model, x, y = small
+    optimizer = everystep.GradientDescent(model.parameters(), lr=1e30)
+    run = train(model, (x, y), optimizer=optimizer, steps=50, stop_on_nan=True)
+    losses = run.losses["loss"].to_list()
+    assert not math.isfinite(losses[-1])
+    assert all(map(math.isfinite, losses[:-1]))
+    assert run.status == "stopped"
+    assert "stop_on_nan" in run.facts["reason"]
+
+
+def test_what_the_users_own_code_raises_comes_through_and_the_steps_before_are_kept(small):
+    model, x, y = small
+    calls = []
+
+    def failing(prediction, target):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError("mine")
+        return nn.functional.mse_loss(prediction, target)
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        train(model, (x, y), loss=failing)
+    (run,) = everystep.runs()
+    assert (run.status, len(run.losses), run.facts["reason"]) == ("failed", 3, "mine")
+
+
+def test_zero_steps_make_a_run_of_the_beginning(small):
+    model, x, y = small
+    run = train(model, (x, y), steps=0)
+    assert (len(run.losses), run.snapshots, run.status) == (0, [0], "finished")
+    assert "0 steps" in repr(run)
+
+
+def test_float64_and_frozen_parameters_and_tied_weights(small):
+    _, x, y = small
+    first, last = nn.Linear(4, 4), nn.Linear(4, 4)
+    last.weight = first.weight
+    first.bias.requires_grad_(False)
+    model = nn.Sequential(first, last, nn.Linear(4, 2)).double()
+    frozen = first.bias.clone()
+    run = train(model, (x.double(), y.double()))
+    assert run.losses["loss"].dtype.to_python() is float
+    assert run.facts["loss.dtype"] == "float64"
+    assert torch.equal(run.parameters(5)["0.bias"], frozen)
+    assert torch.equal(run.parameters(5)["0.weight"], run.parameters(5)["1.weight"])
+    model.load_state_dict(run.parameters(5))
+
+
+def test_a_snapshot_holds_all_that_the_training_goes_on_with(small):
+    """Continue by hand from a snapshot: the same losses come out."""
+    _, x, y = small
+    torch.manual_seed(8)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train(model, (x, y), optimizer=optimizer, steps=6, directory="first")
+    first = everystep.open("first")
+    rest = train(model, (x, y), optimizer=optimizer, steps=4).losses["loss"].to_list()
+
+    tensors, parameters, settings = _snapshot(first, 6)
+    other = network()
+    other.load_state_dict(parameters)
+    optimizer = torch.optim.SGD(
+        other.parameters(), lr=settings["optimizer"]["groups"][0]["lr"], momentum=0.9
+    )
+    for name, parameter in other.named_parameters():
+        optimizer.state[parameter]["momentum_buffer"] = tensors[f"optimizer/{name}/momentum_buffer"]
+    torch.set_rng_state(tensors["generator/torch"])
+    assert train(other, (x, y), optimizer=optimizer, steps=4).losses["loss"].to_list() == rest
+
+
+def test_a_model_in_evaluation_mode_is_pointed_out(small, capfd):
+    model, x, y = small
+    train(model.eval(), (x, y))
+    assert "evaluation mode" in capfd.readouterr().err
+    assert not model.training
+
+
+def test_importing_everystep_imports_no_torch_and_late_numerics_are_said():
+    code = """
+import everystep, sys
+assert "torch" not in sys.modules and "plotnine" not in sys.modules
+import torch
+from torch import nn
+x = torch.randn(64, 64)
+x @ x
+model = nn.Linear(64, 1)
+optimizer = everystep.GradientDescent(model.parameters(), lr=1e-4)
+run = everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=2)
+print(run.facts["numerics"]["mkl_cbwr"])
+"""
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    if done.stdout.strip() == "off":
+        assert "torch had already computed in this process" in done.stderr
+    else:
+        assert "already computed" not in done.stderr
