@@ -24,9 +24,8 @@ def main() -> None:
     in_force = numerics.Numerics.read(torch.device("cpu"))
     print(f"{in_force.processor}, {in_force.threads} threads, {in_force.cpu_capability}, ", end="")
     print(f"torch {in_force.torch_version}, MKL {in_force.mkl_cbwr}; {rounds} rounds, alternating\n")
-    print(
-        f"{'workload':<22}{'peer':<20}{'median':>10}{'fastest':>10}{'us/step':>10}{'ratio':>8}  same losses"
-    )
+    columns = f"{'median':>10}{'fastest':>10}{'us/step':>10}{'ratio':>8}  same losses"
+    print(f"{'workload':<22}{'peer':<20}{columns}")
     for workload in WORKLOADS:
         _print_rows(workload, rounds)
 

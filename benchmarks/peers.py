@@ -29,7 +29,8 @@ def plain_loop(workload: Workload) -> Sequence[float]:
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= parameter.grad * workload.lr
+                assert parameter.grad is not None
+                parameter.sub_(parameter.grad * workload.lr)
     return losses
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -73,8 +74,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
     assert name in everystep_command("experiments")[1]
     code, text, _ = everystep_command("experiments", name)
     assert (code, text) == (0, built_in()[name].read_text())
-    with open("copy.toml", "w") as file:
-        file.write(text)
+    Path("copy.toml").write_text(text)
     assert everystep_command("train", "copy.toml", "--steps", 2, "-q")[0] == 0
     assert everystep.open("copy-1").status == "finished"
 
@@ -162,7 +162,7 @@ def test_pages_and_plots_are_written(everystep_command):
         code, out, err = everystep_command(*command)
         assert (code, out) == (0, "")
         assert command[-1] in err
-        assert os.path.getsize(command[-1]) > 1000
+        assert Path(command[-1]).stat().st_size > 1000
     assert everystep_command("table", "run", "-o", "/nowhere/t.html")[0] == 2
     assert everystep_command("plot", "run", "-o", "p.jpg")[0] == 2
 
@@ -191,6 +191,7 @@ def test_who_reads_only_the_first_lines_does_not_stop_the_training():
     assert process.wait(timeout=60) == 0, err
     assert "Traceback" not in err
     assert "Exception" not in err
+    process.stderr.close()
     assert everystep.open("two-layer-1").summary().steps == 1500
 
 

@@ -70,8 +70,8 @@ def train(
     each step.
     """
     from everystep import numerics
-    from everystep.api import RUNS
     from everystep.experiment.specification import load, parse_setting
+    from everystep.recording.run import RUNS
 
     numerics.prepare()
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])

@@ -82,7 +82,7 @@ def test_class_weights_are_a_list_of_numbers():
 
 def test_a_device_that_is_not_there_lists_those_that_are():
     assert select("cpu") == torch.device("cpu")
-    with pytest.raises(DeviceError, match="'cuda:99' is not there; on this machine: .*cpu"):
+    with pytest.raises(DeviceError, match=r"'cuda:99' is not there; on this machine: .*cpu"):
         select("cuda:99")
     with pytest.raises(DeviceError, match="did you mean cuda"):
         select("cudda")

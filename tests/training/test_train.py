@@ -53,7 +53,8 @@ def test_shuffled_batches_dropout_clipping_and_a_schedule_have_the_bits_of_the_l
     run = train(other, (x, y), steps=11, **options, validation=(x[:3], y[:3]), evaluate_every=1)
     assert run.losses["loss"].to_list() == expected
     assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values())
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     )
     rates = run.measurements.filter(run.measurements["name"] == "lr")
     assert rates["step"].to_list() == [1, 3, 5, 7, 9, 11]

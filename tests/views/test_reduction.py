@@ -31,9 +31,7 @@ def test_every_bucket_keeps_its_extremes_and_the_ends_stay(values, buckets, firs
     assert first_step + len(values) - 1 in kept
     assert len(reduced) <= max(2 * buckets, 3 * buckets + 2)
     for bucket in range(buckets):
-        of_bucket = [
-            index for index in range(len(values)) if index * buckets // len(values) == bucket
-        ]
+        of_bucket = [index for index in range(len(values)) if index * buckets // len(values) == bucket]
         finite = [values[index] for index in of_bucket if math.isfinite(values[index])]
         kept_here = [kept[first_step + i] for i in of_bucket if first_step + i in kept]
         kept_finite = [value for value in kept_here if math.isfinite(value)]

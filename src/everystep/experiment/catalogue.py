@@ -22,6 +22,7 @@ from everystep.experiment.gradient_descent import GradientDescent
 
 __all__ = [
     "LayerCall",
+    "keyword_parameters",
     "layer_class",
     "loss_class",
     "names_faults",

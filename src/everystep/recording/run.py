@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import polars
     from torch import Tensor
 
-__all__ = ["RecordedRun", "Summary", "find_run", "find_runs"]
+__all__ = ["RUNS", "RecordedRun", "Summary", "find_run", "find_runs"]
 
 RUNS = Path("runs")
 
@@ -50,8 +50,8 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """The name of the run's directory."""
-        return self.directory.resolve().name
+        """The name of the run's directory; bytes in it that are no text are replaced."""
+        return self.directory.resolve().name.encode("utf-8", "replace").decode()
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from everystep.step.state import State
 
-__all__ = ["SnapshotPlan", "read_snapshot", "write_snapshot"]
+__all__ = ["SnapshotPlan", "read_snapshot", "remove_snapshots", "write_snapshot"]
 
 PARAMETERS = "parameters.safetensors"
 REST = "rest.safetensors"

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["loss_plot", "save_plot"]
 
-#: Of a series of more than twice as many points, so many evenly spread ones are drawn, and the
-#: extremes of so many buckets: these alone would look like two bands.
-BUCKETS = 2000
+#: Of a series of more points than MOST, so many evenly spread ones are drawn, and the extremes of so
+#: many buckets: these alone would look like two bands.
+MOST, SPREAD, BUCKETS = 6000, 4000, 1000
 #: More marks than this look the same.
 MARKS = 1000
 #: Of one run: ink for the loss, and colours for measurements. Of several: colours for each run.
@@ -56,7 +56,8 @@ def loss_plot(
     if not runs:
         raise UsageError("there is nothing to plot; give at least one run")
     names = _names(runs)
-    points, marks, notes = [], [], []
+    notes: list[str] = []
+    points, marks = [], []
     for run, name in zip(runs, names, strict=True):
         frame = run.losses
         points.append(_drawable(frame, name, "loss", log, notes))
@@ -67,7 +68,8 @@ def loss_plot(
     plot = p9.ggplot(frame, p9.aes("step", "value")) + _layers(several, frame, pd.concat(marks), lines)
     if several:
         plot += p9.scale_colour_manual(_repeated(COLOURS, len(names)), breaks=names, limits=names)
-        plot += p9.guides(colour=p9.guide_legend(override_aes={"size": 3}))
+        if not len(lines):
+            plot += p9.guides(colour=p9.guide_legend(override_aes={"size": 3}))
     elif len(lines):
         plot += p9.scale_colour_manual(_repeated(COLOURS, len(measurements)))
     if log and any(map(len, [*points, lines])):
@@ -112,9 +114,7 @@ def _names(runs: Sequence[RecordedRun]) -> list[str]:
     return [_plain(name) for name in named]
 
 
-def _drawable(
-    frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]
-) -> pd.DataFrame:
+def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: list[str]) -> pd.DataFrame:
     """Return the points to draw: run, step, value; notes what had to be left out."""
     finite = frame.filter(pl.col(column).is_finite())
     if log:
@@ -124,9 +124,9 @@ def _drawable(
             what = "losses" if column == "loss" else "values"
             notes.append(f"{name}: {left_out:,} {what} of 0 or less are left out of the log axis")
         finite = positive
-    extremes = reduce(finite, BUCKETS, value=column)
-    if len(extremes) < len(finite):
-        spread = finite.gather_every(len(finite) // BUCKETS)
+    if len(finite) > MOST:
+        extremes = reduce(finite, BUCKETS, value=column)
+        spread = finite.gather_every(len(finite) // SPREAD)
         finite = pl.concat([extremes, spread]).unique("step").sort("step")
     return _pandas(finite, name, column)
 
@@ -171,11 +171,9 @@ def _pandas(frame: pl.DataFrame, name: str, column: str) -> pd.DataFrame:
     return pd.DataFrame(values).assign(run=name)
 
 
-def _layers(
-    several: bool, points: pd.DataFrame, marks: pd.DataFrame, lines: pd.DataFrame
-) -> list[Any]:
+def _layers(several: bool, points: pd.DataFrame, marks: pd.DataFrame, lines: pd.DataFrame) -> list[Any]:
     """Return points, lines and marks; colour tells runs apart, or else measurements."""
-    size = 1.4 if len(points) <= 2 * BUCKETS else 0.9
+    size = 1.4 if len(points) <= MOST / 2 else 0.9
     if several:
         layers = [p9.geom_point(p9.aes(colour="run"), size=size, stroke=0)]
     else:

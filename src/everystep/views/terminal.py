@@ -226,7 +226,8 @@ def shortest(loss: float) -> str:
     """Return the fewest digits that give this float32 (or else float64) back."""
     import numpy as np
 
-    single = np.float32(loss)
+    with np.errstate(over="ignore"):
+        single = np.float32(loss)
     return str(single) if float(single) == loss or loss != loss else repr(loss)
 
 

@@ -1,0 +1,44 @@
+# Every target does its own set-up, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test check format bench clean
+
+run: .venv/installed                ## train the chapter's network, write its table, plot and report
+	@set -e; run=runs/chapter-$$(date +%Y%m%d-%H%M%S); \
+	$(BIN)/everystep train --run $$run | tail -n 3; \
+	$(BIN)/everystep table $$run -o $$run/losses.html; \
+	$(BIN)/everystep plot $$run -o $$run/loss.png; \
+	$(BIN)/everystep report $$run -o $$run/report.html
+
+test: .venv/installed-dev           ## import contracts, types, and the whole test suite
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+check: .venv/installed-dev          ## format and lint, then all of `make test`
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(MAKE) test
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed              ## everystep and the plain PyTorch loop, alternating
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "everystep needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@ .venv/installed

@@ -1,0 +1,107 @@
+"""A run as one page that can be sent to somebody: facts, plot and table, nothing to fetch."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from markupsafe import Markup
+
+from everystep.views.summary import facts_in_order
+from everystep.views.table import environment, loss_table, shortest_texts
+from everystep.views.terminal import number
+
+if TYPE_CHECKING:
+    from everystep.recording.run import RecordedRun
+
+__all__ = ["report_html"]
+
+#: Rows of the table, which are also the points of the plot.
+ROWS = 50_000
+
+
+def report_html(run: RecordedRun) -> str:
+    """Return a run as a complete page: its facts, a plot to zoom into, and the table of its losses.
+
+    Of a run of more than 50,000 steps it holds the excerpt that `loss_table` makes, and says so.
+    """
+    table = loss_table(run, rows=ROWS)
+    losses = table.frame.select("step", "loss").drop_nulls()
+    facts = run.facts
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            name=run.name,
+            status=run.status,
+            reason=facts.get("reason"),
+            steps=losses["step"].max() or 0,
+            planned=facts.get("steps"),
+            landmarks=_landmarks(losses),
+            nonfinite=_first_nonfinite(losses),
+            rows=[*facts_in_order(facts), ("seed", _seed(facts))],
+            details=_details(facts),
+            times=_times(facts),
+            table=Markup(table.fragment()),
+        )
+    )
+
+
+def _landmarks(losses: pl.DataFrame) -> list[tuple[str, int, str, str]]:
+    """Return the first, the last and the smallest loss: what, step, four digits, all digits."""
+    if losses.is_empty():
+        return []
+    found = [("first", losses.head(1)), ("last", losses.tail(1))]
+    finite = losses.filter(pl.col("loss").is_finite())
+    if len(finite):
+        found.append(("smallest", finite.filter(pl.col("loss") == finite["loss"].min()).head(1)))
+    return [
+        (what, row["step"].item(), number(row["loss"].item()), shortest_texts(row["loss"])[0])
+        for what, row in found
+    ]
+
+
+def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
+    """Return the step and the loss, in words, of the first loss that is not finite."""
+    rows = losses.filter(~pl.col("loss").is_finite()).head(1)
+    return None if rows.is_empty() else (rows["step"].item(), str(rows["loss"].item()))
+
+
+def _details(facts: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
+    numerics, versions = facts["numerics"], facts.get("versions", {})
+    return [
+        (
+            "numerics",
+            f"CPU capability {numerics.get('cpu_capability')}, MKL_CBWR {numerics.get('mkl_cbwr')}",
+            [(key.replace("_", " "), _word(value)) for key, value in numerics.items()],
+        ),
+        (
+            "versions",
+            ", ".join(f"{name} {versions[name]}" for name in ("everystep", "torch") if name in versions),
+            [(name, str(version)) for name, version in versions.items()],
+        ),
+    ]
+
+
+def _seed(facts: dict[str, Any]) -> str:
+    return "torch's generator as it was" if facts.get("seed") is None else str(facts["seed"])
+
+
+def _times(facts: dict[str, Any]) -> str:
+    lines = [f"started {_time(facts['started'])}"]
+    if facts.get("finished"):
+        lines.append(f"ended {_time(facts['finished'])}")
+    if facts.get("seconds") is not None:
+        lines.append(f"{facts['seconds']:.3g} s of training")
+    return "\n".join(lines)
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _time(text: str) -> str:
+    """Return a time in UTC, to the second: the page may be read anywhere."""
+    return f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,27 @@
+"""The built-in experiments reach what the README says of them."""
+
+import pytest
+
+import everystep
+
+
+def last(run, name):
+    return run.measurements.filter(run.measurements["name"] == name)["value"][-1]
+
+
+def test_digits_are_told_apart():
+    run = everystep.train_experiment("digits", progress=False)
+    assert last(run, "validation_accuracy") >= 0.97
+
+
+def test_wines_are_told_apart():
+    run = everystep.train_experiment("wine", progress=False)
+    assert last(run, "validation_accuracy") >= 0.95
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_diabetes_is_predicted_at_least_as_well_as_scikit_learn_does():
+    from benchmarks.scikit_learn import r2_of_both
+
+    ours, theirs = r2_of_both(seed=0)
+    assert ours >= theirs

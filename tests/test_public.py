@@ -1,0 +1,84 @@
+"""The public face is what it says it is."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+import everystep
+from everystep import cli, errors
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    module.name for module in pkgutil.walk_packages(everystep.__path__, "everystep.") if not module.ispkg
+]
+
+
+def test_everything_that_is_exported_is_there():
+    assert all(getattr(everystep, name) is not None for name in everystep.__all__)
+    assert sorted(everystep.__all__) == everystep.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = everystep.nonsense
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_lists_what_a_module_defines_for_others(name):
+    module = importlib.import_module(name)
+    defined = {
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == name
+    }
+    missing = [key for key in module.__all__ if not hasattr(module, key)]
+    assert not missing
+    # Within a module the helpers of a class may be public names too; what others import is listed.
+    imported = {
+        found
+        for other in (ROOT / "src").rglob("*.py")
+        for block in re.findall(
+            rf"from {re.escape(name)} import \(?([^)\n]+(?:\n[^)]*)?)", other.read_text()
+        )
+        for found in re.findall(r"\w+", block.split("#")[0])
+        if found in defined
+    }
+    assert imported <= set(module.__all__)
+
+
+def test_the_tree_of_exceptions_in_the_docstring_is_the_real_one():
+    drawn = set(re.findall(r"\w+Error", errors.__doc__)) - {"ValueError"}
+    assert drawn == {name for name in errors.__all__ if name.endswith("Error")}
+    assert issubclass(errors.UsageError, ValueError)
+    for name in drawn - {"EverystepError", "UsageError", "RecordingError"}:
+        assert issubclass(getattr(errors, name), errors.UsageError)
+
+
+def test_the_readme_tells_of_every_command_and_every_option_has_a_help():
+    readme = (ROOT / "README.md").read_text()
+    command = typer.main.get_command(cli.app)
+    assert set(command.commands) == {
+        "train", "experiments", "runs", "losses", "table", "plot", "report",
+    }  # fmt: skip
+    for name, each in command.commands.items():
+        assert f"everystep {name}" in readme
+        assert each.help
+        assert all(parameter.help for parameter in each.params if parameter.name != "help")
+
+
+def test_every_key_of_an_experiment_is_an_argument_of_train():
+    from everystep.experiment.specification import Iteration
+
+    arguments = inspect.signature(everystep.train).parameters
+    assert set(Iteration.model_fields) <= set(arguments)
+    documented = everystep.train.__doc__
+    assert all(re.search(rf"\b{name}\b", documented) for name in arguments)
+
+
+def test_nothing_reaches_for_the_network():
+    for path in (ROOT / "src").rglob("*.py"):
+        assert not re.search(r"\b(urllib|requests|httpx|aiohttp|socket)\b", path.read_text()), path
