@@ -136,6 +136,26 @@ def test_nan_and_infinity_survive_json(everystep_command):
     assert (run["last_loss"], run["status"], run["steps"]) == ("nan", "finished", 12)
 
 
+def test_what_torch_cannot_do_in_a_step_ends_in_a_message(everystep_command):
+    schedule = ["--set", "schedule.name=OneCycleLR", "--set", "schedule.max_lr=0.1"]
+    schedule += ["--set", "schedule.cycle_momentum=false", "--set", "schedule.total_steps=5"]
+    code, _, err = everystep_command("train", *schedule)
+    assert code == 1
+    assert "a step of two-layer failed" in err
+    run = everystep.open("two-layer-1")
+    assert run.status == "failed"
+    assert len(run.losses) >= 5
+
+
+def test_runs_that_cannot_be_read_are_named_and_the_others_listed(everystep_command):
+    everystep_command("train", "--steps", 3, "-q")
+    Path("runs/broken").mkdir()
+    Path("runs/broken/run.sqlite").write_bytes(b"nothing of the kind" * 100)
+    code, out, err = everystep_command("runs")
+    assert (code, "two-layer-1" in out) == (0, True)
+    assert "left out: runs/broken/run.sqlite cannot be read" in err
+
+
 def test_stop_on_nan_exits_with_1(everystep_command):
     settings = ["--set", "optimizer.lr=10.0", "--set", "stop_on_nan=true"]
     code, _, err = everystep_command("train", *settings)

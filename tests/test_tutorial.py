@@ -108,3 +108,9 @@ def test_other_output_is_noticed(printed: str, shown: str) -> None:
 
 def test_the_last_digits_may_be_other_ones() -> None:
     assert_same_output("498  1.542354e-05 True", "498 1.5423544e-05 True")
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)

@@ -13,6 +13,7 @@ from everystep.errors import (
     ModelError,
     RecordingError,
     RunError,
+    TrainingError,
     UsageError,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "RecordingError",
     "Run",
     "RunError",
+    "TrainingError",
     "UsageError",
     "open",
     "runs",

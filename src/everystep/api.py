@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from everystep.errors import RunError
 from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import RUNS, RecordedRun, find_run, find_runs
@@ -73,12 +75,18 @@ def open(run: str | Path) -> Run:
 
 
 def runs(directory: str | Path = RUNS) -> list[Run]:
-    """Return all runs directly in a directory, by name.
+    """Return all runs directly in a directory, by name; one that cannot be read gives a warning.
 
     Raises:
         RunError: the directory does not exist.
     """
-    return [Run(path) for path in find_runs(directory)]
+    found = []
+    for path in find_runs(directory):
+        try:
+            found.append(Run(path))
+        except RunError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    return found
 
 
 def train(
@@ -187,6 +195,7 @@ def train_experiment(
 
     Raises:
         UsageError: something does not serve; lists everything, each with the cure.
+        TrainingError: torch failed within a step; the steps before it are recorded.
         RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
         KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
     """

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from everystep.errors import EverystepError, UsageError, did_you_mean
+from everystep.errors import EverystepError, RunError, UsageError, did_you_mean
 
 __all__ = ["app", "main"]
 
@@ -121,10 +121,15 @@ def runs(
     """List runs: name, status, steps, first and last loss, when."""
     from rich.console import Console
 
-    from everystep.api import runs as all_runs
+    from everystep.recording.run import RecordedRun, find_runs
     from everystep.views.terminal import runs_json, runs_table
 
-    summaries = [run.summary() for run in all_runs(directory)]
+    summaries = []
+    for path in find_runs(directory):
+        try:
+            summaries.append(RecordedRun(path).summary())
+        except RunError as error:
+            _hint(f"everystep: left out: {error}")
     if json:
         typer.echo(runs_json(summaries))
     elif summaries:
@@ -255,4 +260,4 @@ def _first_sentence(path: Path) -> str:
         if not line.startswith("#"):
             break
         comments.append(line.removeprefix("#").strip())
-    return " ".join(comments)
+    return " ".join(comments).partition(". ")[0].removesuffix(".")

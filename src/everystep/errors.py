@@ -7,6 +7,7 @@
     │   ├── ModelError: the model does not fit its data, or the data its loss
     │   ├── DeviceError: the device is not there
     │   └── RunError: no run there, a run that is in the way, or one that cannot be read
+    ├── TrainingError: torch failed within a step of an experiment; exit code 1
     └── RecordingError: writing the run failed (disk full, read-only, ...); exit code 1
 
 Every message names the thing, says what is wrong and what to do about it. Where several things are
@@ -28,6 +29,7 @@ __all__ = [
     "ModelError",
     "RecordingError",
     "RunError",
+    "TrainingError",
     "UsageError",
     "did_you_mean",
 ]
@@ -84,6 +86,10 @@ class DeviceError(UsageError):
 
 class RunError(UsageError):
     """No run is there, one is in the way, or it cannot be read."""
+
+
+class TrainingError(EverystepError):
+    """torch failed within a step of an experiment; the steps before it are recorded."""
 
 
 class RecordingError(EverystepError):

@@ -132,6 +132,15 @@ def test_a_run_of_a_newer_format_is_refused_with_the_cure(small):
         everystep.open(run.directory)
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(small, tmp_path):
+    model, x, y = small
+    train(model, (x, y))
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "run.sqlite").write_bytes(b"nothing of the kind" * 100)
+    with pytest.warns(UserWarning, match="left out: .*broken"):
+        assert [run.name for run in everystep.runs()] == ["sequential-1"]
+
+
 def test_a_misspelt_run_is_guessed(small):
     model, x, y = small
     train(model, (x, y))

@@ -2,6 +2,7 @@
 
 import math
 import random
+import signal
 import subprocess
 import sys
 
@@ -299,6 +300,32 @@ def test_what_the_users_own_code_raises_comes_through_and_the_steps_before_are_k
         train(model, (x, y), loss=failing)
     (run,) = everystep.runs()
     assert (run.status, len(run.losses), run.facts["reason"]) == ("failed", 3, "mine")
+
+
+def test_ctrl_c_finishes_the_step_closes_the_run_and_is_raised(small):
+    model, x, y = small
+
+    def interrupted(prediction, target):
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        calls.append(1)
+        return nn.functional.mse_loss(prediction, target)
+
+    calls = []
+    with pytest.raises(KeyboardInterrupt, match=r"everystep\.open\('runs/sequential-1'\)"):
+        train(model, (x, y), loss=interrupted)
+    (run,) = everystep.runs()
+    assert (run.status, len(run.losses), run.snapshots) == ("stopped", 4, [0, 4])
+    assert all(torch.equal(run.parameters(4)[n], v) for n, v in model.state_dict().items())
+
+
+def test_hooks_of_the_optimizer_are_called(small):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    called = []
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    train(model, (x, y), optimizer=optimizer, steps=3)
+    assert len(called) == 3
 
 
 def test_zero_steps_make_a_run_of_the_beginning(small):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,7 +146,7 @@ class RecordedRun:
             planned=facts.get("steps", count),
             first_loss=nan if first is None else first,
             last_loss=nan if last is None else last,
-            started=datetime.fromisoformat(facts["started"]),
+            started=_time_of(facts.get("started"), self._database_path),
         )
 
     def _status(self, facts: dict[str, Any]) -> str:
@@ -171,6 +171,11 @@ class RecordedRun:
     @property
     def _database_path(self) -> Path:
         return self.directory / FILE_NAME
+
+
+def _time_of(text: str | None, path: Path) -> datetime:
+    """Return when the run was started; its file's time where it is just being created."""
+    return datetime.fromisoformat(text) if text else datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
 def find_run(name: str | Path, runs: Path = RUNS) -> Path:

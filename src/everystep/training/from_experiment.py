@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from everystep import numerics
-from everystep.errors import ExperimentError, Fault
+from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import make_data
 from everystep.experiment.device import select
@@ -38,13 +38,22 @@ def train_experiment(
 
     Raises:
         UsageError: the device, the data or the model do not serve; says why and the cure.
+        TrainingError: torch failed within a step.
         RecordingError: writing the run failed.
     """
     numerics.prepare()
     device = select(experiment.device)
     with numerics.in_force(experiment.threads), generators_preserved(device):
         job = _job(with_fused(experiment, device), name, device)
-        return run_job(job, directory, runs, budget, progress)
+        try:
+            return run_job(job, directory, runs, budget, progress)
+        except EverystepError:
+            raise
+        except Exception as error:  # no code but torch's has run: whatever it makes of the experiment
+            reason = str(error).strip() or type(error).__name__
+            raise TrainingError(
+                f"a step of {name} failed: {reason}\nthe steps before it are recorded: everystep runs"
+            ) from error
 
 
 def total_steps(steps: int | None, epochs: int | None, batches: Batches) -> int:

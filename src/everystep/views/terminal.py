@@ -128,7 +128,7 @@ class TerminalProgress(Silent):
             self._bar = None
 
     def _start(self, what: str, total: int, text: str) -> None:
-        if not self._console.is_terminal:
+        if not (self._console.is_terminal or self._console.is_jupyter):
             return
         self._bar = Progress(
             TextColumn("{task.description:<8}"),
