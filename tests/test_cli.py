@@ -90,6 +90,9 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["train", "--set", "batch_size=65"], "65 rows a step of 64 rows"),
         (["train", "--set", "model.layers[2]=Linear(99, 10)"], "expects 99 features"),
         (["train", "--set", "loss.reduction=none"], "mean or sum"),
+        (["train", "--threads", "100000"], "threads: should be less than or equal to 1024"),
+        (["train", "--set", "optimizer.lr=abc"], "optimizer.lr: must be a number, not 'abc'"),
+        (["train", "--set", "data=3"], "data: must be a section of its own, [data], not 3"),
         (["train", "--run", "."], "never overwritten"),
         (["train", "wine", "--set", "data.path=nothing.csv"], "does not exist"),
         (["experiments", "digit"], "did you mean digits"),
@@ -141,7 +144,7 @@ def test_what_torch_cannot_do_in_a_step_ends_in_a_message(everystep_command):
     schedule += ["--set", "schedule.cycle_momentum=false", "--set", "schedule.total_steps=5"]
     code, _, err = everystep_command("train", *schedule)
     assert code == 1
-    assert "a step of two-layer failed" in err
+    assert "two-layer failed: Tried to step" in err
     run = everystep.open("two-layer-1")
     assert run.status == "failed"
     assert len(run.losses) >= 5

@@ -60,7 +60,7 @@ def train(
         Path | None, typer.Option("--run", metavar="DIR", help="The run's directory; it must not exist.")
     ] = None,
     snapshot_budget: Annotated[
-        int, typer.Option(metavar="MB", help="Megabytes of snapshots the run may keep.")
+        int, typer.Option(min=1, metavar="MB", help="Megabytes of snapshots the run may keep.")
     ] = 512,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")] = False,
 ) -> None:

@@ -85,6 +85,7 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
     with pytest.raises(DataError, match=r"column 'a': 1 of 3 values are missing; set data\.missing"):
         table(frame)
     assert table(frame, missing="drop").x.tolist() == [[1], [3]]
+    assert table(frame | {"y": [None, 2, 3]}, missing="drop").x.tolist() == [[3]]
     assert table(frame, missing="mean").x.tolist() == [[1], [2], [3]]
 
 
@@ -93,7 +94,7 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
     [
         ({"a": [1], "y": [1]}, {"target": "z"}, "no column 'z' in t.csv"),
         ({"age": [1], "y": [1]}, {"features": ["agee"]}, "did you mean age"),
-        ({"a": [1, 2], "y": [1, None]}, {}, "'y' has 1 missing values in 2 rows"),
+        ({"a": [1, 2], "y": [1, None]}, {}, "'y' has no value in 1 of 2 rows"),
         (
             {"a": ["1", "2", "x", "4"], "y": [1, 2, 3, 4]},
             {},
@@ -104,7 +105,9 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ({"y": [1, 2]}, {}, "no column besides the target"),
         ({"a": [1, 2], "y": [1, 2]}, {"features": ["a", "y"]}, "'y' is the target"),
         ({"a": [1, 2], "y": [1, 2]}, {"validation": 0.1}, "both must have rows"),
-        ({"a": [None, None], "y": [1, 2]}, {"missing": "drop"}, "no value at all"),
+        ({"a": [None, None], "y": [1, 2]}, {"missing": "mean"}, "no value at all"),
+        ({"a": [None, 1], "y": [1, None]}, {"missing": "drop"}, "every row lacks some value"),
+        ({"a;b;y": ["1;2;3"]}, {}, "separator = ';'"),
     ],
 )
 def test_bad_tables_are_told_with_the_cure(frame, options, problem):

@@ -251,6 +251,30 @@ def test_what_cannot_be_trained_says_why(small, options, problem):
         train(model, (x, y), **options)
 
 
+def test_measurements_that_cannot_be_are_named(small):
+    model, x, y = small
+    with pytest.raises(everystep.ExperimentError, match="loss, step: the table of losses has columns"):
+        train(model, (x, y), metrics={"step": print, "loss": print})
+    for wrong in (lambda p, t: None, lambda p, t: p, lambda p, t: "x"):
+        with pytest.raises(everystep.ExperimentError, match=r"metrics\['mine'\]: must give one number"):
+            train(model, (x, y), metrics={"mine": wrong})
+    with pytest.raises(everystep.DataError, match=r"validation: x is \(20, 2\), where"):
+        train(model, (x, y), validation=(x[:, :2], y))
+
+
+def test_slips_with_loss_and_optimizer_are_named(small):
+    model, x, y = small
+    with pytest.raises(everystep.ExperimentError, match="MSELoss; write it with parentheses"):
+        train(model, (x, y), loss=nn.MSELoss)
+    others = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(everystep.ExperimentError, match="none of the model's parameters"):
+        train(model, (x, y), optimizer=others)
+    with pytest.raises(everystep.DataError, match=r"x is sparse; pass x\.to_dense"):
+        train(model, (x.to_sparse(), y))
+    with pytest.raises(everystep.DeviceError, match="meta device"):
+        train(nn.Linear(4, 2, device="meta"), (x, y))
+
+
 def test_data_that_does_not_fit_together_is_refused(small):
     model, x, y = small
     with pytest.raises(everystep.DataError, match="x has 20 rows and y has 19"):

@@ -145,6 +145,8 @@ def _section_faults(section: str, table: Mapping[str, Any], find: Callable[[str]
         Fault(f"{section}.{key}", f"{table['name']} has no such argument; {_cure(key, parameters)}")
         for key in sorted(given - set(parameters))
     ]
+    if isinstance(table.get("lr", 0.0), bool | str):
+        faults.append(Fault(f"{section}.lr", f"must be a number, not {table['lr']!r}"))
     missing = [name for name, needed in parameters.items() if needed and name not in given]
     faults += [Fault(f"{section}.{name}", f"{table['name']} needs it") for name in missing]
     if faults:

@@ -38,21 +38,20 @@ def build_model(model: Model, x: Tensor) -> nn.Sequential:
     return made
 
 
-def try_model(model: nn.Sequential, x: Tensor, layers: list[str]) -> Tensor:
+def try_model(model: nn.Sequential, x: Tensor, layers: list[str], origin: str = "the data") -> Tensor:
     """Run rows x (n, ...) through a copy, as in training, and return its output (n, ...).
 
-    Neither the model nor any random generator is touched.
+    Neither the model nor any random generator is touched. origin: names where x comes from.
 
     Raises:
         ModelError: names the first layer that does not fit: what it expects, what it gets.
     """
     with torch.random.fork_rng(devices=[]):
-        return _run_through(copy.deepcopy(model), x, layers)
+        return _run_through(copy.deepcopy(model), x, layers, origin)
 
 
 @torch.no_grad()
-def _run_through(model: nn.Sequential, x: Tensor, layers: list[str]) -> Tensor:
-    given = "the data"
+def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str = "the data") -> Tensor:
     for index, layer in enumerate(model):
         place = f"model.layers[{index}]: {layers[index]}"
         if _expected(layer) is not None and (wrong := _mismatch(layer, x)):

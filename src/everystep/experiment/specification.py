@@ -147,7 +147,7 @@ class Iteration(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     device: str | None = None
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     steps: NonNegativeInt | None = None
     epochs: NonNegativeInt | None = None
     batch_size: PositiveInt | None = None
@@ -346,6 +346,10 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
                 f"{detail['input']!r} is not possible; {did_you_mean(str(detail['input']), allowed)}"
             )
             problem = problem.removesuffix("; ") + f" (one of {', '.join(allowed)})"
+        case "too_short":
+            problem = f"should have at least {context['min_length']} item"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            problem = f"must be a section of its own, [{path}], not {detail['input']!r}"
         case _:
             problem = detail["msg"].replace("Input should", "should")
             if not isinstance(detail["input"], dict | list):

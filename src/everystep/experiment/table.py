@@ -91,6 +91,9 @@ def read_table(data: TableData, *, classes: bool) -> Table:
         for name in features
         if name in target
     ]
+    if faults and len(frame.columns) == 1 and (separator := _likely_separator(frame.columns[0])):
+        problem = f"the file seems to be separated by {separator!r}; say so: separator = {separator!r}"
+        faults.append(Fault("data.separator", problem))
     if faults:
         raise DataError(faults)
     if not features:
@@ -98,12 +101,12 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")
+    if data.missing == "drop":
+        frame = _without_missing(frame, data.path)
     faults = _target_faults(frame, target, classes)
     faults += _feature_faults(frame, features, data.missing)
     if faults:
         raise DataError(faults)
-    if data.missing == "drop":
-        frame = _without_missing(frame, data.path)
     return Table(frame, features, target, classes, data)
 
 
@@ -134,7 +137,13 @@ def _read(path: Path, separator: str | None) -> pl.DataFrame:
 
 def _read_text(path: Path, separator: str) -> pl.DataFrame:
     # Types are inferred from the whole file: a word in the last row must not be a surprise.
-    return pl.read_csv(path, separator=separator, null_values=_MISSING_WORDS, infer_schema_length=None)
+    frame = pl.read_csv(path, separator=separator, null_values=_MISSING_WORDS, infer_schema_length=None)
+    named = frame.rename({name: name.strip() for name in frame.columns})
+    return named.filter(~pl.all_horizontal(pl.all().is_null()))  # empty lines are no rows
+
+
+def _likely_separator(heading: str) -> str:
+    return next((separator for separator in ";\t|," if separator in heading), "")
 
 
 def _is_numeric(column: pl.Series) -> bool:
@@ -156,8 +165,8 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> lis
             faults.append(
                 Fault(
                     "data.target",
-                    f"{name!r} has {missing} missing values in {frame.height} rows; a row without "
-                    "a target teaches nothing, so take those rows out of the file",
+                    f"{name!r} has no value in {missing} of {frame.height} rows; a row without a "
+                    'target teaches nothing: data.missing = "drop" leaves such rows out',
                 )
             )
         elif column.dtype.is_float() and column.is_infinite().any():

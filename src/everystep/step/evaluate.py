@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everystep.errors import ExperimentError, Fault
 from everystep.step.state import generators_preserved
 
 __all__ = ["Evaluation"]
@@ -40,7 +41,20 @@ class Evaluation:
         with generators_preserved(self.device), _evaluating(self.model):
             parts = [self.model(part) for part in torch.split(self.x, self.rows)]
             prediction = torch.cat(parts) if len(parts) > 1 else parts[0]
-            return {name: float(f(prediction, self.y)) for name, f in self.measurements.items()}
+            return {
+                name: _one_number(name, measurement(prediction, self.y))
+                for name, measurement in self.measurements.items()
+            }
+
+
+def _one_number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ExperimentError(
+            [Fault(f"metrics[{name!r}]", f"must give one number, not {got}")]
+        ) from None
 
 
 @contextmanager

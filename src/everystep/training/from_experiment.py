@@ -9,11 +9,12 @@ import torch
 from everystep import numerics
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
-from everystep.experiment.data import make_data
+from everystep.experiment.data import Data, make_data
 from everystep.experiment.device import select
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
+from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.specification import Experiment
 from everystep.step.evaluate import Evaluation
 from everystep.step.iterate import Trainee
@@ -44,15 +45,15 @@ def train_experiment(
     numerics.prepare()
     device = select(experiment.device)
     with numerics.in_force(experiment.threads), generators_preserved(device):
-        job = _job(with_fused(experiment, device), name, device)
         try:
+            job = _job(with_fused(experiment, device), name, device)
             return run_job(job, directory, runs, budget, progress)
         except EverystepError:
             raise
         except Exception as error:  # no code but torch's has run: whatever it makes of the experiment
             reason = str(error).strip() or type(error).__name__
             raise TrainingError(
-                f"a step of {name} failed: {reason}\nthe steps before it are recorded: everystep runs"
+                f"{name} failed: {reason}\n(everystep runs lists what was recorded before)"
             ) from error
 
 
@@ -74,7 +75,7 @@ def _job(experiment: Experiment, name: str, device: torch.device) -> Job:
     model = build_model(experiment.model, data.x[:2])
     loss = build_loss(experiment.loss)
     few_rows = data.x[: min(2, batches.smallest)]
-    prediction = try_model(model, few_rows, experiment.model.layers)
+    prediction = try_model(model, few_rows, experiment.model.layers, _origin(data))
     check_loss(loss, prediction, data)
     model.to(device)
     loss.to(device)
@@ -110,6 +111,18 @@ def _job(experiment: Experiment, name: str, device: torch.device) -> Job:
         stop_on_nan=experiment.stop_on_nan,
         notices=[message] if (message := numerics.warning()) else [],
     )
+
+
+def _origin(data: Data) -> str:
+    """Return what a layer that does not fit is told of the data: which columns became several."""
+    words = [
+        f"{column.name} makes {len(column.categories)} columns"
+        for column in (
+            data.preparation.columns if isinstance(data.preparation, TablePreparation) else ()
+        )
+        if isinstance(column, CategoricalColumn)
+    ]
+    return "the data" + (f" ({', '.join(words)})" if words else "")
 
 
 def _check_schedule(experiment: Experiment) -> None:

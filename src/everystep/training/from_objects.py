@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
@@ -25,7 +26,7 @@ from everystep.training.facts import describe
 from everystep.training.from_experiment import default_evaluate_every, total_steps
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.measurements import standard_measurements
+from everystep.training.measurements import RESERVED_NAMES, standard_measurements
 
 __all__ = ["Objects", "train_objects"]
 
@@ -64,10 +65,17 @@ class Objects:
         if faults:
             raise ExperimentError(faults, "the arguments of train")
 
+    def _optimizes_model(self) -> bool:
+        own = set(self.model.parameters())
+        return any(p in own for group in self.optimizer.param_groups for p in group["params"])
+
     def _checks(self) -> list[tuple[str, str, bool]]:
         is_pair = isinstance(self.data, tuple | list) and len(self.data) == 2
         is_fraction = isinstance(self.validation, float) and 0 < self.validation < 1
         is_validation_pair = isinstance(self.validation, tuple | list) and len(self.validation) == 2
+        taken = RESERVED_NAMES & set(self.metrics)
+        is_model = isinstance(self.model, nn.Module)
+        is_optimizer = isinstance(self.optimizer, torch.optim.Optimizer)
         needs_closure = isinstance(self.optimizer, torch.optim.LBFGS)
         plateau = isinstance(self.schedule, ReduceLROnPlateau) and self.validation is None
         return [
@@ -118,9 +126,28 @@ class Objects:
                 not (self.validation is None or is_fraction or is_validation_pair),
             ),
             (
+                "optimizer",
+                "has none of the model's parameters, so the model would never change",
+                is_model and is_optimizer and not self._optimizes_model(),
+            ),
+            (
+                "loss",
+                f"is the class {getattr(self.loss, '__name__', '')}; write it with parentheses",
+                inspect.isclass(self.loss),
+            ),
+            (
                 "metrics",
                 "must map names to callables of (prediction, target)",
-                not all(isinstance(n, str) and callable(f) for n, f in self.metrics.items()),
+                not (
+                    isinstance(self.metrics, Mapping)
+                    and all(isinstance(n, str) and callable(f) for n, f in self.metrics.items())
+                ),
+            ),
+            (
+                "metrics",
+                f"{', '.join(sorted(taken))}: the table of losses has columns of that name; "
+                "choose another",
+                bool(taken),
             ),
         ]
 
@@ -213,6 +240,9 @@ def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None,
         training, kept_out = split_rows(len(x), objects.validation, seed)
         return Data(x[training], y[training], (x[kept_out], y[kept_out])), len(training)
     validation = objects.validation and _tensors("validation", objects.validation)
+    if validation and validation[0].shape[1:] != x.shape[1:]:
+        shapes = f"{tuple(validation[0].shape)}, where the data's x is {tuple(x.shape)}"
+        raise DataError(f"validation: x is {shapes}; rows must have the same shape")
     return Data(x, y, validation or None), len(x)
 
 
@@ -222,6 +252,8 @@ def _tensors(name: str, pair: Pair) -> tuple[Tensor, Tensor]:
         if not isinstance(tensor, Tensor) or tensor.ndim == 0:
             got = type(tensor).__name__
             raise DataError(f"{name}: {letter} must be a tensor with rows first, not a {got}")
+        if tensor.layout != torch.strided:
+            raise DataError(f"{name}: {letter} is sparse; pass {letter}.to_dense()")
     x, y = (tensor.detach() for tensor in tensors)
     if len(x) != len(y):
         raise DataError(f"{name}: x has {len(x)} rows and y has {len(y)}; they must have the same")
@@ -259,6 +291,10 @@ def _device(objects: Objects, name: str | None) -> torch.device:
     """Return the device to train on, the model moved there if it was asked for."""
     parameter = next(objects.model.parameters(), None)
     here = parameter.device if parameter is not None else torch.device("cpu")
+    if here.type == "meta":
+        raise DeviceError(
+            "the model is on the meta device and has no numbers; model.to_empty(...) first"
+        )
     if name is None:
         return here
     device = select(name)

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["standard_measurements"]
+__all__ = ["RESERVED_NAMES", "standard_measurements"]
+
+#: Names that a user's own measurement cannot have.
+RESERVED_NAMES = {"step", "loss", "lr", "validation_loss", "validation_accuracy", "validation_r2"}
 
 Measurement = Callable[[Tensor, Tensor], Any]
 
