@@ -19,12 +19,12 @@ from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 def main() -> None:
     """Print the machine, then a row for each workload and peer."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="how often each peer runs (default 15)")
+    parser.add_argument("--rounds", type=int, default=24, help="how often each peer runs (default 24)")
     rounds = parser.parse_args().rounds
     in_force = numerics.Numerics.read(torch.device("cpu"))
     print(f"{in_force.processor}, {in_force.threads} threads, {in_force.cpu_capability}, ", end="")
     print(f"torch {in_force.torch_version}, MKL {in_force.mkl_cbwr}; {rounds} rounds, alternating\n")
-    columns = f"{'median':>10}{'fastest':>10}{'us/step':>10}{'ratio':>8}  same losses"
+    columns = f"{'median':>10}{'fastest':>10}{'us/step':>10}{'ratio':>8}  {'quartiles':<12}  same losses"
     print(f"{'workload':<22}{'peer':<20}{columns}")
     for workload in WORKLOADS:
         _print_rows(workload, rounds)
@@ -44,12 +44,13 @@ def _print_rows(workload: Workload, rounds: int) -> None:
             seconds[name].append(time.perf_counter() - started)
     reference = seconds["plain loop"]
     for name, times in seconds.items():
-        ratio = statistics.median(t / r for t, r in zip(times, reference, strict=True))
+        ratios = [t / r for t, r in zip(times, reference, strict=True)]
+        lower, ratio, upper = statistics.quantiles(ratios, n=4)
         same = "yes" if losses[name] == losses["plain loop"] else "no"
         median, fastest = statistics.median(times), min(times)
         print(
             f"{workload.name:<22}{name:<20}{median:>9.3f}s{fastest:>9.3f}s"
-            f"{1e6 * median / workload.steps:>10.1f}{ratio:>8.3f}  {same}"
+            f"{1e6 * median / workload.steps:>10.1f}{ratio:>8.3f}  {lower:.3f}-{upper:.3f}   {same}"
         )
 
 

@@ -32,5 +32,5 @@ class Workload:
 
 WORKLOADS = [
     Workload("chapter, 500 steps", 64, 1000, 100, 10, steps=500, lr=1e-4),
-    Workload("chapter, 5,000 steps", 64, 1000, 100, 10, steps=5000, lr=1e-6),
+    Workload("chapter, 2,000 steps", 64, 1000, 100, 10, steps=2000, lr=1e-6),
 ]
