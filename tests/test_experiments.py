@@ -9,6 +9,15 @@ def last(run, name):
     return run.measurements.filter(run.measurements["name"] == name)["value"][-1]
 
 
+def test_settings_hold_for_an_experiment_in_every_form():
+    from everystep.experiment.specification import built_in, load
+
+    loaded = load("two-layer")
+    forms = ["two-layer", built_in()["two-layer"], loaded, loaded.model_dump(exclude_none=True)]
+    runs = [everystep.train_experiment(form, {"steps": 3}, progress=False) for form in forms]
+    assert all(len(run.losses) == 3 and run.losses.equals(runs[0].losses) for run in runs)
+
+
 def test_digits_are_told_apart():
     run = everystep.train_experiment("digits", progress=False)
     assert last(run, "validation_accuracy") >= 0.97

@@ -202,7 +202,10 @@ def train_experiment(
     from everystep.training.from_experiment import train_experiment as train_loaded
 
     name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"
-    loaded = experiment if isinstance(experiment, Experiment) else load(experiment, settings)
+    source = (
+        experiment.model_dump(exclude_none=True) if isinstance(experiment, Experiment) else experiment
+    )
+    loaded = load(source, settings)
     place = None if directory is None else Path(directory)
     outcome = train_loaded(loaded, name, place, RUNS, snapshot_budget, _progress(progress))
     return _run_of(outcome)
