@@ -25,7 +25,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/installed              ## everystep and the plain PyTorch loop, alternating
+bench: .venv/installed-bench        ## everystep, the plain PyTorch loop and other frameworks, alternating
 	$(BIN)/python -m benchmarks
 
 clean:
@@ -41,4 +41,8 @@ clean:
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@ .venv/installed
+
+.venv/installed-bench: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --editable ".[bench]"
 	@touch $@ .venv/installed

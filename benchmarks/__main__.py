@@ -1,58 +1,108 @@
-"""Time every peer on every workload, alternating in one process, and print one table."""
+"""Time every peer on every workload, alternating in one process, and print one table.
+
+`python -m benchmarks --write docs/benchmarks.md` writes it as a page too. Peers that are not
+installed are skipped and named; `pip install -e ".[bench]"` installs them all.
+"""
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import datetime
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from everystep import numerics
 
 numerics.prepare()  # before torch computes, so that all peers run under the same numerics
 
-import torch  # noqa: E402
-
-from benchmarks.peers import PEERS  # noqa: E402
+from benchmarks import machine, table  # noqa: E402
+from benchmarks.floors import peak_flops  # noqa: E402
+from benchmarks.peers import PEERS, PLAIN, Peer  # noqa: E402
+from benchmarks.timing import Outcome, time_workload  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 
 
-def main() -> None:
-    """Print the machine, then a row for each workload and peer."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=24, help="how often each peer runs (default 24)")
-    rounds = parser.parse_args().rounds
-    in_force = numerics.Numerics.read(torch.device("cpu"))
-    print(f"{in_force.processor}, {in_force.threads} threads, {in_force.cpu_capability}, ", end="")
-    print(f"torch {in_force.torch_version}, MKL {in_force.mkl_cbwr}; {rounds} rounds, alternating\n")
-    columns = f"{'median':>10}{'fastest':>10}{'us/step':>10}{'ratio':>8}  {'quartiles':<12}  same losses"
-    print(f"{'workload':<22}{'peer':<20}{columns}")
-    for workload in WORKLOADS:
-        _print_rows(workload, rounds)
+def main() -> int:
+    """Print the machine, a table that grows by workload, and the footnotes; 1 if a peer failed."""
+    arguments = _arguments()
+    date = datetime.datetime.now().astimezone()
+    # Ratios are to the plain loop, so it runs whoever is chosen.
+    chosen = [peer for peer in PEERS if peer is PLAIN or peer.key in arguments.peers]
+    peers = [peer for peer in chosen if not peer.missing]
+    workloads = [workload for workload in WORKLOADS if workload.key in arguments.workloads]
+    peak = peak_flops()
+    facts = machine.describe(peers, peak)
+    print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
+    results = table.Results(
+        machine=facts,
+        command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        date=f"{date:%Y-%m-%d %H:%M %Z}",
+        rounds=arguments.rounds,
+        peak=peak,
+        outcomes=_time(workloads, peers, arguments.rounds, peak),
+        skipped={peer.name: " and ".join(peer.missing) for peer in chosen if peer.missing},
+    )
+    print("\n".join(table.footnotes(results)))
+    if arguments.write is not None:
+        arguments.write.write_text(table.page(results), encoding="utf-8")
+    return int(any(outcome.failed for outcomes in results.outcomes.values() for outcome in outcomes))
 
 
-def _print_rows(workload: Workload, rounds: int) -> None:
-    """Ratios are medians over rounds of a peer's time to the plain loop's in the same round."""
-    seconds: dict[str, list[float]] = {name: [] for name in PEERS}
-    losses: dict[str, list[float]] = {}
-    for name, peer in PEERS.items():
-        losses[name] = list(peer(workload))  # warms up
-    for round_number in range(rounds):
-        # Every other round in the opposite order: being second must not be an advantage.
-        for name in list(PEERS)[:: 1 if round_number % 2 else -1]:
-            started = time.perf_counter()
-            PEERS[name](workload)
-            seconds[name].append(time.perf_counter() - started)
-    reference = seconds["plain loop"]
-    for name, times in seconds.items():
-        ratios = [t / r for t, r in zip(times, reference, strict=True)]
-        lower, ratio, upper = statistics.quantiles(ratios, n=4)
-        same = "yes" if losses[name] == losses["plain loop"] else "no"
-        median, fastest = statistics.median(times), min(times)
-        print(
-            f"{workload.name:<22}{name:<20}{median:>9.3f}s{fastest:>9.3f}s"
-            f"{1e6 * median / workload.steps:>10.1f}{ratio:>8.3f}  {lower:.3f}-{upper:.3f}   {same}"
-        )
+def _time(
+    workloads: Sequence[Workload], peers: Sequence[Peer], rounds: int, peak: float
+) -> dict[Workload, list[Outcome]]:
+    """Return the outcomes of each workload, and print its rows as soon as it is done."""
+    print(f"\n{table.text_heading()}", flush=True)
+    outcomes = {}
+    for workload in workloads:
+        outcomes[workload] = time_workload(workload, peers, rounds, _teller(workload))
+        print(table.text(workload, outcomes[workload], peak), flush=True)
+    return outcomes
+
+
+def _teller(workload: Workload) -> Callable[[str], None]:
+    """Return what says on a terminal's last line what is being run; elsewhere it says nothing."""
+
+    def tell(what: str) -> None:
+        if sys.stderr.isatty():
+            line = f"{workload.name}: {what}" if what else ""
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    peers, workloads = [peer.key for peer in PEERS], [workload.key for workload in WORKLOADS]
+    parser.add_argument(
+        "--rounds", type=_rounds, default=10, help="how often each peer runs (default 10)"
+    )
+    for name, keys in [("--workloads", workloads), ("--peers", peers)]:
+        what = f"of {', '.join(keys)} (default: all)"
+        parser.add_argument(name, type=_keys(keys), default=keys, metavar="A,B", help=what)
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="write the page in Markdown too")
+    return parser.parse_args()
+
+
+def _rounds(text: str) -> int:
+    rounds = int(text)
+    if rounds < 2:
+        raise argparse.ArgumentTypeError("quartiles need at least 2 rounds")
+    return rounds
+
+
+def _keys(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        keys = text.split(",")
+        if unknown := [key for key in keys if key not in known]:
+            message = f"{', '.join(unknown)}: not among {', '.join(known)}"
+            raise argparse.ArgumentTypeError(message)
+        return keys
+
+    return parse
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ from everystep.errors import (
 )
 
 if TYPE_CHECKING:
-    from everystep.experiment.gradient_descent import GradientDescent
+    from everystep.gradient_descent import GradientDescent
 
 __all__ = [
     "DataError",
@@ -42,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # An optimizer is a torch class, and importing everystep must not import torch.
     if name == "GradientDescent":
-        from everystep.experiment.gradient_descent import GradientDescent
+        from everystep.gradient_descent import GradientDescent
 
         return GradientDescent
     raise AttributeError(f"module 'everystep' has no attribute {name!r}")

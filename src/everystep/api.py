@@ -109,6 +109,8 @@ def train(
     metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
     evaluate_every: int | None = None,
     stop_on_nan: bool = False,
+    engine: Literal["auto", "program", "eager"] = "auto",
+    fold: bool = False,
     directory: str | Path | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
     dataset_limit: int | None = None,
@@ -140,6 +142,11 @@ def train(
         evaluate_every: steps between measurements; absent: an epoch, or a hundredth of the steps
             where every step sees all rows. The last step is always measured.
         stop_on_nan: stop at the first loss that is not finite; otherwise it is recorded and said.
+        engine: `program`: take steps by the program that is captured from the first one, and refuse
+            where that cannot be; `eager`: run Python at every step; `auto`: by program where it gives
+            the very bits, and eagerly otherwise, with a word why.
+        fold: let the program fold updates into the matrix products that make their gradients: faster,
+            but rounded otherwise than the eager step.
         directory: of the run, which must not exist; absent: the next free one under runs/.
         snapshot_budget: bytes of snapshots that the run may keep.
         dataset_limit: bytes that a Dataset may take as tensors; absent: 2 GB.
@@ -164,6 +171,8 @@ def train(
         clip_norm=clip_norm,
         evaluate_every=evaluate_every,
         stop_on_nan=stop_on_nan,
+        engine=engine,
+        fold=fold,
     )
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     objects = Objects(

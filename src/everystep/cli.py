@@ -56,6 +56,14 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of data, model and batches.")] = None,
     threads: Annotated[int | None, typer.Option(help="How many threads torch computes with.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="program, eager, or auto: by program where it gives the very bits."),
+    ] = None,
+    fold: Annotated[
+        bool | None,
+        typer.Option("--fold", help="Fold updates into matrix products: faster, other rounding."),
+    ] = None,
     run: Annotated[
         Path | None, typer.Option("--run", metavar="DIR", help="The run's directory; it must not exist.")
     ] = None,
@@ -76,6 +84,7 @@ def train(
     numerics.prepare()
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
+    shorthands |= {"engine": engine, "fold": fold}
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
     loaded = load(experiment, overrides)
 

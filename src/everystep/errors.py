@@ -7,6 +7,7 @@
     │   ├── ModelError: the model does not fit its data, or the data its loss
     │   ├── DeviceError: the device is not there
     │   └── RunError: no run there, a run that is in the way, or one that cannot be read
+    │       └── ProgramError: a program that cannot be read, or cannot be run here
     ├── TrainingError: torch failed within a step of an experiment; exit code 1
     └── RecordingError: writing the run failed (disk full, read-only, ...); exit code 1
 
@@ -27,6 +28,7 @@ __all__ = [
     "ExperimentError",
     "Fault",
     "ModelError",
+    "ProgramError",
     "RecordingError",
     "RunError",
     "TrainingError",
@@ -86,6 +88,10 @@ class DeviceError(UsageError):
 
 class RunError(UsageError):
     """No run is there, one is in the way, or it cannot be read."""
+
+
+class ProgramError(RunError):
+    """A program that is none, is of a newer everystep, or uses what is not allowed."""
 
 
 class TrainingError(EverystepError):

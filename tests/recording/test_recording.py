@@ -214,7 +214,7 @@ def loss(p, t):
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     return nn.functional.mse_loss(p, t)
 try:
-    everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run",
+    everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engine="eager",
                     optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
 except everystep.RecordingError as error:
     print(error)
@@ -251,7 +251,7 @@ def loss(p, t):
     start = start or time.time()
     if time.time() - start > 0.7: os.kill(os.getpid(), signal.SIGKILL)
     return nn.functional.mse_loss(p, t)
-everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run",
+everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engine="eager",
                 optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import derived_generator
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "RowsOf"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,13 @@ class Batches:
         """Return the epoch (from 0) of a step (from 1)."""
         return (step - 1) // self.steps_per_epoch
 
+    def rows_of(self, step: int) -> int:
+        """Return how many rows a step (from 1) sees."""
+        if self.batch_size is None:
+            return self.rows
+        start = (step - 1) % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.rows - start)
+
     def indices(self, step: int) -> Tensor | None:
         """Return the rows of a step (from 1) as int64 on the CPU, or None for all in order.
 
@@ -74,16 +80,9 @@ class Batches:
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         return self._epoch_order(self.epoch(step))[start : start + self.batch_size]
 
-    def of(self, x: Tensor, y: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """Return what gives the batch (x, y) of a step, from tensors (rows, ...) on any device."""
-        if self.batch_size is None:
-            return lambda step: (x, y)
-
-        def batch(step: int) -> tuple[Tensor, Tensor]:
-            rows = self.indices(step).to(x.device)  # type: ignore[union-attr]
-            return x.index_select(0, rows), y.index_select(0, rows)
-
-        return batch
+    def of(self, x: Tensor, y: Tensor) -> RowsOf:
+        """Return what gives the batch of a step, from tensors (rows, ...) on any device."""
+        return RowsOf(self, x, y)
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch not in self._order:
@@ -91,3 +90,41 @@ class Batches:
             generator = derived_generator(self.seed, "epoch", epoch)
             self._order[epoch] = torch.randperm(self.rows, generator=generator)
         return self._order[epoch]
+
+
+class RowsOf:
+    """The batches of two tensors x and y (rows, ...): which rows, and the rows themselves.
+
+    is_fixed: whether every step sees x and y as they are.
+    """
+
+    def __init__(self, batches: Batches, x: Tensor, y: Tensor) -> None:
+        self._batches = batches
+        self._x = x
+        self._y = y
+        self.is_fixed = batches.batch_size is None
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return x and y of a step (from 1)."""
+        indices = self._indices(step)
+        if indices is None:
+            return self._x, self._y
+        return self._x.index_select(0, indices), self._y.index_select(0, indices)
+
+    def shape(self, step: int) -> int:
+        """Return how many rows a step sees."""
+        return self._batches.rows_of(step)
+
+    def into(self, step: int, x: Tensor, y: Tensor) -> None:
+        """Write x and y of a step into tensors of their shape."""
+        indices = self._indices(step)
+        if indices is None:
+            x.copy_(self._x)
+            y.copy_(self._y)
+        else:
+            torch.index_select(self._x, 0, indices, out=x)
+            torch.index_select(self._y, 0, indices, out=y)
+
+    def _indices(self, step: int) -> Tensor | None:
+        indices = self._batches.indices(step)
+        return None if indices is None else indices.to(self._x.device)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from everystep.errors import Fault, did_you_mean
-from everystep.experiment.gradient_descent import GradientDescent
+from everystep.gradient_descent import GradientDescent
 
 __all__ = [
     "LayerCall",

@@ -155,6 +155,8 @@ class Iteration(Section):
     evaluate_every: PositiveInt | None = None
     clip_norm: PositiveFloat | None = None
     stop_on_nan: bool = False
+    engine: Literal["auto", "program", "eager"] = "auto"
+    fold: bool = False
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Self:

@@ -132,6 +132,11 @@ class Database:
         """Take snapshots out, before their directories are removed."""
         self._connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
 
+    def forget_after(self, step: int) -> None:
+        """Take out losses and measurements of later steps."""
+        for table in ("steps", "measurements"):
+            self._connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+
     def facts(self) -> dict[str, Any]:
         """Return all facts."""
         return {key: json.loads(value) for key, value in self._rows("SELECT * FROM facts")}

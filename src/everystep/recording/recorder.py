@@ -20,14 +20,20 @@ from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from everystep.step.program import Program
     from everystep.step.state import State
 
-__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory"]
+__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory", "program_file"]
 
 #: Bytes of snapshots a run may keep, unless told otherwise.
 DEFAULT_BUDGET = 512_000_000
 #: Data up to this size is stored in the run; of larger data, its size and digest.
 DATA_LIMIT = 256_000_000
+
+
+def program_file(number: int) -> str:
+    """Return where a program lies in its run."""
+    return f"programs/{number}.json"
 
 
 def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
@@ -99,6 +105,14 @@ class Recorder:
         """Write the data set (CPU tensors) while it is small; else its size and digest."""
         self._put(lambda: self._write_data(tensors))
 
+    def program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
+        """Write a program, and the bytes of its constants beside it."""
+        self._put(lambda: self._write_program(number, program, constants))
+
+    def forget_after(self, step: int) -> None:
+        """Take out losses, measurements and snapshots of later steps: they are taken again."""
+        self._put(lambda: self._forget_after(step))
+
     def facts(self, facts: dict[str, Any]) -> None:
         """Write facts."""
         self._put(lambda: self._in_transaction(lambda: self._database.write_facts(facts)))
@@ -165,6 +179,24 @@ class Recorder:
 
     def _write_text(self, name: str, content: str) -> None:
         (self.directory / name).write_text(content, encoding="utf-8")
+
+    def _write_program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        path = self.directory / program_file(number)
+        path.parent.mkdir(exist_ok=True)
+        if constants:
+            on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
+            path.with_suffix(".safetensors").write_bytes(save(on_cpu))
+        path.write_text(program.to_json(), encoding="utf-8")
+
+    def _forget_after(self, step: int) -> None:
+        later = [taken for taken in self.plan.kept if taken > step]
+        for taken in later:
+            del self.plan.kept[taken]
+        self._in_transaction(lambda: self._database.forget_after(step))
+        remove_snapshots(self.directory / "snapshots", later, self._forget)
+        self._last_step = min(self._last_step, step)
 
     def _write_data(self, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save

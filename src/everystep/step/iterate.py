@@ -1,140 +1,277 @@
-"""The iteration: forward, loss, zero the gradients, backward, update."""
+"""The iteration: takes the steps of a training, eagerly or by a program that is checked against them.
+
+A step is taken by its program where there is one. A step of a kind not met before (the first one,
+another batch shape) is taken eagerly and captured, and its program is used from then on if it gives
+the very bits. At steps 2, 4, 8, ..., then at an interval that costs under a hundredth of the time,
+and at the last step, the program is checked against the eager step again.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+import time
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch import Tensor
 
-from everystep.errors import ExperimentError, Fault, ModelError
-from everystep.step.state import State
+from everystep.errors import TrainingError
+from everystep.step.build import NotCapturableError, build
+from everystep.step.capture import capture
+from everystep.step.check import Saved, difference
+from everystep.step.eager import EagerStep, Trainee
+from everystep.step.execute import without_autograd
+from everystep.step.known import PythonState, reason_against
+from everystep.step.programs import Programs
 
-__all__ = ["FinishedStep", "Trainee", "iterate"]
+__all__ = ["Engine", "Iteration"]
+
+Engine = Literal["auto", "program", "eager"]
+
+#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart.
+CHECK_SHARE = 0.01
+#: Losses kept on the device until they are collected.
+ROOM = 4096
 
 
-class FinishedStep(NamedTuple):
-    """A step that has been taken: its number (from 1), and its loss, still on the device.
+class Iteration:
+    """Takes the steps of a training, and keeps their losses until they are collected.
 
-    rates: the learning rate of each param group that it used, where there is a schedule.
+    Args:
+        trainee: what is trained, in place.
+        steps: how many steps there will be.
+        engine: `eager`; `program`, which raises where there is none; or `auto`.
+        fold: fold updates into the operations that make their gradients, which changes rounding.
+
+    step: the last step taken; reason: why steps are taken eagerly, or None; eager_from: the first of
+    these; checked: the steps at which a program was checked, and held; programs: those captured; rates:
+    (step, lr of each param group) of each step since the last `collect`, where there is a schedule.
     """
 
-    number: int
-    loss: Tensor
-    rates: tuple[float, ...] | None
+    def __init__(
+        self, trainee: Trainee, steps: int, engine: Engine = "auto", fold: bool = False
+    ) -> None:
+        self.trainee = trainee
+        self.step = 0
+        self.reason: str | None = None
+        self.eager_from: int | None = None
+        self.programs = Programs(trainee, fold)
+        self.rates: list[tuple[int, tuple[float, ...]]] = []
+        self._steps = steps
+        self._engine = engine
+        self._eager = EagerStep(trainee)
+        self._plan = _CheckPlan()
+        self._losses = torch.empty(0)
+        self._slots: tuple[Tensor, ...] = ()
+        self._count = 0
+        reason = "it was asked for" if engine == "eager" else reason_against(trainee)
+        self._verified = None if reason else (0, Saved(trainee))
+        if reason is not None:
+            self._go_on_eagerly(reason)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether losses must be collected before more steps can be taken."""
+        return self._count >= ROOM
+
+    def last_loss(self) -> float:
+        """Return the loss of the last step, which must not have been collected yet."""
+        return float(self._losses[self._count - 1])
+
+    @property
+    def checked(self) -> list[int]:
+        """The steps at which a program was checked against the eager step, and held."""
+        return self._plan.checked
+
+    def advance(self, last: int) -> None:
+        """Take steps up to `last`, or until so many losses are kept that they must be collected.
+
+        A failed check brings `step` back to the last step that was checked: what was collected of
+        later steps is void.
+
+        Raises:
+            TrainingError: a program was demanded, and there is none.
+        """
+        while self.step < last and self._count < ROOM:
+            number = self.step + 1
+            if self.reason is not None:
+                self._keep(number, self._eager.take(*self.trainee.batch(number)))
+            elif not self.programs.has(number):
+                self._capture(number)
+            elif number >= self._plan.next or number == self._steps:
+                self._check(number)
+            else:
+                last_unchecked = min(self._plan.next, self._steps) - 1
+                self._run(number, min(last, last_unchecked, self.step + ROOM - self._count))
+
+    def collect(self) -> tuple[int, Tensor]:
+        """Return the step of the first loss not collected before, and the losses from there on."""
+        first, count = self.step - self._count + 1, self._count
+        self._count = 0
+        self.rates = []
+        return first, self._losses[:count].clone()
+
+    def finish(self) -> None:
+        """Leave the gradients of the last step where a user looks for them."""
+        if self.reason is None and self.step and self.step not in self.checked:
+            self.programs.hand_over_gradients(self.step)
+
+    def _capture(self, number: int) -> None:
+        """Take a step eagerly, capture it, and use its program from now on if it gives the same."""
+        python = PythonState(self.trainee)
+        before = Saved(self.trainee)
+        captured = capture(self._eager, number)
+        changed = python.difference(PythonState(self.trainee))
+        try:
+            if changed is not None:
+                raise NotCapturableError(changed)
+            self.programs.add(number, build(captured, self.trainee))
+        except NotCapturableError as error:
+            self._keep(number, captured.loss)
+            self._fail(number, str(error))
+            return
+        if self._compare(number, before, captured.loss):
+            self._plan.captured(number)
+        else:
+            self.programs.discard(number)
+
+    def _check(self, number: int) -> None:
+        """Take a step eagerly and by its program, and compare."""
+        started = time.perf_counter()
+        python = PythonState(self.trainee)
+        before = Saved(self.trainee)
+        loss = self._eager.take(*self.trainee.batch(number))
+        changed = python.difference(PythonState(self.trainee))
+        if self._compare(number, before, loss, changed):
+            self._plan.passed(number, time.perf_counter() - started)
+
+    def _compare(self, number: int, before: Saved, loss: Tensor, changed: str | None = None) -> bool:
+        """Take a step by its program that has just been taken eagerly; tell whether it is the same."""
+        expected = Saved(self.trainee)
+        wanted = expected.tensors | {"loss": loss.reshape(())}
+        wanted |= {f"gradient/{name}": g for name, g in self.trainee.gradients().items()}
+        try:
+            reason = changed or self._difference(number, before, wanted, expected)
+        except Exception as error:  # whatever torch's kernels make of what they are given
+            reason = f"its program fails ({error})"
+        if reason is None:
+            self._keep(number, self.programs.bound(number).loss)
+            self._verified = (number, Saved(self.trainee))
+            return True
+        expected.restore(self.trainee, forget_new=False)
+        self._keep(number, loss)
+        self._fail(number, reason)
+        return False
+
+    def _difference(
+        self, number: int, before: Saved, wanted: dict[str, Tensor], expected: Saved
+    ) -> str | None:
+        """Take a step by its program, and say in words what is not as it should be, or None."""
+        trainee, programs = self.trainee, self.programs
+        programs.refresh()
+        bound = programs.bound(number)
+        before.restore(trainee, forget_new=bound.program.optimizer_step is not None)
+        programs.load_batch(number, bound)
+        programs.load_rates()
+        with without_autograd():
+            bound.run()
+        found = trainee.named_state() | {"loss": bound.loss.reshape(())}
+        found |= {f"gradient/{name}": gradient for name, gradient in bound.gradients.items()}
+        derived = {f"gradient/{name}" for name in bound.program.derived_gradients}
+        compared = {name: tensor for name, tensor in wanted.items() if name not in derived}
+        name = difference(compared, found, folded=programs.is_folded)
+        if name is None and not expected.generators.same_as(trainee.device):
+            name = "the random generator"
+        kind = "numbers too far off" if programs.is_folded else "other bits"
+        return None if name is None else f"its program gives {kind} in {name}"
+
+    def _run(self, first: int, last: int) -> None:
+        """Take steps by their programs, without a look to the left or right."""
+        programs, advance, is_fixed = self.programs, self._eager.advance, self.trainee.batch.is_fixed
+        follows_schedule = self.trainee.schedule is not None
+        started = time.perf_counter()
+        with without_autograd():
+            bound = programs.bound(first)
+            slots = self._slots
+            for number in range(first, last + 1):
+                if not is_fixed:
+                    if not programs.has(number):
+                        break
+                    bound = programs.bound(number)
+                    programs.load_batch(number, bound)
+                if follows_schedule:
+                    self._note_rates(number)
+                    programs.load_rates()
+                for call in bound.calls:
+                    call()
+                slots[self._count].copy_(bound.loss)
+                self._count += 1
+                self.step = number
+                if advance is not None:
+                    advance(number)
+        self._plan.timed(self.step - first + 1, time.perf_counter() - started)
+
+    def _keep(self, number: int, loss: Tensor) -> None:
+        """A step has been taken: keep its loss, and let the schedule go on."""
+        if not self._slots:
+            self._losses = torch.empty(ROOM, dtype=loss.dtype, device=loss.device)
+            shape = loss.shape
+            self._slots = tuple(slot.reshape(shape) for slot in self._losses.unbind())
+        self._slots[self._count].copy_(loss.detach())
+        self._count += 1
+        self._note_rates(number)
+        self.step = number
+        if self._eager.advance is not None:
+            self._eager.advance(number)
+
+    def _note_rates(self, number: int) -> None:
+        if self.trainee.schedule is not None:
+            self.rates.append((number, self.trainee.rates()))
+
+    def _fail(self, number: int, reason: str) -> None:
+        """There is no program from here on; what was taken since the last good check does not count.
+
+        The step itself stands where no step was taken by program since then.
+        """
+        verified, saved = self._verified or (0, None)
+        if saved is not None and verified < number - 1:
+            saved.restore(self.trainee, forget_new=True)
+            self._count = max(0, self._count - (number - verified))
+            self.rates = [each for each in self.rates if each[0] <= verified]
+            self.step = verified
+        self._go_on_eagerly(f"{reason} at step {number}")
+
+    def _go_on_eagerly(self, reason: str) -> None:
+        if self._engine == "program":
+            raise TrainingError(
+                f'no program can take these steps: {reason}; engine = "auto" takes them eagerly'
+            )
+        self.reason = reason
+        self.eager_from = self.step + 1
 
 
-@dataclass(frozen=True)
-class Trainee:
-    """All that a step needs, alive.
+@dataclass
+class _CheckPlan:
+    """When a program was checked, and when it will be."""
 
-    loss: of prediction and target, gives one number; batch: the (x, y) of a step (from 1);
-    clip_norm: the largest 2-norm of all gradients together; steps_per_epoch: for a schedule that
-    advances every epoch.
-    """
+    checked: list[int] = field(default_factory=list)
+    next: int = 2
+    _step_seconds: float = 0.0
 
-    model: nn.Module
-    loss: Callable[[Any, Any], Tensor]
-    optimizer: torch.optim.Optimizer
-    batch: Callable[[int], tuple[Any, Any]]
-    device: torch.device
-    schedule: LRScheduler | None = None
-    schedule_every: Literal["step", "epoch"] = "step"
-    steps_per_epoch: int = 1
-    clip_norm: float | None = None
+    def timed(self, steps: int, seconds: float) -> None:
+        """So many steps by program took so long."""
+        self._step_seconds = seconds / steps if steps else 0.0
 
-    def state(self, step: int) -> State:
-        """Return a copy of the state after `step`."""
-        return State.capture(step, self.model, self.optimizer, self.schedule, self.device)
+    def captured(self, step: int) -> None:
+        """A program was captured at a step, and held."""
+        self.checked.append(step)
+        if step >= self.next:
+            self.next = 2 * step
 
-
-def iterate(trainee: Trainee, first: int, last: int) -> Iterator[FinishedStep]:
-    """Take the steps `first` to `last`, eagerly, and yield each when its update is done.
-
-    Raises:
-        ExperimentError: the loss is not one number.
-        ModelError: the loss does not depend on any parameter.
-    """
-    model, loss_function, optimizer = trainee.model, trainee.loss, trainee.optimizer
-    zero_grad, update, advance = _zeroing(optimizer), _updating(optimizer), _advancing(trainee)
-    clip_norm = trainee.clip_norm
-    clipped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number in range(first, last + 1):
-        x, y = trainee.batch(number)
-        loss = loss_function(model(x), y)
-        if number == first:
-            _check(loss)
-        zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(clipped, clip_norm)
-        update()
-        rates = None
-        if trainee.schedule is not None:
-            rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
-        if advance is not None:
-            advance(number)
-        yield FinishedStep(number, loss.detach(), rates)
-
-
-def _zeroing(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Return what `optimizer.zero_grad()` does, without its mark for torch's profiler.
-
-    The mark takes longer than the work: a twentieth of a step of the chapter's network.
-    """
-    if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
-        return optimizer.zero_grad
-
-    def zero_grad() -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
-    return zero_grad
-
-
-def _updating(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Return `optimizer.step`, without what torch wraps around it for hooks and for its profiler.
-
-    Where there are hooks, or something (a schedule) has put a step of its own in place, it is taken
-    as it is.
-    """
-    step = type(optimizer).step
-    hooks = [
-        (optimizer, "_optimizer_step_pre_hooks"),
-        (optimizer, "_optimizer_step_post_hooks"),
-        (inspect.getmodule(torch.optim.Optimizer), "_global_optimizer_pre_hooks"),
-        (inspect.getmodule(torch.optim.Optimizer), "_global_optimizer_post_hooks"),
-    ]
-    is_hooked = any(getattr(owner, name, True) for owner, name in hooks)
-    if is_hooked or "step" in vars(optimizer) or not getattr(step, "hooked", False):
-        return optimizer.step
-    return partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]
-
-
-def _advancing(trainee: Trainee) -> Callable[[int], None] | None:
-    """Return what advances the schedule after a step; one that waits for evaluations does not."""
-    schedule, every = trainee.schedule, trainee.steps_per_epoch
-    if schedule is None or isinstance(schedule, ReduceLROnPlateau):
-        return None
-    if trainee.schedule_every == "step":
-        return lambda number: schedule.step()
-    return lambda number: schedule.step() if number % every == 0 else None
-
-
-def _check(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ExperimentError(
-            [Fault("loss", f'must give one number, not {got}; take reduction="mean" or "sum"')]
-        )
-    if not loss.requires_grad:
-        raise ModelError(
-            "the loss does not depend on any parameter that requires a gradient, so nothing can be "
-            "learned; is the model frozen, or the loss computed without it?"
-        )
+    def passed(self, step: int, seconds: float) -> None:
+        """A check has passed at a step; it took so long."""
+        self.checked.append(step)
+        interval = 1
+        while interval < step and interval * self._step_seconds * CHECK_SHARE < seconds:
+            interval *= 2
+        self.next = step + interval

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Generators", "State", "generators_preserved"]
+__all__ = [
+    "Generators",
+    "State",
+    "generators_preserved",
+    "named_state",
+    "optimizer_settings",
+    "parameter_names",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,14 @@ class Generators:
             module.set_rng_state(self.torch_device, *([device] if device.type == "cuda" else []))
         random.setstate(self.python)
         np.random.set_state(self.numpy)
+
+    def same_as(self, device: torch.device) -> bool:
+        """Tell whether torch's generators are now as they were read."""
+        now = _device_generator_state(device)
+        same_on_device = now is None or (
+            self.torch_device is not None and torch.equal(now, self.torch_device)
+        )
+        return same_on_device and torch.equal(torch.get_rng_state(), self.torch_cpu)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the states as tensors, by name."""
@@ -88,6 +103,7 @@ class State:
         cls,
         step: int,
         model: nn.Module,
+        loss: Any,
         optimizer: torch.optim.Optimizer,
         schedule: LRScheduler | None,
         device: torch.device,
@@ -96,56 +112,73 @@ class State:
         parameters = {
             name: _copy(value) for name, value in model.state_dict().items() if isinstance(value, Tensor)
         }
-        outside = {
-            f"buffer/{name}": _copy(buffer)
-            for name, buffer in model.named_buffers(remove_duplicate=False)
-            if name not in parameters
+        rest = {
+            name: _copy(value)
+            for name, value in named_state(model, loss, optimizer).items()
+            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
         }
-        optimizer_tensors, optimizer_settings = _optimizer_parts(model, optimizer)
         generators = Generators.capture(device).tensors()
-        settings: dict[str, Any] = {"step": step, "optimizer": optimizer_settings}
+        settings: dict[str, Any] = {"step": step, "optimizer": optimizer_settings(model, optimizer)}
         if schedule is not None:
             settings["schedule"] = _plain(schedule.state_dict())
         return cls(
             step=step,
             parameters=parameters,
-            rest=outside
-            | optimizer_tensors
-            | {f"generator/{name}": _copy(value) for name, value in generators.items()},
+            rest=rest | {f"generator/{name}": _copy(value) for name, value in generators.items()},
             settings=settings,
         )
 
 
-def _optimizer_parts(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's tensors by `optimizer/parameter/key`, and its other values."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    positions = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    named = {p: names.get(p, f"#{index}") for index, p in enumerate(positions)}
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
+def named_state(model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the live tensors that a training carries from one step to the next, by name.
+
+    `parameter/0.weight`, `buffer/1.running_mean`, `optimizer/0.weight/exp_avg`, `group/0/lr` where a
+    param group holds a tensor, and `loss/weight` of a loss that is a module. A gradient is state only
+    where nothing zeroes it: of a parameter that the optimizer does not have.
+    """
+    found: dict[str, Tensor] = {
+        f"parameter/{n}": p for n, p in model.named_parameters(remove_duplicate=False)
+    }
+    found |= {f"buffer/{n}": b for n, b in model.named_buffers(remove_duplicate=False)}
+    if isinstance(loss, nn.Module):
+        found |= {f"loss/{n}": t for n, t in (*loss.named_parameters(), *loss.named_buffers())}
+    names = parameter_names(model, optimizer)
+    in_model: set[Tensor] = set(model.parameters())
+    found |= {f"parameter/{name}": p for p, name in names.items() if p not in in_model}
     for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            place = f"{named.get(parameter, '#')}/{key}"
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{place}"] = _copy(value)
-            else:
-                values[place] = _plain(value)
-    groups = []
+        place = names.get(parameter, "#")
+        tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+        found |= {f"optimizer/{place}/{key}": value for key, value in tensors.items()}
     for index, group in enumerate(optimizer.param_groups):
-        tensors |= {
-            f"group/{index}/{key}": _copy(value)
-            for key, value in group.items()
-            if isinstance(value, Tensor)
-        }
-        settings = {
-            key: _plain(value)
-            for key, value in group.items()
-            if key != "params" and not isinstance(value, Tensor)
-        }
-        groups.append(settings | {"params": [named[parameter] for parameter in group["params"]]})
-    return tensors, {"class": type(optimizer).__qualname__, "groups": groups, "values": values}
+        found |= {f"group/{index}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
+    for name, parameter in model.named_parameters():
+        if parameter not in names and parameter.grad is not None:
+            found[f"gradient/{name}"] = parameter.grad
+    return found
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    """Return the name of each parameter that the optimizer has; `#3` of one not in the model."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    positions = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {parameter: names.get(parameter, f"#{i}") for i, parameter in enumerate(positions)}
+
+
+def optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what the optimizer holds besides tensors."""
+    names = parameter_names(model, optimizer)
+    values = {
+        f"{names.get(parameter, '#')}/{key}": _plain(value)
+        for parameter, entries in optimizer.state.items()
+        for key, value in entries.items()
+        if not isinstance(value, Tensor)
+    }
+    groups = [
+        {k: _plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+        | {"params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__qualname__, "groups": groups, "values": values}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
-from everystep.experiment.gradient_descent import GradientDescent
-from everystep.step.iterate import Trainee
+from everystep.gradient_descent import GradientDescent
+from everystep.step.eager import Trainee
 
 __all__ = ["describe"]
 

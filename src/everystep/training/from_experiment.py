@@ -16,8 +16,8 @@ from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.specification import Experiment
+from everystep.step.eager import Trainee
 from everystep.step.evaluate import Evaluation
-from everystep.step.iterate import Trainee
 from everystep.step.state import generators_preserved
 from everystep.training.facts import describe
 from everystep.training.job import Job, Outcome, Progress
@@ -109,6 +109,8 @@ def _job(experiment: Experiment, name: str, device: torch.device) -> Job:
         evaluation=evaluation,
         evaluate_every=every,
         stop_on_nan=experiment.stop_on_nan,
+        engine=experiment.engine,
+        fold=experiment.fold,
         notices=[message] if (message := numerics.warning()) else [],
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
@@ -19,8 +19,8 @@ from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, split_rows
 from everystep.experiment.device import select
 from everystep.experiment.specification import Iteration
+from everystep.step.eager import BatchSource, Trainee
 from everystep.step.evaluate import Evaluation
-from everystep.step.iterate import Trainee
 from everystep.training.dataset import collate_rows, gives_same_rows, read_dataset
 from everystep.training.facts import describe
 from everystep.training.from_experiment import default_evaluate_every, total_steps
@@ -192,7 +192,7 @@ def _job(objects: Objects, iteration: Iteration, device: torch.device, progress:
             "the Dataset gives other rows when read again (random augmentation?), so it is read "
             "at every step, and replaying this run will need the Dataset"
         )
-        batch = _lazy_batch(cast("Dataset[Any]", objects.data), batches, device)
+        batch: BatchSource = _LazyBatches(cast("Dataset[Any]", objects.data), batches, device)
     else:
         on_device = data.to(device)
         batch = batches.of(on_device.x, on_device.y)
@@ -218,6 +218,8 @@ def _job(objects: Objects, iteration: Iteration, device: torch.device, progress:
         evaluation=_evaluation(objects, data, device),
         evaluate_every=every,
         stop_on_nan=iteration.stop_on_nan,
+        engine=iteration.engine,
+        fold=iteration.fold,
         notices=notices,
     )
 
@@ -262,16 +264,35 @@ def _tensors(name: str, pair: Pair) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _lazy_batch(
-    dataset: Dataset[Any], batches: Batches, device: torch.device
-) -> Callable[[int], tuple[Tensor, Tensor]]:
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        indices = batches.indices(step)
-        rows = range(batches.rows) if indices is None else indices.tolist()
-        x, y = collate_rows(dataset, rows)
-        return x.to(device), y.to(device)
+class _LazyBatches:
+    """The batches of a Dataset that is read at every step, since it gives other rows each time."""
 
-    return batch
+    is_fixed = False
+
+    def __init__(self, dataset: Dataset[Any], batches: Batches, device: torch.device) -> None:
+        self._dataset = dataset
+        self._batches = batches
+        self._device = device
+        self._step = 0
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return x and y of a step; asked for the same step again, the same."""
+        if self._pair is None or step != self._step:
+            indices = self._batches.indices(step)
+            rows = range(self._batches.rows) if indices is None else indices.tolist()
+            x, y = collate_rows(self._dataset, rows)
+            self._step, self._pair = step, (x.to(self._device), y.to(self._device))
+        return self._pair
+
+    def shape(self, step: int) -> Hashable:
+        """Return shapes and dtypes of a step's batch."""
+        return tuple((tensor.shape, tensor.dtype) for tensor in self(step))
+
+    def into(self, step: int, x: Tensor, y: Tensor) -> None:
+        """Write x and y of a step into tensors of their shape."""
+        for target, source in zip((x, y), self(step), strict=True):
+            target.copy_(source)
 
 
 def _evaluation(objects: Objects, data: Data | None, device: torch.device) -> Evaluation | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from everystep.experiment.data import Data
+from everystep.step.eager import Trainee
 from everystep.step.evaluate import Evaluation
-from everystep.step.iterate import Trainee
+from everystep.step.iterate import Engine
 
 __all__ = ["Job", "Outcome", "Progress"]
 
@@ -32,6 +33,8 @@ class Job:
     evaluation: Evaluation | None = None
     evaluate_every: int = 1
     stop_on_nan: bool = False
+    engine: Engine = "auto"
+    fold: bool = False
     notices: list[str] = field(default_factory=list)
 
 

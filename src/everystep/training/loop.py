@@ -15,21 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import numerics
-from everystep.recording.recorder import Recorder, create_directory
-from everystep.step.iterate import FinishedStep, iterate
+from everystep.recording.recorder import Recorder, create_directory, program_file
+from everystep.step.iterate import Iteration
 from everystep.training.job import Job, Outcome, Progress
 
 __all__ = ["run_job"]
 
 #: Seconds between two looks at the losses: each waits for the device once.
 FLUSH_SECONDS = 0.1
-#: Steps that are timed before the snapshots' interval is chosen.
+#: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
+#: Steps are taken in stretches of about so many seconds; Ctrl-C waits for the end of one.
+STRETCH_SECONDS = 0.02
 
 
 def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress: Progress) -> Outcome:
@@ -55,7 +55,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     try:
         with _interrupt_deferred() as interrupted:
             reason = training.run(interrupted)
-        training.keep_last_state()
+        training.finish()
     except BaseException as error:
         _finish_failed(recorder, training, error)
         raise
@@ -68,70 +68,76 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
 
 
 class _Training:
-    """One training under way: the steps not yet handed over, and what is due next."""
+    """One training under way: what is due next, and what has not been handed over yet."""
 
     def __init__(self, job: Job, recorder: Recorder, progress: Progress) -> None:
         self.job = job
         self.recorder = recorder
         self.progress = progress
         self.step = 0
-        self._pending: list[Tensor] = []
+        self._iteration: Iteration | None = None
+        self._step_seconds = math.inf
         self._measurements: list[tuple[str, int, float]] = []
         self._rates: tuple[float, ...] = ()
         self._snapshot_step = -1
         self._nonfinite_step: int | None = None
+        self._programs_written = 0
+        self._engine: dict[str, Any] = {}
 
     def run(self, interrupted: Callable[[], bool]) -> str | None:
         """Take all steps; returns None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
+        iteration = self._iteration = Iteration(job.trainee, job.steps, job.engine, job.fold)
+        self._keep_engine(iteration)
         flush_at = time.perf_counter() + FLUSH_SECONDS
-        timed_from = 0.0
-        for finished in iterate(job.trainee, 1, job.steps):
-            step = self.step = finished.number
-            self._pending.append(finished.loss)
-            if finished.rates is not None:
-                self._note_rates(finished)
-            if job.evaluation is not None and self._is_evaluation(step):
+        while self.step < job.steps:
+            self._advance(iteration)
+            if job.evaluation is not None and self._is_evaluation(self.step):
                 self._evaluate()
-            if job.stop_on_nan and not math.isfinite(finished.loss.item()):
+            if job.stop_on_nan and not math.isfinite(iteration.last_loss()):
                 self.flush()
-                return f"the loss is {finished.loss.item()} at step {step} (stop_on_nan)"
-            if step <= TIMED_STEPS:
-                timed_from = self._time(step, timed_from)
-            elif self.recorder.plan.is_due(step) and not self.recorder.is_behind:
+                return f"the loss is {iteration.last_loss()} at step {self.step} (stop_on_nan)"
+            if self.recorder.plan.is_due(self.step) and not self.recorder.is_behind:
                 self._snapshot()
             if interrupted():
                 self.flush()
                 return "by the user (Ctrl-C)"
-            if time.perf_counter() >= flush_at:
+            if iteration.is_full or time.perf_counter() >= flush_at:
                 self.flush()
                 flush_at = time.perf_counter() + FLUSH_SECONDS
         self.flush()
         return None
 
-    def keep_last_state(self) -> None:
-        """Take a snapshot of the newest state, if it is not kept yet."""
+    def finish(self) -> None:
+        """Leave the live training as its last step left it, and take a snapshot of it."""
+        if self._iteration is not None:
+            self._iteration.finish()
+            self._keep_engine(self._iteration)
         if self._snapshot_step != self.step:
             self._snapshot()
 
     def flush(self) -> None:
         """Fetch the losses from the device; hand them and the measurements over."""
         self.recorder.check()
+        if self._iteration is None:
+            return
+        rates = self._iteration.rates
+        first, values = self._iteration.collect()
+        for step, each in rates:
+            self._note_rates(step, each)
         if self._measurements:
             self.recorder.measurements(self._measurements)
             self._measurements = []
-        if not self._pending:
+        losses: list[float] = values.tolist()
+        if not losses:
             return
-        first = self.step - len(self._pending) + 1
-        losses: list[float] = torch.stack(self._pending).flatten().tolist()
         if first == 1:
-            dtype = str(self._pending[0].dtype).removeprefix("torch.")
-            self.recorder.facts({"loss.dtype": dtype})
-        self._pending = []
+            self.recorder.facts({"loss.dtype": str(values.dtype).removeprefix("torch.")})
         self.recorder.losses(first, losses)
         self.progress.advance(first, losses)
         self._say_if_not_finite(first, losses)
+        self._keep_engine(self._iteration)
 
     def _keep_beginning(self) -> None:
         job, recorder = self.job, self.recorder
@@ -146,27 +152,73 @@ class _Training:
                 named["validation_x"], named["validation_y"] = job.data.validation
             recorder.data(named)
 
+    def _advance(self, iteration: Iteration) -> None:
+        """Take steps up to the next one at which there is something to do."""
+        before, started = self.step, time.perf_counter()
+        iteration.advance(self._next_stop())
+        self.step = iteration.step
+        if self.step > before:
+            seconds = (time.perf_counter() - started) / (self.step - before)
+            self._step_seconds = min(self._step_seconds, seconds)
+        if self.step >= TIMED_STEPS and self.recorder.plan.interval is None:
+            self.recorder.choose_interval(self._step_seconds)
+        self._keep_engine(iteration)
+
+    def _next_stop(self) -> int:
+        step, job = self.step, self.job
+        if step < TIMED_STEPS or job.stop_on_nan:
+            return step + 1
+        stops = [job.steps, step + max(1, int(STRETCH_SECONDS / self._step_seconds))]
+        if job.evaluation is not None:
+            stops.append(_next_multiple(step, job.evaluate_every))
+        if self.recorder.plan.interval is not None:
+            stops.append(_next_multiple(step, self.recorder.plan.interval))
+        return min(stops)
+
+    def _keep_engine(self, iteration: Iteration) -> None:
+        """Write down which programs there are, how far they are verified, and what is eager, and why."""
+        programs = iteration.programs
+        for number in range(self._programs_written, len(programs.built)):
+            self.recorder.program(number + 1, *programs.built[number])
+        self._programs_written = len(programs.built)
+        engine = {
+            "asked": self.job.engine,
+            "fold": self.job.fold,
+            "programs": [
+                {"file": program_file(rule.number + 1), "steps": rule.steps} for rule in programs.rules()
+            ],
+            "checks": len(iteration.checked),
+            "verified_to": iteration.checked[-1] if iteration.checked else 0,
+            "eager_from": iteration.eager_from,
+            "reason": iteration.reason,
+        }
+        if engine == self._engine:
+            return
+        if engine["eager_from"] != self._engine.get("eager_from") and self.job.engine != "eager":
+            self._go_back(iteration)
+        self.recorder.facts({"engine": engine})
+        self._engine = engine
+
+    def _go_back(self, iteration: Iteration) -> None:
+        """Steps are taken eagerly from here on; what was recorded of later ones does not count."""
+        last = (iteration.eager_from or 1) - 1
+        self.recorder.forget_after(last)
+        self._measurements = [row for row in self._measurements if row[1] <= last]
+        self._snapshot_step = min(self._snapshot_step, last)
+        self.progress.notice(f"steps are taken eagerly from step {last + 1} on: {iteration.reason}")
+
     def _snapshot(self) -> None:
         self.recorder.snapshot(self.job.trainee.state(self.step))
         self._snapshot_step = self.step
 
-    def _time(self, step: int, timed_from: float) -> float:
-        """Time the first steps, but not the very first, which warms up; then choose the interval."""
-        if step == 1:
-            return time.perf_counter()
-        if step == TIMED_STEPS:
-            step_seconds = (time.perf_counter() - timed_from) / (TIMED_STEPS - 1)
-            self.recorder.choose_interval(step_seconds)
-        return timed_from
-
-    def _note_rates(self, finished: FinishedStep) -> None:
-        if finished.rates == self._rates or finished.rates is None:
+    def _note_rates(self, step: int, rates: tuple[float, ...]) -> None:
+        if rates == self._rates:
             return
-        for index, rate in enumerate(finished.rates):
+        for index, rate in enumerate(rates):
             if self._rates[index : index + 1] != (rate,):
                 name = "lr" if index == 0 else f"lr[{index}]"
-                self._measurements.append((name, finished.number, rate))
-        self._rates = finished.rates
+                self._measurements.append((name, step, rate))
+        self._rates = rates
 
     def _is_evaluation(self, step: int) -> bool:
         return step % self.job.evaluate_every == 0 or step == self.job.steps
@@ -193,6 +245,10 @@ class _Training:
                 return
 
 
+def _next_multiple(step: int, interval: int) -> int:
+    return (step // interval + 1) * interval
+
+
 def _finish_failed(recorder: Recorder, training: _Training, error: BaseException) -> None:
     """Close the run of a training that raised; what the training raised comes first."""
     with suppress(Exception):  # the device or the disk may be what failed
@@ -205,7 +261,6 @@ def _finish_failed(recorder: Recorder, training: _Training, error: BaseException
 def _circumstances(job: Job) -> dict[str, Any]:
     return {
         "steps": job.steps,
-        "engine": "eager",
         "numerics": numerics.Numerics.read(job.trainee.device).to_json(),
         "versions": {"python": platform.python_version()} | _versions(),
     }

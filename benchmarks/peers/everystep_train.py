@@ -1,0 +1,52 @@
+"""everystep, recording everything, from an empty directory to the finished run, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import everystep
+from benchmarks.peers import Training
+from benchmarks.workloads import SEED, Workload
+
+__all__ = ["prepare_eager", "prepare_folded", "prepare_program"]
+
+
+def prepare_eager(workload: Workload, folder: Path) -> Training:
+    """Return the training with torch's own step."""
+    return _prepare(workload, folder, "eager")
+
+
+def prepare_program(workload: Workload, folder: Path) -> Training:
+    """Return the training with the step as a program."""
+    return _prepare(workload, folder, "program")
+
+
+def prepare_folded(workload: Workload, folder: Path) -> Training:
+    """Return the training with the step as a folded program."""
+    return _prepare(workload, folder, "program", fold=True)
+
+
+def _prepare(
+    workload: Workload, folder: Path, engine: Literal["eager", "program"], fold: bool = False
+) -> Training:
+    start = workload.make()
+
+    def train() -> list[float]:
+        run = everystep.train(
+            start.model,
+            (start.x, start.y),
+            loss=start.loss,
+            optimizer=workload.optimizer(start.model.parameters()),
+            steps=workload.steps,
+            batch_size=workload.batch_size,
+            seed=SEED,
+            engine=engine,
+            fold=fold,
+            directory=folder / "run",
+            progress=False,
+        )
+        losses: list[float] = run.losses["loss"].to_list()
+        return losses
+
+    return train

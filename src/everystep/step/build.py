@@ -1,0 +1,399 @@
+"""Build: a program from what was seen of a step, with names a person can read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.gradient_descent import GradientDescent
+from everystep.step.capture import Capture, Recorded
+from everystep.step.eager import Trainee
+from everystep.step.operators import draws_random_numbers
+from everystep.step.program import (
+    Operation,
+    OptimizerStep,
+    Program,
+    Storage,
+    TensorSpec,
+    references,
+)
+from everystep.step.state import optimizer_settings
+
+__all__ = ["Built", "NotCapturableError", "build"]
+
+#: Settings that a schedule may change: they belong to a step, not to the program.
+_SCHEDULED = {
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "momentum",
+    "betas",
+    "base_momentum",
+    "max_momentum",
+}
+
+
+class NotCapturableError(Exception):
+    """A step that is no program; the message says why."""
+
+
+class Built(NamedTuple):
+    """A program, and the content of its constants: the bytes of each storage, by name."""
+
+    program: Program
+    constants: dict[str, Tensor]
+
+
+def build(captured: Capture, trainee: Trainee) -> Built:
+    """Return the program of a captured step.
+
+    Raises:
+        NotCapturableError: a part of it is no operation on tensors; says which.
+    """
+    fixed = _unchanging_in(captured)
+    for where, reason, reads in captured.refusals:
+        if where != "optimizer" and (reads is None or not reads <= fixed):
+            raise NotCapturableError(f"{reason} (in the {where} phase)")
+    update = _Update(captured, trainee)
+    builder = _Builder(captured, update.operations(), update.is_optimizer_step)
+    optimizer_step = update.optimizer_step() if update.is_optimizer_step else None
+    return builder.program(optimizer_step)
+
+
+class _Effect(NamedTuple):
+    """What an operation does to storages: whose numbers it reads, and which it writes."""
+
+    reads: Collection[Any]
+    writes: Collection[Any]
+    is_random: bool
+
+
+def _unchanging(effects: Sequence[_Effect], candidates: set[Any]) -> set[Any]:
+    """Return those of the storages that hold the same at every step: made from such ones alone."""
+    fixed = set(candidates)
+    before = None
+    while before != len(fixed):
+        before = len(fixed)
+        for effect in effects:
+            if effect.is_random or not fixed.issuperset(effect.reads):
+                fixed.difference_update(effect.writes)
+    return fixed
+
+
+def _unchanging_in(captured: Capture) -> set[int]:
+    """Return the storages that hold the same at every step, unchanged state among them.
+
+    What Python reads from these (whether a mask is causal, say) it reads alike at every step.
+    """
+    written = {storage for each in captured.operations for storage in each.writes}
+    candidates = {
+        number
+        for number, storage in enumerate(captured.storages)
+        if storage.kind in ("constant", "temporary")
+        or (storage.kind == "state" and number not in written)
+    }
+    effects = [
+        _Effect(each.reads, each.writes, draws_random_numbers(each.operator))
+        for each in captured.operations
+    ]
+    return _unchanging(effects, candidates)
+
+
+class _Update:
+    """The update: operations with the lr as a tensor, or the step of an optimizer as a whole."""
+
+    def __init__(self, captured: Capture, trainee: Trainee) -> None:
+        self._captured = captured
+        self._trainee = trainee
+        self._settings = optimizer_settings(trainee.model, trainee.optimizer)
+        self._groups = {
+            name: index
+            for index, group in enumerate(self._settings["groups"])
+            for name in group["params"]
+        }
+        self._with_lr = [self._lr_as_tensor(each) for each in self._own_operations()]
+        self.is_optimizer_step = self._reason_against() is not None
+
+    def operations(self) -> list[Recorded]:
+        """Return all operations of the step, the optimizer's where they can be used."""
+        before = self._captured.operations[: self._captured.update_from]
+        return before if self.is_optimizer_step else before + self._with_lr
+
+    def optimizer_step(self) -> OptimizerStep:
+        """Return the optimizer's step as one.
+
+        Raises:
+            NotCapturableError: the optimizer is not one of torch's.
+        """
+        optimizer = type(self._trainee.optimizer)
+        if getattr(torch.optim, optimizer.__name__, None) is not optimizer:
+            raise NotCapturableError(f"the step of {optimizer.__qualname__} {self._reason_against()}")
+        changing = _SCHEDULED if self._trainee.schedule is not None else set()
+        groups = [
+            {key: value for key, value in group.items() if key not in changing}
+            for group in self._settings["groups"]
+        ]
+        return OptimizerStep(name=optimizer.__name__, groups=tuple(groups))
+
+    def _own_operations(self) -> list[Recorded]:
+        return self._captured.operations[self._captured.update_from :]
+
+    def _reason_against(self) -> str | None:
+        """Return why the optimizer's operations are not the same at every step."""
+        for refusal in self._captured.refusals:
+            if refusal.where == "optimizer":
+                return f"is no list of operations: {refusal.reason}"
+        if any(value is not None for value in self._settings["values"].values()):
+            return "keeps numbers that are no tensors"
+        schedule = self._trainee.schedule
+        if schedule is not None:
+            if _changes_more_than_lr(schedule):
+                return "follows a schedule that may change more than the lr"
+            if all(own is new for own, new in zip(self._own_operations(), self._with_lr, strict=True)):
+                return "follows a schedule, and reads the lr as a number"
+        return None
+
+    def _lr_as_tensor(self, recorded: Recorded) -> Recorded:
+        """Return the operation reading the lr from a float64 tensor, where it has the lr as a number.
+
+        So the same operation serves every lr, and with the bits that the number gives.
+        """
+        name = recorded.operator.overloadpacket.__name__
+        if name.startswith("_fused_") and "lr" in recorded.keywords:
+            group = self._group_of(next(iter(references(recorded.arguments[0])), ""))
+            return replace(
+                recorded,
+                operator=recorded.operator.overloadpacket.tensor_lr,
+                keywords=recorded.keywords | {"lr": _lr_name(group)},
+            )
+        if name == "mul" and isinstance(self._trainee.optimizer, GradientDescent):
+            gradient, lr = recorded.arguments
+            if isinstance(lr, float | int) and isinstance(gradient, str):
+                group = self._group_of_gradient(gradient)
+                return replace(recorded, arguments=(gradient, _lr_name(group)))
+        return recorded
+
+    def _group_of(self, parameter: str) -> int:
+        number = int(parameter.removeprefix("%") or -1)
+        names = {n: name for name, n in self._captured.named.items()}
+        return self._groups.get(names.get(number, "").removeprefix("parameter/"), 0)
+
+    def _group_of_gradient(self, gradient: str) -> int:
+        number = int(gradient.removeprefix("%"))
+        names = {n: name for name, n in self._captured.gradients.items()}
+        return self._groups.get(names.get(number, ""), 0)
+
+
+def _lr_name(group: int) -> str:
+    return f"hyperparameter/{group}/lr"
+
+
+def _changes_more_than_lr(schedule: Any) -> bool:
+    """Tell whether a schedule may change other settings of the optimizer, such as its momentum."""
+    inner = getattr(schedule, "_schedulers", ())
+    is_known = type(schedule).__module__.startswith("torch.")
+    own = not is_known or getattr(schedule, "cycle_momentum", False)
+    return own or any(map(_changes_more_than_lr, inner))
+
+
+class _Builder:
+    """Gives everything a name, and leaves out what has no effect."""
+
+    def __init__(self, captured: Capture, operations: list[Recorded], has_optimizer_step: bool) -> None:
+        self._captured = captured
+
+        # What the optimizer makes and exchanges is its own affair where its step is one operation.
+        def ours(tensors: dict[str, int]) -> dict[str, int]:
+            return {
+                name: number
+                for name, number in tensors.items()
+                if not (has_optimizer_step and name.startswith("optimizer/"))
+            }
+
+        self._state = ours(captured.named | captured.appeared)
+        self._appeared = ours(captured.appeared)
+        self._replaced = ours(captured.replaced)
+        self._names: dict[int, str] = {}
+        self._taken: Counter[str] = Counter()
+        self._views: dict[str, int] = {}
+        self._storages: dict[str, Storage] = {}
+        self._tensors: dict[str, TensorSpec] = {}
+        self._constants: dict[str, Tensor] = {}
+        self._tensor_names: dict[int, str] = {}
+        self._name_storages(operations)
+        self._recorded = operations
+
+    def program(self, optimizer_step: OptimizerStep | None) -> Built:
+        """Return the program."""
+        captured = self._captured
+        for name, number in self._state.items():
+            self._add_tensor(name, number)
+        gradients = {name: self._named(n, f"gradient/{name}") for name, n in captured.gradients.items()}
+        loss = self._named(captured.loss_tensor, "loss")
+        operations = [*self._first_values(), *map(self._operation, self._recorded), *self._exchanges()]
+        activations = {
+            path: tuple(map(self._tensor, numbers)) for path, numbers in captured.activations.items()
+        }
+        shown = {name for names in activations.values() for name in names}
+        kept = self._with_effect(operations, {loss, *gradients.values(), *shown})
+        once, every = self._split(kept, set(gradients.values()) | {loss})
+        used = {n for o in kept for n in (*o.reads(), *o.results) if n} | shown | {loss}
+        used |= set(gradients.values()) | set(self._state)
+        tensors = {name: spec for name, spec in self._tensors.items() if name in used}
+        storages = {
+            name: storage
+            for name, storage in self._storages.items()
+            if any(spec.storage == name for spec in tensors.values())
+        }
+        program = Program(
+            torch=torch.__version__,
+            storages=storages,
+            tensors=tensors,
+            once=tuple(once),
+            operations=tuple(every),
+            optimizer_step=optimizer_step,
+            loss=loss,
+            gradients=gradients,
+            activations=activations,
+        )
+        return Built(program, {n: c for n, c in self._constants.items() if n in storages})
+
+    def _name_storages(self, operations: list[Recorded]) -> None:
+        """Storages are named after state, gradients and the loss; others after their operator."""
+        captured = self._captured
+        known = self._state | {f"gradient/{name}": n for name, n in captured.gradients.items()}
+        for name, number in (known | {"loss": captured.loss_tensor}).items():
+            self._names.setdefault(captured.tensors[number].storage, name)
+        for recorded in operations:
+            for reference in filter(None, recorded.results):
+                storage = captured.tensors[int(reference[1:])].storage
+                if storage not in self._names:
+                    self._names[storage] = self._free(recorded.operator.overloadpacket.__name__)
+        for number, seen in enumerate(captured.storages):
+            if number not in self._names:
+                self._names[number] = self._free(seen.kind)
+
+    def _free(self, base: str) -> str:
+        self._taken[base] += 1
+        count = self._taken[base]
+        return base if count == 1 else f"{base}_{count}"
+
+    def _named(self, number: int, name: str) -> str:
+        """Return the name of a tensor that shall be known by `name`, unless it has one already."""
+        if number not in self._tensor_names:
+            self._add_tensor(name, number)
+        return self._tensor_names[number]
+
+    def _tensor(self, number: int) -> str:
+        if number not in self._tensor_names:
+            captured = self._captured
+            base = self._names[captured.tensors[number].storage]
+            whole = base not in self._tensors and captured.tensors[number].offset == 0
+            self._views[base] = self._views.get(base, 0) + (not whole)
+            self._add_tensor(base if whole else f"{base}~{self._views[base]}", number)
+        return self._tensor_names[number]
+
+    def _add_tensor(self, name: str, number: int) -> None:
+        captured = self._captured
+        seen = captured.tensors[number]
+        storage = captured.storages[seen.storage]
+        place = self._names[seen.storage]
+        kind = "state" if place in self._appeared else storage.kind
+        if place not in self._storages:
+            self._storages[place] = Storage(kind=kind, bytes=storage.bytes, host=storage.host)  # type: ignore[arg-type]
+            if kind == "constant" and storage.content is not None:
+                self._constants[place] = storage.content
+        dtype = str(seen.dtype).removeprefix("torch.")
+        self._tensors[name] = TensorSpec(
+            storage=place, dtype=dtype, shape=seen.shape, stride=seen.stride, offset=seen.offset
+        )
+        self._tensor_names.setdefault(number, name)
+
+    def _reference(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._tensor(int(value[1:])) if value.startswith("%") else self._hyperparameter(value)
+        if isinstance(value, list | tuple):
+            return [self._reference(item) for item in value]
+        return value
+
+    def _hyperparameter(self, name: str) -> str:
+        self._storages.setdefault(name, Storage(kind="hyperparameter", bytes=8))
+        self._tensors.setdefault(name, TensorSpec(storage=name, dtype="float64", shape=(), stride=()))
+        return name
+
+    def _operation(self, recorded: Recorded) -> Operation:
+        return Operation(
+            phase=recorded.phase,
+            module=recorded.module,
+            operator=str(recorded.operator),
+            arguments=tuple(map(self._reference, recorded.arguments)),
+            keywords={key: self._reference(value) for key, value in recorded.keywords.items()},
+            results=tuple(None if r is None else self._tensor(int(r[1:])) for r in recorded.results),
+        )
+
+    def _first_values(self) -> list[Operation]:
+        """Return what gives state that the step makes out of nothing its first value."""
+        found = []
+        for name, number in self._appeared.items():
+            storage = self._captured.storages[self._captured.tensors[number].storage]
+            if storage.content is not None:
+                constant = self._free("constant")
+                self._constants[constant] = storage.content
+                self._storages[constant] = Storage(
+                    kind="constant", bytes=storage.bytes, host=storage.host
+                )
+                self._tensors[constant] = self._tensors[name].model_copy(update={"storage": constant})
+                found.append(_copy_operation(name, constant))
+        return found
+
+    def _exchanges(self) -> list[Operation]:
+        """Return what puts a value into state whose tensor the step exchanged for another."""
+        return [_copy_operation(name, self._tensor(number)) for name, number in self._replaced.items()]
+
+    def _with_effect(self, operations: list[Operation], wanted: set[str]) -> list[Operation]:
+        """Leave out operations whose results nobody sees; one that draws random numbers stays."""
+        needed = {self._tensors[name].storage for name in wanted}
+        needed |= {name for name, storage in self._storages.items() if storage.kind == "state"}
+        kept = []
+        for operation in reversed(operations):
+            effect = self._effect(operation)
+            if effect.is_random or not needed.isdisjoint(effect.writes):
+                kept.append(operation)
+                needed |= {self._tensors[name].storage for name in operation.reads()}
+        return kept[::-1]
+
+    def _split(
+        self, operations: list[Operation], every_step: set[str]
+    ) -> tuple[list[Operation], list[Operation]]:
+        """Part the operations whose results are the same at every step from the others."""
+        effects = [self._effect(operation) for operation in operations]
+        own = ("constant", "temporary")
+        candidates = {name for name, storage in self._storages.items() if storage.kind in own}
+        candidates -= {self._tensors[name].storage for name in every_step}
+        fixed = _unchanging(effects, candidates)
+        is_once = [bool(effect.writes) and fixed.issuperset(effect.writes) for effect in effects]
+        once = [operation for operation, once in zip(operations, is_once, strict=True) if once]
+        every = [operation for operation, once in zip(operations, is_once, strict=True) if not once]
+        return once, every
+
+    def _effect(self, operation: Operation) -> _Effect:
+        only_shape = operation.operator.split(".")[1].endswith("_like")
+        reads = [] if only_shape else operation.reads()
+        writes = filter(None, (*operation.results, *operation.written()))
+        return _Effect(
+            {self._tensors[name].storage for name in reads},
+            {self._tensors[name].storage for name in writes},
+            draws_random_numbers(operation.resolved),
+        )
+
+
+def _copy_operation(target: str, source: str) -> Operation:
+    return Operation(
+        phase="update", operator="aten.copy_.default", arguments=(target, source), results=(target,)
+    )

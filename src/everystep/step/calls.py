@@ -1,0 +1,193 @@
+"""Calls: an operation as a function without arguments that writes into memory which is there already.
+
+Three ways lead there, the first that fits is taken: the operator writes in place anyway; it has an
+overload that writes into given tensors (`out=`); or its results are copied to their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from everystep.step.memory import copy_into, repeats
+from everystep.step.operators import leaves, out_variant
+
+__all__ = ["Call", "prebuilt_calls"]
+
+Call = Callable[[], Any]
+
+#: Operators without kernels of their own for given tensors, and what they are made of in ATen.
+_SAME_AS: dict[str, Callable[[list[Any], Tensor], Call]] = {
+    # ATen's relu is clamp_min(x, 0).
+    "aten.relu.default": lambda arguments, result: partial(torch.clamp_min, arguments[0], 0, out=result),
+    "aten.clone.default": lambda arguments, result: partial(result.copy_, arguments[0]),
+    "aten._to_copy.default": lambda arguments, result: partial(result.copy_, arguments[0]),
+    "aten.ones_like.default": lambda arguments, result: partial(result.fill_, 1),
+    "aten.zeros_like.default": lambda arguments, result: result.zero_,
+    "aten.zeros.default": lambda arguments, result: result.zero_,
+    "aten.new_zeros.default": lambda arguments, result: result.zero_,
+}
+
+#: Losses that ATen computes element by element, and then takes the mean or the sum of.
+_ELEMENTWISE_LOSSES = {
+    "aten.binary_cross_entropy.default",
+    "aten.huber_loss.default",
+    "aten.mse_loss.default",
+    "aten.smooth_l1_loss.default",
+    "aten.soft_margin_loss.default",
+}
+#: Kernels that ask whether gradients are wanted, although they are called below autograd.
+_ASK_FOR_GRADIENTS = {"aten.mkldnn_rnn_layer.default"}
+
+
+def prebuilt_calls(
+    operator: Any,
+    arguments: list[Any],
+    keywords: dict[str, Any],
+    results: Sequence[Tensor | None],
+) -> list[Call]:
+    """Return functions that, called in order, apply the operator and write its results into `results`.
+
+    To be made, and called, below autograd.
+    """
+    if operator._schema.is_mutable:
+        return [_fastest(operator, arguments, keywords)]
+    if len(results) == 1 and results[0] is not None and not keywords:
+        if str(operator) in _SAME_AS:
+            return [_SAME_AS[str(operator)](arguments, results[0])]
+        if str(operator) in _ELEMENTWISE_LOSSES:
+            return _loss_calls(operator, arguments, results[0])
+    return [_into_results(operator, arguments, keywords, results)]
+
+
+def _into_results(
+    operator: Any, arguments: list[Any], keywords: dict[str, Any], results: Sequence[Tensor | None]
+) -> Call:
+    variant = out_variant(operator)
+    can_be_given = all(r is not None and not repeats(r) for r in results)
+    if variant is not None and can_be_given and str(operator) not in _ASK_FOR_GRADIENTS:
+        overload, names = variant
+        if [str(r.type) for r in operator._schema.returns] == ["List[Tensor]"]:
+            given: dict[str, Any] = {names[0]: list(results)}
+        else:
+            given = dict(zip(names, results, strict=True))
+        return _fastest(overload, arguments, keywords | given)
+    return _copying(operator, arguments, keywords, results)
+
+
+def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Call]:
+    """Return a loss as ATen computes it: of each element, then their mean or sum.
+
+    Asked for both at once, ATen resizes the tensor that the result shall go into, twice.
+    """
+    parameters = operator._schema.arguments
+    given = [*arguments, *(p.default_value for p in parameters[len(arguments) :])]
+    place = [p.name for p in parameters].index("reduction")
+    reduction, given[place] = given[place], 0
+    function = getattr(torch._C._nn, operator.overloadpacket.__name__)
+    if reduction == 0:
+        return [partial(function, *given, out=result)]
+    shape = torch.broadcast_shapes(given[0].shape, given[1].shape)  # type: ignore[no-untyped-call]
+    elements = torch.empty(shape, dtype=result.dtype, device=result.device)
+    reduce = torch.mean if reduction == 1 else torch.sum
+    return [partial(function, *given, out=elements), partial(reduce, elements, [], out=result)]
+
+
+def _copying(
+    operator: Any, arguments: list[Any], keywords: dict[str, Any], results: Sequence[Tensor | None]
+) -> Call:
+    targets = [(index, target) for index, target in enumerate(results) if target is not None]
+    compute = partial(operator._op, *arguments, **keywords)
+    if str(operator) in _ASK_FOR_GRADIENTS:
+        compute = torch.enable_grad()(compute)
+
+    def call() -> None:
+        value = compute()
+        flat = _flat(value)
+        for index, target in targets:
+            copy_into(target, flat[index])
+
+    return call
+
+
+def _flat(value: Any) -> list[Any]:
+    found: list[Any] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        found += item if isinstance(item, list | tuple) else [item]
+    return found
+
+
+def _fastest(operator: Any, arguments: list[Any], keywords: dict[str, Any]) -> Call:
+    """Return the call by torch's own Python binding, if there is one that calls this very operator.
+
+    It takes less than half the time of the call by `torch.ops`.
+    """
+    for function in _bindings(operator):
+        if _calls_only(function, operator, arguments, keywords):
+            return partial(function, *arguments, **keywords)
+    return partial(operator._op, *arguments, **keywords)
+
+
+def _bindings(operator: Any) -> list[Callable[..., Any]]:
+    name = operator.overloadpacket.__name__
+    places = (torch, torch.Tensor, torch._C._nn)
+    found = (getattr(place, name, None) for place in places)
+    return [function for function in found if callable(function) and not hasattr(function, "__code__")]
+
+
+def _calls_only(
+    function: Callable[..., Any], operator: Any, arguments: list[Any], keywords: dict[str, Any]
+) -> bool:
+    """Tell whether the function does nothing but call the operator with these arguments."""
+    probe = _Probe(operator)
+    try:
+        with probe:
+            function(*arguments, **keywords)
+    except Exception:
+        return False
+    if len(probe.calls) != 1:
+        return False
+    args, kwargs = probe.calls[0]
+    parameters = operator._schema.arguments
+    seen = {p.name: v for p, v in zip(parameters, args, strict=False)} | kwargs
+    wanted = {p.name: v for p, v in zip(parameters, arguments, strict=False)} | keywords
+    defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
+    return all(_same(defaults | seen, defaults | wanted, p.name) for p in parameters)
+
+
+def _same(seen: dict[str, Any], wanted: dict[str, Any], name: str) -> bool:
+    one, two = seen.get(name), wanted.get(name)
+    tensors = list(leaves(one)), list(leaves(two))
+    if tensors[0] or tensors[1]:
+        same_length = len(tensors[0]) == len(tensors[1])
+        return same_length and all(a is b for a, b in zip(*tensors, strict=True))
+    as_list = [list(v) if isinstance(v, list | tuple) else v for v in (one, two)]
+    return bool(as_list[0] == as_list[1])
+
+
+class _Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees which operator is called, and runs nothing."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._operator = operator
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not self._operator:
+            raise NotImplementedError("another operator")
+        keywords = kwargs or {}
+        self.calls.append((args, keywords))
+        parameters = func._schema.arguments
+        given = {p.name: v for p, v in zip(parameters, args, strict=False)} | keywords
+        # An operator that writes gives back what it wrote into.
+        written = [given[p.name] for p in parameters if p.alias_info and p.alias_info.is_write]
+        count = len(func._schema.returns)
+        return None if count == 0 else written[0] if count == 1 else tuple(written[:count])

@@ -1,0 +1,119 @@
+"""Check: the state of a training saved, restored and compared, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.step.eager import Trainee
+from everystep.step.memory import copy_into
+from everystep.step.state import Generators, parameter_names
+
+__all__ = ["Saved", "difference", "same_bits"]
+
+#: How far a folded program may be from the eager step, relative to the largest number of a tensor.
+FOLD_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+class Saved:
+    """A copy of all that a training carries from one step to the next, where it was made.
+
+    Unlike a `State`, which is for the disk, it holds objects as they are, on their device.
+    """
+
+    def __init__(self, trainee: Trainee) -> None:
+        optimizer = trainee.optimizer
+        self.tensors = {name: t.detach().clone() for name, t in trainee.named_state().items()}
+        self.generators = Generators.capture(trainee.device)
+        self._names = parameter_names(trainee.model, optimizer)
+        self._entries = {p: _without_tensors(entries) for p, entries in optimizer.state.items()}
+        self._groups = [_without_tensors(group) for group in optimizer.param_groups]
+        self._schedule = (
+            None if trainee.schedule is None else copy.deepcopy(trainee.schedule.state_dict())
+        )
+
+    def restore(self, trainee: Trainee, *, forget_new: bool) -> None:
+        """Bring the training back to this state, in its own tensors where it has them.
+
+        forget_new: whether the optimizer shall lose the state that it did not have.
+        """
+        optimizer = trainee.optimizer
+        for group, saved in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update(copy.deepcopy(saved))
+        for parameter in list(optimizer.state):
+            if forget_new and parameter not in self._entries:
+                del optimizer.state[parameter]
+        for parameter, saved in self._entries.items():
+            self._restore_entries(parameter, optimizer.state[parameter], saved, forget_new)
+        with torch.no_grad():
+            for name, tensor in trainee.named_state().items():
+                if name in self.tensors:
+                    copy_into(tensor, self.tensors[name])
+        if trainee.schedule is not None and self._schedule is not None:
+            trainee.schedule.load_state_dict(copy.deepcopy(self._schedule))
+        self.generators.restore(trainee.device)
+
+    def _restore_entries(
+        self, parameter: Tensor, entries: dict[str, Any], saved: dict[str, Any], forget_new: bool
+    ) -> None:
+        entries.update(copy.deepcopy(saved))
+        prefix = f"optimizer/{self._names.get(parameter, '#')}/"
+        tensors = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+        for key, tensor in tensors.items():
+            if not isinstance(entries.get(key), Tensor):
+                entries[key] = tensor.clone()
+        if forget_new:
+            for key in entries.keys() - saved.keys() - tensors.keys():
+                del entries[key]
+
+
+def difference(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, folded: bool = False
+) -> str | None:
+    """Return the name of the first tensor whose bits differ (or numbers, if `folded`), or None."""
+    for name in expected.keys() | found.keys():
+        if name not in expected or name not in found:
+            return name
+    for name, tensor in expected.items():
+        same = _is_close if folded else same_bits
+        if not same(tensor, found[name]):
+            return name
+    return None
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    """Tell whether two tensors are the same, bit for bit: NaN like NaN, -0.0 unlike 0.0."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return torch.equal(_as_integers(one), _as_integers(two))
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    whole = tensor.detach()
+    if whole.is_complex():
+        whole = torch.view_as_real(whole)
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    is_float = whole.is_floating_point()
+    return whole.view(integers[whole.element_size()]) if is_float else whole
+
+
+def _is_close(one: Tensor, two: Tensor) -> bool:
+    if not one.is_floating_point():
+        return same_bits(one, two)
+    largest = one.detach().abs().max() if one.numel() else 0
+    tolerance = FOLD_TOLERANCE.get(one.dtype, 1e-4)
+    return bool(((one - two).abs() <= tolerance * largest).all()) or same_bits(one, two)
+
+
+def _without_tensors(settings: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in settings.items() if k != "params" and not isinstance(v, Tensor)}
+    return copy.deepcopy(plain)

@@ -1,0 +1,219 @@
+"""Execute: a program bound to memory, run as it is or so that every value can be looked at.
+
+Binding does all that is the same at every step: the tensors on their storages, the operators looked
+up, the arguments put in place. What is left is a list of calls without arguments, each of which
+writes into memory that is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ProgramError
+from everystep.step.calls import Call, prebuilt_calls
+from everystep.step.memory import copy_into, plan_memory
+from everystep.step.program import Operation, Program, TensorSpec, decode
+
+__all__ = ["BoundProgram", "Observed", "allocate", "without_autograd"]
+
+
+class Observed(NamedTuple):
+    """An operation that has just run: its inputs as they were before it, and its results, by name.
+
+    The tensors are copies, except for inputs that the operation did not change: these are the live
+    memory, and hold until the next operation is asked for.
+    """
+
+    operation: Operation
+    inputs: dict[str, Tensor]
+    results: dict[str, Tensor]
+
+
+@contextmanager
+def without_autograd() -> Iterator[None]:
+    """Calls within go past autograd: programs hold its operations already."""
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        yield
+
+
+class BoundProgram:
+    """A program and its memory.
+
+    Args:
+        program: what to run.
+        memory: a tensor on each storage that is not temporary, by the storage's name. State is
+            changed in place.
+        device: where temporary tensors lie.
+        optimizer_step: called where the program has an optimizer's step; the gradients lie in
+            `gradients` by then.
+
+    `loss` and `gradients` are the live tensors that hold them after each step; `temporary_bytes` is the
+    memory that the program has for itself.
+
+    Raises:
+        ProgramError: memory is missing, too small or of another kind, or there is not enough of it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        memory: Mapping[str, Tensor],
+        device: torch.device,
+        optimizer_step: Callable[[], Any] | None = None,
+    ) -> None:
+        self.program = program
+        temporary = _temporary_memory(program, device)
+        places = _given_memory(program, memory) | temporary
+        self._tensors = {
+            name: _tensor_on(places[spec.storage], spec) for name, spec in program.tensors.items()
+        }
+        sizes = {place.storage.data_ptr(): place.storage.nbytes() for place in temporary.values()}
+        self.temporary_bytes = sum(sizes.values())
+        self.loss = self._tensors[program.loss]
+        self.gradients = {
+            name: self._tensors[tensor]
+            for name, tensor in program.gradients.items()
+            if name not in program.derived_gradients
+        }
+        self._optimizer_step = optimizer_step
+        with without_autograd():
+            for operation in program.once:
+                _run(self._calls(operation))
+            own = (self._calls(each) for each in program.operations if not each.derived)
+            self.calls = list(chain.from_iterable(own))
+        if optimizer_step is not None and program.optimizer_step is not None:
+            self.calls.append(optimizer_step)
+
+    def run(self) -> None:
+        """Take the step on what the memory holds; to be called within `without_autograd`."""
+        _run(self.calls)
+
+    def observe(self) -> Iterator[Observed]:
+        """Take the step, and yield each operation when it has run, with inputs and results.
+
+        Bit for bit the same step as `run`, and to be called within `without_autograd`.
+        """
+        for operation in self.program.operations:
+            written = set(operation.written())
+            inputs = {
+                name: self._tensors[name].clone() if name in written else self._tensors[name]
+                for name in operation.reads()
+            }
+            _run(self._calls(operation))
+            names = [name for name in operation.results if name] or list(written)
+            yield Observed(operation, inputs, {name: self._tensors[name].clone() for name in names})
+        if self.program.optimizer_step is not None and self._optimizer_step is not None:
+            yield self._observe_optimizer()
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the program, on its live memory."""
+        return self._tensors[name]
+
+    def _observe_optimizer(self) -> Observed:
+        assert self._optimizer_step is not None
+        state = [name for name in self.program.of_kind("state") if name.startswith("parameter/")]
+        gradients = list(self.program.gradients.values())
+        inputs = {name: self._tensors[name].clone() for name in (*state, *gradients)}
+        self._optimizer_step()
+        step = self.program.optimizer_step
+        assert step is not None
+        operation = Operation(phase="update", operator=f"torch.optim.{step.name}")
+        return Observed(operation, inputs, {name: self._tensors[name].clone() for name in state})
+
+    def _calls(self, operation: Operation) -> list[Call]:
+        operator = operation.resolved
+        try:
+            arguments = [decode(value, self._tensors.__getitem__) for value in operation.arguments]
+            keywords = {k: decode(v, self._tensors.__getitem__) for k, v in operation.keywords.items()}
+        except ValueError as error:
+            raise ProgramError(f"{operation.operator}: {error}") from None
+        results = [None if name is None else self._tensors[name] for name in operation.results]
+        return prebuilt_calls(operator, arguments, keywords, results)
+
+
+def _run(calls: list[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def allocate(program: Program, values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return memory of its own for everything that a program is given, by the storage's name.
+
+    Args:
+        program: what is to be bound.
+        values: what tensors of the program hold at first, by name: state as a snapshot has it, or the
+            bytes of a constant. What is missing is zero.
+        device: where the program shall run.
+    """
+    memory = {}
+    for name, storage in program.storages.items():
+        if storage.kind != "temporary":
+            place = torch.device("cpu") if storage.host else device
+            memory[name] = torch.zeros(storage.bytes, dtype=torch.uint8, device=place)
+            if storage.kind == "constant" and name in values:
+                memory[name].copy_(values[name][: storage.bytes])
+    for name, spec in program.tensors.items():
+        if name in values and program.storages[spec.storage].kind not in ("temporary", "constant"):
+            given = _Memory(memory[spec.storage].untyped_storage())
+            copy_into(_tensor_on(given, spec), values[name])
+    return memory
+
+
+class _Memory(NamedTuple):
+    """Where a storage of the program begins (in bytes) on a storage of torch."""
+
+    storage: torch.UntypedStorage
+    start: int = 0
+
+
+def _given_memory(program: Program, memory: Mapping[str, Tensor]) -> dict[str, _Memory]:
+    found = {}
+    for name, storage in program.storages.items():
+        if storage.kind == "temporary":
+            continue
+        if name not in memory:
+            raise ProgramError(f"the program needs {name}, and it is not there")
+        given = memory[name].untyped_storage()
+        if given.nbytes() < storage.bytes:
+            raise ProgramError(
+                f"the program needs {storage.bytes} bytes of {name}, which has {given.nbytes()}"
+            )
+        found[name] = _Memory(given)
+    return found
+
+
+def _temporary_memory(program: Program, device: torch.device) -> dict[str, _Memory]:
+    """Return memory for the temporary storages: one piece for all whose content may be lost."""
+    names = program.of_kind("temporary")
+    kept = {program.tensors[name].storage for name in (program.loss, *program.gradients.values())}
+    kept |= {program.tensors[n].storage for operation in program.once for n in operation.results if n}
+    alone = {name for name in names if name in kept or program.storages[name].host}
+    plan = plan_memory(program, [name for name in names if name not in alone])
+    cpu = torch.device("cpu")
+    try:
+        shared = _allocate(plan.size, device)
+        own = {
+            name: _Memory(_allocate(storage.bytes, cpu if storage.host else device))
+            for name in alone
+            for storage in [program.storages[name]]
+        }
+    except RuntimeError as error:
+        raise ProgramError(f"there is no memory for the program: {error}") from None
+    return own | {name: _Memory(shared, start) for name, start in plan.offsets.items()}
+
+
+def _allocate(size: int, device: torch.device) -> torch.UntypedStorage:
+    return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+
+
+def _tensor_on(memory: _Memory, spec: TensorSpec) -> Tensor:
+    dtype = spec.torch_dtype
+    offset = spec.offset + memory.start // dtype.itemsize
+    tensor = torch.empty(0, dtype=dtype, device=memory.storage.device)
+    return tensor.set_(memory.storage, offset, spec.shape, spec.stride)

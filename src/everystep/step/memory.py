@@ -1,0 +1,89 @@
+"""Where temporary tensors lie: one piece of memory, used again as soon as a tensor is not needed.
+
+The plan is "greedy by size" of Y. Pisarchyk and J. Lee, "Efficient Memory Management for Deep Neural Net
+Inference" (2020): the largest storage first, each at the lowest place that is free while it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor
+
+from everystep.step.program import Program
+
+__all__ = ["ALIGNMENT", "MemoryPlan", "copy_into", "plan_memory", "repeats"]
+
+#: As torch aligns its own tensors, so that kernels take the same path.
+ALIGNMENT = 64
+
+
+class MemoryPlan(NamedTuple):
+    """offsets: of each temporary storage, in bytes; size: of all of it."""
+
+    offsets: dict[str, int]
+    size: int
+
+
+class _Life(NamedTuple):
+    """A storage is needed from operation `first` to operation `last`, both included."""
+
+    name: str
+    bytes: int
+    first: int
+    last: int
+
+
+def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
+    """Lay out the temporary storages `names` of a program; their content is lost within the step."""
+    lives = sorted(_lives(program, names), key=lambda life: (-life.bytes, life.first))
+    placed: list[tuple[int, _Life]] = []
+    for life in lives:
+        at_once = sorted(
+            (offset, other)
+            for offset, other in placed
+            if other.first <= life.last and life.first <= other.last
+        )
+        offset = 0
+        for start, other in at_once:
+            if offset + life.bytes <= start:
+                break
+            offset = max(offset, start + _aligned(other.bytes))
+        placed.append((offset, life))
+    size = max((offset + _aligned(life.bytes) for offset, life in placed), default=0)
+    return MemoryPlan({life.name: offset for offset, life in placed}, size)
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Tell whether a tensor has the same number in several places (stride 0)."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return any(stride == 0 and size > 1 for stride, size in pairs)
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy a tensor of the same shape, each number once where the target repeats it."""
+    if repeats(target):
+        for dimension, stride in enumerate(target.stride()):
+            if stride == 0 and target.shape[dimension] > 1:
+                target, source = target.narrow(dimension, 0, 1), source.narrow(dimension, 0, 1)
+    target.copy_(source)
+
+
+def _lives(program: Program, names: Collection[str]) -> list[_Life]:
+    end = len(program.operations)
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, operation in enumerate(program.operations):
+        for tensor in filter(None, (*operation.reads(), *operation.results)):
+            storage = program.tensors[tensor].storage
+            first.setdefault(storage, index)
+            last[storage] = index
+    return [
+        _Life(name, program.storages[name].bytes, first.get(name, 0), last.get(name, end))
+        for name in names
+    ]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

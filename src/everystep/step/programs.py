@@ -1,0 +1,137 @@
+"""The programs of a training: chosen by rule, bound to its live tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.step.build import Built
+from everystep.step.eager import EagerStep, Trainee
+from everystep.step.execute import BoundProgram, allocate
+from everystep.step.fold import fold_updates
+from everystep.step.state import parameter_names
+
+__all__ = ["ProgramRule", "Programs"]
+
+
+class ProgramRule(NamedTuple):
+    """Which steps a program takes: those whose batch is of the shape of its x and y, and of these
+    `every` one, the `first` step of the training only, or all `later` ones.
+    """
+
+    number: int
+    steps: Literal["every", "first", "later"]
+
+
+class _Key(NamedTuple):
+    """What decides which program takes a step."""
+
+    is_first: bool
+    batch: Hashable
+
+
+class Programs:
+    """The programs of a training, by rule.
+
+    is_folded: whether they may round otherwise than the eager step.
+    """
+
+    def __init__(self, trainee: Trainee, fold: bool) -> None:
+        self.built: list[Built] = []
+        # What is folded has the lr as a number in it, so the lr must stay as it is.
+        self.is_folded = fold and trainee.schedule is None
+        self._trainee = trainee
+        self._update = EagerStep(trainee).update
+        self._by_key: dict[_Key, int] = {}
+        self._bound: dict[int, BoundProgram] = {}
+        self._bound_to: list[int] = []
+        rates = trainee.rates()
+        self._lr = [torch.tensor(r, dtype=torch.float64, device=trainee.device) for r in rates]
+        names: dict[Tensor, str] = {p: name for name, p in trainee.model.named_parameters()}
+        names |= parameter_names(trainee.model, trainee.optimizer)
+        self._parameters = list(names.items())
+
+    def has(self, step: int) -> bool:
+        """Tell whether there is a program for a step."""
+        return self._key(step) in self._by_key
+
+    def add(self, step: int, built: Built) -> None:
+        """Use this program for all steps of the kind of `step`; an equal one is kept once."""
+        if self.is_folded:
+            built = built._replace(program=fold_updates(built.program, self._trainee.rates()))
+        programs = [known.program for known in self.built]
+        if built.program not in programs:
+            self.built.append(built)
+            programs.append(built.program)
+        self._by_key[self._key(step)] = programs.index(built.program)
+
+    def discard(self, step: int) -> None:
+        """Give up the program of a step, which was added last."""
+        number = self._by_key.pop(self._key(step))
+        if number not in self._by_key.values():
+            del self.built[number]
+
+    def rules(self) -> list[ProgramRule]:
+        """Return which steps each program (by its place in `built`) takes."""
+        found: list[ProgramRule] = []
+        for number in range(len(self.built)):
+            firsts = {key.is_first for key, index in self._by_key.items() if index == number}
+            steps = "every" if len(firsts) == 2 else "first" if True in firsts else "later"
+            found.append(ProgramRule(number, steps))  # type: ignore[arg-type]
+        return found
+
+    def bound(self, step: int) -> BoundProgram:
+        """Return the program of a step, bound to the tensors of the training as they are."""
+        number = self._by_key[self._key(step)]
+        if number not in self._bound:
+            self._bound[number] = self._bind(self.built[number])
+        return self._bound[number]
+
+    def refresh(self) -> None:
+        """Notice where Python has put other tensors in the place of those that programs are bound to."""
+        now = [t.untyped_storage().data_ptr() for t in self._trainee.named_state().values()]
+        if now != self._bound_to:
+            self._bound.clear()
+            self._bound_to = now
+
+    def load_batch(self, step: int, bound: BoundProgram) -> None:
+        """Put the batch of a step where its program reads it."""
+        if not self._trainee.batch.is_fixed:
+            self._trainee.batch.into(step, bound.tensor("x"), bound.tensor("y"))
+
+    def load_rates(self) -> None:
+        """Put the learning rates of the optimizer where programs read them."""
+        for tensor, group in zip(self._lr, self._trainee.optimizer.param_groups, strict=True):
+            tensor.fill_(group["lr"])
+
+    def hand_over_gradients(self, step: int) -> None:
+        """Give each parameter the gradient that the program of `step` has made, as eager steps do."""
+        self._hand_over(self.bound(step).gradients)
+
+    def _hand_over(self, gradients: Mapping[str, Tensor]) -> None:
+        for parameter, name in self._parameters:
+            gradient = gradients.get(name)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+    def _bind(self, built: Built) -> BoundProgram:
+        trainee, program = self._trainee, built.program
+        memory = dict(trainee.named_state())
+        if trainee.batch.is_fixed:
+            memory["x"], memory["y"] = trainee.batch(1)
+        memory |= {f"hyperparameter/{index}/lr": tensor for index, tensor in enumerate(self._lr)}
+        memory = allocate(program, built.constants, trainee.device) | memory
+        bound: BoundProgram
+
+        def optimizer_step() -> None:
+            self._hand_over(bound.gradients)
+            self._update()
+
+        bound = BoundProgram(program, memory, trainee.device, optimizer_step)
+        return bound
+
+    def _key(self, step: int) -> _Key:
+        return _Key(step == 1, self._trainee.batch.shape(step))
