@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     for name, keys in [("--workloads", workloads), ("--peers", peers)]:
         what = f"of {', '.join(keys)} (default: all)"
         parser.add_argument(name, type=_keys(keys), default=keys, metavar="A,B", help=what)
-    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="write the page in Markdown too")
+    parser.add_argument("--write", type=_page, metavar="PAGE.md", help="write the page in Markdown too")
     return parser.parse_args()
 
 
@@ -91,6 +91,13 @@ def _rounds(text: str) -> int:
     if rounds < 2:
         raise argparse.ArgumentTypeError("quartiles need at least 2 rounds")
     return rounds
+
+
+def _page(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():  # found out before the rounds, not after them
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    return path
 
 
 def _keys(known: Sequence[str]) -> Callable[[str], list[str]]:

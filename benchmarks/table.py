@@ -14,7 +14,7 @@ from benchmarks.workloads import Workload
 __all__ = ["Results", "footnotes", "page", "text", "text_heading"]
 
 COLUMNS = ("peer", "median", "us/step", "ratio", "quartiles", "of peak", "first run", "losses")
-WIDTHS = (30, 10, 10, 9, 16, 9, 11, 0)
+WIDTHS = (30, 10, 10, 9, 19, 9, 11, 0)
 HOW_TO_READ = """\
 - **median**: seconds of one training, over the rounds, from the model and the data in memory to the
   losses as Python numbers. Making data and parameters, importing and converting is not in it.

@@ -208,7 +208,7 @@ WORKLOADS = [
     # At 1e-4 the loss reaches the rounding of float32 after some hundred steps: nothing to compare.
     _chapter("chapter-5000", "chapter, 5,000 steps", steps=5000, lr=1e-6),
     _small("small", "small", lr=1e-5),
-    _small("small-adamw", "small, AdamW", update="AdamW", lr=1e-5),
+    _small("small-adamw", "small, AdamW", update="AdamW", lr=2e-5),
     Workload("medium", "medium", Perceptron((256, 64, 10)), steps=3000, lr=1e-6, rows=256),
     Workload("wide", "wide", Perceptron((784, 1024, 10)), steps=100, lr=1e-6, rows=512),
     _digits("digits", "digits, Adam", network=Perceptron((64, 128, 64, 10)), steps=60 * 28, lr=1e-4),

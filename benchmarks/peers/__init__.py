@@ -83,7 +83,8 @@ PEERS = [
         "everystep-eager",
         "everystep, eager",
         "benchmarks.peers.everystep_train:prepare_eager",
-        f'`engine="eager"`. {_RECORDED}',
+        f'`engine="eager"`. {_RECORDED} Where there is an optimizer, it zeroes gradients without the '
+        "mark for torch's profiler that `optimizer.zero_grad()` sets in the plain loop.",
     ),
     Peer(
         "everystep-program",

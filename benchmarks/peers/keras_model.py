@@ -1,4 +1,4 @@
-"""Keras on its torch backend: a Sequential of Keras' own layers, losses and optimizers."""
+"""Keras on its torch backend: a model of Keras' own layers, losses and optimizers."""
 
 from __future__ import annotations
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from everystep.step.program import Operation, Program, Storage, TensorSpec
+from everystep.step.program import Operation, Program, Storage, TensorSpec, hyperparameter
 
 __all__ = ["fold_updates"]
-
-_LR = "hyperparameter/{}/lr"
 
 
 def fold_updates(program: Program, rates: Sequence[float]) -> Program:
@@ -104,8 +102,10 @@ class _Folding:
                     yield _Update(parameter, gradient, operation.keywords["alpha"], (place,))
 
     def _group(self, lr: object) -> int | None:
-        known = [_LR.format(index) for index in range(len(self.rates))]
-        return known.index(lr) if isinstance(lr, str) and lr in known else None
+        for group in range(len(self.rates)):
+            if lr in [hyperparameter("lr", group, dtype) for dtype in ("float32", "float64")]:
+                return group
+        return None
 
     def _is_gradient(self, name: object) -> bool:
         return name in self.program.gradients.values()

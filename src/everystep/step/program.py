@@ -34,6 +34,7 @@ __all__ = [
     "TensorSpec",
     "decode",
     "encode",
+    "hyperparameter",
     "references",
 ]
 
@@ -240,6 +241,11 @@ class Program(_Model):
         if missing is not None:
             raise ValueError(f"there is no tensor {missing!r}")
         return self
+
+
+def hyperparameter(name: str, group: int, dtype: str) -> str:
+    """Return the name of a number of the optimizer's param group that may change from step to step."""
+    return f"hyperparameter/{group}/{name}/{dtype}"
 
 
 def encode(value: Any, name_of: Callable[[torch.Tensor], str]) -> Any:

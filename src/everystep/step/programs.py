@@ -12,6 +12,7 @@ from everystep.step.build import Built
 from everystep.step.eager import EagerStep, Trainee
 from everystep.step.execute import BoundProgram, allocate
 from everystep.step.fold import fold_updates
+from everystep.step.program import hyperparameter
 from everystep.step.state import parameter_names
 
 __all__ = ["ProgramRule", "Programs"]
@@ -48,8 +49,14 @@ class Programs:
         self._by_key: dict[_Key, int] = {}
         self._bound: dict[int, BoundProgram] = {}
         self._bound_to: list[int] = []
-        rates = trainee.rates()
-        self._lr = [torch.tensor(r, dtype=torch.float64, device=trainee.device) for r in rates]
+        self._rates = {
+            hyperparameter("lr", group, str(dtype).removeprefix("torch.")): (
+                group,
+                torch.tensor(rate, dtype=dtype, device=trainee.device),
+            )
+            for group, rate in enumerate(trainee.rates())
+            for dtype in (torch.float32, torch.float64)
+        }
         names: dict[Tensor, str] = {p: name for name, p in trainee.model.named_parameters()}
         names |= parameter_names(trainee.model, trainee.optimizer)
         self._parameters = list(names.items())
@@ -104,8 +111,9 @@ class Programs:
 
     def load_rates(self) -> None:
         """Put the learning rates of the optimizer where programs read them."""
-        for tensor, group in zip(self._lr, self._trainee.optimizer.param_groups, strict=True):
-            tensor.fill_(group["lr"])
+        groups = self._trainee.optimizer.param_groups
+        for group, tensor in self._rates.values():
+            tensor.fill_(groups[group]["lr"])
 
     def hand_over_gradients(self, step: int) -> None:
         """Give each parameter the gradient that the program of `step` has made, as eager steps do."""
@@ -122,7 +130,7 @@ class Programs:
         memory = dict(trainee.named_state())
         if trainee.batch.is_fixed:
             memory["x"], memory["y"] = trainee.batch(1)
-        memory |= {f"hyperparameter/{index}/lr": tensor for index, tensor in enumerate(self._lr)}
+        memory |= {name: tensor for name, (_, tensor) in self._rates.items()}
         memory = allocate(program, built.constants, trainee.device) | memory
         bound: BoundProgram
 
