@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -247,11 +247,7 @@ class _Builder:
         used = {n for o in kept for n in (*o.reads(), *o.results) if n} | shown | {loss}
         used |= set(gradients.values()) | set(self._state)
         tensors = {name: spec for name, spec in self._tensors.items() if name in used}
-        storages = {
-            name: storage
-            for name, storage in self._storages.items()
-            if any(spec.storage == name for spec in tensors.values())
-        }
+        storages = self._used_storages(tensors)
         program = Program(
             torch=torch.__version__,
             storages=storages,
@@ -264,6 +260,19 @@ class _Builder:
             activations=activations,
         )
         return Built(program, {n: c for n, c in self._constants.items() if n in storages})
+
+    def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
+        """Return the storages that tensors lie on; of a batch that is a part of more, that part."""
+        ends: dict[str, int] = {}
+        for spec in tensors.values():
+            ends[spec.storage] = max(ends.get(spec.storage, 0), spec.end)
+        return {
+            name: storage.model_copy(update={"bytes": ends[name]})
+            if storage.kind == "input"
+            else storage
+            for name, storage in self._storages.items()
+            if name in ends
+        }
 
     def _name_storages(self, operations: list[Recorded]) -> None:
         """Storages are named after state, gradients and the loss; others after their operator."""

@@ -31,7 +31,7 @@ Engine = Literal["auto", "program", "eager"]
 #: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart.
 CHECK_SHARE = 0.01
 #: Losses kept on the device until they are collected.
-ROOM = 4096
+ROOM = 1024
 
 
 class Iteration:
@@ -215,8 +215,7 @@ class Iteration:
         """A step has been taken: keep its loss, and let the schedule go on."""
         if not self._slots:
             self._losses = torch.empty(ROOM, dtype=loss.dtype, device=loss.device)
-            shape = loss.shape
-            self._slots = tuple(slot.reshape(shape) for slot in self._losses.unbind())
+            self._slots = tuple(self._losses.view(ROOM, *loss.shape).unbind())
         self._slots[self._count].copy_(loss.detach())
         self._count += 1
         self._note_rates(number)
