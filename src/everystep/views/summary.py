@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from everystep.views.reduction import reduce
 from everystep.views.table import environment
-from everystep.views.terminal import header, number
+from everystep.views.terminal import engine_text, header, number
 
 if TYPE_CHECKING:
     import polars
@@ -69,6 +69,9 @@ def facts_in_order(facts: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((label, text))
         else:  # goes on from the line above
             rows[-1] = (rows[-1][0], f"{rows[-1][1]}\n{text}")
+    if "engine" in facts:
+        label, steps = rows[-1]
+        rows[-1] = (label, f"{steps}\n{engine_text(facts)}")
     return rows
 
 

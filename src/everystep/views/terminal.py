@@ -25,6 +25,7 @@ __all__ = [
     "Silent",
     "TerminalProgress",
     "closing",
+    "engine_text",
     "header",
     "losses_text",
     "number",
@@ -168,6 +169,7 @@ def closing(directory: Path, reason: str | None) -> str:
     )
     loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if summary.steps else ""
     lines.append(f"{summary.steps:,} steps in {seconds:.3g} s{loss}{measured}")
+    lines.append(engine_text(run.facts))
     lines.append(f"recorded in {directory}")
     argument = shlex.quote(_shortest_name(directory))
     lines += [
@@ -179,6 +181,23 @@ def closing(directory: Path, reason: str | None) -> str:
         f"  everystep report {argument} -o report.html",
     ]
     return "\n".join(lines)
+
+
+def engine_text(facts: dict[str, Any]) -> str:
+    """Return how the steps of a run were taken: by program, how often that was checked, or eagerly."""
+    engine = facts.get("engine")
+    if not isinstance(engine, dict):
+        return "taken eagerly"
+    eager_from, reason = engine["eager_from"], engine["reason"]
+    folded = "folded program" if engine["fold"] else "program"
+    by_program = (
+        f"taken by {folded}, checked against the eager step {engine['checks']:,} times, "
+        f"last at step {engine['verified_to']:,}"
+    )
+    if eager_from is None:
+        return by_program
+    eagerly = f"taken eagerly: {reason}"
+    return eagerly if eager_from == 1 else f"{by_program}; from step {eager_from:,} {eagerly}"
 
 
 def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"]) -> str:
