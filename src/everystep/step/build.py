@@ -60,7 +60,7 @@ def build(captured: Capture, trainee: Trainee) -> Built:
     fixed = _unchanging_in(captured)
     for where, reason, reads in captured.refusals:
         if where != "optimizer" and (reads is None or not reads <= fixed):
-            raise NotCapturableError(f"{reason} (in the {where} phase)")
+            raise NotCapturableError(f"in the {where} phase, {reason}")
     update = _Update(captured, trainee)
     builder = _Builder(captured, update.operations(), update.is_optimizer_step)
     optimizer_step = update.optimizer_step() if update.is_optimizer_step else None

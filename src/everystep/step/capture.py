@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.step.eager import EagerStep, check_loss_value
@@ -28,6 +29,10 @@ __all__ = ["Capture", "CapturedStorage", "CapturedTensor", "Recorded", "Refusal"
 
 #: They only ask for memory, which a program has already.
 _MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+#: They give a tensor another geometry on the same memory, which its next use shows.
+_OTHER_GEOMETRY = {
+    *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
+}
 
 
 class CapturedTensor(NamedTuple):
@@ -112,7 +117,7 @@ def capture(step: EagerStep, number: int) -> Capture:
     before = trainee.named_state()
     named = {name: recorder.know(tensor, "state") for name, tensor in before.items()}
     named |= {name: recorder.know(t, "input") for name, t in (("x", x), ("y", y))}
-    with recorder, recorder.modules(trainee.model):
+    with recorder.numbers_seen(), recorder, recorder.modules(trainee.model):
         prediction = trainee.model(x)
         recorder.enter("loss")
         loss = trainee.loss(prediction, y)
@@ -122,7 +127,7 @@ def capture(step: EagerStep, number: int) -> Capture:
         recorder.enter("backward")
         loss.backward()  # type: ignore[no-untyped-call]
         with recorder.paused():
-            gradients = {name: recorder.number(g) for name, g in trainee.gradients().items()}
+            gradients = recorder.gradients(trainee.gradients())
         recorder.enter("update")
         step.clip()
         update_from = len(recorder.operations)
@@ -223,6 +228,28 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def numbers_seen(self) -> Iterator[None]:
+        """Notice when Python takes numbers out of a tensor past the dispatcher."""
+        with _NumbersTaken(self):
+            yield
+
+    def gradients(self, gradients: dict[str, Tensor]) -> dict[str, int]:
+        """Note the gradients that the backward phase has left."""
+        for name, gradient in gradients.items():
+            if gradient.layout != torch.strided:
+                self.refusals.append(Refusal("backward", f"the gradient of {name} is sparse"))
+                return {}
+        return {name: self.number(gradient) for name, gradient in gradients.items()}
+
+    def numbers_taken(self, tensor: Tensor, how: str) -> None:
+        """Python has read all numbers of a tensor."""
+        if not self._is_paused:
+            where = "optimizer" if self.in_optimizer else self._phase
+            reads = frozenset({self.tensors[self.number(tensor)].storage})
+            reason = f"{how} gives numbers to Python, which may decide by them what to do"
+            self.refusals.append(Refusal(where, reason, reads))
+
     def know(self, tensor: Tensor, kind: str) -> int:
         """Note a tensor that is there before the step."""
         return self.number(tensor, kind)
@@ -254,7 +281,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        if self._is_paused or func.namespace in ("prim", "profiler"):
+        name = func.overloadpacket.__name__
+        if self._is_paused or func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
             return func(*args, **keywords)
         module = self._module()
         try:
@@ -272,7 +300,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         new = {self.tensors[n].storage for n in results if n is not None} - set(range(known))
         is_view = not new and not written
-        if not is_view and func.overloadpacket.__name__ not in _MEMORY_ONLY:
+        if not is_view and name not in _MEMORY_ONLY:
             reads = frozenset(self.tensors[n].storage for n in arguments.reads)
             names = tuple(None if n is None else f"%{n}" for n in results)
             self.operations.append(
@@ -334,13 +362,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _refuse(self, func: Any, error: Exception, args: tuple[Any, ...] = ()) -> None:
         where = "optimizer" if self.in_optimizer else self._phase
+        module = self._module()
         reason = str(error).splitlines()[0]
         name = str(func)
         problem = reason if isinstance(error, NotAllowedError) else f"{name}: {reason}"
         reads = None
         if torch.Tag.data_dependent_output in func.tags:
             reads = frozenset(self.tensors[self.number(t)].storage for t in leaves(args))
-        self.refusals.append(Refusal(where, problem if name in problem else f"{name} {problem}", reads))
+        problem = problem if name in problem else f"{name} {problem}"
+        self.refusals.append(
+            Refusal(where, f"{problem} (module {module})" if module else problem, reads)
+        )
+
+
+class _NumbersTaken(TorchFunctionMode):
+    """Sees the methods of tensors that give numbers to Python without an operation."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("tolist", "numpy", "__array__", "__dlpack__") and isinstance(args[0], Tensor):
+            self._recorder.numbers_taken(args[0], f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
 
 
 class _Encoded(NamedTuple):

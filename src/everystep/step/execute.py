@@ -87,6 +87,8 @@ class BoundProgram:
                 _run(self._calls(operation))
             own = (self._calls(each) for each in program.operations if not each.derived)
             self.calls = list(chain.from_iterable(own))
+            if device.type == "cuda" and not any(s.host for s in program.storages.values()):
+                self.calls = _as_graph(self.calls)
         if optimizer_step is not None and program.optimizer_step is not None:
             self.calls.append(optimizer_step)
 
@@ -163,6 +165,18 @@ def allocate(program: Program, values: Mapping[str, Tensor], device: torch.devic
             given = _Memory(memory[spec.storage].untyped_storage())
             copy_into(_tensor_on(given, spec), values[name])
     return memory
+
+
+def _as_graph(calls: list[Call]) -> list[Call]:
+    """Return the calls as one, which replays them as a CUDA graph; as they are where that cannot be."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            _run(calls)
+    except RuntimeError:  # a kernel that waits for the CPU
+        return calls
+    return [graph.replay]
 
 
 class _Memory(NamedTuple):

@@ -2,23 +2,24 @@
 
 Known are torch's own modules, losses and optimizers. A class or a function of the user is taken for
 known as long as it carries nothing from one step to the next that is no state: its attributes and the
-variables that it holds are the same after a step as before. What cannot be seen so (global variables,
-the clock) is the user's to say, by `engine="eager"`.
+variables that it reads are the same after a step as before. What cannot be seen so (the clock, a file,
+what other libraries keep) is the user's to say, by `engine="eager"`.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from everystep.gradient_descent import GradientDescent
 from everystep.step.eager import Trainee
+from everystep.step.frozen import frozen, frozen_class, is_torchs_class
 
 __all__ = ["PythonState", "reason_against"]
 
@@ -29,8 +30,7 @@ _MODULE_HOOKS = {
     "_backward_pre_hooks": "a backward hook",
 }
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-#: What a module holds for torch itself.
-_OWN_ATTRIBUTES = {"_parameters", "_buffers", "_modules", *_MODULE_HOOKS}
+_GLOBAL_OPTIMIZER_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
 def reason_against(trainee: Trainee) -> str | None:
@@ -42,12 +42,13 @@ def _reasons(trainee: Trainee) -> Iterator[str]:
     global_hooks = vars(nn.modules.module)
     if any(global_hooks[f"_global{name}"] for name in _MODULE_HOOKS):
         yield "there is a hook on all modules (torch.nn.modules.module)"
-    for path, module in trainee.model.named_modules():
-        where = f"module {path}" if path else "the model"
+    for where, module in _modules(trainee):
         for attribute, kind in _MODULE_HOOKS.items():
             hooks = (getattr(module, attribute, None) or {}).values()
             if not all(map(_is_torchs, hooks)):
                 yield f"{where} has {kind}"
+        if "forward" in vars(module) and not isinstance(module, torch.jit.ScriptModule):
+            yield f"the forward of {where} has been exchanged"
         if type(module).__module__.startswith("torch._dynamo"):
             yield f"{where} is compiled (torch.compile)"
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -57,8 +58,19 @@ def _reasons(trainee: Trainee) -> Iterator[str]:
             yield f"{name} has no shape before the first step (a lazy module)"
         elif parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield f"{name} has a hook on its gradient"
-    if any(getattr(trainee.optimizer, name) for name in _OPTIMIZER_HOOKS):
+    of_all = vars(inspect.getmodule(torch.optim.Optimizer))
+    if any(getattr(trainee.optimizer, name) for name in _OPTIMIZER_HOOKS) or any(
+        of_all.get(name) for name in _GLOBAL_OPTIMIZER_HOOKS
+    ):
         yield "the optimizer has a hook on its step"
+
+
+def _modules(trainee: Trainee) -> list[tuple[str, nn.Module]]:
+    """Return every module of model and loss, with a name for people."""
+    found = [(f"module {p}" if p else "the model", m) for p, m in trainee.model.named_modules()]
+    if isinstance(trainee.loss, nn.Module):
+        found += [(f"the loss's {p}" if p else "the loss", m) for p, m in trainee.loss.named_modules()]
+    return found
 
 
 def _is_torchs(hook: Any) -> bool:
@@ -83,59 +95,27 @@ class PythonState:
         if not all(np.array_equal(one, two) for one, two in pairs):
             return "the step draws from NumPy's random generator"
         for name, value in later._held.items():
-            if self._held.get(name, value) != value or name not in self._held:
+            if name not in self._held or self._held[name] != value:
                 return f"{name} changes within a step"
         return None
 
 
 def _held(trainee: Trainee) -> Iterator[tuple[str, Any]]:
     """Yield what each class and function of the user holds, by a name for people."""
-    loss_modules = trainee.loss.named_modules() if isinstance(trainee.loss, nn.Module) else ()
-    places = [(f"the model's {p}".removesuffix(" "), m) for p, m in trainee.model.named_modules()]
-    places += [("the loss's", module) for _, module in loss_modules]
-    for path, module in places:
-        if not type(module).__module__.startswith("torch."):
+    usual = vars(nn.Module()).keys()
+    for where, module in _modules(trainee):
+        if not is_torchs_class(type(module)):
             for name, value in vars(module).items():
-                if name not in _OWN_ATTRIBUTES:
-                    yield f"{path}.{name}".replace("'s.", "'s "), _frozen(value, 0)
+                if name not in usual or name == "training":
+                    yield f"{name} of {where}", frozen(value)
+            yield f"what the class of {where} holds", frozen_class(type(module))
     if not isinstance(trainee.loss, nn.Module):
-        yield "what the loss holds", _frozen(trainee.loss, 0)
+        yield "what the loss holds", frozen(trainee.loss)
     optimizer = trainee.optimizer
-    if not isinstance(optimizer, GradientDescent) and not type(optimizer).__module__.startswith(
-        "torch."
-    ):
+    if not isinstance(optimizer, GradientDescent) and not is_torchs_class(type(optimizer)):
+        # What torch itself keeps there; a schedule exchanges `step`.
+        of_torch = {*vars(torch.optim.SGD([torch.zeros(1)])), "step", "_opt_called"}
         for name, value in vars(optimizer).items():
-            if name not in ("state", "param_groups", *_OPTIMIZER_HOOKS):
-                yield f"the optimizer's {name}", _frozen(value, 0)
-
-
-def _frozen(value: Any, depth: int) -> Any:
-    """Return something that is equal as long as the value is: contents, and identity below depth 4."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return repr(value)  # nan is not equal to itself
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if isinstance(value, np.ndarray):
-        return id(value), value.tobytes()
-    if isinstance(value, torch.nn.Module) or depth == 4:
-        return id(value)
-    if isinstance(value, dict):
-        return [(repr(key), _frozen(item, depth + 1)) for key, item in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, [_frozen(item, depth + 1) for item in value]
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, torch.Generator):
-        return value.get_state().numpy().tobytes()
-    inside = [_closure(value), getattr(value, "__self__", None), getattr(value, "__dict__", None)]
-    return id(value), [_frozen(item, depth + 1) for item in inside if item is not None]
-
-
-def _closure(function: Any) -> list[Any]:
-    found = []
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # a variable that has no value yet
-            found.append(cell.cell_contents)
-    return found
+            if name not in of_torch:
+                yield f"{name} of the optimizer", frozen(value)
+        yield "what the class of the optimizer holds", frozen_class(type(optimizer))

@@ -118,7 +118,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
     if torch.Tag.data_dependent_output in operator.tags or any(
         not _RESULT_TYPES.fullmatch(str(result.type)) for result in schema.returns
     ):
-        return "gives a number to Python, which may decide by it what happens next"
+        return "gives a number to Python, which may decide by it what to do"
     if torch.Tag.dynamic_output_shape in operator.tags and name != "index":
         return "gives a result whose shape depends on numbers"
     for argument in schema.arguments:

@@ -1,0 +1,192 @@
+"""Which modules and optimizers of torch are trained by a program, and which eagerly, and why.
+
+`python -m benchmarks.coverage [--write docs/how-it-works.md]`. Every sample of torch's own list of
+modules (one or two of each), and every optimizer of `torch.optim`, is trained for 50 steps by the
+engine and by a loop written out by hand; "by program" is said only where losses, parameters and
+buffers have the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everystep import numerics
+
+numerics.prepare()  # before torch computes
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.optim.lr_scheduler import StepLR  # noqa: E402
+
+import everystep  # noqa: E402
+from everystep.experiment.batches import Batches  # noqa: E402
+from everystep.step.check import same_bits  # noqa: E402
+from everystep.step.eager import EagerStep, Trainee  # noqa: E402
+from everystep.step.iterate import Iteration  # noqa: E402
+
+__all__ = ["coverage_page"]
+
+STEPS = 50
+BEGIN, END = "<!-- python -m benchmarks.coverage -->", "<!-- end of coverage -->"
+
+Make = Callable[[], Trainee]
+
+
+class Outcome(NamedTuple):
+    """How a training went: whether it has the bits of the loop by hand, why eagerly, and its update."""
+
+    same: bool
+    reason: str | None
+    update: str
+
+
+def main() -> None:
+    """Print the tables, or write them into a page between its two marks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
+    target = parser.parse_args().write
+    text = coverage_page()
+    if target is None:
+        print(text)
+        return
+    before, _, rest = target.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    target.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def coverage_page() -> str:
+    """Return both tables as Markdown."""
+    with numerics.in_force(threads=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        modules = {name: outcome(make) for name, make in _modules()}
+        optimizers = {name: outcome(make) for name, make in _optimizers(None)}
+        scheduled = {name: outcome(make) for name, make in _optimizers(_step_schedule)}
+    by_program = sorted({name.split("-")[0] for name, each in modules.items() if not each.reason})
+    eagerly = {name: each for name, each in modules.items() if each.reason}
+    exact = sum(each.same and not each.reason for each in modules.values())
+    lines = [
+        f"torch {torch.__version__}: of {len(modules)} samples of torch's {_count(modules)} modules, "
+        f"{exact} are trained by a program with the bits of the loop by hand, over {STEPS} steps.",
+        "",
+        f"By program: {', '.join(by_program)}.",
+        "",
+        "| taken eagerly | because |",
+        "|---|---|",
+        *(f"| {name} | {each.reason} |" for name, each in eagerly.items()),
+        "",
+        "| optimizer | same bits | update | with a schedule | same bits |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in optimizers.items():
+        other = scheduled[name]
+        lines.append(f"| {name} | {_word(each)} | {each.update} | {other.update} | {_word(other)} |")
+    return "\n".join([*lines, ""])
+
+
+def outcome(make: Make) -> Outcome:
+    """Train once by the engine and once by hand, and compare."""
+    trainee, by_hand = make(), make()
+    torch.manual_seed(0)
+    iteration = Iteration(trainee, STEPS)
+    iteration.advance(STEPS)
+    iteration.finish()
+    torch.manual_seed(0)
+    step = EagerStep(by_hand)
+    losses = torch.stack([_step_by_hand(step, number) for number in range(1, STEPS + 1)])
+    state, other = trainee.named_state(), by_hand.named_state()
+    same = same_bits(iteration.collect()[1], losses) and all(
+        same_bits(tensor, other[name]) for name, tensor in state.items()
+    )
+    return Outcome(same, iteration.reason, _update_of(iteration))
+
+
+def _step_by_hand(step: EagerStep, number: int) -> torch.Tensor:
+    trainee = step.trainee
+    x, y = trainee.batch(number)
+    loss = trainee.loss(trainee.model(x), y)
+    trainee.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    trainee.optimizer.step()
+    if trainee.schedule is not None:
+        trainee.schedule.step()
+    return loss.detach()
+
+
+def _update_of(iteration: Iteration) -> str:
+    if iteration.reason:
+        return f"eager: {iteration.reason}"
+    program = iteration.programs.built[-1].program
+    if program.optimizer_step is not None:
+        return "as one step"
+    update = [each for each in program.operations if each.phase == "update"]
+    names = {each.operator.split(".")[1] for each in update}
+    fused = next((name for name in names if name.startswith("_fused")), None)
+    return f"`{fused}`" if fused else f"{len(update)} operations"
+
+
+def _modules() -> Iterable[tuple[str, Make]]:
+    settings.register_profile("everystep", deadline=None)
+    from tests.step.torch_modules import module_cases
+
+    for case in module_cases():
+        yield case.name, lambda case=case: _trainee(*case.make())  # type: ignore[misc]
+
+
+def _optimizers(schedule: Callable[[Any], Any] | None) -> Iterable[tuple[str, Make]]:
+    made: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "everystep.GradientDescent": lambda p: everystep.GradientDescent(p, lr=1e-3),
+        "SGD": lambda p: torch.optim.SGD(p, 1e-3),
+        "SGD(momentum=0.9)": lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9),
+        "SGD(momentum=0.9, fused=True)": lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9, fused=True),
+    }
+    for name in ("Adam", "AdamW", "Adagrad"):
+        cls = getattr(torch.optim, name)
+        made[name] = lambda p, cls=cls: cls(p)  # type: ignore[misc]
+        made[f"{name}(fused=True)"] = lambda p, cls=cls: cls(p, fused=True)  # type: ignore[misc]
+    for name in ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"):
+        made[name] = getattr(torch.optim, name)
+    for name, optimizer in made.items():
+        yield name, lambda optimizer=optimizer: _small(optimizer, schedule)  # type: ignore[misc]
+    yield "Muon", lambda: _small(lambda p: torch.optim.Muon(list(p)), schedule, bias=False)
+
+
+def _small(optimizer: Any, schedule: Any, bias: bool = True) -> Trainee:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 20), torch.randn(64, 1)
+    layers = nn.Linear(20, 32, bias=bias), nn.ReLU(), nn.Linear(32, 1, bias=bias)
+    return _trainee(nn.Sequential(*layers), x, y, nn.MSELoss(), optimizer, schedule)
+
+
+def _trainee(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    loss: Any,
+    optimizer: Any = None,
+    schedule: Any = None,
+) -> Trainee:
+    make = optimizer or (lambda p: everystep.GradientDescent(p, lr=1e-3))
+    made = make(model.parameters())
+    batches = Batches(len(x)).of(x, y)
+    return Trainee(model, loss, made, batches, torch.device("cpu"), schedule=schedule and schedule(made))
+
+
+def _step_schedule(optimizer: torch.optim.Optimizer) -> StepLR:
+    return StepLR(optimizer, step_size=20, gamma=0.5)
+
+
+def _count(modules: Iterable[str]) -> int:
+    return len({name.split("-")[0] for name in modules})
+
+
+def _word(each: Outcome) -> str:
+    return "yes" if each.same else "no"
+
+
+if __name__ == "__main__":
+    main()
