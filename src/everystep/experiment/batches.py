@@ -98,6 +98,8 @@ class RowsOf:
     is_fixed: whether every step sees x and y as they are.
     """
 
+    runs_python = False
+
     def __init__(self, batches: Batches, x: Tensor, y: Tensor) -> None:
         self._batches = batches
         self._x = x

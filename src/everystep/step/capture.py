@@ -122,6 +122,8 @@ def capture(step: EagerStep, number: int) -> Capture:
         recorder.enter("loss")
         loss = trainee.loss(prediction, y)
         check_loss_value(loss)
+        with recorder.paused():
+            value = loss.detach().clone()
         recorder.enter("zero_grad")
         step.zero_grad()
         recorder.enter("backward")
@@ -134,7 +136,7 @@ def capture(step: EagerStep, number: int) -> Capture:
         recorder.in_optimizer = True
         step.update()
     found = Capture(
-        loss=loss.detach(),
+        loss=value,
         tensors=recorder.tensors,
         storages=recorder.storages,
         operations=recorder.operations,
@@ -147,6 +149,7 @@ def capture(step: EagerStep, number: int) -> Capture:
     )
     _compare_state(found, recorder, before, trainee.named_state())
     _note_changed_constants(found)
+    _note_changed_inputs(found, trainee.batch.is_fixed)
     return found
 
 
@@ -171,6 +174,17 @@ def _note_changed_constants(found: Capture) -> None:
             problem = "the step changes a tensor that belongs to neither model, loss nor optimizer"
             found.refusals.append(Refusal("forward", problem))
             return
+
+
+def _note_changed_inputs(found: Capture, is_fixed: bool) -> None:
+    """A batch that is changed in place is another one at the next step; so may be a loss within it."""
+    for operation in found.operations:
+        if is_fixed and any(found.storages[s].kind == "input" for s in operation.writes):
+            found.refusals.append(Refusal(operation.phase, "the step changes its batch in place"))
+            return
+    kind = found.storages[found.tensors[found.loss_tensor].storage].kind
+    if kind != "temporary":
+        found.refusals.append(Refusal("loss", f"the loss is a view of the step's {kind}"))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

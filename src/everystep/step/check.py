@@ -35,20 +35,19 @@ class Saved:
         self.tensors = {name: t.detach().clone() for name, t in trainee.named_state().items()}
         self.generators = Generators.capture(trainee.device)
         self._names = parameter_names(trainee.model, optimizer)
-        self._entries = {p: _without_tensors(entries) for p, entries in optimizer.state.items()}
-        self._groups = [_without_tensors(group) for group in optimizer.param_groups]
-        self._schedule = (
-            None if trainee.schedule is None else copy.deepcopy(trainee.schedule.state_dict())
-        )
+        self._entries = {p: _plain_data(entries) for p, entries in optimizer.state.items()}
+        self._groups = [_plain_data(group) for group in optimizer.param_groups]
+        self._schedules = [_plain_data(vars(each)) for each in _schedules(trainee.schedule)]
 
-    def restore(self, trainee: Trainee, *, forget_new: bool) -> None:
+    def restore(self, trainee: Trainee, *, forget_new: bool, schedule: bool = False) -> None:
         """Bring the training back to this state, in its own tensors where it has them.
 
-        forget_new: whether the optimizer shall lose the state that it did not have.
+        forget_new: whether the optimizer shall lose the state that it did not have; schedule: whether
+        the schedule shall go back too.
         """
         optimizer = trainee.optimizer
         for group, saved in zip(optimizer.param_groups, self._groups, strict=True):
-            group.update(copy.deepcopy(saved))
+            group.update(_plain_data(saved))
         for parameter in list(optimizer.state):
             if forget_new and parameter not in self._entries:
                 del optimizer.state[parameter]
@@ -58,14 +57,15 @@ class Saved:
             for name, tensor in trainee.named_state().items():
                 if name in self.tensors:
                     copy_into(tensor, self.tensors[name])
-        if trainee.schedule is not None and self._schedule is not None:
-            trainee.schedule.load_state_dict(copy.deepcopy(self._schedule))
+        if schedule:
+            for each, numbers in zip(_schedules(trainee.schedule), self._schedules, strict=True):
+                vars(each).update(_plain_data(numbers))
         self.generators.restore(trainee.device)
 
     def _restore_entries(
         self, parameter: Tensor, entries: dict[str, Any], saved: dict[str, Any], forget_new: bool
     ) -> None:
-        entries.update(copy.deepcopy(saved))
+        entries.update(_plain_data(saved))
         prefix = f"optimizer/{self._names.get(parameter, '#')}/"
         tensors = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
         for key, tensor in tensors.items():
@@ -114,6 +114,22 @@ def _is_close(one: Tensor, two: Tensor) -> bool:
     return bool(((one - two).abs() <= tolerance * largest).all()) or same_bits(one, two)
 
 
-def _without_tensors(settings: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {k: v for k, v in settings.items() if k != "params" and not isinstance(v, Tensor)}
-    return copy.deepcopy(plain)
+def _schedules(schedule: Any) -> list[Any]:
+    """Return a schedule, and those that it is made of."""
+    if schedule is None:
+        return []
+    inner = getattr(schedule, "_schedulers", ())
+    return [schedule, *(each for other in inner for each in _schedules(other))]
+
+
+def _plain_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of what is made of numbers and texts alone; other objects stay as they are."""
+    return {key: copy.deepcopy(value) for key, value in settings.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

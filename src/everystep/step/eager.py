@@ -21,10 +21,12 @@ __all__ = ["BatchSource", "EagerStep", "Trainee", "check_loss_value"]
 class BatchSource(Protocol):
     """Gives the batch of each step (from 1).
 
-    is_fixed: whether every step sees the very same two tensors.
+    is_fixed: whether every step sees the very same two tensors; runs_python: whether the user's code
+    runs to make a batch.
     """
 
     is_fixed: bool
+    runs_python: bool
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step."""
@@ -93,11 +95,12 @@ class EagerStep:
         """
         loss = self.trainee.loss(self.trainee.model(x), y)
         check_loss_value(loss)
+        value = loss.detach().clone()  # it may be a view of what the update changes
         self.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.clip()
         self.update()
-        return loss.detach()
+        return value
 
     def clip(self) -> None:
         """Clip the gradients, if that is asked for."""

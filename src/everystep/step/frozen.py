@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["frozen", "frozen_class", "is_torchs_class"]
+__all__ = ["Freezer", "is_torchs_class"]
 
 #: How deep containers and objects within each other are looked into, and how long they may be.
 DEPTH = 8
@@ -25,20 +26,68 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CODE = (types.ModuleType, type, types.BuiltinFunctionType, staticmethod, classmethod, property)
 
 
-def frozen(value: Any) -> Any:
-    """Return what a value holds: numbers and texts, and of a tensor, which it is and its version."""
-    return _frozen(value, DEPTH, set())
+class Freezer:
+    """Turns what the user's Python holds into something to compare.
 
+    state: tensors that change at every step, as everybody knows; of others, a change is noticed.
+    """
 
-def frozen_class(cls: type) -> Any:
-    """Return what the user's classes among a class and its bases hold, and what their methods read."""
-    return [
-        (name, _of_function(value, DEPTH, set()) if callable(value) else frozen(value))
-        for base in cls.__mro__
-        if not is_torchs_class(base) and base is not object
-        for name, value in vars(base).items()
-        if not (name.startswith("__") and name != "__call__") and not isinstance(value, _CODE)
-    ]
+    def __init__(self, state: Collection[Tensor]) -> None:
+        self._state = {id(tensor) for tensor in state}
+
+    def freeze(self, value: Any) -> Any:
+        """Return what a value holds: numbers and texts, and of a tensor, which it is and its version."""
+        return self._frozen(value, DEPTH, frozenset())
+
+    def freeze_class(self, cls: type) -> Any:
+        """Return what the user's classes among a class and its bases hold, and their methods read."""
+        return [
+            (name, self.freeze(value))
+            for base in cls.__mro__
+            if not is_torchs_class(base) and base is not object
+            for name, value in vars(base).items()
+            if not (name.startswith("__") and name != "__call__") and not isinstance(value, _CODE)
+        ]
+
+    def _frozen(self, value: Any, depth: int, seen: frozenset[int]) -> Any:
+        if isinstance(value, _PLAIN):
+            return repr(value)  # nan is not equal to itself
+        if isinstance(value, Tensor):
+            return id(value), 0 if id(value) in self._state else value._version
+        is_torchs = isinstance(value, nn.Module | torch.optim.Optimizer) and is_torchs_class(type(value))
+        if depth == 0 or id(value) in seen or isinstance(value, _CODE) or is_torchs:
+            return id(value)
+        inside = self._inside(value)
+        return id(value), [self._frozen(each, depth - 1, seen | {id(value)}) for each in inside]
+
+    def _inside(self, value: Any) -> list[Any]:
+        """Return what a value consists of."""
+        if isinstance(value, np.ndarray):
+            return [hash(value.tobytes()) if value.dtype != object else value.tolist()]
+        if isinstance(value, Mapping):
+            items = itertools.islice(value.items(), LENGTH)
+            return [len(value), *(each for key, item in items for each in (repr(key), item))]
+        if isinstance(value, list | tuple | set | frozenset | deque):
+            return [len(value), *itertools.islice(value, LENGTH)]
+        if isinstance(value, Random):
+            return [repr(value.getstate())]
+        if isinstance(value, np.random.Generator):
+            return [repr(value.bit_generator.state)]
+        if isinstance(value, torch.Generator):
+            return [repr(value.get_state().tolist())]
+        if isinstance(value, functools.partial):
+            return [value.func, value.args, value.keywords]
+        if isinstance(value, types.MethodType):
+            return [value.__func__, value.__self__]
+        if isinstance(value, types.FunctionType):
+            return _of_function(value)
+        if isinstance(value, types.GeneratorType):
+            return [value.gi_frame and (value.gi_frame.f_lasti, dict(value.gi_frame.f_locals))]
+        if isinstance(value, Iterator):
+            with suppress(Exception):  # how far it has come, where it can tell
+                return [value.__reduce__()[1:]]
+            return [repr(value)]
+        return _attributes(value)
 
 
 def is_torchs_class(cls: type) -> bool:
@@ -46,74 +95,30 @@ def is_torchs_class(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "torch"
 
 
-def _frozen(value: Any, depth: int, seen: set[int]) -> Any:
-    if isinstance(value, _PLAIN):
-        return repr(value)  # nan is not equal to itself
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if depth == 0 or id(value) in seen or isinstance(value, _CODE):
-        return id(value)
-    seen = seen | {id(value)}
-    if isinstance(value, np.ndarray):
-        return id(value), value.tobytes()
-    if isinstance(value, Mapping):
-        items = itertools.islice(value.items(), LENGTH)
-        return len(value), [(repr(key), _frozen(item, depth - 1, seen)) for key, item in items]
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return len(value), [_frozen(each, depth - 1, seen) for each in itertools.islice(value, LENGTH)]
-    if isinstance(value, Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, torch.Generator):
-        return value.get_state().tolist()
-    if isinstance(value, functools.partial):
-        inside = [value.func, value.args, value.keywords]
-        return [_frozen(each, depth - 1, seen) for each in inside]
-    if isinstance(value, types.MethodType):
-        return _frozen(value.__func__, depth, seen), _frozen(value.__self__, depth - 1, seen)
-    if isinstance(value, types.FunctionType):
-        return _of_function(value, depth, seen)
-    if isinstance(value, types.GeneratorType):
-        frame = value.gi_frame
-        return id(value), frame and (frame.f_lasti, _frozen(frame.f_locals, depth - 1, seen))
-    if isinstance(value, Iterator):
-        return repr(value), _reduced(value, depth, seen)
-    return id(value), [_frozen(each, depth - 1, seen) for each in _attributes(value)]
-
-
-def _of_function(function: Any, depth: int, seen: set[int]) -> Any:
+def _of_function(function: types.FunctionType) -> list[Any]:
     """Return what a function of Python has closed over, its defaults, and the globals that it reads."""
-    code = getattr(function, "__code__", None)
-    if code is None or str(function.__module__).partition(".")[0] in ("torch", "numpy", "everystep"):
-        return id(function)
+    if str(function.__module__).partition(".")[0] in ("torch", "numpy", "everystep"):
+        return []
     inside: list[Any] = [function.__defaults__, function.__kwdefaults__, vars(function)]
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # a variable that has no value yet
             inside.append(cell.cell_contents)
     known = function.__globals__
-    inside += [known[name] for name in sorted(_names(code)) if name in known]
-    return id(function), [_frozen(each, depth - 1, seen | {id(function)}) for each in inside]
+    return inside + [known[name] for name in _globals(function.__code__) if name in known]
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Return the names of globals that a function reads or writes, and those within it."""
-    within = [each for each in code.co_consts if isinstance(each, types.CodeType)]
-    return set(code.co_names).union(*map(_names, within))
+@functools.cache
+def _globals(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of the globals that a function, or one within it, reads or writes."""
+    own = {each.argval for each in dis.get_instructions(code) if each.opname.endswith("_GLOBAL")}
+    within = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return tuple(sorted(own.union(*map(_globals, within))))
 
 
 def _attributes(value: Any) -> list[Any]:
     slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
     of_slots = [getattr(value, name, None) for name in slots if not name.startswith("__")]
-    own = getattr(value, "__dict__", {})
+    own = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
-        hidden = {"_parameters", "_buffers"}
-        return [*of_slots, {name: each for name, each in own.items() if name not in hidden}]
-    return [*of_slots, dict(own)]
-
-
-def _reduced(value: Any, depth: int, seen: set[int]) -> Any:
-    """Return how far an iterator has come, where it can tell."""
-    with suppress(Exception):
-        return _frozen(value.__reduce__()[1:], depth - 1, seen)
-    return None
+        own = {name: each for name, each in own.items() if name not in ("_parameters", "_buffers")}
+    return [*of_slots, own]

@@ -9,6 +9,8 @@ and at the last step, the program is checked against the eager step again.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +23,7 @@ from everystep.step.capture import capture
 from everystep.step.check import Saved, difference
 from everystep.step.eager import EagerStep, Trainee
 from everystep.step.execute import without_autograd
-from everystep.step.known import PythonState, reason_against
+from everystep.step.known import PythonState, Settings, reason_against
 from everystep.step.programs import Programs
 
 __all__ = ["Engine", "Iteration"]
@@ -64,8 +66,10 @@ class Iteration:
         self._losses = torch.empty(0)
         self._slots: tuple[Tensor, ...] = ()
         self._count = 0
+        self._collected = 0
         reason = "it was asked for" if engine == "eager" else reason_against(trainee)
-        self._verified = None if reason else (0, Saved(trainee))
+        self._verified_step = 0
+        self._verified = None if reason else Saved(trainee)
         if reason is not None:
             self._go_on_eagerly(reason)
 
@@ -75,8 +79,8 @@ class Iteration:
         return self._count >= ROOM
 
     def last_loss(self) -> float:
-        """Return the loss of the last step, which must not have been collected yet."""
-        return float(self._losses[self._count - 1])
+        """Return the loss of the last step."""
+        return float(self._losses[(self._count or self._collected) - 1])
 
     @property
     def checked(self) -> list[int]:
@@ -94,6 +98,9 @@ class Iteration:
         """
         while self.step < last and self._count < ROOM:
             number = self.step + 1
+            if self.step in self.checked[-1:] and self._verified_step != self.step:
+                # Not before now: what follows a step (an evaluation, say) belongs to its state.
+                self._verified, self._verified_step = Saved(self.trainee), self.step
             if self.reason is not None:
                 self._keep(number, self._eager.take(*self.trainee.batch(number)))
             elif not self.programs.has(number):
@@ -103,11 +110,30 @@ class Iteration:
             else:
                 last_unchecked = min(self._plan.next, self._steps) - 1
                 self._run(number, min(last, last_unchecked, self.step + ROOM - self._count))
+            if self.step < number:
+                return
+
+    @contextmanager
+    def foreign_code(self) -> Iterator[None]:
+        """What runs within may change the training; if it does, steps are taken eagerly from here on.
+
+        It may change the numbers of tensors: programs go on with these.
+        """
+        if self.reason is not None:
+            yield
+            return
+        before = PythonState(self.trainee), Settings(self.trainee)
+        yield
+        self.programs.refresh()
+        changed = before[0].difference(PythonState(self.trainee), generators=False)
+        changed = changed or before[1].difference(Settings(self.trainee))
+        if changed is not None:
+            self._go_on_eagerly(f"{changed} in an evaluation")
 
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not collected before, and the losses from there on."""
         first, count = self.step - self._count + 1, self._count
-        self._count = 0
+        self._count, self._collected = 0, count or self._collected
         self.rates = []
         return first, self._losses[:count].clone()
 
@@ -156,7 +182,6 @@ class Iteration:
             reason = f"its program fails ({error})"
         if reason is None:
             self._keep(number, self.programs.bound(number).loss)
-            self._verified = (number, Saved(self.trainee))
             return True
         expected.restore(self.trainee, forget_new=False)
         self._keep(number, loss)
@@ -187,29 +212,42 @@ class Iteration:
 
     def _run(self, first: int, last: int) -> None:
         """Take steps by their programs, without a look to the left or right."""
-        programs, advance, is_fixed = self.programs, self._eager.advance, self.trainee.batch.is_fixed
-        follows_schedule = self.trainee.schedule is not None
         started = time.perf_counter()
-        with without_autograd():
-            bound = programs.bound(first)
-            slots = self._slots
-            for number in range(first, last + 1):
-                if not is_fixed:
-                    if not programs.has(number):
-                        break
-                    bound = programs.bound(number)
-                    programs.load_batch(number, bound)
-                if follows_schedule:
-                    self._note_rates(number)
-                    programs.load_rates()
-                for call in bound.calls:
-                    call()
-                slots[self._count].copy_(bound.loss)
-                self._count += 1
-                self.step = number
-                if advance is not None:
-                    advance(number)
+        if self.trainee.schedule is None and not self.trainee.batch.runs_python:
+            with without_autograd():
+                self._run_alone(first, last)
+        else:
+            self._run_with_python(first, last)
         self._plan.timed(self.step - first + 1, time.perf_counter() - started)
+
+    def _run_alone(self, first: int, last: int) -> None:
+        """Take steps between which none of the user's Python runs."""
+        programs, slots, is_fixed = self.programs, self._slots, self.trainee.batch.is_fixed
+        bound = programs.bound(first)
+        for number in range(first, last + 1):
+            if not is_fixed:
+                if not programs.has(number):
+                    return
+                bound = programs.bound(number)
+                programs.load_batch(number, bound)
+            for call in bound.calls:
+                call()
+            slots[self._count].copy_(bound.loss)
+            self._count += 1
+            self.step = number
+
+    def _run_with_python(self, first: int, last: int) -> None:
+        """Take steps between which a schedule or a Dataset runs, which may use autograd."""
+        programs = self.programs
+        for number in range(first, last + 1):
+            if not programs.has(number):
+                return
+            bound = programs.bound(number)
+            programs.load_batch(number, bound)
+            programs.load_rates()
+            with without_autograd():
+                bound.run()
+            self._keep(number, bound.loss)
 
     def _keep(self, number: int, loss: Tensor) -> None:
         """A step has been taken: keep its loss, and let the schedule go on."""
@@ -232,9 +270,9 @@ class Iteration:
 
         The step itself stands where no step was taken by program since then.
         """
-        verified, saved = self._verified or (0, None)
-        if saved is not None and verified < number - 1:
-            saved.restore(self.trainee, forget_new=True)
+        verified = self._verified_step
+        if self._verified is not None and verified < number - 1:
+            self._verified.restore(self.trainee, forget_new=True, schedule=True)
             self._count = max(0, self._count - (number - verified))
             self.rates = [each for each in self.rates if each[0] <= verified]
             self.step = verified

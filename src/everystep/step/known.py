@@ -19,9 +19,10 @@ from torch import nn
 
 from everystep.gradient_descent import GradientDescent
 from everystep.step.eager import Trainee
-from everystep.step.frozen import frozen, frozen_class, is_torchs_class
+from everystep.step.frozen import Freezer, is_torchs_class
+from everystep.step.state import optimizer_settings
 
-__all__ = ["PythonState", "reason_against"]
+__all__ = ["PythonState", "Settings", "reason_against"]
 
 _MODULE_HOOKS = {
     "_forward_hooks": "a forward hook",
@@ -87,35 +88,62 @@ class PythonState:
         self._python = random.getstate()
         self._numpy = np.random.get_state()
 
-    def difference(self, later: PythonState) -> str | None:
-        """Return in words what has changed since, or None."""
-        if self._python != later._python:
+    def difference(self, later: PythonState, generators: bool = True) -> str | None:
+        """Return in words what has changed since, or None; `generators`: Python's and NumPy's too."""
+        if generators and self._python != later._python:
             return "the step draws from Python's random generator"
         pairs = zip(self._numpy, later._numpy, strict=True)
-        if not all(np.array_equal(one, two) for one, two in pairs):
+        if generators and not all(np.array_equal(one, two) for one, two in pairs):
             return "the step draws from NumPy's random generator"
         for name, value in later._held.items():
             if name not in self._held or self._held[name] != value:
-                return f"{name} changes within a step"
+                return f"{name} changes"
         return None
+
+
+class Settings:
+    """What a program has been captured with, besides tensors: settings that Python may change."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        settings = optimizer_settings(trainee.model, trainee.optimizer)
+        lr_may_change = trainee.schedule is not None
+        self._held: dict[str, Any] = {
+            f"{key} of param group {index}": value
+            for index, group in enumerate(settings["groups"])
+            for key, value in group.items()
+            if not (lr_may_change and key == "lr")
+        }
+        for name, parameter in trainee.model.named_parameters():
+            self._held[f"requires_grad of {name}"] = parameter.requires_grad
+        for where, module in _modules(trainee):
+            for name, value in vars(module).items():
+                if value is None or isinstance(value, bool | int | float | str):
+                    self._held[f"{name} of {where}"] = repr(value)
+
+    def difference(self, later: Settings) -> str | None:
+        """Return in words what has changed since, or None."""
+        names = self._held.keys() | later._held.keys()
+        changed = (n for n in sorted(names) if self._held.get(n) != later._held.get(n))
+        return next((f"{name} changes" for name in changed), None)
 
 
 def _held(trainee: Trainee) -> Iterator[tuple[str, Any]]:
     """Yield what each class and function of the user holds, by a name for people."""
     usual = vars(nn.Module()).keys()
+    freezer = Freezer([*trainee.named_state().values(), *trainee.gradients().values()])
     for where, module in _modules(trainee):
         if not is_torchs_class(type(module)):
             for name, value in vars(module).items():
                 if name not in usual or name == "training":
-                    yield f"{name} of {where}", frozen(value)
-            yield f"what the class of {where} holds", frozen_class(type(module))
+                    yield f"{name} of {where}", freezer.freeze(value)
+            yield f"what the class of {where} holds", freezer.freeze_class(type(module))
     if not isinstance(trainee.loss, nn.Module):
-        yield "what the loss holds", frozen(trainee.loss)
+        yield "what the loss holds", freezer.freeze(trainee.loss)
     optimizer = trainee.optimizer
     if not isinstance(optimizer, GradientDescent) and not is_torchs_class(type(optimizer)):
         # What torch itself keeps there; a schedule exchanges `step`.
         of_torch = {*vars(torch.optim.SGD([torch.zeros(1)])), "step", "_opt_called"}
         for name, value in vars(optimizer).items():
             if name not in of_torch:
-                yield f"{name} of the optimizer", frozen(value)
-        yield "what the class of the optimizer holds", frozen_class(type(optimizer))
+                yield f"{name} of the optimizer", freezer.freeze(value)
+        yield "what the class of the optimizer holds", freezer.freeze_class(type(optimizer))

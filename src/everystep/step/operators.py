@@ -1,20 +1,23 @@
-"""Which of torch's operators a program may use, and what their schemas say."""
+"""Which of torch's operators a step and its program may use, and what their schemas say."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "NotAllowedError",
+    "Parameter",
+    "computes",
     "draws_random_numbers",
     "leaves",
     "out_variant",
+    "parameters",
     "resolve",
     "writes",
 ]
@@ -29,54 +32,39 @@ _ARGUMENT_TYPES = re.compile(
 _RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?")
 
 #: A text is the name of a variant of the computation in these, and might be a file's in others.
-_TEXT_ARGUMENTS = {"approximate", "rounding_mode", "reduce", "indexing", "side", "norm"}
+_TEXT_ARGUMENTS = {
+    *("approximate", "rounding_mode", "reduce", "indexing", "side", "norm"),
+    *("mode", "driver", "UPLO"),
+}
 
-#: They compute on tensors, but in ways that a program does not: they move a tensor to other memory,
-#: look at numbers to decide, print or stop the process.
+#: They compute on tensors, but not on such as programs have (dense ones), or in ways that programs do
+#: not: in other memory than they are given, with numbers that nobody checks as places in memory, or
+#: for as long as a number in a tensor says.
 _NOT_ALLOWED = re.compile(
-    r"(set|resize|from_file|record_stream|rename|refine_names|align|pin_memory|data|requires_grad"
-    r"|retain_grad|swap|sym_|sparse|to_sparse|to_mkldnn|mkldnn_reorder|quantize|dequantize|q_|fbgemm"
-    r"|choose_qparams|is_|nonzero|unique|masked_select)"
+    r".*(sparse|quantized|nested|padded|overrideable|resize|polynomial).*|.*mkldnn_(?!rnn_layer).*"
+    r"|.*_mkldnn|(de)?quantize.*|q_.*|sym_.*|unique_.*|nonzero_static|set|lift|empty_permuted"
+    r"|as_strided_scatter|(split|split_with_sizes|unbind)_copy|segment_reduce|hspmm|sspaddmm|int_repr"
+    r"|native_norm"
 )
 
 #: Operators whose names begin with an underscore are torch's own affair; these are kernels of steps.
-_PRIVATE_KERNELS = (
-    "_adaptive_avg_pool",
-    "_addmm_activation",
-    "_batch_norm",
-    "_cdist",
-    "_ctc_loss",
-    "_embedding_bag",
-    "_euclidean_dist",
-    "_fft_",
-    "_foreach_",
-    "_fused_adagrad_",
-    "_fused_adam_",
-    "_fused_adamw_",
-    "_fused_dropout",
-    "_fused_rms_norm",
-    "_fused_sgd_",
-    "_log_softmax",
-    "_native_batch_norm_legit",
-    "_pdist",
-    "_prelu_kernel",
-    "_reshape_alias",
-    "_reshape_copy",
-    "_safe_softmax",
-    "_scaled_dot_product",
-    "_softmax",
-    "_thnn_",
-    "_to_copy",
-    "_trilinear",
-    "_unsafe_",
-    "_upsample_",
-    "_weight_norm",
-    "_conj",
-    "_neg_view",
-    "_cudnn_rnn",
-    "_linalg_",
-    "_convolution",
+_PRIVATE_KERNELS = re.compile(
+    r"_foreach_\w+|_fused_(adagrad|adam|adamw|sgd)_|_(adaptive_avg_pool[23]d|cdist|cudnn_rnn"
+    r"|embedding_bag|embedding_bag_dense|embedding_bag_per_sample_weights|fused_dropout|fused_rms_norm"
+    r"|log_softmax|pdist|prelu_kernel|scaled_dot_product_\w+|softmax|thnn_fused_(gru|lstm)_cell"
+    r"|upsample_\w+|weight_norm_interface)(_forward|_forward_only|_backward|_backward_data"
+    r"|_backward_impl)?"
+    r"|_(addmm_activation|conj|conj_physical|convolution|dirichlet_grad|euclidean_dist"
+    r"|fft_(c2c|c2r|r2c)|linalg_(det|eigh|eigvals|slogdet|solve_ex|svd)|native_batch_norm_legit"
+    r"|native_batch_norm_legit_no_training|neg_view|reshape_alias|safe_softmax|sample_dirichlet"
+    r"|standard_gamma|standard_gamma_grad|to_copy|trilinear|unsafe_view)"
 )
+
+#: Besides those whose schema says that they give a view: they give memory, or a view of it.
+_MEMORY_ONLY = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"),
+}
 
 #: Written by the kernel, though the schema does not say so.
 _UNDECLARED_WRITES = {
@@ -90,12 +78,23 @@ class NotAllowedError(ValueError):
     """An operator that is no operation on tensors, or one that a program cannot use."""
 
 
+class Parameter(NamedTuple):
+    """A parameter of an operator. kind: as schemas write it; size: of a list of fixed length."""
+
+    name: str
+    kind: str
+    size: int | None
+    is_positional: bool
+    is_required: bool
+
+
 @cache
 def resolve(name: str) -> Any:
-    """Return the operator `aten.name.overload` of `torch.ops`, if a program may use it.
+    """Return the operator `aten.name.overload` of `torch.ops`, if a step that is captured may call it.
 
     Allowed is what computes tensors from tensors and numbers alone: it reads no file, starts
-    nothing, and its results' shapes do not depend on the numbers in its tensors.
+    nothing, changes no tensor's shape or memory, and its results' shapes do not depend on the numbers
+    in its tensors. A program has of these what `computes`.
 
     Raises:
         NotAllowedError: it is unknown, or no such operation.
@@ -103,9 +102,9 @@ def resolve(name: str) -> Any:
     match = _NAME.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
     if match is None or not isinstance(packet, torch._ops.OpOverloadPacket):
-        raise NotAllowedError(f"{name} is no operator of this torch ({torch.__version__})")
+        raise NotAllowedError(f"{name:.80} is no operator of this torch ({torch.__version__})")
     if match[2] not in packet.overloads():  # type: ignore[no-untyped-call]
-        raise NotAllowedError(f"{name}: {match[1]} has no overload {match[2]}")
+        raise NotAllowedError(f"{name:.80}: {match[1]} has no overload {match[2]:.80}")
     operator = getattr(packet, match[2])
     reason = _reason_against(match[1], operator)
     if reason:
@@ -114,20 +113,50 @@ def resolve(name: str) -> Any:
 
 
 def _reason_against(name: str, operator: Any) -> str | None:
-    schema = operator._schema
-    if torch.Tag.data_dependent_output in operator.tags or any(
+    schema, tags = operator._schema, operator.tags
+    if torch.Tag.data_dependent_output in tags or any(
         not _RESULT_TYPES.fullmatch(str(result.type)) for result in schema.returns
     ):
         return "gives a number to Python, which may decide by it what to do"
-    if torch.Tag.dynamic_output_shape in operator.tags and name != "index":
+    if torch.Tag.dynamic_output_shape in tags and name != "index":
         return "gives a result whose shape depends on numbers"
+    if torch.Tag.inplace_view in tags:
+        return "changes the shape or the memory of a tensor that is there already"
     for argument in schema.arguments:
         kind = str(argument.real_type)
         is_text = "str" in kind and argument.name not in _TEXT_ARGUMENTS
         if is_text or not _ARGUMENT_TYPES.fullmatch(kind):
             return f"takes {argument.name}, a {kind}, and so is not an operation on tensors alone"
-    allowed = name.startswith(_PRIVATE_KERNELS) if name.startswith("_") else not _NOT_ALLOWED.match(name)
+    rule = _PRIVATE_KERNELS.fullmatch(name) if name.startswith("_") else not _NOT_ALLOWED.fullmatch(name)
+    allowed = rule and torch.Tag.view_copy not in tags and not _is_taken_apart(schema)
     return None if allowed else "is not on the list of operators that a program may use"
+
+
+def _is_taken_apart(schema: Any) -> bool:
+    """Tell whether torch makes other operators of this one before it runs, so that no step has it.
+
+    Not of one for which it knows a derivative: that has a kernel of its own on some device.
+    """
+    name = f"{schema.name}.{schema.overload_name}".rstrip(".")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "Autograd")
+
+
+@cache
+def computes(operator: Any) -> bool:
+    """Tell whether the operator computes numbers; others give a view or memory, which programs state."""
+    results = operator._schema.returns
+    is_view = any(r.alias_info and not r.alias_info.is_write for r in results)
+    return not is_view and operator.overloadpacket.__name__ not in _MEMORY_ONLY
+
+
+@cache
+def parameters(operator: Any) -> tuple[Parameter, ...]:
+    """Return the parameters of an operator, the positional ones first."""
+    return tuple(
+        Parameter(a.name, str(a.real_type), a.N, not a.kwarg_only, not a.has_default_value())
+        for a in operator._schema.arguments
+    )
 
 
 @cache

@@ -2,13 +2,17 @@
 
 A program says which tensors there are (`tensors`, each on a `storage`, so that a view costs nothing),
 and which operators are applied to them in which order. Nothing in it is code: operators are looked up
-in an allow-list of torch's own, and everything is checked when it is read.
+in an allow-list of torch's own. It may come from a stranger, so that everything is checked when it is
+read: what it says, and, by a run on torch's meta device, which has shapes but no numbers, that
+each operator takes the tensors that it is given and gives the results that are named.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -18,11 +22,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
+from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.step.operators import NotAllowedError, resolve, writes
+from everystep.step.operators import NotAllowedError, computes, parameters, resolve, writes
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,15 +48,19 @@ FORMAT_VERSION = 1
 
 Phase = Literal["forward", "loss", "zero_grad", "backward", "update"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "zero_grad", "backward", "update")
-Natural = Annotated[int, Field(ge=0, le=2**62)]
+#: More bytes, or numbers, than any machine has.
+LIMIT = 2**48
+Natural = Annotated[int, Field(ge=0, le=LIMIT)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-        *(torch.complex64, torch.complex128),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+        *(torch.complex128, torch.complex64, torch.complex32),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
     )
 }
 #: Arguments that are neither tensors nor numbers are objects with one of these keys.
@@ -63,6 +73,7 @@ _ENUMERATIONS: dict[str, dict[str, Any]] = {
     },
 }
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
 
 
 class _Model(BaseModel):
@@ -101,8 +112,8 @@ class TensorSpec(_Model):
     @property
     def end(self) -> int:
         """How many bytes of its storage it needs."""
-        if math.prod(self.shape) == 0:
-            return 0
+        if 0 in self.shape:
+            return self.offset * self.torch_dtype.itemsize
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         return (self.offset + last + 1) * self.torch_dtype.itemsize
 
@@ -118,7 +129,7 @@ class Operation(_Model):
 
     phase: Phase
     module: str | None = None
-    operator: str
+    operator: Name
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = {}
     results: tuple[Name | None, ...] = ()
@@ -150,6 +161,11 @@ class OptimizerStep(_Model):
 
     name: Name
     groups: tuple[dict[str, Any], ...]
+
+    @field_validator("groups")
+    @classmethod
+    def _with_special_floats(cls, groups: tuple[dict[str, Any], ...]) -> Any:
+        return tuple(map(_special_floats_read, groups))
 
 
 class Program(_Model):
@@ -195,7 +211,7 @@ class Program(_Model):
             name: {k: v for k, v in tensor.items() if v != _usual(name, tensor["shape"]).get(k)}
             for name, tensor in dumped["tensors"].items()
         }
-        return _readable(always | dumped | {"tensors": tensors})
+        return _readable(_special_floats_written(always | dumped | {"tensors": tensors}))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Program:
@@ -206,9 +222,10 @@ class Program(_Model):
                 which is not allowed; names what is wrong.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_refuse_constant)
+            completed = json.dumps(_completed(data))
         except (ValueError, RecursionError) as error:
-            raise ProgramError(f"this is no program: not JSON ({error})") from None
+            raise ProgramError(f"this is no program: not JSON ({error!s:.200})") from None
         version = data.get("version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ProgramError(
@@ -216,31 +233,43 @@ class Program(_Model):
                 "update everystep"
             )
         try:
-            return cls.model_validate_json(json.dumps(_completed(data)))
+            program = cls.model_validate_json(completed)
+            _check_on_meta(program)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "program"
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
             message = first["msg"].removeprefix("Value error, ")
-            raise ProgramError(f"this is no program that can be run: {place}: {message}") from None
+            problem = f"{place:.200}: {message:.400}" if place else f"{message:.400}"
+        except ValueError as error:
+            problem = f"{error!s:.400}"
+        else:
+            return program
+        raise ProgramError(f"this is no program that can be run: {problem}")
 
     @model_validator(mode="after")
     def _check(self) -> Program:
+        if sum(storage.bytes for storage in self.storages.values()) > LIMIT:
+            raise ValueError("the storages have more bytes than any machine")
         for name, tensor in self.tensors.items():
             _check_tensor(name, tensor, self.storages)
-        known = set(self.tensors)
-        for operation in (*self.once, *self.operations):
-            _check_operation(operation, known)
-        named = [
-            self.loss,
-            *self.gradients.values(),
-            *(n for ns in self.activations.values() for n in ns),
-        ]
+        for place, operation in self._placed_operations():
+            try:
+                _check_operation(operation, self.tensors)
+            except ValueError as error:  # NotAllowedError is one
+                raise ValueError(f"{place}: {error}") from None
+        shown = [name for names in self.activations.values() for name in names]
+        for name in (self.loss, *self.gradients.values(), *shown):
+            _check_known(name, self.tensors)
+        if math.prod(self.tensors[self.loss].shape) != 1:
+            raise ValueError(f"the loss {self.loss} is not one number")
         if self.optimizer_step is not None:
-            _check_optimizer_step(self.optimizer_step)
-        missing = next((name for name in named if name not in known), None)
-        if missing is not None:
-            raise ValueError(f"there is no tensor {missing!r}")
+            _check_optimizer_step(self.optimizer_step, self.tensors)
         return self
+
+    def _placed_operations(self) -> Iterator[tuple[str, Operation]]:
+        for table, operations in (("once", self.once), ("operations", self.operations)):
+            for index, operation in enumerate(operations):
+                yield f"{table}.{index}", operation
 
 
 def hyperparameter(name: str, group: int, dtype: str) -> str:
@@ -295,11 +324,8 @@ def decode(value: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
 def _decode_special(key: str, name: str) -> Any:
     if key == "text":
         return name
-    if key == "device":
-        try:
-            return torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"{name!r:.80} is no device") from None
+    if key == "device" and _DEVICE.fullmatch(name):
+        return torch.device(name)
     values = _SPECIAL_FLOATS if key == "float" else _ENUMERATIONS.get(key, {})
     if name not in values:
         raise ValueError(f"{name!r:.80} is no {key:.80}")
@@ -338,11 +364,36 @@ def _completed(data: Any) -> Any:
     return data | {"tensors": completed}
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _special_floats_written(value: Any) -> Any:
+    """Return JSON data with floats that are none of JSON's numbers as `encode` writes them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, dict):
+        return {key: _special_floats_written(item) for key, item in value.items()}
+    return [*map(_special_floats_written, value)] if isinstance(value, list | tuple) else value
+
+
+def _special_floats_read(value: Any) -> Any:
+    """Return what `_special_floats_written` was given."""
+    if isinstance(value, dict):
+        name = value.get("float") if len(value) == 1 else None
+        if isinstance(name, str) and name in _SPECIAL_FLOATS:
+            return _SPECIAL_FLOATS[name]
+        return {key: _special_floats_read(item) for key, item in value.items()}
+    return [*map(_special_floats_read, value)] if isinstance(value, list | tuple) else value
+
+
 def _check_tensor(name: str, tensor: TensorSpec, storages: Mapping[str, Storage]) -> None:
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name}: {tensor.dtype!r:.80} is no dtype")
     if len(tensor.shape) != len(tensor.stride) or len(tensor.shape) > 64:
         raise ValueError(f"{name}: {len(tensor.shape)} sizes and {len(tensor.stride)} strides")
+    if math.prod(max(size, 1) for size in tensor.shape) > LIMIT:
+        raise ValueError(f"{name} has more numbers than any machine")
     storage = storages.get(tensor.storage)
     if storage is None:
         raise ValueError(f"{name}: there is no storage {tensor.storage!r}")
@@ -352,27 +403,53 @@ def _check_tensor(name: str, tensor: TensorSpec, storages: Mapping[str, Storage]
         )
 
 
-def _check_operation(operation: Operation, known: set[str]) -> None:
-    operator = resolve(operation.operator)  # NotAllowedError is a ValueError
-    parameters = operator._schema.arguments
-    positional = [p for p in parameters if not p.kwarg_only]
+def _check_known(name: str, tensors: Mapping[str, TensorSpec]) -> None:
+    if name not in tensors:
+        raise ValueError(f"there is no tensor {name!r}")
+
+
+def _check_operation(operation: Operation, tensors: Mapping[str, TensorSpec]) -> None:
+    operator = operation.resolved
+    if not computes(operator):
+        raise ValueError(f"{operator} computes nothing: tensors are written with their shapes")
+    _check_arguments(operation)
+    for name in (*operation.reads(), *filter(None, operation.results)):
+        try:
+            _check_known(name, tensors)
+        except ValueError as error:
+            raise ValueError(f"{operator}: {error}") from None
+    kinds = [str(result.type) for result in operator._schema.returns]
+    if len(operation.results) != len(kinds) and "List[Tensor]" not in kinds:
+        raise ValueError(f"{operator} gives {len(kinds)} results, not {len(operation.results)}")
+    if operator.overloadpacket.__name__ == "index" and any(
+        tensors[name].dtype in ("bool", "uint8") for name in references(operation.arguments[1:2])
+    ):
+        raise ValueError(f"{operator} selects by a mask: the shape of the result depends on numbers")
+
+
+def _check_arguments(operation: Operation) -> None:
+    operator = operation.resolved
+    known = parameters(operator)
+    positional = [p.name for p in known if p.is_positional]
     if len(operation.arguments) > len(positional):
-        raise ValueError(f"{operation.operator} takes at most {len(positional)} arguments")
-    given = dict(zip((p.name for p in positional), operation.arguments, strict=False))
+        raise ValueError(f"{operator} takes at most {len(positional)} arguments")
+    given = dict(zip(positional, operation.arguments, strict=False))
     doubled = given.keys() & operation.keywords.keys()
-    unknown = operation.keywords.keys() - {p.name for p in parameters}
+    unknown = operation.keywords.keys() - {p.name for p in known}
     if doubled or unknown:
-        raise ValueError(f"{operation.operator} does not take {sorted(doubled | unknown)} so")
+        raise ValueError(f"{operator} does not take {sorted(doubled | unknown)} so")
     given |= operation.keywords
-    for parameter in parameters:
+    # Kernels of the backward pass take no tensor where nothing was kept in the forward pass.
+    may_be_none = "backward" in operation.operator
+    for parameter in known:
         if parameter.name not in given:
-            if not parameter.has_default_value():
-                raise ValueError(f"{operation.operator} lacks {parameter.name}")
-        elif not _fits(str(parameter.real_type), given[parameter.name], parameter.N):
-            raise ValueError(f"{operation.operator}: {parameter.name} is no {parameter.real_type}")
-    missing = next((n for n in (*operation.reads(), *operation.results) if n and n not in known), None)
-    if missing is not None:
-        raise ValueError(f"{operation.operator}: there is no tensor {missing!r}")
+            if parameter.is_required:
+                raise ValueError(f"{operator} lacks {parameter.name}")
+            continue
+        value = given[parameter.name]
+        is_none = value is None and may_be_none and parameter.kind == "Tensor"
+        if not is_none and not _fits(parameter.kind, value, parameter.size):
+            raise ValueError(f"{operator}: {parameter.name} is no {parameter.kind}")
 
 
 def _fits(kind: str, value: Any, size: int | None = None) -> bool:
@@ -380,18 +457,23 @@ def _fits(kind: str, value: Any, size: int | None = None) -> bool:
     if kind.startswith("Optional["):
         return value is None or _fits(kind[9:-1], value, size)
     if kind.startswith("List["):
-        if size is not None and isinstance(value, bool | int | float):
-            return _fits(kind[5:-1], value)
-        return isinstance(value, list | tuple) and all(_fits(kind[5:-1], item) for item in value)
+        inner = kind[5:-1]
+        if isinstance(value, list | tuple):
+            as_numbers = inner == "Tensor" and not all(isinstance(item, str) for item in value)
+            return not as_numbers and all(_fits(inner, item) for item in value)
+        return size is not None and inner != "Tensor" and _fits(inner, value)
     if kind == "Tensor":
-        return value is None or isinstance(value, str | int | float)
+        return isinstance(value, str) or _is_number(value)
     if kind in ("int", "bool"):
         return isinstance(value, bool) if kind == "bool" else _is_int(value)
     if kind in ("float", "number"):
-        is_number = isinstance(value, bool | float) or _is_int(value)
-        return is_number or (_is_special(value) == "float")
+        return _is_number(value)
     names = {"str": "text", "ScalarType": "dtype", "Layout": "layout", "MemoryFormat": "memory_format"}
     return kind != "Generator" and _is_special(value) == names.get(kind, "device")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | float) or _is_int(value) or _is_special(value) == "float"
 
 
 def _is_int(value: Any) -> bool:
@@ -409,10 +491,92 @@ def _is_special(value: Any) -> str | None:
     return str(next(iter(value)))
 
 
-def _check_optimizer_step(step: OptimizerStep) -> None:
+def _check_optimizer_step(step: OptimizerStep, tensors: Mapping[str, TensorSpec]) -> None:
     optimizer = getattr(torch.optim, step.name, None)
-    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-        raise ValueError(f"torch.optim has no optimizer {step.name!r:.80}")
+    is_optimizer = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
+    if not is_optimizer or optimizer in (torch.optim.Optimizer, torch.optim.LBFGS):
+        raise ValueError(f"torch.optim has no optimizer {step.name!r:.80} that steps by itself")
+    for group in step.groups:
+        names = group.get("params")
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{step.name}: a group without the names of its params")
+        for name in names:
+            _check_known(f"parameter/{name}", tensors)
+
+
+def _check_on_meta(program: Program) -> None:
+    """Run the program where tensors have shapes, but neither memory nor numbers.
+
+    Raises:
+        ValueError: an operator does not take what it is given, or does not give what is named.
+    """
+    meta = torch.device("meta")
+    memory = {
+        name: torch.empty(storage.bytes, dtype=torch.uint8, device=meta).untyped_storage()
+        for name, storage in program.storages.items()
+    }
+    limit = sum(storage.bytes for storage in program.storages.values())
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = {
+            name: torch.empty(0, dtype=spec.torch_dtype, device=meta).set_(
+                memory[spec.storage], spec.offset, spec.shape, spec.stride
+            )
+            for name, spec in program.tensors.items()
+        }
+        for place, operation in program._placed_operations():
+            try:
+                _check_results(operation, _results_on_meta(operation, tensors), program.tensors, limit)
+            except NotImplementedError:  # a kernel that has none for shapes alone
+                continue
+            except Exception as error:  # whatever torch makes of what it is given
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise ValueError(f"{place}: {operation.operator}: {reason:.200}") from None
+
+
+def _results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list[Any]:
+    operator = operation.resolved
+    arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
+    keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}
+    known = parameters(operator)
+    devices = [place for place, p in enumerate(known) if p.kind == "Optional[Device]"]
+    if not devices and not any(True for _ in operation.reads()):
+        raise ValueError("has no tensor")
+    for place in devices:
+        if place < len(arguments):
+            arguments[place] = torch.device("meta")
+        else:
+            keywords[known[place].name] = torch.device("meta")
+    found = operator(*arguments, **keywords)
+    if not operator._schema.returns:
+        return []
+    flat: list[Any] = []
+    for item in found if isinstance(found, list | tuple) else [found]:
+        flat += item if isinstance(item, list | tuple) else [item]
+    return flat
+
+
+def _check_results(
+    operation: Operation, found: list[Any], specs: Mapping[str, TensorSpec], limit: int
+) -> None:
+    if len(found) != len(operation.results):
+        raise ValueError(f"gives {len(found)} results, not {len(operation.results)}")
+    # What they give besides their result depends on the device.
+    is_private = operation.operator.startswith(("aten._", "aten.cudnn", "aten.miopen", "aten.mkldnn"))
+    for name, tensor in zip(operation.results, found, strict=True):
+        if tensor is None:
+            if name is not None:
+                raise ValueError(f"gives nothing as {name}")
+            continue
+        if tensor.numel() * tensor.itemsize > limit:
+            raise ValueError("gives more than all tensors of the program together")
+        if name is not None and not is_private and tensor.numel():
+            made = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if made != (specs[name].dtype, specs[name].shape):
+                raise ValueError(
+                    f"gives {made[0]} {list(made[1])} as {name}, which is "
+                    f"{specs[name].dtype} {list(specs[name].shape)}"
+                )
 
 
 def _readable(data: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ class Programs:
         """Put the learning rates of the optimizer where programs read them."""
         groups = self._trainee.optimizer.param_groups
         for group, tensor in self._rates.values():
-            tensor.fill_(groups[group]["lr"])
+            tensor.fill_(float(groups[group]["lr"]))
 
     def hand_over_gradients(self, step: int) -> None:
         """Give each parameter the gradient that the program of `step` has made, as eager steps do."""

@@ -112,4 +112,6 @@ def _collated(pairs: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 def _same_bits(one: Any, two: Any) -> bool:
     a, b = torch.as_tensor(one), torch.as_tensor(two)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
     return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

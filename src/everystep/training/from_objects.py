@@ -268,6 +268,7 @@ class _LazyBatches:
     """The batches of a Dataset that is read at every step, since it gives other rows each time."""
 
     is_fixed = False
+    runs_python = True
 
     def __init__(self, dataset: Dataset[Any], batches: Batches, device: torch.device) -> None:
         self._dataset = dataset

@@ -92,12 +92,13 @@ class _Training:
         self._keep_engine(iteration)
         flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
-            self._advance(iteration)
+            if not self._advance(iteration):
+                continue
             if job.evaluation is not None and self._is_evaluation(self.step):
                 self._evaluate()
-            if job.stop_on_nan and not math.isfinite(iteration.last_loss()):
+            if job.stop_on_nan and not math.isfinite(loss := iteration.last_loss()):
                 self.flush()
-                return f"the loss is {iteration.last_loss()} at step {self.step} (stop_on_nan)"
+                return f"the loss is {loss} at step {self.step} (stop_on_nan)"
             if self.recorder.plan.is_due(self.step) and not self.recorder.is_behind:
                 self._snapshot()
             if interrupted():
@@ -152,8 +153,11 @@ class _Training:
                 named["validation_x"], named["validation_y"] = job.data.validation
             recorder.data(named)
 
-    def _advance(self, iteration: Iteration) -> None:
-        """Take steps up to the next one at which there is something to do."""
+    def _advance(self, iteration: Iteration) -> bool:
+        """Take steps up to the next one at which there is something to do.
+
+        Returns whether a step was taken; if not, a failed check has led back to an earlier one.
+        """
         before, started = self.step, time.perf_counter()
         iteration.advance(self._next_stop())
         self.step = iteration.step
@@ -163,6 +167,7 @@ class _Training:
         if self.step >= TIMED_STEPS and self.recorder.plan.interval is None:
             self.recorder.choose_interval(self._step_seconds)
         self._keep_engine(iteration)
+        return self.step > before
 
     def _next_stop(self) -> int:
         step, job = self.step, self.job
@@ -226,7 +231,9 @@ class _Training:
     def _evaluate(self) -> None:
         if self.job.evaluation is None:
             return
-        measured = self.job.evaluation.measure()
+        assert self._iteration is not None
+        with self._iteration.foreign_code():
+            measured = self.job.evaluation.measure()
         self._measurements += [(name, self.step, value) for name, value in measured.items()]
         if isinstance(self.job.trainee.schedule, ReduceLROnPlateau):
             self.job.trainee.schedule.step(measured["validation_loss"])
