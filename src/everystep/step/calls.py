@@ -55,7 +55,7 @@ def prebuilt_calls(
 
     To be made, and called, below autograd.
     """
-    if operator._schema.is_mutable:
+    if all(r.alias_info and r.alias_info.is_write for r in operator._schema.returns):
         return [_fastest(operator, arguments, keywords)]
     if len(results) == 1 and results[0] is not None and not keywords:
         if str(operator) in _SAME_AS:

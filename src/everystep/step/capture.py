@@ -10,7 +10,7 @@ carries the number of the forward operation that made it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -214,8 +214,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def paused(self) -> Iterator[None]:
         """Nothing within is written down."""
         self._is_paused = True
-        yield
-        self._is_paused = False
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     @contextmanager
     def modules(self, model: nn.Module) -> Iterator[None]:
@@ -228,8 +230,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def closed(module: nn.Module, inputs: Any, output: Any) -> None:
             path = self._open_modules.pop()
             if path and self._phase == "forward":
-                with self.paused():
-                    outputs = list(leaves(list(output.values()) if isinstance(output, dict) else output))
+                outputs = list(leaves(list(output.values()) if isinstance(output, dict) else output))
+                # What torch.vmap and its like pass around lies on no memory of its own.
+                with self.paused(), suppress(NotImplementedError):
                     self.activations[path] = tuple(map(self.number, outputs))
 
         hooks = [

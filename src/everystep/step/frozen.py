@@ -23,6 +23,7 @@ DEPTH = 8
 LENGTH = 10_000
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
 _CODE = (types.ModuleType, type, types.BuiltinFunctionType, staticmethod, classmethod, property)
 
 
@@ -57,8 +58,9 @@ class Freezer:
         is_torchs = isinstance(value, nn.Module | torch.optim.Optimizer) and is_torchs_class(type(value))
         if depth == 0 or id(value) in seen or isinstance(value, _CODE) or is_torchs:
             return id(value)
-        inside = self._inside(value)
-        return id(value), [self._frozen(each, depth - 1, seen | {id(value)}) for each in inside]
+        inside = [self._frozen(each, depth - 1, seen | {id(value)}) for each in self._inside(value)]
+        # A container is what is in it; another object is itself, too.
+        return inside if isinstance(value, _CONTAINERS) else (id(value), inside)
 
     def _inside(self, value: Any) -> list[Any]:
         """Return what a value consists of."""
@@ -67,7 +69,7 @@ class Freezer:
         if isinstance(value, Mapping):
             items = itertools.islice(value.items(), LENGTH)
             return [len(value), *(each for key, item in items for each in (repr(key), item))]
-        if isinstance(value, list | tuple | set | frozenset | deque):
+        if isinstance(value, _CONTAINERS):
             return [len(value), *itertools.islice(value, LENGTH)]
         if isinstance(value, Random):
             return [repr(value.getstate())]

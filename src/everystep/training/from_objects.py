@@ -14,13 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from everystep import numerics
-from everystep.errors import DataError, DeviceError, ExperimentError, Fault
+from everystep.errors import DataError, DeviceError, ExperimentError, Fault, ModelError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, split_rows
 from everystep.experiment.device import select
 from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Trainee
 from everystep.step.evaluate import Evaluation
+from everystep.step.state import named_state
 from everystep.training.dataset import collate_rows, gives_same_rows, read_dataset
 from everystep.training.facts import describe
 from everystep.training.from_experiment import default_evaluate_every, total_steps
@@ -184,6 +185,7 @@ def _job(objects: Objects, iteration: Iteration, device: torch.device, progress:
             "the model is in evaluation mode, so dropout and batch norm train as they evaluate; "
             "call model.train() first if that is not meant"
         )
+    _check_dense(objects)
     data, rows = _read(objects, seed, progress)
     batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last)
     steps = total_steps(iteration.steps, iteration.epochs, batches)
@@ -222,6 +224,16 @@ def _job(objects: Objects, iteration: Iteration, device: torch.device, progress:
         fold=iteration.fold,
         notices=notices,
     )
+
+
+def _check_dense(objects: Objects) -> None:
+    state = named_state(objects.model, objects.loss, objects.optimizer)
+    sparse = [name for name, tensor in state.items() if tensor.layout != torch.strided]
+    if sparse:
+        raise ModelError(
+            f"{', '.join(sparse)}: snapshots hold no sparse tensors; keep it as a plain attribute of "
+            "the module instead of a buffer, or dense (to_dense())"
+        )
 
 
 def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None, int]:

@@ -118,6 +118,11 @@ class _Training:
         if self._snapshot_step != self.step:
             self._snapshot()
 
+    def forget_void_steps(self) -> None:
+        """Take back what was recorded of steps that a failed check has led back over."""
+        if self._iteration is not None and self._iteration.step < self.step:
+            self.recorder.forget_after(self._iteration.step)
+
     def flush(self) -> None:
         """Fetch the losses from the device; hand them and the measurements over."""
         self.recorder.check()
@@ -260,6 +265,7 @@ def _finish_failed(recorder: Recorder, training: _Training, error: BaseException
     """Close the run of a training that raised; what the training raised comes first."""
     with suppress(Exception):  # the device or the disk may be what failed
         training.flush()
+        training.forget_void_steps()
     reason = str(error).strip() or type(error).__name__
     with suppress(Exception):
         recorder.finish({"status": "failed", "reason": reason, "finished": _now()})
