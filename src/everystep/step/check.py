@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.step.eager import Trainee
+from everystep.step.frozen import plain_attributes
 from everystep.step.memory import copy_into
 from everystep.step.state import Generators, parameter_names
 
@@ -37,13 +38,15 @@ class Saved:
         self._names = parameter_names(trainee.model, optimizer)
         self._entries = {p: _plain_data(entries) for p, entries in optimizer.state.items()}
         self._groups = [_plain_data(group) for group in optimizer.param_groups]
+        self._learns = {p: p.requires_grad for p in trainee.model.parameters()}
+        self._attributes = [(m, plain_attributes(m)) for m in trainee.model.modules()]
         self._schedules = [_plain_data(vars(each)) for each in _schedules(trainee.schedule)]
 
-    def restore(self, trainee: Trainee, *, forget_new: bool, schedule: bool = False) -> None:
+    def restore(self, trainee: Trainee, *, forget_new: bool, whole: bool = False) -> None:
         """Bring the training back to this state, in its own tensors where it has them.
 
-        forget_new: whether the optimizer shall lose the state that it did not have; schedule: whether
-        the schedule shall go back too.
+        forget_new: whether the optimizer shall lose the state that it did not have; whole: whether the
+        schedule shall go back too, and settings that Python may change (a frozen layer, a dropout's p).
         """
         optimizer = trainee.optimizer
         for group, saved in zip(optimizer.param_groups, self._groups, strict=True):
@@ -57,7 +60,11 @@ class Saved:
             for name, tensor in trainee.named_state().items():
                 if name in self.tensors:
                     copy_into(tensor, self.tensors[name])
-        if schedule:
+        if whole:
+            for parameter, learns in self._learns.items():
+                parameter.requires_grad_(learns)
+            for module, attributes in self._attributes:
+                vars(module).update(attributes)
             for each, numbers in zip(_schedules(trainee.schedule), self._schedules, strict=True):
                 vars(each).update(_plain_data(numbers))
         self.generators.restore(trainee.device)

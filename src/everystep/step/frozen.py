@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
+import sys
 import types
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Freezer", "is_torchs_class"]
+__all__ = ["Freezer", "is_torchs_class", "plain_attributes"]
 
 #: How deep containers and objects within each other are looked into, and how long they may be.
 DEPTH = 8
@@ -55,7 +56,7 @@ class Freezer:
             return repr(value)  # nan is not equal to itself
         if isinstance(value, Tensor):
             return id(value), 0 if id(value) in self._state else value._version
-        is_torchs = isinstance(value, nn.Module | torch.optim.Optimizer) and is_torchs_class(type(value))
+        is_torchs = isinstance(value, torch.optim.Optimizer) and is_torchs_class(type(value))
         if depth == 0 or id(value) in seen or isinstance(value, _CODE) or is_torchs:
             return id(value)
         inside = [self._frozen(each, depth - 1, seen | {id(value)}) for each in self._inside(value)]
@@ -118,9 +119,34 @@ def _globals(code: types.CodeType) -> tuple[str, ...]:
 
 
 def _attributes(value: Any) -> list[Any]:
+    """Return what an object of any class holds, and what its class holds, if it is the user's."""
+    if isinstance(value, nn.Module) and is_torchs_class(type(value)):
+        return [plain_attributes(value)]
     slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
     of_slots = [getattr(value, name, None) for name in slots if not name.startswith("__")]
     own = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
         own = {name: each for name, each in own.items() if name not in ("_parameters", "_buffers")}
-    return [*of_slots, own]
+    of_class = {
+        name: each
+        for base in type(value).__mro__
+        if base.__module__ in sys.modules and not _is_librarys(base)
+        for name, each in vars(base).items()
+        if isinstance(each, (*_PLAIN, *_CONTAINERS)) and not name.startswith("__")
+    }
+    return [*of_slots, own, of_class]
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the settings of a module that are numbers, texts or truth values."""
+    own = vars(module).items()
+    return {n: v for n, v in own if v is None or isinstance(v, bool | int | float | str)}
+
+
+def _is_librarys(cls: type) -> bool:
+    package = cls.__module__.partition(".")[0]
+    return package in sys.stdlib_module_names - {"__main__"} or package in (
+        "torch",
+        "numpy",
+        "everystep",
+    )

@@ -123,6 +123,8 @@ class Iteration:
             yield
             return
         before = PythonState(self.trainee), Settings(self.trainee)
+        if self.step:
+            self.programs.hand_over_gradients(self.step)
         yield
         self.programs.refresh()
         changed = before[0].difference(PythonState(self.trainee), generators=False)
@@ -272,7 +274,7 @@ class Iteration:
         """
         verified = self._verified_step
         if self._verified is not None and verified < number - 1:
-            self._verified.restore(self.trainee, forget_new=True, schedule=True)
+            self._verified.restore(self.trainee, forget_new=True, whole=True)
             self._count = max(0, self._count - (number - verified))
             self.rates = [each for each in self.rates if each[0] <= verified]
             self.step = verified

@@ -19,7 +19,7 @@ from torch import nn
 
 from everystep.gradient_descent import GradientDescent
 from everystep.step.eager import Trainee
-from everystep.step.frozen import Freezer, is_torchs_class
+from everystep.step.frozen import Freezer, is_torchs_class, plain_attributes
 from everystep.step.state import optimizer_settings
 
 __all__ = ["PythonState", "Settings", "reason_against"]
@@ -116,9 +116,8 @@ class Settings:
         for name, parameter in trainee.model.named_parameters():
             self._held[f"requires_grad of {name}"] = parameter.requires_grad
         for where, module in _modules(trainee):
-            for name, value in vars(module).items():
-                if value is None or isinstance(value, bool | int | float | str):
-                    self._held[f"{name} of {where}"] = repr(value)
+            for name, value in plain_attributes(module).items():
+                self._held[f"{name} of {where}"] = repr(value)
 
     def difference(self, later: Settings) -> str | None:
         """Return in words what has changed since, or None."""
@@ -137,6 +136,9 @@ def _held(trainee: Trainee) -> Iterator[tuple[str, Any]]:
                 if name not in usual or name == "training":
                     yield f"{name} of {where}", freezer.freeze(value)
             yield f"what the class of {where} holds", freezer.freeze_class(type(module))
+        else:
+            for name, value in plain_attributes(module).items():
+                yield f"{name} of {where}", repr(value)
     if not isinstance(trainee.loss, nn.Module):
         yield "what the loss holds", freezer.freeze(trainee.loss)
     optimizer = trainee.optimizer
