@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "products_ignore_threads", "warning"]
+__all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "warning"]
 
 #: Read by the libraries below torch when they first compute.
 #:
@@ -126,11 +126,6 @@ def warning() -> str | None:
             "everystep.numerics.prepare() first, or start Python with MKL_CBWR=AVX2,STRICT"
         )
     return None
-
-
-def products_ignore_threads() -> bool:
-    """Tell whether the bits of a matrix product are the same with any number of threads."""
-    return _mkl_cbwr().endswith(",STRICT")
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.numerics import products_ignore_threads
 from everystep.step.calls import Call, prebuilt_calls
 from everystep.step.memory import copy_into, plan_memory
 from everystep.step.program import Operation, Program, TensorSpec, decode
@@ -36,25 +35,11 @@ class Observed(NamedTuple):
     results: dict[str, Tensor]
 
 
-#: ATen's loops are parallel from 32,768 numbers on; below this, MKL's products do not gain by it either.
-SMALL = 4096
-
-
 @contextmanager
-def without_autograd(threads: int | None = None) -> Iterator[None]:
-    """Calls within go past autograd: programs hold its operations already.
-
-    threads: how many to compute with; None leaves that as it is.
-    """
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-            yield
-    finally:
-        if threads is not None:
-            torch.set_num_threads(before)
+def without_autograd() -> Iterator[None]:
+    """Calls within go past autograd: programs hold its operations already."""
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        yield
 
 
 class BoundProgram:
@@ -69,8 +54,7 @@ class BoundProgram:
             `gradients` by then.
 
     `loss` and `gradients` are the live tensors that hold them after each step; `temporary_bytes` is the
-    memory that the program has for itself; `threads` is how many it had better run with: 1 where all is
-    so small that others only wait for each other, and the bits are known to be the same.
+    memory that the program has for itself.
 
     Raises:
         ProgramError: memory is missing, too small or of another kind, or there is not enough of it.
@@ -98,9 +82,6 @@ class BoundProgram:
             if name not in program.derived_gradients
         }
         self._optimizer_step = optimizer_step
-        largest = max(tensor.numel() for tensor in self._tensors.values())
-        is_small = largest <= SMALL and device.type == "cpu" and program.optimizer_step is None
-        self.threads = 1 if is_small and products_ignore_threads() else None
         with without_autograd():
             for operation in program.once:
                 _run(self._calls(operation))

@@ -200,7 +200,7 @@ class Iteration:
         before.restore(trainee, forget_new=bound.program.optimizer_step is not None)
         programs.load_batch(number, bound)
         programs.load_rates()
-        with without_autograd(bound.threads):
+        with without_autograd():
             bound.run()
         found = trainee.named_state() | {"loss": bound.loss.reshape(())}
         found |= {f"gradient/{name}": gradient for name, gradient in bound.gradients.items()}
@@ -216,7 +216,7 @@ class Iteration:
         """Take steps by their programs, without a look to the left or right."""
         started = time.perf_counter()
         if self.trainee.schedule is None and not self.trainee.batch.runs_python:
-            with without_autograd(self.programs.bound(first).threads):
+            with without_autograd():
                 self._run_alone(first, last)
         else:
             self._run_with_python(first, last)
