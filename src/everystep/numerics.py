@@ -25,7 +25,8 @@ __all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "warning"]
 #: Read by the libraries below torch when they first compute.
 #:
 #: `MKL_CBWR` (Intel's conditional numerical reproducibility) with STRICT makes the bits of a matrix
-#: product independent of the thread count and of memory alignment.
+#: product independent of memory alignment, and on Intel processors of the thread count. On AMD's the
+#: branch asked for is not taken ("auto,STRICT" is read back), and a few products depend on it.
 ENVIRONMENT = {
     "MKL_CBWR": "AVX2,STRICT",
     "MKL_DYNAMIC": "FALSE",

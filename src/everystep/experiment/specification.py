@@ -344,10 +344,7 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
             problem = f"unknown key; {cure}".removesuffix("; ")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", str(context["expected"]))
-            problem = (
-                f"{detail['input']!r} is not possible; {did_you_mean(str(detail['input']), allowed)}"
-            )
-            problem = problem.removesuffix("; ") + f" (one of {', '.join(allowed)})"
+            problem = f"{detail['input']!r} is not possible; take one of {', '.join(allowed)}"
         case "too_short":
             problem = f"should have at least {context['min_length']} item"
         case "model_type" | "model_attributes_type" | "dict_type":

@@ -27,17 +27,9 @@ from everystep.step.state import optimizer_settings
 
 __all__ = ["Built", "NotCapturableError", "build"]
 
-#: Settings that a schedule may change: they belong to a step, not to the program.
-_SCHEDULED = {
-    "lr",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "momentum",
-    "betas",
-    "base_momentum",
-    "max_momentum",
-}
+#: Settings that a schedule changes, and that some change: they belong to a step, not to the program.
+_SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr"}
+_SCHEDULED_BY_SOME = {"momentum", "betas", "base_momentum", "max_momentum"}
 
 
 class NotCapturableError(Exception):
@@ -135,7 +127,10 @@ class _Update:
         optimizer = type(self._trainee.optimizer)
         if getattr(torch.optim, optimizer.__name__, None) is not optimizer:
             raise NotCapturableError(f"the step of {optimizer.__qualname__} {self._reason_against()}")
-        changing = _SCHEDULED if self._trainee.schedule is not None else set()
+        schedule = self._trainee.schedule
+        changing = set() if schedule is None else _SCHEDULED
+        if schedule is not None and _changes_more_than_lr(schedule):
+            changing = changing | _SCHEDULED_BY_SOME
         groups = [
             {key: value for key, value in group.items() if key not in changing}
             for group in self._settings["groups"]

@@ -286,7 +286,8 @@ class Iteration:
                 f'no program can take these steps: {reason}; engine = "auto" takes them eagerly'
             )
         self.reason = reason
-        self.eager_from = self.step + 1
+        # A step that was only watched was taken eagerly, too.
+        self.eager_from = self.step + 1 if self.checked else 1
 
 
 @dataclass

@@ -211,11 +211,13 @@ class _Training:
 
     def _go_back(self, iteration: Iteration) -> None:
         """Steps are taken eagerly from here on; what was recorded of later ones does not count."""
-        last = (iteration.eager_from or 1) - 1
+        last = iteration.step
         self.recorder.forget_after(last)
         self._measurements = [row for row in self._measurements if row[1] <= last]
         self._snapshot_step = min(self._snapshot_step, last)
-        self.progress.notice(f"steps are taken eagerly from step {last + 1} on: {iteration.reason}")
+        first = iteration.eager_from or 1
+        since = f" from step {first} on" if first > 1 else ""
+        self.progress.notice(f"steps are taken eagerly{since}: {iteration.reason}")
 
     def _snapshot(self) -> None:
         self.recorder.snapshot(self.job.trainee.state(self.step))

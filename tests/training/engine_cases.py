@@ -1,0 +1,733 @@
+"""Trainings as rows of one table (`CASES`): what is handed to `train`, made anew each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tests.training.by_hand import Made
+from torch import Tensor, nn, optim
+from torch.nn.utils import parametrizations, prune
+from torch.optim import SGD, Adam, AdamW, lr_scheduler
+from torch.utils.checkpoint import checkpoint
+
+from everystep import GradientDescent
+
+__all__ = ["CASES", "OPTIMIZERS", "Case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training, and what is expected of its engine.
+
+    eager: from which step on Python runs, and a part of the reason; None: programs take all steps.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    data: Callable[[], tuple[Tensor, Tensor]]
+    loss: Callable[[], Any]
+    optimizer: Callable[[nn.Module, Any], optim.Optimizer]
+    schedule: Callable[[Any], Any] | None = None
+    steps: int = 50
+    batch_size: int | None = None
+    drop_last: bool = False
+    clip_norm: float | None = None
+    schedule_every: str = "step"
+    eager: tuple[int, str] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is said to `train` besides objects, and to `by_hand`."""
+        names = ("steps", "batch_size", "drop_last", "clip_norm", "schedule_every")
+        return {name: getattr(self, name) for name in names}
+
+    def make(self) -> Made:
+        """Return new objects; the same numbers at every call."""
+        torch.manual_seed(0)
+        x, y = self.data()
+        model, loss = self.model(), self.loss()
+        optimizer = self.optimizer(model, loss)
+        return Made(model, x, y, loss, optimizer, self.schedule and self.schedule(optimizer))
+
+
+# Data: random numbers.
+
+
+def floats(*shape: int, targets: int = 2, rows: int = 20) -> tuple[Tensor, Tensor]:
+    """Return x (rows, *shape) and y (rows, targets)."""
+    return torch.randn(rows, *shape), torch.randn(rows, targets)
+
+
+def classes(*shape: int, count: int = 3) -> tuple[Tensor, Tensor]:
+    """Return x (20, *shape) and the class of each row."""
+    return torch.randn(20, *shape), torch.randint(count, (20,))
+
+
+def words(length: int = 5) -> tuple[Tensor, Tensor]:
+    """Return x (20, length) of numbers below 11, and y (20, 2)."""
+    return torch.randint(11, (20, length)), torch.randn(20, 2)
+
+
+def transposed() -> tuple[Tensor, Tensor]:
+    """Return x (20, 4) that lies column after column, and a y with gaps."""
+    return torch.randn(4, 20).t(), torch.randn(20, 4)[:, ::2]
+
+
+def itself() -> tuple[Tensor, Tensor]:
+    """Return one tensor as both x and y."""
+    x = torch.randn(20, 4)
+    return x, x
+
+
+def y_in_x() -> tuple[Tensor, Tensor]:
+    """Return a y that is two columns of x."""
+    x = torch.randn(20, 4)
+    return x, x[:, 1:3]
+
+
+# Models.
+
+
+def mlp(out: int = 2) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, out))
+
+
+def mlp_double() -> nn.Module:
+    return mlp().double()
+
+
+class Last(nn.Module):
+    """What a recurrent layer gives at the last place, through a linear layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(x, x, x)[0].mean(1))
+
+
+class Transformer(nn.Module):
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.out, self.causal = nn.Linear(8, 2), causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
+        return self.out(self.layer(x, src_mask=mask, is_causal=self.causal)[:, -1])
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    return model
+
+
+def frozen() -> nn.Module:
+    model = mlp()
+    model[0].requires_grad_(False)
+    return model
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = mlp(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def normalized(kind: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(kind(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 2))
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner(x).float()
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex64) @ self.weight).abs()
+
+
+class Spectrum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(
+            torch.view_as_real(torch.fft.fft(self.inner[0].weight @ x.t())).sum((0, 2))[:, None] * x
+        )
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.reentrant = nn.Linear(4, 8), reentrant
+        self.middle = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(dropout))
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.middle, self.first(x), use_reentrant=self.reentrant))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * gradient
+
+
+class Cubed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Cube.apply(self.inner(x))
+
+
+class Twice(nn.Module):
+    """One module twice, and activations in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.square, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.first(x))
+        h = self.relu(self.square(h)) + h
+        return self.last(self.square(h).mul_(0.5).add_(1).sigmoid_())
+
+
+class Memory(nn.Module):
+    """A buffer that each forward puts another tensor in the place of."""
+
+    h: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.cell, self.out, self.kind = nn.Linear(4 + 8, 8), nn.Linear(8, 2), kind
+        self.register_buffer("h", torch.zeros(8), persistent=kind != "hidden")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.cell(torch.cat([x, self.h.expand(len(x), 8)], dim=1)))
+        if self.kind == "row":  # a part of a tensor of the step
+            self.h = h[-1].detach()
+        elif self.kind == "in place":
+            self.h.copy_(h[-1].detach())
+        else:
+            self.h = h.detach().mean(0)
+        return self.out(h)
+
+
+class Penalty(nn.Module):
+    """The gradient of the prediction is part of the prediction: backward twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        prediction = self.inner(x)
+        (slope,) = torch.autograd.grad(prediction.square().sum(), x, create_graph=True)
+        return prediction + slope.square().mean()
+
+
+class Noise(nn.Module):
+    """Draws from torch's generator in forward, in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.1 * torch.randn_like(x)
+        x = x[torch.randperm(len(x))]
+        return self.inner(x * torch.empty(len(x), 1).uniform_(0.5, 1.5)) + 0.1 * torch.rand(2)
+
+
+def flat() -> nn.Module:
+    """A model whose parameters all lie in one tensor."""
+    model = mlp()
+    whole = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        end = start + parameter.numel()
+        parameter.data = whole[start:end].view(parameter.shape)
+        start = end
+    return model
+
+
+def strided() -> nn.Module:
+    """A model with a weight that lies column after column."""
+    model = mlp()
+    model[0].weight = nn.Parameter(torch.randn(4, 8).t())
+    return model
+
+
+def channels_last() -> nn.Module:
+    return convolutional().to(memory_format=torch.channels_last)
+
+
+def images_channels_last() -> tuple[Tensor, Tensor]:
+    x, y = floats(3, 4, 4)
+    return x.to(memory_format=torch.channels_last), y
+
+
+class Averaged(nn.Module):
+    """Batch norm that counts: its factor is a number made from a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Embedded(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(11, 6, **options), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.embedding(x).sum(1))
+
+
+class OnlyEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 2, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embedding(x).sum(1)
+
+
+def pruned() -> nn.Module:
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+class Transposed(nn.Module):
+    """Gives the same numbers, column after column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.t().contiguous().t()
+
+
+class Rows(nn.Module):
+    """Row by row (vmap), with the slope of a function (func.grad) and parameters put in from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale, self.nothing = (
+            mlp(),
+            nn.Parameter(torch.tensor(1.5)),
+            nn.Parameter(torch.empty(0)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        slope = torch.vmap(torch.func.grad(lambda row: (row @ self.inner[0].weight.t()).square().sum()))
+        scaled = {name: p * self.scale for name, p in self.inner.named_parameters()}
+        return torch.func.functional_call(self.inner, scaled, (x + slope(x),)) + self.nothing.sum()
+
+
+class Graph(nn.Module):
+    """A product with a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.edges = mlp(), (torch.rand(20, 20) > 0.8).float().to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.edges, self.inner(x))
+
+
+# Losses.
+
+
+def log_probabilities() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(dim=1))
+
+
+def probabilities() -> tuple[Tensor, Tensor]:
+    return torch.randn(20, 4), torch.rand(20, 3).softmax(dim=1)
+
+
+def bits() -> tuple[Tensor, Tensor]:
+    return torch.randn(20, 4), torch.randint(2, (20, 2)).float()
+
+
+def relative_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return ((prediction - target).abs() / (target.abs() + 1)).mean().sqrt()
+
+
+class Uncertain(nn.Module):
+    """A loss with a parameter and a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(2))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        self.seen += 1
+        squares = (prediction - target).square()
+        return (squares / self.log_variance.exp() + self.log_variance).mean()
+
+
+# Optimizers.
+
+Make = Callable[[nn.Module, Any], optim.Optimizer]
+
+
+def of(kind: Any, **options: Any) -> Make:
+    """Return what makes an optimizer over the model's parameters that need gradients."""
+    return lambda model, loss: kind([p for p in model.parameters() if p.requires_grad], **options)
+
+
+def of_lr_tensor(kind: Any, **options: Any) -> Make:
+    return lambda model, loss: kind(model.parameters(), lr=torch.tensor(0.01), **options)
+
+
+def in_groups(kind: Any, **options: Any) -> Make:
+    """Return what makes an optimizer of two groups, the biases ten times as slow."""
+
+    def make(model: nn.Module, loss: Any) -> optim.Optimizer:
+        named = list(model.named_parameters())
+        weights = [p for name, p in named if name.endswith("weight")]
+        biases = [p for name, p in named if not name.endswith("weight")]
+        groups = [{"params": weights, "lr": 0.02}, {"params": biases, "lr": 0.002}]
+        return kind(groups, **options)
+
+    return make
+
+
+def of_matrices(kind: Any, **options: Any) -> Make:
+    return lambda model, loss: kind([p for p in model.parameters() if p.ndim == 2], **options)
+
+
+def with_loss(kind: Any, **options: Any) -> Make:
+    return lambda model, loss: kind([*model.parameters(), *loss.parameters()], **options)
+
+
+class Signs(optim.Optimizer):
+    """An optimizer of the user: operations on tensors alone."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                    average.lerp_(parameter.grad, 0.1)
+                    parameter.add_(average.sign(), alpha=-group["lr"])
+
+
+momentum = of(SGD, lr=0.02, momentum=0.9)
+adamw = of(AdamW, lr=0.01, fused=True)
+descent = of(GradientDescent, lr=0.05)
+
+
+rows_of_four = partial(floats, 4)
+
+
+def row(
+    name: str,
+    model: Callable[[], nn.Module] = mlp,
+    data: Callable[[], tuple[Tensor, Tensor]] = rows_of_four,
+    loss: Callable[[], Any] = nn.MSELoss,
+    optimizer: Make = momentum,
+    schedule: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Case:
+    """Return a case that is named after what is unusual about it."""
+    return Case(name, model, data, loss, optimizer, schedule, **options)
+
+
+OPTIMIZERS = [
+    row("GradientDescent", optimizer=descent),
+    row("GradientDescent of two groups", optimizer=in_groups(GradientDescent)),
+    row("SGD", optimizer=of(SGD, lr=0.05, foreach=False)),
+    row("SGD momentum", optimizer=of(SGD, lr=0.02, momentum=0.9, foreach=False)),
+    row("SGD foreach nesterov", optimizer=of(SGD, lr=0.02, momentum=0.9, nesterov=True, foreach=True)),
+    row("SGD dampening", optimizer=of(SGD, lr=0.02, momentum=0.9, dampening=0.1, weight_decay=0.01)),
+    row("SGD maximize", optimizer=of(SGD, lr=1e-4, maximize=True)),
+    row("SGD fused", optimizer=of(SGD, lr=0.05, fused=True)),
+    row("SGD fused momentum", optimizer=of(SGD, lr=0.02, momentum=0.9, fused=True)),
+    row("SGD two groups", optimizer=in_groups(SGD, momentum=0.9)),
+    row("SGD lr tensor", optimizer=of_lr_tensor(SGD)),
+    row("Adam", optimizer=of(Adam, lr=0.01, foreach=False)),
+    row("Adam foreach amsgrad", optimizer=of(Adam, lr=0.01, foreach=True, amsgrad=True)),
+    row("Adam fused amsgrad", optimizer=of(Adam, lr=0.01, fused=True, amsgrad=True)),
+    row("Adam fused lr tensor", optimizer=of_lr_tensor(Adam, fused=True)),
+    row("Adam fused two groups", optimizer=in_groups(Adam, fused=True)),
+    row("AdamW fused", optimizer=adamw),
+    row("AdamW foreach", optimizer=of(AdamW, lr=0.01, foreach=True, weight_decay=0.1)),
+    row("Adagrad", optimizer=of(optim.Adagrad, lr=0.02)),
+    row("Adagrad fused", optimizer=of(optim.Adagrad, lr=0.02, fused=True)),
+    row("Adagrad lr_decay", optimizer=of(optim.Adagrad, lr=0.02, lr_decay=0.01, foreach=True)),
+    row("RMSprop", optimizer=of(optim.RMSprop, lr=0.005)),
+    row("RMSprop centered momentum", optimizer=of(optim.RMSprop, lr=0.005, centered=True, momentum=0.5)),
+    row("Adadelta", optimizer=of(optim.Adadelta, lr=0.5)),
+    row("Adamax", optimizer=of(optim.Adamax, lr=0.01)),
+    row("NAdam", optimizer=of(optim.NAdam, lr=0.01, decoupled_weight_decay=True, weight_decay=0.01)),
+    row("RAdam", optimizer=of(optim.RAdam, lr=0.01)),
+    row("ASGD", optimizer=of(optim.ASGD, lr=0.02)),
+    row("Rprop", optimizer=of(optim.Rprop, lr=0.01)),
+    row("Adafactor", optimizer=of(optim.Adafactor, lr=0.02)),
+    row("Muon", optimizer=of_matrices(optim.Muon, lr=0.01)),
+    row(
+        "SparseAdam", OnlyEmbedding, words, optimizer=of(optim.SparseAdam, lr=0.01), eager=(2, "sparse")
+    ),
+    row("an optimizer of the user", optimizer=of(Signs, lr=0.01)),
+]
+
+halving = partial(lr_scheduler.StepLR, step_size=7, gamma=0.5)
+cosine = partial(lr_scheduler.CosineAnnealingLR, T_max=50)
+one_cycle = partial(lr_scheduler.OneCycleLR, max_lr=0.05, total_steps=60)
+cyclic = partial(lr_scheduler.CyclicLR, base_lr=0.001, max_lr=0.02, step_size_up=7)
+restarts = partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=10)
+plateau = partial(lr_scheduler.ReduceLROnPlateau, patience=0)
+slowing = partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step))
+slowing_apart = partial(lr_scheduler.LambdaLR, lr_lambda=[lambda s: 1 / (1 + s), lambda s: 0.9**s])
+
+
+def sequential(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
+    warm_up = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
+    return lr_scheduler.SequentialLR(
+        optimizer, [warm_up, lr_scheduler.ExponentialLR(optimizer, 0.95)], milestones=[10]
+    )
+
+
+def chained(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
+    warm_up = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
+    return lr_scheduler.ChainedScheduler([warm_up, lr_scheduler.ExponentialLR(optimizer, 0.95)])
+
+
+class Warm(lr_scheduler.LRScheduler):
+    """A schedule of the user, which changes the momentum too."""
+
+    def get_lr(self) -> list[float]:
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.9 - 0.5 / (1 + self.last_epoch)
+        return [rate * min(1.0, (1 + self.last_epoch) / 10) for rate in self.base_lrs]
+
+
+SCHEDULES = [
+    row("StepLR", optimizer=descent, schedule=halving),
+    row("StepLR of SGD", schedule=halving),
+    row("StepLR every epoch", optimizer=adamw, schedule=halving, schedule_every="epoch", batch_size=6),
+    row("StepLR of Adam with an lr tensor", optimizer=of_lr_tensor(Adam, fused=True), schedule=halving),
+    row("StepLR of SGD with an lr tensor", optimizer=of_lr_tensor(SGD), schedule=halving),
+    row(
+        "StepLR of the user's optimizer",
+        optimizer=of(Signs, lr=0.01),
+        schedule=halving,
+        eager=(2, "the step of Signs"),
+    ),
+    row("CosineAnnealingLR", optimizer=adamw, schedule=cosine),
+    row("CosineAnnealingLR of fused SGD", optimizer=of(SGD, lr=0.02, fused=True), schedule=cosine),
+    row("CosineAnnealingWarmRestarts", optimizer=adamw, schedule=restarts),
+    row("OneCycleLR", schedule=one_cycle),
+    row("OneCycleLR of fused Adam", optimizer=of(Adam, lr=0.01, fused=True), schedule=one_cycle),
+    row("CyclicLR", schedule=cyclic),
+    row("ReduceLROnPlateau", optimizer=of(Adam, lr=0.1, fused=True), schedule=plateau),
+    row("ReduceLROnPlateau of SGD", optimizer=of(SGD, lr=0.5), schedule=plateau),
+    row("LambdaLR", optimizer=descent, schedule=slowing),
+    row("LambdaLR of two groups", optimizer=in_groups(GradientDescent), schedule=slowing_apart),
+    row("LambdaLR of fused groups", optimizer=in_groups(AdamW, fused=True), schedule=slowing_apart),
+    row("SequentialLR", optimizer=adamw, schedule=sequential),
+    row("ChainedScheduler", optimizer=adamw, schedule=chained),
+    row("a schedule of the user", schedule=Warm),
+]
+
+BATCHES = [
+    row("short last batch", batch_size=8),
+    row("short last batch AdamW", optimizer=adamw, batch_size=6),
+    row("drop_last", batch_size=8, drop_last=True),
+    row("batches of one row", batch_size=1),
+    row("clip_norm", optimizer=descent, clip_norm=0.1),
+    row("clip_norm of batches", optimizer=adamw, clip_norm=0.1, batch_size=8),
+    row(
+        "clip_norm one of two groups",
+        Unused,
+        optimizer=lambda m, _: SGD(m.used[0].parameters(), lr=0.1),
+        clip_norm=0.1,
+    ),
+    row("x transposed", data=transposed),
+    row("x transposed in batches", data=transposed, batch_size=8),
+    row("x is y", partial(mlp, 4), itself),
+    row("x is y in batches", partial(mlp, 4), itself, batch_size=8),
+    row("y in x", data=y_in_x),
+    row("y in x in batches", data=y_in_x, batch_size=8),
+]
+
+images = partial(floats, 3, 4, 4)
+sequences = partial(floats, 5, 8)
+
+MODELS = [
+    row("convolutional", convolutional, images, optimizer=adamw),
+    row("convolutional in batches", convolutional, images, optimizer=momentum, batch_size=8),
+    row("dropout", lambda: nn.Sequential(mlp(8), nn.Dropout(0.3), nn.Linear(8, 2)), optimizer=adamw),
+    row(
+        "dropout in batches",
+        lambda: nn.Sequential(mlp(8), nn.Dropout(0.3), nn.Linear(8, 2)),
+        batch_size=8,
+    ),
+    row("lstm", lambda: Last(nn.LSTM(8, 6, batch_first=True)), sequences, optimizer=adamw),
+    row(
+        "lstm two layers dropout",
+        lambda: Last(nn.LSTM(8, 6, 2, batch_first=True, dropout=0.2)),
+        sequences,
+    ),
+    row("gru", lambda: Last(nn.GRU(8, 6, batch_first=True)), sequences, batch_size=8),
+    row("rnn", lambda: Last(nn.RNN(8, 6, batch_first=True)), sequences),
+    row("attention", Attention, sequences, optimizer=adamw),
+    row("transformer", partial(Transformer, causal=False), sequences, optimizer=adamw),
+    row(
+        "causal transformer", partial(Transformer, causal=True), sequences, optimizer=adamw, batch_size=8
+    ),
+    row("embedding", Embedded, words, optimizer=adamw),
+    row("embedding max_norm", partial(Embedded, max_norm=1.0), words),
+    row("embedding padding", partial(Embedded, padding_idx=0, scale_grad_by_freq=True), words),
+    row("embedding bag", lambda: nn.EmbeddingBag(11, 2), words),
+    row("layer norm", lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))),
+    row("group norm", lambda: nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Linear(8, 2))),
+    row("batch norm averaged", Averaged, eager=(2, "_local_scalar_dense")),
+    row("tied", tied),
+    row("frozen", frozen, optimizer=adamw),
+    row("unused parameter", Unused, optimizer=adamw),
+    row("outside the optimizer", mlp, optimizer=lambda m, _: SGD(m[2].parameters(), lr=0.05)),
+    row("weight_norm", partial(normalized, parametrizations.weight_norm)),
+    row("spectral_norm", partial(normalized, parametrizations.spectral_norm)),
+    row("old weight_norm", partial(normalized, nn.utils.weight_norm)),
+    row("old spectral_norm", partial(normalized, nn.utils.spectral_norm)),
+    row("channels_last", channels_last, images_channels_last),
+    row("channels_last in batches", channels_last, images_channels_last, batch_size=8, optimizer=adamw),
+    row("float64", mlp_double, lambda: tuple(t.double() for t in floats(4)), optimizer=adamw),
+    row(
+        "float64 GradientDescent",
+        mlp_double,
+        lambda: tuple(t.double() for t in floats(4)),
+        optimizer=descent,
+    ),
+    row(
+        "bfloat16",
+        lambda: mlp().bfloat16(),
+        lambda: tuple(t.bfloat16() for t in floats(4)),
+        optimizer=descent,
+    ),
+    row(
+        "bfloat16 adamw",
+        lambda: mlp().bfloat16(),
+        lambda: tuple(t.bfloat16() for t in floats(4)),
+        optimizer=adamw,
+    ),
+    row("autocast", Autocast, optimizer=adamw),
+    row("complex", Complex, eager=(2, "conjugated")),
+    row("spectrum", Spectrum),
+    row("checkpoint", partial(Checkpointed, False), optimizer=adamw),
+    row("checkpoint reentrant", partial(Checkpointed, True)),
+    row("checkpoint dropout", partial(Checkpointed, False, 0.3), eager=(2, "other bits")),
+    row("autograd function", Cubed, optimizer=of(SGD, lr=0.005)),
+    row("twice", Twice),
+    row("memory", partial(Memory, "mean"), batch_size=8),
+    row("memory hidden", partial(Memory, "hidden")),
+    row("memory row", partial(Memory, "row"), optimizer=adamw, eager=(2, "other bits")),
+    row("memory in place", partial(Memory, "in place")),
+    row("gradient penalty", Penalty),
+    row("noise", Noise),
+    row("leaky at random", lambda: nn.Sequential(nn.Linear(4, 8), nn.RReLU(), nn.Linear(8, 2))),
+    row(
+        "batch norm of columns", lambda: nn.Sequential(nn.Linear(4, 2), Transposed(), nn.BatchNorm1d(2))
+    ),
+    row("pruned", pruned),
+    row("rows", Rows, optimizer=adamw),
+    row("graph", Graph, eager=(2, "sparse")),
+    row("flat", flat),
+    row("flat AdamW", flat, optimizer=adamw),
+    row("strided", strided, optimizer=adamw),
+]
+
+LOSSES = [
+    row(
+        "sum",
+        loss=partial(nn.MSELoss, reduction="sum"),
+        optimizer=of(GradientDescent, lr=0.001),
+    ),
+    row(
+        "cross entropy",
+        partial(mlp, 3),
+        partial(classes, 4),
+        lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1),
+        adamw,
+    ),
+    row(
+        "cross entropy in batches",
+        partial(mlp, 3),
+        partial(classes, 4),
+        nn.CrossEntropyLoss,
+        batch_size=8,
+    ),
+    row("bce", data=bits, loss=lambda: nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 3.0]))),
+    row("smooth l1", loss=partial(nn.SmoothL1Loss, beta=0.5)),
+    row("huber", loss=partial(nn.HuberLoss, delta=0.7), batch_size=8),
+    row("kl", log_probabilities, probabilities, partial(nn.KLDivLoss, reduction="batchmean")),
+    row("nll", log_probabilities, partial(classes, 4), nn.NLLLoss, adamw),
+    row("l1", loss=nn.L1Loss),
+    row("a loss of the user", loss=lambda: relative_error),
+    row("loss with parameters", loss=Uncertain, optimizer=with_loss(AdamW, lr=0.01, fused=True)),
+    row("loss with parameters not optimized", loss=Uncertain, eager=(3, "belongs to neither")),
+]
+
+CASES = [*OPTIMIZERS, *SCHEDULES, *BATCHES, *MODELS, *LOSSES]
