@@ -178,7 +178,8 @@ def assert_eager(run, capfd, step, reason):
     engine = run.facts["engine"]
     assert engine["eager_from"] == step
     assert reason in engine["reason"]
-    message = f"steps are taken eagerly from step {step} on: {engine['reason']}"
+    since = f" from step {step} on" if step > 1 else ""
+    message = f"steps are taken eagerly{since}: {engine['reason']}"
     assert capfd.readouterr().err.count(message) == 1
 
 

@@ -37,7 +37,7 @@ DATA_DEPENDENT = {
 def test_what_numbers_decide_runs_in_python(kind, capfd):
     change, reason = DATA_DEPENDENT[kind]
     run = assert_same(lambda: new_training(lambda: Changed(change)), 50)
-    assert_eager(run, capfd, 2, reason)
+    assert_eager(run, capfd, 1, reason)
 
 
 DRAWING = {
@@ -52,7 +52,7 @@ DRAWING = {
 def test_other_generators_than_torchs_draw_in_python(kind, capfd):
     change, reason = DRAWING[kind]
     run = assert_same(lambda: new_training(lambda: Changed(change)), 50)
-    assert_eager(run, capfd, 2, reason)
+    assert_eager(run, capfd, 1, reason)
 
 
 def test_a_generator_of_the_models_own_is_drawn_from_in_python(capfd):
@@ -64,7 +64,7 @@ def test_a_generator_of_the_models_own_is_drawn_from_in_python(capfd):
         model.generator = torch.Generator().manual_seed(1)
         return model
 
-    assert_eager(assert_same(lambda: new_training(make), 50), capfd, 2, "generator of the model")
+    assert_eager(assert_same(lambda: new_training(make), 50), capfd, 1, "generator of the model")
 
 
 # What is carried from step to step and is no tensor: a count of calls. At the hundredth, all changes.
@@ -202,7 +202,7 @@ def test_a_model_that_counts_its_calls_runs_in_python(kind, capfd):
         counted = COUNTERS[kind]()
         return Changed(lambda _, h: doubled_from(100, counted, h))
 
-    assert_eager(assert_same(lambda: new_training(make), 110), capfd, 2, "change of the model changes")
+    assert_eager(assert_same(lambda: new_training(make), 110), capfd, 1, "change of the model changes")
 
 
 @pytest.mark.parametrize("kind", ["attribute", "global", "closure", "generator"])
@@ -211,7 +211,7 @@ def test_a_loss_that_counts_its_calls_runs_in_python(kind, capfd):
         counted, loss = COUNTERS[kind](), nn.MSELoss()
         return lambda p, t: doubled_from(100, counted, loss(p, t))
 
-    assert_eager(assert_same(lambda: new_training(loss=make), 110), capfd, 2, "the loss holds changes")
+    assert_eager(assert_same(lambda: new_training(loss=make), 110), capfd, 1, "the loss holds changes")
 
 
 @pytest.mark.parametrize("kind", ["an activation", "a cache"])
@@ -227,7 +227,7 @@ def test_what_a_model_keeps_for_itself_is_kept_at_every_step(kind, capfd):
         return model
 
     run = assert_same(lambda: new_training(make), 50)
-    assert_eager(run, capfd, 2, "kept of the model changes")
+    assert_eager(run, capfd, 1, "kept of the model changes")
 
 
 def test_what_is_known_to_change_keeps_nobody_from_a_program(capfd):
@@ -256,7 +256,7 @@ def test_a_model_that_changes_its_dropout_runs_in_python(capfd):
         model.dropout = nn.Dropout(0.5)
         return model
 
-    assert_eager(assert_same(lambda: new_training(make), 50), capfd, 2, "p of module dropout changes")
+    assert_eager(assert_same(lambda: new_training(make), 50), capfd, 1, "p of module dropout changes")
 
 
 # Hooks.

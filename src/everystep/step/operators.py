@@ -43,14 +43,14 @@ _TEXT_ARGUMENTS = {
 _NOT_ALLOWED = re.compile(
     r".*(sparse|quantized|nested|padded|overrideable|resize|polynomial).*|.*mkldnn_(?!rnn_layer).*"
     r"|.*_mkldnn|(de)?quantize.*|q_.*|sym_.*|unique_.*|nonzero_static|set|lift|empty_permuted"
-    r"|as_strided_scatter|(split|split_with_sizes|unbind)_copy|segment_reduce|hspmm|sspaddmm|int_repr"
+    r"|as_strided_scatter|batch_norm_.*|(split|split_with_sizes|unbind)_copy|segment_reduce|hspmm|sspaddmm|int_repr"
     r"|native_norm"
 )
 
 #: Operators whose names begin with an underscore are torch's own affair; these are kernels of steps.
 _PRIVATE_KERNELS = re.compile(
     r"_foreach_\w+|_fused_(adagrad|adam|adamw|sgd)_|_(adaptive_avg_pool[23]d|cdist|cudnn_rnn"
-    r"|embedding_bag|embedding_bag_dense|embedding_bag_per_sample_weights|fused_dropout|fused_rms_norm"
+    r"|embedding_bag|embedding_bag_per_sample_weights|fused_dropout|fused_rms_norm"
     r"|log_softmax|pdist|prelu_kernel|scaled_dot_product_\w+|softmax|thnn_fused_(gru|lstm)_cell"
     r"|upsample_\w+|weight_norm_interface)(_forward|_forward_only|_backward|_backward_data"
     r"|_backward_impl)?"
@@ -86,6 +86,7 @@ class Parameter(NamedTuple):
     size: int | None
     is_positional: bool
     is_required: bool
+    default: Any
 
 
 @cache
@@ -154,7 +155,14 @@ def computes(operator: Any) -> bool:
 def parameters(operator: Any) -> tuple[Parameter, ...]:
     """Return the parameters of an operator, the positional ones first."""
     return tuple(
-        Parameter(a.name, str(a.real_type), a.N, not a.kwarg_only, not a.has_default_value())
+        Parameter(
+            name=a.name,
+            kind=str(a.real_type),
+            size=a.N,
+            is_positional=not a.kwarg_only,
+            is_required=not a.has_default_value(),
+            default=a.default_value,
+        )
         for a in operator._schema.arguments
     )
 

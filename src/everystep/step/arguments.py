@@ -1,0 +1,162 @@
+"""Arguments of operators as JSON holds them.
+
+A text is the name of a tensor; numbers, truth values, null and lists are themselves; everything else is
+an object with one key that says what it is: `{"dtype": "float32"}`, `{"float": "inf"}`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from everystep.step.operators import NotAllowedError
+
+__all__ = ["DTYPES", "decode", "encode", "fits", "json_floats", "python_floats", "references"]
+
+#: Those that a program's tensors may have, by name.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+        *(torch.complex128, torch.complex64, torch.complex32),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
+    )
+}
+_ENUMERATIONS: dict[str, dict[str, Any]] = {
+    "dtype": DTYPES,
+    "layout": {"strided": torch.strided},
+    "memory_format": {
+        name: getattr(torch, name)
+        for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+    },
+    "float": {"nan": math.nan, "inf": math.inf, "-inf": -math.inf},
+}
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
+#: Kinds of parameters, as schemas write them, and the key of what they take.
+_KEYS = {
+    "str": "text",
+    "ScalarType": "dtype",
+    "Layout": "layout",
+    "MemoryFormat": "memory_format",
+    "Device": "device",
+}
+
+
+def encode(value: Any, name_of: Callable[[torch.Tensor], str]) -> Any:
+    """Return an argument as JSON holds it.
+
+    Raises:
+        NotAllowedError: it is of a kind that a program does not hold.
+    """
+    if isinstance(value, torch.Tensor):
+        return name_of(value)
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list | tuple):
+        return [encode(item, name_of) for item in value]
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    for key, values in _ENUMERATIONS.items():
+        for name, known in values.items():
+            if value is known:
+                return {key: name}
+    raise NotAllowedError(f"takes a {type(value).__name__}, which a program cannot hold")
+
+
+def decode(value: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
+    """Return the argument that `encode` was given.
+
+    Raises:
+        ValueError: it is nothing that `encode` writes.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return tensor_of(value)
+    if isinstance(value, list | tuple):
+        return [decode(item, tensor_of) for item in value]
+    key = _key(value)
+    if key is None:
+        raise ValueError(f"{value!r:.80} is no argument")
+    name = value[key]
+    if key == "text":
+        return name
+    return torch.device(name) if key == "device" else _ENUMERATIONS[key][name]
+
+
+def references(value: Any) -> Iterator[str]:
+    """Yield the names of tensors in an argument as `encode` writes it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from references(item)
+
+
+def fits(kind: str, value: Any, size: int | None = None) -> bool:
+    """Tell whether an encoded argument is of a kind, as schemas write it.
+
+    size: of a list of a fixed length, which one number may stand for.
+    """
+    if kind.startswith("Optional["):
+        return value is None or fits(kind[9:-1], value, size)
+    if kind.startswith("List["):
+        inner = kind[5:-1]
+        if isinstance(value, list | tuple):
+            return all(fits(inner, i) and (inner != "Tensor" or isinstance(i, str)) for i in value)
+        return size is not None and inner != "Tensor" and fits(inner, value)
+    if kind == "Tensor":
+        return isinstance(value, str) or _is_number(value)
+    if kind in ("int", "bool"):
+        return isinstance(value, bool) if kind == "bool" else _is_int(value)
+    if kind in ("float", "number"):
+        return _is_number(value)
+    return kind in _KEYS and _key(value) == _KEYS[kind]
+
+
+def json_floats(value: Any) -> Any:
+    """Return JSON data with floats that JSON has no numbers for as `encode` writes them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, dict):
+        return {key: json_floats(item) for key, item in value.items()}
+    return [*map(json_floats, value)] if isinstance(value, list | tuple) else value
+
+
+def python_floats(value: Any) -> Any:
+    """Return what `json_floats` was given."""
+    if isinstance(value, dict):
+        if _key(value) == "float":
+            return _ENUMERATIONS["float"][value["float"]]
+        return {key: python_floats(item) for key, item in value.items()}
+    return [*map(python_floats, value)] if isinstance(value, list | tuple) else value
+
+
+def _key(value: Any) -> str | None:
+    """Return the key of an object that says what it is, None of anything else."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return None
+    [(key, name)] = value.items()
+    if not isinstance(name, str):
+        return None
+    if key == "device":
+        return key if _DEVICE.fullmatch(name) else None
+    return key if key == "text" or name in _ENUMERATIONS.get(key, ()) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | float) or _is_int(value) or _key(value) == "float"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

@@ -1,0 +1,193 @@
+"""The parts of a program: storages, the tensors on them, and the operators applied to these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from everystep.step.arguments import DTYPES, fits, references
+from everystep.step.operators import computes, parameters, resolve, writes
+
+__all__ = [
+    "DIMENSIONS",
+    "LIMIT",
+    "Model",
+    "Name",
+    "Operation",
+    "Phase",
+    "Storage",
+    "TensorSpec",
+    "usual_geometry",
+]
+
+#: More bytes, or numbers, than any machine has.
+LIMIT = 2**48
+#: More dimensions than torch's operators take.
+DIMENSIONS = 64
+
+Phase = Literal["forward", "loss", "zero_grad", "backward", "update"]
+Natural = Annotated[int, Field(ge=0, le=LIMIT)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Model(BaseModel):
+    """Data that is checked, and does not change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Storage(Model):
+    """A piece of memory.
+
+    kind: where its content comes from. `input`: the batch; `state`: parameters, buffers, optimizer
+    tensors; `constant`: tensors from elsewhere, stored beside the program; `hyperparameter`: numbers
+    that may change from step to step, such as the lr; `temporary`: the step itself. host: in the CPU's
+    memory although the step runs on another device.
+    """
+
+    kind: Literal["input", "state", "constant", "hyperparameter", "temporary"]
+    bytes: Natural
+    host: bool = False
+
+
+class TensorSpec(Model):
+    """A tensor: shape, strides and offset (in elements) on a storage."""
+
+    storage: Name
+    dtype: str
+    shape: tuple[Natural, ...]
+    stride: tuple[Natural, ...]
+    offset: Natural = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's object."""
+        return DTYPES[self.dtype]
+
+    @property
+    def end(self) -> int:
+        """How many bytes of its storage it needs."""
+        if 0 in self.shape:
+            return self.offset * self.torch_dtype.itemsize
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return (self.offset + last + 1) * self.torch_dtype.itemsize
+
+    def check(self, name: str, storages: Mapping[str, Storage]) -> None:
+        """Check that it can be, and that it lies within its storage.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{name}: {self.dtype!r:.80} is no dtype")
+        if len(self.shape) != len(self.stride) or len(self.shape) > DIMENSIONS:
+            raise ValueError(f"{name}: {len(self.shape)} sizes and {len(self.stride)} strides")
+        if math.prod(max(size, 1) for size in self.shape) > LIMIT:
+            raise ValueError(f"{name} has more numbers than any machine")
+        storage = storages.get(self.storage)
+        if storage is None:
+            raise ValueError(f"{name}: there is no storage {self.storage!r}")
+        if self.end > storage.bytes:
+            raise ValueError(
+                f"{name} needs {self.end} bytes of {self.storage}, which has {storage.bytes}"
+            )
+
+
+class Operation(Model):
+    """An operator applied to tensors.
+
+    operator: `aten.name.overload`; arguments and keywords: as `encode` writes them; results: names
+    of the tensors it gives, in order, null where it gives none; module: the path of the module that it
+    belongs to, also in the backward phase; derived: runs only when the step is looked at, because
+    another operation does its work in the update.
+    """
+
+    phase: Phase
+    module: str | None = None
+    operator: Name
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
+    results: tuple[Name | None, ...] = ()
+    derived: bool = False
+
+    @property
+    def resolved(self) -> Any:
+        """The operator itself."""
+        return resolve(self.operator)
+
+    @property
+    def name(self) -> str:
+        """The operator's name, without its overload."""
+        return self.operator.split(".")[1]
+
+    def given(self) -> dict[str, Any]:
+        """Return all arguments by the name of their parameter."""
+        names = (p.name for p in parameters(self.resolved) if p.is_positional)
+        return dict(zip(names, self.arguments, strict=False)) | self.keywords
+
+    def reads(self) -> Iterator[str]:
+        """Yield the names of the tensors among its arguments."""
+        yield from references(self.arguments)
+        yield from references(tuple(self.keywords.values()))
+
+    def written(self) -> list[str]:
+        """Return the names of the tensors among its arguments that it writes into."""
+        given = self.given()
+        return [n for name in writes(self.resolved) for n in references(given.get(name))]
+
+    def check(self, tensors: Mapping[str, TensorSpec]) -> None:
+        """Check that the operator is allowed, and takes arguments of such kinds.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        operator = self.resolved
+        if not computes(operator):
+            raise ValueError(f"{operator} computes nothing: tensors are written with their shapes")
+        self._check_arguments()
+        missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
+        if missing is not None:
+            raise ValueError(f"{operator}: there is no tensor {missing!r}")
+        kinds = [str(result.type) for result in operator._schema.returns]
+        if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
+            raise ValueError(f"{operator} gives {len(kinds)} results, not {len(self.results)}")
+        by_mask = self.name == "index" and any(
+            tensors[name].dtype in ("bool", "uint8") for name in references(self.given()["indices"])
+        )
+        if by_mask:
+            raise ValueError(f"{operator} selects by a mask: the result's shape depends on numbers")
+
+    def _check_arguments(self) -> None:
+        operator = self.resolved
+        known = parameters(operator)
+        positional = {p.name for p in known if p.is_positional}
+        if len(self.arguments) > len(positional):
+            raise ValueError(f"{operator} takes at most {len(positional)} arguments")
+        given = self.given()
+        unknown = self.keywords.keys() - {p.name for p in known}
+        if unknown or len(given) < len(self.arguments) + len(self.keywords):
+            raise ValueError(f"{operator} does not take {sorted(self.keywords)} so")
+        # Kernels of the backward pass take no tensor where nothing was kept in the forward pass.
+        may_be_none = "backward" in self.name
+        for parameter in known:
+            if parameter.name not in given:
+                if parameter.is_required:
+                    raise ValueError(f"{operator} lacks {parameter.name}")
+                continue
+            value = given[parameter.name]
+            is_none = value is None and may_be_none and parameter.kind == "Tensor"
+            if not is_none and not fits(parameter.kind, value, parameter.size):
+                raise ValueError(f"{operator}: {parameter.name} is no {parameter.kind}")
+
+
+def usual_geometry(name: str, shape: tuple[int, ...] | list[int]) -> dict[str, Any]:
+    """Return the storage and the strides of a tensor that lies alone, row after row."""
+    stride, product = [], 1
+    for size in reversed(shape):
+        stride.append(product)
+        product *= max(size, 1)
+    return {"storage": name, "stride": tuple(reversed(stride))}

@@ -1,0 +1,384 @@
+"""Soundness: whether torch's kernels may be let loose on the tensors that a program gives them.
+
+The operations run on torch's meta device first, which has shapes but neither memory nor numbers. What
+an operator says there of its arguments, and the shapes of its results, must agree with the program.
+Most kernels check the rest themselves. Some trust, and would read and write anywhere:
+
+- Kernels of the backward pass trust that they get what the forward pass got and kept: shapes that
+  fit, and numbers that are places in a tensor. So an operation of that kind must come before them,
+  and nobody may have changed what it kept.
+- Some others trust that shapes fit each other; what they need is written down here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.step.arguments import DTYPES, decode, references
+from everystep.step.operation import Operation, Storage, TensorSpec
+from everystep.step.operators import parameters
+
+__all__ = ["check_soundness"]
+
+META = torch.device("meta")
+Given = dict[str, Any]
+
+#: Kernels whose results besides the first depend on the device, or of which meta knows too little.
+_VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
+
+#: Kernels that trust what the forward pass kept: the operator of the forward pass (where it is not
+#: `name` or `name_forward` of `name_backward`), and the first of its results that they are given.
+_TRUSTING: dict[str, tuple[str, int]] = {
+    "_embedding_bag_per_sample_weights_backward": ("_embedding_bag", 1),
+    "_pdist_backward": ("_pdist", 0),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        0,
+    ),
+    "embedding_dense_backward": ("embedding", 1),
+    "mkldnn_rnn_layer_backward": ("mkldnn_rnn_layer", 0),
+} | {
+    f"{name}_backward": (name, 1)
+    for name in (
+        *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        *("avg_pool2d", "avg_pool3d", "convolution", "_embedding_bag", "fractional_max_pool2d"),
+        *("fractional_max_pool3d", "grid_sampler_2d", "grid_sampler_3d", "max_pool2d_with_indices"),
+        *("max_pool3d_with_indices", "multi_margin_loss", "multilabel_margin_loss"),
+        *("native_batch_norm", "native_group_norm", "native_layer_norm", "nll_loss", "nll_loss2d"),
+        *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d"),
+        *("replication_pad2d", "replication_pad3d", "_weight_norm_interface"),
+    )
+}
+#: Names of parameters of the backward pass, as the forward pass has them.
+_RENAMED = {
+    "mkldnn_rnn_layer_backward": {f"weight{n + 1}": f"weight{n}" for n in range(4)} | {"cx_tmp": "cx_"},
+    "_weight_norm_interface_backward": {"saved_v": "v", "saved_g": "g"},
+    "native_batch_norm_backward": {"train": "training"},
+}
+#: They trust the numbers in their second argument, which goes with the first: how rows were swapped.
+_OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
+
+
+def check_soundness(
+    operations: Sequence[tuple[str, Operation]],
+    tensors: Mapping[str, TensorSpec],
+    storages: Mapping[str, Storage],
+) -> None:
+    """Check operations, each with its place in the program, in the order in which they run.
+
+    Raises:
+        ValueError: an operator does not take what it is given, or does not give what is named.
+    """
+    check = _Check([operation for _, operation in operations], tensors, storages)
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for index, (place, operation) in enumerate(operations):
+            try:
+                check.operation(index)
+            except Exception as error:  # whatever torch makes of what it is given
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise ValueError(f"{place}: {operation.operator}: {reason:.200}") from None
+
+
+class _Check:
+    def __init__(
+        self,
+        operations: list[Operation],
+        tensors: Mapping[str, TensorSpec],
+        storages: Mapping[str, Storage],
+    ) -> None:
+        self._operations = operations
+        self._specs = tensors
+        self._bytes = sum(storage.bytes for storage in storages.values())
+        self._given = [operation.given() for operation in operations]
+        self._by_name: dict[str, list[int]] = {}
+        self._writers: dict[str, list[int]] = {}
+        for index, operation in enumerate(operations):
+            self._by_name.setdefault(operation.name, []).append(index)
+            for name in {n for n in (*operation.results, *operation.written()) if n}:
+                self._writers.setdefault(tensors[name].storage, []).append(index)
+        memory = {
+            name: torch.empty(storage.bytes, dtype=torch.uint8, device=META).untyped_storage()
+            for name, storage in storages.items()
+        }
+        self._meta = {
+            name: torch.empty(0, dtype=spec.torch_dtype, device=META).set_(
+                memory[spec.storage], spec.offset, spec.shape, spec.stride
+            )
+            for name, spec in tensors.items()
+        }
+
+    def operation(self, index: int) -> None:
+        """Check one operation.
+
+        Raises:
+            Exception: whatever torch raises; ValueError for what is found here.
+        """
+        operation, given = self._operations[index], self._given[index]
+        if operation.name in _TRUSTING:
+            self._check_forward(index)
+        if operation.name in _OF_A_FACTORIZATION:
+            self._check_factorization(index)
+        fits = _SHAPES.get(operation.name)
+        if fits is not None and not fits({name: self._spec(value) for name, value in given.items()}):
+            raise ValueError("its tensors do not fit each other")
+        try:
+            found = _results_on_meta(operation, self._meta)
+        except NotImplementedError:  # a kernel that has none for shapes alone
+            return
+        self._check_results(operation, found)
+
+    def _spec(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._specs[value]
+        return [*map(self._spec, value)] if isinstance(value, list | tuple) else value
+
+    def _check_results(self, operation: Operation, found: list[Any]) -> None:
+        if len(found) != len(operation.results):
+            raise ValueError(f"gives {len(found)} results, not {len(operation.results)}")
+        is_vague = _VAGUE.fullmatch(operation.name)
+        for name, tensor in zip(operation.results, found, strict=True):
+            if tensor is None:
+                if name is not None:
+                    raise ValueError(f"gives nothing as {name}")
+                continue
+            if tensor.numel() * tensor.itemsize > self._bytes:
+                raise ValueError("gives more than all storages of the program together")
+            if name is None or is_vague:
+                continue
+            wanted = self._specs[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (wanted.torch_dtype, wanted.shape):
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"gives {dtype} {list(tensor.shape)} as {name}, which is "
+                    f"{wanted.dtype} {list(wanted.shape)}"
+                )
+
+    def _check_forward(self, index: int) -> None:
+        """Check that the operation comes before that a kernel of the backward pass belongs to."""
+        base, _ = _TRUSTING[self._operations[index].name]
+        places = (*self._by_name.get(base, ()), *self._by_name.get(f"{base}_forward", ()))
+        if not any(place < index and self._is_forward(place, index) for place in places):
+            raise ValueError(f"belongs to no {base} before it")
+
+    def _is_forward(self, place: int, index: int) -> bool:
+        """Tell whether the operation at `index` is of the backward pass of that at `place`."""
+        forward, operation = self._operations[place], self._operations[index]
+        renamed = _RENAMED.get(operation.name, {})
+        known = {p.name: p for p in parameters(forward.resolved)}
+        theirs = {n: p.default for n, p in known.items()} | self._given[place]
+        gradients, kept = [], []
+        for parameter in parameters(operation.resolved):
+            value = self._given[index].get(parameter.name, parameter.default)
+            name = renamed.get(parameter.name, parameter.name)
+            if name in known:
+                if _listed(value, known[name].size) != _listed(theirs[name], known[name].size):
+                    return False
+                if self._is_changed(self._integers(value), place, index):
+                    return False
+            elif name.startswith("grad"):
+                gradients.append(value)
+            elif "Tensor" in parameter.kind:
+                kept.append(value)
+            elif name == "num_weights" and self._specs[theirs["weight"]].shape[0] != value:
+                return False
+        first = _TRUSTING[operation.name][1]
+        storages = [self._specs[name].storage for name in forward.results if name]
+        return (
+            kept == list(forward.results[first : first + len(kept)])
+            and len(storages) == len(set(storages))
+            and not self._is_changed(kept, place, index)
+            and all(map(self._is_gradient, gradients, forward.results))
+        )
+
+    def _check_factorization(self, index: int) -> None:
+        """Check that the pivots come from an operation that gave them beside a matrix of this shape."""
+        matrix, pivots = list(self._given[index].values())[:2]
+        for place in range(index):
+            results = self._operations[place].results
+            if "linalg" not in self._operations[place].name or pivots not in results[1:]:
+                continue
+            own = results[results.index(pivots) - 1]
+            if (
+                own is not None
+                and self._specs[own].shape == self._specs[matrix].shape
+                and self._specs[own].storage != self._specs[pivots].storage
+                and not self._is_changed([pivots], place, index)
+            ):
+                return
+        raise ValueError("belongs to no factorization before it")
+
+    def _is_gradient(self, gradient: str | None, result: str | None) -> bool:
+        if gradient is None or result is None:
+            return gradient is None
+        return self._specs[gradient].shape == self._specs[result].shape
+
+    def _integers(self, value: Any) -> list[str]:
+        return [n for n in references(value) if not DTYPES[self._specs[n].dtype].is_floating_point]
+
+    def _is_changed(self, names: list[str], place: int, index: int) -> bool:
+        """Tell whether an operation between two places writes where these tensors lie."""
+        writers = (w for name in names for w in self._writers.get(self._specs[name].storage, ()))
+        return any(place < writer < index for writer in writers)
+
+
+def _listed(value: Any, size: int | None) -> Any:
+    """Return a list in place of the number that stands for it."""
+    return [value] * size if size and isinstance(value, int) else value
+
+
+def _results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list[Any]:
+    operator = operation.resolved
+    arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
+    keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}
+    known = parameters(operator)
+    devices = [place for place, p in enumerate(known) if p.kind == "Optional[Device]"]
+    if not devices and not any(True for _ in operation.reads()):
+        raise ValueError("has no tensor")
+    for place in devices:
+        if place < len(arguments):
+            arguments[place] = META
+        else:
+            keywords[known[place].name] = META
+    found = operator(*arguments, **keywords)
+    if not operator._schema.returns:
+        return []
+    flat: list[Any] = []
+    for item in found if isinstance(found, list | tuple) else [found]:
+        flat += item if isinstance(item, list | tuple) else [item]
+    return flat
+
+
+def _is_dense(spec: TensorSpec) -> bool:
+    return spec.end == (spec.offset + math.prod(spec.shape)) * spec.torch_dtype.itemsize
+
+
+def _are_dense(given: Given, *but: str) -> bool:
+    """Tell whether all tensors lie in their memory without gaps, each number once."""
+    specs = (value for name, value in given.items() if name not in but)
+    return all(_is_dense(spec) for spec in specs if isinstance(spec, TensorSpec))
+
+
+def _none_repeats(given: Given) -> bool:
+    specs = (value for value in given.values() if isinstance(value, TensorSpec))
+    return not any(
+        stride == 0 and size > 1
+        for spec in specs
+        for stride, size in zip(spec.stride, spec.shape, strict=True)
+    )
+
+
+def _bags_fit(given: Given) -> bool:
+    return _are_dense(given, "weight")
+
+
+def _dimensions_fit(given: Given) -> bool:
+    """The dimensions of a Fourier transform, counted from the front."""
+    dimensions = given["dim"]
+    return len(set(dimensions)) == len(dimensions) and all(
+        0 <= dim < len(given["self"].shape) for dim in dimensions
+    )
+
+
+def _fused_fit(given: Given) -> bool:
+    """Each list has a tensor for each parameter: of its size, and without gaps."""
+    whole = given["self"]
+    for name, specs in given.items():
+        if name == "state_steps":
+            fits = all(math.prod(spec.shape) == 1 and spec.dtype == "float32" for spec in specs)
+        elif isinstance(specs, list):
+            fits = all(
+                math.prod(spec.shape) == math.prod(own.shape) and spec.dtype == own.dtype
+                for spec, own in zip(specs, whole, strict=False)
+            ) and all(map(_is_dense, specs))
+        else:
+            fits = not isinstance(specs, TensorSpec) or math.prod(specs.shape) == 1
+            specs = whole
+        may_be_empty = {"max_exp_avg_sqs": "amsgrad", "momentum_buffer_list": "momentum"}
+        is_left_out = not specs and name in may_be_empty and not given[may_be_empty[name]]
+        if not fits or not (is_left_out or len(specs) == len(whole)):
+            return False
+    return True
+
+
+def _attention_fits(given: Given) -> bool:
+    q, k, v = (given[name].shape for name in ("query", "key", "value"))
+    if not len(q) == len(k) == len(v) == 4 or not k[1] or q[1] % k[1] or k[:3] != v[:3]:
+        return False
+    ends = [given[name].stride[3] for name in ("query", "key", "value")]
+    mask = given.get("attn_mask")
+    whole = (*q[:3], k[2])
+    mask_fits = mask is None or (
+        len(mask.shape) in (2, 4)
+        and all(size in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False))
+    )
+    return q[0] == k[0] and q[3] == k[3] == v[3] and set(ends) <= {1} and mask_fits
+
+
+def _batch_norm_fits(given: Given) -> bool:
+    channels = given["input"].shape[1:2]
+    vectors = (given.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
+    return all(vector is None or vector.shape == channels for vector in vectors)
+
+
+def _weight_norm_fits(given: Given) -> bool:
+    v, g, dim = given["v"].shape, given["g"].shape, given.get("dim", 0)
+    norms = tuple(size if place == dim else 1 for place, size in enumerate(v))
+    return dim in (0, len(v) - 1) and g == norms and _are_dense(given)
+
+
+def _rnn_fits(given: Given) -> bool:
+    """An LSTM's layer: four gates."""
+    x, hidden = given["input"].shape, given["hidden_size"]
+    if len(x) != 3 or hidden < 1 or given["mode"] != 2 or given["batch_sizes"]:
+        return False
+    shapes = [given[f"weight{number}"].shape for number in range(4)]
+    gates = 4 * hidden
+    biases = not given["has_biases"] or shapes[2] == shapes[3] == (gates,)
+    states = all(math.prod(given[name].shape) == x[1] * hidden for name in ("hx_", "cx_"))
+    return biases and states and _are_dense(given) and shapes[:2] == [(gates, x[2]), (gates, hidden)]
+
+
+def _distances_fit(given: Given) -> bool:
+    one, two, distances = (given[name].shape for name in ("x1", "x2", "cdist"))
+    return (
+        given["grad"].shape == distances == (*one[:-1], *two[-2:-1])
+        and (one[:-2], one[-1:]) == (two[:-2], two[-1:])
+        and len(one) > 1
+    )
+
+
+def _softmax_fits(given: Given) -> bool:
+    return bool(given["grad_output"].shape == given["output"].shape)
+
+
+#: What kernels that trust shapes need, of the specs and numbers that they are given.
+_SHAPES: dict[str, Callable[[Given], bool]] = {
+    "_cdist_backward": _distances_fit,
+    "_embedding_bag": _bags_fit,
+    "_fft_c2c": _dimensions_fit,
+    "_fft_c2r": _dimensions_fit,
+    "_fft_r2c": _dimensions_fit,
+    "_fused_adagrad_": _fused_fit,
+    "_fused_adam_": _fused_fit,
+    "_fused_adamw_": _fused_fit,
+    "_fused_sgd_": _fused_fit,
+    "_log_softmax_backward_data": _softmax_fits,
+    "_native_batch_norm_legit": _batch_norm_fits,
+    "_native_batch_norm_legit_no_training": _batch_norm_fits,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention_fits,
+    "_softmax_backward_data": _softmax_fits,
+    "_weight_norm_interface": _weight_norm_fits,
+    "median": _none_repeats,
+    "mkldnn_rnn_layer": _rnn_fits,
+    "nanmedian": _none_repeats,
+    "native_batch_norm": _batch_norm_fits,
+    "native_group_norm": _are_dense,
+}
