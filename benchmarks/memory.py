@@ -20,8 +20,8 @@ import torch  # noqa: E402
 
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
+from everystep.program.execute import BoundProgram, without_autograd  # noqa: E402
 from everystep.step.eager import EagerStep, Trainee  # noqa: E402
-from everystep.step.execute import BoundProgram, without_autograd  # noqa: E402
 from everystep.step.iterate import Iteration  # noqa: E402
 
 __all__ = ["main"]
@@ -85,7 +85,7 @@ def _objects(bound: BoundProgram) -> int:
     return sum(
         each.count_diff
         for each in after.compare_to(before, "lineno")
-        if each.count_diff > 0 and "everystep/step" in str(each.traceback)
+        if each.count_diff > 0 and "everystep/program" in str(each.traceback)
     )
 
 

@@ -9,6 +9,13 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from torch import nn  # noqa: E402
 
+import everystep  # noqa: E402
+from everystep.experiment.batches import Batches  # noqa: E402
+from everystep.program.execute import allocate  # noqa: E402
+from everystep.step.build import build  # noqa: E402
+from everystep.step.capture import capture  # noqa: E402
+from everystep.step.eager import EagerStep, Trainee  # noqa: E402
+
 settings.register_profile("everystep", deadline=None, max_examples=50)
 settings.load_profile("everystep")
 
@@ -33,3 +40,48 @@ def small():
 @pytest.fixture(autouse=True)
 def in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def descent(parameters):
+    return everystep.GradientDescent(parameters, lr=1e-3)
+
+
+@pytest.fixture
+def make_trainee():
+    def make(model, x, y, *, loss=None, optimizer=descent, batch_size=None, **options):
+        return Trainee(
+            model=model,
+            loss=loss or nn.MSELoss(reduction="sum"),
+            optimizer=optimizer(model.parameters()),
+            batch=Batches(len(x), batch_size).of(x, y),
+            device=torch.device("cpu"),
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture
+def program_of():
+    """Take a step of a training, and return its program and the content of its constants."""
+
+    def program_of(trainee, step=1):
+        return build(capture(EagerStep(trainee), step), trainee)
+
+    return program_of
+
+
+@pytest.fixture
+def memory_of():
+    """Return memory for a program, filled from a training as it is now."""
+
+    def memory_of(built, trainee):
+        values = dict(trainee.named_state())
+        values["x"], values["y"] = trainee.batch(1)
+        for index, rate in enumerate(trainee.rates()):
+            for dtype in (torch.float32, torch.float64):
+                name = f"hyperparameter/{index}/lr/{str(dtype).removeprefix('torch.')}"
+                values[name] = torch.tensor(rate, dtype=dtype)
+        return allocate(built.program, values | built.constants, trainee.device)
+
+    return memory_of

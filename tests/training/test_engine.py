@@ -12,9 +12,9 @@ from torch.optim import lr_scheduler
 
 import everystep
 from everystep.experiment.batches import Batches
+from everystep.program.execute import BoundProgram, allocate, without_autograd
+from everystep.program.program import Program
 from everystep.recording.snapshots import SnapshotPlan, read_snapshot
-from everystep.step.execute import BoundProgram, allocate, without_autograd
-from everystep.step.program import Program
 
 
 def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():

@@ -20,7 +20,7 @@ from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from everystep.step.program import Program
+    from everystep.program.program import Program
     from everystep.step.state import State
 
 __all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory", "program_file"]

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from everystep.gradient_descent import GradientDescent
-from everystep.step.capture import Capture, Recorded
-from everystep.step.eager import Trainee
-from everystep.step.operators import draws_random_numbers
-from everystep.step.program import (
+from everystep.program.operators import draws_random_numbers
+from everystep.program.program import (
     Operation,
     OptimizerStep,
     Program,
@@ -23,6 +21,8 @@ from everystep.step.program import (
     hyperparameter,
     references,
 )
+from everystep.step.capture import Capture, Recorded
+from everystep.step.eager import Trainee
 from everystep.step.state import optimizer_settings
 
 __all__ = ["Built", "NotCapturableError", "build"]

@@ -21,9 +21,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from everystep.program.operators import NotAllowedError, leaves, resolve, writes
+from everystep.program.program import Phase, encode
 from everystep.step.eager import EagerStep, check_loss_value
-from everystep.step.operators import NotAllowedError, leaves, resolve, writes
-from everystep.step.program import Phase, encode
 
 __all__ = ["Capture", "CapturedStorage", "CapturedTensor", "Recorded", "Refusal", "capture"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.program.memory import copy_into
 from everystep.step.eager import Trainee
 from everystep.step.frozen import plain_attributes
-from everystep.step.memory import copy_into
 from everystep.step.state import Generators, parameter_names
 
 __all__ = ["Saved", "difference", "same_bits"]

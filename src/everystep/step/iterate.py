@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from everystep.errors import TrainingError
+from everystep.program.execute import without_autograd
 from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import capture
 from everystep.step.check import Saved, difference
 from everystep.step.eager import EagerStep, Trainee
-from everystep.step.execute import without_autograd
 from everystep.step.known import PythonState, Settings, reason_against
 from everystep.step.programs import Programs
 

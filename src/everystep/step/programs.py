@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.program.execute import BoundProgram, allocate
+from everystep.program.fold import fold_updates
+from everystep.program.program import hyperparameter
 from everystep.step.build import Built
 from everystep.step.eager import EagerStep, Trainee
-from everystep.step.execute import BoundProgram, allocate
-from everystep.step.fold import fold_updates
-from everystep.step.program import hyperparameter
 from everystep.step.state import parameter_names
 
 __all__ = ["ProgramRule", "Programs"]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from everystep.errors import ProgramError
+from everystep.program.execute import BoundProgram, allocate, without_autograd
+from everystep.program.program import Program
 from everystep.step.check import same_bits
 from everystep.step.eager import EagerStep
-from everystep.step.execute import BoundProgram, allocate, without_autograd
-from everystep.step.program import Program
 
 
 def bound(built, memory):
@@ -143,7 +143,7 @@ def test_a_step_makes_no_tensor_and_no_object(trainee, program_of, memory_of):
             tracemalloc.stop()
             gc.enable()
     grown = [each for each in after.compare_to(before, "lineno") if each.count_diff > 0]
-    ours = [each for each in grown if "everystep/step" in str(each.traceback)]
+    ours = [each for each in grown if "everystep/program" in str(each.traceback)]
     assert not ours
 
 

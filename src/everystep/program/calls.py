@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from everystep.step.memory import copy_into, repeats
-from everystep.step.operators import leaves, out_variant
+from everystep.program.memory import copy_into, repeats
+from everystep.program.operators import leaves, out_variant
 
 __all__ = ["Call", "prebuilt_calls"]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.fold import fold_updates
 from everystep.step.eager import EagerStep
-from everystep.step.execute import BoundProgram, without_autograd
-from everystep.step.fold import fold_updates
 
 
 def taken(program):

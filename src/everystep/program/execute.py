@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.step.calls import Call, prebuilt_calls
-from everystep.step.memory import copy_into, plan_memory
-from everystep.step.program import Operation, Program, TensorSpec, decode
+from everystep.program.calls import Call, prebuilt_calls
+from everystep.program.memory import copy_into, plan_memory
+from everystep.program.program import Operation, Program, TensorSpec, decode
 
 __all__ = ["BoundProgram", "Observed", "allocate", "without_autograd"]
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.step.arguments import DTYPES, decode, references
-from everystep.step.operation import Operation, Storage, TensorSpec
-from everystep.step.operators import parameters
+from everystep.program.arguments import DTYPES, decode, references
+from everystep.program.operation import Operation, Storage, TensorSpec
+from everystep.program.operators import parameters
 
 __all__ = ["check_soundness"]
 

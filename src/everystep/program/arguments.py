@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from everystep.step.operators import NotAllowedError
+from everystep.program.operators import NotAllowedError
 
 __all__ = ["DTYPES", "decode", "encode", "fits", "json_floats", "python_floats", "references"]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from everystep.step.program import Program
+from everystep.program.program import Program
 
 __all__ = ["ALIGNMENT", "MemoryPlan", "copy_into", "plan_memory", "repeats"]
 

@@ -17,8 +17,8 @@ import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from everystep.errors import ProgramError
-from everystep.step.arguments import decode, encode, json_floats, python_floats, references
-from everystep.step.operation import (
+from everystep.program.arguments import decode, encode, json_floats, python_floats, references
+from everystep.program.operation import (
     DIMENSIONS,
     LIMIT,
     Model,
@@ -29,7 +29,7 @@ from everystep.step.operation import (
     TensorSpec,
     usual_geometry,
 )
-from everystep.step.soundness import check_soundness
+from everystep.program.soundness import check_soundness
 
 __all__ = [
     "FORMAT_VERSION",

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from everystep.step.arguments import DTYPES, fits, references
-from everystep.step.operators import computes, parameters, resolve, writes
+from everystep.program.arguments import DTYPES, fits, references
+from everystep.program.operators import computes, parameters, resolve, writes
 
 __all__ = [
     "DIMENSIONS",

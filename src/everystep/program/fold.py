@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from everystep.step.program import Operation, Program, Storage, TensorSpec, hyperparameter
+from everystep.program.program import Operation, Program, Storage, TensorSpec, hyperparameter
 
 __all__ = ["fold_updates"]
 

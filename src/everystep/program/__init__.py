@@ -1,0 +1,1 @@
+"""The step as data: what a program is, how it is read, bound to memory and run."""

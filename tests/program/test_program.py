@@ -1,0 +1,210 @@
+"""A program as JSON: read back as it was written, and nothing but a program is read."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from everystep.errors import ProgramError
+from everystep.program.execute import BoundProgram, allocate, without_autograd
+from everystep.program.memory import ALIGNMENT, plan_memory
+from everystep.program.program import Program
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def trained(make_trainee, program_of, model, x, y, **options):
+    return program_of(make_trainee(model, x, y, **options)).program
+
+
+@pytest.fixture
+def program(small, make_trainee, program_of):
+    return trained(make_trainee, program_of, *small)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The JSON of a program with a mask, a dropout, and an optimizer's step."""
+    return json.loads(TINY)
+
+
+TINY = """{
+ "format": "everystep program", "version": 1, "torch": "2.13.0",
+ "storages": {"x": {"kind": "input", "bytes": 16}, "w": {"kind": "state", "bytes": 16},
+  "mul": {"kind": "temporary", "bytes": 16}, "loss": {"kind": "temporary", "bytes": 4}},
+ "tensors": {"x": {"dtype": "float32", "shape": [4]}, "w": {"dtype": "float32", "shape": [2, 2]},
+  "w~1": {"storage": "w", "dtype": "float32", "shape": [4], "stride": [1]},
+  "mul": {"dtype": "float32", "shape": [4]}, "loss": {"dtype": "float32", "shape": []}},
+ "operations": [
+  {"phase": "forward", "operator": "aten.mul.Tensor", "arguments": ["x", "w~1"], "results": ["mul"]},
+  {"phase": "loss", "operator": "aten.sum.default", "arguments": ["mul"], "results": ["loss"]},
+  {"phase": "update", "operator": "aten.sub_.Tensor", "arguments": ["w~1", "x"],
+   "keywords": {"alpha": 0.5}, "results": ["w~1"]}],
+ "loss": "loss"}"""
+
+
+def changed(data, **changes):
+    """Return the program with other values at paths like `operations__0__operator`."""
+    data = copy.deepcopy(data)
+    for path, value in changes.items():
+        *way, last = [int(key) if key.isdigit() else key for key in path.split("__")]
+        place = data
+        for key in way:
+            place = place[key]
+        place[last] = value
+    return json.dumps(data)
+
+
+def test_it_is_read_as_it_was_written(program):
+    assert Program.from_json(program.to_json()) == program
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+        lambda p: torch.optim.Adam(p, 0.1),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    ],
+    ids=["fused", "as one step", "operations"],
+)
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.Dropout(0.5), nn.GELU("tanh"), nn.LayerNorm(8)])
+def test_programs_of_many_kinds_are_read_as_they_were_written(
+    make_trainee, program_of, optimizer, layer
+):
+    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 2))
+    x, y = torch.randn(6, 4), torch.randn(6, 2)
+    program = trained(make_trainee, program_of, model, x, y, optimizer=optimizer, clip_norm=1.0)
+    assert Program.from_json(program.to_json()) == program
+
+
+def test_a_person_can_read_it(program):
+    lines = [line.strip().rstrip(",") for line in program.to_json().splitlines()]
+    assert '"parameter/0.weight": {"dtype": "float32", "shape": [8, 4]}' in lines
+    assert (
+        '{"phase": "forward", "module": "1", "operator": "aten.tanh.default", "arguments": ["addmm"], '
+        '"results": ["tanh"]}'
+    ) in lines
+
+
+def test_written_by_hand_it_runs(tiny):
+    program = Program.from_json(TINY)
+    values = {"x": torch.tensor([1.0, 2, 3, 4]), "w": torch.ones(2, 2)}
+    memory = allocate(program, values, torch.device("cpu"))
+    bound = BoundProgram(program, memory, torch.device("cpu"))
+    with without_autograd():
+        bound.run()
+    assert bound.loss.item() == 10
+    assert bound.tensor("w").tolist() == [[0.5, 0.0], [-0.5, -1.0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "update everystep"),
+        ({"format": "another"}, "format"),
+        ({"operations__0__operator": "aten.mul.Nothing"}, "mul has no overload Nothing"),
+        ({"operations__0__operator": "aten.from_file.default"}, "from_file"),
+        ({"operations__0__operator": "aten._local_scalar_dense.default"}, "_local_scalar_dense"),
+        ({"operations__0__operator": "aten.set_.source_Tensor"}, "set_"),
+        ({"operations__0__operator": "aten.resize_.default"}, "resize_"),
+        ({"operations__0__operator": "aten.t_.default"}, "t_"),
+        ({"operations__0__operator": "aten.record_stream.default"}, "record_stream"),
+        ({"operations__0__operator": "prim.device.default"}, "prim.device.default"),
+        ({"operations__0__operator": "aten.__class__.x"}, "__class__"),
+        ({"operations__0__arguments": ["x", "nowhere"]}, "nowhere"),
+        ({"operations__0__arguments": ["x"]}, "other"),
+        ({"operations__0__arguments": ["x", "w", 1, 2, 3]}, "at most"),
+        ({"operations__0__arguments": ["x", {"dtype": "float32"}]}, "other"),
+        ({"operations__0__keywords": {"file": 1}}, "file"),
+        ({"operations__0__phase": "sideways"}, "phase"),
+        ({"operations__0__results": ["loss"]}, "mul"),
+        ({"tensors__w__dtype": "float31"}, "float31"),
+        ({"tensors__w__shape": [2, 3]}, "w needs 24 bytes of w, which has 16"),
+        ({"tensors__w~1__stride": [-1]}, "stride"),
+        ({"tensors__w~1__offset": 1}, "w~1 needs 20 bytes"),
+        ({"storages__w__bytes": 2**60}, "bytes"),
+        ({"loss": "mul"}, "one number"),
+        ({"loss": "gone"}, "gone"),
+        ({"optimizer_step": {"name": "Exec", "groups": []}}, "Exec"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_what_is_wrong_is_named(tiny, changes, message):
+    with pytest.raises(ProgramError, match=message):
+        Program.from_json(changed(tiny, **changes))
+
+
+@given(JSON)
+def test_no_json_does_anything_but_fail(data):
+    with pytest.raises(ProgramError):
+        Program.from_json(json.dumps(data))
+
+
+@given(st.text() | st.binary())
+def test_no_text_does_anything_but_fail(text):
+    with pytest.raises(ProgramError):
+        Program.from_json(text)
+
+
+def places(data, way=()):
+    yield way
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from places(value, (*way, key))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_program_with_something_changed_is_read_and_runs_or_fails_by_name(tiny, data):
+    mutated = copy.deepcopy(tiny)
+    way = data.draw(st.sampled_from([way for way in places(mutated) if way]))
+    place = mutated
+    for key in way[:-1]:
+        place = place[key]
+    others = [place_of(tiny, other) for other in places(tiny) if other]
+    place[way[-1]] = data.draw(st.sampled_from(others) | JSON)
+    try:
+        program = Program.from_json(json.dumps(mutated))
+        memory = allocate(program, {}, torch.device("cpu"))
+        bound = BoundProgram(program, memory, torch.device("cpu"))
+    except ProgramError:
+        return
+    with without_autograd():
+        bound.run()
+
+
+def place_of(data, way):
+    for key in way:
+        data = data[key]
+    return data
+
+
+def test_memory_is_shared_only_by_those_that_do_not_live_at_once(make_trainee, program_of):
+    layers = [layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    model = nn.Sequential(*layers)
+    program = trained(make_trainee, program_of, model, torch.randn(4, 8), torch.randn(4, 8))
+    names = program.of_kind("temporary")
+    plan = plan_memory(program, names)
+    lives = {name: [] for name in names}
+    for index, operation in enumerate(program.operations):
+        for tensor in filter(None, (*operation.reads(), *operation.results)):
+            if program.tensors[tensor].storage in lives:
+                lives[program.tensors[tensor].storage].append(index)
+    alive = {name: (min(at), max(at)) for name, at in lives.items() if at}
+    for name, (first, last) in alive.items():
+        start, end = plan.offsets[name], plan.offsets[name] + program.storages[name].bytes
+        assert start % ALIGNMENT == 0
+        assert end <= plan.size
+        for other, (other_first, other_last) in alive.items():
+            if other != name and first <= other_last and other_first <= last:
+                beginning = plan.offsets[other]
+                assert end <= beginning or beginning + program.storages[other].bytes <= start
