@@ -1,4 +1,12 @@
-"""Every test computes under the numerics that everystep sets, as a user's process does."""
+"""Every test computes under the numerics that everystep sets, as a user's process does.
+
+With one thread, though: the workers of the test run would wait for each other's. What depends on
+several asks for them.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from everystep import numerics
 
@@ -85,3 +93,10 @@ def memory_of():
         return allocate(built.program, values | built.constants, trainee.device)
 
     return memory_of
+
+
+@pytest.fixture(autouse=True)
+def leaves_torch_as_it_was():
+    before = torch.get_deterministic_debug_mode(), torch.get_num_threads()
+    yield
+    assert (torch.get_deterministic_debug_mode(), torch.get_num_threads()) == before

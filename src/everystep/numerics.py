@@ -11,6 +11,7 @@ import ctypes
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -131,27 +132,62 @@ def warning() -> str | None:
 
 @contextmanager
 def in_force(threads: int | None = None) -> Iterator[None]:
-    """Hold deterministic algorithms, unflushed denormals and `threads` within; restore them after."""
+    """Hold deterministic algorithms, unflushed denormals and `threads` within; restore them after.
+
+    All of these belong to the process: of trainings in several threads, the last to end restores them.
+    """
     import torch
-    import torch.utils.deterministic
 
     threads_before = torch.get_num_threads()
-    deterministic_before = torch.get_deterministic_debug_mode()
-    fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    flush_before = _flushes_denormals()
+    _held.enter()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        # The same as use_deterministic_algorithms(True, warn_only=True), which imports the compiler.
-        torch.set_deterministic_debug_mode("warn")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.set_flush_denormal(False)
         yield
     finally:
         torch.set_num_threads(threads_before)
-        torch.set_deterministic_debug_mode(deterministic_before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
-        torch.set_flush_denormal(flush_before)
+        _held.leave()
+
+
+class _Held:
+    """The settings of torch that are held while a training goes on, and what they were before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._before: tuple[int, bool, bool] = (0, False, False)
+
+    def enter(self) -> None:
+        """One more training holds them."""
+        import torch
+        import torch.utils.deterministic as settings
+
+        with self._lock:
+            self._depth += 1
+            if self._depth > 1:
+                return
+            fill = settings.fill_uninitialized_memory  # type: ignore[attr-defined]
+            self._before = torch.get_deterministic_debug_mode(), fill, _flushes_denormals()
+            # The same as use_deterministic_algorithms(True, warn_only=True), which imports the compiler.
+            torch.set_deterministic_debug_mode("warn")
+            settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            torch.set_flush_denormal(False)
+
+    def leave(self) -> None:
+        """One training less holds them; after the last, they are as they were."""
+        import torch
+        import torch.utils.deterministic as settings
+
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                mode, fill, flush = self._before
+                torch.set_deterministic_debug_mode(mode)
+                settings.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+                torch.set_flush_denormal(flush)
+
+
+_held = _Held()
 
 
 def _flushes_denormals() -> bool:

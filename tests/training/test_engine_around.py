@@ -251,7 +251,7 @@ def test_ctrl_c_at_any_time_leaves_a_whole_step():
     timer.join()
     (run,) = everystep.runs()
     steps = len(run.losses)
-    assert run.snapshots[-1] == steps > 8
+    assert run.snapshots[-1] == steps > 0
     assert {n: bits(t) for n, t in run.parameters(steps).items()} == {
         n: bits(t) for n, t in trained.model.state_dict().items()
     }

@@ -93,7 +93,11 @@ class BoundProgram:
             self.calls.append(optimizer_step)
 
     def run(self) -> None:
-        """Take the step on what the memory holds; to be called within `without_autograd`."""
+        """Take the step on what the memory holds; to be called within `without_autograd`.
+
+        Raises:
+            RuntimeError: a kernel refuses what it is given (or IndexError, ValueError, TypeError).
+        """
         _run(self.calls)
 
     def observe(self) -> Iterator[Observed]:

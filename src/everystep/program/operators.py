@@ -39,12 +39,13 @@ _TEXT_ARGUMENTS = {
 
 #: They compute on tensors, but not on such as programs have (dense ones), or in ways that programs do
 #: not: in other memory than they are given, with numbers that nobody checks as places in memory, or
-#: for as long as a number in a tensor says.
+#: for as long as a number in a tensor says. Others are only called by other operators.
 _NOT_ALLOWED = re.compile(
     r".*(sparse|quantized|nested|padded|overrideable|resize|polynomial).*|.*mkldnn_(?!rnn_layer).*"
     r"|.*_mkldnn|(de)?quantize.*|q_.*|sym_.*|unique_.*|nonzero_static|set|lift|empty_permuted"
-    r"|as_strided_scatter|batch_norm_.*|(split|split_with_sizes|unbind)_copy|segment_reduce|hspmm|sspaddmm|int_repr"
-    r"|native_norm"
+    r"|as_strided_scatter|(split|split_with_sizes|unbind)_copy|segment_reduce|hspmm|sspaddmm|int_repr"
+    r"|native_norm|batch_norm_.*|slow_conv.*|conv_depthwise3d|glu_.*jvp|histogram|matmul_backward"
+    r"|adaptive_avg_pool3d_backward|(cudnn|miopen)_(affine|convolution|ctc|depthwise).*"
 )
 
 #: Operators whose names begin with an underscore are torch's own affair; these are kernels of steps.
@@ -119,7 +120,7 @@ def _reason_against(name: str, operator: Any) -> str | None:
         not _RESULT_TYPES.fullmatch(str(result.type)) for result in schema.returns
     ):
         return "gives a number to Python, which may decide by it what to do"
-    if torch.Tag.dynamic_output_shape in tags and name != "index":
+    if name != "index" and _has_dynamic_shape(operator.overloadpacket):
         return "gives a result whose shape depends on numbers"
     if torch.Tag.inplace_view in tags:
         return "changes the shape or the memory of a tensor that is there already"
@@ -131,6 +132,13 @@ def _reason_against(name: str, operator: Any) -> str | None:
     rule = _PRIVATE_KERNELS.fullmatch(name) if name.startswith("_") else not _NOT_ALLOWED.fullmatch(name)
     allowed = rule and torch.Tag.view_copy not in tags and not _is_taken_apart(schema)
     return None if allowed else "is not on the list of operators that a program may use"
+
+
+@cache
+def _has_dynamic_shape(packet: Any) -> bool:
+    """Tell whether the shape of a result depends on numbers; overloads with `out=` do not all say so."""
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
 
 
 def _is_taken_apart(schema: Any) -> bool:

@@ -9,6 +9,7 @@ carries the number of the forward operation that made it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -223,11 +224,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def modules(self, model: nn.Module) -> Iterator[None]:
         """Follow which module of the model runs, and note its outputs."""
         paths = {id(module): path for path, module in model.named_modules()}
+        thread = threading.get_ident()  # hooks on all modules see those of other threads too
 
         def opened(module: nn.Module, inputs: Any) -> None:
-            self._open_modules.append(paths.get(id(module), ""))
+            if threading.get_ident() == thread:
+                self._open_modules.append(paths.get(id(module), ""))
 
         def closed(module: nn.Module, inputs: Any, output: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             path = self._open_modules.pop()
             if path and self._phase == "forward":
                 outputs = list(leaves(list(output.values()) if isinstance(output, dict) else output))

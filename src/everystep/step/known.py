@@ -41,12 +41,13 @@ def reason_against(trainee: Trainee) -> str | None:
 
 def _reasons(trainee: Trainee) -> Iterator[str]:
     global_hooks = vars(nn.modules.module)
-    if any(global_hooks[f"_global{name}"] for name in _MODULE_HOOKS):
+    on_all = [hook for name in _MODULE_HOOKS for hook in global_hooks[f"_global{name}"].values()]
+    if not all(map(_is_harmless, on_all)):
         yield "there is a hook on all modules (torch.nn.modules.module)"
     for where, module in _modules(trainee):
         for attribute, kind in _MODULE_HOOKS.items():
             hooks = (getattr(module, attribute, None) or {}).values()
-            if not all(map(_is_torchs, hooks)):
+            if not all(map(_is_harmless, hooks)):
                 yield f"{where} has {kind}"
         if "forward" in vars(module) and not isinstance(module, torch.jit.ScriptModule):
             yield f"the forward of {where} has been exchanged"
@@ -74,10 +75,11 @@ def _modules(trainee: Trainee) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _is_torchs(hook: Any) -> bool:
+def _is_harmless(hook: Any) -> bool:
+    """Tell whether a hook is torch's own, or that of a capture in another thread."""
     function = getattr(hook, "__func__", hook)
     origin = getattr(function, "__module__", None) or type(hook).__module__
-    return str(origin).startswith("torch.")
+    return str(origin).startswith(("torch.", "everystep."))
 
 
 class PythonState:
