@@ -211,6 +211,7 @@ WORKLOADS = [
     _small("small-adamw", "small, AdamW", update="AdamW", lr=2e-5),
     Workload("medium", "medium", Perceptron((256, 64, 10)), steps=3000, lr=1e-6, rows=256),
     Workload("wide", "wide", Perceptron((784, 1024, 10)), steps=100, lr=1e-6, rows=512),
+    Workload("wide-400", "wide, 400 steps", Perceptron((784, 1024, 10)), steps=400, lr=1e-6, rows=512),
     _digits("digits", "digits, Adam", network=Perceptron((64, 128, 64, 10)), steps=60 * 28, lr=1e-4),
     _digits("convolution", "convolution, Adam", network=Convolutional(), steps=6 * 28, lr=1e-3),
     _digits("transformer", "transformer, Adam", network=Transformer(), steps=4 * 28, lr=1e-3),

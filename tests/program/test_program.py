@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import everystep
 from everystep.errors import ProgramError
 from everystep.program.execute import BoundProgram, allocate, without_autograd
 from everystep.program.memory import ALIGNMENT, plan_memory
@@ -85,6 +86,32 @@ def test_programs_of_many_kinds_are_read_as_they_were_written(
     x, y = torch.randn(6, 4), torch.randn(6, 2)
     program = trained(make_trainee, program_of, model, x, y, optimizer=optimizer, clip_norm=1.0)
     assert Program.from_json(program.to_json()) == program
+
+
+TRAININGS = {
+    "short last batches": {"batch_size": 6},
+    "clipped": {"clip_norm": 0.1},
+    "folded": {"fold": True},
+    "one step of Adam": {"optimizer": torch.optim.Adam},
+    "fused": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)},
+    "with an infinite lr": {"optimizer": lambda p: torch.optim.Adam(p, lr=float("inf"))},
+    "with another loss": {"loss": nn.HuberLoss(delta=0.5)},
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_programs_of_a_run_are_read_as_they_were_written(name, small):
+    model, x, y = small
+    options = {"loss": nn.MSELoss(), "optimizer": lambda p: everystep.GradientDescent(p, lr=0.01)}
+    options |= TRAININGS[name]
+    optimizer = options.pop("optimizer")(model.parameters())
+    run = everystep.train(model, (x, y), optimizer=optimizer, steps=8, progress=False, **options)
+    files = sorted((run.directory / "programs").glob("*.json"))
+    assert len(files) == len(run.facts["engine"]["programs"]) > 0
+    for file in files:
+        text = file.read_text()
+        assert Program.from_json(text).to_json() == text
+        json.loads(text, parse_constant=pytest.fail)
 
 
 def test_a_person_can_read_it(program):

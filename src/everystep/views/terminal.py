@@ -191,7 +191,7 @@ def engine_text(facts: dict[str, Any]) -> str:
     eager_from, reason = engine["eager_from"], engine["reason"]
     folded = "folded program" if engine["fold"] else "program"
     by_program = (
-        f"taken by {folded}, checked against the eager step {engine['checks']:,} times, "
+        f"by {folded}, checked against the eager step {engine['checks']:,} times, "
         f"last at step {engine['verified_to']:,}"
     )
     if eager_from is None:

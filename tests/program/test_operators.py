@@ -1,0 +1,159 @@
+"""The allow-list: every operator of this torch, looked at."""
+
+import re
+
+import pytest
+import torch
+
+from everystep.program.operators import (
+    NotAllowedError,
+    computes,
+    draws_random_numbers,
+    out_variant,
+    parameters,
+    resolve,
+    writes,
+)
+
+#: What torch says of an operator that does more than compute, or gives something else than tensors.
+UNWANTED = {torch.Tag.data_dependent_output, torch.Tag.inplace_view, torch.Tag.view_copy}
+#: Types that are numbers, tensors, or say how to compute.
+PLAIN = re.compile(
+    r"(Optional\[|List\[)*(Tensor|number|int|float|bool|str|ScalarType|Layout|MemoryFormat|Device"
+    r"|Generator)\]*"
+)
+
+
+def all_names():
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, rest = name.partition("::")
+        base, _, overload = rest.partition(".")
+        yield f"{namespace}.{base}.{overload or 'default'}"
+
+
+def allowed_operators():
+    for name in all_names():
+        try:
+            yield resolve(name)
+        except NotAllowedError:
+            continue
+
+
+def test_what_is_allowed_makes_tensors_from_tensors_and_numbers():
+    names = set()
+    for operator in allowed_operators():
+        assert operator.namespace == "aten"
+        assert not UNWANTED & set(operator.tags), operator
+        for parameter in parameters(operator):
+            assert PLAIN.fullmatch(parameter.kind), (operator, parameter)
+            if "str" in parameter.kind:
+                names.add(parameter.name)
+        for result in operator._schema.returns:
+            assert str(result.type) in ("Tensor", "List[Tensor]"), operator
+    # Texts that are the name of a way to compute, and of no file.
+    assert names <= {"approximate", "rounding_mode", "reduce", "side", "mode", "driver", "UPLO"}
+
+
+def test_what_a_program_has_gives_no_view_and_nothing_changes_shape_in_place():
+    for operator in filter(computes, allowed_operators()):
+        for result in operator._schema.returns:
+            assert result.alias_info is None or result.alias_info.is_write, operator
+        name = operator.overloadpacket.__name__
+        assert not re.search(r"resize|^set_?$|strided|squeeze|^transpose|^_?pin|^detach|^empty", name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("from_file.default", "_local_scalar_dense.default", "item.default", "equal.default"),
+        *(
+            "set_.source_Tensor",
+            "set_.default",
+            "resize_.default",
+            "resize_as_.default",
+            "set_data.default",
+        ),
+        *(
+            "as_strided_.default",
+            "transpose_.default",
+            "t_.default",
+            "squeeze_.default",
+            "detach_.default",
+        ),
+        *("swapaxes_.default", "rename_.default", "requires_grad_.default", "record_stream.default"),
+        *("_resize_output_.default", "_pin_memory.default", "pin_memory.default", "_copy_from.default"),
+        *("_print.default", "_assert_async.msg", "_assert_tensor_metadata.default", "warn.default"),
+        *(
+            "_cudnn_rnn_flatten_weight.default",
+            "_cudnn_init_dropout_state.default",
+            "_lazy_clone.default",
+        ),
+        *("sym_constrain_range.default", "_make_dep_token.default", "_foobar.default"),
+        *("nonzero.default", "masked_select.default", "bincount.out", "repeat_interleave.Tensor_out"),
+        *(
+            "_unsafe_index.Tensor",
+            "_unsafe_index_put.default",
+            "segment_reduce.default",
+            "_coalesced_.default",
+        ),
+        *("special_chebyshev_polynomial_t.default", "to_sparse.default", "quantize_per_tensor.default"),
+        *(
+            "_linalg_check_errors.default",
+            "_nested_from_padded.default",
+            "_test_warn_in_autograd.default",
+        ),
+    ],
+)
+def test_what_does_something_else_is_not_allowed(name):
+    with pytest.raises(NotAllowedError, match=re.escape(name.split(".")[0])):
+        resolve(f"aten.{name}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("prim.device.default", "prims.add.default", "profiler._record_function_enter_new.default"),
+        *(
+            "aten",
+            "aten.",
+            "aten.mul",
+            "aten.mul.",
+            "aten.mul.Tensor.more",
+            "aten.mul.Tensor\n",
+            " aten.mul.Tensor",
+        ),
+        *(
+            "aten.__class__.x",
+            "aten.mul.__call__",
+            "aten.mul._schema",
+            "aten.name.default",
+            "os.system.default",
+        ),
+        *("torch.optim.Adam", "aten.mul.Tensör", "aten.addmm.none", "", "\x00", "aten.mul.Tensor\x00"),
+    ],
+)
+def test_names_that_are_none_are_refused(name):
+    with pytest.raises(NotAllowedError):
+        resolve(name)
+
+
+def test_a_step_may_call_views_and_a_program_needs_none():
+    for name in ("view.default", "as_strided.default", "expand.default", "_unsafe_view.default"):
+        assert not computes(resolve(f"aten.{name}"))
+    for name in ("mul.Tensor", "add_.Tensor", "zeros.default", "copy_.default", "_to_copy.default"):
+        assert computes(resolve(f"aten.{name}"))
+
+
+def test_what_schemas_say():
+    aten = torch.ops.aten
+    assert writes(aten.add_.Tensor) == {"self"}
+    assert writes(aten.native_batch_norm.default) == {"running_mean", "running_var"}
+    assert "self" in writes(aten._fused_adam_.default)
+    assert draws_random_numbers(aten.native_dropout.default)
+    assert not draws_random_numbers(aten.mm.default)
+    assert out_variant(aten.mm.default) == (aten.mm.out, ("out",))
+    assert out_variant(aten.add_.Tensor) is None
+    self, other, alpha = parameters(aten.add.Tensor)
+    assert (self.name, self.kind, self.is_positional, self.is_required) == ("self", "Tensor", True, True)
+    assert (alpha.is_positional, alpha.is_required, alpha.default) == (False, False, 1)
+    assert other.kind == "Tensor"
