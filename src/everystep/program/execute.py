@@ -76,15 +76,16 @@ class BoundProgram:
         sizes = {place.storage.data_ptr(): place.storage.nbytes() for place in temporary.values()}
         self.temporary_bytes = sum(sizes.values())
         self.loss = self._tensors[program.loss]
+        derived = program.derived_gradients
         self.gradients = {
             name: self._tensors[tensor]
             for name, tensor in program.gradients.items()
-            if name not in program.derived_gradients
+            if name not in derived
         }
         self._optimizer_step = optimizer_step
         with without_autograd():
             for operation in program.once:
-                _run(self._calls(operation))
+                self._run_once(operation)
             own = (self._calls(each) for each in program.operations if not each.derived)
             self.calls = list(chain.from_iterable(own))
             if device.type == "cuda" and not any(s.host for s in program.storages.values()):
@@ -132,6 +133,12 @@ class BoundProgram:
         operation = Operation(phase="update", operator=f"torch.optim.{step.name}")
         return Observed(operation, inputs, {name: self._tensors[name].clone() for name in state})
 
+    def _run_once(self, operation: Operation) -> None:
+        try:
+            _run(self._calls(operation))
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise ProgramError(f"{operation.operator}: {error}") from None
+
     def _calls(self, operation: Operation) -> list[Call]:
         operator = operation.resolved
         try:
@@ -156,12 +163,18 @@ def allocate(program: Program, values: Mapping[str, Tensor], device: torch.devic
         values: what tensors of the program hold at first, by name: state as a snapshot has it, or the
             bytes of a constant. What is missing is zero.
         device: where the program shall run.
+
+    Raises:
+        ProgramError: there is not enough memory.
     """
     memory = {}
     for name, storage in program.storages.items():
         if storage.kind != "temporary":
             place = torch.device("cpu") if storage.host else device
-            memory[name] = torch.zeros(storage.bytes, dtype=torch.uint8, device=place)
+            try:
+                memory[name] = torch.zeros(storage.bytes, dtype=torch.uint8, device=place)
+            except RuntimeError as error:
+                raise ProgramError(f"there is no memory for {name}: {error}") from None
             if storage.kind == "constant" and name in values:
                 memory[name].copy_(values[name][: storage.bytes])
     for name, spec in program.tensors.items():

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from everystep.gradient_descent import GradientDescent
@@ -243,7 +244,7 @@ class _Builder:
         used |= set(gradients.values()) | set(self._state)
         tensors = {name: spec for name, spec in self._tensors.items() if name in used}
         storages = self._used_storages(tensors)
-        program = Program(
+        program = _checked(
             torch=torch.__version__,
             storages=storages,
             tensors=tensors,
@@ -398,6 +399,13 @@ class _Builder:
             {self._tensors[name].storage for name in writes},
             draws_random_numbers(operation.resolved),
         )
+
+
+def _checked(**parts: Any) -> Program:
+    try:
+        return Program(**parts)
+    except ValidationError as error:
+        raise NotCapturableError(f"no program can hold it: {error.errors()[0]['msg']}") from None
 
 
 def _copy_operation(target: str, source: str) -> Operation:
