@@ -128,7 +128,7 @@ def _flat(value: Any) -> list[Any]:
 def _fastest(operator: Any, arguments: list[Any], keywords: dict[str, Any]) -> Call:
     """Return the call by torch's own Python binding, if there is one that calls this very operator.
 
-    It takes less than half the time of the call by `torch.ops`.
+    It takes less time than the call by `torch.ops`, about a microsecond.
     """
     for function in _bindings(operator):
         if _calls_only(function, operator, arguments, keywords):
