@@ -424,3 +424,10 @@ def test_a_dataset_read_at_every_step_is_read_once_for_each(dataset, model, batc
     assert run.facts["data"]["lazy"]
     if dataset is OfAnyLength:
         assert len(run.facts["engine"]["programs"]) == 7  # the first step, and six lengths
+
+
+def test_where_nothing_can_be_folded_the_run_says_so_and_is_held_to_every_bit():
+    run = everystep.train_experiment("wine", {"epochs": 2, "fold": True}, progress=False)
+    exact = everystep.train_experiment("wine", {"epochs": 2}, progress=False)
+    assert (run.facts["engine"]["fold"], run.facts["engine"]["folded"]) == (True, False)
+    assert run.losses.equals(exact.losses)

@@ -54,7 +54,10 @@ class _Folding:
     def folded(self) -> Program:
         """Return the new program."""
         operations: list[Operation | None] = list(self.program.operations)
-        for update in self._updates():
+        updates = list(self._updates())
+        if not updates:
+            return self.program
+        for update in updates:
             maker = self._maker(update)
             new = None if maker is None else self._accumulating(update, operations[maker])
             if new is not None and maker is not None:

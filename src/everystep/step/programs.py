@@ -43,7 +43,8 @@ class Programs:
     def __init__(self, trainee: Trainee, fold: bool) -> None:
         self.built: list[Built] = []
         # What is folded has the lr as a number in it, so the lr must stay as it is.
-        self.is_folded = fold and trainee.schedule is None
+        self._may_fold = fold and trainee.schedule is None
+        self.is_folded = False
         self._trainee = trainee
         self._update = EagerStep(trainee).update
         self._by_key: dict[_Key, int] = {}
@@ -67,8 +68,10 @@ class Programs:
 
     def add(self, step: int, built: Built) -> None:
         """Use this program for all steps of the kind of `step`; an equal one is kept once."""
-        if self.is_folded:
-            built = built._replace(program=fold_updates(built.program, self._trainee.rates()))
+        if self._may_fold:
+            folded = fold_updates(built.program, self._trainee.rates())
+            self.is_folded |= folded is not built.program
+            built = built._replace(program=folded)
         programs = [known.program for known in self.built]
         if built.program not in programs:
             self.built.append(built)

@@ -194,6 +194,7 @@ class _Training:
         engine = {
             "asked": self.job.engine,
             "fold": self.job.fold,
+            "folded": programs.is_folded,
             "programs": [
                 {"file": program_file(rule.number + 1), "steps": rule.steps} for rule in programs.rules()
             ],

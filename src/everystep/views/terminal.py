@@ -189,7 +189,7 @@ def engine_text(facts: dict[str, Any]) -> str:
     if not isinstance(engine, dict):
         return "taken eagerly"
     eager_from, reason = engine["eager_from"], engine["reason"]
-    folded = "folded program" if engine["fold"] else "program"
+    folded = "folded program" if engine["folded"] else "program"
     by_program = (
         f"by {folded}, checked against the eager step {engine['checks']:,} times, "
         f"last at step {engine['verified_to']:,}"
