@@ -7,6 +7,7 @@ failed; 2: wrong use; 130: Ctrl-C.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,19 @@ RunArgument = Annotated[
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN...", help="Runs' directories, or their names in runs/.")
 ]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value: optimizer.lr=1e-3. Repeatable."),
+]
+BudgetOption = Annotated[
+    int, typer.Option(min=1, metavar="MB", help="Megabytes of snapshots the run may keep.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; nan and inf as strings.")]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Replay in N processes instead of one for each core."),
+]
 PageOption = Annotated[
     Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write (.html).")
 ]
@@ -43,12 +57,7 @@ def train(
         str,
         typer.Argument(metavar="EXPERIMENT", help="A TOML file, or the name of a built-in experiment."),
     ] = "two-layer",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="PATH=VALUE", help="Override a value: optimizer.lr=1e-3. Repeatable."
-        ),
-    ] = None,
+    settings: SettingsOption = None,
     steps: Annotated[int | None, typer.Option(help="How many steps to take.")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="How often to see all rows, instead of steps.")
@@ -67,10 +76,8 @@ def train(
     run: Annotated[
         Path | None, typer.Option("--run", metavar="DIR", help="The run's directory; it must not exist.")
     ] = None,
-    snapshot_budget: Annotated[
-        int, typer.Option(min=1, metavar="MB", help="Megabytes of snapshots the run may keep.")
-    ] = 512,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")] = False,
+    snapshot_budget: BudgetOption = 512,
+    quiet: QuietOption = False,
 ) -> None:
     """Train an experiment, recording every step.
 
@@ -89,7 +96,8 @@ def train(
     loaded = load(experiment, overrides)
 
     from everystep.training.from_experiment import train_experiment
-    from everystep.views.terminal import Silent, TerminalProgress, closing
+    from everystep.views.progress import Silent, TerminalProgress
+    from everystep.views.terminal import closing
 
     piped = None if sys.stdout.isatty() else sys.stdout
     progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
@@ -125,7 +133,7 @@ def runs(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where the runs are.")] = Path(
         "runs"
     ),
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON array.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """List runs: name, status, steps, first and last loss, when."""
     from rich.console import Console
@@ -151,9 +159,7 @@ def runs(
 def losses(
     run: RunArgument,
     csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="As a JSON array; nan and inf as strings.")
-    ] = False,
+    json: JsonOption = False,
     parquet: Annotated[bool, typer.Option("--parquet", help="As Parquet; goes into --output.")] = False,
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N steps.")] = None,
     output: Annotated[
@@ -224,6 +230,201 @@ def report(run: RunArgument, output: PageOption) -> None:
     _write(output, lambda: output.write_text(content, encoding="utf-8"))
 
 
+@app.command()
+def step(
+    run: RunArgument,
+    number: Annotated[
+        int, typer.Argument(metavar="STEP", help="Which step: from 1, or from the end: -1.")
+    ],
+    phase: Annotated[
+        str | None,
+        typer.Option(help="Only this: batch, forward, loss, zero_grad, backward, update."),
+    ] = None,
+    operation: Annotated[
+        int | None, typer.Option("--op", metavar="N", help="Only this operation, whole.")
+    ] = None,
+    values: Annotated[bool, typer.Option("--values", help="Print the numbers of tensors.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Open a step: its batch, each operation with what it gives, gradients and updates.
+
+    The step is taken again from the nearest state on disk, and its loss compared with the recorded one.
+    """
+    from rich.console import Console
+
+    from everystep.api import open
+    from everystep.views.step import step_text
+    from everystep.views.step_json import step_json
+
+    opened = open(run)
+    found = opened[number]
+    _tell(opened.problems)
+    if json:
+        typer.echo(step_json(found, opened.facts, values=values))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        text = step_text(
+            found,
+            opened.facts,
+            name=opened.name,
+            phase=phase,
+            operation=operation,
+            values=values,
+            width=max(console.width, 60) if sys.stdout.isatty() else 100,
+        )
+        console.print(text, end="")
+
+
+@app.command()
+def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
+    """Take every step again, and compare every loss and every snapshot, bit for bit.
+
+    Exits with 1 if something is not as it was recorded.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json, verify_data, verify_text
+
+    opened = open(run)
+    found = opened.verify(processes=processes)
+    typer.echo(as_json(verify_data(opened.name, found)) if json else verify_text(opened.name, found))
+    if not found.is_exact:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    one: RunArgument,
+    other: RunArgument,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Go through every step, not only where they part.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show where two runs part: experiments, losses, states, down to the first operation.
+
+    Exits with 1 if they differ.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json, diff_data, diff_text
+
+    found = open(one).diff(open(other), thorough=thorough)
+    typer.echo(as_json(diff_data(found)) if json else diff_text(found))
+    if not found.is_same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def fork(
+    run: RunArgument,
+    at: Annotated[
+        int, typer.Option("--at", metavar="STEP", help="The last step that is the parent's; 0: none.")
+    ],
+    settings: SettingsOption = None,
+    steps: Annotated[
+        int | None, typer.Option(help="The last step, counted from the parent's 1.")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="The fork's directory; must not exist.")
+    ] = None,
+    snapshot_budget: BudgetOption = 512,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a run that is its parent's up to a step, and goes on by other rules from there."""
+    from everystep import numerics
+    from everystep.experiment.specification import parse_setting
+    from everystep.views.terminal import closing
+
+    numerics.prepare()
+    from everystep.api import open
+
+    changes: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
+    made = open(run).fork(
+        at,
+        changes,
+        steps=steps,
+        directory=directory,
+        snapshot_budget=snapshot_budget * 1_000_000,
+        progress=not quiet,
+    )
+    if not quiet:
+        _hint(closing(made.directory, made.facts.get("reason")))
+    if made.status != "finished":
+        raise typer.Exit(1)
+
+
+@app.command()
+def measure(
+    run: RunArgument,
+    expression: Annotated[
+        str, typer.Argument(metavar="EXPRESSION", help="norm(gradients['0.weight']), for example.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="The measurement's name; otherwise the expression.")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Measure every N steps.")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take the place of an earlier one of that name.")
+    ] = False,
+    processes: ProcessesOption = None,
+) -> None:
+    """Add a measurement to a finished run, as if it had been made while it was trained.
+
+    An expression is of loss, step, batch.x, batch.y, parameters['0.weight'], buffers[...],
+    gradients[...], activations['1'], updates[...], previous.loss (and so on), and measurements by name.
+    Ctrl-C keeps what is done; the same command goes on from there.
+    """
+    from everystep.api import open
+    from everystep.views.answers import measured_text
+
+    opened = open(run)
+    found = opened.measure(expression, name=name, every=every, overwrite=overwrite, processes=processes)
+    typer.echo(measured_text(found))
+    _hint(f"everystep plot {run} -m {shlex.quote(found.name)} -o measured.png")
+    if found.left_out:
+        raise typer.Exit(1)
+
+
+@app.command()
+def when(
+    run: RunArgument,
+    condition: Annotated[
+        str, typer.Argument(metavar="EXPRESSION", help="isnan(loss), for example; or nonfinite.")
+    ],
+    last: Annotated[bool, typer.Option("--last", help="The last step instead of the first.")] = False,
+    all: Annotated[bool, typer.Option("--all", help="All steps instead of the first.")] = False,
+    processes: ProcessesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the first step at which an expression is true; print the step and its loss.
+
+    `nonfinite` finds the operation that made the first NaN or infinity. Exits with 1 if there is none.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json, nonfinite_data, nonfinite_text, when_text
+
+    if last and all:
+        raise UsageError("--last and --all exclude each other; choose one")
+    opened = open(run)
+    if condition.strip() == "nonfinite":
+        made = opened.first_nonfinite(processes=processes)
+        typer.echo(as_json(nonfinite_data(made)) if json else nonfinite_text(made))
+        if made is None:
+            raise typer.Exit(1)
+        return
+    found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
+    if found.inexact:
+        steps = ", ".join(map(str, found.inexact))
+        _hint(f"everystep: taken again, losses are not as recorded from step {steps} on; see verify")
+    losses = {step: opened.losses_between(step, step)[0] for step in found.steps}
+    if json:
+        typer.echo(as_json([{"step": step, "loss": loss} for step, loss in losses.items()]))
+    else:
+        typer.echo(when_text(found, losses), nl=False)
+    if not found.steps:
+        _hint("no step")
+        raise typer.Exit(1)
+
+
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
@@ -257,6 +458,11 @@ def _write(path: Path, write: Any) -> None:
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
     _hint(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+
+
+def _tell(problems: list[str]) -> None:
+    for problem in problems:
+        _hint(f"everystep: {problem}")
 
 
 def _hint(text: str) -> None:

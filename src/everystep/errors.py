@@ -6,8 +6,10 @@
     │   ├── DataError: the data set
     │   ├── ModelError: the model does not fit its data, or the data its loss
     │   ├── DeviceError: the device is not there
-    │   └── RunError: no run there, a run that is in the way, or one that cannot be read
-    │       └── ProgramError: a program that cannot be read, or cannot be run here
+    │   ├── RunError: no run there, a run that is in the way, or one that cannot be read
+    │   │   ├── ProgramError: a program that cannot be read, or cannot be run here
+    │   │   └── StepError (an IndexError): a step that the run does not have
+    │   └── ExpressionError: an expression that cannot be read, or does not fit the run
     ├── TrainingError: torch failed within a step of an experiment; exit code 1
     └── RecordingError: writing the run failed (disk full, read-only, ...); exit code 1
 
@@ -26,11 +28,13 @@ __all__ = [
     "DeviceError",
     "EverystepError",
     "ExperimentError",
+    "ExpressionError",
     "Fault",
     "ModelError",
     "ProgramError",
     "RecordingError",
     "RunError",
+    "StepError",
     "TrainingError",
     "UsageError",
     "did_you_mean",
@@ -92,6 +96,14 @@ class RunError(UsageError):
 
 class ProgramError(RunError):
     """A program that is none, is of a newer everystep, or uses what is not allowed."""
+
+
+class StepError(RunError, IndexError):
+    """A step that the run does not have, or not yet."""
+
+
+class ExpressionError(UsageError):
+    """An expression that cannot be read, or that does not fit the run."""
 
 
 class TrainingError(EverystepError):

@@ -53,6 +53,9 @@ _CBWR_BRANCHES = {
 }
 _CBWR_STRICT = 0x10000
 
+#: What `ATEN_CPU_CAPABILITY` takes, by what torch calls the capability.
+_CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
+
 
 @dataclass(frozen=True)
 class Numerics:
@@ -101,6 +104,25 @@ class Numerics:
     def from_json(cls, data: dict[str, Any]) -> Numerics:
         """Return what `to_json` was made from; raises TypeError where fields are missing."""
         return cls(**data)
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment that makes a new process compute like this, where that can be set."""
+        asked = ENVIRONMENT["MKL_CBWR"]
+        # On AMD processors, what is asked for by default is read back as "auto,STRICT".
+        mkl_cbwr = {"auto,STRICT": asked, "absent": asked, "unknown": asked}.get(
+            self.mkl_cbwr, self.mkl_cbwr
+        )
+        found = ENVIRONMENT | {"MKL_CBWR": mkl_cbwr.upper(), "OMP_NUM_THREADS": str(self.threads)}
+        if self.cpu_capability in _CAPABILITIES:
+            found["ATEN_CPU_CAPABILITY"] = _CAPABILITIES[self.cpu_capability]
+        if self.cublas_workspace_config:
+            found["CUBLAS_WORKSPACE_CONFIG"] = self.cublas_workspace_config
+        return found
+
+    def needs_other_process(self, other: Numerics) -> bool:
+        """Tell whether something differs that is settled when a process first computes."""
+        settled = ("cpu_capability", "mkl_cbwr") + ("cublas_workspace_config",) * (self.device != "cpu")
+        return any(getattr(self, name) != getattr(other, name) for name in settled)
 
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
         """Return each field that differs, with this value and the other's."""

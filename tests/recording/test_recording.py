@@ -148,12 +148,12 @@ def test_a_misspelt_run_is_guessed(small):
         everystep.open("sequentail-1")
 
 
-def test_a_state_without_a_snapshot_lists_those_that_there_are(small):
+def test_a_state_that_was_not_reached_is_an_error(small):
     model, x, y = small
     run = train(model, (x, y))
     assert run.snapshots == [0, 5]
-    with pytest.raises(everystep.RunError, match="no snapshot of state 3; it has: 0, 5"):
-        run.parameters(3)
+    with pytest.raises(everystep.RunError, match="no step 6: it has steps 1 to 5"):
+        run.parameters(6)
     assert torch.equal(run.parameters(-1)["0.bias"], model[0].bias)
 
 

@@ -11,10 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import everystep
-from everystep.experiment.batches import Batches
-from everystep.program.execute import BoundProgram, allocate, without_autograd
 from everystep.program.program import Program
-from everystep.recording.snapshots import SnapshotPlan, read_snapshot
 
 
 def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():
@@ -58,6 +55,10 @@ WITH_THREADS = {
     "layer norm",
     "group norm",
 }
+
+
+def test_the_chosen_cases_are_there():
+    assert {case.name for case in CASES} >= WITH_THREADS
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_an_experiment_has_the_bits_of_the_loop(name, engine):
     data = load_file(run.directory / "data.safetensors")
     model = nn.Sequential(*LAYERS[name])
     model.load_state_dict(run.parameters(0))
-    torch.set_rng_state(read_snapshot(run.directory / "snapshots" / "000000")[1]["generator/torch"])
+    torch.set_rng_state(run.state_near(0).rest["generator/torch"])
     optimizer = OPTIMIZER_OF[name](model.parameters())
     schedule = lr_scheduler.CosineAnnealingLR(optimizer, 60) if name == "wine" else None
     made = Made(model, data["x"], data["y"], LOSSES[name], optimizer, schedule)
@@ -132,161 +133,3 @@ def test_an_experiment_has_the_bits_of_the_loop(name, engine):
     assert run.losses["loss"].to_list() == losses
     left = run.parameters(steps)
     assert {n: bits(t) for n, t in model.state_dict().items()} == {n: bits(t) for n, t in left.items()}
-
-
-# Replay: from what is on disk alone, without the user's model.
-
-REPLAYED = {
-    "GradientDescent",
-    "SGD momentum",
-    "SGD fused momentum",
-    "SGD lr tensor",
-    "AdamW fused",
-    "Adam",
-    "Adam fused two groups",
-    "RMSprop",
-    "StepLR",
-    "StepLR of SGD",
-    "StepLR of Adam with an lr tensor",
-    "LambdaLR of two groups",
-    "LambdaLR of fused groups",
-    "SequentialLR",
-    "short last batch",
-    "clip_norm of batches",
-    "x transposed",
-    "y in x",
-    "y in x in batches",
-    "convolutional in batches",
-    "dropout",
-    "dropout in batches",
-    "lstm two layers dropout",
-    "causal transformer",
-    "embedding max_norm",
-    "tied",
-    "outside the optimizer",
-    "spectral_norm",
-    "channels_last",
-    "bfloat16",
-    "flat AdamW",
-    "memory",
-    "noise",
-    "cross entropy",
-    "loss with parameters",
-}
-
-
-def test_the_chosen_cases_are_there():
-    assert {case.name for case in CASES} >= REPLAYED | WITH_THREADS
-
-
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in REPLAYED], ids=lambda case: case.name
-)
-def test_every_loss_comes_back_from_disk(case, monkeypatch):
-    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 16))
-    run = by_train(case.make(), **case.options)
-    losses = run.losses["loss"].to_list()
-    first, *between, last = run.snapshots
-    assert (first, last) == (0, 50)
-    for start in (first, *between):
-        torch.manual_seed(12345)
-        assert Replay(run, start).losses() == losses[start:]
-
-
-class Replay:
-    """A run taken again from a snapshot by its programs: what replay needs, and nothing more."""
-
-    def __init__(self, run, start):
-        self.run, self.facts, self.start = run, run.facts, start
-        self.device = torch.device(self.facts["device"])
-        self.data = load_file(run.directory / "data.safetensors")
-        batches = {name: self.facts["batches"][name] for name in ("batch_size", "seed", "drop_last")}
-        self.batches = Batches(self.facts["data"]["rows"], **batches)
-        parameters, rest, settings = read_snapshot(run.directory / "snapshots" / f"{start:06d}")
-        # Which of the state_dict's are parameters, and which are buffers, programs know.
-        self.state = {
-            f"{kind}/{n}": t for n, t in parameters.items() for kind in ("parameter", "buffer")
-        }
-        self.state |= rest
-        self.groups = settings["optimizer"]["groups"]
-        self.rates = self._rates()
-        self.shared = {}  # programs have the state in common
-        self.optimizer = None
-        self.programs = {}
-        for rule in self.facts["engine"]["programs"]:
-            bound = self._bound(run.directory / rule["file"])
-            rows = bound.program.tensors["x"].shape[0]
-            for when in ("first", "later") if rule["steps"] == "every" else (rule["steps"],):
-                assert (when, rows) not in self.programs
-                self.programs[when, rows] = bound
-
-    def losses(self):
-        losses = []
-        torch.set_rng_state(self.state["generator/torch"])
-        with everystep.numerics.in_force(self.facts["numerics"]["threads"]), without_autograd():
-            for step in range(self.start + 1, self.facts["steps"] + 1):
-                bound = self.programs["first" if step == 1 else "later", self.batches.rows_of(step)]
-                rows = self.batches.indices(step)
-                if rows is not None:
-                    bound.tensor("x").copy_(self.data["x"][rows])
-                    bound.tensor("y").copy_(self.data["y"][rows])
-                self._put_rates(bound, step)
-                bound.run()
-                losses.append(bound.loss.item())
-        return losses
-
-    def _bound(self, path):
-        program = Program.from_json(path.read_bytes())
-        constants = path.with_suffix(".safetensors")
-        values = self.state | (load_file(constants) if constants.exists() else {})
-        if self.batches.batch_size is None:
-            values |= self.data
-        memory = allocate(program, values, self.device)
-        for name in program.of_kind("state"):
-            memory[name] = self.shared.setdefault(name, memory[name])
-        bound = BoundProgram(program, memory, self.device, lambda: self._update(bound))
-        return bound
-
-    def _rates(self):
-        """Return the lr of each group at each step: as the snapshot has it, then changes as recorded."""
-        measured = self.run.measurements
-        found = []
-        for index, group in enumerate(self.groups):
-            rates = {self.start: group.get("lr", self.state.get(f"group/{index}/lr"))}
-            name = "lr" if index == 0 else f"lr[{index}]"
-            changes = dict(measured.filter(measured["name"] == name)["step", "value"].iter_rows())
-            for step in range(self.start + 1, self.facts["steps"] + 1):
-                rates[step] = changes.get(step, rates[step - 1])
-            found.append(rates)
-        return found
-
-    def _put_rates(self, bound, step):
-        for name in bound.program.of_kind("hyperparameter"):
-            _, group, setting, _ = name.split("/")
-            assert setting == "lr"
-            bound.tensor(name).fill_(self.rates[int(group)][step])
-        self.now = [rates[step] for rates in self.rates]
-
-    def _update(self, bound):
-        """Take the step of an optimizer that is no list of operations."""
-        if self.optimizer is None:
-            names = [name for group in self.groups for name in group["params"]]
-            self.parameters = {name: bound.tensor(f"parameter/{name}") for name in names}
-            groups = [
-                group | {"params": [self.parameters[name] for name in group["params"]]}
-                for group in self.groups
-            ]
-            kind = getattr(torch.optim, bound.program.optimizer_step.name)
-            self.optimizer = kind(groups, lr=self.now[0])
-            for name, parameter in self.parameters.items():
-                place = f"optimizer/{name}/"
-                entries = {
-                    n.removeprefix(place): t for n, t in self.state.items() if n.startswith(place)
-                }
-                if entries:
-                    self.optimizer.state[parameter] = entries
-        for group, rate in zip(self.optimizer.param_groups, self.now, strict=True):
-            group["lr"] = rate
-        for name, parameter in self.parameters.items():
-            parameter.grad = bound.gradients.get(name)
-        self.optimizer.step()

@@ -154,10 +154,8 @@ def test_a_seed_reseeds_and_no_seed_goes_on(small):
 
 
 def _snapshot(run, step):
-    from everystep.recording.snapshots import read_snapshot
-
-    parameters, rest, settings = read_snapshot(run.directory / "snapshots" / f"{step:06d}")
-    return rest, parameters, settings
+    state = run.state_near(step, after=step - 1)
+    return state.rest, state.parameters, state.settings
 
 
 def test_what_train_changes_it_restores(small):

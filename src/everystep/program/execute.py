@@ -7,7 +7,7 @@ writes into memory that is there already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,14 +20,13 @@ from everystep.program.calls import Call, prebuilt_calls
 from everystep.program.memory import copy_into, plan_memory
 from everystep.program.program import Operation, Program, TensorSpec, decode
 
-__all__ = ["BoundProgram", "Observed", "allocate", "without_autograd"]
+__all__ = ["BoundProgram", "Copies", "Observed", "allocate", "without_autograd"]
 
 
 class Observed(NamedTuple):
     """An operation that has just run: its inputs as they were before it, and its results, by name.
 
-    The tensors are copies, except for inputs that the operation did not change: these are the live
-    memory, and hold until the next operation is asked for.
+    The tensors are copies and stay as they are. What several operations see is copied once.
     """
 
     operation: Operation
@@ -69,9 +68,9 @@ class BoundProgram:
     ) -> None:
         self.program = program
         temporary = _temporary_memory(program, device)
-        places = _given_memory(program, memory) | temporary
+        self._places = _given_memory(program, memory) | temporary
         self._tensors = {
-            name: _tensor_on(places[spec.storage], spec) for name, spec in program.tensors.items()
+            name: _tensor_on(self._places[spec.storage], spec) for name, spec in program.tensors.items()
         }
         sizes = {place.storage.data_ptr(): place.storage.nbytes() for place in temporary.values()}
         self.temporary_bytes = sum(sizes.values())
@@ -86,8 +85,9 @@ class BoundProgram:
         with without_autograd():
             for operation in program.once:
                 self._run_once(operation)
-            own = (self._calls(each) for each in program.operations if not each.derived)
-            self.calls = list(chain.from_iterable(own))
+            self._calls_of = [self._calls(operation) for operation in program.operations]
+            steps = zip(program.operations, self._calls_of, strict=True)
+            self.calls = list(chain.from_iterable(calls for each, calls in steps if not each.derived))
             if device.type == "cuda" and not any(s.host for s in program.storages.values()):
                 self.calls = _as_graph(self.calls)
         if optimizer_step is not None and program.optimizer_step is not None:
@@ -101,37 +101,53 @@ class BoundProgram:
         """
         _run(self.calls)
 
-    def observe(self) -> Iterator[Observed]:
+    def copies(self) -> Copies:
+        """Return what copies tensors while the step is observed."""
+        return Copies(self.program, self._places)
+
+    def observe(self, copies: Copies | None = None) -> Iterator[Observed]:
         """Take the step, and yield each operation when it has run, with inputs and results.
 
-        Bit for bit the same step as `run`, and to be called within `without_autograd`.
+        copies: where other tensors can be asked for meanwhile. Bit for bit the same step as `run`, and
+        to be called within `without_autograd`.
         """
-        for operation in self.program.operations:
-            written = set(operation.written())
-            inputs = {
-                name: self._tensors[name].clone() if name in written else self._tensors[name]
-                for name in operation.reads()
-            }
-            _run(self._calls(operation))
-            names = [name for name in operation.results if name] or list(written)
-            yield Observed(operation, inputs, {name: self._tensors[name].clone() for name in names})
+        copies = copies or self.copies()
+        for operation, calls in zip(self.program.operations, self._calls_of, strict=True):
+            inputs = {name: copies.tensor(name) for name in operation.reads()}
+            _run(calls)
+            written = operation.written()
+            names = [name for name in operation.results if name] or written
+            copies.forget({*names, *written})
+            yield Observed(operation, inputs, {name: copies.tensor(name) for name in names})
         if self.program.optimizer_step is not None and self._optimizer_step is not None:
-            yield self._observe_optimizer()
+            yield self._observe_optimizer(copies)
+
+    def calls_with(self, after: Mapping[int, Sequence[Call]]) -> list[Call]:
+        """Return the calls of a step that is looked at in places: `after` operation i (-1: before all).
+
+        Gradients that other operations do without are made, too.
+        """
+        found = list(after.get(-1, ()))
+        for index, calls in enumerate(self._calls_of):
+            found += [*calls, *after.get(index, ())]
+        if self._optimizer_step is not None and self.program.optimizer_step is not None:
+            found.append(self._optimizer_step)
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the program, on its live memory."""
         return self._tensors[name]
 
-    def _observe_optimizer(self) -> Observed:
-        assert self._optimizer_step is not None
-        state = [name for name in self.program.of_kind("state") if name.startswith("parameter/")]
-        gradients = list(self.program.gradients.values())
-        inputs = {name: self._tensors[name].clone() for name in (*state, *gradients)}
-        self._optimizer_step()
+    def _observe_optimizer(self, copies: Copies) -> Observed:
         step = self.program.optimizer_step
-        assert step is not None
+        assert step is not None and self._optimizer_step is not None
+        state = [name for name in self.program.tensors if name.startswith("parameter/")]
+        state = [name for name in state if name.partition("/")[2] in self.program.gradients]
+        inputs = {name: copies.tensor(name) for name in (*state, *self.program.gradients.values())}
+        self._optimizer_step()
+        copies.forget(state)
         operation = Operation(phase="update", operator=f"torch.optim.{step.name}")
-        return Observed(operation, inputs, {name: self._tensors[name].clone() for name in state})
+        return Observed(operation, inputs, {name: copies.tensor(name) for name in state})
 
     def _run_once(self, operation: Operation) -> None:
         try:
@@ -148,6 +164,40 @@ class BoundProgram:
             raise ProgramError(f"{operation.operator}: {error}") from None
         results = [None if name is None else self._tensors[name] for name in operation.results]
         return prebuilt_calls(operator, arguments, keywords, results)
+
+
+class Copies:
+    """Copies of what the memory of a program holds, each made when it is first asked for."""
+
+    def __init__(self, program: Program, places: Mapping[str, _Memory]) -> None:
+        self._program = program
+        self._places = places
+        self._storages: dict[str, _Memory] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor as it is now, or was when its memory was last written."""
+        spec = self._program.tensors[name]
+        if spec.storage not in self._storages:
+            self._storages[spec.storage] = self._copy(spec.storage)
+            self._tensors = {n: t for n, t in self._tensors.items() if self._on(n) != spec.storage}
+        if name not in self._tensors:
+            self._tensors[name] = _tensor_on(self._storages[spec.storage], spec)
+        return self._tensors[name]
+
+    def forget(self, names: Collection[str]) -> None:
+        """The memory of these has just been written."""
+        for storage in {self._on(name) for name in names}:
+            self._storages.pop(storage, None)
+
+    def _on(self, name: str) -> str:
+        return self._program.tensors[name].storage
+
+    def _copy(self, storage: str) -> _Memory:
+        place = self._places[storage]
+        whole = torch.empty(0, dtype=torch.uint8, device=place.storage.device)
+        whole.set_(place.storage, place.start, (self._program.storages[storage].bytes,), (1,))
+        return _Memory(whole.clone().untyped_storage())
 
 
 def _run(calls: list[Call]) -> None:

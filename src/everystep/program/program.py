@@ -108,6 +108,31 @@ class Program(Model):
         storages = {self.tensors[name].storage for name in derived}
         return {p for p, name in self.gradients.items() if self.tensors[name].storage in storages}
 
+    def given_after(self) -> dict[str, int]:
+        """Return after which operation each module's output is there (-1: before all), by its path.
+
+        Until then and no longer: another module may change it in place.
+        """
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for index, operation in enumerate(self.operations):
+            for name in (*filter(None, operation.results), *operation.written()):
+                first.setdefault(self.tensors[name].storage, index)
+            if operation.phase == "forward" and operation.module:
+                parts = operation.module.split(".")
+                last |= {".".join(parts[: depth + 1]): index for depth in range(len(parts))}
+        found: dict[str, int] = {}
+        latest = -1
+        for path, names in self.activations.items():  # in the order in which modules were done
+            made = [first.get(self.tensors[name].storage, -1) for name in names]
+            latest = found[path] = max([latest, last.get(path, -1), *made])
+        return found
+
+    def backward_until(self) -> int:
+        """Return the operation after which gradients are as the backward phase leaves them."""
+        in_update = (i for i, operation in enumerate(self.operations) if operation.phase == "update")
+        return next(in_update, len(self.operations)) - 1
+
     def storage_of(self, tensor: str) -> Storage:
         """Return the storage that a tensor lies on."""
         return self.storages[self.tensors[tensor].storage]

@@ -90,6 +90,15 @@ class Database:
             connection.executescript(SCHEMA)
         return database
 
+    @classmethod
+    def change(cls, path: Path) -> Database:
+        """Open an existing database to add to it."""
+        connection = sqlite3.connect(path, isolation_level=None)
+        database = cls(connection, path)
+        with database._translated():
+            connection.execute("PRAGMA synchronous = NORMAL")
+        return database
+
     def close(self) -> None:
         """Close the connection; what was committed stays."""
         self._connection.close()
@@ -107,13 +116,13 @@ class Database:
                 raise
             self._connection.execute("COMMIT")
 
-    def write_losses(self, first_step: int, losses: Iterable[float]) -> None:
+    def write_losses(self, first_step: int, losses: Iterable[float | None]) -> None:
         """Write the losses of consecutive steps."""
         self._connection.executemany(
             "INSERT INTO steps VALUES (?, ?)", enumerate(losses, start=first_step)
         )
 
-    def write_measurements(self, rows: Iterable[tuple[str, int, float]]) -> None:
+    def write_measurements(self, rows: Iterable[tuple[str, int, float | None]]) -> None:
         """Write measurements (name, step, value)."""
         self._connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
 
@@ -147,6 +156,11 @@ class Database:
             return self._rows("SELECT step, loss FROM steps ORDER BY step")
         return self._rows("SELECT * FROM steps ORDER BY step DESC LIMIT ?", last)[::-1]
 
+    def losses_between(self, first: int, last: int) -> list[float | None]:
+        """Return the losses of steps `first` to `last`, in their order."""
+        query = "SELECT loss FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
+        return [loss for (loss,) in self._rows(query, first, last)]
+
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""
         rows = self._rows(
@@ -155,6 +169,19 @@ class Database:
         )
         count, first, last = rows[0]
         return count, first, last
+
+    def measured(self, name: str) -> dict[int, float | None]:
+        """Return the values of one measurement by step."""
+        query = "SELECT step, value FROM measurements WHERE name = ? ORDER BY step"
+        return dict(self._rows(query, name))
+
+    def measurement_names(self) -> list[str]:
+        """Return what was measured."""
+        return [name for (name,) in self._rows("SELECT DISTINCT name FROM measurements ORDER BY name")]
+
+    def remove_measurement(self, name: str) -> None:
+        """Take a measurement out."""
+        self._connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
 
     def measurements(self) -> list[tuple[str, int, float | None]]:
         """Return (name, step, value) in order of names, then steps."""

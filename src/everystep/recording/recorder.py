@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import queue
 import threading
@@ -14,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from everystep.errors import RecordingError, RunError
+from everystep.recording.data import DATA_FILE, write_data
 from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
+from everystep.recording.inheritance import inherit
+from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 
 if TYPE_CHECKING:
@@ -23,17 +25,10 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory", "program_file"]
+__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory"]
 
 #: Bytes of snapshots a run may keep, unless told otherwise.
 DEFAULT_BUDGET = 512_000_000
-#: Data up to this size is stored in the run; of larger data, its size and digest.
-DATA_LIMIT = 256_000_000
-
-
-def program_file(number: int) -> str:
-    """Return where a program lies in its run."""
-    return f"programs/{number}.json"
 
 
 def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
@@ -73,14 +68,28 @@ def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
 class Recorder:
     """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
 
+    Args:
+        directory: of the run; empty.
+        facts: what is known before the first step.
+        budget: bytes of snapshots that the run may keep.
+        parent: the run that this one is a fork of.
+        at: the parent's state that it begins with.
+
     What goes wrong in the thread is raised by the next `check`, and by `finish`.
     """
 
-    def __init__(self, directory: Path, facts: dict[str, Any], budget: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        facts: dict[str, Any],
+        budget: int,
+        parent: RecordedRun | None = None,
+        at: int = 0,
+    ) -> None:
         self.directory = directory
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
-        self._last_step = 0
+        self._last_step = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._snapshots_asked = 0
         self._snapshots_written = 0
@@ -92,8 +101,18 @@ class Recorder:
         except OSError as error:
             raise self._translated(error) from error
         self._database = Database.create(directory / FILE_NAME)
-        with self._database.transaction():
-            self._database.write_facts({"status": "running"} | facts)
+        self._programs = 0
+        try:
+            with self._database.transaction():
+                if parent is not None:
+                    facts = self._inherit(parent, at) | facts
+                self._database.write_facts({"status": "running"} | facts)
+        except BaseException as error:
+            self._database.close()
+            self._lock.release()
+            if isinstance(error, OSError):
+                raise self._translated(error) from error
+            raise
         self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
         self._thread.start()
 
@@ -101,9 +120,9 @@ class Recorder:
         """Write a text file into the run."""
         self._put(lambda: self._write_text(name, content))
 
-    def data(self, tensors: dict[str, Tensor]) -> None:
+    def data(self, tensors: dict[str, Tensor], name: str = DATA_FILE) -> None:
         """Write the data set (CPU tensors) while it is small; else its size and digest."""
-        self._put(lambda: self._write_data(tensors))
+        self._put(lambda: self._write_data(tensors, name))
 
     def program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
         """Write a program, and the bytes of its constants beside it."""
@@ -157,6 +176,17 @@ class Recorder:
         self._lock.release()
         self.check()
 
+    def _inherit(self, parent: RecordedRun, at: int) -> dict[str, Any]:
+        inherited = inherit(self.directory, self._database, parent, at)
+        self.plan.kept = {row.step: row.bytes for row in inherited.snapshots}
+        self.plan.pinned = inherited.pinned
+        self._programs = len(list((self.directory / "programs").glob("*.json")))
+        return inherited.facts
+
+    def program_file(self, number: int) -> str:
+        """Return where program `number` (from 1) of this training lies; a parent's come before."""
+        return f"programs/{self._programs + number}.json"
+
     def _put(self, job: Callable[[], None]) -> None:
         self._queue.put(job)
 
@@ -183,7 +213,7 @@ class Recorder:
     def _write_program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
         from safetensors.torch import save
 
-        path = self.directory / program_file(number)
+        path = self.directory / self.program_file(number)
         path.parent.mkdir(exist_ok=True)
         if constants:
             on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
@@ -198,19 +228,9 @@ class Recorder:
         remove_snapshots(self.directory / "snapshots", later, self._forget)
         self._last_step = min(self._last_step, step)
 
-    def _write_data(self, tensors: dict[str, Tensor]) -> None:
-        from safetensors.torch import save
-
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        content = save(_unshared(tensors)) if size <= DATA_LIMIT else None
-        if content is not None:
-            (self.directory / "data.safetensors").write_bytes(content)
-        digest = hashlib.sha256()
-        for name in sorted(tensors):
-            digest.update(name.encode())
-            digest.update(_bytes_of(tensors[name]))
-        facts = {"stored": content is not None, "bytes": size, "digest": digest.hexdigest()}
-        self._in_transaction(lambda: self._database.write_facts({"data.file": facts}))
+    def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
+        fact = write_data(self.directory, tensors, name)
+        self._in_transaction(lambda: self._database.write_facts({"data.file": fact}))
 
     def _write_snapshot(self, state: State) -> None:
         started = time.thread_time()
@@ -231,20 +251,3 @@ class Recorder:
             f"writing the run {self.directory} failed: {reason}; {kept}. "
             "Make room or choose another place, and train again"
         )
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors contiguous, each in memory of its own, as safetensors wants them."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        taken = {other.untyped_storage().data_ptr() for other in found.values()}
-        alone = tensor.contiguous()
-        found[name] = alone.clone() if alone.untyped_storage().data_ptr() in taken else alone
-    return found
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a CPU tensor of any dtype, as hashlib takes them, without a copy."""
-    import torch
-
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

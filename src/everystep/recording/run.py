@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,15 +16,20 @@ from everystep.recording.snapshots import read_snapshot
 
 if TYPE_CHECKING:
     import polars
-    from torch import Tensor
 
-__all__ = ["RUNS", "RecordedRun", "Summary", "find_run", "find_runs"]
+    from everystep.step.state import State
+
+__all__ = ["EXPERIMENT_FILE", "RUNS", "RecordedRun", "Stretch", "Summary", "find_run", "find_runs"]
 
 RUNS = Path("runs")
+EXPERIMENT_FILE = "experiment.toml"
 
 
 class Summary(NamedTuple):
-    """A run in one line. Losses are None where no step was taken."""
+    """A run in one line. Losses are None where no step was taken.
+
+    parent: of a fork, the name of its parent and the last step that is the parent's.
+    """
 
     name: str
     directory: Path
@@ -34,6 +39,18 @@ class Summary(NamedTuple):
     first_loss: float | None
     last_loss: float | None
     started: datetime
+    parent: tuple[str, int] | None = None
+
+
+class Stretch(NamedTuple):
+    """Steps `first` to `last` (None: the newest) of a run, which were trained by the same rules.
+
+    facts: of that training; where it belongs to a parent, they are the parent's.
+    """
+
+    first: int
+    last: int | None
+    facts: dict[str, Any]
 
 
 class RecordedRun:
@@ -92,6 +109,18 @@ class RecordedRun:
         frame = pl.DataFrame(rows, schema=schema, orient="row")
         return frame.with_columns(pl.col("value").fill_null(math.nan))
 
+    @property
+    def measurement_names(self) -> list[str]:
+        """The names of what was measured besides the loss."""
+        with reading(self._database_path) as database:
+            return database.measurement_names()
+
+    def measured(self, name: str) -> dict[int, float]:
+        """Return the values of one measurement by step, in their order."""
+        with reading(self._database_path) as database:
+            rows = database.measured(name)
+        return {step: math.nan if value is None else value for step, value in rows.items()}
+
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
         """Return the losses of all or the last steps with a column for each measurement.
 
@@ -110,27 +139,37 @@ class RecordedRun:
     @property
     def snapshots(self) -> list[int]:
         """The steps (0 is before the first) whose state is on disk."""
-        return [row.step for row in self._snapshot_rows()]
+        return [row.step for row in self.snapshot_rows()]
 
-    def parameters(self, step: int) -> dict[str, Tensor]:
-        """Return the model's parameters after `step` (0: before the first), as its state_dict.
+    def state_near(
+        self, step: int, *, after: int = -1, told: Callable[[str], None] = lambda problem: None
+    ) -> State | None:
+        """Return the newest state on disk that is not after `step` and can be read, or None.
 
-        Negative steps count from the newest snapshot: -1 is the newest.
-
-        Raises:
-            RunError: there is no snapshot of that state.
+        after: it must be later than this; told: is told of each that cannot be read.
         """
-        rows = {row.step: row for row in self._snapshot_rows()}
-        if step < 0 and -step <= len(rows):
-            step = sorted(rows)[step]
-        if step not in rows:
-            known = ", ".join(map(str, sorted(rows))) or "none"
-            raise RunError(f"{self.name} has no snapshot of state {step}; it has: {known}")
-        directory = self.directory / rows[step].directory
-        try:
-            return read_snapshot(directory)[0]
-        except OSError as error:
-            raise RunError(f"{directory} cannot be read: {error}") from None
+        for row in reversed([row for row in self.snapshot_rows() if after < row.step <= step]):
+            try:
+                return read_snapshot(self.directory, row)
+            except RunError as error:
+                told(str(error))
+        return None
+
+    def losses_between(self, first: int, last: int) -> list[float]:
+        """Return the losses of these steps, as far as they are there."""
+        with reading(self._database_path) as database:
+            rows = database.losses_between(first, last)
+        return [math.nan if loss is None else loss for loss in rows]
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """The parts of the run that were trained by the same rules: one, and more where it is a fork."""
+        facts = self.facts
+        found, first = [], 1
+        for earlier in facts.get("earlier", []):
+            found.append(Stretch(first, earlier["last"], earlier["facts"]))
+            first = earlier["last"] + 1
+        return [*found, Stretch(first, None, facts)]
 
     def summary(self) -> Summary:
         """Return the run in one line."""
@@ -147,6 +186,7 @@ class RecordedRun:
             first_loss=nan if first is None else first,
             last_loss=nan if last is None else last,
             started=_time_of(facts.get("started"), self._database_path),
+            parent=(facts["fork"]["parent"], facts["fork"]["at"]) if "fork" in facts else None,
         )
 
     def _status(self, facts: dict[str, Any]) -> str:
@@ -164,7 +204,8 @@ class RecordedRun:
         lock.release()
         return False
 
-    def _snapshot_rows(self) -> list[SnapshotRow]:
+    def snapshot_rows(self) -> list[SnapshotRow]:
+        """Return the snapshots as the database knows them, in order of their steps."""
         with reading(self._database_path) as database:
             return database.snapshots()
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everystep.errors import RunError
 from everystep.recording.database import SnapshotRow
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from everystep.step.state import State
 
 __all__ = ["SnapshotPlan", "read_snapshot", "remove_snapshots", "write_snapshot"]
@@ -59,14 +58,40 @@ def write_snapshot(folder: Path, state: State) -> SnapshotRow:
     )
 
 
-def read_snapshot(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Read a snapshot: parameters, the rest, and the settings that are no tensors."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
+def read_snapshot(run: Path, row: SnapshotRow) -> State:
+    """Read a state of a run.
 
-    with safe_open(directory / REST, framework="pt") as file:
-        settings = json.loads((file.metadata() or {}).get("everystep", "{}"))
-    return load_file(directory / PARAMETERS), load_file(directory / REST), settings
+    Raises:
+        RunError: it is not there, or not as it was written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from everystep.step.state import State
+
+    directory = run / row.directory
+    try:
+        parameters, rest = ((directory / name).read_bytes() for name in (PARAMETERS, REST))
+    except OSError as error:
+        raise RunError(f"snapshot {directory} cannot be read: {error.strerror}") from None
+    digest = hashlib.sha256(parameters + rest).hexdigest()
+    if digest != row.digest:
+        raise RunError(
+            f"snapshot {directory} is not as it was written: its digest is {digest[:12]}..., and "
+            f"{row.digest[:12]}... was recorded"
+        )
+    try:
+        return State(row.step, load(parameters), load(rest), _settings(rest))
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"snapshot {directory} cannot be read: {error}") from None
+
+
+def _settings(content: bytes) -> dict[str, Any]:
+    """Return what a state holds besides tensors: a text in the header of its file."""
+    size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    settings: dict[str, Any] = json.loads(metadata.get("everystep", "{}"))
+    return settings
 
 
 @dataclass
@@ -75,13 +100,14 @@ class SnapshotPlan:
 
     Snapshots lie at multiples of the interval, a power of two, so that any two runs share the steps
     of the sparser one. The interval starts where a jump costs about `REPLAY_SECONDS` and taking
-    snapshots `TIME_SHARE` of the training, and doubles whenever the budget is full. State 0 and the
-    newest are always kept.
+    snapshots `TIME_SHARE` of the training, and doubles whenever the budget is full. State 0, the newest,
+    and those in `pinned` are always kept.
     """
 
     budget: int
     interval: int | None = None
     kept: dict[int, int] = field(default_factory=dict)
+    pinned: set[int] = field(default_factory=lambda: {0})
 
     def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
         """Choose the first interval from the measured times of a step and of a snapshot."""
@@ -98,15 +124,17 @@ class SnapshotPlan:
         """Count a snapshot of `size` bytes in; return the steps of those to give up for it."""
         self.kept[step] = size
         given_up = self._take_out_between()
-        while sum(self.kept.values()) > self.budget and len(self.kept) > 2:
+        while sum(self.kept.values()) > self.budget and self.kept.keys() - self.pinned - {
+            max(self.kept)
+        }:
             self.interval = 2 * (self.interval or 1)
             given_up += self._take_out_between()
         return given_up
 
     def _take_out_between(self) -> list[int]:
-        """Take out what lies off the interval, between state 0 and the newest."""
+        """Take out what lies off the interval and is not always kept."""
         newest, interval = max(self.kept), self.interval or 1
-        off = [step for step in self.kept if 0 < step < newest and step % interval]
+        off = [s for s in self.kept if s != newest and s not in self.pinned and s % interval]
         for step in off:
             del self.kept[step]
         return off

@@ -22,11 +22,12 @@ from everystep.program.program import (
     hyperparameter,
     references,
 )
-from everystep.step.capture import Capture, Recorded
-from everystep.step.eager import Trainee
+from everystep.step.capture import Capture
+from everystep.step.eager import Trainee, changes_more_than_lr
+from everystep.step.recorder import Recorded
 from everystep.step.state import optimizer_settings
 
-__all__ = ["Built", "NotCapturableError", "build"]
+__all__ = ["Built", "NotCapturableError", "build", "named_operations"]
 
 #: Settings that a schedule changes, and that some change: they belong to a step, not to the program.
 _SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr"}
@@ -58,6 +59,15 @@ def build(captured: Capture, trainee: Trainee) -> Built:
     builder = _Builder(captured, update.operations(), update.is_optimizer_step)
     optimizer_step = update.optimizer_step() if update.is_optimizer_step else None
     return builder.program(optimizer_step)
+
+
+def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]]:
+    """Return all operations that were seen, and the names of their tensors by number.
+
+    They need not be the same at the next step, nor complete.
+    """
+    builder = _Builder(captured, captured.operations, has_optimizer_step=False)
+    return builder.named_operations()
 
 
 class _Effect(NamedTuple):
@@ -130,7 +140,7 @@ class _Update:
             raise NotCapturableError(f"the step of {optimizer.__qualname__} {self._reason_against()}")
         schedule = self._trainee.schedule
         changing = set() if schedule is None else _SCHEDULED
-        if schedule is not None and _changes_more_than_lr(schedule):
+        if schedule is not None and changes_more_than_lr(schedule):
             changing = changing | _SCHEDULED_BY_SOME
         groups = [
             {key: value for key, value in group.items() if key not in changing}
@@ -150,7 +160,7 @@ class _Update:
             return "keeps numbers that are no tensors"
         schedule = self._trainee.schedule
         if schedule is not None:
-            if _changes_more_than_lr(schedule):
+            if changes_more_than_lr(schedule):
                 return "follows a schedule that may change more than the lr"
             if all(own is new for own, new in zip(self._own_operations(), self._with_lr, strict=True)):
                 return "follows a schedule, and reads the lr as a number"
@@ -189,14 +199,6 @@ class _Update:
         number = int(gradient.removeprefix("%"))
         names = {n: name for name, n in self._captured.gradients.items()}
         return self._groups.get(names.get(number, ""), 0)
-
-
-def _changes_more_than_lr(schedule: Any) -> bool:
-    """Tell whether a schedule may change other settings of the optimizer, such as its momentum."""
-    inner = getattr(schedule, "_schedulers", ())
-    is_known = type(schedule).__module__.startswith("torch.")
-    own = not is_known or getattr(schedule, "cycle_momentum", False)
-    return own or any(map(_changes_more_than_lr, inner))
 
 
 class _Builder:
@@ -256,6 +258,15 @@ class _Builder:
             activations=activations,
         )
         return Built(program, {n: c for n, c in self._constants.items() if n in storages})
+
+    def named_operations(self) -> tuple[list[Operation], dict[int, str]]:
+        """Return the operations with names, nothing left out, and the names by tensor number."""
+        for name, number in self._state.items():
+            self._add_tensor(name, number)
+        for name, number in self._captured.gradients.items():
+            self._named(number, f"gradient/{name}")
+        self._named(self._captured.loss_tensor, "loss")
+        return [self._operation(recorded) for recorded in self._recorded], self._tensor_names
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
         """Return the storages that tensors lie on; of a batch that is a part of more, that part."""

@@ -14,7 +14,7 @@ from everystep.step.eager import Trainee
 from everystep.step.frozen import plain_attributes
 from everystep.step.state import Generators, parameter_names
 
-__all__ = ["Saved", "difference", "same_bits"]
+__all__ = ["Saved", "as_integers", "difference", "distance", "same_bits"]
 
 #: How far a folded program may be from the eager step, relative to the largest number of a tensor.
 FOLD_TOLERANCE = {
@@ -101,16 +101,31 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
     """Tell whether two tensors are the same, bit for bit: NaN like NaN, -0.0 unlike 0.0."""
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
-    return torch.equal(_as_integers(one), _as_integers(two))
+    return torch.equal(as_integers(one), as_integers(two))
 
 
-def _as_integers(tensor: Tensor) -> Tensor:
+def as_integers(tensor: Tensor) -> Tensor:
+    """Return the bits of floats as integers of their size; what is no float stays as it is."""
     whole = tensor.detach()
     if whole.is_complex():
         whole = torch.view_as_real(whole)
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     is_float = whole.is_floating_point()
     return whole.view(integers[whole.element_size()]) if is_float else whole
+
+
+def distance(one: Tensor, two: Tensor) -> int | None:
+    """Return how many floats of their kind lie between two numbers at most: units in the last place.
+
+    None where that has no meaning: for integers, empty tensors and NaNs.
+    """
+    if not (one.is_floating_point() and one.numel()) or bool((one.isnan() | two.isnan()).any()):
+        return None
+    sign = 1 << (8 * one.element_size() - 1)
+    bits = [as_integers(tensor).long() for tensor in (one, two)]
+    # Negative floats count down from -0.0, which is 0.0.
+    in_order = [torch.where(each < 0, -(each & (sign - 1)), each) for each in bits]
+    return int((in_order[0] - in_order[1]).abs().max())
 
 
 def _is_close(one: Tensor, two: Tensor) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.errors import ExperimentError, Fault, ModelError
+from everystep.step.hyperparameters import hyperparameters
 from everystep.step.state import State, named_state, parameter_names
 
-__all__ = ["BatchSource", "EagerStep", "Trainee", "check_loss_value"]
+__all__ = ["BatchSource", "EagerStep", "Trainee", "changes_more_than_lr", "check_loss_value"]
 
 
 class BatchSource(Protocol):
@@ -73,6 +74,11 @@ class Trainee:
     def rates(self) -> tuple[float, ...]:
         """Return the learning rate of each param group as it is now."""
         return tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def hyperparameters(self) -> dict[str, float]:
+        """Return the numbers that a schedule may change, as they are now, by name."""
+        only_rates = self.schedule is None or not changes_more_than_lr(self.schedule)
+        return hyperparameters(self.optimizer, only_rates=only_rates)
 
 
 class EagerStep:
@@ -170,3 +176,11 @@ def _advancing(trainee: Trainee) -> Callable[[int], None] | None:
     if trainee.schedule_every == "step":
         return lambda number: schedule.step()
     return lambda number: schedule.step() if number % every == 0 else None
+
+
+def changes_more_than_lr(schedule: Any) -> bool:
+    """Tell whether a schedule may change other settings of the optimizer, such as its momentum."""
+    inner = getattr(schedule, "_schedulers", ())
+    is_known = type(schedule).__module__.startswith("torch.")
+    own = not is_known or getattr(schedule, "cycle_momentum", False)
+    return own or any(map(changes_more_than_lr, inner))

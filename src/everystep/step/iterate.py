@@ -41,34 +41,41 @@ class Iteration:
 
     Args:
         trainee: what is trained, in place.
-        steps: how many steps there will be.
+        steps: the last step that there will be.
         engine: `eager`; `program`, which raises where there is none; or `auto`.
         fold: fold updates into the operations that make their gradients, which changes rounding.
+        start: the state that the training is in; steps are counted on from there.
 
     step: the last step taken; reason: why steps are taken eagerly, or None; eager_from: the first of
-    these; checked: the steps at which a program was checked, and held; programs: those captured; rates:
-    (step, lr of each param group) of each step since the last `collect`, where there is a schedule.
+    these; checked: the steps at which a program was checked, and held; programs: those captured;
+    hyperparameters: (step, the lr and its like by name) of each step since the last `collect` before
+    which they may have changed.
     """
 
     def __init__(
-        self, trainee: Trainee, steps: int, engine: Engine = "auto", fold: bool = False
+        self,
+        trainee: Trainee,
+        steps: int,
+        engine: Engine = "auto",
+        fold: bool = False,
+        start: int = 0,
     ) -> None:
         self.trainee = trainee
-        self.step = 0
+        self.start = self.step = start
         self.reason: str | None = None
         self.eager_from: int | None = None
-        self.programs = Programs(trainee, fold)
-        self.rates: list[tuple[int, tuple[float, ...]]] = []
+        self.programs = Programs(trainee, fold, start + 1)
+        self.hyperparameters: list[tuple[int, dict[str, float]]] = []
         self._steps = steps
         self._engine = engine
         self._eager = EagerStep(trainee)
-        self._plan = _CheckPlan()
+        self._plan = _CheckPlan(start)
         self._losses = torch.empty(0)
         self._slots: tuple[Tensor, ...] = ()
         self._count = 0
         self._collected = 0
         reason = "it was asked for" if engine == "eager" else reason_against(trainee)
-        self._verified_step = 0
+        self._verified_step = start
         self._verified = None if reason else Saved(trainee)
         if reason is not None:
             self._go_on_eagerly(reason)
@@ -123,7 +130,7 @@ class Iteration:
             yield
             return
         before = PythonState(self.trainee), Settings(self.trainee)
-        if self.step:
+        if self.step > self.start:
             self.programs.hand_over_gradients(self.step)
         yield
         self.programs.refresh()
@@ -136,12 +143,12 @@ class Iteration:
         """Return the step of the first loss not collected before, and the losses from there on."""
         first, count = self.step - self._count + 1, self._count
         self._count, self._collected = 0, count or self._collected
-        self.rates = []
+        self.hyperparameters = []
         return first, self._losses[:count].clone()
 
     def finish(self) -> None:
         """Leave the gradients of the last step where a user looks for them."""
-        if self.reason is None and self.step and self.step not in self.checked:
+        if self.reason is None and self.step > self.start and self.step not in self.checked:
             self.programs.hand_over_gradients(self.step)
 
     def _capture(self, number: int) -> None:
@@ -258,14 +265,14 @@ class Iteration:
             self._slots = tuple(self._losses.view(ROOM, *loss.shape).unbind())
         self._slots[self._count].copy_(loss.detach())
         self._count += 1
-        self._note_rates(number)
+        self._note_hyperparameters(number)
         self.step = number
         if self._eager.advance is not None:
             self._eager.advance(number)
 
-    def _note_rates(self, number: int) -> None:
-        if self.trainee.schedule is not None:
-            self.rates.append((number, self.trainee.rates()))
+    def _note_hyperparameters(self, number: int) -> None:
+        if self.trainee.schedule is not None or self.reason is not None:
+            self.hyperparameters.append((number, self.trainee.hyperparameters()))
 
     def _fail(self, number: int, reason: str) -> None:
         """There is no program from here on; what was taken since the last good check does not count.
@@ -276,7 +283,8 @@ class Iteration:
         if self._verified is not None and verified < number - 1:
             self._verified.restore(self.trainee, forget_new=True, whole=True)
             self._count = max(0, self._count - (number - verified))
-            self.rates = [each for each in self.rates if each[0] <= verified]
+            kept = [each for each in self.hyperparameters if each[0] <= verified]
+            self.hyperparameters = kept
             self.step = verified
         self._go_on_eagerly(f"{reason} at step {number}")
 
@@ -287,16 +295,20 @@ class Iteration:
             )
         self.reason = reason
         # A step that was only watched was taken eagerly, too.
-        self.eager_from = self.step + 1 if self.checked else 1
+        self.eager_from = self.step + 1 if self.checked else self.start + 1
 
 
 @dataclass
 class _CheckPlan:
-    """When a program was checked, and when it will be."""
+    """When a program was checked, and when it will be: ever more rarely from `start` on."""
 
+    start: int = 0
     checked: list[int] = field(default_factory=list)
-    next: int = 2
+    next: int = 0
     _step_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.next = self.start + 2
 
     def timed(self, steps: int, seconds: float) -> None:
         """So many steps by program took so long."""
@@ -306,12 +318,12 @@ class _CheckPlan:
         """A program was captured at a step, and held."""
         self.checked.append(step)
         if step >= self.next:
-            self.next = 2 * step
+            self.next = 2 * step - self.start
 
     def passed(self, step: int, seconds: float) -> None:
         """A check has passed at a step; it took so long."""
         self.checked.append(step)
         interval = 1
-        while interval < step and interval * self._step_seconds * CHECK_SHARE < seconds:
+        while interval < step - self.start and interval * self._step_seconds * CHECK_SHARE < seconds:
             interval *= 2
         self.next = step + interval

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram, allocate
 from everystep.program.fold import fold_updates
-from everystep.program.program import hyperparameter
+from everystep.program.program import Program, TensorSpec, hyperparameter
 from everystep.step.build import Built
 from everystep.step.eager import EagerStep, Trainee
 from everystep.step.state import parameter_names
@@ -37,15 +37,21 @@ class _Key(NamedTuple):
 class Programs:
     """The programs of a training, by rule.
 
+    Args:
+        trainee: what is trained.
+        fold: whether updates shall be folded into matrix products.
+        first_step: the first that is taken; it may make state that later ones find.
+
     is_folded: whether they may round otherwise than the eager step.
     """
 
-    def __init__(self, trainee: Trainee, fold: bool) -> None:
+    def __init__(self, trainee: Trainee, fold: bool, first_step: int = 1) -> None:
         self.built: list[Built] = []
         # What is folded has the lr as a number in it, so the lr must stay as it is.
         self._may_fold = fold and trainee.schedule is None
         self.is_folded = False
         self._trainee = trainee
+        self._first_step = first_step
         self._update = EagerStep(trainee).update
         self._by_key: dict[_Key, int] = {}
         self._bound: dict[int, BoundProgram] = {}
@@ -62,6 +68,11 @@ class Programs:
         names |= parameter_names(trainee.model, trainee.optimizer)
         self._parameters = list(names.items())
 
+    @property
+    def has_optimizer_step(self) -> bool:
+        """Whether one of them ends in the step of an optimizer."""
+        return any(known.program.optimizer_step is not None for known in self.built)
+
     def has(self, step: int) -> bool:
         """Tell whether there is a program for a step."""
         return self._key(step) in self._by_key
@@ -77,6 +88,12 @@ class Programs:
             self.built.append(built)
             programs.append(built.program)
         self._by_key[self._key(step)] = programs.index(built.program)
+
+    def use(self, built: Built, steps: Literal["every", "first", "later"], batch: Hashable) -> None:
+        """Use a recorded program for the steps that a rule says, and batches of that shape."""
+        self.built.append(built)
+        for is_first in {"every": (True, False), "first": (True,), "later": (False,)}[steps]:
+            self._by_key[_Key(is_first, batch)] = len(self.built) - 1
 
     def discard(self, step: int) -> None:
         """Give up the program of a step, which was added last."""
@@ -131,10 +148,15 @@ class Programs:
     def _bind(self, built: Built) -> BoundProgram:
         trainee, program = self._trainee, built.program
         memory = dict(trainee.named_state())
-        if trainee.batch.is_fixed:
-            memory["x"], memory["y"] = trainee.batch(1)
         memory |= {name: tensor for name, (_, tensor) in self._rates.items()}
-        memory = allocate(program, built.constants, trainee.device) | memory
+        values = dict(built.constants)
+        if trainee.batch.is_fixed:
+            for name, tensor in zip("xy", trainee.batch(1), strict=True):
+                if _lies_as(tensor, program.tensors.get(name), program):
+                    memory[name] = tensor
+                else:
+                    values[name] = tensor
+        memory = allocate(program, values, trainee.device) | memory
         bound: BoundProgram
 
         def optimizer_step() -> None:
@@ -145,4 +167,13 @@ class Programs:
         return bound
 
     def _key(self, step: int) -> _Key:
-        return _Key(step == 1, self._trainee.batch.shape(step))
+        return _Key(step == self._first_step, self._trainee.batch.shape(step))
+
+
+def _lies_as(tensor: Tensor, spec: TensorSpec | None, program: Program) -> bool:
+    """Tell whether a program can read a tensor of the batch where it is."""
+    if spec is None:
+        return True
+    size = tensor.untyped_storage().nbytes()
+    is_there = size >= program.storages[spec.storage].bytes and spec.offset == tensor.storage_offset()
+    return is_there and spec.stride == tensor.stride()

@@ -42,10 +42,27 @@ class Generators:
             numpy=np.random.get_state(),  # type: ignore[arg-type]  # the legacy tuple
         )
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Generators:
+        """Return what `tensors` was made from."""
+        gauss = tensors["python.gauss"].tolist()
+        position, has_gauss = tensors["numpy.position"].tolist()
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        return cls(
+            torch_cpu=tensors["torch"].cpu(),
+            torch_device=tensors.get("device"),
+            python=(
+                random.Random.VERSION,
+                tuple(tensors["python"].tolist()),
+                gauss[0] if gauss else None,
+            ),
+            numpy=("MT19937", keys, position, has_gauss, tensors["numpy.gauss"].item()),
+        )
+
     def restore(self, device: torch.device) -> None:
-        """Set all of them to what `capture` read."""
+        """Set all of them to what `capture` read; torch's own of another kind of device stays."""
         torch.set_rng_state(self.torch_cpu)
-        if self.torch_device is not None:
+        if self.torch_device is not None and device.type != "cpu":
             module = torch.cuda if device.type == "cuda" else torch.mps
             module.set_rng_state(self.torch_device, *([device] if device.type == "cuda" else []))
         random.setstate(self.python)
@@ -128,8 +145,56 @@ class State:
             settings=settings,
         )
 
+    @property
+    def generators(self) -> Generators:
+        """The random generators, as they can be restored."""
+        prefix = "generator/"
+        named = {n.removeprefix(prefix): t for n, t in self.rest.items() if n.startswith(prefix)}
+        return Generators.from_tensors(named)
 
-def named_state(model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by the names that `named_state` gives; a state_dict's under both kinds."""
+        kinds = ("parameter", "buffer")
+        found = {f"{kind}/{name}": t for name, t in self.parameters.items() for kind in kinds}
+        return found | {name: t for name, t in self.rest.items() if not name.startswith("generator/")}
+
+    def restore(
+        self,
+        model: nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer | None,
+        schedule: LRScheduler | None,
+        device: torch.device,
+    ) -> None:
+        """Bring a training and the random generators to this state, in the training's own tensors.
+
+        Settings of the optimizer and the schedule that are no plain numbers stay as they are. Without an
+        optimizer, the model and the loss alone are brought to it.
+
+        Raises:
+            ValueError: it is the state of another training; names the first tensor that does not fit.
+        """
+        saved = self.named()
+        if optimizer is not None:
+            _restore_optimizer(self, saved, model, optimizer)
+            _restore_gradients(saved, model, optimizer)
+        live = named_state(model, loss, optimizer)
+        for name, tensor in live.items():
+            given = saved.get(name)
+            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
+                kind = "lacks it" if given is None else f"has {_geometry(given)}"
+                raise ValueError(f"{name} is {_geometry(tensor)} here, and the state {kind}")
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(saved[name])
+        if schedule is not None and "schedule" in self.settings:
+            _restore_schedule(schedule, self.settings["schedule"])
+        self.generators.restore(device)
+
+
+def named_state(
+    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Tensor]:
     """Return the live tensors that a training carries from one step to the next, by name.
 
     `parameter/0.weight`, `buffer/1.running_mean`, `optimizer/0.weight/exp_avg`, `group/0/lr` where a
@@ -142,6 +207,8 @@ def named_state(model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -
     found |= {f"buffer/{n}": b for n, b in model.named_buffers(remove_duplicate=False)}
     if isinstance(loss, nn.Module):
         found |= {f"loss/{n}": t for n, t in (*loss.named_parameters(), *loss.named_buffers())}
+    if optimizer is None:
+        return found
     names = parameter_names(model, optimizer)
     in_model: set[Tensor] = set(model.parameters())
     found |= {f"parameter/{name}": p for p, name in names.items() if p not in in_model}
@@ -179,6 +246,81 @@ def optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for group in optimizer.param_groups
     ]
     return {"class": type(optimizer).__qualname__, "groups": groups, "values": values}
+
+
+def _restore_optimizer(
+    state: State, saved: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Give the optimizer the settings and the entries that it had; tensors are filled in later."""
+    names = parameter_names(model, optimizer)
+    settings = state.settings["optimizer"]
+    if [len(g["params"]) for g in settings["groups"]] != [
+        len(g["params"]) for g in optimizer.param_groups
+    ]:
+        raise ValueError("the optimizer has other param groups")
+    for group, known in zip(optimizer.param_groups, settings["groups"], strict=True):
+        _update_plain(group, {key: value for key, value in known.items() if key != "params"})
+    for parameter, name in names.items():
+        prefix = f"optimizer/{name}/"
+        tensors = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
+        values = {
+            key.removeprefix(f"{name}/"): value
+            for key, value in settings["values"].items()
+            if key.rpartition("/")[0] == name
+        }
+        if not tensors and not values:
+            optimizer.state.pop(parameter, None)
+            continue
+        entries = optimizer.state[parameter]
+        for key in entries.keys() - tensors.keys() - values.keys():
+            del entries[key]
+        entries.update(values)
+        for key, tensor in tensors.items():
+            there = entries.get(key)
+            if not isinstance(there, Tensor) or there.shape != tensor.shape:
+                # A count of steps stays on the CPU, where torch's optimizers look for it.
+                on_cpu = tensor.ndim == 0 and not any(
+                    group.get("fused") or group.get("capturable") for group in optimizer.param_groups
+                )
+                entries[key] = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+
+
+def _restore_gradients(
+    saved: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """A gradient is state where nothing zeroes it."""
+    names = parameter_names(model, optimizer)
+    for name, parameter in model.named_parameters():
+        gradient = saved.get(f"gradient/{name}")
+        if parameter in names:
+            continue
+        if gradient is None or parameter.grad is None:
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+
+
+def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> None:
+    """Set the numbers of a schedule, and of those that it is made of."""
+    inner = getattr(schedule, "_schedulers", ())
+    for each, numbers in zip(inner, saved.get("_schedulers", ()), strict=False):
+        _restore_schedule(each, numbers)
+    _update_plain(vars(schedule), saved)
+
+
+def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Set what is a number, a text or a list of these; the rest was written as a text only."""
+    for key, value in saved.items():
+        there = target.get(key)
+        if isinstance(there, Mapping | Tensor) or callable(there):
+            continue
+        if isinstance(value, list):
+            if all(isinstance(item, bool | int | float | None) for item in value):
+                target[key] = tuple(value) if isinstance(there, tuple) else value
+        elif not isinstance(value, Mapping) and not (isinstance(value, str) and there != value):
+            target[key] = value
+
+
+def _geometry(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _copy(tensor: Tensor) -> Tensor:

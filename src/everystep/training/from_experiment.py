@@ -24,7 +24,7 @@ from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.measurements import standard_measurements
 
-__all__ = ["default_evaluate_every", "total_steps", "train_experiment"]
+__all__ = ["default_evaluate_every", "experiment_job", "total_steps", "train_experiment"]
 
 
 def train_experiment(
@@ -46,7 +46,7 @@ def train_experiment(
     device = select(experiment.device)
     with numerics.in_force(experiment.threads), generators_preserved(device):
         try:
-            job = _job(with_fused(experiment, device), name, device)
+            job = experiment_job(experiment, name, device)
             return run_job(job, directory, runs, budget, progress)
         except EverystepError:
             raise
@@ -67,9 +67,19 @@ def default_evaluate_every(steps: int, batches: Batches) -> int:
     return batches.steps_per_epoch if batches.batch_size else max(1, steps // 100)
 
 
-def _job(experiment: Experiment, name: str, device: torch.device) -> Job:
+def experiment_job(
+    experiment: Experiment, name: str, device: torch.device, data: Data | None = None
+) -> Job:
+    """Make everything that an experiment names, in the chapter's order; seeds torch's generator.
+
+    data: takes the place of the experiment's.
+
+    Raises:
+        UsageError: the data or the model do not serve; says why and the cure.
+    """
+    experiment = with_fused(experiment, device)
     torch.manual_seed(experiment.seed)
-    data = make_data(experiment, target_of(experiment.loss))
+    data = data or make_data(experiment, target_of(experiment.loss))
     batches = Batches(len(data.x), experiment.batch_size, experiment.seed, experiment.drop_last)
     steps = total_steps(experiment.steps, experiment.epochs, batches)
     model = build_model(experiment.model, data.x[:2])

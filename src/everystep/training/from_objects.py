@@ -29,7 +29,7 @@ from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.measurements import RESERVED_NAMES, standard_measurements
 
-__all__ = ["Objects", "train_objects"]
+__all__ = ["Objects", "objects_job", "train_objects"]
 
 Pair = tuple[Any, Any]
 
@@ -172,11 +172,16 @@ def train_objects(
         if iteration.seed is not None:
             torch.manual_seed(iteration.seed)
         device = _device(objects, iteration.device)
-        job = _job(objects, iteration, device, progress)
+        job = objects_job(objects, iteration, device, progress)
         return run_job(job, directory, runs, budget, progress)
 
 
-def _job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:
+def objects_job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:
+    """Make everything else that a training of live objects needs.
+
+    Raises:
+        UsageError: the data or the settings do not serve; says why and the cure.
+    """
     # Without a seed, the order of the batches follows the one that torch was last seeded with.
     seed = torch.initial_seed() if iteration.seed is None else iteration.seed
     notices = [message] if (message := numerics.warning()) else []

@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from everystep.experiment.data import Data
+from everystep.recording.run import RecordedRun
 from everystep.step.eager import Trainee
 from everystep.step.evaluate import Evaluation
 from everystep.step.iterate import Engine
 
-__all__ = ["Job", "Outcome", "Progress"]
+__all__ = ["Job", "Origin", "Outcome", "Progress"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a fork begins: in the parent's state `at`.
+
+    hyperparameters: the lr and its like as the parent had them there; has_new_data: whether the data is
+    not the parent's.
+    """
+
+    parent: RecordedRun
+    at: int
+    hyperparameters: dict[str, float]
+    has_new_data: bool
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,7 @@ class Job:
 
     name: names the run's directory; facts: what is known before training, for the run and for the
     eyes; data: what to store, on the CPU, or None where the run cannot hold it; evaluation: what is
-    measured every `evaluate_every` steps and at the last.
+    measured every `evaluate_every` steps and at the last; origin: of a fork.
     """
 
     name: str
@@ -36,6 +51,12 @@ class Job:
     engine: Engine = "auto"
     fold: bool = False
     notices: list[str] = field(default_factory=list)
+    origin: Origin | None = None
+
+    @property
+    def start(self) -> int:
+        """The state that the training begins with."""
+        return self.origin.at if self.origin else 0
 
 
 class Outcome(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -18,7 +19,8 @@ from typing import Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import numerics
-from everystep.recording.recorder import Recorder, create_directory, program_file
+from everystep.recording.data import DATA_FILE
+from everystep.recording.recorder import Recorder, create_directory
 from everystep.step.iterate import Iteration
 from everystep.training.job import Job, Outcome, Progress
 
@@ -48,7 +50,12 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     """
     place = create_directory(directory, job.name, runs)
     facts = {"name": place.name, "started": _now()} | job.facts | _circumstances(job)
-    recorder = Recorder(place, facts, budget)
+    parent = job.origin.parent if job.origin else None
+    try:
+        recorder = Recorder(place, facts, budget, parent, job.start)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)  # made just now, and never begun
+        raise
     started = time.perf_counter()
     progress.begin(place, facts)
     training = _Training(job, recorder, progress)
@@ -74,11 +81,15 @@ class _Training:
         self.job = job
         self.recorder = recorder
         self.progress = progress
-        self.step = 0
+        self.step = job.start
         self._iteration: Iteration | None = None
         self._step_seconds = math.inf
         self._measurements: list[tuple[str, int, float]] = []
-        self._rates: tuple[float, ...] = ()
+        # Without a schedule, only what is not as it was at first is worth a word.
+        self._known = {} if job.trainee.schedule else job.trainee.hyperparameters()
+        if job.origin is not None:
+            self._known = job.origin.hyperparameters
+            self._note_hyperparameters(job.start + 1, job.trainee.hyperparameters())
         self._snapshot_step = -1
         self._nonfinite_step: int | None = None
         self._programs_written = 0
@@ -88,7 +99,7 @@ class _Training:
         """Take all steps; returns None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
-        iteration = self._iteration = Iteration(job.trainee, job.steps, job.engine, job.fold)
+        iteration = self._iteration = Iteration(job.trainee, job.steps, job.engine, job.fold, job.start)
         self._keep_engine(iteration)
         flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
@@ -128,17 +139,21 @@ class _Training:
         self.recorder.check()
         if self._iteration is None:
             return
-        rates = self._iteration.rates
+        hyperparameters = self._iteration.hyperparameters
         first, values = self._iteration.collect()
-        for step, each in rates:
-            self._note_rates(step, each)
+        for step, each in hyperparameters:
+            changed = [
+                (name, step, value) for name, value in each.items() if self._known.get(name) != value
+            ]
+            self._measurements += changed
+            self._known = each
         if self._measurements:
             self.recorder.measurements(self._measurements)
             self._measurements = []
         losses: list[float] = values.tolist()
         if not losses:
             return
-        if first == 1:
+        if first == self.job.start + 1:
             self.recorder.facts({"loss.dtype": str(values.dtype).removeprefix("torch.")})
         self.recorder.losses(first, losses)
         self.progress.advance(first, losses)
@@ -152,11 +167,12 @@ class _Training:
         if job.experiment_toml is not None:
             recorder.text("experiment.toml", job.experiment_toml)
         self._snapshot()
-        if job.data is not None:
+        if job.data is not None and (job.origin is None or job.origin.has_new_data):
             named = {"x": job.data.x, "y": job.data.y}
             if job.data.validation is not None:
                 named["validation_x"], named["validation_y"] = job.data.validation
-            recorder.data(named)
+            name = DATA_FILE if job.origin is None else f"data-{job.start + 1}.safetensors"
+            recorder.data(named, name)
 
     def _advance(self, iteration: Iteration) -> bool:
         """Take steps up to the next one at which there is something to do.
@@ -169,14 +185,14 @@ class _Training:
         if self.step > before:
             seconds = (time.perf_counter() - started) / (self.step - before)
             self._step_seconds = min(self._step_seconds, seconds)
-        if self.step >= TIMED_STEPS and self.recorder.plan.interval is None:
+        if self.step >= self.job.start + TIMED_STEPS and self.recorder.plan.interval is None:
             self.recorder.choose_interval(self._step_seconds)
         self._keep_engine(iteration)
         return self.step > before
 
     def _next_stop(self) -> int:
         step, job = self.step, self.job
-        if step < TIMED_STEPS or job.stop_on_nan:
+        if step < job.start + TIMED_STEPS or job.stop_on_nan:
             return step + 1
         stops = [job.steps, step + max(1, int(STRETCH_SECONDS / self._step_seconds))]
         if job.evaluation is not None:
@@ -196,7 +212,8 @@ class _Training:
             "fold": self.job.fold,
             "folded": programs.is_folded,
             "programs": [
-                {"file": program_file(rule.number + 1), "steps": rule.steps} for rule in programs.rules()
+                {"file": self.recorder.program_file(rule.number + 1), "steps": rule.steps}
+                for rule in programs.rules()
             ],
             "checks": len(iteration.checked),
             "verified_to": iteration.checked[-1] if iteration.checked else 0,
@@ -217,21 +234,17 @@ class _Training:
         self._measurements = [row for row in self._measurements if row[1] <= last]
         self._snapshot_step = min(self._snapshot_step, last)
         first = iteration.eager_from or 1
-        since = f" from step {first} on" if first > 1 else ""
+        since = f" from step {first} on" if first > self.job.start + 1 else ""
         self.progress.notice(f"steps are taken eagerly{since}: {iteration.reason}")
 
     def _snapshot(self) -> None:
         self.recorder.snapshot(self.job.trainee.state(self.step))
         self._snapshot_step = self.step
 
-    def _note_rates(self, step: int, rates: tuple[float, ...]) -> None:
-        if rates == self._rates:
-            return
-        for index, rate in enumerate(rates):
-            if self._rates[index : index + 1] != (rate,):
-                name = "lr" if index == 0 else f"lr[{index}]"
-                self._measurements.append((name, step, rate))
-        self._rates = rates
+    def _note_hyperparameters(self, step: int, now: dict[str, float]) -> None:
+        changed = [(name, step, n) for name, n in now.items() if self._known.get(name) != n]
+        self._measurements += changed
+        self._known = now
 
     def _is_evaluation(self, step: int) -> bool:
         return step % self.job.evaluate_every == 0 or step == self.job.steps

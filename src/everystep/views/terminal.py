@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,8 +18,6 @@ if TYPE_CHECKING:
     import polars
 
 __all__ = [
-    "Silent",
-    "TerminalProgress",
     "closing",
     "engine_text",
     "header",
@@ -58,106 +52,6 @@ def header(facts: dict[str, Any]) -> str:
     return "\n".join(_labelled(label, text) for label, text in lines)
 
 
-class Silent:
-    """Watches a training without a word, but for what the user should know."""
-
-    def reading(self, done: int, total: int) -> None:
-        """Say nothing."""
-
-    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
-        """Say nothing."""
-
-    def advance(self, first_step: int, losses: Sequence[float]) -> None:
-        """Say nothing."""
-
-    def notice(self, message: str) -> None:
-        """Tell the user on stderr."""
-        print(f"everystep: {message}", file=sys.stderr)
-
-    def end(self) -> None:
-        """Say nothing."""
-
-
-class TerminalProgress(Silent):
-    """Watches a training: the header, then a bar; lines of `step<TAB>loss` where piped.
-
-    Data goes to stdout, everything else to stderr.
-    """
-
-    def __init__(self, *, show_header: bool, lines: TextIO | None) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._show_header = show_header
-        self._lines = lines
-        self._bar: Progress | None = None
-        self._dtype = "float32"
-
-    def reading(self, done: int, total: int) -> None:
-        """Show how much of a Dataset has been read."""
-        if self._bar is None:
-            self._start("reading", total, "[dim]rows")
-        self._update(done)
-        if done >= total:
-            self.end()
-
-    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
-        """Show the header and start the bar."""
-        if self._show_header:
-            self._console.print(header(facts), markup=False)
-            self._console.print()
-        self._start("training", facts["steps"], "")
-
-    def advance(self, first_step: int, losses: Sequence[float]) -> None:
-        """Move the bar; write the lines."""
-        if self._lines is not None:
-            text = "".join(f"{step}\t{shortest(loss)}\n" for step, loss in enumerate(losses, first_step))
-            try:
-                self._lines.write(text)
-                self._lines.flush()
-            except BrokenPipeError:  # whoever read them has gone (`| head`); the training goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._lines.fileno())
-                self._lines = None
-        self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
-
-    def notice(self, message: str) -> None:
-        """Tell the user, above the bar."""
-        self._console.print(Text(f"everystep: {message}", style="yellow"))
-
-    def end(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _start(self, what: str, total: int, text: str) -> None:
-        if not (self._console.is_terminal or self._console.is_jupyter):
-            return
-        self._bar = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=32),
-            TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
-            TextColumn("{task.fields[text]:<14}"),
-            _Speed(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self._console,
-        )
-        self._bar.add_task(what, total=total, text=text, width=len(str(total)))
-        self._bar.start()
-
-    def _update(self, completed: int, text: str | None = None) -> None:
-        if self._bar is not None:
-            fields = {} if text is None else {"text": text}
-            self._bar.update(self._bar.task_ids[0], completed=completed, **fields)  # type: ignore[arg-type]
-
-
-class _Speed(ProgressColumn):
-    """Steps per second."""
-
-    def render(self, task: Task) -> Text:
-        """Return the speed, or nothing before there is one."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed else "", style="dim")
-
-
 def closing(directory: Path, reason: str | None) -> str:
     """Return the last words of a training: how it ended, where the run is, what to type next."""
     run = RecordedRun(directory)
@@ -175,7 +69,7 @@ def closing(directory: Path, reason: str | None) -> str:
     lines += [
         "",
         "next:",
-        f"  everystep losses {argument} --last 5",
+        f"  everystep step {argument} {summary.steps or 1}",
         f"  everystep table {argument} -o losses.html",
         f"  everystep plot {argument} -o loss.png",
         f"  everystep report {argument} -o report.html",
@@ -234,6 +128,7 @@ def runs_json(runs: Iterable[Summary]) -> str:
                 "first_loss": _json_number(run.first_loss),
                 "last_loss": _json_number(run.last_loss),
                 "started": run.started.isoformat(),
+                "parent": None if run.parent is None else {"run": run.parent[0], "at": run.parent[1]},
             }
             for run in runs
         ],
@@ -251,13 +146,17 @@ def shortest(loss: float) -> str:
 
 
 def runs_table(runs: Iterable[Summary]) -> Table:
-    """Return the runs as a table: name, status, steps, first and last loss, when."""
+    """Return the runs as a table: name, status, steps, first and last loss, when, and of what a fork."""
+    runs = list(runs)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("run")
     table.add_column("status")
     for heading in ("steps", "first loss", "last loss"):
         table.add_column(heading, justify="right")
     table.add_column("started")
+    has_forks = any(run.parent is not None for run in runs)
+    if has_forks:
+        table.add_column("fork of")
     for run in runs:
         steps = str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}"
         style = {"finished": "", "running": "green"}.get(run.status, "yellow")
@@ -268,8 +167,13 @@ def runs_table(runs: Iterable[Summary]) -> Table:
             number(run.first_loss),
             number(run.last_loss),
             f"{run.started.astimezone():%Y-%m-%d %H:%M}",
+            *([_parent_text(run)] if has_forks else []),
         )
     return table
+
+
+def _parent_text(run: Summary) -> Text:
+    return Text("" if run.parent is None else f"{run.parent[0]}, step {run.parent[1]}")
 
 
 def _labelled(label: str, text: str) -> str:
@@ -315,7 +219,8 @@ def _json_number(value: float | None) -> float | int | str | None:
 
 
 def _latest_measurements(run: RecordedRun) -> dict[str, float]:
-    return {name: value for name, _, value in run.measurements.iter_rows()}
+    later = run.facts.get("measured", {})
+    return {name: value for name, _, value in run.measurements.iter_rows() if name not in later}
 
 
 def _shortest_name(directory: Path) -> str:

@@ -1,0 +1,71 @@
+"""Additions: measurements of a finished run, written as if they had been made while it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from everystep.errors import RecordingError, RunError
+from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
+
+__all__ = ["Additions", "adding"]
+
+
+class Additions:
+    """Writes measurements into a run that nobody else is writing."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
+        """Write measurements (name, step, value).
+
+        Raises:
+            RecordingError: they cannot be written.
+        """
+        with self._database.transaction():
+            self._database.write_measurements(rows)
+
+    def begin_measurement(self, name: str, meaning: dict[str, Any], *, anew: bool) -> None:
+        """Note what a measurement means; `anew`: take out what there was of that name.
+
+        Raises:
+            RecordingError: it cannot be written.
+        """
+        with self._database.transaction():
+            if anew:
+                self._database.remove_measurement(name)
+            known = self._database.facts().get("measured", {})
+            self._database.write_facts({"measured": known | {name: meaning}})
+
+
+@contextmanager
+def adding(directory: Path) -> Iterator[Additions]:
+    """Open a run to add to it.
+
+    Raises:
+        RunError: it is still being trained, or somebody else adds to it.
+        RecordingError: it cannot be written to.
+    """
+    lock = FileLock(directory / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"{directory} is being written (still trained, or measured by another process); wait until "
+            "that is done"
+        ) from None
+    except OSError as error:
+        raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None
+    try:
+        database = Database.change(directory / FILE_NAME)
+        try:
+            yield Additions(database)
+        finally:
+            database.close()
+    finally:
+        lock.release()

@@ -1,0 +1,86 @@
+"""The data set in a run: the tensors themselves while they are small, else what they must be like."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everystep.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DATA_FILE", "check_data", "read_data", "write_data"]
+
+DATA_FILE = "data.safetensors"
+#: Data up to this size is stored in the run; of larger data, its size and digest.
+DATA_LIMIT = 256_000_000
+
+
+def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE) -> dict[str, Any]:
+    """Write data (CPU tensors) into a run while it is small; return the fact that says what it is."""
+    from safetensors.torch import save
+
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    is_small = size <= DATA_LIMIT
+    if is_small:
+        (directory / name).write_bytes(save(_unshared(tensors)))
+    return {"file": name, "stored": is_small, "bytes": size, "digest": _digest(tensors)}
+
+
+def read_data(directory: Path, fact: dict[str, Any]) -> dict[str, Tensor]:
+    """Read the data of a run: x, y, and validation_x and validation_y where there are any.
+
+    Raises:
+        RunError: the file is not there, or not as it was written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = directory / fact.get("file", DATA_FILE)
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    check_data(tensors, fact, str(path))
+    return tensors
+
+
+def check_data(tensors: dict[str, Tensor], fact: dict[str, Any], place: str) -> None:
+    """Check that data is that of a run.
+
+    Raises:
+        RunError: it is not; names the digests.
+    """
+    digest = _digest(tensors)
+    if digest != fact["digest"]:
+        raise RunError(
+            f"{place} is not the data that the run was trained on: its digest is {digest[:12]}..., the "
+            f"run's {fact['digest'][:12]}...; put the original back"
+        )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes_of(tensors[name]))
+    return digest.hexdigest()
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous, each in memory of its own, as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        taken = {other.untyped_storage().data_ptr() for other in found.values()}
+        alone = tensor.contiguous()
+        found[name] = alone.clone() if alone.untyped_storage().data_ptr() in taken else alone
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a CPU tensor of any dtype, as hashlib takes them, without a copy."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

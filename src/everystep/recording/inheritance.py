@@ -1,0 +1,84 @@
+"""Inheritance: what a fork takes over from its parent, so that it is a complete run of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+
+__all__ = ["Inherited", "inherit"]
+
+#: Facts of the whole run, not of the way in which some of its steps were trained.
+_OF_THE_WHOLE = {"earlier", "fork", "measured", "name", "status", "reason", "started", "finished"}
+
+
+class Inherited(NamedTuple):
+    """facts: of the fork; snapshots: those that it has; pinned: states that must always be kept."""
+
+    facts: dict[str, Any]
+    snapshots: list[SnapshotRow]
+    pinned: set[int]
+
+
+def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -> Inherited:
+    """Take over what a parent was up to state `at`; files are hard-linked where that can be.
+
+    The state itself is not: the fork begins with its own. Within a transaction of the database.
+
+    Raises:
+        OSError: a file cannot be linked or copied.
+        RecordingError: the database cannot be written.
+    """
+    with reading(parent.directory / FILE_NAME) as known:
+        losses = [(step, loss) for step, loss in known.losses() if step <= at]
+        measured = [row for row in known.measurements() if row[1] <= at]
+    database.write_losses(1, [loss for _, loss in losses])
+    database.write_measurements(measured)
+    snapshots = [row for row in parent.snapshot_rows() if row.step < at]
+    for row in snapshots:
+        _link_folder(parent.directory / row.directory, directory / row.directory)
+        database.add_snapshot(row)
+    _link_folder(parent.directory / "programs", directory / "programs")
+    for path in parent.directory.glob("data*.safetensors"):
+        _link(path, directory / path.name)
+    earlier: list[dict[str, Any]] = []
+    for stretch in parent.stretches:
+        if stretch.first > at:
+            continue
+        facts = {key: value for key, value in stretch.facts.items() if key not in _OF_THE_WHOLE}
+        source = parent.directory / facts.get("experiment.file", EXPERIMENT_FILE)
+        if source.is_file():
+            facts["experiment.file"] = f"experiment-{stretch.first}.toml"
+            _link(source, directory / facts["experiment.file"])
+        earlier.append({"last": min(at, stretch.last or at), "facts": facts})
+    facts = parent.facts
+    kept: dict[str, Any] = {
+        key: facts[key] for key in ("measured", "loss.dtype", "data.file") if key in facts
+    }
+    if facts.get("nonfinite_step", at + 1) <= at:
+        kept["nonfinite_step"] = facts["nonfinite_step"]
+    return Inherited(
+        facts={"earlier": earlier} | kept,
+        snapshots=snapshots,
+        pinned={0} | {each["last"] for each in earlier},
+    )
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        return
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        _link(path, target / path.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Files of a run never change, so that two runs can have the same."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)

@@ -1,0 +1,1 @@
+"""Going back: any step of a run again, bit for bit."""

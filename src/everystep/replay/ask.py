@@ -1,0 +1,293 @@
+"""Ask: put a question to every step of a run, an expression or a function of the opened step."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ExpressionError
+from everystep.recording.run import RecordedRun
+from everystep.replay.expression import Expression, Reference, parse
+from everystep.replay.probe import Probe
+from everystep.replay.replay import Replay
+from everystep.replay.revive import Objects
+from everystep.replay.step import Step
+from everystep.replay.walk import Piece, Walked, coarser, pieces, walk
+from everystep.step.hyperparameters import is_hyperparameter
+
+__all__ = ["Question", "ask", "ask_columns", "read_question"]
+
+#: An expression, or what makes a number of an opened step.
+Question = Expression | Callable[[Step], Any]
+
+Answers = list[tuple[int, float]]
+
+
+class Columns:
+    """The recorded columns of a run that an expression names: measurements by step."""
+
+    def __init__(self, run: RecordedRun, expression: Expression) -> None:
+        names = {r.name for r in expression.references if r.kind == "measurements"}
+        self._values = {name: run.measured(name) for name in names}
+        # A learning rate is recorded where it changes.
+        self._steps = {name: list(self._values[name]) for name in names if is_hyperparameter(name)}
+
+    def value(self, name: str, step: int) -> float | None:
+        """Return what was measured at a step, or None."""
+        values = self._values[name]
+        if name in self._steps:
+            index = bisect_right(self._steps[name], step) - 1
+            return values[self._steps[name][index]] if index >= 0 else None
+        return values.get(step)
+
+
+class _NothingThereError(Exception):
+    """Something that an expression names has no value at this step."""
+
+
+class _Evaluator:
+    """Evaluates an expression, step after step."""
+
+    def __init__(self, expression: Expression, run: RecordedRun, as_condition: bool) -> None:
+        self._evaluate = expression.truth if as_condition else expression.number
+        self._columns = Columns(run, expression)
+        self.previous_loss: float | None = None
+
+    def answer(self, number: int, loss: float, probe: Probe | None) -> float | None:
+        """Return the answer at a step, or None where something that it takes is not there."""
+
+        def value_of(reference: Reference) -> Any:
+            found: Any = None
+            if reference.kind == "step":
+                found = number - reference.is_previous
+            elif reference.kind == "loss":
+                found = self.previous_loss if reference.is_previous else loss
+            elif reference.kind == "measurements":
+                found = self._columns.value(reference.name, number - reference.is_previous)
+            elif probe is not None and probe.has(reference):
+                found = probe.value_of(reference)
+            if found is None:
+                raise _NothingThereError
+            return found
+
+        try:
+            return float(self._evaluate(value_of))
+        except _NothingThereError:
+            return None
+
+
+class Asking:
+    """Takes the steps of a piece, and puts the question to those that are due.
+
+    Args:
+        question: what to ask.
+        every: steps between two that are due.
+        as_condition: whether the answer is a yes, kept as 1, or a no, which is not kept.
+        only_first: stop at the first yes.
+        skipped: steps whose answer is known.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        run: RecordedRun,
+        *,
+        every: int = 1,
+        as_condition: bool = False,
+        only_first: bool = False,
+        skipped: frozenset[int] = frozenset(),
+    ) -> None:
+        self._question = question
+        self._every = every
+        self._as_condition = as_condition
+        self._only_first = only_first
+        self._skipped = skipped
+        self._evaluator = (
+            _Evaluator(question, run, as_condition) if isinstance(question, Expression) else None
+        )
+        self._answers: Answers = []
+        self._probe: Probe | None = None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether tensors of the step before are wanted."""
+        return any(reference.is_previous for reference in self._tensors())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more steps need be taken."""
+        return self._only_first and bool(self._answers)
+
+    def begin(self, replay: Replay, piece: Piece) -> int:
+        """Begin with the state before the piece; a step earlier where tensors of that step count."""
+        self._answers, self._probe = [], None
+        earlier = self.looks_back and piece.first > replay.stretches[piece.at].first
+        start = piece.first - 1 - earlier
+        if self._evaluator is not None:
+            known = replay.run.losses_between(start, start)
+            self._evaluator.previous_loss = known[0] if known else None
+        return start
+
+    def take(self, replay: Replay, last: int, piece: Piece) -> Tensor:
+        """Take the steps up to `last`, asking; return their losses."""
+        revived, losses = replay.revived, []
+        assert revived.state is not None
+        while revived.state < last and not self.is_done:
+            number = revived.state + 1
+            if self._is_due(number) and number >= piece.first:
+                losses.append(self._ask(replay, number))
+            elif self.looks_back and self._is_due(number + 1):
+                losses.append(self._probing(replay).take().cpu().reshape(1))
+            else:
+                until = min(last, self._next_due(number) - 1 - self.looks_back)
+                losses.append(revived.run(max(number, until)))
+            if self._evaluator is not None:
+                self._evaluator.previous_loss = float(losses[-1][-1])
+        return torch.cat(losses) if losses else torch.empty(0)
+
+    def result(self) -> Answers:
+        """Return the answers of the piece."""
+        return self._answers
+
+    def _ask(self, replay: Replay, number: int) -> Tensor:
+        if self._evaluator is not None:
+            loss = self._probing(replay).take().cpu().reshape(1)
+            answer = self._evaluator.answer(number, float(loss[0]), self._probe)
+        else:
+            assert not isinstance(self._question, Expression)
+            step = replay.next_step()
+            loss = torch.tensor([step.loss], dtype=torch.float64)
+            answer = self._number_of(self._question(step))
+        if answer is not None and (answer or not self._as_condition):
+            self._answers.append((number, answer))
+        return loss
+
+    def _number_of(self, answer: Any) -> float | None:
+        if answer is None:
+            return None
+        try:
+            return float(bool(answer)) if self._as_condition else float(answer)
+        except (TypeError, ValueError, RuntimeError):
+            got = (
+                f"a tensor of shape {tuple(answer.shape)}"
+                if isinstance(answer, Tensor)
+                else f"{answer!r:.80}"
+            )
+            raise ExpressionError(f"the function must give one number, not {got}") from None
+
+    def _probing(self, replay: Replay) -> Probe:
+        if self._probe is None:
+            self._probe = Probe(replay.revived, self._tensors())
+        return self._probe
+
+    def _tensors(self) -> set[Reference]:
+        if not isinstance(self._question, Expression):
+            return set()
+        recorded = ("loss", "step", "measurements")
+        return {r for r in self._question.references if r.kind not in recorded}
+
+    def _is_due(self, number: int) -> bool:
+        return number % self._every == 0 and number not in self._skipped
+
+    def _next_due(self, number: int) -> int:
+        return -(-(number + 1) // self._every) * self._every
+
+
+def read_question(text: str, run: RecordedRun, objects: Objects | None = None) -> Expression:
+    """Read an expression, and try it on the first step of a run.
+
+    Raises:
+        ExpressionError: it cannot be read, names what is not there, or does not fit.
+        RunError: the run has no step to try it on, or that cannot be opened.
+    """
+    names = run.measurement_names
+    expression = parse(text, names)
+    expression.check({"measurements": names})
+    if expression.is_recorded:
+        return expression
+    replay = Replay(run, objects)
+    step = replay.step(1)
+    expression.check(
+        {
+            "parameters": list(step.parameters),
+            "buffers": list(step.buffers),
+            "gradients": list(step.gradients),
+            "activations": list(step.activations),
+            "updates": list(step.updates),
+        }
+    )
+    return expression
+
+
+def ask(
+    question: Question,
+    run: RecordedRun,
+    wanted: tuple[int, int],
+    *,
+    objects: Objects | None = None,
+    every: int = 1,
+    as_condition: bool = False,
+    only_first: bool = False,
+    from_end: bool = False,
+    skipped: frozenset[int] = frozenset(),
+    processes: int | None = None,
+    told: Callable[[int], None] = lambda steps: None,
+) -> Iterator[Walked]:
+    """Put a question to steps, and yield pieces of the run with their answers.
+
+    Args:
+        question: what to ask.
+        run: of which run.
+        wanted: the first and the last step.
+        objects: what the user trained with, for steps that no program takes.
+        every: steps between two that are asked.
+        as_condition: whether the answer is yes or no; only each yes is kept, as 1.
+        only_first: in each piece, stop at the first yes.
+        from_end: begin with the last piece.
+        skipped: steps whose answer is known already.
+        processes: how many at once; absent: one for each core, where that is worth their start.
+        told: is told of steps that are done.
+
+    Raises:
+        ExpressionError: the question does not fit.
+        RunError: something that is needed is missing or cannot be read.
+    """
+    asking = Asking(
+        question,
+        run,
+        every=every,
+        as_condition=as_condition,
+        only_first=only_first,
+        skipped=skipped,
+    )
+    due = [
+        piece
+        for piece in coarser(pieces(run, *wanted), asking.looks_back)
+        if any(n not in skipped for n in range(-(-piece.first // every) * every, piece.last + 1, every))
+    ]
+    yield from walk(run, due[::-1] if from_end else due, asking, objects, processes, told)
+
+
+def ask_columns(
+    expression: Expression, run: RecordedRun, wanted: tuple[int, int], *, as_condition: bool = False
+) -> Answers:
+    """Answer from recorded columns alone.
+
+    Raises:
+        ExpressionError: the expression does not fit.
+    """
+    evaluator = _Evaluator(expression, run, as_condition)
+    first, last = wanted
+    before = run.losses_between(first - 1, first - 1)
+    evaluator.previous_loss = before[0] if before else None
+    answers = []
+    for number, loss in enumerate(run.losses_between(first, last), start=first):
+        answer = evaluator.answer(number, loss, None)
+        if answer is not None and (answer or not as_condition):
+            answers.append((number, answer))
+        evaluator.previous_loss = loss
+    return answers

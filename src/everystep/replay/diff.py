@@ -1,0 +1,409 @@
+"""Diff: where two runs part, down to the first operation whose result differs.
+
+Losses and snapshots say between which two states the runs part; from the last common state on, both
+are gone through again, and compared step by step, then operation by operation, bit by bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.errors import RunError
+from everystep.program.execute import Observed
+from everystep.program.operators import draws_random_numbers, resolve
+from everystep.recording.run import RecordedRun
+from everystep.recording.snapshots import read_snapshot
+from everystep.replay.opener import Opener
+from everystep.replay.replay import Replay
+from everystep.replay.revive import Objects
+from everystep.replay.step import Step
+from everystep.replay.walk import LossDifference, StateDifference, differences
+from everystep.replay.workers import recorded_numerics
+from everystep.step.check import as_integers, distance, same_bits
+
+__all__ = ["Difference", "OperationDifference", "TensorDifference", "diff"]
+
+#: Steps that are gone through between two looks.
+STRIDE = 64
+#: Positions of differing numbers that are named.
+NAMED = 10
+
+
+class TensorDifference(NamedTuple):
+    """How two tensors of the same name differ.
+
+    elements: how many numbers differ, of how many; positions: of the first of them; values: there, in
+    both; largest: the largest distance in units in the last place, None where that has no meaning.
+    """
+
+    name: str
+    elements: int
+    of: int
+    positions: list[tuple[int, ...]]
+    values: list[tuple[float, float]]
+    largest: int | None
+
+
+@dataclass(frozen=True)
+class OperationDifference:
+    """The first operation whose result differs, and why.
+
+    step, index: where; one, other: as both runs have it (None where one has no such operation);
+    results: those that differ; inputs: of what it takes, what differed already; rows: of the batch, as
+    (place, row in the first run, row in the second); causes: in words, what of its own made it differ.
+    """
+
+    step: int
+    index: int
+    one: Observed | None
+    other: Observed | None
+    results: list[TensorDifference] = field(default_factory=list)
+    inputs: list[TensorDifference] = field(default_factory=list)
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two runs.
+
+    experiments, numerics: what was asked for, and what bits depend on besides, by name, in both; steps:
+    how many each took; loss: the first that differs (recorded: of the first run, replayed: of the
+    second), None if none does; common_state: the last snapshot that both have and that is the same;
+    states: tensors of the first common snapshot that differs; operation: where they part; problems: why
+    something could not be said.
+    """
+
+    names: tuple[str, str]
+    experiments: dict[str, tuple[Any, Any]]
+    numerics: dict[str, tuple[Any, Any]]
+    steps: tuple[int, int]
+    loss: LossDifference | None
+    common_state: int | None
+    states: tuple[StateDifference, ...]
+    operation: OperationDifference | None
+    problems: tuple[str, ...]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both runs took as many steps, with the same losses and states."""
+        parts = (self.loss, self.states, self.operation)
+        return not any(parts) and self.steps[0] == self.steps[1]
+
+
+def diff(
+    one: RecordedRun,
+    other: RecordedRun,
+    *,
+    thorough: bool = False,
+    objects: tuple[Objects | None, Objects | None] = (None, None),
+    told: Callable[[int], None] = lambda steps: None,
+) -> Difference:
+    """Return what differs between two runs.
+
+    Args:
+        one: the first run.
+        other: the second run.
+        thorough: go through every step, not only those between the last common state and the first
+            difference: finds what shows in no loss and in no snapshot.
+        objects: what the user trained each with, for steps that no program takes.
+        told: is told of steps that are done.
+
+    Raises:
+        RunError: a run cannot be read.
+    """
+    loss = _first_loss(one, other)
+    common, states, problems = _snapshots(one, other)
+    steps = (one.summary().steps, other.summary().steps)
+    ends = [loss.step if loss else None, states[0].state or 1 if states else None]
+    last = min((end for end in ends if end is not None), default=min(steps) if thorough else 0)
+    operation = None
+    if last:
+        begin = 0 if thorough or common is None else common
+        # A state that differs shows in the step after it at the latest.
+        last = min(max(last, begin + 1), *steps)
+        search = _Search(one, other, objects, told)
+        try:
+            operation = search.first(begin + 1, last)
+        except RunError as error:
+            problems.append(str(error))
+        problems += search.problems
+    return Difference(
+        names=(one.name, other.name),
+        experiments=_experiments(one.facts, other.facts),
+        numerics=recorded_numerics(one.facts).differences(recorded_numerics(other.facts)),
+        steps=steps,
+        loss=loss,
+        common_state=common,
+        states=tuple(states),
+        operation=operation,
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:
+    pair = [run.losses["loss"].to_numpy().astype(np.float64) for run in (one, other)]
+    count = min(map(len, pair))
+    a, b = (losses[:count] for losses in pair)
+    different = np.flatnonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))
+    if not len(different):
+        return None
+    first = int(different[0])
+    return LossDifference(first + 1, float(a[first]), float(b[first]))
+
+
+def _snapshots(
+    one: RecordedRun, other: RecordedRun
+) -> tuple[int | None, list[StateDifference], list[str]]:
+    """Return the last common state before the first that differs, and what differs in that one."""
+    rows = [{row.step: row for row in run.snapshot_rows()} for run in (one, other)]
+    common: int | None = None
+    problems: list[str] = []
+    random = _draws_random_numbers(one) or _draws_random_numbers(other)
+    for step in sorted(rows[0].keys() & rows[1].keys()):
+        pair = rows[0][step], rows[1][step]
+        if pair[0].digest != pair[1].digest:
+            try:
+                states = [read_snapshot(r.directory, p) for r, p in zip((one, other), pair, strict=True)]
+            except RunError as error:
+                problems.append(str(error))
+                continue
+            different = [
+                each
+                for each in differences(*states)
+                if random or not each.tensor.startswith("generator/")
+            ]
+            if different:
+                return common, different, problems
+        common = step
+    return common, [], problems
+
+
+class _Search:
+    """Goes through two runs side by side."""
+
+    def __init__(
+        self,
+        one: RecordedRun,
+        other: RecordedRun,
+        objects: tuple[Objects | None, Objects | None],
+        told: Callable[[int], None],
+    ) -> None:
+        self._runs = (one, other)
+        self._openers = (Opener(one, objects[0]), Opener(other, objects[1]))
+        self._told = told
+        # Under the same numerics, the same program gives the same for the same inputs.
+        self._by_operation = _programs(one) != _programs(other) or bool(
+            recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
+        )
+        self._is_random = _draws_random_numbers(one) or _draws_random_numbers(other)
+        self.problems: list[str] = []
+
+    def first(self, first: int, last: int) -> OperationDifference | None:
+        """Return the first operation, of steps `first` to `last`, whose result differs."""
+        for step in self._suspicious(first, last):
+            steps = [opener.step(step) for opener in self._openers]
+            for run, opened in zip(self._runs, steps, strict=True):
+                if not opened.is_exact:
+                    self.problems.append(
+                        f"{run.name} was not the same when it was taken again, from step "
+                        f"{opened.departed_at} on: what is said of later steps is not of the original"
+                    )
+            found = _compare_steps(*steps)
+            if found is not None:
+                return found
+        return None
+
+    def _suspicious(self, first: int, last: int) -> Iterator[int]:
+        """Yield steps that are not the same in both runs, in order."""
+        for begin in range(first, last + 1, STRIDE):
+            end = min(last, begin + STRIDE - 1)
+            pair = [
+                opener.call(_footprints, begin, end, self._by_operation, self._is_random)
+                for opener in self._openers
+            ]
+            for step, (one, other) in enumerate(zip(*pair, strict=True), start=begin):
+                if one != other:
+                    yield step
+            self._told(end - begin + 1)
+
+
+def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_random: bool) -> list[str]:
+    """Take steps again; return for each a digest of what it took and gave."""
+    found = []
+    batch = b""
+    with replay.in_force(first):
+        for number in range(first, last + 1):
+            revived = replay.go_to(number - 1, replay.stretch_of(number))
+            trainee = revived.trainee
+            digest = hashlib.sha256()
+            if revived.is_by_program(number):
+                revived.begin(number)
+            digest.update(json.dumps(trainee.hyperparameters()).encode())
+            if is_random:
+                digest.update(_bytes(torch.get_rng_state()))
+            if not (batch and trainee.batch.is_fixed):
+                batch = b"".join(hashlib.sha256(_bytes(part)).digest() for part in trainee.batch(number))
+            digest.update(batch)
+            if by_operation:
+                observation = revived.observe()
+                for observed in observation.operations:
+                    digest.update(observed.operation.operator.encode())
+                    for tensor in observed.results.values():
+                        digest.update(_bytes(tensor))
+            else:
+                revived.run(number)
+            for name, tensor in sorted(trainee.named_state().items()):
+                digest.update(name.encode())
+                digest.update(_bytes(tensor))
+            found.append(digest.hexdigest())
+    return found
+
+
+def _compare_steps(one: Step, other: Step) -> OperationDifference | None:
+    """Return the first operation of a step whose result differs, or which only one of them has."""
+    for index in range(max(len(one.operations), len(other.operations))):
+        pair = [s.operations[index] if index < len(s.operations) else None for s in (one, other)]
+        a, b = pair
+        if a is None or b is None or _outline(a) != _outline(b):
+            return OperationDifference(one.number, index, a, b, causes=["another operation"])
+        results = _different(a.results, b.results)
+        if results:
+            return _explained(one, other, index, a, b, results)
+    return None
+
+
+def _explained(
+    one: Step, other: Step, index: int, a: Observed, b: Observed, results: list[TensorDifference]
+) -> OperationDifference:
+    inputs = _different(a.inputs, b.inputs)
+    names = {difference.name for difference in inputs}
+    rows = []
+    if names & {"x", "y"} or any(name.startswith(("x~", "y~")) for name in names):
+        pair = [
+            s.batch.rows if s.batch.rows is not None else torch.arange(len(s.batch.x))
+            for s in (one, other)
+        ]
+        if len(pair[0]) == len(pair[1]):
+            places = torch.nonzero(pair[0] != pair[1]).flatten().tolist()
+            rows = [(place, int(pair[0][place]), int(pair[1][place])) for place in places]
+    causes = _causes(one, other, a, b, names)
+    return OperationDifference(one.number, index, a, b, results, inputs, rows, causes)
+
+
+def _causes(one: Step, other: Step, a: Observed, b: Observed, inputs: set[str]) -> list[str]:
+    """Return what of the operation's own made its result differ."""
+    changed = [
+        f"{name} {value!r} and {other.hyperparameters.get(name)!r}"
+        for name, value in one.hyperparameters.items()
+        if value != other.hyperparameters.get(name)
+    ]
+    given = _arguments(a), _arguments(b)
+    arguments = [
+        f"{name} {value!r} and {given[1].get(name)!r}"
+        for name, value in given[0].items()
+        if value != given[1].get(name)
+    ]
+    if any(name.startswith("hyperparameter/") for name in inputs):
+        return ["another hyperparameter: " + ", ".join(changed)]
+    if arguments:
+        return ["other arguments: " + ", ".join(arguments)]
+    if inputs:
+        return []
+    if changed and a.operation.phase == "update":
+        return ["another hyperparameter: " + ", ".join(changed)]
+    return ["another random draw" if _draws(a.operation.operator) else "the same inputs, other bits"]
+
+
+def _arguments(observed: Observed) -> dict[str, Any]:
+    is_operator = observed.operation.operator.startswith("aten.")
+    return observed.operation.given() if is_operator else {}
+
+
+def _draws(operator: str) -> bool:
+    return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
+
+
+def _draws_random_numbers(run: RecordedRun) -> bool:
+    """Tell whether a step of the run draws random numbers, as far as programs say; else it may."""
+    engine = run.facts.get("engine") or {"eager_from": 1}
+    if engine["eager_from"] is not None:
+        return True
+    try:
+        return any(
+            _draws(operation["operator"])
+            for each in _programs(run)
+            for operation in json.loads(each)["operations"]
+        )
+    except (ValueError, LookupError, TypeError):
+        return True
+
+
+def _outline(observed: Observed) -> tuple[Any, ...]:
+    operation = observed.operation
+    return operation.phase, operation.module, operation.operator
+
+
+def _different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[TensorDifference]:
+    found = []
+    for name in one.keys() & other.keys() if one.keys() != other.keys() else one:
+        a, b = one[name], other[name]
+        if not same_bits(a, b):
+            found.append(_tensor_difference(name, a, b))
+    return found
+
+
+def _tensor_difference(name: str, one: Tensor, other: Tensor) -> TensorDifference:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return TensorDifference(name, one.numel(), one.numel(), [], [], None)
+    where = torch.nonzero(as_integers(one) != as_integers(other))
+    positions = [tuple(position) for position in where[:NAMED].tolist()]
+    values = [(_number(one[p]), _number(other[p])) for p in positions]
+    return TensorDifference(name, len(where), one.numel(), positions, values, distance(one, other))
+
+
+def _number(tensor: Tensor) -> Any:
+    return tensor.item()
+
+
+def _experiments(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs in what was asked for, by path."""
+    keys = (
+        *("device", "seed", "data", "data.file", "batches", "model", "loss", "optimizer", "schedule"),
+        *("clip_norm", "evaluate_every"),
+    )
+    pair = [_flat({key: facts.get(key) for key in keys}) for facts in (one, other)]
+    return {
+        path: (pair[0].get(path), pair[1].get(path))
+        for path in dict.fromkeys((*pair[0], *pair[1]))
+        if pair[0].get(path) != pair[1].get(path)
+    }
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flat(item, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _programs(run: RecordedRun) -> list[bytes]:
+    rules = (run.facts.get("engine") or {}).get("programs", [])
+    try:
+        return [(run.directory / rule["file"]).read_bytes() for rule in rules]
+    except OSError:
+        return []
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

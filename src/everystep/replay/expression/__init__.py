@@ -1,0 +1,24 @@
+"""The language of questions about a step: `norm(gradients['0.weight']) > 2 * previous.loss`.
+
+    loss  step  batch.x  batch.y  nan  inf  pi  True  False
+    parameters['0.weight']  buffers[...]  gradients[...]  activations['1']  measurements['lr'] or lr
+    updates['0.weight']  updates['0.weight'].before  .after     (after - before, and the two)
+    previous.loss  previous.gradients['0.weight']               (of the step before: any of the above)
+    + - * / // % ** @   < <= > >= == !=   and or not   a if c else b   parameters['0.weight'][0, :3]
+
+Functions of each element: abs sqrt exp log log10 sign isnan isinf isfinite. Of all elements, giving one
+number: sum mean min max numel any all; std, var (unbiased, as torch's); median (the lower of two);
+quantile(x, q); norm (the root of the sum of squares), rms (of their mean); zeros (the share equal to 0);
+nonfinite (how many are NaN or infinite); dot(a, b), cosine(a, b). min, max also take several numbers.
+
+It is read with `ast`; only what stands here becomes a closure, and nothing is executed as Python. Torch
+is not imported: a plain number is treated as a tensor of one element would be, so that 1 / 0 is inf and
+log(-1) nan. Functions of all elements compute in the tensor's own dtype (float16, bfloat16 and, where
+needed, integers in float32), and their result is a plain number. Of no elements, the mean and its like
+are nan, min and max an error. and, or, not are as in Python; chains of comparisons too, but elementwise.
+"""
+
+from everystep.replay.expression.question import Expression, Reference
+from everystep.replay.expression.reading import parse
+
+__all__ = ["Expression", "Reference", "parse"]

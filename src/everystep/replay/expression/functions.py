@@ -1,0 +1,117 @@
+"""The functions of the language, each for plain numbers and for tensors, and the constants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from everystep.replay.expression.arithmetic import bounded, is_number, plain
+
+__all__ = ["ARGUMENTS", "CONSTANTS", "FUNCTIONS"]
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "abs": abs,
+    "sqrt": lambda x: _of_each(x, math.sqrt),
+    "exp": lambda x: _of_each(x, math.exp),
+    "log": lambda x: _of_each(x, math.log),
+    "log10": lambda x: _of_each(x, math.log10),
+    "sign": lambda x: (x > 0) - (x < 0) if is_number(x) else x.sign(),
+    "sum": lambda x: x + 0 if is_number(x) else plain(_sum(x)),
+    "mean": lambda x: float(x) if is_number(x) else plain(_floating(x).mean()),
+    "std": lambda x: math.nan if _is_single(x) else plain(_floating(x).std()),
+    "var": lambda x: math.nan if _is_single(x) else plain(_floating(x).var()),
+    "min": lambda *values: _extreme(min, values),
+    "max": lambda *values: _extreme(max, values),
+    "median": lambda x: float(x) if is_number(x) else plain(_floating(x).median()),
+    "quantile": lambda x, q: _quantile(x, plain(q)),
+    "norm": lambda x: abs(float(x)) if is_number(x) else plain(_floating(x).norm()),
+    "rms": lambda x: (
+        abs(float(x)) if is_number(x) else plain(_floating(x).norm() / math.sqrt(x.numel()))
+    ),
+    "zeros": lambda x: float(x == 0) if is_number(x) else _share_of_zeros(x),
+    "nonfinite": lambda x: int(not math.isfinite(x)) if is_number(x) else plain((~x.isfinite()).sum()),
+    "numel": lambda x: 1 if is_number(x) else x.numel(),
+    "isnan": lambda x: _of_each(x, math.isnan),
+    "isinf": lambda x: _of_each(x, math.isinf),
+    "isfinite": lambda x: _of_each(x, math.isfinite),
+    "any": lambda x: bool(x) if is_number(x) else plain(x.any()),
+    "all": lambda x: bool(x) if is_number(x) else plain(x.all()),
+    "dot": lambda a, b: _dot(a, b),
+    "cosine": lambda a, b: _cosine(a, b),
+}
+#: How many those take that do not take one; min and max take one or more.
+ARGUMENTS = {"quantile": 2, "dot": 2, "cosine": 2}
+CONSTANTS = {"nan": math.nan, "inf": math.inf, "pi": math.pi}
+
+
+def _of_each(x: Any, function: Callable[[float], Any]) -> Any:
+    """Apply a function of `math` to a number; to a tensor, torch's of the same name."""
+    if not is_number(x):
+        return getattr(x, function.__name__)()
+    try:
+        return function(x)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return math.nan if x else -math.inf  # log(0)
+
+
+def _floating(x: Any) -> Any:
+    """Return a tensor with a dtype that means and norms can be computed in; a number as it is."""
+    if is_number(x):
+        return x
+    return x if x.is_complex() or (x.is_floating_point() and x.element_size() >= 4) else x.float()
+
+
+def _sum(x: Any) -> Any:
+    return (_floating(x) if x.is_floating_point() else x).sum()
+
+
+def _is_single(x: Any) -> bool:
+    """Tell whether it has fewer than two elements, so that it has no spread; torch would warn."""
+    return is_number(x) or x.numel() < 2
+
+
+def _extreme(choose: Callable[[list[Any]], Any], values: tuple[Any, ...]) -> Any:
+    if len(values) == 1 and not is_number(values[0]):
+        name, shape = choose.__name__, tuple(values[0].shape)
+        if not values[0].numel():
+            raise ValueError(f"a tensor of shape {shape} is empty, it has no {name}")
+        return plain(getattr(values[0], name)())
+    numbers = [plain(value) for value in values]
+    return math.nan if any(map(math.isnan, numbers)) else choose(numbers)
+
+
+def _quantile(x: Any, q: Any) -> Any:
+    if not 0 <= q <= 1:
+        raise ValueError(f"quantile takes a share between 0 and 1, not {q}")
+    if is_number(x):
+        return float(x)
+    return plain(_floating(x).quantile(q)) if x.numel() else math.nan
+
+
+def _share_of_zeros(x: Any) -> float:
+    return (x == 0).sum().item() / x.numel() if x.numel() else math.nan
+
+
+def _dot(a: Any, b: Any) -> Any:
+    shapes = [() if is_number(x) else tuple(x.shape) for x in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the shapes {shapes[0]} and {shapes[1]} differ")
+    product = _floating(a) * _floating(b)
+    return bounded(product) if is_number(product) else plain(product.sum())
+
+
+def _cosine(a: Any, b: Any) -> Any:
+    product = _dot(_direction(a), _direction(b))
+    return product if FUNCTIONS["numel"](a) else math.nan
+
+
+def _direction(x: Any) -> Any:
+    """Return a vector of length 1. Scaled first: squares of elements of 1e-25 are 0 in float32."""
+    if is_number(x):
+        return x / abs(x) if x else math.nan
+    x = _floating(x)
+    scaled = x / x.abs().max() if x.numel() else x
+    return scaled / scaled.norm()

@@ -1,0 +1,101 @@
+"""A question about a step, once it is read: what it names, and what its answer is on a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from everystep.errors import ExpressionError, Fault, did_you_mean
+from everystep.replay.expression.arithmetic import plain, truth
+from everystep.replay.expression.faults import error_at, excerpt
+
+__all__ = ["Evaluate", "Expression", "Reference", "ValueOf"]
+
+
+class Reference(NamedTuple):
+    """Something of a step that an expression names."""
+
+    #: loss, step, batch, parameters, buffers, gradients, activations, updates or measurements
+    kind: str
+    #: `0.weight`; `x` or `y` of the batch; empty for loss and step
+    name: str
+    #: of the step before
+    is_previous: bool
+    #: of updates: empty (after - before), `before` or `after`
+    part: str = ""
+
+    def __str__(self) -> str:
+        name = f".{self.name}" if self.kind == "batch" else f"[{self.name!r}]" if self.name else ""
+        return "previous." * self.is_previous + self.kind + name + (f".{self.part}" if self.part else "")
+
+
+ValueOf = Callable[[Reference], Any]
+Evaluate = Callable[[ValueOf], Any]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A question about a step, as `parse` reads it.
+
+    `value_of` gives what a reference stands for: a plain number, or a tensor, which is never changed. It
+    is asked only for what is needed (`step > 1 and loss > previous.loss` needs nothing previous at step
+    1), and what it raises passes through.
+    """
+
+    text: str
+    references: frozenset[Reference]
+    _evaluate: Evaluate = field(repr=False, compare=False)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the recorded columns (loss, step, measurements) are enough to answer it."""
+        return all(reference.kind in ("loss", "step", "measurements") for reference in self.references)
+
+    def evaluate(self, value_of: ValueOf) -> Any:
+        """Return its value on a step: a plain number, or a tensor.
+
+        Use it at once: a tensor may share its memory with what `value_of` gave.
+
+        Raises:
+            ExpressionError: the values do not fit what is done with them.
+        """
+        return self._evaluate(value_of)
+
+    def number(self, value_of: ValueOf) -> float:
+        """Return its value on a step as one number.
+
+        Raises:
+            ExpressionError: as `evaluate`, or the value is a tensor of several elements or of none.
+        """
+        return float(self._as(plain, value_of))
+
+    def truth(self, value_of: ValueOf) -> bool:
+        """Tell whether it holds on a step. As in Python, every number but 0 does, NaN too.
+
+        Raises:
+            ExpressionError: as `evaluate`, or the value is a tensor of several elements or of none.
+        """
+        return bool(self._as(truth, value_of))
+
+    def check(self, known: Mapping[str, Collection[str]]) -> None:
+        """Look up what it names among the names that there are, by kind. Kinds not in `known` pass.
+
+        Raises:
+            ExpressionError: some are not there; all of these are in its faults.
+        """
+        faults = []
+        for reference in sorted(self.references):
+            names = known.get(reference.kind)
+            if reference.name and names is not None and reference.name not in names:
+                cure = did_you_mean(reference.name, list(names)) if names else "there are none of these"
+                faults.append(Fault(str(reference), f"no such name; {cure}".removesuffix("; ")))
+        if faults:
+            raise ExpressionError(faults, where=excerpt(self.text)[0])
+
+    def _as(self, convert: Callable[[Any], Any], value_of: ValueOf) -> Any:
+        value = self._evaluate(value_of)
+        try:
+            return convert(value)
+        except ValueError as error:
+            raise error_at(self.text, str(error)) from None

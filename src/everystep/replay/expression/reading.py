@@ -1,0 +1,259 @@
+"""Reading an expression: of its text, `ast` makes nodes, and each node becomes a closure."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Callable, Collection
+from functools import reduce
+from typing import Any
+
+from everystep.errors import ExpressionError
+from everystep.replay.expression.arithmetic import OPERATIONS, bounded, is_number, truth
+from everystep.replay.expression.faults import (
+    LANGUAGE,
+    MAPPINGS,
+    column,
+    error_at,
+    syntax_error,
+    why_no_function,
+    why_no_name,
+    why_refused,
+)
+from everystep.replay.expression.functions import ARGUMENTS, CONSTANTS, FUNCTIONS
+from everystep.replay.expression.question import Evaluate, Expression, Reference, ValueOf
+
+__all__ = ["parse"]
+
+_LONGEST = 10_000  # characters
+_DEEPEST = 100  # levels of nesting
+#: What torch raises for values that do not fit, and the functions of the language.
+_FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
+
+
+def parse(text: str, measurements: Collection[str] = ()) -> Expression:
+    """Read an expression.
+
+    measurements: names that are recorded. They may be written bare (`lr` for `measurements['lr']`) where
+    they are identifiers and mean nothing else here.
+
+    Raises:
+        ExpressionError: it is none.
+    """
+    text = re.sub(r"\s", " ", text).strip()
+    if len(text) > _LONGEST:
+        raise error_at(text, f"an expression has at most {_LONGEST:,} characters; ask in parts")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about escapes that are none
+            body = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise syntax_error(text, error) from None
+    except (RecursionError, MemoryError):
+        raise error_at(text, "it is nested too deeply; ask in parts") from None
+    except ValueError as error:  # half a character
+        raise error_at(text, f"it cannot be read: {error}") from None
+    end = column(text, body.end_col_offset)
+    if "#" in text[end:]:
+        raise error_at(text, "an expression has no comments", text.index("#", end), len(text))
+    reader = _Reader(text, frozenset(measurements) - LANGUAGE)
+    evaluate = reader.read(body)
+    return Expression(text, frozenset(reader.references), evaluate)
+
+
+class _Reader:
+    """Turns the nodes of an expression into closures, and notes what they refer to."""
+
+    def __init__(self, text: str, bare: frozenset[str]) -> None:
+        self.text = text
+        self.bare = bare
+        self.references: set[Reference] = set()
+        self.depth = 0
+
+    def read(self, node: ast.expr) -> Evaluate:
+        if type(node) not in _NODES:
+            raise self.error(node, why_refused(node))
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise self.error(node, "it is nested too deeply; ask in parts")
+        evaluate = _NODES[type(node)](self, node)
+        self.depth -= 1
+        return evaluate
+
+    def error(self, node: ast.expr, problem: str | Exception) -> ExpressionError:
+        """Return the error at a node; of torch's messages, which can be long, the first line."""
+        line = (str(problem).splitlines() or [type(problem).__name__])[0][:300]
+        start, end = (column(self.text, offset) for offset in (node.col_offset, node.end_col_offset))
+        return error_at(self.text, line, start, end)
+
+    def attempt(self, node: ast.expr, function: Callable[..., Any], *values: Any) -> Any:
+        try:
+            return function(*values)
+        except _FAILURES as error:
+            raise self.error(node, error) from error
+
+    def apply(self, node: ast.expr, function: Callable[..., Any], *operands: ast.expr) -> Evaluate:
+        read = [self.read(operand) for operand in operands]
+        return lambda value_of: self.attempt(node, function, *[operand(value_of) for operand in read])
+
+    def operation(self, node: ast.expr, sign: ast.AST) -> Callable[..., Any]:
+        if type(sign) not in OPERATIONS:
+            raise self.error(node, why_refused(sign))
+        return OPERATIONS[type(sign)]
+
+    def constant(self, node: ast.Constant) -> Evaluate:
+        if isinstance(node.value, str):
+            raise self.error(node, "a text stands only in brackets, as a name: gradients['0.weight']")
+        if not is_number(node.value):
+            raise self.error(
+                node, "this is no number; there are real ones, True, False, nan, inf and pi"
+            )
+        number = bounded(node.value)
+        return lambda value_of: number
+
+    def name(self, node: ast.Name | ast.Attribute) -> Evaluate:
+        name, is_previous = _dotted(node)
+        if name in CONSTANTS and not is_previous:
+            return lambda value_of: CONSTANTS[name]
+        if name in ("loss", "step"):
+            return self.refer(name, "", is_previous)
+        if name in ("batch.x", "batch.y"):
+            return self.refer("batch", name[-1], is_previous)
+        if name in self.bare:
+            return self.refer("measurements", name, is_previous)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Subscript):
+            mapping, is_previous = _dotted(node.value.value)
+            if mapping == "updates" and node.attr in ("before", "after"):
+                return self.refer(mapping, self.key(node.value), is_previous, node.attr)
+        raise self.error(node, why_no_name(node, name, is_previous, self.bare))
+
+    def refer(self, kind: str, name: str, is_previous: bool, part: str = "") -> Evaluate:
+        reference = Reference(kind, name, is_previous, part)
+        self.references.add(reference)
+
+        def recall(value_of: ValueOf) -> Any:
+            value = value_of(reference)
+            return value if is_number(value) else value.detach()  # autograd has no part in this
+
+        return recall
+
+    def subscript(self, node: ast.Subscript) -> Evaluate:
+        mapping, is_previous = _dotted(node.value)
+        if mapping in MAPPINGS:
+            return self.refer(mapping, self.key(node), is_previous)
+        whole = self.read(node.value)
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        index = tuple(self.index(part) for part in parts)
+        return lambda value_of: self.attempt(node, _elements, whole(value_of), index)
+
+    def key(self, node: ast.Subscript) -> str:
+        if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+            return node.slice.value
+        example = MAPPINGS[_dotted(node.value)[0]]
+        raise self.error(node.slice, f"a name in quotes belongs in these brackets: {example}")
+
+    def index(self, node: ast.expr | None) -> int | slice | None:
+        match node:
+            case None:
+                return None
+            case ast.Slice(lower=lower, upper=upper, step=step):
+                return slice(self.index(lower), self.index(upper), self.index(step))
+            case ast.Constant(value=int(value)) if value < 2**63 and not isinstance(value, bool):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value))) if value < 2**63:
+                return -value
+        raise self.error(node, "elements are picked by integers and slices: [0], [-1, :3]")
+
+    def call(self, node: ast.Call) -> Evaluate:
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name not in FUNCTIONS:
+            raise self.error(node.func, why_no_function(node.func))
+        if node.keywords:
+            raise self.error(
+                node.keywords[0].value, f"{name} takes no arguments by name; give the value alone"
+            )
+        wanted = ARGUMENTS.get(name, 1)
+        if len(node.args) != wanted and not (name in ("min", "max") and node.args):
+            these = f"{wanted} argument" + "s" * (wanted > 1)
+            raise self.error(node, f"{name} takes {these}, and has {len(node.args)} here")
+        return self.apply(node, FUNCTIONS[name], *node.args)
+
+    def binary(self, node: ast.BinOp) -> Evaluate:
+        # a + b + c + ... is nested as deep as it is long; here it is a loop.
+        nodes = [node]
+        while isinstance(nodes[-1].left, ast.BinOp):
+            nodes.append(nodes[-1].left)
+        nodes.reverse()
+        first = self.read(nodes[0].left)
+        rest = [(place, self.operation(place, place.op), self.read(place.right)) for place in nodes]
+
+        def combined(value_of: ValueOf) -> Any:
+            value = first(value_of)
+            for place, function, operand in rest:
+                value = self.attempt(place, function, value, operand(value_of))
+            return value
+
+        return combined
+
+    def unary(self, node: ast.UnaryOp) -> Evaluate:
+        return self.apply(node, self.operation(node, node.op), node.operand)
+
+    def comparison(self, node: ast.Compare) -> Evaluate:
+        comparisons = [self.operation(node, op) for op in node.ops]
+
+        def chain(*values: Any) -> Any:  # elementwise
+            neighbours = zip(comparisons, values, values[1:], strict=False)
+            results = (compare(a, b) for compare, a, b in neighbours)
+            return reduce(lambda so_far, result: result & so_far, results)
+
+        return self.apply(node, chain, node.left, *node.comparators)
+
+    def connection(self, node: ast.BoolOp) -> Evaluate:
+        *others, last = [(place, self.read(place)) for place in node.values]
+        decides = isinstance(node.op, ast.Or)
+
+        def connected(value_of: ValueOf) -> Any:
+            for place, operand in others:
+                value = operand(value_of)
+                if self.attempt(place, truth, value) is decides:
+                    return value
+            return last[1](value_of)
+
+        return connected
+
+    def choice(self, node: ast.IfExp) -> Evaluate:
+        test = self.apply(node.test, truth, node.test)
+        yes, no = self.read(node.body), self.read(node.orelse)
+        return lambda value_of: (yes if test(value_of) else no)(value_of)
+
+
+def _dotted(node: ast.expr) -> tuple[str, bool]:
+    """Return a dotted name without its `previous.`, and whether it had one; empty if it is none."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return "", False
+    is_previous = node.id == "previous" and bool(parts)
+    return ".".join(parts if is_previous else [node.id, *parts]), is_previous
+
+
+def _elements(value: Any, index: tuple[int | slice | None, ...]) -> Any:
+    if is_number(value):
+        raise ValueError("this is one number, it has no elements to pick from")
+    return value[index]
+
+
+_NODES: dict[type[ast.expr], Callable[[_Reader, Any], Evaluate]] = {
+    ast.Constant: _Reader.constant,
+    ast.Name: _Reader.name,
+    ast.Attribute: _Reader.name,
+    ast.Subscript: _Reader.subscript,
+    ast.Call: _Reader.call,
+    ast.BinOp: _Reader.binary,
+    ast.UnaryOp: _Reader.unary,
+    ast.Compare: _Reader.comparison,
+    ast.BoolOp: _Reader.connection,
+    ast.IfExp: _Reader.choice,
+}

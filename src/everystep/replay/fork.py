@@ -1,0 +1,313 @@
+"""Fork: a run that is its parent's up to a step, and goes on by other rules from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from everystep import numerics
+from everystep.errors import EverystepError, ExperimentError, Fault, RunError, TrainingError, UsageError
+from everystep.experiment.data import Data
+from everystep.experiment.device import select
+from everystep.experiment.optimizer import with_fused
+from everystep.experiment.specification import Experiment, check_iteration, load
+from everystep.recording.data import read_data
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
+from everystep.replay.opener import Opener
+from everystep.replay.replay import no_such_step
+from everystep.replay.revive import Objects
+from everystep.step.eager import Trainee
+from everystep.step.hyperparameters import is_hyperparameter
+from everystep.step.state import State, generators_preserved
+from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+from everystep.training.from_experiment import experiment_job
+from everystep.training.from_objects import Objects as TrainingObjects
+from everystep.training.from_objects import objects_job
+from everystep.training.job import Job, Origin, Outcome, Progress
+from everystep.training.loop import run_job
+
+__all__ = ["Fork", "fork_experiment", "fork_objects"]
+
+
+@dataclass(frozen=True)
+class Fork:
+    """What is asked for: a fork of `run` at state `at`, in a directory or the next free one in `runs`.
+
+    settings: what changes, by path, as in an experiment; of a run from Python objects, `lr` and the
+    arguments of `train` that are plain values.
+    """
+
+    run: RecordedRun
+    at: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    directory: Path | None = None
+    runs: Path = Path("runs")
+    budget: int = 0
+
+    def check(self) -> None:
+        """Check that there is such a state.
+
+        Raises:
+            StepError: there is none.
+        """
+        if not 0 <= self.at <= self.run.summary().steps:
+            raise no_such_step(self.run, self.at)
+
+    @property
+    def stretch(self) -> Stretch:
+        """The part of the parent that the state belongs to."""
+        return [stretch for stretch in self.run.stretches if stretch.first <= max(self.at, 1)][-1]
+
+    def state(self, opener: Opener) -> State:
+        """Return the parent's state.
+
+        Raises:
+            RunError: it cannot be reached, or not bit for bit.
+        """
+        state = opener.state(self.at)
+        departed = opener.departed_at
+        if departed is not None and departed <= self.at:
+            raise RunError(
+                f"state {self.at} of {self.run.name} cannot be reached as it was: taken again, the loss "
+                f"of step {departed} is another (everystep verify says more); states on disk: "
+                + ", ".join(map(str, self.run.snapshots))
+            )
+        return state
+
+    def train(
+        self, job: Job, hyperparameters: dict[str, float], new_data: bool, progress: Progress
+    ) -> Outcome:
+        """Train on from the state that the job's training is in.
+
+        hyperparameters: the lr and its like as the parent's state has them.
+        """
+        if job.steps <= self.at:
+            raise UsageError(
+                f"the fork begins after step {self.at} and would end at step {job.steps}; ask for more "
+                f"steps (steps={self.at + 500})"
+            )
+        fork = {
+            "parent": self.run.name,
+            "directory": str(self.run.directory),
+            "at": self.at,
+            "changed": {path: value for path, value in self.settings.items() if _is_plain(value)},
+        }
+        job = replace(
+            job,
+            name=f"{self.run.name}-fork",
+            facts=job.facts | {"fork": fork},
+            origin=Origin(self.run, self.at, hyperparameters | self._recorded(), new_data),
+        )
+        return run_job(job, self.directory, self.runs, self.budget, progress)
+
+    def _recorded(self) -> dict[str, float]:
+        """Return the lr and its like as they were last recorded."""
+        names = [name for name in self.run.measurement_names if is_hyperparameter(name)]
+        found: dict[str, float] = {}
+        for name in names:
+            values = [n for step, n in self.run.measured(name).items() if step <= self.at]
+            if values:
+                found[name] = values[-1]
+        return found
+
+
+def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
+    """Fork a run of an experiment; everything is made anew from the experiment with its changes.
+
+    Raises:
+        UsageError: there is no such state, or a setting does not serve.
+        RunError: the state cannot be reached as it was.
+        TrainingError: torch failed within a step.
+        RecordingError: writing the run failed.
+    """
+    asked.check()
+    facts = asked.stretch.facts
+    path = asked.run.directory / facts.get("experiment.file", EXPERIMENT_FILE)
+    old, new = load(path), load(path, asked.settings)
+    device = select(new.device)
+    old, new = with_fused(old, device), with_fused(new, device)
+    state = asked.state(opener)
+    numerics.prepare()
+    threads = new.threads or facts["numerics"]["threads"]
+    with numerics.in_force(threads), generators_preserved(device):
+        try:
+            data = None if new.data != old.data else _parents_data(asked, old)
+            job = experiment_job(new, asked.run.name, device, data)
+            before = _bring_to(job.trainee, state, old, new)
+            if new.seed != old.seed:
+                torch.manual_seed(new.seed)
+            if data is not None and "preparation" in facts:
+                job.facts["preparation"] = facts["preparation"]
+            return asked.train(job, before, data is None, progress)
+        except EverystepError:
+            raise
+        except Exception as error:  # no code but torch's has run
+            reason = str(error).strip() or type(error).__name__
+            raise TrainingError(f"the fork failed: {reason}") from error
+
+
+def fork_objects(
+    asked: Fork,
+    objects: Objects,
+    validation: tuple[Any, Any] | None,
+    is_own: bool,
+    opener: Opener,
+    progress: Progress,
+) -> Outcome:
+    """Fork a run from Python objects.
+
+    Args:
+        asked: what is asked for.
+        objects: the model, loss, optimizer, ... to go on with; trained in place, unless they are
+            `is_own`: what the run itself was trained with. Of others, the optimizer's settings hold.
+        validation: x and y to measure, in the place of the parent's.
+        is_own: see objects.
+        opener: opens the parent's states.
+        progress: who watches.
+
+    Raises:
+        UsageError: there is no such state, or an argument does not serve.
+        RunError: the state cannot be reached as it was.
+        RecordingError: writing the run failed.
+    """
+    asked.check()
+    objects.check_complete()
+    facts = asked.stretch.facts
+    settings = dict(asked.settings)
+    lr = settings.pop("lr", None)
+    iteration = check_iteration(**(_iteration_of(facts, asked.run.facts["steps"]) | settings))
+    state = asked.state(opener)
+    own = objects.copied() if is_own else objects
+    data, stored = (own.data, None) if own.data is not None else _stored(asked, facts)
+    trained = TrainingObjects(
+        own.model,  # type: ignore[arg-type]  # checked above
+        data,
+        own.loss,  # type: ignore[arg-type]
+        own.optimizer,  # type: ignore[arg-type]
+        own.schedule,
+        own.schedule_every,
+        validation if validation is not None else stored,
+        own.metrics,
+        DEFAULT_DATASET_LIMIT,
+    )
+    numerics.prepare()
+    device = select(facts["device"])
+    with numerics.in_force(iteration.threads), generators_preserved(device):
+        trained.model.to(device)
+        torch.manual_seed(settings.get("seed", facts["batches"]["seed"]))
+        job = objects_job(trained, iteration, device, progress)
+        same_schedule = _class_of(own.schedule) == _schedule_of(facts)
+        before = _bring_objects_to(job.trainee, state, keep=not is_own and not same_schedule)
+        if "seed" in settings:
+            torch.manual_seed(settings["seed"])
+        for group in job.trainee.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+        return asked.train(job, before, own.data is not None, progress)
+
+
+def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) -> dict[str, float]:
+    """Bring a training to the parent's state, but for what changes; return the lr as it was there."""
+    optimizer, schedule = trainee.optimizer, trainee.schedule
+    fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    same_optimizer = old.optimizer.name == new.optimizer.name
+    same_schedule = same_optimizer and old.schedule == new.schedule
+    try:
+        state.restore(
+            trainee.model,
+            trainee.loss if old.loss == new.loss else None,
+            optimizer if same_optimizer else None,
+            schedule if same_schedule else None,
+            trainee.device,
+        )
+    except ValueError as error:
+        raise ExperimentError(
+            [Fault("model.layers", f"the parent's parameters do not fit: {error}")], "the fork"
+        ) from None
+    if not same_optimizer:
+        return {}
+    before = trainee.hyperparameters()
+    keywords = old.optimizer.keywords, new.optimizer.keywords
+    changed = {
+        key for key in {*keywords[0], *keywords[1]} if keywords[0].get(key) != keywords[1].get(key)
+    }
+    for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+        group.update({k: v for k, v in settings.items() if not same_schedule or k in changed})
+        if same_schedule and schedule is not None and "lr" in changed:
+            group["initial_lr"] = group["lr"]
+    if same_schedule and schedule is not None and "lr" in changed:
+        schedule.base_lrs = [group["lr"] for group in optimizer.param_groups]
+    return before
+
+
+def _bring_objects_to(trainee: Trainee, state: State, keep: bool) -> dict[str, float]:
+    """Bring live objects to the parent's state; `keep`: the settings of the optimizer stay."""
+    optimizer, schedule = trainee.optimizer, trainee.schedule
+    fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    same = type(optimizer).__qualname__ == state.settings["optimizer"]["class"]
+    restored: LRScheduler | None = None if keep else schedule
+    try:
+        state.restore(trainee.model, trainee.loss, optimizer if same else None, restored, trainee.device)
+    except ValueError as error:
+        raise RunError(f"the objects do not fit the run's state: {error}") from None
+    before = trainee.hyperparameters() if same else {}
+    if keep:
+        for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(settings)
+    return before
+
+
+def _parents_data(asked: Fork, experiment: Experiment) -> Data | None:
+    """Return the parent's data, also where the seed that it was drawn with changes."""
+    fact = asked.stretch.facts["data.file"]
+    if not fact["stored"]:
+        return experiment_job(experiment, asked.run.name, torch.device("cpu")).data
+    tensors = read_data(asked.run.directory, fact)
+    return Data(tensors["x"], tensors["y"], _validation(tensors))
+
+
+def _stored(asked: Fork, facts: dict[str, Any]) -> tuple[Any, Any]:
+    fact = facts.get("data.file")
+    if fact is None or not fact["stored"]:
+        raise RunError(
+            f"the data of {asked.run.name} is not in the run; give it: fork(..., data=(x, y))"
+        )
+    tensors = read_data(asked.run.directory, fact)
+    return (tensors["x"], tensors["y"]), _validation(tensors)
+
+
+def _validation(tensors: dict[str, Any]) -> tuple[Any, Any] | None:
+    pair = tensors.get("validation_x"), tensors.get("validation_y")
+    return None if pair[0] is None else pair
+
+
+def _iteration_of(facts: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Return the arguments of `train` that a run was trained with."""
+    engine = facts.get("engine") or {}
+    return {
+        "steps": steps,
+        "batch_size": facts["batches"]["batch_size"],
+        "drop_last": facts["batches"]["drop_last"],
+        "threads": facts["numerics"]["threads"],
+        "clip_norm": facts["clip_norm"],
+        "evaluate_every": facts["evaluate_every"],
+        "engine": engine.get("asked", "auto"),
+        "fold": engine.get("fold", False),
+    }
+
+
+def _class_of(schedule: Any) -> str | None:
+    return None if schedule is None else type(schedule).__name__
+
+
+def _schedule_of(facts: dict[str, Any]) -> str | None:
+    text = facts.get("schedule")
+    return None if text is None else str(text).partition(",")[0]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list)

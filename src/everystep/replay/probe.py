@@ -1,0 +1,129 @@
+"""Probe: looks at what an expression names while steps are taken, and at nothing else.
+
+By program, the tensors that are named are copied when they are there: activations when their module is
+done, gradients when the backward phase ends. All else runs as fast as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.execute import BoundProgram, without_autograd
+from everystep.replay.expression import Reference
+from everystep.replay.revive import Revived
+
+__all__ = ["Probe"]
+
+Values = dict[Reference, Tensor]
+
+
+class Probe:
+    """Takes steps of a training, and knows afterwards what some references stood for.
+
+    Args:
+        revived: the training, at any state.
+        references: tensors of the step itself or of the one before.
+    """
+
+    def __init__(self, revived: Revived, references: Collection[Reference]) -> None:
+        self._revived = revived
+        self._previous = [reference for reference in references if reference.is_previous]
+        self._own = {reference._replace(is_previous=False) for reference in references}
+        # An update is known by the parameter before it; after it, the parameter itself is there.
+        self._copied = {r._replace(part="before") if r.kind == "updates" else r for r in self._own}
+        self._plans: dict[int, tuple[list[Any], Values]] = {}
+        self._copies: Values = {}
+        self._before: Values = {}
+        self._live: dict[str, Tensor] = {}
+
+    def take(self) -> Tensor:
+        """Take the next step; return a copy of its loss.
+
+        Raises:
+            RunError: a step that neither a program nor a model takes.
+        """
+        revived = self._revived
+        assert revived.state is not None
+        if self._copies:
+            for reference in self._previous:
+                own = self.value_of(reference._replace(is_previous=False))
+                self._before[reference] = own.clone()
+        number = revived.state + 1
+        if not revived.is_by_program(number):
+            return self._take_eagerly(number)
+        bound = revived.begin(number)
+        if id(bound) not in self._plans:
+            self._plans[id(bound)] = self._plan(bound)
+        calls, self._copies = self._plans[id(bound)]
+        with without_autograd():
+            for call in calls:
+                call()
+        revived.state = number
+        return bound.loss.clone()
+
+    def has(self, reference: Reference) -> bool:
+        """Tell whether something is known: there is no step before the first."""
+        return not reference.is_previous or reference in self._before
+
+    def value_of(self, reference: Reference) -> Tensor:
+        """Return what a reference stood for in the last step; valid until the next is taken."""
+        if reference.is_previous:
+            return self._before[reference]
+        if reference.kind != "updates":
+            return self._copies[reference]
+        before = self._copies[reference._replace(part="before")]
+        if reference.part == "before":
+            return before
+        after = self._state(f"parameter/{reference.name}")
+        return after if reference.part == "after" else after - before
+
+    def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
+        """Return the calls of a step with copies made in between, and where the copies are."""
+        program, given_after = bound.program, bound.program.given_after()
+        self._live = self._revived.trainee.named_state()
+        copies: Values = {}
+        after: dict[int, list[Any]] = {}
+        for reference in self._copied:
+            kind, name = reference.kind, reference.name
+            if kind == "activations":
+                source, place = bound.tensor(program.activations[name][0]), given_after[name]
+            elif kind == "gradients":
+                source, place = bound.tensor(program.gradients[name]), program.backward_until()
+            elif kind == "batch":
+                source, place = bound.tensor(name), -1
+            else:
+                source, place = self._state(_name_of_state(reference)), -1
+            copies[reference] = torch.empty_like(source)
+            after.setdefault(place, []).append(partial(copies[reference].copy_, source))
+        return bound.calls_with(after), copies
+
+    def _take_eagerly(self, number: int) -> Tensor:
+        revived = self._revived
+        self._live = revived.trainee.named_state()
+        of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
+        self._copies = {r: self._state(_name_of_state(r)).clone() for r in of_state}
+        batch = dict(zip("xy", revived.trainee.batch(number), strict=True))
+        observation = revived.observe()
+        self._live = revived.trainee.named_state()
+        for reference in self._copied - of_state:
+            kind, name = reference.kind, reference.name
+            self._copies[reference] = (
+                batch[name]
+                if kind == "batch"
+                else observation.gradients[name]
+                if kind == "gradients"
+                else observation.activations[name][0]
+            )
+        return observation.loss
+
+    def _state(self, name: str) -> Tensor:
+        return self._live[name].detach()
+
+
+def _name_of_state(reference: Reference) -> str:
+    return f"{'buffer' if reference.kind == 'buffers' else 'parameter'}/{reference.name}"

@@ -1,0 +1,278 @@
+"""Replay: go to any state of a run, and open any step; what was gone through is kept in memory.
+
+The way to a state begins at the nearest one that is there: on disk, in memory, or where the replay
+stands already. Each loss on the way is compared with the recorded one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep import numerics
+from everystep.errors import RunError, StepError
+from everystep.recording.run import RecordedRun
+from everystep.replay.revive import Objects, Revived, revive
+from everystep.replay.step import Batch, Step, Update
+from everystep.step.check import Saved
+from everystep.step.state import Generators, State, generators_preserved
+
+__all__ = ["Replay", "no_such_step", "same_number"]
+
+#: States are kept in memory about so many seconds of replay apart, so that stepping back is quick.
+KEPT_SECONDS = 0.005
+#: Bytes that states in memory, and opened steps, may take.
+KEPT_BYTES = 256_000_000
+
+
+class Replay:
+    """A run that can be gone through. One thread of the program at a time.
+
+    Args:
+        run: which run.
+        objects: what the user trained with, for steps that no program takes.
+        threads: how many threads torch computes with; absent: as many as when the run was trained.
+
+    problems: what was noticed on the way, such as a snapshot that cannot be read; departed_at: the first
+    step whose loss was another when it was taken again, None if there was none.
+    """
+
+    def __init__(
+        self, run: RecordedRun, objects: Objects | None = None, threads: int | None = None
+    ) -> None:
+        self.run = run
+        self.problems: list[str] = []
+        self.departed_at: int | None = None
+        self.stretches = run.stretches
+        self._objects = objects or Objects()
+        self._threads = threads
+        self._revived: dict[int, Revived] = {}
+        self._at = 0
+        self._generators: Generators | None = None
+        self._kept: OrderedDict[tuple[int, int], tuple[int, Saved]] = OrderedDict()
+        self._opened: OrderedDict[int, Step] = OrderedDict()
+        self._step_seconds = 0.0
+
+    def step(self, number: int) -> Step:
+        """Open a step.
+
+        Raises:
+            StepError: it was not taken, or not yet.
+            RunError: something that is needed is missing or cannot be read.
+        """
+        if number in self._opened:
+            self._opened.move_to_end(number)
+            return self._opened[number]
+        self._recorded(number)
+        with self.in_force(number):
+            self._go_to_start_of(number)
+            step = self.next_step()
+        self._opened[number] = step
+        while len(self._opened) > 1 and sum(s.bytes for s in self._opened.values()) > KEPT_BYTES:
+            self._opened.popitem(last=False)
+        return step
+
+    def state(self, number: int) -> State:
+        """Return the state after a step (0: before the first).
+
+        Raises:
+            StepError: it was not taken, or not yet.
+            RunError: something that is needed is missing or cannot be read.
+        """
+        rows = {row.step: row for row in self.run.snapshot_rows()}
+        if number in rows:
+            state = self.run.state_near(number, told=self._note, after=number - 1)
+            if state is not None:
+                return state
+        if number:
+            self._recorded(number)
+        with self.in_force(max(number, 1)):
+            return self.go_to(number).capture()
+
+    @property
+    def revived(self) -> Revived:
+        """The training that is being gone through, as it stands."""
+        return self._revive(self._at)
+
+    def go_to(self, state: int, at: int | None = None) -> Revived:
+        """Take the steps up to a state, in the stretch `at`; to be called within `in_force`."""
+        at = self.stretch_of(state) if at is None else at
+        revived = self._revive(at)
+        self._start_near(revived, at, state)
+        assert revived.state is not None
+        while revived.state < state:
+            self._advance(revived, min(state, revived.state + self._spacing()))
+            if revived.state < state:
+                self._keep(revived)
+        return revived
+
+    def next_step(self) -> Step:
+        """Open the step after the state that the replay stands at; to be called within `in_force`."""
+        revived = self.revived
+        assert revived.state is not None
+        number, trainee = revived.state + 1, revived.trainee
+        recorded = self._recorded(number)
+        dropped = revived.gradients()
+        before = {name: t.detach().clone() for name, t in trainee.named_state().items()}
+        is_by_program = revived.is_by_program(number)
+        batch = [part.clone() for part in trainee.batch(number)]
+        observation = revived.observe()
+        loss = float(observation.loss)
+        self._compare(number, [loss], [recorded])
+        after = trainee.named_state()
+        return Step(
+            number=number,
+            loss=loss,
+            recorded_loss=recorded,
+            departed_at=self.departed_at,
+            batch=Batch(batch[0], batch[1], revived.batches.indices(number)),
+            parameters=_of_kind(before, "parameter"),
+            buffers=_of_kind(before, "buffer"),
+            activations={
+                path: given[0] if len(given) == 1 else given
+                for path, given in observation.activations.items()
+            },
+            dropped=dropped,
+            gradients=observation.gradients,
+            updates={
+                name: Update(tensor, after[f"parameter/{name}"].detach().clone())
+                for name, tensor in _of_kind(before, "parameter").items()
+            },
+            operations=tuple(observation.operations),
+            hyperparameters=trainee.hyperparameters(),
+            is_by_program=is_by_program,
+            epoch=revived.batches.epoch(number),
+        )
+
+    @contextmanager
+    def in_force(self, step: int) -> Iterator[None]:
+        """Hold the numerics of a step; the caller's random generators are left as they were."""
+        facts = self.stretches[self.stretch_of(step)].facts
+        device = torch.device(facts["device"])
+        known = facts["numerics"]
+        with numerics.in_force(self._threads or known["threads"]), generators_preserved(device):
+            if self._generators is not None:
+                self._generators.restore(device)
+            try:
+                yield
+            finally:
+                self._generators = Generators.capture(device)
+
+    def _go_to_start_of(self, number: int) -> None:
+        """Go to the state before a step, with the gradients of the step before still there."""
+        at = self.stretch_of(number)
+        revived = self._revive(at)
+        if at == self._at and revived.state == number - 1 and revived.has_gradients:
+            return
+        if number > self.stretches[at].first:
+            self.go_to(number - 2, at)
+            self._advance(revived, number - 1)
+        self.go_to(number - 1, at)
+
+    def _start_near(self, revived: Revived, at: int, state: int) -> None:
+        """Bring the training to the nearest state that is there, not after the one wanted."""
+        lowest = self.stretches[at].first - 1
+        here = -1
+        if self._at == at and revived.state is not None and lowest <= revived.state <= state:
+            here = revived.state
+        kept = max(
+            (s for stretch, s in self._kept if stretch == at and lowest <= s <= state), default=-1
+        )
+        on_disk = [r.step for r in self.run.snapshot_rows() if max(lowest, here, kept) < r.step <= state]
+        self._at = at
+        if on_disk:
+            found = self.run.state_near(state, told=self._note, after=max(lowest - 1, here, kept))
+            if found is not None:
+                revived.load(found)
+                return
+        if kept > here:
+            self._kept.move_to_end((at, kept))
+            revived.restore(kept, self._kept[at, kept][1])
+        elif here < 0:
+            self._load_first(revived, at)
+
+    def _load_first(self, revived: Revived, at: int) -> None:
+        """Load the state that a stretch begins with; if it cannot be read, from the stretch before."""
+        boundary = self.stretches[at].first - 1
+        state = self.run.state_near(boundary, told=self._note, after=boundary - 1)
+        if state is None and at:
+            state = self.go_to(boundary, at - 1).capture()
+        if state is None:
+            problems = "; ".join(self.problems) or "it is not there"
+            raise RunError(f"{self.run.name} cannot be replayed from its first state: {problems}")
+        revived.load(state)
+        self._at = at
+
+    def _advance(self, revived: Revived, last: int) -> None:
+        assert revived.state is not None
+        first = revived.state + 1
+        started = time.perf_counter()
+        losses = revived.run(last)
+        self._step_seconds = (time.perf_counter() - started) / len(losses)
+        self._compare(first, losses.tolist(), self.run.losses_between(first, last))
+
+    def _compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
+        for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
+            if not same_number(loss, known):
+                if self.departed_at is None or step < self.departed_at:
+                    self.departed_at = step
+                return
+
+    def _spacing(self) -> int:
+        return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
+
+    def _keep(self, revived: Revived) -> None:
+        assert revived.state is not None
+        place = self._at, revived.state
+        if place in self._kept:
+            return
+        saved = revived.save()
+        self._kept[place] = sum(tensor.nbytes for tensor in saved.tensors.values()), saved
+        while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+
+    def _revive(self, at: int) -> Revived:
+        if at not in self._revived:
+            self._revived[at] = revive(self.run, self.stretches[at], self._objects)
+        return self._revived[at]
+
+    def stretch_of(self, step: int) -> int:
+        """Return in which stretch a step was taken, or a state reached."""
+        return max(i for i, stretch in enumerate(self.stretches) if stretch.first <= max(step, 1))
+
+    def _recorded(self, number: int) -> float:
+        found = self.run.losses_between(number, number)
+        if number < 1 or not found:
+            raise no_such_step(self.run, number)
+        return found[0]
+
+    def _note(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+
+def no_such_step(run: RecordedRun, number: int) -> StepError:
+    """Return the error that says which steps there are."""
+    count = run.summary().steps
+    known = f"it has steps 1 to {count}" if count else "it has none yet"
+    if number == 0:
+        known += "; the state before the first is run.parameters(0)"
+    elif run.status == "running":
+        known += ", and is still being trained"
+    return StepError(f"{run.name} has no step {number}: {known}")
+
+
+def same_number(one: float, two: float) -> bool:
+    """Tell whether two losses are the same, NaN like NaN."""
+    return one == two or (one != one and two != two)
+
+
+def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Any]:
+    prefix = f"{kind}/"
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,138 @@
+"""A step opened: everything in it, in the chapter's order, as tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.program.execute import Observed
+
+__all__ = ["Batch", "Statistics", "Step", "Update", "statistics"]
+
+
+class Batch(NamedTuple):
+    """The batch of a step: x (N, ...), y (N, ...), and its rows (N) of the data, None: all in order."""
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor | None
+
+
+class Update(NamedTuple):
+    """A parameter before the update and after it."""
+
+    before: Tensor
+    after: Tensor
+
+    @property
+    def change(self) -> Tensor:
+        """What was added to the parameter."""
+        return self.after - self.before
+
+    @property
+    def relative_size(self) -> float:
+        """The 2-norm of the change over that of the parameter before it; infinite where that is 0."""
+        change, before = (_norm(tensor) for tensor in (self.change, self.before))
+        return change / before if before else (math.inf if change else 0.0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step `number` of a run, which takes state `number - 1` to state `number`.
+
+    Everything but `updates` is what the forward and the backward pass saw, on state `number - 1`. All
+    tensors are copies, on the device that the step was taken on.
+
+    loss: as it was taken again; recorded_loss: as the run has it; departed_at: the first step, up to
+    this one, whose loss was another than the recorded one when it was taken again, None if there was
+    none; batch; parameters, buffers: by name; activations: what each module gave, by its path (a tuple
+    where it gave several tensors); dropped: gradients of the step before, which zero_grad drops;
+    gradients: by parameter, as backward left them (clipping is the first part of the update);
+    updates: by parameter; operations: in order, with inputs and results; hyperparameters: the lr and
+    its like, `lr[1]` of the second param group; is_by_program: whether a program took it, or Python;
+    epoch: from 0.
+    """
+
+    number: int
+    loss: float
+    recorded_loss: float
+    departed_at: int | None
+    batch: Batch
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    activations: dict[str, Any]
+    dropped: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    updates: dict[str, Update]
+    operations: tuple[Observed, ...]
+    hyperparameters: dict[str, float]
+    is_by_program: bool
+    epoch: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every step taken again on the way here, and this one, had the recorded loss."""
+        return self.departed_at is None
+
+    @cached_property
+    def bytes(self) -> int:
+        """How much memory its tensors take."""
+        tensors = [*self.batch[:2], *self.parameters.values(), *self.buffers.values()]
+        tensors += [*self.dropped.values(), *(update.after for update in self.updates.values())]
+        for seen in self.operations:
+            tensors += [*seen.inputs.values(), *seen.results.values()]
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def __repr__(self) -> str:
+        exact = "bit for bit" if self.is_exact else f"not as recorded from step {self.departed_at} on"
+        return (
+            f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "
+            f"{len(self.operations)} operations, {len(self.updates)} updates>"
+        )
+
+
+class Statistics(NamedTuple):
+    """What the numbers of a tensor are like, computed in float64 from those that are finite.
+
+    zeros: the share of numbers equal to 0; nonfinite: how many are NaN or infinite. Of an empty tensor
+    all are NaN, and of one without finite numbers the first four.
+    """
+
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    zeros: float
+    nonfinite: int
+
+
+def statistics(tensor: Tensor) -> Statistics:
+    """Return what the numbers of a tensor are like; of complex ones, of their absolute values."""
+    numbers = (tensor.abs() if tensor.is_complex() else tensor).detach().double().flatten()
+    if not len(numbers):
+        return Statistics(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+    finite = numbers[torch.isfinite(numbers)]
+    zeros = float((numbers == 0).double().mean())
+    nonfinite = len(numbers) - len(finite)
+    if not len(finite):
+        return Statistics(math.nan, math.nan, math.nan, math.nan, zeros, nonfinite)
+    return Statistics(
+        mean=float(finite.mean()),
+        std=float(finite.std(correction=0)),
+        minimum=float(finite.min()),
+        maximum=float(finite.max()),
+        zeros=zeros,
+        nonfinite=nonfinite,
+    )
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(
+        torch.linalg.vector_norm(tensor.detach().double() if not tensor.is_complex() else tensor)
+    )

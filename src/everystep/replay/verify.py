@@ -1,0 +1,119 @@
+"""Verify: take every step of a run again, and say exactly what is as recorded and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.numerics import Numerics
+from everystep.recording.run import RecordedRun
+from everystep.replay.replay import Replay
+from everystep.replay.revive import Objects
+from everystep.replay.walk import LossDifference, Piece, StateDifference, pieces, walk
+from everystep.replay.workers import recorded_numerics
+from everystep.step.check import distance
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What taking every step of a run again has shown.
+
+    steps: how many were taken again; different_steps: of how many the loss was another; first_loss:
+    the first of these, None if there is none; loss_distance: how far it is off, in units in the last
+    place; snapshots: how many states were compared; states: what differed in them, in their order;
+    numerics: what bits depend on and is another here, with the recorded value and the one here;
+    problems: what could not be read; threads: with how many threads which number of steps was taken.
+    """
+
+    steps: int
+    different_steps: int
+    first_loss: LossDifference | None
+    loss_distance: int | None
+    snapshots: int
+    states: tuple[StateDifference, ...]
+    numerics: dict[str, tuple[Any, Any]]
+    problems: tuple[str, ...]
+    threads: dict[int, int]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every loss and every snapshot was as recorded, bit for bit, and all could be read."""
+        return not (self.different_steps or self.states or self.problems)
+
+
+class TakeAgain:
+    """Takes steps again, and nothing more."""
+
+    is_done = False
+
+    def begin(self, replay: Replay, piece: Piece) -> int:
+        """Begin with the state before the piece."""
+        return piece.first - 1
+
+    def take(self, replay: Replay, last: int, piece: Piece) -> Tensor:
+        """Take steps up to `last`; return their losses."""
+        return replay.revived.run(last)
+
+    def result(self) -> None:
+        """Return nothing."""
+
+
+def verify(
+    run: RecordedRun,
+    objects: Objects | None = None,
+    processes: int | None = None,
+    told: Callable[[int], None] = lambda steps: None,
+) -> Verification:
+    """Take every step of a run again, and compare every loss and every snapshot, bit for bit.
+
+    Args:
+        run: which run.
+        objects: what the user trained with, for steps that no program takes.
+        processes: how many at once; absent: one for each core, where that is worth their start.
+        told: is told of steps that are done.
+
+    Raises:
+        RunError: something that is needed is missing or cannot be read.
+    """
+    steps = run.summary().steps
+    walked = (
+        list(walk(run, pieces(run, 1, steps), TakeAgain(), objects, processes, told)) if steps else []
+    )
+    walked.sort(key=lambda each: each.piece)
+    firsts = [each.first_loss for each in walked if each.first_loss is not None]
+    threads: dict[int, int] = {}
+    for each in walked:
+        taken = each.piece.last - each.piece.first + 1
+        threads[each.threads] = threads.get(each.threads, 0) + taken
+    return Verification(
+        steps=steps,
+        different_steps=sum(each.different_losses for each in walked),
+        first_loss=firsts[0] if firsts else None,
+        loss_distance=_loss_distance(run, firsts[0]) if firsts else None,
+        snapshots=sum(each.compared for each in walked),
+        states=tuple(difference for each in walked for difference in each.states),
+        numerics=_other_numerics(run),
+        problems=tuple(dict.fromkeys(problem for each in walked for problem in each.problems)),
+        threads=threads,
+    )
+
+
+def _other_numerics(run: RecordedRun) -> dict[str, tuple[Any, Any]]:
+    """Return what cannot be made as it was: the torch version, the processor, and their like."""
+    facts = run.facts
+    recorded = recorded_numerics(facts)
+    here = Numerics.read(torch.device(facts["device"]))
+    settable = {"mkl_cbwr", "threads", "deterministic_algorithms", "flush_denormal"}
+    return {n: pair for n, pair in recorded.differences(here).items() if n not in settable}
+
+
+def _loss_distance(run: RecordedRun, difference: LossDifference) -> int | None:
+    dtype = getattr(torch, run.facts.get("loss.dtype", "float32"))
+    pair = [torch.tensor([n], dtype=dtype) for n in (difference.recorded, difference.replayed)]
+    return distance(*pair)

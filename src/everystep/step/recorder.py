@@ -1,0 +1,324 @@
+"""The recorder of a step: writes down the operations that reach torch's dispatcher, as they run.
+
+A tensor is known by the memory that it lies on: views are other shapes of the same memory and need no
+operation, and nothing is held while the step runs, since autograd clones a gradient that somebody else
+holds. Which module a backward operation belongs to is told by autograd's sequence numbers: the node
+that runs carries the number of the forward operation that made it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from everystep.program.operators import NotAllowedError, leaves, resolve, writes
+from everystep.program.program import Phase, encode
+
+__all__ = ["CapturedStorage", "CapturedTensor", "Recorded", "Refusal", "StepRecorder"]
+
+#: They only ask for memory, which a program has already.
+_MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+#: They give a tensor another geometry on the same memory, which its next use shows.
+_OTHER_GEOMETRY = {
+    *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
+}
+
+
+class CapturedTensor(NamedTuple):
+    """A tensor as it was seen: which storage, and its geometry in elements."""
+
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass
+class CapturedStorage:
+    """A storage as it was seen. content: of one that came from elsewhere, when it was first read."""
+
+    kind: str
+    bytes: int
+    host: bool
+    reference: StorageWeakRef
+    content: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An operation as it was seen; tensors in arguments are `%3`, the number of a CapturedTensor."""
+
+    phase: Phase
+    module: str | None
+    operator: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    results: tuple[str | None, ...]
+    reads: frozenset[int]
+    writes: frozenset[int]
+
+
+class Refusal(NamedTuple):
+    """Something that cannot be in a program.
+
+    where: the phase, or `optimizer`; reads: the storages whose numbers Python looked at, None where it
+    is something else.
+    """
+
+    where: str
+    reason: str
+    reads: frozenset[int] | None = None
+
+
+class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down every operation while it runs, and never gets in its way."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: list[CapturedTensor] = []
+        self.storages: list[CapturedStorage] = []
+        self.operations: list[Recorded] = []
+        self.refusals: list[Refusal] = []
+        self.activations: dict[str, tuple[int, ...]] = {}
+        self.in_optimizer = False
+        self._device = device
+        self._phase: Phase = "forward"
+        self.is_paused = False
+        self._tensor_numbers: dict[CapturedTensor, int] = {}
+        self._storage_numbers: dict[int, int] = {}
+        self._open_modules: list[str] = []
+        self._module_of_node: dict[int, str | None] = {}
+
+    def enter(self, phase: Phase) -> None:
+        """The next phase begins."""
+        self._phase = phase
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing within is written down."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+    @contextmanager
+    def modules(self, model: nn.Module) -> Iterator[None]:
+        """Follow which module of the model runs, and note its outputs."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        thread = threading.get_ident()  # hooks on all modules see those of other threads too
+
+        def opened(module: nn.Module, inputs: Any) -> None:
+            if threading.get_ident() == thread:
+                self._open_modules.append(paths.get(id(module), ""))
+
+        def closed(module: nn.Module, inputs: Any, output: Any) -> None:
+            if threading.get_ident() != thread:
+                return
+            path = self._open_modules.pop()
+            if path and self._phase == "forward":
+                outputs = list(leaves(list(output.values()) if isinstance(output, dict) else output))
+                # What torch.vmap and its like pass around lies on no memory of its own.
+                with self.paused(), suppress(NotImplementedError):
+                    self.module_done(path, outputs)
+
+        hooks = [
+            register_module_forward_pre_hook(opened),
+            register_module_forward_hook(closed, always_call=False),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def module_done(self, path: str, outputs: list[Tensor]) -> None:
+        """Note what a module has given; of several calls, the last."""
+        numbers = tuple(map(self.number, outputs))
+        self.activations.pop(path, None)
+        self.activations[path] = numbers
+
+    @contextmanager
+    def numbers_seen(self) -> Iterator[None]:
+        """Notice when Python takes numbers out of a tensor past the dispatcher."""
+        with _NumbersTaken(self):
+            yield
+
+    def gradients(self, gradients: dict[str, Tensor]) -> dict[str, int]:
+        """Note the gradients that the backward phase has left."""
+        for name, gradient in gradients.items():
+            if gradient.layout != torch.strided:
+                self.refusals.append(Refusal("backward", f"the gradient of {name} is sparse"))
+                return {}
+        return {name: self.number(gradient) for name, gradient in gradients.items()}
+
+    def numbers_taken(self, tensor: Tensor, how: str) -> None:
+        """Python has read all numbers of a tensor."""
+        if not self.is_paused:
+            where = "optimizer" if self.in_optimizer else self._phase
+            reads = frozenset({self.tensors[self.number(tensor)].storage})
+            reason = f"{how} gives numbers to Python, which may decide by them what to do"
+            self.refusals.append(Refusal(where, reason, reads))
+
+    def know(self, tensor: Tensor, kind: str) -> int:
+        """Note a tensor that is there before the step."""
+        return self.number(tensor, kind)
+
+    def number(self, tensor: Tensor, kind: str = "constant") -> int:
+        """Return the number of a tensor; on memory not seen before, it is of that kind."""
+        storage = tensor.untyped_storage()
+        key = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        number = self._storage_numbers.get(key.cdata)
+        if number is None:
+            number = self._storage_numbers[key.cdata] = len(self.storages)
+            host = tensor.device.type == "cpu" and self._device.type != "cpu"
+            self.storages.append(CapturedStorage(kind, storage.nbytes(), host, key))
+            if kind == "constant":
+                self.storages[number].content = _copy_of_storage(tensor)
+        seen = CapturedTensor(
+            number,
+            tensor.dtype,
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            int(tensor.storage_offset()),
+        )
+        if seen not in self._tensor_numbers:
+            self._tensor_numbers[seen] = len(self.tensors)
+            self.tensors.append(seen)
+        return self._tensor_numbers[seen]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        name = func.overloadpacket.__name__
+        if self.is_paused or func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
+            return func(*args, **keywords)
+        module = self._module()
+        try:
+            arguments = self._encoded(func, args, keywords)
+        except (NotAllowedError, NotImplementedError, RuntimeError) as error:
+            self._refuse(func, error, args)
+            return func(*args, **keywords)
+        known = len(self.storages)
+        written = self._written(func, args, keywords)
+        result = func(*args, **keywords)
+        try:
+            results = self._results(func, result)
+        except (NotImplementedError, RuntimeError) as error:
+            self._refuse(func, error)
+            return result
+        new = {self.tensors[n].storage for n in results if n is not None} - set(range(known))
+        is_view = not new and not written
+        if not is_view and name not in _MEMORY_ONLY:
+            reads = frozenset(self.tensors[n].storage for n in arguments.reads)
+            names = tuple(None if n is None else f"%{n}" for n in results)
+            self.operations.append(
+                Recorded(
+                    self._phase,
+                    module,
+                    func,
+                    arguments.positional,
+                    arguments.keywords,
+                    names,
+                    reads,
+                    frozenset(new | written),
+                )
+            )
+        return result
+
+    def _module(self) -> str | None:
+        """Return the path of the module that the operation at hand belongs to."""
+        node = torch._C._current_autograd_node()
+        if self._phase == "backward":
+            return self._module_of_node.get(node._sequence_nr()) if node is not None else None
+        path = self._open_modules[-1] if self._open_modules else None
+        module = path if self._phase == "forward" and path else None
+        # The node that autograd has just made for this operation, if it made one.
+        self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
+        return module
+
+    def _encoded(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> _Encoded:
+        reads: list[int] = []
+
+        def name_of(tensor: Tensor) -> str:
+            if tensor.is_conj() or tensor.is_neg():
+                raise NotAllowedError("takes a lazily conjugated tensor")
+            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+                raise NotAllowedError(f"takes a {type(tensor).__name__}, a tensor of its own kind")
+            reads.append(self.number(tensor))
+            return f"%{reads[-1]}"
+
+        resolve(str(func))
+        if func.overloadpacket.__name__ == "index" and any(
+            t.dtype in (torch.bool, torch.uint8) for t in leaves(args[1])
+        ):
+            raise NotAllowedError("selects by a mask: the shape of the result depends on numbers")
+        positional = tuple(encode(value, name_of) for value in args)
+        named = {key: encode(value, name_of) for key, value in keywords.items()}
+        return _Encoded(positional, named, reads)
+
+    def _written(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> set[int]:
+        given = {p.name: v for p, v in zip(func._schema.arguments, args, strict=False)} | keywords
+        tensors = (t for name in writes(func) for t in leaves(given.get(name)))
+        return {self.tensors[self.number(tensor)].storage for tensor in tensors}
+
+    def _results(self, func: Any, result: Any) -> list[int | None]:
+        flat: list[int | None] = []
+        for item in result if isinstance(result, list | tuple) else [result]:
+            for part in item if isinstance(item, list | tuple) else [item]:
+                flat.append(self.number(part, "temporary") if isinstance(part, Tensor) else None)
+        return [] if not func._schema.returns else flat
+
+    def _refuse(self, func: Any, error: Exception, args: tuple[Any, ...] = ()) -> None:
+        where = "optimizer" if self.in_optimizer else self._phase
+        module = self._module()
+        reason = str(error).splitlines()[0]
+        name = str(func)
+        problem = reason if isinstance(error, NotAllowedError) else f"{name}: {reason}"
+        reads = None
+        if torch.Tag.data_dependent_output in func.tags:
+            reads = frozenset(self.tensors[self.number(t)].storage for t in leaves(args))
+        problem = problem if name in problem else f"{name} {problem}"
+        self.refusals.append(
+            Refusal(where, f"{problem} (module {module})" if module else problem, reads)
+        )
+
+
+class _NumbersTaken(TorchFunctionMode):
+    """Sees the methods of tensors that give numbers to Python without an operation."""
+
+    def __init__(self, recorder: StepRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("tolist", "numpy", "__array__", "__dlpack__") and isinstance(args[0], Tensor):
+            self._recorder.numbers_taken(args[0], f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
+
+
+class _Encoded(NamedTuple):
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+    reads: list[int]
+
+
+def _copy_of_storage(tensor: Tensor) -> Tensor:
+    """Return all bytes of the storage that a tensor lies on."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage()).clone()

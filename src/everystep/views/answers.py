@@ -1,0 +1,321 @@
+"""Answers as text and as JSON: what verifying, comparing and measuring runs has shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from everystep.views.terminal import number, shortest
+
+if TYPE_CHECKING:
+    from everystep.replay.diff import Difference, OperationDifference, TensorDifference
+    from everystep.replay.measure import Found, Measured
+    from everystep.replay.nonfinite import NonFinite
+    from everystep.replay.verify import Verification
+    from everystep.replay.walk import StateDifference
+
+__all__ = [
+    "as_json",
+    "diff_data",
+    "diff_text",
+    "measured_text",
+    "nonfinite_data",
+    "nonfinite_text",
+    "verify_data",
+    "verify_text",
+    "when_text",
+]
+
+_WIDTH = 12
+#: States, tensors and rows that are named before the rest is counted.
+_NAMED = 6
+
+
+def as_json(data: Any) -> str:
+    """Return data as JSON, which has no nan and no infinity: they become texts."""
+    return json.dumps(_plain(data), indent=1, ensure_ascii=False)
+
+
+def verify_text(name: str, found: Verification) -> str:
+    """Return what held and what did not, in lines."""
+    lines = []
+    if found.numerics:
+        pairs = (f"{key} {one}, here {two}" for key, (one, two) in found.numerics.items())
+        lines.append(_line("numerics", "recorded with " + "; ".join(pairs)))
+    threads = ", ".join(
+        f"{steps:,} steps with {count} thread{'s' if count > 1 else ''}"
+        for count, steps in sorted(found.threads.items())
+    )
+    lines.append(_line("replayed", threads or "nothing: there is no step"))
+    if found.first_loss is None:
+        lines.append(_line("losses", f"all {found.steps:,} as recorded, bit for bit"))
+    else:
+        step, recorded, replayed = found.first_loss
+        far = f", {found.loss_distance:,} units in the last place" if found.loss_distance else ""
+        lines.append(
+            _line(
+                "losses",
+                f"{found.different_steps:,} of {found.steps:,} are not as recorded, the first at step "
+                f"{step:,}:\n{shortest(recorded)} recorded, {shortest(replayed)} replayed{far}",
+            )
+        )
+    lines.append(_line("snapshots", _snapshots_text(found)))
+    lines += [_line("problem", problem) for problem in found.problems]
+    verdict = "is as it was recorded, bit for bit" if found.is_exact else "is not as it was recorded"
+    return "\n".join([*lines, "", f"{name} {verdict}"])
+
+
+def verify_data(name: str, found: Verification) -> dict[str, Any]:
+    """Return the same as plain data."""
+    loss = found.first_loss
+    return {
+        "run": name,
+        "exact": found.is_exact,
+        "steps": found.steps,
+        "different_steps": found.different_steps,
+        "first_different_loss": None
+        if loss is None
+        else loss._asdict() | {"units_in_the_last_place": found.loss_distance},
+        "snapshots": found.snapshots,
+        "different_tensors": [each._asdict() for each in found.states],
+        "numerics": {key: list(pair) for key, pair in found.numerics.items()},
+        "threads": {str(count): steps for count, steps in found.threads.items()},
+        "problems": list(found.problems),
+    }
+
+
+def diff_text(found: Difference) -> str:
+    """Return where two runs part, in lines."""
+    one, other = found.names
+    lines = [_line("runs", f"{one}\n{other}")]
+    for label, pairs in (("experiments", found.experiments), ("numerics", found.numerics)):
+        if pairs:
+            lines.append(_line(label, "\n".join(f"{k}: {_pair(a, b)}" for k, (a, b) in pairs.items())))
+    if found.steps[0] != found.steps[1]:
+        lines.append(_line("steps", f"{found.steps[0]:,} and {found.steps[1]:,}"))
+    common = min(found.steps)
+    if found.loss is None:
+        lines.append(_line("losses", f"the same in all {common:,} steps that both have"))
+    else:
+        lines.append(
+            _line(
+                "losses",
+                f"part at step {found.loss.step:,}: {shortest(found.loss.recorded)} and "
+                f"{shortest(found.loss.replayed)}",
+            )
+        )
+    lines.append(_line("states", _states_text(found)))
+    if found.operation is not None:
+        lines += ["", *_operation_lines(found.operation, found.names)]
+    lines += [_line("problem", problem) for problem in found.problems]
+    return "\n".join([*lines, "", _verdict(found)])
+
+
+def diff_data(found: Difference) -> dict[str, Any]:
+    """Return the same as plain data."""
+    operation = found.operation
+    loss = found.loss
+    return {
+        "runs": list(found.names),
+        "same": found.is_same,
+        "experiments": {key: list(pair) for key, pair in found.experiments.items()},
+        "numerics": {key: list(pair) for key, pair in found.numerics.items()},
+        "steps": list(found.steps),
+        "loss": None if loss is None else {"step": loss.step, "values": [loss.recorded, loss.replayed]},
+        "common_state": found.common_state,
+        "states": [each._asdict() for each in found.states],
+        "operation": None if operation is None else _operation_data(operation),
+        "problems": list(found.problems),
+    }
+
+
+def measured_text(found: Measured) -> str:
+    """Return what measuring has given, in a line or two."""
+    values = list(found.values.items())
+    if not values:
+        return f"{found.name}: no step has a value"
+    (first, begin), (last, end) = values[0], values[-1]
+    finite = [value for value in found.values.values() if math.isfinite(value)]
+    span = f", from {number(min(finite))} to {number(max(finite))}" if finite else ""
+    text = (
+        f"{found.name}: {len(values):,} values{span}; "
+        f"{number(begin)} at step {first:,}, {number(end)} at step {last:,}"
+    )
+    if found.left_out:
+        steps = ", ".join(f"{step:,}" for step in found.left_out[:_NAMED])
+        text += f"\nleft out, because a replayed loss was not the recorded one, from: step {steps}"
+    return text
+
+
+def when_text(found: Found, losses: dict[int, float]) -> str:
+    """Return the steps, a line each, with their losses."""
+    return "".join(f"{step}\t{shortest(losses[step])}\n" for step in found.steps)
+
+
+def nonfinite_text(found: NonFinite | None) -> str:
+    """Return what made the first NaN or infinity."""
+    if found is None:
+        return "every result of every operation is finite"
+    parts = [f"{found.nans:,} NaN"] * bool(found.nans) + [f"{found.infinities:,} infinite"] * bool(
+        found.infinities
+    )
+    what = " and ".join(parts)
+    step = found.step.number
+    if found.operation is None:
+        lines = [f"step {step:,}: {found.name} has {what} from the beginning"]
+    else:
+        operation = found.operation.operation
+        module = f" of module {operation.module}" if operation.module else ""
+        lines = [
+            f"step {step:,}, {operation.phase}, operation #{found.index}: {operation.operator}{module} "
+            f"made {found.name} {what}",
+            *(f"  from {name}: {_range(tensor)}" for name, tensor in found.operation.inputs.items()),
+        ]
+    if found.rows:
+        more = f" and {len(found.rows) - _NAMED:,} more" if len(found.rows) > _NAMED else ""
+        lines.append("  rows of the data: " + ", ".join(map(str, found.rows[:_NAMED])) + more)
+    return "\n".join(lines)
+
+
+def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
+    """Return the same as plain data."""
+    if found is None:
+        return None
+    operation = found.operation and found.operation.operation
+    return {
+        "step": found.step.number,
+        "operation": found.index,
+        "operator": operation and operation.operator,
+        "module": operation and operation.module,
+        "phase": operation and operation.phase,
+        "tensor": found.name,
+        "nans": found.nans,
+        "infinities": found.infinities,
+        "rows": list(found.rows),
+    }
+
+
+def _snapshots_text(found: Verification) -> str:
+    if not found.states:
+        return f"all {found.snapshots:,} after state 0 as recorded, bit for bit"
+    states = sorted({each.state for each in found.states})
+    first = [each for each in found.states if each.state == states[0]]
+    return (
+        f"{len(states):,} of {found.snapshots:,} are not as recorded, first state {states[0]:,}:\n"
+        + _tensors_text(first)
+    )
+
+
+def _states_text(found: Difference) -> str:
+    common = found.common_state
+    same = "no snapshot is the same" if common is None else f"the same up to state {common:,}"
+    if not found.states:
+        return same if common is not None else "no snapshots of the same state can be compared"
+    return f"{same}; state {found.states[0].state:,} is not:\n" + _tensors_text(list(found.states))
+
+
+def _tensors_text(differences: list[StateDifference]) -> str:
+    lines = []
+    for each in differences[:_NAMED]:
+        if not each.elements:
+            lines.append(f"{each.tensor}: another shape, or only one has it")
+            continue
+        far = f", by {each.largest:,} units in the last place at most" if each.largest else ""
+        lines.append(f"{each.tensor}: {each.elements:,} numbers{far}")
+    if len(differences) > _NAMED:
+        lines.append(f"and {len(differences) - _NAMED:,} more tensors")
+    return "\n".join(lines)
+
+
+def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list[str]:
+    sides = [
+        "no operation"
+        if each is None
+        else f"{each.operation.operator}"
+        + (f" of module {each.operation.module}" if each.operation.module else "")
+        + f", {each.operation.phase}"
+        for each in (found.one, found.other)
+    ]
+    where = sides[0] if sides[0] == sides[1] else f"{names[0]}: {sides[0]}\n{names[1]}: {sides[1]}"
+    lines = [_line("they part", f"in step {found.step:,}, at operation #{found.index}\n{where}")]
+    lines += [_line("result", _tensor_text(each)) for each in found.results]
+    lines += [_line("differs in", _tensor_text(each)) for each in found.inputs]
+    if found.rows:
+        rows = ", ".join(f"{a} and {b} at place {place}" for place, a, b in found.rows[:_NAMED])
+        lines.append(_line("rows", rows + (", ..." if len(found.rows) > _NAMED else "")))
+    lines += [_line("because of", cause) for cause in found.causes]
+    return lines
+
+
+def _tensor_text(found: TensorDifference) -> str:
+    if not found.positions:
+        return f"{found.name}: another shape or dtype"
+    far = f", by {found.largest:,} units in the last place at most" if found.largest else ""
+    lines = [f"{found.name}: {found.elements:,} of {found.of:,} numbers{far}"]
+    for position, (one, two) in zip(found.positions[:3], found.values, strict=False):
+        place = "[" + ", ".join(map(str, position)) + "]" if position else ""
+        lines.append(f"  {place}  {one!r} and {two!r}" if place else f"  {one!r} and {two!r}")
+    if found.elements > 3:
+        lines.append("  ...")
+    return "\n".join(lines)
+
+
+def _operation_data(found: OperationDifference) -> dict[str, Any]:
+    return {
+        "step": found.step,
+        "index": found.index,
+        "operations": [
+            None
+            if each is None
+            else {
+                "phase": each.operation.phase,
+                "module": each.operation.module,
+                "operator": each.operation.operator,
+            }
+            for each in (found.one, found.other)
+        ],
+        "results": [each._asdict() for each in found.results],
+        "inputs": [each._asdict() for each in found.inputs],
+        "rows": [list(row) for row in found.rows],
+        "causes": found.causes,
+    }
+
+
+def _verdict(found: Difference) -> str:
+    if found.is_same:
+        return "the runs are the same, bit for bit"
+    if found.loss is None and not found.states and found.operation is None:
+        return f"the first {min(found.steps):,} steps are the same; one run is longer"
+    return "the runs differ"
+
+
+def _range(tensor: Any) -> str:
+    from everystep.replay.step import statistics
+    from everystep.views.lines import TIMES
+
+    found = statistics(tensor)
+    shape = TIMES.join(f"{size:,}" for size in tensor.shape) or "number"
+    bad = f", {found.nonfinite:,} not finite" if found.nonfinite else ""
+    return f"{shape}, {number(found.minimum)} to {number(found.maximum)}{bad}"
+
+
+def _pair(one: Any, two: Any) -> str:
+    texts = [str(value).replace("\n", " ") for value in (one, two)]
+    short = [text if len(text) <= 60 else text[:24] + "..." for text in texts]
+    return f"{short[0]} | {short[1]}" if short[0] != short[1] else f"{texts[0]} | {texts[1]}"
+
+
+def _line(label: str, text: str) -> str:
+    first, *rest = text.splitlines() or [""]
+    return "\n".join([f"{label:<{_WIDTH}}{first}", *(" " * _WIDTH + line for line in rest)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

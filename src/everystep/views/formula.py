@@ -1,0 +1,223 @@
+"""The update of a parameter as a formula, put together from the operations that were really run.
+
+In two notations, as the chapter has them: operators, `param - param.grad * 0.0001`, and the operations
+behind them, `torch.sub(param, torch.mul(param.grad, 0.0001))`. Where one kernel does it all (`fused`, or
+an optimizer's step as a whole), the formula is the one that torch documents, if it is known for sure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from everystep.program.execute import Observed
+from everystep.views.mathematics import all_arguments, kind_of
+from everystep.views.terminal import shortest
+
+__all__ = ["Formula", "optimizer_parts", "update_formulas"]
+
+#: A formula of more characters is no help.
+LONGEST = 250
+
+_SUM, _PRODUCT, _ATOM = 1, 2, 3
+_OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_SETTING = re.compile(r"(\w+)=(\([^)]*\)|[^,()]+)(?:, |$)")
+
+
+class Formula(NamedTuple):
+    """How a parameter is updated: in operators, and as calls of operations, one line or several.
+
+    numbers: those of the operations in `Step.operations` that do it.
+    """
+
+    operators: tuple[str, ...]
+    calls: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+
+def update_formulas(operations: Sequence[Observed], optimizer: str) -> dict[str, Formula]:
+    """Return the formula of each parameter that the operations of phase `update` change.
+
+    optimizer: the optimizer's text, as the facts of the run have it.
+    """
+    composer = _Composer(optimizer)
+    for number, seen in enumerate(operations):
+        if seen.operation.phase == "update":
+            composer.apply(number, seen)
+    return composer.formulas()
+
+
+def optimizer_parts(text: str) -> tuple[str, dict[str, str]]:
+    """Return the class of an optimizer and its settings from its text; no settings if it is no such."""
+    match = re.match(r"(\w+)\((.*?)\)(?::.*)?$", text, re.DOTALL)
+    return (match[1], dict(_SETTING.findall(match[2]))) if match else (text, {})
+
+
+class _Term(NamedTuple):
+    operators: str
+    calls: str
+    strength: int = _ATOM
+    numbers: frozenset[int] = frozenset()
+    parameters: frozenset[str] = frozenset()
+
+    def within(self, strength: int) -> str:
+        """Return it in operators, in parentheses where it binds less than what is around it."""
+        return self.operators if self.strength >= strength else f"({self.operators})"
+
+
+class _Composer:
+    """What each tensor is by now, in terms of what there was before the update."""
+
+    def __init__(self, optimizer: str) -> None:
+        self._optimizer = optimizer
+        self._terms: dict[str, _Term] = {}
+        self._known: dict[str, Formula] = {}
+
+    def apply(self, number: int, seen: Observed) -> None:
+        """Take an operation into account."""
+        kind = kind_of(seen.operation)
+        if seen.operation.operator.startswith("torch.optim.") or kind.startswith("fused_"):
+            self._as_a_whole(number, seen)
+            return
+        arguments = {
+            key: self._term(value, seen)
+            for key, (value, is_given) in all_arguments(seen.operation).items()
+            if is_given
+        }
+        results = [name for name in seen.operation.results if name] or list(seen.results)
+        for place, name in enumerate(results):
+            if name.startswith("gradient/"):  # clipped: from here on it is the parameter's gradient
+                self._terms.pop(name, None)
+                continue
+            own = {
+                key: value[place] if isinstance(value, list) and place < len(value) else value
+                for key, value in arguments.items()
+            }
+            term = _composed(kind.removeprefix("foreach_"), own)
+            self._terms[name] = term._replace(numbers=term.numbers | {number})
+
+    def formulas(self) -> dict[str, Formula]:
+        """Return what the parameters have become."""
+        found = dict(self._known)
+        for name, term in self._terms.items():
+            if name.startswith("parameter/"):
+                found[name.partition("/")[2]] = self._formula(name, term)
+        return found
+
+    def _formula(self, name: str, term: _Term) -> Formula:
+        numbers = tuple(sorted(term.numbers))
+        is_of_itself = term.parameters <= {name.partition("/")[2]}
+        if len(term.calls) <= LONGEST and is_of_itself:
+            return Formula((term.operators,), (term.calls,), numbers)
+        calls = f"by {len(numbers)} operations"
+        return Formula(_documented(self._optimizer) or (self._optimizer,), (calls,), numbers)
+
+    def _as_a_whole(self, number: int, seen: Observed) -> None:
+        operator = seen.operation.operator
+        name = f"{operator}.step()" if operator.startswith("torch.optim.") else operator
+        lines = _documented(self._optimizer) or (self._optimizer,)
+        for result in seen.results:
+            kind, _, parameter = result.partition("/")
+            if kind == "parameter":
+                self._known[parameter] = Formula(lines, (name,), (number,))
+
+    def _term(self, value: Any, seen: Observed) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._term(item, seen) for item in value]
+        if isinstance(value, float):
+            return _Term(repr(value), repr(value), _ATOM if value >= 0 else _SUM)
+        if not isinstance(value, str):
+            text = next(iter(value.values())) if isinstance(value, dict) else value
+            return _Term(str(text), str(text))
+        if value in self._terms:
+            return self._terms[value]
+        if value.startswith("hyperparameter/"):
+            text = repr(float(shortest(seen.inputs[value].item())))
+        else:
+            text = _own_name(value)
+        return _Term(text, text, parameters=_parameter_of(value))
+
+
+def _own_name(name: str) -> str:
+    kind, _, rest = name.partition("/")
+    if kind in ("parameter", "gradient"):
+        return "param" if kind == "parameter" else "param.grad"
+    return rest.rpartition("/")[2] if kind == "optimizer" else name
+
+
+def _parameter_of(name: str) -> frozenset[str]:
+    """Return whose tensor it is, of parameters."""
+    kind, _, rest = name.partition("/")
+    if kind == "optimizer":
+        rest = rest.rpartition("/")[0]
+    return frozenset([rest] if kind in ("parameter", "gradient", "optimizer") else [])
+
+
+def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
+    """Return what an operation gives, in both notations."""
+    terms: list[_Term] = [
+        term for value in arguments.values() for term in (value if isinstance(value, list) else [value])
+    ]
+    numbers: frozenset[int] = frozenset().union(*(term.numbers for term in terms))
+    of: frozenset[str] = frozenset().union(*(term.parameters for term in terms))
+    if kind in ("clone", "copy") and terms:
+        return terms[-1]._replace(numbers=numbers, parameters=of)
+    positional = [_call_text(v) for k, v in arguments.items() if k not in ("alpha", "value")]
+    keywords = [f"{k}={_call_text(v)}" for k, v in arguments.items() if k in ("alpha", "value")]
+    calls = f"torch.{kind}({', '.join([*positional, *keywords])})"
+    sign = _OPERATORS.get(kind)
+    left, right, *_ = *arguments.values(), None, None
+    if sign is None or not isinstance(left, _Term) or not isinstance(right, _Term):
+        inner = ", ".join(_operator_text(value) for value in arguments.values())
+        return _Term(f"{kind}({inner})", calls, _ATOM, numbers, of)
+    strength = _PRODUCT if sign in "*/" else _SUM
+    second = right.within(strength + 1 if sign in "-/" else strength)
+    alpha = arguments.get("alpha")
+    if alpha is not None and alpha.operators not in ("1", "1.0"):
+        factor = alpha.operators
+        if factor.startswith("-"):
+            sign, factor = ("-" if sign == "+" else "+"), factor[1:]
+        second = (
+            f"{factor} * {right.within(_PRODUCT)}"
+            if factor not in ("1", "1.0")
+            else right.within(_PRODUCT)
+        )
+    return _Term(f"{left.within(strength)} {sign} {second}", calls, strength, numbers, of)
+
+
+def _call_text(value: Any) -> str:
+    return f"[{', '.join(map(_call_text, value))}]" if isinstance(value, list) else value.calls
+
+
+def _operator_text(value: Any) -> str:
+    return f"[{', '.join(map(_operator_text, value))}]" if isinstance(value, list) else value.operators
+
+
+def _documented(optimizer: str) -> tuple[str, ...] | None:
+    """Return the formula of an optimizer of torch as its documentation has it, None if not sure."""
+    name, settings = optimizer_parts(optimizer)
+    used = settings.keys() - {"lr", "betas", "eps", "fused", "foreach", "decoupled_weight_decay"}
+    if name in ("Adam", "AdamW") and used <= {"weight_decay"}:
+        before, gradient = "param", "param.grad"
+        if "weight_decay" in settings and "decoupled_weight_decay" in settings:
+            before = "param * (1 - lr * weight_decay)"
+        elif "weight_decay" in settings:
+            gradient = "(param.grad + weight_decay * param)"
+        return (
+            f"exp_avg    = beta1 * exp_avg + (1 - beta1) * {gradient}",
+            f"exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * {gradient}²",
+            f"param      = {before} - lr * mean / (sqrt(square) + eps)",
+            "where mean = exp_avg / (1 - beta1^t), square = exp_avg_sq / (1 - beta2^t)",
+        )
+    if name == "SGD" and settings.keys() <= {"lr", "momentum", "weight_decay", "fused", "foreach"}:
+        gradient = "param.grad"
+        if "weight_decay" in settings:
+            gradient = "(param.grad + weight_decay * param)"
+        if "momentum" not in settings:
+            return (f"param - lr * {gradient}",)
+        return (
+            f"momentum_buffer = momentum * momentum_buffer + {gradient.strip('()')}",
+            "param           = param - lr * momentum_buffer",
+        )
+    return None

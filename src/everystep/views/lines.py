@@ -1,0 +1,191 @@
+"""A page of text for the terminal: lines, aligned tables, and tensors as numbers that sum them up."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from rich.cells import cell_len
+from rich.text import Text
+from torch import Tensor
+
+from everystep.replay.step import statistics
+from everystep.views.terminal import number
+
+__all__ = [
+    "ALL_VALUES",
+    "TIMES",
+    "Cell",
+    "Page",
+    "grouped",
+    "norm",
+    "number_cells",
+    "number_headings",
+    "shape_text",
+    "statistics_text",
+    "table_lines",
+    "table_width",
+]
+
+#: Of tensors with at most so many elements, all are printed; of larger ones, the edges.
+ALL_VALUES = 1000
+
+#: Between the sizes of a shape.
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+_LABEL = 10
+_EMPTY = ("", "", True)
+
+#: A cell of a table: its text, its style, whether it is aligned to the right.
+Cell = tuple[str, str, bool]
+
+
+class Page:
+    """Text that grows line by line; whatever is in it is taken literally."""
+
+    def __init__(self, width: int, values: bool) -> None:
+        self.text = Text()
+        self.width = width
+        self.values = values
+
+    def blank(self) -> None:
+        """Add an empty line."""
+        self.text.append("\n")
+
+    def line(self, *parts: tuple[str, str], indent: int = 0) -> None:
+        """Add a line of texts with their styles."""
+        line = Text(" " * indent)
+        for text, style in parts:
+            line.append(_printable(text), style=style or None)
+        line.rstrip()
+        self.text.append(line).append("\n")
+
+    def labelled(self, label: str, text: str, style: str = "") -> None:
+        """Add a text with a label before its first line."""
+        for place, each in enumerate(text.splitlines() or [""]):
+            self.line((f"{'' if place else label:<{_LABEL}}", "dim"), (each, style))
+
+    def wrapped(self, text: str, style: str, *, indent: int) -> None:
+        """Add a text, on several lines where it is wider than the page."""
+        whole = textwrap.wrap(_printable(text), self.width - indent, subsequent_indent="    ")
+        for line in whole if cell_len(text) > self.width - indent else [text]:
+            self.line((line, style), indent=indent)
+
+    def heading(self, label: str, text: str = "") -> None:
+        """Begin a section."""
+        self.blank()
+        self.line((f"{label:<{_LABEL}}", "bold"), (text, ""))
+
+    def table(self, rows: Sequence[Sequence[Cell]], indent: int = 2) -> None:
+        """Add rows of cells, the first of them headings; columns in which nothing is are left out."""
+        for line in table_lines(rows):
+            self.text.append(" " * indent).append(line).append("\n")
+
+    def numbers(self, tensor: Tensor, *, indent: int) -> None:
+        """Add the numbers of a tensor."""
+        for line in _numbers_text(tensor, self.width - indent).splitlines():
+            self.line((line, ""), indent=indent)
+
+
+def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
+    """Return rows of cells as lines, aligned; the first are headings."""
+    cells = _used([[(_printable(text), style, right) for text, style, right in row] for row in rows])
+    widths = [max(cell_len(cell[0]) for cell in column) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        line = Text()
+        for place, ((text, style, right), width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - cell_len(text))
+            line.append("  " * bool(place) + (space if right else ""))
+            line.append(text, style=style or None).append("" if right else space)
+        line.rstrip()
+        lines.append(line)
+    return lines
+
+
+def table_width(rows: Sequence[Sequence[Cell]]) -> int:
+    """Return how wide a table of these rows is."""
+    widths = [max(cell_len(cell[0]) for cell in c) for c in zip(*_used(rows), strict=True)]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def grouped(value: float) -> str:
+    """Return a number in four significant digits, thousands apart."""
+    text = number(value)
+    return f"{int(text):,}" if text.lstrip("-").isdigit() else text
+
+
+def norm(tensor: Tensor) -> float:
+    """Return the 2-norm of a tensor."""
+    magnitudes = tensor.abs() if tensor.is_complex() else tensor
+    return float(torch.linalg.vector_norm(magnitudes.detach().double()))
+
+
+def shape_text(tensor: Tensor) -> str:
+    """Return a shape as sizes multiplied, and `number` of one without dimensions."""
+    return TIMES.join(f"{size:,}" for size in tensor.shape) if tensor.dim() else "number"
+
+
+def number_headings() -> list[Cell]:
+    """Return the headings of what `number_cells` gives."""
+    names = ("shape", "mean", "std", "min", "max", "zeros", "not finite")
+    return [(name, "dim", name != "shape") for name in names]
+
+
+def number_cells(tensor: Tensor | None) -> list[Cell]:
+    """Return the shape of a tensor and what its numbers are like; of a single number, that."""
+    if tensor is None:
+        return [("", "", False), *[_EMPTY] * 6]
+    seen = statistics(tensor)
+    shape: Cell = (shape_text(tensor), "", False)
+    bad: Cell = (f"{seen.nonfinite:,}" if seen.nonfinite else "", "bold red", True)
+    if tensor.numel() == 1:
+        value = "" if seen.nonfinite else grouped(seen.mean)
+        only = (
+            grouped(float(tensor.abs() if tensor.is_complex() else tensor)) if seen.nonfinite else value
+        )
+        return [shape, (only, "bold red" if seen.nonfinite else "", True), *[_EMPTY] * 4, bad]
+    texts = ["" if math.isnan(each) else grouped(each) for each in seen[:4]]
+    zeros = f"{100 * seen.zeros:.3g}%" if seen.zeros > 0 else ""
+    return [shape, *((text, "", True) for text in (*texts, zeros)), bad]
+
+
+def statistics_text(tensor: Tensor) -> list[tuple[str, str]]:
+    """Return what a tensor is like as a line of texts with their styles."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    parts = [(f"{shape_text(tensor)} {dtype}", "")]
+    cells = number_cells(tensor)[1:]
+    for (heading, *_), (text, style, _) in zip(number_headings()[1:], cells, strict=True):
+        if text:
+            label = "value" if tensor.numel() == 1 and heading == "mean" else heading
+            parts += [(f"  {label} ", "dim"), (text, style)]
+    return parts
+
+
+def _used(cells: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
+    used = [any(cell[0] for cell in column[1:]) for column in zip(*cells, strict=True)]
+    return [[cell for cell, is_used in zip(row, used, strict=True) if is_used] for row in cells]
+
+
+def _numbers_text(tensor: Tensor, width: int) -> str:
+    """Return the numbers of a tensor in six significant digits."""
+    values = tensor.detach().cpu()
+    if values.dtype.is_floating_point:
+        values = values.double()
+    elif values.is_complex():
+        values = values.to(torch.complex128)
+    return np.array2string(
+        values.numpy(),
+        max_line_width=max(width, 20),
+        threshold=ALL_VALUES,
+        separator=" ",
+        formatter={"float_kind": lambda value: f"{value:>12.6g}"},
+    )
+
+
+def _printable(text: str) -> str:
+    """Return the text with what would move the cursor, or worse, as a question mark."""
+    return "".join(each if each.isprintable() else "\ufffd" for each in text)

@@ -1,0 +1,134 @@
+"""Progress in the terminal: of a training, and of anything that goes through steps. All on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from everystep.views.terminal import header, number, shortest
+
+__all__ = ["Silent", "TerminalProgress", "counting"]
+
+
+class Silent:
+    """Watches a training without a word, but for what the user should know."""
+
+    def reading(self, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+        """Say nothing."""
+
+    def advance(self, first_step: int, losses: Sequence[float]) -> None:
+        """Say nothing."""
+
+    def notice(self, message: str) -> None:
+        """Tell the user on stderr."""
+        print(f"everystep: {message}", file=sys.stderr)
+
+    def end(self) -> None:
+        """Say nothing."""
+
+
+class TerminalProgress(Silent):
+    """Watches a training: the header, then a bar; lines of `step<TAB>loss` where piped.
+
+    Data goes to stdout, everything else to stderr.
+    """
+
+    def __init__(self, *, show_header: bool, lines: TextIO | None) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._show_header = show_header
+        self._lines = lines
+        self._bar: Progress | None = None
+        self._dtype = "float32"
+
+    def reading(self, done: int, total: int) -> None:
+        """Show how much of a Dataset has been read."""
+        if self._bar is None:
+            self._start("reading", total, "[dim]rows")
+        self._update(done)
+        if done >= total:
+            self.end()
+
+    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+        """Show the header and start the bar."""
+        if self._show_header:
+            self._console.print(header(facts), markup=False)
+            self._console.print()
+        self._start("training", facts["steps"], "")
+
+    def advance(self, first_step: int, losses: Sequence[float]) -> None:
+        """Move the bar; write the lines."""
+        if self._lines is not None:
+            text = "".join(f"{step}\t{shortest(loss)}\n" for step, loss in enumerate(losses, first_step))
+            try:
+                self._lines.write(text)
+                self._lines.flush()
+            except BrokenPipeError:  # whoever read them has gone (`| head`); the training goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._lines.fileno())
+                self._lines = None
+        self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
+
+    def notice(self, message: str) -> None:
+        """Tell the user, above the bar."""
+        self._console.print(Text(f"everystep: {message}", style="yellow"))
+
+    def end(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _start(self, what: str, total: int, text: str) -> None:
+        if not (self._console.is_terminal or self._console.is_jupyter):
+            return
+        self._bar = _bar(self._console, what, total, text)
+        self._bar.start()
+
+    def _update(self, completed: int, text: str | None = None) -> None:
+        if self._bar is not None:
+            fields = {} if text is None else {"text": text}
+            self._bar.update(self._bar.task_ids[0], completed=completed, **fields)  # type: ignore[arg-type]
+
+
+class _Speed(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the speed, or nothing before there is one."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "", style="dim")
+
+
+@contextmanager
+def counting(what: str, total: int, wanted: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a bar while something is done with `total` steps; gives what is told how many more are."""
+    console = Console(stderr=True, highlight=False)
+    if not wanted or not (console.is_terminal or console.is_jupyter):
+        yield lambda steps: None
+        return
+    with _bar(console, what, total, "") as bar:
+        yield lambda steps: bar.advance(bar.task_ids[0], steps)
+
+
+def _bar(console: Console, what: str, total: int, text: str) -> Progress:
+    bar = Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.completed:>{task.fields[width]}}/{task.total}"),
+        TextColumn("{task.fields[text]:<14}"),
+        _Speed(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+    bar.add_task(what, total=total, text=text, width=len(str(total)))
+    return bar

@@ -1,0 +1,349 @@
+"""A step opened, as a page for the terminal: what happened in it, in the chapter's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, get_args
+
+from rich.text import Text
+from torch import Tensor
+
+from everystep.errors import UsageError, did_you_mean
+from everystep.program.operation import Phase
+from everystep.replay.step import Step, Update
+from everystep.views.formula import Formula, optimizer_parts, update_formulas
+from everystep.views.lines import (
+    Cell,
+    Page,
+    grouped,
+    norm,
+    number_cells,
+    number_headings,
+    statistics_text,
+    table_lines,
+    table_width,
+)
+from everystep.views.mathematics import all_arguments, mathematics, value_text
+from everystep.views.step_json import step_json
+from everystep.views.terminal import shortest
+
+__all__ = ["PHASES", "step_json", "step_text"]
+
+#: What can be looked at alone.
+PHASES = ("batch", *get_args(Phase))
+#: An operation looked at alone shows the numbers of tensors with at most so many elements unasked.
+FEW_VALUES = 64
+
+_ROWS_SHOWN = 3
+_INDENT = 2
+
+
+def step_text(
+    step: Step,
+    facts: dict[str, Any],
+    *,
+    name: str = "",
+    phase: str | None = None,
+    operation: int | None = None,
+    values: bool = False,
+    width: int = 100,
+) -> Text:
+    """Return a step as a page to read, to be printed with `soft_wrap=True`.
+
+    Args:
+        step: the step.
+        facts: of the run.
+        name: of the run.
+        phase: show this one alone, with all there is to say; one of `PHASES`.
+        operation: show this one alone, counted from 0 as in `Step.operations`.
+        values: show the numbers of the tensors, too; of those with over 1,000 elements, the edges.
+        width: columns of the terminal; what does not fit is left out of the tables of operations.
+
+    Raises:
+        UsageError: there is no such phase, or no such operation.
+    """
+    if phase is not None and phase not in PHASES:
+        cure = did_you_mean(phase, PHASES)
+        raise UsageError(f"a step has no phase {phase!r}" + (f"; {cure}" if cure else ""))
+    last = len(step.operations) - 1
+    if operation is not None and not 0 <= operation <= last:
+        known = f"they are numbered from 0 to {last}" if last >= 0 else "it has none"
+        raise UsageError(f"step {step.number} has no operation {operation}: {known}")
+    opened = _Opened(step, facts, Page(width, values))
+    if operation is not None:
+        opened.operation(name, operation)
+    else:
+        opened.whole(name, phase)
+    return opened.page.text
+
+
+class _Opened:
+    """A step on its way to a page."""
+
+    def __init__(self, step: Step, facts: dict[str, Any], page: Page) -> None:
+        self.step = step
+        self.facts = facts
+        self.page = page
+        self.lines = mathematics(step.operations)
+
+    def whole(self, name: str, phase: str | None) -> None:
+        """Write the page, or one phase of it."""
+        self._heading(name)
+        for each in PHASES:
+            if phase in (None, each):
+                getattr(self, f"_{each}")(phase is not None or self.page.values)
+
+    def operation(self, name: str, place: int) -> None:
+        """Write one operation."""
+        page, seen, line = self.page, self.step.operations[place], self.lines[place]
+        title = ", ".join([*([name] if name else []), f"step {self.step.number:,}"])
+        page.line((f"{title}, operation #{place} of #0 to #{len(self.step.operations) - 1}", "bold"))
+        page.blank()
+        if not self.step.is_exact:
+            page.labelled("replayed", self._exactness(), "yellow")
+        page.labelled("formula", f"{line.left or f'#{place}'} = {line.right}")
+        page.labelled("operator", seen.operation.operator)
+        page.labelled("phase", seen.operation.phase)
+        if seen.operation.module is not None:
+            page.labelled("module", seen.operation.module)
+        if arguments := all_arguments(seen.operation):
+            page.heading("arguments")
+            width = max(map(len, arguments))
+            for key, (value, is_given) in arguments.items():
+                text = value_text(value, lambda name: line.given.get(name, name))
+                unsaid = [] if is_given else [("  by default", "dim")]
+                page.line((f"{key:<{width}}  ", "dim"), (text, ""), *unsaid, indent=_INDENT)
+        for label, tensors, names in (
+            ("inputs", seen.inputs, line.given),
+            ("results", seen.results, line.made),
+        ):
+            page.heading(label)
+            for tensor_name, tensor in tensors.items():
+                self._tensor_in_full(names.get(tensor_name, tensor_name), tensor_name, tensor)
+
+    def _heading(self, name: str) -> None:
+        step, page = self.step, self.page
+        title = f"step {step.number:,} of {self.facts['steps']:,}"
+        page.line((f"{name}, {title}" if name else title, "bold"))
+        page.blank()
+        is_finite = step.loss - step.loss == 0
+        page.labelled("loss", f"{grouped(step.loss)}, in full {shortest(step.loss)}")
+        if not is_finite:
+            page.labelled("", "the loss is not finite", "bold red")
+        page.labelled("replayed", self._exactness(), "" if step.is_exact else "yellow")
+        if step.batch.rows is not None:
+            page.labelled("epoch", f"{step.epoch:,}, counted from 0")
+
+    def _exactness(self) -> str:
+        step = self.step
+        how = "by program" if step.is_by_program else "eagerly"
+        if step.is_exact:
+            return f"bit for bit as recorded, {how}"
+        here = f"replayed loss {shortest(step.loss)}, recorded {shortest(step.recorded_loss)}"
+        return f"NOT as recorded, {how}: {here}\nsteps from {step.departed_at:,} on are not the original"
+
+    def _batch(self, alone: bool) -> None:
+        self.page.heading("batch", self._rows_text(whole=alone and self.page.values))
+        self._tensors({"x": self.step.batch.x, "y": self.step.batch.y})
+
+    def _rows_text(self, *, whole: bool) -> str:
+        rows, total = self.step.batch.rows, self.facts["data"]["rows"]
+        if rows is None:
+            return f"all {total:,} rows, in order"
+        shown = rows.tolist() if whole else rows[:_ROWS_SHOWN].tolist()
+        more = ", ..." if len(shown) < len(rows) else ""
+        return f"rows {', '.join(map(str, shown))}{more} ({len(rows):,} of {total:,})"
+
+    def _forward(self, alone: bool) -> None:
+        self.page.heading("forward")
+        self._operations("forward", alone)
+
+    def _loss(self, alone: bool) -> None:
+        self.page.heading("loss", self.facts["loss"]["text"])
+        self._operations("loss", alone)
+
+    def _zero_grad(self, alone: bool) -> None:
+        before, dropped = self.step.number - 1, self.step.dropped
+        if not dropped:
+            self.page.heading("zero_grad", "no gradients to drop: there are none yet")
+            return
+        self.page.heading("zero_grad", f"drops the gradients of step {before:,}")
+        if alone:
+            self._tensors({f"{name}.grad": tensor for name, tensor in dropped.items()})
+        else:
+            norms = {f"{name}.grad": grouped(norm(tensor)) for name, tensor in dropped.items()}
+            self.page.table(
+                [[("gradient", "dim", False), ("norm", "dim", True)]]
+                + [[(name, "", False), (text, "", True)] for name, text in norms.items()]
+            )
+        if any(seen.operation.phase == "zero_grad" for seen in self.step.operations):
+            self._operations("zero_grad", alone)
+
+    def _backward(self, alone: bool) -> None:
+        self.page.heading("backward")
+        self._operations("backward", alone)
+        self.page.blank()
+        self._tensors({f"{name}.grad": tensor for name, tensor in self.step.gradients.items()})
+
+    def _update(self, alone: bool) -> None:
+        step, page = self.step, self.page
+        name, settings = optimizer_parts(self.facts["optimizer"]["text"])
+        told = {key: repr(float(shortest(value))) for key, value in step.hyperparameters.items()}
+        told |= {k: v for k, v in settings.items() if k not in (*told, "decoupled_weight_decay")}
+        page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in told.items())]))
+        if self.facts["clip_norm"] is not None:
+            page.line((self._clipping(), ""), indent=_INDENT)
+        formulas = update_formulas(step.operations, self.facts["optimizer"]["text"])
+        self._formulas(formulas)
+        page.blank()
+        rows = [_update_row(each, update, formulas.get(each)) for each, update in step.updates.items()]
+        page.table([_update_headings(), *rows])
+        if alone:
+            page.blank()
+            self._operations("update", alone)
+            self._updates_in_full()
+
+    def _formulas(self, formulas: Mapping[str, Formula]) -> None:
+        """Write both notations, once for all the parameters that share them."""
+        of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        for parameter, formula in formulas.items():
+            of_formula.setdefault((formula.operators, formula.calls), []).append(parameter)
+        for (operators, calls), names in of_formula.items():
+            if len(of_formula) > 1:
+                self.page.line((_shortened(names), "dim"), indent=_INDENT)
+            for line in operators:
+                self.page.wrapped(line, "", indent=_INDENT)
+            for line in calls:
+                self.page.wrapped(line, "dim", indent=_INDENT)
+
+    def _clipping(self) -> str:
+        limit = self.facts["clip_norm"]
+        whole = sum(norm(gradient) ** 2 for gradient in self.step.gradients.values()) ** 0.5
+        effect = "are left as they are" if whole + 1e-6 <= limit else "are clipped"  # as torch does
+        return f"first, the gradients, of norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"
+
+    def _updates_in_full(self) -> None:
+        for title in ("before", "after", "change"):
+            self.page.blank()
+            updates = self.step.updates.items()
+            self._tensors({name: getattr(update, title) for name, update in updates}, title)
+
+    def _operations(self, phase: str, alone: bool) -> None:
+        """List the operations of a phase: a line for each, or alone all that is known of them."""
+        places = [i for i, seen in enumerate(self.step.operations) if seen.operation.phase == phase]
+        if alone:
+            for place in places:
+                self._operation_in_full(place)
+        elif places:
+            for place in places if phase == "loss" else (-1, *places):
+                self.page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
+        else:
+            self.page.line(("no operations", "dim"), indent=_INDENT)
+
+    def _operation_in_full(self, place: int) -> None:
+        seen, line, page = self.step.operations[place], self.lines[place], self.page
+        module = "" if seen.operation.module is None else f"  module {seen.operation.module}"
+        origin = f"{module}  {seen.operation.operator}"
+        page.line((f"{f'#{place}':<5}", "dim"), (str(line), ""), (origin, "dim"), indent=_INDENT)
+        indent = _INDENT + 5
+        for name, tensor in seen.results.items():
+            several = [(f"{line.made.get(name, name)}  ", "")] if len(seen.results) > 1 else []
+            page.line(*several, *statistics_text(tensor), indent=indent)
+            if page.values:
+                page.numbers(tensor, indent=indent)
+
+    @cached_property
+    def _rows(self) -> list[Text]:
+        """A line for the headings, and one for each operation; aligned through the whole page."""
+        rows: list[list[Cell]] = [
+            [*_operation_headings(), *number_headings(), ("operator", "dim", False)]
+        ]
+        for place, (seen, line) in enumerate(zip(self.step.operations, self.lines, strict=True)):
+            shown = seen.operation.phase != "update"
+            rows.append(
+                [
+                    (f"#{place}", "dim", False),
+                    (_path(seen.operation.module) if shown else "", "cyan", False),
+                    (line.short if shown else "", "", False),
+                    *number_cells(next(iter(seen.results.values()), None) if shown else None),
+                    (seen.operation.operator if shown else "", "dim", False),
+                ]
+            )
+        return table_lines(_fitting(rows, self.page.width - _INDENT))
+
+    def _tensors(self, named: Mapping[str, Tensor], title: str = "") -> None:
+        """List tensors with what their numbers are like, and their numbers where asked for."""
+        if self.page.values:
+            for name, tensor in named.items():
+                self.page.line((f"{name}  ", "bold"), *statistics_text(tensor), indent=_INDENT)
+                self.page.numbers(tensor, indent=2 * _INDENT)
+            return
+        rows: list[list[Cell]] = [[(title, "dim", False), ("", "dim", False), *number_headings()]]
+        for name, tensor in named.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            rows.append([(name, "", False), (dtype, "dim", False), *number_cells(tensor)])
+        self.page.table(rows)
+
+    def _tensor_in_full(self, called: str, name: str, tensor: Tensor) -> None:
+        own = f"{name}, " if name != called else ""
+        strides = f"  {own}strides ({', '.join(map(str, tensor.stride()))})"
+        self.page.line((called, "bold"), (strides, "dim"), indent=_INDENT)
+        self.page.line(*statistics_text(tensor), indent=2 * _INDENT)
+        if self.page.values or tensor.numel() <= FEW_VALUES:
+            self.page.numbers(tensor, indent=2 * _INDENT)
+
+
+def _operation_headings() -> list[Cell]:
+    return [("", "dim", False), ("module", "dim", False), ("formula", "dim", False)]
+
+
+def _update_headings() -> list[Cell]:
+    names = ("norm before", "norm after", "norm of change", "relative")
+    return [("parameter", "dim", False), *((n, "dim", True) for n in names), ("by", "dim", False)]
+
+
+def _update_row(name: str, update: Update, formula: Formula | None) -> list[Cell]:
+    norms = [grouped(norm(each)) for each in (update.before, update.after, update.change)]
+    relative = f"{100 * update.relative_size:.3g}%"
+    by = _numbers_text(formula.numbers) if formula else ""
+    return [(name, "", False), *((text, "", True) for text in (*norms, relative)), (by, "dim", False)]
+
+
+def _numbers_text(numbers: tuple[int, ...]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 and last - first + 1 == len(numbers):
+        return f"#{first} to #{last}"
+    return " ".join(f"#{number}" for number in numbers)
+
+
+def _fitting(rows: list[list[Cell]], width: int) -> list[list[Cell]]:
+    """Leave out columns, and the ends of long formulas, so that the rows fit."""
+    for unneeded in (("operator",), ("min", "max"), ("std",)):
+        if table_width(_with_formulas_cut(rows, width, 34)) > width:
+            kept = [place for place, cell in enumerate(rows[0]) if cell[0] not in unneeded]
+            rows = [[row[place] for place in kept] for row in rows]
+    return _with_formulas_cut(rows, width, 20)
+
+
+def _with_formulas_cut(rows: list[list[Cell]], width: int, least: int) -> list[list[Cell]]:
+    place = [cell[0] for cell in rows[0]].index("formula")
+    longest = max(len(row[place][0]) for row in rows)
+    length = max(longest - max(table_width(rows) - width, 0), least)
+    return [[*r[:place], (_cut(r[place][0], length), *r[place][1:]), *r[place + 1 :]] for r in rows]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip("….") + "…"
+
+
+def _path(module: str | None, longest: int = 18) -> str:
+    if module is None or len(module) <= longest:
+        return module or ""
+    return "…" + module[-longest + 1 :]
+
+
+def _shortened(names: Iterable[str], longest: int = 4) -> str:
+    known = list(names)
+    more = f", ... ({len(known)} parameters)" if len(known) > longest else ""
+    return ", ".join(known[:longest]) + more

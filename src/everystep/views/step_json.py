@@ -1,0 +1,119 @@
+"""A step opened, as JSON: for programs, with every number in full precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.execute import Observed
+from everystep.replay.step import Step, Update, statistics
+from everystep.views.formula import Formula, update_formulas
+from everystep.views.mathematics import Line, all_arguments, mathematics
+
+__all__ = ["step_json"]
+
+
+def step_json(step: Step, facts: dict[str, Any], *, values: bool = False) -> str:
+    """Return everything in a step as JSON; NaN and infinities are texts.
+
+    facts: of the run; values: the numbers of every tensor, too, as nested lists.
+    """
+    content = {
+        "step": step.number,
+        "steps": facts["steps"],
+        "epoch": step.epoch,
+        "loss": step.loss,
+        "recorded_loss": step.recorded_loss,
+        "is_exact": step.is_exact,
+        "departed_at": step.departed_at,
+        "is_by_program": step.is_by_program,
+        "hyperparameters": step.hyperparameters,
+        "clip_norm": facts["clip_norm"],
+    }
+    content = _for_json(content) | _tensors_of(step, values)
+    formulas = update_formulas(step.operations, facts["optimizer"]["text"])
+    content["updates"] = {
+        name: _update(update, formulas.get(name), values) for name, update in step.updates.items()
+    }
+    lines = mathematics(step.operations)
+    content["operations"] = [
+        _operation(place, seen, line, values)
+        for place, (seen, line) in enumerate(zip(step.operations, lines, strict=True))
+    ]
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _tensors_of(step: Step, values: bool) -> dict[str, Any]:
+    rows = step.batch.rows
+    return {
+        "batch": {
+            "rows": None if rows is None else rows.tolist(),
+            "x": _tensor(step.batch.x, values),
+            "y": _tensor(step.batch.y, values),
+        },
+        "parameters": _tensors(step.parameters, values),
+        "buffers": _tensors(step.buffers, values),
+        "activations": _tensors(step.activations, values),
+        "dropped": _tensors(step.dropped, values),
+        "gradients": _tensors(step.gradients, values),
+    }
+
+
+def _update(update: Update, formula: Formula | None, values: bool) -> dict[str, Any]:
+    named = {"before": update.before, "after": update.after, "change": update.change}
+    return {
+        **_tensors(named, values),
+        "relative_size": _for_json(update.relative_size),
+        "formula": None if formula is None else formula._asdict(),
+    }
+
+
+def _operation(place: int, seen: Observed, line: Line, values: bool) -> dict[str, Any]:
+    given = {key: value for key, (value, given) in all_arguments(seen.operation).items() if given}
+    return {
+        "number": place,
+        "phase": seen.operation.phase,
+        "module": seen.operation.module,
+        "operator": seen.operation.operator,
+        "mathematics": str(line),
+        "arguments": _for_json(given),
+        "inputs": _tensors(seen.inputs, values),
+        "results": _tensors(seen.results, values),
+    }
+
+
+def _tensors(named: Mapping[str, Any], values: bool) -> dict[str, Any]:
+    return {
+        name: [_tensor(part, values) for part in given]
+        if isinstance(given, list | tuple)
+        else _tensor(given, values)
+        for name, given in named.items()
+    }
+
+
+def _tensor(tensor: Tensor, values: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        **_for_json(statistics(tensor)._asdict()),
+    }
+    if values:
+        content = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
+        is_finite = not content.is_floating_point() or bool(torch.isfinite(content).all())
+        listed = content.tolist()
+        found["values"] = listed if is_finite else _for_json(listed)
+    return found
+
+
+def _for_json(value: Any) -> Any:
+    """Return what JSON can hold: it has no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _for_json(item) for key, item in value.items()}
+    return [_for_json(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,326 @@
+"""A step opened in the terminal: what the page says, and that it says nothing else."""
+
+import copy
+import io
+import json
+import math
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import everystep
+from everystep.errors import UsageError
+from everystep.recording.run import RecordedRun
+from everystep.replay.replay import Replay
+from everystep.replay.revive import Objects
+from everystep.replay.step import statistics
+from everystep.views.lines import TIMES
+from everystep.views.mathematics import mathematics
+from everystep.views.step import PHASES, step_json, step_text
+from everystep.views.terminal import shortest
+
+
+@pytest.fixture
+def opened():
+    """Train, and open a step: the step, and the facts of the run."""
+
+    def opened(model, x, y, number, *, optimizer=None, loss=None, objects=None, steps=4, **options):
+        optimizer = optimizer or everystep.GradientDescent(model.parameters(), lr=1e-4)
+        everystep.train(
+            model,
+            (x, y),
+            loss=loss or nn.MSELoss(reduction="sum"),
+            optimizer=optimizer,
+            steps=steps,
+            progress=False,
+            directory="run",
+            **options,
+        )
+        run = RecordedRun("run")
+        return Replay(run, objects).step(number), run.facts
+
+    return opened
+
+
+def text_of(step, facts, **options):
+    return step_text(step, facts, **options).plain
+
+
+CHAPTER = """\
+two-layer-1, step 137 of 137
+
+loss      0.8888, in full LOSS
+replayed  bit for bit as recorded, by program
+
+batch     all 64 rows, in order
+  x  float32  64{by}1,000
+  y  float32  64{by}10
+
+forward
+       module  formula
+  #0   0       x · 0.weightᵀ + 0.bias      64{by}100
+  #1   1       relu(#0)                    64{by}100
+  #2   2       #1 · 2.weightᵀ + 2.bias     64{by}10
+
+loss      MSELoss(reduction='sum')
+  #3           loss = sum((#2 - y)²)       number
+
+zero_grad drops the gradients of step 136
+  0.weight.grad
+  0.bias.grad
+  2.weight.grad
+  2.bias.grad
+
+backward
+       module  formula
+  #4           ∂#2 = 2 * (#2 - y)          64{by}10
+  #5   2       ∂#1 = ∂#2 · 2.weight        64{by}100
+  #6   2       2.weight.grad = ∂#2ᵀ · #1   10{by}100
+  #7   2       2.bias.grad = sum(∂#2, 0)   1{by}10
+  #8   1       ∂#0 = ∂#1 if #1 > 0 else 0  64{by}100
+  #9   0       0.weight.grad = ∂#0ᵀ · x    100{by}1,000
+  #10  0       0.bias.grad = sum(∂#0, 0)   1{by}100
+
+update    GradientDescent, lr = 0.0001
+  param - param.grad * 0.0001
+  torch.sub(param, torch.mul(param.grad, 0.0001))
+  0.weight
+  0.bias
+  2.weight
+  2.bias
+"""
+
+
+def test_the_chapters_step_reads_in_its_order_and_fits_a_hundred_columns(chapter, opened):
+    step, facts = opened(*chapter, 137, steps=137)
+    lines = text_of(step, facts, name="two-layer-1").splitlines()
+    assert max(map(len, lines)) <= 100
+    rest = iter(lines)
+    expected_lines = CHAPTER.replace("LOSS", shortest(step.loss)).replace("{by}", TIMES).splitlines()
+    for expected in expected_lines:
+        assert any(line.startswith(expected) for line in rest), expected
+    seen = statistics(step.activations["1"])
+    [relu] = [line for line in lines if "relu(#0)" in line]
+    assert relu.split()[4:] == [
+        *(f"{value:.4g}" for value in (seen.mean, seen.std, seen.minimum, seen.maximum)),
+        f"{100 * seen.zeros:.3g}%",
+    ]
+
+
+def test_the_first_step_has_no_gradients_to_drop(small, opened):
+    assert "zero_grad no gradients to drop: there are none yet" in text_of(*opened(*small, 1))
+
+
+def test_json_has_every_number_of_the_step(small, opened):
+    model, x, y = small
+    step, facts = opened(model, x, y, 3, batch_size=7)
+    content = json.loads(step_json(step, facts, values=True))
+    assert content["loss"] == step.loss
+    assert content["batch"]["rows"] == step.batch.rows.tolist()
+    assert content["hyperparameters"] == {"lr": 1e-4}
+    for key, tensors in (("gradients", step.gradients), ("dropped", step.dropped)):
+        assert content[key].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(torch.tensor(content[key][name]["values"]), tensor)
+    for name, update in step.updates.items():
+        assert torch.equal(torch.tensor(content["updates"][name]["after"]["values"]), update.after)
+        assert content["updates"][name]["relative_size"] == update.relative_size
+    for number, (known, seen) in enumerate(zip(content["operations"], step.operations, strict=True)):
+        assert known["number"] == number and known["operator"] == seen.operation.operator
+        for name, tensor in seen.results.items():
+            assert torch.equal(torch.tensor(known["results"][name]["values"]), tensor)
+    assert "values" not in json.loads(step_json(step, facts))["parameters"]["0.weight"]
+
+
+def test_what_is_not_finite_is_highlighted_and_text_in_json(small, opened):
+    model, x, y = small
+    x[0, 0] = math.inf
+    step, facts = opened(model, x, y, 2)
+    page = step_text(step, facts)
+    assert "not finite" in page.plain and "the loss is not finite" in page.plain
+    assert any(span.style == "bold red" for span in page.spans)
+    content = json.loads(step_json(step, facts, values=True))
+    assert content["loss"] == "nan"
+    assert content["batch"]["x"]["values"][0][0] == "inf"
+    assert content["batch"]["x"]["nonfinite"] == 1
+
+
+def test_names_are_taken_literally(opened):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"[red]": nn.Linear(3, 2), "a\x1b[2Jb": nn.Linear(2, 2)})
+
+        def forward(self, x):
+            for part in self.parts.values():
+                x = part(x)
+            return x
+
+    step, facts = opened(Odd(), torch.randn(5, 3), torch.randn(5, 2), 2)
+    console = Console(width=100, record=True, file=io.StringIO(), force_terminal=True)
+    console.print(step_text(step, facts, name="[bold]run"), soft_wrap=True)
+    text = console.export_text()
+    assert "parts.[red].weight" in text and "[bold]run, step 2" in text
+    assert "\x1b" not in step_text(step, facts).plain
+    assert "\x1b" not in step_text(step, facts, operation=1).plain
+
+
+class Fickle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        return hidden * 2 if hidden.sum() > 100 else hidden
+
+
+def test_an_eager_step(opened):
+    model, loss = Fickle(), nn.MSELoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    objects = Objects(*copy.deepcopy((model, loss, optimizer)))
+    data = torch.randn(8, 4), torch.randn(8, 2)
+    options = {"optimizer": optimizer, "loss": loss, "objects": objects, "engine": "eager"}
+    step, facts = opened(model, *data, 3, **options)
+    text = text_of(step, facts)
+    assert "bit for bit as recorded, eagerly" in text
+    assert "∂loss = 1" in text
+    assert "exp_avg    = beta1 * exp_avg + (1 - beta1) * param.grad" in text
+    assert re.search(r"by \d+ operations", text)
+    json.loads(step_json(step, facts, values=True))
+
+
+def test_a_step_that_departed_says_so(small, opened):
+    from dataclasses import replace
+
+    step, facts = opened(*small, 3)
+    page = step_text(replace(step, departed_at=2, recorded_loss=1.5), facts)
+    assert "NOT as recorded, by program: replayed loss" in page.plain
+    assert "recorded 1.5\n" in page.plain and "steps from 2 on are not the original" in page.plain
+    assert any(span.style == "yellow" for span in page.spans)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_each_phase_alone(small, opened, phase):
+    step, facts = opened(*small, 2)
+    text = text_of(step, facts, phase=phase)
+    headings = [line.split()[0] for line in text.split("\n\n", 2)[2].splitlines() if line[:1].strip()]
+    assert headings == [phase]
+    operators = {s.operation.operator for s in step.operations if s.operation.phase == phase}
+    assert all(operator in text for operator in operators)
+    assert len(text_of(step, facts, phase=phase, values=True)) > len(text)
+
+
+def test_each_operation_alone(small, opened):
+    step, facts = opened(*small, 2)
+    for number, seen in enumerate(step.operations):
+        text = text_of(step, facts, operation=number)
+        assert f"operation #{number} of #0 to #{len(step.operations) - 1}" in text
+        assert seen.operation.operator in text
+        assert all(key in text for key in seen.operation.given())
+        assert text.count("strides (") == len(seen.inputs) + len(seen.results)
+    assert "reduction  2" in text_of(step, facts, operation=3)
+    assert "by default" in text_of(step, facts, operation=0)
+
+
+def test_what_is_not_there_is_an_error_with_its_cure(small, opened):
+    step, facts = opened(*small, 2)
+    with pytest.raises(UsageError, match="no phase 'forwards'; did you mean forward"):
+        step_text(step, facts, phase="forwards")
+    for number in (-1, len(step.operations)):
+        with pytest.raises(UsageError, match="numbered from 0 to"):
+            step_text(step, facts, operation=number)
+
+
+def test_rows_are_shortened_unless_all_are_asked_for(small, opened):
+    step, facts = opened(*small, 2, batch_size=5)
+    rows = step.batch.rows.tolist()
+    assert f"rows {rows[0]}, {rows[1]}, {rows[2]}, ... (5 of 20)" in text_of(step, facts)
+    assert ", ".join(map(str, rows)) in text_of(step, facts, phase="batch", values=True)
+
+
+def formulas(step):
+    return [str(line) for line in mathematics(step.operations)]
+
+
+def test_mathematics_of_a_convolutional_net(opened):
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+        *(nn.Dropout(0.25), nn.Flatten(), nn.Linear(16, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 3)),
+    )
+    x, y = torch.randn(12, 1, 4, 4), torch.randint(0, 3, (12,))
+    optimizer = torch.optim.Adam(model.parameters())
+    step, facts = opened(model, x, y, 2, optimizer=optimizer, loss=nn.CrossEntropyLoss())
+    found = formulas(step)
+    for expected in (
+        "conv(x, 0.weight, padding 1) + 0.bias",
+        "batch_norm(#0, 1.weight, 1.bias)",
+        "1 with probability 0.75, else 0",
+        "#7 · 6.weightᵀ + 6.bias",
+        "loss = -mean(#12[y])",
+        "∂#12 = -1 / 12 at y else 0",
+        "∂#8 = ∂#9 * gelu'(#8)",
+        "∂#4 = ∂#7 * #6",
+        "∂#2 = ∂#3 if #3 > 0 else 0",
+        "0.weight.grad, 0.bias.grad = convolution_backward(∂#0, x, 0.weight)",
+    ):
+        assert expected in found
+    assert max(map(len, text_of(step, facts).splitlines())) <= 100
+
+
+def test_a_gradient_that_comes_from_two_places_is_not_called_whole(opened):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            hidden = self.first(x)
+            return hidden + self.second(hidden)
+
+    step, _ = opened(Residual(), torch.randn(5, 3), torch.randn(5, 3), 2)
+    assert not any(line.startswith("∂#0") for line in formulas(step))
+    assert "∂#2 = 2 * (#2 - y)" in formulas(step)
+
+
+@pytest.mark.parametrize(
+    ("make", "operators", "calls"),
+    [
+        (
+            lambda p: torch.optim.SGD(p, lr=0.01),
+            "param - 0.01 * param.grad",
+            "torch.add(param, param.grad, alpha=-0.01)",
+        ),
+        (
+            lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1),
+            "param - 0.01 * (momentum_buffer * 0.9 + param.grad + 0.1 * param)",
+            "torch.add(torch.mul(momentum_buffer, 0.9), torch.add(param.grad, param, alpha=0.1))",
+        ),
+        (
+            lambda p: torch.optim.AdamW(p, lr=0.01),
+            "param      = param * (1 - lr * weight_decay) - lr * mean / (sqrt(square) + eps)",
+            "torch.optim.AdamW.step()",
+        ),
+        (
+            lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+            "param      = param - lr * mean / (sqrt(square) + eps)",
+            "aten._fused_adam_",
+        ),
+        (lambda p: torch.optim.Rprop(p, lr=0.01), "Rprop(lr=0.01", "Rprop"),
+    ],
+)
+def test_the_update_in_both_notations(small, opened, make, operators, calls):
+    model, x, y = small
+    text = text_of(*opened(model, x, y, 3, optimizer=make(model.parameters())))
+    assert operators in text
+    assert calls in " ".join(text.split())
+
+
+def test_clipping_is_the_first_part_of_the_update(small, opened):
+    text = text_of(*opened(*small, 2, clip_norm=0.5))
+    update = text[text.index("\nupdate") :]
+    assert re.search(r"first, the gradients, of norm \S+, are clipped: clip_norm = 0.5", update)
+    assert "param - param.grad * 0.0001" in update
