@@ -91,17 +91,19 @@ class _Changes(NamedTuple):
 class Revived:
     """A training whose steps can be taken again, in any order of loading and going on.
 
-    state: the step whose state it holds, None before anything is loaded.
+    first: the first step; state: the step whose state it holds, None before anything is loaded.
     """
 
     def __init__(
         self,
+        first: int,
         trainee: Trainee,
         programs: Programs,
         eager_from: int | None,
         batches: Batches,
         changes: dict[str, _Changes],
     ) -> None:
+        self.first = first
         self.trainee = trainee
         self.batches = batches
         self.programs = programs
@@ -206,8 +208,11 @@ class Revived:
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a step is taken by a program."""
-        is_eager = self.eager_from is not None and number >= self.eager_from
-        return not is_eager and self.programs.has(number)
+        if self.eager_from is not None and number >= self.eager_from:
+            return False
+        # The first program may make state that only the optimizer itself knows where to keep.
+        makes_state = number == self.first and not isinstance(self.trainee.model, Skeleton)
+        return not makes_state and self.programs.has(number)
 
     def begin_eagerly(self, number: int) -> None:
         """Put everything in place for a step that Python takes.
@@ -283,7 +288,8 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
     for rule, each in built:
         shape = each.program.tensors["x"].shape
         programs.use(each, rule["steps"], shape[0] if shape else 0)
-    return Revived(trainee, programs, engine["eager_from"], batches, _changes(run, stretch.first))
+    changes = _changes(run, stretch.first)
+    return Revived(stretch.first, trainee, programs, engine["eager_from"], batches, changes)
 
 
 def needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
