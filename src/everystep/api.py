@@ -266,7 +266,7 @@ class Run(RecordedRun):
             changes["schedule_every"] = schedule_every
         objects = replace(objects, **{k: v for k, v in changes.items() if v is not None})
         opener, shown = self._opener, _progress(progress)
-        return _run_of(fork_objects(asked, objects, validation, is_own, opener, shown))
+        return _run_of(fork_objects(asked, objects, validation, is_own, opener, shown), objects)
 
     def _question(self, question: str | Callable[[Step], Any]) -> tuple[Any, str]:
         """Return a question as it can be put, and its name."""

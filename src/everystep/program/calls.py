@@ -176,6 +176,11 @@ def _same(seen: dict[str, Any], wanted: dict[str, Any], name: str) -> bool:
 class _Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees which operator is called, and runs nothing."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's compiler would be imported to be told to keep away: most of a second.
+        return False
+
     def __init__(self, operator: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._operator = operator

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, encode, json_floats, python_floats, references
+from everystep.program.checked import is_known_sound, note_sound
 from everystep.program.operation import (
     DIMENSIONS,
     LIMIT,
@@ -172,7 +173,10 @@ class Program(Model):
             )
         try:
             program = cls.model_validate_json(completed)
-            check_soundness(list(program.placed_operations()), program.tensors, program.storages)
+            content = text.encode() if isinstance(text, str) else text
+            if not is_known_sound(content):
+                check_soundness(list(program.placed_operations()), program.tensors, program.storages)
+                note_sound(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))

@@ -26,7 +26,10 @@ def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FIL
     is_small = size <= DATA_LIMIT
     if is_small:
         (directory / name).write_bytes(save(_unshared(tensors)))
-    return {"file": name, "stored": is_small, "bytes": size, "digest": _digest(tensors)}
+    # Bits depend on how a tensor lies in memory, too.
+    strides = {key: list(t.stride()) for key, t in tensors.items() if not t.is_contiguous()}
+    fact = {"file": name, "stored": is_small, "bytes": size, "digest": _digest(tensors)}
+    return fact | ({"strides": strides} if strides else {})
 
 
 def read_data(directory: Path, fact: dict[str, Any]) -> dict[str, Tensor]:
@@ -44,7 +47,7 @@ def read_data(directory: Path, fact: dict[str, Any]) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     check_data(tensors, fact, str(path))
-    return tensors
+    return {name: _laid_out(t, fact.get("strides", {}).get(name)) for name, t in tensors.items()}
 
 
 def check_data(tensors: dict[str, Tensor], fact: dict[str, Any], place: str) -> None:
@@ -67,6 +70,15 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(_bytes_of(tensors[name]))
     return digest.hexdigest()
+
+
+def _laid_out(tensor: Tensor, stride: list[int] | None) -> Tensor:
+    """Return the tensor as it lay in memory when it was trained on."""
+    import torch
+
+    if stride is None or len(stride) != tensor.ndim or 0 in stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

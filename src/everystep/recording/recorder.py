@@ -93,6 +93,7 @@ class Recorder:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._snapshots_asked = 0
         self._snapshots_written = 0
+        self._chosen_after = 0
         self._error: BaseException | None = None
         self._lock = FileLock(directory / LOCK_NAME)
         try:
@@ -149,8 +150,14 @@ class Recorder:
         self._snapshots_asked += 1
         self._put(lambda: self._write_snapshot(state))
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether it is settled how often to take snapshots: the first of a process is slow."""
+        return self.plan.interval is not None and self._chosen_after >= min(self._snapshots_written, 2)
+
     def choose_interval(self, step_seconds: float) -> None:
         """Choose how often to take snapshots, knowing how long a step takes."""
+        self._chosen_after = self._snapshots_written
         self.plan.choose_interval(step_seconds, self._snapshot_seconds)
 
     @property
@@ -213,12 +220,16 @@ class Recorder:
     def _write_program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
         from safetensors.torch import save
 
+        from everystep.program.checked import note_sound
+
         path = self.directory / self.program_file(number)
         path.parent.mkdir(exist_ok=True)
         if constants:
             on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
             path.with_suffix(".safetensors").write_bytes(save(on_cpu))
-        path.write_text(program.to_json(), encoding="utf-8")
+        text = program.to_json().encode()
+        path.write_bytes(text)
+        note_sound(text)  # it comes from torch itself, not from a stranger
 
     def _forget_after(self, step: int) -> None:
         later = [taken for taken in self.plan.kept if taken > step]
@@ -233,6 +244,8 @@ class Recorder:
         self._in_transaction(lambda: self._database.write_facts({"data.file": fact}))
 
     def _write_snapshot(self, state: State) -> None:
+        import safetensors.torch  # noqa: F401  # the first snapshot shall not seem slow for this
+
         started = time.thread_time()
         row = write_snapshot(self.directory / "snapshots", state)
         given_up = self.plan.add(row.step, row.bytes)

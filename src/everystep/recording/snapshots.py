@@ -22,10 +22,10 @@ __all__ = ["SnapshotPlan", "read_snapshot", "remove_snapshots", "write_snapshot"
 PARAMETERS = "parameters.safetensors"
 REST = "rest.safetensors"
 
-#: A jump to any step should cost about this many seconds of replay, or less.
-REPLAY_SECONDS = 0.05
-#: Snapshots may take this share of the training's time.
-TIME_SHARE = 0.01
+#: A jump to any step should cost at most about this many seconds of replay.
+REPLAY_SECONDS = 0.08
+#: Snapshots may take this share of the training's time, most of it beside the training thread.
+TIME_SHARE = 0.03
 
 
 def write_snapshot(folder: Path, state: State) -> SnapshotRow:
@@ -99,9 +99,9 @@ class SnapshotPlan:
     """When to take a snapshot, and which to give up when the budget is full.
 
     Snapshots lie at multiples of the interval, a power of two, so that any two runs share the steps
-    of the sparser one. The interval starts where a jump costs about `REPLAY_SECONDS` and taking
-    snapshots `TIME_SHARE` of the training, and doubles whenever the budget is full. State 0, the newest,
-    and those in `pinned` are always kept.
+    of the sparser one. The interval starts where a jump costs up to `REPLAY_SECONDS`, or more where
+    taking snapshots would cost more than `TIME_SHARE` of the training, and doubles whenever the budget
+    is full. State 0, the newest, and those in `pinned` are always kept.
     """
 
     budget: int
@@ -111,9 +111,11 @@ class SnapshotPlan:
 
     def choose_interval(self, step_seconds: float, snapshot_seconds: float) -> None:
         """Choose the first interval from the measured times of a step and of a snapshot."""
-        wanted = max(REPLAY_SECONDS, snapshot_seconds / TIME_SHARE) / max(step_seconds, 1e-9)
+        seconds = max(step_seconds, 1e-9)
         self.interval = 1
-        while self.interval < wanted:
+        while 2 * self.interval * seconds <= REPLAY_SECONDS:
+            self.interval *= 2
+        while self.interval * seconds * TIME_SHARE < snapshot_seconds:
             self.interval *= 2
 
     def is_due(self, step: int) -> bool:

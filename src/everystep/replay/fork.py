@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import numerics
 from everystep.errors import EverystepError, ExperimentError, Fault, RunError, TrainingError, UsageError
@@ -21,10 +22,11 @@ from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.replay.opener import Opener
 from everystep.replay.replay import no_such_step
 from everystep.replay.revive import Objects
-from everystep.step.eager import Trainee
+from everystep.step.eager import EagerStep, Trainee
 from everystep.step.hyperparameters import is_hyperparameter
-from everystep.step.state import State, generators_preserved
+from everystep.step.state import State, generators_preserved, optimizer_settings
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+from everystep.training.facts import optimizer_text
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import Objects as TrainingObjects
 from everystep.training.from_objects import objects_job
@@ -97,11 +99,13 @@ class Fork:
             "at": self.at,
             "changed": {path: value for path, value in self.settings.items() if _is_plain(value)},
         }
+        # With a schedule, all is recorded; otherwise, what is not as it was.
+        known = {} if job.trainee.schedule else hyperparameters
         job = replace(
             job,
             name=f"{self.run.name}-fork",
             facts=job.facts | {"fork": fork},
-            origin=Origin(self.run, self.at, hyperparameters | self._recorded(), new_data),
+            origin=Origin(self.run, self.at, known | self._recorded(), new_data),
         )
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
@@ -114,6 +118,31 @@ class Fork:
             if values:
                 found[name] = values[-1]
         return found
+
+    def with_schedule(self, trainee: Trainee, state: State) -> State:
+        """Bring a training's schedule to the parent's state; return the state with what it has set.
+
+        A state that was replayed knows nothing of the schedule: it goes on from the snapshot before.
+        """
+        schedule, settings = trainee.schedule, state.settings
+        known = self.run.state_near(self.at, after=self.stretch.first - 2)
+        if schedule is None or known is None:
+            return state
+        known.restore(trainee.model, trainee.loss, trainee.optimizer, schedule, trainee.device)
+        advance = EagerStep(trainee).advance
+        followed = self.run.measured("validation_loss")
+        with warnings.catch_warnings():
+            # It says that the optimizer has taken no step, which is so.
+            warnings.simplefilter("ignore", UserWarning)
+            for number in range(known.step + 1, self.at + 1):
+                if isinstance(schedule, ReduceLROnPlateau):
+                    if number in followed:
+                        schedule.step(followed[number])
+                elif advance is not None:
+                    advance(number)
+        optimizer = optimizer_settings(trainee.model, trainee.optimizer)
+        optimizer |= {"values": settings["optimizer"]["values"]}
+        return replace(state, settings={"step": self.at, "optimizer": optimizer})
 
 
 def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
@@ -138,6 +167,8 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
         try:
             data = None if new.data != old.data else _parents_data(asked, old)
             job = experiment_job(new, asked.run.name, device, data)
+            if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
+                state = asked.with_schedule(job.trainee, state)
             before = _bring_to(job.trainee, state, old, new)
             if new.seed != old.seed:
                 torch.manual_seed(new.seed)
@@ -202,11 +233,14 @@ def fork_objects(
         torch.manual_seed(settings.get("seed", facts["batches"]["seed"]))
         job = objects_job(trained, iteration, device, progress)
         same_schedule = _class_of(own.schedule) == _schedule_of(facts)
+        if same_schedule:
+            state = asked.with_schedule(job.trainee, state)
         before = _bring_objects_to(job.trainee, state, keep=not is_own and not same_schedule)
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         for group in job.trainee.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
+        job.facts["optimizer"] = {"text": optimizer_text(job.trainee.optimizer)}
         return asked.train(job, before, own.data is not None, progress)
 
 
@@ -221,7 +255,7 @@ def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) 
             trainee.model,
             trainee.loss if old.loss == new.loss else None,
             optimizer if same_optimizer else None,
-            schedule if same_schedule else None,
+            None,
             trainee.device,
         )
     except ValueError as error:
@@ -246,12 +280,11 @@ def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) 
 
 def _bring_objects_to(trainee: Trainee, state: State, keep: bool) -> dict[str, float]:
     """Bring live objects to the parent's state; `keep`: the settings of the optimizer stay."""
-    optimizer, schedule = trainee.optimizer, trainee.schedule
+    optimizer = trainee.optimizer
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     same = type(optimizer).__qualname__ == state.settings["optimizer"]["class"]
-    restored: LRScheduler | None = None if keep else schedule
     try:
-        state.restore(trainee.model, trainee.loss, optimizer if same else None, restored, trainee.device)
+        state.restore(trainee.model, trainee.loss, optimizer if same else None, None, trainee.device)
     except ValueError as error:
         raise RunError(f"the objects do not fit the run's state: {error}") from None
     before = trainee.hyperparameters() if same else {}

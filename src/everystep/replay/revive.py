@@ -65,7 +65,10 @@ class Objects:
                 (self.model, self.loss, self.optimizer, self.schedule)
             )
         except Exception as error:  # whatever the user's objects make of being copied
-            raise RunError(f"the model, loss and optimizer cannot be copied: {error}") from None
+            raise RunError(
+                f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); "
+                "give new ones: model=..., loss=..., optimizer=..."
+            ) from None
         return replace(self, model=model, loss=loss, optimizer=optimizer, schedule=schedule)
 
     def check_complete(self) -> None:
@@ -411,3 +414,7 @@ def _changes(run: RecordedRun, first: int) -> dict[str, _Changes]:
             changes.steps.append(step)
             changes.values.append(value)
     return found
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition(". ")[0].partition("\n")[0]

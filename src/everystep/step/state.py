@@ -282,7 +282,11 @@ def _restore_optimizer(
                 on_cpu = tensor.ndim == 0 and not any(
                     group.get("fused") or group.get("capturable") for group in optimizer.param_groups
                 )
-                entries[key] = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+                if tensor.shape == parameter.shape:  # kernels go through both in the same order
+                    like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+                    entries[key] = like.copy_(tensor)
+                else:
+                    entries[key] = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
 
 
 def _restore_gradients(
@@ -313,7 +317,8 @@ def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
         if isinstance(there, Mapping | Tensor) or callable(there):
             continue
         if isinstance(value, list):
-            if all(isinstance(item, bool | int | float | None) for item in value):
+            items = [*value, *there] if isinstance(there, list | tuple) else value
+            if all(isinstance(item, bool | int | float | None) for item in items):
                 target[key] = tuple(value) if isinstance(there, tuple) else value
         elif not isinstance(value, Mapping) and not (isinstance(value, str) and there != value):
             target[key] = value

@@ -12,7 +12,7 @@ from everystep.experiment.data import Data
 from everystep.gradient_descent import GradientDescent
 from everystep.step.eager import Trainee
 
-__all__ = ["describe"]
+__all__ = ["describe", "optimizer_text"]
 
 
 def describe(

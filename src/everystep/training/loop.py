@@ -185,7 +185,7 @@ class _Training:
         if self.step > before:
             seconds = (time.perf_counter() - started) / (self.step - before)
             self._step_seconds = min(self._step_seconds, seconds)
-        if self.step >= self.job.start + TIMED_STEPS and self.recorder.plan.interval is None:
+        if self.step >= self.job.start + TIMED_STEPS and not self.recorder.has_interval:
             self.recorder.choose_interval(self._step_seconds)
         self._keep_engine(iteration)
         return self.step > before

@@ -1,0 +1,623 @@
+"""Faults put into one of two runs are found: in which step, at which operation, and why."""
+
+import json
+import math
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tests.training.by_hand import by_train, descent, mlp, momentum, new_training
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import StepLR
+
+import everystep
+from everystep import cli
+from everystep.experiment.batches import Batches
+from everystep.recording.snapshots import SnapshotPlan
+from everystep.replay.walk import StateDifference
+from everystep.views.answers import as_json, diff_data, diff_text
+
+STEPS = 30
+#: The seed that `new_training` leaves, by which batches are drawn.
+SEED = 0
+
+
+def dropout():
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def train(change=lambda made: None, *, steps=STEPS, model=None, loss=None, optimizer=None, **options):
+    schedule = options.pop("schedule", None)
+    made = new_training(model, loss, optimizer, schedule)
+    with torch.no_grad():
+        change(made)
+    return by_train(made, steps=steps, **options)
+
+
+# Faults.
+
+
+def ulp(name, *place):
+    """Put a number of a parameter one up."""
+
+    def change(made):
+        tensor = made.model.get_parameter(name)
+        tensor[place] = torch.nextafter(tensor[place], torch.tensor(math.inf))
+
+    return change
+
+
+def sign(name, *place):
+    def change(made):
+        made.model.get_parameter(name)[place] *= -1
+
+    return change
+
+
+def swap(one, other):
+    def change(made):
+        for tensor in (made.x, made.y):
+            tensor[[one, other]] = tensor[[other, one]]
+
+    return change
+
+
+def add(letter, *place):
+    def change(made):
+        getattr(made, letter)[place] += 1
+
+    return change
+
+
+def draw(made):
+    torch.rand(1)
+
+
+def first_step_with(*rows):
+    """Return the first step whose batch of 6 has one of the rows, and the first place of one."""
+    batches = Batches(20, 6, SEED)
+    for step in range(1, 5):
+        places = [place for place, row in enumerate(batches.indices(step).tolist()) if row in rows]
+        if places:
+            return step, places[0]
+    raise AssertionError("every row is in some batch")
+
+
+@dataclass
+class Fault:
+    """What the second run has otherwise, and what should be said of where they part.
+
+    inputs: what the operation takes that differs already; cause: in words, where it is its own; rows:
+    of the results' tensor that differ, where it is known.
+    """
+
+    name: str
+    one: dict[str, Any]
+    other: dict[str, Any]
+    step: int
+    operator: str
+    module: str
+    phase: str
+    inputs: list[str] = field(default_factory=list)
+    cause: list[str] = field(default_factory=list)
+    row: int | None = None
+
+
+ADDMM = ("aten.addmm.default", "0", "forward")
+BATCHES = {"batch_size": 6}
+FAULTS = [
+    Fault(
+        "an ulp in a weight", {}, {"change": ulp("0.weight", 1, 2)}, 1, *ADDMM, ["parameter/0.weight"]
+    ),
+    Fault("an ulp in a bias", {}, {"change": ulp("0.bias", 3)}, 1, *ADDMM, ["parameter/0.bias"]),
+    Fault(
+        "an ulp in the last layer",
+        {},
+        {"change": ulp("2.weight", 1, 5)},
+        *(1, "aten.addmm.default", "2", "forward"),
+        ["parameter/2.weight"],
+    ),
+    Fault("a sign flip", {}, {"change": sign("0.weight", 2, 1)}, 1, *ADDMM, ["parameter/0.weight"]),
+    Fault("a swapped pair of rows", {}, {"change": swap(3, 7)}, 1, *ADDMM, ["x"], row=3),
+    Fault(
+        "a swapped pair of rows in batches",
+        BATCHES,
+        BATCHES | {"change": swap(3, 7)},
+        first_step_with(3, 7)[0],
+        *ADDMM,
+        ["x"],
+        row=first_step_with(3, 7)[1],
+    ),
+    Fault(
+        "a swapped pair of rows in late batches",
+        BATCHES,
+        BATCHES | {"change": swap(*Batches(20, 6, SEED).indices(4).tolist())},
+        4,
+        *ADDMM,
+        ["x"],
+        row=0,
+    ),
+    Fault("a data value", {}, {"change": add("x", 11, 2)}, 1, *ADDMM, ["x"], row=11),
+    Fault(
+        "a data value in batches",
+        BATCHES,
+        BATCHES | {"change": add("x", 11, 2)},
+        first_step_with(11)[0],
+        *ADDMM,
+        ["x"],
+        row=first_step_with(11)[1],
+    ),
+    Fault(
+        "a target in batches",
+        BATCHES,
+        BATCHES | {"change": add("y", 12, 1)},
+        first_step_with(12)[0],
+        *("aten.mse_loss.default", "", "loss"),
+        ["y"],
+    ),
+    Fault(
+        "a shifted random draw",
+        {"model": dropout},
+        {"model": dropout, "change": draw},
+        *(1, "aten.bernoulli_.float", "2", "forward"),
+        cause=["another random draw"],
+    ),
+    Fault(
+        "another lr of GradientDescent",
+        {"optimizer": partial(descent, lr=0.05)},
+        {"optimizer": partial(descent, lr=0.06)},
+        *(1, "aten.mul.Tensor", "", "update"),
+        ["hyperparameter/0/lr/float32"],
+        ["another hyperparameter: lr 0.05 and 0.06"],
+    ),
+    Fault(
+        "another lr of SGD",
+        {"optimizer": partial(SGD, lr=0.05, foreach=False)},
+        {"optimizer": partial(SGD, lr=0.06, foreach=False)},
+        *(1, "aten.add_.Tensor", "", "update"),
+        cause=["other arguments: alpha -0.05 and -0.06"],
+    ),
+    Fault(
+        "another lr of Adam",
+        {"optimizer": partial(Adam, lr=0.05)},
+        {"optimizer": partial(Adam, lr=0.06)},
+        *(1, "torch.optim.Adam", "", "update"),
+        cause=["another hyperparameter: lr 0.05 and 0.06"],
+    ),
+    Fault(
+        "another lr of fused Adam",
+        {"optimizer": partial(Adam, lr=0.05, fused=True)},
+        {"optimizer": partial(Adam, lr=0.06, fused=True)},
+        *(1, "aten._fused_adam_.tensor_lr", "", "update"),
+        ["hyperparameter/0/lr/float64"],
+        ["another hyperparameter: lr 0.05 and 0.06"],
+    ),
+    Fault(
+        "another momentum, which the first step does not need",
+        {"optimizer": partial(momentum, momentum=0.9, foreach=False)},
+        {"optimizer": partial(momentum, momentum=0.8, foreach=False)},
+        *(2, "aten.mul_.Tensor", "", "update"),
+        cause=["other arguments: other 0.9 and 0.8"],
+    ),
+    Fault(
+        "a schedule from step 8 on",
+        {"optimizer": partial(descent, lr=0.05)},
+        {"optimizer": partial(descent, lr=0.05), "schedule": partial(StepLR, step_size=7, gamma=0.5)},
+        *(8, "aten.mul.Tensor", "", "update"),
+        ["hyperparameter/0/lr/float32"],
+        ["another hyperparameter: lr 0.05 and 0.025"],
+    ),
+    Fault(
+        "another seed of batches",
+        BATCHES | {"seed": 1},
+        BATCHES | {"seed": 2},
+        1,
+        *ADDMM,
+        ["x"],
+    ),
+    Fault(
+        "another activation",
+        {"model": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))},
+        {"model": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))},
+        *(1, "aten.tanh.default", "1", "forward"),
+        cause=["another operation"],
+    ),
+    Fault(
+        "another loss",
+        {},
+        {"loss": nn.SmoothL1Loss},
+        *(1, "aten.mse_loss.default", "", "loss"),
+        cause=["another operation"],
+    ),
+    Fault(
+        "a wider layer",
+        {},
+        {"model": lambda: nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 2))},
+        1,
+        *ADDMM,
+        ["parameter/0.bias", "parameter/0.weight"],
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_found(fault):
+    one, other = train(**fault.one), train(**fault.other)
+    for runs in ((one, other), (other, one)):
+        found = runs[0].diff(runs[1], progress=False)
+        assert not found.is_same and not found.problems
+        operation = found.operation
+        assert operation.step == fault.step
+        assert [name.partition("~")[0] for name, *_ in operation.inputs] == fault.inputs
+        assert fault.row is None or {p[0] for p in operation.results[0].positions} >= {fault.row}
+    mine = (operation.other if runs[0] is other else operation.one).operation
+    assert (mine.operator, mine.module, mine.phase) == (fault.operator, fault.module, fault.phase)
+    assert one.diff(other, progress=False).operation.causes == fault.cause
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "operator"),
+    [
+        (partial(descent, lr=0.05), "aten.mul.Tensor"),
+        (partial(SGD, lr=0.05, foreach=False), "aten.add_.Tensor"),
+        (partial(Adam, lr=0.05), "torch.optim.Adam"),
+    ],
+    ids=["GradientDescent", "SGD", "Adam"],
+)
+@pytest.mark.parametrize("at", [1, 12, 29])
+def test_another_lr_from_a_step_on_is_found_there(optimizer, operator, at):
+    one = train(optimizer=optimizer)
+    found = one.diff(one.fork(at, lr=0.04, progress=False), progress=False)
+    assert found.operation.step == at + 1
+    operation = found.operation.one.operation
+    assert (operation.operator, operation.phase) == (operator, "update")
+    (cause,) = found.operation.causes
+    assert cause in (
+        "another hyperparameter: lr 0.05 and 0.04",
+        "other arguments: alpha -0.05 and -0.04",
+    )
+    assert found.loss is None if at == 29 else found.loss.step == at + 2
+
+
+def test_other_random_draws_from_a_step_on_are_found_there():
+    one = train(model=dropout)
+    found = one.diff(one.fork(12, seed=9, progress=False), progress=False)
+    assert (found.operation.step, found.loss.step) == (13, 13)
+    assert found.operation.one.operation.operator == "aten.bernoulli_.float"
+    assert found.operation.causes == ["another random draw"]
+
+
+def test_other_batches_from_a_step_on_are_found_there_with_their_rows():
+    one = train(batch_size=6)
+    found = one.diff(one.fork(10, seed=9, progress=False), progress=False).operation
+    pair = [Batches(20, 6, seed).indices(11).tolist() for seed in (SEED, 9)]
+    expected = [(i, a, b) for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b]
+    assert found.step == 11 and found.rows == expected
+    assert [name for name, *_ in found.inputs] == ["x"]
+
+
+def test_what_differs_is_what_differs_by_hand():
+    one, other = train(), train(ulp("0.weight", 1, 2))
+    found = one.diff(other, progress=False)
+    models = [new_training() for _ in range(2)]
+    with torch.no_grad():
+        ulp("0.weight", 1, 2)(models[1])
+        a, b = (made.model[0](made.x) for made in models)
+        weights = [float(made.model[0].weight[1, 2]) for made in models]
+    assert found.states == (StateDifference(0, "parameters/0.weight", 1, 1),)
+    assert found.common_state is None
+    (result,) = found.operation.results
+    different = torch.nonzero(a != b)
+    assert 0 < result.elements == len(different) and result.of == 160
+    assert result.positions == [tuple(place) for place in different[:10].tolist()]
+    assert result.values == [(float(a[p]), float(b[p])) for p in result.positions]
+    integers = a.view(torch.int32).long() - b.view(torch.int32).long()
+    assert result.largest == int(integers.abs().max())
+    (given,) = found.operation.inputs  # the weight as addmm takes it: transposed
+    assert (given.elements, given.of, given.positions, given.largest) == (1, 32, [(2, 1)], 1)
+    assert given.values == [tuple(weights)]
+    losses = [run.losses["loss"].to_list() for run in (one, other)]
+    first = next(i for i, (p, q) in enumerate(zip(*losses, strict=True)) if p != q)
+    assert found.loss == (first + 1, losses[0][first], losses[1][first])
+
+
+# Runs that are the same, in part or as a whole.
+
+
+@pytest.mark.parametrize("options", [{}, {"model": dropout}, {"batch_size": 6}, {"engine": "eager"}])
+def test_identical_runs_are_the_same(options):
+    found = train(**options).diff(train(**options), progress=False)
+    assert found.is_same
+    assert found == found.__class__(
+        names=("sequential-1", "sequential-2"),
+        experiments={},
+        numerics={},
+        steps=(STEPS, STEPS),
+        loss=None,
+        common_state=STEPS,
+        states=(),
+        operation=None,
+        problems=(),
+    )
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_a_longer_run_of_the_same_is_not_the_same(thorough):
+    found = train(steps=30).diff(train(steps=20), thorough=thorough, progress=False)
+    assert not found.is_same
+    assert (found.steps, found.loss, found.states, found.operation) == ((30, 20), None, (), None)
+    assert diff_text(found).endswith("the first 20 steps are the same; one run is longer")
+
+
+def test_nan_is_the_same_as_nan():
+    def overflow(made):
+        made.x[0] = 1e38
+
+    one, other = train(overflow), train(overflow)
+    assert math.isnan(one.losses["loss"][-1])
+    assert one.diff(other, progress=False).is_same
+
+
+def test_zero_is_not_minus_zero():
+    def zero(made, value=0.0):
+        made.model[0].bias[3] = value
+
+    found = train(zero).diff(train(partial(zero, value=-0.0)), progress=False)
+    assert not found.is_same and found.loss is None
+    assert [(each.state, each.tensor, each.elements) for each in found.states] == [
+        (0, "parameters/0.bias", 1)
+    ]
+
+
+def test_where_no_random_number_is_drawn_the_generators_do_not_count():
+    assert train().diff(train(draw), progress=False).is_same
+
+
+def test_other_threads_are_named_and_found_where_they_matter():
+    def wide():
+        return nn.Sequential(nn.Linear(4, 4000), nn.Tanh(), nn.Linear(4000, 2))
+
+    options = {
+        "model": wide,
+        "steps": 12,
+        "clip_norm": 1e-3,
+        "loss": partial(nn.MSELoss, reduction="sum"),
+    }
+    one, other = train(threads=1, **options), train(threads=2, **options)
+    found = one.diff(other, progress=False)
+    assert found.numerics == {"threads": (1, 2)}
+    if one.losses.equals(other.losses) and not found.states:
+        pytest.skip("bits do not depend on the thread count here")
+    assert not found.operation.inputs
+    assert found.operation.causes == ["the same inputs, other bits"]
+    step, index = found.operation.step, found.operation.index
+    pair = [run[step].operations[index].results for run in (one, other)]
+    assert any(not torch.equal(tensor, pair[1][name]) for name, tensor in pair[0].items())
+    for earlier in range(1, step + 1):
+        steps = one[earlier].operations, other[earlier].operations
+        until = index if earlier == step else len(steps[0])
+        for a, b in zip(*(each[:until] for each in steps), strict=True):
+            assert all(torch.equal(tensor, b.results[name]) for name, tensor in a.results.items())
+
+
+# What shows in no loss.
+
+
+def frozen():
+    model = mlp()
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def small_bias(made, fault=lambda made: None):
+    """Give a bias that is so small that an ulp of it is rounded away."""
+    made.model[2].bias.fill_(1e-12)
+    fault(made)
+
+
+def only_weights(parameters, **options):
+    return momentum([p for p in parameters if p.requires_grad], **options)
+
+
+def test_a_difference_that_is_rounded_away_everywhere_is_found_by_snapshots():
+    faulty = partial(small_bias, fault=ulp("2.bias", 0))
+    options = {"model": frozen, "optimizer": only_weights}
+    found = train(small_bias, **options).diff(train(faulty, **options), progress=False)
+    assert not found.is_same
+    assert found.loss is None and found.operation is None and found.common_state is None
+    assert found.states == (StateDifference(0, "parameters/2.bias", 1, 1),)
+    assert "the same in all 30 steps that both have" in diff_text(found)
+    assert diff_text(found).endswith("the runs differ")
+
+
+def test_a_difference_that_only_the_update_keeps_is_found_at_the_update():
+    faulty = partial(small_bias, fault=ulp("2.bias", 0))
+    options = {"optimizer": partial(descent, lr=1e-20)}
+    found = train(small_bias, **options).diff(train(faulty, **options), progress=False)
+    assert found.loss is None and not found.is_same
+    operation = found.operation
+    assert (operation.step, operation.one.operation.phase) == (1, "update")
+    assert operation.one.operation.operator == "aten.sub_.Tensor"
+    assert [name for name, *_ in operation.results] == ["parameter/2.bias"]
+    assert [(name, largest) for name, *_, largest in operation.inputs] == [("parameter/2.bias", 1)]
+
+
+def test_what_shows_in_no_loss_and_no_snapshot_is_found_thoroughly():
+    def model():
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        return model.requires_grad_(False).append(nn.Linear(2, 2))
+
+    def negative(made, by=0.0):
+        made.model[0].weight.zero_()[:, 0] = 1.0
+        made.x[:] = -made.x.abs() - 2
+        made.x[11, 0] -= by
+
+    one = train(negative, model=model, optimizer=only_weights, batch_size=6)
+    other = train(partial(negative, by=1.0), model=model, optimizer=only_weights, batch_size=6)
+    assert one.diff(other, progress=False).is_same
+    found = one.diff(other, thorough=True, progress=False)
+    assert not found.is_same and found.loss is None and not found.states
+    step, place = first_step_with(11)
+    assert found.operation.step == step
+    assert found.operation.one.operation.operator == "aten.addmm.default"
+    assert {position[0] for position in found.operation.results[0].positions} == {place}
+
+
+def test_snapshots_bracket_where_two_runs_part(monkeypatch):
+    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    one = train(steps=64)
+    other = one.fork(43, lr=0.04, progress=False)
+    found = one.diff(other, progress=False)
+    common = set(one.snapshots) & set(other.snapshots)
+    assert found.common_state == max(step for step in common if step <= 43)
+    assert {each.state for each in found.states} == {min(step for step in common if step > 43)}
+    assert (found.operation.step, found.loss.step) == (44, 45)
+
+
+# What cannot be read, or is not as it was.
+
+
+def test_a_snapshot_that_cannot_be_read_is_named_and_the_rest_found():
+    one, other = train(), train(ulp("0.weight", 1, 2))
+    path = other.directory / "snapshots" / "000030" / "parameters.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    found = one.diff(other, progress=False)
+    assert (found.operation.step, found.operation.index) == (1, 0)
+    same = train()
+    broken = same.directory / "snapshots" / "000030" / "rest.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-8])
+    fork = one.fork(12, lr=0.04, progress=False)
+    found = fork.diff(same, progress=False)
+    assert found.operation.step == 13
+    assert any("000030 is not as it was written" in problem for problem in found.problems)
+
+
+def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():
+    one, other = train(), train()
+    with closing(sqlite3.connect(other.directory / "run.sqlite")) as database:
+        database.execute("UPDATE steps SET loss = 1.5 WHERE step = 7")
+        database.commit()
+    found = one.diff(other, progress=False)
+    assert not found.is_same
+    assert found.loss == (7, one.losses["loss"][6], 1.5)
+    assert found.operation is None
+    assert any("sequential-2" in problem and "7" in problem for problem in found.problems)
+
+
+# The command.
+
+
+@pytest.fixture
+def everystep_command(capfd, monkeypatch):
+    """Run a command in this process; returns exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run
+
+
+def test_the_command_says_where_runs_part_and_exits_with_1(everystep_command):
+    one, other = train(batch_size=6), train(swap(3, 7), batch_size=6)
+    code, out, err = everystep_command("diff", "sequential-1", "sequential-2")
+    assert (code, err) == (1, "")
+    step, place = first_step_with(3, 7)
+    lines = out.splitlines()
+    assert lines[0].split() == ["runs", "sequential-1"] and lines[1].split() == ["sequential-2"]
+    assert any(line.startswith("experiments data.file.digest: ") for line in lines)
+    pair = [run.losses["loss"][step - 1] for run in (one, other)]
+    assert next(line for line in lines if line.startswith("losses")).startswith(
+        f"losses      part at step {step}: {pair[0]:.6f}"
+    )
+    where = lines.index(f"they part   in step {step}, at operation #0")
+    assert lines[where + 1].strip() == "aten.addmm.default of module 0, forward"
+    assert lines[where + 2].startswith("result      addmm: 8 of 48 numbers, by ")
+    assert lines[where + 3].strip().startswith(f"[{place}, 0]")
+    assert any(line.startswith("differs in  x: 4 of 24 numbers") for line in lines)
+    assert lines[-1] == "the runs differ"
+
+
+def test_the_command_says_that_runs_are_the_same_and_exits_with_0(everystep_command):
+    train()
+    train()
+    code, out, err = everystep_command("diff", "sequential-1", "sequential-2")
+    assert (code, err) == (0, "")
+    assert out.endswith("the runs are the same, bit for bit\n")
+    assert "the same in all 30 steps that both have" in out
+    train(steps=10)
+    assert everystep_command("diff", "sequential-1", "sequential-3")[0] == 1
+
+
+def test_a_run_that_is_not_there_is_wrong_use(everystep_command):
+    train()
+    code, out, err = everystep_command("diff", "sequential-1", "sequential-3")
+    assert (code, out) == (2, "") and "no run 'sequential-3'; did you mean sequential-1?" in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"change": ulp("0.weight", 1, 2)},
+        {"change": swap(3, 7)},
+        {"optimizer": partial(momentum, lr=0.03)},
+        {"model": dropout},
+        {"steps": 12},
+        {},
+    ],
+    ids=["ulp", "rows", "lr", "model", "steps", "same"],
+)
+def test_json_says_the_same(everystep_command, options):
+    one, other = train(), train(**options)
+    found = one.diff(other, progress=False)
+    code, out, _ = everystep_command("diff", "sequential-1", "sequential-2", "--json")
+    assert code == (0 if found.is_same else 1)
+    said = json.loads(out)
+    assert said == json.loads(as_json(diff_data(found)))
+    assert said["same"] == found.is_same and said["runs"] == ["sequential-1", "sequential-2"]
+    assert said["steps"] == list(found.steps)
+    assert (said["loss"] is None) == (found.loss is None)
+    if found.loss:
+        assert said["loss"] == {"step": found.loss.step, "values": list(found.loss[1:])}
+    if found.operation:
+        operation = said["operation"]
+        assert (operation["step"], operation["index"]) == (found.operation.step, found.operation.index)
+        sides = (found.operation.one, found.operation.other)
+        assert [each["operator"] for each in operation["operations"]] == [
+            each.operation.operator for each in sides
+        ]
+        assert [each["name"] for each in operation["results"]] == [
+            each.name for each in found.operation.results
+        ]
+        assert operation["causes"] == found.operation.causes
+
+
+def test_json_has_texts_where_numbers_are_not_finite(everystep_command):
+    def infinite(made):
+        made.x[0, 0] = math.inf
+
+    train()
+    train(infinite)
+    code, out, _ = everystep_command("diff", "sequential-1", "sequential-2", "--json")
+    said = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert code == 1 and said["loss"]["values"][1] == "nan"
+
+
+def test_thorough_is_an_option(everystep_command):
+    train()
+    train()
+    assert everystep_command("diff", "sequential-1", "sequential-2", "--thorough")[0] == 0
