@@ -215,12 +215,17 @@ def read_question(text: str, run: RecordedRun, objects: Objects | None = None) -
         {
             "parameters": list(step.parameters),
             "buffers": list(step.buffers),
-            "gradients": list(step.gradients),
-            "activations": list(step.activations),
+            "gradients": list(step.gradients | step.parameters),
+            "activations": list(step.activations) if step.is_by_program else _modules(replay),
             "updates": list(step.updates),
         }
     )
     return expression
+
+
+def _modules(replay: Replay) -> list[str]:
+    """Return the paths of modules, of which not each need run at each step."""
+    return [path for path, _ in replay.revived.trainee.model.named_modules() if path]
 
 
 def ask(

@@ -133,9 +133,9 @@ def diff(
         search = _Search(one, other, objects, told)
         try:
             operation = search.first(begin + 1, last)
+            problems += search.departures()
         except RunError as error:
             problems.append(str(error))
-        problems += search.problems
     return Difference(
         names=(one.name, other.name),
         experiments=_experiments(one.facts, other.facts),
@@ -205,22 +205,24 @@ class _Search:
             recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
         )
         self._is_random = _draws_random_numbers(one) or _draws_random_numbers(other)
-        self.problems: list[str] = []
 
     def first(self, first: int, last: int) -> OperationDifference | None:
         """Return the first operation, of steps `first` to `last`, whose result differs."""
         for step in self._suspicious(first, last):
-            steps = [opener.step(step) for opener in self._openers]
-            for run, opened in zip(self._runs, steps, strict=True):
-                if not opened.is_exact:
-                    self.problems.append(
-                        f"{run.name} was not the same when it was taken again, from step "
-                        f"{opened.departed_at} on: what is said of later steps is not of the original"
-                    )
-            found = _compare_steps(*steps)
+            found = _compare_steps(*(opener.step(step) for opener in self._openers))
             if found is not None:
                 return found
         return None
+
+    def departures(self) -> list[str]:
+        """Return in words which run was not the same when it was taken again."""
+        departed = [opener.departed_at for opener in self._openers]
+        return [
+            f"{run.name} was not the same when it was taken again, from step {step} on: what is said of "
+            "later steps is not of the original"
+            for run, step in zip(self._runs, departed, strict=True)
+            if step is not None
+        ]
 
     def _suspicious(self, first: int, last: int) -> Iterator[int]:
         """Yield steps that are not the same in both runs, in order."""
@@ -255,12 +257,14 @@ def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ra
             digest.update(batch)
             if by_operation:
                 observation = revived.observe()
+                losses = [float(observation.loss)]
                 for observed in observation.operations:
                     digest.update(observed.operation.operator.encode())
                     for tensor in observed.results.values():
                         digest.update(_bytes(tensor))
             else:
-                revived.run(number)
+                losses = revived.run(number).tolist()
+            replay.compare(number, losses, replay.run.losses_between(number, number))
             for name, tensor in sorted(trainee.named_state().items()):
                 digest.update(name.encode())
                 digest.update(_bytes(tensor))
@@ -286,17 +290,25 @@ def _explained(
 ) -> OperationDifference:
     inputs = _different(a.inputs, b.inputs)
     names = {difference.name for difference in inputs}
-    rows = []
-    if names & {"x", "y"} or any(name.startswith(("x~", "y~")) for name in names):
-        pair = [
-            s.batch.rows if s.batch.rows is not None else torch.arange(len(s.batch.x))
-            for s in (one, other)
-        ]
-        if len(pair[0]) == len(pair[1]):
-            places = torch.nonzero(pair[0] != pair[1]).flatten().tolist()
-            rows = [(place, int(pair[0][place]), int(pair[1][place])) for place in places]
+    is_of_batch = any(name.partition("~")[0] in ("x", "y") for name in names)
+    rows = _different_rows(one, other) if is_of_batch else []
     causes = _causes(one, other, a, b, names)
     return OperationDifference(one.number, index, a, b, results, inputs, rows, causes)
+
+
+def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
+    """Return the places of a batch that differ, with the rows of the data that lie there."""
+    pairs = [(one.batch.x, other.batch.x), (one.batch.y, other.batch.y)]
+    if any(a.shape != b.shape or not a.ndim for a, b in pairs):
+        return []
+    count = len(one.batch.x)
+    different = torch.zeros(count, dtype=torch.bool)
+    for a, b in pairs:
+        if len(a) == count:
+            different |= (as_integers(a) != as_integers(b)).reshape(count, -1).any(1).cpu()
+    rows = [step.batch.rows if step.batch.rows is not None else range(count) for step in (one, other)]
+    places = torch.nonzero(different).flatten().tolist()
+    return [(place, int(rows[0][place]), int(rows[1][place])) for place in places]
 
 
 def _causes(one: Step, other: Step, a: Observed, b: Observed, inputs: set[str]) -> list[str]:

@@ -232,10 +232,10 @@ def fork_objects(
         trained.model.to(device)
         torch.manual_seed(settings.get("seed", facts["batches"]["seed"]))
         job = objects_job(trained, iteration, device, progress)
-        same_schedule = _class_of(own.schedule) == _schedule_of(facts)
-        if same_schedule:
+        goes_on = own.schedule is not None and _class_of(own.schedule) == _schedule_of(facts)
+        if goes_on:
             state = asked.with_schedule(job.trainee, state)
-        before = _bring_objects_to(job.trainee, state, keep=not is_own and not same_schedule)
+        before = _bring_objects_to(job.trainee, state, keep=not is_own and not goes_on)
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         for group in job.trainee.optimizer.param_groups if lr is not None else ():

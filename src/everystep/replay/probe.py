@@ -50,9 +50,11 @@ class Probe:
         revived = self._revived
         assert revived.state is not None
         if self._copies:
+            self._before = {}
             for reference in self._previous:
-                own = self.value_of(reference._replace(is_previous=False))
-                self._before[reference] = own.clone()
+                own = reference._replace(is_previous=False)
+                if self.has(own):
+                    self._before[reference] = self.value_of(own).clone()
         number = revived.state + 1
         if not revived.is_by_program(number):
             return self._take_eagerly(number)
@@ -67,8 +69,10 @@ class Probe:
         return bound.loss.clone()
 
     def has(self, reference: Reference) -> bool:
-        """Tell whether something is known: there is no step before the first."""
-        return not reference.is_previous or reference in self._before
+        """Tell whether something was there: not before the first step, nor of a module left out."""
+        if reference.is_previous:
+            return reference in self._before
+        return reference.kind == "updates" or reference in self._copies
 
     def value_of(self, reference: Reference) -> Tensor:
         """Return what a reference stood for in the last step; valid until the next is taken."""
@@ -90,6 +94,9 @@ class Probe:
         after: dict[int, list[Any]] = {}
         for reference in self._copied:
             kind, name = reference.kind, reference.name
+            known = {"activations": set(program.activations), "gradients": set(program.gradients)}
+            if name not in known.get(kind, {name}):
+                continue
             if kind == "activations":
                 source, place = bound.tensor(program.activations[name][0]), given_after[name]
             elif kind == "gradients":
@@ -110,15 +117,14 @@ class Probe:
         batch = dict(zip("xy", revived.trainee.batch(number), strict=True))
         observation = revived.observe()
         self._live = revived.trainee.named_state()
+        seen: dict[str, dict[str, Tensor]] = {
+            "batch": batch,
+            "gradients": observation.gradients,
+            "activations": {path: given[0] for path, given in observation.activations.items() if given},
+        }
         for reference in self._copied - of_state:
-            kind, name = reference.kind, reference.name
-            self._copies[reference] = (
-                batch[name]
-                if kind == "batch"
-                else observation.gradients[name]
-                if kind == "gradients"
-                else observation.activations[name][0]
-            )
+            if reference.name in seen[reference.kind]:
+                self._copies[reference] = seen[reference.kind][reference.name]
         return observation.loss
 
     def _state(self, name: str) -> Tensor:

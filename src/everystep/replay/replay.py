@@ -124,7 +124,7 @@ class Replay:
         batch = [part.clone() for part in trainee.batch(number)]
         observation = revived.observe()
         loss = float(observation.loss)
-        self._compare(number, [loss], [recorded])
+        self.compare(number, [loss], [recorded])
         after = trainee.named_state()
         return Step(
             number=number,
@@ -215,9 +215,10 @@ class Replay:
         started = time.perf_counter()
         losses = revived.run(last)
         self._step_seconds = (time.perf_counter() - started) / len(losses)
-        self._compare(first, losses.tolist(), self.run.losses_between(first, last))
+        self.compare(first, losses.tolist(), self.run.losses_between(first, last))
 
-    def _compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
+    def compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
+        """Compare losses of consecutive steps with the recorded ones, and note where they depart."""
         for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
             if not same_number(loss, known):
                 if self.departed_at is None or step < self.departed_at:

@@ -242,7 +242,10 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
     lines += [_line("result", _tensor_text(each)) for each in found.results]
     lines += [_line("differs in", _tensor_text(each)) for each in found.inputs]
     if found.rows:
-        rows = ", ".join(f"{a} and {b} at place {place}" for place, a, b in found.rows[:_NAMED])
+        rows = ", ".join(
+            f"{a} at place {place}" if a == b else f"{a} and {b} at place {place}"
+            for place, a, b in found.rows[:_NAMED]
+        )
         lines.append(_line("rows", rows + (", ..." if len(found.rows) > _NAMED else "")))
     lines += [_line("because of", cause) for cause in found.causes]
     return lines
