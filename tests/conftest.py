@@ -24,6 +24,9 @@ from everystep.step.build import build  # noqa: E402
 from everystep.step.capture import capture  # noqa: E402
 from everystep.step.eager import EagerStep, Trainee  # noqa: E402
 
+# Its assertions shall tell what they compared, whoever imports it first.
+pytest.register_assert_rewrite("tests.training.by_hand")
+
 settings.register_profile("everystep", deadline=None, max_examples=50)
 settings.load_profile("everystep")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ __all__ = ["Difference", "OperationDifference", "TensorDifference", "diff"]
 
 #: Steps that are gone through between two looks.
 STRIDE = 64
+_COMPUTED_OTHERWISE = "the same inputs give other bits"
 #: Positions of differing numbers that are named.
 NAMED = 10
 
@@ -201,15 +202,18 @@ class _Search:
         self._openers = (Opener(one, objects[0]), Opener(other, objects[1]))
         self._told = told
         # Under the same numerics, the same program gives the same for the same inputs.
-        self._by_operation = _programs(one) != _programs(other) or bool(
-            recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
-        )
+        differences = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
+        self._numerics = [f"{name} {a} and {b}" for name, (a, b) in differences.items()]
+        self._by_operation = bool(self._numerics) or _programs(one) != _programs(other)
         self._is_random = _draws_random_numbers(one) or _draws_random_numbers(other)
 
     def first(self, first: int, last: int) -> OperationDifference | None:
         """Return the first operation, of steps `first` to `last`, whose result differs."""
         for step in self._suspicious(first, last):
             found = _compare_steps(*(opener.step(step) for opener in self._openers))
+            if found is not None and found.causes == [_COMPUTED_OTHERWISE] and self._numerics:
+                cause = f"{_COMPUTED_OTHERWISE}, under other numerics: {', '.join(self._numerics)}"
+                return replace(found, causes=[cause])
             if found is not None:
                 return found
         return None
@@ -332,7 +336,7 @@ def _causes(one: Step, other: Step, a: Observed, b: Observed, inputs: set[str]) 
         return []
     if changed and a.operation.phase == "update":
         return ["another hyperparameter: " + ", ".join(changed)]
-    return ["another random draw" if _draws(a.operation.operator) else "the same inputs, other bits"]
+    return ["another random draw" if _draws(a.operation.operator) else _COMPUTED_OTHERWISE]
 
 
 def _arguments(observed: Observed) -> dict[str, Any]:
@@ -389,10 +393,12 @@ def _number(tensor: Tensor) -> Any:
 def _experiments(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs in what was asked for, by path."""
     keys = (
-        *("device", "seed", "data", "data.file", "batches", "model", "loss", "optimizer", "schedule"),
+        *("device", "seed", "data", "batches", "model", "loss", "optimizer", "schedule"),
         *("clip_norm", "evaluate_every"),
     )
     pair = [_flat({key: facts.get(key) for key in keys}) for facts in (one, other)]
+    for each, facts in zip(pair, (one, other), strict=True):
+        each["data.digest"] = facts.get("data.file", {}).get("digest")
     return {
         path: (pair[0].get(path), pair[1].get(path))
         for path in dict.fromkeys((*pair[0], *pair[1]))

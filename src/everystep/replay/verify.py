@@ -98,19 +98,18 @@ def verify(
         loss_distance=_loss_distance(run, firsts[0]) if firsts else None,
         snapshots=sum(each.compared for each in walked),
         states=tuple(difference for each in walked for difference in each.states),
-        numerics=_other_numerics(run),
+        numerics=_other_numerics(run, walked[0].numerics if walked else None),
         problems=tuple(dict.fromkeys(problem for each in walked for problem in each.problems)),
         threads=threads,
     )
 
 
-def _other_numerics(run: RecordedRun) -> dict[str, tuple[Any, Any]]:
-    """Return what cannot be made as it was: the torch version, the processor, and their like."""
-    facts = run.facts
-    recorded = recorded_numerics(facts)
-    here = Numerics.read(torch.device(facts["device"]))
-    settable = {"mkl_cbwr", "threads", "deterministic_algorithms", "flush_denormal"}
-    return {n: pair for n, pair in recorded.differences(here).items() if n not in settable}
+def _other_numerics(run: RecordedRun, here: Numerics | None) -> dict[str, tuple[Any, Any]]:
+    """Return what could not be made as it was; how many threads there were is told by itself."""
+    if here is None:
+        return {}
+    differences = recorded_numerics(run.facts).differences(here)
+    return {name: pair for name, pair in differences.items() if name != "threads"}
 
 
 def _loss_distance(run: RecordedRun, difference: LossDifference) -> int | None:

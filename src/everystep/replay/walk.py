@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from everystep.errors import RunError
+from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.replay import Replay, same_number
 from everystep.replay.revive import Objects, needed
-from everystep.replay.workers import cores, replay_in_worker, workers
+from everystep.replay.workers import cores, needs_worker, replay_in_worker, workers
 from everystep.step.check import as_integers, distance, same_bits
 from everystep.step.state import State
 
@@ -79,11 +82,12 @@ class Walked:
 
     losses: how many losses differed, and the first of them; states: tensors of the closing state that
     differ; compared: whether there was a closing state to compare; threads: with how many it was gone
-    through; result: what the visitor made of it.
+    through, and under which numerics; result: what the visitor made of it.
     """
 
     piece: Piece
     threads: int
+    numerics: Numerics | None = None
     different_losses: int = 0
     first_loss: LossDifference | None = None
     states: list[StateDifference] = field(default_factory=list)
@@ -171,23 +175,24 @@ def walk(
     facts, objects = run.facts, needed(run, objects)
     threads = facts["numerics"]["threads"]
     count = _processes(run, wanted, processes)
-    if count == 1:
+    if count == 1 and not needs_worker(facts):
         replay = Replay(run, objects)
         for piece in wanted:
             yield _go_through(replay, piece, visitor, threads)
             told(piece.last - piece.first + 1)
         return
     again: list[Piece] = []
-    with workers(facts, count, 1) as executor:
+    each = 1 if count > 1 else threads
+    with workers(facts, count, each) as executor:
         futures: dict[Future[Walked], Piece] = {
-            executor.submit(_in_worker, run.directory, objects, piece, visitor, 1): piece
+            executor.submit(_in_worker, run.directory, objects, piece, visitor, each): piece
             for piece in wanted
         }
         for future in as_completed(futures):
             if future.cancelled():
                 continue
             walked = future.result()
-            if walked.is_exact or threads == 1:
+            if walked.is_exact or threads == each:
                 yield walked
                 told(walked.piece.last - walked.piece.first + 1)
                 continue
@@ -227,6 +232,7 @@ def _in_worker(
 def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) -> Walked:
     found = Walked(piece, threads)
     with replay.in_force(piece.first):
+        found.numerics = _numerics(replay.stretches[piece.at].facts["device"])
         start = visitor.begin(replay, piece)
         replay.go_to(start, piece.at)
         step = start
@@ -240,6 +246,11 @@ def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) ->
     found.result = visitor.result()
     found.problems = list(replay.problems)
     return found
+
+
+@cache
+def _numerics(device: str) -> Numerics:
+    return Numerics.read(torch.device(device))
 
 
 def _compare_losses(found: Walked, first: int, losses: list[float], recorded: list[float]) -> None:

@@ -70,8 +70,8 @@ def facts_in_order(facts: dict[str, Any]) -> list[tuple[str, str]]:
         else:  # goes on from the line above
             rows[-1] = (rows[-1][0], f"{rows[-1][1]}\n{text}")
     if "engine" in facts:
-        label, steps = rows[-1]
-        rows[-1] = (label, f"{steps}\n{engine_text(facts)}")
+        place = next(index for index, (label, _) in enumerate(rows) if label == "steps")
+        rows[place] = ("steps", f"{rows[place][1]}\n{engine_text(facts)}")
     return rows
 
 

@@ -48,6 +48,7 @@ def header(facts: dict[str, Any]) -> str:
         ("loss", facts["loss"]["text"]),
         ("update", _update_text(facts)),
         ("steps", _steps_text(facts)),
+        *([("fork of", _fork_text(facts["fork"]))] if "fork" in facts else []),
     ]
     return "\n".join(_labelled(label, text) for label, text in lines)
 
@@ -170,6 +171,13 @@ def runs_table(runs: Iterable[Summary]) -> Table:
             *([_parent_text(run)] if has_forks else []),
         )
     return table
+
+
+def _fork_text(fork: dict[str, Any]) -> str:
+    changed = ", ".join(f"{path} = {value}" for path, value in fork["changed"].items())
+    return f"{fork['parent']}, whose steps up to {fork['at']:,} it has" + (
+        f"; from there on {changed}" if changed else ""
+    )
 
 
 def _parent_text(run: Summary) -> Text:
