@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from everystep.api import Run, open, runs, train, train_experiment
+from everystep.api import open, runs, train, train_experiment
 from everystep.errors import (
     DataError,
     DeviceError,
     EverystepError,
     ExperimentError,
+    ExpressionError,
     ModelError,
     RecordingError,
     RunError,
+    StepError,
     TrainingError,
     UsageError,
 )
+from everystep.run import Run
 
 if TYPE_CHECKING:
     from everystep.gradient_descent import GradientDescent
@@ -25,11 +28,13 @@ __all__ = [
     "DeviceError",
     "EverystepError",
     "ExperimentError",
+    "ExpressionError",
     "GradientDescent",
     "ModelError",
     "RecordingError",
     "Run",
     "RunError",
+    "StepError",
     "TrainingError",
     "UsageError",
     "open",

@@ -15,7 +15,7 @@ import everystep
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
 from everystep.replay.replay import Replay
-from everystep.replay.revive import Objects
+from everystep.replay.objects import Objects
 from everystep.replay.step import statistics
 from everystep.views.lines import TIMES
 from everystep.views.mathematics import mathematics

@@ -12,9 +12,9 @@ from torch import Tensor
 from everystep.errors import ExpressionError
 from everystep.recording.run import RecordedRun
 from everystep.replay.expression import Expression, Reference, parse
+from everystep.replay.objects import Objects
 from everystep.replay.probe import Probe
 from everystep.replay.replay import Replay
-from everystep.replay.revive import Objects
 from everystep.replay.step import Step
 from everystep.replay.walk import Piece, Walked, coarser, pieces, walk
 from everystep.step.hyperparameters import is_hyperparameter

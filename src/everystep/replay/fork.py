@@ -19,9 +19,9 @@ from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.data import read_data
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
+from everystep.replay.objects import Objects
 from everystep.replay.opener import Opener
 from everystep.replay.replay import no_such_step
-from everystep.replay.revive import Objects
 from everystep.step.eager import EagerStep, Trainee
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.state import State, generators_preserved, optimizer_settings

@@ -12,7 +12,7 @@ from everystep.recording.additions import adding
 from everystep.recording.run import RecordedRun
 from everystep.replay.ask import Question, ask, ask_columns
 from everystep.replay.expression import Expression
-from everystep.replay.revive import Objects
+from everystep.replay.objects import Objects
 from everystep.replay.walk import Walked
 from everystep.training.measurements import RESERVED_NAMES
 

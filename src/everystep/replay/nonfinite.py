@@ -14,9 +14,9 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram, Observed, without_autograd
 from everystep.recording.run import RecordedRun
+from everystep.replay.objects import Objects
 from everystep.replay.opener import Opener
 from everystep.replay.replay import Replay
-from everystep.replay.revive import Objects
 from everystep.replay.step import Step
 from everystep.replay.walk import Piece, pieces, walk
 

@@ -14,8 +14,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from everystep import numerics
 from everystep.recording.run import RecordedRun
+from everystep.replay.objects import Objects, needed
 from everystep.replay.replay import Replay
-from everystep.replay.revive import Objects, needed
 from everystep.replay.step import Step
 from everystep.replay.workers import needs_worker, replay_in_worker, workers
 from everystep.step.state import State

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram, without_autograd
 from everystep.replay.expression import Reference
-from everystep.replay.revive import Revived
+from everystep.replay.revived import Revived
 
 __all__ = ["Probe"]
 

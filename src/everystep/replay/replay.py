@@ -18,7 +18,9 @@ from torch import Tensor
 from everystep import numerics
 from everystep.errors import RunError, StepError
 from everystep.recording.run import RecordedRun
-from everystep.replay.revive import Objects, Revived, revive
+from everystep.replay.objects import Objects
+from everystep.replay.revive import revive
+from everystep.replay.revived import Revived
 from everystep.replay.step import Batch, Step, Update
 from everystep.step.check import Saved
 from everystep.step.state import Generators, State, generators_preserved

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
+from everystep.replay.objects import Objects
 from everystep.replay.replay import Replay
-from everystep.replay.revive import Objects
 from everystep.replay.walk import LossDifference, Piece, StateDifference, pieces, walk
 from everystep.replay.workers import recorded_numerics
 from everystep.step.check import distance

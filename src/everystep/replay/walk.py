@@ -21,8 +21,8 @@ from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
+from everystep.replay.objects import Objects, needed
 from everystep.replay.replay import Replay, same_number
-from everystep.replay.revive import Objects, needed
 from everystep.replay.workers import cores, needs_worker, replay_in_worker, workers
 from everystep.step.check import as_integers, distance, same_bits
 from everystep.step.state import State

@@ -15,8 +15,8 @@ import torch
 from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
+from everystep.replay.objects import Objects
 from everystep.replay.replay import Replay
-from everystep.replay.revive import Objects
 
 if TYPE_CHECKING:
     from loky import ProcessPoolExecutor

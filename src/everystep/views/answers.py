@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from everystep.views.terminal import number, shortest
 
 if TYPE_CHECKING:
-    from everystep.replay.diff import Difference, OperationDifference, TensorDifference
+    from everystep.replay.diff import Difference
     from everystep.replay.measure import Found, Measured
     from everystep.replay.nonfinite import NonFinite
+    from everystep.replay.operations import OperationDifference, TensorDifference
     from everystep.replay.verify import Verification
     from everystep.replay.walk import StateDifference
 

@@ -1,0 +1,76 @@
+"""What the user trained with: needed to replay what no program takes, and to fork."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from everystep.errors import RunError
+from everystep.recording.run import RecordedRun
+
+__all__ = ["Objects", "needed"]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What the user trained with, for steps that no program takes, and for forks.
+
+    data: x and y, where the run is too large to hold them; schedule and metrics: for forks alone.
+    """
+
+    model: nn.Module | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    data: tuple[Any, Any] | None = None
+    schedule: LRScheduler | None = None
+    schedule_every: str = "step"
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
+
+    def copied(self) -> Objects:
+        """Return copies that belong to each other as these do.
+
+        Raises:
+            RunError: they cannot be copied.
+        """
+        try:
+            model, loss, optimizer, schedule = copy.deepcopy(
+                (self.model, self.loss, self.optimizer, self.schedule)
+            )
+        except Exception as error:  # whatever the user's objects make of being copied
+            raise RunError(
+                f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); "
+                "give new ones: model=..., loss=..., optimizer=..."
+            ) from None
+        return replace(self, model=model, loss=loss, optimizer=optimizer, schedule=schedule)
+
+    def check_complete(self) -> None:
+        """Check that a step can be taken with them.
+
+        Raises:
+            RunError: names what is missing.
+        """
+        missing = [n for n in ("model", "loss", "optimizer") if getattr(self, n) is None]
+        if missing:
+            raise RunError(
+                f"give {' and '.join(missing)} as well: a step takes a model, a loss and an optimizer"
+            )
+
+
+def needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
+    """Return the objects if the run cannot be replayed without them, else None."""
+    for stretch in run.stretches:
+        engine = stretch.facts.get("engine") or {"eager_from": 1}
+        stored = stretch.facts.get("data.file", {}).get("stored", True)
+        if engine["eager_from"] is not None or not stored:
+            return objects
+    return None
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition(". ")[0].partition("\n")[0]

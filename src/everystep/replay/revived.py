@@ -1,0 +1,206 @@
+"""Revived: a recorded training brought back, whose steps can be taken again."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import RunError
+from everystep.experiment.batches import Batches
+from everystep.program.execute import BoundProgram, without_autograd
+from everystep.replay.skeleton import Skeleton
+from everystep.step.check import Saved
+from everystep.step.eager import EagerStep, Trainee
+from everystep.step.hyperparameters import set_hyperparameter
+from everystep.step.observe import Observation, observe_eager, observe_program
+from everystep.step.programs import Programs
+from everystep.step.state import State
+
+__all__ = ["Changes", "Revived"]
+
+
+class Changes(NamedTuple):
+    """When a number of the optimizer changed, and to what."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class Revived:
+    """A training whose steps can be taken again, in any order of loading and going on.
+
+    first: the first step; state: the step whose state it holds, None before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        trainee: Trainee,
+        programs: Programs,
+        eager_from: int | None,
+        batches: Batches,
+        changes: dict[str, Changes],
+    ) -> None:
+        self.first = first
+        self.trainee = trainee
+        self.batches = batches
+        self.programs = programs
+        self.eager_from = eager_from
+        self.state: int | None = None
+        self._loaded: int | None = None
+        self._changes = changes
+        self._eager = EagerStep(trainee)
+
+    def load(self, state: State) -> None:
+        """Bring everything to a state from disk.
+
+        Raises:
+            RunError: it does not belong to this training.
+        """
+        trainee = self.trainee
+        try:
+            if isinstance(trainee.model, Skeleton):
+                self._load_into_skeleton(state)
+            else:
+                state.restore(
+                    trainee.model, trainee.loss, trainee.optimizer, trainee.schedule, trainee.device
+                )
+        except ValueError as error:
+            raise RunError(f"state {state.step} does not fit the training: {error}") from None
+        self._moved(state.step)
+
+    def save(self) -> Saved:
+        """Return a copy of the state as it is now."""
+        return Saved(self.trainee)
+
+    def restore(self, step: int, saved: Saved) -> None:
+        """Bring everything back to what `save` returned after `step`."""
+        saved.restore(self.trainee, forget_new=True)
+        self._moved(step)
+
+    def capture(self) -> State:
+        """Return the state as it is now, as it is written to disk."""
+        assert self.state is not None
+        return self.trainee.state(self.state)
+
+    def run(self, last: int) -> Tensor:
+        """Take the steps up to `last`; return their losses, on the CPU.
+
+        Raises:
+            RunError: a step that neither a program nor a model takes.
+        """
+        assert self.state is not None
+        losses: list[Tensor] = []
+        while self.state < last:
+            number = self.state + 1
+            if self.is_by_program(number):
+                bound = self.begin(number)
+                with without_autograd():
+                    for call in bound.calls:
+                        call()
+                    losses.append(bound.loss.clone())
+            else:
+                self.begin_eagerly(number)
+                losses.append(self._eager.take(*self.trainee.batch(number)))
+            self.state = number
+        found = torch.stack([loss.reshape(()) for loss in losses]) if losses else torch.empty(0)
+        return found.cpu()
+
+    def observe(self) -> Observation:
+        """Take the next step, and return all that is in it.
+
+        Raises:
+            RunError: a step that neither a program nor a model takes.
+        """
+        assert self.state is not None
+        number = self.state + 1
+        if self.is_by_program(number):
+            observation = observe_program(self.begin(number))
+        else:
+            self.begin_eagerly(number)
+            observation = observe_eager(self._eager, number)
+        self.state = number
+        return observation
+
+    def begin(self, number: int) -> BoundProgram:
+        """Put everything in place for a step; return the program that takes it."""
+        self._set_hyperparameters(number)
+        bound = self.programs.bound(number)
+        self.programs.load_batch(number, bound)
+        return bound
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of the last step are there: not where a state has just been loaded."""
+        return self.state is not None and self._loaded != self.state
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return copies of the gradients that the last step has left, by parameter."""
+        if not self.has_gradients:
+            return {}
+        assert self.state is not None
+        found = self.trainee.gradients()
+        if self.is_by_program(self.state):
+            found = self.programs.bound(self.state).gradients
+        return {name: gradient.detach().clone() for name, gradient in found.items()}
+
+    def is_by_program(self, number: int) -> bool:
+        """Tell whether a step is taken by a program."""
+        if self.eager_from is not None and number >= self.eager_from:
+            return False
+        # The first program may make state that only the optimizer itself knows where to keep.
+        makes_state = number == self.first and not isinstance(self.trainee.model, Skeleton)
+        return not makes_state and self.programs.has(number)
+
+    def begin_eagerly(self, number: int) -> None:
+        """Put everything in place for a step that Python takes.
+
+        Raises:
+            RunError: there is no model to take it.
+        """
+        self._set_hyperparameters(number)
+        if isinstance(self.trainee.model, Skeleton):
+            raise RunError(
+                f"step {number} was taken eagerly, and no program repeats it; open the run with what "
+                "it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
+            )
+
+    def _load_into_skeleton(self, state: State) -> None:
+        trainee = self.trainee
+        if self.programs.has_optimizer_step:
+            state.restore(trainee.model, trainee.loss, trainee.optimizer, None, trainee.device)
+            return
+        saved = state.named()
+        with torch.no_grad():
+            for name, tensor in trainee.named_state().items():
+                given = saved.get(name)
+                if given is not None and given.shape != tensor.shape:
+                    raise ValueError(f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
+                if given is not None:
+                    tensor.copy_(given)
+                elif name.startswith(("optimizer/", "gradient/")):  # the first step makes it
+                    tensor.zero_()
+                else:
+                    raise ValueError(f"it has no {name}")
+        for group, known in zip(
+            trainee.optimizer.param_groups, state.settings["optimizer"]["groups"], strict=True
+        ):
+            group.update({k: v for k, v in known.items() if k != "params"})
+        state.generators.restore(trainee.device)
+
+    def _moved(self, step: int) -> None:
+        self.state = self._loaded = step
+        self.programs.refresh()
+        self.programs.load_rates()
+
+    def _set_hyperparameters(self, step: int) -> None:
+        if not self._changes:
+            return
+        for name, changes in self._changes.items():
+            index = bisect_right(changes.steps, step) - 1
+            if index >= 0:
+                set_hyperparameter(self.trainee.optimizer, name, changes.values[index])
+        self.programs.load_rates()

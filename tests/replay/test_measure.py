@@ -1,0 +1,675 @@
+"""What is measured in hindsight is what a loop by hand would have measured; and what is not finite."""
+
+import json
+import math
+import shutil
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from tests.training.by_hand import Made, by_hand, by_train, new_training
+from tests.training.engine_cases import CASES
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+import everystep
+from everystep import cli
+from everystep.errors import ExpressionError, UsageError
+from everystep.experiment.batches import Batches
+from everystep.recording.snapshots import SnapshotPlan
+from everystep.views.terminal import shortest
+
+STEPS = 30
+SIZE = "norm(gradients['0.weight'])"
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def normalized():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(change=lambda made: None, *, model=network, loss=None, optimizer=None, **options):
+    made = new_training(model, loss, optimizer)
+    with torch.no_grad():
+        change(made)
+    return by_train(made, **{"steps": STEPS, "batch_size": 6} | options)
+
+
+@pytest.fixture
+def snapshots_every_8(monkeypatch):
+    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+
+
+@pytest.fixture
+def everystep_command(capfd, monkeypatch):
+    """Run a command in this process; returns exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run
+
+
+# What is measured, against a loop by hand.
+
+
+@dataclass
+class Seen:
+    """What a loop by hand sees of a step."""
+
+    number: int
+    x: Tensor
+    y: Tensor
+    before: dict[str, Tensor]
+    activations: dict[str, Tensor]
+    loss: float = math.nan
+    gradients: dict[str, Tensor] | None = None
+    after: dict[str, Tensor] | None = None
+
+
+def watched(made: Made, **options) -> list[Seen]:
+    """Train by hand; return what was there in each step."""
+    seen: list[Seen] = []
+    model = made.model
+    batches = Batches(len(made.x), options.get("batch_size"), torch.initial_seed())
+
+    def copies():
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def before(step):
+        rows = batches.indices(step)
+        x, y = (made.x, made.y) if rows is None else (made.x[rows], made.y[rows])
+        seen.append(Seen(step, x, y, copies(), {}))
+
+    def after(step):
+        seen[-1].gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+        seen[-1].after = copies()
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(
+            lambda module, given, output, path=path: seen[-1].activations.update({path: output.detach()})
+        )
+    losses = by_hand(made, **options, before_step=before, after_step=after)
+    for each, loss in zip(seen, losses, strict=True):
+        each.loss = loss
+    return seen
+
+
+EXPRESSIONS = {
+    "loss": lambda now, before: now.loss,
+    "2 * step": lambda now, before: 2.0 * now.number,
+    SIZE: lambda now, before: now.gradients["0.weight"].norm().item(),
+    "zeros(activations['1'])": lambda now, before: (now.activations["1"] == 0).double().mean().item(),
+    "mean(activations['0'][0, :])": lambda now, before: now.activations["0"][0].mean().item(),
+    "norm(updates['0.weight'])": lambda now, before: (
+        (now.after["0.weight"] - now.before["0.weight"]).norm().item()
+    ),
+    "updates['0.bias'].after[2] / 3": lambda now, before: (now.after["0.bias"][2] / 3).item(),
+    "updates['0.bias'].before[2]": lambda now, before: now.before["0.bias"][2].item(),
+    "max(abs(parameters['0.weight']))": lambda now, before: now.before["0.weight"].abs().max().item(),
+    "batch.x[1, 3] + sum(batch.y)": lambda now, before: (now.x[1, 3] + now.y.sum().item()).item(),
+    "loss - previous.loss": lambda now, before: before and now.loss - before.loss,
+    "norm(previous.gradients['0.bias'])": lambda now, before: (
+        before and before.gradients["0.bias"].norm().item()
+    ),
+    "dot(gradients['0.weight'], previous.gradients['0.weight'])": lambda now, before: (
+        before and (now.gradients["0.weight"] * before.gradients["0.weight"]).sum().item()
+    ),
+    "norm(previous.updates['0.weight'])": lambda now, before: (
+        before and (before.after["0.weight"] - before.before["0.weight"]).norm().item()
+    ),
+    "sum(previous.batch.x) - sum(batch.x)": lambda now, before: (
+        before and before.x.sum().item() - now.x.sum().item()
+    ),
+}
+TRAININGS = {
+    "momentum with dropout": {},
+    "all rows": {"batch_size": None},
+    "Adam": {"optimizer": partial(Adam, lr=0.01)},
+    "clipped": {"clip_norm": 0.1},
+    "eager": {"engine": "eager"},
+    "batch norm": {"model": normalized},
+}
+
+
+@pytest.mark.usefixtures("snapshots_every_8")
+@pytest.mark.parametrize("training", TRAININGS)
+def test_measured_values_are_those_of_a_loop_by_hand(training):
+    options = {"steps": STEPS, "batch_size": 6} | TRAININGS[training]
+    model, optimizer = options.pop("model", network), options.pop("optimizer", None)
+    run = by_train(new_training(model, None, optimizer), **options)
+    options.pop("engine", None)
+    seen = watched(new_training(model, None, optimizer), **options)
+    expressions = dict(EXPRESSIONS)
+    if training == "clipped":  # by hand, gradients are seen when they have been clipped
+        expressions = {text: value for text, value in expressions.items() if "gradients" not in text}
+    if training == "batch norm":
+        expressions["buffers['1.running_var'][3]"] = lambda now, before: now.before["1.running_var"][
+            3
+        ].item()
+    for text, value in expressions.items():
+        expected = {}
+        for before, now in zip([None, *seen], seen, strict=False):
+            found = value(now, before)
+            if found is not None:
+                expected[now.number] = found
+        measured = run.measure(text, name=f"of {text}", progress=False)
+        assert measured.values == expected, text
+        assert measured.left_out == ()
+        assert run.measured(f"of {text}") == expected
+        assert len(expected) == STEPS - ("previous" in text)
+
+
+def test_gradients_are_those_before_clipping():
+    run = train(clip_norm=1e-3, batch_size=None)
+    free = train(batch_size=None, steps=1)
+    assert (
+        run.measure(SIZE, progress=False).values[1]
+        == free.measure(SIZE, progress=False).values[1]
+        > 1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda step: step.gradients["0.weight"].norm(),
+        lambda step: step.gradients["0.weight"].norm().item(),
+        lambda step: step.gradients["0.weight"].norm().numpy(),
+    ],
+)
+def test_a_function_measures_as_an_expression_does(function):
+    run = train()
+    expected = run.measure(SIZE, progress=False).values
+    assert run.measure(function, name="size", progress=False).values == expected
+    assert run.measured("size") == expected and len(expected) == STEPS
+
+
+def test_a_function_gives_its_name_and_none_leaves_a_step_out():
+    def of_some_steps(step):
+        return step.number if step.number in (3, 5) else None
+
+    run = train()
+    assert run.measure(of_some_steps, progress=False).name == "of_some_steps"
+    assert run.measured("of_some_steps") == {3: 3, 5: 5}
+
+
+def test_a_function_must_give_one_number():
+    run = train()
+    with pytest.raises(ExpressionError, match=r"one number, not a tensor of shape \(8, 4\)"):
+        run.measure(lambda step: step.gradients["0.weight"], name="all", progress=False)
+    with pytest.raises(ExpressionError, match="one number, not 'many'"):
+        run.measure(lambda step: "many", name="all", progress=False)
+
+
+def test_what_is_not_finite_is_measured_too():
+    run = train(model=lambda: nn.Linear(4, 2), optimizer=partial(SGD, lr=1e20))
+    values = run.measure("parameters['weight'][0, 0] * 1", name="weight", progress=False).values
+    assert len(values) == STEPS and math.isnan(values[STEPS]) and math.isfinite(values[1])
+    measured = run.measured("weight")
+    assert repr(measured) == repr(values)
+
+
+# Names, intervals, what is there already.
+
+
+@pytest.mark.parametrize("question", ["loss * 2", SIZE, lambda step: step.loss])
+@pytest.mark.parametrize("every", [1, 7, 30, 31])
+def test_every_so_many_steps(question, every):
+    run = train()
+    measured = run.measure(question, name="it", every=every, progress=False)
+    assert list(measured.values) == list(run.measured("it")) == list(range(every, STEPS + 1, every))
+
+
+def test_a_previous_step_is_the_step_before_also_between_those_that_are_measured():
+    run = train()
+    text = "norm(previous.gradients['0.weight'])"
+    own = run.measure(SIZE, progress=False).values
+    assert run.measure(text, every=7, progress=False).values == {s: own[s - 1] for s in (7, 14, 21, 28)}
+
+
+def test_measurements_are_part_of_the_run():
+    made = new_training(network)
+    run = by_train(made, steps=STEPS, validation=(made.x, made.y), evaluate_every=10)
+    recorded = run.measurements
+    values = run.measure(SIZE, name="size", every=4, progress=False).values
+    opened = everystep.open(run.directory)
+    assert "size" in opened.measurement_names
+    own = opened.measurements.filter(pl.col("name") == "size")
+    assert own.rows() == [("size", step, value) for step, value in values.items()]
+    assert opened.measurements.filter(pl.col("name") != "size").equals(recorded)
+    frame = opened.table_frame()
+    assert frame["size"].to_list() == [values.get(step) for step in range(1, STEPS + 1)]
+    assert frame["loss"].equals(run.losses["loss"])
+
+
+def test_nothing_but_the_measurement_is_changed():
+    run = train()
+    losses, facts = run.losses, run.facts
+    before = files_of(run)
+    run.measure(SIZE, name="size", every=10, progress=False)
+    assert files_of(run) == before
+    assert run.losses.equals(losses)
+    assert run.facts == facts | {"measured": {"size": {"expression": SIZE, "every": 10}}}
+
+
+def files_of(run) -> dict[Path, bytes]:
+    paths = (path for path in run.directory.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in paths if not path.name.startswith("run.")}
+
+
+def test_a_name_is_taken_by_something_else():
+    made = new_training()
+    run = by_train(made, steps=10, metrics={"mean": lambda prediction, target: prediction.mean()})
+    recorded = run.measured("mean")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="has recorded 'mean' while it was trained; choose another"):
+            run.measure("loss", name="mean", overwrite=overwrite, progress=False)
+    for name in ("loss", "step", "lr", "validation_loss"):
+        with pytest.raises(UsageError, match=f"cannot be called '{name}'"):
+            run.measure("loss * 2", name=name, progress=False)
+    run.measure("loss * 2", name="it", progress=False)
+    with pytest.raises(UsageError, match=r"'it' of something else \(loss \* 2\).*or overwrite it"):
+        run.measure("loss * 3", name="it", progress=False)
+    twice = {step: 2 * loss for step, loss in run.losses.rows()}
+    assert run.measured("it") == twice
+    assert run.measured("mean") == recorded and len(recorded) > 1
+
+
+def test_overwriting_leaves_nothing_of_what_was_there():
+    run = train()
+    run.measure(SIZE, name="it", progress=False)
+    run.measure("loss", name="it", every=10, overwrite=True, progress=False)
+    assert run.measured("it") == {step: run.losses["loss"][step - 1] for step in (10, 20, 30)}
+    assert run.measurement_names == ["it"]
+
+
+def test_what_is_there_is_not_measured_again():
+    run = train()
+    asked = []
+
+    def count(step):
+        asked.append(step.number)
+        return step.loss
+
+    run.measure(count, every=10, progress=False)
+    run.measure(count, every=5, progress=False)
+    run.measure(count, every=5, progress=False)
+    assert asked == [10, 20, 30, 5, 15, 25]
+    assert list(run.measured("count")) == [5, 10, 15, 20, 25, 30]
+
+
+@pytest.mark.usefixtures("snapshots_every_8")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_measure_goes_on(error):
+    run = train(steps=60)
+    asked, stops_at = [], 45
+
+    def loss_of(step):
+        if step.number == stops_at:
+            raise error
+        asked.append(step.number)
+        return step.loss
+
+    with pytest.raises(error):
+        run.measure(loss_of, progress=False)
+    kept = max(step for step in run.snapshots if step < stops_at)
+    assert kept > 0
+    losses = dict(run.losses.rows())
+    assert run.measured("loss_of") == {step: losses[step] for step in range(1, kept + 1)}
+    asked.clear()
+    stops_at = 0
+    assert run.measure(loss_of, progress=False).values == losses
+    assert asked == list(range(kept + 1, 61))
+    assert run.measured("loss_of") == losses
+
+
+def test_steps_that_are_not_as_recorded_are_left_out():
+    run = train()
+    with closing(sqlite3.connect(run.directory / "run.sqlite")) as database:
+        database.execute("UPDATE steps SET loss = 1.5 WHERE step = 13")
+        database.commit()
+    until = min(step for step in run.snapshots if step >= 13)
+    measured = run.measure(SIZE, name="size", progress=False)
+    assert measured.left_out == (13,)
+    assert set(measured.values) == {*range(1, 13), *range(until + 1, STEPS + 1)}
+    assert run.measured("size") == measured.values
+    assert run.when("step == 20 and norm(gradients['0.weight']) > 0", progress=False).inexact == (13,)
+
+
+def test_measuring_leaves_the_callers_generator_alone():
+    run = train()
+    before = torch.get_rng_state()
+    run.measure(SIZE, progress=False)
+    run.measure(lambda step: step.loss, name="it", progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Conditions.
+
+
+@pytest.mark.usefixtures("snapshots_every_8")
+@pytest.mark.parametrize(
+    ("condition", "by_hand"),
+    [
+        (f"{SIZE} > 0.5", lambda now, before: now.gradients["0.weight"].norm() > 0.5),
+        (
+            "zeros(activations['1']) > 0.5",
+            lambda now, before: (now.activations["1"] == 0).double().mean() > 0.5,
+        ),
+        ("loss > 2 * previous.loss", lambda now, before: before and now.loss > 2 * before.loss),
+        (
+            f"{SIZE} > 2 * norm(previous.gradients['0.weight'])",
+            lambda now, before: (
+                before and now.gradients["0.weight"].norm() > 2 * before.gradients["0.weight"].norm()
+            ),
+        ),
+        (lambda step: step.batch.x[0, 0] > 1, lambda now, before: now.x[0, 0] > 1),
+        ("norm(parameters['0.bias']) < 0", lambda now, before: False),
+    ],
+    ids=str,
+)
+def test_when_finds_the_steps_of_a_loop_by_hand(condition, by_hand):
+    run = train()
+    seen = watched(new_training(network), steps=STEPS, batch_size=6)
+    pairs = zip(seen, [None, *seen], strict=False)
+    expected = tuple(now.number for now, before in pairs if by_hand(now, before))
+    assert len(expected) not in (1, STEPS)
+    for which, steps in {"all": expected, "first": expected[:1], "last": expected[-1:]}.items():
+        found = run.when(condition, which, progress=False)
+        assert (found.steps, found.inexact) == (steps, ()), which
+
+
+def test_conditions_on_recorded_columns_need_nothing_but_the_database():
+    made = new_training(schedule=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5))
+    run = by_train(made, steps=STEPS, validation=(made.x, made.y), evaluate_every=5)
+    run.measure(SIZE, name="size", every=3, progress=False)
+    sizes, losses = run.measured("size"), dict(run.losses.rows())
+    for path in ("programs", "snapshots"):
+        shutil.rmtree(run.directory / path)
+    opened = everystep.open(run.directory)
+
+    def when(condition, which="all"):
+        return opened.when(condition, which, progress=False).steps
+
+    assert when("step > 27") == (28, 29, 30)
+    assert when("lr < 0.02", "first") == (8,) and when("lr < 0.02", "last") == (30,)
+    assert when("lr < previous.lr") == (8, 15, 22, 29)
+    assert when("isnan(loss)") == ()
+    low = sorted(losses.values())[9]
+    assert when(f"loss <= {low!r}") == tuple(step for step, loss in losses.items() if loss <= low)
+    assert when("loss > previous.loss") == tuple(
+        step for step in range(2, STEPS + 1) if losses[step] > losses[step - 1]
+    )
+    limit = sorted(sizes.values())[4]
+    expected = tuple(step for step, size in sizes.items() if size <= limit)
+    assert when(f"size <= {limit!r}") == when(f"measurements['size'] <= {limit!r}") == expected
+    assert len(expected) == 5
+    validated = opened.measured("validation_loss")
+    assert when("validation_loss > 0") == tuple(validated) == (5, 10, 15, 20, 25, 30)
+    assert opened.measure("loss / 2", name="half", every=9, progress=False).values == {
+        step: losses[step] / 2 for step in (9, 18, 27)
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("norm(gradients['9.weight'])", "did you mean 2.weight or 0.weight?"),
+        ("size", "unknown name size"),
+        ("norm(gradients['0.weight']", "was never closed"),
+        ("activations['0']", "activations"),
+        ("__import__('os')", ""),
+    ],
+)
+def test_a_question_that_does_not_fit_is_refused_and_leaves_no_trace(text, said):
+    run = train(model=None, steps=3)
+    for ask in (run.measure, run.when):
+        with pytest.raises(ExpressionError) as refused:
+            ask(text, progress=False)
+        assert said in str(refused.value)
+    assert run.measurement_names == []
+
+
+@pytest.mark.usefixtures("snapshots_every_8")
+def test_processes_find_what_one_finds():
+    run = train(steps=40)
+    alone = run.measure(SIZE, name="alone", processes=1, progress=False)
+    shared = run.measure(SIZE, name="shared", processes=2, progress=False)
+    assert shared.values == alone.values == run.measured("shared")
+    assert len(shared.values) == 40
+
+
+# The commands.
+
+
+def test_the_commands_measure_and_find(everystep_command):
+    run = train()
+    options = ("--name", "size", "--every", 4, "--processes", 1)
+    code, out, err = everystep_command("measure", "sequential-1", SIZE, *options)
+    values = run.measured("size")
+    assert code == 0 and list(values) == list(range(4, STEPS + 1, 4))
+    assert out.startswith("size: 7 values, from ") and "at step 4, " in out
+    assert "everystep plot sequential-1 -m size -o measured.png" in err
+    header = everystep_command("losses", "sequential-1", "--csv")[1].splitlines()[0]
+    assert header == "step,loss,size"
+    low = sorted(run.losses["loss"])[3]
+    lines = [f"{step}\t{shortest(loss)}" for step, loss in run.losses.rows() if loss <= low]
+    condition = f"loss <= {low!r}"
+    assert everystep_command("when", "sequential-1", condition)[:2] == (0, f"{lines[0]}\n")
+    assert everystep_command("when", "sequential-1", condition, "--last")[:2] == (0, f"{lines[-1]}\n")
+    code, out, _ = everystep_command("when", "sequential-1", condition, "--all")
+    assert (code, out.splitlines()) == (0, lines) and len(lines) == 4
+    code, out, _ = everystep_command("when", "sequential-1", condition, "--all", "--json")
+    assert json.loads(out) == [
+        {"step": step, "loss": loss} for step, loss in run.losses.rows() if loss <= low
+    ]
+    assert everystep_command("when", "sequential-1", "isnan(loss)") == (1, "", "no step\n")
+    assert everystep_command("when", "sequential-1", "loss > 0", "--all", "--last")[0] == 2
+    code, out, err = everystep_command("measure", "sequential-1", "loss", "--name", "size")
+    assert (code, out) == (2, "") and "overwrite it" in err
+    assert everystep_command("measure", "sequential-1", "loss", "--name", "size", "--overwrite")[0] == 0
+    assert run.measured("size") == dict(run.losses.rows())
+
+
+# The first cause of what is not finite.
+
+
+def first_step_with(row):
+    batches = Batches(20, 6, 0)
+    return next(step for step in range(1, 5) if row in batches.indices(step).tolist())
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def with_function(function, width=8):
+    return nn.Sequential(nn.Linear(4, 8), Function(function), nn.Linear(width, 2))
+
+
+def is_finite(tensors):
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("engine", ["program", "eager"])
+def test_an_overflow_names_the_operation(engine):
+    made = new_training(lambda: nn.Linear(4, 2), optimizer=partial(SGD, lr=1e5))
+    losses = by_hand(made, steps=12)
+    first = next(step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss))
+    run = train(
+        model=lambda: nn.Linear(4, 2),
+        optimizer=partial(SGD, lr=1e5),
+        **{"batch_size": None, "steps": 12, "engine": engine},
+    )
+    found = run.first_nonfinite(progress=False)
+    assert found.step.number == first > 2
+    assert found.operation.operation.operator == "aten.mse_loss.default"
+    assert found.operation.operation.phase == "loss"
+    assert (found.name, found.nans, found.infinities, found.rows) == ("loss", 0, 1, ())
+    assert is_finite(found.operation.inputs.values())
+    for observed in found.step.operations[: found.index]:
+        assert is_finite([*observed.inputs.values(), *observed.results.values()])
+
+
+@pytest.mark.parametrize(
+    ("function", "operator", "change", "row"),
+    [
+        (torch.exp, "aten.exp.default", lambda made: made.x[15].mul_(1000), 15),
+        (lambda x: x.abs().log(), "aten.log.default", lambda made: made.x[5].zero_(), 5),
+        (lambda x: x / x, "aten.div.Tensor", lambda made: made.x[7].zero_(), 7),
+    ],
+    ids=["exp", "log", "div"],
+)
+def test_an_operation_that_makes_it_is_named_with_the_row(function, operator, change, row):
+    def without_bias(made):
+        change(made)
+        made.model[0].bias = None
+
+    run = train(without_bias, model=partial(with_function, function))
+    found = run.first_nonfinite(progress=False)
+    assert found.step.number == first_step_with(row)
+    operation = found.operation.operation
+    assert (operation.operator, operation.module, operation.phase) == (operator, "1", "forward")
+    assert found.rows == (row,)
+    made = new_training(partial(with_function, function))
+    with torch.no_grad():
+        without_bias(made)
+        made.model[0].load_state_dict({"weight": found.step.parameters["0.weight"]})
+        by_hand = function(made.model[0](made.x[[row]]))
+    assert found.nans == int(by_hand.isnan().sum()) and found.infinities == int(by_hand.isinf().sum())
+
+
+@pytest.mark.parametrize(
+    ("letter", "value", "counts"), [("x", math.nan, (1, 0)), ("y", -math.inf, (0, 1))]
+)
+def test_what_was_in_the_data_is_named_with_its_row(letter, value, counts):
+    def put(made):
+        getattr(made, letter)[13, 1] = value
+
+    found = train(put).first_nonfinite(progress=False)
+    assert found.step.number == first_step_with(13)
+    assert found.operation is None and found.index is None
+    assert (found.name, found.rows, (found.nans, found.infinities)) == (letter, (13,), counts)
+
+
+def test_what_was_in_a_parameter_is_named():
+    def put(made):
+        made.model[3].weight[1, 2] = math.nan
+
+    found = train(put).first_nonfinite(progress=False)
+    assert (found.step.number, found.index, found.name, found.nans, found.rows) == (
+        *(1, None, "3.weight", 1),
+        (),
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_update_that_makes_it_is_named(fused):
+    def dead(made):
+        made.model[0].bias[2] = -100.0
+
+    adam = partial(Adam, lr=0.01, eps=0.0, fused=fused)
+    found = train(dead, optimizer=adam, batch_size=None).first_nonfinite(progress=False)
+    operation = found.operation.operation
+    assert (found.step.number, operation.phase) == (1, "update")
+    assert operation.operator == ("aten._fused_adam_.tensor_lr" if fused else "torch.optim.Adam")
+    assert (found.name, found.nans) == ("parameter/0.weight", 4)
+
+
+@pytest.mark.usefixtures("snapshots_every_8")
+def test_the_first_of_many_pieces_is_named():
+    made = new_training(lambda: nn.Linear(4, 2), optimizer=partial(SGD, lr=3.0))
+    losses = by_hand(made, steps=120)
+    first = next(step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss))
+    run = train(
+        model=lambda: nn.Linear(4, 2),
+        optimizer=partial(SGD, lr=3.0),
+        **{"batch_size": None, "steps": 120},
+    )
+    assert run.facts["nonfinite_step"] == first > 24
+    assert run.first_nonfinite(progress=False).step.number == first
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"model": normalized}, {"optimizer": partial(Adam, lr=0.01)}, {"engine": "eager"}]
+)
+def test_where_all_is_finite_nothing_is_found(options):
+    assert train(**options).first_nonfinite(progress=False) is None
+
+
+def test_a_causal_mask_is_no_finding():
+    case = next(case for case in CASES if case.name == "causal transformer")
+    run = by_train(case.make(), **case.options)
+    masks = [o for o in run[1].operations if not is_finite(o.results.values())]
+    assert masks
+    assert run.first_nonfinite(progress=False) is None
+
+
+def masked(x, share):
+    scores = x[:, :, None] * x[:, None, :]
+    mask = torch.ones(8, 8).tril() if share else torch.zeros(8, 8)
+    return scores.masked_fill(mask == 0, -math.inf).softmax(-1).sum(1)
+
+
+def test_a_mask_is_no_finding_but_what_it_makes_of_a_row_without_anything_is():
+    run = train(model=partial(with_function, partial(masked, share=True)))
+    assert any(not is_finite(o.results.values()) for o in run[1].operations)
+    assert run.first_nonfinite(progress=False) is None
+    found = train(model=partial(with_function, partial(masked, share=False))).first_nonfinite(
+        progress=False
+    )
+    assert found.step.number == 1
+    assert found.operation.operation.operator == "aten._softmax.default"
+    assert (found.nans, found.infinities) == (6 * 64, 0)
+
+
+def test_the_command_names_the_cause(everystep_command):
+    def put(made):
+        made.x[13, 1] = math.nan
+
+    train(put)
+    step = first_step_with(13)
+    code, out, _ = everystep_command("when", "sequential-1", "nonfinite")
+    assert code == 0
+    assert out == f"step {step}: x has 1 NaN from the beginning\n  rows of the data: 13\n"
+    code, out, _ = everystep_command("when", "sequential-1", "nonfinite", "--json")
+    assert json.loads(out) == {
+        "step": step,
+        "operation": None,
+        "operator": None,
+        "module": None,
+        "phase": None,
+        "tensor": "x",
+        "nans": 1,
+        "infinities": 0,
+        "rows": [13],
+    }
+    train()
+    code, out, _ = everystep_command("when", "sequential-2", "nonfinite")
+    assert (code, out) == (1, "every result of every operation is finite\n")
