@@ -230,7 +230,7 @@ def report(run: RunArgument, output: PageOption) -> None:
     _write(output, lambda: output.write_text(content, encoding="utf-8"))
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # -1 is a step
 def step(
     run: RunArgument,
     number: Annotated[
@@ -256,6 +256,8 @@ def step(
     from everystep.views.step import step_text
     from everystep.views.step_json import step_json
 
+    if phase is not None and operation is not None:
+        raise UsageError("--phase and --op exclude each other; choose one")
     opened = open(run)
     found = opened[number]
     _tell(opened.problems)

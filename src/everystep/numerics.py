@@ -70,6 +70,7 @@ class Numerics:
     threads: int
     deterministic_algorithms: bool
     flush_denormal: bool
+    default_dtype: str
     float32_matmul_precision: str
     onednn: bool
     cudnn_benchmark: bool
@@ -90,6 +91,7 @@ class Numerics:
             threads=torch.get_num_threads(),
             deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
             flush_denormal=_flushes_denormals(),
+            default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
             float32_matmul_precision=torch.get_float32_matmul_precision(),
             onednn=bool(torch.backends.mkldnn.enabled),
             cudnn_benchmark=bool(torch.backends.cudnn.benchmark),
@@ -153,21 +155,24 @@ def warning() -> str | None:
 
 
 @contextmanager
-def in_force(threads: int | None = None) -> Iterator[None]:
-    """Hold deterministic algorithms, unflushed denormals and `threads` within; restore them after.
+def in_force(threads: int | None = None, default_dtype: str | None = None) -> Iterator[None]:
+    """Hold deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
 
     All of these belong to the process: of trainings in several threads, the last to end restores them.
     """
     import torch
 
-    threads_before = torch.get_num_threads()
+    threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
     _held.enter()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
+        if default_dtype in ("float16", "bfloat16", "float32", "float64"):
+            torch.set_default_dtype(getattr(torch, default_dtype))
         yield
     finally:
         torch.set_num_threads(threads_before)
+        torch.set_default_dtype(dtype_before)
         _held.leave()
 
 

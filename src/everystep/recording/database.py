@@ -159,7 +159,9 @@ class Database:
     def losses_between(self, first: int, last: int) -> list[float | None]:
         """Return the losses of steps `first` to `last`, in their order."""
         query = "SELECT loss FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
-        return [loss for (loss,) in self._rows(query, first, last)]
+        most = 2**63 - 1  # SQLite has no larger number
+        ends = (max(-most, min(first, most)), max(-most, min(last, most)))
+        return [loss for (loss,) in self._rows(query, *ends)]
 
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""

@@ -23,6 +23,9 @@ from everystep.replay.workers import recorded_numerics
 
 __all__ = ["Difference", "diff"]
 
+#: Runs that took less time than this together are gone through whole.
+THOROUGH_SECONDS = 4.0
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -31,8 +34,8 @@ class Difference:
     experiments, numerics: what was asked for, and what bits depend on besides, by name, in both; steps:
     how many each took; loss: the first that differs (recorded: of the first run, replayed: of the
     second), None if none does; common_state: the last snapshot that both have and that is the same;
-    states: tensors of the first common snapshot that differs; operation: where they part; problems: why
-    something could not be said.
+    states: tensors of the first common snapshot that differs; operation: where they part; is_thorough:
+    whether every step was gone through; problems: why something could not be said.
     """
 
     names: tuple[str, str]
@@ -44,11 +47,12 @@ class Difference:
     states: tuple[StateDifference, ...]
     operation: OperationDifference | None
     problems: tuple[str, ...]
+    is_thorough: bool = False
 
     @property
     def is_same(self) -> bool:
-        """Whether both runs took as many steps, with the same losses and states."""
-        parts = (self.loss, self.states, self.operation)
+        """Whether the same was asked for, and all that was compared is the same."""
+        parts = (self.loss, self.states, self.operation, self.experiments)
         return not any(parts) and self.steps[0] == self.steps[1]
 
 
@@ -66,7 +70,8 @@ def diff(
         one: the first run.
         other: the second run.
         thorough: go through every step, not only those between the last common state and the first
-            difference: finds what shows in no loss and in no snapshot.
+            difference: finds what shows in no loss and in no snapshot. That is done unasked where it
+            takes a few seconds, and the experiments or the numerics differ.
         objects: what the user trained each with, for steps that no program takes.
         told: is told of steps that are done.
 
@@ -76,29 +81,34 @@ def diff(
     loss = _first_loss(one, other)
     common, states, problems = _snapshots(one, other)
     steps = (one.summary().steps, other.summary().steps)
-    ends = [loss.step if loss else None, states[0].state or 1 if states else None]
-    last = min((end for end in ends if end is not None), default=min(steps) if thorough else 0)
+    experiments = _experiments(one.facts, other.facts)
+    numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
+    ends = [loss.step] if loss else []
+    ends += [states[0].state or 1] if states else []
+    if not ends and (experiments or numerics):
+        thorough |= sum(run.facts.get("seconds", 0.0) for run in (one, other)) < THOROUGH_SECONDS
+    last = min(steps) if thorough and not ends else min(ends, default=0)
     operation = None
     if last:
-        begin = 0 if thorough or common is None else common
-        # A state that differs shows in the step after it at the latest.
-        last = min(max(last, begin + 1), *steps)
+        first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
         search = Lockstep(one, other, objects, told)
         try:
-            operation = search.first(begin + 1, last)
+            # A state that differs shows in the step after it at the latest.
+            operation = search.first(first, min(max(last, first), *steps))
             problems += search.departures()
         except RunError as error:
             problems.append(str(error))
     return Difference(
         names=(one.name, other.name),
-        experiments=_experiments(one.facts, other.facts),
-        numerics=recorded_numerics(one.facts).differences(recorded_numerics(other.facts)),
+        experiments=experiments,
+        numerics=numerics,
         steps=steps,
         loss=loss,
-        common_state=common,
+        common_state=common[-1] if common else None,
         states=tuple(states),
         operation=operation,
         problems=tuple(dict.fromkeys(problems)),
+        is_thorough=thorough,
     )
 
 
@@ -115,10 +125,10 @@ def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:
 
 def _snapshots(
     one: RecordedRun, other: RecordedRun
-) -> tuple[int | None, list[StateDifference], list[str]]:
-    """Return the last common state before the first that differs, and what differs in that one."""
+) -> tuple[list[int], list[StateDifference], list[str]]:
+    """Return the common states before the first that differs, and what differs in that one."""
     rows = [{row.step: row for row in run.snapshot_rows()} for run in (one, other)]
-    common: int | None = None
+    common: list[int] = []
     problems: list[str] = []
     random = draws_at_random(one) or draws_at_random(other)
     for step in sorted(rows[0].keys() & rows[1].keys()):
@@ -136,7 +146,7 @@ def _snapshots(
             ]
             if different:
                 return common, different, problems
-        common = step
+        common.append(step)
     return common, [], problems
 
 

@@ -129,7 +129,9 @@ class Fork:
         if schedule is None or known is None:
             return state
         known.restore(trainee.model, trainee.loss, trainee.optimizer, schedule, trainee.device)
-        advance = EagerStep(trainee).advance
+        batches = self.stretch.facts["batches"]
+        # Epochs are the parent's up to here.
+        advance = EagerStep(replace(trainee, steps_per_epoch=batches["steps_per_epoch"])).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
             # It says that the optimizer has taken no step, which is so.

@@ -17,6 +17,7 @@ from everystep.replay.opener import Opener
 from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, compare_steps, draws
 from everystep.replay.replay import Replay
 from everystep.replay.workers import recorded_numerics
+from everystep.step.eager import Trainee
 
 __all__ = ["Lockstep", "draws_at_random"]
 
@@ -82,11 +83,15 @@ def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ra
     """Take steps again; return for each a digest of what it took and gave."""
     found = []
     batch = b""
+    at = -1
     with replay.in_force(first):
         for number in range(first, last + 1):
-            revived = replay.go_to(number - 1, replay.stretch_of(number))
-            trainee = revived.trainee
             digest = hashlib.sha256()
+            if replay.stretch_of(number) != at:
+                at = replay.stretch_of(number)
+                revived = replay.go_to(number - 1, at)
+                trainee = revived.trainee
+                _add_state(digest, trainee)
             if revived.is_by_program(number):
                 revived.begin(number)
             digest.update(json.dumps(trainee.hyperparameters()).encode())
@@ -105,11 +110,15 @@ def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ra
             else:
                 losses = revived.run(number).tolist()
             replay.compare(number, losses, replay.run.losses_between(number, number))
-            for name, tensor in sorted(trainee.named_state().items()):
-                digest.update(name.encode())
-                digest.update(_bytes(tensor))
+            _add_state(digest, trainee)
             found.append(digest.hexdigest())
     return found
+
+
+def _add_state(digest: Any, trainee: Trainee) -> None:
+    for name, tensor in sorted(trainee.named_state().items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
 
 
 def draws_at_random(run: RecordedRun) -> bool:

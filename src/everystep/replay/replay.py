@@ -158,7 +158,8 @@ class Replay:
         facts = self.stretches[self.stretch_of(step)].facts
         device = torch.device(facts["device"])
         known = facts["numerics"]
-        with numerics.in_force(self._threads or known["threads"]), generators_preserved(device):
+        threads, dtype = self._threads or known["threads"], known.get("default_dtype")
+        with numerics.in_force(threads, dtype), generators_preserved(device):
             if self._generators is not None:
                 self._generators.restore(device)
             try:

@@ -153,7 +153,11 @@ def _skeleton(
             "with what it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
         )
     problems: list[str] = []
+    # Any state says what the optimizer is like; from the first of the stretch it is quickest to go on.
     state = run.state_near(stretch.first, told=problems.append)
+    for row in run.snapshot_rows():
+        if state is None and row.step > stretch.first:
+            state = run.state_near(row.step, after=row.step - 1, told=problems.append)
     if state is None:
         raise RunError(
             f"{run.name} has no state to begin with: {'; '.join(problems) or 'none is there'}"

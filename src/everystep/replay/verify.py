@@ -26,7 +26,8 @@ class Verification:
 
     steps: how many were taken again; different_steps: of how many the loss was another; first_loss:
     the first of these, None if there is none; loss_distance: how far it is off, in units in the last
-    place; snapshots: how many states were compared; states: what differed in them, in their order;
+    place; snapshots: how many states after state 0 were compared, of `all_snapshots`; states: what
+    differed in them, in their order;
     numerics: what bits depend on and is another here, with the recorded value and the one here;
     problems: what could not be read; threads: with how many threads which number of steps was taken.
     """
@@ -36,6 +37,7 @@ class Verification:
     first_loss: LossDifference | None
     loss_distance: int | None
     snapshots: int
+    all_snapshots: int
     states: tuple[StateDifference, ...]
     numerics: dict[str, tuple[Any, Any]]
     problems: tuple[str, ...]
@@ -97,6 +99,7 @@ def verify(
         first_loss=firsts[0] if firsts else None,
         loss_distance=_loss_distance(run, firsts[0]) if firsts else None,
         snapshots=sum(each.compared for each in walked),
+        all_snapshots=sum(row.step > 0 for row in run.snapshot_rows()),
         states=tuple(difference for each in walked for difference in each.states),
         numerics=_other_numerics(run, walked[0].numerics if walked else None),
         problems=tuple(dict.fromkeys(problem for each in walked for problem in each.problems)),

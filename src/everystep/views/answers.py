@@ -78,7 +78,7 @@ def verify_data(name: str, found: Verification) -> dict[str, Any]:
         "first_different_loss": None
         if loss is None
         else loss._asdict() | {"units_in_the_last_place": found.loss_distance},
-        "snapshots": found.snapshots,
+        "snapshots": {"compared": found.snapshots, "of": found.all_snapshots},
         "different_tensors": [each._asdict() for each in found.states],
         "numerics": {key: list(pair) for key, pair in found.numerics.items()},
         "threads": {str(count): steps for count, steps in found.threads.items()},
@@ -125,6 +125,7 @@ def diff_data(found: Difference) -> dict[str, Any]:
         "steps": list(found.steps),
         "loss": None if loss is None else {"step": loss.step, "values": [loss.recorded, loss.replayed]},
         "common_state": found.common_state,
+        "thorough": found.is_thorough,
         "states": [each._asdict() for each in found.states],
         "operation": None if operation is None else _operation_data(operation),
         "problems": list(found.problems),
@@ -199,7 +200,10 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
 
 def _snapshots_text(found: Verification) -> str:
     if not found.states:
-        return f"all {found.snapshots:,} after state 0 as recorded, bit for bit"
+        count = f"all {found.snapshots:,}"
+        if found.snapshots < found.all_snapshots:
+            count = f"{found.snapshots:,} of {found.all_snapshots:,}"
+        return f"{count} after state 0 as recorded, bit for bit"
     states = sorted({each.state for each in found.states})
     first = [each for each in found.states if each.state == states[0]]
     return (
@@ -287,11 +291,18 @@ def _operation_data(found: OperationDifference) -> dict[str, Any]:
 
 
 def _verdict(found: Difference) -> str:
-    if found.is_same:
+    if found.loss is not None or found.states or found.operation is not None:
+        return "the runs differ"
+    if found.is_same and not found.numerics:
         return "the runs are the same, bit for bit"
-    if found.loss is None and not found.states and found.operation is None:
+    if found.steps[0] != found.steps[1] and not found.experiments:
         return f"the first {min(found.steps):,} steps are the same; one run is longer"
-    return "the runs differ"
+    same = f"every loss and every common snapshot of the first {min(found.steps):,} steps is the same"
+    if found.is_thorough:
+        same = f"every operation of the first {min(found.steps):,} steps gives the same"
+    elif found.experiments or found.numerics:
+        same += "; --thorough looks at every operation"
+    return f"{same}, bit for bit" if found.is_same or found.is_thorough else same
 
 
 def _range(tensor: Any) -> str:
