@@ -379,7 +379,14 @@ def measure(
     from everystep.views.answers import measured_text
 
     opened = open(run)
-    found = opened.measure(expression, name=name, every=every, overwrite=overwrite, processes=processes)
+    try:
+        found = opened.measure(
+            expression, name=name, every=every, overwrite=overwrite, processes=processes
+        )
+    except KeyboardInterrupt:
+        count = len(opened.measured(name or expression))
+        _hint(f"stopped; {count:,} values are kept, and the same command goes on from there")
+        raise
     typer.echo(measured_text(found))
     _hint(f"everystep plot {run} -m {shlex.quote(found.name)} -o measured.png")
     if found.left_out:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim.lr_scheduler import LRScheduler
 
+    from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
-    from everystep.replay.measure import Found, Measured
+    from everystep.replay.measure import Measured
     from everystep.replay.nonfinite import NonFinite
     from everystep.replay.objects import Objects
     from everystep.replay.opener import Opener
@@ -171,10 +172,15 @@ class Run(RecordedRun):
             UsageError: the condition does not fit.
             RunError: something that is needed is missing or cannot be read.
         """
+        asked, _ = self._question(condition)
+        if getattr(asked, "is_recorded", False):
+            from everystep.replay.columns import Found, ask_columns, chosen
+
+            steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
+            return Found(chosen(steps, which))
         from everystep.replay.measure import when
         from everystep.views.progress import counting
 
-        asked, _ = self._question(condition)
         with counting("looking", len(self), progress) as told:
             return when(self, asked, which, objects=self._objects, processes=processes, told=told)
 
@@ -272,9 +278,14 @@ class Run(RecordedRun):
         numerics.prepare()
         if not isinstance(question, str):
             return question, getattr(question, "__name__", "measurement")
-        from everystep.replay.ask import read_question
+        from everystep.replay.columns import read_question
 
-        return read_question(question, self, self._objects), question
+        expression = read_question(question, self)
+        if not expression.is_recorded:
+            from everystep.replay.ask import check_question
+
+            check_question(expression, self, self._objects)
+        return expression, question
 
     @property
     def _opener(self) -> Opener:

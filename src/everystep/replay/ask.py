@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,73 +10,18 @@ from torch import Tensor
 
 from everystep.errors import ExpressionError
 from everystep.recording.run import RecordedRun
-from everystep.replay.expression import Expression, Reference, parse
+from everystep.replay.columns import Answers, Evaluator
+from everystep.replay.expression import Expression, Reference
 from everystep.replay.objects import Objects
 from everystep.replay.probe import Probe
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step
 from everystep.replay.walk import Piece, Walked, coarser, pieces, walk
-from everystep.step.hyperparameters import is_hyperparameter
 
-__all__ = ["Question", "ask", "ask_columns", "read_question"]
+__all__ = ["Question", "ask", "check_question"]
 
 #: An expression, or what makes a number of an opened step.
 Question = Expression | Callable[[Step], Any]
-
-Answers = list[tuple[int, float]]
-
-
-class Columns:
-    """The recorded columns of a run that an expression names: measurements by step."""
-
-    def __init__(self, run: RecordedRun, expression: Expression) -> None:
-        names = {r.name for r in expression.references if r.kind == "measurements"}
-        self._values = {name: run.measured(name) for name in names}
-        # A learning rate is recorded where it changes.
-        self._steps = {name: list(self._values[name]) for name in names if is_hyperparameter(name)}
-
-    def value(self, name: str, step: int) -> float | None:
-        """Return what was measured at a step, or None."""
-        values = self._values[name]
-        if name in self._steps:
-            index = bisect_right(self._steps[name], step) - 1
-            return values[self._steps[name][index]] if index >= 0 else None
-        return values.get(step)
-
-
-class _NothingThereError(Exception):
-    """Something that an expression names has no value at this step."""
-
-
-class _Evaluator:
-    """Evaluates an expression, step after step."""
-
-    def __init__(self, expression: Expression, run: RecordedRun, as_condition: bool) -> None:
-        self._evaluate = expression.truth if as_condition else expression.number
-        self._columns = Columns(run, expression)
-        self.previous_loss: float | None = None
-
-    def answer(self, number: int, loss: float, probe: Probe | None) -> float | None:
-        """Return the answer at a step, or None where something that it takes is not there."""
-
-        def value_of(reference: Reference) -> Any:
-            found: Any = None
-            if reference.kind == "step":
-                found = number - reference.is_previous
-            elif reference.kind == "loss":
-                found = self.previous_loss if reference.is_previous else loss
-            elif reference.kind == "measurements":
-                found = self._columns.value(reference.name, number - reference.is_previous)
-            elif probe is not None and probe.has(reference):
-                found = probe.value_of(reference)
-            if found is None:
-                raise _NothingThereError
-            return found
-
-        try:
-            return float(self._evaluate(value_of))
-        except _NothingThereError:
-            return None
 
 
 class Asking:
@@ -107,7 +51,7 @@ class Asking:
         self._only_first = only_first
         self._skipped = skipped
         self._evaluator = (
-            _Evaluator(question, run, as_condition) if isinstance(question, Expression) else None
+            Evaluator(question, run, as_condition) if isinstance(question, Expression) else None
         )
         self._answers: Answers = []
         self._probe: Probe | None = None
@@ -197,18 +141,13 @@ class Asking:
         return -(-(number + 1) // self._every) * self._every
 
 
-def read_question(text: str, run: RecordedRun, objects: Objects | None = None) -> Expression:
-    """Read an expression, and try it on the first step of a run.
+def check_question(expression: Expression, run: RecordedRun, objects: Objects | None = None) -> None:
+    """Check what an expression names against the first step of a run.
 
     Raises:
-        ExpressionError: it cannot be read, names what is not there, or does not fit.
-        RunError: the run has no step to try it on, or that cannot be opened.
+        ExpressionError: it names what is not there.
+        RunError: the run has no step, or it cannot be opened.
     """
-    names = run.measurement_names
-    expression = parse(text, names)
-    expression.check({"measurements": names})
-    if expression.is_recorded:
-        return expression
     replay = Replay(run, objects)
     step = replay.step(1)
     expression.check(
@@ -220,7 +159,6 @@ def read_question(text: str, run: RecordedRun, objects: Objects | None = None) -
             "updates": list(step.updates),
         }
     )
-    return expression
 
 
 def _modules(replay: Replay) -> list[str]:
@@ -275,24 +213,3 @@ def ask(
         if any(n not in skipped for n in range(-(-piece.first // every) * every, piece.last + 1, every))
     ]
     yield from walk(run, due[::-1] if from_end else due, asking, objects, processes, told)
-
-
-def ask_columns(
-    expression: Expression, run: RecordedRun, wanted: tuple[int, int], *, as_condition: bool = False
-) -> Answers:
-    """Answer from recorded columns alone.
-
-    Raises:
-        ExpressionError: the expression does not fit.
-    """
-    evaluator = _Evaluator(expression, run, as_condition)
-    first, last = wanted
-    before = run.losses_between(first - 1, first - 1)
-    evaluator.previous_loss = before[0] if before else None
-    answers = []
-    for number, loss in enumerate(run.losses_between(first, last), start=first):
-        answer = evaluator.answer(number, loss, None)
-        if answer is not None and (answer or not as_condition):
-            answers.append((number, answer))
-        evaluator.previous_loss = loss
-    return answers

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from everystep.errors import UsageError
 from everystep.recording.additions import adding
 from everystep.recording.run import RecordedRun
-from everystep.replay.ask import Question, ask, ask_columns
+from everystep.replay.ask import Question, ask
+from everystep.replay.columns import Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression
 from everystep.replay.objects import Objects
 from everystep.replay.walk import Walked
 from everystep.training.measurements import RESERVED_NAMES
 
-__all__ = ["Found", "Measured", "measure", "when"]
-
-Which = Literal["first", "last", "all"]
+__all__ = ["Measured", "measure", "when"]
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,6 @@ class Measured:
     name: str
     values: dict[int, float]
     left_out: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Found:
-    """The steps at which a condition is true; inexact: steps from which on a replay was not exact."""
-
-    steps: tuple[int, ...]
-    inexact: tuple[int, ...]
 
 
 def measure(
@@ -116,9 +107,6 @@ def when(
         RunError: something that is needed is missing or cannot be read.
     """
     last = run.summary().steps
-    if isinstance(condition, Expression) and condition.is_recorded:
-        steps = [step for step, _ in ask_columns(condition, run, (1, last), as_condition=True)]
-        return Found(_chosen(steps, which), ())
     found: list[int] = []
     inexact: list[int] = []
     done: set[int] = set()
@@ -142,11 +130,7 @@ def when(
             best = (max if which == "last" else min)(found, default=0)
             if best and which in covers and done.issuperset(covers[which](best)):
                 break
-    return Found(_chosen(sorted(found), which), tuple(sorted(inexact)))
-
-
-def _chosen(steps: list[int], which: Which) -> tuple[int, ...]:
-    return tuple({"first": steps[:1], "last": steps[-1:], "all": steps}[which])
+    return Found(chosen(sorted(found), which), tuple(sorted(inexact)))
 
 
 def _exact(walked: Walked) -> tuple[list[tuple[int, float]], list[int]]:

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["hyperparameters", "is_hyperparameter", "set_hyperparameter"]
 
@@ -36,6 +36,8 @@ def is_hyperparameter(name: str) -> bool:
 
 def set_hyperparameter(optimizer: torch.optim.Optimizer, name: str, value: float) -> None:
     """Set a number that `hyperparameters` gave that name; a param group that is not there has none."""
+    from torch import Tensor
+
     match = _NAME.fullmatch(name)
     index = int(match[2] or 0) if match else 0
     if match is None or index >= len(optimizer.param_groups):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from everystep.views.terminal import number, shortest
 
 if TYPE_CHECKING:
+    from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
-    from everystep.replay.measure import Found, Measured
+    from everystep.replay.measure import Measured
     from everystep.replay.nonfinite import NonFinite
     from everystep.replay.operations import OperationDifference, TensorDifference
     from everystep.replay.verify import Verification

@@ -1,0 +1,118 @@
+"""Questions that recorded columns answer: losses and measurements. Imports no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from everystep.recording.run import RecordedRun
+from everystep.replay.expression import Expression, Reference, parse
+from everystep.step.hyperparameters import is_hyperparameter
+
+if TYPE_CHECKING:
+    from everystep.replay.probe import Probe
+
+__all__ = ["Answers", "Evaluator", "Found", "Which", "ask_columns", "chosen", "read_question"]
+
+Answers = list[tuple[int, float]]
+Which = Literal["first", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The steps at which a condition is true; inexact: steps from which on a replay was not exact."""
+
+    steps: tuple[int, ...]
+    inexact: tuple[int, ...] = ()
+
+
+def read_question(text: str, run: RecordedRun) -> Expression:
+    """Read an expression about the steps of a run.
+
+    Raises:
+        ExpressionError: it cannot be read, or names a measurement that is not there.
+    """
+    names = run.measurement_names
+    expression = parse(text, names)
+    expression.check({"measurements": names})
+    return expression
+
+
+def ask_columns(
+    expression: Expression, run: RecordedRun, wanted: tuple[int, int], *, as_condition: bool = False
+) -> Answers:
+    """Answer from recorded columns alone.
+
+    Raises:
+        ExpressionError: the expression does not fit.
+    """
+    evaluator = Evaluator(expression, run, as_condition)
+    first, last = wanted
+    before = run.losses_between(first - 1, first - 1)
+    evaluator.previous_loss = before[0] if before else None
+    answers = []
+    for number, loss in enumerate(run.losses_between(first, last), start=first):
+        answer = evaluator.answer(number, loss, None)
+        if answer is not None and (answer or not as_condition):
+            answers.append((number, answer))
+        evaluator.previous_loss = loss
+    return answers
+
+
+def chosen(steps: list[int], which: Which) -> tuple[int, ...]:
+    """Return the first of steps in their order, the last, or all."""
+    return tuple({"first": steps[:1], "last": steps[-1:], "all": steps}[which])
+
+
+class Columns:
+    """The recorded columns of a run that an expression names: measurements by step."""
+
+    def __init__(self, run: RecordedRun, expression: Expression) -> None:
+        names = {r.name for r in expression.references if r.kind == "measurements"}
+        self._values = {name: run.measured(name) for name in names}
+        # A learning rate is recorded where it changes.
+        self._steps = {name: list(self._values[name]) for name in names if is_hyperparameter(name)}
+
+    def value(self, name: str, step: int) -> float | None:
+        """Return what was measured at a step, or None."""
+        values = self._values[name]
+        if name in self._steps:
+            index = bisect_right(self._steps[name], step) - 1
+            return values[self._steps[name][index]] if index >= 0 else None
+        return values.get(step)
+
+
+class _NothingThereError(Exception):
+    """Something that an expression names has no value at this step."""
+
+
+class Evaluator:
+    """Evaluates an expression, step after step."""
+
+    def __init__(self, expression: Expression, run: RecordedRun, as_condition: bool) -> None:
+        self._evaluate = expression.truth if as_condition else expression.number
+        self._columns = Columns(run, expression)
+        self.previous_loss: float | None = None
+
+    def answer(self, number: int, loss: float, probe: Probe | None) -> float | None:
+        """Return the answer at a step, or None where something that it takes is not there."""
+
+        def value_of(reference: Reference) -> Any:
+            found: Any = None
+            if reference.kind == "step":
+                found = number - reference.is_previous
+            elif reference.kind == "loss":
+                found = self.previous_loss if reference.is_previous else loss
+            elif reference.kind == "measurements":
+                found = self._columns.value(reference.name, number - reference.is_previous)
+            elif probe is not None and probe.has(reference):
+                found = probe.value_of(reference)
+            if found is None:
+                raise _NothingThereError
+            return found
+
+        try:
+            return float(self._evaluate(value_of))
+        except _NothingThereError:
+            return None
