@@ -150,7 +150,8 @@ def runs(
     if json:
         typer.echo(runs_json(summaries))
     elif summaries:
-        Console(highlight=False).print(runs_table(summaries))
+        width = None if sys.stdout.isatty() else 200  # whoever reads it cuts lines as they like
+        Console(highlight=False, width=width).print(runs_table(summaries))
     else:
         _hint(f"{directory} has no runs; everystep train makes the first")
 
@@ -423,10 +424,14 @@ def when(
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
         steps = ", ".join(map(str, found.inexact))
-        _hint(f"everystep: taken again, losses are not as recorded from step {steps} on; see verify")
+        _hint(
+            "everystep: left out, because a replayed loss was not the recorded one, from step "
+            f"{steps} on; everystep verify says more"
+        )
     losses = {step: opened.losses_between(step, step)[0] for step in found.steps}
     if json:
-        typer.echo(as_json([{"step": step, "loss": loss} for step, loss in losses.items()]))
+        steps_data = [{"step": step, "loss": loss} for step, loss in losses.items()]
+        typer.echo(as_json({"steps": steps_data, "left_out_from": list(found.inexact)}))
     else:
         typer.echo(when_text(found, losses), nl=False)
     if not found.steps:

@@ -85,6 +85,7 @@ def diff(
     numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
     ends = [loss.step] if loss else []
     ends += [states[0].state or 1] if states else []
+    asked = thorough
     if not ends and (experiments or numerics):
         thorough |= sum(run.facts.get("seconds", 0.0) for run in (one, other)) < THOROUGH_SECONDS
     last = min(steps) if thorough and not ends else min(ends, default=0)
@@ -97,6 +98,9 @@ def diff(
             operation = search.first(first, min(max(last, first), *steps))
             problems += search.departures()
         except RunError as error:
+            if asked and not ends:  # all that was asked for cannot be done
+                raise
+            thorough = False
             problems.append(str(error))
     return Difference(
         names=(one.name, other.name),

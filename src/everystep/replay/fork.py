@@ -240,8 +240,8 @@ def fork_objects(
         before = _bring_objects_to(job.trainee, state, keep=not is_own and not goes_on)
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
-        for group in job.trainee.optimizer.param_groups if lr is not None else ():
-            group["lr"] = lr
+        if lr is not None:
+            _set_rate(job.trainee, lr)
         job.facts["optimizer"] = {"text": optimizer_text(job.trainee.optimizer)}
         return asked.train(job, before, own.data is not None, progress)
 
@@ -273,11 +273,19 @@ def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) 
     }
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in settings.items() if not same_schedule or k in changed})
-        if same_schedule and schedule is not None and "lr" in changed:
-            group["initial_lr"] = group["lr"]
     if same_schedule and schedule is not None and "lr" in changed:
-        schedule.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        _set_rate(trainee, optimizer.param_groups[0]["lr"])
     return before
+
+
+def _set_rate(trainee: Trainee, lr: float) -> None:
+    """Set the learning rate; a schedule goes on from it."""
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = lr
+        if "initial_lr" in group:
+            group["initial_lr"] = lr
+    if trainee.schedule is not None and hasattr(trainee.schedule, "base_lrs"):
+        trainee.schedule.base_lrs = [lr for _ in trainee.optimizer.param_groups]
 
 
 def _bring_objects_to(trainee: Trainee, state: State, keep: bool) -> dict[str, float]:

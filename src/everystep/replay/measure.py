@@ -124,8 +124,9 @@ def when(
     )
     with closing(walked):  # type: ignore[type-var]  # a generator
         for each in walked:
-            found += [step for step, _ in each.result]
-            inexact += _exact(each)[1]
+            exact, departed = _exact(each)
+            found += [step for step, _ in exact]
+            inexact += departed
             done |= set(range(each.piece.first, each.piece.last + 1))
             best = (max if which == "last" else min)(found, default=0)
             if best and which in covers and done.issuperset(covers[which](best)):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.errors import RunError
 from everystep.program.execute import BoundProgram, Observed, without_autograd
 from everystep.recording.run import RecordedRun
 from everystep.replay.objects import Objects
@@ -136,7 +137,8 @@ def find_nonfinite(
     mask) do not count, and what is made of them only where it is a NaN.
 
     Raises:
-        RunError: something that is needed is missing or cannot be read.
+        RunError: something that is needed is missing or cannot be read, or a step was not the same when
+            it was taken again, so that nothing can be said of it.
     """
     last = run.summary().steps
     if not last:
@@ -151,13 +153,20 @@ def find_nonfinite(
     )
     bound = min(last, run.facts.get("nonfinite_step") or last)
     steps: dict[int, int | None] = {}
+    departed: list[int] = []
     walked = walk(run, pieces(run, 1, bound), _Watching(meant), objects, processes, told)
     with closing(walked):  # type: ignore[type-var]  # a generator
         for each in walked:
             steps[each.piece.first] = each.result
+            departed += [each.first_loss.step] if each.first_loss else []
             if each.result is not None and _covers(steps, run, bound, each.result):
                 break
     candidates = sorted(step for step in steps.values() if step is not None)
+    if departed and (not candidates or min(departed) <= candidates[0]):
+        raise RunError(
+            f"step {min(departed)} of {run.name} was not the same when it was taken again, so that "
+            "nothing can be said of what was finite in it; everystep verify says more"
+        )
     for step in candidates:
         made = _first_made(opener.step(step))
         if made is not None:

@@ -99,7 +99,7 @@ def verify(
         first_loss=firsts[0] if firsts else None,
         loss_distance=_loss_distance(run, firsts[0]) if firsts else None,
         snapshots=sum(each.compared for each in walked),
-        all_snapshots=sum(row.step > 0 for row in run.snapshot_rows()),
+        all_snapshots=sum(0 < row.step <= steps for row in run.snapshot_rows()),
         states=tuple(difference for each in walked for difference in each.states),
         numerics=_other_numerics(run, walked[0].numerics if walked else None),
         problems=tuple(dict.fromkeys(problem for each in walked for problem in each.problems)),

@@ -59,7 +59,9 @@ def describe(
 
 def optimizer_text(optimizer: torch.optim.Optimizer) -> str:
     """Return the optimizer in a line: its class, and what its first param group says."""
-    group = optimizer.param_groups[0]
+    group = dict(optimizer.param_groups[0])
+    if "initial_lr" in group:  # what a schedule makes of it is another thing
+        group["lr"] = group["initial_lr"]
     if isinstance(optimizer, GradientDescent):
         return f"GradientDescent(lr={group['lr']}): parameter - gradient * {group['lr']}"
     told = {

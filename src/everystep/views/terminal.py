@@ -153,8 +153,8 @@ def runs_table(runs: Iterable[Summary]) -> Table:
     table.add_column("run")
     table.add_column("status")
     for heading in ("steps", "first loss", "last loss"):
-        table.add_column(heading, justify="right")
-    table.add_column("started")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("started", no_wrap=True)
     has_forks = any(run.parent is not None for run in runs)
     if has_forks:
         table.add_column("fork of")
