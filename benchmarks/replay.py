@@ -1,7 +1,7 @@
 """How fast one can go back in a run: jumps, next and previous steps, verify, measure, diff.
 
-`python -m benchmarks.replay [--steps 100000] [--directory DIR]`. Trains the chapter's network for so many
-steps (kept in DIR, and used again if it is there), twice, the second time with one number of the data
+`python -m benchmarks.replay [--steps 100000] [--directory DIR]`. Trains the chapter's network so long
+(kept in DIR, and used again if it is there), twice, the second time with one number of the data
 changed by one unit in the last place; then prints a table.
 """
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from everystep.errors import RunError
+from everystep.errors import RunError, StepError, UsageError
 from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import EXPERIMENT_FILE, RUNS, RecordedRun
 
@@ -58,7 +59,8 @@ class Run(RecordedRun):
             begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps(self, [number for number in range(first, *others) if number > 0])
-        return self._opener.step(step + count + 1 if step < 0 else step)
+        number = self._number(step)
+        return self._opener.step(number + count + 1 if number < 0 else number)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])
@@ -77,7 +79,8 @@ class Run(RecordedRun):
             StepError: there is no such step.
             RunError: something that is needed is missing or cannot be read.
         """
-        return self._opener.state(step + len(self) + 1 if step < 0 else step).parameters
+        number = self._number(step)
+        return self._opener.state(number + len(self) + 1 if number < 0 else number).parameters
 
     def verify(self, *, processes: int | None = None, progress: bool = True) -> Verification:
         """Take every step again, and compare every loss and every snapshot, bit for bit.
@@ -107,6 +110,8 @@ class Run(RecordedRun):
         from everystep.replay.diff import diff
         from everystep.views.progress import counting
 
+        if not isinstance(other, Run):
+            raise UsageError(f"a run is compared with another run, not {other!r:.80}")
         objects = self._objects, other._objects
         with counting("comparing", min(len(self), len(other)), progress) as told:
             return diff(self, other, thorough=thorough, objects=objects, told=told)
@@ -163,7 +168,8 @@ class Run(RecordedRun):
         """Find the first step at which a condition is true, the last, or all.
 
         Args:
-            condition: an expression, `"isnan(loss)"`, or a function of the opened step.
+            condition: an expression, `"isnan(loss)"`, or a function of the opened step; `"nonfinite"`:
+                the step in which the first NaN or infinity was made, see `first_nonfinite`.
             which: steps to find.
             processes: how many at once; absent: one for each core, where that is worth their start.
             progress: show a progress bar where stderr is a terminal.
@@ -172,6 +178,13 @@ class Run(RecordedRun):
             UsageError: the condition does not fit.
             RunError: something that is needed is missing or cannot be read.
         """
+        if which not in ("first", "last", "all"):
+            raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
+        if isinstance(condition, str) and condition.strip() == "nonfinite":
+            from everystep.replay.columns import Found
+
+            made = self.first_nonfinite(processes=processes, progress=progress)
+            return Found(() if made is None else (made.step.number,))
         asked, _ = self._question(condition)
         if getattr(asked, "is_recorded", False):
             from everystep.replay.columns import Found, ask_columns, chosen
@@ -248,6 +261,7 @@ class Run(RecordedRun):
         from everystep.replay.fork import Fork, fork_experiment, fork_objects
         from everystep.replay.objects import Objects
 
+        at = self._number(at)
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         given = {name: value for name, value in short.items() if value is not None}
         place = None if directory is None else Path(directory)
@@ -271,13 +285,23 @@ class Run(RecordedRun):
         opener, shown = self._opener, progress_of(progress)
         return run_of(fork_objects(asked, objects, validation, is_own, opener, shown), objects)
 
+    def _number(self, step: Any) -> int:
+        try:
+            return operator.index(step)
+        except TypeError:
+            raise StepError(f"a step of {self.name} is a whole number, not {step!r:.80}") from None
+
     def _question(self, question: str | Callable[[Step], Any]) -> tuple[Any, str]:
         """Return a question as it can be put, and its name."""
         from everystep import numerics
 
         numerics.prepare()
-        if not isinstance(question, str):
+        if callable(question):
             return question, getattr(question, "__name__", "measurement")
+        if not isinstance(question, str):
+            raise UsageError(
+                f"a question is an expression or a function of a step, not {question!r:.80}"
+            )
         from everystep.replay.columns import read_question
 
         expression = read_question(question, self)

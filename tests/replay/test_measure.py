@@ -388,7 +388,7 @@ def test_measuring_leaves_the_callers_generator_alone():
         (lambda step: step.batch.x[0, 0] > 1, lambda now, before: now.x[0, 0] > 1),
         ("norm(parameters['0.bias']) < 0", lambda now, before: False),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "by hand",
 )
 def test_when_finds_the_steps_of_a_loop_by_hand(condition, is_true):
     run = train()

@@ -14,8 +14,8 @@ from torch import nn
 import everystep
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
-from everystep.replay.replay import Replay
 from everystep.replay.objects import Objects
+from everystep.replay.replay import Replay
 from everystep.replay.step import statistics
 from everystep.views.lines import TIMES
 from everystep.views.mathematics import mathematics

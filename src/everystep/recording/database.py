@@ -156,12 +156,12 @@ class Database:
             return self._rows("SELECT step, loss FROM steps ORDER BY step")
         return self._rows("SELECT * FROM steps ORDER BY step DESC LIMIT ?", last)[::-1]
 
-    def losses_between(self, first: int, last: int) -> list[float | None]:
-        """Return the losses of steps `first` to `last`, in their order."""
-        query = "SELECT loss FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
+    def losses_between(self, first: int, last: int) -> list[tuple[int, float | None]]:
+        """Return (step, loss) of steps `first` to `last`, in their order."""
+        query = "SELECT step, loss FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
         most = 2**63 - 1  # SQLite has no larger number
         ends = (max(-most, min(first, most)), max(-most, min(last, most)))
-        return [loss for (loss,) in self._rows(query, *ends)]
+        return self._rows(query, *ends)
 
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -156,10 +157,37 @@ class RecordedRun:
         return None
 
     def losses_between(self, first: int, last: int) -> list[float]:
-        """Return the losses of these steps, as far as they are there."""
+        """Return the losses of these steps, as far as they are there.
+
+        Raises:
+            RunError: one is missing, although a later one is there.
+        """
         with reading(self._database_path) as database:
             rows = database.losses_between(first, last)
-        return [math.nan if loss is None else loss for loss in rows]
+        for expected, (step, _) in enumerate(rows, start=max(first, 1)):
+            if step != expected:
+                raise RunError(
+                    f"{self.name} has no loss of step {expected}, although there is one of step {step}: "
+                    "its database was changed"
+                )
+        return [math.nan if loss is None else loss for _, loss in rows]
+
+    def experiment_file(self, facts: dict[str, Any]) -> Path | None:
+        """Return the file of the experiment of a stretch with these facts, if it has one.
+
+        Raises:
+            RunError: the file is not as it was written.
+        """
+        path: Path = self.directory / facts.get("experiment.file", EXPERIMENT_FILE)
+        if not path.is_file():
+            return None
+        digest = facts.get("experiment.digest")
+        if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise RunError(
+                f"{path} was changed after the training (its digest says so), so it does not say how the "
+                "run was trained; put the original back"
+            )
+        return path
 
     @property
     def stretches(self) -> list[Stretch]:

@@ -158,7 +158,9 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     """
     asked.check()
     facts = asked.stretch.facts
-    path = asked.run.directory / facts.get("experiment.file", EXPERIMENT_FILE)
+    path = asked.run.experiment_file(facts)
+    if path is None:
+        raise RunError(f"{asked.run.name} has no experiment any more: {EXPERIMENT_FILE} is not there")
     old, new = load(path), load(path, asked.settings)
     device = select(new.device)
     old, new = with_fused(old, device), with_fused(new, device)
@@ -242,6 +244,8 @@ def fork_objects(
             torch.manual_seed(settings["seed"])
         if lr is not None:
             _set_rate(job.trainee, lr)
+        if "seed" not in settings:
+            job.facts["seed"] = facts["seed"]
         job.facts["optimizer"] = {"text": optimizer_text(job.trainee.optimizer)}
         return asked.train(job, before, own.data is not None, progress)
 

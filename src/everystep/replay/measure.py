@@ -58,8 +58,8 @@ def measure(
         UsageError: the name is taken, or the question does not fit.
         RunError: something that is needed is missing, cannot be read, or is being written.
     """
-    if every < 1:
-        raise UsageError(f"every must be 1 or more steps, not {every}")
+    if not isinstance(every, int) or every < 1:
+        raise UsageError(f"every must be a whole number of steps, 1 or more, not {every!r:.80}")
     last = run.summary().steps
     meaning = {"expression": getattr(question, "text", None) or repr(question), "every": every}
     left_out: list[int] = []

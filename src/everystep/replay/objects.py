@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from everystep.errors import RunError
+from everystep.errors import Fault, RunError, UsageError
 from everystep.recording.run import RecordedRun
 
 __all__ = ["Objects", "needed"]
@@ -54,12 +54,25 @@ class Objects:
 
         Raises:
             RunError: names what is missing.
+            UsageError: names what is of the wrong kind.
         """
         missing = [n for n in ("model", "loss", "optimizer") if getattr(self, n) is None]
         if missing:
             raise RunError(
                 f"give {' and '.join(missing)} as well: a step takes a model, a loss and an optimizer"
             )
+        wanted: dict[str, tuple[Any, str]] = {
+            "model": (nn.Module, "an nn.Module"),
+            "loss": (Callable, "a callable of (prediction, target)"),
+            "optimizer": (torch.optim.Optimizer, "an optimizer over the model's parameters"),
+        }
+        faults = [
+            Fault(name, f"must be {what}, not {type(getattr(self, name)).__name__}")
+            for name, (kind, what) in wanted.items()
+            if not isinstance(getattr(self, name), kind)
+        ]
+        if faults:
+            raise UsageError(faults, "what the run is opened with")
 
 
 def needed(run: RecordedRun, objects: Objects | None) -> Objects | None:

@@ -20,7 +20,7 @@ from everystep.experiment.device import select
 from everystep.experiment.specification import load
 from everystep.program.program import Program
 from everystep.recording.data import check_data, read_data
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
+from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.objects import Objects
 from everystep.replay.revived import Changes, Revived
 from everystep.replay.skeleton import make_skeleton
@@ -84,7 +84,7 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
         check_data({"x": x, "y": y}, fact, "the data given")
         return x, y
     size = f"{fact['bytes'] / 1e6:,.0f} MB"
-    if (path := _experiment_file(run, facts)) is None:
+    if (path := run.experiment_file(facts)) is None:
         raise RunError(
             f"the data of {run.name} ({size}) was too large to be kept in the run; open it with "
             "everystep.open(run, data=(x, y))"
@@ -96,11 +96,6 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
         tensors["validation_x"], tensors["validation_y"] = data.validation
     check_data(tensors, fact, f"what {path} says of the data")
     return data.x, data.y
-
-
-def _experiment_file(run: RecordedRun, facts: dict[str, Any]) -> Path | None:
-    path = run.directory / facts.get("experiment.file", EXPERIMENT_FILE)
-    return path if path.is_file() else None
 
 
 def _read_program(path: Path) -> Built:
@@ -124,7 +119,7 @@ def _living(
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
         return _from_objects(facts, objects, batch, device)
-    path = _experiment_file(run, facts)
+    path = run.experiment_file(facts)
     if path is None:
         return None
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from everystep.errors import RunError
+from everystep.errors import EverystepError, RunError
 from everystep.experiment.batches import Batches
 from everystep.program.execute import BoundProgram, without_autograd
 from everystep.replay.skeleton import Skeleton
@@ -104,7 +106,8 @@ class Revived:
                     losses.append(bound.loss.clone())
             else:
                 self.begin_eagerly(number)
-                losses.append(self._eager.take(*self.trainee.batch(number)))
+                with _told(number):
+                    losses.append(self._eager.take(*self.trainee.batch(number)))
             self.state = number
         found = torch.stack([loss.reshape(()) for loss in losses]) if losses else torch.empty(0)
         return found.cpu()
@@ -121,7 +124,8 @@ class Revived:
             observation = observe_program(self.begin(number))
         else:
             self.begin_eagerly(number)
-            observation = observe_eager(self._eager, number)
+            with _told(number):
+                observation = observe_eager(self._eager, number)
         self.state = number
         return observation
 
@@ -204,3 +208,15 @@ class Revived:
             if index >= 0:
                 set_hyperparameter(self.trainee.optimizer, name, changes.values[index])
         self.programs.load_rates()
+
+
+@contextmanager
+def _told(number: int) -> Iterator[None]:
+    """Say which step it was in which the user's code, or torch, raised."""
+    try:
+        yield
+    except EverystepError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RunError(f"step {number} fails when it is taken again: {reason}") from error

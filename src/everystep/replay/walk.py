@@ -254,6 +254,8 @@ def _numerics(device: str) -> Numerics:
 
 
 def _compare_losses(found: Walked, first: int, losses: list[float], recorded: list[float]) -> None:
+    if len(recorded) < len(losses):
+        raise RunError(f"the run has no loss of step {first + len(recorded)}: its database was changed")
     for step, (loss, known) in enumerate(zip(losses, recorded, strict=True), start=first):
         if not same_number(loss, known) and step >= found.piece.first:
             found.different_losses += 1

@@ -254,6 +254,12 @@ def _restore_optimizer(
     """Give the optimizer the settings and the entries that it had; tensors are filled in later."""
     names = parameter_names(model, optimizer)
     settings = state.settings["optimizer"]
+    if type(optimizer).__qualname__ != settings["class"]:
+        kinds = f"{type(optimizer).__qualname__}, and the state is of {settings['class']}"
+        raise ValueError(f"the optimizer is {kinds}")
+    own = {name for name in names.values() if name.startswith("#")}
+    if own - {name.partition("/")[2] for name in saved}:
+        raise ValueError("the optimizer has parameters that are not the model's")
     if [len(g["params"]) for g in settings["groups"]] != [
         len(g["params"]) for g in optimizer.param_groups
     ]:

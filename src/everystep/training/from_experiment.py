@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -109,13 +110,15 @@ def experiment_job(
     )
     every = experiment.evaluate_every or default_evaluate_every(steps, batches)
     source = experiment.data.model_dump(exclude_none=True)
+    text = experiment.to_toml()
+    digest = {"experiment.digest": hashlib.sha256(text.encode()).hexdigest()}
     return Job(
         name=name,
         trainee=trainee,
         steps=steps,
-        facts=describe(trainee, data, batches, source, experiment.seed, every),
+        facts=describe(trainee, data, batches, source, experiment.seed, every) | digest,
         data=data,
-        experiment_toml=experiment.to_toml(),
+        experiment_toml=text,
         evaluation=evaluation,
         evaluate_every=every,
         stop_on_nan=experiment.stop_on_nan,

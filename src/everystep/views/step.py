@@ -140,7 +140,10 @@ class _Opened:
         how = "by program" if step.is_by_program else "eagerly"
         if step.is_exact:
             return f"bit for bit as recorded, {how}"
-        here = f"replayed loss {shortest(step.loss)}, recorded {shortest(step.recorded_loss)}"
+        losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]
+        here = f"replayed loss {losses[0]}, recorded {losses[1]}"
+        if losses[0] == losses[1]:
+            here = f"this loss is the recorded one, that of step {step.departed_at:,} was not"
         return f"NOT as recorded, {how}: {here}\nsteps from {step.departed_at:,} on are not the original"
 
     def _batch(self, alone: bool) -> None:
