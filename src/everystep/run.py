@@ -54,13 +54,13 @@ class Run(RecordedRun):
     def __getitem__(self, step: slice) -> Steps: ...
 
     def __getitem__(self, step: int | slice) -> Step | Steps:
-        count = len(self)
         if isinstance(step, slice):
+            count = len(self)
             begin = 1 if step.start is None and (step.step or 1) > 0 else step.start
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps(self, [number for number in range(first, *others) if number > 0])
         number = self._number(step)
-        return self._opener.step(number + count + 1 if number < 0 else number)
+        return self._opener.step(number + len(self) + 1 if number < 0 else number)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,7 +96,8 @@ def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Cal
     function = getattr(torch._C._nn, operator.overloadpacket.__name__)
     if reduction == 0:
         return [partial(function, *given, out=result)]
-    shape = torch.broadcast_shapes(given[0].shape, given[1].shape)  # type: ignore[no-untyped-call]
+    # torch's own function imports sympy, which takes half a second.
+    shape = np.broadcast_shapes(tuple(given[0].shape), tuple(given[1].shape))
     elements = torch.empty(shape, dtype=result.dtype, device=result.device)
     reduce = torch.mean if reduction == 1 else torch.sum
     return [partial(function, *given, out=elements), partial(reduce, elements, [], out=result)]

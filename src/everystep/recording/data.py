@@ -77,7 +77,7 @@ def _laid_out(tensor: Tensor, stride: list[int] | None) -> Tensor:
     import torch
 
     if stride is None or len(stride) != tensor.ndim or 0 in stride:
-        return tensor
+        return tensor.clone()  # in memory of torch's own alignment, which kernels are faster with
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
 
 

@@ -184,7 +184,7 @@ class RecordedRun:
         digest = facts.get("experiment.digest")
         if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise RunError(
-                f"{path} was changed after the training (its digest says so), so it does not say how the "
+                f"{path} was changed after the training, as its digest says: it does not tell how the "
                 "run was trained; put the original back"
             )
         return path

@@ -72,7 +72,7 @@ class Asking:
         earlier = self.looks_back and piece.first > replay.stretches[piece.at].first
         start = piece.first - 1 - earlier
         if self._evaluator is not None:
-            known = replay.run.losses_between(start, start)
+            known = replay.recorded_losses(start, start)
             self._evaluator.previous_loss = known[0] if known else None
         return start
 

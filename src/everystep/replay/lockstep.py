@@ -109,7 +109,7 @@ def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ra
                         digest.update(_bytes(tensor))
             else:
                 losses = revived.run(number).tolist()
-            replay.compare(number, losses, replay.run.losses_between(number, number))
+            replay.compare(number, losses, replay.recorded_losses(number, number))
             _add_state(digest, trainee)
             found.append(digest.hexdigest())
     return found

@@ -36,6 +36,7 @@ class Opener:
         self._replay: Replay | None = None
         self._worker: Any = None
         self._engine: Any = None
+        self._is_over = False
 
     @property
     def problems(self) -> list[str]:
@@ -80,7 +81,10 @@ class Opener:
 
     def _prepare(self) -> None:
         """Choose where to replay; begin anew where a run that is being trained has gone on."""
+        if self._is_over and (self._replay is not None or self._worker is not None):
+            return
         facts = self._run.facts
+        self._is_over = self._run.status != "running"
         if self._engine is not None and facts.get("engine") == self._engine:
             return
         self._engine = facts.get("engine")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from everystep import numerics
 from everystep.errors import RunError, StepError
+from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.replay.objects import Objects
 from everystep.replay.revive import revive
@@ -31,6 +32,8 @@ __all__ = ["Replay", "no_such_step", "same_number"]
 KEPT_SECONDS = 0.005
 #: Bytes that states in memory, and opened steps, may take.
 KEPT_BYTES = 256_000_000
+#: Recorded losses are read so many at once.
+BLOCK = 1024
 
 
 class Replay:
@@ -51,6 +54,10 @@ class Replay:
         self.run = run
         self.problems: list[str] = []
         self.departed_at: int | None = None
+        # Of a run that nobody trains any more, what was read once need not be read again.
+        self._is_over = run.status != "running"
+        self._losses: dict[int, list[float]] = {}
+        self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
         self._objects = objects or Objects()
         self._threads = threads
@@ -71,7 +78,7 @@ class Replay:
         if number in self._opened:
             self._opened.move_to_end(number)
             return self._opened[number]
-        self._recorded(number)
+        self.recorded_loss(number)
         with self.in_force(number):
             self._go_to_start_of(number)
             step = self.next_step()
@@ -87,13 +94,12 @@ class Replay:
             StepError: it was not taken, or not yet.
             RunError: something that is needed is missing or cannot be read.
         """
-        rows = {row.step: row for row in self.run.snapshot_rows()}
-        if number in rows:
+        if number in {row.step for row in self.snapshot_rows()}:
             state = self.run.state_near(number, told=self._note, after=number - 1)
             if state is not None:
                 return state
         if number:
-            self._recorded(number)
+            self.recorded_loss(number)
         with self.in_force(max(number, 1)):
             return self.go_to(number).capture()
 
@@ -119,7 +125,7 @@ class Replay:
         revived = self.revived
         assert revived.state is not None
         number, trainee = revived.state + 1, revived.trainee
-        recorded = self._recorded(number)
+        recorded = self.recorded_loss(number)
         dropped = revived.gradients()
         before = {name: t.detach().clone() for name, t in trainee.named_state().items()}
         is_by_program = revived.is_by_program(number)
@@ -151,6 +157,35 @@ class Replay:
             is_by_program=is_by_program,
             epoch=revived.batches.epoch(number),
         )
+
+    def recorded_loss(self, number: int) -> float:
+        """Return the recorded loss of a step.
+
+        Raises:
+            StepError: it was not taken, or not yet.
+        """
+        found = self.recorded_losses(number, number)
+        if number < 1 or not found:
+            raise no_such_step(self.run, number)
+        return found[0]
+
+    def recorded_losses(self, first: int, last: int) -> list[float]:
+        """Return the recorded losses of steps, as far as they are there."""
+        if not self._is_over or first < 1 or last - first >= BLOCK:
+            return self.run.losses_between(first, last)
+        found: list[float] = []
+        for block in range((first - 1) // BLOCK, (last - 1) // BLOCK + 1):
+            begin = block * BLOCK + 1
+            if block not in self._losses:
+                self._losses[block] = self.run.losses_between(begin, begin + BLOCK - 1)
+            found += self._losses[block][max(0, first - begin) : last - begin + 1]
+        return found
+
+    def snapshot_rows(self) -> list[SnapshotRow]:
+        """Return the snapshots as the database knows them."""
+        if self._rows is None or not self._is_over:
+            self._rows = self.run.snapshot_rows()
+        return self._rows
 
     @contextmanager
     def in_force(self, step: int) -> Iterator[None]:
@@ -187,7 +222,7 @@ class Replay:
         kept = max(
             (s for stretch, s in self._kept if stretch == at and lowest <= s <= state), default=-1
         )
-        on_disk = [r.step for r in self.run.snapshot_rows() if max(lowest, here, kept) < r.step <= state]
+        on_disk = [r.step for r in self.snapshot_rows() if max(lowest, here, kept) < r.step <= state]
         self._at = at
         if on_disk:
             found = self.run.state_near(state, told=self._note, after=max(lowest - 1, here, kept))
@@ -218,7 +253,7 @@ class Replay:
         started = time.perf_counter()
         losses = revived.run(last)
         self._step_seconds = (time.perf_counter() - started) / len(losses)
-        self.compare(first, losses.tolist(), self.run.losses_between(first, last))
+        self.compare(first, losses.tolist(), self.recorded_losses(first, last))
 
     def compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
         """Compare losses of consecutive steps with the recorded ones, and note where they depart."""
@@ -249,12 +284,6 @@ class Replay:
     def stretch_of(self, step: int) -> int:
         """Return in which stretch a step was taken, or a state reached."""
         return max(i for i, stretch in enumerate(self.stretches) if stretch.first <= max(step, 1))
-
-    def _recorded(self, number: int) -> float:
-        found = self.run.losses_between(number, number)
-        if number < 1 or not found:
-            raise no_such_step(self.run, number)
-        return found[0]
 
     def _note(self, problem: str) -> None:
         if problem not in self.problems:

@@ -163,9 +163,8 @@ def _skeleton(
 def _changes(run: RecordedRun, first: int) -> dict[str, Changes]:
     """Return what changed from step `first` on; what held before is in the state that it begins with."""
     found: dict[str, Changes] = {}
-    for name, step, value in run.measurements.iter_rows():
-        if is_hyperparameter(name) and step >= first:
-            changes = found.setdefault(name, Changes([], []))
-            changes.steps.append(step)
-            changes.values.append(value)
+    for name in filter(is_hyperparameter, run.measurement_names):
+        rows = [(step, value) for step, value in run.measured(name).items() if step >= first]
+        if rows:
+            found[name] = Changes([step for step, _ in rows], [value for _, value in rows])
     return found

@@ -239,7 +239,7 @@ def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) ->
         while step < piece.last and not visitor.is_done:
             losses = visitor.take(replay, min(piece.last, step + STRIDE), piece).tolist()
             last = step + len(losses)
-            _compare_losses(found, step + 1, losses, replay.run.losses_between(step + 1, last))
+            _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
             step = last
         if step == piece.last:
             _compare_state(found, replay, piece)
@@ -264,7 +264,7 @@ def _compare_losses(found: Walked, first: int, losses: list[float], recorded: li
 
 def _compare_state(found: Walked, replay: Replay, piece: Piece) -> None:
     """Compare the state at the end of a piece with the snapshot of it, if there is one."""
-    row = next((r for r in replay.run.snapshot_rows() if r.step == piece.last), None)
+    row = next((r for r in replay.snapshot_rows() if r.step == piece.last), None)
     if row is None:
         return
     try:
