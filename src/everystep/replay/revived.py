@@ -89,7 +89,7 @@ class Revived:
         return self.trainee.state(self.state)
 
     def run(self, last: int) -> Tensor:
-        """Take the steps up to `last`; return their losses, on the CPU.
+        """Take the steps up to `last`; return their losses (steps), on the CPU.
 
         Raises:
             RunError: a step that neither a program nor a model takes.
@@ -99,18 +99,35 @@ class Revived:
         while self.state < last:
             number = self.state + 1
             if self.is_by_program(number):
-                bound = self.begin(number)
-                with without_autograd():
-                    for call in bound.calls:
-                        call()
-                    losses.append(bound.loss.clone())
-            else:
-                self.begin_eagerly(number)
-                with _told(number):
-                    losses.append(self._eager.take(*self.trainee.batch(number)))
+                losses.append(self._run_by_program(last))
+                continue
+            self.begin_eagerly(number)
+            with _told(number):
+                losses.append(self._eager.take(*self.trainee.batch(number)).reshape(1))
             self.state = number
-        found = torch.stack([loss.reshape(()) for loss in losses]) if losses else torch.empty(0)
-        return found.cpu()
+        return torch.cat(losses).cpu() if losses else torch.empty(0)
+
+    def _run_by_program(self, last: int) -> Tensor:
+        """Take the steps up to `last` that programs take; return their losses, on the device."""
+        assert self.state is not None
+        number = self.state + 1
+        bound = self.begin(number)
+        losses = torch.empty(last - self.state, dtype=bound.loss.dtype, device=bound.loss.device)
+        slots = losses.view(-1, *bound.loss.shape).unbind()
+        # The second step is the first that is like all others; then the same program takes each of them.
+        is_same = self.trainee.batch.is_fixed and not self._changes and number > self.first
+        with without_autograd():
+            for slot in slots:
+                for call in bound.calls:
+                    call()
+                slot.copy_(bound.loss)
+                self.state = number
+                number += 1
+                if number > last or not (is_same or self.is_by_program(number)):
+                    break
+                if not is_same:
+                    bound = self.begin(number)
+        return losses[: len(slots) - (last - self.state)]
 
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it.

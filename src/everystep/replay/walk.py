@@ -43,6 +43,8 @@ __all__ = [
 ALONE_SECONDS = 4.0
 #: Steps that are taken between two looks at the losses.
 STRIDE = 256
+#: Neighbouring pieces that a process is given at once, if there are enough.
+GROUP = 8
 #: Pieces for each core, where pieces should be long.
 PIECES_EACH = 8
 
@@ -184,30 +186,38 @@ def walk(
     again: list[Piece] = []
     each = 1 if count > 1 else threads
     with workers(facts, count, each) as executor:
-        futures: dict[Future[Walked], Piece] = {
-            executor.submit(_in_worker, run.directory, objects, piece, visitor, each): piece
-            for piece in wanted
+        futures: dict[Future[list[Walked]], list[Piece]] = {
+            executor.submit(_in_worker, run.directory, objects, group, visitor, each): group
+            for group in _groups(wanted, count)
         }
         for future in as_completed(futures):
             if future.cancelled():
                 continue
-            walked = future.result()
-            if walked.is_exact or threads == each:
-                yield walked
-                told(walked.piece.last - walked.piece.first + 1)
-                continue
-            again.append(walked.piece)
-            # One thread is not what the run was trained with, and it matters: no use in going on so.
-            for other in futures:
-                if not other.cancelled() and other.cancel():
-                    again.append(futures[other])
+            found = future.result()
+            for walked in found:
+                if walked.is_exact or threads == each:
+                    yield walked
+                    told(walked.piece.last - walked.piece.first + 1)
+                else:
+                    again.append(walked.piece)
+            if again:
+                # One thread is not what the run was trained with, and it matters: no use in going on so.
+                for other, group in futures.items():
+                    if not other.cancelled() and other.cancel():
+                        again += group
     if again:
         with workers(facts, 1, threads) as executor:
             for piece in sorted(again):
-                yield executor.submit(
-                    _in_worker, run.directory, objects, piece, visitor, threads
-                ).result()
+                work = executor.submit(_in_worker, run.directory, objects, [piece], visitor, threads)
+                yield work.result()[0]
                 told(piece.last - piece.first + 1)
+
+
+def _groups(wanted: list[Piece], count: int) -> Iterator[list[Piece]]:
+    """Yield neighbours together: where one piece ends, the next can go on."""
+    size = max(1, min(GROUP, len(wanted) // (4 * count)))
+    for begin in range(0, len(wanted), size):
+        yield wanted[begin : begin + size]
 
 
 def _processes(run: RecordedRun, wanted: list[Piece], asked: int | None) -> int:
@@ -223,10 +233,10 @@ def _processes(run: RecordedRun, wanted: list[Piece], asked: int | None) -> int:
 
 
 def _in_worker(
-    directory: Path, objects: Objects | None, piece: Piece, visitor: Visitor, threads: int
-) -> Walked:
+    directory: Path, objects: Objects | None, group: list[Piece], visitor: Visitor, threads: int
+) -> list[Walked]:
     replay = replay_in_worker(directory, objects, threads)
-    return _go_through(replay, piece, visitor, threads)
+    return [_go_through(replay, piece, visitor, threads) for piece in group]
 
 
 def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) -> Walked:
