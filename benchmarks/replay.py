@@ -111,8 +111,6 @@ def _shell_seconds(run: everystep.Run) -> float:
 
 def _measure(run: everystep.Run) -> None:
     run.measure("norm(gradients['0.weight'])", overwrite=True, name="norm", progress=False)
-    # So that the next measurement begins anew.
-    run.measure("loss", overwrite=True, name="norm", progress=False)
 
 
 def _seconds(task: Callable[[], object]) -> float:

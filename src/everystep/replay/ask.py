@@ -33,6 +33,8 @@ class Asking:
         as_condition: whether the answer is a yes, kept as 1, or a no, which is not kept.
         only_first: stop at the first yes.
         skipped: steps whose answer is known.
+
+    looks_back: whether tensors of the step before are wanted.
     """
 
     def __init__(
@@ -55,11 +57,7 @@ class Asking:
         )
         self._answers: Answers = []
         self._probe: Probe | None = None
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether tensors of the step before are wanted."""
-        return any(reference.is_previous for reference in self._tensors())
+        self.looks_back = any(reference.is_previous for reference in self._tensors())
 
     @property
     def is_done(self) -> bool:
@@ -78,34 +76,34 @@ class Asking:
 
     def take(self, replay: Replay, last: int, piece: Piece) -> Tensor:
         """Take the steps up to `last`, asking; return their losses."""
-        revived, losses = replay.revived, []
+        revived = replay.revived
+        losses: list[float] = []
         assert revived.state is not None
         while revived.state < last and not self.is_done:
             number = revived.state + 1
             if self._is_due(number) and number >= piece.first:
                 losses.append(self._ask(replay, number))
             elif self.looks_back and self._is_due(number + 1):
-                losses.append(self._probing(replay).take().cpu().reshape(1))
+                losses.append(self._probing(replay).take())
             else:
                 until = min(last, self._next_due(number) - 1 - self.looks_back)
-                losses.append(revived.run(max(number, until)))
+                losses += revived.run(max(number, until)).tolist()
             if self._evaluator is not None:
-                self._evaluator.previous_loss = float(losses[-1][-1])
-        return torch.cat(losses) if losses else torch.empty(0)
+                self._evaluator.previous_loss = losses[-1]
+        return torch.tensor(losses, dtype=torch.float64)
 
     def result(self) -> Answers:
         """Return the answers of the piece."""
         return self._answers
 
-    def _ask(self, replay: Replay, number: int) -> Tensor:
+    def _ask(self, replay: Replay, number: int) -> float:
         if self._evaluator is not None:
-            loss = self._probing(replay).take().cpu().reshape(1)
-            answer = self._evaluator.answer(number, float(loss[0]), self._probe)
+            loss = self._probing(replay).take()
+            answer = self._evaluator.answer(number, loss, self._probe)
         else:
             assert not isinstance(self._question, Expression)
             step = replay.next_step()
-            loss = torch.tensor([step.loss], dtype=torch.float64)
-            answer = self._number_of(self._question(step))
+            loss, answer = step.loss, self._number_of(self._question(step))
         if answer is not None and (answer or not self._as_condition):
             self._answers.append((number, answer))
         return loss

@@ -151,11 +151,11 @@ def _check_name(run: RecordedRun, name: str, meaning: dict[str, Any], overwrite:
         return True
     if name not in known:
         raise UsageError(f"{run.name} has recorded {name!r} while it was trained; choose another name")
+    if overwrite:
+        return True
     if known[name]["expression"] == meaning["expression"]:
         return False
-    if not overwrite:
-        raise UsageError(
-            f"{run.name} has a measurement {name!r} of something else ({known[name]['expression']}); "
-            "choose another name, or overwrite it"
-        )
-    return True
+    raise UsageError(
+        f"{run.name} has a measurement {name!r} of something else ({known[name]['expression']}); choose "
+        "another name, or overwrite it"
+    )

@@ -40,9 +40,11 @@ class Probe:
         self._copies: Values = {}
         self._before: Values = {}
         self._live: dict[str, Tensor] = {}
+        self._current: BoundProgram | None = None
+        self._calls: list[Any] = []
 
-    def take(self) -> Tensor:
-        """Take the next step; return a copy of its loss.
+    def take(self) -> float:
+        """Take the next step; return its loss.
 
         Raises:
             RunError: a step that neither a program nor a model takes.
@@ -56,17 +58,20 @@ class Probe:
                 if self.has(own):
                     self._before[reference] = self.value_of(own).clone()
         number = revived.state + 1
-        if not revived.is_by_program(number):
-            return self._take_eagerly(number)
-        bound = revived.begin(number)
-        if id(bound) not in self._plans:
-            self._plans[id(bound)] = self._plan(bound)
-        calls, self._copies = self._plans[id(bound)]
+        if not (self._current is not None and revived.is_like_before(number)):
+            if not revived.is_by_program(number):
+                return self._take_eagerly(number)
+            bound = revived.begin(number)
+            if id(bound) not in self._plans:
+                self._plans[id(bound)] = self._plan(bound)
+            self._current = bound
+            self._calls, self._copies = self._plans[id(bound)]
         with without_autograd():
-            for call in calls:
+            for call in self._calls:
                 call()
         revived.state = number
-        return bound.loss.clone()
+        assert self._current is not None
+        return self._current.loss.item()
 
     def has(self, reference: Reference) -> bool:
         """Tell whether something was there: not before the first step, nor of a module left out."""
@@ -109,7 +114,7 @@ class Probe:
             after.setdefault(place, []).append(partial(copies[reference].copy_, source))
         return bound.calls_with(after), copies
 
-    def _take_eagerly(self, number: int) -> Tensor:
+    def _take_eagerly(self, number: int) -> float:
         revived = self._revived
         self._live = revived.trainee.named_state()
         of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
@@ -125,7 +130,8 @@ class Probe:
         for reference in self._copied - of_state:
             if reference.name in seen[reference.kind]:
                 self._copies[reference] = seen[reference.kind][reference.name]
-        return observation.loss
+        self._current = None
+        return observation.loss.item()
 
     def _state(self, name: str) -> Tensor:
         return self._live[name].detach()

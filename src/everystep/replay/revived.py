@@ -114,8 +114,7 @@ class Revived:
         bound = self.begin(number)
         losses = torch.empty(last - self.state, dtype=bound.loss.dtype, device=bound.loss.device)
         slots = losses.view(-1, *bound.loss.shape).unbind()
-        # The second step is the first that is like all others; then the same program takes each of them.
-        is_same = self.trainee.batch.is_fixed and not self._changes and number > self.first
+        is_same = self.is_like_before(number + 1)
         with without_autograd():
             for slot in slots:
                 for call in bound.calls:
@@ -167,6 +166,15 @@ class Revived:
         if self.is_by_program(self.state):
             found = self.programs.bound(self.state).gradients
         return {name: gradient.detach().clone() for name, gradient in found.items()}
+
+    def is_like_before(self, number: int) -> bool:
+        """Tell whether the program that took the step before takes this one, on the same batch.
+
+        The second step is the first of which that can be said.
+        """
+        is_eager = self.eager_from is not None and number >= self.eager_from
+        alike = self.trainee.batch.is_fixed and not self._changes and not is_eager
+        return alike and number > self.first + 1
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a step is taken by a program."""
