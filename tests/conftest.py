@@ -5,6 +5,7 @@ several asks for them.
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -18,6 +19,7 @@ from hypothesis import settings  # noqa: E402
 from torch import nn  # noqa: E402
 
 import everystep  # noqa: E402
+from everystep import cli  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.execute import allocate  # noqa: E402
 from everystep.step.build import build  # noqa: E402
@@ -104,6 +106,25 @@ def memory_of():
         return allocate(built.program, values | built.constants, trainee.device)
 
     return memory_of
+
+
+@pytest.fixture
+def everystep_command(capfd, monkeypatch):
+    """Run a command in this process; returns exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(autouse=True)

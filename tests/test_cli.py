@@ -13,26 +13,7 @@ import polars as pl
 import pytest
 
 import everystep
-from everystep import cli
 from everystep.experiment.specification import built_in
-
-
-@pytest.fixture
-def everystep_command(capfd, monkeypatch):
-    """Run a command in this process; returns exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return run
 
 
 def start(*arguments, **options):

@@ -3,7 +3,6 @@
 import json
 import math
 import sqlite3
-import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,6 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
-from everystep import cli
 from everystep.experiment.batches import Batches
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.replay.walk import StateDifference
@@ -558,25 +556,6 @@ def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():
 
 
 # The command.
-
-
-@pytest.fixture
-def everystep_command(capfd, monkeypatch):
-    """Run a command in this process; returns exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return run
 
 
 def test_the_command_says_where_runs_part_and_exits_with_1(everystep_command):

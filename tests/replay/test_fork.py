@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sqlite3
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import everystep
-from everystep import cli, numerics
+from everystep import numerics
 from everystep.errors import ExperimentError, RunError, StepError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.experiment.specification import load
@@ -437,25 +436,6 @@ def mean_of(prediction, target):
 
 
 # What a user is told.
-
-
-@pytest.fixture
-def everystep_command(capfd, monkeypatch):
-    """Run a command in this process; returns exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return run
 
 
 def test_the_command_forks_and_the_lineage_shows(everystep_command, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import sqlite3
-import sys
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import everystep
-from everystep import cli
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.batches import Batches
 from everystep.recording.snapshots import SnapshotPlan
@@ -47,25 +45,6 @@ def train(change=lambda made: None, *, model=network, loss=None, optimizer=None,
 @pytest.fixture
 def snapshots_every_8(monkeypatch):
     monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
-
-
-@pytest.fixture
-def everystep_command(capfd, monkeypatch):
-    """Run a command in this process; returns exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["everystep", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return run
 
 
 # What is measured, against a loop by hand.
