@@ -1,8 +1,8 @@
 """How fast one can go back in a run: jumps, next and previous steps, verify, measure, diff.
 
-`python -m benchmarks.replay [--steps 100000] [--directory DIR]`. Trains the chapter's network so long
-(kept in DIR, and used again if it is there), twice, the second time with one number of the data
-changed by one unit in the last place; then prints a table.
+`python -m benchmarks.replay [--steps 100000] [--directory DIR]`. Trains the chapter's network so long,
+twice, the second time with one number of the data changed by one unit in the last place, and a small
+one ten times as long (kept in DIR, and used again if they are there); then prints a table.
 """
 
 from __future__ import annotations
@@ -45,13 +45,8 @@ def main() -> None:
         _print_jumps(run)
         _print_seconds("everystep step, from the shell", _shell_seconds(run))
         _print_seconds("diff of the two, in an open process", _seconds(lambda: run.diff(other)))
-        training = run.facts["seconds"]
-        for what, task in (
-            ("verify", lambda: run.verify(progress=False)),
-            ("measure norm(gradients['0.weight'])", lambda: _measure(run)),
-        ):
-            seconds = _seconds(task)
-            print(f"{what:<44}{seconds:>10.1f} s   {training / seconds:.2f} times the training's speed")
+        _print_ratios("the chapter's network", run)
+        _print_ratios("20-32-1", _trained_small(place / "small", 10 * arguments.steps))
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,6 +68,32 @@ def _trained(directory: Path, steps: int, *, changed: bool) -> everystep.Run:
     loss = nn.MSELoss(reduction="sum")
     everystep.train(model, (x, y), loss=loss, optimizer=optimizer, steps=steps, directory=directory)
     return everystep.open(directory)
+
+
+def _trained_small(directory: Path, steps: int) -> everystep.Run:
+    if directory.exists():
+        return everystep.open(directory)
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 20), torch.randn(64, 1)
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = everystep.GradientDescent(model.parameters(), lr=1e-3)
+    everystep.train(
+        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=steps, directory=directory
+    )
+    return everystep.open(directory)
+
+
+def _print_ratios(network: str, run: everystep.Run) -> None:
+    training = run.facts["seconds"]
+    for what, task in (
+        ("verify", lambda: run.verify(progress=False)),
+        ("measure norm(gradients)", lambda: _measure(run)),
+    ):
+        seconds = _seconds(task)
+        print(
+            f"{what + ', ' + network:<44}{seconds:>10.1f} s, training {training:.1f} s: "
+            f"{training / seconds:.2f} times its speed"
+        )
 
 
 def _print_jumps(run: everystep.Run) -> None:
