@@ -1,0 +1,159 @@
+"""What is missing, altered or asked for wrongly is named, and never passed off as right."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tests.training.by_hand import bits, by_train, new_training
+
+import everystep
+from everystep.recording.snapshots import SnapshotPlan
+from everystep.replay.workers import needs_worker
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A run of 40 steps with a snapshot at every eighth, opened anew."""
+    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+    return everystep.open(by_train(new_training(), steps=40).directory)
+
+
+def alter(path, place=-1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_altered_snapshot_is_named_by_its_digest_and_the_one_before_is_used(run):
+    expected = bits(run.parameters(20)["0.weight"])
+    alter(run.directory / "snapshots" / "000016" / "parameters.safetensors")
+    opened = everystep.open(run.directory)
+    assert opened[20].is_exact
+    assert bits(opened.parameters(20)["0.weight"]) == expected
+    [problem] = opened.problems
+    assert "000016 is not as it was written: its digest is" in problem
+    found = opened.verify(processes=1, progress=False)
+    assert not found.is_exact
+    assert (found.snapshots, found.all_snapshots) == (4, 5)
+    assert found.different_steps == 0 and not found.states
+
+
+@pytest.mark.parametrize("lost", ["truncated", "removed"])
+def test_without_the_first_state_later_steps_open_all_the_same(run, lost):
+    folder = run.directory / "snapshots" / "000000"
+    if lost == "removed":
+        shutil.rmtree(folder)
+    else:
+        path = folder / "rest.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+    opened = everystep.open(run.directory)
+    assert opened[30].is_exact
+    with pytest.raises(everystep.RunError, match=r"cannot be replayed from its first state: .*000000"):
+        opened[3]
+
+
+def test_altered_data_is_named(run):
+    alter(run.directory / "data.safetensors")
+    with pytest.raises(
+        everystep.RunError, match="is not the data that the run was trained on: its digest"
+    ):
+        everystep.open(run.directory)[3]
+
+
+def test_a_program_of_a_newer_version_is_named(run):
+    path = run.directory / "programs" / "1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(everystep.RunError, match=r"1\.json: the program has format 2.*update everystep"):
+        everystep.open(run.directory)[3]
+
+
+def test_an_altered_program_is_never_passed_off_as_the_original(run):
+    for path in run.directory.glob("programs/*.json"):
+        path.write_text(path.read_text().replace("aten.tanh.default", "aten.sin.default"))
+    opened = everystep.open(run.directory)
+    assert not opened[5].is_exact
+    assert opened[5].departed_at == 1
+    found = opened.verify(processes=1, progress=False)
+    assert found.first_loss.step == 1 and found.states
+    assert opened.when("norm(parameters['0.bias']) > 0", progress=False).inexact
+    with pytest.raises(everystep.RunError, match="was not the same when it was taken again"):
+        opened.first_nonfinite(progress=False)
+
+
+def test_a_loss_that_was_taken_out_is_named(run):
+    with sqlite3.connect(run.directory / "run.sqlite") as database:
+        database.execute("DELETE FROM steps WHERE step = 7")
+    opened = everystep.open(run.directory)
+    with pytest.raises(everystep.RunError, match="has no loss of step 7, although"):
+        opened.verify(processes=1, progress=False)
+
+
+def test_an_altered_experiment_is_not_forked(run):
+    trained = everystep.train_experiment("two-layer", {"steps": 5}, progress=False)
+    path = trained.directory / "experiment.toml"
+    path.write_text(path.read_text().replace("0.0001", "0.0002"))
+    with pytest.raises(everystep.RunError, match="was changed after the training"):
+        trained.fork(3, progress=False)
+
+
+@pytest.mark.parametrize("number", [41, 0, -41, 10**30, "a", None, 1.5])
+def test_steps_that_there_are_not(run, number):
+    with pytest.raises(everystep.StepError):
+        run[number]
+    with pytest.raises(IndexError):
+        run[number]
+
+
+def test_steps_by_any_kind_of_whole_number(run):
+    assert run[np.int64(5)].number == run[torch.tensor(5)].number == 5
+    assert run[-1].number == run[40].number == 40
+    assert [step.number for step in run[38:]] == [38, 39, 40]
+    assert [step.number for step in run[5:1:-2]] == [5, 3]
+    assert len(list(run)) == len(run) == 40
+
+
+def test_a_negative_step_on_the_command_line(run, everystep_command):
+    code, out, _ = everystep_command("step", run.directory, "-1")
+    assert code == 0
+    assert "step 40 of 40" in out
+
+
+@pytest.mark.parametrize(
+    ("objects", "words"),
+    [
+        ({"model": 5}, "give loss and optimizer as well"),
+        ({"model": 5, "loss": 6, "optimizer": 7}, "3 things are wrong"),
+        ({"model": torch.nn.Linear(4, 2)}, "give loss and optimizer as well"),
+    ],
+)
+def test_wrong_objects_are_named(objects, words):
+    run = by_train(new_training(), steps=5, engine="eager")
+    with pytest.raises(everystep.UsageError, match=words):
+        everystep.open(run.directory, **objects)[2]
+    with pytest.raises(everystep.RunError, match=r"taken eagerly.*everystep\.open\(run, model=\.\.\."):
+        everystep.open(run.directory)[2]
+
+
+def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them(tmp_path):
+    code = (
+        "import everystep; everystep.train_experiment('two-layer', {'steps': 20, 'threads': 1}, "
+        "directory='other', progress=False)"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+    run = everystep.open("other")
+    here = everystep.train_experiment("two-layer", {"steps": 20, "threads": 1}, progress=False)
+    assert needs_worker(run.facts) == (
+        run.facts["numerics"]["cpu_capability"] != here.facts["numerics"]["cpu_capability"]
+    )
+    assert run[7].is_exact
+    assert run.verify(progress=False).is_exact
+    if needs_worker(run.facts):
+        found = here.diff(run, progress=False)
+        assert found.numerics.keys() == {"cpu_capability"}
