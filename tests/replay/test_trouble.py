@@ -1,5 +1,6 @@
 """What is missing, altered or asked for wrongly is named, and never passed off as right."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from tests.training.by_hand import bits, by_train, new_training
 
 import everystep
@@ -88,6 +90,22 @@ def test_an_altered_program_is_never_passed_off_as_the_original(run):
     assert opened.when("norm(parameters['0.bias']) > 0", progress=False).inexact
     with pytest.raises(everystep.RunError, match="was not the same when it was taken again"):
         opened.first_nonfinite(progress=False)
+
+
+def test_nothing_is_measured_where_only_the_closing_state_tells_that_a_piece_departed(run):
+    _, first, second, *_ = run.snapshots
+    folder = run.directory / "snapshots" / f"{second:06d}"
+    tensors = load_file(folder / "parameters.safetensors")
+    tensors["0.weight"][0, 0] += 1
+    (folder / "parameters.safetensors").write_bytes(save(tensors))
+    files = [(folder / name).read_bytes() for name in ("parameters.safetensors", "rest.safetensors")]
+    digest = hashlib.sha256(b"".join(files)).hexdigest()
+    with sqlite3.connect(run.directory / "run.sqlite") as database:
+        database.execute("UPDATE snapshots SET digest = ? WHERE step = ?", (digest, second))
+    measured = everystep.open(run.directory).measure("norm(parameters['0.weight'])", progress=False)
+    assert first in measured.values
+    assert measured.left_out[0] == first + 1
+    assert not set(range(first + 1, second + 1)) & measured.values.keys()
 
 
 def test_a_loss_that_was_taken_out_is_named(run):

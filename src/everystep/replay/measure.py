@@ -14,7 +14,7 @@ from everystep.replay.ask import Question, ask
 from everystep.replay.columns import Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression
 from everystep.replay.objects import Objects
-from everystep.replay.walk import Walked
+from everystep.replay.walk import Piece, Walked
 from everystep.training.measurements import RESERVED_NAMES
 
 __all__ = ["Measured", "measure", "when"]
@@ -109,8 +109,7 @@ def when(
     last = run.summary().steps
     found: list[int] = []
     inexact: list[int] = []
-    done: set[int] = set()
-    covers = {"first": lambda step: range(1, step), "last": lambda step: range(step + 1, last + 1)}
+    done: list[Piece] = []
     walked = ask(
         condition,
         run,
@@ -127,18 +126,30 @@ def when(
             exact, departed = _exact(each)
             found += [step for step, _ in exact]
             inexact += departed
-            done |= set(range(each.piece.first, each.piece.last + 1))
-            best = (max if which == "last" else min)(found, default=0)
-            if best and which in covers and done.issuperset(covers[which](best)):
+            done.append(each.piece)
+            if (
+                which != "all"
+                and found
+                and _is_settled(done, chosen(sorted(found), which)[0], which, last)
+            ):
                 break
     return Found(chosen(sorted(found), which), tuple(sorted(inexact)))
+
+
+def _is_settled(done: list[Piece], step: int, which: Which, last: int) -> bool:
+    """Tell whether no piece that is still to come can hold an earlier step (or a later one)."""
+    own = next(piece for piece in done if piece.first <= step <= piece.last)
+    if which == "first":
+        return sum(p.last - p.first + 1 for p in done if p.last < own.first) == own.first - 1
+    return sum(p.last - p.first + 1 for p in done if p.first > own.last) == last - own.last
 
 
 def _exact(walked: Walked) -> tuple[list[tuple[int, float]], list[int]]:
     """Return the answers of steps that are the original, and the first of those that are not."""
     if walked.is_exact:
         return walked.result, []
-    departed = walked.first_loss.step if walked.first_loss else walked.piece.last
+    # Where only the closing state tells, nobody knows from which step of the piece on.
+    departed = walked.first_loss.step if walked.first_loss else walked.piece.first
     return [(step, value) for step, value in walked.result if step < departed], [departed]
 
 

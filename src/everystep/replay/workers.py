@@ -23,12 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["cores", "needs_worker", "recorded_numerics", "replay_in_worker", "workers"]
 
-#: Fields that older runs may lack are taken to be as they are here.
 Facts = dict[str, Any]
 
 
 def recorded_numerics(facts: Facts) -> Numerics:
-    """Return the numerics that a run was trained under.
+    """Return the numerics that a run was trained under; what an older run lacks is taken to be as here.
 
     Raises:
         RunError: it was never begun.

@@ -63,7 +63,11 @@ def closing(directory: Path, reason: str | None) -> str:
         f", {name} {number(value)}" for name, value in _latest_measurements(run).items() if name != "lr"
     )
     loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if summary.steps else ""
-    lines.append(f"{summary.steps:,} steps in {seconds:.3g} s{loss}{measured}")
+    taken = f"{summary.steps:,} steps"
+    if summary.parent is not None:
+        at = summary.parent[1]
+        taken = f"{summary.steps - at:,} steps after the parent's {at:,},"
+    lines.append(f"{taken} in {seconds:.3g} s{loss}{measured}")
     lines.append(engine_text(run.facts))
     lines.append(f"recorded in {directory}")
     argument = shlex.quote(_shortest_name(directory))
