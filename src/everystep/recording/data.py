@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError
+from everystep.recording.files import own_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ def read_data(directory: Path, fact: dict[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = directory / fact.get("file", DATA_FILE)
+    path = own_path(directory, fact.get("file", DATA_FILE))
     try:
         tensors = load(path.read_bytes())
     except (OSError, SafetensorError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
+from everystep.recording.files import own_path
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 
 __all__ = ["Inherited", "inherit"]
@@ -31,6 +32,7 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
 
     Raises:
         OSError: a file cannot be linked or copied.
+        RunError: the parent names files that are not its own.
         RecordingError: the database cannot be written.
     """
     with reading(parent.directory / FILE_NAME) as known:
@@ -40,7 +42,7 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
     database.write_measurements(measured)
     snapshots = [row for row in parent.snapshot_rows() if row.step < at]
     for row in snapshots:
-        _link_folder(parent.directory / row.directory, directory / row.directory)
+        _link_folder(own_path(parent.directory, row.directory), own_path(directory, row.directory))
         database.add_snapshot(row)
     _link_folder(parent.directory / "programs", directory / "programs")
     for path in parent.directory.glob("data*.safetensors"):
@@ -50,7 +52,7 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
         if stretch.first > at:
             continue
         facts = {key: value for key, value in stretch.facts.items() if key not in _OF_THE_WHOLE}
-        source = parent.directory / facts.get("experiment.file", EXPERIMENT_FILE)
+        source = own_path(parent.directory, facts.get("experiment.file", EXPERIMENT_FILE))
         if source.is_file():
             facts["experiment.file"] = f"experiment-{stretch.first}.toml"
             _link(source, directory / facts["experiment.file"])

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.database import FILE_NAME, LOCK_NAME, SnapshotRow, reading
+from everystep.recording.files import own_path
 from everystep.recording.snapshots import read_snapshot
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class RecordedRun:
         Raises:
             RunError: the file is not as it was written.
         """
-        path: Path = self.directory / facts.get("experiment.file", EXPERIMENT_FILE)
+        path = own_path(self.directory, facts.get("experiment.file", EXPERIMENT_FILE))
         if not path.is_file():
             return None
         digest = facts.get("experiment.digest")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError
 from everystep.recording.database import SnapshotRow
+from everystep.recording.files import own_path
 
 if TYPE_CHECKING:
     from everystep.step.state import State
@@ -70,8 +71,9 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     from everystep.step.state import State
 
     directory = run / row.directory
+    paths = [own_path(run, f"{row.directory}/{name}") for name in (PARAMETERS, REST)]
     try:
-        parameters, rest = ((directory / name).read_bytes() for name in (PARAMETERS, REST))
+        parameters, rest = (path.read_bytes() for path in paths)
     except OSError as error:
         raise RunError(f"snapshot {directory} cannot be read: {error.strerror}") from None
     digest = hashlib.sha256(parameters + rest).hexdigest()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.errors import RunError
+from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.objects import Objects
 from everystep.replay.opener import Opener
@@ -139,8 +141,8 @@ def draws_at_random(run: RecordedRun) -> bool:
 def _programs(run: RecordedRun) -> list[bytes]:
     rules = (run.facts.get("engine") or {}).get("programs", [])
     try:
-        return [(run.directory / rule["file"]).read_bytes() for rule in rules]
-    except OSError:
+        return [own_path(run.directory, rule["file"]).read_bytes() for rule in rules]
+    except (OSError, RunError):
         return []
 
 

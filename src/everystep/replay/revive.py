@@ -20,6 +20,7 @@ from everystep.experiment.device import select
 from everystep.experiment.specification import load
 from everystep.program.program import Program
 from everystep.recording.data import check_data, read_data
+from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.objects import Objects
 from everystep.replay.revived import Changes, Revived
@@ -46,7 +47,7 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
     device = select(facts["device"])
     batches = _batches(facts)
     engine = facts.get("engine") or {"programs": [], "eager_from": 1}
-    built = [(rule, _read_program(run.directory / rule["file"])) for rule in engine["programs"]]
+    built = [(rule, _read_program(own_path(run.directory, rule["file"]))) for rule in engine["programs"]]
     with generators_preserved(device):
         x, y = (part.to(device) for part in _data(run, facts, objects))
         batch = batches.of(x, y)
@@ -102,7 +103,7 @@ def _read_program(path: Path) -> Built:
     from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors
 
-    constants = path.with_suffix(".safetensors")
+    constants = own_path(path.parent, path.with_suffix(".safetensors").name)
     try:
         program = Program.from_json(path.read_bytes())
         content = load_tensors(constants.read_bytes()) if constants.exists() else {}

@@ -25,17 +25,23 @@ __all__ = ["cores", "needs_worker", "recorded_numerics", "replay_in_worker", "wo
 
 Facts = dict[str, Any]
 
+#: No machine computes one step with more.
+MOST_THREADS = 4096
+
 
 def recorded_numerics(facts: Facts) -> Numerics:
     """Return the numerics that a run was trained under; what an older run lacks is taken to be as here.
 
     Raises:
-        RunError: it was never begun.
+        RunError: it was never begun, or was altered.
     """
     if "numerics" not in facts:
         raise RunError("the run was stopped before it had begun, so there is nothing to replay")
     here = Numerics.read(torch.device("cpu")).to_json()
     known = {name: value for name, value in facts["numerics"].items() if name in here}
+    threads = known.get("threads", 1)
+    if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+        raise RunError(f"the run says that it was trained with {threads!r:.40} threads: it was altered")
     return Numerics.from_json(here | known)
 
 

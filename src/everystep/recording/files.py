@@ -1,0 +1,27 @@
+"""Files of a run, by the names that its database has for them: a stranger's run leads nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from everystep.errors import RunError
+
+__all__ = ["own_path"]
+
+
+def own_path(directory: Path, name: str) -> Path:
+    """Return the path of something in a run's directory, which need not exist.
+
+    Raises:
+        RunError: the name leads out of the directory, or to what is neither a file nor a directory
+            (reading a pipe or a device may never end).
+    """
+    path = directory / name
+    try:
+        is_within = path.resolve().is_relative_to(directory.resolve())
+        is_readable = not path.exists() or path.is_file() or path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # links that go in circles, a NUL in it
+        is_within = is_readable = False
+    if not (is_within and is_readable):
+        raise RunError(f"{directory} names a file that is none of its own: {name!r:.200}")
+    return path
