@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "Steps", "progress_of", "run_of"]
 
+#: Whether to show a progress bar where stderr is a terminal; or what is told of steps that are done.
+Counting = bool | Callable[[int], None]
+
 
 class Run(RecordedRun):
     """A recorded training, read from its directory whenever something is asked for.
@@ -82,7 +85,7 @@ class Run(RecordedRun):
         number = self._number(step)
         return self._opener.state(number + len(self) + 1 if number < 0 else number).parameters
 
-    def verify(self, *, processes: int | None = None, progress: bool = True) -> Verification:
+    def verify(self, *, processes: int | None = None, progress: Counting = True) -> Verification:
         """Take every step again, and compare every loss and every snapshot, bit for bit.
 
         processes: how many at once; absent: one for each core, where that is worth their start.
@@ -98,7 +101,7 @@ class Run(RecordedRun):
         with counting("replaying", len(self), progress) as told:
             return verify(self, self._objects, processes, told)
 
-    def diff(self, other: Run, *, thorough: bool = False, progress: bool = True) -> Difference:
+    def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
         """Return what differs between this run and another, down to the first operation.
 
         thorough: go through every step, not only those between the last common state and the first
@@ -124,7 +127,7 @@ class Run(RecordedRun):
         every: int = 1,
         overwrite: bool = False,
         processes: int | None = None,
-        progress: bool = True,
+        progress: Counting = True,
     ) -> Measured:
         """Add a measurement to the run, as if it had been made while it was trained.
 
@@ -135,7 +138,7 @@ class Run(RecordedRun):
             every: steps between two measurements.
             overwrite: take the place of an earlier measurement of that name.
             processes: how many at once; absent: one for each core, where that is worth their start.
-            progress: show a progress bar where stderr is a terminal.
+            progress: show a progress bar where stderr is a terminal; or what is told of steps done.
 
         Raises:
             UsageError: the question does not fit, or the name is taken.
@@ -163,7 +166,7 @@ class Run(RecordedRun):
         which: Literal["first", "last", "all"] = "first",
         *,
         processes: int | None = None,
-        progress: bool = True,
+        progress: Counting = True,
     ) -> Found:
         """Find the first step at which a condition is true, the last, or all.
 
@@ -172,7 +175,7 @@ class Run(RecordedRun):
                 the step in which the first NaN or infinity was made, see `first_nonfinite`.
             which: steps to find.
             processes: how many at once; absent: one for each core, where that is worth their start.
-            progress: show a progress bar where stderr is a terminal.
+            progress: show a progress bar where stderr is a terminal; or what is told of steps done.
 
         Raises:
             UsageError: the condition does not fit.
@@ -198,7 +201,7 @@ class Run(RecordedRun):
             return when(self, asked, which, objects=self._objects, processes=processes, told=told)
 
     def first_nonfinite(
-        self, *, processes: int | None = None, progress: bool = True
+        self, *, processes: int | None = None, progress: Counting = True
     ) -> NonFinite | None:
         """Return which operation made the first NaN or infinity, or None if all is finite.
 
@@ -232,7 +235,7 @@ class Run(RecordedRun):
         metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
         directory: str | Path | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
-        progress: bool = True,
+        progress: bool | Progress = True,
     ) -> Run:
         """Train a run that is this one up to a step, and goes on by other rules from there; return it.
 
@@ -249,7 +252,7 @@ class Run(RecordedRun):
                 unless the run has been trained in this process, and are trained in place.
             directory: of the fork, which must not exist; absent: the next free one under runs/.
             snapshot_budget: bytes of snapshots that the fork may keep.
-            progress: show a progress bar where stderr is a terminal.
+            progress: show a progress bar where stderr is a terminal; or who watches the training.
 
         Raises:
             StepError: there is no such step.
@@ -395,8 +398,10 @@ def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
     return Run(outcome.directory, objects)
 
 
-def progress_of(wanted: bool) -> Progress:
-    """Return who watches a training: the terminal, or nobody."""
+def progress_of(wanted: bool | Progress) -> Progress:
+    """Return who watches a training: the one given, the terminal, or nobody."""
     from everystep.views.progress import Silent, TerminalProgress
 
+    if not isinstance(wanted, bool):
+        return wanted
     return TerminalProgress(show_header=False, lines=None) if wanted else Silent()

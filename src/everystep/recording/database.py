@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ __all__ = [
     "LOCK_NAME",
     "SCHEMA_VERSION",
     "Database",
+    "MeasurementEnds",
     "SnapshotRow",
     "reading",
 ]
@@ -65,6 +67,15 @@ class SnapshotRow(NamedTuple):
     directory: str
     digest: str
     bytes: int
+
+
+class MeasurementEnds(NamedTuple):
+    """How many values a measurement has, and its values at its first and its last step."""
+
+    name: str
+    values: int
+    first: float | None
+    last: float | None
 
 
 class Database:
@@ -116,6 +127,15 @@ class Database:
                 raise
             self._connection.execute("COMMIT")
 
+    @contextmanager
+    def one_moment(self) -> Iterator[None]:
+        """All that is read within is as it was at one moment, whatever the writer does meanwhile."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.execute("ROLLBACK")
+
     def write_losses(self, first_step: int, losses: Iterable[float | None]) -> None:
         """Write the losses of consecutive steps."""
         self._connection.executemany(
@@ -163,6 +183,15 @@ class Database:
         ends = (max(-most, min(first, most)), max(-most, min(last, most)))
         return self._rows(query, *ends)
 
+    def losses_after(self, step: int) -> list[float | None]:
+        """Return the losses of the steps after `step`, in their order."""
+        return self._numbers("SELECT loss FROM steps WHERE step > ? ORDER BY step", step)
+
+    def newest_step(self) -> int:
+        """Return the number of the newest step, 0 where there is none."""
+        newest: int = self._numbers("SELECT coalesce(max(step), 0) FROM steps")[0]
+        return newest
+
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""
         rows = self._rows(
@@ -176,6 +205,25 @@ class Database:
         """Return the values of one measurement by step."""
         query = "SELECT step, value FROM measurements WHERE name = ? ORDER BY step"
         return dict(self._rows(query, name))
+
+    def measured_after(self, name: str, step: int) -> tuple[list[int], list[float | None]]:
+        """Return the steps after `step` at which something was measured, and the values there."""
+        among = "FROM measurements WHERE name = ? AND step > ? ORDER BY step"
+        return (
+            self._numbers(f"SELECT step {among}", name, step),
+            self._numbers(f"SELECT value {among}", name, step),
+        )
+
+    def measurement_ends(self) -> list[MeasurementEnds]:
+        """Return how many values each measurement has, and the first and the last, by name."""
+        rows = self._rows(
+            "SELECT name, count, "
+            "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = low), "
+            "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = high) "
+            "FROM (SELECT name, count(*) AS count, min(step) AS low, max(step) AS high "
+            "FROM measurements GROUP BY name ORDER BY name) AS found"
+        )
+        return [MeasurementEnds(*row) for row in rows]
 
     def measurement_names(self) -> list[str]:
         """Return what was measured."""
@@ -196,6 +244,13 @@ class Database:
     def _rows(self, query: str, *arguments: Any) -> list[Any]:
         try:
             return self._connection.execute(query, arguments).fetchall()
+        except sqlite3.Error as error:
+            raise RunError(f"{self._path} cannot be read: {error}") from None
+
+    def _numbers(self, query: str, *arguments: Any) -> list[Any]:
+        """Return the only column of a query; quick, where there are millions of rows."""
+        try:
+            return list(chain.from_iterable(self._connection.execute(query, arguments)))
         except sqlite3.Error as error:
             raise RunError(f"{self._path} cannot be read: {error}") from None
 

@@ -81,7 +81,12 @@ class RecordedRun:
     @property
     def status(self) -> str:
         """`running`, `finished`, `stopped` (by the user), `failed`, or `interrupted` (killed)."""
-        return self._status(self.facts)
+        return self.status_by(self.facts)
+
+    def status_by(self, facts: dict[str, Any]) -> str:
+        """Return the status where the facts have been read already."""
+        status: str = facts.get("status", "interrupted")
+        return "interrupted" if status == "running" and not self._is_being_written() else status
 
     @property
     def losses(self) -> polars.DataFrame:
@@ -209,7 +214,7 @@ class RecordedRun:
         return Summary(
             name=self.name,
             directory=self.directory,
-            status=self._status(facts),
+            status=self.status_by(facts),
             steps=count,
             planned=facts.get("steps", count),
             first_loss=nan if first is None else first,
@@ -217,10 +222,6 @@ class RecordedRun:
             started=_time_of(facts.get("started"), self._database_path),
             parent=(facts["fork"]["parent"], facts["fork"]["at"]) if "fork" in facts else None,
         )
-
-    def _status(self, facts: dict[str, Any]) -> str:
-        status: str = facts.get("status", "interrupted")
-        return "interrupted" if status == "running" and not self._is_being_written() else status
 
     def _is_being_written(self) -> bool:
         lock = FileLock(self.directory / LOCK_NAME)

@@ -114,22 +114,34 @@ class Statistics(NamedTuple):
 
 def statistics(tensor: Tensor) -> Statistics:
     """Return what the numbers of a tensor are like; of complex ones, of their absolute values."""
-    numbers = (tensor.abs() if tensor.is_complex() else tensor).detach().double().flatten()
-    if not len(numbers):
+    numbers = _as_they_lie(tensor.abs() if tensor.is_complex() else tensor.detach())
+    count = len(numbers)
+    if not count:
         return Statistics(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
-    finite = numbers[torch.isfinite(numbers)]
-    zeros = float((numbers == 0).double().mean())
-    nonfinite = len(numbers) - len(finite)
-    if not len(finite):
-        return Statistics(math.nan, math.nan, math.nan, math.nan, zeros, nonfinite)
+    zeros = (count - int(torch.count_nonzero(numbers))) / count
+    finite = numbers.double()
+    mean = float(finite.mean())
+    if not math.isfinite(mean):  # which one NaN or infinity is enough for
+        finite = finite[torch.isfinite(finite)]
+        if not len(finite):
+            return Statistics(math.nan, math.nan, math.nan, math.nan, zeros, count)
+        mean = float(finite.mean())
+    deviations = finite - mean
+    minimum, maximum = torch.aminmax(finite)
     return Statistics(
-        mean=float(finite.mean()),
-        std=float(finite.std(correction=0)),
-        minimum=float(finite.min()),
-        maximum=float(finite.max()),
+        mean=mean,
+        std=math.sqrt(float(deviations.dot(deviations)) / len(finite)),
+        minimum=float(minimum),
+        maximum=float(maximum),
         zeros=zeros,
-        nonfinite=nonfinite,
+        nonfinite=count - len(finite),
     )
+
+
+def _as_they_lie(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor in a row, in the order of the memory: a view where that can be."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).flatten()
 
 
 def _norm(tensor: Tensor) -> float:

@@ -20,23 +20,38 @@ if TYPE_CHECKING:
 __all__ = [
     "as_json",
     "diff_data",
+    "diff_sentence",
     "diff_text",
     "measured_text",
     "nonfinite_data",
     "nonfinite_text",
+    "plain",
     "verify_data",
     "verify_text",
     "when_text",
 ]
 
 _WIDTH = 12
+#: How the cause of a difference begins that lies in the learning rate and its like.
+_OTHER_HYPERPARAMETER = "another hyperparameter: "
 #: States, tensors and rows that are named before the rest is counted.
 _NAMED = 6
 
 
 def as_json(data: Any) -> str:
     """Return data as JSON, which has no nan and no infinity: they become texts."""
-    return json.dumps(_plain(data), indent=1, ensure_ascii=False)
+    return json.dumps(plain(data), indent=1, ensure_ascii=False)
+
+
+def plain(value: Any) -> Any:
+    """Return data as JSON can hold it: nan and infinities are texts."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def verify_text(name: str, found: Verification) -> str:
@@ -112,6 +127,28 @@ def diff_text(found: Difference) -> str:
         lines += ["", *_operation_lines(found.operation, found.names)]
     lines += [_line("problem", problem) for problem in found.problems]
     return "\n".join([*lines, "", _verdict(found)])
+
+
+def diff_sentence(found: Difference) -> str:
+    """Return the same in one sentence: where they part, at which operation, and why."""
+    if found.loss is not None:
+        parts = [f"The losses part at step {found.loss.step:,}"]
+    elif found.operation is not None or found.states:
+        parts = [f"The losses of all {min(found.steps):,} common steps are the same"]
+    else:
+        verdict = _verdict(found)
+        return f"{verdict[0].upper()}{verdict[1:]}."
+    operation = found.operation
+    if operation is not None:
+        at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
+        parts.append(
+            f"the first operation to differ is #{operation.index}{at}, {_operation_name(operation)}, "
+            + _reason(found, operation)
+        )
+    elif found.states and found.loss is None:
+        first = found.states[0]
+        parts.append(f"{first.tensor} of state {first.state:,} is not")
+    return "; ".join(parts) + "."
 
 
 def diff_data(found: Difference) -> dict[str, Any]:
@@ -257,6 +294,49 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
     return lines
 
 
+def _operation_name(found: OperationDifference) -> str:
+    """Return the operator without its overload, and where it is: `aten.addmm (forward, 0)`."""
+    observed = found.one or found.other
+    assert observed is not None
+    operation = observed.operation
+    name = operation.operator
+    if name.startswith("aten."):
+        name = ".".join(name.split(".")[:2])
+    return f"{name} ({', '.join(filter(None, (operation.phase, operation.module)))})"
+
+
+def _reason(found: Difference, operation: OperationDifference) -> str:
+    """Return why an operation differs, as the end of a sentence."""
+    from everystep.replay.operations import COMPUTED_OTHERWISE
+
+    cause = operation.causes[0] if operation.causes else ""
+    if operation.one is None or operation.other is None:
+        return f"which only {found.names[operation.one is None]} has"
+    if cause.startswith(_OTHER_HYPERPARAMETER):
+        what, _, values = cause.removeprefix(_OTHER_HYPERPARAMETER).partition(", ")[0].partition(" ")
+        return f"because {what} is {values}"
+    if cause == COMPUTED_OTHERWISE:
+        pairs = [f"{key} {one} and {other}" for key, (one, other) in found.numerics.items()]
+        return "although it is given the same" + (f": {', '.join(pairs)}" if pairs else "")
+    if cause:
+        return f"because of {cause}"
+    names = list(dict.fromkeys(_input_name(each.name) for each in operation.inputs))
+    if not names:
+        return "and nothing that it is given"
+    verb = "differs" if len(names) == 1 else "differ"
+    return f"because {' and '.join(names[:2])} {verb} already"
+
+
+def _input_name(name: str) -> str:
+    """Return what an operation is given, in words."""
+    kind, _, rest = name.partition("~")[0].partition("/")
+    if kind in ("x", "y"):
+        return f"{kind} of the batch"
+    if kind == "gradient":
+        return f"the gradient of {rest}"
+    return rest if kind in ("parameter", "buffer") else name
+
+
 def _tensor_text(found: TensorDifference) -> str:
     if not found.positions:
         return f"{found.name}: another shape or dtype"
@@ -325,13 +405,3 @@ def _pair(one: Any, two: Any) -> str:
 def _line(label: str, text: str) -> str:
     first, *rest = text.splitlines() or [""]
     return "\n".join([f"{label:<{_WIDTH}}{first}", *(" " * _WIDTH + line for line in rest)])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -120,8 +120,9 @@ def grouped(value: float) -> str:
 
 def norm(tensor: Tensor) -> float:
     """Return the 2-norm of a tensor."""
-    magnitudes = tensor.abs() if tensor.is_complex() else tensor
-    return float(torch.linalg.vector_norm(magnitudes.detach().double()))
+    magnitudes = (tensor.abs() if tensor.is_complex() else tensor).detach()
+    floats = magnitudes if magnitudes.is_floating_point() else magnitudes.double()
+    return float(torch.linalg.vector_norm(floats, dtype=torch.float64))
 
 
 def shape_text(tensor: Tensor) -> str:

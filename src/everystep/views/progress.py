@@ -110,8 +110,16 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def counting(what: str, total: int, wanted: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a bar while something is done with `total` steps; gives what is told how many more are."""
+def counting(
+    what: str, total: int, wanted: bool | Callable[[int], None] = True
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar while something is done with `total` steps; gives what is told how many more are.
+
+    wanted: whether to show one; or who is told instead.
+    """
+    if callable(wanted):
+        yield wanted
+        return
     console = Console(stderr=True, highlight=False)
     if not wanted or not (console.is_terminal or console.is_jupyter):
         yield lambda steps: None

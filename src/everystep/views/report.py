@@ -15,16 +15,18 @@ from everystep.views.terminal import number
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun
 
-__all__ = ["report_html"]
+__all__ = ["details", "report_html", "seed", "times"]
 
 #: Rows of the table, which are also the points of the plot.
 ROWS = 50_000
 
 
-def report_html(run: RecordedRun) -> str:
+def report_html(run: RecordedRun, opened: Markup | None = None) -> str:
     """Return a run as a complete page: its facts, a plot to zoom into, and the table of its losses.
 
     Of a run of more than 50,000 steps it holds the excerpt that `loss_table` makes, and says so.
+
+    opened: a section of opened steps.
     """
     table = loss_table(run, rows=ROWS)
     losses = table.frame.select("step", "loss").drop_nulls()
@@ -40,9 +42,10 @@ def report_html(run: RecordedRun) -> str:
             planned=facts.get("steps"),
             landmarks=_landmarks(losses),
             nonfinite=_first_nonfinite(losses),
-            rows=[*facts_in_order(facts), ("seed", _seed(facts))],
-            details=_details(facts),
-            times=_times(facts),
+            rows=[*facts_in_order(facts), ("seed", seed(facts))],
+            details=details(facts),
+            times=times(facts),
+            opened=opened,
             table=Markup(table.fragment()),
         )
     )
@@ -68,7 +71,7 @@ def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
     return None if rows.is_empty() else (rows["step"].item(), str(rows["loss"].item()))
 
 
-def _details(facts: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+def details(facts: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
     numerics, versions = facts["numerics"], facts.get("versions", {})
     return [
@@ -85,11 +88,13 @@ def _details(facts: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]
     ]
 
 
-def _seed(facts: dict[str, Any]) -> str:
+def seed(facts: dict[str, Any]) -> str:
+    """Return what the run's random numbers begin with, in words."""
     return "torch's generator as it was" if facts.get("seed") is None else str(facts["seed"])
 
 
-def _times(facts: dict[str, Any]) -> str:
+def times(facts: dict[str, Any]) -> str:
+    """Return when the run was trained, and how long that took, in lines."""
     lines = [f"started {_time(facts['started'])}"]
     if facts.get("finished"):
         lines.append(f"ended {_time(facts['finished'])}")

@@ -86,7 +86,7 @@ def sparkline(losses: polars.DataFrame) -> Sparkline:
     values = points["loss"].to_numpy().astype(np.float64)
     finite = np.isfinite(values)
     shown = values[finite]
-    is_log = bool(len(shown)) and shown.min() > 0 and shown.max() >= DECADES * shown.min()
+    is_log = bool(len(shown) and shown.min() > 0 and shown.max() >= DECADES * shown.min())
     x = _scaled(steps, MARGIN, WIDTH - MARGIN)
     y = _scaled(np.log10(shown) if is_log else shown, HEIGHT - MARGIN, MARGIN)
     pairs = list(zip(x[finite].tolist(), y.tolist(), strict=True))

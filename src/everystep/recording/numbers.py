@@ -1,0 +1,92 @@
+"""A run's losses and measurements as arrays, for whoever keeps them and reads only what is new."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everystep.errors import RunError
+from everystep.recording.database import FILE_NAME, MeasurementEnds, reading
+
+__all__ = ["Numbers", "fingerprint", "read_numbers"]
+
+_TICK = 50_000_000  # nanoseconds
+
+
+class Numbers(NamedTuple):
+    """What a run has by step, at one moment.
+
+    steps: how many were taken; losses: those that were asked for; ends: of each measurement;
+    series: steps and values of the measurements that were asked for.
+    """
+
+    facts: dict[str, Any]
+    steps: int
+    losses: NDArray[np.float64]
+    ends: list[MeasurementEnds]
+    series: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]
+
+
+def fingerprint(directory: Path) -> tuple[int, ...]:
+    """Return what differs after every change of a run's database: its files' times and sizes.
+
+    Raises:
+        RunError: the run is gone.
+    """
+    found: list[int] = []
+    for name in (FILE_NAME, f"{FILE_NAME}-wal"):
+        try:
+            stat = (directory / name).stat()
+        except OSError:
+            if name == FILE_NAME:
+                raise RunError(f"{directory} is no run any more: it has no {FILE_NAME}") from None
+            continue
+        found += [stat.st_ino, stat.st_mtime_ns, stat.st_size]
+    # Two changes within a tick of the file system's clock have the same time: of what changed just now,
+    # no two fingerprints are equal.
+    now = time.time_ns()
+    if abs(now - max(found[1::3])) < _TICK:
+        found.append(now)
+    return tuple(found)
+
+
+def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | None = None) -> Numbers:
+    """Read the losses after a step and, of the measurements in `series`, the values after theirs.
+
+    Raises:
+        RunError: the run cannot be read, or its database was changed by somebody else.
+    """
+    with reading(directory / FILE_NAME) as database, database.one_moment():
+        losses, newest = database.losses_after(after), database.newest_step()
+        if len(losses) != max(0, newest - after):
+            raise RunError(
+                f"{directory} has {len(losses):,} losses after step {after:,}, although its newest step "
+                f"is {newest:,}: its database was changed"
+            )
+        try:
+            facts = database.facts()
+        except ValueError:
+            raise RunError(f"{directory} has facts that are no JSON: its database was changed") from None
+        return Numbers(
+            facts=facts,
+            steps=newest,
+            losses=_array(losses, directory),
+            ends=database.measurement_ends(),
+            series={
+                name: (np.array(steps, np.int64), _array(values, directory))
+                for name, step in (series or {}).items()
+                for steps, values in [database.measured_after(name, step)]
+            },
+        )
+
+
+def _array(values: list[float | None], directory: Path) -> NDArray[np.float64]:
+    try:
+        return np.array(values, np.float64)  # None becomes NaN
+    except (TypeError, ValueError):
+        raise RunError(f"{directory} has losses that are no numbers: its database was changed") from None

@@ -1,0 +1,103 @@
+"""Answers in one sentence; as lines and as data they are tested with what they answer."""
+
+import pytest
+
+from everystep.program.execute import Observed
+from everystep.program.operation import Operation
+from everystep.replay.diff import Difference
+from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, TensorDifference
+from everystep.replay.walk import LossDifference, StateDifference
+from everystep.views.answers import diff_sentence
+
+
+def difference(**found):
+    whole = {
+        "names": ("one", "other"),
+        "experiments": {},
+        "numerics": {},
+        "steps": (500, 500),
+        "loss": None,
+        "common_state": 128,
+        "states": (),
+        "operation": None,
+        "problems": (),
+    }
+    return Difference(**whole | found)
+
+
+def observed(operator, phase, module=None):
+    return Observed(Operation(phase=phase, operator=operator, module=module), {}, {})
+
+
+ADDMM = observed("aten.addmm.default", "forward", "0")
+LOSS = LossDifference(138, 1.0, 2.0)
+
+
+def parting(one=ADDMM, other=ADDMM, step=138, index=9, inputs=(), causes=()):
+    given = [TensorDifference(name, 1, 4, [], [], None) for name in inputs]
+    return OperationDifference(step, index, one, other, [], given, [], list(causes))
+
+
+FIRST = "The losses part at step 138; the first operation to differ is #9"
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ({}, "The runs are the same, bit for bit."),
+        ({"steps": (500, 400)}, "The first 400 steps are the same; one run is longer."),
+        ({"loss": LOSS}, "The losses part at step 138."),
+        (
+            {
+                "loss": LOSS,
+                "operation": parting(
+                    observed("aten.mul.Tensor", "update"),
+                    observed("aten.mul.Tensor", "update"),
+                    step=137,
+                    causes=["another hyperparameter: lr 0.0001 and 0.0002, momentum 0 and 1"],
+                ),
+            },
+            f"{FIRST} of step 137, aten.mul (update), because lr is 0.0001 and 0.0002.",
+        ),
+        (
+            {"loss": LOSS, "operation": parting(inputs=["parameter/0.weight~1"])},
+            f"{FIRST}, aten.addmm (forward, 0), because 0.weight differs already.",
+        ),
+        (
+            {"loss": LOSS, "operation": parting(inputs=["x", "gradient/0.weight"])},
+            f"{FIRST}, aten.addmm (forward, 0), because x of the batch and the gradient of 0.weight "
+            "differ already.",
+        ),
+        (
+            {
+                "loss": LOSS,
+                "numerics": {"threads": (2, 1)},
+                "operation": parting(causes=[COMPUTED_OTHERWISE]),
+            },
+            f"{FIRST}, aten.addmm (forward, 0), although it is given the same: threads 2 and 1.",
+        ),
+        (
+            {"loss": LOSS, "operation": parting(causes=["another random draw"])},
+            f"{FIRST}, aten.addmm (forward, 0), because of another random draw.",
+        ),
+        (
+            {"loss": LOSS, "operation": parting(other=None, causes=["another operation"])},
+            f"{FIRST}, aten.addmm (forward, 0), which only one has.",
+        ),
+        (
+            {"loss": LOSS, "operation": parting(one=None, causes=["another operation"])},
+            f"{FIRST}, aten.addmm (forward, 0), which only other has.",
+        ),
+        (
+            {"operation": parting(inputs=["parameter/0.bias"])},
+            "The losses of all 500 common steps are the same; the first operation to differ is #9 of "
+            "step 138, aten.addmm (forward, 0), because 0.bias differs already.",
+        ),
+        (
+            {"states": (StateDifference(500, "0.weight", 3, 1),)},
+            "The losses of all 500 common steps are the same; 0.weight of state 500 is not.",
+        ),
+    ],
+)
+def test_a_difference_in_a_sentence(found, sentence):
+    assert diff_sentence(difference(**found)) == sentence
