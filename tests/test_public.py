@@ -1,5 +1,6 @@
 """The public face is what it says it is."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -63,7 +64,7 @@ def test_the_readme_tells_of_every_command_and_every_option_has_a_help():
     command = typer.main.get_command(cli.app)
     assert set(command.commands) == {
         "train", "experiments", "runs", "losses", "table", "plot", "report",
-        "step", "verify", "diff", "fork", "measure", "when",
+        "step", "verify", "diff", "fork", "measure", "when", "view",
     }  # fmt: skip
     for name, each in command.commands.items():
         assert f"everystep {name}" in readme
@@ -81,5 +82,21 @@ def test_every_key_of_an_experiment_is_an_argument_of_train():
 
 
 def test_nothing_reaches_for_the_network():
-    for path in (ROOT / "src").rglob("*.py"):
-        assert not re.search(r"\b(urllib|requests|httpx|aiohttp|socket)\b", path.read_text()), path
+    clients = {"urllib.request", "http.client", "requests", "httpx", "aiohttp", "socket"}
+    package = ROOT / "src" / "everystep"
+    for path in package.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        is_listening = path in (package / "page" / "server.py", package / "page" / "guard.py")
+        assert not names & (clients - {"socket"} if is_listening else clients), path
+    for path in (package / "page" / "static").rglob("*.*"):
+        addresses = set(re.findall(r"https?://[^\s\"'`]+", path.read_text()))
+        assert addresses <= {"http://www.w3.org/2000/svg"}, path
+
+
+def test_the_page_makes_no_markup_of_texts():
+    for path in (ROOT / "src" / "everystep" / "page" / "static").rglob("*.js"):
+        assert not re.search(
+            r"(inner|outer)HTML|insertAdjacent|document\.write|eval\(", path.read_text()
+        ), path

@@ -223,11 +223,24 @@ def plot(
 
 
 @app.command()
-def report(run: RunArgument, output: PageOption) -> None:
+def report(
+    run: RunArgument,
+    output: PageOption,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option("--step", metavar="N", help="Open this step inside; -1: the newest. Repeatable."),
+    ] = None,
+) -> None:
     """Write everything about a run as one page that needs nothing else."""
     from everystep.api import open
 
-    content = open(run).report()
+    opened = open(run)
+    if steps:
+        from everystep.page.share import shared_report
+
+        content = shared_report(opened, steps)
+    else:
+        content = opened.report()
     _write(output, lambda: output.write_text(content, encoding="utf-8"))
 
 
@@ -437,6 +450,39 @@ def when(
     if not found.steps:
         _hint("no step")
         raise typer.Exit(1)
+
+
+@app.command()
+def view(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|DIRECTORY",
+            help="A run (its directory, or its name in runs/) to open at, or a directory of runs.",
+        ),
+    ] = "runs",
+    host: Annotated[
+        str, typer.Option(help="Listen here; beyond this machine, the page is open to others.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Listen on this port; if it is taken, on the next.")
+    ] = 8137,
+    browser: Annotated[
+        bool | None,
+        typer.Option(
+            "--browser/--no-browser", help="Open a browser; otherwise where there is one to be seen."
+        ),
+    ] = None,
+) -> None:
+    """Open runs as a local web page: watch a training, walk through its steps, compare, measure, fork.
+
+    Prints the address, which lets in whoever has it, and serves until Ctrl-C. Runs that begin
+    meanwhile appear by themselves.
+    """
+    from everystep.page.server import place_of, serve
+
+    directory, run = place_of(what)
+    serve(directory, run, host=host, port=port, browser=browser)
 
 
 @app.callback(invoke_without_command=True)

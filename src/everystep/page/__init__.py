@@ -1,0 +1,1 @@
+"""The local web page: watch a run, then walk through it. The server imports no torch."""

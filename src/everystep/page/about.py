@@ -1,0 +1,128 @@
+"""What is known about a run, as the page gets it: JSON, in which nan and infinities are texts."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from datetime import UTC
+from typing import TYPE_CHECKING, Any
+
+from everystep.errors import RunError
+from everystep.recording.database import MeasurementEnds
+from everystep.recording.run import RecordedRun, Summary
+from everystep.views import report
+from everystep.views.summary import facts_in_order
+from everystep.views.terminal import number, shortest
+
+if TYPE_CHECKING:
+    from everystep.page.columns import RunColumns
+
+__all__ = ["about_data", "plain", "settings_of", "state_data", "summary_data"]
+
+#: The learning rate and its like are recorded where they change.
+_RATE = re.compile(r"(lr|momentum|beta1)(\[\d+\])?")
+
+
+def plain(value: float | None) -> float | str | None:
+    """Return a number as JSON can hold it, in the fewest digits; nan, inf and -inf are texts."""
+    if value is None:
+        return None
+    return float(shortest(value)) if math.isfinite(value) else str(value)
+
+
+def summary_data(name: str, summary: Summary | None, problem: str | None = None) -> dict[str, Any]:
+    """Return a run in one line; None: it cannot be read, for the reason given."""
+    if summary is None:
+        keys = ("status", "steps", "planned", "first_loss", "last_loss", "started", "parent")
+        return {"name": name, **dict.fromkeys(keys), "problem": problem}
+    return {
+        "name": name,
+        "status": summary.status,
+        "steps": summary.steps,
+        "planned": summary.planned,
+        "first_loss": plain(summary.first_loss),
+        "last_loss": plain(summary.last_loss),
+        "started": summary.started.astimezone(UTC).isoformat(),
+        "parent": summary.parent,
+        "problem": None,
+    }
+
+
+def state_data(columns: RunColumns, status: str) -> dict[str, Any]:
+    """Return how far a run has come."""
+    facts = columns.facts
+    return {
+        "status": status,
+        "reason": facts.get("reason"),
+        "steps": columns.steps,
+        "planned": facts.get("steps", columns.steps),
+        "last_loss": plain(float(columns.losses[-1])) if columns.steps else None,
+        "measurements": [_measurement(ends) for ends in columns.ends],
+        "seconds": facts.get("seconds"),
+    }
+
+
+def about_data(
+    name: str, run: RecordedRun, columns: RunColumns, forks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return everything about a run besides its numbers by step."""
+    facts = columns.facts
+    settings = settings_of(run, facts)
+    return {
+        "name": name,
+        **state_data(columns, run.status_by(facts)),
+        "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
+        "details": report.details(facts),
+        "times": report.times(facts),
+        "dtype": str(columns.losses.dtype),
+        **_landmarks(columns),
+        "parent": [facts["fork"]["parent"], facts["fork"]["at"]] if "fork" in facts else None,
+        "forks": forks,
+        "has_experiment": settings is not None,
+        "settings": settings or {},
+        "snapshots": run.snapshots,
+    }
+
+
+def settings_of(run: RecordedRun, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of a run's experiment by path, as `--set` takes them; None: it has none."""
+    try:
+        path = run.experiment_file(facts)
+    except RunError:  # changed by somebody since: it does not tell how the run was trained
+        return None
+    return None if path is None else _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+
+
+def _landmarks(columns: RunColumns) -> dict[str, Any]:
+    """Return the first, the last and the smallest loss, and the first that is not finite."""
+    steps = {"first": 1, "last": columns.steps} if columns.steps else {}
+    if columns.smallest is not None:
+        steps["smallest"] = columns.smallest
+    losses = {what: columns.losses[step - 1] for what, step in steps.items()}
+    nonfinite = columns.first_nonfinite
+    return {
+        "landmarks": [
+            {"what": what, "step": step, "short": number(losses[what]), "full": shortest(losses[what])}
+            for what, step in steps.items()
+        ],
+        "nonfinite": nonfinite and {"step": nonfinite, "loss": str(columns.losses[nonfinite - 1])},
+    }
+
+
+def _measurement(ends: MeasurementEnds) -> dict[str, Any]:
+    first, last = (plain(math.nan if end is None else end) for end in (ends.first, ends.last))
+    is_rate = _RATE.fullmatch(ends.name) is not None
+    return {"name": ends.name, "count": ends.values, "first": first, "last": last, "is_rate": is_rate}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the values in nested tables by their paths; of lists of texts (layers), each text."""
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            found |= _flat(inner, f"{path}.{key}" if path else key)
+        return found
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return {f"{path}[{index}]": item for index, item in enumerate(value)}
+    return {path: plain(value) if isinstance(value, float) else value}

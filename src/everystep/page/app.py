@@ -1,0 +1,116 @@
+"""The application: which address is answered by what, and how errors are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from everystep.errors import EverystepError, RunError, UsageError
+from everystep.page.assets import asset, index
+from everystep.page.columns import Columns
+from everystep.page.desk import Desk
+from everystep.page.live import Live
+from everystep.page.routes import runs, steps, tasks
+from everystep.page.shelf import Shelf
+from everystep.page.tasks import Tasks
+
+__all__ = ["UntilEnd", "application"]
+
+_PAGES = [Route(path, index) for path in ("/", "/runs/{name}", "/compare")]
+_ASSETS = [Route("/static/{path:path}", asset)]
+
+
+def application(directory: Path) -> Starlette:
+    """Return what answers for the runs in a directory; it guards nothing."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        state = app.state
+        state.desk, state.tasks = Desk(directory), Tasks()
+        state.live = Live(state.shelf, state.columns)
+        await state.desk.start()
+        yield
+        state.live.close()
+        await state.tasks.close()
+        await state.desk.close()
+
+    app = Starlette(
+        routes=[*_PAGES, *_ASSETS, *runs.routes, *steps.routes, *tasks.routes],
+        exception_handlers={
+            EverystepError: _told,
+            HTTPException: _http_error,
+            Exception: _failed,
+        },
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.shelf, app.state.columns = Shelf(directory), Columns()
+    return app
+
+
+class UntilEnd:
+    """Ends the answers that still go on when the server ends: event streams, steps being opened."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        self._end = asyncio.Event()
+
+    async def end(self) -> None:
+        """End them."""
+        self._end.set()
+        await self._app.state.desk.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as the application does; at the end, as if the browser had gone."""
+
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_open = False
+
+        async def receive_or_end() -> Message:
+            end = asyncio.ensure_future(self._end.wait())
+            message = asyncio.ensure_future(receive())
+            try:
+                await asyncio.wait([end, message], return_when=asyncio.FIRST_COMPLETED)
+                return message.result() if message.done() else {"type": "http.disconnect"}
+            finally:
+                end.cancel()
+                message.cancel()
+
+        async def send_noting(message: Message) -> None:
+            nonlocal is_open
+            is_open = message["type"] == "http.response.start" or message.get("more_body", False)
+            await send(message)
+
+        await self._app(scope, receive_or_end, send_noting)
+        if is_open and self._end.is_set():
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    status = 404 if isinstance(error, RunError) else 400 if isinstance(error, UsageError) else 500
+    return JSONResponse({"error": str(error)}, status)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    is_missing = error.status_code == 404
+    text = f"there is nothing at {request.url.path}" if is_missing else error.detail
+    if request.url.path.startswith("/api/"):
+        return JSONResponse({"error": text}, error.status_code, headers=error.headers)
+    return PlainTextResponse(text, error.status_code, headers=error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    text = "everystep failed at this, and says in its terminal why; that should be reported"
+    return JSONResponse({"error": text}, 500)

@@ -1,0 +1,60 @@
+"""The files that the page consists of: a table of names, so that no name from outside is a path."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+__all__ = ["asset", "index"]
+
+_HERE = Path(__file__).parent / "static"
+_VIEWS = Path(__file__).parent.parent / "views"
+_MEDIA_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+}
+
+
+def index(request: Request) -> Response:
+    """Answer with the page; what it shows is in its address."""
+    return Response((_HERE / "index.html").read_bytes(), media_type="text/html")
+
+
+def asset(request: Request) -> Response:
+    """Answer with a file, or with a word where the browser has it already."""
+    path = _table().get(request.path_params["path"])
+    if path is None:
+        raise HTTPException(404)
+    content = path.read_bytes()
+    tag = f'"{hashlib.sha256(content).hexdigest()[:20]}"'
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}
+    if tag in [each.strip() for each in request.headers.get("if-none-match", "").split(",")]:
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=_MEDIA_TYPES[path.suffix])
+
+
+@cache
+def _table() -> dict[str, Path]:
+    vendored = _VIEWS / "vendored" / "uplot-1.6.32"
+    own = {path.relative_to(_HERE).as_posix(): path for path in sorted(_HERE.rglob("*.*"))}
+    return own | {
+        "base.css": _VIEWS / "templates" / "page.css",
+        "table.css": _VIEWS / "templates" / "table.css",
+        "uPlot.js": vendored / "uPlot.iife.min.js",
+        "uPlot.min.css": vendored / "uPlot.min.css",
+        "datatables.js": _itables() / "html" / "dt_bundle.js",
+    }
+
+
+def _itables() -> Path:
+    """Return where itables lies, which brings DataTables; importing it would import pandas."""
+    found = find_spec("itables")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent

@@ -1,0 +1,248 @@
+"""Losses and measurements of the runs looked at last, in memory; what is new is read when asked for.
+
+Everything here may wait for the disk: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from everystep.errors import UsageError, did_you_mean
+from everystep.recording.database import MeasurementEnds
+from everystep.recording.numbers import Numbers, fingerprint, read_numbers
+from everystep.recording.run import RecordedRun
+from everystep.views.reduction import reduce
+from everystep.views.summary import Sparkline, sparkline
+from everystep.views.table import shortest_texts
+
+__all__ = ["Columns", "RunColumns", "reduced"]
+
+#: Runs whose numbers stay in memory.
+KEPT = 8
+#: Orders, and choices of rows, that stay in memory for each run.
+KEPT_ORDERS = 4
+#: So many of the newest numbers are read again, to see whether what is in memory still holds.
+OVERLAP = 4096
+
+Series = tuple[NDArray[np.int64], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class RunColumns:
+    """A run's numbers as they were at one moment.
+
+    losses: of steps 1 to `steps`, in their own precision; ends: of each measurement;
+    edition: another one where steps that had been there were taken again.
+    """
+
+    facts: dict[str, Any]
+    steps: int
+    losses: NDArray[Any]
+    ends: list[MeasurementEnds]
+    edition: int
+    read: Callable[[str], Series]
+    known: dict[str, Series] = field(default_factory=dict)
+    kept: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @cached_property
+    def titles(self) -> dict[str, str | None]:
+        """The columns of the table: what each is of; None: the loss. The step is none of them."""
+        found: dict[str, str | None] = {"loss": None}
+        for ends in self.ends:
+            is_taken = ends.name in ("step", "loss")
+            found[f"{ends.name} (measured)" if is_taken else ends.name] = ends.name
+        return found
+
+    def series(self, name: str) -> Series:
+        """Return the steps and values of a measurement.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        names = [ends.name for ends in self.ends]
+        if name not in names:
+            raise UsageError(f"no measurement {name!r} in this run; {did_you_mean(name, names)}")
+        with self.lock:
+            if name not in self.known:
+                self.known[name] = self.read(name)
+            return self.known[name]
+
+    def curve(self, name: str | None) -> Series:
+        """Return steps and values of a measurement, or of the losses (None)."""
+        return (np.arange(1, self.steps + 1), self.losses) if name is None else self.series(name)
+
+    @cached_property
+    def smallest(self) -> int | None:
+        """The first step with the smallest finite loss."""
+        finite = np.isfinite(self.losses)
+        return int(np.argmin(np.where(finite, self.losses, np.inf))) + 1 if finite.any() else None
+
+    @cached_property
+    def first_nonfinite(self) -> int | None:
+        """The first step whose loss is not finite."""
+        found = np.flatnonzero(~np.isfinite(self.losses))
+        return int(found[0]) + 1 if len(found) else None
+
+    def remembered(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` made for this key, as long as it was asked for lately."""
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = make()
+            self.kept.move_to_end(key)
+            while len(self.kept) > KEPT_ORDERS:
+                self.kept.popitem(last=False)
+            return self.kept[key]
+
+
+class Columns:
+    """Keeps the numbers of the runs looked at last."""
+
+    def __init__(self) -> None:
+        self._runs: OrderedDict[Path, _Kept] = OrderedDict()
+        self._sparklines: dict[Path, tuple[tuple[int, ...], Sparkline]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, run: RecordedRun) -> RunColumns:
+        """Return a run's numbers as they are now.
+
+        Raises:
+            RunError: it is gone, or cannot be read.
+        """
+        with self._lock:
+            kept = self._runs.setdefault(run.directory, _Kept(run.directory))
+            self._runs.move_to_end(run.directory)
+            while len(self._runs) > KEPT:
+                self._runs.popitem(last=False)
+        return kept.look()
+
+    def sparkline(self, run: RecordedRun) -> Sparkline:
+        """Return a small picture of a run's losses.
+
+        Raises:
+            RunError: it is gone, or cannot be read.
+        """
+        now = fingerprint(run.directory)
+        before, line = self._sparklines.get(run.directory, (None, None))
+        if line is None or before != now:
+            columns = self.of(run)
+            steps = np.arange(1, columns.steps + 1)
+            line = sparkline(pl.DataFrame({"step": steps, "loss": columns.losses}))
+            self._sparklines[run.directory] = now, line
+        return line
+
+
+class _Kept:
+    """The numbers of one run, read by one thread at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen: tuple[int, ...] | None = None
+        self._columns: RunColumns | None = None
+        self._lock = threading.Lock()
+
+    def look(self) -> RunColumns:
+        with self._lock:
+            now = fingerprint(self._directory)
+            if self._columns is None or now != self._seen:
+                self._columns = self._read(self._columns)
+                self._seen = now
+            return self._columns
+
+    def _read(self, old: RunColumns | None) -> RunColumns:
+        if old is not None:
+            start = max(0, old.steps - OVERLAP)
+            starts = {name: _overlap(steps) for name, (steps, _) in old.known.items()}
+            found = read_numbers(self._directory, start, starts)
+            if _goes_on(old, found, start):
+                losses = np.concatenate([old.losses[:start], _precise(found)])
+                return self._columns_of(found, losses, old.edition, _extended(old, found))
+        found = read_numbers(self._directory)
+        losses = _precise(found)
+        edition = 0
+        if old is not None:
+            is_longer = _is_same(old.losses, losses[: old.steps])
+            edition = old.edition if is_longer else old.edition + 1
+        return self._columns_of(found, losses, edition, {})
+
+    def _columns_of(
+        self, found: Numbers, losses: NDArray[Any], edition: int, known: dict[str, Series]
+    ) -> RunColumns:
+        return RunColumns(
+            found.facts, found.steps, losses, found.ends, edition, self._read_series, known
+        )
+
+    def _read_series(self, name: str) -> Series:
+        return read_numbers(self._directory, 2**62, {name: -1}).series[name]
+
+
+def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict[str, list[Any]]:
+    """Return steps and values for JSON, about so many that no spike is lost."""
+    frame = reduce(pl.DataFrame({"step": steps, "loss": values}), max(1, points // 2))
+    texts = shortest_texts(frame["loss"])
+    is_finite = frame["loss"].is_finite().to_list()
+    return {
+        "steps": frame["step"].to_list(),
+        "values": [
+            float(text) if finite else text for text, finite in zip(texts, is_finite, strict=True)
+        ],
+    }
+
+
+def _precise(found: Numbers) -> NDArray[Any]:
+    if found.facts.get("loss.dtype") == "float64":
+        return found.losses
+    with np.errstate(over="ignore"):
+        return found.losses.astype(np.float32)
+
+
+def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
+
+
+def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
+    """Return whether what was read from `start` on carries on from what is in memory.
+
+    A training may take steps back and take them again (then its newest losses are others), and a run may
+    be made again under the same name. When a training ends, all of it is read once more, to be sure.
+    """
+    facts = ("started", "status")
+    return all(old.facts.get(key) == found.facts.get(key) for key in facts) and _is_same(
+        old.losses[start:], _precise(found)[: old.steps - start]
+    )
+
+
+def _overlap(steps: NDArray[np.int64]) -> int:
+    return int(steps[-OVERLAP]) - 1 if len(steps) > OVERLAP else -1
+
+
+def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
+    """Return the measurements in memory with what is new; those that were changed are left out."""
+    counts = {ends.name: ends.values for ends in found.ends}
+    meanings = [facts.get("measured", {}) for facts in (old.facts, found.facts)]
+    extended = {}
+    for name, (steps, values) in old.known.items():
+        kept = max(0, len(steps) - OVERLAP)
+        new_steps, new_values = found.series[name]
+        overlapping = len(steps) - kept
+        if (
+            kept + len(new_steps) == counts.get(name)
+            and meanings[0].get(name) == meanings[1].get(name)
+            and np.array_equal(new_steps[:overlapping], steps[kept:])
+            and np.array_equal(new_values[:overlapping], values[kept:], equal_nan=True)
+        ):
+            extended[name] = (
+                np.concatenate([steps[:kept], new_steps]),
+                np.concatenate([values[:kept], new_values]),
+            )
+    return extended

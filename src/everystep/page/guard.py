@@ -1,0 +1,235 @@
+"""Who may speak to the server: whoever came to it by its own name and knows its token.
+
+The token is an HMAC, by a secret of the user, of the directory that is served. So it stays the same when
+the server is stopped and started again, and an open page goes on.
+"""
+
+from __future__ import annotations
+
+import hmac
+import html
+import ipaddress
+import json
+import os
+import re
+import secrets
+import socket
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import platformdirs
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from everystep.errors import UsageError
+
+__all__ = ["Guard", "host_without_port", "is_loopback", "token_of"]
+
+_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_SECRET_BYTES = 32
+
+
+class Guard:
+    """Refuses what does not come from the page itself, and sets the headers that keep it so.
+
+    Args:
+        app: what is guarded.
+        token: the only one that opens it.
+        port: of the server; names the cookie, since cookies know no ports.
+        host: that it listens on, besides the names of this machine for itself.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, port: int, host: str = "127.0.0.1") -> None:
+        self._app = app
+        self._token = token
+        self._cookie = f"everystep-{port}"
+        self._host = host.lower().strip("[]")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        has_token = self._is_token(self._token_in_address(scope))
+        reason = self._foreign(headers, has_token)
+        kind = headers.get("content-type", "").partition(";")[0].strip()
+        if reason is None and scope["method"] == "POST" and kind != "application/json":
+            reason = "what is asked for must be JSON (Content-Type: application/json)"
+        if reason is None and not (has_token or self._has_cookie(headers)):
+            reason = (
+                "this page opens only by the address that `everystep view` has printed: it ends in "
+                "?token=..."
+            )
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                answer.update(_HEADERS)
+                answer.setdefault("Cache-Control", "no-store")
+                if has_token and reason is None:
+                    answer.append("Set-Cookie", self._cookie_text())
+            await send(message)
+
+        if reason is None:
+            await self._app(scope, receive, send_guarded)
+        else:
+            await _refusal(scope, reason)(scope, receive, send_guarded)
+
+    def _foreign(self, headers: Headers, opens_page: bool) -> str | None:
+        """Return why a request does not come from the page itself, or None.
+
+        opens_page: it asks for a page, with the token in its address.
+        """
+        hosts = headers.getlist("host")
+        host = host_without_port(hosts[0]) if len(hosts) == 1 else None
+        if host is None or not self._is_ours(host):
+            shown = ", ".join(hosts) or "no host"
+            return (
+                f"this server is not {shown}; use the address that `everystep view` has printed "
+                "(everystep view --host says how to serve other machines)"
+            )
+        origins = headers.getlist("origin")
+        if origins and origins != [f"http://{hosts[0]}"]:
+            return "another page asked for this, and only this server's own pages may"
+        site = headers.get("sec-fetch-site", "none")
+        is_opened = headers.get("sec-fetch-mode") == "navigate"
+        if site in ("same-origin", "none") or (is_opened and (site == "same-site" or opens_page)):
+            return None
+        return "another page asked for this, and only this server's own pages may"
+
+    def _is_ours(self, host: str) -> bool:
+        if is_loopback(host) or host == self._host:
+            return True
+        if self._host not in ("0.0.0.0", "::", ""):
+            return False
+        # Every name of this machine: an address in digits can be none that somebody else resolves anew.
+        return _is_address(host) or host == socket.gethostname().lower()
+
+    def _has_cookie(self, headers: Headers) -> bool:
+        cookies = [cookie_parser(text).get(self._cookie) for text in headers.getlist("cookie")]
+        return any(self._is_token(cookie) for cookie in cookies)
+
+    def _is_token(self, text: str | None) -> bool:
+        return text is not None and hmac.compare_digest(text.encode(), self._token.encode())
+
+    def _token_in_address(self, scope: Scope) -> str | None:
+        if not is_page(scope):
+            return None
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token")
+        return given[-1] if given else None
+
+    def _cookie_text(self) -> str:
+        return f"{self._cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+
+
+def is_page(scope: Scope) -> bool:
+    """Return whether a request is for a page, not for something that pages use."""
+    is_read = scope["method"] in ("GET", "HEAD")
+    return is_read and not scope["path"].startswith(("/api/", "/static/"))
+
+
+def token_of(directory: Path) -> str:
+    """Return the token that opens a directory of runs; the same at every start.
+
+    Raises:
+        UsageError: the secret can neither be read nor written.
+    """
+    named = os.fsencode(directory.resolve())
+    return hmac.new(_secret(), named, "sha256").hexdigest()[:40]
+
+
+def host_without_port(text: str) -> str | None:
+    """Return the host that a Host header names, in lower case, without brackets; None for nonsense."""
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::\d{1,5})?", text)
+    return None if found is None else (found[1] or found[2]).lower()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host can only be this machine."""
+    return host in ("127.0.0.1", "::1", "localhost")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _secret() -> bytes:
+    path = Path(platformdirs.user_state_dir("everystep", appauthor=False)) / "page-secret"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.is_file() or path.stat().st_size != _SECRET_BYTES:
+            _write_secret(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be used: {error.strerror}; the page keeps a secret there, so that nobody "
+            "else can open it (XDG_STATE_HOME names another place)"
+        ) from None
+
+
+def _write_secret(path: Path) -> None:
+    """Write a new secret, whole and for this user alone; one that another process wrote first stays."""
+    new = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(_SECRET_BYTES))
+    try:
+        if path.is_file() and path.stat().st_size != _SECRET_BYTES:
+            new.replace(path)
+        else:
+            os.link(new, path)
+    except FileExistsError:
+        pass
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _refusal(scope: Scope, reason: str) -> Response:
+    if scope["path"].startswith("/api/"):
+        content, media_type = json.dumps({"error": reason}, ensure_ascii=False), "application/json"
+    else:
+        content, media_type = _REFUSED.format(reason=html.escape(reason)), "text/html"
+    return Response(content, 403, media_type=media_type)
+
+
+_REFUSED = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>everystep: not from here</title>
+</head>
+<body>
+<h1>This is not open from here</h1>
+<p>{reason}</p>
+</body>
+</html>
+"""

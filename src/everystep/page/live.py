@@ -1,0 +1,241 @@
+"""What changes on disk, told to the page as it happens, by server-sent events.
+
+The file system says when something has changed; then it is looked at once, for all who listen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+from everystep.errors import RunError
+from everystep.page.about import state_data
+from everystep.page.columns import Columns, RunColumns, reduced
+from everystep.page.shelf import Shelf
+from everystep.page.watches import Watches
+
+__all__ = ["EventStream", "Live", "event"]
+
+#: Seconds from one look to the next, where changes come faster.
+RUN_PAUSE, LIST_PAUSE = 0.125, 0.5
+#: Seconds after which something is looked at again although no change was heard of.
+AGAIN = 2.0
+#: New losses sent at once; more are reduced.
+MOST_LOSSES = 2000
+
+Content = TypeVar("Content")
+
+
+class EventStream(StreamingResponse):
+    """An answer of server-sent events; whoever made them is closed when the browser has gone."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the events as they come."""
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
+
+
+def event(name: str, content: Any, number: int | None = None) -> str:
+    """Return an event as it is sent; `number`: what the browser tells when it connects again."""
+    id = "" if number is None else f"id: {number}\n"
+    return f"event: {name}\n{id}data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+class Sight(NamedTuple, Generic[Content]):
+    """What was seen: the content, where changes of it will show, and whether some may not show there."""
+
+    content: Content
+    directories: set[Path]
+    is_moving: bool
+
+
+class RunSight(NamedTuple):
+    """A run as it was seen."""
+
+    columns: RunColumns
+    status: str
+
+
+class Live:
+    """Tells of runs as they change."""
+
+    def __init__(self, shelf: Shelf, columns: Columns) -> None:
+        self._shelf = shelf
+        self._columns = columns
+        self._watches = Watches()
+        self._feeds: dict[str | None, Feed[Any]] = {}
+
+    async def run_events(self, name: str, after: int) -> AsyncIterator[str]:
+        """Yield what happens to a run, from what it was after step `after`.
+
+        Losses that begin at a step that was sent before take the place of what was sent from there on.
+        """
+        told: Any = None
+        before: RunColumns | None = None
+        yield "retry: 1000\n\n"
+        feed = self._feed(name, lambda: self._look_at(name), RUN_PAUSE)
+        with feed.listening() as changes:
+            async for sight in changes:
+                if sight is None:
+                    if told != "gone":
+                        yield event("gone", {}, 0)
+                    told, before, after = "gone", None, 0
+                    continue
+                columns: RunColumns = sight.columns
+                after = _agreed(before, columns, after)
+                before = columns
+                state = state_data(columns, sight.status)
+                if state != told:
+                    yield event("state", state, after)
+                    told = state
+                if after < columns.steps:
+                    steps = np.arange(after + 1, columns.steps + 1)
+                    losses = reduced(steps, columns.losses[after:], MOST_LOSSES)
+                    after = columns.steps
+                    content = {"steps": losses["steps"], "losses": losses["values"]}
+                    yield event("losses", content, after)
+
+    async def list_events(self) -> AsyncIterator[str]:
+        """Yield all runs in one line each, then those that change, and the names of those that go."""
+        told: dict[str, Any] | None = None
+        yield "retry: 1000\n\n"
+        feed = self._feed(None, self._look_at_all, LIST_PAUSE)
+        with feed.listening() as changes:
+            async for runs in changes:
+                known = told or {}
+                changed = [run for name, run in runs.items() if run != known.get(name)]
+                gone = [name for name in known if name not in runs]
+                if changed or gone or told is None:
+                    yield event("runs", {"runs": changed, "gone": gone})
+                told = runs
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        for feed in self._feeds.values():
+            feed.stop()
+        self._watches.close()
+
+    def _feed(self, key: str | None, look: Callable[[], Sight[Any]], pause: float) -> Feed[Any]:
+        self._feeds = {known: feed for known, feed in self._feeds.items() if feed.has_listeners}
+        return self._feeds.setdefault(key, Feed(look, self._watches, pause))
+
+    def _look_at(self, name: str) -> Sight[RunSight | None]:
+        shelf = self._shelf.directory
+        try:
+            run = self._shelf.run(name)
+            columns = self._columns.of(run)
+            status = run.status_by(columns.facts)
+        except RunError:  # gone; or not there yet, or not whole
+            folder = self._shelf.folders().get(name)
+            return Sight(None, {shelf} | ({folder} if folder else set()), is_moving=False)
+        return Sight(RunSight(columns, status), {shelf, run.directory}, is_moving=status == "running")
+
+    def _look_at_all(self) -> Sight[dict[str, Any]]:
+        runs = self._shelf.summaries()
+        running = {name for name, run in runs.items() if run["status"] == "running"}
+        begun = {
+            path for name, path in self._shelf.folders().items() if name in running or name not in runs
+        }
+        return Sight(runs, {self._shelf.directory, *begun}, is_moving=bool(running))
+
+
+class Feed(Generic[Content]):
+    """Looks at something when it has changed, once for all who listen, and only while somebody does."""
+
+    def __init__(self, look: Callable[[], Sight[Content]], watches: Watches, pause: float) -> None:
+        self._look = look
+        self._watches = watches
+        self._pause = pause
+        self._listeners: set[asyncio.Event] = set()
+        self._seen: list[Content] = []
+        self._changed = asyncio.Event()
+        self._directories: set[Path] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def has_listeners(self) -> bool:
+        """Whether somebody listens."""
+        return bool(self._listeners)
+
+    @contextmanager
+    def listening(self) -> Iterator[AsyncIterator[Content]]:
+        """Listen: what is seen now, and then whenever it may have changed."""
+        news = asyncio.Event()
+        self._listeners.add(news)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+            self._task.add_done_callback(lambda task: self._tell())
+        elif self._seen:
+            news.set()
+        try:
+            yield self._contents(news)
+        finally:
+            self._listeners.discard(news)
+            if not self._listeners:
+                self.stop()
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
+        self._task = None
+        self._seen = []
+        self._watch(set())
+
+    async def _contents(self, news: asyncio.Event) -> AsyncIterator[Content]:
+        while True:
+            await news.wait()
+            news.clear()
+            if self._task is not None and self._task.done():
+                self._task.result()  # raises what went wrong
+            yield self._seen[0]
+
+    async def _work(self) -> None:
+        while True:
+            self._changed.clear()
+            sight = await asyncio.to_thread(self._look)
+            is_complete = self._watch(sight.directories)
+            if self._seen != [sight.content]:
+                self._seen = [sight.content]
+                self._tell()
+            await asyncio.sleep(self._pause)
+            wait = None if is_complete and not sight.is_moving else AGAIN
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait)
+
+    def _tell(self) -> None:
+        for news in self._listeners:
+            news.set()
+
+    def _watch(self, directories: set[Path]) -> bool:
+        """Watch these directories and no others; return whether all of them can be."""
+        kept = {each for each in self._directories & directories if self._watches.holds(each)}
+        for directory in self._directories - kept:
+            self._watches.remove(directory, self._changed)
+        new = directories - kept
+        added = {directory for directory in new if self._watches.add(directory, self._changed)}
+        if added:
+            self._changed.set()  # it may have changed between the look and now
+        self._directories = kept | added
+        return added == new
+
+
+def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:
+    """Return up to which step what was told still holds."""
+    after = after if after <= now.steps else 0 if before is None else now.steps
+    if before is None or before.edition == now.edition:
+        return after
+    common = min(after, before.steps, now.steps)
+    one, other = before.losses[:common], now.losses[:common]
+    differing = np.flatnonzero(~((one == other) | (np.isnan(one) & np.isnan(other))))
+    return int(differing[0]) if len(differing) else common

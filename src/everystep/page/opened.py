@@ -1,0 +1,189 @@
+"""An opened step as plain data for the page; its tensors are named by ids, their numbers come apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.page.network import network
+from everystep.page.tensors import tensor_of
+from everystep.program.operation import Operation
+from everystep.replay.step import Batch, Step, statistics
+from everystep.run import Run
+from everystep.views.answers import plain
+from everystep.views.formula import Formula, update_formulas
+from everystep.views.lines import norm
+from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
+from everystep.views.terminal import shortest
+
+__all__ = ["step_content"]
+
+#: Images are drawn as such up to this many pixels along a side.
+_LARGEST_IMAGE = 512
+
+
+def step_content(step: Step, run: Run) -> dict[str, Any]:
+    """Return all that the page shows of a step but the numbers of its tensors.
+
+    NaN and infinities are texts, so that it can be JSON.
+    """
+    facts = run.facts
+    tensors = _Tensors()
+    optimizer = facts["optimizer"]["text"]
+    content = {
+        "run": run.name,
+        "step": step.number,
+        "steps": len(run),
+        "epoch": step.epoch,
+        "loss": step.loss,
+        "loss_text": shortest(step.loss),
+        "recorded_loss_text": shortest(step.recorded_loss),
+        "is_exact": step.is_exact,
+        "departed_at": step.departed_at,
+        "is_by_program": step.is_by_program,
+        "problems": run.problems,
+        "hyperparameters": step.hyperparameters,
+        "clip_norm": facts["clip_norm"],
+        "optimizer": optimizer,
+        "loss_function": facts["loss"]["text"],
+        "batch": _batch(step.batch, facts, tensors),
+        "network": _network(step, facts["model"]["text"], tensors),
+        "operations": _operations(step, tensors),
+        "dropped": tensors.of("dropped", step.dropped),
+        "gradients": tensors.of("gradients", _as_made(step)),
+        "updates": _updates(step, update_formulas(step.operations, optimizer), tensors),
+    }
+    found: dict[str, Any] = plain(content | {"tensors": tensors.known})
+    return found
+
+
+class _Tensors:
+    """The tensors that are spoken of, by id, with what their numbers are like.
+
+    Many ids are of the same memory, and are looked at once.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[str, Any]] = {}
+        self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+        # As long as they are held, no other tensor can come to lie in their memory.
+        self._held: list[Tensor] = []
+
+    def add(self, id: str, tensor: Tensor) -> str:
+        """Look at a tensor; returns its id."""
+        own: dict[str, Any] = {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+        }
+        self.known[id] = own | self._look(tensor)
+        return id
+
+    def of(self, kind: str, named: dict[str, Tensor]) -> list[dict[str, str]]:
+        """Look at a tensor of each parameter."""
+        return [{"parameter": n, "tensor": self.add(f"{kind}/{n}", t)} for n, t in named.items()]
+
+    def called(
+        self, place: str, given: dict[str, Tensor], names: dict[str, str]
+    ) -> list[dict[str, str]]:
+        """Look at what an operation is given, or gives; `names`: what its mathematics calls each."""
+        return [
+            {"name": n, "called": names.get(n, n), "tensor": self.add(f"{place}/{n}", tensor)}
+            for n, tensor in given.items()
+        ]
+
+    def _look(self, tensor: Tensor) -> dict[str, Any]:
+        # A transposed view has the same numbers.
+        dimensions = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+        place = tensor.data_ptr(), tensor.dtype, *(each for each in dimensions if each[1] != 1)
+        if place not in self._seen:
+            self._held.append(tensor)
+            self._seen[place] = {**statistics(tensor)._asdict(), "norm": norm(tensor)}
+        return self._seen[place]
+
+
+def _batch(batch: Batch, facts: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
+    shape = batch.x.shape
+    is_image = len(shape) == 4 and shape[1] in (1, 3) and max(shape[2:]) <= _LARGEST_IMAGE
+    return {
+        "x": tensors.add("batch.x", batch.x),
+        "y": tensors.add("batch.y", batch.y),
+        "rows": None if batch.rows is None else batch.rows.tolist(),
+        "images": is_image and batch.x.is_floating_point(),
+        "targets": _targets(batch.y, (facts.get("preparation") or {}).get("classes")),
+    }
+
+
+def _targets(y: Tensor, classes: Sequence[Any] | None) -> list[str] | None:
+    """Return the class of each row as a text, where y is classes."""
+    if y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        return None
+    numbers: list[int] = y.tolist()
+    known = classes or []
+    return [str(known[n]) if 0 <= n < len(known) else str(n) for n in numbers]
+
+
+def _network(step: Step, text: str, tensors: _Tensors) -> list[dict[str, Any]]:
+    layers = network(step, text)
+    for layer in layers:
+        if layer["activation"] is not None:
+            tensors.add(layer["activation"], tensor_of(step, layer["activation"]))
+        for name in layer["parameters"].values():
+            tensors.add(name, tensor_of(step, name))
+    return layers
+
+
+def _operations(step: Step, tensors: _Tensors) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": number,
+            "phase": seen.operation.phase,
+            "module": seen.operation.module,
+            "operator": seen.operation.operator,
+            "left": line.left,
+            "right": line.right,
+            "arguments": _arguments(seen.operation, line),
+            "inputs": tensors.called(f"operations/{number}/inputs", seen.inputs, line.given),
+            "results": tensors.called(f"operations/{number}/results", seen.results, line.made),
+        }
+        for number, (seen, line) in enumerate(
+            zip(step.operations, mathematics(step.operations), strict=True)
+        )
+    ]
+
+
+def _arguments(operation: Operation, line: Line) -> list[tuple[str, str, bool]]:
+    """Return name, text, and whether it is the default."""
+    return [
+        (key, value_text(value, lambda name: line.given.get(name, name)), not is_given)
+        for key, (value, is_given) in all_arguments(operation).items()
+    ]
+
+
+def _as_made(step: Step) -> dict[str, Tensor]:
+    """Return the gradients as the backward pass made them, in order; those not seen there at the end."""
+    made: dict[str, int] = {}
+    for number, seen in enumerate(step.operations):
+        if seen.operation.phase == "backward":
+            for name in seen.results:
+                kind, _, parameter = name.partition("/")
+                if kind == "gradient":
+                    made[parameter.partition("~")[0]] = number
+    order = sorted(step.gradients, key=lambda name: made.get(name, len(step.operations)))
+    return {name: step.gradients[name] for name in order}
+
+
+def _updates(step: Step, formulas: dict[str, Formula], tensors: _Tensors) -> list[dict[str, Any]]:
+    found = []
+    for name, update in step.updates.items():
+        formula = formulas.get(name) or Formula((), (), ())
+        parts = {"before": update.before, "after": update.after, "change": update.change}
+        found.append(
+            {"parameter": name}
+            | {part: tensors.add(f"updates/{name}/{part}", tensor) for part, tensor in parts.items()}
+            | {"relative_size": update.relative_size}
+            | formula._asdict()
+        )
+    return found

@@ -1,0 +1,114 @@
+"""Runs and their numbers by step, and what happens to them."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from everystep.errors import UsageError
+from everystep.page.about import about_data
+from everystep.page.columns import RunColumns, reduced
+from everystep.page.live import EventStream, Live
+from everystep.page.rows import frame_of, page_of, rows_of, wanted_of
+from everystep.page.shelf import Shelf
+from everystep.views.terminal import losses_text
+
+__all__ = ["routes"]
+
+#: Points of a curve, unless asked for otherwise, and at most.
+POINTS, MOST_POINTS = 2000, 100_000
+
+
+def all_runs(request: Request) -> Response:
+    """Answer with every run in one line."""
+    shelf: Shelf = request.app.state.shelf
+    return JSONResponse({"directory": shelf.directory.name, "runs": list(shelf.summaries().values())})
+
+
+def about(request: Request) -> Response:
+    """Answer with everything about a run besides its numbers by step."""
+    shelf: Shelf = request.app.state.shelf
+    name = request.path_params["name"]
+    run = shelf.run(name)
+    return JSONResponse(about_data(name, run, _columns(request), shelf.forks(name)))
+
+
+def sparkline(request: Request) -> Response:
+    """Answer with a small picture of the losses."""
+    run = request.app.state.shelf.run(request.path_params["name"])
+    line = request.app.state.columns.sparkline(run)
+    return JSONResponse(line._asdict())
+
+
+def curve(request: Request) -> Response:
+    """Answer with as many points of the losses, or of a measurement, as a plot shows."""
+    columns = _columns(request)
+    query = request.query_params
+    steps, values = columns.curve(query.get("measurement") or None)
+    first = _whole(request, "first", int(steps[0]) if len(steps) else 1)
+    last = _whole(request, "last", int(steps[-1]) if len(steps) else columns.steps)
+    shown = slice(*steps.searchsorted([first, last + 1]))
+    points = min(max(_whole(request, "points", POINTS), 2), MOST_POINTS)
+    found = reduced(steps[shown], values[shown], points)
+    return JSONResponse({"first": first, "last": last, "total": len(steps[shown]), **found})
+
+
+def table(request: Request) -> Response:
+    """Answer with a page of the table of losses."""
+    start, length = _whole(request, "start", 0), _whole(request, "length", 10)
+    around = _whole(request, "around", 0) or None
+    wanted = wanted_of(request.query_params)
+    return JSONResponse(page_of(_columns(request), wanted, start, length, around))
+
+
+def csv(request: Request) -> Response:
+    """Answer with the rows that are asked for as a file."""
+    columns = _columns(request)
+    frame = frame_of(columns, rows_of(columns, wanted_of(request.query_params)))
+    file = quote(f"{request.path_params['name']} losses.csv", safe="")
+    headers = {"Content-Disposition": f"attachment; filename=losses.csv; filename*=UTF-8''{file}"}
+    return Response(losses_text(frame, "csv"), headers=headers, media_type="text/csv")
+
+
+async def run_events(request: Request) -> Response:
+    """Answer with what happens to a run, as it happens."""
+    live: Live = request.app.state.live
+    said = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+    after = int(said) if said.isascii() and said.isdigit() and len(said) < 19 else 0
+    return EventStream(live.run_events(request.path_params["name"], after))
+
+
+async def list_events(request: Request) -> Response:
+    """Answer with what happens to all runs, as it happens."""
+    return EventStream(request.app.state.live.list_events())
+
+
+def _columns(request: Request) -> RunColumns:
+    state = request.app.state
+    columns: RunColumns = state.columns.of(state.shelf.run(request.path_params["name"]))
+    return columns
+
+
+def _whole(request: Request, name: str, otherwise: int) -> int:
+    text = request.query_params.get(name, "").strip()
+    if not text:
+        return otherwise
+    if re.fullmatch(r"-?\d{1,18}", text, re.ASCII) is None:
+        raise UsageError(f"{name} {text[:80]!r} is no whole number")
+    return int(text)
+
+
+routes = [
+    Route("/api/runs", all_runs),
+    Route("/api/events", list_events),
+    Route("/api/runs/{name}", about),
+    Route("/api/runs/{name}/sparkline", sparkline),
+    Route("/api/runs/{name}/curve", curve),
+    Route("/api/runs/{name}/table", table),
+    Route("/api/runs/{name}/losses.csv", csv),
+    Route("/api/runs/{name}/events", run_events),
+]

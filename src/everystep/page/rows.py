@@ -1,0 +1,185 @@
+"""Which rows of the table of losses are shown, and in which order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from everystep.errors import UsageError
+from everystep.page.columns import RunColumns
+from everystep.views.table import shortest_texts
+
+__all__ = ["Wanted", "frame_of", "page_of", "rows_of", "wanted_of"]
+
+#: Rows that a page may have.
+LONGEST_PAGE = 1000
+
+Rows = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for: the order, the first and the last step, and the range of the loss."""
+
+    sort: str = "step"
+    descending: bool = False
+    first: int | None = None
+    last: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def wanted_of(query: Mapping[str, str]) -> Wanted:
+    """Read what is asked for.
+
+    Args:
+        query: `sort`, `direction`, `search` (137, 137-200, 137..200, >137, <=137), `low` and `high`.
+
+    Raises:
+        UsageError: something of it cannot be read.
+    """
+    direction = query.get("direction") or "asc"
+    if direction not in ("asc", "desc"):
+        raise UsageError(f"direction {direction!r} is none; write asc or desc")
+    low, high = (_bound(name, query.get(name, "")) for name in ("low", "high"))
+    first, last = _searched(query.get("search", "").strip())
+    return Wanted(query.get("sort") or "step", direction == "desc", first, last, low, high)
+
+
+def rows_of(columns: RunColumns, wanted: Wanted) -> Rows:
+    """Return the rows that are asked for (step - 1), in their order.
+
+    NaN counts as larger than every number; blanks come last in both directions.
+
+    Raises:
+        UsageError: there is no column of that name.
+    """
+    if wanted.sort != "step" and wanted.sort not in columns.titles:
+        known = ", ".join(["step", *columns.titles])
+        raise UsageError(f"no column {wanted.sort!r} to sort by; there are {known}")
+    found: Rows = columns.remembered(wanted, lambda: _filtered(columns, wanted))
+    return found
+
+
+def page_of(
+    columns: RunColumns, wanted: Wanted, start: int, length: int, around: int | None
+) -> dict[str, Any]:
+    """Return a page of the table; `around`: the one on which that step is, if it is on any."""
+    rows = rows_of(columns, wanted)
+    length = max(1, min(length, LONGEST_PAGE))
+    if around is not None:
+        found = np.flatnonzero(rows == around - 1)
+        start = int(found[0]) if len(found) else start
+        start -= start % length
+    last_page = (len(rows) - 1) // length * length if len(rows) else 0
+    start = max(0, min(start, last_page))
+    frame = frame_of(columns, rows[start : start + length])
+    steps, *others = frame.get_columns()
+    texts = [steps.to_list(), *map(shortest_texts, others)]
+    return {
+        "columns": frame.columns,
+        "total": columns.steps,
+        "filtered": len(rows),
+        "start": start,
+        "rows": list(zip(*texts, strict=True)),
+    }
+
+
+def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
+    """Return rows as a table: step, loss, and one for each measurement, null where there is none."""
+    found = {"step": pl.Series(rows + 1, dtype=pl.Int64), "loss": pl.Series(columns.losses[rows])}
+    for title, name in columns.titles.items():
+        if name is not None:
+            found[title] = _measured(columns, name, rows)
+    return pl.DataFrame(found)
+
+
+def _measured(columns: RunColumns, name: str, rows: Rows) -> pl.Series:
+    steps, values = columns.series(name)
+    if not len(steps):
+        return pl.repeat(None, len(rows), dtype=pl.Float64, eager=True)
+    places = np.searchsorted(steps, rows + 1).clip(max=len(steps) - 1)
+    is_there = steps[places] == rows + 1
+    return pl.select(
+        pl.when(pl.Series(is_there)).then(pl.Series(values[places])).otherwise(None)
+    ).to_series()
+
+
+def _filtered(columns: RunColumns, wanted: Wanted) -> Rows:
+    order: Rows = columns.remembered(
+        (wanted.sort, wanted.descending), lambda: _order(columns, wanted.sort, wanted.descending)
+    )
+    is_wanted = np.ones(columns.steps, dtype=bool)
+    if wanted.first is not None:
+        is_wanted[: max(0, wanted.first - 1)] = False
+    if wanted.last is not None:
+        is_wanted[max(0, wanted.last) :] = False
+    # A bound is compared in the loss's own precision: the text of a loss means that loss.
+    precise = columns.losses.dtype.type
+    with np.errstate(over="ignore"):
+        if wanted.low is not None:
+            is_wanted &= columns.losses >= precise(wanted.low)
+        if wanted.high is not None:
+            is_wanted &= columns.losses <= precise(wanted.high)
+    return order if is_wanted.all() else order[is_wanted[order]]
+
+
+def _order(columns: RunColumns, sort: str, descending: bool) -> Rows:
+    every = np.arange(columns.steps)
+    if sort == "step":
+        return every[::-1] if descending else every
+    name = columns.titles[sort]
+    if name is None:
+        return _argsort(columns.losses, descending)
+    steps, values = columns.series(name)
+    is_row = (steps >= 1) & (steps <= columns.steps)  # state 0 has no row
+    rows = steps[is_row] - 1
+    is_blank = np.ones(columns.steps, dtype=bool)
+    is_blank[rows] = False
+    return np.concatenate([rows[_argsort(values[is_row], descending)], every[is_blank]])
+
+
+def _argsort(values: NDArray[Any], descending: bool) -> Rows:
+    """Return the order of values, equal ones in order of their steps, NaN as the largest."""
+    if not descending:
+        return np.argsort(values, kind="stable")
+    backwards = np.argsort(values[::-1], kind="stable")[::-1]
+    return len(values) - 1 - backwards
+
+
+def _bound(name: str, text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if np.isnan(value):
+        raise UsageError(f"{name} {text!r} is no number; write 0.25 or 1e-3")
+    return value
+
+
+def _searched(text: str) -> tuple[int | None, int | None]:
+    """Return the first and the last step that a search asks for."""
+    number = r"(\d{1,18})"
+    plain = re.sub(r"[\s_,]", "", text)
+    if not plain:
+        return None, None
+    if found := re.fullmatch(number, plain):
+        return int(found[1]), int(found[1])
+    if found := re.fullmatch(rf"{number}?(?:-|–|\.\.|…){number}?", plain):  # noqa: RUF001
+        ends = [None if end is None else int(end) for end in found.groups()]
+        if ends != [None, None]:
+            return ends[0], ends[1]
+    if found := re.fullmatch(rf"(>=?|<=?|≥|≤){number}", plain):
+        step = int(found[2])
+        first = {">": step + 1, ">=": step, "≥": step}
+        last = {"<": step - 1, "<=": step, "≤": step}
+        return first.get(found[1]), last.get(found[1])
+    raise UsageError(f"search {text[:80]!r} names no steps; write 137, 137-200, >137 or <137")

@@ -1,0 +1,158 @@
+"""The report with opened steps inside: the view of the page, on data that the page itself holds."""
+
+from __future__ import annotations
+
+import base64
+import json
+import posixpath
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from torch import Tensor
+
+from everystep.errors import UsageError
+from everystep.page.opened import step_content
+from everystep.page.tensors import MOST, histogram, matrix, region, tensor_of
+from everystep.replay.replay import no_such_step
+from everystep.replay.step import Step
+from everystep.run import Run
+from everystep.views.report import report_html
+from everystep.views.table import environment
+
+__all__ = ["MOST_STEPS", "shared_report"]
+
+#: Steps that a report may have inside: it is to be sent to somebody.
+MOST_STEPS = 20
+#: Tensors of so many numbers are kept whole.
+WHOLE = 4096
+#: Larger ones are reduced to so many rows and columns, and to so many numbers in all slices together.
+SIDE = 96
+
+_STATIC = Path(__file__).parent / "static"
+#: The module that begins, and how modules name each other.
+_FIRST = "step/saved.js"
+_IMPORT = re.compile(r'(?<=")\.{1,2}/[\w/.-]+\.js(?=")')
+
+
+def shared_report(run: Run, steps: Sequence[int]) -> str:
+    """Return the report of a run with some steps inside, to be looked at without a server.
+
+    steps: which; -1 is the newest. Without any it is the report alone.
+
+    Raises:
+        StepError: there is no such step.
+        UsageError: there are too many.
+        RunError: something that is needed is missing or cannot be read.
+    """
+    numbers = _numbers(run, steps)
+    return report_html(run, _section(run, numbers)) if numbers else report_html(run)
+
+
+def _numbers(run: Run, steps: Sequence[int]) -> list[int]:
+    count = len(run)
+    numbers = {step + count + 1 if step < 0 else step for step in steps}
+    for number in sorted(numbers):
+        if not 1 <= number <= count:
+            raise no_such_step(run, number)
+    if len(numbers) > MOST_STEPS:
+        raise UsageError(
+            f"a report with {len(numbers):,} steps inside would be too large to send; choose at most "
+            f"{MOST_STEPS}"
+        )
+    return sorted(numbers)
+
+
+def _section(run: Run, numbers: list[int]) -> Markup:
+    kept = _Kept()
+    steps = [kept.step(run[number], run) for number in numbers]
+    data = {"run": run.name, "steps": steps, "histograms": kept.histograms, "numbers": kept.numbers}
+    text = (
+        environment()
+        .get_template("opened.html")
+        .render(
+            numbers=numbers,
+            whole=WHOLE,
+            is_reduced=kept.is_reduced,
+            megabytes=len(json.dumps(data)) / 1e6,
+            style=Markup((_STATIC / "page.css").read_text(encoding="utf-8")),
+            step_style=Markup((_STATIC / "step" / "step.css").read_text(encoding="utf-8")),
+            modules={"imports": _modules()},
+            first=_FIRST,
+            data=data,
+        )
+    )
+    return Markup(text)
+
+
+class _Kept:
+    """The numbers that the page holds, each run of them once, however many tensors have it."""
+
+    def __init__(self) -> None:
+        self.numbers: list[str] = []
+        self.histograms: list[dict[str, Any]] = []
+        self.is_reduced = False
+        self._places: dict[bytes, int] = {}
+
+    def step(self, step: Step, run: Run) -> dict[str, Any]:
+        """Return a step as the page holds it."""
+        content = step_content(step, run)
+        tensors = {id: tensor_of(step, id) for id in content["tensors"]}
+        return {
+            "content": content,
+            "regions": {id: self._slices(tensor) for id, tensor in tensors.items()},
+            "histograms": {id: self._histogram(tensor) for id, tensor in tensors.items()},
+        }
+
+    def _slices(self, tensor: Tensor) -> list[dict[str, Any]]:
+        """Return the slices of a tensor, as many as there is room for; the first in any case."""
+        most = WHOLE if tensor.numel() <= WHOLE else SIDE
+        found: list[dict[str, Any]] = []
+        used = 0
+        for index in range(matrix(tensor)[1]):
+            about, content = region(tensor, index, most=min(most, MOST))
+            used += about["height"] * about["width"]
+            if found and used > max(WHOLE, SIDE * SIDE):
+                self.is_reduced = True
+                break
+            self.is_reduced |= about["block"] != [1, 1]
+            own = about if not found else {k: about[k] for k in ("format", "lowest", "highest")}
+            found.append(own | {"numbers": self._place(content)})
+        return found
+
+    def _place(self, content: bytes) -> int:
+        if content not in self._places:
+            self._places[content] = len(self.numbers)
+            self.numbers.append(base64.b64encode(content).decode("ascii"))
+        return self._places[content]
+
+    def _histogram(self, tensor: Tensor) -> int:
+        counted = histogram(tensor)
+        key = b"histogram" + json.dumps(counted).encode()
+        if key not in self._places:
+            self._places[key] = len(self.histograms)
+            self.histograms.append(counted)
+        return self._places[key]
+
+
+def _modules() -> dict[str, str]:
+    """Return the modules that the view consists of, by bare names, each as an address of its content."""
+    found: dict[str, str] = {}
+    due = [_FIRST]
+    while due:
+        name = due.pop()
+        if name in found:
+            continue
+        source = (_STATIC / name).read_text(encoding="utf-8")
+        due += [_bare(name, each[0]) for each in _IMPORT.finditer(source)]
+        inlined = _IMPORT.sub(lambda each, of=name: _bare(of, each[0]), source)  # type: ignore[misc]
+        content = base64.b64encode(inlined.encode()).decode("ascii")
+        found[name] = f"data:text/javascript;charset=utf-8;base64,{content}"
+    return found
+
+
+def _bare(module: str, imported: str) -> str:
+    """Return the name of a module that another imports: in a data: address, "./" means nothing."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(module), imported))

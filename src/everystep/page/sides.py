@@ -1,0 +1,98 @@
+"""The operation at which two runs part, as both have it, with the numbers that differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.execute import Observed
+from everystep.replay.operations import OperationDifference
+from everystep.run import Run
+from everystep.step.check import as_integers
+from everystep.views.mathematics import mathematics
+
+__all__ = ["sides"]
+
+#: Tensors of so many numbers come whole; of larger ones a window around the first that differs.
+WHOLE = 4096
+#: Rows and columns of that window.
+WINDOW = 64
+
+Window = tuple[tuple[int, int], tuple[int, int]]
+
+
+def sides(
+    found: OperationDifference | None, runs: tuple[Run, Run]
+) -> list[dict[str, Any] | None] | None:
+    """Return the operation of each run as plain data, None where it has none; None where none was found.
+
+    Tensors are rows and columns: the leading dimensions of one with several are rows, too, and a vector
+    is one row. `window` are the rows and the columns that `values` has, as first and one after the
+    last; `different` the places within it, counted in the whole, at which the runs differ.
+    """
+    if found is None:
+        return None
+    pair = found.one, found.other
+    return [
+        None if own is None else _side(own, other, runs[place], found)
+        for place, (own, other) in enumerate((pair, pair[::-1]))
+    ]
+
+
+def _side(own: Observed, other: Observed | None, run: Run, found: OperationDifference) -> dict[str, Any]:
+    line = mathematics(run[found.step].operations)[found.index]
+    return {
+        "number": found.index,
+        "mathematics": str(line),
+        "operator": own.operation.operator,
+        "phase": own.operation.phase,
+        "module": own.operation.module,
+        "tensors": [
+            {"name": name, "role": role, **_tensor(tensor, others.get(name))}
+            for role, tensors, others in (
+                ("input", own.inputs, other.inputs if other else {}),
+                ("result", own.results, other.results if other else {}),
+            )
+            for name, tensor in tensors.items()
+        ],
+    }
+
+
+def _tensor(tensor: Tensor, other: Tensor | None) -> dict[str, Any]:
+    numbers, places = _rows(tensor), torch.empty(0, 2, dtype=torch.long)
+    if other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype:
+        differs = as_integers(tensor) != as_integers(other)
+        places = torch.nonzero(_rows(differs.any(-1) if tensor.is_complex() else differs))
+    window = _window(numbers, places)
+    (top, bottom), (left, right) = window
+    within = [[i, j] for i, j in places.tolist() if top <= i < bottom and left <= j < right]
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "values": numbers[top:bottom, left:right].tolist(),
+        "window": window,
+        "different": within,
+    }
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    numbers = (tensor.abs() if tensor.is_complex() else tensor).detach().cpu()
+    if numbers.dim() < 2 or not numbers.numel():
+        return numbers.reshape(1, -1)
+    return numbers.reshape(-1, numbers.shape[-1])
+
+
+def _window(numbers: Tensor, different: Tensor) -> Window:
+    height, width = numbers.shape
+    if numbers.numel() <= WHOLE:
+        return (0, height), (0, width)
+    row, column = different[0].tolist() if len(different) else (0, 0)
+    return _around(row, height), _around(column, width)
+
+
+def _around(place: int, size: int) -> tuple[int, int]:
+    """Return first and one after the last of a stretch with a place in it."""
+    first = max(0, min(place - WINDOW // 2, size - WINDOW))
+    return first, min(size, first + WINDOW)

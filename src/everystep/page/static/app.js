@@ -1,0 +1,59 @@
+// The page: shows what its address says, one view at a time.
+
+import * as address from "./shared/address.js";
+import * as keys from "./shared/keys.js";
+import { element } from "./shared/elements.js";
+
+const views = {
+  runs: () => import("./runs/runs.js"),
+  run: () => import("./run/run.js"),
+  compare: () => import("./tasks/compare.js"),
+};
+
+const main = document.querySelector("main");
+let shown = null; // {key, update, close}
+let turn = 0;
+
+/** Show a place: the view that is there already takes it over, or another one is opened. */
+async function show(place) {
+  const key = place.view === "compare" ? JSON.stringify(place) : `${place.view} ${place.run ?? ""}`;
+  if (shown?.key === key) return shown.update(place);
+  const mine = ++turn;
+  shown?.close();
+  shown = null;
+  const { open } = await views[place.view]();
+  if (mine !== turn) return;
+  const host = element("div");
+  main.replaceChildren(host);
+  try {
+    // open(place, host) fills `host` and returns {update(place), close()}.
+    const opened = await open(address.read(), host);
+    if (mine !== turn) return opened.close();
+    shown = { key, ...opened };
+  } catch (error) {
+    if (mine === turn) host.replaceChildren(element("p", { class: "alarm", role: "alert" }, error.message), toAllRuns());
+  }
+  document.querySelector("#status").textContent = document.title;
+}
+
+function toAllRuns() {
+  return element("p", {}, element("a", { href: "/" }, "All runs"));
+}
+
+// The token has become a cookie; it is not to stay where it can be read or copied along.
+const here = new URL(location.href);
+if (here.searchParams.has("token")) {
+  here.searchParams.delete("token");
+  history.replaceState(null, "", here.pathname + here.search);
+}
+
+window.addEventListener("unhandledrejection", ({ reason }) => {
+  if (reason?.name === "AbortError") return;
+  main.prepend(element("p", { class: "alarm", role: "alert" }, reason?.message ?? String(reason)));
+});
+document.querySelector("#help").addEventListener("click", keys.help);
+keys.bind([{ keys: ["?"], shown: "?", says: "this list", press: keys.help }]);
+keys.begin();
+address.begin();
+address.watch(show);
+show(address.read());

@@ -1,0 +1,108 @@
+// How the plot of the loss looks: the options that uPlot draws it by.
+
+import { short, whole } from "../shared/format.js";
+
+const FONT = "12px system-ui, sans-serif";
+
+let loading = null;
+
+/** Load uPlot, a classic script that makes `window.uPlot`, once. */
+export function loadUPlot() {
+  loading ??= new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.src = "/static/uPlot.js";
+    script.onload = () => resolve(window.uPlot);
+    script.onerror = () => {
+      loading = null;
+      reject(new Error("the plot's library does not load; is `everystep view` still running?"));
+    };
+    document.head.append(script);
+  });
+  return loading;
+}
+
+/** Return the width and the height of a plot in its place; the style sheet may say the height: --plot-height. */
+export function sizeOf(place) {
+  const width = place.clientWidth;
+  const given = Number.parseFloat(getComputedStyle(place).getPropertyValue("--plot-height"));
+  return { width, height: given || Math.round(Math.min(420, Math.max(260, width * 0.5))) };
+}
+
+/** Return a colour of the style sheet. */
+export function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+/**
+ * Return the options of uPlot.
+ *
+ * `lines`: what is drawn, each {title, colour, scale, kind}; kind: "raw" (a loss), "faint" (one under
+ * its average), "average", "measured" or "rate". `has`: {isLog, isLine, isDense, last, width, height, hooks}.
+ */
+export function chartOptions(lines, has) {
+  const right = lines.filter(({ scale }) => scale !== "loss");
+  return {
+    width: has.width,
+    height: has.height,
+    scales: {
+      x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
+      loss: { distr: has.isLog ? 3 : 1 },
+    },
+    series: [{}, ...lines.map((line) => seriesOptions(line, has))],
+    axes: [stepAxis(), axis("loss", "loss", 3, has.isLog), ...right.map((line) => axis(line.scale, line.title, 1, false, line.colour))],
+    legend: { show: false },
+    padding: [18, right.length ? 4 : 8 + 3.5 * whole(has.last).length, 0, 0],
+    cursor: { y: false, points: { size: 8 }, drag: { x: true, y: false, uni: 10, dist: 4 } },
+    hooks: has.hooks,
+  };
+}
+
+/** Draw marks at the bottom of a plot: where the loss is not finite. */
+export function drawMarks(chart, steps) {
+  const { left, top, width, height } = chart.bbox;
+  const ratio = window.devicePixelRatio;
+  chart.ctx.fillStyle = colour("--alarm");
+  for (const step of steps) {
+    const x = chart.valToPos(step, "x", true);
+    if (x >= left && x <= left + width) chart.ctx.fillRect(x - ratio / 2, top + height - 9 * ratio, 1.5 * ratio, 9 * ratio);
+  }
+}
+
+function seriesOptions({ title, colour: token, scale, kind }, { isLine, isDense }) {
+  const stroke = colour(token);
+  const common = { label: title, scale, stroke };
+  if (kind === "average") return { ...common, width: 2, points: { show: false } };
+  // A learning rate stays until it is changed; between other measurements a line is but a guide.
+  const guide = { ...common, width: 2, spanGaps: true, points: { show: false } };
+  if (kind === "rate") return { ...guide, paths: window.uPlot.paths.stepped({ align: 1 }) };
+  if (kind === "measured") return guide;
+  const alpha = kind === "faint" ? 0.28 : 1;
+  if (isLine) return { ...common, alpha, width: 1.5, points: { show: false } };
+  return { ...common, alpha, paths: () => null, points: { show: true, size: isDense ? 3 : 4.5, width: 0, fill: stroke, stroke } };
+}
+
+function stepAxis() {
+  return { ...plainAxis("x", "step", 2), grid: { stroke: colour("--line"), width: 1 }, size: 32, space: 80 };
+}
+
+function axis(scale, title, side, isLog, token = "--muted") {
+  return {
+    ...plainAxis(scale, title, side),
+    stroke: colour(token),
+    grid: { show: side === 3, stroke: colour("--line"), width: 1, filter: (chart, splits) => gridLines(chart, splits, isLog) },
+    values: (_, splits) => splits.map((split) => (split === null ? null : short(split))),
+    size: (_, values) => 12 + 7 * Math.max(2, ...(values ?? []).map((value) => (value ?? "").length)),
+    filter: (chart, splits) => gridLines(chart, splits, isLog),
+  };
+}
+
+function plainAxis(scale, label, side) {
+  return { scale, label, side, stroke: colour("--muted"), font: FONT, labelFont: FONT, labelSize: 20, gap: 6, ticks: { show: false } };
+}
+
+// Over many decades a log axis has a line for each of them, and no more.
+function gridLines(chart, splits, isLog) {
+  const { min, max } = chart.scales.loss;
+  if (!isLog || max < 1000 * min) return splits;
+  return splits.map((split) => (split !== null && Math.abs(Math.log10(split) % 1) < 1e-6 ? split : null));
+}

@@ -1,0 +1,48 @@
+// The buttons above a plot.
+
+import { element, button } from "../shared/elements.js";
+
+/**
+ * Make the buttons; return {host, draw(lines, has)}.
+ *
+ * `does`: {line(line), remove(name) or null, isLine(), isLog(), weight(number), whole()}; `has`: {isLine, isLog, isZoomed}.
+ */
+export function plotControls(does) {
+  const host = element("div", { class: "toggles", role: "group", "aria-label": "what the plot shows" });
+  const smoothing = smoothingSlider(does.weight);
+  const toggle = (text, isOn, press, title) => button(text, press, { "aria-pressed": String(isOn), title });
+  const series = (line, index) => {
+    const made = toggle(line.title, line.isShown, () => does.line(line));
+    made.classList.add("series");
+    made.disabled = Boolean(line.problem);
+    made.title = line.problem ?? "";
+    made.style.setProperty("--swatch", `var(${line.colour})`);
+    if (!does.remove || index === 0 || line.curve.measurement !== null) return made;
+    const says = `take ${line.title} out of the plot`;
+    const remove = button("×", () => does.remove(line.curve.run), { title: says, "aria-label": says });
+    return element("span", { class: "removable" }, made, remove);
+  };
+  const draw = (lines, { isLine, isLog, isZoomed }) => {
+    const focused = [...host.querySelectorAll("button")].indexOf(document.activeElement);
+    host.replaceChildren(
+      ...(lines.length > 1 ? lines.map(series) : []),
+      toggle("line", isLine, does.isLine, "a line instead of points"),
+      toggle("log axis", isLog, does.isLog, "a logarithmic axis for the loss (l)"),
+      smoothing,
+      button("whole run", does.whole, { class: "plain reset", hidden: !isZoomed }),
+    );
+    if (focused >= 0) host.querySelectorAll("button")[focused]?.focus();
+  };
+  return { host, draw };
+}
+
+function smoothingSlider(changed) {
+  const says = "Exponential moving average of the points drawn, corrected for its start; 0: none";
+  const said = element("output", {}, "0");
+  const change = ({ target }) => {
+    said.textContent = target.value;
+    changed(Number(target.value));
+  };
+  const range = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "data-own-keys": "", oninput: change });
+  return element("label", { class: "smoothing", title: says }, "smoothing", range, said);
+}

@@ -1,0 +1,115 @@
+// The points that a plot draws: of a whole run few enough to draw at once, finer ones where it is zoomed to.
+
+import { addressOf, ask, withQuery } from "../shared/server.js";
+import { numberOf } from "../shared/format.js";
+
+const POINTS = 2000;
+
+/** One series: the loss of a run, or a measurement of it. */
+export class Curve {
+  #whole = { steps: [], values: [], isReduced: false };
+  #part = null; // {first, last, steps, values}
+
+  constructor(run, measurement = null) {
+    this.run = run;
+    this.measurement = measurement;
+  }
+
+  /** Fetch the whole run's curve. */
+  async load(signal) {
+    const found = await this.#fetch(null, null, signal);
+    // What came in by `extend` while the answer was on its way stays.
+    const known = found.steps.at(-1) ?? 0;
+    const from = this.#whole.steps.findIndex((step) => step > known);
+    if (from >= 0 && this.measurement === null) {
+      found.steps.push(...this.#whole.steps.slice(from));
+      found.values.push(...this.#whole.values.slice(from));
+    }
+    this.#whole = found;
+  }
+
+  /** Fetch the curve between two steps in more detail, where there is more to know. */
+  async refine(first, last, signal) {
+    const isThere = this.#part && this.#part.first <= first && this.#part.last >= last && !this.#part.isReduced;
+    if (!this.#whole.isReduced || isThere) return;
+    this.#part = { first, last, ...(await this.#fetch(first, last, signal)) };
+  }
+
+  /** Forget the details. */
+  coarsen() {
+    this.#part = null;
+  }
+
+  /** Add newer points; return whether there are by now so many that the curve is to be loaded anew. */
+  extend(steps, values) {
+    const { steps: known, values: numbers } = this.#whole;
+    steps.forEach((step, row) => {
+      if (known.length && step <= known.at(-1)) return;
+      known.push(step);
+      numbers.push(numberOf(values[row]));
+    });
+    return known.length > 4 * POINTS;
+  }
+
+  /** Return [steps, values] in order. */
+  points() {
+    const { steps, values } = this.#whole;
+    if (!this.#part) return [steps, values];
+    const { first, last } = this.#part;
+    const until = steps.findIndex((step) => step >= first);
+    const from = steps.findIndex((step) => step > last);
+    const before = until < 0 ? steps.length : until;
+    const after = from < 0 ? steps.length : from;
+    return [
+      [...steps.slice(0, before), ...this.#part.steps, ...steps.slice(after)],
+      [...values.slice(0, before), ...this.#part.values, ...values.slice(after)],
+    ];
+  }
+
+  async #fetch(first, last, signal) {
+    const query = { first, last, points: POINTS, measurement: this.measurement };
+    const { steps, values, total } = await ask(withQuery(addressOf(this.run, "curve"), query), { signal });
+    return { steps, values: values.map(numberOf), isReduced: total > steps.length };
+  }
+}
+
+/** Return the loss of one step in full precision. */
+export async function lossAt(run, step, signal) {
+  const { values } = await ask(withQuery(addressOf(run, "curve"), { first: step, last: step, points: POINTS }), { signal });
+  return numberOf(values[0]);
+}
+
+/**
+ * Return the exponential moving average of values; what is not finite has no part in it.
+ *
+ * Corrected for its start at zero as Adam's averages are (Kingma and Ba 2015, section 3).
+ */
+export function smoothed(values, weight) {
+  let sum = 0;
+  let missing = 1;
+  return values.map((value) => {
+    if (!Number.isFinite(value)) return null;
+    sum = weight * sum + (1 - weight) * value;
+    missing *= weight;
+    return sum / (1 - missing);
+  });
+}
+
+/** Return a number in the fewest digits that give it back, those of a float32 where it is one. */
+export function fullText(value) {
+  if (!Number.isFinite(value)) return String(value).replace("NaN", "nan").replace("Infinity", "inf");
+  const size = Math.abs(value);
+  const isSingle = Math.fround(value) === value;
+  const shortest = isSingle ? ofSingle(value) : value;
+  // The table's texts, which Python writes, change to exponents at the same sizes.
+  if (size === 0 || (size >= 1e-4 && size < (isSingle ? 1e6 : 1e16))) return String(shortest);
+  return shortest.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
+}
+
+function ofSingle(value) {
+  for (let digits = 1; digits < 10; digits++) {
+    const number = Number(value.toPrecision(digits));
+    if (Math.fround(number) === value) return number;
+  }
+  return value;
+}

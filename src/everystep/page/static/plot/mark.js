@@ -1,0 +1,58 @@
+// The line in a plot at the step that is looked at. It lies over the canvas, so that stepping redraws nothing.
+
+import { element } from "../shared/elements.js";
+import { short, whole } from "../shared/format.js";
+import { lossAt } from "./curves.js";
+import { rowOf } from "./readout.js";
+
+const REST = 150; // milliseconds that a step is looked at before its loss is asked for, where no point has it
+
+/** The line; `curve`: of the loss; `found()`: is called once the loss of the step is known. */
+export class StepMark {
+  #timer = 0;
+  #known = [null, null]; // a step and its loss
+  #ended = new AbortController();
+
+  constructor(curve, step, found) {
+    this.curve = curve;
+    this.step = step;
+    this.found = found;
+    this.node = element("div", { class: "at-step", "aria-hidden": "true", hidden: true }, element("span"));
+  }
+
+  /** The loss of the step, or null while it is not known. */
+  get loss() {
+    if (this.#known[0] === this.step) return this.#known[1];
+    const [steps, values] = this.curve.points();
+    const row = rowOf(steps, this.step, "own");
+    return row === null ? null : values[row];
+  }
+
+  /** Put the line where the chart has its step. */
+  place(chart) {
+    if (this.step === null) return void (this.node.hidden = true);
+    const width = chart.over.clientWidth;
+    const left = chart.valToPos(this.step, "x");
+    this.node.hidden = !(left >= -1 && left <= width + 1);
+    this.node.style.transform = `translateX(${left}px)`;
+    this.node.classList.toggle("to-left", left > width / 2);
+    const text = whole(this.step);
+    this.node.firstChild.textContent = this.loss === null ? text : `${text} · ${short(this.loss)}`;
+    clearTimeout(this.#timer);
+    if (this.loss === null) this.#timer = setTimeout(() => this.#find(), REST);
+  }
+
+  /** Ask for nothing more. */
+  close() {
+    clearTimeout(this.#timer);
+    this.#ended.abort();
+  }
+
+  async #find() {
+    const { step } = this;
+    const loss = await lossAt(this.curve.run, step, this.#ended.signal).catch(() => null);
+    if (loss === null || step !== this.step) return;
+    this.#known = [step, loss];
+    this.found();
+  }
+}

@@ -1,0 +1,295 @@
+// The plot of the loss of one run, or of several over each other, by uPlot.
+
+import { element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
+import { fullText } from "./curves.js";
+import { chartOptions, drawMarks, loadUPlot, sizeOf } from "./chart.js";
+import { plotControls } from "./controls.js";
+import { columnsOf, drawnOf, lossLine, measuredLine, stacked } from "./lines.js";
+import { StepMark } from "./mark.js";
+import { Timers } from "../shared/timers.js";
+import { listenToInput } from "./input.js";
+import { hint, partsAt } from "./readout.js";
+
+const DENSE = 3000; // points, from which on they are drawn smaller
+const DOUBLE = 300; // milliseconds in which a second click makes a double one
+
+/**
+ * Draw the loss of runs, named, into `host`; return {setStep, extend, setMeasurements, toggleLog, resize, close}.
+ *
+ * `step`: the one that is looked at; `goTo(step)`: is called for a click; `controls`: with buttons above;
+ * `remove(name)`: takes a run but the first out of the plot, where that can be.
+ */
+export function lossPlot(host, names, { step = null, goTo = () => {}, controls = true, remove = null } = {}) {
+  return new LossPlot(host, names, { step, goTo, controls, remove });
+}
+
+class LossPlot {
+  #lines;
+  #drawn = []; // those of the chart: the lines that are shown, and their averages
+  #nonfinite = []; // steps
+  chart = null; // of uPlot
+  #isLog = false;
+  #isLine = false;
+  #weight = 0; // of what was before, in the moving average
+  #range = null; // of steps, where zoomed
+  at = null; // the step under the cursor
+  #mark;
+  #timers = new Timers();
+  #frame = 0;
+  #ended = new AbortController();
+  #refining = new AbortController();
+
+  constructor(host, names, { step, goTo, controls, remove }) {
+    this.names = names;
+    this.goTo = goTo;
+    this.#lines = names.map((name, index) => lossLine(name, index, names.length === 1));
+    this.#mark = new StepMark(this.#lines[0].curve, step, () => this.#drawMark());
+    this.#furnish(host, controls, remove);
+    this.#begin();
+  }
+
+  /** Show which step is looked at. */
+  setStep(step) {
+    this.#mark.step = step;
+    this.at = null;
+    this.#drawMark();
+  }
+
+  /** Add the losses of newer steps. */
+  extend(name, { steps, losses }) {
+    const line = this.#lines.find(({ curve }) => curve.run === name && curve.measurement === null);
+    if (!line) return;
+    if (line.curve.extend(steps, losses)) this.#timers.soon("anew", () => this.#load([line]));
+    this.#refresh();
+  }
+
+  /** Say what is measured in the first run: `measurements` of what the server says of it. */
+  setMeasurements(measurements) {
+    const changed = [];
+    for (const { name, count, is_rate: isRate } of measurements) {
+      let line = this.#lines.find(({ curve }) => curve.measurement === name);
+      if (!line) this.#lines.push((line = measuredLine(this.names[0], name, isRate, this.#lines)));
+      if (line.count !== count) changed.push(line);
+      line.count = count;
+    }
+    if (!changed.length || !this.chart) return;
+    this.#drawControls();
+    this.#timers.soon("measured", () => this.#load(this.#lines.filter((line) => line.isShown && line.curve.measurement !== null)));
+  }
+
+  /** Put the loss on a logarithmic axis, or take it off one. */
+  toggleLog() {
+    this.#isLog = !this.#isLog;
+    this.#build();
+  }
+
+  /** Fit the plot into its place. */
+  resize() {
+    if (this.chart && this.plot.clientWidth) this.chart.setSize(sizeOf(this.plot));
+  }
+
+  get isZoomed() {
+    return this.#range !== null;
+  }
+
+  /** Whether arrow keys walk from point to point: no step is open that they would go on from. */
+  get isWalked() {
+    return this.#mark.step === null;
+  }
+
+  /** Take the plot away. */
+  close() {
+    this.#ended.abort();
+    this.#refining.abort();
+    this.#mark.close();
+    this.#timers.clear();
+    cancelAnimationFrame(this.#frame);
+    this.observer.disconnect();
+    this.chart?.destroy();
+    this.parts.forEach((part) => part.remove());
+  }
+
+  #furnish(host, hasControls, remove) {
+    this.controls = plotControls({
+      line: (line) => this.#toggle(line),
+      remove,
+      isLine: () => this.#build((this.#isLine = !this.#isLine)),
+      isLog: () => this.toggleLog(),
+      weight: (weight) => this.#smooth(weight),
+      whole: () => this.zoom(null),
+    });
+    this.plot = element("div", { class: "plot", tabIndex: 0, role: "slider", "aria-label": "step", "aria-valuemin": 1 });
+    this.readout = element("p", { class: "readout" });
+    this.parts = [...(hasControls ? [this.controls.host] : []), this.plot, this.readout];
+    host.append(...this.parts);
+    listenToInput(this.plot, this);
+    this.observer = new ResizeObserver(() => this.chart && this.chart.width !== this.plot.clientWidth && this.resize());
+    this.observer.observe(this.plot);
+    const dark = window.matchMedia("(prefers-color-scheme: dark)");
+    dark.addEventListener("change", () => this.chart && this.#build(), { signal: this.#ended.signal });
+    this.#drawControls();
+    this.#tell();
+  }
+
+  async #begin() {
+    const { signal } = this.#ended;
+    const [first, ...others] = this.#lines.filter(({ curve }) => curve.measurement === null);
+    try {
+      await Promise.all([loadUPlot(), first.curve.load(signal), ...others.map((line) => loadOther(line, signal))]);
+      if (signal.aborted) return;
+      this.#build();
+      await this.#load(this.#lines.filter((line) => line.isShown && line.curve.measurement !== null));
+    } catch (error) {
+      if (!signal.aborted) this.readout.textContent = `The curve cannot be drawn: ${error.message}`;
+    }
+  }
+
+  async #load(lines) {
+    await Promise.allSettled(lines.map(({ curve }) => curve.load(this.#ended.signal)));
+    if (this.#ended.signal.aborted || !lines.length) return;
+    const isNew = lines.some((line) => line.isShown && !this.#drawn.some(({ curve }) => curve === line.curve));
+    if (isNew) this.#build();
+    else this.#refresh();
+  }
+
+  #toggle(line) {
+    line.isShown = !line.isShown;
+    if (line.isShown && !line.curve.points()[0].length) this.#load([line]);
+    else this.#build();
+  }
+
+  #smooth(weight) {
+    const isRedrawn = this.#weight > 0 === weight > 0;
+    this.#weight = weight;
+    if (isRedrawn) this.#refresh();
+    else this.#build();
+  }
+
+  #drawControls() {
+    this.controls.draw(this.#lines, { isLine: this.#isLine, isLog: this.#isLog, isZoomed: this.isZoomed });
+  }
+
+  #build() {
+    this.#drawControls();
+    if (!window.uPlot) return;
+    this.chart?.destroy();
+    this.#drawn = drawnOf(this.#lines, this.#weight);
+    const data = this.#data();
+    const zoomed = this.#range;
+    const options = chartOptions(stacked(this.#drawn), {
+      isLog: this.#isLog,
+      isLine: this.#isLine,
+      isDense: data[0].length > DENSE,
+      last: data[0].at(-1) ?? 0,
+      ...sizeOf(this.plot),
+      hooks: {
+        draw: [(chart) => drawMarks(chart, this.#nonfinite), (chart) => this.#mark.place(chart)],
+        setCursor: [({ cursor, data: [steps] }) => cursor.event && this.show(steps[cursor.idx] ?? null)],
+        setScale: [(chart, scale) => scale === "x" && this.#zoomed(chart)],
+      },
+    });
+    this.chart = new window.uPlot(options, data, this.plot);
+    this.chart.over.append(this.#mark.node);
+    this.chart.over.addEventListener("mouseleave", () => this.show(null));
+    this.chart.over.addEventListener("click", ({ detail }) => this.#click(detail));
+    if (zoomed) this.chart.setScale("x", { min: zoomed[0], max: zoomed[1] });
+    this.#drawMark();
+  }
+
+  // Where the plot is zoomed, the first of two clicks is not yet a click: two show the whole run.
+  #click(count) {
+    const step = this.at;
+    const isFirst = step !== null && count < 2;
+    if (this.isZoomed) this.#timers.rest("click", () => isFirst && this.goTo(step), DOUBLE);
+    else if (isFirst) this.goTo(step);
+  }
+
+  #data() {
+    const { data, nonfinite } = columnsOf(stacked(this.#drawn), { weight: this.#weight, isLog: this.#isLog });
+    this.#nonfinite = nonfinite;
+    return data;
+  }
+
+  // New numbers in the chart that is there, at most once for each frame of the screen.
+  #refresh() {
+    if (!this.chart || this.#frame) return;
+    this.#frame = requestAnimationFrame(() => {
+      this.#frame = 0;
+      const zoomed = this.#range;
+      this.chart.batch(() => {
+        this.chart.setData(this.#data());
+        if (zoomed) this.chart.setScale("x", { min: zoomed[0], max: zoomed[1] });
+      });
+      this.#tell();
+    });
+  }
+
+  #ends() {
+    const [steps] = this.chart.data;
+    return [steps[0] ?? 0, steps.at(-1) ?? 0];
+  }
+
+  /** Zoom to a range of steps; null: to the whole run. */
+  zoom(range) {
+    const [first, last] = this.#ends();
+    const [min, max] = range ?? [first, last];
+    this.chart.setScale("x", { min: Math.max(min, first), max: Math.min(max, last) });
+  }
+
+  #zoomed(chart) {
+    const { min, max } = chart.scales.x;
+    const range = min > chart.data[0][0] || max < chart.data[0].at(-1) ? [min, max] : null;
+    const isSame = range?.[0] === this.#range?.[0] && range?.[1] === this.#range?.[1];
+    if (isSame) return;
+    this.#range = range;
+    this.#drawControls();
+    this.#timers.rest("refine", () => this.#refine());
+  }
+
+  async #refine() {
+    this.#refining.abort();
+    this.#refining = new AbortController();
+    const { signal } = this.#refining;
+    const curves = this.#lines.filter((line) => line.isShown).map(({ curve }) => curve);
+    if (this.#range === null) curves.forEach((curve) => curve.coarsen());
+    else {
+      const [first, last] = [Math.floor(this.#range[0]), Math.ceil(this.#range[1])];
+      await Promise.allSettled(curves.map((curve) => curve.refine(first, last, signal)));
+    }
+    if (!signal.aborted) this.#refresh();
+  }
+
+  /** Say in words what is at a step; null: where nothing is under the cursor. */
+  show(at) {
+    this.at = at;
+    this.#tell();
+  }
+
+  // In words: what is under the cursor, or else the step that is looked at, or else what can be done.
+  #tell() {
+    const parts = this.at !== null ? partsAt(this.#drawn, this.at, this.#weight) : this.#partsOfStep();
+    this.plot.toggleAttribute("data-own-keys", this.isWalked);
+    this.plot.setAttribute("aria-valuemax", this.chart ? this.#ends()[1] : 1);
+    this.plot.setAttribute("aria-valuenow", this.at ?? this.#mark.step ?? 1);
+    this.plot.setAttribute("aria-valuetext", parts.map((part) => part.join(" ")).join(", ") || "no step chosen");
+    const spans = parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
+    this.readout.replaceChildren(...(spans.length ? spans : [this.chart ? hint(this.#lines[0].curve, this.#isLog, this.#nonfinite) : ""]));
+  }
+
+  #partsOfStep() {
+    const { step, loss } = this.#mark;
+    if (step === null) return [];
+    return [["step", whole(step), ""], ...(loss === null ? [] : [[this.#lines[0].title, fullText(loss), ""]])];
+  }
+
+  #drawMark() {
+    if (this.chart) this.#mark.place(this.chart);
+    this.#tell();
+  }
+}
+
+// The first run is drawn, whatever is the matter with the others.
+async function loadOther(line, signal) {
+  await line.curve.load(signal).catch((error) => Object.assign(line, { isShown: false, problem: error.message }));
+}

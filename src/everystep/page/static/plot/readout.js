@@ -1,0 +1,43 @@
+// What the plot says in words of the place under the cursor: every number in full precision.
+
+import { short, whole } from "../shared/format.js";
+import { fullText, smoothed } from "./curves.js";
+
+/** Return the row of a step among ascending steps: the nearest ("near"), the last at or before it ("held"), or its own ("own"). */
+export function rowOf(steps, step, which) {
+  let low = 0;
+  let high = steps.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (steps[middle] < step) low = middle + 1;
+    else high = middle;
+  }
+  if (steps[low] === step) return low;
+  if (which === "own" || !steps.length) return null;
+  if (which === "held") return low ? low - 1 : null;
+  if (low === 0 || low === steps.length) return low === 0 ? 0 : low - 1;
+  return step - steps[low - 1] < steps[low] - step ? low - 1 : low;
+}
+
+/** Return [title, text, where] of every line drawn at a step. */
+export function partsAt(lines, step, weight) {
+  const parts = [["step", whole(step), ""]];
+  for (const { curve, kind, title } of lines) {
+    const [steps, values] = curve.points();
+    const row = rowOf(steps, step, { measured: "own", rate: "held" }[kind] ?? "near");
+    if (row === null) continue;
+    const where = steps[row] === step || kind === "rate" ? "" : ` at ${whole(steps[row])}`;
+    if (kind !== "average") parts.push([title, fullText(values[row]), where]);
+    else parts.push([`${title}, smoothed`, short(smoothed(values, weight)[row], 6), where]);
+  }
+  return parts;
+}
+
+/** Return what can be done with a plot that nothing is pointed at in, and what is not to be seen in it. */
+export function hint(curve, isLog, nonfinite) {
+  const said = ["Click to open a step; drag to zoom, double click to see the whole run."];
+  const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
+  if (left) said.push(`Of 0 or less, with no place on a log axis: ${whole(left)}.`);
+  if (nonfinite.length) said.push("Marked at the bottom: losses that are not finite.");
+  return said.join(" ");
+}

@@ -1,0 +1,102 @@
+// What a run is: its name, how it stands, the facts in the chapter's order, its most telling losses.
+
+import * as address from "../shared/address.js";
+import { element } from "../shared/elements.js";
+import { short, whole } from "../shared/format.js";
+
+/** Return a link to a step of a run. `go(step)`: goes there, keeping what else is shown. */
+export function stepLink(run, step, go, text = `step ${whole(step)}`) {
+  const press = (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    go(step);
+  };
+  return element("a", { href: address.write({ view: "run", run, step }), onclick: press }, text);
+}
+
+/** Return the words on how a run stands; `speed`: steps a second, or null. */
+export function statusLine(about, speed) {
+  const { status, steps, planned } = about;
+  const last = about.landmarks.find(({ what }) => what === "last");
+  const words = [
+    `${whole(steps)}${planned && planned !== steps ? ` of ${whole(planned)}` : ""} ${planned === 1 ? "step" : "steps"}`,
+    ...(last ? [`loss ${last.short}`] : []),
+    ...(status === "running" && speed ? [`${whole(Math.round(speed))} steps/s`] : []),
+  ];
+  return [element("span", { class: `state ${status}` }, status), ` · ${words.join(" · ")}`];
+}
+
+/** Return what is to be known first: why it ended, where the loss ceased to be finite. */
+export function alarms(about, go) {
+  const { status, reason, nonfinite, name } = about;
+  const found = [];
+  if (reason) found.push(element("p", { class: "alarm" }, `${status}: ${reason}`));
+  if (nonfinite) {
+    const link = stepLink(name, nonfinite.step, go);
+    found.push(element("p", { class: "alarm" }, `The loss is ${nonfinite.loss} at `, link, ", the first that is not finite."));
+  }
+  return found;
+}
+
+/** Return where a run comes from and what was forked from it. */
+export function lineage({ name, parent, forks }) {
+  const link = (run, beside = []) => element("a", { href: address.write({ view: "run", run, beside }) }, run);
+  const overlay = (other) => element("a", { href: address.write({ view: "run", run: name, beside: [other] }) }, "show beside");
+  const parts = [];
+  if (parent) parts.push(element("span", {}, "fork of ", link(parent[0]), ` at ${whole(parent[1])} (`, overlay(parent[0]), ")"));
+  for (const fork of forks) {
+    parts.push(element("span", {}, `forked at ${whole(fork.at)}: `, link(fork.name), " (", overlay(fork.name), ")"));
+  }
+  return parts;
+}
+
+/** Return the facts as a list of descriptions. */
+export function factsList({ facts, details, times }) {
+  const rows = facts.flatMap(([label, text]) => [
+    element("dt", {}, label),
+    element("dd", { class: label === "model" ? "model" : "" }, text),
+  ]);
+  const more = details.flatMap(([title, brief, pairs]) => [
+    element("dt", {}, title),
+    element(
+      "dd",
+      {},
+      element(
+        "details",
+        {},
+        element("summary", {}, brief),
+        element("dl", { class: "pairs" }, ...pairs.flatMap(([label, text]) => [element("dt", {}, label), element("dd", {}, text)])),
+      ),
+    ),
+  ]);
+  return element("dl", { class: "facts" }, ...rows, ...more, element("dt", {}, "times"), element("dd", {}, times));
+}
+
+/** Return the facts in a line. */
+export function factsBrief({ facts }) {
+  const of = new Map(facts);
+  return ["data", "loss", "update"].filter((label) => of.has(label)).map((label) => of.get(label).split("\n")[0]).join(" · ");
+}
+
+/** Return the first, the last and the smallest loss. */
+export function landmarks({ name, landmarks: found }, go) {
+  const one = ({ what, step, short: brief, full }) => {
+    const number = element("span", { class: "number", title: full }, brief);
+    const at = element("span", { class: "at" }, stepLink(name, step, go));
+    return element("div", {}, element("dt", {}, what), element("dd", {}, number, " ", at));
+  };
+  return element("dl", { class: "landmarks" }, ...found.map(one));
+}
+
+/** Return the landmarks after newer losses. */
+export function landmarksWith(found, steps, losses, textOf) {
+  const mark = (what, row) => ({ what, step: steps[row], short: short(losses[row]), full: textOf(losses[row]) });
+  const by = new Map(found.map((one) => [one.what, one]));
+  if (!by.has("first")) by.set("first", mark("first", 0));
+  by.set("last", mark("last", steps.length - 1));
+  losses.forEach((loss, row) => {
+    if (!Number.isFinite(loss)) return;
+    if (!by.has("smallest") || loss < Number(by.get("smallest").full)) by.set("smallest", mark("smallest", row));
+  });
+  return ["first", "last", "smallest"].filter((what) => by.has(what)).map((what) => by.get(what));
+}

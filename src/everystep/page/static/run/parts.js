@@ -1,0 +1,70 @@
+// The places of the parts of a run's view, and where they stand on wide and on narrow screens.
+
+import { button, element } from "../shared/elements.js";
+
+/** Make the places. `does`: {fork(), compare(), share()}. */
+export function runParts(name, does) {
+  const actions = element(
+    "div",
+    { class: "actions" },
+    button("Fork", does.fork, { title: "train on from a step with other settings (f)" }),
+    button("Compare", does.compare, { title: "with another run" }),
+    button("Save this view", does.share, { title: "as one file that opens without a server" }),
+  );
+  const state = element("p", { class: "lead" });
+  const family = element("p", { class: "family muted small" });
+  const alarms = element("div");
+  const title = element("div", { class: "title" }, element("h1", {}, name), actions);
+  const header = element("header", { class: "run-head" }, title, state, family, alarms);
+  const brief = element("summary");
+  const facts = element("details", { class: "facts-part", open: true }, brief);
+  const section = (heading, says, className, ...parts) =>
+    element("section", { class: className, "aria-label": says }, element("h2", {}, heading), ...parts);
+  const landmarks = element("div");
+  const plot = element("div");
+  const bar = element("div", { class: "bar" });
+  const loss = section("Loss", "loss of every step", "loss-part", landmarks, plot);
+  const questions = element("div", { class: "questions-part", hidden: true });
+  const table = section("Steps", "table of every step", "table-part");
+  const problem = element("p", { class: "alarm", role: "alert", hidden: true });
+  const waiting = element("p", { class: "muted", role: "status", hidden: true });
+  const shown = element("div", { class: "step-host" });
+  const step = element("section", { class: "step-part", "aria-label": "Step" }, bar, problem, waiting, shown);
+  const left = element("div", { class: "run-left" }, loss, questions, table);
+  const body = element("div", { class: "run-body" }, left, step);
+  // What sticks within the step sticks beneath the bar.
+  const measured = new ResizeObserver(() => step.style.setProperty("--step-top", `${bar.offsetHeight}px`));
+  measured.observe(bar);
+  return { header, state, family, alarms, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
+}
+
+/** Put the step beside the plot and the table where there is room, else between them. */
+export function arrange({ step, left, body, loss, facts, table, questions }, main, { isOpen, isWide }) {
+  if (isOpen && isWide) body.append(step);
+  else if (step.previousSibling !== loss) loss.after(step);
+  // While stepping, the table is what one looks at beside the step.
+  if (isOpen) left.append(table, questions);
+  else left.append(questions, table);
+  main.classList.toggle("wide", isOpen);
+  body.classList.toggle("with-step", isOpen);
+  left.toggleAttribute("data-beside", isOpen && isWide);
+  facts.classList.toggle("is-brief", isOpen);
+}
+
+/** Ask which run to compare with, or to show beside: a dialog of links. `linksOf(name)`: of another run. */
+export function chooseRun(name, runs, linksOf) {
+  const rows = runs
+    .filter((run) => run.name !== name && run.problem === null)
+    .map((run) => element("li", {}, element("span", { class: "name" }, run.name), ...linksOf(run.name)));
+  const dialog = element(
+    "dialog",
+    { class: "choose", "aria-labelledby": "choose-title" },
+    element("h2", { id: "choose-title" }, `${name} and …`),
+    rows.length ? element("ul", {}, ...rows) : element("p", { class: "muted" }, "There is no other run here."),
+    element("form", { method: "dialog" }, element("button", {}, "Close")),
+  );
+  dialog.addEventListener("click", (event) => event.target.closest("a") && dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}

@@ -1,0 +1,73 @@
+// The place where the step that is looked at is shown.
+
+import * as address from "../shared/address.js";
+import { whole } from "../shared/format.js";
+import { newestOnly } from "./stepping.js";
+
+/** Shows steps of a run one after the other; `parts`: {shown, problem, waiting}, the places of the step and of words. */
+export class StepPlace {
+  #view = null; // a promise
+  #shown = null; // the target that is drawn, or failed to be
+  #isThere = false; // something is drawn
+  #isClosed = false;
+  isFailed = false;
+
+  constructor(run, { shown, problem, waiting }) {
+    this.run = run;
+    this.waiting = waiting;
+    this.host = shown;
+    this.problem = problem;
+    this.show = newestOnly((target) => this.#draw(target));
+  }
+
+  close() {
+    this.#isClosed = true;
+    this.#view?.then((view) => view.close(), () => {});
+  }
+
+  // `target`: {step, phase, operation}; a step of null: none.
+  async #draw(target) {
+    const isThere = JSON.stringify(target) === this.#shown && !this.isFailed;
+    if (isThere || this.#isClosed || (target.step === null && !this.#view)) return;
+    this.#view ??= this.#open();
+    try {
+      const view = await this.#view;
+      if (this.#isClosed) return;
+      this.#wait(target.step);
+      if (target.step === null) view.clear();
+      else await view.show(target.step, target);
+      this.#tell(null, target.step);
+    } catch (error) {
+      if (error.name === "AbortError" || this.#isClosed) return;
+      this.#tell(error, target.step);
+    }
+    this.#shown = JSON.stringify(target);
+  }
+
+  // Before the first step is there, a word stands in its place.
+  #wait(step) {
+    this.waiting.textContent = step === null ? "" : `Opening step ${whole(step)}.`;
+    this.waiting.hidden = step === null || this.#isThere;
+  }
+
+  #tell(error, step) {
+    this.isFailed = error !== null;
+    this.waiting.hidden = true;
+    this.#isThere = error === null && step !== null;
+    this.problem.textContent = error?.message ?? "";
+    this.problem.hidden = error === null;
+    // A step that is not there leaves nothing to look at; where the server is away, what was seen stays.
+    this.host.hidden = error?.status === 404;
+  }
+
+  async #open() {
+    try {
+      const [{ stepView }, { serverSource }] = await Promise.all([import("../step/step.js"), import("../step/source.js")]);
+      const go = ({ phase, operation }) => address.go({ ...address.read(), phase, operation });
+      return stepView(this.run, this.host, { go, source: serverSource(this.run) });
+    } catch (error) {
+      this.#view = null;
+      throw error;
+    }
+  }
+}

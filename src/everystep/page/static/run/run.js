@@ -1,0 +1,300 @@
+// One run: its facts, its loss, every step as a table, and the step that is looked at.
+
+import * as address from "../shared/address.js";
+import * as keys from "../shared/keys.js";
+import { element } from "../shared/elements.js";
+import { addressOf, ask } from "../shared/server.js";
+import { awayBanner } from "../shared/away.js";
+import { fullText } from "../plot/curves.js";
+import { lossPlot } from "../plot/plot.js";
+import { stepTable } from "./table.js";
+import { stepper } from "./stepper.js";
+import { Player } from "./stepping.js";
+import { listenToRun, listenToThose, Speed } from "./live.js";
+import { arrange, chooseRun, runParts } from "./parts.js";
+import { alarms, factsBrief, factsList, landmarks, landmarksWith, lineage, statusLine } from "./head.js";
+import { runKeys } from "./keys.js";
+import { StepPlace } from "./place.js";
+
+/** Show a run. */
+export async function open(place, main) {
+  const waiting = element("p", { class: "waiting muted" }, "Reading the run.");
+  main.append(waiting);
+  const about = await ask(addressOf(place.run)).finally(() => waiting.remove());
+  const view = new RunView(main, about, place);
+  return { update: (next) => view.update(next), close: () => view.close() };
+}
+
+class RunView {
+  #isWalking = false; // the entry of the history is one of stepping: the next step takes its place
+  #isOwn = false; // we are changing the address ourselves
+  #isFollowing = false;
+  #isClosed = false;
+  #speed = new Speed();
+  #questions = null;
+
+  constructor(main, about, place) {
+    this.main = main;
+    this.about = about;
+    this.name = about.name;
+    this.place = { ...place, step: null, beside: [] };
+    this.away = awayBanner();
+    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => this.#choose(), share: () => this.#share() });
+    const { header, facts, body, bar } = this.parts;
+    main.append(header, facts, body, this.away.host);
+    this.player = new Player(() => this.#advance(), () => this.#drawBar());
+    this.bar = stepper({
+      walk: (stride) => this.walk(stride),
+      jump: (step) => this.jump(step),
+      play: () => this.togglePlay(),
+      pace: (pace) => (this.player.pace = pace),
+      follow: () => this.#follow(!this.#isFollowing),
+      leave: () => this.leave(),
+    });
+    bar.append(this.bar.host);
+    this.stepPlace = new StepPlace(this.name, this.parts);
+    this.table = stepTable(this.parts.table, this.name, { step: place.step, goTo: (step) => this.jump(step) });
+    this.wide = window.matchMedia("(min-width: 75rem)");
+    this.arrange = () => this.#arrange();
+    this.wide.addEventListener("change", this.arrange);
+    this.free = keys.bind(runKeys(this));
+    this.end = listenToRun(this.name, about.steps, {
+      losses: (steps, losses) => this.#hearLosses(steps, losses),
+      state: (state) => this.#hearState(state),
+      gone: () => this.#hearGone(),
+      server: (isThere) => this.#hearServer(isThere),
+    });
+    this.#drawTrail();
+    this.#drawAbout();
+    this.update(place);
+    this.#openQuestions();
+  }
+
+  get step() {
+    return this.place.step;
+  }
+
+  /** Show another place of this run. */
+  update(place) {
+    const before = this.place;
+    this.place = place;
+    if (!this.#isOwn) {
+      this.#isWalking = false;
+      this.#isFollowing = false;
+      this.player.stop();
+    }
+    const isFirst = !this.plot;
+    if (isFirst || place.beside.join("\n") !== before.beside.join("\n")) this.#drawPlot();
+    document.title = `${this.name}${place.step === null ? "" : ` · step ${place.step}`} – everystep`;
+    this.#drawBar();
+    if (isFirst || (before.step === null) !== (place.step === null)) this.#arrange();
+    if (before.step !== place.step) {
+      this.plot.setStep(place.step);
+      this.table.setStep(place.step);
+    }
+    this.stepPlace.show(this.#target());
+  }
+
+  close() {
+    this.#isClosed = true;
+    this.player.stop();
+    this.free();
+    this.end();
+    this.endBeside?.();
+    this.away.close();
+    this.wide.removeEventListener("change", this.arrange);
+    this.plot.close();
+    this.table.close();
+    this.#questions?.close();
+    this.stepPlace.close();
+    this.main.classList.remove("wide");
+    document.querySelector("#trail").replaceChildren();
+  }
+
+  /** Go some steps on, or back. */
+  walk(stride) {
+    const { steps } = this.about;
+    if (!steps) return;
+    this.player.stop();
+    this.#isFollowing = false;
+    const from = this.step ?? (stride > 0 ? 0 : steps + 1);
+    this.#go(Math.max(1, Math.min(steps, from + stride)), true);
+  }
+
+  /** Go to a step from anywhere. */
+  jump(step) {
+    const { steps, status } = this.about;
+    if (!steps) return;
+    this.player.stop();
+    this.#isFollowing = status === "running" && step >= steps;
+    this.#go(Math.max(1, Math.min(steps, step)), false);
+  }
+
+  /** Close the step, or stop playing. */
+  leave() {
+    if (this.player.isPlaying) this.player.stop();
+    else if (this.step !== null) address.go({ ...this.place, step: null, phase: null, operation: null });
+  }
+
+  togglePlay() {
+    if (this.player.isPlaying) return this.player.stop();
+    this.#isFollowing = false;
+    if (this.about.steps && this.step !== this.about.steps) this.player.play();
+  }
+
+  #go(step, isWalk) {
+    if (step === this.step) return this.#drawBar();
+    const replace = isWalk && this.#isWalking;
+    this.#isWalking = isWalk;
+    this.#isOwn = true;
+    address.go({ ...this.place, step }, { replace });
+    this.#isOwn = false;
+  }
+
+  async #advance() {
+    const { steps } = this.about;
+    this.#go(Math.min(steps, (this.step ?? 0) + 1), true);
+    await this.stepPlace.show(this.#target());
+    return this.step < this.about.steps && !this.stepPlace.isFailed;
+  }
+
+  #follow(isFollowing) {
+    this.player.stop();
+    this.#isFollowing = isFollowing;
+    if (isFollowing) this.#go(this.about.steps, true);
+    this.#drawBar();
+  }
+
+  #target() {
+    const { step, phase, operation } = this.place;
+    return { step, phase, operation };
+  }
+
+  #drawPlot() {
+    const { beside } = this.place;
+    this.plot?.close();
+    this.endBeside?.();
+    const remove = (name) => address.go({ ...this.place, beside: beside.filter((other) => other !== name) });
+    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { step: this.step, goTo: (step) => this.jump(step), remove });
+    this.plot.setMeasurements(this.about.measurements);
+    this.endBeside = listenToThose(beside, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
+  }
+
+  #drawTrail() {
+    const all = element("a", { href: "/" }, "All runs");
+    document.querySelector("#trail").replaceChildren(all, " / ", element("span", { "aria-current": "page" }, this.name));
+  }
+
+  #drawAbout() {
+    const { facts, brief, family, landmarks: place, alarms: top } = this.parts;
+    const go = (step) => this.jump(step);
+    facts.replaceChildren(brief, factsList(this.about));
+    brief.textContent = factsBrief(this.about);
+    family.replaceChildren(...lineage(this.about).flatMap((part) => [part, " "]));
+    top.replaceChildren(...alarms(this.about, go));
+    place.replaceChildren(landmarks(this.about, go));
+    this.#drawState();
+  }
+
+  #drawState() {
+    this.parts.state.replaceChildren(...statusLine(this.about, this.#speed.now));
+    this.#drawBar();
+  }
+
+  #drawBar() {
+    this.bar.show({
+      step: this.step,
+      steps: this.about.steps,
+      isPlaying: this.player.isPlaying,
+      isRunning: this.about.status === "running",
+      isFollowing: this.#isFollowing,
+    });
+  }
+
+  #arrange() {
+    const isOpen = this.step !== null;
+    const { facts } = this.parts;
+    if (facts.classList.contains("is-brief") !== isOpen) facts.open = !isOpen;
+    arrange(this.parts, this.main, { isOpen, isWide: this.wide.matches });
+    this.plot.resize();
+  }
+
+  #hearLosses(steps, losses) {
+    const from = steps.findIndex((step) => step > this.about.steps);
+    this.plot.extend(this.name, { steps, losses });
+    if (from < 0) return;
+    const newer = [steps.slice(from), losses.slice(from)];
+    this.about.landmarks = landmarksWith(this.about.landmarks, ...newer, fullText);
+    this.about.steps = steps.at(-1);
+    const bad = newer[1].findIndex((loss) => !Number.isFinite(loss));
+    if (bad >= 0) this.about.nonfinite ??= { step: newer[0][bad], loss: fullText(newer[1][bad]) };
+    this.#drawLosses();
+    this.table.refresh();
+    if (this.#isFollowing) this.#go(this.about.steps, true);
+  }
+
+  #drawLosses() {
+    const go = (step) => this.jump(step);
+    this.parts.landmarks.replaceChildren(landmarks(this.about, go));
+    this.parts.alarms.replaceChildren(...alarms(this.about, go));
+    this.#drawState();
+  }
+
+  #hearState({ status, reason, planned, steps, measurements }) {
+    const isOther = status !== this.about.status;
+    Object.assign(this.about, { status, reason, planned, measurements });
+    this.plot.setMeasurements(measurements);
+    this.#speed.take(steps);
+    this.#drawState();
+    if (isOther) this.#askAgain();
+  }
+
+  async #askAgain() {
+    const about = await ask(addressOf(this.name)).catch(() => null);
+    if (about === null || this.#isClosed) return;
+    this.about = about;
+    if (about.status !== "running") this.#isFollowing = false;
+    this.#drawAbout();
+    this.plot.setMeasurements(about.measurements);
+    this.table.refresh();
+    this.#questions?.update(about);
+  }
+
+  #hearGone() {
+    const says = "This run was deleted. What is on the screen stays until you leave it.";
+    this.parts.alarms.prepend(element("p", { class: "alarm", role: "alert" }, says));
+  }
+
+  #hearServer(isThere) {
+    this.away.tell(isThere);
+    if (isThere && this.stepPlace.isFailed) this.stepPlace.show(this.#target());
+  }
+
+  async #openQuestions() {
+    const module = await import("../tasks/questions.js").catch(() => null);
+    if (module === null || this.#isClosed) return;
+    this.parts.questions.hidden = false;
+    const does = { goTo: (step) => this.jump(step), changed: () => this.#askAgain() };
+    this.#questions = module.questions(this.parts.questions, this.about, does);
+  }
+
+  /** Train on from the step that is looked at. */
+  async fork() {
+    const { forkDialog } = await import("../tasks/fork.js");
+    forkDialog(this.about, this.step);
+  }
+
+  async #share() {
+    const { shareDialog } = await import("../tasks/share.js");
+    shareDialog(this.about, this.step);
+  }
+
+  async #choose() {
+    const { runs } = await ask("/api/runs");
+    const link = (place, text) => element("a", { href: address.write(place) }, text);
+    chooseRun(this.name, runs, (other) => [
+      link({ view: "compare", one: this.name, other }, "compare"),
+      link({ ...this.place, beside: [...new Set([...this.place.beside, other])] }, "show beside"),
+    ]);
+  }
+}

@@ -1,0 +1,71 @@
+// Going from step to step: never more than one on its way, and playing at a steady pace.
+
+/**
+ * Return a function that has `work(target)` done, one target at a time.
+ *
+ * While one is being done only the newest of the others is remembered. What the function returns is
+ * fulfilled when nothing is left to do.
+ */
+export function newestOnly(work) {
+  let wanted = null;
+  let running = null;
+  const run = async () => {
+    while (wanted !== null) {
+      const target = wanted;
+      wanted = null;
+      await work(target);
+    }
+  };
+  return (target) => {
+    wanted = target;
+    running ??= run().finally(() => (running = null));
+    return running;
+  };
+}
+
+/** Steps by itself: `advance()` takes a step, is fulfilled when it is drawn, and says whether there is more. */
+export class Player {
+  #turn = 0;
+  isPlaying = false;
+  pace = 5; // steps a second; Infinity: as fast as they are drawn
+
+  constructor(advance, changed) {
+    this.advance = advance;
+    this.changed = changed;
+  }
+
+  async play() {
+    const mine = ++this.#turn;
+    this.#set(true);
+    try {
+      let isMore = true;
+      while (isMore && mine === this.#turn) {
+        const began = performance.now();
+        isMore = await this.advance();
+        const rest = 1000 / this.pace - (performance.now() - began);
+        await new Promise((resolve) => setTimeout(resolve, Math.max(0, rest)));
+      }
+    } finally {
+      if (mine === this.#turn) this.stop();
+    }
+  }
+
+  stop() {
+    this.#turn += 1;
+    if (this.isPlaying) this.#set(false);
+  }
+
+  #set(isPlaying) {
+    this.isPlaying = isPlaying;
+    this.changed();
+  }
+}
+
+/** Return the step that a text means: "137", or "+10" and "-1" from where one is; null: it means none. */
+export function stepOf(text, step, steps) {
+  const found = /^\s*([+\-−]?)\s*([\d,]+)\s*$/.exec(text);
+  if (!found) return null;
+  const number = Number(found[2].replaceAll(",", ""));
+  const wanted = { "": number, "+": (step ?? 0) + number }[found[1]] ?? (step ?? steps + 1) - number;
+  return Math.max(1, Math.min(steps, wanted));
+}

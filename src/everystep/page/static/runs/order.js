@@ -1,0 +1,51 @@
+// Which runs are shown, and in which order.
+
+import { numberOf } from "../shared/format.js";
+
+/** Return runs that a text is in, sorted, as {name, depth}; by name, forks stand beneath their parents. */
+export function arranged(runs, { key, direction }, text) {
+  const wanted = text.trim().toLowerCase();
+  const found = runs.filter(({ name, status }) => `${name} ${status ?? ""}`.toLowerCase().includes(wanted));
+  const sign = direction === "ascending" ? 1 : -1;
+  const sorted = found.sort((a, b) => compared(valueOf(a, key), valueOf(b, key), sign) || byName(a.name, b.name));
+  if (key !== "name") return sorted.map(({ name }) => ({ name, depth: 0 }));
+  return nested(sorted);
+}
+
+function nested(runs) {
+  const names = new Set(runs.map(({ name }) => name));
+  const children = Map.groupBy ? Map.groupBy(runs, parentOf) : grouped(runs);
+  function parentOf({ name, parent }) {
+    return parent && parent[0] !== name && names.has(parent[0]) ? parent[0] : null;
+  }
+  function grouped(all) {
+    const groups = new Map();
+    for (const run of all) groups.set(parentOf(run), [...(groups.get(parentOf(run)) ?? []), run]);
+    return groups;
+  }
+  const found = [];
+  const add = (parent, depth) => {
+    for (const { name } of children.get(parent) ?? []) {
+      found.push({ name, depth });
+      add(name, depth + 1);
+    }
+  };
+  add(null, 0);
+  return found;
+}
+
+function valueOf(run, key) {
+  if (key === "last_loss" || key === "steps") return numberOf(run[key]);
+  if (key === "started") return run.started === null ? null : Date.parse(run.started);
+  return run[key];
+}
+
+// Numbers, then NaN; what is not there last, whichever way is sorted.
+function compared(a, b, sign) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  if (typeof a === "string") return sign * byName(a, b);
+  if (Number.isNaN(a) || Number.isNaN(b)) return sign * (Number.isNaN(a) - Number.isNaN(b));
+  return sign * (a - b);
+}
+
+const { compare: byName } = new Intl.Collator("en", { numeric: true });

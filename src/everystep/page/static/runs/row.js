@@ -1,0 +1,91 @@
+// One run in the table of all runs.
+
+import * as address from "../shared/address.js";
+import { drawing, element } from "../shared/elements.js";
+import { addressOf, ask } from "../shared/server.js";
+import { ago, short, whole } from "../shared/format.js";
+
+const REST = 2000; // milliseconds between pictures of a run that is being trained
+
+/** Make the row of a run; return {host, run, update(run), see(isSeen), indent(depth)}. `pick(isPicked)`: is called for its box. */
+export function runRow(run, pick) {
+  return new RunRow(run, pick);
+}
+
+class RunRow {
+  #isSeen = false;
+  #pictured = null; // the number of steps that the picture shows
+  #isWaiting = false;
+
+  constructor(run, pick) {
+    const cell = (name) => element("td", { class: name, role: "cell" });
+    const box = element("input", { type: "checkbox", "aria-label": `pick ${run.name}`, onchange: () => pick(box.checked) });
+    this.name = element("td", { class: "name", role: "cell" });
+    [this.status, this.steps, this.loss, this.picture, this.when] = ["status", "steps", "last_loss", "picture", "started"].map(cell);
+    const first = element("td", { class: "pick", role: "cell" }, box);
+    const cells = [first, this.name, this.status, this.steps, this.loss, this.picture, this.when];
+    this.host = element("tr", { role: "row", "data-name": run.name }, ...cells);
+    this.indent = (depth) => this.host.style.setProperty("--depth", Math.min(depth, 4));
+    this.box = box;
+    this.update(run);
+  }
+
+  update(run) {
+    this.run = run;
+    const { name, problem, status, steps, planned, last_loss: loss, started } = run;
+    this.host.classList.toggle("unreadable", problem !== null);
+    this.box.disabled = problem !== null;
+    const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
+    this.name.replaceChildren(problem === null ? link : name, ...this.#lineage());
+    const state = problem === null ? [status, status] : ["failed", "cannot be read"];
+    this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]));
+    this.steps.textContent = steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`;
+    this.loss.textContent = short(loss);
+    this.loss.title = loss ?? "";
+    this.when.textContent = started ? ago(started) : "";
+    this.when.title = started ? new Date(started).toISOString().replace("T", " ").slice(0, 19) + " UTC" : "";
+    this.#draw();
+  }
+
+  see(isSeen) {
+    this.#isSeen = isSeen;
+    this.#draw();
+  }
+
+  #lineage() {
+    const { parent, problem } = this.run;
+    if (problem !== null) return [element("span", { class: "lineage" }, problem)];
+    if (!parent) return [];
+    const link = element("a", { href: address.write({ view: "run", run: parent[0] }) }, parent[0]);
+    return [element("span", { class: "lineage" }, "fork of ", link, ` at ${whole(parent[1])}`)];
+  }
+
+  // The picture, once the row is seen; anew now and then while there are more steps.
+  async #draw() {
+    const { name, steps } = this.run;
+    if (!this.#isSeen || this.#isWaiting || !steps || steps === this.#pictured) return;
+    this.#isWaiting = true;
+    const isFirst = this.#pictured === null;
+    this.#pictured = steps;
+    try {
+      this.picture.replaceChildren(sparkline(await ask(addressOf(name, "sparkline")), name));
+    } catch {
+      this.picture.replaceChildren(); // a picture that is missing says enough: the row is still right
+    }
+    setTimeout(() => {
+      this.#isWaiting = false;
+      this.#draw();
+    }, isFirst ? 0 : REST);
+  }
+}
+
+function sparkline({ path, dot, marks, is_log: isLog, width, height }, name) {
+  const says = `the loss of ${name}${isLog ? ", on a log axis" : ""}`;
+  return drawing(
+    "svg",
+    { class: "sparkline", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": says, preserveAspectRatio: "none" },
+    drawing("path", { d: path }),
+    ...marks.map((x) => drawing("line", { x1: x, x2: x, y1: height - 9, y2: height, class: "mark" })),
+    dot && drawing("circle", { cx: dot[0], cy: dot[1], r: 4 }),
+  );
+}

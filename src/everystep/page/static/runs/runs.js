@@ -1,0 +1,176 @@
+// All runs of a directory, as a table.
+
+import * as address from "../shared/address.js";
+import { element, button } from "../shared/elements.js";
+import { awayBanner } from "../shared/away.js";
+import { ask, listen } from "../shared/server.js";
+import { arranged } from "./order.js";
+import { runRow } from "./row.js";
+
+const COLUMNS = [
+  { key: "name", title: "name", first: "ascending" },
+  { key: "status", title: "status", first: "ascending" },
+  { key: "steps", title: "steps", first: "descending" },
+  { key: "last_loss", title: "last loss", first: "ascending" },
+  { key: null, title: "loss" },
+  { key: "started", title: "started", first: "descending" },
+];
+
+// Stays as it was when one comes back from a run.
+const sorting = { key: "started", direction: "descending" };
+
+/** Show all runs. */
+export async function open(place, main) {
+  document.title = "everystep";
+  document.querySelector("#trail").replaceChildren();
+  const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
+  main.append(waiting);
+  const { directory, runs } = await ask("/api/runs").finally(() => waiting.remove());
+  const view = new Runs(main, directory, runs);
+  return { update: () => {}, close: () => view.close() };
+}
+
+class Runs {
+  #rows = new Map(); // by name
+  #picked = new Set();
+
+  constructor(main, directory, runs) {
+    this.away = awayBanner();
+    this.head = element("p", { class: "lead" });
+    this.search = element("input", { type: "search", placeholder: "name or status", "aria-label": "search the runs" });
+    this.search.addEventListener("input", () => this.#arrange());
+    this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs: their losses over each other" });
+    this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs: where they part" });
+    this.chosen = element("span", { class: "muted small", role: "status" });
+    this.headings = element("tr", { role: "row" });
+    this.body = element("tbody", { role: "rowgroup" });
+    this.nothing = element("p", { class: "muted", hidden: true });
+    this.tools = element("div", { class: "runs-tools" }, this.search, this.#sortField(), this.chosen, this.overlay, this.compare);
+    const head = element("thead", { role: "rowgroup" }, this.headings);
+    this.table = element("table", { class: "runs", role: "table", "aria-label": "runs" }, head, this.body);
+    this.watcher = new IntersectionObserver((entries) => this.#see(entries), { rootMargin: "200px" });
+    main.append(element("header", { class: "runs-head" }, element("h1", {}, directory), this.head), this.tools, this.table, this.nothing);
+    this.#take(runs, []);
+    this.end = listen("/api/events", { runs: ({ runs: changed, gone }) => this.#take(changed, gone) });
+  }
+
+  close() {
+    this.end();
+    this.away.close();
+    this.watcher.disconnect();
+  }
+
+  #take(runs, gone) {
+    for (const name of gone) {
+      const row = this.#rows.get(name);
+      if (!row) continue;
+      this.watcher.unobserve(row.host);
+      row.host.remove();
+      this.#rows.delete(name);
+      this.#picked.delete(name);
+    }
+    for (const run of runs) {
+      const row = this.#rows.get(run.name);
+      if (row) row.update(run);
+      else this.#add(run);
+    }
+    this.#arrange();
+    this.#tellPicked();
+  }
+
+  #add(run) {
+    const row = runRow(run, (isPicked) => {
+      this.#picked[isPicked ? "add" : "delete"](run.name);
+      this.#tellPicked();
+    });
+    this.#rows.set(run.name, row);
+    this.watcher.observe(row.host);
+  }
+
+  #see(entries) {
+    for (const { target, isIntersecting } of entries) this.#rows.get(target.dataset.name)?.see(isIntersecting);
+  }
+
+  #arrange() {
+    const all = [...this.#rows.values()].map(({ run }) => run);
+    const shown = arranged(all, sorting, this.search.value);
+    const hosts = shown.map(({ name, depth }) => {
+      const { host, indent } = this.#rows.get(name);
+      indent(depth);
+      return host;
+    });
+    const isSame = hosts.length === this.body.children.length && hosts.every((host, index) => host === this.body.children[index]);
+    if (!isSame) this.body.replaceChildren(...hosts);
+    this.#drawHeadings();
+    this.#tellCount(all, shown.length);
+  }
+
+  #tellCount(all, shown) {
+    const running = all.filter(({ status }) => status === "running").length;
+    const words = [`${all.length} ${all.length === 1 ? "run" : "runs"}`, ...(running ? [`${running} running`] : [])];
+    this.head.textContent = all.length ? words.join(" · ") : "";
+    this.table.hidden = !shown;
+    this.tools.hidden = !all.length;
+    this.nothing.hidden = shown > 0;
+    const none = ["No run is here yet. This makes the first one: ", element("code", {}, "everystep train")];
+    this.nothing.replaceChildren(...(all.length ? [`No run is like “${this.search.value}”.`] : none));
+  }
+
+  #drawHeadings() {
+    if (this.headings.dataset.sorting === JSON.stringify(sorting)) return;
+    this.headings.dataset.sorting = JSON.stringify(sorting);
+    const isFocused = this.headings.contains(document.activeElement);
+    const cells = COLUMNS.map(({ key, title, first }) => {
+      if (key === null) return element("th", { scope: "col", role: "columnheader", class: "picture" }, title);
+      const isSorted = sorting.key === key;
+      const press = () => this.#sort(key, isSorted ? OTHER[sorting.direction] : first);
+      const sign = element("span", { class: "sign", "aria-hidden": "true" }, isSorted ? ARROWS[sorting.direction] : "↕");
+      const label = button(title, press, { class: "sort" });
+      label.append(sign);
+      return element("th", { scope: "col", role: "columnheader", class: key, "aria-sort": isSorted ? sorting.direction : "none" }, label);
+    });
+    const pick = element("th", { scope: "col", role: "columnheader", class: "pick" }, element("span", { class: "unseen" }, "pick"));
+    this.headings.replaceChildren(pick, ...cells);
+    if (isFocused) this.headings.querySelector(`.${sorting.key} button`)?.focus();
+    this.field.value = `${sorting.key} ${sorting.direction}`;
+  }
+
+  // Where rows are stacked there are no headings to press.
+  #sortField() {
+    const choices = COLUMNS.filter(({ key }) => key).flatMap(({ key, title, first }) =>
+      [first, OTHER[first]].map((direction) => element("option", { value: `${key} ${direction}` }, `${title} ${ARROWS[direction]}`)),
+    );
+    const change = () => this.#sort(...this.field.value.split(" "));
+    this.field = element("select", { class: "sort-field", "aria-label": "sort by", onchange: change }, ...choices);
+    return this.field;
+  }
+
+  #sort(key, direction) {
+    Object.assign(sorting, { key, direction });
+    this.#arrange();
+  }
+
+  #names() {
+    return [...this.body.children].map(({ dataset }) => dataset.name).filter((name) => this.#picked.has(name));
+  }
+
+  #tellPicked() {
+    const count = this.#picked.size;
+    this.overlay.disabled = count < 2;
+    this.compare.disabled = count !== 2;
+    this.chosen.textContent = count ? `${count} picked` : "";
+  }
+
+  #overlay() {
+    const [run, ...beside] = this.#names();
+    address.go({ view: "run", run, beside });
+  }
+
+  #compare() {
+    const [one, other] = this.#names();
+    address.go({ view: "compare", one, other });
+  }
+}
+
+const ARROWS = { ascending: "↑", descending: "↓" };
+const OTHER = { ascending: "descending", descending: "ascending" };

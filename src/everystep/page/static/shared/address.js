@@ -1,0 +1,68 @@
+// The address of what is looked at, and going there: Back and Forward work.
+//
+// A place: {view: "runs"}, {view: "run", run, step, phase, operation, beside: [names]} or
+// {view: "compare", one, other}.
+
+const watchers = new Set();
+
+/** Return the place that an address shows. */
+export function read(address = location.href) {
+  const { pathname, searchParams } = new URL(address, location.origin);
+  const whole = (name) => (/^\d+$/.test(searchParams.get(name) ?? "") ? Number(searchParams.get(name)) : null);
+  const [, first, name] = pathname.split("/");
+  if (first === "runs" && name) {
+    return {
+      view: "run",
+      run: decodeURIComponent(name),
+      step: whole("step"),
+      phase: searchParams.get("phase"),
+      operation: whole("operation"),
+      beside: searchParams.getAll("beside"),
+    };
+  }
+  if (first === "compare") return { view: "compare", one: searchParams.get("one"), other: searchParams.get("other") };
+  return { view: "runs" };
+}
+
+/** Return the address of a place. */
+export function write({ view, run, step, phase, operation, beside = [], one, other }) {
+  const query = new URLSearchParams();
+  const given = view === "compare" ? { one, other } : { step, phase, operation };
+  for (const [key, value] of Object.entries(given)) {
+    if (value !== null && value !== undefined) query.set(key, value);
+  }
+  if (view === "run") beside.forEach((name) => query.append("beside", name));
+  const path = { runs: "/", run: `/runs/${encodeURIComponent(run)}`, compare: "/compare" }[view];
+  return query.size ? `${path}?${query}` : path;
+}
+
+/** Go to a place; `replace`: without an entry of its own in the history (stepping quickly). */
+export function go(place, { replace = false } = {}) {
+  const address = write(place);
+  if (address !== location.pathname + location.search) history[replace ? "replaceState" : "pushState"](null, "", address);
+  tellAll();
+}
+
+/** Have a function called with what is looked at, whenever that changes; return one that ends it. */
+export function watch(changed) {
+  watchers.add(changed);
+  return () => watchers.delete(changed);
+}
+
+/** Let links of ours go there without loading the page anew, and listen to Back and Forward. */
+export function begin() {
+  window.addEventListener("popstate", tellAll);
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest?.("a[href]");
+    if (!link || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
+    if (link.origin !== location.origin || link.target || link.hasAttribute("download") || link.pathname.startsWith("/api/")) return;
+    if (link.getAttribute("href").startsWith("#")) return;
+    event.preventDefault();
+    go(read(link.href));
+  });
+}
+
+function tellAll() {
+  const place = read();
+  for (const changed of [...watchers]) changed(place);
+}

@@ -1,0 +1,17 @@
+// The word that the server is away; it goes by itself.
+
+import { element } from "./elements.js";
+
+const PATIENCE = 1000; // milliseconds: a short break is not worth a word
+
+/** Make the banner; return {host, tell(isThere), close()}. */
+export function awayBanner() {
+  const host = element("p", { class: "away", role: "status" });
+  let timer = 0;
+  const tell = (isThere) => {
+    clearTimeout(timer);
+    if (isThere) host.textContent = "";
+    else timer = setTimeout(() => (host.textContent = "The server does not answer; trying again."), PATIENCE);
+  };
+  return { host, tell, close: () => clearTimeout(timer) };
+}

@@ -1,0 +1,45 @@
+// Numbers and times as the page shows them.
+
+/** Return a number of the server's JSON, in which nan and infinities are texts. */
+export function numberOf(value) {
+  if (typeof value === "number") return value;
+  if (value === null || value === undefined) return null;
+  return Number(String(value).replace("inf", "Infinity"));
+}
+
+/** Return four significant digits. */
+export function short(value, digits = 4) {
+  const number = numberOf(value);
+  if (number === null) return "";
+  if (!Number.isFinite(number)) return Number.isNaN(number) ? "nan" : number > 0 ? "inf" : "-inf";
+  const rounded = Number(number.toPrecision(digits));
+  const size = Math.abs(rounded);
+  // Python's way to write exponents: what the server writes stands beside it.
+  if (size !== 0 && (size >= 1e6 || size < 1e-4)) return rounded.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
+  return String(rounded);
+}
+
+/** Return a whole number with commas between thousands. */
+export function whole(number) {
+  return number.toLocaleString("en");
+}
+
+/** Return a shape: 64×1,000; "number" where it has no dimensions. */
+export function shapeText(shape) {
+  return shape.length ? shape.map(whole).join("×") : "number";
+}
+
+/** Return a share as percent in three digits. */
+export function percent(share) {
+  const number = numberOf(share);
+  return Number.isFinite(number) ? `${short(100 * number, 3)}%` : short(number);
+}
+
+/** Return how long ago a time was, or its date where that is long. */
+export function ago(iso) {
+  const seconds = (Date.now() - new Date(iso).getTime()) / 1000;
+  if (seconds < 60) return "just now";
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;
+  if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ago`;
+  return new Date(iso).toISOString().slice(0, 10);
+}

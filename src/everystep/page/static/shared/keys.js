@@ -1,0 +1,53 @@
+// Keys that work anywhere on the page, and the list of them that `?` shows.
+
+import { element } from "./elements.js";
+
+const bound = [];
+
+/**
+ * Bind keys; return a function that frees them again.
+ *
+ * Each binding: {keys: ["ArrowLeft"], shown: "←", says: "the step before", press: (event) => ...}.
+ */
+export function bind(bindings) {
+  bound.push(...bindings);
+  return () => bindings.forEach((one) => bound.splice(bound.indexOf(one), 1));
+}
+
+/** Listen to keys. */
+export function begin() {
+  document.addEventListener("keydown", (event) => {
+    if (event.defaultPrevented || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (document.querySelector("dialog[open]") || isTyping(event)) return;
+    const found = bound.find((one) => one.keys.includes(event.key));
+    if (!found) return;
+    event.preventDefault();
+    found.press(event);
+  });
+}
+
+/** Show all keys. */
+export function help() {
+  const rows = bound.flatMap(({ shown, says }) => (says ? [element("dt", {}, ...shown.split(" ").map(cap)), element("dd", {}, says)] : []));
+  const dialog = element(
+    "dialog",
+    { class: "help", "aria-labelledby": "help-title" },
+    element("h2", { id: "help-title" }, "Keys"),
+    element("dl", { class: "keys" }, ...rows),
+    element("form", { method: "dialog" }, element("button", { autofocus: true }, "Close")),
+  );
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function cap(text) {
+  return element(/^[a-z]{2,}$/.test(text) ? "span" : "kbd", {}, text);
+}
+
+// Where letters go into a field, or arrows belong to what has the focus, keys are not ours.
+function isTyping(event) {
+  const { target } = event;
+  if (target.isContentEditable || target.closest?.("select, textarea, input:not([type=checkbox], [type=radio])")) return event.key !== "Escape";
+  return Boolean(target.closest?.("[data-own-keys]")) && /^(Arrow|Home|End|Page|\+|-| )/.test(event.key);
+}

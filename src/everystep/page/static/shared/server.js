@@ -1,0 +1,95 @@
+// What the page asks of its server.
+
+/** An answer of the server that is a no; `status` 0: it did not answer at all. */
+export class ServerError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** Return JSON from an address. `signal`: of an AbortController. */
+export async function ask(address, { signal } = {}) {
+  return (await answer(address, { signal })).json();
+}
+
+/** Return the numbers of a region of a tensor, and what the server says of them. */
+export async function askNumbers(address, { signal } = {}) {
+  const response = await answer(address, { signal });
+  const about = JSON.parse(response.headers.get("Everystep-Tensor"));
+  const bytes = await response.arrayBuffer();
+  return { ...about, numbers: about.format === "float64" ? new Float64Array(bytes) : new Float32Array(bytes) };
+}
+
+/** Ask the server to do something; return its JSON. */
+export async function tell(address, content, { method = "POST" } = {}) {
+  const body = JSON.stringify(content ?? {});
+  return (await answer(address, { method, body, headers: { "Content-Type": "application/json" } })).json();
+}
+
+async function answer(address, options) {
+  let response;
+  try {
+    response = await fetch(address, { credentials: "same-origin", ...options });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("the server does not answer; is `everystep view` still running?", 0);
+  }
+  if (response.ok) return response;
+  const content = await response.json().catch(() => ({}));
+  throw new ServerError(content.error ?? `the server answers ${response.status}`, response.status);
+}
+
+/** Return the address of what the server knows about a run: of("two-layer-1", "steps", 137). */
+export function addressOf(run, ...parts) {
+  return ["/api/runs", encodeURIComponent(run), ...parts].join("/");
+}
+
+/** Return an address with a query; what is null is left out. */
+export function withQuery(address, query) {
+  const given = Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "");
+  return given.length ? `${address}?${new URLSearchParams(given)}` : address;
+}
+
+/**
+ * Listen to a stream of events; return a function that ends it.
+ *
+ * After a break the stream goes on after the event that was seen last, or `after`. While the page is
+ * hidden it rests: a browser holds but few connections to a server. `heard`: a function by name of
+ * event; `changed`: is told whether the server is there.
+ */
+export function listen(address, heard, changed = () => {}, { after = "" } = {}) {
+  let source = null;
+  let again = null;
+  let last = after;
+  const begin = () => {
+    source = new EventSource(withQuery(address, { after: last }));
+    for (const [name, hear] of Object.entries(heard)) {
+      source.addEventListener(name, (event) => {
+        last = event.lastEventId || last;
+        hear(JSON.parse(event.data));
+      });
+    }
+    source.addEventListener("open", () => changed(true));
+    source.addEventListener("error", () => {
+      changed(false);
+      // A server that answers, but with no stream, ends it for good: it may just be starting again.
+      if (source.readyState === EventSource.CLOSED) again = setTimeout(begin, 2000);
+    });
+  };
+  const rest = () => {
+    clearTimeout(again);
+    source?.close();
+    source = null;
+  };
+  const wakeOrRest = () => {
+    if (document.hidden) rest();
+    else if (!source) begin();
+  };
+  document.addEventListener("visibilitychange", wakeOrRest);
+  wakeOrRest();
+  return () => {
+    document.removeEventListener("visibilitychange", wakeOrRest);
+    rest();
+  };
+}

@@ -1,0 +1,33 @@
+// Doing things in a moment, once.
+
+const REST = 150; // milliseconds
+
+/** Timers by name. */
+export class Timers {
+  #running = new Map();
+
+  /** Do something once it has been quiet for a while: each call puts it off. */
+  rest(name, does, pause = REST) {
+    clearTimeout(this.#running.get(name));
+    this.#start(name, does, pause);
+  }
+
+  /** Do something in a while, once for all calls until then. */
+  soon(name, does, pause = 3 * REST) {
+    if (!this.#running.has(name)) this.#start(name, does, pause);
+  }
+
+  /** Do nothing more. */
+  clear() {
+    this.#running.forEach((timer) => clearTimeout(timer));
+    this.#running.clear();
+  }
+
+  #start(name, does, pause) {
+    const run = () => {
+      this.#running.delete(name);
+      does();
+    };
+    this.#running.set(name, setTimeout(run, pause));
+  }
+}

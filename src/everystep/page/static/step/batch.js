@@ -1,0 +1,157 @@
+// The batch of a step: its rows of the data, and what is in them.
+
+import { button, element } from "../shared/elements.js";
+import { numberOf, whole } from "../shared/format.js";
+import { coloursOf, painter, rangeOf } from "../tensor/colours.js";
+import { rebuilt, setText, show } from "./part.js";
+import { Patch } from "../tensor/patch.js";
+import { tensorRow } from "../tensor/tensor.js";
+
+const ROWS_SHOWN = 12;
+const IMAGES_SHOWN = 16;
+/** Pictures wait so long for the next step: they are not asked for while one steps quickly. */
+const PATIENCE = 60;
+
+/** Return the part that shows the batch. */
+export function batch(view) {
+  const structureOf = ({ batch, tensors }) => [batch.images, tensors[batch.x].shape.slice(1), batch.targets === null];
+  return rebuilt(element("div", { class: "batch" }), structureOf, ({ batch }) => [
+    rowsOfData(),
+    ...(batch.images ? [images(view)] : []),
+    tensorRow(view, { id: batch.x, name: "x", detail: batch.images ? null : thumbnail(view, batch.x) }),
+    tensorRow(view, { id: batch.y, name: "y", detail: thumbnail(view, batch.y) }),
+  ]);
+}
+
+function rowsOfData() {
+  const text = element("span");
+  const more = button("", () => tell(!isAll), { class: "plain" });
+  const node = element("p", { class: "rows small muted" }, text, " ", more);
+  let rows = null;
+  let isAll = false;
+
+  function tell(all) {
+    isAll = all;
+    if (!rows) return setText(text, "all rows of the data, in order");
+    const told = isAll ? rows : rows.slice(0, ROWS_SHOWN);
+    setText(text, `${whole(rows.length)} rows of the data: ${told.join(", ")}${told.length < rows.length ? ", …" : ""}`);
+    setText(more, isAll ? "fewer" : "all");
+  }
+
+  return {
+    node,
+    update({ batch }) {
+      rows = batch.rows;
+      show(more, Boolean(rows) && rows.length > ROWS_SHOWN);
+      tell(isAll);
+    },
+  };
+}
+
+/** Return a picture of a tensor's numbers, as small as fits into its row. */
+function thumbnail(view, id) {
+  const canvas = element("canvas", { class: "thumbnail", width: 1, height: 1, "aria-hidden": "true" });
+  const drawing = latest(async (content, signal) => {
+    const patch = new Patch(await view.source.numbers(content.step, id, { index: 0, most: 160 }, { signal }));
+    if (signal.aborted || !patch.numbers.length) return;
+    patch.paint(painter(coloursOf(canvas), rangeOf(numberOf(patch.lowest), numberOf(patch.highest)), false));
+    Object.assign(canvas, { width: patch.width, height: patch.height });
+    canvas.getContext("2d").drawImage(patch.picture, 0, 0);
+  });
+  return { node: canvas, ...drawing };
+}
+
+function images(view) {
+  const grid = element("div", { class: "images" });
+  const more = button("", () => showMore(), { class: "plain" });
+  const node = element("div", {}, grid, more);
+  const figures = [];
+  let shown = IMAGES_SHOWN;
+  let content = null;
+
+  const drawing = latest(async (given, signal) => {
+    const { batch, tensors, step } = given;
+    const [count, channels] = tensors[batch.x].shape;
+    const places = Array.from({ length: Math.min(shown, count) }, (_, place) => place);
+    const slice = (index) => view.source.numbers(step, batch.x, { index, most: 512 }, { signal });
+    const taken = await Promise.all(
+      places.map((place) => Promise.all(Array.from({ length: channels }, (_, channel) => slice(place * channels + channel)))),
+    );
+    if (signal.aborted) return;
+    while (figures.length < places.length) figures.push(figure());
+    grid.replaceChildren(...figures.slice(0, places.length).map((one) => one.node));
+    places.forEach((place) => figures[place].draw(taken[place], tensors[batch.x], textsOf(batch, place)));
+    setText(more, `more: ${whole(places.length)} of ${whole(count)} shown`);
+    show(more, places.length < count);
+  });
+
+  function showMore() {
+    shown *= 2;
+    drawing.update(content);
+  }
+
+  return {
+    ...drawing,
+    node,
+    update(next) {
+      content = next;
+      drawing.update(next);
+    },
+  };
+}
+
+function textsOf({ rows, targets }, place) {
+  const row = rows ? `row ${rows[place]}` : `row ${place}`;
+  return { target: targets?.[place] ?? "", label: targets ? `${row}, target ${targets[place]}` : row };
+}
+
+function figure() {
+  const canvas = element("canvas", { role: "img" });
+  const caption = element("figcaption");
+  return {
+    node: element("figure", {}, canvas, caption),
+    draw(slices, seen, { target, label }) {
+      const [{ width, height }] = slices;
+      if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+      const context = canvas.getContext("2d");
+      const image = context.createImageData(width, height);
+      const [dark, light] = brightness(seen);
+      const scale = 255 / (light - dark || 1);
+      for (let place = 0; place < width * height; place += 1) {
+        for (let channel = 0; channel < 3; channel += 1) {
+          const { numbers } = slices[slices.length === 3 ? channel : 0];
+          image.data[4 * place + channel] = (numbers[place] - dark) * scale;
+        }
+        image.data[4 * place + 3] = 255;
+      }
+      context.putImageData(image, 0, 0);
+      canvas.setAttribute("aria-label", `image of ${label}`);
+      canvas.title = label;
+      setText(caption, target);
+    },
+  };
+}
+
+// Standardised pixels have outliers that would leave all others grey: they are cut off.
+function brightness({ minimum, maximum, mean, std }) {
+  return minimum < 0 ? [Math.max(minimum, mean - 2 * std), Math.min(maximum, mean + 2 * std)] : [minimum, maximum];
+}
+
+/** Return {update, close}: only the newest content is drawn, and not while the next is coming already. */
+function latest(draw) {
+  let asked = new AbortController();
+  let waiting = null;
+  return {
+    update(content) {
+      asked.abort();
+      clearTimeout(waiting);
+      asked = new AbortController();
+      const { signal } = asked;
+      waiting = setTimeout(() => draw(content, signal).catch((error) => error.name !== "AbortError" && console.warn(error)), PATIENCE);
+    },
+    close() {
+      clearTimeout(waiting);
+      asked.abort();
+    },
+  };
+}

@@ -1,0 +1,39 @@
+// The heading of an open step.
+
+import { element } from "../shared/elements.js";
+import { numberOf, short, whole } from "../shared/format.js";
+import { fixed, setText } from "./part.js";
+
+/** Return the part that says which step it is, its loss, and whether it is the recorded one. */
+export function heading() {
+  const title = element("h2");
+  const loss = element("span", { class: "loss-short" });
+  const full = element("span", { class: "loss-full" });
+  const exactness = element("p", { class: "exactness" });
+  const settings = element("p", { class: "small muted" });
+  const problems = element("div");
+  const line = element("p", { class: "loss-line" }, element("span", { class: "what" }, "loss"), " ", loss, " ", full);
+  const node = element("header", { class: "step-heading" }, title, line, exactness, settings, problems);
+  return fixed(node, (content) => {
+    const { step, steps, loss_text, epoch, hyperparameters, batch } = content;
+    setText(title, `Step ${whole(step)} of ${whole(steps)}`);
+    setText(loss, short(content.loss));
+    setText(full, Number.isFinite(numberOf(content.loss)) ? loss_text : "not finite");
+    loss.classList.toggle("nonfinite", !Number.isFinite(numberOf(content.loss)));
+    exactness.className = content.is_exact ? "exactness small muted" : "exactness alarm";
+    setText(exactness, exactnessText(content));
+    const told = Object.entries(hyperparameters).map(([name, value]) => `${name} ${short(value, 8)}`);
+    setText(settings, [...(batch.rows ? [`epoch ${whole(epoch)}, counted from 0`] : []), ...told].join(" · "));
+    problems.replaceChildren(...content.problems.map((text) => element("p", { class: "alarm" }, text)));
+  });
+}
+
+function exactnessText({ is_exact, is_by_program, departed_at, loss_text, recorded_loss_text }) {
+  const how = is_by_program ? "by program" : "eagerly";
+  if (is_exact) return `replayed bit for bit as recorded, ${how}`;
+  const here =
+    loss_text === recorded_loss_text
+      ? `this loss is the recorded one, that of step ${whole(departed_at)} was not`
+      : `replayed loss ${loss_text}, recorded ${recorded_loss_text}`;
+  return `Not as recorded (replayed ${how}): ${here}. Steps from ${whole(departed_at)} on are not the original.`;
+}

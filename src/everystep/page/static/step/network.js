@@ -1,0 +1,143 @@
+// The network, layer by layer: what flows between them, and, of the one that is chosen, all there is.
+
+import { element } from "../shared/elements.js";
+import { shapeText, whole } from "../shared/format.js";
+import { reference } from "./mathematics.js";
+import { fixed, rebuilt } from "./part.js";
+import { tensorRow } from "../tensor/tensor.js";
+
+const LIST = { class: "layers", tabIndex: 0, "aria-label": "the network, layer by layer" };
+/** Settings that are as they are unless someone says otherwise. */
+const USUAL = [
+  "bias=True",
+  "inplace=False",
+  "stride=\\(1, 1\\)",
+  "dilation=1",
+  "ceil_mode=False",
+  "(?:elementwise_)?affine=True",
+  "track_running_stats=True",
+];
+/** In less width than this, layers stand beneath each other. */
+const NARROW = 520;
+/** From left to right, layers take so many lines at most. */
+const LINES = 4;
+
+/** Return the part that draws the network. */
+export function network(view) {
+  const node = element("div", { class: "network" });
+  const structureOf = ({ network, loss_function, tensors, batch }) => [
+    network.map(({ activation, ...layer }) => layer),
+    loss_function,
+    tensors[batch.x].shape,
+  ];
+  const part = rebuilt(node, structureOf, (content) => (content.network.length ? diagram(view, content) : []));
+  return part;
+}
+
+function diagram(view, content) {
+  const detail = layerDetail(view);
+  const buttons = new Map();
+  const choose = (path) => {
+    view.layer = view.layer === path ? null : path;
+    buttons.forEach((button, of) => button.setAttribute("aria-expanded", String(of === view.layer)));
+    detail.update(view.content);
+  };
+  const layers = content.network.map((layer, place) => {
+    const key = `${place} ${layer.path}`;
+    const button = layerButton(layer, () => choose(key));
+    button.setAttribute("aria-expanded", String(view.layer === key));
+    for (const [name, isOver] of Object.entries({ pointerenter: true, focus: true, pointerleave: false, blur: false })) {
+      button.addEventListener(name, () => view.highlight(isOver ? [...layer.operations, ...layer.backward] : []));
+    }
+    buttons.set(key, button);
+    const item = element("li", { class: "layer" }, button, flow(layer.output));
+    item.style.setProperty("--depth", layer.depth);
+    return item;
+  });
+  return [drawn(element("ol", LIST, given(content), ...layers, lossAtEnd(content))), detail];
+}
+
+function given({ tensors, batch }) {
+  const name = element("span", { class: "name" }, element("i", {}, "x"));
+  return element("li", { class: "end" }, name, flow(tensors[batch.x].shape));
+}
+
+function lossAtEnd({ loss_function }) {
+  return element("li", { class: "end" }, element("span", { class: "loss", title: loss_function }, loss_function.split("(")[0]));
+}
+
+// From left to right, in a few lines where there is the place; else from top to bottom.
+function drawn(list) {
+  let width = null;
+  const sized = new ResizeObserver(() => {
+    if (list.clientWidth === width) return;
+    width = list.clientWidth;
+    list.classList.remove("down");
+    list.classList.toggle("down", width < NARROW || list.scrollHeight > LINES * list.lastChild.offsetHeight);
+  });
+  sized.observe(list);
+  return { ...fixed(list), close: () => sized.disconnect() };
+}
+
+function layerButton({ path, type, text }, press) {
+  const settings = settingsOf(text);
+  return element(
+    "button",
+    { type: "button", class: "box", title: text, onclick: press },
+    element("span", {}, element("span", { class: "type" }, type), " ", element("span", { class: "path" }, path)),
+    settings ? element("span", { class: "settings" }, settings) : null,
+  );
+}
+
+function flow(shape) {
+  return element("span", { class: "flow" }, element("span", {}, shape ? shapeText(shape) : ""));
+}
+
+/** Return the settings of a layer as briefly as they can be told: `1,000 → 100`. */
+function settingsOf(text) {
+  const [, inside = ""] = text.match(/^\w+\((.*)\)$/s) ?? [];
+  return inside
+    .replace(/in_features=(\d+), out_features=(\d+)/, fromTo)
+    .replace(/^(\d+), (\d+)(?=, kernel_size)/, fromTo)
+    .replace(/kernel_size=\((\d+), (\d+)\)/, "$1×$2")
+    .replace(new RegExp(`(, )?\\b(${USUAL.join("|")})`, "g"), "")
+    .replace(/_/g, " ")
+    .replace(/^, /, "");
+}
+
+function fromTo(_, from, to) {
+  return `${whole(Number(from))} → ${whole(Number(to))}`;
+}
+
+function layerDetail(view) {
+  const node = element("div", { class: "layer-detail" });
+  const layerOf = ({ network }) => network.find(({ path }, place) => `${place} ${path}` === view.layer);
+  return rebuilt(node, (content) => layerOf(content) ?? null, (content) => {
+    const layer = layerOf(content);
+    return layer ? detailParts(view, layer, content) : [];
+  });
+}
+
+function detailParts(view, layer, { gradients }) {
+  const { path, text, activation, parameters } = layer;
+  const rows = [];
+  if (activation) rows.push(tensorRow(view, { id: activation, name: "output" }));
+  for (const [name, id] of Object.entries(parameters)) {
+    rows.push(tensorRow(view, { id, name }));
+    const whole = id.slice("parameters/".length);
+    const gradient = gradients.find(({ parameter }) => parameter === whole);
+    if (gradient) rows.push(tensorRow(view, { id: gradient.tensor, key: `layer ${gradient.tensor}`, name: `${name}.grad` }));
+  }
+  return [
+    fixed(element("h4", {}, path ? `${path}: ` : null, element("code", {}, text))),
+    fixed(element("p", { class: "small muted" }, ...passes(layer))),
+    ...rows,
+  ];
+}
+
+function passes({ operations, backward }) {
+  const links = (title, numbers) => (numbers.length ? [title, ...numbers.flatMap((number) => [" ", reference(number)])] : []);
+  const [forward, back] = [links("forward", operations), links("backward", backward)];
+  if (!forward.length && !back.length) return ["no operations of its own: it only looks at what it is given in another way"];
+  return [...forward, forward.length && back.length ? " · " : "", ...back];
+}

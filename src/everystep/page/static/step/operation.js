@@ -1,0 +1,111 @@
+// The operations of a step: each a line of mathematics that unfolds to its arguments and tensors.
+
+import { element } from "../shared/elements.js";
+import { fixed, rebuilt, setText, unfolding } from "./part.js";
+import { statisticsLine } from "./statistics.js";
+import { typeset } from "./mathematics.js";
+import { tensorRow } from "../tensor/tensor.js";
+
+/** How many operations stand in a block that the browser draws only near the screen. */
+const BLOCK = 40;
+
+/** Return the part that lists the operations of a phase. */
+export function operationList(view, phase) {
+  const of = (content) => content.operations.filter((one) => one.phase === phase);
+  const node = element("div", { class: "operations" });
+  return rebuilt(node, structureOf, build);
+
+  function structureOf(content) {
+    return of(content).map(({ number, operator, module }) => [number, operator, module]);
+  }
+
+  function build(content) {
+    const rows = of(content).map(({ number }) => operationRow(view, number));
+    const blocks = [];
+    for (let start = 0; start < rows.length; start += BLOCK) blocks.push(block(rows.slice(start, start + BLOCK)));
+    return blocks.length ? blocks : [fixed(element("p", { class: "muted small" }, "no operations"))];
+  }
+}
+
+function block(rows) {
+  return {
+    node: element("div", { class: "block" }, ...rows.map((row) => row.node)),
+    update: (content) => rows.forEach((row) => row.update(content)),
+    close: () => rows.forEach((row) => row.close()),
+  };
+}
+
+function operationRow(view, number) {
+  const mathematics = element("span", { class: "mathematics" });
+  const module = element("span", { class: "module" });
+  const operator = element("span", { class: "operator" });
+  const statistics = statisticsLine();
+  let line = null;
+  const part = unfolding(view, {
+    key: `operation ${number}`,
+    name: `#${number}`,
+    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node)],
+    className: "operation",
+    open: () => insides(view, number),
+    changed: (isOpen) => view.chosen(number, isOpen),
+    update({ operations, tensors }) {
+      const operation = operations[number];
+      const now = operation.left ? `${operation.left} = ${operation.right}` : operation.right;
+      if (now !== line) {
+        line = now;
+        mathematics.replaceChildren(...typeset(now));
+        part.toggle.setAttribute("aria-label", `operation #${number}: ${now}`);
+        setText(module, operation.module ?? "");
+        setText(operator, operation.operator);
+        operator.title = operation.operator;
+      }
+      statistics.update(tensors[operation.results[0]?.tensor]);
+    },
+  });
+  part.node.dataset.number = number;
+  part.node.id = `operation-${number}`;
+  view.rows.set(number, part);
+  const close = () => {
+    view.rows.delete(number);
+    part.close();
+  };
+  return { ...part, close };
+}
+
+function insides(view, number) {
+  const node = element("div", { class: "insides" });
+  const structureOf = ({ operations }) => {
+    const { operator, inputs, results } = operations[number];
+    return [operator, inputs.map((one) => one.tensor), results.map((one) => one.tensor)];
+  };
+  return rebuilt(node, structureOf, ({ operations }) => {
+    const { inputs, results } = operations[number];
+    if (results.length) view.opened.add(results[0].tensor);
+    return [...tensors(view, "Results", results), ...tensors(view, "Inputs", inputs), argumentList(number)];
+  });
+}
+
+function tensors(view, title, given) {
+  if (!given.length) return [];
+  const rows = given.map(({ called, name, tensor }) => tensorRow(view, { id: tensor, name: called, note: name === called ? "" : name }));
+  return [fixed(element("h4", {}, title)), ...rows];
+}
+
+function argumentList(number) {
+  const list = element("dl", { class: "arguments" });
+  let shown = null;
+  const update = ({ operations }) => {
+    const given = operations[number].arguments;
+    const now = JSON.stringify(given);
+    if (now === shown) return;
+    shown = now;
+    list.replaceChildren(...given.flatMap(argument));
+  };
+  return fixed(element("div", {}, element("h4", {}, "Arguments"), list), update);
+}
+
+function argument([name, text, isDefault]) {
+  const className = isDefault ? "default" : "";
+  const value = element("dd", { class: className }, text, isDefault ? element("span", {}, " by default") : null);
+  return [element("dt", { class: className }, name), value];
+}

@@ -1,0 +1,92 @@
+// Parts of an open step. A part is {node, update(content)[, close()]}: it is built once, and given
+// the content of one step after the other, so that numbers change and nothing moves.
+
+import { element } from "../shared/elements.js";
+
+let unfoldings = 0;
+
+/** Set the text of a node, where it is another. */
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/** Show or hide a node. */
+export function show(node, isShown) {
+  if (node.hidden === isShown) node.hidden = !isShown;
+}
+
+/** Return a part that is built anew only where the structure of what it shows is another. */
+export function rebuilt(node, structureOf, build) {
+  let structure = null;
+  let parts = [];
+  const close = () => parts.forEach((part) => part.close?.());
+  const update = (content) => {
+    const now = JSON.stringify(structureOf(content));
+    if (now !== structure) {
+      close();
+      parts = build(content);
+      node.replaceChildren(...parts.map((part) => part.node));
+      structure = now;
+    }
+    for (const part of parts) part.update(content);
+  };
+  return { node, update, close };
+}
+
+/** Return a part of fixed nodes. */
+export function fixed(node, update = () => {}) {
+  return { node, update };
+}
+
+/**
+ * Return a part whose button, or a click beside it, unfolds more beneath it.
+ *
+ * view: what is open stays open by its key from step to step; open(): the part beneath; changed: told
+ * when the reader, not the address, has opened or closed it.
+ */
+export function unfolding(view, { key, name, beside, className, open, update, changed = () => {} }) {
+  const id = `unfolding-${++unfoldings}`;
+  const toggle = element("button", { type: "button", class: "unfold", "aria-expanded": "false" }, name);
+  const head = element("div", { class: "head" }, toggle, ...beside);
+  const node = element("div", { class: `unfolding ${className}` }, head);
+  let inner = null;
+  let content = null;
+
+  const set = (isOpen) => {
+    if (isOpen === Boolean(inner)) return;
+    toggle.setAttribute("aria-expanded", String(isOpen));
+    if (isOpen) {
+      view.opened.add(key);
+      inner = open();
+      inner.node.id = id;
+      toggle.setAttribute("aria-controls", id);
+      node.append(inner.node);
+      if (content) inner.update(content);
+    } else {
+      view.opened.delete(key);
+      toggle.removeAttribute("aria-controls");
+      inner.close?.();
+      inner.node.remove();
+      inner = null;
+    }
+  };
+  head.addEventListener("click", (event) => {
+    // A click that ends the selection of a text, or is on a link, is not meant for the row.
+    if (event.target.closest("a") || !getSelection().isCollapsed) return;
+    set(!inner);
+    changed(Boolean(inner));
+  });
+  return {
+    node,
+    toggle,
+    set,
+    isOpen: () => Boolean(inner),
+    update(next) {
+      content = next;
+      update?.(next);
+      if (!inner && view.opened.has(key)) set(true);
+      else inner?.update(next);
+    },
+    close: () => inner?.close?.(),
+  };
+}

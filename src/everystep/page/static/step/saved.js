@@ -1,0 +1,43 @@
+// The opened steps of a saved report: the view of the page, on data that the report itself holds.
+
+import { button, element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
+import { stepView } from "./step.js";
+
+/** Show the steps of the report that this stands in. */
+export function begin() {
+  const section = document.querySelector(".opened");
+  const data = JSON.parse(section.querySelector("script.opened-steps").textContent);
+  const host = element("div");
+  const source = savedSource(data);
+  const view = stepView(data.run, host, { source, go: (place) => view.show(shown, place) });
+  let shown = null;
+  const buttons = data.steps.map(({ content }) => button(whole(content.step), () => show(content.step)));
+  const show = (step) => {
+    shown = step;
+    buttons.forEach((each, place) => each.setAttribute("aria-pressed", String(data.steps[place].content.step === step)));
+    view.show(step);
+  };
+  section.append(element("div", { class: "chosen", role: "group", "aria-label": "step" }, ...buttons), host);
+  show(data.steps[0].content.step);
+}
+
+// What the view asks for, as the server would give it; tensors always come as they are kept.
+function savedSource({ steps, histograms, numbers }) {
+  const known = new Map(steps.map((step) => [step.content.step, step]));
+  return {
+    content: async (step) => known.get(step).content,
+    histogram: async (step, id) => histograms[known.get(step).histograms[id]],
+    async numbers(step, id, { index = 0 }) {
+      const slices = known.get(step).regions[id];
+      const own = slices[index];
+      if (!own) throw new Error(`the report holds the first ${whole(slices.length)} slices of this tensor; everystep view shows all`);
+      return { ...slices[0], ...own, index, numbers: numbersOf(numbers[own.numbers], own.format) };
+    },
+  };
+}
+
+function numbersOf(text, format) {
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return format === "float64" ? new Float64Array(bytes.buffer) : new Float32Array(bytes.buffer);
+}

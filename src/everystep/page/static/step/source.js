@@ -1,0 +1,47 @@
+// Where an open step's content comes from when a server is there.
+
+import { addressOf, ask, askNumbers, withQuery } from "../shared/server.js";
+
+/** So long after a step, in which its own tensors are asked for, the next one is asked for. */
+const PATIENCE = 80;
+
+/** Return what the view of a step asks a server for: content, numbers and histograms of a run. */
+export function serverSource(run) {
+  const of = (step, ...what) => addressOf(run, "steps", step, ...what);
+  return {
+    content: lookingAhead((step, options) => ask(of(step), options)),
+    numbers: (step, id, region, options) => askNumbers(withQuery(of(step, "tensor"), { id, ...asTexts(region) }), options),
+    histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
+  };
+}
+
+// Who goes from step to step goes on: the step after the next key is there before it is pressed.
+function lookingAhead(content) {
+  let last = null;
+  let ahead = null; // {step, answer, asked}
+  let waiting = null;
+
+  function prepare(step) {
+    const asked = new AbortController();
+    const answer = content(step, { signal: asked.signal }).catch(() => null);
+    ahead = { step, answer, asked };
+  }
+
+  return async (step, { signal } = {}) => {
+    clearTimeout(waiting);
+    const stride = last === null ? 0 : step - last;
+    last = step;
+    const known = ahead?.step === step ? ahead : null;
+    if (!known) ahead?.asked.abort();
+    ahead = null;
+    const answer = (await known?.answer) ?? (await content(step, { signal }));
+    if (Math.abs(stride) === 1 && step + stride > 0 && step + stride <= answer.steps && !signal?.aborted) {
+      waiting = setTimeout(() => prepare(step + stride), PATIENCE);
+    }
+    return answer;
+  };
+}
+
+function asTexts({ index, rows, columns, most }) {
+  return { index, rows: rows?.join(":"), columns: columns?.join(":"), most };
+}

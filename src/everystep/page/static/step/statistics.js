@@ -1,0 +1,63 @@
+// What the numbers of a tensor are like, in a quiet line.
+
+import { element } from "../shared/elements.js";
+import { numberOf, percent, shapeText, short, whole } from "../shared/format.js";
+import { setText, show } from "./part.js";
+
+const TOLD = [
+  ["mean", "mean"],
+  ["std", "std"],
+  ["min", "minimum"],
+  ["max", "maximum"],
+  ["norm", "norm"],
+];
+
+/** Return a line of statistics: {node, update(statistics)}; `norm`: with the 2-norm. */
+export function statisticsLine({ norm = false } = {}) {
+  const shape = element("span", { class: "shape" });
+  const told = TOLD.filter(([name]) => norm || name !== "norm").map(([name, key]) => ({ key, ...statistic(name) }));
+  const zeros = statistic("zeros");
+  const alarm = element("span", { class: "nonfinite" });
+  const node = element("span", { class: "statistics" }, shape, ...told.map((one) => one.node), zeros.node, alarm);
+  return {
+    node,
+    update(seen) {
+      show(node, Boolean(seen));
+      if (!seen) return;
+      // Nearly everything is float32: only another type is told.
+      setText(shape, shapeText(seen.shape) + (seen.dtype === "float32" ? "" : ` ${seen.dtype}`));
+      shape.title = seen.dtype;
+      const isNumber = seen.shape.every((size) => size === 1);
+      for (const { key, tell } of told) {
+        const isTold = isNumber ? key === "mean" : true;
+        tell(isTold ? numberOf(seen[key]) : null, isNumber ? "value" : null);
+      }
+      zeros.tell(!isNumber && seen.zeros > 0 ? seen.zeros : null, null, percent);
+      setText(alarm, seen.nonfinite ? `${whole(seen.nonfinite)} not finite` : "");
+      show(alarm, Boolean(seen.nonfinite));
+    },
+  };
+}
+
+/** Return statistics as a sentence, for labels. */
+export function statisticsText(seen) {
+  if (!seen) return "not at this step";
+  const numbers = TOLD.map(([name, key]) => `${name} ${short(seen[key])}`);
+  const bad = seen.nonfinite ? [`${whole(seen.nonfinite)} not finite`] : [];
+  return [`${shapeText(seen.shape)} ${seen.dtype}`, ...numbers, ...bad].join(", ");
+}
+
+function statistic(name) {
+  const label = element("span", { class: "what" }, name);
+  const value = element("span", { class: "value" });
+  const node = element("span", { class: "statistic" }, label, " ", value);
+  const tell = (number, otherLabel, write = short) => {
+    const isTold = number !== null && number !== undefined && !Number.isNaN(number);
+    show(node, isTold);
+    if (!isTold) return;
+    setText(label, otherLabel ?? name);
+    setText(value, write(number));
+    value.title = String(number);
+  };
+  return { node, tell };
+}

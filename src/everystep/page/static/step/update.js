@@ -1,0 +1,145 @@
+// The update of a step: its formula in both notations, and every parameter before and after it.
+
+import { button, element } from "../shared/elements.js";
+import { numberOf, percent, short } from "../shared/format.js";
+import { reference } from "./mathematics.js";
+import { fixed, rebuilt, setText, unfolding } from "./part.js";
+import { tensorPanel } from "../tensor/tensor.js";
+
+/** The bar of relative sizes begins at 10 to this power, and ends at 1. */
+const SMALLEST = -6;
+
+/** Return the parts that show the update. */
+export function update(view) {
+  const rows = rebuilt(
+    element("div", { class: "updates" }),
+    ({ updates }) => updates.map(({ parameter, numbers }) => [parameter, numbers]),
+    ({ updates }) => updates.map((one, place) => updateRow(view, one, place)),
+  );
+  return [optimizer(), clipping(), formulas(), rows, fixed(scale())];
+}
+
+function optimizer() {
+  const node = element("p", { class: "settings-line" });
+  return fixed(node, ({ optimizer, hyperparameters }) => {
+    const [, name, inside] = optimizer.match(/^(\w+)\((.*?)\)(?::.*)?$/s) ?? [null, optimizer, ""];
+    const told = Object.entries(hyperparameters).map(([key, value]) => `${key} = ${short(value, 8)}`);
+    const settings = [...inside.matchAll(/(\w+)=(\([^)]*\)|[^,()]+)(?:, |$)/g)]
+      .filter(([, key]) => !(key in hyperparameters) && key !== "decoupled_weight_decay")
+      .map(([, key, value]) => `${key} = ${value}`);
+    setText(node, [name, ...told, ...settings].join(", "));
+  });
+}
+
+function clipping() {
+  const node = element("p", { class: "small" });
+  return fixed(node, ({ clip_norm, gradients, tensors }) => {
+    node.hidden = clip_norm === null;
+    if (clip_norm === null) return;
+    const squares = gradients.map(({ tensor }) => numberOf(tensors[tensor]?.norm) ** 2);
+    const norm = Math.sqrt(squares.reduce((sum, square) => sum + square, 0));
+    const effect = norm + 1e-6 <= clip_norm ? "are left as they are" : "are clipped";
+    setText(node, `First, the gradients, of norm ${short(norm)}, ${effect}: clip_norm = ${short(clip_norm)}.`);
+  });
+}
+
+/** Return the part of the formulas: each once, for all the parameters that share it. */
+function formulas() {
+  const groups = ({ updates }) => {
+    const found = new Map();
+    for (const { parameter, operators, calls } of updates) {
+      const key = JSON.stringify([operators, calls]);
+      if (!found.has(key)) found.set(key, { operators, calls, parameters: [] });
+      found.get(key).parameters.push(parameter);
+    }
+    return [...found.values()].filter(({ operators, calls }) => operators.length || calls.length);
+  };
+  return rebuilt(element("div", { class: "formulas" }), groups, (content) => {
+    const all = groups(content);
+    return all.map((one) => fixed(formula(one, all.length > 1)));
+  });
+}
+
+function formula({ operators, calls, parameters }, isNamed) {
+  const inCalls = element("span", { class: "calls" }, calls.join("\n"));
+  return element(
+    "figure",
+    {},
+    isNamed ? element("figcaption", {}, named(parameters)) : null,
+    element("pre", { tabIndex: 0, "aria-label": "the formula of the update" }, operators.join("\n"), "\n", inCalls),
+  );
+}
+
+function named(parameters) {
+  const more = parameters.length > 4 ? `, … (${parameters.length} parameters)` : "";
+  return parameters.slice(0, 4).join(", ") + more;
+}
+
+function updateRow(view, { parameter, numbers }, place) {
+  const told = Object.fromEntries(["before", "after", "change"].map((name) => [name, element("span", { class: "value" })]));
+  const size = element("span", { class: "value" });
+  const bar = element("span", { class: "relative-bar", "aria-hidden": "true" }, element("span"));
+  const statistic = (name, value) => element("span", { class: "statistic" }, element("span", { class: "what" }, name), " ", value);
+  const by = element("span", { class: "by" }, ...references(numbers));
+  const norms = Object.entries(told).map(([name, value]) => statistic(name, value));
+  const quiet = element("span", { class: "quiet" }, element("span", { class: "statistics" }, ...norms, by));
+  return unfolding(view, {
+    key: `updates/${parameter}`,
+    name: parameter,
+    className: "update-row",
+    beside: [bar, element("span", { class: "relative" }, size), quiet],
+    open: () => threePanels(view, parameter),
+    update({ updates, tensors }) {
+      const one = updates[place];
+      for (const [name, value] of Object.entries(told)) {
+        const norm = tensors[one[name]]?.norm;
+        setText(value, short(norm));
+        value.title = String(norm);
+      }
+      const relative = numberOf(one.relative_size);
+      setText(size, percent(relative));
+      size.title = String(relative);
+      bar.classList.toggle("nonfinite", !Number.isFinite(relative));
+      bar.firstChild.style.width = `${100 * along(relative)}%`;
+    },
+  });
+}
+
+function references(numbers) {
+  if (!numbers.length) return [];
+  const [first, last] = [numbers[0], numbers.at(-1)];
+  if (numbers.length > 2 && last - first + 1 === numbers.length) return ["by ", reference(first), " to ", reference(last)];
+  return ["by", ...numbers.flatMap((number) => [" ", reference(number)])];
+}
+
+function along(relative) {
+  if (!(relative > 0)) return 0;
+  return Math.min(Math.max(1 - Math.log10(relative) / SMALLEST, 0), 1);
+}
+
+function scale() {
+  return element(
+    "p",
+    { class: "small muted" },
+    "Norms of the parameter before, after, and of the change; ",
+    "the bar is their relative size, from 0.0001% to 100% on a logarithmic scale.",
+  );
+}
+
+/** Return the panel of a parameter's change, or of the parameter before or after it. */
+function threePanels(view, parameter) {
+  const panel = tensorPanel(view, `updates/${parameter}/change`, `${parameter}, change`);
+  const buttons = ["change", "before", "after"].map((name) =>
+    button(name, () => choose(name), { "aria-pressed": String(name === "change") }),
+  );
+  function choose(name) {
+    buttons.forEach((one) => one.setAttribute("aria-pressed", String(one.textContent === name)));
+    panel.choose(`updates/${parameter}/${name}`, `${parameter}, ${name}`);
+  }
+  const chooser = element("div", { class: "chooser", role: "group", "aria-label": "which numbers" }, ...buttons);
+  return {
+    node: element("div", {}, chooser, panel.node),
+    update: (content) => panel.update(content),
+    close: () => panel.close(),
+  };
+}

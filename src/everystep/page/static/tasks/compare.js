@@ -1,0 +1,191 @@
+// Two runs compared: their losses over each other, what was asked for, and where they part.
+
+import { go, write } from "../shared/address.js";
+import { commandLine, quoted } from "../shared/dialog.js";
+import { partingView } from "./parting.js";
+import { button, element } from "../shared/elements.js";
+import { short, whole } from "../shared/format.js";
+import { ask, tell } from "../shared/server.js";
+import { errorText, runTask } from "./task.js";
+
+// What has been compared since the page was loaded: Back is to be at once.
+const known = new Map();
+
+/** Open the comparison of two runs in `main`. */
+export async function open({ one, other }, main) {
+  const names = [one, other];
+  document.title = names.every(Boolean) ? `${one} and ${other} – everystep` : "Compare – everystep";
+  document.querySelector("#trail").replaceChildren("Compare");
+  const { directory, runs } = await ask("/api/runs");
+  const found = names.map((name) => runs.find((run) => run.name === name));
+  main.append(element("h1", { class: "unseen" }, document.title), headOf(names, found, runs));
+  const view = { names, found, main, directory, closing: [] };
+  const reason = unready(names, found);
+  if (reason) main.append(element("p", { class: "verdict" }, reason));
+  else compare(view);
+  return { update() {}, close: () => view.closing.forEach((close) => close()) };
+}
+
+// Say why there is nothing to compare, or nothing yet.
+function unready(names, found) {
+  const missing = names.findIndex((name, place) => name && !found[place]);
+  if (missing >= 0) return `There is no run ${names[missing]} here; choose another.`;
+  const broken = found.find((run) => run?.problem);
+  if (broken) return `${broken.name} cannot be read: ${broken.problem}`;
+  const open = names.findIndex((name) => !name);
+  if (open >= 0) return names[1 - open] ? `Choose the run to compare ${names[1 - open]} with.` : "Choose two runs to compare.";
+  if (names[0] === names[1]) return "This is one run twice, and so the same, bit for bit; choose another to compare it with.";
+  const empty = found.find((run) => !run.steps);
+  return empty ? `${empty.name} has no step yet, so that no step is common to both.` : null;
+}
+
+// Both names, each with another to choose in its place, and a button between that swaps them.
+function headOf(names, found, runs) {
+  const [left, right] = names.map((name, place) => sideOf(name, found[place], place, names, runs));
+  const exchange = () => go({ view: "compare", one: names[1], other: names[0] });
+  const swap = button("⇄", exchange, { class: "swap", title: "swap", "aria-label": "swap the runs" });
+  return element("div", { class: "versus" }, left, swap, right);
+}
+
+function sideOf(name, run, place, names, runs) {
+  const says = run && !run.problem && `${whole(run.steps)} steps, loss ${short(run.first_loss)} to ${short(run.last_loss)}`;
+  const choose = (event) => {
+    const chosen = names.with(place, event.target.value);
+    go({ view: "compare", one: chosen[0], other: chosen[1] });
+  };
+  const label = place ? "second run" : "first run";
+  const others = runs.filter((each) => each.name !== name).map((each) => element("option", { value: each.name }, each.name));
+  const none = element("option", { value: "", selected: true, disabled: true }, run ? "another run" : "choose");
+  const title = run ? element("a", { href: write({ view: "run", run: name }) }, name) : (name ?? label);
+  return element(
+    "div",
+    { class: `side series-${place}` },
+    element("p", { class: "side-name" }, element("span", { class: "run-line", "aria-hidden": "true" }), title),
+    element("p", { class: "muted small" }, says || "\u00a0"),
+    element("select", { onchange: choose, "aria-label": `${label}: choose another` }, none, others),
+  );
+}
+
+function compare(view) {
+  const { names, found, main } = view;
+  const verdict = element("div", { role: "status", tabIndex: -1, class: "verdict-place" });
+  const progress = element("div");
+  const plot = element("div", { class: "overlay" });
+  const details = element("div");
+  main.append(verdict, progress, plot, details);
+  overlay(view, plot);
+  const key = (thorough) => JSON.stringify([names, found.map((run) => run.steps), thorough]);
+  const show = (result) => {
+    verdict.replaceChildren(...verdictOf(result));
+    details.replaceChildren(...detailsOf(view, result, lookAtAll));
+  };
+  const begin = (thorough) => {
+    const start = () => tell("/api/compare", { one: names[0], other: names[1], thorough });
+    const done = (result) => {
+      known.set(key(thorough), result);
+      show(result);
+    };
+    const task = runTask(start, progress, { label: "comparing", done });
+    view.closing.push(() => task.abandon());
+  };
+  const lookAtAll = () => {
+    begin(true);
+    verdict.scrollIntoView({ block: "nearest" });
+    verdict.focus();
+  };
+  const before = known.get(key(true)) ?? known.get(key(false));
+  if (before) show(before);
+  else begin(false);
+}
+
+// The losses over each other; the comparison can be read without.
+async function overlay(view, host) {
+  let isClosed = false;
+  view.closing.push(() => (isClosed = true));
+  try {
+    const { lossPlot } = await import("../plot/plot.js");
+    if (isClosed) return;
+    const goTo = (step) => go({ view: "run", run: view.names[0], step, beside: [view.names[1]] });
+    const plot = lossPlot(host, view.names, { goTo });
+    view.closing.push(() => plot.close());
+  } catch (error) {
+    host.replaceChildren(errorText(`the losses cannot be drawn: ${error.message}`));
+  }
+}
+
+function verdictOf(result) {
+  return [
+    element("p", { class: "verdict" }, result.sentence),
+    ...result.problems.map((problem) => element("p", { class: "alarm" }, problem)),
+  ];
+}
+
+function detailsOf(view, result, lookAtAll) {
+  return [
+    result.operation && partingView(result),
+    differencesTable("What was asked for differently", view.names, Object.entries(result.experiments)),
+    differencesTable("What bits depend on besides", view.names, Object.entries(result.numerics)),
+    statesOf(result),
+    isWorthAll(result) ? thoroughOf(result, lookAtAll) : null,
+    terminalOf(view, result),
+  ].filter(Boolean);
+}
+
+function differencesTable(title, names, pairs) {
+  if (!pairs.length) return null;
+  const head = element("tr", {}, element("td"), ...names.map((name) => element("th", { scope: "col" }, name)));
+  const rows = pairs.map(([path, pair]) =>
+    element("tr", {}, element("th", { scope: "row" }, path), ...pair.map((value) => element("td", { class: "mono" }, textOf(value)))),
+  );
+  const table = element("table", { class: "differences" }, element("thead", {}, head), element("tbody", {}, rows));
+  return element("section", {}, element("h2", {}, title), table);
+}
+
+function textOf(value) {
+  if (value === null || value === undefined) return "–";
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+// What the losses and the states on disk show.
+function statesOf({ loss, steps, states, common_state: common }) {
+  const lines = [];
+  const both = whole(Math.min(...steps));
+  if (loss) lines.push(`The losses part at step ${whole(loss.step)}: ${short(loss.values[0], 8)} and ${short(loss.values[1], 8)}.`);
+  else lines.push(`The losses of all ${both} common steps are the same.`);
+  if (steps[0] !== steps[1]) lines.push(`They took ${whole(steps[0])} and ${whole(steps[1])} steps.`);
+  if (common !== null) lines.push(`Of the states on disk, those up to ${whole(common)} are the same.`);
+  const rows = states.map((each) => element("li", {}, element("code", {}, each.tensor), ` ${stateText(each)}`));
+  const first = states.length > 0 && element(
+    "details",
+    { class: "more" },
+    element("summary", {}, `State ${whole(states[0].state)} differs in ${whole(states.length)} tensors`),
+    element("ul", { class: "plain-list" }, rows),
+  );
+  const title = element("h2", {}, "Losses and states");
+  return element("section", { class: "states" }, title, ...lines.map((line) => element("p", {}, line)), first);
+}
+
+function stateText({ elements, largest }) {
+  if (!elements) return "has another shape, or only one run has it";
+  return `${whole(elements)} numbers${largest ? `, by at most ${whole(largest)} units in the last place` : ""}`;
+}
+
+// Where losses or states differ and no operation was found, looking at all of them finds none either.
+function isWorthAll({ thorough, same, operation, loss, states }) {
+  return !thorough && !same && (operation || !(loss || states.length));
+}
+
+function thoroughOf({ operation }, lookAtAll) {
+  const says = operation
+    ? "Losses and states on disk say where to look. An operation may have differed before, without showing in either."
+    : "Losses and states on disk are the same. An operation may still differ without showing in either.";
+  return element("section", { class: "thorough" },
+    element("h2", {}, "More thoroughly"), element("p", { class: "muted" }, says), button("Look at every operation", lookAtAll));
+}
+
+function terminalOf({ names, directory }, { text, thorough }) {
+  const places = names.map((name) => quoted(directory === "runs" ? name : `${directory}/${name}`));
+  const command = ["everystep", "diff", ...places, ...(thorough ? ["--thorough"] : [])].join(" ");
+  return element("details", { class: "more terminal" }, element("summary", {}, "As text"),
+    commandLine("From the command line", command).node, commandLine("What it says", text).node);
+}

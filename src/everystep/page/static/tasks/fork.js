@@ -1,0 +1,135 @@
+// The dialog that begins a fork: a run that is its parent's up to a step, and goes on by other rules.
+
+import { go } from "../shared/address.js";
+import { commandLine, openDialog, quoted } from "../shared/dialog.js";
+import { button, element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
+import { addressOf, tell } from "../shared/server.js";
+import { runTask } from "./task.js";
+
+// The forks that have begun here, by name, with what stops them.
+const stops = new Map();
+
+/** Return what stops a fork that was begun from this page, or null. */
+export function stopOf(run) {
+  return stops.get(run) ?? null;
+}
+
+/** Open the dialog; when the fork has begun, it is shown beside its parent. */
+export function forkDialog(about, step) {
+  const title = step ? `Fork after step ${whole(step)}` : "Fork before the first step";
+  if (!about.has_experiment) return openDialog(title, inPython(about, step));
+  const fields = fieldsOf(about, step);
+  const command = commandLine("The same from the command line");
+  const host = element("div");
+  const training = { task: null, hasBegun: false };
+  const say = () => command.set(commandOf(about, askedOf(fields, step)));
+  const start = (event) => {
+    event.preventDefault();
+    training.task = train(about, askedOf(fields, step), { host, button: event.submitter ?? begin, dialog, training });
+  };
+  const begin = element("button", { class: "primary" }, "Train it");
+  const form = element(
+    "form",
+    { class: "asking", oninput: say, onsubmit: start },
+    element("p", { class: "muted small" }, introduction(about, step)),
+    ...[...fields.first, ...fields.last].map(line),
+    element("details", { class: "more" }, element("summary", {}, "More settings"), ...fields.more.map(line)),
+    command.node,
+    host,
+    element("div", { class: "buttons" }, begin, button("Close", () => dialog.close())),
+  );
+  const dialog = openDialog(title, form, { closed: () => training.hasBegun || training.task?.cancel() });
+  say();
+  return dialog;
+}
+
+function introduction({ name }, step) {
+  const kept = step ? `${name}'s steps up to ${whole(step)}` : `${name}'s data and first parameters`;
+  return `It has ${kept}, and goes on with what you change here.`;
+}
+
+// Start the fork; as soon as it has begun, it is shown beside its parent.
+function train(about, asked, { host, button: pressed, dialog, training }) {
+  pressed.disabled = true;
+  const task = runTask(() => tell(addressOf(about.name, "fork"), asked), host, {
+    label: "training",
+    begun({ run }) {
+      training.hasBegun = true;
+      stops.set(run, () => task.cancel());
+      task.leave();
+      dialog.close();
+      go({ view: "run", run, beside: [about.name] });
+    },
+    over() {
+      pressed.disabled = false;
+      pressed.scrollIntoView({ block: "nearest" });
+    },
+  });
+  return task;
+}
+
+// The settings of the experiment: what is changed most often first. Nothing is sent of what is left as it is.
+function fieldsOf(about, step) {
+  const setting = (path) => field(path, about.settings[path], { path, class: "mono" });
+  const paths = Object.keys(about.settings).filter((path) => !["seed", "steps"].includes(path));
+  const isRate = (path) => path === "optimizer.lr";
+  const seed = field("seed", about.settings.seed, { path: "seed", inputMode: "numeric" });
+  const steps = field("steps", about.planned ?? about.steps, { type: "number", min: step + 1, step: 1, says: "in all" });
+  const name = field("name", "the next free one");
+  return {
+    first: paths.filter(isRate).map(setting),
+    more: [...paths.filter((path) => !isRate(path)).map(setting), seed],
+    last: [steps, name],
+    steps,
+    name,
+  };
+}
+
+function field(name, now, { path = null, says = null, ...properties } = {}) {
+  const placeholder = now === null || now === undefined ? "" : typeof now === "string" ? now : JSON.stringify(now);
+  const input = element("input", { type: "text", placeholder, autocomplete: "off", spellcheck: false, ...properties });
+  return { name, path, input, says };
+}
+
+function line({ name, input, says }) {
+  return element("label", { class: "line" }, element("span", {}, name, says && element("span", { class: "says" }, says)), input);
+}
+
+function askedOf(fields, at) {
+  const given = [...fields.first, ...fields.more].filter(({ input }) => input.value.trim());
+  return {
+    at,
+    settings: Object.fromEntries(given.map(({ path, input }) => [path, input.value.trim()])),
+    steps: fields.steps.input.value ? Number(fields.steps.input.value) : null,
+    name: fields.name.input.value.trim() || null,
+  };
+}
+
+function commandOf(about, { at, settings, steps, name }) {
+  const words = ["everystep", "fork", about.directory ?? about.name, "--at", String(at)];
+  for (const [path, text] of Object.entries(settings)) words.push("--set", `${path}=${text}`);
+  if (steps) words.push("--steps", String(steps));
+  if (name) words.push("--run", `${parentOf(about.directory)}${name}`);
+  return words.map(quoted).join(" ");
+}
+
+function parentOf(directory) {
+  return directory?.includes("/") ? directory.slice(0, directory.lastIndexOf("/") + 1) : "runs/";
+}
+
+function inPython(about, step) {
+  const lines = [
+    "import everystep",
+    "",
+    `run = everystep.open(${JSON.stringify(about.directory ?? about.name)})`,
+    `fork = run.fork(${step}, lr=1e-3, model=model, loss=loss, optimizer=optimizer)`,
+  ];
+  return element(
+    "div",
+    { class: "asking" },
+    element("p", {}, `${about.name} was trained from Python objects, which a run does not hold. Make them as you did, and fork it there:`),
+    commandLine("In Python", lines.join("\n")).node,
+    element("form", { method: "dialog", class: "buttons" }, element("button", { autofocus: true }, "Close")),
+  );
+}

@@ -1,0 +1,207 @@
+// The operation at which two runs part, side by side, down to the numbers that differ.
+
+import { write } from "../shared/address.js";
+import { button, element } from "../shared/elements.js";
+import { numberOf, shapeText, short, whole } from "../shared/format.js";
+import { typeset } from "../step/mathematics.js";
+
+/** How much of a tensor is shown, around the first number that differs. */
+const ROWS = 6;
+const COLUMNS = 4;
+/** Positions in full precision that are shown at once. */
+const POSITIONS = 4;
+
+/** Return the view of the operation in which two runs part; `result`: of the comparison. */
+export function partingView({ runs, operation, sides }) {
+  const { step, index, causes, rows } = operation;
+  const tensors = [["Result", operation.results, "result"], ["What differs in its inputs", operation.inputs, "input"]];
+  return element(
+    "section",
+    { class: "parting" },
+    element("h2", {}, `Step ${whole(step)}, operation ${whole(index)}`),
+    ...(causes.length ? causes : [null]).map((cause) => element("p", {}, causeText(cause))),
+    rows.length ? element("p", {}, rowsText(rows)) : null,
+    element("div", { class: "both" }, ...[0, 1].map((place) => sideOf(runs[place], step, sides?.[place], place))),
+    ...tensors.flatMap(([title, found, role]) => tensorsOf(title, found, role, runs, sides)),
+    operation.results.length && sides?.every(Boolean) ? restOf(operation, sides) : null,
+  );
+}
+
+function causeText(cause) {
+  if (cause === null) return "What it is given differs already.";
+  if (cause === "another operation") return "From here on, the two take different operations.";
+  if (cause.startsWith("the same inputs")) return "Its inputs are the same; it gives other bits.";
+  return `Because of ${cause}.`;
+}
+
+function rowsText(rows) {
+  const nameOf = ([place, a, b]) => `${a === b ? `row ${a}` : `rows ${a} and ${b}`} at place ${place}`;
+  const named = rows.slice(0, 6).map(nameOf);
+  return `In the batch differ: ${named.join(", ")}${rows.length > 6 ? `, and ${whole(rows.length - 6)} more` : ""}.`;
+}
+
+function sideOf(run, step, side, place) {
+  const name = element("p", { class: "side-name" }, element("span", { class: "run-line", "aria-hidden": "true" }), run);
+  const missing = element("p", { class: "muted" }, "has no such operation");
+  if (!side) return element("div", { class: `side series-${place}` }, name, missing);
+  const link = write({ view: "run", run, step, phase: side.phase, operation: side.number });
+  const facts = [["operator", side.operator], ["phase", side.phase], ["module", side.module]].filter(([, text]) => text);
+  return element(
+    "div",
+    { class: `side series-${place}` },
+    name,
+    formulaOf(run, step, side),
+    element("dl", {}, ...facts.flatMap(([label, text]) => [element("dt", {}, label), element("dd", { class: "mono" }, text)])),
+    element("p", {}, element("a", { href: link }, `Open it in step ${whole(step)}`)),
+  );
+}
+
+// The line of mathematics; the operations that it names are links into that run's step.
+function formulaOf(run, step, { mathematics }) {
+  const line = element("p", { class: "mathematics" }, typeset(mathematics));
+  for (const link of line.querySelectorAll("a[data-operation]")) {
+    link.href = write({ view: "run", run, step, operation: link.dataset.operation });
+  }
+  return line;
+}
+
+function tensorsOf(title, found, role, runs, sides) {
+  return found.map((each, place) => {
+    const pair = [0, 1].map((side) => tensorOf(sides?.[side], role, each.name));
+    return element(
+      "div",
+      { class: "differing" },
+      place ? null : element("h3", {}, title),
+      element("p", {}, element("code", {}, pair[0]?.called ?? each.name), pair[0] ? kindOf(pair[0]) : null),
+      element("p", { class: "small" }, sizeText(each)),
+      pair.every((tensor) => tensor && gridOf(tensor)) ? grids(pair, each, runs) : null,
+      each.positions.length ? positionsOf(each, runs, pair[0]?.dtype) : null,
+    );
+  });
+}
+
+function kindOf({ shape, dtype }) {
+  return element("span", { class: "muted" }, ` ${shapeText(shape)} ${dtype}`);
+}
+
+function tensorOf(side, role, name) {
+  return side?.tensors.find((tensor) => tensor.role === role && tensor.name === name) ?? null;
+}
+
+function sizeText({ elements, of, positions, largest }) {
+  if (!positions.length) return "Another shape or dtype.";
+  const all = of === 1 ? "Differs" : `All ${whole(of)} numbers differ`;
+  const share = elements === of ? all : `${whole(elements)} of ${whole(of)} numbers differ`;
+  return `${share}${largest ? `, by at most ${whole(largest)} units in the last place` : ""}.`;
+}
+
+// The numbers of a tensor as rows of a table; null where a table shows no more than the number itself.
+function gridOf({ values, shape, window }) {
+  if (!values || !shape.length) return null;
+  const rows = Array.isArray(values[0]) ? values : [values];
+  return Array.isArray(rows[0]?.[0]) ? null : { rows, first: window ? [window[0][0], window[1][0]] : [0, 0] };
+}
+
+// Both tensors around the first number that differs, each number in as many digits as tell the two apart.
+function grids(pair, { name }, runs) {
+  const both = pair.map(gridOf);
+  const [{ rows, first }] = both;
+  const different = new Set(pair[0].different.map(([row, column]) => `${row},${column}`));
+  const at = pair[0].different[0] ?? first;
+  const part = {
+    different,
+    rows: around(at[0] - first[0], rows.length, ROWS),
+    columns: around(at[1] - first[1], rows[0].length, COLUMNS),
+  };
+  return element("div", { class: "both" }, ...both.map((own, side) => grid(own, both[1 - side], part, `${name} of ${runs[side]}`, side)));
+}
+
+// Return at most so many places, one of them before the place that is asked for.
+function around(at, size, most) {
+  const first = Math.max(0, Math.min(at - 1, size - most));
+  return Array.from({ length: Math.min(most, size) }, (_, place) => first + place);
+}
+
+function grid(own, other, { rows, columns, different }, label, side) {
+  const head = element("tr", {}, element("td"), ...columns.map((j) => element("th", { scope: "col" }, whole(own.first[1] + j))));
+  const body = rows.map((i) => element(
+    "tr",
+    {},
+    element("th", { scope: "row" }, whole(own.first[0] + i)),
+    ...columns.map((j) => {
+      const [value, beside] = [own.rows[i]?.[j], other.rows[i]?.[j]];
+      const isDifferent = different.has(`${own.first[0] + i},${own.first[1] + j}`);
+      const text = textOf(value, isDifferent ? digitsFor(value, beside) : 4);
+      return element("td", { title: String(value) }, isDifferent ? element("mark", {}, text) : text);
+    }),
+  ));
+  const caption = element("caption", { class: "unseen" }, `${label}; what differs is marked`);
+  const table = element("table", { class: "numbers" }, caption, element("thead", {}, head), element("tbody", {}, body));
+  return element("div", { class: `scrolling series-${side}`, tabIndex: 0, role: "region", "aria-label": label }, table);
+}
+
+function digitsFor(one, other) {
+  return [4, 6, 9, 12].find((digits) => textOf(one, digits) !== textOf(other, digits)) ?? 17;
+}
+
+function textOf(value, digits) {
+  return typeof value === "boolean" ? String(value) : short(value, digits);
+}
+
+// The first numbers that differ, in full.
+function positionsOf({ name, positions, values }, runs, dtype) {
+  const distances = values.map(([a, b]) => distance(numberOf(a), numberOf(b), dtype));
+  const isFar = distances.some((each) => each !== null);
+  const headings = ["place", ...runs, ...(isFar ? ["units apart"] : [])];
+  const head = element("tr", {}, ...headings.map((text) => element("th", { scope: "col" }, text)));
+  const rows = positions.map((position, at) => element(
+    "tr",
+    { hidden: at >= POSITIONS },
+    element("th", { scope: "row" }, position.length ? `[${position.join(", ")}]` : "the number"),
+    ...values[at].map((value) => element("td", { title: String(value) }, inFull(value, dtype))),
+    isFar ? element("td", {}, distances[at] === null ? "" : whole(distances[at])) : null,
+  ));
+  const table = element("table", { class: "positions" }, element("thead", {}, head), element("tbody", {}, rows));
+  const more = button(`${positions.length - POSITIONS} more`, () => {
+    rows.forEach((row) => (row.hidden = false));
+    more.remove();
+  }, { class: "plain" });
+  const label = `${name}, the first numbers that differ`;
+  const scrolling = element("div", { class: "scrolling", tabIndex: 0, role: "region", "aria-label": label }, table);
+  return [scrolling, positions.length > POSITIONS ? more : null];
+}
+
+// A number in as few digits as give it back in its dtype.
+function inFull(value, dtype) {
+  if (typeof value === "boolean") return String(value);
+  const number = numberOf(value);
+  if (!Number.isFinite(number)) return short(number);
+  const digits = dtype === "float32" ? [6, 7, 8, 9].find((each) => Math.fround(number.toPrecision(each)) === number) : undefined;
+  const found = digits ? Number(number.toPrecision(digits)) : number;
+  const size = Math.abs(found);
+  return size !== 0 && (size < 1e-4 || size >= 1e16) ? found.toExponential().replace("+", "") : String(found);
+}
+
+// How many units in the last place lie between two numbers, or null where that has no meaning.
+function distance(one, other, dtype) {
+  if (![one, other].every(Number.isFinite) || !["float32", "float64"].includes(dtype)) return null;
+  const [a, b] = [one, other].map((value) => ordinal(value, dtype));
+  return a > b ? a - b : b - a;
+}
+
+// Floating-point numbers in their order, counted from zero.
+function ordinal(value, dtype) {
+  const view = new DataView(new ArrayBuffer(8));
+  if (dtype === "float32") view.setFloat32(0, Math.abs(value));
+  else view.setFloat64(0, Math.abs(value));
+  const count = dtype === "float32" ? BigInt(view.getInt32(0)) : view.getBigInt64(0);
+  return value < 0 ? -count : count;
+}
+
+// What the operation was given that is the same in both, in a line.
+function restOf({ results, inputs }, [one]) {
+  const different = new Set([...results, ...inputs].map(({ name }) => name));
+  const same = one.tensors.filter(({ name }) => !different.has(name));
+  const texts = same.map((each) => `${each.called ?? each.name} (${shapeText(each.shape)})`);
+  return same.length ? element("p", { class: "muted" }, `The same in both: ${texts.join(", ")}.`) : null;
+}

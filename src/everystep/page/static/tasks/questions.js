@@ -1,0 +1,209 @@
+// Questions to a whole run: measure in hindsight, find the steps at which something is true, verify.
+
+import { read, write } from "../shared/address.js";
+import { button, element } from "../shared/elements.js";
+import { languageHelp, toFind, toMeasure } from "./expressions.js";
+import { short, whole } from "../shared/format.js";
+import { addressOf, tell } from "../shared/server.js";
+import { runTask } from "./task.js";
+
+/** Steps that are listed at once. */
+const LISTED = 60;
+
+/** Show the questions to a run in `host`; return {update(about), close()}. */
+export function questions(host, about, { goTo, changed }) {
+  const place = { about, goTo, changed };
+  const parts = [measuring(place), finding(place), verifying(place)];
+  host.replaceChildren(
+    element(
+      "section",
+      { class: "questions", "aria-labelledby": "ask-title" },
+      element("h2", { id: "ask-title" }, "Ask"),
+      ...parts.map(({ node }) => node),
+      languageHelp(),
+    ),
+  );
+  const update = (now) => {
+    place.about = now;
+    parts.forEach((part) => part.update());
+  };
+  update(about);
+  return { update, close: () => parts.forEach((part) => part.close()) };
+}
+
+function measuring(place) {
+  const expression = expressionField("Measure", "measure");
+  const name = element("input", { type: "text", autocomplete: "off", placeholder: "as the expression" });
+  const every = element("input", { type: "number", min: 1, step: 1, value: "1", required: true });
+  const overwrite = element("input", { type: "checkbox" });
+  const overwriting = element("label", { class: "option", hidden: true }, overwrite, "overwrite the one of that name");
+  const question = questionForm(place, {
+    title: "Measure",
+    says: "Adds a number for each step, as if it had been logged while training.",
+    expression,
+    options: [labelled("name", name), labelled("every", every, "steps"), overwriting],
+    verb: "Measure",
+    path: "measure",
+    content: () => ({
+      expression: expression.input.value.trim(),
+      name: name.value.trim() || null,
+      every: Number(every.value),
+      overwrite: overwrite.checked,
+    }),
+    // The server says so where the name is taken by what may be overwritten.
+    failed: (message) => (overwriting.hidden = !message.includes("overwrite")),
+    done(result) {
+      overwriting.hidden = true;
+      overwrite.checked = false;
+      place.changed();
+      return element("p", { class: "result" }, result.text);
+    },
+  });
+  return { ...question, update: () => expression.suggest(toMeasure(place.about)) };
+}
+
+function finding(place) {
+  const expression = expressionField("Find the step when", "when");
+  const which = element("select", {}, ...["first", "last", "all"].map((each) => element("option", {}, each)));
+  const origin = button("Where did the first NaN come from?", () => {
+    expression.set("nonfinite");
+    question.ask();
+  });
+  const question = questionForm(place, {
+    title: "When",
+    says: "Finds the steps at which something is true.",
+    expression,
+    options: [labelled("which", which)],
+    more: origin,
+    verb: "Find",
+    path: "when",
+    content: () => ({ condition: expression.input.value.trim(), which: which.value }),
+    done: (result) => foundSteps(place, result),
+  });
+  const update = () => {
+    expression.suggest(toFind(place.about));
+    origin.hidden = !place.about.nonfinite;
+  };
+  return { ...question, update };
+}
+
+function verifying(place) {
+  const question = questionForm(place, {
+    title: "Verify",
+    says: "Takes every step again, and compares each loss and each snapshot, bit for bit.",
+    options: [],
+    verb: "Verify",
+    path: "verify",
+    content: () => ({}),
+    done: ({ exact, text }) => [
+      element("p", { class: exact ? "result" : "alarm" }, text.split("\n").at(-1)),
+      element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, text)),
+    ],
+  });
+  return { ...question, update: () => {} };
+}
+
+// A form with perhaps an expression, a button that asks, and a place for progress and answer.
+function questionForm(place, { title, says, expression, options, more, verb, path, content, done, failed = () => {} }) {
+  const host = element("div", { class: "answer" });
+  const asking = element("button", {}, verb);
+  let task = null;
+  const ask = () => {
+    if (asking.disabled) return;
+    asking.disabled = true;
+    expression?.input.setAttribute("aria-invalid", "false");
+    task = runTask(() => tell(addressOf(place.about.name, path), content()), host, {
+      label: title,
+      done,
+      over(message) {
+        asking.disabled = false;
+        if (!message) return;
+        expression?.input.setAttribute("aria-invalid", "true");
+        failed(message);
+      },
+    });
+  };
+  const submit = (event) => {
+    event.preventDefault();
+    ask();
+  };
+  const node = element(
+    "form",
+    { class: "question", onsubmit: submit, "aria-label": title },
+    element("h3", {}, title),
+    element("p", { class: "muted small" }, says),
+    expression?.node,
+    element("div", { class: "options" }, ...options, asking, more),
+    host,
+  );
+  return { node, ask, close: () => task?.leave() };
+}
+
+function expressionField(label, id) {
+  const input = element("input", {
+    type: "text", class: "mono", id: `ask-${id}`, required: true, autocomplete: "off", spellcheck: false, autocapitalize: "off",
+  });
+  const examples = element("p", { class: "examples" });
+  const set = (text) => {
+    input.value = text;
+    input.focus();
+  };
+  return {
+    input,
+    set,
+    node: element("div", { class: "expression" }, element("label", { class: "unseen", htmlFor: input.id }, label), input, examples),
+    suggest(texts) {
+      if (examples.textContent === texts.join("")) return;
+      input.placeholder = texts[0] ?? "";
+      examples.replaceChildren(...texts.map((text) => button(text, () => set(text), { class: "example mono" })));
+    },
+  };
+}
+
+function labelled(before, input, after = null) {
+  return element("label", { class: "option" }, before, input, after);
+}
+
+function foundSteps(place, { steps, left_out_from: leftOut = [], nonfinite, text }) {
+  if (nonfinite) return originOf(place, nonfinite, text);
+  const from = leftOut.map(whole).join(", ");
+  const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact: from step ${from}.`);
+  if (!steps.length) return [element("p", { class: "result" }, text?.trim() || "at no step"), left];
+  const list = element("ul", { class: "found" });
+  const more = button("", () => show(list.children.length + 10 * LISTED), { class: "plain" });
+  const show = (count) => {
+    list.append(...steps.slice(list.children.length, count).map((each) => foundStep(place, each)));
+    const rest = steps.length - list.children.length;
+    more.textContent = `${whole(rest)} more`;
+    more.hidden = !rest;
+  };
+  show(LISTED);
+  const count = steps.length > 1 && element("p", { class: "result" }, `${whole(steps.length)} steps`);
+  return [count, list, more, left];
+}
+
+function foundStep(place, { step, loss }) {
+  const loss4 = element("span", { class: "muted", title: String(loss) }, `loss ${short(loss)}`);
+  return element("li", {}, stepLink(place, { step }, `step ${whole(step)}`), " ", loss4);
+}
+
+function originOf(place, { step, phase, operation }, text) {
+  const [first, ...others] = text.split("\n");
+  return [
+    element("p", { class: "result" }, first),
+    others.length > 0 && element("pre", { tabIndex: 0, class: "origin" }, others.join("\n")),
+    element("p", {}, stepLink(place, { step, phase, operation }, "Look at it")),
+  ];
+}
+
+// A link that can be opened elsewhere, too; here it moves the step only.
+function stepLink(place, { step, phase, operation }, text) {
+  const here = { view: "run", run: place.about.name, step, phase, operation, beside: read().beside };
+  const isStepOnly = phase === undefined;
+  const follow = (event) => {
+    if (!isStepOnly || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
+    event.preventDefault();
+    place.goTo(step);
+  };
+  return element("a", { href: write(here), onclick: follow }, text);
+}

@@ -1,0 +1,114 @@
+// The dialog that saves a view: the self-contained report with the chosen steps inside, or a link.
+
+import { write } from "../shared/address.js";
+import { commandLine, copyButton, openDialog, quoted } from "../shared/dialog.js";
+import { button, element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
+import { addressOf, withQuery } from "../shared/server.js";
+
+/** Steps that one page may hold. */
+const MOST_STEPS = 20;
+
+const contentText =
+  "One page that needs no server and no network: the facts, the plot, the table, and these steps to look into.";
+const sizeText =
+  `Such as 1, 137, 500; at most ${MOST_STEPS}, and none is fine too. ` +
+  "Each adds a megabyte or so: large tensors are kept reduced.";
+
+/** Open the dialog. */
+export function shareDialog(about, step) {
+  const fields = fieldsOf(step);
+  const { field, fault, says, save } = fields;
+  const command = commandLine("The same from the command line");
+  const asking = new AbortController();
+  const show = () => {
+    const { steps, problem } = stepsOf(field.value, about.steps);
+    complain(fields, problem);
+    command.node.hidden = Boolean(problem);
+    if (steps) command.set(commandOf(about, steps));
+    return steps;
+  };
+  const submit = (event) => {
+    event.preventDefault();
+    const steps = show();
+    if (steps) saveReport(about.name, steps, fields, asking.signal);
+    else field.focus();
+  };
+  const link = location.origin + write({ view: "run", run: about.name, step });
+  const dialog = openDialog("Save this view", element(
+    "form",
+    { class: "asking", oninput: show, onsubmit: submit },
+    element("p", { class: "muted small" }, contentText),
+    element("label", { class: "line" }, element("span", {}, "steps"), field),
+    element("p", { class: "muted small", id: "share-says" }, sizeText),
+    fault,
+    command.node,
+    element("div", { class: "buttons" }, save, copyButton(() => link, "Copy link to this view"), button("Close", () => dialog.close())),
+    says,
+    element("p", { class: "muted small foot" }, "The link opens on this computer, while everystep view is running."),
+  ), { closed: () => asking.abort() });
+  show();
+}
+
+function fieldsOf(step) {
+  const properties = { autocomplete: "off", "aria-describedby": "share-says share-fault" };
+  return {
+    field: element("input", { type: "text", class: "mono", value: step ? String(step) : "", ...properties }),
+    fault: element("p", { class: "alarm", id: "share-fault", role: "alert", hidden: true }),
+    says: element("p", { class: "muted small", role: "status" }),
+    save: element("button", { class: "primary" }, "Save the page"),
+  };
+}
+
+function complain({ field, fault }, problem = null) {
+  fault.textContent = problem ?? "";
+  fault.hidden = !problem;
+  field.setAttribute("aria-invalid", String(Boolean(problem)));
+}
+
+async function saveReport(run, steps, fields, signal) {
+  fields.save.disabled = true;
+  fields.says.textContent = "Opening the steps and writing the page.";
+  try {
+    keep(await reportOf(run, steps, signal), `${run}.html`);
+    fields.says.textContent = "Saved.";
+  } catch (error) {
+    fields.says.textContent = "";
+    if (error.name !== "AbortError") complain(fields, error.message);
+  }
+  fields.save.disabled = false;
+}
+
+async function reportOf(run, steps, signal) {
+  const address = withQuery(addressOf(run, "report"), { steps: steps.join(",") });
+  const response = await fetch(address, { signal }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("the server does not answer; is `everystep view` still running?");
+  });
+  if (response.ok) return response.blob();
+  const { error } = await response.json().catch(() => ({}));
+  throw new Error(error ?? `the server answers ${response.status}`);
+}
+
+// Have the browser keep a file.
+function keep(content, name) {
+  const address = URL.createObjectURL(content);
+  element("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+}
+
+// The steps that a text names, in order; or what is wrong with it.
+function stepsOf(text, last) {
+  const words = text.split(/[\s,;]+/).filter(Boolean);
+  const wrong = words.find((word) => !/^\d+$/.test(word));
+  if (wrong) return { problem: `“${wrong}” is no step: write whole numbers, with commas between` };
+  const beyond = words.map(Number).find((step) => step < 1 || step > last);
+  if (beyond !== undefined) return { problem: `there is no step ${beyond}: they go from 1 to ${whole(last)}` };
+  const steps = [...new Set(words.map(Number))].sort((one, other) => one - other);
+  if (steps.length <= MOST_STEPS) return { steps };
+  return { problem: `${steps.length} steps would be too large to send: choose at most ${MOST_STEPS}` };
+}
+
+function commandOf(about, steps) {
+  const named = steps.flatMap((step) => ["--step", String(step)]);
+  return ["everystep", "report", about.directory ?? about.name, ...named, "-o", `${about.name}.html`].map(quoted).join(" ");
+}

@@ -1,0 +1,168 @@
+// A task of the server on the page: how far it is, how long it takes still, and what comes of it.
+
+import { button, element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
+import { tell, withQuery } from "../shared/server.js";
+
+/**
+ * Start a task and show it in `host`; return the Task.
+ *
+ * `start` asks the server to begin, and gives its {task}. `done(result)` returns what is shown of the result; `begun(content)`
+ * is told what a task announces; `over(message)` that it has ended, with the error if there was one.
+ */
+export function runTask(start, host, options = {}) {
+  const task = new Task(host, options);
+  start().then(({ task: id }) => task.follow(id), (error) => task.fail(error.message));
+  return task;
+}
+
+class Task {
+  #options;
+  #view;
+  #answer = element("div", { class: "task-answer", role: "status", tabIndex: -1 });
+  #address = null;
+  #stop = () => {};
+  #isOver = false;
+  #isCancelled = false;
+
+  constructor(host, options) {
+    this.#options = options;
+    this.#view = progressView(options.label, () => this.cancel());
+    host.replaceChildren(this.#view.line, this.#answer);
+  }
+
+  /** Follow what the task says, to its end. */
+  follow(id) {
+    this.#address = `/api/tasks/${encodeURIComponent(id)}`;
+    if (this.#isCancelled) this.cancel();
+    if (this.#isOver) return;
+    const heard = {
+      progress: this.#view.advance,
+      begun: (content) => this.#options.begun?.(content),
+      result: (result) => this.#end(this.#options.done?.(result)),
+      error: ({ error, cancelled }) => this.fail(error, cancelled),
+    };
+    this.#stop = follow(`${this.#address}/events`, heard, this.#view, (message) => this.fail(message));
+  }
+
+  /** Show an error, and end. */
+  fail(message, isCancelled = this.#isCancelled) {
+    if (isCancelled) this.#end(element("p", { class: "note" }, message));
+    else this.#end(errorText(message), message);
+  }
+
+  /** Have the server stop; what is done is kept. */
+  async cancel() {
+    this.#isCancelled = true;
+    this.#view.cancelling();
+    if (!this.#address) return;
+    await tell(this.#address, {}, { method: "DELETE" }).catch((error) => this.fail(error.message));
+  }
+
+  /** Look no longer; the task goes on. */
+  leave() {
+    this.#isOver = true;
+    this.#stop();
+  }
+
+  /** Look no longer, and have the server stop. */
+  abandon() {
+    if (this.#isOver) return;
+    this.leave();
+    this.cancel();
+  }
+
+  #end(shown, message = null) {
+    if (this.#isOver) return;
+    this.leave();
+    const hadFocus = this.#view.line.contains(document.activeElement);
+    this.#view.line.remove();
+    this.#answer.append(...[shown].flat().filter(Boolean));
+    if (hadFocus) this.#answer.focus();
+    this.#options.over?.(message);
+  }
+}
+
+/** Return an error of the server as it reads: its lines kept, as a caret may point into the one above. */
+export function errorText(message) {
+  if (!message.includes("\n")) return element("p", { class: "alarm" }, message);
+  return element("pre", { class: "alarm", tabIndex: 0, "aria-label": "error" }, message);
+}
+
+/** Return seconds as a person says them. */
+export function duration(seconds) {
+  if (seconds < 1.5) return "a second";
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return `${Math.round(seconds / 3600)} h`;
+}
+
+// Follow a task's events, over breaks in the connection.
+function follow(address, heard, view, fail) {
+  let source = null;
+  let again = null;
+  let last = "";
+  const begin = () => {
+    source = new EventSource(withQuery(address, { after: last }));
+    source.addEventListener("open", () => view.waiting(false));
+    for (const [name, hear] of Object.entries(heard)) source.addEventListener(name, (event) => heardOf(event, hear));
+  };
+  const heardOf = (event, hear) => {
+    last = event.lastEventId || last;
+    // A break in the connection is an error too, one without data.
+    if (event.data !== undefined) hear(JSON.parse(event.data));
+    else broken();
+  };
+  const broken = async () => {
+    view.waiting(true);
+    if (source.readyState !== EventSource.CLOSED) return;
+    if (await isForgotten(address)) fail("the server has been started anew and no longer knows of this; ask again");
+    else again = setTimeout(begin, 2000);
+  };
+  begin();
+  return () => {
+    clearTimeout(again);
+    source.close();
+  };
+}
+
+// Tell whether the server is there, and knows of no such task.
+async function isForgotten(address) {
+  try {
+    const response = await fetch(address);
+    await response.body?.cancel();
+    return response.status === 404;
+  } catch {
+    return false;
+  }
+}
+
+function progressView(label, cancel) {
+  const bar = element("progress", { "aria-label": label });
+  const text = element("span", { class: "task-text" }, "starting");
+  const stopping = button("Cancel", cancel);
+  const begin = { time: null, done: 0 };
+  let said = "starting";
+  const advance = ({ done, total, what }) => {
+    const now = performance.now();
+    if (begin.time === null) Object.assign(begin, { time: now, done });
+    bar.max = total || 1;
+    // Until the first step is done the bar only moves: torch is being loaded, or a state read.
+    if (done) bar.value = done;
+    const left = ((now - begin.time) / 1000 / (done - begin.done)) * (total - done);
+    const isKnown = now - begin.time > 700 && done > begin.done && done < total;
+    said = done ? `${what}: ${whole(done)} of ${whole(total)}${isKnown ? `, ${duration(left)} left` : ""}` : what;
+    if (!stopping.disabled) text.textContent = said;
+  };
+  return {
+    line: element("div", { class: "task" }, bar, text, stopping),
+    advance,
+    waiting(isWaiting) {
+      if (!stopping.disabled) text.textContent = isWaiting ? "waiting for the server" : said;
+    },
+    cancelling() {
+      stopping.disabled = true;
+      text.textContent = "stopping";
+    },
+  };
+}

@@ -1,0 +1,101 @@
+// What is seen of a grid of cells: where its corner is, and how many pixels a cell takes.
+
+/** Cells with numbers in them, at the largest. */
+const LARGEST = { width: 84, height: 30 };
+/** A cell of a grid that fits is no larger. */
+const FITTING = 28;
+/** A grid of many rows is at least so high. */
+const LOWEST = 140;
+/** A cell is so many times as long as it is wide, at most. */
+const LONGEST = 2.5;
+
+/** An extract of a grid of rows and columns, drawn on so many pixels. */
+export class Extract {
+  /** `width`: of the place there is for it, in pixels; `most`: how high it may be. */
+  constructor(rows, columns, width, most) {
+    let [wide, high] = [Math.min(FITTING, width / columns), Math.min(FITTING, most / rows)];
+    // Cells are nearly square, unless so flat a grid would be left that nothing is seen of it from near.
+    if (rows > 1) [wide, high] = [Math.min(wide, LONGEST * high), Math.min(high, Math.max(LONGEST * wide, LOWEST / rows))];
+    this.rows = rows;
+    this.columns = columns;
+    this.fit = { width: wide, height: high };
+    this.width = Math.max(Math.round(this.fit.width * columns), 1);
+    this.height = Math.max(Math.round(this.fit.height * rows), 1);
+    this.reset();
+  }
+
+  /** Show everything. */
+  reset() {
+    this.x = 0;
+    this.y = 0;
+    this.cell = { ...this.fit };
+  }
+
+  get isWhole() {
+    return this.cell.width <= this.fit.width && this.cell.height <= this.fit.height;
+  }
+
+  /** Take over the place of another extract of a grid just as large. */
+  follow(other) {
+    const share = { width: other.cell.width / other.fit.width, height: other.cell.height / other.fit.height };
+    this.x = other.x;
+    this.y = other.y;
+    if (!other.isWhole) this.cell = { width: this.fit.width * share.width, height: this.fit.height * share.height };
+    this.#keepInside();
+  }
+
+  /** Make cells `factor` times as large, around a pixel. */
+  zoom(factor, left = this.width / 2, top = this.height / 2) {
+    const [column, row] = [this.x + left / this.cell.width, this.y + top / this.cell.height];
+    const sized = (name) => Math.min(Math.max(this.cell[name] * factor, this.fit[name]), Math.max(LARGEST[name], this.fit[name]));
+    this.cell = { width: sized("width"), height: sized("height") };
+    this.x = column - left / this.cell.width;
+    this.y = row - top / this.cell.height;
+    this.#keepInside();
+  }
+
+  /** Move by pixels. */
+  pan(left, top) {
+    this.x -= left / this.cell.width;
+    this.y -= top / this.cell.height;
+    this.#keepInside();
+  }
+
+  /** Move so far that a cell is seen. */
+  reveal([row, column]) {
+    this.x = Math.min(Math.max(this.x, column + 1 - this.width / this.cell.width), column);
+    this.y = Math.min(Math.max(this.y, row + 1 - this.height / this.cell.height), row);
+    this.#keepInside();
+  }
+
+  /** Return the cell, [row, column], at a pixel; null beside the grid. */
+  at(left, top) {
+    const row = Math.floor(this.y + top / this.cell.height);
+    const column = Math.floor(this.x + left / this.cell.width);
+    return row >= 0 && row < this.rows && column >= 0 && column < this.columns ? [row, column] : null;
+  }
+
+  /** Return the rows and the columns that are seen, as [first, past the last]. */
+  seen() {
+    const past = (start, size, length) => [Math.max(Math.floor(start), 0), Math.min(Math.ceil(start + size), length)];
+    return {
+      rows: past(this.y, this.height / this.cell.height, this.rows),
+      columns: past(this.x, this.width / this.cell.width, this.columns),
+    };
+  }
+
+  /** Return the pixels of a region: {left, top, width, height}. */
+  place([firstRow, pastRow], [firstColumn, pastColumn]) {
+    return {
+      left: (firstColumn - this.x) * this.cell.width,
+      top: (firstRow - this.y) * this.cell.height,
+      width: (pastColumn - firstColumn) * this.cell.width,
+      height: (pastRow - firstRow) * this.cell.height,
+    };
+  }
+
+  #keepInside() {
+    this.x = Math.max(Math.min(this.x, this.columns - this.width / this.cell.width), 0);
+    this.y = Math.max(Math.min(this.y, this.rows - this.height / this.cell.height), 0);
+  }
+}

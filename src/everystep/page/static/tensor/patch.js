@@ -1,0 +1,83 @@
+// A region of a tensor's numbers, and its picture.
+
+/** A region as the server gives it: {rows, columns, height, width, block, numbers}. */
+export class Patch {
+  constructor(answer) {
+    Object.assign(this, answer);
+    this.picture = null;
+  }
+
+  /** Whether each of its cells is one number. */
+  get isFine() {
+    return this.block[0] === 1 && this.block[1] === 1;
+  }
+
+  /** Whether it has all of a region. */
+  covers({ rows, columns }) {
+    return this.rows[0] <= rows[0] && rows[1] <= this.rows[1] && this.columns[0] <= columns[0] && columns[1] <= this.columns[1];
+  }
+
+  /** Whether it has a cell. */
+  has([row, column]) {
+    return this.covers({ rows: [row, row + 1], columns: [column, column + 1] });
+  }
+
+  /** Return the number at a cell of the tensor, or that of its block. */
+  at([row, column]) {
+    const across = Math.floor((column - this.columns[0]) / this.block[1]);
+    return this.numbers[Math.floor((row - this.rows[0]) / this.block[0]) * this.width + across];
+  }
+
+  /** Return the number at a cell in full: the fewest digits that give it back in its own format. */
+  text(cell) {
+    const value = this.at(cell);
+    if (!Number.isFinite(value)) return Number.isNaN(value) ? "nan" : value > 0 ? "inf" : "-inf";
+    if (this.format !== "float32") return String(value);
+    const digits = [6, 7, 8, 9].find((count) => Math.fround(Number(value.toPrecision(count))) === value);
+    return String(Number(value.toPrecision(digits)));
+  }
+
+  /** Return the first and the last cell of the block in which a cell is. */
+  blockOf([row, column]) {
+    const along = (value, [first, past], size) => {
+      const start = first + Math.floor((value - first) / size) * size;
+      return [start, Math.min(start + size, past) - 1];
+    };
+    const [top, bottom] = along(row, this.rows, this.block[0]);
+    const [left, right] = along(column, this.columns, this.block[1]);
+    return [
+      [top, left],
+      [bottom, right],
+    ];
+  }
+
+  /** Draw it, a pixel for each number. */
+  paint(colourOf) {
+    const picture = document.createElement("canvas");
+    picture.width = this.width;
+    picture.height = this.height;
+    const context = picture.getContext("2d");
+    const image = context.createImageData(this.width, this.height);
+    const pixels = image.data;
+    for (let place = 0, pixel = 0; place < this.numbers.length; place += 1, pixel += 4) {
+      const colour = colourOf(this.numbers[place]);
+      pixels[pixel] = colour[0];
+      pixels[pixel + 1] = colour[1];
+      pixels[pixel + 2] = colour[2];
+      pixels[pixel + 3] = 255;
+    }
+    context.putImageData(image, 0, 0);
+    this.picture = picture;
+  }
+
+  /** Put its picture where an extract shows it. */
+  draw(context, extract) {
+    const [height, width] = this.block;
+    const rows = [this.rows[0], this.rows[0] + this.height * height];
+    const columns = [this.columns[0], this.columns[0] + this.width * width];
+    const { left, top, width: wide, height: high } = extract.place(rows, columns);
+    // Where several numbers share a pixel, they are blended; else each is a crisp rectangle.
+    context.imageSmoothingEnabled = wide < this.width || high < this.height;
+    context.drawImage(this.picture, left, top, wide, high);
+  }
+}

@@ -1,0 +1,102 @@
+// A tensor: its name and what its numbers are like; unfolded, a heat map and a histogram of them.
+
+import { element } from "../shared/elements.js";
+import { heatMap } from "./heatmap.js";
+import { histogram } from "./histogram.js";
+import { show, setText, unfolding } from "../step/part.js";
+import { statisticsLine, statisticsText } from "../step/statistics.js";
+
+/** Return the part of a tensor that unfolds to its panel. `detail`: a part that stands in its row. */
+export function tensorRow(view, { id, key = id, name, note = "", detail = null }) {
+  const statistics = statisticsLine({ norm: true });
+  const noted = note ? element("span", { class: "note-of-name" }, note) : null;
+  const quiet = element("span", { class: "quiet" }, statistics.node);
+  const row = unfolding(view, {
+    key,
+    name,
+    className: "tensor",
+    beside: [noted, detail?.node, quiet].filter(Boolean),
+    open: () => tensorPanel(view, id, name),
+    update(content) {
+      statistics.update(content.tensors[id]);
+      detail?.update(content);
+    },
+  });
+  const close = () => {
+    detail?.close?.();
+    row.close();
+  };
+  return { ...row, close };
+}
+
+/** Return the part that shows the numbers of a tensor; its `choose(id, name)` shows another one. */
+export function tensorPanel(view, id, name) {
+  return new TensorPanel(view, id, name);
+}
+
+class TensorPanel {
+  constructor(view, id, name) {
+    Object.assign(this, { view, id, name });
+    this.map = heatMap();
+    this.bars = histogram();
+    this.trouble = element("p", { class: "alarm small", role: "alert", hidden: true });
+    this.node = element("div", { class: "panel" }, this.map.node, this.bars.node, this.trouble);
+    this.content = null;
+    this.asked = new AbortController();
+  }
+
+  update(content) {
+    this.content = content;
+    this.#draw();
+  }
+
+  /** Show another tensor. */
+  choose(id, name) {
+    Object.assign(this, { id, name });
+    if (this.content) this.#draw();
+  }
+
+  close() {
+    this.asked.abort();
+    this.map.close();
+  }
+
+  // What is drawn stays until all that takes its place is there.
+  async #draw() {
+    this.asked.abort();
+    this.asked = new AbortController();
+    const { signal } = this.asked;
+    const seen = this.content.tensors[this.id];
+    const isDrawn = Boolean(seen) && seen.shape.every((size) => size > 0);
+    show(this.map.node, isDrawn);
+    show(this.bars.node, isDrawn && seen.shape.some((size) => size > 1));
+    if (!isDrawn) return this.#tell(seen ? "no numbers: its shape has a 0" : "not at this step");
+    this.node.setAttribute("aria-busy", "true");
+    try {
+      const [showMap, counted] = await this.#ask(seen, signal);
+      if (signal.aborted) return;
+      showMap();
+      if (counted) this.bars.update(counted);
+      this.#tell("");
+    } catch (error) {
+      if (error.name !== "AbortError") this.#tell(error.message);
+    }
+    if (!signal.aborted) this.node.removeAttribute("aria-busy");
+  }
+
+  #ask(seen, signal) {
+    const { id, name } = this;
+    const { source } = this.view;
+    const { step } = this.content;
+    const numbers = (region, options) => source.numbers(step, id, region, options);
+    return Promise.all([
+      this.map.load(numbers, { seen, label: `${name}: ${statisticsText(seen)}`, signal }),
+      this.bars.node.hidden ? null : source.histogram(step, id, { signal }),
+    ]);
+  }
+
+  #tell(text) {
+    setText(this.trouble, text);
+    show(this.trouble, Boolean(text));
+  }
+}

@@ -1,0 +1,215 @@
+"""A task, in a process of its own: measure, when, verify, compare or fork.
+
+One line of JSON comes in, lines of JSON go out: `{"event": "progress", "content": {...}}`, `begun`,
+and at the end `result` or `error`. SIGINT stops it, and what it has done by then is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from everystep import numerics
+from everystep.errors import EverystepError
+from everystep.experiment.specification import parse_setting
+from everystep.page.processes import own_stdout
+from everystep.page.sides import sides
+from everystep.replay.columns import Found
+from everystep.run import Run
+from everystep.views.answers import (
+    diff_data,
+    diff_sentence,
+    diff_text,
+    measured_text,
+    nonfinite_data,
+    nonfinite_text,
+    plain,
+    verify_data,
+    verify_text,
+    when_text,
+)
+from everystep.views.progress import Silent
+from everystep.views.terminal import shortest
+
+__all__ = ["Voice", "do", "main"]
+
+#: Seconds between two words on how far it is.
+_PAUSE = 0.1
+
+
+class Voice:
+    """Tells the server what happens; if nobody listens any more, the task goes on."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out: BinaryIO | None = out
+        self._said = 0.0
+
+    def say(self, event: str, content: dict[str, Any]) -> None:
+        """Write a line."""
+        if self._out is None:
+            return
+        try:
+            self._out.write(json.dumps({"event": event, "content": plain(content)}).encode() + b"\n")
+            self._out.flush()
+        except BrokenPipeError:
+            self._out = None
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Tell how far it is, unless that has been told just now."""
+        now = time.monotonic()
+        if now - self._said >= _PAUSE or done >= total:
+            self._said = now
+            self.say("progress", {"done": min(done, total), "total": total, "what": what})
+
+    def counting(self, what: str, total: int) -> Callable[[int], None]:
+        """Return what is told how many more steps are done."""
+        done = 0
+        self.progress(done, total, what)
+
+        def told(steps: int) -> None:
+            nonlocal done
+            done += steps
+            self.progress(done, total, what)
+
+        return told
+
+
+def do(request: dict[str, Any], voice: Voice) -> None:
+    """Do a task, and tell what comes of it: `result`, or `error` in words."""
+    try:
+        voice.say("result", _TASKS[request["task"]](request, voice))
+    except EverystepError as error:
+        voice.say("error", {"error": str(error)})
+    except KeyboardInterrupt as stopped:
+        voice.say("error", {"error": str(stopped) or "stopped", "cancelled": True})
+    except Exception as error:
+        voice.say("error", {"error": f"{type(error).__name__}: {error}".strip()})
+
+
+def main() -> None:
+    """Do the task that stdin tells."""
+    numerics.prepare()
+    voice = Voice(own_stdout())
+    do(json.loads(sys.stdin.buffer.readline()), voice)
+
+
+def _measure(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    run, expression = Run(asked["run"]), asked["expression"]
+    try:
+        found = run.measure(
+            expression,
+            name=asked["name"],
+            every=asked["every"],
+            overwrite=asked["overwrite"],
+            progress=voice.counting("measuring", len(run)),
+        )
+    except KeyboardInterrupt:
+        count = len(run.measured(asked["name"] or expression))
+        raise KeyboardInterrupt(
+            f"stopped; {count:,} values are kept, and measuring the same again goes on from there"
+        ) from None
+    return {
+        "name": found.name,
+        "text": measured_text(found),
+        "values": len(found.values),
+        "left_out": found.left_out,
+    }
+
+
+def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    run, condition = Run(asked["run"]), asked["condition"]
+    told = voice.counting("looking", len(run))
+    if condition.strip() == "nonfinite":
+        made = run.first_nonfinite(progress=told)
+        found = Found(() if made is None else (made.step.number,))
+    else:
+        made = None
+        found = run.when(condition, asked["which"], progress=told)
+    losses = {step: run.losses_between(step, step)[0] for step in found.steps}
+    is_origin = condition.strip() == "nonfinite"
+    return {
+        "steps": [{"step": step, "loss": shortest(loss)} for step, loss in losses.items()],
+        "left_out_from": found.inexact,
+        "nonfinite": nonfinite_data(made),
+        "text": nonfinite_text(made) if is_origin else when_text(found, losses) or "no step",
+    }
+
+
+def _verify(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    run = Run(asked["run"])
+    found = run.verify(progress=voice.counting("replaying", len(run)))
+    return verify_data(run.name, found) | {"text": verify_text(run.name, found)}
+
+
+def _compare(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    one, other = Run(asked["run"]), Run(asked["other"])
+    told = voice.counting("comparing", min(len(one), len(other)))
+    found = one.diff(other, thorough=asked["thorough"], progress=told)
+    return diff_data(found) | {
+        "text": diff_text(found),
+        "sentence": diff_sentence(found),
+        "sides": sides(found.operation, (one, other)),
+    }
+
+
+def _fork(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    run = Run(asked["run"])
+    watching = _Watching(voice)
+    try:
+        made = run.fork(
+            asked["at"],
+            dict(parse_setting(f"{path}={text}") for path, text in asked["settings"].items()),
+            steps=asked["steps"],
+            directory=run.directory.parent / asked["name"] if asked["name"] else _next_free(run),
+            progress=watching,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {watching.run} has every step until then") from None
+    return {"run": made.name, "status": made.status, "notices": watching.notices}
+
+
+class _Watching(Silent):
+    """Watches a fork being trained."""
+
+    def __init__(self, voice: Voice) -> None:
+        self.run = "the fork"
+        self.notices: list[str] = []
+        self._voice = voice
+        self._steps = 0
+
+    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+        """Tell which run it is."""
+        self.run, self._steps = Run(directory).name, facts["steps"]
+        self._voice.say("begun", {"run": self.run})
+
+    def advance(self, first_step: int, losses: Sequence[float]) -> None:
+        """Tell how far it is."""
+        self._voice.progress(first_step + len(losses) - 1, self._steps, "training")
+
+    def notice(self, message: str) -> None:
+        """Keep it for the end."""
+        self.notices.append(message)
+
+
+def _next_free(run: Run) -> Path:
+    """Return where a fork goes that nobody has named: beside its parent."""
+    places = (run.directory.parent / f"{run.directory.name}-fork-{n}" for n in itertools.count(1))
+    return next(place for place in places if not place.exists())
+
+
+_TASKS: dict[str, Callable[[dict[str, Any], Voice], dict[str, Any]]] = {
+    "measure": _measure,
+    "when": _when,
+    "verify": _verify,
+    "compare": _compare,
+    "fork": _fork,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The server's side of the tasks: starts them, keeps what they say, and stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import signal
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from everystep.page.processes import begin, kill
+
+__all__ = ["Busy", "Event", "Task", "Tasks"]
+
+#: Tasks at once: each takes the processor for itself.
+MOST_AT_ONCE = 3
+#: Ended tasks of which it is still known what came of them.
+REMEMBERED = 20
+#: Seconds that a task has to end when it is stopped: a fork takes its last snapshot.
+_PATIENCE = 5.0
+
+
+class Busy(Exception):  # noqa: N818  # nothing is wrong
+    """There are as many tasks as there may be; the message is for the user."""
+
+
+class Event(NamedTuple):
+    """What a task has said: which of its words it is, counted from 1, of what kind, and its content."""
+
+    number: int
+    name: str
+    content: dict[str, Any]
+
+
+class Task:
+    """A task under way, or over."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        # Of each kind of word only the last: whoever comes late needs no more.
+        self._said: dict[str, Event] = {}
+        self._count = 0
+        self._changed = asyncio.Event()
+        self._is_stopped = False
+        self.is_over = False
+
+    async def follow(self, asked: dict[str, Any]) -> None:
+        """Tell the process what to do, and keep what it says until it ends."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(OSError):  # it has ended already
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            await self._process.stdin.drain()
+        try:
+            while line := await self._process.stdout.readline():
+                told = json.loads(line)
+                self._keep(told["event"], told["content"])
+        finally:
+            code = await self._process.wait()
+            if not self._said.keys() & {"result", "error"}:
+                text = "stopped" if self._is_stopped else f"it ended without answer (exit code {code})"
+                self._keep("error", {"error": text, "cancelled": self._is_stopped})
+            self.is_over = True
+            self._tell()
+
+    async def events(self, after: int = 0, silence: float | None = None) -> AsyncIterator[Event | None]:
+        """Yield what is said after word number `after`, and what is still to be said, to the end.
+
+        silence: seconds after which None is yielded where nothing is said.
+        """
+        while True:
+            changed = self._changed
+            for event in sorted(self._said.values()):
+                if event.number > after:
+                    after = event.number
+                    yield event
+            if changed is not self._changed:
+                continue
+            if self.is_over:
+                return
+            try:
+                await asyncio.wait_for(changed.wait(), silence)
+            except TimeoutError:
+                yield None
+
+    def stop(self) -> None:
+        """Have it end; what it has done is kept."""
+        # A second SIGINT would not wait for the step to be finished.
+        if not self._is_stopped and self._process.returncode is None:
+            self._is_stopped = True
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGINT)
+
+    async def kill(self) -> None:
+        """End it at once."""
+        await kill(self._process)
+
+    def _keep(self, name: str, content: dict[str, Any]) -> None:
+        self._count += 1
+        self._said[name] = Event(self._count, name, content)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Tasks:
+    """All tasks, by id."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, tuple[Task, asyncio.Task[None]]] = {}
+
+    async def begin(self, asked: dict[str, Any]) -> str:
+        """Start a task; returns its id.
+
+        Raises:
+            Busy: there are too many already.
+        """
+        running = sum(not task.is_over for task, _ in self._tasks.values())
+        if running >= MOST_AT_ONCE:
+            raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
+        id = secrets.token_urlsafe(9)
+        task = Task(await begin("everystep.page.task"))
+        self._tasks[id] = task, asyncio.create_task(task.follow(asked))
+        over = [known for known, (each, _) in self._tasks.items() if each.is_over]
+        for known in over[:-REMEMBERED]:
+            del self._tasks[known]
+        return id
+
+    def find(self, id: str) -> Task | None:
+        """Return a task, None where there is none of that id."""
+        return self._tasks[id][0] if id in self._tasks else None
+
+    async def close(self) -> None:
+        """Stop all tasks, and wait for their end."""
+        following = [follower for _, follower in self._tasks.values() if not follower.done()]
+        for task, _ in self._tasks.values():
+            task.stop()
+        if following:
+            await asyncio.wait(following, timeout=_PATIENCE)
+        for task, _ in self._tasks.values():
+            await task.kill()
+        await asyncio.gather(*following, return_exceptions=True)

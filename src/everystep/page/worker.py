@@ -1,0 +1,157 @@
+"""The worker: opens steps for the server, which imports no torch itself.
+
+A line of JSON comes in for each question. The answer is a line of JSON (status, what follows, how many
+bytes) and then the bytes. Nothing else is read, and nothing of a run is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everystep import numerics
+from everystep.errors import EverystepError, RunError, UsageError
+from everystep.page.opened import step_content
+from everystep.page.processes import own_stdout
+from everystep.page.tensors import histogram, region, tensor_of
+from everystep.recording.database import FILE_NAME
+from everystep.replay.replay import no_such_step
+from everystep.replay.step import Step
+from everystep.run import Run
+
+__all__ = ["Openers", "answers", "main"]
+
+#: Runs that are kept open, so that stepping is quick.
+KEPT_RUNS = 3
+
+#: What the bytes of an answer are, and the bytes.
+Found = tuple[dict[str, Any], bytes]
+
+
+class Openers:
+    """The runs that were asked for last, with all that was gone through in them."""
+
+    def __init__(self) -> None:
+        self._runs: OrderedDict[str, tuple[tuple[Any, ...], Run]] = OrderedDict()
+
+    def run(self, directory: str) -> Run:
+        """Return a run; one that was made anew under the same name is opened anew.
+
+        Raises:
+            RunError: it is not there, or cannot be read.
+        """
+        known = self._runs.pop(directory, None)
+        run = known[1] if known else Run(directory)
+        stamp = _stamp(run)
+        if known and known[0] != stamp:
+            run = Run(directory)
+        self._runs[directory] = stamp, run
+        while len(self._runs) > KEPT_RUNS:
+            self._runs.popitem(last=False)
+        return run
+
+    def step(self, directory: str, number: int) -> tuple[Run, Step]:
+        """Open a step.
+
+        Raises:
+            StepError: there is no such step.
+        """
+        run = self.run(directory)
+        if not 1 <= number <= len(run):
+            raise no_such_step(run, number)
+        return run, run[number]
+
+
+def answers(openers: Openers, lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the answer to each line."""
+    for line in lines:
+        about: dict[str, Any] = {}
+        content = b""
+        try:
+            request = json.loads(line)
+            about, content = _KINDS[request["kind"]](openers, request)
+            status = 200
+        except EverystepError as error:
+            status, about = _status_of(error), {"error": str(error)}
+        except Exception as error:  # it must not end: the next question may be another
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            status, about = 500, {"error": f"the step cannot be shown: {reason[0]}"}
+        told = {"status": status, "about": about, "bytes": len(content)}
+        yield json.dumps(told).encode() + b"\n" + content
+
+
+def main() -> None:
+    """Answer until stdin is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    numerics.prepare()
+    # Steps are replayed with the threads of their run; what is computed of their tensors is small.
+    torch.set_num_threads(1)
+    own = own_stdout()
+    for answer in answers(Openers(), iter(sys.stdin.buffer.readline, b"")):
+        try:
+            own.write(answer)
+            own.flush()
+        except BrokenPipeError:
+            return
+
+
+def _content(openers: Openers, request: dict[str, Any]) -> Found:
+    run, step = openers.step(request["run"], request["step"])
+    content = step_content(step, run)
+    return {}, json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
+def _numbers(openers: Openers, request: dict[str, Any]) -> Found:
+    _, step = openers.step(request["run"], request["step"])
+    tensor = tensor_of(step, request["id"])
+    return region(tensor, request["index"], request["rows"], request["columns"], request["most"])
+
+
+def _histogram(openers: Openers, request: dict[str, Any]) -> Found:
+    _, step = openers.step(request["run"], request["step"])
+    return {}, json.dumps(histogram(tensor_of(step, request["id"]))).encode()
+
+
+def _report(openers: Openers, request: dict[str, Any]) -> Found:
+    from everystep.page.share import shared_report  # imports much that steps do without
+
+    return {}, shared_report(openers.run(request["run"]), request["steps"]).encode("utf-8", "replace")
+
+
+_KINDS: dict[str, Callable[[Openers, dict[str, Any]], Found]] = {
+    "content": _content,
+    "numbers": _numbers,
+    "histogram": _histogram,
+    "report": _report,
+}
+
+
+def _status_of(error: EverystepError) -> int:
+    if isinstance(error, RunError):
+        return 404
+    return 400 if isinstance(error, UsageError) else 500
+
+
+def _stamp(run: Run) -> tuple[Any, ...]:
+    """Return what tells a run from another one of the same name.
+
+    Raises:
+        RunError: it is gone.
+    """
+    path: Path = run.directory / FILE_NAME
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise RunError(f"the run {run.name} is not there any more: {error.strerror}") from None
+    return status.st_dev, status.st_ino, run.facts.get("started")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import everystep
+from everystep.page.network import modules_of
+from everystep.page.opened import step_content
+from everystep.page.tensors import tensor_of
+from everystep.replay.step import statistics
+from everystep.views.formula import update_formulas
+from everystep.views.mathematics import mathematics
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("opened")
+    everystep.train_experiment(
+        "two-layer", {"steps": 20}, directory=directory / "chapter", progress=False
+    )
+    everystep.train_experiment("digits", {"steps": 4}, directory=directory / "digits", progress=False)
+    return {path.name: everystep.open(path) for path in directory.iterdir()}
+
+
+@pytest.fixture(params=["chapter", "digits"])
+def opened(runs, request):
+    run = runs[request.param]
+    step = run[3]
+    return run, step, step_content(step, run)
+
+
+def test_it_is_json(opened):
+    _, _, content = opened
+    assert json.loads(json.dumps(content, allow_nan=False)) == json.loads(json.dumps(content))
+
+
+def test_every_tensor_is_there_with_its_own_statistics(opened):
+    _, step, content = opened
+    assert len(content["tensors"]) > 40
+    for id, told in content["tensors"].items():
+        tensor = tensor_of(step, id)
+        assert told["shape"] == list(tensor.shape), id
+        assert f"torch.{told['dtype']}" == str(tensor.dtype)
+        expected = statistics(tensor)._asdict()
+        assert {name: told[name] for name in expected} == expected, id
+        norm = torch.linalg.vector_norm(tensor.double())
+        assert told["norm"] == pytest.approx(float(norm), rel=1e-12)
+
+
+def test_every_id_that_is_spoken_of_is_there(opened):
+    _, _, content = opened
+    spoken = [content["batch"]["x"], content["batch"]["y"]]
+    for layer in content["network"]:
+        spoken += [layer["activation"], *layer["parameters"].values()]
+    for operation in content["operations"]:
+        spoken += [each["tensor"] for each in (*operation["inputs"], *operation["results"])]
+    for update in content["updates"]:
+        spoken += [update["before"], update["after"], update["change"]]
+    spoken += [each["tensor"] for each in (*content["gradients"], *content["dropped"])]
+    assert set(spoken) == content["tensors"].keys()
+
+
+def test_operations_are_those_of_the_step(opened):
+    run, step, content = opened
+    lines = mathematics(step.operations)
+    assert [each["number"] for each in content["operations"]] == list(range(len(lines)))
+    assert [(each["left"], each["right"]) for each in content["operations"]] == [
+        (line.left, line.right) for line in lines
+    ]
+    formulas = update_formulas(step.operations, run.facts["optimizer"]["text"])
+    for told in content["updates"]:
+        formula, update = formulas[told["parameter"]], step.updates[told["parameter"]]
+        assert (told["operators"], told["calls"]) == (list(formula.operators), list(formula.calls))
+        assert told["relative_size"] == update.relative_size
+
+
+def test_the_chapter(runs):
+    run = runs["chapter"]
+    step = run[3]
+    content = step_content(step, run)
+    assert (content["run"], content["step"], content["steps"]) == ("chapter", 3, 20)
+    assert content["loss"] == step.loss and float(content["loss_text"]) == pytest.approx(step.loss)
+    assert content["is_exact"] and content["is_by_program"] and content["problems"] == []
+    assert content["hyperparameters"] == {"lr": 1e-4}
+    assert content["batch"]["rows"] is None and not content["batch"]["images"]
+    assert content["batch"]["targets"] is None
+    first, relu, second = content["network"]
+    assert (first["path"], first["type"], first["operations"]) == ("0", "Linear", [0])
+    assert first["text"] == "Linear(in_features=1000, out_features=100, bias=True)"
+    assert (first["input"], first["output"]) == ([64, 1000], [64, 100])
+    assert first["parameters"] == {"weight": "parameters/0.weight", "bias": "parameters/0.bias"}
+    assert (relu["type"], relu["parameters"], second["type"]) == ("ReLU", {}, "Linear")
+    assert [each["parameter"] for each in content["gradients"]] == [
+        "2.weight",
+        "2.bias",
+        "0.weight",
+        "0.bias",
+    ]
+    arguments = content["operations"][0]["arguments"]
+    assert [list(each) for each in arguments][:2] == [
+        ["self", "0.bias", False],
+        ["mat1", "x", False],
+    ]
+    assert step_content(run[1], run)["dropped"] == []
+
+
+def test_images_and_classes(runs):
+    run = runs["digits"]
+    step = run[3]
+    content = step_content(step, run)
+    assert content["batch"]["images"] and content["batch"]["rows"] == step.batch.rows.tolist()
+    assert content["batch"]["targets"] == [str(n) for n in step.batch.y.tolist()]
+    kinds = [layer["type"] for layer in content["network"]]
+    expected = ["Conv2d", "ReLU", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Dropout", "Linear"]
+    assert kinds == expected
+    flatten = content["network"][5]
+    assert (flatten["operations"], flatten["output"]) == ([], [64, 512])
+
+
+def test_what_is_not_finite_is_text(tmp_path):
+    run = everystep.train_experiment(
+        "two-layer", {"steps": 12, "optimizer.lr": 1.0}, directory=tmp_path / "run", progress=False
+    )
+    content = step_content(run[12], run)
+    assert content["loss"] == "nan"
+    told = content["tensors"]["parameters/0.weight"]
+    assert told["nonfinite"] > 0 and told["norm"] == "nan"
+    json.dumps(content, allow_nan=False)
+
+
+class Nested(nn.Module):
+    """Modules within modules, one used twice, and operations of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.again = nn.ReLU()
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.again(self.again(self.inner(x)) + x))
+
+
+def test_modules_within_modules(small, tmp_path):
+    _, x, y = small
+    model = Nested()
+    run = everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3),
+        steps=2,
+        directory=tmp_path / "run",
+        progress=False,
+    )
+    step = run[2]
+    content = step_content(step, run)
+    layers = {layer["path"]: layer for layer in content["network"]}
+    assert list(layers)[:3] == ["inner.0", "inner.1", "again"] and "inner" not in layers
+    assert layers["inner.0"]["depth"] == 1 and layers["inner.0"]["type"] == "Linear"
+    assert len(layers["again"]["operations"]) == 2
+    own = [each for each in content["operations"] if each["module"] == ""]
+    assert ("" in layers) == bool(own)
+
+
+@pytest.mark.parametrize(
+    ("model", "paths"),
+    [
+        (nn.Linear(3, 2), [""]),
+        (nn.Sequential(nn.Linear(3, 2)), ["", "0"]),
+        (
+            nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Linear(2, 2)) for _ in range(3)]),
+            ["", *(f"{n}{rest}" for n in range(3) for rest in ("", ".0", ".1"))],
+        ),
+    ],
+)
+def test_the_text_of_a_model_is_read(model, paths):
+    found = modules_of(str(model))
+    assert sorted(found) == sorted(paths)
+    named = dict(model.named_modules())
+    assert {path: each.type for path, each in found.items()} == {
+        path: type(named[path]).__name__ for path in found
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a model", "<img src=x>", "A(\n" + "  (0-999999): 9 x B(\n    (0-999999): 9 x C(\n" * 50],
+)
+def test_a_text_that_is_no_model(text):
+    assert len(modules_of(text)) <= 1
+
+
+def test_statistics_of_what_is_not_finite_or_empty():
+    found = statistics(torch.tensor([1.0, math.nan, 3.0, math.inf, 0.0, -0.0]))
+    assert found == (1.0, pytest.approx(1.2247448713915890), 0.0, 3.0, 2 / 6, 2)
+    assert all(map(math.isnan, statistics(torch.tensor([math.nan, math.inf]))[:4]))
+    assert all(map(math.isnan, statistics(torch.empty(0))[:5]))
+    assert statistics(torch.tensor([True, False]))[:4] == (0.5, 0.5, 0.0, 1.0)
+    transposed = torch.arange(6.0).reshape(2, 3)
+    assert statistics(transposed) == statistics(transposed.T)

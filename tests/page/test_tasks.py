@@ -1,0 +1,265 @@
+import asyncio
+import io
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+
+import everystep
+from everystep.errors import RunError, UsageError
+from everystep.page import tasks as tasks_module
+from everystep.page.routes import steps, tasks
+from everystep.page.shelf import Shelf
+from everystep.page.task import Voice, do
+from everystep.page.tasks import Event, Tasks
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tasks")
+    everystep.train_experiment("two-layer", {"steps": 60}, directory=directory / HOSTILE, progress=False)
+    everystep.train_experiment(
+        "two-layer",
+        {"steps": 60, "optimizer.lr": 2e-4},
+        directory=directory / "other",
+        progress=False,
+    )
+    return directory
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+async def told(request, error):
+    return JSONResponse({"error": str(error)}, 404 if isinstance(error, RunError) else 400)
+
+
+class Here(Tasks):
+    """Does tasks at once, in this process."""
+
+    async def begin(self, asked):
+        out = io.BytesIO()
+        do(json.loads(json.dumps(asked)), Voice(out))
+        said = [json.loads(line) for line in out.getvalue().splitlines()]
+        id = f"task-{len(self._tasks)}"
+        self._tasks[id] = Said([Event(n, each["event"], each["content"]) for n, each in enumerate(said)])
+        return id
+
+    def find(self, id):
+        return self._tasks.get(id)
+
+    async def close(self):
+        pass
+
+
+class Said(list):
+    async def events(self, after, silence):
+        yield None
+        for event in self:
+            yield event
+
+
+def asked_of(directory, use, tasks_of=Here):
+    """Use the routes of the page."""
+
+    async def main():
+        app = Starlette(routes=[*steps.routes, *tasks.routes], exception_handlers={UsageError: told})
+        app.state.shelf, app.state.tasks = Shelf(directory), tasks_of()
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
+            try:
+                return await asyncio.wait_for(use(client, app.state.tasks), 120)
+            finally:
+                await app.state.tasks.close()
+
+    return asyncio.run(main())
+
+
+async def outcome(client, path, **asked):
+    """Do a task; return all that it says, by kind."""
+    begun = await client.post(path, json=asked)
+    assert begun.status_code == 200, begun.text
+    stream = await client.get(f"/api/tasks/{begun.json()['task']}/events")
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    found = {}
+    for block in stream.text.strip().split("\n\n"):
+        if block.startswith(":"):
+            continue
+        fields = dict(line.split(": ", 1) for line in block.splitlines())
+        found[fields["event"]] = json.loads(fields["data"])
+    return found
+
+
+def of(run, what):
+    return f"/api/runs/{run.replace('<', '%3C').replace(' ', '%20')}/{what}"
+
+
+def test_every_task(runs):
+    async def use(client, _):
+        asked = {
+            "measured": (of("other", "measure"), {"expression": "loss / 2", "name": "half"}),
+            "found": (of("other", "when"), {"condition": "loss < 100", "which": "first"}),
+            "compared": ("/api/compare", {"one": HOSTILE, "other": "other"}),
+            "verified": (of("other", "verify"), {}),
+            "finite": (of("other", "when"), {"condition": "nonfinite"}),
+            "never": (of("other", "when"), {"condition": "loss < 0", "which": "all"}),
+            "wrong": (of("other", "measure"), {"expression": "loss +"}),
+        }
+        return {key: await outcome(client, path, **body) for key, (path, body) in asked.items()}
+
+    said = SimpleNamespace(**asked_of(runs, use))
+    run = everystep.open(runs / "other")
+    assert said.measured["result"]["values"] == 60 and said.measured["result"]["name"] == "half"
+    assert run.measured("half")[7] == run.losses["loss"][6] / 2
+    assert said.measured["progress"] == {"done": 60, "total": 60, "what": "measuring"}
+    step = run.when("loss < 100").steps[0]
+    loss = said.found["result"]["steps"][0]
+    assert loss["step"] == step and np.float32(loss["loss"]) == run.losses["loss"][step - 1]
+    assert said.found["result"]["nonfinite"] is None
+    assert said.verified["result"]["exact"] and "bit for bit" in said.verified["result"]["text"]
+    assert "every operation is finite" in said.finite["result"]["text"]
+    assert said.never["result"]["steps"] == [] and said.never["result"]["text"] == "no step"
+    assert "loss +" in said.wrong["error"]["error"] and "result" not in said.wrong
+    check_comparison(said.compared["result"], runs)
+
+
+def check_comparison(result, runs):
+    assert result["sentence"] == (
+        "The losses part at step 2; the first operation to differ is #11 of step 1, aten.mul (update), "
+        "because lr is 0.0001 and 0.0002."
+    )
+    assert result["runs"] == [HOSTILE, "other"] and not result["same"]
+    one, other = result["sides"]
+    assert one["operator"] == other["operator"] == "aten.mul.Tensor" and one["number"] == 11
+    assert one["mathematics"] == "0.weight.grad * lr"
+    named = {(each["role"], each["name"]): each for each in other["tensors"]}
+    gradient, product = named["input", "gradient/0.weight"], named["result", "mul"]
+    assert gradient["different"] == [] and product["shape"] == [100, 1000]
+    (top, bottom), (left, right) = product["window"]
+    assert (bottom - top, right - left) == (64, 64)
+    whole = everystep.open(runs / "other")[1].operations[11].results["mul"]
+    assert product["values"] == whole[top:bottom, left:right].tolist()
+    assert all(top <= i < bottom and left <= j < right for i, j in product["different"])
+    assert len(product["different"]) > 3000
+
+
+def test_a_fork(runs):
+    async def use(client, _):
+        asked = {"at": 20, "settings": {"optimizer.lr": "2e-4"}, "steps": 40}
+        wrong = {"at": 20, "settings": {"optimizer.name": "SDG"}}
+        bodies = asked | {"name": "another"}, asked, wrong
+        return [await outcome(client, of(HOSTILE, "fork"), **body) for body in bodies]
+
+    named, unnamed, wrong = asked_of(runs, use)
+    assert named["begun"] == {"run": "another"} and named["result"]["status"] == "finished"
+    assert unnamed["begun"] == {"run": f"{HOSTILE}-fork-1"}
+    run = everystep.open(runs / "another")
+    assert len(run) == 40 and run.facts["fork"]["parent"] == HOSTILE
+    assert run.measured("lr") == {21: 2e-4} and run.verify(progress=False).is_exact
+    assert "did you mean SGD" in wrong["error"]["error"] and "begun" not in wrong
+
+
+def test_tasks_that_are_cancelled(runs):
+    async def use(client, tasks):
+        asked = {"at": 60, "settings": {}, "steps": 10_000_000, "name": "endless"}
+        id = (await client.post(of("other", "fork"), json=asked)).json()["task"]
+        said = []
+        async for event in tasks.find(id).events():
+            said.append(event)
+            if event.name == "progress":
+                for _ in range(3):  # asked again, it still ends in its own way
+                    assert (await client.delete(f"/api/tasks/{id}")).json() == {}
+        # Whoever comes late, or again, gets what matters.
+        late = [event.name async for event in tasks.find(id).events()]
+        again = [event.name async for event in tasks.find(id).events(after=said[-1].number - 1)]
+        return said[-1], late, again
+
+    last, late, again = asked_of(runs, use, Tasks)
+    assert last.name == "error" and last.content["cancelled"]
+    assert "endless has every step" in last.content["error"]
+    assert late == ["begun", "progress", "error"] and again == ["error"]
+    run = everystep.open(runs / "endless")
+    assert run.status == "stopped" and len(run) > 60
+    assert run.snapshots[-1] == len(run)
+
+
+def test_what_is_asked_is_checked(runs, monkeypatch):
+    monkeypatch.setattr(tasks_module, "MOST_AT_ONCE", 0)
+    fork = of("other", "fork")
+    refused = [
+        (of("other", "measure"), {}, "expression is missing"),
+        (of("other", "measure"), {"expression": "x" * 20_000}, "longer than"),
+        (of("other", "measure"), {"expression": "loss", "every": 0}, "every is 0"),
+        (of("other", "measure"), {"expression": "loss", "every": True}, "every is True"),
+        (of("other", "measure"), {"expression": "loss", "overwrite": "yes"}, "true or false"),
+        (of("other", "when"), {"condition": 3}, "condition is missing"),
+        (fork, {}, "at is None"),
+        (fork, {"at": 10**30}, "write a whole number"),
+        (fork, {"at": 1, "settings": {"optimizer.lr": 1}}, "texts by path"),
+        (fork, {"at": 1, "settings": {"data.path": "/etc/passwd"}}, "reads no files"),
+        (fork, {"at": 1, "settings": {"..data[path]": "/etc/passwd"}}, "reads no files"),
+        (fork, {"at": 1, "settings": {"data={": "}"}}, "no setting"),
+        (fork, {"at": 1, "settings": {".": "}"}}, "no setting"),
+        (fork, {"at": 1, "name": "other"}, "there already"),
+        ("/api/compare", {"one": "other"}, "other is missing"),
+    ]
+    names = ["..", ".", ".hidden", "a/b", "../x", "/tmp/x", "a\\b", "a\nb", "\ud800", "é" * 150, "C:x"]
+    refused += [(fork, {"at": 1, "name": name}, "cannot be a run's name") for name in names]
+
+    async def use(client, _):
+        for path, body, message in refused:
+            answer = await client.post(path, content=json.dumps(body))
+            assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
+        for body in (b"{", b"[]", b"\xff", b"[" * 100_000):
+            assert (await client.post(fork, content=body)).status_code == 400
+        for path in (of("no-such-run", "verify"), of("..", "verify"), of("%2e%2e%2fother", "verify")):
+            assert (await client.post(path)).status_code == 404, path
+        for what in ("steps/x", "steps/-1", "steps/1/tensor", "steps/1/tensor?id=batch.x&rows=1"):
+            assert (await client.get(of("other", what))).status_code == 400, what
+        assert (await client.get("/api/tasks/none/events")).status_code == 404
+        assert (await client.delete("/api/tasks/none")).status_code == 404
+        busy = await client.post(of("other", "verify"))
+        assert busy.status_code == 409 and "wait for one to end" in busy.json()["error"]
+
+    asked_of(runs, use, Tasks)
+    assert sorted(path.name for path in runs.iterdir()) == sorted([HOSTILE, "other"])
+
+
+def test_a_process_that_dies_is_an_answer(runs):
+    async def use(client, tasks):
+        id = await tasks.begin({"task": "verify", "run": str(runs / "other")})
+        await tasks.find(id).kill()
+        return [event async for event in tasks.find(id).events()]
+
+    (killed,) = asked_of(runs, use, Tasks)
+    assert killed.name == "error" and "exit code -9" in killed.content["error"]
+
+
+def test_what_nobody_thought_of_is_an_answer():
+    out = io.BytesIO()
+    do({"task": "no such task"}, Voice(out))
+    assert json.loads(out.getvalue())["content"] == {"error": "KeyError: 'no such task'"}
+
+
+def test_nobody_listens_any_more():
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb", buffering=0) as out:
+        voice = Voice(out)
+        voice.progress(1, 10, "measuring")
+        voice.progress(2, 10, "measuring")  # too soon
+        voice.progress(10, 10, "measuring")
+        lines = [json.loads(line) for line in os.read(reading, 4096).splitlines()]
+        assert [line["content"]["done"] for line in lines] == [1, 10]
+        os.close(reading)
+        voice.say("result", {"value": float("nan")})
+        voice.say("result", {})

@@ -1,0 +1,163 @@
+import asyncio
+import io
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import everystep
+from everystep.errors import RunError
+from everystep.page.desk import Desk, Gone, NoAnswer
+from everystep.page.opened import step_content
+from everystep.page.worker import KEPT_RUNS, Openers, answers
+
+HOSTILE = "<img src=x onerror=alert(1)> '\"&\N{SNOWMAN}"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("worker") / "runs"
+    everystep.train_experiment("two-layer", {"steps": 20}, directory=directory / HOSTILE, progress=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(directory):
+    return directory / HOSTILE
+
+
+def answered(*requests, openers=None):
+    lines = iter([json.dumps(each).encode() if isinstance(each, dict) else each for each in requests])
+    found = []
+    for answer in answers(openers or Openers(), lines):
+        stream = io.BytesIO(answer)
+        told = json.loads(stream.readline())
+        content = stream.read()
+        assert len(content) == told["bytes"]
+        found.append((told["status"], told["about"], content))
+    return found
+
+
+def test_the_numbers_are_those_of_the_step(trained):
+    run = everystep.open(trained)
+    asked = {"run": str(trained), "step": 7}
+    region = {"id": "gradients/0.weight", "index": 0, "rows": None, "columns": [3, 50], "most": 512}
+    content, numbers, histogram = answered(
+        asked | {"kind": "content"},
+        asked | region | {"kind": "numbers"},
+        asked | {"kind": "histogram", "id": "batch.x"},
+    )
+    assert content[0] == 200
+    assert json.loads(content[2]) == json.loads(json.dumps(step_content(run[7], run)))
+    assert numbers[1]["columns"] == [3, 50] and numbers[1]["format"] == "float32"
+    found = torch.from_numpy(np.frombuffer(numbers[2], "<f4").reshape(100, 47).copy())
+    assert found.equal(run[7].gradients["0.weight"][:, 3:50])
+    assert sum(json.loads(histogram[2])["counts"]) == 64_000
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "message"),
+    [
+        ({"kind": "content", "step": 21}, 404, "it has steps 1 to 20"),
+        ({"kind": "content", "step": 0}, 404, "no step 0"),
+        ({"kind": "content", "step": 10**30}, 404, "no step 1000"),
+        ({"kind": "histogram", "step": 1, "id": "../../etc/passwd"}, 400, "has no tensor"),
+        ({"kind": "report", "steps": [*range(1, 22)]}, 404, "no step 21"),
+        ({"kind": "content", "step": 1, "run": "nowhere"}, 404, "nowhere"),
+        ({"kind": "eval"}, 500, "eval"),
+        (b"no json", 500, "cannot be shown"),
+        (b"[]", 500, "cannot be shown"),
+    ],
+)
+def test_errors_are_answers(trained, request_, status, message):
+    if isinstance(request_, dict):
+        request_ = {"run": str(trained)} | request_
+    fine = {"kind": "content", "run": str(trained), "step": 1}
+    first, second = answered(request_, fine)
+    assert first[0] == status and message in first[1]["error"] and first[2] == b""
+    assert "Traceback" not in first[1]["error"]
+    assert second[0] == 200
+
+
+def test_runs_are_kept_open_and_made_anew(trained, tmp_path):
+    openers = Openers()
+    copies = [tmp_path / f"run-{n}" for n in range(KEPT_RUNS + 1)]
+    for copy in copies:
+        shutil.copytree(trained, copy)
+    first = openers.run(str(copies[0]))
+    assert openers.run(str(copies[0])) is first
+    for copy in copies[1:]:
+        openers.run(str(copy))
+    assert openers.run(str(copies[0])) is not first  # the one that was asked for longest ago
+    known = openers.run(str(copies[0]))
+    shutil.rmtree(copies[0])
+    with pytest.raises(RunError, match="not there any more"):
+        openers.run(str(copies[0]))
+    everystep.train_experiment("two-layer", {"steps": 2}, directory=copies[0], progress=False)
+    assert openers.run(str(copies[0])) is not known
+    assert answered({"kind": "content", "run": str(copies[0]), "step": 3}, openers=openers)[0][0] == 404
+
+
+def at_desk(directory, use):
+    """Use a desk, in an event loop of its own."""
+
+    async def main():
+        desk = Desk(directory)
+        await desk.start()
+        try:
+            return await asyncio.wait_for(use(desk), 120)
+        finally:
+            await desk.close()
+
+    return asyncio.run(main())
+
+
+async def yes():
+    return True
+
+
+def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
+    # The directory that the server is started in may be a stranger's.
+    for name in ("json", "torch", "everystep"):
+        (tmp_path / f"{name}.py").write_text("import os\nos._exit(42)")
+    monkeypatch.chdir(tmp_path)
+
+    async def use(desk):
+        first = await desk.ask("content", trained, step=3)
+        assert first.status == 200 and json.loads(first.content)["run"] == HOSTILE
+        with pytest.raises(Gone):
+            await desk.ask("content", trained, step=3, disconnected=yes)
+        desk._process.send_signal(signal.SIGINT)  # it takes no notice
+        assert await desk.ask("content", trained, step=3) == first
+        # Whoever is waiting when it is killed is told; the next one does not notice.
+        killed = desk._process
+        asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
+        await asyncio.sleep(0.05)
+        killed.send_signal(signal.SIGKILL)
+        with pytest.raises(NoAnswer, match="exit code -9"):
+            await asked
+        assert await desk.ask("content", trained, step=3) == first
+        assert desk._process.pid != killed.pid
+        # What is answered to one who was cancelled must not be taken for the next one's answer.
+        asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
+        await asyncio.sleep(0.05)
+        asked.cancel()
+        await asyncio.wait([asked])
+        assert not desk._is_alive
+
+    at_desk(directory, use)
+
+
+def test_nothing_outside_is_opened(directory, trained, tmp_path):
+    async def use(desk):
+        for place in (tmp_path, directory, directory / ".." / "runs" / ".." / "other"):
+            with pytest.raises(RunError, match="is not in"):
+                await desk.ask("content", place, step=1)
+        await desk.close()
+        with pytest.raises(NoAnswer, match="being stopped"):
+            await desk.ask("content", trained, step=1)
+
+    at_desk(directory, use)
