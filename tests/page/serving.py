@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import httpx
 
 from everystep.page.app import application
-from everystep.page.guard import Guard, token_of
+from everystep.page.guard import Guard, cookie_of, token_of
 from everystep.recording.database import Database
 
 PORT = 8137
@@ -34,8 +34,8 @@ class Application:
 
     def __init__(self, directory):
         self.token = token_of(directory)
-        self.app = Guard(application(directory), self.token, PORT)
-        self.headers = {"Cookie": f"everystep-{PORT}={self.token}"}
+        self.app = Guard(application(directory), self.token)
+        self.headers = {"Cookie": f"{cookie_of(self.token)}={self.token}"}
 
     def ask(self, path, method="GET", headers=None, **options):
         async def answer():

@@ -115,10 +115,11 @@ def test_rates_and_measurements_with_their_first_and_last_values(write_run, page
 
 
 FACTS = {
-    "device": "cpu", "numerics": {"processor": "x", "threads": 1},
+    "device": "cpu", "numerics": {"processor": "x", "device": "cpu", "threads": 1},
     "model": {"text": "m", "parameters": 1},
     "data": {"source": "random", "x": [1, 1], "y": [1, 1], "rows": 1}, "loss": {"text": "l"},
-    "optimizer": {"text": "o"}, "steps": 9, "batches": {"batch_size": None, "steps_per_epoch": 1},
+    "optimizer": {"text": "o"}, "steps": 9,
+    "batches": {"batch_size": None, "drop_last": False, "seed": 0, "steps_per_epoch": 1},
     "schedule": None, "clip_norm": None, "evaluate_every": None,
 }  # fmt: skip
 

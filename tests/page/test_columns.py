@@ -270,4 +270,4 @@ def test_a_database_that_somebody_changed_is_no_run(write_run, page, statement):
     change(run, statement)
     answer = page.ask("/api/runs/run/curve")
     assert answer.status_code == 404
-    assert "its database was changed" in answer.json()["error"]
+    assert "database was changed" in answer.json()["error"]

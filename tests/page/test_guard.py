@@ -10,7 +10,7 @@ import pytest
 from tests.page.serving import PORT
 
 from everystep.errors import UsageError
-from everystep.page.guard import Guard, host_without_port, token_of
+from everystep.page.guard import Guard, cookie_of, host_without_port, token_of
 
 OURS = f"127.0.0.1:{PORT}"
 EVERY_ADDRESS = ["/", "/runs/x", "/compare", "/static/app.js", "/api/runs", "/api/nothing", "/nothing"]
@@ -18,7 +18,7 @@ EVERY_ADDRESS = ["/", "/runs/x", "/compare", "/static/app.js", "/api/runs", "/ap
 
 @pytest.mark.parametrize("path", EVERY_ADDRESS)
 def test_nothing_is_answered_without_the_token(page, path):
-    cookies = ["", "everystep-8137=wrong", f"everystep-8138={page.token}", f"other={page.token}"]
+    cookies = ["", f"{cookie_of(page.token)}=wrong", f"everystep={page.token}", f"other={page.token}"]
     for method, cookie in product(["GET", "HEAD", "OPTIONS", "POST", "DELETE"], cookies):
         answer = page.ask(path, method, headers={"Cookie": cookie})
         assert answer.status_code == 403
@@ -31,7 +31,7 @@ def test_the_printed_address_opens_the_page_and_leaves_a_cookie(page):
     assert answer.status_code == 200
     assert "<main" in answer.text
     cookie = answer.headers["set-cookie"]
-    assert cookie == f"everystep-{PORT}={page.token}; HttpOnly; SameSite=Strict; Path=/"
+    assert cookie == f"{cookie_of(page.token)}={page.token}; HttpOnly; SameSite=Strict; Path=/"
     assert (
         page.ask("/api/runs", headers={"Cookie": f"a=1; {cookie.split(';')[0]}; b={{"}).status_code
         == 200
@@ -74,7 +74,7 @@ def test_the_names_of_this_machine_for_itself_are_accepted_whatever_the_port(pag
 def test_a_host_beyond_loopback_is_accepted_by_its_address_never_by_another_name(
     page, listening, host, status
 ):
-    page.app = Guard(page.app._app, page.token, PORT, listening)
+    page.app = Guard(page.app._app, page.token, listening)
     assert page.ask("/api/runs", headers=page.headers | {"Host": host}).status_code == status
 
 

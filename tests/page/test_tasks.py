@@ -193,6 +193,16 @@ def test_tasks_that_are_cancelled(runs):
     assert run.snapshots[-1] == len(run)
 
 
+def test_a_task_that_is_cancelled_before_it_has_begun_ends_at_once(runs):
+    async def use(client, tasks):
+        id = (await client.post(of("other", "verify"), json={})).json()["task"]
+        assert (await client.delete(f"/api/tasks/{id}")).json() == {}
+        return [event async for event in tasks.find(id).events()]
+
+    [last] = asked_of(runs, use, Tasks)
+    assert last.name == "error" and last.content == {"error": "stopped", "cancelled": True}
+
+
 def test_what_is_asked_is_checked(runs, monkeypatch):
     monkeypatch.setattr(tasks_module, "MOST_AT_ONCE", 0)
     fork = of("other", "fork")
@@ -248,7 +258,9 @@ def test_a_process_that_dies_is_an_answer(runs):
 def test_what_nobody_thought_of_is_an_answer():
     out = io.BytesIO()
     do({"task": "no such task"}, Voice(out))
-    assert json.loads(out.getvalue())["content"] == {"error": "KeyError: 'no such task'"}
+    ready, error = map(json.loads, out.getvalue().splitlines())
+    assert ready["event"] == "ready"
+    assert error["content"] == {"error": "KeyError: 'no such task'"}
 
 
 def test_nobody_listens_any_more():
@@ -263,3 +275,12 @@ def test_nobody_listens_any_more():
         os.close(reading)
         voice.say("result", {"value": float("nan")})
         voice.say("result", {})
+
+
+def test_no_more_tasks_run_at_once_than_may_however_quickly_they_are_asked_for(runs):
+    async def use(client, tasks):
+        asked = [client.post(of("other", "verify"), json={}) for _ in range(8)]
+        return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    statuses = asked_of(runs, use, Tasks)
+    assert sorted(statuses) == [200] * 3 + [409] * 5

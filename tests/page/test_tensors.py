@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import everystep
 from everystep.errors import UsageError
-from everystep.page.tensors import histogram, matrix, region, tensor_of
+from everystep.page.tensors import histogram, matrix, region, regions, tensor_of
 
 
 def numbers_of(found):
@@ -172,3 +172,13 @@ def test_ids_that_are_none(step, id):
     with pytest.raises(UsageError, match="has no tensor") as raised:
         tensor_of(step, id)
     assert len(str(raised.value)) < 400
+
+
+def test_several_slices_come_one_after_the_other():
+    tensor = torch.arange(60.0).reshape(5, 3, 4)
+    about, numbers = regions(tensor, index=1, count=3)
+    assert (about["count"], about["index"], about["slices"]) == (3, 1, 5)
+    assert torch.frombuffer(bytearray(numbers), dtype=torch.float32).reshape(3, 3, 4).equal(tensor[1:4])
+    for index, count in ((0, 0), (0, 6), (4, 2), (0, 10**9)):
+        with pytest.raises(UsageError):
+            regions(tensor, index, count)

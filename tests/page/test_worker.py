@@ -44,7 +44,8 @@ def answered(*requests, openers=None):
 def test_the_numbers_are_those_of_the_step(trained):
     run = everystep.open(trained)
     asked = {"run": str(trained), "step": 7}
-    region = {"id": "gradients/0.weight", "index": 0, "rows": None, "columns": [3, 50], "most": 512}
+    region = {"id": "gradients/0.weight", "index": 0, "count": 1, "rows": None, "columns": [3, 50]}
+    region["most"] = 512
     content, numbers, histogram = answered(
         asked | {"kind": "content"},
         asked | region | {"kind": "numbers"},

@@ -72,7 +72,7 @@ def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
-@pytest.mark.parametrize("threads", [10**9, 0, -1, "many", None])
+@pytest.mark.parametrize("threads", [10**9, 0, -1])
 def test_a_run_that_says_it_had_impossibly_many_threads_is_not_replayed(run, threads):
     change_fact(run, "numerics", lambda fact: fact.update(threads=threads))
     with pytest.raises(RunError, match="threads: it was altered"):

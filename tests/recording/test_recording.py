@@ -248,11 +248,11 @@ from torch import nn
 model = nn.Linear(4, 2)
 x, y = torch.randn(8, 4), torch.randn(8, 2)
 import time
-start = 0
+taken = 0
 def loss(p, t):
-    global start
-    start = start or time.time()
-    if time.time() - start > 0.7: os.kill(os.getpid(), signal.SIGKILL)
+    global taken
+    taken += 1
+    if taken == 3000: time.sleep(1), os.kill(os.getpid(), signal.SIGKILL)
     return nn.functional.mse_loss(p, t)
 everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engine="eager",
                 optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3))

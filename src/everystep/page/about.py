@@ -6,6 +6,7 @@ import math
 import re
 import tomllib
 from datetime import UTC
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError
@@ -13,7 +14,7 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.run import RecordedRun, Summary
 from everystep.views import report
 from everystep.views.summary import facts_in_order
-from everystep.views.terminal import number, shortest
+from everystep.views.terminal import number, shortest, shortest_name
 
 if TYPE_CHECKING:
     from everystep.page.columns import RunColumns
@@ -77,6 +78,7 @@ def about_data(
         "times": report.times(facts),
         "dtype": str(columns.losses.dtype),
         **_landmarks(columns),
+        "directory": _argument(run.directory),
         "parent": [facts["fork"]["parent"], facts["fork"]["at"]] if "fork" in facts else None,
         "forks": forks,
         "has_experiment": settings is not None,
@@ -89,9 +91,16 @@ def settings_of(run: RecordedRun, facts: dict[str, Any]) -> dict[str, Any] | Non
     """Return the settings of a run's experiment by path, as `--set` takes them; None: it has none."""
     try:
         path = run.experiment_file(facts)
-    except RunError:  # changed by somebody since: it does not tell how the run was trained
-        return None
-    return None if path is None else _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        return None if path is None else _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, RecursionError, RunError, ValueError):
+        return None  # changed by somebody since: it does not tell how the run was trained
+
+
+def _argument(directory: Path) -> str:
+    """Return a run as it is typed after a command, where the server was started."""
+    here = Path.cwd()
+    is_below = directory.is_relative_to(here)
+    return shortest_name(directory.relative_to(here) if is_below else directory)
 
 
 def _landmarks(columns: RunColumns) -> dict[str, Any]:
@@ -125,4 +134,8 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
         return found
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return {f"{path}[{index}]": item for index, item in enumerate(value)}
-    return {path: plain(value) if isinstance(value, float) else value}
+    if isinstance(value, list):
+        return {path: [_flat(item).get("") for item in value]}
+    if isinstance(value, float):
+        return {path: plain(value)}
+    return {path: value if isinstance(value, bool | int | str) else str(value)}

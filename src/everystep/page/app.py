@@ -35,7 +35,6 @@ def application(directory: Path) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state = app.state
-        state.desk, state.tasks = Desk(directory), Tasks()
         state.live = Live(state.shelf, state.columns)
         await state.desk.start()
         yield
@@ -54,6 +53,7 @@ def application(directory: Path) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.shelf, app.state.columns = Shelf(directory), Columns()
+    app.state.desk, app.state.tasks = Desk(directory), Tasks()
     return app
 
 

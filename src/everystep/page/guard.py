@@ -6,6 +6,7 @@ the server is stopped and started again, and an open page goes on.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import html
 import ipaddress
@@ -25,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everystep.errors import UsageError
 
-__all__ = ["Guard", "host_without_port", "is_loopback", "token_of"]
+__all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback", "token_of"]
 
 _POLICY = "; ".join(
     [
@@ -49,20 +50,24 @@ _HEADERS = {
 _SECRET_BYTES = 32
 
 
+def cookie_of(token: str) -> str:
+    """Return the name of the cookie that holds a token: cookies know no ports, and servers are many."""
+    return f"everystep-{hashlib.sha256(token.encode()).hexdigest()[:12]}"
+
+
 class Guard:
     """Refuses what does not come from the page itself, and sets the headers that keep it so.
 
     Args:
         app: what is guarded.
         token: the only one that opens it.
-        port: of the server; names the cookie, since cookies know no ports.
         host: that it listens on, besides the names of this machine for itself.
     """
 
-    def __init__(self, app: ASGIApp, token: str, port: int, host: str = "127.0.0.1") -> None:
+    def __init__(self, app: ASGIApp, token: str, host: str = "127.0.0.1") -> None:
         self._app = app
         self._token = token
-        self._cookie = f"everystep-{port}"
+        self._cookie = cookie_of(token)
         self._host = host.lower().strip("[]")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -71,7 +71,7 @@ def serve(
     port = listening.getsockname()[1]
     token = token_of(directory)
     until_end = UntilEnd(application(directory))
-    server = _Server(Guard(until_end, token, port, host), until_end)
+    server = _Server(Guard(until_end, token, host), until_end)
     path = f"/runs/{quote(run, safe='')}" if run else "/"
     address = f"http://{_shown(host)}:{port}{path}?token={token}"
     print(address, flush=True)

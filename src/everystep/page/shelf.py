@@ -30,11 +30,12 @@ class Shelf:
         Raises:
             RunError: there is none, or it cannot be read.
         """
-        directories = self.directories()
-        if name not in directories:
-            cure = did_you_mean(name, list(directories)) or "the list of runs shows those that there are"
+        directory = self.folders().get(name)
+        if directory is None or not (directory / FILE_NAME).is_file():
+            known = list(self.directories())
+            cure = did_you_mean(name, known) or "the list of runs shows those that there are"
             raise RunError(f"no run {_shortened(name)!r} in {self.directory}; {cure}")
-        return RecordedRun(directories[name])
+        return RecordedRun(directory)
 
     def directories(self) -> dict[str, Path]:
         """Return the directories of all runs, by name, in the order of the names."""
@@ -75,7 +76,7 @@ class Shelf:
             if before == now and summary["status"] != "running":
                 return summary
             summary = summary_data(name, RecordedRun(directory).summary())
-        except (RunError, ValueError, KeyError, TypeError) as error:
+        except (RunError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             return summary_data(name, None, problem=str(error))
         with self._lock:
             self._known[name] = now, summary

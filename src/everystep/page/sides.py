@@ -50,10 +50,11 @@ def _side(own: Observed, other: Observed | None, run: Run, found: OperationDiffe
         "phase": own.operation.phase,
         "module": own.operation.module,
         "tensors": [
-            {"name": name, "role": role, **_tensor(tensor, others.get(name))}
-            for role, tensors, others in (
-                ("input", own.inputs, other.inputs if other else {}),
-                ("result", own.results, other.results if other else {}),
+            {"name": name, "called": called.get(name, name), "role": role}
+            | _tensor(tensor, others.get(name))
+            for role, called, tensors, others in (
+                ("input", line.given, own.inputs, other.inputs if other else {}),
+                ("result", line.made, own.results, other.results if other else {}),
             )
             for name, tensor in tensors.items()
         ],

@@ -1,7 +1,8 @@
 """A task, in a process of its own: measure, when, verify, compare or fork.
 
 One line of JSON comes in, lines of JSON go out: `{"event": "progress", "content": {...}}`, `begun`,
-and at the end `result` or `error`. SIGINT stops it, and what it has done by then is kept.
+and at the end `result` or `error`. Once it has said `ready`, SIGINT stops it, and what it has done by
+then is kept.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Voice:
 def do(request: dict[str, Any], voice: Voice) -> None:
     """Do a task, and tell what comes of it: `result`, or `error` in words."""
     try:
+        voice.say("ready", {})
         voice.say("result", _TASKS[request["task"]](request, voice))
     except EverystepError as error:
         voice.say("error", {"error": str(error)})

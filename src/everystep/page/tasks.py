@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import signal
 from asyncio.subprocess import Process
@@ -19,8 +20,10 @@ __all__ = ["Busy", "Event", "Task", "Tasks"]
 MOST_AT_ONCE = 3
 #: Ended tasks of which it is still known what came of them.
 REMEMBERED = 20
-#: Seconds that a task has to end when it is stopped: a fork takes its last snapshot.
-_PATIENCE = 5.0
+#: Seconds that a task has to end when it is stopped: a step may be long, and a fork takes a snapshot.
+_PATIENCE = 60.0
+#: The same when the server ends.
+_LAST_PATIENCE = 5.0
 
 
 class Busy(Exception):  # noqa: N818  # nothing is wrong
@@ -44,6 +47,7 @@ class Task:
         self._said: dict[str, Event] = {}
         self._count = 0
         self._changed = asyncio.Event()
+        self._is_ready = False
         self._is_stopped = False
         self.is_over = False
 
@@ -56,7 +60,10 @@ class Task:
         try:
             while line := await self._process.stdout.readline():
                 told = json.loads(line)
-                self._keep(told["event"], told["content"])
+                if told["event"] == "ready":
+                    self._is_ready = True
+                else:
+                    self._keep(told["event"], told["content"])
         finally:
             code = await self._process.wait()
             if not self._said.keys() & {"result", "error"}:
@@ -85,17 +92,33 @@ class Task:
             except TimeoutError:
                 yield None
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Have it end; what it has done is kept."""
+        if self._is_stopped or self._process.returncode is not None:
+            return
+        self._is_stopped = True
+        if not self._is_ready:  # it has not begun yet, and would not end in good order
+            await self.kill()
+            return
         # A second SIGINT would not wait for the step to be finished.
-        if not self._is_stopped and self._process.returncode is None:
-            self._is_stopped = True
-            with suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGINT)
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGINT)
+        asyncio.get_running_loop().call_later(_PATIENCE, self._end_for_good)
+
+    @property
+    def trains(self) -> str | None:
+        """The run that it is training, None where it trains none."""
+        begun = self._said.get("begun")
+        return None if begun is None or self.is_over else begun.content["run"]
 
     async def kill(self) -> None:
         """End it at once."""
         await kill(self._process)
+
+    def _end_for_good(self) -> None:
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _keep(self, name: str, content: dict[str, Any]) -> None:
         self._count += 1
@@ -112,6 +135,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self._tasks: dict[str, tuple[Task, asyncio.Task[None]]] = {}
+        self._beginning = asyncio.Lock()
 
     async def begin(self, asked: dict[str, Any]) -> str:
         """Start a task; returns its id.
@@ -119,12 +143,13 @@ class Tasks:
         Raises:
             Busy: there are too many already.
         """
-        running = sum(not task.is_over for task, _ in self._tasks.values())
-        if running >= MOST_AT_ONCE:
-            raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
-        id = secrets.token_urlsafe(9)
-        task = Task(await begin("everystep.page.task"))
-        self._tasks[id] = task, asyncio.create_task(task.follow(asked))
+        async with self._beginning:
+            running = sum(not task.is_over for task, _ in self._tasks.values())
+            if running >= MOST_AT_ONCE:
+                raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
+            id = secrets.token_urlsafe(9)
+            task = Task(await begin("everystep.page.task"))
+            self._tasks[id] = task, asyncio.create_task(task.follow(asked))
         over = [known for known, (each, _) in self._tasks.items() if each.is_over]
         for known in over[:-REMEMBERED]:
             del self._tasks[known]
@@ -134,13 +159,17 @@ class Tasks:
         """Return a task, None where there is none of that id."""
         return self._tasks[id][0] if id in self._tasks else None
 
+    def training(self, run: str) -> str | None:
+        """Return the id of the task that is training a run."""
+        return next((id for id, (task, _) in self._tasks.items() if task.trains == run), None)
+
     async def close(self) -> None:
         """Stop all tasks, and wait for their end."""
         following = [follower for _, follower in self._tasks.values() if not follower.done()]
         for task, _ in self._tasks.values():
-            task.stop()
+            await task.stop()
         if following:
-            await asyncio.wait(following, timeout=_PATIENCE)
+            await asyncio.wait(following, timeout=_LAST_PATIENCE)
         for task, _ in self._tasks.values():
             await task.kill()
         await asyncio.gather(*following, return_exceptions=True)

@@ -13,10 +13,12 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.replay.step import Step
 
-__all__ = ["MOST", "Region", "first_of", "histogram", "matrix", "region", "tensor_of"]
+__all__ = ["MOST", "Region", "first_of", "histogram", "matrix", "region", "regions", "tensor_of"]
 
 #: Rows and columns that a region has at most.
 MOST = 2048
+#: Slices that come at once.
+MOST_SLICES = 512
 #: Buckets of a histogram.
 BUCKETS = 64
 #: Whole numbers up to this are exact in float32.
@@ -140,6 +142,25 @@ def region(
     }
     form = "<f8" if drawn.dtype == torch.float64 else "<f4"
     return Region(about, drawn.numpy().astype(form, order="C", copy=False).tobytes())
+
+
+def regions(
+    tensor: Tensor,
+    index: int = 0,
+    count: int = 1,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+    most: int = 512,
+) -> Region:
+    """Return the same region of `count` slices, one after the other; `about` has `count` besides.
+
+    Raises:
+        UsageError: there is no such slice or region.
+    """
+    if not 1 <= count <= MOST_SLICES:
+        raise UsageError(f"count is {count}; it must be from 1 to {MOST_SLICES}")
+    found = [region(tensor, each, rows, columns, most) for each in range(index, index + count)]
+    return Region(found[0].about | {"count": count}, b"".join(each.numbers for each in found))
 
 
 def histogram(tensor: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,8 @@ class Watches:
 
     def _started(self) -> BaseObserver:
         if self._observer is None:
+            # It warns of events of a directory that has just been let go, which is no fault.
+            logging.getLogger("watchdog").setLevel(logging.ERROR)
             self._observer = Observer()
             self._observer.start()
         return self._observer

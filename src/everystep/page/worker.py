@@ -20,7 +20,7 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, UsageError
 from everystep.page.opened import step_content
 from everystep.page.processes import own_stdout
-from everystep.page.tensors import histogram, region, tensor_of
+from everystep.page.tensors import histogram, regions, tensor_of
 from everystep.recording.database import FILE_NAME
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
@@ -111,7 +111,8 @@ def _content(openers: Openers, request: dict[str, Any]) -> Found:
 def _numbers(openers: Openers, request: dict[str, Any]) -> Found:
     _, step = openers.step(request["run"], request["step"])
     tensor = tensor_of(step, request["id"])
-    return region(tensor, request["index"], request["rows"], request["columns"], request["most"])
+    wanted = (request[key] for key in ("index", "count", "rows", "columns", "most"))
+    return regions(tensor, *wanted)
 
 
 def _histogram(openers: Openers, request: dict[str, Any]) -> Found:

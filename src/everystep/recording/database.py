@@ -11,53 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError
+from everystep.recording.connection import FILE_NAME, LOCK_NAME, begin_database, connect_reading
+from everystep.recording.facts import read_facts
 
 __all__ = [
-    "APPLICATION_ID",
     "FILE_NAME",
     "LOCK_NAME",
-    "SCHEMA_VERSION",
     "Database",
     "MeasurementEnds",
     "SnapshotRow",
     "reading",
 ]
-
-FILE_NAME = "run.sqlite"
-LOCK_NAME = "run.lock"
-APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 1
-
-SCHEMA = """
--- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
--- A float32 loss is exact in REAL.
-CREATE TABLE steps (
-    step INTEGER PRIMARY KEY,              -- from 1
-    loss REAL                              -- of the forward pass, that is of state step-1
-);
-
--- Named numbers besides the loss: what was evaluated, and the learning rate where it changed.
-CREATE TABLE measurements (
-    name TEXT NOT NULL,
-    step INTEGER NOT NULL,                 -- the state (from 0) or step that it belongs to
-    value REAL,                            -- NULL means NaN
-    PRIMARY KEY (name, step)
-) WITHOUT ROWID;
-
--- States on disk; a row is entered when its directory is complete.
-CREATE TABLE snapshots (
-    step INTEGER PRIMARY KEY,              -- the state (from 0)
-    directory TEXT NOT NULL,               -- relative to the run's
-    digest TEXT NOT NULL,                  -- SHA-256 of its files
-    bytes INTEGER NOT NULL
-);
-
--- Everything else: status, numerics, versions, times. Values are JSON.
-CREATE TABLE facts (
-    key TEXT PRIMARY KEY,
-    value TEXT NOT NULL
-) WITHOUT ROWID;
-"""
 
 
 class SnapshotRow(NamedTuple):
@@ -94,11 +58,7 @@ class Database:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         database = cls(connection, path)
         with database._translated():
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.executescript(SCHEMA)
+            begin_database(connection)
         return database
 
     @classmethod
@@ -168,7 +128,7 @@ class Database:
 
     def facts(self) -> dict[str, Any]:
         """Return all facts."""
-        return {key: json.loads(value) for key, value in self._rows("SELECT * FROM facts")}
+        return read_facts(self._rows("SELECT * FROM facts"), self._path)
 
     def losses(self, last: int | None = None) -> list[tuple[int, float | None]]:
         """Return (step, loss) in order of the steps, or only the last ones."""
@@ -223,6 +183,10 @@ class Database:
             "FROM (SELECT name, count(*) AS count, min(step) AS low, max(step) AS high "
             "FROM measurements GROUP BY name ORDER BY name) AS found"
         )
+        if any(isinstance(value, str | bytes) for row in rows for value in row[2:]):
+            raise RunError(
+                f"{self._path} has measurements that are no numbers: the database was changed"
+            )
         return [MeasurementEnds(*row) for row in rows]
 
     def measurement_names(self) -> list[str]:
@@ -269,38 +233,8 @@ def reading(path: Path) -> Iterator[Database]:
     Raises:
         RunError: there is none, or it is not one of ours, or of a newer everystep.
     """
-    if not path.is_file():
-        raise RunError(f"{path.parent} is no run: it has no {path.name}")
-    connection = _connect_reading(path)
+    connection = connect_reading(path)
     try:
-        _check_identity(connection, path)
         yield Database(connection, path)
     finally:
         connection.close()
-
-
-def _connect_reading(path: Path) -> sqlite3.Connection:
-    uri = path.resolve().as_uri()
-    last_error: sqlite3.Error | None = None
-    # On a read-only file system SQLite cannot make its shared-memory file; immutable needs none.
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
-        try:
-            connection = sqlite3.connect(f"{uri}?{mode}", uri=True, isolation_level=None)
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.Error as error:
-            last_error = error
-        else:
-            return connection
-    raise RunError(f"{path} cannot be read: {last_error}")
-
-
-def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if application != APPLICATION_ID:
-        raise RunError(f"{path} is a SQLite database, but not that of an everystep run")
-    if version > SCHEMA_VERSION:
-        raise RunError(
-            f"{path} was written by a newer everystep (format {version}; this one reads up to "
-            f"{SCHEMA_VERSION}); pip install --upgrade everystep"
-        )

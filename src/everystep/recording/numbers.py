@@ -68,12 +68,8 @@ def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | No
                 f"{directory} has {len(losses):,} losses after step {after:,}, although its newest step "
                 f"is {newest:,}: its database was changed"
             )
-        try:
-            facts = database.facts()
-        except ValueError:
-            raise RunError(f"{directory} has facts that are no JSON: its database was changed") from None
         return Numbers(
-            facts=facts,
+            facts=database.facts(),
             steps=newest,
             losses=_array(losses, directory),
             ends=database.measurement_ends(),

@@ -100,9 +100,14 @@ class RecordedRun:
         with reading(self._database_path) as database:
             rows = database.losses(count)
             dtype = database.facts().get("loss.dtype")
-        frame = pl.DataFrame(
-            rows, schema={"step": pl.Int64, "loss": pl.Float64}, orient="row"
-        ).with_columns(pl.col("loss").fill_null(math.nan))
+        schema = {"step": pl.Int64, "loss": pl.Float64}
+        try:
+            frame = pl.DataFrame(rows, schema=schema, orient="row")
+        except (TypeError, pl.exceptions.PolarsError):
+            raise RunError(
+                f"{self.name} has losses that are no numbers: its database was changed"
+            ) from None
+        frame = frame.with_columns(pl.col("loss").fill_null(math.nan))
         return frame if dtype == "float64" else frame.cast({"loss": pl.Float32})
 
     @property

@@ -39,8 +39,8 @@ def recorded_numerics(facts: Facts) -> Numerics:
         raise RunError("the run was stopped before it had begun, so there is nothing to replay")
     here = Numerics.read(torch.device("cpu")).to_json()
     known = {name: value for name, value in facts["numerics"].items() if name in here}
-    threads = known.get("threads", 1)
-    if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+    threads = known["threads"]
+    if not 1 <= threads <= MOST_THREADS:
         raise RunError(f"the run says that it was trained with {threads!r:.40} threads: it was altered")
     return Numerics.from_json(here | known)
 

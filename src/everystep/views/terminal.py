@@ -26,6 +26,7 @@ __all__ = [
     "runs_json",
     "runs_table",
     "shortest",
+    "shortest_name",
 ]
 
 _LABEL_WIDTH = 8
@@ -70,7 +71,7 @@ def closing(directory: Path, reason: str | None) -> str:
     lines.append(f"{taken} in {seconds:.3g} s{loss}{measured}")
     lines.append(engine_text(run.facts))
     lines.append(f"recorded in {directory}")
-    argument = shlex.quote(_shortest_name(directory))
+    argument = shlex.quote(shortest_name(directory))
     lines += [
         "",
         "next:",
@@ -235,6 +236,6 @@ def _latest_measurements(run: RecordedRun) -> dict[str, float]:
     return {name: value for name, _, value in run.measurements.iter_rows() if name not in later}
 
 
-def _shortest_name(directory: Path) -> str:
+def shortest_name(directory: Path) -> str:
     """Return what a user need type: the bare name of a run in runs/."""
     return directory.name if directory.parent == Path("runs") else str(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -33,8 +34,8 @@ def about(request: Request) -> Response:
     """Answer with everything about a run besides its numbers by step."""
     shelf: Shelf = request.app.state.shelf
     name = request.path_params["name"]
-    run = shelf.run(name)
-    return JSONResponse(about_data(name, run, _columns(request), shelf.forks(name)))
+    found = about_data(name, shelf.run(name), _columns(request), shelf.forks(name))
+    return JSONResponse(found | {"task": request.app.state.tasks.training(name)})
 
 
 def sparkline(request: Request) -> Response:
@@ -79,12 +80,17 @@ async def run_events(request: Request) -> Response:
     live: Live = request.app.state.live
     said = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
     after = int(said) if said.isascii() and said.isdigit() and len(said) < 19 else 0
-    return EventStream(live.run_events(request.path_params["name"], after))
+    return _stream(request, live.run_events(request.path_params["name"], after))
 
 
 async def list_events(request: Request) -> Response:
     """Answer with what happens to all runs, as it happens."""
-    return EventStream(request.app.state.live.list_events())
+    return _stream(request, request.app.state.live.list_events())
+
+
+def _stream(request: Request, events: AsyncIterator[str]) -> Response:
+    is_asked_for_headers = request.method == "HEAD"
+    return Response(media_type=EventStream.media_type) if is_asked_for_headers else EventStream(events)
 
 
 def _columns(request: Request) -> RunColumns:

@@ -33,6 +33,7 @@ async def tensor(request: Request) -> Response:
         step=_step(request),
         id=_id(request),
         index=_whole("index", query.get("index", "0")),
+        count=_whole("count", query.get("count", "1")),
         rows=_range("rows", query.get("rows")),
         columns=_range("columns", query.get("columns")),
         most=_whole("most", query.get("most", "512")),

@@ -89,7 +89,7 @@ async def cancel(request: Request) -> Response:
     task = _task(request)
     if task is None:
         return _unknown()
-    task.stop()
+    await task.stop()
     return JSONResponse({})
 
 

@@ -94,22 +94,3 @@ export function smoothed(values, weight) {
     return sum / (1 - missing);
   });
 }
-
-/** Return a number in the fewest digits that give it back, those of a float32 where it is one. */
-export function fullText(value) {
-  if (!Number.isFinite(value)) return String(value).replace("NaN", "nan").replace("Infinity", "inf");
-  const size = Math.abs(value);
-  const isSingle = Math.fround(value) === value;
-  const shortest = isSingle ? ofSingle(value) : value;
-  // The table's texts, which Python writes, change to exponents at the same sizes.
-  if (size === 0 || (size >= 1e-4 && size < (isSingle ? 1e6 : 1e16))) return String(shortest);
-  return shortest.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
-}
-
-function ofSingle(value) {
-  for (let digits = 1; digits < 10; digits++) {
-    const number = Number(value.toPrecision(digits));
-    if (Math.fround(number) === value) return number;
-  }
-  return value;
-}

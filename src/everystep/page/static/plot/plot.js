@@ -1,8 +1,7 @@
 // The plot of the loss of one run, or of several over each other, by uPlot.
 
 import { element } from "../shared/elements.js";
-import { whole } from "../shared/format.js";
-import { fullText } from "./curves.js";
+import { fullText, whole } from "../shared/format.js";
 import { chartOptions, drawMarks, loadUPlot, sizeOf } from "./chart.js";
 import { plotControls } from "./controls.js";
 import { columnsOf, drawnOf, lossLine, measuredLine, stacked } from "./lines.js";

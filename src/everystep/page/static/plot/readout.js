@@ -1,7 +1,7 @@
 // What the plot says in words of the place under the cursor: every number in full precision.
 
-import { short, whole } from "../shared/format.js";
-import { fullText, smoothed } from "./curves.js";
+import { fullText, short, whole } from "../shared/format.js";
+import { smoothed } from "./curves.js";
 
 /** Return the row of a step among ascending steps: the nearest ("near"), the last at or before it ("held"), or its own ("own"). */
 export function rowOf(steps, step, which) {

@@ -2,11 +2,13 @@
 
 import { button, element } from "../shared/elements.js";
 
-/** Make the places. `does`: {fork(), compare(), share()}. */
+/** Make the places. `does`: {fork(), compare(), share(), stop()}. */
 export function runParts(name, does) {
+  const stop = button("Stop", does.stop, { title: "stop the training of this fork; its steps are kept", hidden: true });
   const actions = element(
     "div",
     { class: "actions" },
+    stop,
     button("Fork", does.fork, { title: "train on from a step with other settings (f)" }),
     button("Compare", does.compare, { title: "with another run" }),
     button("Save this view", does.share, { title: "as one file that opens without a server" }),
@@ -35,7 +37,7 @@ export function runParts(name, does) {
   // What sticks within the step sticks beneath the bar.
   const measured = new ResizeObserver(() => step.style.setProperty("--step-top", `${bar.offsetHeight}px`));
   measured.observe(bar);
-  return { header, state, family, alarms, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
+  return { header, stop, state, family, alarms, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
 }
 
 /** Put the step beside the plot and the table where there is room, else between them. */

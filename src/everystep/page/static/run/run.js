@@ -3,9 +3,9 @@
 import * as address from "../shared/address.js";
 import * as keys from "../shared/keys.js";
 import { element } from "../shared/elements.js";
-import { addressOf, ask } from "../shared/server.js";
+import { addressOf, ask, tell } from "../shared/server.js";
 import { awayBanner } from "../shared/away.js";
-import { fullText } from "../plot/curves.js";
+import { fullText } from "../shared/format.js";
 import { lossPlot } from "../plot/plot.js";
 import { stepTable } from "./table.js";
 import { stepper } from "./stepper.js";
@@ -39,7 +39,7 @@ class RunView {
     this.name = about.name;
     this.place = { ...place, step: null, beside: [] };
     this.away = awayBanner();
-    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => this.#choose(), share: () => this.#share() });
+    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => this.#choose(), share: () => this.#share(), stop: () => this.#stop() });
     const { header, facts, body, bar } = this.parts;
     main.append(header, facts, body, this.away.host);
     this.player = new Player(() => this.#advance(), () => this.#drawBar());
@@ -197,6 +197,7 @@ class RunView {
   }
 
   #drawState() {
+    this.parts.stop.hidden = !this.about.task || this.about.status !== "running";
     this.parts.state.replaceChildren(...statusLine(this.about, this.#speed.now));
     this.#drawBar();
   }
@@ -287,6 +288,11 @@ class RunView {
   async #share() {
     const { shareDialog } = await import("../tasks/share.js");
     shareDialog(this.about, this.step);
+  }
+
+  // A fork that was begun from a page is trained by its server, who can stop it.
+  async #stop() {
+    await tell(`/api/tasks/${encodeURIComponent(this.about.task)}`, null, { method: "DELETE" });
   }
 
   async #choose() {

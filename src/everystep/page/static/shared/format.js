@@ -43,3 +43,22 @@ export function ago(iso) {
   if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ago`;
   return new Date(iso).toISOString().slice(0, 10);
 }
+
+/** Return a number in the fewest digits that give it back; `isSingle`: as a float32, which it is. */
+export function fullText(value, isSingle = Math.fround(value) === value) {
+  if (!Number.isFinite(value)) return String(value).replace("NaN", "nan").replace("Infinity", "inf");
+  if (Object.is(value, -0)) return "-0";
+  const size = Math.abs(value);
+  const shortest = isSingle ? ofSingle(value) : value;
+  // The table's texts, which Python writes, change to exponents at the same sizes.
+  if (size === 0 || (size >= 1e-4 && size < (isSingle ? 1e6 : 1e16))) return String(shortest);
+  return shortest.toExponential().replace(/e([+-])(\d)$/, "e$10$2");
+}
+
+function ofSingle(value) {
+  for (let digits = 1; digits < 10; digits++) {
+    const number = Number(value.toPrecision(digits));
+    if (Math.fround(number) === value) return number;
+  }
+  return value;
+}

@@ -9,6 +9,7 @@ import { tensorRow } from "../tensor/tensor.js";
 
 const ROWS_SHOWN = 12;
 const IMAGES_SHOWN = 16;
+const IMAGES_MOST = 128;
 /** Pictures wait so long for the next step: they are not asked for while one steps quickly. */
 const PATIENCE = 60;
 
@@ -72,21 +73,20 @@ function images(view) {
   const drawing = latest(async (given, signal) => {
     const { batch, tensors, step } = given;
     const [count, channels] = tensors[batch.x].shape;
-    const places = Array.from({ length: Math.min(shown, count) }, (_, place) => place);
-    const slice = (index) => view.source.numbers(step, batch.x, { index, most: 512 }, { signal });
-    const taken = await Promise.all(
-      places.map((place) => Promise.all(Array.from({ length: channels }, (_, channel) => slice(place * channels + channel)))),
-    );
+    const length = Math.min(shown, count);
+    const pixels = await view.source.numbers(step, batch.x, { index: 0, count: length * channels, most: 512 }, { signal });
     if (signal.aborted) return;
-    while (figures.length < places.length) figures.push(figure());
-    grid.replaceChildren(...figures.slice(0, places.length).map((one) => one.node));
-    places.forEach((place) => figures[place].draw(taken[place], tensors[batch.x], textsOf(batch, place)));
-    setText(more, `more: ${whole(places.length)} of ${whole(count)} shown`);
-    show(more, places.length < count);
+    while (figures.length < length) figures.push(figure());
+    grid.replaceChildren(...figures.slice(0, length).map((one) => one.node));
+    for (let place = 0; place < length; place += 1) {
+      figures[place].draw(imageOf(pixels, place, channels), tensors[batch.x], textsOf(batch, place));
+    }
+    setText(more, `more: ${whole(length)} of ${whole(count)} shown`);
+    show(more, length < Math.min(count, IMAGES_MOST));
   });
 
   function showMore() {
-    shown *= 2;
+    shown = Math.min(2 * shown, IMAGES_MOST);
     drawing.update(content);
   }
 
@@ -100,6 +100,13 @@ function images(view) {
   };
 }
 
+// Return the channels of one image of those that came.
+function imageOf({ numbers, width, height }, place, channels) {
+  const size = width * height;
+  const channel = (which) => numbers.subarray((place * channels + which) * size, (place * channels + which + 1) * size);
+  return { width, height, channels: Array.from({ length: channels }, (_, which) => channel(which)) };
+}
+
 function textsOf({ rows, targets }, place) {
   const row = rows ? `row ${rows[place]}` : `row ${place}`;
   return { target: targets?.[place] ?? "", label: targets ? `${row}, target ${targets[place]}` : row };
@@ -110,8 +117,7 @@ function figure() {
   const caption = element("figcaption");
   return {
     node: element("figure", {}, canvas, caption),
-    draw(slices, seen, { target, label }) {
-      const [{ width, height }] = slices;
+    draw({ width, height, channels }, seen, { target, label }) {
       if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
       const context = canvas.getContext("2d");
       const image = context.createImageData(width, height);
@@ -119,7 +125,7 @@ function figure() {
       const scale = 255 / (light - dark || 1);
       for (let place = 0; place < width * height; place += 1) {
         for (let channel = 0; channel < 3; channel += 1) {
-          const { numbers } = slices[slices.length === 3 ? channel : 0];
+          const numbers = channels[channels.length === 3 ? channel : 0];
           image.data[4 * place + channel] = (numbers[place] - dark) * scale;
         }
         image.data[4 * place + 3] = 255;

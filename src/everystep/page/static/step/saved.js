@@ -28,13 +28,21 @@ function savedSource({ steps, histograms, numbers }) {
   return {
     content: async (step) => known.get(step).content,
     histogram: async (step, id) => histograms[known.get(step).histograms[id]],
-    async numbers(step, id, { index = 0 }) {
+    async numbers(step, id, { index = 0, count = 1 }) {
       const slices = known.get(step).regions[id];
-      const own = slices[index];
-      if (!own) throw new Error(`the report holds the first ${whole(slices.length)} slices of this tensor; everystep view shows all`);
-      return { ...slices[0], ...own, index, numbers: numbersOf(numbers[own.numbers], own.format) };
+      const own = slices.slice(index, index + count);
+      if (own.length < count) throw new Error(`the report holds the first ${whole(slices.length)} slices of this tensor; everystep view shows all`);
+      const parts = own.map((slice) => numbersOf(numbers[slice.numbers], slice.format ?? slices[0].format));
+      return { ...slices[0], ...own[0], index, count, numbers: joined(parts) };
     },
   };
+}
+
+function joined([first, ...others]) {
+  if (!others.length) return first;
+  const made = new first.constructor(first.length * (1 + others.length));
+  [first, ...others].forEach((part, place) => made.set(part, place * first.length));
+  return made;
 }
 
 function numbersOf(text, format) {

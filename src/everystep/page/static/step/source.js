@@ -42,6 +42,6 @@ function lookingAhead(content) {
   };
 }
 
-function asTexts({ index, rows, columns, most }) {
-  return { index, rows: rows?.join(":"), columns: columns?.join(":"), most };
+function asTexts({ index, count, rows, columns, most }) {
+  return { index, count, rows: rows?.join(":"), columns: columns?.join(":"), most };
 }

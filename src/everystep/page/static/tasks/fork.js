@@ -7,14 +7,6 @@ import { whole } from "../shared/format.js";
 import { addressOf, tell } from "../shared/server.js";
 import { runTask } from "./task.js";
 
-// The forks that have begun here, by name, with what stops them.
-const stops = new Map();
-
-/** Return what stops a fork that was begun from this page, or null. */
-export function stopOf(run) {
-  return stops.get(run) ?? null;
-}
-
 /** Open the dialog; when the fork has begun, it is shown beside its parent. */
 export function forkDialog(about, step) {
   const title = step ? `Fork after step ${whole(step)}` : "Fork before the first step";
@@ -56,7 +48,6 @@ function train(about, asked, { host, button: pressed, dialog, training }) {
     label: "training",
     begun({ run }) {
       training.hasBegun = true;
-      stops.set(run, () => task.cancel());
       task.leave();
       dialog.close();
       go({ view: "run", run, beside: [about.name] });

@@ -2,7 +2,7 @@
 
 import { write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
-import { numberOf, shapeText, short, whole } from "../shared/format.js";
+import { fullText, numberOf, shapeText, short, whole } from "../shared/format.js";
 import { typeset } from "../step/mathematics.js";
 
 /** How much of a tensor is shown, around the first number that differs. */
@@ -158,7 +158,7 @@ function positionsOf({ name, positions, values }, runs, dtype) {
     "tr",
     { hidden: at >= POSITIONS },
     element("th", { scope: "row" }, position.length ? `[${position.join(", ")}]` : "the number"),
-    ...values[at].map((value) => element("td", { title: String(value) }, inFull(value, dtype))),
+    ...values[at].map((value) => element("td", { title: String(value) }, typeof value === "boolean" ? String(value) : fullText(numberOf(value), dtype === "float32"))),
     isFar ? element("td", {}, distances[at] === null ? "" : whole(distances[at])) : null,
   ));
   const table = element("table", { class: "positions" }, element("thead", {}, head), element("tbody", {}, rows));
@@ -169,17 +169,6 @@ function positionsOf({ name, positions, values }, runs, dtype) {
   const label = `${name}, the first numbers that differ`;
   const scrolling = element("div", { class: "scrolling", tabIndex: 0, role: "region", "aria-label": label }, table);
   return [scrolling, positions.length > POSITIONS ? more : null];
-}
-
-// A number in as few digits as give it back in its dtype.
-function inFull(value, dtype) {
-  if (typeof value === "boolean") return String(value);
-  const number = numberOf(value);
-  if (!Number.isFinite(number)) return short(number);
-  const digits = dtype === "float32" ? [6, 7, 8, 9].find((each) => Math.fround(number.toPrecision(each)) === number) : undefined;
-  const found = digits ? Number(number.toPrecision(digits)) : number;
-  const size = Math.abs(found);
-  return size !== 0 && (size < 1e-4 || size >= 1e16) ? found.toExponential().replace("+", "") : String(found);
 }
 
 // How many units in the last place lie between two numbers, or null where that has no meaning.

@@ -1,5 +1,7 @@
 // A region of a tensor's numbers, and its picture.
 
+import { fullText } from "../shared/format.js";
+
 /** A region as the server gives it: {rows, columns, height, width, block, numbers}. */
 export class Patch {
   constructor(answer) {
@@ -30,11 +32,7 @@ export class Patch {
 
   /** Return the number at a cell in full: the fewest digits that give it back in its own format. */
   text(cell) {
-    const value = this.at(cell);
-    if (!Number.isFinite(value)) return Number.isNaN(value) ? "nan" : value > 0 ? "inf" : "-inf";
-    if (this.format !== "float32") return String(value);
-    const digits = [6, 7, 8, 9].find((count) => Math.fround(Number(value.toPrecision(count))) === value);
-    return String(Number(value.toPrecision(digits)));
+    return fullText(this.at(cell), this.format === "float32");
   }
 
   /** Return the first and the last cell of the block in which a cell is. */

@@ -1,0 +1,145 @@
+"""Connections to a run's database: its schema, and how one is begun or opened to be read.
+
+A database may come from a stranger. It is read only if its tables are the very ones that are written
+here: a view in the place of a table could compute for ever.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from functools import cache
+from pathlib import Path
+
+from everystep.errors import RunError
+
+__all__ = [
+    "APPLICATION_ID",
+    "FILE_NAME",
+    "LOCK_NAME",
+    "SCHEMA_VERSION",
+    "begin_database",
+    "connect_reading",
+]
+
+FILE_NAME = "run.sqlite"
+LOCK_NAME = "run.lock"
+APPLICATION_ID = 0x65767374  # "evst"
+SCHEMA_VERSION = 1
+
+SCHEMA = """
+-- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
+-- A float32 loss is exact in REAL.
+CREATE TABLE steps (
+    step INTEGER PRIMARY KEY,              -- from 1
+    loss REAL                              -- of the forward pass, that is of state step-1
+);
+
+-- Named numbers besides the loss: what was evaluated, and the learning rate where it changed.
+CREATE TABLE measurements (
+    name TEXT NOT NULL,
+    step INTEGER NOT NULL,                 -- the state (from 0) or step that it belongs to
+    value REAL,                            -- NULL means NaN
+    PRIMARY KEY (name, step)
+) WITHOUT ROWID;
+
+-- States on disk; a row is entered when its directory is complete.
+CREATE TABLE snapshots (
+    step INTEGER PRIMARY KEY,              -- the state (from 0)
+    directory TEXT NOT NULL,               -- relative to the run's
+    digest TEXT NOT NULL,                  -- SHA-256 of its files
+    bytes INTEGER NOT NULL
+);
+
+-- Everything else: status, numerics, versions, times. Values are JSON.
+CREATE TABLE facts (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+"""
+
+#: Bytes that a text or a blob may have.
+_LONGEST_VALUE = 64_000_000
+
+
+def begin_database(connection: sqlite3.Connection) -> None:
+    """Make an empty database that of a run."""
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.executescript(SCHEMA)
+
+
+def connect_reading(path: Path) -> sqlite3.Connection:
+    """Return a connection to a run's database that can only read.
+
+    Raises:
+        RunError: there is none, or it is not one of ours, or of a newer everystep.
+    """
+    _check_files(path)
+    connection = _connect(path)
+    try:
+        _check_identity(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_files(path: Path) -> None:
+    if not path.is_file():
+        raise RunError(f"{path.parent} is no run: it has no {path.name}")
+    for suffix in ("-wal", "-shm", "-journal"):  # SQLite would wait for the other end of a pipe
+        beside = Path(f"{path}{suffix}")
+        try:
+            is_file = stat.S_ISREG(beside.lstat().st_mode)
+        except FileNotFoundError:
+            continue
+        if not is_file:
+            raise RunError(f"{beside} is no file: it was not written by everystep")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    uri = path.resolve().as_uri()
+    last_error: sqlite3.Error | None = None
+    # On a read-only file system SQLite cannot make its shared-memory file; immutable needs none.
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        try:
+            connection = sqlite3.connect(f"{uri}?{mode}", uri=True, isolation_level=None)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            last_error = error
+        else:
+            return connection
+    raise RunError(f"{path} cannot be read: {last_error}")
+
+
+def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != APPLICATION_ID:
+        raise RunError(f"{path} is a SQLite database, but not that of an everystep run")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"{path} was written by a newer everystep (format {version}; this one reads up to "
+            f"{SCHEMA_VERSION}); pip install --upgrade everystep"
+        )
+    if _tables(connection) != _own_tables():
+        raise RunError(f"{path} has other tables than everystep makes: the database was changed")
+
+
+def _tables(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
+    return set(connection.execute("SELECT type, name, sql FROM sqlite_master"))
+
+
+@cache
+def _own_tables() -> set[tuple[str, str, str | None]]:
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.executescript(SCHEMA)
+        return _tables(connection)
+    finally:
+        connection.close()

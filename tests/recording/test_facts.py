@@ -1,0 +1,97 @@
+"""What a run says of itself is what everystep writes, or it is said to be changed."""
+
+import json
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+from tests.training.by_hand import by_train, new_training
+
+import everystep
+from everystep.errors import RunError
+
+CHANGED = [
+    ("steps", "NaN"),
+    ("steps", "[1, 2]"),
+    ("steps", "1e999"),
+    ("steps", "9" * 40),
+    ("status", '"\\ud800"'),
+    ("status", "3"),
+    ("started", '"0001-01-01T00:00:00+14:00"'),
+    ("started", '"2026-11-25T12:00:00"'),
+    ("started", "5"),
+    ("fork", '{"parent": "x", "directory": "x", "at": NaN, "changed": {}}'),
+    ("fork", "[1, 2]"),
+    ("fork", "{}"),
+    ("earlier", '[{"last": 2, "fact": {}}]'),
+    ("model", '"text"'),
+    ("numerics", "{}"),
+    ("anything", "[" * 100_000),
+    ("anything", "no JSON"),
+    ("anything", b"\xff"),
+]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return by_train(new_training(), steps=3, directory=tmp_path / "runs" / "right").directory.parent
+
+
+def change(directory, key, text):
+    with closing(sqlite3.connect(directory / "run.sqlite")) as database, database:
+        database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, text))
+
+
+@pytest.mark.parametrize(("key", "text"), CHANGED)
+def test_a_fact_of_another_shape_is_a_run_that_was_changed(runs, key, text):
+    altered = shutil.copytree(runs / "right", runs / "altered")
+    change(altered, key, text)
+    with pytest.raises(RunError, match=rf"says of '{key}' what everystep never writes"):
+        everystep.open(altered).summary()
+
+
+def test_one_altered_run_does_not_hide_the_others(runs, everystep_command):
+    change(shutil.copytree(runs / "right", runs / "altered"), "steps", "NaN")
+    code, out, err = everystep_command("runs", runs)
+    assert code == 0 and "right" in out
+    assert "left out" in err and "altered" in err
+
+
+def test_texts_beyond_the_basic_plane_are_texts(runs):
+    change(runs / "right", "name", json.dumps("😀"))
+    assert everystep.open(runs / "right").facts["name"] == "😀"
+
+
+def test_losses_that_are_no_numbers_are_said(runs):
+    with closing(sqlite3.connect(runs / "right" / "run.sqlite")) as database, database:
+        database.execute("UPDATE steps SET loss = 'low' WHERE step = 2")
+    with pytest.raises(RunError, match="no numbers"):
+        _ = everystep.open(runs / "right").losses
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ALTER TABLE steps RENAME TO others",
+        "DROP TABLE measurements; CREATE VIEW measurements AS WITH RECURSIVE c(x) AS "
+        "(SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT 'a' AS name, x AS step, x AS value FROM c",
+        "CREATE TABLE more (x)",
+        "CREATE TRIGGER t AFTER INSERT ON facts BEGIN DELETE FROM facts; END",
+    ],
+)
+def test_a_database_with_other_tables_is_not_read(runs, statement):
+    with closing(sqlite3.connect(runs / "right" / "run.sqlite")) as database:
+        database.executescript(statement)
+    with pytest.raises(RunError, match="other tables than everystep makes"):
+        everystep.open(runs / "right")
+
+
+@pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm"])
+def test_a_pipe_beside_the_database_is_not_waited_for(runs, suffix):
+    pipe = runs / "right" / f"run.sqlite{suffix}"
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    with pytest.raises(RunError, match="is no file"):
+        everystep.open(runs / "right")
