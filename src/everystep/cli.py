@@ -441,7 +441,7 @@ def when(
             "everystep: left out, because a replayed loss was not the recorded one, from step "
             f"{steps} on; everystep verify says more"
         )
-    losses = {step: opened.losses_between(step, step)[0] for step in found.steps}
+    losses = opened.losses_at(found.steps)
     if json:
         steps_data = [{"step": step, "loss": loss} for step, loss in losses.items()]
         typer.echo(as_json({"steps": steps_data, "left_out_from": list(found.inexact)}))

@@ -116,8 +116,13 @@ def at_desk(directory, use):
     return asyncio.run(main())
 
 
-async def yes():
-    return True
+async def at_once():
+    """Go."""
+
+
+async def soon():
+    """Go in a moment."""
+    await asyncio.sleep(0.05)
 
 
 def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
@@ -130,9 +135,15 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         first = await desk.ask("content", trained, step=3)
         assert first.status == 200 and json.loads(first.content)["run"] == HOSTILE
         with pytest.raises(Gone):
-            await desk.ask("content", trained, step=3, disconnected=yes)
+            await desk.ask("content", trained, step=3, gone=at_once)
         desk._process.send_signal(signal.SIGINT)  # it takes no notice
         assert await desk.ask("content", trained, step=3) == first
+        # What nobody waits for any more is given up, and the worker goes on.
+        pid = desk._process.pid
+        with pytest.raises(Gone):
+            await desk.ask("report", trained, steps=list(range(1, 20)), gone=soon)
+        assert await desk.ask("content", trained, step=3) == first
+        assert desk._process.pid == pid
         # Whoever is waiting when it is killed is told; the next one does not notice.
         killed = desk._process
         asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
@@ -162,3 +173,21 @@ def test_nothing_outside_is_opened(directory, trained, tmp_path):
             await desk.ask("content", trained, step=1)
 
     at_desk(directory, use)
+
+
+def test_what_is_given_up_leaves_no_run_half_replayed(trained, monkeypatch):
+    openers = Openers()
+    first = answered({"kind": "content", "run": str(trained), "step": 3}, openers=openers)
+    known = openers.run(str(trained))
+
+    def given_up(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Openers, "step", given_up)
+        [(status, about, _)] = answered(
+            {"kind": "content", "run": str(trained), "step": 9}, openers=openers
+        )
+    assert (status, about) == (499, {"error": "given up"})
+    assert openers.run(str(trained)) is not known
+    assert answered({"kind": "content", "run": str(trained), "step": 3}, openers=openers) == first

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,10 @@ __all__ = ["Answer", "Desk", "Gone", "NoAnswer"]
 
 #: Seconds that the worker has to end by itself.
 _PATIENCE = 0.5
+#: Seconds that it may go on with what nobody waits for any more, and to give it up.
+_LEAVING_PATIENCE = 1.0
+#: Seconds that it has to import torch.
+_STARTING_PATIENCE = 10.0
 
 
 class Answer(NamedTuple):
@@ -44,6 +50,7 @@ class Desk:
         self._directory = directory.absolute()
         self._turn = asyncio.Lock()
         self._process: Process | None = None
+        self._ready: Process | None = None  # the one that has answered: it can be interrupted
         self._is_closed = False
 
     async def start(self) -> None:
@@ -57,12 +64,13 @@ class Desk:
         kind: str,
         run: Path,
         *,
-        disconnected: Callable[[], Awaitable[bool]] | None = None,
+        gone: Callable[[], Awaitable[None]] | None = None,
         **asked: Any,
     ) -> Answer:
         """Ask the worker something of a run; `asked`: plain data.
 
-        disconnected: tells whether the one who asks has gone; then nothing is opened for them.
+        gone: returns when the one who asks has gone; then nothing is opened for them, and what is
+        being opened is given up.
 
         Raises:
             RunError: the run is elsewhere.
@@ -71,25 +79,54 @@ class Desk:
         """
         if run.absolute().parent != self._directory:
             raise RunError(f"{run.name} is not in {self._directory}, which is what is shown")
-        async with self._turn:
-            if disconnected is not None and await disconnected():
+        leaving = asyncio.ensure_future(gone() if gone else asyncio.Event().wait())
+        try:
+            async with self._turn:
+                await asyncio.sleep(0)  # who has gone while others were served is noticed
+                if leaving.done():
+                    raise Gone
+                return await self._answer({"kind": kind, "run": str(run.absolute())} | asked, leaving)
+        finally:
+            leaving.cancel()
+
+    async def _answer(self, request: dict[str, Any], leaving: asyncio.Future[Any]) -> Answer:
+        if self._is_closed:
+            raise NoAnswer("the server is being stopped")
+        if not self._is_alive:
+            self._process = await _begin_worker()
+        assert self._process is not None
+        exchange = asyncio.ensure_future(_exchange(self._process, request))
+        try:
+            await asyncio.wait({exchange, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not exchange.done():
+                await self._give_up(self._process, exchange)
                 raise Gone
-            if self._is_closed:
-                raise NoAnswer("the server is being stopped")
-            if not self._is_alive:
-                self._process = await _begin_worker()
-            assert self._process is not None
-            try:
-                return await _exchange(self._process, {"kind": kind, "run": str(run.absolute())} | asked)
-            except (OSError, asyncio.IncompleteReadError, ValueError):
-                code = await kill(self._process)
-                raise NoAnswer(
-                    f"the process that opens steps has ended (exit code {code}); ask again, and a new "
-                    "one does it. If it ends again, `everystep step` in a terminal may say why"
-                ) from None
-            except BaseException:  # cancelled: what it would still answer is nobody's
-                await kill(self._process)
-                raise
+            self._ready = self._process
+            return exchange.result()
+        except (OSError, asyncio.IncompleteReadError, ValueError):
+            code = await kill(self._process)
+            raise NoAnswer(
+                f"the process that opens steps has ended (exit code {code}); ask again, and a new "
+                "one does it. If it ends again, `everystep step` in a terminal may say why"
+            ) from None
+        except asyncio.CancelledError:  # what it would still answer is nobody's
+            exchange.cancel()
+            await kill(self._process)
+            raise
+
+    async def _give_up(self, process: Process, exchange: asyncio.Future[Answer]) -> None:
+        """Have the worker answer soon to somebody who has gone: the next one waits."""
+        is_ready = process is self._ready
+        for seconds in (_LEAVING_PATIENCE, _LEAVING_PATIENCE if is_ready else _STARTING_PATIENCE):
+            done, _ = await asyncio.wait({exchange}, timeout=seconds)
+            if done:
+                with suppress(OSError, asyncio.IncompleteReadError, ValueError):
+                    exchange.result()
+                return
+            if is_ready and process.returncode is None:
+                process.send_signal(signal.SIGINT)
+        exchange.cancel()
+        await kill(process)
 
     async def close(self) -> None:
         """End the worker."""

@@ -41,6 +41,8 @@ __all__ = ["Voice", "do", "main"]
 
 #: Seconds between two words on how far it is.
 _PAUSE = 0.1
+#: Steps that an answer lists; of more there is the number.
+_LISTED = 10_000
 
 
 class Voice:
@@ -132,13 +134,17 @@ def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     else:
         made = None
         found = run.when(condition, asked["which"], progress=told)
-    losses = {step: run.losses_between(step, step)[0] for step in found.steps}
+    losses = run.losses_at(found.steps[:_LISTED])
+    listed = Found(tuple(losses))
     is_origin = condition.strip() == "nonfinite"
     return {
+        "count": len(found.steps),
         "steps": [{"step": step, "loss": shortest(loss)} for step, loss in losses.items()],
         "left_out_from": found.inexact,
         "nonfinite": nonfinite_data(made),
-        "text": nonfinite_text(made) if is_origin else when_text(found, losses) or "no step",
+        "text": nonfinite_text(made)
+        if is_origin
+        else when_text(Found(tuple(losses)), losses) or "no step",
     }
 
 

@@ -57,6 +57,7 @@ class Task:
         with suppress(OSError):  # it has ended already
             self._process.stdin.write(json.dumps(asked).encode() + b"\n")
             await self._process.stdin.drain()
+        text = "it ended without answer"
         try:
             while line := await self._process.stdout.readline():
                 told = json.loads(line)
@@ -64,10 +65,13 @@ class Task:
                     self._is_ready = True
                 else:
                     self._keep(told["event"], told["content"])
+        except ValueError:  # a line that is too long, or that is not ours
+            text = "its answer cannot be read"
+            await self.kill()
         finally:
             code = await self._process.wait()
             if not self._said.keys() & {"result", "error"}:
-                text = "stopped" if self._is_stopped else f"it ended without answer (exit code {code})"
+                text = "stopped" if self._is_stopped else f"{text} (exit code {code})"
                 self._keep("error", {"error": text, "cancelled": self._is_stopped})
             self.is_over = True
             self._tell()

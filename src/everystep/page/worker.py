@@ -11,6 +11,7 @@ import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ class Openers:
             self._runs.popitem(last=False)
         return run
 
+    def forget(self, directory: str) -> None:
+        """Forget a run: it was left in the middle of a step."""
+        self._runs.pop(directory, None)
+
     def step(self, directory: str, number: int) -> tuple[Run, Step]:
         """Open a step.
 
@@ -69,15 +74,41 @@ class Openers:
         return run, run[number]
 
 
-def answers(openers: Openers, lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the answer to each line."""
+class Interruption:
+    """Ctrl-C's signal as the server's word that nobody waits for the answer any more."""
+
+    def __init__(self) -> None:
+        self._is_heard = False
+        signal.signal(signal.SIGINT, self._hear)
+
+    def __enter__(self) -> None:
+        self._is_heard = True
+
+    def __exit__(self, *error: object) -> None:
+        self._is_heard = False
+
+    def _hear(self, *signal: object) -> None:
+        if self._is_heard:
+            self._is_heard = False
+            raise KeyboardInterrupt
+
+
+def answers(
+    openers: Openers, lines: Iterator[bytes], interruption: AbstractContextManager[None] | None = None
+) -> Iterator[bytes]:
+    """Yield the answer to each line; interruption: raises KeyboardInterrupt where one is given up."""
     for line in lines:
         about: dict[str, Any] = {}
         content = b""
+        request: dict[str, Any] = {}
         try:
             request = json.loads(line)
-            about, content = _KINDS[request["kind"]](openers, request)
+            with interruption or nullcontext():
+                about, content = _KINDS[request["kind"]](openers, request)
             status = 200
+        except KeyboardInterrupt:
+            openers.forget(request["run"])
+            status, about = 499, {"error": "given up"}
         except EverystepError as error:
             status, about = _status_of(error), {"error": str(error)}
         except Exception as error:  # it must not end: the next question may be another
@@ -89,12 +120,12 @@ def answers(openers: Openers, lines: Iterator[bytes]) -> Iterator[bytes]:
 
 def main() -> None:
     """Answer until stdin is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interruption = Interruption()
     numerics.prepare()
     # Steps are replayed with the threads of their run; what is computed of their tensors is small.
     torch.set_num_threads(1)
     own = own_stdout()
-    for answer in answers(Openers(), iter(sys.stdin.buffer.readline, b"")):
+    for answer in answers(Openers(), iter(sys.stdin.buffer.readline, b""), interruption):
         try:
             own.write(answer)
             own.flush()

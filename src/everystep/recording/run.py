@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -182,6 +182,18 @@ class RecordedRun:
                     "its database was changed"
                 )
         return [math.nan if loss is None else loss for _, loss in rows]
+
+    def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
+        """Return the losses of some steps, which are there.
+
+        Raises:
+            RunError: losses are missing.
+        """
+        if not steps:
+            return {}
+        first, last = min(steps), max(steps)
+        losses = self.losses_between(first, last)
+        return {step: losses[step - first] for step in steps}
 
     def experiment_file(self, facts: dict[str, Any]) -> Path | None:
         """Return the file of the experiment of a stretch with these facts, if it has one.

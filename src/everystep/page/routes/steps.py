@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from everystep.errors import UsageError
-from everystep.page.desk import Answer, Gone, NoAnswer
+from everystep.page.desk import Answer, Desk, Gone, NoAnswer
 
 __all__ = ["routes"]
 
@@ -49,16 +49,27 @@ async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
     steps = [_whole("steps", text.strip()) for text in texts]
-    return await _asked(request, "report", steps=steps)
+    desk = Desk(request.app.state.shelf.directory)  # who goes from step to step need not wait for it
+    try:
+        return await _answered(request, desk, "report", steps=steps)
+    finally:
+        await desk.close()
 
 
 async def _asked(request: Request, kind: str, **asked: Any) -> Response:
-    """Ask the worker, and give its answer on."""
+    return await _answered(request, request.app.state.desk, kind, **asked)
+
+
+async def _answered(request: Request, desk: Desk, kind: str, **asked: Any) -> Response:
+    """Ask a worker, and give its answer on."""
     run = request.app.state.shelf.run(request.path_params["name"])
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
     try:
-        answer = await request.app.state.desk.ask(
-            kind, run.directory, disconnected=request.is_disconnected, **asked
-        )
+        answer = await desk.ask(kind, run.directory, gone=gone, **asked)
     except NoAnswer as error:
         return JSONResponse({"error": str(error)}, 502)
     except Gone:

@@ -164,7 +164,7 @@ function labelled(before, input, after = null) {
   return element("label", { class: "option" }, before, input, after);
 }
 
-function foundSteps(place, { steps, left_out_from: leftOut = [], nonfinite, text }) {
+function foundSteps(place, { steps, count: all, left_out_from: leftOut = [], nonfinite, text }) {
   if (nonfinite) return originOf(place, nonfinite, text);
   const from = leftOut.map(whole).join(", ");
   const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact: from step ${from}.`);
@@ -178,7 +178,8 @@ function foundSteps(place, { steps, left_out_from: leftOut = [], nonfinite, text
     more.hidden = !rest;
   };
   show(LISTED);
-  const count = steps.length > 1 && element("p", { class: "result" }, `${whole(steps.length)} steps`);
+  const listed = all > steps.length ? `, of which the first ${whole(steps.length)} are listed` : "";
+  const count = all > 1 && element("p", { class: "result" }, `${whole(all)} steps${listed}`);
   return [count, list, more, left];
 }
 
