@@ -1,4 +1,8 @@
-"""The page in a browser: the real server, driven as a user would."""
+"""The page in a browser: the real server, driven as a user would.
+
+Most tests only look, and share one server (`visit`). Those that change a run change a copy of it beside
+the others (`copied`); those that stop the server, or count what is there, start one of their own (`view`).
+"""
 
 import contextlib
 import os
@@ -7,9 +11,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import count
 
 import pytest
+from tests.page.browser.places import at
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 #: A browser that looks for nothing outside this machine.
@@ -22,6 +27,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+EVERYSTEP = [sys.executable, "-c", "from everystep.cli import main; main()"]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +42,7 @@ def chromium():
 def browser(chromium):
     from playwright.sync_api import expect, sync_playwright
 
-    expect.set_options(timeout=20_000)  # a worker imports torch before it opens the first step
+    expect.set_options(timeout=8_000)  # a worker imports torch before it opens the first step
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield started
@@ -52,7 +58,11 @@ class View:
 
     @property
     def origin(self):
-        return self.address.partition("/?")[0]
+        return self.address.partition("?")[0].rstrip("/")
+
+    @property
+    def port(self):
+        return int(self.address.split(":")[2].partition("/")[0])
 
     def stop(self):
         if self.process.poll() is None:
@@ -63,8 +73,7 @@ class View:
 
 def start_view(*arguments, directory, port=None):
     """Start `everystep view` in a directory; return it when it answers."""
-    main = "from everystep.cli import main; main()"
-    command = [sys.executable, "-c", main, "view", "--no-browser", *map(str, arguments)]
+    command = [*EVERYSTEP, "view", "--no-browser", *map(str, arguments)]
     if port is not None:
         command += ["--port", str(port)]
     process = subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, text=True)
@@ -78,10 +87,24 @@ def view(tmp_path):
     """Start `everystep view` in the test's directory, once or again; it is stopped at the end."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments, directory=tmp_path, port=None):
-            started = start_view(*arguments, directory=directory, port=port)
+        def start(*arguments, port=None):
+            started = start_view(*arguments, directory=tmp_path, port=port)
             stack.callback(started.stop)
             return started
+
+        yield start
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Start `everystep train` in the test's directory; it is killed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments):
+            command = [*EVERYSTEP, "train", "--quiet", *map(str, arguments)]
+            training = stack.enter_context(subprocess.Popen(command, cwd=tmp_path))
+            stack.callback(training.kill)
+            return training
 
         yield start
 
@@ -92,45 +115,73 @@ def open_page(browser):
 
     Gives a function of an address and of what is expected, parts of texts.
     """
-    contexts, said = [], []
+    said = []
+    with contextlib.ExitStack() as stack:
 
-    def open_page(address=None, *, expected=(), **options):
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
+        def open_page(address=None, *, expected=(), **options):
+            context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+            stack.callback(context.close)
+            context.set_default_timeout(30_000)
 
-        def hear(text):
-            if not any(part in text for part in expected):
-                said.append(text)
+            def hear(text):
+                if not any(part in text for part in expected):
+                    said.append(text)
 
-        page.on("console", lambda message: message.type in ("error", "warning") and hear(message.text))
-        page.on("pageerror", lambda error: hear(str(error)))
-        if address is not None:
-            page.goto(address)
-        return page
+            context.on("console", lambda one: one.type in ("error", "warning") and hear(one.text))
+            context.on("weberror", lambda one: hear(str(one.error)))
+            page = context.new_page()
+            if address is not None:
+                page.goto(address)
+            return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
+        yield open_page
     assert not said
 
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory):
-    """Some runs, trained once: the chapter's, two forks of it, digits, and one that diverges."""
+    """Some runs, trained once: the chapter's, a fork of it, digits, and one that diverges."""
     import everystep
 
     directory = tmp_path_factory.mktemp("recorded") / "runs"
     train = everystep.train_experiment
     chapter = train("two-layer", directory=directory / "chapter", progress=False)
     chapter.fork(137, lr=2e-4, directory=directory / "fork", progress=False)
-    train("two-layer", {"optimizer.lr": 1e-2}, directory=directory / "diverged", progress=False)
+    short = {"optimizer.lr": 1e-2, "steps": 30}
+    train("two-layer", short, directory=directory / "diverged", progress=False)
     train("digits", {"epochs": 3}, directory=directory / "digits", progress=False)
     return directory
 
 
+@pytest.fixture(scope="session")
+def shared(recorded):
+    """A server of the recorded runs, for all tests that leave them as they are."""
+    served = start_view(directory=recorded.parent)
+    yield served
+    served.stop()
+
+
 @pytest.fixture
-def runs(recorded, tmp_path):
-    """The recorded runs, where a test may change them."""
-    return Path(shutil.copytree(recorded, tmp_path / "runs"))
+def visit(shared, open_page):
+    """Open a place of the shared server."""
+
+    def visit(path, **options):
+        return open_page(at(shared, path), **options)
+
+    return visit
+
+
+numbers = count(1)
+
+
+@pytest.fixture
+def copied(recorded):
+    """Copy a recorded run, within the shared server's directory; it is removed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def copied(name):
+            copy = recorded / f"{name}-{next(numbers)}"
+            stack.callback(shutil.rmtree, copy, ignore_errors=True)
+            return shutil.copytree(recorded / name, copy)
+
+        yield copied

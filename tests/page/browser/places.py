@@ -1,11 +1,97 @@
 """Addresses, and where things are on the page."""
 
+import re
+from contextlib import closing, contextmanager
+
+from playwright.sync_api import expect
+
+from everystep.recording.database import Database
+
 
 def at(view, path):
     """Return the address of a place, with the token."""
-    base, _, token = view.address.partition("/?")
-    return f"{base}{path}{'&' if '?' in path else '?'}{token}"
+    token = view.address.partition("?")[2]
+    return f"http://127.0.0.1:{view.port}{path}{'&' if '?' in path else '?'}{token}"
 
 
 def heading(page):
     return page.locator(".step h2").first
+
+
+def expect_step(page, step, of=500):
+    """Wait until a step is drawn."""
+    expect(heading(page)).to_have_text(f"Step {step:,} of {of:,}")
+
+
+def row(page, name):
+    """Return the row of a run in the list of all runs."""
+    return page.locator(f"tr[data-name='{name}']")
+
+
+def rows(page):
+    """Return the rows of the table of steps."""
+    return page.locator("tr[data-step]")
+
+
+def part(page, name):
+    """Return a part of a run or of a step, by its name: `Forward`."""
+    return page.get_by_role("region", name=name, exact=True)
+
+
+def unfold(host, name):
+    """Unfold a tensor by its name; return its part."""
+    found = host.locator(".unfolding", has=host.page.get_by_role("button", name=name, exact=True)).last
+    found.get_by_role("button", name=name, exact=True).click()
+    return found
+
+
+def plot(page):
+    """Return where the pointer meets the plot, once it is drawn."""
+    over = page.locator(".u-over")
+    expect(over).to_be_visible()
+    return over
+
+
+def across(host, share):
+    """Return a point at a share of the width of something, half way down."""
+    host.scroll_into_view_if_needed()
+    box = host.bounding_box()
+    return box["x"] + share * box["width"], box["y"] + box["height"] / 2
+
+
+def picture(canvas):
+    """Return what is drawn on a canvas."""
+    return canvas.evaluate("canvas => canvas.toDataURL()")
+
+
+def expect_another_picture(canvas, before):
+    """Wait until a canvas shows something else than before."""
+    canvas.page.wait_for_function(
+        "([canvas, before]) => canvas.toDataURL() !== before", arg=[canvas.element_handle(), before]
+    )
+
+
+def value(readout, place=r"\[.*\]"):
+    """Return the number that a heat map tells of the cell that is pointed at."""
+    expect(readout).to_have_text(re.compile(rf"^{place} = "))
+    return float(readout.inner_text().rpartition("= ")[2])
+
+
+def expect_axe_finds_nothing_serious(page):
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    assert [(each["id"], each["nodes"][0]["html"][:200]) for each in serious] == []
+
+
+def expect_no_sideways_scrolling(page):
+    width, visible = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width <= visible
+
+
+@contextmanager
+def changed(run):
+    """Change what a run's database says."""
+    with closing(Database.change(run / "run.sqlite")) as database, database.transaction():
+        yield database

@@ -1,62 +1,35 @@
-"""One run in the browser: its plot, its table, its steps, and what happens while it is trained."""
+"""One run in the browser: what it is, and going through its steps."""
 
+import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import at, heading
-
-import everystep
-
-TRAIN = "from everystep.cli import main; main()"
+from tests.page.browser.places import at, changed, expect_step, heading, part, plot, row
 
 
-@pytest.fixture
-def chapter(view, runs, open_page):
-    """The chapter's run, shown at a step."""
-    served = view()
-
-    def show(path="/runs/chapter?step=137", **options):
-        page = open_page(at(served, path), **options)
-        if "step=" in path:
-            expect(heading(page)).to_have_text(f"Step {re.search('step=([0-9]+)', path)[1]} of 500")
-        return page
-
-    return show
-
-
-def test_all_runs_lead_to_one_and_the_token_leaves_the_address(view, runs, open_page):
-    page = open_page(view().address)
-    expect(page.locator("tbody tr")).to_have_count(4)
-    assert "token" not in page.url
-    expect(page.locator("tr", has_text="fork of chapter at 137")).to_be_visible()
-    expect(page.locator("tr[data-name=chapter] svg path")).to_be_visible()
-    page.get_by_role("link", name="chapter", exact=True).first.click()
-    expect(page.locator("h1")).to_have_text("chapter")
-    assert page.url.endswith("/runs/chapter")
-
-
-def test_a_step_shows_the_very_numbers_that_python_gives(chapter, runs):
-    page = chapter()
-    step = everystep.open(runs / "chapter")[137]
-    expect(page.locator(".step")).to_contain_text(
-        str(everystep.open(runs / "chapter").losses["loss"][136])
+def test_what_a_run_is_in_the_chapters_order(visit):
+    page = visit("/runs/chapter")
+    expect(page.get_by_text("finished · 500 steps · loss 1.457e-05")).to_be_visible()
+    labels = page.locator("dl.facts > dt").all_inner_texts()
+    chapters = ["data", "model", "loss", "update", "steps"]
+    assert [label for label in labels if label in chapters] == chapters
+    expect(page.locator("dl.facts")).to_contain_text(
+        "GradientDescent(lr=0.0001): parameter - gradient * 0.0001"
     )
-    expect(page.locator(".step")).to_contain_text("bit for bit as recorded, by program")
-    text = page.locator(".step").inner_text()
-    assert f"{step.gradients['0.weight'].norm():.4g}" in text
-    for words in ("Batch", "Forward", "Loss", "Zero grad", "Backward", "Update"):
-        assert words in text
-    assert "param - param.grad * 0.0001" in text
-    assert "torch.sub(param, torch.mul(param.grad, 0.0001))" in text
+    expect(page.get_by_text("forked at 137:")).to_be_visible()
+    landmarks = page.locator("dl.landmarks")
+    expect(landmarks).to_contain_text("628.3")
+    landmarks.get_by_role("link", name="step 500").first.click()
+    expect_step(page, 500)
 
 
-def test_keys_step_jump_and_leave_and_back_works(chapter):
-    page = chapter("/runs/chapter")
-    expect(page.locator(".u-over")).to_be_visible()
+def test_keys_step_jump_and_leave_and_back_works(visit):
+    page = visit("/runs/chapter")
+    plot(page)
     for key, number in (
         ("ArrowRight", 1),
         ("ArrowRight", 2),
@@ -66,164 +39,226 @@ def test_keys_step_jump_and_leave_and_back_works(chapter):
         ("Home", 1),
     ):
         page.keyboard.press(key)
-        expect(heading(page)).to_have_text(f"Step {number} of 500")
+        expect_step(page, number)
         assert page.url.endswith(f"?step={number}")
-    page.keyboard.press("/")
-    page.keyboard.type("137")
-    page.keyboard.press("Enter")
-    expect(heading(page)).to_have_text("Step 137 of 500")
+    for typed, number in (("137", 137), ("-10", 127), ("+1", 128), ("9999", 500), ("137", 137)):
+        page.keyboard.press("/")
+        page.keyboard.type(typed)
+        page.keyboard.press("Enter")
+        expect_step(page, number)
+    expect(page).to_have_title("chapter · step 137 – everystep")
     page.go_back()
-    expect(heading(page)).to_have_text("Step 1 of 500")
+    expect_step(page, 500)
     page.go_forward()
-    expect(heading(page)).to_have_text("Step 137 of 500")
+    expect_step(page, 137)
     page.keyboard.press("Escape")
     expect(page.locator(".step")).to_be_hidden()
-    page.keyboard.press("?")
-    expect(page.get_by_role("dialog")).to_contain_text("play")
-    page.keyboard.press("Escape")
     page.go_back()
-    expect(heading(page)).to_have_text("Step 137 of 500")
+    expect_step(page, 137)
 
 
-def test_quick_stepping_ends_at_the_step_that_was_asked_for_last(chapter):
-    page = chapter()
+def test_what_is_typed_into_a_field_goes_nowhere_else(visit):
+    page = visit("/runs/chapter?step=137")
+    expect_step(page, 137)
+    page.get_by_role("textbox", name="Measure").press_sequentially("p/f?l")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Home")
+    expect(page.get_by_role("textbox", name="Measure")).to_have_value("p/f?l")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    field = page.get_by_role("textbox", name="step", exact=True)
+    field.fill("many")
+    field.press("Enter")
+    expect(field).to_have_attribute("aria-invalid", "")
+    expect_step(page, 137)
+
+
+def test_a_question_mark_shows_the_keys(visit):
+    page = visit("/runs/chapter")
+    plot(page)
+    page.keyboard.press("?")
+    help = page.get_by_role("dialog", name="Keys")
+    for words in (
+        "the step before; ten with Shift",
+        "the last step",
+        "go to a step",
+        "play through the run",
+    ):
+        expect(help).to_contain_text(words)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Escape")
+    expect(help).to_be_hidden()
+    expect(page.locator(".step")).to_be_hidden()
+    page.get_by_role("button", name="keys").click()
+    expect(help).to_be_visible()
+    help.get_by_role("button", name="Close").click()
+    expect(help).to_be_hidden()
+
+
+def test_a_run_has_two_ends(visit):
+    page = visit("/runs/chapter?step=1")
+    expect_step(page, 1)
+    expect(part(page, "Zero grad")).to_contain_text("no gradients to drop: there are none yet")
+    for name in ("first step (Home)", "−10", "the step before (←)"):
+        expect(page.get_by_role("button", name=name)).to_be_disabled()
+    page.keyboard.press("Shift+ArrowLeft")
+    expect_step(page, 1)
+    page.get_by_role("button", name="last step (End)").click()
+    expect_step(page, 500)
+    expect(part(page, "Zero grad")).to_contain_text("drops the gradients of step 499")
+    for name in ("the next step (→)", "+10", "last step (End)", "play (p)"):
+        expect(page.get_by_role("button", name=name)).to_be_disabled()
+    page.keyboard.press("ArrowRight")
+    expect_step(page, 500)
+    page.keyboard.press("Shift+ArrowLeft")
+    expect_step(page, 490)
+
+
+def test_quick_stepping_ends_at_the_step_that_was_asked_for_last(visit):
+    page = visit("/runs/chapter?step=137")
+    expect_step(page, 137)
     for _ in range(40):
         page.keyboard.press("ArrowRight")
-    expect(heading(page)).to_have_text("Step 177 of 500")
+    expect_step(page, 177)
+    expect(page.locator("tr[aria-selected=true]")).to_have_attribute("data-step", "177")
     page.go_back()
-    expect(heading(page)).to_have_text("Step 137 of 500")
+    expect_step(page, 137)
 
 
-def test_play_goes_through_the_run_and_stops(chapter):
-    page = chapter("/runs/chapter?step=495")
-    page.get_by_label("how fast it plays").select_option(label="at full speed")
-    page.evaluate("document.activeElement.blur()")
+def test_play_goes_through_the_run_and_stops(visit):
+    page = visit("/runs/chapter?step=480")
+    expect_step(page, 480)
     page.keyboard.press("p")
-    expect(heading(page)).to_have_text("Step 500 of 500")
-    expect(page.get_by_label("play (p)")).to_be_disabled()
-
-
-def test_an_operation_unfolds_has_an_address_and_shows_its_numbers(chapter, runs):
-    page = chapter("/runs/chapter?step=137&operation=1")
-    expect(page.locator("[data-number='1']")).to_contain_text("aten.relu.default")
-    canvas = page.locator("[data-number='1'] canvas").first
-    expect(canvas).to_be_visible()
-    canvas.scroll_into_view_if_needed()
-    canvas.focus()
-    page.keyboard.press("Home")
-    step = everystep.open(runs / "chapter")[137]
-    [given] = step.operations[1].inputs.values()
-    pattern = re.compile(r"\[0, 0\] = (-?[0-9.e-]+)")
-    readout = page.locator("[data-number='1']").get_by_text(pattern).first
-    expect(readout).to_be_visible()
-    number = float(pattern.search(readout.inner_text())[1])
-    assert number in (pytest.approx(given[0, 0].item()), pytest.approx(given.relu()[0, 0].item()))
-
-
-def test_a_click_on_the_plot_and_on_the_table_goes_there(chapter):
-    page = chapter("/runs/chapter")
-    over = page.locator(".u-over")
-    expect(over).to_be_visible()
-    box = over.bounding_box()
-    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 20)
-    expect(heading(page)).to_have_text(re.compile(r"Step 2[45]\d of 500"))
-    row = page.locator("tr[aria-selected=true]")
-    expect(row).to_have_count(1)
-    step = int(re.search(r"step=(\d+)", page.url)[1])
-    assert row.get_attribute("data-step") == str(step)
-    page.locator(f"tr[data-step='{step}'] ~ tr, tr:has(~ tr[data-step='{step}'])").first.click()
-    expect(heading(page)).not_to_have_text(f"Step {step} of 500")
-
-
-def test_the_table_searches_sorts_and_gives_csv(chapter, runs):
-    page = chapter("/runs/chapter")
-    rows = page.locator("tr[data-step]")
-    expect(rows).to_have_count(10)
-    page.get_by_placeholder(re.compile("137")).first.fill("100-104")
-    expect(rows).to_have_count(5)
-    with page.expect_download() as download:
-        page.get_by_role("link", name="CSV").click()
-    lines = download.value.path().read_text().splitlines()
-    losses = everystep.open(runs / "chapter").losses
-    assert [float(line.split(",")[1]) for line in lines[1:]] == pytest.approx(
-        losses["loss"][99:104].to_list()
-    )
-
-
-def test_losses_that_are_not_finite_are_said_and_their_origin_is_found(view, runs, open_page):
-    page = open_page(at(view(), "/runs/diverged"))
-    alarm = page.locator(".alarm")
-    expect(alarm).to_contain_text("the first that is not finite")
-    page.get_by_role("button", name="Where did the first NaN come from?").click()
-    expect(page.get_by_role("link", name="Look at it")).to_be_visible()
-    page.get_by_role("link", name="Look at it").click()
+    expect(page.get_by_role("button", name="pause (p)")).to_be_visible()
+    expect(heading(page)).not_to_have_text("Step 480 of 500")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="play (p)")).to_be_visible()
     expect(heading(page)).to_be_visible()
-    assert "operation=" in page.url
+    page.get_by_label("how fast it plays").select_option(label="at full speed")
+    page.get_by_role("button", name="play (p)").click()
+    expect_step(page, 500)
+    expect(page.get_by_role("button", name="play (p)")).to_be_disabled()
+    page.go_back()
+    expect_step(page, 480)
 
 
-def test_images_are_shown_as_images_with_their_classes(view, runs, open_page):
-    page = open_page(at(view(), "/runs/digits?step=7"))
-    batch = page.locator("section", has=page.get_by_role("heading", name="Batch")).first
-    expect(batch.locator("canvas").first).to_be_visible()
-    step = everystep.open(runs / "digits")[7]
-    assert str(step.batch.y[0].item()) in batch.inner_text()
+def test_two_tabs_walk_by_themselves(visit):
+    one = visit("/runs/chapter?step=137")
+    expect_step(one, 137)
+    other = one.context.new_page()
+    other.goto(one.url)
+    expect_step(other, 137)
+    for _ in range(5):
+        one.keyboard.press("ArrowRight")
+        other.keyboard.press("ArrowLeft")
+    expect_step(one, 142)
+    expect_step(other, 132)
 
 
-def test_a_training_is_seen_while_it_goes_on(view, tmp_path, open_page):
-    (tmp_path / "runs").mkdir()
-    page = open_page(view("runs").address)
-    expect(page.locator("main")).to_contain_text("everystep train")
-    command = [
-        sys.executable,
-        "-c",
-        TRAIN,
-        "train",
-        "--steps",
-        "40000",
-        "--set",
-        "optimizer.lr=1e-6",
-        "-q",
-    ]
-    training = subprocess.Popen([*command, "--run", "runs/live"], cwd=tmp_path)
-    try:
-        expect(page.locator("tr[data-name=live]")).to_contain_text("running")
-        page.get_by_role("link", name="live").click()
-        status = page.get_by_text(re.compile("of 40,000 steps"))
-        expect(status).to_be_visible()
-        expect(page.get_by_text(re.compile("steps/s"))).to_be_visible()
-        before = status.inner_text()
-        expect(status).not_to_have_text(before)
-        page.keyboard.press("End")
-        expect(heading(page)).to_be_visible()
-        first = heading(page).inner_text()
-        expect(heading(page)).not_to_have_text(first)  # it follows the training
-        training.kill()
-        expect(page.locator(".state.interrupted")).to_be_visible()
-    finally:
-        training.kill()
-        training.wait()
+@pytest.mark.parametrize(("status", "said"), [("failed", "failed"), ("running", "interrupted")])
+def test_a_run_that_ended_too_early_says_so(copied, visit, status, said):
+    run = copied("diverged")
+    with changed(run) as database:
+        database.write_facts({"status": status, "reason": "no memory left"})
+    page = visit(f"/runs/{run.name}")
+    expect(page.locator(".run-head .state")).to_have_text(said)
+    expect(page.locator(".run-head .alarm").first).to_have_text(f"{said}: no memory left")
+    page.keyboard.press("Home")
+    expect_step(page, 1, of=30)
 
 
-def test_a_run_that_is_deleted_while_shown_is_said_and_stays_on_screen(view, runs, open_page):
-    page = open_page(at(view(), "/runs/digits?step=7"), expected=["404"])
+def test_a_step_that_cannot_be_opened_says_why(copied, visit):
+    run = copied("diverged")
+    for file in run.iterdir():
+        if file.name != "run.sqlite" and not file.is_dir():
+            file.write_bytes(b"")
+    shutil.rmtree(run / "snapshots", ignore_errors=True)
+    page = visit(f"/runs/{run.name}", expected=["40", "50"])
+    plot(page)
+    page.keyboard.press("Home")
+    expect(part(page, "Step").get_by_role("alert")).not_to_be_empty()
+    expect(page.locator(".step")).to_be_hidden()
+
+
+def test_losses_that_are_not_finite_are_said(visit):
+    page = visit("/runs/diverged")
+    alarm = page.locator(".run-head .alarm")
+    expect(alarm).to_contain_text(
+        re.compile("The loss is (inf|nan) at step [0-9]+, the first that is not finite.")
+    )
+    expect(page.get_by_text("Marked at the bottom: losses that are not finite.")).to_be_visible()
+    step = int(re.search(r"step (\d+)", alarm.inner_text())[1])
+    alarm.get_by_role("link").click()
+    expect_step(page, step, of=30)
+    expect(page.locator(".step-heading .loss-full")).to_have_text("not finite")
+
+
+def test_a_step_or_a_run_that_is_not_there_is_said(visit):
+    page = visit("/runs/chapter?step=501", expected=["404"])
+    expect(part(page, "Step").get_by_role("alert")).to_contain_text("501")
+    page.keyboard.press("ArrowLeft")
+    expect_step(page, 500)
+    expect(part(page, "Step").get_by_role("alert")).to_be_hidden()
+    page.goto(page.url.replace("chapter", "nothing"))
+    expect(page.get_by_role("alert")).to_contain_text("nothing")
+    page.locator("main").get_by_role("link", name="All runs").click()
+    expect(row(page, "chapter")).to_be_visible()
+
+
+def test_a_run_that_is_deleted_while_it_is_shown_stays_on_the_screen(copied, visit):
+    run = copied("digits")
+    page = visit(f"/runs/{run.name}?step=7", expected=["404"])
     expect(heading(page)).to_have_text(re.compile("^Step 7 of"))
-    shutil.rmtree(runs / "digits")
+    shutil.rmtree(run)
     expect(page.get_by_text("This run was deleted")).to_be_visible()
     expect(heading(page)).to_be_visible()
     page.get_by_role("link", name="All runs").click()
-    expect(page.locator("tr[data-name=chapter]")).to_be_visible()
-    expect(page.locator("tr[data-name=digits]")).to_have_count(0)
+    expect(row(page, "chapter")).to_be_visible()
+    expect(row(page, run.name)).to_have_count(0)
 
 
-def test_the_server_may_be_stopped_and_started_again_under_an_open_page(view, runs, open_page):
-    served = view()
+def test_the_server_may_be_stopped_and_started_again_under_an_open_page(view, recorded, open_page):
+    served = view(recorded)
     page = open_page(
         at(served, "/runs/chapter?step=137"), expected=["ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE"]
     )
-    expect(heading(page)).to_have_text("Step 137 of 500")
+    expect_step(page, 137)
     served.stop()
-    expect(page.get_by_text(re.compile("does not answer"))).to_be_visible()
-    view(port=int(served.origin.rpartition(":")[2]))
-    expect(page.get_by_text(re.compile("does not answer"))).to_be_hidden(timeout=15_000)
+    away = page.locator(".away")
+    expect(away).to_have_text("The server does not answer; trying again.")
     page.keyboard.press("ArrowRight")
-    expect(heading(page)).to_have_text("Step 138 of 500")
+    expect(part(page, "Step").get_by_role("alert")).to_contain_text("the server does not answer")
+    view(recorded, port=served.port)
+    expect(away).to_be_empty()
+    expect_step(page, 138)
+    page.keyboard.press("ArrowRight")
+    expect_step(page, 139)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+def test_the_page_goes_on_after_the_process_that_opens_steps_has_died(view, recorded, open_page):
+    served = view(recorded)
+    page = open_page(at(served, "/runs/chapter?step=137"), expected=["502"])
+    expect_step(page, 137)
+    [worker] = workers_of(served.process.pid)
+    os.kill(worker, signal.SIGKILL)
+    page.keyboard.press("ArrowRight")
+    expect(heading(page).or_(part(page, "Step").get_by_role("alert")).first).not_to_have_text(
+        "Step 137 of 500"
+    )
+    page.keyboard.press("ArrowRight")
+    expect_step(page, 139)
+    expect(part(page, "Step").get_by_role("alert")).to_be_hidden()
+
+
+def workers_of(pid):
+    """Return the processes that were started by a process to open steps."""
+    started = [
+        int(each)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for each in (task / "children").read_text().split()
+    ]
+    return [
+        each
+        for each in started
+        if b"everystep.page.worker" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
