@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import sklearn.datasets
 import torch
 from torch import nn
 
@@ -37,10 +38,10 @@ def test_it_is_json(opened):
 
 
 def test_every_tensor_is_there_with_its_own_statistics(opened):
-    _, step, content = opened
+    run, step, content = opened
     assert len(content["tensors"]) > 40
     for id, told in content["tensors"].items():
-        tensor = tensor_of(step, id)
+        tensor = tensor_of(step, id, run.facts)
         assert told["shape"] == list(tensor.shape), id
         assert f"torch.{told['dtype']}" == str(tensor.dtype)
         expected = statistics(tensor)._asdict()
@@ -51,7 +52,7 @@ def test_every_tensor_is_there_with_its_own_statistics(opened):
 
 def test_every_id_that_is_spoken_of_is_there(opened):
     _, _, content = opened
-    spoken = [content["batch"]["x"], content["batch"]["y"]]
+    spoken = [content["batch"][part] for part in ("x", "y", "images") if content["batch"][part]]
     for layer in content["network"]:
         spoken += [layer["activation"], *layer["parameters"].values()]
     for operation in content["operations"]:
@@ -110,7 +111,11 @@ def test_images_and_classes(runs):
     run = runs["digits"]
     step = run[3]
     content = step_content(step, run)
-    assert content["batch"]["images"] and content["batch"]["rows"] == step.batch.rows.tolist()
+    images = tensor_of(step, content["batch"]["images"], run.facts)
+    pixels = sklearn.datasets.load_digits().images[:, None]
+    # They were scaled for training; as images they are seen as they were.
+    assert all((torch.tensor(pixels) - image).abs().amax((1, 2, 3)).min() < 1e-4 for image in images)
+    assert content["batch"]["rows"] == step.batch.rows.tolist()
     assert content["batch"]["targets"] == [str(n) for n in step.batch.y.tolist()]
     kinds = [layer["type"] for layer in content["network"]]
     expected = ["Conv2d", "ReLU", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Dropout", "Linear"]

@@ -41,7 +41,7 @@ def test_numbers_are_whole_or_reduced(run, report):
     data = data_of(report)
     opened = data["steps"][0]
     for id in opened["content"]["tensors"]:
-        tensor = tensor_of(run[7], id)
+        tensor = tensor_of(run[7], id, run.facts)
         assert data["histograms"][opened["histograms"][id]] == histogram(tensor)
         (kept,) = opened["regions"][id]
         content = base64.b64decode(data["numbers"][kept["numbers"]])

@@ -140,13 +140,13 @@ def step(tmp_path_factory):
 
 
 def test_ids(step):
-    assert tensor_of(step, "batch.x").equal(step.batch.x)
-    assert tensor_of(step, "parameters/0.weight").equal(step.parameters["0.weight"])
-    assert tensor_of(step, "updates/0.weight/change").equal(step.updates["0.weight"].change)
-    assert tensor_of(step, "activations/1").equal(step.activations["1"])
-    assert tensor_of(step, "dropped/2.bias").equal(step.dropped["2.bias"])
+    assert tensor_of(step, "batch.x", {}).equal(step.batch.x)
+    assert tensor_of(step, "parameters/0.weight", {}).equal(step.parameters["0.weight"])
+    assert tensor_of(step, "updates/0.weight/change", {}).equal(step.updates["0.weight"].change)
+    assert tensor_of(step, "activations/1", {}).equal(step.activations["1"])
+    assert tensor_of(step, "dropped/2.bias", {}).equal(step.dropped["2.bias"])
     given = step.operations[0].inputs["parameter/0.weight~1"]
-    assert tensor_of(step, "operations/0/inputs/parameter/0.weight~1").equal(given)
+    assert tensor_of(step, "operations/0/inputs/parameter/0.weight~1", {}).equal(given)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_ids(step):
 )
 def test_ids_that_are_none(step, id):
     with pytest.raises(UsageError, match="has no tensor") as raised:
-        tensor_of(step, id)
+        tensor_of(step, id, {})
     assert len(str(raised.value)) < 400
 
 

@@ -67,15 +67,27 @@ def state_data(columns: RunColumns, status: str) -> dict[str, Any]:
 def about_data(
     name: str, run: RecordedRun, columns: RunColumns, forks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return everything about a run besides its numbers by step."""
+    """Return everything about a run besides its numbers by step.
+
+    Raises:
+        RunError: it does not say what it is.
+    """
     facts = columns.facts
     settings = settings_of(run, facts)
-    return {
+    try:
+        described = {
+            "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
+            "details": report.details(facts),
+            "times": report.times(facts),
+        }
+    except KeyError as error:
+        raise RunError(
+            f"{name} does not say what its {error.args[0]} is: it had not begun when it was stopped, or "
+            "its database was changed"
+        ) from None
+    return described | {
         "name": name,
         **state_data(columns, run.status_by(facts)),
-        "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
-        "details": report.details(facts),
-        "times": report.times(facts),
         "dtype": str(columns.losses.dtype),
         **_landmarks(columns),
         "directory": _argument(run.directory),

@@ -15,8 +15,8 @@ __all__ = ["Module", "modules_of", "network"]
 _LINE = re.compile(r"(?P<indent> *)\((?P<name>[^()]*)\): (?:\d+ x )?(?P<text>(?P<type>\w+)\(.*)")
 _ROOT = re.compile(r"(?P<text>(?P<type>\w+)\(.*)")
 _REPEATED = re.compile(r"(\d{1,6})-(\d{1,6})")
-#: Modules that a line of text stands for at most; the text may be a stranger's.
-_MOST_REPEATED = 10_000
+#: Modules that a text stands for at most; it may be a stranger's.
+_MOST_MODULES = 10_000
 _VIEW = re.compile(r"~\d+$")
 #: What an operation is given besides what comes from the layer before.
 _OWN = ("parameter/", "buffer/")
@@ -47,7 +47,7 @@ def modules_of(text: str) -> dict[str, Module]:
         while len(open_paths) > 1 and open_paths[-1][0] >= indent:
             open_paths.pop()
         parents, names = open_paths[-1][1], _names(match["name"])
-        if len(parents) * len(names) > _MOST_REPEATED:
+        if len(found) + len(parents) * len(names) > _MOST_MODULES:
             continue
         paths = [f"{parent}.{name}" if parent else name for parent in parents for name in names]
         _note(found, paths, match)
@@ -138,7 +138,7 @@ def _names(text: str) -> list[str]:
     if repeated is None:
         return [text]
     first, last = int(repeated[1]), int(repeated[2])
-    return [str(number) for number in range(first, last + 1)[: _MOST_REPEATED + 1]]
+    return [str(number) for number in range(first, last + 1)[: _MOST_MODULES + 1]]
 
 
 def _note(found: dict[str, Module], paths: list[str], match: re.Match[str]) -> None:

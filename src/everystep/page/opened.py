@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from everystep.page.network import network
-from everystep.page.tensors import tensor_of
+from everystep.page.tensors import first_of, images_of
 from everystep.program.operation import Operation
 from everystep.replay.step import Batch, Step, statistics
 from everystep.run import Run
@@ -20,9 +20,6 @@ from everystep.views.mathematics import Line, all_arguments, mathematics, value_
 from everystep.views.terminal import shortest
 
 __all__ = ["step_content"]
-
-#: Images are drawn as such up to this many pixels along a side.
-_LARGEST_IMAGE = 512
 
 
 def step_content(step: Step, run: Run) -> dict[str, Any]:
@@ -105,13 +102,12 @@ class _Tensors:
 
 
 def _batch(batch: Batch, facts: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
-    shape = batch.x.shape
-    is_image = len(shape) == 4 and shape[1] in (1, 3) and max(shape[2:]) <= _LARGEST_IMAGE
+    images = images_of(batch.x, facts)
     return {
         "x": tensors.add("batch.x", batch.x),
         "y": tensors.add("batch.y", batch.y),
         "rows": None if batch.rows is None else batch.rows.tolist(),
-        "images": is_image and batch.x.is_floating_point(),
+        "images": None if images is None else tensors.add("batch.images", images),
         "targets": _targets(batch.y, (facts.get("preparation") or {}).get("classes")),
     }
 
@@ -129,9 +125,11 @@ def _network(step: Step, text: str, tensors: _Tensors) -> list[dict[str, Any]]:
     layers = network(step, text)
     for layer in layers:
         if layer["activation"] is not None:
-            tensors.add(layer["activation"], tensor_of(step, layer["activation"]))
+            activation = first_of(step.activations[layer["path"]])
+            assert activation is not None
+            tensors.add(layer["activation"], activation)
         for name in layer["parameters"].values():
-            tensors.add(name, tensor_of(step, name))
+            tensors.add(name, step.parameters[name.partition("/")[2]])
     return layers
 
 

@@ -10,6 +10,8 @@ from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from typing import BinaryIO
 
+from everystep.experiment.files import ONLY_OWN_FILES
+
 __all__ = ["begin", "end", "kill", "own_stdout"]
 
 #: Bytes that a line from such a process may have.
@@ -23,7 +25,7 @@ async def begin(module: str, **environment: str) -> Process:
 
     Its stderr is that of the server. Ctrl-C in the server's terminal does not reach it: the server
     ends it, in its own way. Nothing is imported from the directory that the server was started in,
-    which may be a stranger's.
+    which may be a stranger's, and no file is read that a run only names.
     """
     return await asyncio.create_subprocess_exec(
         sys.executable,
@@ -33,7 +35,7 @@ async def begin(module: str, **environment: str) -> Process:
         stdout=PIPE,
         limit=_LONGEST_LINE,
         start_new_session=True,
-        env=environment | os.environ | {"PYTHONSAFEPATH": "1"},
+        env=environment | os.environ | {"PYTHONSAFEPATH": "1", ONLY_OWN_FILES: "1"},
     )
 
 

@@ -99,7 +99,7 @@ class _Kept:
     def step(self, step: Step, run: Run) -> dict[str, Any]:
         """Return a step as the page holds it."""
         content = step_content(step, run)
-        tensors = {id: tensor_of(step, id) for id in content["tensors"]}
+        tensors = {id: tensor_of(step, id, run.facts) for id in content["tensors"]}
         return {
             "content": content,
             "regions": {id: self._slices(tensor) for id, tensor in tensors.items()},

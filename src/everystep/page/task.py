@@ -142,9 +142,7 @@ def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
         "steps": [{"step": step, "loss": shortest(loss)} for step, loss in losses.items()],
         "left_out_from": found.inexact,
         "nonfinite": nonfinite_data(made),
-        "text": nonfinite_text(made)
-        if is_origin
-        else when_text(Found(tuple(losses)), losses) or "no step",
+        "text": nonfinite_text(made) if is_origin else when_text(listed, losses) or "no step",
     }
 
 

@@ -13,10 +13,22 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.replay.step import Step
 
-__all__ = ["MOST", "Region", "first_of", "histogram", "matrix", "region", "regions", "tensor_of"]
+__all__ = [
+    "MOST",
+    "Region",
+    "first_of",
+    "histogram",
+    "images_of",
+    "matrix",
+    "region",
+    "regions",
+    "tensor_of",
+]
 
 #: Rows and columns that a region has at most.
 MOST = 2048
+#: Images are drawn as such up to this many pixels along a side.
+_LARGEST_IMAGE = 512
 #: Slices that come at once.
 MOST_SLICES = 512
 #: Buckets of a histogram.
@@ -32,8 +44,10 @@ class Region(NamedTuple):
     numbers: bytes
 
 
-def tensor_of(step: Step, id: str) -> Tensor:
+def tensor_of(step: Step, id: str, facts: dict[str, Any]) -> Tensor:
     """Return a tensor of a step by its id, such as `batch.x` or `operations/3/inputs/x`.
+
+    facts: of the run.
 
     Raises:
         UsageError: the step has no such tensor.
@@ -42,6 +56,8 @@ def tensor_of(step: Step, id: str) -> Tensor:
     found: Any = None
     if id in ("batch.x", "batch.y"):
         found = step.batch.x if id == "batch.x" else step.batch.y
+    elif id == "batch.images":
+        found = images_of(step.batch.x, facts)
     elif kind in ("parameters", "dropped", "gradients", "activations"):
         found = first_of(getattr(step, kind).get(name))
     elif kind == "updates":
@@ -55,6 +71,26 @@ def tensor_of(step: Step, id: str) -> Tensor:
             f"step {step.number} has no tensor {id!r:.200}; the step's own list says which there are"
         )
     return found
+
+
+def images_of(x: Tensor, facts: dict[str, Any]) -> Tensor | None:
+    """Return the images that a batch is, as they were before they were scaled; None: it is none.
+
+    Args:
+        x: (N, 1 or 3, H, W).
+        facts: of the run.
+    """
+    shape = x.shape
+    if len(shape) != 4 or shape[1] not in (1, 3) or max(shape[2:]) > _LARGEST_IMAGE:
+        return None
+    if not x.is_floating_point():
+        return None
+    scaling = (facts.get("preparation") or {}).get("scaling") or {}
+    try:
+        mean, deviation = (x.new_tensor(scaling[key]).view(shape[1:]) for key in ("mean", "deviation"))
+    except (KeyError, TypeError, ValueError, RuntimeError):  # they were not, or not as everystep does it
+        return x
+    return x * deviation + mean
 
 
 def first_of(given: Any) -> Tensor | None:

@@ -112,8 +112,8 @@ def answers(
         except EverystepError as error:
             status, about = _status_of(error), {"error": str(error)}
         except Exception as error:  # it must not end: the next question may be another
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            status, about = 500, {"error": f"the step cannot be shown: {reason[0]}"}
+            reason = f"{type(error).__name__}: {error}".strip(": ").partition("\n")[0]
+            status, about = 500, {"error": f"the step cannot be shown: {reason}"}
         told = {"status": status, "about": about, "bytes": len(content)}
         yield json.dumps(told).encode() + b"\n" + content
 
@@ -140,15 +140,15 @@ def _content(openers: Openers, request: dict[str, Any]) -> Found:
 
 
 def _numbers(openers: Openers, request: dict[str, Any]) -> Found:
-    _, step = openers.step(request["run"], request["step"])
-    tensor = tensor_of(step, request["id"])
+    run, step = openers.step(request["run"], request["step"])
+    tensor = tensor_of(step, request["id"], run.facts)
     wanted = (request[key] for key in ("index", "count", "rows", "columns", "most"))
     return regions(tensor, *wanted)
 
 
 def _histogram(openers: Openers, request: dict[str, Any]) -> Found:
-    _, step = openers.step(request["run"], request["step"])
-    return {}, json.dumps(histogram(tensor_of(step, request["id"]))).encode()
+    run, step = openers.step(request["run"], request["step"])
+    return {}, json.dumps(histogram(tensor_of(step, request["id"], run.facts))).encode()
 
 
 def _report(openers: Openers, request: dict[str, Any]) -> Found:

@@ -50,6 +50,8 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
     built = [(rule, _read_program(own_path(run.directory, rule["file"]))) for rule in engine["programs"]]
     with generators_preserved(device):
         x, y = (part.to(device) for part in _data(run, facts, objects))
+        if len(x) != batches.rows:
+            raise RunError(f"{run.name} says that its data has {batches.rows:,} rows; it has {len(x):,}")
         batch = batches.of(x, y)
         trainee = _living(run, facts, objects, batch, device) if engine["eager_from"] else None
         if trainee is None:

@@ -26,6 +26,13 @@ export function measuredLine(run, name, isRate, lines) {
   };
 }
 
+/** Return whether losses are so far apart that a linear axis shows the largest alone. */
+export function spanDecades(lines) {
+  const losses = lines.filter(({ curve }) => curve.measurement === null).flatMap(({ curve }) => curve.points()[1]);
+  const [low, high] = losses.reduce(([least, most], loss) => (Number.isFinite(loss) ? [Math.min(least, loss), Math.max(most, loss)] : [least, most]), [Infinity, 0]);
+  return low > 0 && high >= 100 * low;
+}
+
 /** Return what the chart draws of lines: those that are shown, the losses faint under their averages. */
 export function drawnOf(lines, weight) {
   const shown = lines.filter((line) => line.isShown);

@@ -4,7 +4,7 @@ import { element } from "../shared/elements.js";
 import { fullText, whole } from "../shared/format.js";
 import { chartOptions, drawMarks, loadUPlot, sizeOf } from "./chart.js";
 import { plotControls } from "./controls.js";
-import { columnsOf, drawnOf, lossLine, measuredLine, stacked } from "./lines.js";
+import { columnsOf, drawnOf, lossLine, measuredLine, spanDecades, stacked } from "./lines.js";
 import { StepMark } from "./mark.js";
 import { Timers } from "../shared/timers.js";
 import { listenToInput } from "./input.js";
@@ -137,6 +137,9 @@ class LossPlot {
     try {
       await Promise.all([loadUPlot(), first.curve.load(signal), ...others.map((line) => loadOther(line, signal))]);
       if (signal.aborted) return;
+      // Points of several runs would hide each other, as would losses near zero.
+      this.#isLine = this.names.length > 1;
+      this.#isLog = this.#isLine && spanDecades(this.#lines);
       this.#build();
       await this.#load(this.#lines.filter((line) => line.isShown && line.curve.measurement !== null));
     } catch (error) {

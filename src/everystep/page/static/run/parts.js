@@ -32,7 +32,7 @@ export function runParts(name, does) {
   const waiting = element("p", { class: "muted", role: "status", hidden: true });
   const shown = element("div", { class: "step-host" });
   const step = element("section", { class: "step-part", "aria-label": "Step" }, bar, problem, waiting, shown);
-  const left = element("div", { class: "run-left" }, loss, questions, table);
+  const left = element("div", { class: "run-left" }, loss, table, questions);
   const body = element("div", { class: "run-body" }, left, step);
   // What sticks within the step sticks beneath the bar.
   const measured = new ResizeObserver(() => step.style.setProperty("--step-top", `${bar.offsetHeight}px`));
@@ -41,12 +41,9 @@ export function runParts(name, does) {
 }
 
 /** Put the step beside the plot and the table where there is room, else between them. */
-export function arrange({ step, left, body, loss, facts, table, questions }, main, { isOpen, isWide }) {
+export function arrange({ step, left, body, loss, facts }, main, { isOpen, isWide }) {
   if (isOpen && isWide) body.append(step);
   else if (step.previousSibling !== loss) loss.after(step);
-  // While stepping, the table is what one looks at beside the step.
-  if (isOpen) left.append(table, questions);
-  else left.append(questions, table);
   main.classList.toggle("wide", isOpen);
   body.classList.toggle("with-step", isOpen);
   left.toggleAttribute("data-beside", isOpen && isWide);

@@ -125,12 +125,13 @@ class StepTable {
   // The page that DataTables asks for, or null where the server says no: then what is shown stays.
   async #page(asked) {
     const here = this.#answer;
+    const filters = this.#filters(asked);
     this.#answer = null;
     if (here !== null) return here;
     this.#asking.abort();
     this.#asking = new AbortController();
     try {
-      const query = { ...this.#filters(asked), start: asked.start, length: asked.length };
+      const query = { ...filters, start: asked.start, length: asked.length };
       const answer = await ask(this.#address("table", query), this.#asking);
       this.#say("");
       return answer;

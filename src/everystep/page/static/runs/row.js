@@ -31,12 +31,17 @@ class RunRow {
   }
 
   update(run) {
+    const isSame = (...keys) => keys.every((key) => JSON.stringify(run[key]) === JSON.stringify(this.run?.[key]));
+    const isNamed = this.run && isSame("parent", "problem");
     this.run = run;
     const { name, problem, status, steps, planned, last_loss: loss, started } = run;
     this.host.classList.toggle("unreadable", problem !== null);
     this.box.disabled = problem !== null;
-    const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
-    this.name.replaceChildren(problem === null ? link : name, ...this.#lineage());
+    if (!isNamed) {
+      // A link that is about to be clicked, or has the focus, stays.
+      const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
+      this.name.replaceChildren(problem === null ? link : name, ...this.#lineage());
+    }
     const state = problem === null ? [status, status] : ["failed", "cannot be read"];
     this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]));
     this.steps.textContent = steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`;

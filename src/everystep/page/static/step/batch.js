@@ -15,7 +15,7 @@ const PATIENCE = 60;
 
 /** Return the part that shows the batch. */
 export function batch(view) {
-  const structureOf = ({ batch, tensors }) => [batch.images, tensors[batch.x].shape.slice(1), batch.targets === null];
+  const structureOf = ({ batch, tensors }) => [batch.images !== null, tensors[batch.x].shape.slice(1), batch.targets === null];
   return rebuilt(element("div", { class: "batch" }), structureOf, ({ batch }) => [
     rowsOfData(),
     ...(batch.images ? [images(view)] : []),
@@ -72,14 +72,14 @@ function images(view) {
 
   const drawing = latest(async (given, signal) => {
     const { batch, tensors, step } = given;
-    const [count, channels] = tensors[batch.x].shape;
+    const [count, channels] = tensors[batch.images].shape;
     const length = Math.min(shown, count);
-    const pixels = await view.source.numbers(step, batch.x, { index: 0, count: length * channels, most: 512 }, { signal });
+    const pixels = await view.source.numbers(step, batch.images, { index: 0, count: length * channels, most: 512 }, { signal });
     if (signal.aborted) return;
     while (figures.length < length) figures.push(figure());
     grid.replaceChildren(...figures.slice(0, length).map((one) => one.node));
     for (let place = 0; place < length; place += 1) {
-      figures[place].draw(imageOf(pixels, place, channels), tensors[batch.x], textsOf(batch, place));
+      figures[place].draw(imageOf(pixels, place, channels), tensors[batch.images], textsOf(batch, place));
     }
     setText(more, `more: ${whole(length)} of ${whole(count)} shown`);
     show(more, length < Math.min(count, IMAGES_MOST));

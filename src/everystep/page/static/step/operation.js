@@ -48,14 +48,15 @@ function operationRow(view, number) {
     className: "operation",
     open: () => insides(view, number),
     changed: (isOpen) => view.chosen(number, isOpen),
-    update({ operations, tensors }) {
+    update({ operations, tensors, network }) {
       const operation = operations[number];
       const now = operation.left ? `${operation.left} = ${operation.right}` : operation.right;
       if (now !== line) {
         line = now;
         mathematics.replaceChildren(...typeset(now));
         part.toggle.setAttribute("aria-label", `operation #${number}: ${now}`);
-        setText(module, operation.module ?? "");
+        const layer = network.find(({ path }) => path === operation.module);
+        setText(module, [layer?.type, operation.module].filter(Boolean).join(" "));
         setText(operator, operation.operator);
         operator.title = operation.operator;
       }

@@ -15,7 +15,7 @@ const known = new Map();
 export async function open({ one, other }, main) {
   const names = [one, other];
   document.title = names.every(Boolean) ? `${one} and ${other} – everystep` : "Compare – everystep";
-  document.querySelector("#trail").replaceChildren("Compare");
+  document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Compare");
   const { directory, runs } = await ask("/api/runs");
   const found = names.map((name) => runs.find((run) => run.name === name));
   main.append(element("h1", { class: "unseen" }, document.title), headOf(names, found, runs));

@@ -32,7 +32,8 @@ export class Extract {
   }
 
   get isWhole() {
-    return this.cell.width <= this.fit.width && this.cell.height <= this.fit.height;
+    // In and out again is the whole, though the factors are rounded.
+    return ["width", "height"].every((name) => this.cell[name] <= this.fit[name] * (1 + 1e-9));
   }
 
   /** Take over the place of another extract of a grid just as large. */

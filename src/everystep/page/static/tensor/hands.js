@@ -22,8 +22,12 @@ export function handle(map) {
       event.stopPropagation();
     },
   };
-  for (const [name, listener] of Object.entries(listeners)) canvas.addEventListener(name, listener, { passive: false });
-  return () => Object.entries(listeners).forEach(([name, listener]) => canvas.removeEventListener(name, listener));
+  const ended = new AbortController();
+  for (const [name, listener] of Object.entries(listeners)) {
+    const hear = (event) => map.extract && listener(event); // there is nothing to move before there are numbers
+    canvas.addEventListener(name, hear, { passive: false, signal: ended.signal });
+  }
+  return () => ended.abort();
 }
 
 function pointerListeners(map) {
@@ -81,9 +85,11 @@ function move(map, [down, right]) {
   const { rows, columns } = map.extract;
   const [high, wide] = map.block;
   const { rows: [top], columns: [left] } = map.extract.seen();
-  const [row, column] = map.cursor ?? [top - down * high, left - right * wide];
   const within = (value, length) => Math.min(Math.max(value, 0), length - 1);
-  map.point([within(row + down * high || 0, rows), within(column + right * wide || 0, columns)], true);
+  const isFirst = !map.cursor && Number.isFinite(right); // it appears where the map begins
+  const [row, column] = map.cursor ?? [top, left];
+  const next = isFirst ? [row, column] : [row + down * high, column + right * wide];
+  map.point([within(next[0], rows), within(next[1], columns)], true);
 }
 
 function pinch(map, other, before, now) {
