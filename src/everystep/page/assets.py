@@ -46,6 +46,7 @@ def _table() -> dict[str, Path]:
     own = {path.relative_to(_HERE).as_posix(): path for path in sorted(_HERE.rglob("*.*"))}
     return own | {
         "base.css": _VIEWS / "templates" / "page.css",
+        "facts.css": _VIEWS / "templates" / "facts.css",
         "table.css": _VIEWS / "templates" / "table.css",
         "uPlot.js": vendored / "uPlot.iife.min.js",
         "uPlot.min.css": vendored / "uPlot.min.css",

@@ -64,7 +64,7 @@ function thumbnail(view, id) {
 
 function images(view) {
   const grid = element("div", { class: "images" });
-  const more = button("", () => showMore(), { class: "plain" });
+  const more = button("", () => showMore(), { class: "plain", hidden: true });
   const node = element("div", {}, grid, more);
   const figures = [];
   let shown = IMAGES_SHOWN;
