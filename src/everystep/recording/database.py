@@ -154,12 +154,13 @@ class Database:
 
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""
+        # Steps are numbered from 1 without gaps; counting them would read them all.
         rows = self._rows(
-            "SELECT count(*), (SELECT loss FROM steps ORDER BY step LIMIT 1), "
+            "SELECT coalesce(max(step), 0), (SELECT loss FROM steps ORDER BY step LIMIT 1), "
             "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps"
         )
-        count, first, last = rows[0]
-        return count, first, last
+        newest, first, last = rows[0]
+        return newest, first, last
 
     def measured(self, name: str) -> dict[int, float | None]:
         """Return the values of one measurement by step."""

@@ -42,7 +42,7 @@ def chromium():
 def browser(chromium):
     from playwright.sync_api import expect, sync_playwright
 
-    expect.set_options(timeout=8_000)  # a worker imports torch before it opens the first step
+    expect.set_options(timeout=30_000)  # a worker imports torch before it opens the first step
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield started
@@ -149,7 +149,7 @@ def recorded(tmp_path_factory):
     chapter.fork(137, lr=2e-4, directory=directory / "fork", progress=False)
     short = {"optimizer.lr": 1e-2, "steps": 30}
     train("two-layer", short, directory=directory / "diverged", progress=False)
-    train("digits", {"epochs": 3}, directory=directory / "digits", progress=False)
+    train("digits", {"epochs": 8}, directory=directory / "digits", progress=False)
     return directory
 
 

@@ -82,12 +82,12 @@ def expect_axe_finds_nothing_serious(page):
 
     found = Axe().run(page).response["violations"]
     serious = [each for each in found if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], each["nodes"][0]["html"][:200]) for each in serious] == []
+    assert not serious, [(each["id"], each["nodes"][0]["html"][:200]) for each in serious]
 
 
 def expect_no_sideways_scrolling(page):
     width, visible = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-    assert width <= visible
+    assert width <= visible, f"{width} pixels on {visible}"
 
 
 @contextmanager

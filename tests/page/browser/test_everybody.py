@@ -1,105 +1,135 @@
-"""For everybody: light and dark, phones, screen readers, keyboards; and against strangers."""
-
-import http.client
-import re
-import shutil
+"""For everybody: light and dark, phones, screen readers, keyboards, and those whom motion disturbs."""
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import at, heading
+from tests.page.browser.places import (
+    expect_axe_finds_nothing_serious,
+    expect_no_sideways_scrolling,
+    expect_step,
+    heading,
+    plot,
+    row,
+)
 
 PLACES = ["/", "/runs/chapter", "/runs/digits?step=7&operation=0", "/compare?one=chapter&other=fork"]
-HOSTILE = "<img src=x onerror=alert(1)>"
+LIGHTNESS = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3).map(Number)"
 
 
 def wait_until_drawn(page, path):
     if path == "/":
-        expect(page.locator("tr[data-name=chapter] svg path")).to_be_visible()
+        expect(row(page, "chapter").locator("svg path")).to_be_visible()
     elif path.startswith("/compare"):
         expect(page.locator("mark").first).to_be_visible()
+        plot(page)
     else:
-        expect(page.locator(".u-over")).to_be_visible()
-        if "step" in path:
-            expect(heading(page)).to_be_visible()
+        plot(page)
+        expect(page.locator("tr[data-step]")).to_have_count(10)
+    if "operation" in path:
+        expect(page.locator("[data-number='0'] canvas[role=img]").first).to_be_visible()
+        expect(page.locator(".panel[aria-busy]")).to_have_count(0)
+        expect(page.get_by_role("img", name="image of row")).to_have_count(16)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", PLACES)
-def test_axe_finds_nothing_serious(view, runs, open_page, path, scheme):
-    from axe_playwright_python.sync_playwright import Axe
-
-    page = open_page(at(view(), path), color_scheme=scheme, bypass_csp=True)
+def test_axe_finds_nothing_serious(visit, path, scheme):
+    page = visit(path, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce")
     wait_until_drawn(page, path)
-    page.wait_for_timeout(300)
-    found = Axe().run(page).response["violations"]
-    serious = [each for each in found if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], each["nodes"][0]["html"][:200]) for each in serious] == []
+    expect_axe_finds_nothing_serious(page)
 
 
-@pytest.mark.parametrize("path", PLACES)
-def test_a_phone_shows_all_of_it_without_going_sideways(view, runs, open_page, path):
-    page = open_page(at(view(), path), viewport={"width": 360, "height": 740}, has_touch=True)
-    wait_until_drawn(page, path)
-    width, visible = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-    assert width <= visible == 360
-
-
-def test_dark_mode_is_dark_and_follows_a_change(view, runs, open_page):
-    page = open_page(at(view(), "/runs/chapter"), color_scheme="dark")
-    expect(page.locator(".u-over")).to_be_visible()
-    lightness = (
-        "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3).map(Number)"
-    )
-    assert max(page.evaluate(lightness)) < 60
-    page.emulate_media(color_scheme="light")
-    assert min(page.evaluate(lightness)) > 200
-
-
-def test_names_and_texts_from_runs_are_text(view, runs, open_page):
-    shutil.copytree(runs / "chapter", runs / HOSTILE)
-    page = open_page(view().address)
-    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
-    page.get_by_role("link", name=HOSTILE).click()
-    expect(page.locator("h1")).to_have_text(HOSTILE)
-    page.keyboard.press("Home")
-    expect(heading(page)).to_have_text("Step 1 of 500")
-    page.get_by_role("button", name="Save this view").click()
+@pytest.mark.parametrize("name", ["keys", "Fork", "Compare", "Save this view"])
+def test_axe_finds_nothing_serious_in_dialogs(visit, name):
+    page = visit("/runs/chapter?step=137", bypass_csp=True)
+    expect_step(page, 137)
+    page.get_by_role("button", name=name, exact=True).click()
     expect(page.get_by_role("dialog")).to_be_visible()
+    expect_axe_finds_nothing_serious(page)
     page.keyboard.press("Escape")
-    page.goto(page.url.partition("/runs/")[0] + "/compare?one=chapter&other=" + HOSTILE)
-    expect(page.locator("main")).to_contain_text(re.compile("same", re.I))
-    assert page.locator("img").count() == 0
+    expect(page.get_by_role("dialog")).to_have_count(0)
 
 
-def test_a_page_of_another_site_gets_nothing(view, runs, open_page):
-    served = view()
-    page = open_page(served.address)
-    expect(page.locator("tr[data-name=chapter]")).to_be_visible()
-    host, _, port = served.origin.removeprefix("http://").partition(":")
-    for headers in ({"Host": f"attacker.example:{port}"}, {"Origin": "http://attacker.example"}, {}):
-        connection = http.client.HTTPConnection(host, int(port))
-        connection.request("GET", "/api/runs", headers=headers)
-        assert connection.getresponse().status == 403
-        connection.close()
-    stranger = open_page(f"http://localhost:{port}/api/runs", expected=["403"])
-    assert "chapter" not in stranger.content()
+@pytest.mark.parametrize("width", [360, 2560])
+@pytest.mark.parametrize("path", PLACES)
+def test_narrow_and_wide_screens_show_all_without_going_sideways(visit, path, width):
+    page = visit(path, viewport={"width": width, "height": 740})
+    wait_until_drawn(page, path)
+    expect_no_sideways_scrolling(page)
 
 
-def test_a_run_that_is_not_there_is_said(view, runs, open_page):
-    page = open_page(at(view(), "/runs/nothing"), expected=["404"])
-    expect(page.get_by_role("alert")).to_contain_text("nothing")
+def test_a_phone_walks_through_a_run(visit):
+    page = visit("/", viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    row(page, "chapter").get_by_role("link", name="chapter").tap()
+    page.get_by_role("button", name="first step (Home)").tap()
+    expect_step(page, 1)
+    page.get_by_role("button", name="the next step (→)").tap()
+    expect_step(page, 2)
+    page.locator("[data-number='1'] .unfold").first.tap()
+    expect(page.locator("[data-number='1'] canvas[role=img]").first).to_be_visible()
+    expect_no_sideways_scrolling(page)
 
 
-def test_everything_can_be_done_by_keyboard(view, runs, open_page):
-    page = open_page(view().address)
-    expect(page.locator("tr[data-name=chapter]")).to_be_visible()
+def test_the_step_stands_beside_the_plot_where_there_is_room(visit):
+    page = visit("/runs/chapter?step=137", viewport={"width": 1600, "height": 900})
+    expect_step(page, 137)
+    over = plot(page).bounding_box()
+    assert heading(page).bounding_box()["x"] > over["x"] + over["width"]
+    page.set_viewport_size({"width": 800, "height": 900})
+    page.wait_for_function(
+        "document.querySelector('.step').getBoundingClientRect().left < innerWidth / 2", timeout=5000
+    )
+
+
+def test_dark_mode_is_dark_and_follows_a_change(visit):
+    page = visit("/runs/chapter", color_scheme="dark")
+    plot(page)
+    assert max(page.evaluate(LIGHTNESS)) < 60
+    page.emulate_media(color_scheme="light")
+    assert min(page.evaluate(LIGHTNESS)) > 200
+
+
+def test_nothing_moves_for_those_whom_motion_disturbs(visit):
+    page = visit("/runs/digits?step=7&operation=0", reduced_motion="reduce")
+    expect(page.locator("[data-number='0'] canvas[role=img]").first).to_be_visible()
+    page.keyboard.press("ArrowRight")
+    moving = """[...document.querySelectorAll("*")].filter((each) => {
+      const { animationName, transitionDuration } = getComputedStyle(each);
+      return animationName !== "none" || transitionDuration.split(", ").some((one) => parseFloat(one));
+    }).length"""
+    assert page.evaluate(moving) == page.evaluate("document.getAnimations().length") == 0
+
+
+def test_everything_is_reached_by_keyboard(visit):
+    page = visit("/")
+    expect(row(page, "chapter")).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.get_by_text("Skip to the content")).to_be_focused()
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.textContent") == "chapter":
-            break
+    tab_to(page, "chapter")
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_have_text("chapter")
     page.keyboard.press("End")
-    expect(heading(page)).to_have_text("Step 500 of 500")
+    expect_step(page, 500)
+    tab_to(page, "#1")
+    page.keyboard.press("Enter")
+    expect(page.locator("[data-number='1'] canvas[role=img]").first).to_be_visible()
+
+
+def tab_to(page, text):
+    """Press Tab until what has the focus says a text, seen to have it."""
+    for _ in range(150):
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus")
+        if focused.count() and focused.inner_text().strip() == text:
+            break
+    style = page.evaluate(
+        "(({ outlineStyle, boxShadow }) => [outlineStyle, boxShadow])(getComputedStyle(document.activeElement))"
+    )
+    assert style != ["none", "none"]
+
+
+def test_the_title_and_a_status_tell_what_is_shown(visit):
+    page = visit("/runs/chapter")
+    expect(page).to_have_title("chapter – everystep")
+    expect(page.locator("#status")).to_have_text("chapter – everystep")
+    page.get_by_role("link", name="All runs").click()
+    expect(page.locator("#status")).to_have_text("everystep")

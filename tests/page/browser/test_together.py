@@ -1,109 +1,203 @@
-"""Several runs in the browser: laid over each other, compared, forked; questions, and saved views."""
+"""Several runs in the browser: compared and forked; and views that are saved."""
 
 import re
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import at, heading
+from tests.page.browser.places import (
+    expect_axe_finds_nothing_serious,
+    expect_no_sideways_scrolling,
+    expect_step,
+    part,
+    plot,
+    unfold,
+    value,
+)
 
 import everystep
 
 
-@pytest.fixture
-def served(view, runs):
-    return view()
-
-
-def test_two_runs_are_picked_and_compared_down_to_the_operation(served, open_page):
-    page = open_page(served.address)
-    page.get_by_label("pick chapter", exact=True).check()
-    page.get_by_label("pick fork", exact=True).check()
-    page.get_by_role("button", name="Compare").click()
-    expect(page.locator("main")).to_contain_text(re.compile("part at step 139"))
-    text = page.locator("main").inner_text()
-    assert "optimizer.lr" in text and "0.0002" in text
-    assert "aten.mul" in text
-    expect(page.locator("mark").first).to_be_visible()
-    page.get_by_role("link", name=re.compile("step 138", re.I)).first.click()
-    expect(heading(page)).to_have_text("Step 138 of 500")
+def test_two_runs_are_compared_down_to_the_operation(visit):
+    page = visit("/compare?one=chapter&other=fork")
+    verdict = page.locator("main").get_by_role("status").filter(has_text="part at step")
+    expect(verdict).to_contain_text(
+        "The losses part at step 139; the first operation to differ is #11 of step 138"
+    )
+    expect(verdict).to_contain_text("because lr is 0.0001 and 0.0002")
+    plot(page)
+    sides = page.locator(".parting .side")
+    expect(sides).to_have_count(2)
+    for side in sides.all():
+        expect(side).to_contain_text("aten.mul.Tensor")
+    marked = page.locator(".parting table.numbers mark")
+    expect(marked.first).to_be_visible()
+    one, other = [
+        page.get_by_role("region", name=re.compile(f"mul of {run}$")) for run in ("chapter", "fork")
+    ]
+    assert one.locator("mark").count() == other.locator("mark").count() > 0
+    assert float(other.locator("mark").first.inner_text()) == pytest.approx(
+        2 * float(one.locator("mark").first.inner_text()), rel=1e-3
+    )
+    sides.nth(1).get_by_role("link", name="Open it in step 138").click()
+    expect_step(page, 138)
+    expect(page).to_have_url(re.compile(r"/runs/fork\?step=138&phase=update&operation=11$"))
     page.go_back()
-    expect(page.locator("main")).to_contain_text(re.compile("part at step 139"))
+    expect(verdict).to_be_visible()  # at once: what was compared is known
+    expect(page.get_by_role("progressbar")).to_have_count(0)
+    page.get_by_role("button", name="swap the runs").click()
+    expect(page).to_have_url(re.compile(r"one=fork&other=chapter$"))
 
 
-def test_several_runs_are_laid_over_each_other_and_taken_away_again(served, open_page):
-    page = open_page(served.address)
-    page.get_by_label("pick chapter", exact=True).check()
-    page.get_by_label("pick fork", exact=True).check()
-    page.get_by_role("button", name="Overlay").click()
-    expect(page.locator(".u-over")).to_be_visible()
-    assert "beside=" in page.url
+def test_a_run_and_itself_are_the_same(visit):
+    page = visit("/compare?one=chapter&other=chapter")
+    expect(page.get_by_text("This is one run twice, and so the same, bit for bit")).to_be_visible()
+    page.get_by_role("combobox", name="second run: choose another").select_option("fork")
+    expect(page).to_have_url(re.compile(r"one=chapter&other=fork$"))
+    expect(page.get_by_text("part at step 139").first).to_be_visible()
 
 
-def test_a_fork_is_trained_from_the_step_that_is_looked_at(served, runs, open_page):
-    page = open_page(at(served, "/runs/chapter?step=137"))
-    expect(heading(page)).to_have_text("Step 137 of 500")
+def test_a_copy_is_the_same_bit_for_bit(copied, visit):
+    copy = copied("diverged")
+    page = visit(f"/compare?one=diverged&other={copy.name}")
+    expect(page.locator("p.verdict")).to_contain_text(re.compile("the same", re.I))
+    expect(page.get_by_text("The losses of all 30 common steps are the same.")).to_be_visible()
+
+
+def test_runs_of_nothing_in_common_are_compared_too(visit):
+    page = visit("/compare?one=chapter&other=digits")
+    expect(page.locator("p.verdict")).not_to_be_empty()
+    table = page.locator("table.differences").first
+    expect(table).to_contain_text("data.source")
+    expect(table).to_contain_text("bundled")
+
+
+def test_a_run_to_compare_with_that_is_not_there_is_said(visit):
+    page = visit("/compare?one=chapter&other=nothing")
+    expect(page.get_by_text("There is no run nothing here; choose another.")).to_be_visible()
+    page.goto(page.url.partition("?")[0])
+    expect(page.get_by_text("Choose two runs to compare.")).to_be_visible()
+
+
+def test_a_run_leads_to_its_comparison_and_to_its_overlay(visit):
+    page = visit("/runs/digits")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    choice = page.get_by_role("dialog", name="digits and …")
+    choice.get_by_role("listitem").filter(has_text="diverged").get_by_role(
+        "link", name="show beside"
+    ).click()
+    expect(page).to_have_url(re.compile(r"/runs/digits\?beside=diverged$"))
+    expect(choice).to_be_hidden()
+
+
+def test_a_fork_is_trained_from_the_step_that_is_looked_at(copied, recorded, visit):
+    parent = copied("chapter")
+    page = visit(f"/runs/{parent.name}?step=137")
+    expect_step(page, 137)
     page.keyboard.press("f")
-    dialog = page.get_by_role("dialog")
-    expect(dialog).to_contain_text("Fork after step 137")
-    dialog.get_by_label("optimizer.lr").fill("quick")
-    dialog.get_by_role("button", name="Train it").click()
-    expect(dialog).to_contain_text("optimizer.lr")
-    expect(dialog.locator(".alarm, [role=alert]").first).to_be_visible()
-    dialog.get_by_label("optimizer.lr").fill("3e-4")
-    dialog.get_by_label("name").fill("faster")
-    expect(dialog).to_contain_text("everystep fork chapter --at 137 --set optimizer.lr=3e-4")
-    dialog.get_by_role("button", name="Train it").click()
-    expect(page.locator("h1")).to_have_text("faster")
-    assert page.url.endswith("/runs/faster?beside=chapter")
-    expect(page.locator(".state.finished")).to_be_visible()
-    fork = everystep.open(runs / "faster")
-    assert fork.summary().parent == ("chapter", 137)
-    by_hand = everystep.open(runs / "chapter").fork(137, lr=3e-4, directory="again", progress=False)
+    dialog = page.get_by_role("dialog", name="Fork after step 137")
+    rate, name = (dialog.get_by_label(label, exact=True) for label in ("optimizer.lr", "name"))
+    begin = dialog.get_by_role("button", name="Train it")
+    rate.fill("quick")
+    name.fill(f"{parent.name}-faster")
+    begin.click()
+    expect(dialog.locator(".alarm")).to_contain_text("lr")
+    expect(name).to_have_value(f"{parent.name}-faster")
+    rate.fill("3e-4")
+    expect(dialog).to_contain_text(
+        f"everystep fork {parent.name} --at 137 --set optimizer.lr=3e-4 --steps 500"
+        if dialog.get_by_label("steps").input_value()
+        else f"everystep fork {parent.name} --at 137 --set optimizer.lr=3e-4 --run runs/{parent.name}-faster"
+    )
+    begin.click()
+    expect(page.locator("h1")).to_have_text(f"{parent.name}-faster")
+    expect(page).to_have_url(re.compile(rf"/runs/{parent.name}-faster\?beside={parent.name}$"))
+    expect(page.locator(".run-head .state")).to_have_text("finished")
+    fork = everystep.open(recorded / f"{parent.name}-faster")
+    assert fork.summary().parent == (parent.name, 137)
+    by_hand = everystep.open(parent).fork(137, lr=3e-4, directory="by-hand", progress=False)
     assert fork.losses.equals(by_hand.losses)
+    page.get_by_text(f"fork of {parent.name} at 137").get_by_role("link", name=parent.name).click()
+    expect(page.get_by_text("forked at 137:").filter(has_text="faster")).to_be_visible()
 
 
-def test_what_is_measured_in_hindsight_appears_in_the_plot(served, runs, open_page):
-    page = open_page(at(served, "/runs/chapter"))
-    field = page.get_by_label("Measure", exact=True).last
-    form = page.locator("form", has=page.get_by_role("heading", name="Measure"))
-    form.locator("input.mono").fill("norm(gradients['0.weight']")
-    form.get_by_role("button", name="Measure", exact=True).click()
-    expect(form.get_by_role("alert").or_(form.locator(".alarm")).first).to_be_visible()
-    form.locator("input.mono").fill("norm(gradients['0.weight'])")
-    form.get_by_label(re.compile("^name")).fill("size")
-    form.get_by_role("button", name="Measure", exact=True).click()
-    expect(form).to_contain_text("500 values")
-    expect(page.get_by_role("button", name="size")).to_be_visible()
-    assert len(everystep.open(runs / "chapter").measured("size")) == 500
-    assert field is not None
+def test_a_fork_that_is_trained_here_can_be_stopped(copied, recorded, visit):
+    parent = copied("chapter")
+    page = visit(f"/runs/{parent.name}?step=500")
+    expect_step(page, 500)
+    page.get_by_role("button", name="Fork").click()
+    dialog = page.get_by_role("dialog", name="Fork after step 500")
+    dialog.get_by_label("steps").fill("10000000")
+    dialog.get_by_label("name", exact=True).fill(f"{parent.name}-endless")
+    dialog.get_by_role("button", name="Train it").click()
+    expect(page.locator("h1")).to_have_text(f"{parent.name}-endless")
+    expect(page.locator(".run-head .state")).to_have_text("running")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".run-head .state")).to_have_text("stopped")
+    assert len(everystep.open(recorded / f"{parent.name}-endless")) > 500
 
 
-def test_when_and_verify_answer_with_links_and_words(served, open_page):
-    page = open_page(at(served, "/runs/chapter"))
-    when = page.locator("form", has=page.get_by_role("heading", name="When"))
-    when.locator("input.mono").fill("loss < 1")
-    when.get_by_role("button", name="Find").click()
-    when.get_by_role("link", name=re.compile("step 134")).click()
-    expect(heading(page)).to_have_text("Step 134 of 500")
-    verify = page.locator("form", has=page.get_by_role("heading", name="Verify"))
-    verify.get_by_role("button", name="Verify").click()
-    expect(verify).to_contain_text("is as it was recorded, bit for bit")
+@pytest.fixture(scope="module")
+def saved(shared, recorded, browser, tmp_path_factory):
+    """A view, saved: the chapter with its steps 1 and 137 inside."""
+    from tests.page.browser.places import at
 
-
-def test_a_saved_view_opens_without_a_server(served, open_page, tmp_path):
-    page = open_page(at(served, "/runs/chapter?step=137"))
-    expect(heading(page)).to_have_text("Step 137 of 500")
+    context = browser.new_context(accept_downloads=True)
+    page = context.new_page()
+    page.goto(at(shared, "/runs/chapter?step=137"))
+    expect_step(page, 137)
     page.get_by_role("button", name="Save this view").click()
-    dialog = page.get_by_role("dialog")
+    dialog = page.get_by_role("dialog", name="Save this view")
+    steps = dialog.get_by_label("steps", exact=True)
+    expect(steps).to_have_value("137")
+    steps.fill("1, 501")
+    expect(dialog.get_by_role("alert")).to_have_text("there is no step 501: they go from 1 to 500")
+    steps.fill("1, 137")
+    expect(dialog).to_contain_text("everystep report chapter --step 1 --step 137 -o chapter.html")
     with page.expect_download() as download:
-        dialog.get_by_role("link", name=re.compile("Save|Download", re.I)).or_(
-            dialog.get_by_role("button", name=re.compile("Save|Download", re.I))
-        ).first.click()
-    saved = Path(tmp_path / "saved.html")
-    download.value.save_as(saved)
-    served.stop()
-    page.context.close()
-    alone = open_page(saved.as_uri(), offline=True)
-    expect(alone.locator(".step")).to_contain_text("0.8888099")
-    expect(alone.locator(".step")).to_contain_text("torch.sub(param, torch.mul(param.grad, 0.0001))")
+        dialog.get_by_role("button", name="Save the page").click()
+    expect(dialog.get_by_text("Saved.")).to_be_visible()
+    assert download.value.suggested_filename == "chapter.html"
+    file = tmp_path_factory.mktemp("saved") / "chapter.html"
+    download.value.save_as(file)
+    context.close()
+    return file
+
+
+def test_a_saved_view_opens_without_a_server(saved, recorded, open_page):
+    page = open_page(saved.as_uri(), offline=True)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    chosen = page.get_by_role("group", name="step", exact=True)
+    chosen.get_by_role("button", name="137").click()
+    shown = page.locator(".opened .step")
+    expect(shown.locator("h2")).to_have_text("Step 137 of 500")
+    expect(shown).to_contain_text("torch.sub(param, torch.mul(param.grad, 0.0001))")
+    gradient = unfold(part(page, "Backward"), "2.bias.grad")
+    heat = gradient.get_by_role("img", name=re.compile("^Heat map of 2.bias.grad"))
+    heat.press("Home")
+    step = everystep.open(recorded / "chapter")[137]
+    assert value(gradient.locator(".heat-map .readout"), re.escape("[0]")) == pytest.approx(
+        step.gradients["2.bias"][0].item(), rel=1e-6
+    )
+    chosen.get_by_role("button", name="1", exact=True).click()
+    expect(shown.locator("h2")).to_have_text("Step 1 of 500")
+    assert asked == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_saved_view_is_for_everybody(saved, open_page, scheme):
+    page = open_page(
+        saved.as_uri(), color_scheme=scheme, viewport={"width": 360, "height": 740}, bypass_csp=True
+    )
+    expect(page.locator(".opened .step h2")).to_be_visible()
+    expect_no_sideways_scrolling(page)
+    expect_axe_finds_nothing_serious(page)
+
+
+def test_the_link_to_a_view_is_copied(visit):
+    page = visit("/runs/chapter?step=137", permissions=["clipboard-read", "clipboard-write"])
+    expect_step(page, 137)
+    page.get_by_role("button", name="Save this view").click()
+    page.get_by_role("button", name="Copy link to this view").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == page.url
