@@ -81,6 +81,16 @@ FIRST = "The losses part at step 138; the first operation to differ is #9"
             f"{FIRST}, aten.addmm (forward, 0), because of another random draw.",
         ),
         (
+            {
+                "loss": LOSS,
+                "operation": parting(
+                    other=observed("aten.convolution.default", "forward", "0"),
+                    causes=["another operation"],
+                ),
+            },
+            f"{FIRST}: aten.addmm (forward, 0) in one, aten.convolution (forward, 0) in other.",
+        ),
+        (
             {"loss": LOSS, "operation": parting(other=None, causes=["another operation"])},
             f"{FIRST}, aten.addmm (forward, 0), which only one has.",
         ),

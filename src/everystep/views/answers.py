@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from everystep.views.terminal import number, shortest
 
 if TYPE_CHECKING:
+    from everystep.program.execute import Observed
     from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
     from everystep.replay.measure import Measured
@@ -142,8 +143,7 @@ def diff_sentence(found: Difference) -> str:
     if operation is not None:
         at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
         parts.append(
-            f"the first operation to differ is #{operation.index}{at}, {_operation_name(operation)}, "
-            + _reason(found, operation)
+            f"the first operation to differ is #{operation.index}{at}" + _what(found, operation)
         )
     elif found.states and found.loss is None:
         first = found.states[0]
@@ -294,10 +294,17 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
     return lines
 
 
-def _operation_name(found: OperationDifference) -> str:
+def _what(found: Difference, operation: OperationDifference) -> str:
+    """Return what the operation is, of both runs if it is another one, and why it differs."""
+    one, other = operation.one, operation.other
+    names = [None if each is None else _operation_name(each) for each in (one, other)]
+    if None not in names and names[0] != names[1]:
+        return ": " + ", ".join(f"{name} in {run}" for name, run in zip(names, found.names, strict=True))
+    return f", {names[0] or names[1]}, {_reason(found, operation)}"
+
+
+def _operation_name(observed: Observed) -> str:
     """Return the operator without its overload, and where it is: `aten.addmm (forward, 0)`."""
-    observed = found.one or found.other
-    assert observed is not None
     operation = observed.operation
     name = operation.operator
     if name.startswith("aten."):
