@@ -2,15 +2,12 @@
 
 import asyncio
 import os
-import stat
 from itertools import product
-from pathlib import Path
 
 import pytest
 from tests.page.serving import PORT
 
-from everystep.errors import UsageError
-from everystep.page.guard import Guard, cookie_of, host_without_port, token_of
+from everystep.page.guard import Guard, cookie_of, host_without_port
 
 OURS = f"127.0.0.1:{PORT}"
 EVERY_ADDRESS = ["/", "/runs/x", "/compare", "/static/app.js", "/api/runs", "/api/nothing", "/nothing"]
@@ -151,31 +148,6 @@ def test_web_sockets_are_closed(page):
 
     asyncio.run(page.app({"type": "websocket", "headers": []}, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
-
-
-def test_the_token_stays_the_same_and_belongs_to_the_directory(shelf, tmp_path, monkeypatch):
-    token = token_of(shelf)
-    assert len(token) >= 40
-    monkeypatch.chdir(shelf)
-    assert token_of(Path()) == token
-    assert token_of(tmp_path) != token
-    secret = Path(os.environ["XDG_STATE_HOME"]) / "everystep" / "page-secret"
-    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
-    assert secret.read_bytes().hex() not in token
-    assert [path.name for path in secret.parent.iterdir()] == ["page-secret"]
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    assert token_of(shelf) != token
-    broken = tmp_path / "another" / "everystep" / "page-secret"
-    broken.write_bytes(b"short")
-    assert token_of(shelf) == token_of(shelf)
-    assert len(broken.read_bytes()) == 32
-
-
-def test_a_state_directory_that_cannot_be_used_is_named(shelf, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UsageError, match="page-secret cannot be used"):
-        token_of(shelf)
 
 
 @pytest.mark.parametrize(

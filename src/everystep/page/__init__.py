@@ -1,8 +1,9 @@
 """The local web page: watch a run, then walk through it. The server imports no torch.
 
-server    the process: port, token, address        guard    who may ask, and what browsers may do
-app       which address is answered by what        routes/  the answers
-shelf     the runs that are served, by name        assets   the files that the page consists of
+server    the process: port, address, end          app      which address is answered by what
+guard     who may ask, and what browsers may do    secret   the token that opens the page
+routes/   the answers                              assets   the files that the page consists of
+shelf     the runs that are served, by name
 columns   losses and measurements in memory        rows     a page of the table of them
 live      server-sent events                       watches  what the file system tells
 about     what is known about a run, as JSON

@@ -112,7 +112,8 @@ def _argument(directory: Path) -> str:
     """Return a run as it is typed after a command, where the server was started."""
     here = Path.cwd()
     is_below = directory.is_relative_to(here)
-    return shortest_name(directory.relative_to(here) if is_below else directory)
+    argument = shortest_name(directory.relative_to(here) if is_below else directory)
+    return argument.encode("utf-8", "backslashreplace").decode()
 
 
 def _landmarks(columns: RunColumns) -> dict[str, Any]:

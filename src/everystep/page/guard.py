@@ -11,22 +11,16 @@ import hmac
 import html
 import ipaddress
 import json
-import os
 import re
-import secrets
 import socket
-from pathlib import Path
 from urllib.parse import parse_qs
 
-import platformdirs
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from everystep.errors import UsageError
-
-__all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback", "token_of"]
+__all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback"]
 
 _POLICY = "; ".join(
     [
@@ -47,7 +41,6 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-_SECRET_BYTES = 32
 
 
 def cookie_of(token: str) -> str:
@@ -157,16 +150,6 @@ def is_page(scope: Scope) -> bool:
     return is_read and not scope["path"].startswith(("/api/", "/static/"))
 
 
-def token_of(directory: Path) -> str:
-    """Return the token that opens a directory of runs; the same at every start.
-
-    Raises:
-        UsageError: the secret can neither be read nor written.
-    """
-    named = os.fsencode(directory.resolve())
-    return hmac.new(_secret(), named, "sha256").hexdigest()[:40]
-
-
 def host_without_port(text: str) -> str | None:
     """Return the host that a Host header names, in lower case, without brackets; None for nonsense."""
     found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+))(?::\d{1,5})?", text)
@@ -184,36 +167,6 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _secret() -> bytes:
-    path = Path(platformdirs.user_state_dir("everystep", appauthor=False)) / "page-secret"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not path.is_file() or path.stat().st_size != _SECRET_BYTES:
-            _write_secret(path)
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be used: {error.strerror}; the page keeps a secret there, so that nobody "
-            "else can open it (XDG_STATE_HOME names another place)"
-        ) from None
-
-
-def _write_secret(path: Path) -> None:
-    """Write a new secret, whole and for this user alone; one that another process wrote first stays."""
-    new = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secrets.token_bytes(_SECRET_BYTES))
-    try:
-        if path.is_file() and path.stat().st_size != _SECRET_BYTES:
-            new.replace(path)
-        else:
-            os.link(new, path)
-    except FileExistsError:
-        pass
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _refusal(scope: Scope, reason: str) -> Response:

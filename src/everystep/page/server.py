@@ -18,7 +18,9 @@ import uvicorn
 
 from everystep.errors import RunError, UsageError
 from everystep.page.app import UntilEnd, application
-from everystep.page.guard import Guard, is_loopback, token_of
+from everystep.page.guard import Guard, is_loopback
+from everystep.page.secret import token_of
+from everystep.page.shelf import shown_name
 from everystep.recording.database import FILE_NAME
 from everystep.recording.run import RUNS, find_run
 
@@ -72,7 +74,7 @@ def serve(
     token = token_of(directory)
     until_end = UntilEnd(application(directory))
     server = _Server(Guard(until_end, token, host), until_end)
-    path = f"/runs/{quote(run, safe='')}" if run else "/"
+    path = f"/runs/{quote(shown_name(run), safe='')}" if run else "/"
     address = f"http://{_shown(host)}:{port}{path}?token={token}"
     print(address, flush=True)
     _say(host, port)
@@ -92,6 +94,7 @@ class _Server(uvicorn.Server):
                 http="h11",
                 ws="none",
                 loop="asyncio",
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 server_header=False,

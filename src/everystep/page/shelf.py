@@ -13,7 +13,7 @@ from everystep.recording.database import FILE_NAME
 from everystep.recording.numbers import fingerprint
 from everystep.recording.run import RecordedRun
 
-__all__ = ["Shelf"]
+__all__ = ["Shelf", "shown_name"]
 
 
 class Shelf:
@@ -52,8 +52,7 @@ class Shelf:
                 names = sorted(entry.name for entry in entries if entry.is_dir())
         except OSError:  # the directory is gone, and with it all runs
             return {}
-        # A name is text on the page: bytes that are no text are replaced, as in `RecordedRun.name`.
-        return {name.encode("utf-8", "replace").decode(): self.directory / name for name in names}
+        return {shown_name(name): self.directory / name for name in names}
 
     def summaries(self) -> dict[str, dict[str, Any]]:
         """Return every run in one line, by name; only what has changed is read again."""
@@ -81,6 +80,11 @@ class Shelf:
         with self._lock:
             self._known[name] = now, summary
         return summary
+
+
+def shown_name(name: str) -> str:
+    """Return the name of a folder as the page has it: bytes in it that are no text are written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _shortened(name: str) -> str:

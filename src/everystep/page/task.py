@@ -19,6 +19,7 @@ from everystep import numerics
 from everystep.errors import EverystepError
 from everystep.experiment.specification import parse_setting
 from everystep.page.processes import own_stdout
+from everystep.page.shelf import shown_name
 from everystep.page.sides import sides
 from everystep.replay.columns import Found
 from everystep.run import Run
@@ -176,7 +177,7 @@ def _fork(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {watching.run} has every step until then") from None
-    return {"run": made.name, "status": made.status, "notices": watching.notices}
+    return {"run": watching.run, "status": made.status, "notices": watching.notices}
 
 
 class _Watching(Silent):
@@ -190,7 +191,7 @@ class _Watching(Silent):
 
     def begin(self, directory: Path, facts: dict[str, Any]) -> None:
         """Tell which run it is."""
-        self.run, self._steps = Run(directory).name, facts["steps"]
+        self.run, self._steps = shown_name(directory.name), facts["steps"]
         self._voice.say("begun", {"run": self.run})
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:

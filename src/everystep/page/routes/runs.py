@@ -15,7 +15,7 @@ from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
 from everystep.page.live import EventStream, Live
 from everystep.page.rows import frame_of, page_of, rows_of, wanted_of
-from everystep.page.shelf import Shelf
+from everystep.page.shelf import Shelf, shown_name
 from everystep.views.terminal import losses_text
 
 __all__ = ["routes"]
@@ -27,7 +27,9 @@ POINTS, MOST_POINTS = 2000, 100_000
 def all_runs(request: Request) -> Response:
     """Answer with every run in one line."""
     shelf: Shelf = request.app.state.shelf
-    return JSONResponse({"directory": shelf.directory.name, "runs": list(shelf.summaries().values())})
+    return JSONResponse(
+        {"directory": shown_name(shelf.directory.name), "runs": list(shelf.summaries().values())}
+    )
 
 
 def about(request: Request) -> Response:
