@@ -134,7 +134,7 @@ def test_the_list_tells_what_begins_changes_and_goes(server):
         found = next(content for _, content, _ in stream if content["runs"])
         assert [run["name"] for run in found["runs"]] == ["new"]
         shutil.rmtree(new)
-        assert next(stream)[1] == {"runs": [], "gone": ["new"]}
+        assert next(stream)[1] == {"runs": [], "gone": ["new"], "all": False}
 
 
 def test_a_name_from_outside_is_followed_nowhere(server):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import everystep
+from everystep.errors import UsageError
 from everystep.page.network import modules_of
 from everystep.page.opened import step_content
 from everystep.page.tensors import tensor_of
@@ -41,6 +42,8 @@ def test_every_tensor_is_there_with_its_own_statistics(opened):
     run, step, content = opened
     assert len(content["tensors"]) > 40
     for id, told in content["tensors"].items():
+        if "unset" in told:
+            continue
         tensor = tensor_of(step, id, run.facts)
         assert told["shape"] == list(tensor.shape), id
         assert f"torch.{told['dtype']}" == str(tensor.dtype)
@@ -206,3 +209,35 @@ def test_statistics_of_what_is_not_finite_or_empty():
     assert statistics(torch.tensor([True, False]))[:4] == (0.5, 0.5, 0.0, 1.0)
     transposed = torch.arange(6.0).reshape(2, 3)
     assert statistics(transposed) == statistics(transposed.T)
+
+
+def test_memory_that_nothing_was_written_to_is_not_shown(tmp_path):
+    # Dropout draws into memory as it finds it.
+    run = everystep.train_experiment("digits", {"steps": 2}, directory=tmp_path / "run", progress=False)
+    step = run[1]
+    content = step_content(step, run)
+    unset = [id for id, seen in content["tensors"].items() if "unset" in seen]
+    assert [id.rpartition("/")[2] for id in unset] == ["bernoulli_"]
+    for id in unset:
+        assert content["tensors"][id].keys() == {"shape", "dtype", "unset"}
+        with pytest.raises(UsageError, match="nothing was written"):
+            tensor_of(step, id, run.facts)
+    drawn = next(n for n, seen in enumerate(step.operations) if "bernoulli_" in seen.operation.operator)
+    result = f"operations/{drawn}/results/" + next(iter(step.operations[drawn].results))
+    assert "unset" not in content["tensors"][result]
+
+
+def test_a_model_that_is_a_layer_is_a_network_of_one(tmp_path):
+    model = nn.Linear(4, 2)
+    run = everystep.train(
+        model,
+        (torch.randn(8, 4), torch.randn(8, 2)),
+        loss=nn.MSELoss(),
+        optimizer=everystep.GradientDescent(model.parameters(), lr=1e-3),
+        steps=2,
+        directory=tmp_path / "run",
+        progress=False,
+    )
+    [layer] = step_content(run[2], run)["network"]
+    assert (layer["type"], layer["path"], layer["operations"]) == ("Linear", "", [0])
+    assert layer["parameters"] == {"weight": "parameters/weight", "bias": "parameters/bias"}

@@ -106,7 +106,10 @@ class Live:
                     yield event("losses", content, after)
 
     async def list_events(self) -> AsyncIterator[str]:
-        """Yield all runs in one line each, then those that change, and the names of those that go."""
+        """Yield all runs in one line each, then those that change, and the names of those that go.
+
+        `all` says that a run which is not among them is gone.
+        """
         told: dict[str, Any] | None = None
         yield "retry: 1000\n\n"
         feed = self._feed(None, self._look_at_all, LIST_PAUSE)
@@ -116,7 +119,8 @@ class Live:
                 changed = [run for name, run in runs.items() if run != known.get(name)]
                 gone = [name for name in known if name not in runs]
                 if changed or gone or told is None:
-                    yield event("runs", {"runs": changed, "gone": gone})
+                    content = {"runs": changed, "gone": gone, "all": told is None}
+                    yield event("runs", content)
                 told = runs
 
     def close(self) -> None:

@@ -68,8 +68,12 @@ def network(step: Step, text: str) -> list[dict[str, Any]]:
     known = modules_of(text)
     operations: dict[str, list[int]] = {}
     backward: dict[str, list[int]] = {}
+    root = known.get("")
+    is_layer = root is not None and not root.is_container  # then operations are of no module within it
     for number, seen in enumerate(step.operations):
         module, phase = seen.operation.module, seen.operation.phase
+        if module is None and is_layer:
+            module = ""
         if module is not None and phase in ("forward", "backward"):
             by_module = operations if phase == "forward" else backward
             by_module.setdefault(module, []).append(number)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from everystep.page.network import network
-from everystep.page.tensors import first_of, images_of
+from everystep.page.tensors import first_of, images_of, unset_ids
 from everystep.program.operation import Operation
 from everystep.replay.step import Batch, Step, statistics
 from everystep.run import Run
@@ -28,7 +28,7 @@ def step_content(step: Step, run: Run) -> dict[str, Any]:
     NaN and infinities are texts, so that it can be JSON.
     """
     facts = run.facts
-    tensors = _Tensors()
+    tensors = _Tensors(unset_ids(step))
     optimizer = facts["optimizer"]["text"]
     content = {
         "run": run.name,
@@ -63,7 +63,8 @@ class _Tensors:
     Many ids are of the same memory, and are looked at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unset: frozenset[str]) -> None:
+        self._unset = unset
         self.known: dict[str, dict[str, Any]] = {}
         self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
         # As long as they are held, no other tensor can come to lie in their memory.
@@ -75,7 +76,7 @@ class _Tensors:
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
         }
-        self.known[id] = own | self._look(tensor)
+        self.known[id] = own | ({"unset": True} if id in self._unset else self._look(tensor))
         return id
 
     def of(self, kind: str, named: dict[str, Tensor]) -> list[dict[str, str]]:

@@ -117,7 +117,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End, as a signal asks."""
-        super().handle_exit(sig, frame)
+        # Pressed again while it ends, Ctrl-C does not make it end more quickly, only less well.
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._asked_to_end.set)
 

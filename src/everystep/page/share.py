@@ -99,7 +99,8 @@ class _Kept:
     def step(self, step: Step, run: Run) -> dict[str, Any]:
         """Return a step as the page holds it."""
         content = step_content(step, run)
-        tensors = {id: tensor_of(step, id, run.facts) for id in content["tensors"]}
+        told = {id for id, seen in content["tensors"].items() if "unset" not in seen}
+        tensors = {id: tensor_of(step, id, run.facts) for id in told}
         return {
             "content": content,
             "regions": {id: self._slices(tensor) for id, tensor in tensors.items()},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from everystep.errors import UsageError
 from everystep.replay.step import Step
+from everystep.views.mathematics import kind_of
 
 __all__ = [
     "MOST",
@@ -23,6 +24,7 @@ __all__ = [
     "region",
     "regions",
     "tensor_of",
+    "unset_ids",
 ]
 
 #: Rows and columns that a region has at most.
@@ -31,6 +33,24 @@ MOST = 2048
 _LARGEST_IMAGE = 512
 #: Slices that come at once.
 MOST_SLICES = 512
+#: Operations that give memory as they find it.
+_UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
+#: Operations that write to all of what they are given without a look at it.
+_OVERWRITING = {
+    "bernoulli",
+    "cauchy",
+    "copy",
+    "exponential",
+    "fill",
+    "geometric",
+    "log_normal",
+    "normal",
+    "random",
+    "uniform",
+    "zero",
+}
+#: From which of their results on operations give the workspace of a library, not all of it written.
+_WORKSPACES = {"mkldnn_rnn_layer": 3, "cudnn_rnn": 3, "miopen_rnn": 3, "cudnn_batch_norm": 3}
 #: Buckets of a histogram.
 BUCKETS = 64
 #: Whole numbers up to this are exact in float32.
@@ -66,11 +86,36 @@ def tensor_of(step: Step, id: str, facts: dict[str, Any]) -> Tensor:
             found = getattr(step.updates[parameter], which)
     elif kind == "operations":
         found = _of_operation(step, name)
+    if id in unset_ids(step):
+        raise UsageError(f"nothing was written to {id} yet, so it has no numbers")
     if not isinstance(found, Tensor):
         raise UsageError(
             f"step {step.number} has no tensor {id!r:.200}; the step's own list says which there are"
         )
     return found
+
+
+def unset_ids(step: Step) -> frozenset[str]:
+    """Return the ids of tensors that nothing was written to yet: their numbers are of no meaning.
+
+    What lies in such memory may be of anything that was computed before, and is shown to nobody.
+    """
+    found: set[str] = set()
+    unset: dict[str, bool] = {}  # by name, as the operations have been run so far
+    for number, seen in enumerate(step.operations):
+        kind = kind_of(seen.operation)
+        for name in seen.inputs:
+            base = name.partition("~")[0]
+            # A program has no operation that only asks for memory.
+            is_first = base not in unset and "/" not in base and name in seen.results
+            if unset.get(base) or (is_first and kind in _OVERWRITING):
+                found.add(f"operations/{number}/inputs/{name}")
+        for place, name in enumerate(seen.results):
+            is_unset = kind in _UNWRITTEN or place >= _WORKSPACES.get(kind, len(seen.results))
+            unset[name.partition("~")[0]] = is_unset
+            if is_unset:
+                found.add(f"operations/{number}/results/{name}")
+    return frozenset(found)
 
 
 def images_of(x: Tensor, facts: dict[str, Any]) -> Tensor | None:

@@ -183,6 +183,8 @@ class _Asked:
         value = self._fields.get(name) or {}
         if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
             raise UsageError(f"{name} must be texts by path, as after --set")
+        if not all(text.isprintable() for text in value.values()):
+            raise UsageError(f"{name} must be texts of one line, as after --set")
         for path in value:
             keys = re.findall(r"[^.\[\]]+", path)
             if not keys or "=" in path:

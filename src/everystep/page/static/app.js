@@ -16,6 +16,8 @@ let turn = 0;
 
 /** Show a place: the view that is there already takes it over, or another one is opened. */
 async function show(place) {
+  // A dialog is of what was looked at before.
+  document.querySelectorAll("dialog[open]").forEach((dialog) => dialog.close());
   const key = place.view === "compare" ? JSON.stringify(place) : `${place.view} ${place.run ?? ""}`;
   if (shown?.key === key) return shown.update(place);
   const mine = ++turn;

@@ -40,15 +40,18 @@ export class Curve {
     this.#part = null;
   }
 
-  /** Add newer points; return whether there are by now so many that the curve is to be loaded anew. */
+  /** Add newer points, in the place of those of steps that were taken again; return whether to load the curve anew. */
   extend(steps, values) {
     const { steps: known, values: numbers } = this.#whole;
-    steps.forEach((step, row) => {
-      if (known.length && step <= known.at(-1)) return;
-      known.push(step);
-      numbers.push(numberOf(values[row]));
-    });
-    return known.length > 4 * POINTS;
+    const again = known.findIndex((step) => step >= steps[0]);
+    if (again >= 0) {
+      known.splice(again);
+      numbers.splice(again);
+      this.#part = null;
+    }
+    known.push(...steps);
+    numbers.push(...values.map(numberOf));
+    return known.length > 4 * POINTS || (again >= 0 && this.#whole.isReduced);
   }
 
   /** Return [steps, values] in order. */

@@ -221,14 +221,13 @@ class RunView {
   }
 
   #hearLosses(steps, losses) {
-    const from = steps.findIndex((step) => step > this.about.steps);
+    const isAgain = steps[0] <= this.about.steps; // what is known of these steps holds no more
     this.plot.extend(this.name, { steps, losses });
-    if (from < 0) return;
-    const newer = [steps.slice(from), losses.slice(from)];
-    this.about.landmarks = landmarksWith(this.about.landmarks, ...newer, fullText);
     this.about.steps = steps.at(-1);
-    const bad = newer[1].findIndex((loss) => !Number.isFinite(loss));
-    if (bad >= 0) this.about.nonfinite ??= { step: newer[0][bad], loss: fullText(newer[1][bad]) };
+    if (isAgain) return this.#askAgain();
+    this.about.landmarks = landmarksWith(this.about.landmarks, steps, losses, fullText);
+    const bad = losses.findIndex((loss) => !Number.isFinite(loss));
+    if (bad >= 0) this.about.nonfinite ??= { step: steps[bad], loss: fullText(losses[bad]) };
     this.#drawLosses();
     this.table.refresh();
     if (this.#isFollowing) this.#go(this.about.steps, true);

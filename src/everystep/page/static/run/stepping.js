@@ -3,21 +3,25 @@
 /**
  * Return a function that has `work(target)` done, one target at a time.
  *
- * While one is being done only the newest of the others is remembered. What the function returns is
- * fulfilled when nothing is left to do.
+ * While one is being done only the newest of the others is remembered; after `patience` milliseconds it is
+ * waited for no longer. What the function returns is fulfilled when nothing is left to do.
  */
-export function newestOnly(work) {
+export function newestOnly(work, patience = 300) {
   let wanted = null;
   let running = null;
+  let began = 0;
+  let overtake = () => {};
   const run = async () => {
     while (wanted !== null) {
       const target = wanted;
       wanted = null;
-      await work(target);
+      began = performance.now();
+      await Promise.race([work(target), new Promise((resolve) => (overtake = resolve))]);
     }
   };
   return (target) => {
     wanted = target;
+    if (running) setTimeout(overtake, patience - (performance.now() - began));
     running ??= run().finally(() => (running = null));
     return running;
   };

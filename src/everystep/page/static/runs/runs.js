@@ -49,15 +49,22 @@ class Runs {
     const head = element("thead", { role: "rowgroup" }, this.headings);
     this.table = element("table", { class: "runs", role: "table", "aria-label": "runs" }, head, this.body);
     this.watcher = new IntersectionObserver((entries) => this.#see(entries), { rootMargin: "200px" });
-    main.append(element("header", { class: "runs-head" }, element("h1", {}, directory), this.head), this.tools, this.table, this.nothing);
+    main.append(element("header", { class: "runs-head" }, element("h1", {}, directory), this.head), this.tools, this.table, this.nothing, this.away.host);
     this.#take(runs, []);
-    this.end = listen("/api/events", { runs: ({ runs: changed, gone }) => this.#take(changed, gone) });
+    const hear = ({ runs: known, gone, all }) => this.#take(known, all ? this.#missing(known) : gone);
+    this.end = listen("/api/events", { runs: hear }, (isThere) => this.away.tell(isThere));
   }
 
   close() {
     this.end();
     this.away.close();
     this.watcher.disconnect();
+  }
+
+  // Runs may have gone while nothing was heard.
+  #missing(runs) {
+    const known = new Set(runs.map(({ name }) => name));
+    return [...this.#rows.keys()].filter((name) => !known.has(name));
   }
 
   #take(runs, gone) {

@@ -13,7 +13,7 @@ export function read(address = location.href) {
   if (first === "runs" && name) {
     return {
       view: "run",
-      run: decodeURIComponent(name),
+      run: decoded(name),
       step: whole("step"),
       phase: searchParams.get("phase"),
       operation: whole("operation"),
@@ -22,6 +22,15 @@ export function read(address = location.href) {
   }
   if (first === "compare") return { view: "compare", one: searchParams.get("one"), other: searchParams.get("other") };
   return { view: "runs" };
+}
+
+// A name that is badly written stays as it is: there is no such run, and the server says so.
+function decoded(name) {
+  try {
+    return decodeURIComponent(name);
+  } catch {
+    return name;
+  }
 }
 
 /** Return the address of a place. */

@@ -8,6 +8,7 @@ let count = 0;
 export function openDialog(title, content, { closed = () => {} } = {}) {
   const id = `dialog-${++count}`;
   const dialog = element("dialog", { "aria-labelledby": id }, element("h2", { id }, title), content);
+  document.querySelector("dialog[open]")?.close(); // a double click opens it once
   const opener = document.activeElement;
   dialog.addEventListener("close", () => {
     dialog.remove();

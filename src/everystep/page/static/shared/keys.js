@@ -18,7 +18,11 @@ export function bind(bindings) {
 export function begin() {
   document.addEventListener("keydown", (event) => {
     if (event.defaultPrevented || event.altKey || event.ctrlKey || event.metaKey) return;
-    if (document.querySelector("dialog[open]") || isTyping(event)) return;
+    if (document.querySelector("dialog[open]")) return;
+    if (isTyping(event)) {
+      if (event.key === "Escape") event.target.blur();
+      return;
+    }
     const found = bound.find((one) => one.keys.includes(event.key));
     if (!found) return;
     event.preventDefault();
@@ -48,6 +52,6 @@ function cap(text) {
 // Where letters go into a field, or arrows belong to what has the focus, keys are not ours.
 function isTyping(event) {
   const { target } = event;
-  if (target.isContentEditable || target.closest?.("select, textarea, input:not([type=checkbox], [type=radio])")) return event.key !== "Escape";
+  if (target.isContentEditable || target.closest?.("select, textarea, input:not([type=checkbox], [type=radio])")) return true;
   return Boolean(target.closest?.("[data-own-keys]")) && /^(Arrow|Home|End|Page|\+|-| )/.test(event.key);
 }

@@ -9,7 +9,7 @@ const PATIENCE = 80;
 export function serverSource(run) {
   const of = (step, ...what) => addressOf(run, "steps", step, ...what);
   return {
-    content: lookingAhead((step, options) => ask(of(step), options)),
+    ...lookingAhead((step, options) => ask(of(step), options)),
     numbers: (step, id, region, options) => askNumbers(withQuery(of(step, "tensor"), { id, ...asTexts(region) }), options),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };
@@ -27,19 +27,28 @@ function lookingAhead(content) {
     ahead = { step, answer, asked };
   }
 
-  return async (step, { signal } = {}) => {
+  function leave() {
+    clearTimeout(waiting);
+    ahead?.asked.abort();
+    ahead = null;
+  }
+
+  async function next(step, { signal } = {}) {
     clearTimeout(waiting);
     const stride = last === null ? 0 : step - last;
     last = step;
     const known = ahead?.step === step ? ahead : null;
     if (!known) ahead?.asked.abort();
+    signal?.addEventListener("abort", () => known?.asked.abort(), { once: true });
     ahead = null;
     const answer = (await known?.answer) ?? (await content(step, { signal }));
     if (Math.abs(stride) === 1 && step + stride > 0 && step + stride <= answer.steps && !signal?.aborted) {
       waiting = setTimeout(() => prepare(step + stride), PATIENCE);
     }
     return answer;
-  };
+  }
+
+  return { content: next, leave };
 }
 
 function asTexts({ index, count, rows, columns, most }) {

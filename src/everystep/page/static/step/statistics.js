@@ -18,7 +18,8 @@ export function statisticsLine({ norm = false } = {}) {
   const told = TOLD.filter(([name]) => norm || name !== "norm").map(([name, key]) => ({ key, ...statistic(name) }));
   const zeros = statistic("zeros");
   const alarm = element("span", { class: "nonfinite" });
-  const node = element("span", { class: "statistics" }, shape, ...told.map((one) => one.node), zeros.node, alarm);
+  const unset = element("span", { class: "what" });
+  const node = element("span", { class: "statistics" }, shape, ...told.map((one) => one.node), zeros.node, alarm, unset);
   return {
     node,
     update(seen) {
@@ -27,14 +28,15 @@ export function statisticsLine({ norm = false } = {}) {
       // Nearly everything is float32: only another type is told.
       setText(shape, shapeText(seen.shape) + (seen.dtype === "float32" ? "" : ` ${seen.dtype}`));
       shape.title = seen.dtype;
+      setText(alarm, seen.nonfinite ? `${whole(seen.nonfinite)} not finite` : "");
+      show(alarm, Boolean(seen.nonfinite));
+      setText(unset, seen.unset ? "nothing is written to it yet" : "");
       const isNumber = seen.shape.every((size) => size === 1);
       for (const { key, tell } of told) {
         const isTold = isNumber ? key === "mean" : true;
         tell(isTold ? numberOf(seen[key]) : null, isNumber ? "value" : null);
       }
       zeros.tell(!isNumber && seen.zeros > 0 ? seen.zeros : null, null, percent);
-      setText(alarm, seen.nonfinite ? `${whole(seen.nonfinite)} not finite` : "");
-      show(alarm, Boolean(seen.nonfinite));
     },
   };
 }
@@ -42,6 +44,7 @@ export function statisticsLine({ norm = false } = {}) {
 /** Return statistics as a sentence, for labels. */
 export function statisticsText(seen) {
   if (!seen) return "not at this step";
+  if (seen.unset) return `${shapeText(seen.shape)} ${seen.dtype}, nothing is written to it yet`;
   const numbers = TOLD.map(([name, key]) => `${name} ${short(seen[key])}`);
   const bad = seen.nonfinite ? [`${whole(seen.nonfinite)} not finite`] : [];
   return [`${shapeText(seen.shape)} ${seen.dtype}`, ...numbers, ...bad].join(", ");

@@ -25,7 +25,8 @@ const PATIENCE = 300;
  * Open the view of a run's steps in `host`; return {show(step, {phase, operation}), clear(), close()}.
  *
  * go({phase, operation}): asked to change the address, and to call show again; source: gives
- * content(step), numbers(step, id, region) and histogram(step, id), each with {signal}.
+ * content(step), numbers(step, id, region) and histogram(step, id), each with {signal}; leave(), if it
+ * has that, when no step is looked at any more.
  */
 export function stepView(run, host, { go, source }) {
   return new StepView(run, host, go, source);
@@ -64,12 +65,14 @@ class StepView {
   /** Show nothing. */
   clear() {
     this.asked.abort();
+    this.source.leave?.();
     this.content = null;
     this.node.hidden = true;
   }
 
   close() {
     this.asked.abort();
+    this.source.leave?.();
     this.index.close();
     this.sections.forEach((section) => section.parts.forEach((part) => part.close?.()));
     this.node.remove();
@@ -95,7 +98,7 @@ class StepView {
       signal.throwIfAborted();
       return content;
     } catch (error) {
-      if (!signal.aborted) this.clear();
+      if (!signal.aborted && error.status !== 0) this.clear(); // with the server away, what is seen stays
       throw error;
     } finally {
       clearTimeout(late);

@@ -4,8 +4,9 @@
 const LARGEST = { width: 84, height: 30 };
 /** A cell of a grid that fits is no larger. */
 const FITTING = 28;
-/** A grid of many rows is at least so high. */
+/** A grid of many rows is at least so high, and so wide. */
 const LOWEST = 140;
+const NARROWEST = 280;
 /** A cell is so many times as long as it is wide, at most. */
 const LONGEST = 2.5;
 
@@ -14,8 +15,11 @@ export class Extract {
   /** `width`: of the place there is for it, in pixels; `most`: how high it may be. */
   constructor(rows, columns, width, most) {
     let [wide, high] = [Math.min(FITTING, width / columns), Math.min(FITTING, most / rows)];
-    // Cells are nearly square, unless so flat a grid would be left that nothing is seen of it from near.
-    if (rows > 1) [wide, high] = [Math.min(wide, LONGEST * high), Math.min(high, Math.max(LONGEST * wide, LOWEST / rows))];
+    // Cells are nearly square, unless so flat or narrow a grid would be left that nothing is seen of it from near.
+    if (rows > 1) {
+      wide = Math.min(wide, Math.max(LONGEST * high, NARROWEST / columns));
+      high = Math.min(high, Math.max(LONGEST * wide, LOWEST / rows));
+    }
     this.rows = rows;
     this.columns = columns;
     this.fit = { width: wide, height: high };

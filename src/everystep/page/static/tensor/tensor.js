@@ -67,10 +67,11 @@ class TensorPanel {
     this.asked = new AbortController();
     const { signal } = this.asked;
     const seen = this.content.tensors[this.id];
-    const isDrawn = Boolean(seen) && seen.shape.every((size) => size > 0);
+    const isDrawn = Boolean(seen) && !seen.unset && seen.shape.every((size) => size > 0);
     show(this.map.node, isDrawn);
     show(this.bars.node, isDrawn && seen.shape.some((size) => size > 1));
-    if (!isDrawn) return this.#tell(seen ? "no numbers: its shape has a 0" : "not at this step");
+    const empty = seen?.unset ? "no numbers: nothing is written to it yet" : "no numbers: its shape has a 0";
+    if (!isDrawn) return this.#tell(seen ? empty : "not at this step");
     this.node.setAttribute("aria-busy", "true");
     try {
       const [showMap, counted] = await this.#ask(seen, signal);
