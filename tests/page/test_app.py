@@ -158,7 +158,11 @@ def test_every_place_is_the_same_page(page, path):
     answer = page.ask(path)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    assert answer.content == (STATIC / "index.html").read_bytes()
+    links = re.findall('<link rel="modulepreload" href="(.*)">\n', answer.text)
+    assert bool(links) == path.startswith("/runs/")
+    assert all(page.ask(link).status_code == 200 for link in links)
+    without = re.sub('<link rel="modulepreload".*\n', "", answer.text)
+    assert without == (STATIC / "index.html").read_text()
 
 
 def test_the_page_has_all_files_that_it_asks_for(page):

@@ -24,7 +24,12 @@ _MEDIA_TYPES = {
 
 def index(request: Request) -> Response:
     """Answer with the page; what it shows is in its address."""
-    return Response((_HERE / "index.html").read_bytes(), media_type="text/html")
+    html = (_HERE / "index.html").read_text(encoding="utf-8")
+    if request.url.path.startswith("/runs/"):
+        # Modules name each other in turns; known at once, they come at once.
+        links = (f'<link rel="modulepreload" href="/static/{name}">' for name in _modules_of_a_run())
+        html = html.replace("</head>", "\n".join([*links, "</head>"]))
+    return Response(html, media_type="text/html")
 
 
 def asset(request: Request) -> Response:
@@ -38,6 +43,11 @@ def asset(request: Request) -> Response:
     if tag in [each.strip() for each in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers, media_type=_MEDIA_TYPES[path.suffix])
+
+
+def _modules_of_a_run() -> list[str]:
+    folders = ("shared", "run", "plot", "step", "tensor")
+    return [name for name in _table() if name.endswith(".js") and name.partition("/")[0] in folders]
 
 
 @cache

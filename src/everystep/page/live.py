@@ -146,11 +146,14 @@ class Live:
 
     def _look_at_all(self) -> Sight[dict[str, Any]]:
         runs = self._shelf.summaries()
-        running = {name for name, run in runs.items() if run["status"] == "running"}
-        begun = {
-            path for name, path in self._shelf.folders().items() if name in running or name not in runs
+        is_moving = any(run["status"] == "running" for run in runs.values())
+        # What cannot be read, or is no run yet, may become one.
+        unsettled = {
+            path
+            for name, path in self._shelf.folders().items()
+            if name not in runs or runs[name]["status"] in ("running", None)
         }
-        return Sight(runs, {self._shelf.directory, *begun}, is_moving=bool(running))
+        return Sight(runs, {self._shelf.directory, *unsettled}, is_moving)
 
 
 class Feed(Generic[Content]):

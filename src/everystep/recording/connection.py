@@ -62,13 +62,21 @@ CREATE TABLE facts (
 _LONGEST_VALUE = 64_000_000
 
 
-def begin_database(connection: sqlite3.Connection) -> None:
-    """Make an empty database that of a run."""
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    connection.executescript(SCHEMA)
+def begin_database(path: Path) -> None:
+    """Create the database of a run: from the first moment that it is there, it is one.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be written.
+    """
+    new = path.with_name(f"{path.name}-new")
+    connection = sqlite3.connect(new, isolation_level=None)
+    try:
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.executescript(SCHEMA)
+    finally:
+        connection.close()
+    new.rename(path)
 
 
 def connect_reading(path: Path) -> sqlite3.Connection:

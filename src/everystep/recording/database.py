@@ -55,18 +55,19 @@ class Database:
     @classmethod
     def create(cls, path: Path) -> Database:
         """Create the database; it may be used by another thread afterwards, one at a time."""
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        database = cls(connection, path)
-        with database._translated():
-            begin_database(connection)
-        return database
+        with _writing(path):
+            begin_database(path)
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+        return cls(connection, path)
 
     @classmethod
     def change(cls, path: Path) -> Database:
         """Open an existing database to add to it."""
         connection = sqlite3.connect(path, isolation_level=None)
         database = cls(connection, path)
-        with database._translated():
+        with _writing(path):
             connection.execute("PRAGMA synchronous = NORMAL")
         return database
 
@@ -77,7 +78,7 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All writes within are committed together, or none."""
-        with self._translated():
+        with _writing(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -219,12 +220,13 @@ class Database:
         except sqlite3.Error as error:
             raise RunError(f"{self._path} cannot be read: {error}") from None
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise RecordingError(f"{self._path} cannot be written: {error}") from error
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise RecordingError(f"{path} cannot be written: {error}") from error
 
 
 @contextmanager

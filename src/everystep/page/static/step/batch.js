@@ -143,6 +143,11 @@ function brightness({ minimum, maximum, mean, std }) {
   return minimum < 0 ? [Math.max(minimum, mean - 2 * std), Math.min(maximum, mean + 2 * std)] : [minimum, maximum];
 }
 
+// A picture that cannot be had, since the server says no or is away, is not drawn: all else is there.
+function forgive(error) {
+  if (error.name !== "AbortError" && error.status === undefined) throw error;
+}
+
 /** Return {update, close}: only the newest content is drawn, and not while the next is coming already. */
 function latest(draw) {
   let asked = new AbortController();
@@ -153,7 +158,7 @@ function latest(draw) {
       clearTimeout(waiting);
       asked = new AbortController();
       const { signal } = asked;
-      waiting = setTimeout(() => draw(content, signal).catch((error) => error.name !== "AbortError" && console.warn(error)), PATIENCE);
+      waiting = setTimeout(() => draw(content, signal).catch(forgive), PATIENCE);
     },
     close() {
       clearTimeout(waiting);
