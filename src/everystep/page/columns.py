@@ -25,10 +25,12 @@ from everystep.views.reduction import reduce
 from everystep.views.summary import Sparkline, sparkline
 from everystep.views.table import shortest_texts
 
-__all__ = ["Columns", "RunColumns", "reduced"]
+__all__ = ["MOST_COLUMNS", "Columns", "RunColumns", "reduced"]
 
 #: Runs whose numbers stay in memory.
 KEPT = 8
+#: Measurements that have a column in the table.
+MOST_COLUMNS = 100
 #: Orders, and choices of rows, that stay in memory for each run.
 KEPT_ORDERS = 4
 #: So many of the newest numbers are read again, to see whether what is in memory still holds.
@@ -59,7 +61,7 @@ class RunColumns:
     def titles(self) -> dict[str, str | None]:
         """The columns of the table: what each is of; None: the loss. The step is none of them."""
         found: dict[str, str | None] = {"loss": None}
-        for ends in self.ends:
+        for ends in self.ends[:MOST_COLUMNS]:
             is_taken = ends.name in ("step", "loss")
             found[f"{ends.name} (measured)" if is_taken else ends.name] = ends.name
         return found

@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from everystep.errors import UsageError
-from everystep.page.columns import RunColumns
+from everystep.page.columns import MOST_COLUMNS, RunColumns
 from everystep.views.table import shortest_texts
 
 __all__ = ["Wanted", "frame_of", "page_of", "rows_of", "wanted_of"]
@@ -87,6 +87,7 @@ def page_of(
         "total": columns.steps,
         "filtered": len(rows),
         "start": start,
+        "left_out": max(0, len(columns.ends) - MOST_COLUMNS),
         "rows": list(zip(*texts, strict=True)),
     }
 

@@ -86,8 +86,8 @@ class Watches:
 
     def _started(self) -> BaseObserver:
         if self._observer is None:
-            # It warns of events of a directory that has just been let go, which is no fault.
-            logging.getLogger("watchdog").setLevel(logging.ERROR)
+            # It tells of events of a directory that has just been let go as of errors.
+            logging.getLogger("watchdog").setLevel(logging.CRITICAL)
             self._observer = Observer()
             self._observer.start()
         return self._observer

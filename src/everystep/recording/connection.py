@@ -58,6 +58,8 @@ CREATE TABLE facts (
 ) WITHOUT ROWID;
 """
 
+#: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
+_PATIENCE = 1.0
 #: Bytes that a text or a blob may have.
 _LONGEST_VALUE = 64_000_000
 
@@ -114,11 +116,15 @@ def _connect(path: Path) -> sqlite3.Connection:
     # On a read-only file system SQLite cannot make its shared-memory file; immutable needs none.
     for mode in ("mode=ro", "mode=ro&immutable=1"):
         try:
-            connection = sqlite3.connect(f"{uri}?{mode}", uri=True, isolation_level=None)
+            connection = sqlite3.connect(
+                f"{uri}?{mode}", uri=True, isolation_level=None, timeout=_PATIENCE
+            )
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise RunError(f"{path} is locked by another program; close it there") from None
             last_error = error
         else:
             return connection

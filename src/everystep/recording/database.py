@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+#: Characters of a measurement's name.
+LONGEST_NAME = 10_000
+
+
 class SnapshotRow(NamedTuple):
     """A snapshot as the database knows it."""
 
@@ -185,9 +189,10 @@ class Database:
             "FROM (SELECT name, count(*) AS count, min(step) AS low, max(step) AS high "
             "FROM measurements GROUP BY name ORDER BY name) AS found"
         )
-        if any(isinstance(value, str | bytes) for row in rows for value in row[2:]):
+        are_names = all(isinstance(row[0], str) and len(row[0]) <= LONGEST_NAME for row in rows)
+        if not are_names or any(isinstance(value, str | bytes) for row in rows for value in row[2:]):
             raise RunError(
-                f"{self._path} has measurements that are no numbers: the database was changed"
+                f"{self._path} has measurements that everystep does not write: the database was changed"
             )
         return [MeasurementEnds(*row) for row in rows]
 

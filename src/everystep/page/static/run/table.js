@@ -86,7 +86,9 @@ class StepTable {
     try {
       const query = { start: 0, length: 10, around: this.#step };
       const [DataTable, answer] = await Promise.all([dataTables(), ask(this.#address("table", query), this.#ended)]);
-      if (!this.#ended.signal.aborted) this.#build(DataTable, answer, 10);
+      if (this.#ended.signal.aborted) return;
+      this.#build(DataTable, answer, 10);
+      this.#sayLeftOut(answer);
     } catch (error) {
       if (!this.#ended.signal.aborted) this.#say(`The table cannot be shown: ${error.message}`);
     }
@@ -133,7 +135,7 @@ class StepTable {
     try {
       const query = { ...filters, start: asked.start, length: asked.length };
       const answer = await ask(this.#address("table", query), this.#asking);
-      this.#say("");
+      this.#sayLeftOut(answer);
       return answer;
     } catch (error) {
       if (error.name !== "AbortError") this.#say(error.message);
@@ -221,6 +223,10 @@ class StepTable {
     } catch (error) {
       this.#say(`Nothing was copied: ${error.message}`);
     }
+  }
+
+  #sayLeftOut({ left_out: count }) {
+    this.#say(count ? `${whole(count)} more measurements have no column here; everystep losses RUN --csv has all.` : "");
   }
 
   #say(text) {
