@@ -164,7 +164,7 @@ class _Kept:
     def _read(self, old: RunColumns | None) -> RunColumns:
         if old is not None:
             start = max(0, old.steps - OVERLAP)
-            starts = {name: _overlap(steps) for name, (steps, _) in old.known.items()}
+            starts = {name: _overlap(steps) for name, (steps, _) in dict(old.known).items()}
             found = read_numbers(self._directory, start, starts)
             if _goes_on(old, found, start):
                 losses = np.concatenate([old.losses[:start], _precise(found)])
@@ -233,9 +233,10 @@ def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
     counts = {ends.name: ends.values for ends in found.ends}
     meanings = [facts.get("measured", {}) for facts in (old.facts, found.facts)]
     extended = {}
-    for name, (steps, values) in old.known.items():
+    # Meanwhile others may have become known: they are read when they are asked for.
+    for name, (new_steps, new_values) in found.series.items():
+        steps, values = old.known[name]
         kept = max(0, len(steps) - OVERLAP)
-        new_steps, new_values = found.series[name]
         overlapping = len(steps) - kept
         if (
             kept + len(new_steps) == counts.get(name)

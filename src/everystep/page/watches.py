@@ -102,9 +102,9 @@ class _Handler(FileSystemEventHandler):
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         """Set the events of those who want to know."""
-        name = Path(str(event.src_path)).name
+        names = {Path(str(path)).name for path in (event.src_path, event.dest_path)}
         # Looking at a run touches other files of it (the lock, the shared memory); that is no change.
-        is_made_by_looking = not event.is_directory and name not in (FILE_NAME, f"{FILE_NAME}-wal")
+        is_made_by_looking = not event.is_directory and not names & {FILE_NAME, f"{FILE_NAME}-wal"}
         if not is_made_by_looking and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._tell)
 

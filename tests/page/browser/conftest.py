@@ -1,7 +1,8 @@
 """The page in a browser: the real server, driven as a user would.
 
-Most tests only look, and share one server (`visit`). Those that change a run change a copy of it beside
-the others (`copied`); those that stop the server, or count what is there, start one of their own (`view`).
+Most tests only look, and share a server and a window (`visit`). Those that change a run change a copy
+of it beside the others (`copied`); those that stop the server, or count what is there, start one of
+their own (`view`), and windows of their own (`open_page`).
 """
 
 import contextlib
@@ -96,46 +97,61 @@ def view(tmp_path):
 
 
 @pytest.fixture
-def train(tmp_path):
-    """Start `everystep train` in the test's directory; it is killed at the end."""
+def train(recorded):
+    """Start `everystep train` beside the recorded runs; it is killed at the end, and its run removed."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments):
-            command = [*EVERYSTEP, "train", "--quiet", *map(str, arguments)]
-            training = stack.enter_context(subprocess.Popen(command, cwd=tmp_path))
+        def start(name, *arguments):
+            command = [*EVERYSTEP, "train", "--quiet", "--run", f"runs/{name}", *map(str, arguments)]
+            stack.callback(shutil.rmtree, recorded / name, ignore_errors=True)
+            training = stack.enter_context(subprocess.Popen(command, cwd=recorded.parent))
             stack.callback(training.kill)
             return training
 
         yield start
 
 
+SIZE = {"width": 1280, "height": 900}
+
+
+class Window:
+    """A profile of its own with an open page, and what was said in its consoles."""
+
+    def __init__(self, browser, **options):
+        self.said = []
+        self.context = browser.new_context(**{"viewport": SIZE} | options)
+        self.context.set_default_timeout(30_000)
+        self.context.on("console", lambda one: one.type in ("error", "warning") and self.hear(one.text))
+        self.context.on("weberror", lambda one: self.hear(str(one.error)))
+        self.page = self.context.new_page()
+
+    def hear(self, text):
+        self.said.append(text)
+
+    def check(self, expected):
+        """Nothing may have been said but what is expected, parts of texts."""
+        unexpected = [text for text in self.said if not any(part in text for part in expected)]
+        self.said.clear()
+        assert not unexpected
+
+    def close(self):
+        self.context.close()
+
+
 @pytest.fixture
 def open_page(browser):
-    """Open pages in a profile of their own; nothing may be said in their consoles but what is expected.
-
-    Gives a function of an address and of what is expected, parts of texts.
-    """
-    said = []
+    """Open an address in a window of its own; nothing unexpected may be said in its console."""
     with contextlib.ExitStack() as stack:
 
         def open_page(address=None, *, expected=(), **options):
-            context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-            stack.callback(context.close)
-            context.set_default_timeout(30_000)
-
-            def hear(text):
-                if not any(part in text for part in expected):
-                    said.append(text)
-
-            context.on("console", lambda one: one.type in ("error", "warning") and hear(one.text))
-            context.on("weberror", lambda one: hear(str(one.error)))
-            page = context.new_page()
+            window = Window(browser, **options)
+            stack.callback(window.check, expected)
+            stack.callback(window.close)
             if address is not None:
-                page.goto(address)
-            return page
+                window.page.goto(address)
+            return window.page
 
         yield open_page
-    assert not said
 
 
 @pytest.fixture(scope="session")
@@ -154,21 +170,11 @@ def recorded(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shared(recorded):
+def shared(chromium, recorded):
     """A server of the recorded runs, for all tests that leave them as they are."""
     served = start_view(directory=recorded.parent)
     yield served
     served.stop()
-
-
-@pytest.fixture
-def visit(shared, open_page):
-    """Open a place of the shared server."""
-
-    def visit(path, **options):
-        return open_page(at(shared, path), **options)
-
-    return visit
 
 
 numbers = count(1)
@@ -185,3 +191,54 @@ def copied(recorded):
             return shutil.copytree(recorded / name, copy)
 
         yield copied
+
+
+#: Goes elsewhere as a link would; by way of a place at which nothing goes on.
+GO = """path => {
+  for (const place of ["/compare", path]) {
+    history.pushState(null, "", place);
+    dispatchEvent(new PopStateEvent("popstate"));
+  }
+  document.activeElement?.blur();
+  scrollTo(0, 0);
+}"""
+
+
+@pytest.fixture(scope="session")
+def windows(browser, shared):
+    """Windows that stay open from test to test, by their options: the page is loaded but once."""
+    opened = {}
+
+    def window(**options):
+        key = repr(sorted(options.items()))
+        if key in opened and opened[key].page.locator("dialog").count():
+            opened.pop(key).close()  # the test before has failed
+        if key not in opened:
+            opened[key] = Window(browser, **options)
+            opened[key].page.goto(at(shared, "/compare"))
+        return opened[key]
+
+    yield window
+    for each in opened.values():
+        each.close()
+
+
+@pytest.fixture
+def visit(windows, copied, train):
+    """Go to a place of the shared server; nothing unexpected may be said in the console."""
+    with contextlib.ExitStack() as stack:
+
+        def visit(
+            path, *, viewport=SIZE, color_scheme=None, reduced_motion=None, expected=(), **options
+        ):
+            window = windows(**options)
+            stack.callback(window.check, expected)
+            page = window.page
+            stack.callback(page.evaluate, GO, "/compare")
+            page.mouse.move(0, 0)
+            page.set_viewport_size(viewport)
+            page.emulate_media(color_scheme=color_scheme, reduced_motion=reduced_motion)
+            page.evaluate(GO, path)
+            return page
+
+        yield visit

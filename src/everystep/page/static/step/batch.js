@@ -3,7 +3,7 @@
 import { button, element } from "../shared/elements.js";
 import { numberOf, whole } from "../shared/format.js";
 import { coloursOf, painter, rangeOf } from "../tensor/colours.js";
-import { rebuilt, setText, show } from "./part.js";
+import { rebuilt, setText, show } from "../shared/part.js";
 import { Patch } from "../tensor/patch.js";
 import { tensorRow } from "../tensor/tensor.js";
 

@@ -2,7 +2,7 @@
 
 import { element } from "../shared/elements.js";
 import { numberOf, short, whole } from "../shared/format.js";
-import { fixed, setText } from "./part.js";
+import { fixed, setText } from "../shared/part.js";
 
 /** Return the part that says which step it is, its loss, and whether it is the recorded one. */
 export function heading() {

@@ -3,7 +3,7 @@
 import { element } from "../shared/elements.js";
 import { shapeText, whole } from "../shared/format.js";
 import { reference } from "./mathematics.js";
-import { fixed, rebuilt } from "./part.js";
+import { fixed, rebuilt } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
 
 const LIST = { class: "layers", tabIndex: 0, "aria-label": "the network, layer by layer" };

@@ -1,8 +1,8 @@
 // The operations of a step: each a line of mathematics that unfolds to its arguments and tensors.
 
 import { element } from "../shared/elements.js";
-import { fixed, rebuilt, setText, unfolding } from "./part.js";
-import { statisticsLine } from "./statistics.js";
+import { fixed, rebuilt, setText, unfolding } from "../shared/part.js";
+import { statisticsLine } from "../tensor/statistics.js";
 import { typeset } from "./mathematics.js";
 import { tensorRow } from "../tensor/tensor.js";
 

@@ -5,7 +5,7 @@ import { element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { network } from "./network.js";
 import { operationList } from "./operation.js";
-import { fixed, rebuilt, setText, show } from "./part.js";
+import { fixed, rebuilt, setText, show } from "../shared/part.js";
 import { heading } from "./heading.js";
 import { tensorRow } from "../tensor/tensor.js";
 import { update } from "./update.js";

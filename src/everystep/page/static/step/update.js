@@ -3,7 +3,7 @@
 import { button, element } from "../shared/elements.js";
 import { numberOf, percent, short } from "../shared/format.js";
 import { reference } from "./mathematics.js";
-import { fixed, rebuilt, setText, unfolding } from "./part.js";
+import { fixed, rebuilt, setText, unfolding } from "../shared/part.js";
 import { tensorPanel } from "../tensor/tensor.js";
 
 /** The bar of relative sizes begins at 10 to this power, and ends at 1. */

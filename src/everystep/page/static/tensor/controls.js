@@ -3,7 +3,7 @@
 import { css } from "./colours.js";
 import { button, element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
-import { setText, show } from "../step/part.js";
+import { setText, show } from "../shared/part.js";
 
 /** Return the choice of a slice: {node, update(about, shape), indices(index)}. */
 export function slices(turnTo) {

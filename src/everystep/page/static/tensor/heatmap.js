@@ -6,7 +6,7 @@ import { Extract } from "./extract.js";
 import { numberOf, shapeText, short } from "../shared/format.js";
 import { handle } from "./hands.js";
 import { legend, slices, zoomButtons } from "./controls.js";
-import { setText } from "../step/part.js";
+import { setText } from "../shared/part.js";
 import { Patch } from "./patch.js";
 
 const HIGHEST = 320;

@@ -2,7 +2,7 @@
 
 import { button, drawing, element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
-import { setText } from "../step/part.js";
+import { setText } from "../shared/part.js";
 
 const WIDTH = 256;
 const HEIGHT = 96;

@@ -3,8 +3,8 @@
 import { element } from "../shared/elements.js";
 import { heatMap } from "./heatmap.js";
 import { histogram } from "./histogram.js";
-import { show, setText, unfolding } from "../step/part.js";
-import { statisticsLine, statisticsText } from "../step/statistics.js";
+import { show, setText, unfolding } from "../shared/part.js";
+import { statisticsLine, statisticsText } from "./statistics.js";
 
 /** Return the part of a tensor that unfolds to its panel. `detail`: a part that stands in its row. */
 export function tensorRow(view, { id, key = id, name, note = "", detail = null }) {

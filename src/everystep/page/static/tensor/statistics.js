@@ -2,7 +2,7 @@
 
 import { element } from "../shared/elements.js";
 import { numberOf, percent, shapeText, short, whole } from "../shared/format.js";
-import { setText, show } from "./part.js";
+import { setText, show } from "../shared/part.js";
 
 const TOLD = [
   ["mean", "mean"],

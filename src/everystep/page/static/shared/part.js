@@ -1,7 +1,7 @@
 // Parts of an open step. A part is {node, update(content)[, close()]}: it is built once, and given
 // the content of one step after the other, so that numbers change and nothing moves.
 
-import { element } from "../shared/elements.js";
+import { element } from "./elements.js";
 
 let unfoldings = 0;
 

@@ -1,0 +1,142 @@
+"""The list of all runs in the browser."""
+
+import math
+import re
+import shutil
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.conftest import start_view
+from tests.page.browser.places import at, plot, row
+from tests.page.serving import written
+
+
+@pytest.fixture(scope="module")
+def listed(chromium, tmp_path_factory):
+    """A server of runs that ended in every way there is."""
+    shelf = tmp_path_factory.mktemp("listed") / "runs"
+    shelf.mkdir()
+    for number, loss in ((9, 0.5), (10, 0.25)):
+        written(shelf / f"run-{number}", [1.0, loss], started=f"2026-01-{number:02}T03:04:05+00:00")
+    written(shelf / "nan", [1.0, math.nan])
+    written(shelf / "failed", [2.0], status="failed", reason="out of memory")
+    written(shelf / "killed", [3.0, 4.0, 5.0], status="running", started="2026-01-01T00:00:00+00:00")
+    written(shelf / "empty", status="stopped")
+    (shelf / "broken").mkdir()
+    (shelf / "broken" / "run.sqlite").write_bytes(b"no database at all")
+    served = start_view(directory=shelf.parent)
+    yield served
+    served.stop()
+
+
+def names(page):
+    return page.locator("tbody tr").evaluate_all("rows => rows.map(row => row.dataset.name)")
+
+
+def test_all_runs_lead_to_one_and_the_token_leaves_the_address(visit):
+    page = visit("/")
+    expect(row(page, "chapter")).to_contain_text("finished")
+    expect(row(page, "chapter")).to_contain_text("500")
+    assert "token" not in page.url
+    expect(
+        row(page, "chapter").get_by_role("img", name="the loss of chapter, on a log axis")
+    ).to_be_visible()
+    expect(row(page, "diverged").locator("svg line.mark").first).to_be_attached()
+    expect(row(page, "fork")).to_contain_text("fork of chapter at 137")
+    row(page, "fork").get_by_role("link", name="chapter").click()
+    expect(page.locator("h1")).to_have_text("chapter")
+    assert page.url.endswith("/runs/chapter")
+    page.go_back()
+    expect(row(page, "chapter")).to_be_visible()
+
+
+def test_how_each_run_stands_is_said(listed, open_page):
+    page = open_page(listed.address)
+    for name, status in (("failed", "failed"), ("killed", "interrupted"), ("empty", "stopped")):
+        expect(row(page, name).locator(".state")).to_have_text(status)
+    expect(row(page, "nan")).to_contain_text("nan")
+    expect(row(page, "broken")).to_contain_text("cannot be read")
+    expect(row(page, "broken").get_by_role("checkbox")).to_be_disabled()
+    expect(row(page, "broken").get_by_role("link")).to_have_count(0)
+
+
+def test_runs_are_sorted_whatever_is_missing(listed, open_page):
+    page = open_page(listed.address)
+    heading = page.get_by_role("columnheader", name="last loss")
+    heading.get_by_role("button").click()
+    expect(heading).to_have_attribute("aria-sort", "ascending")
+    assert names(page)[:5] == ["run-10", "run-9", "failed", "killed", "nan"]
+    assert set(names(page)[5:]) == {"empty", "broken"}
+    heading.get_by_role("button").press("Enter")
+    expect(heading).to_have_attribute("aria-sort", "descending")
+    expect(heading.get_by_role("button")).to_be_focused()
+    assert names(page)[:5] == ["nan", "killed", "failed", "run-9", "run-10"]
+    assert set(names(page)[5:]) == {"empty", "broken"}
+    page.get_by_role("columnheader", name="name").get_by_role("button").click()
+    assert names(page) == sorted(names(page), key=lambda name: (name[:3], len(name), name))
+
+
+def test_forks_stand_beneath_their_parents(visit):
+    page = visit("/")
+    page.get_by_role("columnheader", name="name").get_by_role("button").click()
+    expect(page.locator("tr[data-name=chapter] + tr")).to_have_attribute("data-name", "fork")
+
+
+def test_runs_are_searched_by_name_and_status(listed, open_page):
+    page = open_page(listed.address)
+    search = page.get_by_role("searchbox", name="search the runs")
+    search.fill("RUN-")
+    expect(page.locator("tbody tr")).to_have_count(2)
+    search.fill("interrupted")
+    expect(page.locator("tbody tr")).to_have_count(1)
+    expect(row(page, "killed")).to_be_visible()
+    search.fill("nothing like it")
+    expect(page.get_by_text("No run is like “nothing like it”.")).to_be_visible()
+    search.fill("")
+    expect(page.locator("tbody tr")).to_have_count(7)
+
+
+def test_several_runs_are_laid_over_each_other_and_taken_away_again(visit):
+    page = visit("/")
+    overlay, compare = (page.get_by_role("button", name=name) for name in ("Overlay", "Compare"))
+    expect(overlay).to_be_disabled()
+    for name in ("chapter", "fork", "digits"):
+        page.get_by_label(f"pick {name}", exact=True).check()
+    expect(page.get_by_text("3 picked")).to_be_visible()
+    expect(compare).to_be_disabled()
+    page.get_by_label("pick digits", exact=True).uncheck()
+    expect(compare).to_be_enabled()
+    overlay.click()
+    plot(page)
+    first = page.locator("h1").inner_text()
+    other = {"chapter": "fork", "fork": "chapter"}[first]
+    assert page.url.endswith(f"/runs/{first}?beside={other}")
+    shown = page.get_by_role("group", name="what the plot shows")
+    expect(shown.get_by_role("button", name=other, exact=True)).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name=f"take {other} out of the plot").click()
+    expect(shown.get_by_role("button", name=other, exact=True)).to_have_count(0)
+    assert page.url.endswith(f"/runs/{first}")
+
+
+def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):
+    shelf = tmp_path / "runs"
+    shelf.mkdir()
+    page = open_page(view().address)
+    expect(page.locator("main")).to_contain_text("everystep train")
+    written(shelf / "first", [1.0])
+    expect(row(page, "first")).to_be_visible()
+    expect(page.locator("main")).not_to_contain_text("everystep train")
+    written(shelf / "second", [1.0])
+    expect(page.get_by_text("2 runs")).to_be_visible()
+    shutil.rmtree(shelf / "first")
+    expect(row(page, "first")).to_have_count(0)
+    expect(page.get_by_text(re.compile("^1 run$"))).to_be_visible()
+
+
+def test_the_printed_address_of_a_run_leads_to_it(recorded, open_page, view):
+    served = view(recorded / "digits")
+    page = open_page(served.address)
+    expect(page.locator("h1")).to_have_text("digits")
+    assert page.url == at(served, "/runs/digits").partition("?")[0]
+    page.get_by_role("link", name="All runs").click()
+    expect(row(page, "chapter")).to_be_visible()

@@ -1,0 +1,174 @@
+"""The plot of the losses in the browser: points and lines, axes, averages, measurements, zoom."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.places import (
+    across,
+    changed,
+    expect_another_picture,
+    expect_step,
+    part,
+    picture,
+    plot,
+)
+
+import everystep
+
+
+@pytest.fixture
+def chapter(visit):
+    page = visit("/runs/chapter")
+    plot(page)
+    return page
+
+
+def toggle(page, name):
+    shown = page.get_by_role("group", name="what the plot shows")
+    return shown.get_by_role("button", name=name, exact=True)
+
+
+def readout(page):
+    """Return what the plot says in words."""
+    return part(page, "loss of every step").locator(".readout")
+
+
+def test_a_click_goes_to_the_step_under_the_pointer(chapter):
+    at = across(plot(chapter), 0.5)
+    chapter.mouse.move(*at)
+    expect(readout(chapter)).to_have_text(re.compile(r"^step 2[45]\d\s*loss "))
+    step = int(re.search(r"\d+", readout(chapter).inner_text())[0])
+    chapter.mouse.click(*at)
+    expect_step(chapter, step)
+    expect(chapter.locator(".at-step")).to_contain_text(str(step))
+    expect(chapter.get_by_role("slider", name="step")).to_have_attribute("aria-valuenow", str(step))
+    expect(chapter.locator("tr[aria-selected=true]")).to_have_attribute("data-step", str(step))
+
+
+def test_a_tap_goes_there_too(visit):
+    page = visit("/runs/chapter", viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page.touchscreen.tap(*across(plot(page), 0.5))
+    expect(page).to_have_url(re.compile(r"step=2\d\d$"))
+
+
+def test_keys_walk_from_point_to_point_and_tell_every_digit(chapter, recorded):
+    chapter.get_by_role("slider", name="step").focus()
+    for key in ("Home", "Shift+ArrowRight", "ArrowRight", "ArrowLeft"):
+        chapter.keyboard.press(key)
+    losses = everystep.open(recorded / "chapter").losses["loss"]
+    expect(readout(chapter)).to_have_text(re.compile(r"^step 11\s*loss"))
+    assert float(readout(chapter).inner_text().split()[-1]) == pytest.approx(losses[10], rel=1e-6)
+    chapter.keyboard.press("Enter")
+    expect_step(chapter, 11)
+
+
+@pytest.mark.parametrize("name", ["line", "log axis"])
+def test_points_become_a_line_and_the_axis_logarithmic_and_back(chapter, name):
+    canvas = chapter.locator(".plot canvas")
+    before = picture(canvas)
+    expect(toggle(chapter, name)).to_have_attribute("aria-pressed", "false")
+    toggle(chapter, name).click()
+    expect(toggle(chapter, name)).to_have_attribute("aria-pressed", "true")
+    expect(toggle(chapter, name)).to_be_focused()
+    expect_another_picture(canvas, before)
+    toggle(chapter, name).press("Enter")
+    chapter.wait_for_function(
+        "before => document.querySelector('.plot canvas').toDataURL() === before", arg=before
+    )
+
+
+def test_l_makes_the_axis_logarithmic(chapter):
+    chapter.keyboard.press("l")
+    expect(toggle(chapter, "log axis")).to_have_attribute("aria-pressed", "true")
+
+
+def test_losses_are_smoothed_as_adam_would(chapter, recorded):
+    before = picture(chapter.locator(".plot canvas"))
+    chapter.get_by_role("slider", name="smoothing").fill("0.9")
+    expect_another_picture(chapter.locator(".plot canvas"), before)
+    chapter.get_by_role("slider", name="step").focus()
+    chapter.keyboard.press("Home")
+    chapter.keyboard.press("ArrowRight")
+    first, second = everystep.open(recorded / "chapter").losses["loss"][:2]
+    average = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
+    expect(readout(chapter)).to_contain_text(f"loss, smoothed {average:.6g}")
+
+
+def test_dragging_zooms_and_the_whole_run_comes_back(chapter):
+    whole = chapter.get_by_role("button", name="whole run")
+    expect(whole).to_be_hidden()
+    drag(chapter, 0.4, 0.6)
+    expect(whole).to_be_visible()
+    expect(chapter.locator(".step")).to_be_hidden()
+    chapter.mouse.move(*across(plot(chapter), 0.01))
+    expect(readout(chapter)).to_have_text(re.compile(r"^step (19\d|20\d)\s*loss"))
+    whole.click()
+    expect(whole).to_be_hidden()
+    drag(chapter, 0.4, 0.6)
+    expect(whole).to_be_visible()
+    chapter.mouse.dblclick(*across(plot(chapter), 0.5))
+    expect(whole).to_be_hidden()
+    expect(chapter.locator(".step")).to_be_hidden()
+
+
+def drag(page, start, end):
+    page.mouse.move(*across(plot(page), start))
+    page.mouse.down()
+    page.mouse.move(*across(plot(page), end), steps=3)
+    page.mouse.up()
+
+
+def test_a_long_run_is_reduced_until_it_is_looked_at_closely(copied, visit):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.write_losses(501, [step % 7 for step in range(20_000)])
+    page = visit(f"/runs/{run.name}")
+    slider = page.get_by_role("slider", name="step")
+    expect(slider).to_have_attribute("aria-valuemax", "20500")
+    drag(page, 0.5, 0.52)
+    page.mouse.move(0, 0)
+    # Once all is there, the next point is the next step.
+    page.wait_for_function(f"plot => {STRIDE}(plot) === 1", arg=slider.element_handle())
+
+
+STRIDE = """(plot => {
+  const press = () => {
+    plot.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+    return Number(plot.getAttribute("aria-valuenow"));
+  };
+  return -press() + press();
+})"""
+
+
+def test_measurements_are_shown_and_taken_away(visit):
+    page = visit("/runs/digits")
+    plot(page)
+    last = page.get_by_role("slider", name="step")
+    last.focus()
+    page.keyboard.press("End")
+    expect(readout(page)).to_contain_text("validation_loss")
+    toggle(page, "validation_loss").click()
+    expect(toggle(page, "validation_loss")).to_have_attribute("aria-pressed", "false")
+    last.focus()
+    page.keyboard.press("End")
+    expect(readout(page)).not_to_contain_text("validation_loss")
+    toggle(page, "validation_loss").click()
+    last.focus()
+    page.keyboard.press("End")
+    expect(readout(page)).to_contain_text("validation_loss")
+
+
+def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
+    page = visit("/runs/fork?beside=chapter")
+    plot(page)
+    page.get_by_role("slider", name="step").focus()
+    page.keyboard.press("End")
+    for name in ("fork", "chapter"):
+        loss = everystep.open(recorded / name).losses["loss"][-1]
+        expect(readout(page)).to_contain_text(re.compile(rf"{name} {re.escape(f'{loss:.4g}'[:4])}"))
+    page.keyboard.press("Enter")
+    expect_step(page, 500)
+    expect(page).to_have_url(re.compile("/runs/fork.*beside=chapter"))
+    toggle(page, "fork").click()
+    expect(toggle(page, "fork")).to_have_attribute("aria-pressed", "false")

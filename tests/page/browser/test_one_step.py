@@ -1,0 +1,173 @@
+"""One step in the browser: its five phases, from the batch to the update."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.places import expect_step, heading, part, unfold
+
+import everystep
+
+PHASES = ["Batch", "Forward", "Loss", "Zero grad", "Backward", "Update"]
+
+
+@pytest.fixture
+def chapter(visit):
+    """The chapter's step 137."""
+
+    def show(query="", **options):
+        page = visit(f"/runs/chapter?step=137{query}", **options)
+        expect_step(page, 137)
+        return page
+
+    return show
+
+
+@pytest.fixture
+def step(recorded):
+    return everystep.open(recorded / "chapter")[137]
+
+
+def operation(page, number):
+    return page.locator(f"[data-number='{number}']")
+
+
+def test_a_step_shows_the_very_numbers_that_python_gives(chapter, step):
+    page = chapter()
+    shown = page.locator(".step")
+    [loss, exact] = [page.locator(f".step-heading {place}") for place in (".loss-full", ".exactness")]
+    assert float(loss.inner_text()) == pytest.approx(step.loss, rel=1e-7)
+    expect(exact).to_have_text("replayed bit for bit as recorded, by program")
+    assert shown.get_by_role("heading", level=3).all_inner_texts() == [
+        f"{number} {name}".strip() for number, name in zip(["", *range(1, 6)], PHASES, strict=True)
+    ]
+    gradients = part(page, "Backward").locator(".tensor")
+    names = gradients.locator(".unfold").all_inner_texts()
+    assert names[0] == "2.weight.grad" and set(names) == {f"{name}.grad" for name in step.gradients}
+    for row, name in zip(gradients.all(), names, strict=True):
+        gradient = step.gradients[name.removesuffix(".grad")]
+        expect(row).to_contain_text(f"norm {gradient.norm():.4g}".rstrip("0"))
+    dropped = unfold(part(page, "Zero grad"), "0.weight.grad")
+    expect(dropped).to_contain_text(f"norm {step.dropped['0.weight'].norm():.4g}".rstrip("0"))
+
+
+def test_the_update_is_told_in_both_notations_with_its_relative_size(chapter, step):
+    page = chapter()
+    update = part(page, "Update")
+    expect(update).to_contain_text("param - param.grad * 0.0001")
+    expect(update).to_contain_text("torch.sub(param, torch.mul(param.grad, 0.0001))")
+    row = update.locator(".update-row").first
+    one = step.updates["0.weight"]
+    expect(row.locator(".relative")).to_have_text(f"{100 * one.relative_size:.3g}%")
+    expect(row).to_contain_text(
+        re.compile(rf"before {one.before.norm():.4g}\s*after {one.after.norm():.4g}")
+    )
+    row.get_by_role("button", name="0.weight").click()
+    for name in ("change", "before", "after"):
+        row.get_by_role("button", name=name, exact=True).click()
+        expect(
+            row.get_by_role("img", name=re.compile(f"^Heat map of 0.weight, {name}:"))
+        ).to_be_visible()
+    row.get_by_role("link", name="#11").click()
+    expect(operation(page, 11)).to_be_visible()
+
+
+def test_each_operation_is_a_line_of_mathematics_and_of_aten(chapter):
+    page = chapter()
+    for number, line, operator in (
+        (0, "x · 0.weightT + 0.bias", "aten.addmm.default"),
+        (1, "relu(#0)", "aten.relu.default"),
+        (3, "loss = sum((#2 \N{MINUS SIGN} y)2)", "aten.mse_loss.default"),
+        (9, "0.weight.grad = ∂#0T · x", "aten.mm.default"),
+    ):
+        expect(operation(page, number).locator(".mathematics")).to_have_text(line)
+        expect(operation(page, number).locator(".operator")).to_have_text(operator)
+    operation(page, 1).get_by_role("link", name="#0").click()
+    expect(operation(page, 0).get_by_role("button", expanded=True).first).to_be_visible()
+    expect(operation(page, 0)).to_contain_text("Arguments")
+
+
+def test_phase_and_operation_are_in_the_address_and_back_works(chapter):
+    page = chapter()
+    phases = page.get_by_role("navigation", name="phases of the step")
+    phases.get_by_role("link", name="Backward").click()
+    expect(page).to_have_url(re.compile(r"\?step=137&phase=backward$"))
+    expect(part(page, "Backward")).to_be_in_viewport()
+    expect(phases.get_by_role("link", name="Backward")).to_have_attribute("aria-current", "true")
+    toggle = operation(page, 4).get_by_role("button", name=re.compile("^operation #4: "))
+    toggle.click()
+    expect(page).to_have_url(re.compile(r"\?step=137&phase=backward&operation=4$"))
+    expect(toggle).to_have_attribute("aria-expanded", "true")
+    page.keyboard.press("ArrowRight")
+    expect_step(page, 138)
+    expect(page).to_have_url(re.compile(r"\?step=138&phase=backward&operation=4$"))
+    expect(toggle).to_have_attribute("aria-expanded", "true")
+    for _ in range(2):
+        page.go_back()
+    expect_step(page, 137)
+    expect(page).to_have_url(re.compile(r"\?step=137&phase=backward$"))
+    expect(toggle).to_have_attribute("aria-expanded", "false")
+    page.go_back()
+    expect(page).to_have_url(re.compile(r"\?step=137$"))
+
+
+def test_an_address_with_an_operation_opens_it_in_sight(chapter):
+    page = chapter("&operation=9")
+    expect(
+        operation(page, 9).get_by_role("button", name=re.compile("^operation #9"))
+    ).to_be_in_viewport()
+    expect(operation(page, 9).get_by_role("img", name=re.compile("^Heat map of"))).to_be_visible()
+
+
+def test_the_network_is_drawn_layer_by_layer_and_each_tells_all_of_itself(chapter, step):
+    page = chapter()
+    layers = page.get_by_role("list", name="the network, layer by layer")
+    told = layers.get_by_role("listitem").all_inner_texts()
+    assert [each.replace("\N{MULTIPLICATION SIGN}", " ").split() for each in told] == [
+        ["x", "64", "1,000"],
+        ["Linear", "0", "1,000", "→", "100", "64", "100"],
+        ["ReLU", "1", "64", "100"],
+        ["Linear", "2", "100", "→", "10", "64", "10"],
+        ["MSELoss"],
+    ]
+    layers.get_by_role("button", name=re.compile("^Linear 0")).click()
+    detail = page.locator(".layer-detail")
+    expect(detail).to_contain_text("Linear(in_features=1000, out_features=100, bias=True)")
+    for name in ("output", "weight", "weight.grad", "bias", "bias.grad"):
+        expect(detail.get_by_role("button", name=name, exact=True)).to_be_visible()
+    expect(detail).to_contain_text(f"norm {step.activations['0'].norm():.4g}".rstrip("0"))
+    detail.get_by_role("link", name="#9").click()
+    expect(page).to_have_url(re.compile("operation=9"))
+
+
+def test_images_are_shown_as_images_with_their_classes_and_rows(visit, recorded):
+    page = visit("/runs/digits?step=7")
+    expect(heading(page)).to_have_text(re.compile("^Step 7 of"))
+    batch = part(page, "Batch")
+    step = everystep.open(recorded / "digits")[7]
+    images = batch.get_by_role("img", name=re.compile("^image of row"))
+    expect(images).to_have_count(16)
+    targets = step.batch.y.tolist()
+    expect(batch.locator("figcaption")).to_have_text([str(target) for target in targets[:16]])
+    # An ink stroke is lighter or darker than the paper, so that no image is of one colour.
+    colours = "canvas => new Set(canvas.getContext('2d').getImageData(0, 0, 8, 8).data).size"
+    assert images.first.evaluate(colours) > 5
+    batch.get_by_role("button", name="more: 16 of 64 shown").click()
+    expect(images).to_have_count(32)
+    expect(batch).to_contain_text("64 rows of the data:")
+    batch.get_by_role("button", name="all", exact=True).click()
+    rows = batch.locator("p.rows").inner_text().partition(": ")[2]
+    assert len(rows.split(",")) == 64
+
+
+def test_what_is_unfolded_stays_so_from_step_to_step(chapter, recorded):
+    page = chapter()
+    gradient = unfold(part(page, "Backward"), "2.bias.grad")
+    expect(gradient.get_by_role("img", name=re.compile("^Heat map of 2.bias.grad:"))).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("End")
+    expect_step(page, 500)
+    norm = everystep.open(recorded / "chapter")[500].gradients["2.bias"].norm()
+    expect(
+        gradient.get_by_role("img", name=re.compile(f"^Heat map of 2.bias.grad:.*norm {norm:.4g}"))
+    ).to_be_visible()

@@ -1,0 +1,192 @@
+"""A tensor in the browser: the heat map with the number under the pointer, and the histogram."""
+
+import re
+from math import isfinite
+
+import pytest
+import torch
+from playwright.sync_api import expect
+from tests.page.browser.places import (
+    across,
+    expect_another_picture,
+    expect_step,
+    part,
+    picture,
+    unfold,
+    value,
+)
+
+import everystep
+
+
+@pytest.fixture
+def tensor(visit):
+    """Unfold a tensor of a step; return its panel's heat map, what that says, and the histogram."""
+
+    def show(run, step, phase, name):
+        page = visit(f"/runs/{run}?step={step}")
+        panel = unfold(part(page, phase), name).locator(".panel")
+        found = [
+            panel.locator(place)
+            for place in (".heat-map canvas[role=img]", ".heat-map .readout", ".histogram")
+        ]
+        expect(found[0]).to_have_attribute("aria-label", re.compile("^Heat map"))
+        expect(found[0]).to_be_visible()
+        return found
+
+    return show
+
+
+def gradient(recorded, name):
+    return everystep.open(recorded / "chapter")[137].gradients[name]
+
+
+def test_the_number_under_the_pointer_is_that_of_the_tensor(tensor, recorded):
+    heat, readout, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
+    heat.page.mouse.move(*across(heat, 0.42))
+    shown = value(readout)
+    row, column = (int(each) for each in re.findall(r"\d+", readout.inner_text())[:2])
+    assert row == 5 and 40 <= column <= 44
+    assert shown == pytest.approx(gradient(recorded, "2.weight")[row, column].item(), rel=1e-6)
+    heat.page.mouse.move(0, 0)
+    expect(readout).to_be_empty()
+
+
+def test_keys_move_the_cursor_from_number_to_number(tensor, recorded):
+    heat, readout, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
+    numbers = gradient(recorded, "2.weight")
+    heat.focus()
+    for key, place in (
+        ("Home", (0, 0)),
+        ("ArrowDown", (1, 0)),
+        ("Shift+ArrowRight", (1, 10)),
+        ("ArrowLeft", (1, 9)),
+        ("End", (1, 99)),
+        ("ArrowRight", (1, 99)),
+        ("Shift+ArrowDown", (9, 99)),
+    ):
+        heat.press(key)
+        shown = value(readout, re.escape(f"[{place[0]}, {place[1]}]"))
+        assert shown == pytest.approx(numbers[place].item(), rel=1e-6)
+    expect_step(heat.page, 137)
+
+
+def test_it_is_zoomed_by_keys_buttons_and_wheel_and_shown_whole_again(tensor):
+    heat, _, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
+    page = heat.page
+    near, far, whole = [
+        page.get_by_role("button", name=name, exact=True) for name in ("zoom in", "zoom out", "all")
+    ]
+    before = picture(heat)
+    expect(whole).to_be_disabled()
+    near.click()
+    expect(whole).to_be_enabled()
+    expect_another_picture(heat, before)
+    far.click()
+    expect(whole).to_be_disabled()
+    heat.focus()
+    heat.press("+")
+    expect(whole).to_be_enabled()
+    heat.press("0")
+    expect(whole).to_be_disabled()
+    page.mouse.move(*across(heat, 0.5))
+    page.mouse.wheel(0, -300)
+    expect(whole).to_be_enabled()
+    heat.dblclick()
+    expect(whole).to_be_disabled()
+
+
+def test_near_enough_every_number_of_a_large_tensor_is_told(tensor, recorded):
+    heat, readout, _ = tensor("chapter", 137, "Update", "0.weight")
+    expect(heat).to_have_attribute("aria-label", re.compile("100.1,000 float32"))
+    heat.focus()
+    heat.press("End")
+    for _ in range(10):
+        heat.press("+")
+    step = everystep.open(recorded / "chapter")[137]
+    assert value(readout, re.escape("[0, 999]")) == pytest.approx(
+        step.updates["0.weight"].change[0, 999].item(), rel=1e-6
+    )
+
+
+def test_colours_by_the_square_root_are_others(tensor):
+    heat, _, _ = tensor("chapter", 137, "Backward", "2.weight.grad")
+    before = picture(heat)
+    scale = heat.page.get_by_role("button", name="square root scale")
+    scale.click()
+    expect(scale).to_have_attribute("aria-pressed", "true")
+    expect_another_picture(heat, before)
+
+
+def test_tensors_of_more_dimensions_are_seen_in_slices(tensor, recorded):
+    heat, readout, _ = tensor("digits", 7, "Backward", "2.weight.grad")
+    numbers = everystep.open(recorded / "digits")[7].gradients["2.weight"]
+    page = heat.page
+    expect(page.get_by_text("of 512 slices: [0, 0, :, :]")).to_be_visible()
+    page.get_by_role("button", name="next slice").click()
+    expect(page.get_by_text("of 512 slices: [0, 1, :, :]")).to_be_visible()
+    page.get_by_role("spinbutton", name="slice").fill("35")
+    page.get_by_role("spinbutton", name="slice").press("Enter")
+    expect(page.get_by_text("of 512 slices: [2, 3, :, :]")).to_be_visible()
+    heat.focus()
+    heat.press("Home")
+    heat.press("ArrowDown")
+    assert value(readout, re.escape("[2, 3, 1, 0]")) == pytest.approx(
+        numbers[2, 3, 1, 0].item(), rel=1e-6
+    )
+    heat.press("PageDown")
+    assert value(readout, re.escape("[2, 4, 1, 0]")) == pytest.approx(
+        numbers[2, 4, 1, 0].item(), rel=1e-6
+    )
+
+
+def test_a_vector_is_one_row_and_a_number_is_told(visit, recorded):
+    page = visit("/runs/chapter?step=137&operation=3")
+    panel = page.locator("[data-number='3'] .panel").first
+    heat = panel.get_by_role("img", name=re.compile("^Heat map of"))
+    heat.focus()
+    heat.press("Home")
+    loss = everystep.open(recorded / "chapter")[137].loss
+    expect(panel.locator(".heat-map .readout")).to_have_text(
+        re.compile(rf"^{re.escape(f'{loss:.5f}'[:6])}")
+    )
+    expect(panel.locator(".histogram")).to_be_hidden()
+    bias = unfold(part(page, "Backward"), "2.bias.grad")
+    bias.get_by_role("img", name=re.compile("^Heat map of 2.bias.grad")).press("End")
+    assert value(bias.locator(".heat-map .readout"), re.escape("[9]")) == pytest.approx(
+        gradient(recorded, "2.bias")[9].item(), rel=1e-6
+    )
+
+
+def test_numbers_that_are_not_finite_are_marked_and_counted(tensor, recorded):
+    run = everystep.open(recorded / "diverged")
+    number = next(n for n in range(1, 31) if run[n].gradients["2.weight"].isnan().all())
+    heat, readout, histogram = tensor("diverged", number, "Backward", "2.weight.grad")
+    expect(heat).to_have_attribute("aria-label", re.compile("1,000 not finite$"))
+    expect(heat.page.locator(".legend .not-finite").filter(visible=True)).to_have_text("nan")
+    expect(histogram.locator(".readout")).to_have_text("0 numbers, 1,000 not finite")
+    heat.press("Home")
+    expect(readout).to_have_text("[0, 0] = nan")
+
+
+def test_the_histogram_counts_each_number(tensor, recorded):
+    _, _, histogram = tensor("chapter", 137, "Backward", "2.weight.grad")
+    numbers = gradient(recorded, "2.weight").flatten()
+    assert all(map(isfinite, numbers.tolist()))
+    counts = torch.histc(numbers, 64).int().tolist()
+    readout, bars = histogram.locator(".readout"), histogram.get_by_role("img")
+    expect(readout).to_have_text("1,000 numbers")
+    expect(bars).to_have_attribute("aria-label", re.compile(f"most, {max(counts)}, between "))
+    bars.press("Home")
+    expect(readout).to_have_text(re.compile(rf"^{counts[0]} from {numbers.min():.4g} to "))
+    bars.press("End")
+    expect(readout).to_have_text(re.compile(rf"^{counts[-1]} from .* to {numbers.max():.4g}$"))
+    bars.press("ArrowLeft")
+    expect(readout).to_have_text(re.compile(rf"^{counts[-2]} from "))
+    bars.page.mouse.move(*across(bars, 0.001))
+    expect(readout).to_have_text(re.compile(rf"^{counts[0]} from "))
+    heights = "bars => bars.querySelectorAll('rect')[0].getAttribute('height')"
+    before = float(bars.evaluate(heights))
+    histogram.get_by_role("button", name="log").click()
+    expect(histogram.get_by_role("button", name="log")).to_have_attribute("aria-pressed", "true")
+    assert float(bars.evaluate(heights)) > before

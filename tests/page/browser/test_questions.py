@@ -1,0 +1,112 @@
+"""Questions to a whole run in the browser: measure, when, verify."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.places import expect_step, plot
+
+import everystep
+
+
+@pytest.fixture
+def ask(visit):
+    """Show a run's form for a question."""
+
+    def ask(run, question):
+        return visit(f"/runs/{run}").get_by_role("form", name=question, exact=True)
+
+    return ask
+
+
+def press(form, name):
+    form.get_by_role("button", name=name, exact=True).click()
+
+
+def test_what_is_measured_in_hindsight_appears_in_the_plot_and_the_table(copied, ask):
+    run = copied("chapter")
+    form = ask(run.name, "Measure")
+    field = form.get_by_role("textbox", name="Measure")
+    field.fill("norm(gradients['0.weight']")
+    press(form, "Measure")
+    expect(form.locator(".alarm")).to_contain_text("norm(gradients['0.weight']")
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(field).to_have_value("norm(gradients['0.weight']")
+    form.get_by_role("button", name="norm(gradients['0.weight'])", exact=True).click()
+    expect(field).to_have_value("norm(gradients['0.weight'])")
+    form.get_by_role("textbox", name="name").fill("size")
+    press(form, "Measure")
+    expect(form).to_contain_text("500 values")
+    expect(form.page.get_by_role("button", name="size", exact=True)).to_be_visible()
+    expect(form.page.get_by_role("columnheader", name=re.compile("^size"))).to_be_visible()
+    measured = everystep.open(run).measured("size")
+    assert len(measured) == 500
+    assert measured[137] == pytest.approx(everystep.open(run)[137].gradients["0.weight"].norm().item())
+
+
+def test_a_measurement_that_is_there_is_overwritten_only_when_asked(copied, ask):
+    run = copied("diverged")
+    everystep.open(run).measure("loss / 2", name="share", progress=False)
+    form = ask(run.name, "Measure")
+    overwrite = form.get_by_role("checkbox", name="overwrite the one of that name")
+    expect(overwrite).to_be_hidden()
+    form.get_by_role("textbox", name="Measure").fill("loss / 4")
+    form.get_by_role("textbox", name="name").fill("share")
+    form.get_by_role("spinbutton", name="every").fill("10")
+    press(form, "Measure")
+    expect(form.locator(".alarm")).to_contain_text("share")
+    overwrite.check()
+    press(form, "Measure")
+    expect(form.locator(".result")).to_contain_text("share")
+    run = everystep.open(run)
+    assert run.measured("share")[10] == pytest.approx(run.losses["loss"][9] / 4, nan_ok=True)
+
+
+def test_a_measuring_that_is_cancelled_keeps_what_is_done(copied, ask):
+    run = copied("digits")
+    form = ask(run.name, "Measure")
+    slow = " + ".join(["median(activations['2'])"] * 30)
+    form.get_by_role("textbox", name="Measure").fill(slow)
+    form.get_by_role("textbox", name="name").fill("slow")
+    press(form, "Measure")
+    expect(form.locator(".task-text")).to_have_text(re.compile(r"^measuring: [0-9]+ of 184"))
+    press(form, "Cancel")
+    expect(form.locator(".note")).not_to_be_empty()
+    expect(form.get_by_role("progressbar")).to_have_count(0)
+    kept = everystep.open(run).measured("slow")
+    assert 0 < len(kept) < 184
+    assert sorted(kept) == list(range(1, len(kept) + 1))
+    expect(form.get_by_role("button", name="Measure", exact=True)).to_be_enabled()
+
+
+def test_when_answers_with_links_to_the_steps(ask, recorded):
+    form = ask("chapter", "When")
+    losses = everystep.open(recorded / "chapter").losses["loss"].to_list()
+    below = [step for step, loss in enumerate(losses, 1) if loss < 1]
+    form.get_by_role("textbox", name="Find the step when").fill("loss < 1")
+    press(form, "Find")
+    form.get_by_role("link", name=f"step {below[0]}", exact=True).click()
+    expect_step(form.page, below[0])
+    form.get_by_role("combobox", name="which").select_option("all")
+    press(form, "Find")
+    expect(form).to_contain_text(f"{len(below)} steps")
+    expect(form.get_by_role("link")).to_have_count(60)
+    press(form, f"{len(below) - 60} more")
+    expect(form.get_by_role("link")).to_have_count(len(below))
+
+
+def test_where_the_first_nan_came_from_is_found(ask):
+    form = ask("diverged", "When")
+    plot(form.page)
+    press(form, "Where did the first NaN come from?")
+    form.get_by_role("link", name="Look at it").click()
+    expect(form.page.locator(".step h2")).to_have_text(re.compile(r"^Step \d+ of 30$"))
+    number = re.search(r"operation=(\d+)", form.page.url)[1]
+    expect(form.page.locator(f"[data-number='{number}']")).to_be_in_viewport()
+    expect(form.page.locator(f"[data-number='{number}'] .nonfinite").first).to_be_visible()
+
+
+def test_verify_says_that_it_is_as_recorded_bit_for_bit(ask):
+    form = ask("chapter", "Verify")
+    press(form, "Verify")
+    expect(form).to_contain_text("is as it was recorded, bit for bit")

@@ -1,0 +1,105 @@
+"""Against strangers in the browser: hostile names, other pages, other hosts, and no token."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.places import at, changed, expect_step, plot, row
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def hostile(recorded):
+    """A run whose name and texts are markup."""
+    run = shutil.copytree(recorded / "chapter", recorded / HOSTILE)
+    with changed(run) as database:
+        database.write_facts({"status": "failed", "reason": HOSTILE})
+        database.write_measurements([(HOSTILE, 1, 2.0)])
+    yield HOSTILE
+    shutil.rmtree(run)
+
+
+def test_names_and_texts_from_runs_are_text(hostile, shared, open_page):
+    page = open_page(at(shared, "/"))
+    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    row(page, hostile).get_by_role("link", name=hostile).click()
+    expect(page.locator("h1")).to_have_text(hostile)
+    expect(page.locator(".run-head .alarm")).to_have_text(f"failed: {hostile}")
+    plot(page)
+    expect(page.get_by_role("columnheader", name=hostile)).to_be_visible()
+    expect(page.get_by_role("button", name=hostile, exact=True)).to_be_visible()
+    page.keyboard.press("Home")
+    expect_step(page, 1)
+    for name in ("Save this view", "Fork", "Compare"):
+        page.get_by_role("button", name=name, exact=True).click()
+        expect(page.get_by_role("dialog")).to_be_visible()
+        page.keyboard.press("Escape")
+    page.goto(page.url.partition("/runs/")[0] + f"/compare?one=chapter&other={hostile}")
+    expect(page.locator("p.verdict")).to_contain_text("the same")
+    assert page.locator("img").count() == 0
+
+
+def test_a_saved_view_keeps_them_text(hostile, visit, open_page, tmp_path):
+    page = visit(f"/runs/{hostile}?step=1")
+    expect_step(page, 1)
+    page.get_by_role("button", name="Save this view").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save the page").click()
+    download.value.save_as(tmp_path / "saved.html")
+    alone = open_page((tmp_path / "saved.html").as_uri(), offline=True)
+    alone.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    expect(alone.locator(".opened .step h2")).to_have_text("Step 1 of 500")
+    expect(alone.locator("h1")).to_contain_text(hostile)
+    assert alone.locator("img").count() == 0
+
+
+def test_without_the_token_there_is_a_page_that_says_so(shared, open_page):
+    page = open_page(expected=["403"])
+    for path in ("/", "/runs/chapter", "/?token=" + "0" * 40, "/api/runs"):
+        answer = page.goto(shared.origin + path)
+        assert answer.status == 403
+        expect(page.locator("body")).to_contain_text("the address that `everystep view` has printed")
+        expect(page.locator("body")).not_to_contain_text("chapter")
+
+
+def test_another_name_for_this_machine_is_refused(shared, open_page):
+    # Browsers find every name under localhost here, as a rebound name of a stranger would be.
+    page = open_page(expected=["403"])
+    answer = page.goto(at(shared, "/").replace("127.0.0.1", "attacker.localhost"))
+    assert answer.status == 403
+    expect(page.locator("body")).to_contain_text("this server is not attacker.localhost")
+
+
+def test_through_a_forwarded_port_the_printed_address_works(shared, open_page):
+    page = open_page(at(shared, "/").replace("127.0.0.1", "localhost"))
+    expect(row(page, "chapter")).to_be_visible()
+
+
+def test_a_page_of_another_site_gets_nothing_although_the_cookie_is_there(shared, open_page):
+    expected = ["CORS", "ERR_FAILED", "ERR_BLOCKED", "403", "Content Security", "frame"]
+    page = open_page(at(shared, "/"), expected=expected)
+    expect(row(page, "chapter")).to_be_visible()
+    stranger = page.context.new_page()
+    stranger.route(
+        "http://stranger.example/",
+        lambda route: route.fulfill(body="<p>hello", content_type="text/html"),
+    )
+    stranger.goto("http://stranger.example/")
+    statuses = []
+    stranger.on("response", lambda response: statuses.append(response.status))
+    read = """address =>
+      fetch(address, { credentials: "include" }).then((found) => found.text(), () => "nothing")"""
+    assert stranger.evaluate(read, f"{shared.origin}/api/runs") == "nothing"
+    change = """address =>
+      fetch(address, { method: "POST", mode: "no-cors", credentials: "include", body: "{}" })
+        .catch(() => 0)"""
+    stranger.evaluate(change, f"{shared.origin}/api/runs/chapter/verify")
+    framed = """address => new Promise((done) => {
+      const frame = document.createElement("iframe");
+      frame.onload = () => done(frame.contentDocument === null);
+      frame.src = address;
+      document.body.append(frame);
+    })"""
+    assert stranger.evaluate(framed, f"{shared.origin}/")
+    assert 200 not in statuses

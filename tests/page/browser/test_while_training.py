@@ -1,0 +1,55 @@
+"""A training in the browser, while it goes on."""
+
+import re
+
+from playwright.sync_api import expect
+from tests.page.browser.places import heading, part, plot, row
+
+
+def test_a_training_is_seen_while_it_goes_on(train, visit):
+    page = visit("/")
+    training = train("live", "two-layer", "--steps", 10_000_000, "--set", "optimizer.lr=1e-6")
+    expect(row(page, "live")).to_contain_text("running")
+    expect(page.get_by_text("1 running")).to_be_visible()
+    row(page, "live").get_by_role("link", name="live").click()
+    status = page.get_by_text("of 10,000,000 steps")
+    expect(status).to_contain_text("steps/s")
+    before = status.inner_text()
+    expect(status).not_to_have_text(before)
+    slider = page.get_by_role("slider", name="step")
+    last = slider.get_attribute("aria-valuemax")
+    expect(slider).not_to_have_attribute("aria-valuemax", last)
+    seen = page.locator(".dt-info")
+    told = seen.inner_text()
+    expect(seen).not_to_have_text(told)
+
+    page.keyboard.press("Home")
+    expect(heading(page)).to_have_text(re.compile("^Step 1 of "))
+    follow = page.get_by_role("button", name="follow")
+    expect(follow).to_have_attribute("aria-pressed", "false")
+    page.keyboard.press("End")
+    expect(follow).to_have_attribute("aria-pressed", "true")
+    expect(heading(page)).not_to_have_text(re.compile("^Step 1 of "))
+    first = heading(page).inner_text()
+    expect(heading(page)).not_to_have_text(first)
+    page.keyboard.press("ArrowLeft")
+    expect(follow).to_have_attribute("aria-pressed", "false")
+    training.kill()
+    expect(page.locator(".run-head .state")).to_have_text("interrupted")
+    expect(follow).to_be_hidden()
+    page.go_back()
+    page.get_by_role("link", name="All runs").click()
+    expect(row(page, "live")).to_contain_text("interrupted")
+
+
+def test_validation_appears_by_itself_and_the_end_is_seen(train, visit):
+    page = visit("/")
+    training = train("wine", "wine", "--epochs", 400)
+    row(page, "wine").get_by_role("link", name="wine").click()
+    shown = page.get_by_role("group", name="what the plot shows")
+    expect(shown.get_by_role("button", name="validation_loss")).to_have_attribute("aria-pressed", "true")
+    assert training.wait(60) == 0
+    expect(page.locator(".run-head .state")).to_have_text("finished")
+    plot(page).page.get_by_role("slider", name="step").focus()
+    page.keyboard.press("End")
+    expect(part(page, "loss of every step").locator(".readout")).to_contain_text("validation_loss")
