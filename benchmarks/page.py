@@ -186,10 +186,7 @@ def _print_steps(page: Any, name: str) -> None:
     page.keyboard.press("/")
     page.keyboard.type(str(middle))
     page.keyboard.press("Enter")
-    page.wait_for_function(
-        f"document.querySelector('.step h2').textContent.startsWith('Step {middle:,} of')"
-    )
-    page.keyboard.press("Escape")
+    page.get_by_role("heading", name=f"Step {middle:,} of").wait_for()
     page.evaluate("document.activeElement.blur()")
     for what, key, way in (("next", "ArrowRight", 1), ("previous", "ArrowLeft", -1)):
         times = []

@@ -140,9 +140,9 @@ class Desk:
 
 
 async def _begin_worker() -> Process:
-    # Threads that wait shall sleep: a training beside it may need every core, and a step whose threads
-    # wait busily for each other then takes a hundred times as long.
-    return await begin("everystep.page.worker", OMP_WAIT_POLICY="PASSIVE")
+    # Threads that wait for each other shall soon sleep: a training beside them may need every core. At
+    # once would cost more than half of the speed where there is none.
+    return await begin("everystep.page.worker", GOMP_SPINCOUNT="1000")
 
 
 async def _exchange(process: Process, request: dict[str, Any]) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,15 +20,29 @@ from everystep.views.lines import norm
 from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
 from everystep.views.terminal import shortest
 
-__all__ = ["step_content"]
+__all__ = ["step_content", "step_json"]
+
+
+def step_json(step: Step, run: Run, facts: dict[str, Any]) -> bytes:
+    """Return all that the page shows of a step but the numbers of its tensors, as JSON.
+
+    facts: of the run.
+    """
+    content = _content(step, run, facts)
+    try:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # rarely is something not finite, and a look at every number takes its time
+        text = json.dumps(plain(content), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace")
 
 
 def step_content(step: Step, run: Run) -> dict[str, Any]:
-    """Return all that the page shows of a step but the numbers of its tensors.
+    """Return the same as plain data; NaN and infinities are texts, so that it can be JSON."""
+    found: dict[str, Any] = plain(_content(step, run, run.facts))
+    return found
 
-    NaN and infinities are texts, so that it can be JSON.
-    """
-    facts = run.facts
+
+def _content(step: Step, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     tensors = _Tensors(unset_ids(step))
     optimizer = facts["optimizer"]["text"]
     content = {
@@ -53,8 +68,7 @@ def step_content(step: Step, run: Run) -> dict[str, Any]:
         "gradients": tensors.of("gradients", _as_made(step)),
         "updates": _updates(step, update_formulas(step.operations, optimizer), tensors),
     }
-    found: dict[str, Any] = plain(content | {"tensors": tensors.known})
-    return found
+    return content | {"tensors": tensors.known}
 
 
 class _Tensors:

@@ -19,7 +19,7 @@ import torch
 
 from everystep import numerics
 from everystep.errors import EverystepError, RunError, UsageError
-from everystep.page.opened import step_content
+from everystep.page.opened import step_json
 from everystep.page.processes import own_stdout
 from everystep.page.tensors import histogram, regions, tensor_of
 from everystep.recording.database import FILE_NAME
@@ -37,10 +37,14 @@ Found = tuple[dict[str, Any], bytes]
 
 
 class Openers:
-    """The runs that were asked for last, with all that was gone through in them."""
+    """The runs that were asked for last, with all that was gone through in them.
+
+    facts: of the run that was asked for last, as they were then.
+    """
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, tuple[tuple[Any, ...], Run]] = OrderedDict()
+        self.facts: dict[str, Any] = {}
 
     def run(self, directory: str) -> Run:
         """Return a run; one that was made anew under the same name is opened anew.
@@ -50,7 +54,7 @@ class Openers:
         """
         known = self._runs.pop(directory, None)
         run = known[1] if known else Run(directory)
-        stamp = _stamp(run)
+        stamp = self._stamp(run)
         if known and known[0] != stamp:
             run = Run(directory)
         self._runs[directory] = stamp, run
@@ -69,9 +73,23 @@ class Openers:
             StepError: there is no such step.
         """
         run = self.run(directory)
-        if not 1 <= number <= len(run):
+        if number < 1:
             raise no_such_step(run, number)
         return run, run[number]
+
+    def _stamp(self, run: Run) -> tuple[Any, ...]:
+        """Return what tells a run from another one of the same name.
+
+        Raises:
+            RunError: it is gone.
+        """
+        path: Path = run.directory / FILE_NAME
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise RunError(f"the run {run.name} is not there any more: {error.strerror}") from None
+        self.facts = run.facts
+        return status.st_dev, status.st_ino, self.facts.get("started")
 
 
 class Interruption:
@@ -135,20 +153,19 @@ def main() -> None:
 
 def _content(openers: Openers, request: dict[str, Any]) -> Found:
     run, step = openers.step(request["run"], request["step"])
-    content = step_content(step, run)
-    return {}, json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+    return {}, step_json(step, run, openers.facts)
 
 
 def _numbers(openers: Openers, request: dict[str, Any]) -> Found:
-    run, step = openers.step(request["run"], request["step"])
-    tensor = tensor_of(step, request["id"], run.facts)
+    _, step = openers.step(request["run"], request["step"])
+    tensor = tensor_of(step, request["id"], openers.facts)
     wanted = (request[key] for key in ("index", "count", "rows", "columns", "most"))
     return regions(tensor, *wanted)
 
 
 def _histogram(openers: Openers, request: dict[str, Any]) -> Found:
-    run, step = openers.step(request["run"], request["step"])
-    return {}, json.dumps(histogram(tensor_of(step, request["id"], run.facts))).encode()
+    _, step = openers.step(request["run"], request["step"])
+    return {}, json.dumps(histogram(tensor_of(step, request["id"], openers.facts))).encode()
 
 
 def _report(openers: Openers, request: dict[str, Any]) -> Found:
@@ -169,20 +186,6 @@ def _status_of(error: EverystepError) -> int:
     if isinstance(error, RunError):
         return 404
     return 400 if isinstance(error, UsageError) else 500
-
-
-def _stamp(run: Run) -> tuple[Any, ...]:
-    """Return what tells a run from another one of the same name.
-
-    Raises:
-        RunError: it is gone.
-    """
-    path: Path = run.directory / FILE_NAME
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise RunError(f"the run {run.name} is not there any more: {error.strerror}") from None
-    return status.st_dev, status.st_ino, run.facts.get("started")
 
 
 if __name__ == "__main__":
