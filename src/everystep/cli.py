@@ -321,7 +321,8 @@ def diff(
     Exits with 1 if they differ.
     """
     from everystep.api import open
-    from everystep.views.answers import as_json, diff_data, diff_text
+    from everystep.views.answers import as_json
+    from everystep.views.difference import diff_data, diff_text
 
     found = open(one).diff(open(other), thorough=thorough)
     typer.echo(as_json(diff_data(found)) if json else diff_text(found))

@@ -10,8 +10,9 @@ from tests.views.test_report import HOSTILE, Page
 import everystep
 from everystep.errors import StepError, UsageError
 from everystep.page.opened import step_content
+from everystep.page.regions import histogram
 from everystep.page.share import MOST_STEPS, shared_report
-from everystep.page.tensors import histogram, tensor_of
+from everystep.page.tensors import tensor_of
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import everystep
 from everystep.errors import UsageError
-from everystep.page.tensors import histogram, matrix, region, regions, tensor_of
+from everystep.page.regions import histogram, matrix, region, regions
+from everystep.page.tensors import tensor_of
 
 
 def numbers_of(found):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from everystep.errors import UsageError
 from everystep.page.opened import step_content
-from everystep.page.tensors import MOST, histogram, matrix, region, tensor_of
+from everystep.page.regions import MOST, histogram, matrix, region
+from everystep.page.tensors import tensor_of
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
 from everystep.run import Run

@@ -24,9 +24,6 @@ from everystep.page.sides import sides
 from everystep.replay.columns import Found
 from everystep.run import Run
 from everystep.views.answers import (
-    diff_data,
-    diff_sentence,
-    diff_text,
     measured_text,
     nonfinite_data,
     nonfinite_text,
@@ -35,6 +32,7 @@ from everystep.views.answers import (
     verify_text,
     when_text,
 )
+from everystep.views.difference import diff_data, diff_sentence, diff_text
 from everystep.views.progress import Silent
 from everystep.views.terminal import shortest
 

@@ -21,7 +21,8 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, UsageError
 from everystep.page.opened import step_json
 from everystep.page.processes import own_stdout
-from everystep.page.tensors import histogram, regions, tensor_of
+from everystep.page.regions import histogram, regions
+from everystep.page.tensors import tensor_of
 from everystep.recording.database import FILE_NAME
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step

@@ -39,7 +39,8 @@ def chromium():
     return found
 
 
-@pytest.fixture(scope="session")
+# As long as it is driven there is a running event loop in the thread of the tests, which others cannot bear.
+@pytest.fixture(scope="module")
 def browser(chromium):
     from playwright.sync_api import expect, sync_playwright
 
@@ -204,7 +205,7 @@ GO = """path => {
 }"""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def windows(browser, shared):
     """Windows that stay open from test to test, by their options: the page is loaded but once."""
     opened = {}

@@ -1,4 +1,4 @@
-"""Answers in one sentence; as lines and as data they are tested with what they answer."""
+"""Where two runs part, in one sentence; as lines and as data it is tested with diff."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from everystep.program.operation import Operation
 from everystep.replay.diff import Difference
 from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, TensorDifference
 from everystep.replay.walk import LossDifference, StateDifference
-from everystep.views.answers import diff_sentence
+from everystep.views.difference import diff_sentence
 
 
 def difference(**found):

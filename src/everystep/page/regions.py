@@ -1,0 +1,198 @@
+"""The numbers of a tensor: a region to draw as a heat map, and a histogram."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.errors import UsageError
+
+__all__ = ["MOST", "Region", "histogram", "matrix", "region", "regions"]
+
+#: Rows and columns that a region has at most.
+MOST = 2048
+#: Slices that come at once.
+MOST_SLICES = 512
+#: Buckets of a histogram.
+BUCKETS = 64
+#: Whole numbers up to this are exact in float32.
+_EXACT = 2**24
+
+
+class Region(NamedTuple):
+    """Numbers of a tensor, little endian, row after row; `about` says which, and how to read them."""
+
+    about: dict[str, Any]
+    numbers: bytes
+
+
+def matrix(tensor: Tensor, index: int = 0) -> tuple[Tensor, int]:
+    """Return one of the 2-d slices that a tensor's leading dimensions make, and how many there are.
+
+    A vector is one row, a number 1 by 1; of complex numbers it has the absolute values.
+
+    Raises:
+        UsageError: there is no such slice.
+    """
+    numbers = (tensor.abs() if tensor.is_complex() else tensor).detach().cpu()
+    if not numbers.numel():
+        return numbers.new_empty(0, 0), 0
+    leading = numbers.shape[:-2]
+    slices = math.prod(leading)
+    if not 0 <= index < slices:
+        raise UsageError(f"there is no slice {index} of {slices}; they are numbered from 0")
+    if numbers.dim() < 2:
+        return numbers.reshape(1, -1), 1
+    return numbers[tuple(map(int, np.unravel_index(index, leading)))], slices
+
+
+def region(
+    tensor: Tensor,
+    index: int = 0,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+    most: int = 512,
+) -> Region:
+    """Return the numbers of a region, at most `most` by `most` of them.
+
+    Of a larger one, each number stands for a block: it is the one with the largest absolute value
+    there, with its sign; NaN goes before all, so that nothing that is not finite is ever lost.
+
+    Args:
+        tensor: whose numbers.
+        index: of the 2-d slice.
+        rows: first and one after the last; absent: all.
+        columns: the same.
+        most: numbers along a side.
+
+    Raises:
+        UsageError: there is no such slice or region.
+    """
+    if not 1 <= most <= MOST:
+        raise UsageError(f"most is {most}; it must be from 1 to {MOST}")
+    whole, slices = matrix(tensor, index)
+    (top, bottom), (left, right) = (
+        _range(label, asked, size)
+        for label, asked, size in (("rows", rows, len(whole)), ("columns", columns, whole.shape[1]))
+    )
+    block = [max(1, math.ceil(size / most)) for size in (bottom - top, right - left)]
+    floats = whole.to(_float_type(whole))
+    drawn = _extremes(floats[top:bottom, left:right], *block)
+    lowest, highest = _finite_range(floats)
+    about = {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "rows": [top, bottom],
+        "columns": [left, right],
+        "height": drawn.shape[0],
+        "width": drawn.shape[1],
+        "slices": slices,
+        "index": index,
+        "block": block,
+        "format": str(drawn.dtype).removeprefix("torch."),
+        "lowest": lowest,
+        "highest": highest,
+    }
+    form = "<f8" if drawn.dtype == torch.float64 else "<f4"
+    return Region(about, drawn.numpy().astype(form, order="C", copy=False).tobytes())
+
+
+def regions(
+    tensor: Tensor,
+    index: int = 0,
+    count: int = 1,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+    most: int = 512,
+) -> Region:
+    """Return the same region of `count` slices, one after the other; `about` has `count` besides.
+
+    Raises:
+        UsageError: there is no such slice or region.
+    """
+    if not 1 <= count <= MOST_SLICES:
+        raise UsageError(f"count is {count}; it must be from 1 to {MOST_SLICES}")
+    found = [region(tensor, each, rows, columns, most) for each in range(index, index + count)]
+    return Region(found[0].about | {"count": count}, b"".join(each.numbers for each in found))
+
+
+def histogram(tensor: Tensor) -> dict[str, Any]:
+    """Return how many finite numbers lie in each of 64 equal buckets, and how many are not finite.
+
+    Where all are equal, they are in the bucket in the middle.
+    """
+    numbers = (tensor.abs() if tensor.is_complex() else tensor).detach().cpu().double().flatten()
+    finite = numbers[torch.isfinite(numbers)]
+    low, high = _finite_range(finite)
+    low, high = low or 0.0, high or 0.0
+    if low == high:
+        half = abs(low) / 2 or 0.5
+        low, high = low - half, high + half
+    # What torch computes with the edges must be finite, too; a power of two changes no digit.
+    scale = 1.0 if math.isfinite(BUCKETS * (high - low)) else 2.0**-10
+    low, high = low * scale, high * scale
+    counts = torch.histc(finite * scale, BUCKETS, low, high)
+    return {
+        "edges": (np.linspace(low, high, BUCKETS + 1) / scale).tolist(),
+        "counts": counts.long().tolist(),
+        "nonfinite": len(numbers) - len(finite),
+    }
+
+
+def _range(label: str, asked: tuple[int, int] | None, size: int) -> tuple[int, int]:
+    if asked is None:
+        return 0, size
+    first, end = asked
+    if not 0 <= first < end <= size:
+        raise UsageError(
+            f"{label} {first}:{end} are not there; ask for first:end, from 0 to at most {size}"
+        )
+    return first, end
+
+
+def _float_type(numbers: Tensor) -> torch.dtype:
+    """Return what holds these numbers: float32, and float64 where float32 is too coarse."""
+    if numbers.is_floating_point():
+        return torch.float64 if numbers.dtype == torch.float64 else torch.float32
+    if numbers.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
+        return torch.float32
+    is_exact = not numbers.numel() or float(numbers.double().abs().max()) <= _EXACT
+    return torch.float32 if is_exact else torch.float64
+
+
+def _extremes(numbers: Tensor, height: int, width: int) -> Tensor:
+    """Return of each block the number with the largest absolute value; NaN where there is one."""
+    if (height, width) == (1, 1):
+        return numbers
+    high, low = (
+        _of_blocks(_of_blocks(numbers, height, reduce).T.contiguous(), width, reduce).T
+        for reduce in (torch.amax, torch.amin)
+    )
+    return torch.where(high >= -low, high, low)
+
+
+def _of_blocks(numbers: Tensor, size: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """Return what `reduce` makes of each `size` rows; of what is left over, too."""
+    whole = len(numbers) // size * size
+    found = [reduce(numbers[:whole].reshape(-1, size, numbers.shape[1]), dim=1)]
+    if whole < len(numbers):
+        found.append(reduce(numbers[whole:], dim=0, keepdim=True))
+    return torch.cat(found)
+
+
+def _finite_range(numbers: Tensor) -> tuple[float | None, float | None]:
+    """Return the smallest and the largest finite number, None where there is none."""
+    if not numbers.numel():
+        return None, None
+    low, high = map(float, torch.aminmax(numbers))
+    if not math.isfinite(high - low):
+        finite = numbers[torch.isfinite(numbers)]
+        if not len(finite):
+            return None, None
+        low, high = map(float, torch.aminmax(finite))
+    return low, high

@@ -1,0 +1,223 @@
+"""Where two runs part: as text, as a sentence, and as plain data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from everystep.views.answers import NAMED, labelled, tensors_text
+from everystep.views.terminal import shortest
+
+if TYPE_CHECKING:
+    from everystep.program.execute import Observed
+    from everystep.replay.diff import Difference
+    from everystep.replay.operations import OperationDifference, TensorDifference
+
+__all__ = ["diff_data", "diff_sentence", "diff_text"]
+
+#: How the cause of a difference begins that lies in the learning rate and its like.
+_OTHER_HYPERPARAMETER = "another hyperparameter: "
+
+
+def diff_text(found: Difference) -> str:
+    """Return where two runs part, in lines."""
+    one, other = found.names
+    lines = [labelled("runs", f"{one}\n{other}")]
+    for label, pairs in (("experiments", found.experiments), ("numerics", found.numerics)):
+        if pairs:
+            lines.append(
+                labelled(label, "\n".join(f"{k}: {_pair(a, b)}" for k, (a, b) in pairs.items()))
+            )
+    if found.steps[0] != found.steps[1]:
+        lines.append(labelled("steps", f"{found.steps[0]:,} and {found.steps[1]:,}"))
+    common = min(found.steps)
+    if found.loss is None:
+        lines.append(labelled("losses", f"the same in all {common:,} steps that both have"))
+    else:
+        lines.append(
+            labelled(
+                "losses",
+                f"part at step {found.loss.step:,}: {shortest(found.loss.recorded)} and "
+                f"{shortest(found.loss.replayed)}",
+            )
+        )
+    lines.append(labelled("states", _states_text(found)))
+    if found.operation is not None:
+        lines += ["", *_operation_lines(found.operation, found.names)]
+    lines += [labelled("problem", problem) for problem in found.problems]
+    return "\n".join([*lines, "", _verdict(found)])
+
+
+def diff_sentence(found: Difference) -> str:
+    """Return the same in one sentence: where they part, at which operation, and why."""
+    if found.loss is not None:
+        parts = [f"The losses part at step {found.loss.step:,}"]
+    elif found.operation is not None or found.states:
+        parts = [f"The losses of all {min(found.steps):,} common steps are the same"]
+    else:
+        verdict = _verdict(found)
+        return f"{verdict[0].upper()}{verdict[1:]}."
+    operation = found.operation
+    if operation is not None:
+        at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
+        parts.append(
+            f"the first operation to differ is #{operation.index}{at}" + _what(found, operation)
+        )
+    elif found.states and found.loss is None:
+        first = found.states[0]
+        parts.append(f"{first.tensor} of state {first.state:,} is not")
+    return "; ".join(parts) + "."
+
+
+def diff_data(found: Difference) -> dict[str, Any]:
+    """Return the same as plain data."""
+    operation = found.operation
+    loss = found.loss
+    return {
+        "runs": list(found.names),
+        "same": found.is_same,
+        "experiments": {key: list(pair) for key, pair in found.experiments.items()},
+        "numerics": {key: list(pair) for key, pair in found.numerics.items()},
+        "steps": list(found.steps),
+        "loss": None if loss is None else {"step": loss.step, "values": [loss.recorded, loss.replayed]},
+        "common_state": found.common_state,
+        "thorough": found.is_thorough,
+        "states": [each._asdict() for each in found.states],
+        "operation": None if operation is None else _operation_data(operation),
+        "problems": list(found.problems),
+    }
+
+
+def _states_text(found: Difference) -> str:
+    common = found.common_state
+    same = "no snapshot is the same" if common is None else f"the same up to state {common:,}"
+    if not found.states:
+        return same if common is not None else "no snapshots of the same state can be compared"
+    return f"{same}; state {found.states[0].state:,} is not:\n" + tensors_text(list(found.states))
+
+
+def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list[str]:
+    sides = [
+        "no operation"
+        if each is None
+        else f"{each.operation.operator}"
+        + (f" of module {each.operation.module}" if each.operation.module else "")
+        + f", {each.operation.phase}"
+        for each in (found.one, found.other)
+    ]
+    where = sides[0] if sides[0] == sides[1] else f"{names[0]}: {sides[0]}\n{names[1]}: {sides[1]}"
+    lines = [labelled("they part", f"in step {found.step:,}, at operation #{found.index}\n{where}")]
+    lines += [labelled("result", _tensor_text(each)) for each in found.results]
+    lines += [labelled("differs in", _tensor_text(each)) for each in found.inputs]
+    if found.rows:
+        rows = ", ".join(
+            f"{a} at place {place}" if a == b else f"{a} and {b} at place {place}"
+            for place, a, b in found.rows[:NAMED]
+        )
+        lines.append(labelled("rows", rows + (", ..." if len(found.rows) > NAMED else "")))
+    lines += [labelled("because of", cause) for cause in found.causes]
+    return lines
+
+
+def _what(found: Difference, operation: OperationDifference) -> str:
+    """Return what the operation is, of both runs if it is another one, and why it differs."""
+    one, other = operation.one, operation.other
+    names = [None if each is None else _operation_name(each) for each in (one, other)]
+    if None not in names and names[0] != names[1]:
+        return ": " + ", ".join(f"{name} in {run}" for name, run in zip(names, found.names, strict=True))
+    return f", {names[0] or names[1]}, {_reason(found, operation)}"
+
+
+def _operation_name(observed: Observed) -> str:
+    """Return the operator without its overload, and where it is: `aten.addmm (forward, 0)`."""
+    operation = observed.operation
+    name = operation.operator
+    if name.startswith("aten."):
+        name = ".".join(name.split(".")[:2])
+    return f"{name} ({', '.join(filter(None, (operation.phase, operation.module)))})"
+
+
+def _reason(found: Difference, operation: OperationDifference) -> str:
+    """Return why an operation differs, as the end of a sentence."""
+    from everystep.replay.operations import COMPUTED_OTHERWISE
+
+    cause = operation.causes[0] if operation.causes else ""
+    if operation.one is None or operation.other is None:
+        return f"which only {found.names[operation.one is None]} has"
+    if cause.startswith(_OTHER_HYPERPARAMETER):
+        what, _, values = cause.removeprefix(_OTHER_HYPERPARAMETER).partition(", ")[0].partition(" ")
+        return f"because {what} is {values}"
+    if cause == COMPUTED_OTHERWISE:
+        pairs = [f"{key} {one} and {other}" for key, (one, other) in found.numerics.items()]
+        return "although it is given the same" + (f": {', '.join(pairs)}" if pairs else "")
+    if cause:
+        return f"because of {cause}"
+    names = list(dict.fromkeys(_input_name(each.name) for each in operation.inputs))
+    if not names:
+        return "and nothing that it is given"
+    verb = "differs" if len(names) == 1 else "differ"
+    return f"because {' and '.join(names[:2])} {verb} already"
+
+
+def _input_name(name: str) -> str:
+    """Return what an operation is given, in words."""
+    kind, _, rest = name.partition("~")[0].partition("/")
+    if kind in ("x", "y"):
+        return f"{kind} of the batch"
+    if kind == "gradient":
+        return f"the gradient of {rest}"
+    return rest if kind in ("parameter", "buffer") else name
+
+
+def _tensor_text(found: TensorDifference) -> str:
+    if not found.positions:
+        return f"{found.name}: another shape or dtype"
+    far = f", by {found.largest:,} units in the last place at most" if found.largest else ""
+    lines = [f"{found.name}: {found.elements:,} of {found.of:,} numbers{far}"]
+    for position, (one, two) in zip(found.positions[:3], found.values, strict=False):
+        place = "[" + ", ".join(map(str, position)) + "]" if position else ""
+        lines.append(f"  {place}  {one!r} and {two!r}" if place else f"  {one!r} and {two!r}")
+    if found.elements > 3:
+        lines.append("  ...")
+    return "\n".join(lines)
+
+
+def _operation_data(found: OperationDifference) -> dict[str, Any]:
+    return {
+        "step": found.step,
+        "index": found.index,
+        "operations": [
+            None
+            if each is None
+            else {
+                "phase": each.operation.phase,
+                "module": each.operation.module,
+                "operator": each.operation.operator,
+            }
+            for each in (found.one, found.other)
+        ],
+        "results": [each._asdict() for each in found.results],
+        "inputs": [each._asdict() for each in found.inputs],
+        "rows": [list(row) for row in found.rows],
+        "causes": found.causes,
+    }
+
+
+def _verdict(found: Difference) -> str:
+    if found.loss is not None or found.states or found.operation is not None:
+        return "the runs differ"
+    if found.is_same and not found.numerics:
+        return "the runs are the same, bit for bit"
+    if found.steps[0] != found.steps[1] and not found.experiments:
+        return f"the first {min(found.steps):,} steps are the same; one run is longer"
+    same = f"every loss and every common snapshot of the first {min(found.steps):,} steps is the same"
+    if found.is_thorough:
+        same = f"every operation of the first {min(found.steps):,} steps gives the same"
+    elif found.experiments or found.numerics:
+        same += "; --thorough looks at every operation"
+    return f"{same}, bit for bit" if found.is_same or found.is_thorough else same
+
+
+def _pair(one: Any, two: Any) -> str:
+    texts = [str(value).replace("\n", " ") for value in (one, two)]
+    short = [text if len(text) <= 60 else text[:24] + "..." for text in texts]
+    return f"{short[0]} | {short[1]}" if short[0] != short[1] else f"{texts[0]} | {texts[1]}"
