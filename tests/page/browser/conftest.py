@@ -39,7 +39,7 @@ def chromium():
     return found
 
 
-# As long as it is driven there is a running event loop in the thread of the tests, which others cannot bear.
+# While it is driven, an event loop runs in the thread of the tests, which other tests cannot bear.
 @pytest.fixture(scope="module")
 def browser(chromium):
     from playwright.sync_api import expect, sync_playwright
