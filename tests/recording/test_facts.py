@@ -95,3 +95,12 @@ def test_a_pipe_beside_the_database_is_not_waited_for(runs, suffix):
     os.mkfifo(pipe)
     with pytest.raises(RunError, match="is no file"):
         everystep.open(runs / "right")
+
+
+def test_a_run_of_a_generator_that_nobody_seeded_is_read(runs):
+    change(
+        runs / "right",
+        "batches",
+        json.dumps(everystep.open(runs / "right").facts["batches"] | {"seed": 2**64 - 1}),
+    )
+    assert everystep.open(runs / "right").facts["batches"]["seed"] == 2**64 - 1

@@ -105,7 +105,7 @@ def _fits(value: Any, shape: Any) -> bool:
     if shape is _Time:
         return _is_time(value)
     if shape is int:
-        return type(value) is int and abs(value) < 2**63
+        return type(value) is int and abs(value) < 2**64  # a seed has 64 bits
     return type(value) in (int, float) if shape is float else isinstance(value, shape)
 
 
