@@ -34,7 +34,9 @@ def test_train_prints_lines_where_piped_and_says_what_is_next(everystep_command)
     assert headings[:6] == ["device", "data", "model", "loss", "update", "steps"]
     assert "(0): Linear(in_features=1000, out_features=100, bias=True)" in err
     assert "recorded in runs/two-layer-1" in err
-    for line in err.partition("next:\n")[2].splitlines():
+    view, *others = err.partition("next:\n")[2].splitlines()
+    assert view.split() == ["everystep", "view", "two-layer-1"]  # it serves until it is stopped
+    for line in others:
         assert everystep_command(*line.split()[1:])[0] == 0
 
 

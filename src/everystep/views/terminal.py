@@ -75,6 +75,7 @@ def closing(directory: Path, reason: str | None) -> str:
     lines += [
         "",
         "next:",
+        f"  everystep view {argument}",
         f"  everystep step {argument} {summary.steps or 1}",
         f"  everystep table {argument} -o losses.html",
         f"  everystep plot {argument} -o loss.png",
