@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -28,6 +30,16 @@ def written(directory, losses=(), measurements=(), **facts):
         database.write_facts(known | facts)
     database.close()
     return directory
+
+
+def remove(run):
+    """Remove a run that a server may be reading: what reading makes there meanwhile goes, too."""
+    for _ in range(200):
+        shutil.rmtree(run, ignore_errors=True)
+        if not run.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{run} is still there")
 
 
 class Application:

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from tests.page.serving import events, written
+from tests.page.serving import events, remove, written
 
 import everystep
 from everystep.page.columns import Columns
@@ -116,7 +115,7 @@ def test_a_deleted_run_is_gone_and_may_come_back(server):
     run = written(server.directory / "deleted", [1.0])
     with events(server.client, "/api/runs/deleted/events") as stream:
         next_of(stream, "losses")
-        shutil.rmtree(run)
+        remove(run)
         assert next(stream) == ("gone", {}, "0")
         written(run, [2.0, 3.0], started="2026-03-03T00:00:00+00:00")
         assert next_of(stream, "losses") == ({"steps": [1, 2], "losses": [2.0, 3.0]}, "2")
@@ -133,7 +132,7 @@ def test_the_list_tells_what_begins_changes_and_goes(server):
         new = written(server.directory / "new", [1.0], status="finished")
         found = next(content for _, content, _ in stream if content["runs"])
         assert [run["name"] for run in found["runs"]] == ["new"]
-        shutil.rmtree(new)
+        remove(new)
         assert next(stream)[1] == {"runs": [], "gone": ["new"], "all": False}
 
 

@@ -16,6 +16,7 @@ from itertools import count
 
 import pytest
 from tests.page.browser.places import at
+from tests.page.serving import remove
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 #: A browser that looks for nothing outside this machine.
@@ -104,7 +105,7 @@ def train(recorded):
 
         def start(name, *arguments):
             command = [*EVERYSTEP, "train", "--quiet", "--run", f"runs/{name}", *map(str, arguments)]
-            stack.callback(shutil.rmtree, recorded / name, ignore_errors=True)
+            stack.callback(remove, recorded / name)
             training = stack.enter_context(subprocess.Popen(command, cwd=recorded.parent))
             stack.callback(training.kill)
             return training
@@ -188,7 +189,7 @@ def copied(recorded):
 
         def copied(name):
             copy = recorded / f"{name}-{next(numbers)}"
-            stack.callback(shutil.rmtree, copy, ignore_errors=True)
+            stack.callback(remove, copy)
             return shutil.copytree(recorded / name, copy)
 
         yield copied

@@ -2,13 +2,12 @@
 
 import math
 import re
-import shutil
 
 import pytest
 from playwright.sync_api import expect
 from tests.page.browser.conftest import start_view
 from tests.page.browser.places import at, plot, row
-from tests.page.serving import written
+from tests.page.serving import remove, written
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tm
     expect(page.locator("main")).not_to_contain_text("everystep train")
     written(shelf / "second", [1.0])
     expect(page.get_by_text("2 runs")).to_be_visible()
-    shutil.rmtree(shelf / "first")
+    remove(shelf / "first")
     expect(row(page, "first")).to_have_count(0)
     expect(page.get_by_text(re.compile("^1 run$"))).to_be_visible()
 

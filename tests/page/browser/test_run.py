@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import at, changed, expect_step, heading, part, plot, row
+from tests.page.serving import remove
 
 
 def test_what_a_run_is_in_the_chapters_order(visit):
@@ -206,7 +207,7 @@ def test_a_run_that_is_deleted_while_it_is_shown_stays_on_the_screen(copied, vis
     page = visit(f"/runs/{run.name}?step=7", expected=["404", "no run", "not there any more"])
     expect(heading(page)).to_have_text(re.compile("^Step 7 of"))
     # At once, as a file manager does: the server may be reading within.
-    shutil.rmtree(run.rename(tmp_path / run.name))
+    remove(run.rename(tmp_path / run.name))
     expect(page.get_by_text("This run was deleted")).to_be_visible()
     expect(heading(page)).to_be_visible()
     page.get_by_role("link", name="All runs").click()

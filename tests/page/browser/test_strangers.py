@@ -5,6 +5,7 @@ import shutil
 import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import at, changed, expect_step, plot, row
+from tests.page.serving import remove
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -17,7 +18,7 @@ def hostile(recorded):
         database.write_facts({"status": "failed", "reason": HOSTILE})
         database.write_measurements([(HOSTILE, 1, 2.0)])
     yield HOSTILE
-    shutil.rmtree(run)
+    remove(run)
 
 
 def test_names_and_texts_from_runs_are_text(hostile, shared, open_page):
