@@ -123,9 +123,16 @@ class Window:
         self.said = []
         self.context = browser.new_context(**{"viewport": SIZE} | options)
         self.context.set_default_timeout(30_000)
-        self.context.on("console", lambda one: one.type in ("error", "warning") and self.hear(one.text))
+        self.context.on("console", self.hear_console)
         self.context.on("weberror", lambda one: self.hear(str(one.error)))
         self.page = self.context.new_page()
+
+    def hear_console(self, message):
+        address = message.location["url"]
+        # The picture of a run that another test has removed at that moment is not there.
+        is_late = "404" in message.text and address.endswith("/sparkline")
+        if message.type in ("error", "warning") and not is_late:
+            self.hear(f"{message.text} {address}")
 
     def hear(self, text):
         self.said.append(text)

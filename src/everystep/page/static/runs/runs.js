@@ -59,6 +59,7 @@ class Runs {
     this.end();
     this.away.close();
     this.watcher.disconnect();
+    this.#rows.forEach((row) => row.see(false)); // no picture is asked for any more
   }
 
   // Runs may have gone while nothing was heard.
@@ -72,6 +73,7 @@ class Runs {
       const row = this.#rows.get(name);
       if (!row) continue;
       this.watcher.unobserve(row.host);
+      row.see(false);
       row.host.remove();
       this.#rows.delete(name);
       this.#picked.delete(name);
