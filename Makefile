@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check format bench clean
+.PHONY: run test test-torch check format bench clean
 
 run: .venv/installed                ## train the chapter's network, write its table, plot and report
 	@set -e; run=runs/chapter-$$(date +%Y%m%d-%H%M%S); \
@@ -15,6 +15,12 @@ test: .venv/installed-dev           ## import contracts, types, and the whole te
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Each version takes some gigabytes, so continuous integration does not run this.
+test-torch:                         ## the test suite with another torch: make test-torch VERSION=2.15.0
+	@test -n "$(VERSION)" || { echo 'name a torch version: make test-torch VERSION=2.15.0' >&2; exit 2; }
+	$(MAKE) .venv-torch-$(VERSION)/installed
+	.venv-torch-$(VERSION)/bin/pytest
 
 check: .venv/installed-dev          ## format and lint, then all of `make test`
 	$(BIN)/ruff format --check .
@@ -29,7 +35,7 @@ bench: .venv/installed-bench        ## everystep, the plain PyTorch loop and oth
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "everystep needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -46,3 +52,8 @@ clean:
 .venv/installed-bench: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	@touch $@ .venv/installed
+
+.venv-torch-%/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip install --quiet --editable ".[dev]" "torch==$*"
+	@touch $@

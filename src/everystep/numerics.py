@@ -12,11 +12,14 @@ import os
 import platform
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from everystep.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +95,7 @@ class Numerics:
             deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
             flush_denormal=_flushes_denormals(),
             default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
-            float32_matmul_precision=torch.get_float32_matmul_precision(),
+            float32_matmul_precision=_float32_matmul_precision(),
             onednn=bool(torch.backends.mkldnn.enabled),
             cudnn_benchmark=bool(torch.backends.cudnn.benchmark),
             cublas_workspace_config=os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
@@ -159,9 +162,15 @@ def in_force(threads: int | None = None, default_dtype: str | None = None) -> It
     """Hold deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
 
     All of these belong to the process: of trainings in several threads, the last to end restores them.
+
+    Raises:
+        UsageError: something is in force around the caller that changes what torch's functions do.
     """
     import torch
 
+    mode = _active_mode()
+    if mode is not None:
+        raise UsageError(f"{mode} is in force here, and would not be when a step is replayed; {_CURE}")
     threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
     _held.enter()
     try:
@@ -174,6 +183,28 @@ def in_force(threads: int | None = None, default_dtype: str | None = None) -> It
         torch.set_num_threads(threads_before)
         torch.set_default_dtype(dtype_before)
         _held.leave()
+
+
+_CURE = "end it before you call everystep, or put it into the model's forward or the loss"
+
+
+def _active_mode() -> str | None:
+    """Return what is in force around the caller and changes what torch's functions do, or None."""
+    import torch
+    from torch.overrides import _get_current_function_mode_stack
+
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "torch.autocast"
+    if torch.is_inference_mode_enabled():
+        return "torch.inference_mode"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode"
+    for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        device = getattr(mode, "device", None)
+        # That new tensors lie on the CPU is so anyway.
+        if type(mode).__name__ != "DeviceContext" or getattr(device, "type", "") != "cpu":
+            return f"a TorchFunctionMode ({type(mode).__name__})"
+    return None
 
 
 class _Held:
@@ -222,6 +253,15 @@ def _flushes_denormals() -> bool:
     import torch
 
     return (torch.tensor([1e-39]) * 1).item() == 0
+
+
+def _float32_matmul_precision() -> str:
+    import torch
+
+    with warnings.catch_warnings():
+        # torch 2.9 with CUDA warns whoever reads it, and later ones do not.
+        warnings.simplefilter("ignore")
+        return torch.get_float32_matmul_precision()
 
 
 def _mkl_cbwr() -> str:

@@ -352,8 +352,9 @@ def test_what_differs_is_what_differs_by_hand():
     assert (given.elements, given.of, given.positions, given.largest) == (1, 32, [(2, 1)], 1)
     assert given.values == [tuple(weights)]
     losses = [run.losses["loss"].to_list() for run in (one, other)]
-    first = next(i for i, (p, q) in enumerate(zip(*losses, strict=True)) if p != q)
-    assert found.loss == (first + 1, losses[0][first], losses[1][first])
+    # Kernels of another torch may round the difference away before it reaches a loss.
+    first = next((i for i, (p, q) in enumerate(zip(*losses, strict=True)) if p != q), None)
+    assert found.loss == (first if first is None else (first + 1, losses[0][first], losses[1][first]))
 
 
 # Runs that are the same, in part or as a whole.

@@ -52,7 +52,7 @@ def text_of(step, facts, **options):
 CHAPTER = """\
 two-layer-1, step 137 of 137
 
-loss      0.8888, in full LOSS
+loss      SHORT, in full LOSS
 replayed  bit for bit as recorded, by program
 
 batch     all 64 rows, in order
@@ -99,8 +99,9 @@ def test_the_chapters_step_reads_in_its_order_and_fits_a_hundred_columns(chapter
     lines = text_of(step, facts, name="two-layer-1").splitlines()
     assert max(map(len, lines)) <= 100
     rest = iter(lines)
-    expected_lines = CHAPTER.replace("LOSS", shortest(step.loss)).replace("{by}", TIMES).splitlines()
-    for expected in expected_lines:
+    assert step.loss == pytest.approx(0.8888, rel=2e-3)  # other processors round otherwise
+    shown = CHAPTER.replace("SHORT", f"{step.loss:.4g}").replace("LOSS", shortest(step.loss))
+    for expected in shown.replace("{by}", TIMES).splitlines():
         assert any(line.startswith(expected) for line in rest), expected
     seen = statistics(step.activations["1"])
     [relu] = [line for line in lines if "relu(#0)" in line]

@@ -95,7 +95,8 @@ def loss_class(name: str) -> type[nn.Module]:
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Return the optimizer of that name; raises ValueError where it needs a closure."""
     found: type[torch.optim.Optimizer] = _look_up(name, _OPTIMIZERS, "optimizer")
-    if inspect.signature(found.step).parameters["closure"].default is inspect.Parameter.empty:
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
         raise ValueError(
             f"{name} evaluates the loss several times in one step (it needs a closure), and a step "
             "here has one forward and one backward pass; Adam or SGD with momentum do without"

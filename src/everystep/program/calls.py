@@ -61,7 +61,7 @@ def prebuilt_calls(
     if len(results) == 1 and results[0] is not None and not keywords:
         if str(operator) in _SAME_AS:
             return [_SAME_AS[str(operator)](arguments, results[0])]
-        if str(operator) in _ELEMENTWISE_LOSSES:
+        if str(operator) in _ELEMENTWISE_LOSSES and _can_be_split(operator):
             return _loss_calls(operator, arguments, results[0])
     return [_into_results(operator, arguments, keywords, results)]
 
@@ -82,6 +82,12 @@ def _into_results(
             given = dict(zip(names, results, strict=True))
         return _fastest(overload, arguments, keywords | given)
     return _copying(operator, arguments, keywords, results)
+
+
+def _can_be_split(operator: Any) -> bool:
+    """Tell whether this torch has the loss as a function of its own, with a reduction to choose."""
+    has_reduction = any(p.name == "reduction" for p in operator._schema.arguments)
+    return has_reduction and hasattr(torch._C._nn, operator.overloadpacket.__name__)
 
 
 def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Call]:

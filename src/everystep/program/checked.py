@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-from everystep.program import soundness
+from everystep.program import soundness, trusting
 
 __all__ = ["is_known_sound", "note_sound"]
 
@@ -42,5 +42,6 @@ def _mark(text: bytes) -> Path:
 
 @cache
 def _checker() -> bytes:
-    source = Path(soundness.__file__).read_bytes()
+    files = (soundness.__file__, trusting.__file__)
+    source = b"".join(Path(file).read_bytes() for file in files)
     return f"{version('everystep')} {torch.__version__} ".encode() + hashlib.sha256(source).digest()

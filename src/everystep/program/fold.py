@@ -9,7 +9,7 @@ at, and not when it is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from everystep.program.program import Operation, Program, Storage, TensorSpec, hyperparameter
@@ -17,7 +17,7 @@ from everystep.program.program import Operation, Program, Storage, TensorSpec, h
 __all__ = ["fold_updates"]
 
 
-def fold_updates(program: Program, rates: Sequence[float]) -> Program:
+def fold_updates(program: Program, rates: Mapping[int, float]) -> Program:
     """Return the program with plain gradient updates folded into what makes their gradients.
 
     Args:
@@ -41,7 +41,7 @@ class _Update:
 @dataclass
 class _Folding:
     program: Program
-    rates: Sequence[float]
+    rates: Mapping[int, float]
     storages: dict[str, Storage] = field(init=False)
     tensors: dict[str, TensorSpec] = field(init=False)
     once: list[Operation] = field(init=False)
@@ -105,7 +105,7 @@ class _Folding:
                     yield _Update(parameter, gradient, operation.keywords["alpha"], (place,))
 
     def _group(self, lr: object) -> int | None:
-        for group in range(len(self.rates)):
+        for group in self.rates:
             if lr in [hyperparameter("lr", group, dtype) for dtype in ("float32", "float64")]:
                 return group
         return None

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.program.allowed import ALLOWED
+from everystep.program.trusting import what_is_unknown
+
 __all__ = [
     "NotAllowedError",
     "Parameter",
@@ -22,6 +25,8 @@ __all__ = [
     "writes",
 ]
 
+#: What `torch.ops` has for each name: all overloads of an operator.
+_Packet: Any = type(torch.ops.aten.mul)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
 #: Types of arguments and results, as schemas write them, of an operation on tensors.
@@ -37,28 +42,21 @@ _TEXT_ARGUMENTS = {
     *("mode", "driver", "UPLO"),
 }
 
-#: They compute on tensors, but not on such as programs have (dense ones), or in ways that programs do
-#: not: in other memory than they are given, with numbers that nobody checks as places in memory, or
-#: for as long as a number in a tensor says. Others are only called by other operators.
-_NOT_ALLOWED = re.compile(
-    r".*(sparse|quantized|nested|padded|overrideable|resize|polynomial).*|.*mkldnn_(?!rnn_layer).*"
-    r"|.*_mkldnn|(de)?quantize.*|q_.*|sym_.*|unique_.*|nonzero_static|set|lift|empty_permuted"
-    r"|as_strided_scatter|(split|split_with_sizes|unbind)_copy|segment_reduce|hspmm|sspaddmm|int_repr"
-    r"|native_norm|batch_norm_.*|slow_conv.*|conv_depthwise3d|glu_.*jvp|histogram|matmul_backward"
-    r"|adaptive_avg_pool3d_backward|(cudnn|miopen)_(affine|convolution|ctc|depthwise).*"
-)
-
-#: Operators whose names begin with an underscore are torch's own affair; these are kernels of steps.
-_PRIVATE_KERNELS = re.compile(
-    r"_foreach_\w+|_fused_(adagrad|adam|adamw|sgd)_|_(adaptive_avg_pool[23]d|cdist|cudnn_rnn"
-    r"|embedding_bag|embedding_bag_per_sample_weights|fused_dropout|fused_rms_norm"
-    r"|log_softmax|pdist|prelu_kernel|scaled_dot_product_\w+|softmax|thnn_fused_(gru|lstm)_cell"
-    r"|upsample_\w+|weight_norm_interface)(_forward|_forward_only|_backward|_backward_data"
-    r"|_backward_impl)?"
-    r"|_(addmm_activation|conj|conj_physical|convolution|dirichlet_grad|euclidean_dist"
-    r"|fft_(c2c|c2r|r2c)|linalg_(det|eigh|eigvals|slogdet|solve_ex|svd)|native_batch_norm_legit"
-    r"|native_batch_norm_legit_no_training|neg_view|reshape_alias|safe_softmax|sample_dirichlet"
-    r"|standard_gamma|standard_gamma_grad|to_copy|trilinear|unsafe_view)"
+#: What of torch's inside programs need to be captured, checked and run.
+_NEEDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    (
+        "torch._C",
+        torch._C,
+        ("_AutoDispatchBelowAutograd", "_dispatch_has_kernel_for_dispatch_key", "_set_grad_enabled"),
+    ),
+    (
+        "torch.Tag",
+        torch.Tag,
+        (
+            *("data_dependent_output", "dynamic_output_shape", "inplace_view"),
+            *("nondeterministic_seeded", "view_copy"),
+        ),
+    ),
 )
 
 #: Besides those whose schema says that they give a view: they give memory, or a view of it.
@@ -101,17 +99,26 @@ def resolve(name: str) -> Any:
     Raises:
         NotAllowedError: it is unknown, or no such operation.
     """
+    missing = next(_missing(), None)
+    if missing is not None:
+        raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which programs need")
     match = _NAME.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
-    if match is None or not isinstance(packet, torch._ops.OpOverloadPacket):
+    if match is None or not isinstance(packet, _Packet):
         raise NotAllowedError(f"{name:.80} is no operator of this torch ({torch.__version__})")
-    if match[2] not in packet.overloads():  # type: ignore[no-untyped-call]
+    if match[2] not in packet.overloads():
         raise NotAllowedError(f"{name:.80}: {match[1]} has no overload {match[2]:.80}")
     operator = getattr(packet, match[2])
     reason = _reason_against(match[1], operator)
     if reason:
         raise NotAllowedError(f"{name} {reason}")
     return operator
+
+
+def _missing() -> Iterator[str]:
+    """Yield what programs need of torch's inside and this torch does not have."""
+    for place, owner, names in _NEEDED:
+        yield from (f"{place}.{name}" for name in names if not hasattr(owner, name))
 
 
 def _reason_against(name: str, operator: Any) -> str | None:
@@ -129,9 +136,12 @@ def _reason_against(name: str, operator: Any) -> str | None:
         is_text = "str" in kind and argument.name not in _TEXT_ARGUMENTS
         if is_text or not _ARGUMENT_TYPES.fullmatch(kind):
             return f"takes {argument.name}, a {kind}, and so is not an operation on tensors alone"
-    rule = _PRIVATE_KERNELS.fullmatch(name) if name.startswith("_") else not _NOT_ALLOWED.fullmatch(name)
-    allowed = rule and torch.Tag.view_copy not in tags and not _is_taken_apart(schema)
-    return None if allowed else "is not on the list of operators that a program may use"
+    if name not in ALLOWED or torch.Tag.view_copy in tags or _is_taken_apart(schema):
+        return "is not on the list of operators that a program may use"
+    unsaid = set(_UNDECLARED_WRITES.get(name, ())) - {argument.name for argument in schema.arguments}
+    if unsaid:
+        return f"takes other arguments in torch {torch.__version__} than this everystep knows"
+    return what_is_unknown(operator)
 
 
 @cache

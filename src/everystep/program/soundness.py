@@ -24,6 +24,7 @@ from torch import Tensor
 from everystep.program.arguments import DTYPES, decode, references
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import parameters
+from everystep.program.trusting import FORWARD, OF_BACKWARD_ALONE, RENAMED, known_names
 
 __all__ = ["check_soundness"]
 
@@ -33,35 +34,6 @@ Given = dict[str, Any]
 #: Kernels whose results besides the first depend on the device, or of which meta knows too little.
 _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
 
-#: Kernels that trust what the forward pass kept: the operator of the forward pass (where it is not
-#: `name` or `name_forward` of `name_backward`), and the first of its results that they are given.
-_TRUSTING: dict[str, tuple[str, int]] = {
-    "_embedding_bag_per_sample_weights_backward": ("_embedding_bag", 1),
-    "_pdist_backward": ("_pdist", 0),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        0,
-    ),
-    "embedding_dense_backward": ("embedding", 1),
-    "mkldnn_rnn_layer_backward": ("mkldnn_rnn_layer", 0),
-} | {
-    f"{name}_backward": (name, 1)
-    for name in (
-        *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-        *("avg_pool2d", "avg_pool3d", "convolution", "_embedding_bag", "fractional_max_pool2d"),
-        *("fractional_max_pool3d", "grid_sampler_2d", "grid_sampler_3d", "max_pool2d_with_indices"),
-        *("max_pool3d_with_indices", "multi_margin_loss", "multilabel_margin_loss"),
-        *("native_batch_norm", "native_group_norm", "native_layer_norm", "nll_loss", "nll_loss2d"),
-        *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d"),
-        *("replication_pad2d", "replication_pad3d", "_weight_norm_interface"),
-    )
-}
-#: Names of parameters of the backward pass, as the forward pass has them.
-_RENAMED = {
-    "mkldnn_rnn_layer_backward": {f"weight{n + 1}": f"weight{n}" for n in range(4)} | {"cx_tmp": "cx_"},
-    "_weight_norm_interface_backward": {"saved_v": "v", "saved_g": "g"},
-    "native_batch_norm_backward": {"train": "training"},
-}
 #: They trust the numbers in their second argument, which goes with the first: how rows were swapped.
 _OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
 
@@ -121,19 +93,25 @@ class _Check:
         Raises:
             Exception: whatever torch raises; ValueError for what is found here.
         """
-        operation, given = self._operations[index], self._given[index]
-        if operation.name in _TRUSTING:
+        operation = self._operations[index]
+        if operation.name in FORWARD:
             self._check_forward(index)
         if operation.name in _OF_A_FACTORIZATION:
             self._check_factorization(index)
         fits = _SHAPES.get(operation.name)
-        if fits is not None and not fits({name: self._spec(value) for name, value in given.items()}):
+        if fits is not None and not fits(self._as_known(index)):
             raise ValueError("its tensors do not fit each other")
         try:
             found = _results_on_meta(operation, self._meta)
         except NotImplementedError:  # a kernel that has none for shapes alone
             return
         self._check_results(operation, found)
+
+    def _as_known(self, index: int) -> Given:
+        """Return the specs and numbers that an operation is given, by the names that are known here."""
+        names = known_names(self._operations[index].resolved) or {}
+        given = self._given[index].items()
+        return {names.get(name, name): self._spec(value) for name, value in given}
 
     def _spec(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -163,7 +141,7 @@ class _Check:
 
     def _check_forward(self, index: int) -> None:
         """Check that the operation comes before that a kernel of the backward pass belongs to."""
-        base, _ = _TRUSTING[self._operations[index].name]
+        base, _ = FORWARD[self._operations[index].name]
         places = (*self._by_name.get(base, ()), *self._by_name.get(f"{base}_forward", ()))
         if not any(place < index and self._is_forward(place, index) for place in places):
             raise ValueError(f"belongs to no {base} before it")
@@ -171,7 +149,7 @@ class _Check:
     def _is_forward(self, place: int, index: int) -> bool:
         """Tell whether the operation at `index` is of the backward pass of that at `place`."""
         forward, operation = self._operations[place], self._operations[index]
-        renamed = _RENAMED.get(operation.name, {})
+        renamed = RENAMED.get(operation.name, {})
         known = {p.name: p for p in parameters(forward.resolved)}
         theirs = {n: p.default for n, p in known.items()} | self._given[place]
         gradients, kept = [], []
@@ -183,13 +161,15 @@ class _Check:
                     return False
                 if self._is_changed(self._integers(value), place, index):
                     return False
-            elif name.startswith("grad"):
+            elif name.startswith("grad") and "Tensor" in parameter.kind:
                 gradients.append(value)
             elif "Tensor" in parameter.kind:
                 kept.append(value)
-            elif name == "num_weights" and self._specs[theirs["weight"]].shape[0] != value:
+            elif name not in OF_BACKWARD_ALONE or (
+                name == "num_weights" and self._rows(theirs.get("weight")) != value
+            ):
                 return False
-        first = _TRUSTING[operation.name][1]
+        first = FORWARD[operation.name][1]
         storages = [self._specs[name].storage for name in forward.results if name]
         return (
             kept == list(forward.results[first : first + len(kept)])
@@ -197,6 +177,9 @@ class _Check:
             and not self._is_changed(kept, place, index)
             and all(map(self._is_gradient, gradients, forward.results))
         )
+
+    def _rows(self, name: Any) -> int | None:
+        return self._specs[name].shape[0] if isinstance(name, str) else None
 
     def _check_factorization(self, index: int) -> None:
         """Check that the pivots come from an operation that gave them beside a matrix of this shape."""

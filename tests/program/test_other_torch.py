@@ -1,0 +1,98 @@
+"""A torch other than those that were tried: what is known of it is asked of it, or it is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import everystep
+from everystep.errors import ProgramError
+from everystep.program import operators, trusting
+from everystep.program.operators import NotAllowedError, resolve
+from everystep.program.program import Program
+
+CACHES = (operators.resolve, trusting.known_names)
+
+
+@pytest.fixture
+def without_caches():
+    for each in CACHES:
+        each.cache_clear()
+    yield
+    for each in CACHES:
+        each.cache_clear()
+
+
+class Distances(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.points = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+
+    def forward(self, x):
+        return torch.cdist(x, self.points)
+
+
+def train(model, x, y):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return everystep.train(
+        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=4, progress=False
+    )
+
+
+@pytest.mark.parametrize("name", [*trusting._ARGUMENTS, *trusting.FORWARD])
+def test_the_arguments_of_kernels_that_trust_are_those_of_this_torch(name):
+    packet = getattr(torch.ops.aten, name)
+    found = [trusting.what_is_unknown(getattr(packet, each)) for each in packet.overloads()]
+    assert not any(found)
+
+
+def test_the_arguments_are_known_by_position_under_any_name():
+    names = trusting.known_names(torch.ops.aten._cdist_backward.default)
+    assert list(names.values()) == ["grad", "x1", "x2", "p", "cdist"]
+
+
+def test_an_operator_that_a_later_torch_brings_is_not_allowed():
+    library = torch.library.Library("aten", "FRAGMENT")
+    library.define("brought_later_(Tensor(a!) self, Tensor source) -> Tensor(a!)")
+    with pytest.raises(NotAllowedError, match="not on the list"):
+        resolve("aten.brought_later_.default")
+
+
+def test_a_tensor_never_gets_the_memory_of_another():
+    with pytest.raises(NotAllowedError):
+        resolve("aten.shallow_copy_data_.default")  # torch 2.15
+
+
+@pytest.mark.usefixtures("without_caches")
+def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, monkeypatch):
+    _, x, _ = small
+    run = train(Distances(), x, torch.zeros(20, 3))
+    assert run.facts["engine"]["eager_from"] is None
+    text = (run.directory / run.facts["engine"]["programs"][0]["file"]).read_text()
+    assert "_cdist_backward" in text
+
+    changed = {"_cdist_backward": ["Tensor grad, Tensor x1, Tensor x2, Tensor cdist, float p"]}
+    monkeypatch.setattr(trusting, "_ARGUMENTS", trusting._ARGUMENTS | changed)
+    for each in CACHES:
+        each.cache_clear()
+    with pytest.raises(ProgramError, match=r"_cdist_backward\.default takes other arguments in torch"):
+        Program.from_json(text)
+    run = train(Distances(), x, torch.zeros(20, 3))
+    assert run.facts["engine"]["eager_from"] == 1
+    assert "takes other arguments in torch" in run.facts["engine"]["reason"]
+
+
+@pytest.mark.usefixtures("without_caches")
+def test_an_argument_of_the_backward_pass_of_which_nothing_is_known_is_refused(monkeypatch):
+    monkeypatch.setattr(trusting, "OF_BACKWARD_ALONE", {"output_mask"})
+    with pytest.raises(NotAllowedError, match=r"takes bias_sizes in torch .* convolution has no such"):
+        resolve("aten.convolution_backward.default")
+
+
+@pytest.mark.usefixtures("without_caches")
+def test_a_torch_without_what_programs_need_takes_steps_eagerly(small, monkeypatch):
+    needed = (*operators._NEEDED, ("torch._C", torch._C, ("_gone",)))
+    monkeypatch.setattr(operators, "_NEEDED", needed)
+    run = train(*small)
+    assert run.facts["engine"]["eager_from"] == 1
+    assert "has no torch._C._gone, which programs need" in run.facts["engine"]["reason"]
+    assert len(run.losses) == 4
