@@ -1,0 +1,82 @@
+"""Effects: operations that code which is read must not take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from everystep.program.operators import draws_random_numbers, writes
+from everystep.step.purity.attributes import NotProvenError
+from everystep.step.purity.guards import Guards
+from everystep.step.purity.reader import Reader
+from everystep.step.recorder import StepRecorder
+
+__all__ = ["ReadingRecorder", "RowReader"]
+
+
+class ReadingRecorder(StepRecorder):  # type: ignore[no-untyped-call]
+    """Lets no operation change a tensor that is neither state nor the batch nor made in the step."""
+
+    def _written(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> set[int]:
+        found = super()._written(func, args, keywords)
+        if any(self.storages[number].kind == "constant" for number in found):
+            raise NotProvenError("changes a tensor that belongs to neither model, loss nor optimizer")
+        return found
+
+    def _refuse(self, func: Any, error: Exception, args: tuple[Any, ...] = ()) -> None:
+        super()._refuse(func, error, args)
+        if writes(func):
+            raise NotProvenError(self.refusals[-1].reason)
+
+
+class RowReader:
+    """Reads rows of a Dataset by its source: without an effect, and without a random number.
+
+    guards: where what was read is noted.
+    """
+
+    def __init__(self, guards: Guards) -> None:
+        self._reader = Reader(guards, _refuse_parameters)
+
+    def row(self, dataset: Any, row: int) -> Any:
+        """Return `dataset[row]`.
+
+        Raises:
+            NotProvenError: that does more than to return a row.
+        """
+        with _NoEffects():  # type: ignore[no-untyped-call]
+            return self._reader.item(dataset, row)
+
+
+def _refuse_parameters(tensor: Tensor) -> bool:
+    """Tell that a tensor is not state; one that is learned changes at every step.
+
+    Raises:
+        NotProvenError: it is learned.
+    """
+    if tensor.requires_grad:
+        raise NotProvenError("reads a tensor that is learned")
+    return False
+
+
+class _NoEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets no operation write into a tensor or draw a random number."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's compiler would be imported to be told to keep away: most of a second.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if draws_random_numbers(func):
+            raise NotProvenError("draws random numbers")
+        if writes(func):
+            raise NotProvenError("changes a tensor in place")
+        if torch.Tag.data_dependent_output in func.tags:
+            raise NotProvenError("reads a number from a tensor")
+        return func(*args, **(kwargs or {}))

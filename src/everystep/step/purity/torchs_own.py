@@ -1,0 +1,217 @@
+"""torch's own: the modules, functions, losses, optimizers and schedules that are known, by identity."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim.lr_scheduler import LRScheduler
+
+from everystep.gradient_descent import GradientDescent
+from everystep.step.purity.callables import TENSOR_TYPES, is_allowed_function
+from everystep.step.purity.guards import Guards, class_dict, class_name, is_a, is_plain, kind_of
+
+__all__ = [
+    "HOOKS",
+    "guard_module",
+    "hook_on",
+    "is_torchs_function",
+    "is_torchs_optimizer",
+    "is_torchs_schedule",
+    "own_modules",
+    "reason_against_loss",
+    "reason_against_module",
+]
+
+#: Where a module keeps its hooks, and what they are called.
+HOOKS = {
+    "_forward_hooks": "a forward hook",
+    "_forward_pre_hooks": "a forward hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward hook",
+}
+_TORCH = str(Path(torch.__file__).parent)
+_LOOKED_UP = ("forward", "__call__", "_call_impl", "__getattr__", "__setattr__")
+
+
+def reason_against_module(module: nn.Module) -> str | None:
+    """Return why a module and all within it are not torch's own, as torch made them, or None."""
+    for path, each in own_modules(module):
+        problem = _problem(each)
+        if problem is not None:
+            return f"{f'module {path}' if path else 'the module'} {problem}"
+    return None
+
+
+def reason_against_loss(loss: Any) -> str | None:
+    """Return why a loss is not torch's own, or None."""
+    if is_a(loss, nn.Module):
+        return reason_against_module(loss)
+    if is_allowed_function(loss):
+        return None
+    if type(loss) is functools.partial and is_allowed_function(loss.func):
+        given = (*loss.args, *loss.keywords.values())
+        if all(is_plain(value) or type(value) in TENSOR_TYPES for value in given):
+            return None
+    return "the loss is no function of torch"
+
+
+def hook_on(module: nn.Module) -> str | None:
+    """Return what kind of hook a module has, or None."""
+    own = _own_dict(module)
+    return next((kind for name, kind in HOOKS.items() if own.get(name)), None)
+
+
+def guard_module(module: nn.Module, guards: Guards, path: str = "") -> None:
+    """Note all that torch's own modules hold: settings, tensors, and that they have no hooks."""
+    for place, each in own_modules(module):
+        where = ".".join(filter(None, (path, place)))
+        where = f"module {where}" if where else "the module"
+        for container in _containers(vars(each)):
+            guards.contents(container, where)
+        for value in vars(each).values():
+            if is_a(value, Tensor):
+                guards.tensor(value, f"a tensor of {where}", is_state=False)
+        cls = type(each)
+        guards.read((id(each), "*class"), f"the class of {where}", type, each)
+        guards.read((id(each), "*dict"), f"the dict of {where}", _identity_of_dict, each)
+        for name in _LOOKED_UP:
+            where = f"{name} of the class {cls.__name__}"
+            guards.read((id(cls), "*found", name), where, getattr, cls, name)
+        guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
+
+
+def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and all within it, with their paths; asks no method of theirs."""
+    seen: set[int] = set()
+    waiting = [("", module)]
+    while waiting:
+        path, each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield path, each
+        inner = _own_dict(each).get("_modules") or {}
+        within = [(f"{path}.{name}" if path else str(name), m) for name, m in inner.items()]
+        waiting += [(name, m) for name, m in reversed(within) if is_a(m, nn.Module)]
+
+
+def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer's class is torch's, or the chapter's, and nobody exchanged a method."""
+    cls, own = type(optimizer), vars(optimizer)
+    if cls is not GradientDescent and (
+        getattr(torch.optim, cls.__name__, None) is not cls
+        or not is_torchs_function(inspect.unwrap(cls.step))
+    ):
+        return False
+    settings = (
+        value for group in optimizer.param_groups for key, value in group.items() if key != "params"
+    )
+    # A schedule wraps the step of the class.
+    is_wrapped = "step" not in own or (
+        is_torchs_function(own["step"]) and inspect.unwrap(own["step"]) is inspect.unwrap(cls.step)
+    )
+    return is_wrapped and not _exchanged(optimizer, but="step") and all(map(_is_known, settings))
+
+
+def is_torchs_schedule(schedule: LRScheduler | None) -> bool:
+    """Tell whether a schedule and all that it is made of are torch's, and call no user's function."""
+    if schedule is None:
+        return True
+    cls = type(schedule)
+    known = getattr(torch.optim.lr_scheduler, cls.__name__, None) is cls
+    functions = [*getattr(schedule, "lr_lambdas", ()), getattr(schedule, "_scale_fn_custom", None)]
+    no_functions = all(function is None for function in functions)
+    inner = getattr(schedule, "_schedulers", ())
+    return known and no_functions and not _exchanged(schedule) and all(map(is_torchs_schedule, inner))
+
+
+def _exchanged(value: Any, but: str = "") -> bool:
+    """Tell whether an object has a method of its own in the place of its class's."""
+    own = vars(value).items()
+    return any(callable(each) and name != but and hasattr(type(value), name) for name, each in own)
+
+
+def is_torchs_function(function: Any) -> bool:
+    """Tell whether a function of Python was written by torch."""
+    return type(function) is types.FunctionType and function.__code__.co_filename.startswith(_TORCH)
+
+
+def _problem(module: nn.Module) -> str | None:
+    cls, own = type(module), _own_dict(module)
+    if not _is_from(cls, "torch.nn.modules."):
+        return f"is a {class_name(cls)}, which is not torch's"
+    if (kind := hook_on(module)) is not None:
+        return f"has {kind}"
+    for name, value in own.items():
+        if name == "forward" or (callable(value) and hasattr(cls, name)):
+            return f"has another {name} than its class"
+        if not _is_known(value) and not is_a(value, nn.Module):
+            return f"has {name}, a {class_name(type(value))} that is not torch's"
+    for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            return "has no shape before the first step (a lazy module)"
+        if tensor is not None and kind_of(tensor) not in TENSOR_TYPES:
+            return f"has a {class_name(type(tensor))}, a tensor of its own kind"
+    exchanged = [name for name in _LOOKED_UP if not is_torchs_function(getattr(cls, name))]
+    return f"has another {exchanged[0]} than torch gave its class" if exchanged else None
+
+
+def _methods_of(cls: type) -> str:
+    """Return which methods a class and its bases have, those of all modules left out."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    return str([id(each) for base in bases for each in vars(base).values()])
+
+
+def _own_dict(module: nn.Module) -> dict[str, Any]:
+    """Return what a module itself holds, without asking its class."""
+    found: dict[str, Any] = vars(nn.Module)["__dict__"].__get__(module)
+    return found
+
+
+def _identity_of_dict(module: nn.Module) -> int:
+    return id(vars(module))
+
+
+def _is_from(cls: type, package: str) -> bool:
+    """Tell whether a class is what a module of a package has under its name."""
+    own = class_dict(cls).get("__module__")
+    if type(own) is not str or not own.startswith(package):
+        return False
+    found = sys.modules.get(own)
+    return getattr(found, type.__dict__["__qualname__"].__get__(cls), None) is cls
+
+
+def _is_known(value: Any) -> bool:
+    """Tell whether an attribute of a module is plain, a tensor, a function of torch, or made of such."""
+    kind = kind_of(value)
+    if is_plain(value) or kind in TENSOR_TYPES:
+        return True
+    if kind in (list, set, tuple):
+        return all(map(_is_known, value))
+    if kind in (dict, OrderedDict):
+        return all(_is_known(each) or is_a(each, nn.Module) for each in value.values())
+    if _is_from(kind, "torch.nn."):  # options of a loss
+        return hasattr(value, "__dict__") and all(map(is_plain, vars(value).values()))
+    # Recurrent layers refer to their weights.
+    return kind is weakref.ReferenceType or is_allowed_function(value) or is_torchs_function(value)
+
+
+def _containers(own: dict[str, Any] | list[Any]) -> Iterator[Any]:
+    """Yield a dict and all dicts and lists within it."""
+    yield own
+    for value in own.values() if isinstance(own, dict) else own:
+        if type(value) is list or is_a(value, dict):
+            yield from _containers(value)
+        elif not is_a(value, Tensor, nn.Module) and _is_from(type(value), "torch.nn."):
+            yield vars(value)
