@@ -23,8 +23,9 @@ from everystep import cli  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.execute import allocate  # noqa: E402
 from everystep.step.build import build  # noqa: E402
-from everystep.step.capture import capture  # noqa: E402
+from everystep.step.capture import take_watched  # noqa: E402
 from everystep.step.eager import EagerStep, Trainee  # noqa: E402
+from everystep.step.recorder import StepRecorder  # noqa: E402
 
 # Its assertions shall tell what they compared, whoever imports it first.
 pytest.register_assert_rewrite("tests.training.by_hand")
@@ -87,7 +88,7 @@ def program_of():
     """Take a step of a training, and return its program and the content of its constants."""
 
     def program_of(trainee, step=1):
-        return build(capture(EagerStep(trainee), step), trainee)
+        return build(take_watched(EagerStep(trainee), step, StepRecorder(trainee.device)), trainee)
 
     return program_of
 
@@ -99,7 +100,7 @@ def memory_of():
     def memory_of(built, trainee):
         values = dict(trainee.named_state())
         values["x"], values["y"] = trainee.batch(1)
-        for index, rate in enumerate(trainee.rates()):
+        for index, rate in trainee.rates().items():
             for dtype in (torch.float32, torch.float64):
                 name = f"hyperparameter/{index}/lr/{str(dtype).removeprefix('torch.')}"
                 values[name] = torch.tensor(rate, dtype=dtype)

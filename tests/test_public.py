@@ -55,7 +55,9 @@ def test_the_tree_of_exceptions_in_the_docstring_is_the_real_one():
     drawn = set(re.findall(r"\w+Error", errors.__doc__)) - {"ValueError", "IndexError"}
     assert drawn == {name for name in errors.__all__ if name.endswith("Error")}
     assert issubclass(errors.UsageError, ValueError)
-    for name in drawn - {"EverystepError", "UsageError", "TrainingError", "RecordingError"}:
+    assert issubclass(errors.DatasetChangedError, errors.TrainingError)
+    own = {"EverystepError", "TrainingError", "DatasetChangedError", "RecordingError"}
+    for name in drawn - own:
         assert issubclass(getattr(errors, name), errors.UsageError)
 
 

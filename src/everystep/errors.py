@@ -10,7 +10,8 @@
     │   │   ├── ProgramError: a program that cannot be read, or cannot be run here
     │   │   └── StepError (an IndexError): a step that the run does not have
     │   └── ExpressionError: an expression that cannot be read, or does not fit the run
-    ├── TrainingError: torch failed within a step of an experiment; exit code 1
+    ├── TrainingError: a step failed, or cannot be trusted; exit code 1
+    │   └── DatasetChangedError: a Dataset that was read once gives other rows now
     └── RecordingError: writing the run failed (disk full, read-only, ...); exit code 1
 
 Every message names the thing, says what is wrong and what to do about it. Where several things are
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 __all__ = [
     "DataError",
+    "DatasetChangedError",
     "DeviceError",
     "EverystepError",
     "ExperimentError",
@@ -107,7 +109,22 @@ class ExpressionError(UsageError):
 
 
 class TrainingError(EverystepError):
-    """torch failed within a step of an experiment; the steps before it are recorded."""
+    """A step failed, or cannot be trusted; the steps before it are recorded."""
+
+
+class DatasetChangedError(TrainingError):
+    """The rows that were trained on are not the Dataset's any more.
+
+    Args:
+        what: what has changed, in words.
+        step: after which step that was found.
+    """
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(
+            f"{what} in the Dataset, which was read once, before training; this was found after step "
+            f"{step}. Pass the rows as tensors (x, y) if they are to stay the same"
+        )
 
 
 class RecordingError(EverystepError):

@@ -1,16 +1,13 @@
 """By program or eagerly: which step is taken how, and what becomes of a program that does not hold."""
 
-import copy
-import os
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
 from everystep.errors import TrainingError
 from everystep.step import iterate
-from everystep.step.iterate import Iteration, _CheckPlan
+from everystep.step.iterate import Iteration
+from everystep.step.verified import CheckPlan
 
 
 def take(iteration, steps, stretch=1000):
@@ -24,33 +21,6 @@ def take(iteration, steps, stretch=1000):
     return list(losses.values())
 
 
-class Changing(nn.Module):
-    """Changes what it does at a call that nobody can foresee: it counts in the environment."""
-
-    def __init__(self, inner, at):
-        super().__init__()
-        self.inner = inner
-        self.at = at
-
-    def forward(self, x):
-        calls = int(os.environ["CALLS"]) + 1
-        os.environ["CALLS"] = str(calls)
-        return self.inner(x) * (2.0 if calls >= self.at else 1.0)
-
-
-def losses_by_hand(model, x, y, factors):
-    losses = []
-    for factor in factors:
-        loss = nn.functional.mse_loss(model(x) * factor, y, reduction="sum")
-        model.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.sub_(parameter.grad * 1e-3)
-        losses.append(loss.item())
-    return losses
-
-
 def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee):
     iteration = Iteration(make_trainee(*small), 300)
     take(iteration, 300)
@@ -58,7 +28,7 @@ def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee
 
 
 def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart():
-    plan = _CheckPlan()
+    plan = CheckPlan()
     plan.captured(1)
     plan.timed(1, 0.001)
     steps = []
@@ -77,21 +47,6 @@ def test_a_short_last_batch_has_a_program_of_its_own(small, make_trainee):
     shapes = [built.program.tensors["x"].shape for built in iteration.programs.built]
     assert shapes == [(8, 4), (4, 4)]
     assert [rule.steps for rule in iteration.programs.rules()] == ["every", "later"]
-
-
-def test_a_program_that_ceases_to_hold_gives_way_to_the_last_checked_step(
-    small, make_trainee, monkeypatch
-):
-    monkeypatch.setenv("CALLS", "0")
-    model, x, y = small
-    by_hand = partial(losses_by_hand, copy.deepcopy(model), x, y)
-    # Calls are made at the checked steps alone: 1, 2, 4, 8, 16, 32, 64.
-    iteration = Iteration(make_trainee(Changing(model, at=7), x, y), 100)
-    losses = take(iteration, 100)
-    assert iteration.eager_from == 33
-    assert "other bits" in iteration.reason
-    assert "at step 64" in iteration.reason
-    assert losses == by_hand(factors=[1.0] * 32 + [2.0] * 68)
 
 
 def test_where_a_program_is_demanded_its_absence_is_an_error(small, make_trainee):

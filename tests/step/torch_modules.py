@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,9 @@ __all__ = [
     "ModuleCase",
     "ModuleWithItsInputs",
     "listed_modules",
+    "make_sample",
     "module_cases",
+    "sample_count",
 ]
 
 #: The modules of torch's list that have no case: name to reason.
@@ -69,7 +71,7 @@ class ModuleCase:
 def module_cases() -> list[ModuleCase]:
     """Return one or two cases of every module in torch's list, but for those in `NOT_TRAINED`."""
     return [
-        ModuleCase(f"{name}-{number}" if number else name, partial(_make, name, info, number))
+        ModuleCase(f"{name}-{number}" if number else name, partial(make_sample, name, number))
         for name, info in listed_modules().items()
         if name not in NOT_TRAINED
         for number in _chosen(_samples(info))
@@ -147,15 +149,24 @@ def norm(prediction: Any, y: Tensor) -> Tensor:
     return total.sqrt()
 
 
-def _make(name: str, info: ModuleInfo, number: int) -> Made:
+def sample_count(name: str) -> int:
+    """Return how many samples torch has of a module."""
+    return len(_samples(listed_modules()[name]))
+
+
+def make_sample(
+    name: str, number: int, *, dtype: torch.dtype = torch.float32, training: bool = True
+) -> Made:
+    """Return a model, x, y and the loss of one of a module's samples; the same numbers at every call."""
+    info = listed_modules()[name]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
         warnings.filterwarnings("ignore", "enable_nested_tensor is True, but", UserWarning)
         # A seed of its own for each: one number is positive for ReLU to learn, negative for PReLU.
         torch.manual_seed(SEED + zlib.crc32(info.name.encode()))
-        sample = _samples(info)[number]
+        sample = _samples(info, dtype)[number]
         construction, inputs = sample.constructor_input, sample.forward_input
-        module = info.module_cls(*construction.args, **construction.kwargs).to(torch.float32).train()
+        module = info.module_cls(*construction.args, **construction.kwargs).to(dtype).train(training)
         if isinstance(module, LazyModuleMixin):
             # Its parameters come to be when it first sees an input.
             with torch.no_grad():
@@ -164,15 +175,14 @@ def _make(name: str, info: ModuleInfo, number: int) -> Made:
     if name in MADE_POSITIVE:
         arguments = tuple(tensor.abs().nan_to_num(1) for tensor in arguments)
     tensors = list(_tensors((arguments, named)))
-    given = next(_floating_tensors(tensors), tensors[0])
+    given = next(iter(_floating_tensors(tensors)), tensors[0])
     x = given.unsqueeze(0) if given.dim() == 0 else given
-    return ModuleWithItsInputs(module, arguments, named, given), x, torch.zeros(len(x)), norm
+    model = ModuleWithItsInputs(module, arguments, named, given).train(training)
+    return model, x, torch.zeros(len(x)), norm
 
 
-def _samples(info: ModuleInfo) -> list[ModuleInput]:
-    return info.module_inputs_func(
-        info, device="cpu", dtype=torch.float32, requires_grad=False, training=True
-    )
+def _samples(info: ModuleInfo, dtype: torch.dtype = torch.float32) -> list[ModuleInput]:
+    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=True)
 
 
 def _chosen(samples: list[ModuleInput]) -> list[int]:
@@ -206,21 +216,18 @@ def _size(inputs: FunctionInput) -> int:
     return sum(tensor.numel() for tensor in _tensors((inputs.args, inputs.kwargs)))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors within tuples, lists and dicts, in order."""
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors within tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
 
 
-def _floating_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield those of the tensors that can have a gradient; a complex one as its real view."""
-    for tensor in _tensors(value):
-        if tensor.is_complex():
-            yield torch.view_as_real(tensor)
-        elif tensor.is_floating_point():
-            yield tensor
+def _floating_tensors(value: Any) -> list[Tensor]:
+    """Return those of the tensors that can have a gradient; a complex one as its real view."""
+    tensors = [t for t in _tensors(value) if t.is_complex() or t.is_floating_point()]
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]

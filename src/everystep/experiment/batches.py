@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +81,12 @@ class Batches:
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         return self._epoch_order(self.epoch(step))[start : start + self.batch_size]
 
-    def of(self, x: Tensor, y: Tensor) -> RowsOf:
-        """Return what gives the batch of a step, from tensors (rows, ...) on any device."""
-        return RowsOf(self, x, y)
+    def of(self, x: Tensor, y: Tensor, *, is_read: bool = False, guards: Any = None) -> RowsOf:
+        """Return what gives the batch of a step, from tensors (rows, ...) on any device.
+
+        is_read: whether the rows come from a Dataset; guards: what must then stay the same.
+        """
+        return RowsOf(self, x, y, is_read, guards)
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch not in self._order:
@@ -95,20 +99,26 @@ class Batches:
 class RowsOf:
     """The batches of two tensors x and y (rows, ...): which rows, and the rows themselves.
 
-    is_fixed: whether every step sees x and y as they are.
+    is_fixed: whether every step sees x and y as they are; of a Dataset, each sees new tensors, as in a
+    loop that reads it. guards: what must stay the same for the rows to be those of their Dataset.
     """
 
     runs_python = False
 
-    def __init__(self, batches: Batches, x: Tensor, y: Tensor) -> None:
+    def __init__(
+        self, batches: Batches, x: Tensor, y: Tensor, is_read: bool = False, guards: Any = None
+    ) -> None:
         self._batches = batches
         self._x = x
         self._y = y
-        self.is_fixed = batches.batch_size is None
+        self.guards = guards
+        self.is_fixed = batches.batch_size is None and not is_read
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step (from 1)."""
         indices = self._indices(step)
+        if indices is None and not self.is_fixed:
+            return self._x.clone(), self._y.clone()
         if indices is None:
             return self._x, self._y
         return self._x.index_select(0, indices), self._y.index_select(0, indices)

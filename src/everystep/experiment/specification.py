@@ -352,8 +352,14 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         case _:
             problem = detail["msg"].replace("Input should", "should")
             if not isinstance(detail["input"], dict | list):
-                problem += f", not {detail['input']!r}"
+                problem += f", not {_shown(detail['input'])}"
     return Fault(path, problem)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it was written; of an object, its kind."""
+    is_written = isinstance(value, str | bool | int | float | None)
+    return repr(value) if is_written else f"a {type(value).__name__}"
 
 
 _DATA: dict[str, type[Section]] = {

@@ -45,8 +45,10 @@ class Built(NamedTuple):
     constants: dict[str, Tensor]
 
 
-def build(captured: Capture, trainee: Trainee) -> Built:
+def build(captured: Capture, trainee: Trainee, has_update: bool = True) -> Built:
     """Return the program of a captured step.
+
+    has_update: whether the update was captured, too; without it, the program ends with the gradients.
 
     Raises:
         NotCapturableError: a part of it is no operation on tensors; says which.
@@ -55,8 +57,11 @@ def build(captured: Capture, trainee: Trainee) -> Built:
     for where, reason, reads in captured.refusals:
         if where != "optimizer" and (reads is None or not reads <= fixed):
             raise NotCapturableError(f"in the {where} phase, {reason}")
+    if not has_update:
+        return _Builder(captured, captured.operations, ("optimizer/", "group/")).program(None)
     update = _Update(captured, trainee)
-    builder = _Builder(captured, update.operations(), update.is_optimizer_step)
+    left_out = ("optimizer/",) if update.is_optimizer_step else ()
+    builder = _Builder(captured, update.operations(), left_out)
     optimizer_step = update.optimizer_step() if update.is_optimizer_step else None
     return builder.program(optimizer_step)
 
@@ -66,7 +71,7 @@ def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]
 
     They need not be the same at the next step, nor complete.
     """
-    builder = _Builder(captured, captured.operations, has_optimizer_step=False)
+    builder = _Builder(captured, captured.operations)
     return builder.named_operations()
 
 
@@ -204,16 +209,14 @@ class _Update:
 class _Builder:
     """Gives everything a name, and leaves out what has no effect."""
 
-    def __init__(self, captured: Capture, operations: list[Recorded], has_optimizer_step: bool) -> None:
+    def __init__(
+        self, captured: Capture, operations: list[Recorded], left_out: tuple[str, ...] = ()
+    ) -> None:
         self._captured = captured
 
         # What the optimizer makes and exchanges is its own affair where its step is one operation.
         def ours(tensors: dict[str, int]) -> dict[str, int]:
-            return {
-                name: number
-                for name, number in tensors.items()
-                if not (has_optimizer_step and name.startswith("optimizer/"))
-            }
+            return {n: number for n, number in tensors.items() if not n.startswith(left_out)}
 
         self._state = ours(captured.named | captured.appeared)
         self._appeared = ours(captured.appeared)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from everystep.step.eager import EagerStep, check_loss_value
+from everystep.step.eager import EagerStep, Trainee, check_loss_value
 from everystep.step.recorder import CapturedStorage, CapturedTensor, Recorded, Refusal, StepRecorder
 
-__all__ = ["Capture", "capture", "take_watched"]
+__all__ = ["Capture", "begin_watching", "take_watched"]
 
 
 @dataclass
@@ -18,7 +21,8 @@ class Capture:
 
     loss: its value; refusals: what cannot be in a program; update_from: how many operations come
     before the optimizer's; named: the tensors that have a name (state, inputs) before the step;
-    appeared: state that it made; replaced: state whose tensor it exchanged for another.
+    appeared: state that it made; replaced: state whose tensor it exchanged for another; held: copies of
+    gradients that the optimizer had not dropped, by parameter.
     """
 
     loss: Tensor
@@ -33,19 +37,22 @@ class Capture:
     loss_tensor: int = 0
     gradients: dict[str, int] = field(default_factory=dict)
     activations: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    held: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
-def capture(step: EagerStep, number: int) -> Capture:
-    """Take step `number` eagerly, and return what was seen of it.
-
-    Raises:
-        whatever the step raises.
-    """
-    return take_watched(step, number, StepRecorder(step.trainee.device))
+def begin_watching(trainee: Trainee, x: Tensor, y: Tensor, recorder: StepRecorder) -> dict[str, int]:
+    """Give a recorder the tensors that have a name before a step; return their numbers by name."""
+    named = {name: recorder.know(tensor, "state") for name, tensor in trainee.named_state().items()}
+    return named | {name: recorder.know(t, "input") for name, t in (("x", x), ("y", y))}
 
 
-def take_watched(step: EagerStep, number: int, recorder: StepRecorder) -> Capture:
+def take_watched(
+    step: EagerStep, number: int, recorder: StepRecorder, has_update: bool = True
+) -> Capture:
     """Take step `number` eagerly while a recorder looks on, and return what it has seen.
+
+    has_update: whether the update is taken and seen, too; without it, the optimizer's `zero_grad` is
+    not seen either.
 
     Raises:
         whatever the step raises.
@@ -53,8 +60,7 @@ def take_watched(step: EagerStep, number: int, recorder: StepRecorder) -> Captur
     trainee = step.trainee
     x, y = trainee.batch(number)
     before = trainee.named_state()
-    named = {name: recorder.know(tensor, "state") for name, tensor in before.items()}
-    named |= {name: recorder.know(t, "input") for name, t in (("x", x), ("y", y))}
+    named = begin_watching(trainee, x, y, recorder)
     with recorder.numbers_seen(), recorder, recorder.modules(trainee.model):
         prediction = trainee.model(x)
         recorder.enter("loss")
@@ -63,16 +69,22 @@ def take_watched(step: EagerStep, number: int, recorder: StepRecorder) -> Captur
         with recorder.paused():
             value = loss.detach().clone()
         recorder.enter("zero_grad")
-        step.zero_grad()
+        if has_update:
+            step.zero_grad()
+        else:
+            with recorder.paused():
+                step.zero_grad()
         recorder.enter("backward")
-        loss.backward()  # type: ignore[no-untyped-call]
-        with recorder.paused():
-            gradients = recorder.gradients(trainee.gradients())
+        with _held_back(trainee, recorder, is_needed=not has_update) as held, recorder.hooks_seen():
+            loss.backward()  # type: ignore[no-untyped-call]
+            with recorder.paused():
+                gradients = recorder.gradients(trainee.gradients())
         recorder.enter("update")
         step.clip()
         update_from = len(recorder.operations)
-        recorder.in_optimizer = True
-        step.update()
+        if has_update:
+            recorder.in_optimizer = True
+            step.update()
     found = Capture(
         loss=value,
         tensors=recorder.tensors,
@@ -84,11 +96,34 @@ def take_watched(step: EagerStep, number: int, recorder: StepRecorder) -> Captur
         loss_tensor=recorder.number(loss),
         gradients=gradients,
         activations=recorder.activations,
+        held=held,
     )
     _compare_state(found, recorder, before, trainee.named_state())
     _note_changed_constants(found)
     _note_changed_inputs(found, trainee.batch.is_fixed)
     return found
+
+
+@contextmanager
+def _held_back(
+    trainee: Trainee, recorder: StepRecorder, is_needed: bool
+) -> Iterator[dict[Tensor, Tensor]]:
+    """Set gradients aside that an optimizer has not dropped; what backward makes is then added to them.
+
+    As autograd does, but so that the backward phase begins without gradients. Yields copies of them.
+    """
+    parameters = (p for group in trainee.optimizer.param_groups for p in group["params"])
+    held = {p: p.grad for p in parameters if is_needed and p.grad is not None}
+    with recorder.paused():
+        copies = {parameter: gradient.clone() for parameter, gradient in held.items()}
+    for parameter in held:
+        parameter.grad = None
+    yield copies
+    with torch.no_grad(), recorder.paused():
+        for parameter, gradient in held.items():
+            if parameter.grad is not None:
+                gradient.add_(parameter.grad)
+            parameter.grad = gradient
 
 
 def _compare_state(

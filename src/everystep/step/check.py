@@ -11,8 +11,8 @@ from torch import Tensor
 
 from everystep.program.memory import copy_into
 from everystep.step.eager import Trainee
-from everystep.step.frozen import plain_attributes
-from everystep.step.state import Generators, parameter_names
+from everystep.step.own_state import captured, keeps_own_state, restore
+from everystep.step.state import Generators, entries_of, parameter_names
 
 __all__ = ["Saved", "as_integers", "difference", "distance", "same_bits"]
 
@@ -25,49 +25,67 @@ FOLD_TOLERANCE = {
 }
 
 
+#: Tensors that the optimizer keeps.
+_OF_OPTIMIZER = ("optimizer/", "group/")
+
+
 class Saved:
     """A copy of all that a training carries from one step to the next, where it was made.
 
     Unlike a `State`, which is for the disk, it holds objects as they are, on their device.
+
+    Args:
+        trainee: what is trained.
+        has_optimizer: whether to hold what the optimizer keeps, too.
     """
 
-    def __init__(self, trainee: Trainee) -> None:
+    def __init__(self, trainee: Trainee, has_optimizer: bool = True) -> None:
         optimizer = trainee.optimizer
-        self.tensors = {name: t.detach().clone() for name, t in trainee.named_state().items()}
+        self.tensors = {
+            name: tensor.detach().clone()
+            for name, tensor in trainee.named_state().items()
+            if has_optimizer or not name.startswith(_OF_OPTIMIZER)
+        }
         self.generators = Generators.capture(trainee.device)
-        self._names = parameter_names(trainee.model, optimizer)
-        self._entries = {p: _plain_data(entries) for p, entries in optimizer.state.items()}
-        self._groups = [_plain_data(group) for group in optimizer.param_groups]
-        self._learns = {p: p.requires_grad for p in trainee.model.parameters()}
-        self._attributes = [(m, plain_attributes(m)) for m in trainee.model.modules()]
+        self._has_optimizer = has_optimizer
+        self._names = parameter_names(trainee.model, optimizer) if has_optimizer else {}
+        self._own: tuple[dict[str, Tensor], Any] | None = None
+        if has_optimizer and keeps_own_state(optimizer):
+            own, data = captured(optimizer, self._names, trainee.named_state())
+            self._own = {name: tensor.detach().clone() for name, tensor in own.items()}, data
+        elif has_optimizer:
+            self._entries = {p: _plain_data(entries) for p, entries in entries_of(optimizer)}
+            self._groups = [_plain_data(group) for group in optimizer.param_groups]
         self._schedules = [_plain_data(vars(each)) for each in _schedules(trainee.schedule)]
 
-    def restore(self, trainee: Trainee, *, forget_new: bool, whole: bool = False) -> None:
+    def restore(self, trainee: Trainee, *, forget_new: bool, has_schedule: bool = False) -> None:
         """Bring the training back to this state, in its own tensors where it has them.
 
-        forget_new: whether the optimizer shall lose the state that it did not have; whole: whether the
-        schedule shall go back too, and settings that Python may change (a frozen layer, a dropout's p).
+        forget_new: whether to drop optimizer state created since; has_schedule: whether to bring the
+        schedule back, too.
         """
-        optimizer = trainee.optimizer
-        for group, saved in zip(optimizer.param_groups, self._groups, strict=True):
-            group.update(_plain_data(saved))
-        for parameter in list(optimizer.state):
-            if forget_new and parameter not in self._entries:
-                del optimizer.state[parameter]
-        for parameter, saved in self._entries.items():
-            self._restore_entries(parameter, optimizer.state[parameter], saved, forget_new)
+        if self._own is not None:
+            own, data = self._own
+            restore(trainee.optimizer, self._names, self.tensors | own, data)
+        elif self._has_optimizer:
+            self._restore_optimizer(trainee.optimizer, forget_new)
         with torch.no_grad():
             for name, tensor in trainee.named_state().items():
                 if name in self.tensors:
                     copy_into(tensor, self.tensors[name])
-        if whole:
-            for parameter, learns in self._learns.items():
-                parameter.requires_grad_(learns)
-            for module, attributes in self._attributes:
-                vars(module).update(attributes)
+        if has_schedule:
             for each, numbers in zip(_schedules(trainee.schedule), self._schedules, strict=True):
                 vars(each).update(_plain_data(numbers))
         self.generators.restore(trainee.device)
+
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, forget_new: bool) -> None:
+        for group, saved in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update(_plain_data(saved))
+        for parameter, _ in list(entries_of(optimizer)):
+            if forget_new and parameter not in self._entries:
+                del optimizer.state[parameter]
+        for parameter, entries in self._entries.items():
+            self._restore_entries(parameter, optimizer.state[parameter], entries, forget_new)
 
     def _restore_entries(
         self, parameter: Tensor, entries: dict[str, Any], saved: dict[str, Any], forget_new: bool

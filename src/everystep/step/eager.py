@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Hashable
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from everystep.errors import ExperimentError, Fault, ModelError
+from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
 from everystep.step.hyperparameters import hyperparameters
-from everystep.step.state import State, named_state, parameter_names
+from everystep.step.state import State, first_names, named_state, parameter_names
+
+_OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
 
 __all__ = ["BatchSource", "EagerStep", "Trainee", "changes_more_than_lr", "check_loss_value"]
 
@@ -23,11 +25,13 @@ class BatchSource(Protocol):
     """Gives the batch of each step (from 1).
 
     is_fixed: whether every step sees the very same two tensors; runs_python: whether the user's code
-    runs to make a batch.
+    runs to make a batch; guards: what must stay the same where the rows of a Dataset were read once, or
+    None.
     """
 
     is_fixed: bool
     runs_python: bool
+    guards: Any
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step."""
@@ -67,18 +71,23 @@ class Trainee:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the live gradients by their parameter's name."""
-        named: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        named |= parameter_names(self.model, self.optimizer)
+        named = first_names(self.model) | parameter_names(self.model, self.optimizer)
         return {name: p.grad for p, name in named.items() if p.grad is not None}
 
-    def rates(self) -> tuple[float, ...]:
-        """Return the learning rate of each param group as it is now."""
-        return tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+    def rates(self) -> dict[int, float]:
+        """Return the learning rate of each param group that has one, as it is now, by its number."""
+        groups = enumerate(self.optimizer.param_groups)
+        return {i: float(g["lr"]) for i, g in groups if isinstance(g.get("lr"), Tensor | int | float)}
+
+    @property
+    def has_tensor_settings(self) -> bool:
+        """Whether a param group holds a tensor, such as a learning rate."""
+        groups = self.optimizer.param_groups
+        return any(isinstance(v, Tensor) for group in groups for v in group.values())
 
     def hyperparameters(self) -> dict[str, float]:
-        """Return the numbers that a schedule may change, as they are now, by name."""
-        only_rates = self.schedule is None or not changes_more_than_lr(self.schedule)
-        return hyperparameters(self.optimizer, only_rates=only_rates)
+        """Return the numbers of the optimizer's param groups as they are now, by name."""
+        return hyperparameters(self.optimizer)
 
 
 class EagerStep:
@@ -86,11 +95,7 @@ class EagerStep:
 
     def __init__(self, trainee: Trainee) -> None:
         self.trainee = trainee
-        self.zero_grad = _zeroing(trainee.optimizer)
-        self.update = _updating(trainee.optimizer)
         self.advance = _advancing(trainee)
-        groups = trainee.optimizer.param_groups
-        self._clipped = [parameter for group in groups for parameter in group["params"]]
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         """Take a whole step on a batch, but for the schedule; return the loss, still on the device.
@@ -99,19 +104,97 @@ class EagerStep:
             ExperimentError: the loss is not one number.
             ModelError: the loss does not depend on any parameter.
         """
+        value = self.differentiate(x, y)
+        self.update()
+        return value
+
+    def differentiate(self, x: Tensor, y: Tensor, held: dict[Tensor, Tensor] | None = None) -> Tensor:
+        """Take a step up to its update: forward, loss, zero the gradients, backward, clip.
+
+        held: is given copies of the gradients that the optimizer did not drop, by parameter.
+
+        Raises:
+            as `take`.
+        """
         loss = self.trainee.loss(self.trainee.model(x), y)
         check_loss_value(loss)
         value = loss.detach().clone()  # it may be a view of what the update changes
         self.zero_grad()
+        if held is not None:
+            parameters = (p for group in self.trainee.optimizer.param_groups for p in group["params"])
+            held |= {p: p.grad.clone() for p in parameters if p.grad is not None}
         loss.backward()  # type: ignore[no-untyped-call]
         self.clip()
-        self.update()
         return value
+
+    @property
+    def has_own_zero_grad(self) -> bool:
+        """Whether the optimizer zeroes gradients in a way of its own."""
+        optimizer = self.trainee.optimizer
+        usual = torch.optim.Optimizer.zero_grad
+        return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
+
+    def zero_grad(self) -> None:
+        """Do what `optimizer.zero_grad()` does, without its mark for torch's profiler.
+
+        The mark takes longer than the work: a twentieth of a step of the chapter's network.
+        """
+        if self.has_own_zero_grad:
+            self.trainee.optimizer.zero_grad()
+            return
+        for group in self.trainee.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def clip(self) -> None:
         """Clip the gradients, if that is asked for."""
         if self.trainee.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._clipped, self.trainee.clip_norm)
+            groups = self.trainee.optimizer.param_groups
+            clipped = [parameter for group in groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(clipped, self.trainee.clip_norm)
+
+    def update(self) -> None:
+        """Do what `optimizer.step()` does, without what torch wraps around it where that has no effect.
+
+        Where there are hooks, or something (a schedule) has put a step of its own in place, it is taken
+        as it is.
+
+        Raises:
+            ExperimentError: an optimizer that is not torch's raises.
+        """
+        optimizer = self.trainee.optimizer
+        step = type(optimizer).step
+        is_hooked = any(getattr(owner, name, True) for owner, name in _step_hooks(optimizer))
+        if not type(optimizer).__module__.startswith(("torch.", "everystep.")):
+            with _named(optimizer):
+                optimizer.step()
+        elif is_hooked or "step" in vars(optimizer) or not getattr(step, "hooked", False):
+            optimizer.step()
+        else:
+            step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Say of what the user's optimizer raises that it does, and how it was called."""
+    try:
+        yield
+    except EverystepError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        problem = f"{type(optimizer).__name__}.step() raises {type(error).__name__}: {reason}"
+        cure = "everystep calls it without arguments, after one backward pass of each step"
+        raise ExperimentError([Fault("optimizer", f"{problem}; {cure}")]) from error
+
+
+def _step_hooks(optimizer: torch.optim.Optimizer) -> list[tuple[Any, str]]:
+    return [
+        (optimizer, "_optimizer_step_pre_hooks"),
+        (optimizer, "_optimizer_step_post_hooks"),
+        (_OPTIMIZER_MODULE, "_global_optimizer_pre_hooks"),
+        (_OPTIMIZER_MODULE, "_global_optimizer_post_hooks"),
+    ]
 
 
 def check_loss_value(loss: Any) -> None:
@@ -122,10 +205,13 @@ def check_loss_value(loss: Any) -> None:
         ModelError: it does not depend on any parameter.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ExperimentError(
-            [Fault("loss", f'must give one number, not {got}; take reduction="mean" or "sum"')]
-        )
+        raise ExperimentError([Fault("loss", f"must give one number, not {_not_one_number(loss)}")])
+    if loss.is_complex():
+        problem = "must give one real number, not a complex one; take its .real or .abs()"
+        raise ExperimentError([Fault("loss", problem)])
+    if loss.layout != torch.strided:
+        problem = "must give one number, not a sparse tensor; take its .to_dense()"
+        raise ExperimentError([Fault("loss", problem)])
     if not loss.requires_grad:
         raise ModelError(
             "the loss does not depend on any parameter that requires a gradient, so nothing can be "
@@ -133,39 +219,17 @@ def check_loss_value(loss: Any) -> None:
         )
 
 
-def _zeroing(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Return what `optimizer.zero_grad()` does, without its mark for torch's profiler.
-
-    The mark takes longer than the work: a twentieth of a step of the chapter's network.
-    """
-    if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad:
-        return optimizer.zero_grad
-
-    def zero_grad() -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
-    return zero_grad
-
-
-def _updating(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Return `optimizer.step`, without what torch wraps around it for hooks and for its profiler.
-
-    Where there are hooks, or something (a schedule) has put a step of its own in place, it is taken
-    as it is.
-    """
-    step = type(optimizer).step
-    hooks = [
-        (optimizer, "_optimizer_step_pre_hooks"),
-        (optimizer, "_optimizer_step_post_hooks"),
-        (inspect.getmodule(torch.optim.Optimizer), "_global_optimizer_pre_hooks"),
-        (inspect.getmodule(torch.optim.Optimizer), "_global_optimizer_post_hooks"),
-    ]
-    is_hooked = any(getattr(owner, name, True) for owner, name in hooks)
-    if is_hooked or "step" in vars(optimizer) or not getattr(step, "hooked", False):
-        return optimizer.step
-    return partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]
+def _not_one_number(loss: Any) -> str:
+    """Return what a loss has given, and the cure."""
+    if isinstance(loss, Tensor):
+        return f'shape {tuple(loss.shape)}; take reduction="mean" or "sum"'
+    if loss is None:
+        return "None; does its function end with a return?"
+    kind = type(loss).__name__
+    if isinstance(loss, dict | list | tuple):
+        names = f" of {', '.join(map(repr, loss))}" if isinstance(loss, dict) and loss else ""
+        return f"{kind}{names}; give the one to minimize, or their sum"
+    return f"{kind}; give a tensor, which gradients flow back from (without .item() or float())"
 
 
 def _advancing(trainee: Trainee) -> Callable[[int], None] | None:

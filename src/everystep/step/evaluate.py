@@ -11,40 +11,71 @@ import torch
 from torch import Tensor, nn
 
 from everystep.errors import ExperimentError, Fault
+from everystep.program.memory import copy_into
+from everystep.step.purity.torchs_own import reason_against_loss, reason_against_module
 from everystep.step.state import generators_preserved
 
 __all__ = ["Evaluation"]
+
+
+#: Rows that go through the model at once, unless told otherwise.
+ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What is measured of a state, on rows x (N, ...) and targets y (N, ...).
 
-    measurements: name to a function of all predictions and all targets; rows: how many rows go
-    through the model at once.
+    standard: what everystep measures, by name, the loss that is trained by among it; metrics: the
+    user's own; each a function of all predictions and all targets, and a standard one gives None where
+    it does not fit the prediction. rows: how many rows go through the model at once.
     """
 
     model: nn.Module
-    measurements: Mapping[str, Callable[[Tensor, Tensor], Any]]
+    standard: Mapping[str, Callable[[Tensor, Tensor], Any]]
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]]
     x: Tensor
     y: Tensor
     device: torch.device
-    rows: int = 1024
+    rows: int = ROWS
 
-    @torch.no_grad()
+    @property
+    def has_foreign_code(self) -> bool:
+        """Whether it calls code that is neither torch's nor everystep's, which may change anything."""
+        parts = (
+            reason_against_module(self.model),
+            reason_against_loss(self.standard.get("validation_loss")),
+        )
+        return bool(self.metrics) or any(reason is not None for reason in parts)
+
     def measure(self) -> dict[str, float]:
         """Return each measurement as a number.
 
-        In evaluation mode; the mode of every module, the buffers and the random generators are
-        afterwards as they were.
+        The model predicts in evaluation mode; the mode of every module, the buffers and the random
+        generators are then as they were, before a metric is called: what that changes, holds.
         """
-        with generators_preserved(self.device), _evaluating(self.model):
+        with torch.no_grad(), generators_preserved(self.device), _evaluating(self.model, self.standard):
             parts = [self.model(part) for part in torch.split(self.x, self.rows)]
-            prediction = torch.cat(parts) if len(parts) > 1 else parts[0]
-            return {
-                name: _one_number(name, measurement(prediction, self.y))
-                for name, measurement in self.measurements.items()
-            }
+            prediction = _joined(parts)
+            found = {name: measure(prediction, self.y) for name, measure in self.standard.items()}
+        found = {name: value for name, value in found.items() if value is not None}
+        found |= {name: metric(prediction, self.y) for name, metric in self.metrics.items()}
+        return {name: _one_number(name, value) for name, value in found.items()}
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Return the predictions of several groups of rows as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, Mapping):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    if isinstance(first, list | tuple):
+        return tuple(map(_joined, map(list, zip(*parts, strict=True))))
+    problem = f"predictions of several groups of rows cannot be joined: they are {type(first).__name__}"
+    raise ExperimentError([Fault("validation", f"{problem}; pass at most {ROWS} rows")])
 
 
 def _one_number(name: str, value: Any) -> float:
@@ -58,14 +89,18 @@ def _one_number(name: str, value: Any) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, functions: Mapping[str, Any]) -> Iterator[None]:
+    """Let a model and the modules among functions be evaluated, and leave them as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    others = [function for function in functions.values() if isinstance(function, nn.Module)]
+    buffers = [(buffer, buffer.clone()) for module in (model, *others) for buffer in module.buffers()]
     model.eval()
     try:
         yield
     finally:
+        # As a loop does, since a model may do more than to set the mode.
+        model.train(modes[0][1])
         for module, training in modes:
             module.training = training
         for buffer, before in buffers:
-            buffer.copy_(before)
+            copy_into(buffer, before)

@@ -1,32 +1,50 @@
-"""The numbers of an optimizer that may change from step to step, by the names they are recorded under.
+"""The numbers of an optimizer's param groups that may change from step to step, by recorded name.
 
-`lr`, `momentum` and `beta1` are those of the first param group, `lr[1]` that of the second.
+`lr`, `momentum` and `beta1` are those of the first param group, `lr[1]` that of the second; any other
+setting is named after its key: `optimizer.weight_decay`, `optimizer.betas.1[1]`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hyperparameters", "is_hyperparameter", "set_hyperparameter"]
+__all__ = [
+    "expected_to_change",
+    "hyperparameters",
+    "is_hyperparameter",
+    "set_hyperparameter",
+]
 
-_NAME = re.compile(r"(lr|momentum|beta1)(?:\[(\d+)\])?")
+_NAME = re.compile(r"(lr|momentum|beta1|optimizer\.([^.\[\]]+)(?:\.(\d+))?)(?:\[(\d+)\])?")
+_SHORT = {("lr", None): "lr", ("momentum", None): "momentum", ("betas", 0): "beta1"}
+_PLACES = {name: place for place, name in _SHORT.items()}
 
 
-def hyperparameters(optimizer: torch.optim.Optimizer, *, only_rates: bool) -> dict[str, float]:
-    """Return the numbers as they are now; `only_rates`: the learning rates alone."""
+def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the numbers as they are now."""
     found: dict[str, float] = {}
     for index, group in enumerate(optimizer.param_groups):
-        suffix = f"[{index}]" if index else ""
-        found[f"lr{suffix}"] = float(group["lr"])
-        if not only_rates and "momentum" in group:
-            found[f"momentum{suffix}"] = float(group["momentum"])
-        if not only_rates and "betas" in group:
-            found[f"beta1{suffix}"] = float(group["betas"][0])
+        for key, place, value in _numbers(group):
+            name = _SHORT.get((key, place)) or f"optimizer.{key}" + (
+                "" if place is None else f".{place}"
+            )
+            found[f"{name}[{index}]" if index else name] = value
     return found
+
+
+def expected_to_change(name: str, *, more_than_lr: bool) -> bool:
+    """Tell whether a schedule is expected to change a number at every step.
+
+    more_than_lr: whether the schedule changes the momentum as well.
+    """
+    short = name.partition("[")[0]
+    return short == "lr" or (more_than_lr and short in ("momentum", "beta1"))
 
 
 def is_hyperparameter(name: str) -> bool:
@@ -36,16 +54,55 @@ def is_hyperparameter(name: str) -> bool:
 
 def set_hyperparameter(optimizer: torch.optim.Optimizer, name: str, value: float) -> None:
     """Set a number that `hyperparameters` gave that name; a param group that is not there has none."""
-    from torch import Tensor
-
     match = _NAME.fullmatch(name)
-    index = int(match[2] or 0) if match else 0
+    index = int(match[4] or 0) if match else 0
     if match is None or index >= len(optimizer.param_groups):
         return
     group: dict[str, Any] = optimizer.param_groups[index]
-    if match[1] == "beta1" and "betas" in group:
-        group["betas"] = (value, *group["betas"][1:])
-    elif isinstance(group.get(match[1]), Tensor):
-        group[match[1]].fill_(value)
-    elif match[1] in group:
-        group[match[1]] = value
+    place = None if match[3] is None else int(match[3])
+    key, place = _PLACES.get(match[1], (match[2] or "", place))
+    there = group.get(key)
+    if place is None:
+        _set(group, key, value)
+    elif isinstance(there, list | tuple) and place < len(there):
+        items = list(there)
+        _set(items, place, value)
+        group[key] = type(there)(items)
+
+
+def _numbers(group: dict[str, Any]) -> Iterator[tuple[str, int | None, float]]:
+    """Yield the numbers of a param group: key, place within a tuple or list, value."""
+    for key, value in group.items():
+        if key in ("params", "initial_lr"):
+            continue
+        if isinstance(value, list | tuple):
+            for place, item in enumerate(value):
+                if (number := _number(item)) is not None:
+                    yield key, place, number
+        elif (number := _number(value)) is not None:
+            yield key, None, number
+
+
+def _number(value: Any) -> float | None:
+    """Return a setting of a param group as a number, None where it is absent or something else."""
+    from torch import Tensor
+
+    is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    return float(value) if is_one or isinstance(value, Real) else None
+
+
+def _set(target: Any, key: Any, value: float) -> None:
+    """Set a number, of the type that is there, unless it is that already."""
+    from torch import Tensor
+
+    there = target.get(key) if isinstance(target, dict) else target[key]
+    if _number(there) == value:
+        return
+    if isinstance(there, Tensor):
+        there.fill_(value)
+    elif isinstance(there, bool):
+        target[key] = bool(value)
+    elif isinstance(there, int) and value == int(value):
+        target[key] = int(value)
+    elif there is not None:
+        target[key] = value

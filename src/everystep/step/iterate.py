@@ -1,9 +1,13 @@
-"""The iteration: takes the steps of a training, eagerly or by a program that is checked against them.
+"""The iteration: takes the steps of a training, by a program where one may stand in, else as Python.
 
 A step is taken by its program where there is one. A step of a kind not met before (the first one,
 another batch shape) is taken eagerly and captured, and its program is used from then on if it gives
 the very bits. At steps 2, 4, 8, ..., then at an interval that costs under a hundredth of the time,
 and at the last step, the program is checked against the eager step again.
+
+That a program may stand in at all is decided by `purity`. Code that is neither torch's nor read (an
+optimizer, a schedule, a Dataset, a metric of the user's) runs at every step, once; after it has run,
+what programs rely on is compared.
 """
 
 from __future__ import annotations
@@ -11,29 +15,33 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from everystep.errors import TrainingError
-from everystep.program.execute import without_autograd
+from everystep.errors import DatasetChangedError, TrainingError
+from everystep.program.execute import BoundProgram, without_autograd
 from everystep.step.build import NotCapturableError, build
-from everystep.step.capture import capture
-from everystep.step.check import Saved, difference
+from everystep.step.capture import take_watched
+from everystep.step.changes import Change, Contents
+from everystep.step.check import Saved
 from everystep.step.eager import EagerStep, Trainee
-from everystep.step.known import PythonState, Settings, reason_against
 from everystep.step.programs import Programs
+from everystep.step.purity.attributes import NotProvenError
+from everystep.step.purity.examine import Purity, forward_of
+from everystep.step.purity.torchs_own import is_torchs_schedule
+from everystep.step.recorder import StepRecorder
+from everystep.step.verified import CheckPlan, Verifier
 
 __all__ = ["Engine", "Iteration"]
 
 Engine = Literal["auto", "program", "eager"]
 
-#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart.
-CHECK_SHARE = 0.01
 #: Losses kept on the device until they are collected.
 ROOM = 1024
+#: Programs may be captured anew so often in a row without one taking a step.
+MOST_CAPTURES = 3
 
 
 class Iteration:
@@ -42,7 +50,8 @@ class Iteration:
     Args:
         trainee: what is trained, in place.
         steps: the last step that there will be.
-        engine: `eager`; `program`, which raises where there is none; or `auto`.
+        engine: `eager`; `program`, for which the user answers for code that cannot be read, and which
+            raises where there is no program; or `auto`.
         fold: fold updates into the operations that make their gradients, which changes rounding.
         start: the state that the training is in; steps are counted on from there.
 
@@ -50,6 +59,9 @@ class Iteration:
     these; checked: the steps at which a program was checked, and held; programs: those captured;
     hyperparameters: (step, the lr and its like by name) of each step since the last `collect` before
     which they may have changed.
+
+    Raises:
+        TrainingError: a program was demanded, and there is none.
     """
 
     def __init__(
@@ -68,17 +80,24 @@ class Iteration:
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
         self._steps = steps
         self._engine = engine
-        self._eager = EagerStep(trainee)
-        self._plan = _CheckPlan(start)
+        self._plan = CheckPlan(start)
         self._losses = torch.empty(0)
         self._slots: tuple[Tensor, ...] = ()
         self._count = 0
         self._collected = 0
-        reason = "it was asked for" if engine == "eager" else reason_against(trainee)
+        self._changes: list[tuple[int, Change]] = []
+        #: The program that took the last step, None where Python did.
+        self._last: BoundProgram | None = None
+        self._captures = 0
+        self._moved = 0
         self._verified_step = start
-        self._verified = None if reason else Saved(trainee)
-        if reason is not None:
-            self._go_on_eagerly(reason)
+        self._verified: Saved | None = None
+        #: Whether code that is not known has run since the last good check: there is no way back.
+        self._is_past_return = False
+        self.purity = Purity(trainee, is_vouched=engine == "program")
+        self._look_again()
+        if self.reason is None:
+            self._keep_verified()
 
     @property
     def is_full(self) -> bool:
@@ -94,26 +113,36 @@ class Iteration:
         """The steps at which a program was checked against the eager step, and held."""
         return self._plan.checked
 
+    @property
+    def live_optimizer(self) -> str | None:
+        """The class of an optimizer that runs as Python at every step, after a program's backward."""
+        is_live = bool(self.programs.built) and not self.purity.has_known_optimizer
+        return type(self.trainee.optimizer).__qualname__ if is_live else None
+
     def advance(self, last: int) -> None:
         """Take steps up to `last`, or until so many losses are kept that they must be collected.
 
-        A failed check brings `step` back to the last step that was checked: what was collected of
+        A failed check may bring `step` back to the last step that was checked: what was collected of
         later steps is void.
 
         Raises:
-            TrainingError: a program was demanded, and there is none.
+            TrainingError: a program was demanded, and there is none; or a check failed, and there is no
+                way back.
         """
         while self.step < last and self._count < ROOM:
             number = self.step + 1
             if self.step in self.checked[-1:] and self._verified_step != self.step:
                 # Not before now: what follows a step (an evaluation, say) belongs to its state.
-                self._verified, self._verified_step = Saved(self.trainee), self.step
+                self._keep_verified()
             if self.reason is not None:
-                self._keep(number, self._eager.take(*self.trainee.batch(number)))
+                self._take_eagerly(number)
+                self._check_dataset()
             elif not self.programs.has(number):
                 self._capture(number)
+                self._after_python()
             elif number >= self._plan.next or number == self._steps:
                 self._check(number)
+                self._after_python()
             else:
                 last_unchecked = min(self._plan.next, self._steps) - 1
                 self._run(number, min(last, last_unchecked, self.step + ROOM - self._count))
@@ -122,22 +151,43 @@ class Iteration:
 
     @contextmanager
     def foreign_code(self) -> Iterator[None]:
-        """What runs within may change the training; if it does, steps are taken eagerly from here on.
+        """What runs within may change the training; what it changes is noted, and holds.
 
-        It may change the numbers of tensors: programs go on with these.
+        Programs go on with changed numbers of tensors. Where something else changes that they rely on,
+        they are captured anew.
         """
-        if self.reason is not None:
-            yield
-            return
-        before = PythonState(self.trainee), Settings(self.trainee)
-        if self.step > self.start:
-            self.programs.hand_over_gradients(self.step)
+        self._hand_over_gradients()
+        before = Contents(self.trainee)
         yield
-        self.programs.refresh()
-        changed = before[0].difference(PythonState(self.trainee), generators=False)
-        changed = changed or before[1].difference(Settings(self.trainee))
+        change = before.change(self.trainee)
+        if change is not None:
+            self._changes.append((self.step, change))
+        self._is_past_return = True
+        self.hyperparameters.append((self.step + 1, self.trainee.hyperparameters()))
+        self._check_dataset()
+        if self.reason is None:
+            self._compare_guards("in an evaluation")
+
+    def _hand_over_gradients(self) -> None:
+        """Let other code find the gradients of the last step where it looks for them, to keep."""
+        if self._last is not None and self.purity.has_known_optimizer:
+            self.programs.hand_over_gradients(self._last, as_copies=True)
+
+    def _check_dataset(self) -> None:
+        """Check that a Dataset that was read once would still give the same rows, as far as is quick.
+
+        Raises:
+            TrainingError: it would not.
+        """
+        guards = self.trainee.batch.guards
+        changed = None if guards is None else guards.difference(is_thorough=False)
         if changed is not None:
-            self._go_on_eagerly(f"{changed} in an evaluation")
+            raise DatasetChangedError(changed, self.step)
+
+    def collect_changes(self) -> list[tuple[int, Change]]:
+        """Return what other code has changed after which step, as far as not collected before."""
+        found, self._changes = self._changes, []
+        return found
 
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not collected before, and the losses from there on."""
@@ -148,81 +198,146 @@ class Iteration:
 
     def finish(self) -> None:
         """Leave the gradients of the last step where a user looks for them."""
-        if self.reason is None and self.step > self.start and self.step not in self.checked:
-            self.programs.hand_over_gradients(self.step)
+        if self.trainee.schedule is not None and self.trainee.has_tensor_settings:
+            # Such settings are state, and the last state has them as the next step would.
+            self._note_hyperparameters(self.step + 1)
+        if self._last is not None and self.purity.has_known_optimizer:
+            self.programs.hand_over_gradients(self._last)
+
+    # Who takes the steps.
+
+    def _look_again(self) -> None:
+        """Examine what is trained: at first, and after something that programs rely on has changed."""
+        was_known = self.purity.has_known_optimizer
+        self.purity = Purity(self.trainee, is_vouched=self._engine == "program")
+        self._eager = EagerStep(self.trainee)
+        self._verifier = Verifier(
+            self.trainee, self.programs, self._eager, self.purity.has_known_optimizer
+        )
+        reason = "it was asked for" if self._engine == "eager" else self.purity.reason
+        if reason is None and was_known and self.programs.built and not self.purity.has_known_optimizer:
+            reason = "the optimizer's step was exchanged"
+        if (
+            reason is None
+            and self._eager.has_own_zero_grad
+            and (self.trainee.device.type != "cpu" or self.trainee.clip_norm is not None)
+        ):
+            reason = "the optimizer has a zero_grad of its own"
+        if reason is not None:
+            self._go_on_eagerly(reason)
+
+    def _after_python(self) -> None:
+        """A step was taken as Python: compare what programs rely on, where that may have changed it."""
+        self._check_dataset()
+        if self.reason is None and self.purity.has_foreign_code:
+            self._compare_guards()
+
+    def _compare_guards(self, when: str = "") -> bool:
+        """Compare what programs rely on after other code has run; return whether it still holds."""
+        state, has_update = self.trainee.named_state(), self.purity.has_known_optimizer
+        self._moved = self._moved + 1 if self.programs.refresh(state) else 0
+        if self._moved > MOST_CAPTURES:
+            self._go_on_eagerly("parameters get other memory at every step")
+            return False
+        if has_update:
+            self.programs.load_rates()
+        since = self.programs.since(self.step)
+        changed = self.purity.difference(state) or self.programs.misfit(
+            state, since, has_update=has_update
+        )
+        if changed is None:
+            return True
+        self._captures += 1
+        if self._captures > MOST_CAPTURES:
+            self._go_on_eagerly(f"{changed} {when}".strip() + " again and again")
+            return False
+        self.programs.renew(self.step + 1)
+        self._last = None
+        self._look_again()
+        return False
+
+    def _go_on_eagerly(self, reason: str, first: int | None = None) -> None:
+        """Take all steps from `first` on (or the next) as Python."""
+        if self._engine == "program":
+            raise TrainingError(
+                f'no program can take these steps: {reason}; engine = "auto" takes them eagerly'
+            )
+        self.reason = reason
+        self.eager_from = self.step + 1 if first is None else first
+
+    # Steps.
+
+    def _take_eagerly(self, number: int) -> None:
+        x, y = self.trainee.batch(number)
+        self._last = None
+        self._note_hyperparameters(number)
+        self._keep(number, self._eager.take(x, y))
 
     def _capture(self, number: int) -> None:
         """Take a step eagerly, capture it, and use its program from now on if it gives the same."""
-        python = PythonState(self.trainee)
-        before = Saved(self.trainee)
-        captured = capture(self._eager, number)
-        changed = python.difference(PythonState(self.trainee))
+        trainee, has_update = self.trainee, self.purity.has_known_optimizer
+        self._read_batch(number)
+        if self.programs.since(number) == number:
+            self.purity.begin()
+        before = self._verifier.saved()
         try:
-            if changed is not None:
-                raise NotCapturableError(changed)
-            self.programs.add(number, build(captured, self.trainee))
-        except NotCapturableError as error:
-            self._keep(number, captured.loss)
-            self._fail(number, str(error))
+            read = self.purity.read(*trainee.batch(number)) if self.purity.is_read else None
+        except NotProvenError as error:
+            before.restore(trainee, forget_new=False)
+            self._go_on_eagerly(str(error))
+            self._take_eagerly(number)
             return
-        if self._compare(number, before, captured.loss):
+        if read is not None:
+            before.restore(trainee, forget_new=False)
+        self._note_hyperparameters(number)
+        captured = take_watched(self._eager, number, StepRecorder(trainee.device), has_update)
+        try:
+            if read is not None and read != forward_of(captured):
+                raise NotCapturableError("Python takes other operations than its source says")
+            built = build(captured, trainee, has_update)
+            if has_update and built.program.optimizer_step is None:
+                reads_rates = bool(built.program.of_kind("hyperparameter"))
+                self.purity.guard_update(but_lr=reads_rates or trainee.schedule is not None)
+            self.programs.add(number, built)
+            reason = self._verifier.compare(
+                number, before, captured.loss, forget_new=True, held=captured.held
+            )
+            if reason is not None:
+                self.programs.discard(number)
+        except NotCapturableError as error:
+            reason = str(error)
+        if not has_update:
+            self._eager.update()
+        self._keep(number, captured.loss)
+        if reason is None:
             self._plan.captured(number)
         else:
-            self.programs.discard(number)
+            self._go_on_eagerly(f"{reason} at step {number}", number)
+
+    def _read_batch(self, number: int) -> None:
+        """Let a Dataset make the batch of a step before anything else, as a loop does: it may draw."""
+        if self.trainee.batch.runs_python:
+            self._hand_over_gradients()
+            self.trainee.batch(number)
+        self._last = None
 
     def _check(self, number: int) -> None:
-        """Take a step eagerly and by its program, and compare."""
+        """Take a step by its program and eagerly, and compare; the eager step counts."""
         started = time.perf_counter()
-        python = PythonState(self.trainee)
-        before = Saved(self.trainee)
-        loss = self._eager.take(*self.trainee.batch(number))
-        changed = python.difference(PythonState(self.trainee))
-        if self._compare(number, before, loss, changed):
-            self._plan.passed(number, time.perf_counter() - started)
-
-    def _compare(self, number: int, before: Saved, loss: Tensor, changed: str | None = None) -> bool:
-        """Take a step by its program that has just been taken eagerly; tell whether it is the same."""
-        expected = Saved(self.trainee)
-        wanted = expected.tensors | {"loss": loss.reshape(())}
-        wanted |= {f"gradient/{name}": g for name, g in self.trainee.gradients().items()}
-        try:
-            reason = changed or self._difference(number, before, wanted, expected)
-        except Exception as error:  # whatever torch's kernels make of what they are given
-            reason = f"its program fails ({error})"
-        if reason is None:
-            self._keep(number, self.programs.bound(number).loss)
-            return True
-        expected.restore(self.trainee, forget_new=False)
+        self._read_batch(number)
+        self._note_hyperparameters(number)
+        loss, reason = self._verifier.check(number)
         self._keep(number, loss)
-        self._fail(number, reason)
-        return False
-
-    def _difference(
-        self, number: int, before: Saved, wanted: dict[str, Tensor], expected: Saved
-    ) -> str | None:
-        """Take a step by its program, and say in words what is not as it should be, or None."""
-        trainee, programs = self.trainee, self.programs
-        programs.refresh()
-        bound = programs.bound(number)
-        before.restore(trainee, forget_new=bound.program.optimizer_step is not None)
-        programs.load_batch(number, bound)
-        programs.load_rates()
-        with without_autograd():
-            bound.run()
-        found = trainee.named_state() | {"loss": bound.loss.reshape(())}
-        found |= {f"gradient/{name}": gradient for name, gradient in bound.gradients.items()}
-        derived = {f"gradient/{name}" for name in bound.program.derived_gradients}
-        compared = {name: tensor for name, tensor in wanted.items() if name not in derived}
-        name = difference(compared, found, folded=programs.is_folded)
-        if name is None and not expected.generators.same_as(trainee.device):
-            name = "the random generator"
-        kind = "numbers too far off" if programs.is_folded else "other bits"
-        return None if name is None else f"its program gives {kind} in {name}"
+        if reason is None:
+            self._plan.passed(number, time.perf_counter() - started)
+        else:
+            self._fail(number, reason)
 
     def _run(self, first: int, last: int) -> None:
         """Take steps by their programs, without a look to the left or right."""
         started = time.perf_counter()
-        if self.trainee.schedule is None and not self.trainee.batch.runs_python:
+        trainee = self.trainee
+        if trainee.schedule is None and not self.purity.has_foreign_code:
             with without_autograd():
                 self._run_alone(first, last)
         else:
@@ -230,100 +345,135 @@ class Iteration:
         self._plan.timed(self.step - first + 1, time.perf_counter() - started)
 
     def _run_alone(self, first: int, last: int) -> None:
-        """Take steps between which none of the user's Python runs."""
-        programs, slots, is_fixed = self.programs, self._slots, self.trainee.batch.is_fixed
+        """Take steps between which no Python but ours runs."""
+        programs, is_fixed = self.programs, self.trainee.batch.is_fixed
         bound = programs.bound(first)
+        self._make_room(bound.loss)
+        slots = self._slots
         for number in range(first, last + 1):
             if not is_fixed:
                 if not programs.has(number):
                     return
                 bound = programs.bound(number)
                 programs.load_batch(number, bound)
+            self._last = bound
             for call in bound.calls:
                 call()
-            slots[self._count].copy_(bound.loss)
+            slots[self._count].copy_(bound.loss.reshape(()))
             self._count += 1
             self.step = number
+        self._captures = 0
 
     def _run_with_python(self, first: int, last: int) -> None:
-        """Take steps between which a schedule or a Dataset runs, which may use autograd."""
-        programs = self.programs
+        """Take steps between which a schedule, a Dataset or the user's optimizer runs."""
+        programs, trainee = self.programs, self.trainee
         for number in range(first, last + 1):
+            if trainee.batch.runs_python:
+                self._hand_over_gradients()
+                trainee.batch(number)
+                self._is_past_return = True
+                if not self._compare_guards("in the Dataset"):
+                    return
             if not programs.has(number):
                 return
+            self._note_hyperparameters(number)
             bound = programs.bound(number)
-            programs.load_batch(number, bound)
-            programs.load_rates()
+            if self.purity.has_known_optimizer:
+                self._verifier.run(number, bound)
+            else:
+                self._run_with_optimizer(number, bound)
+            self._captures = 0
+            self._last = bound
+            self._keep(number, bound.loss)
+            self._check_dataset()
+            if self.purity.has_foreign_code:
+                self._is_past_return = True
+                if not self._compare_guards():
+                    return
+
+    def _run_with_optimizer(self, number: int, bound: BoundProgram) -> None:
+        """Take a step by its program up to the update, and let the user's own optimizer make that."""
+        self.programs.load_batch(number, bound)
+        if self._eager.has_own_zero_grad:
+            with without_autograd():
+                bound.run_forward()
+            self._eager.zero_grad()
+            changed = self.purity.difference()
+            if changed is not None:
+                raise TrainingError(
+                    f"{changed} in the optimizer's zero_grad, between forward and backward of step "
+                    f'{number}; engine="eager" trains such an optimizer'
+                )
+            with without_autograd():
+                bound.run_backward()
+        else:
+            self._eager.zero_grad()
             with without_autograd():
                 bound.run()
-            self._keep(number, bound.loss)
+        self.programs.hand_over_copies(number)
+        self._eager.update()
 
     def _keep(self, number: int, loss: Tensor) -> None:
         """A step has been taken: keep its loss, and let the schedule go on."""
-        if not self._slots:
-            self._losses = torch.empty(ROOM, dtype=loss.dtype, device=loss.device)
-            self._slots = tuple(self._losses.view(ROOM, *loss.shape).unbind())
-        self._slots[self._count].copy_(loss.detach())
+        self._make_room(loss)
+        self._slots[self._count].copy_(loss.detach().reshape(()))
         self._count += 1
-        self._note_hyperparameters(number)
         self.step = number
-        if self._eager.advance is not None:
+        if self._eager.advance is None:
+            return
+        if is_torchs_schedule(self.trainee.schedule):
             self._eager.advance(number)
+            return
+        self._hand_over_gradients()
+        before = Contents(self.trainee)
+        self._eager.advance(number)
+        change = before.change(self.trainee)
+        if change is not None:
+            self._changes.append((number, change))
+
+    def _make_room(self, loss: Tensor) -> None:
+        """Make room for losses of the dtype of this one, or of a wider one that others had."""
+        dtype = torch.promote_types(loss.dtype, self._losses.dtype) if self._slots else loss.dtype
+        if not self._slots or dtype != self._losses.dtype:
+            known = self._losses
+            self._losses = torch.empty(ROOM, dtype=dtype, device=loss.device)
+            self._losses[: len(known)] = known
+            self._slots = tuple(self._losses.unbind())
 
     def _note_hyperparameters(self, number: int) -> None:
+        """Note the lr and its like before a step, where something may have changed them."""
         if self.trainee.schedule is not None or self.reason is not None:
             self.hyperparameters.append((number, self.trainee.hyperparameters()))
 
-    def _fail(self, number: int, reason: str) -> None:
-        """There is no program from here on; what was taken since the last good check does not count.
+    def _keep_verified(self) -> None:
+        """The state is good; keep a copy of it, if there may be a way back to it."""
+        self._verified_step = self.step
+        self._is_past_return = False
+        is_possible = not self.purity.has_foreign_code
+        self._verified = Saved(self.trainee) if is_possible else None
 
-        The step itself stands where no step was taken by program since then.
+    def _fail(self, number: int, reason: str) -> None:
+        """A check failed: there is no program from here on.
+
+        The step itself stands where no step was taken by program since the last good check. Otherwise
+        training goes back to that check, or ends where that is not possible.
+
+        Raises:
+            TrainingError: other code has run since the last good check, and cannot be taken back.
         """
         verified = self._verified_step
-        if self._verified is not None and verified < number - 1:
-            self._verified.restore(self.trainee, forget_new=True, whole=True)
-            self._count = max(0, self._count - (number - verified))
-            kept = [each for each in self.hyperparameters if each[0] <= verified]
-            self.hyperparameters = kept
-            self.step = verified
-        self._go_on_eagerly(f"{reason} at step {number}")
-
-    def _go_on_eagerly(self, reason: str) -> None:
-        if self._engine == "program":
+        if verified >= number - 1:
+            self._go_on_eagerly(f"{reason} at step {number}", number)
+            return
+        if self._verified is None or self._is_past_return:
             raise TrainingError(
-                f'no program can take these steps: {reason}; engine = "auto" takes them eagerly'
+                f"step {number} cannot be trusted: {reason}. Your own code has run since the last "
+                f"check, at step {verified}, so training cannot go back. Steps up to {verified} are "
+                'verified, later ones are not; engine="eager" trains without programs'
             )
-        self.reason = reason
-        # A step that was only watched was taken eagerly, too.
-        self.eager_from = self.step + 1 if self.checked else self.start + 1
-
-
-@dataclass
-class _CheckPlan:
-    """When a program was checked, and when it will be: ever more rarely from `start` on."""
-
-    start: int = 0
-    checked: list[int] = field(default_factory=list)
-    next: int = 0
-    _step_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.next = self.start + 2
-
-    def timed(self, steps: int, seconds: float) -> None:
-        """So many steps by program took so long."""
-        self._step_seconds = seconds / steps if steps else 0.0
-
-    def captured(self, step: int) -> None:
-        """A program was captured at a step, and held."""
-        self.checked.append(step)
-        if step >= self.next:
-            self.next = 2 * step - self.start
-
-    def passed(self, step: int, seconds: float) -> None:
-        """A check has passed at a step; it took so long."""
-        self.checked.append(step)
-        interval = 1
-        while interval < step - self.start and interval * self._step_seconds * CHECK_SHARE < seconds:
-            interval *= 2
-        self.next = step + interval
+        self._verified.restore(self.trainee, forget_new=True, has_schedule=True)
+        self._count = max(0, self._count - (number - verified))
+        self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
+        self._changes = [each for each in self._changes if each[0] <= verified]
+        self.step = verified
+        self._go_on_eagerly(f"{reason} at step {number}", verified + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Hashable, Mapping
 from typing import Literal, NamedTuple
 
@@ -13,23 +14,27 @@ from everystep.program.fold import fold_updates
 from everystep.program.program import Program, TensorSpec, hyperparameter
 from everystep.step.build import Built
 from everystep.step.eager import EagerStep, Trainee
-from everystep.step.state import parameter_names
+from everystep.step.state import first_names, parameter_names
 
 __all__ = ["ProgramRule", "Programs"]
 
 
 class ProgramRule(NamedTuple):
-    """Which steps a program takes: those whose batch is of the shape of its x and y, and of these
-    `every` one, the `first` step of the training only, or all `later` ones.
+    """Which steps a program takes: from step `since` on, those whose batch has the shape of its x and y.
+
+    Of these, it takes `every` one, only step `since` itself (`first`), or all `later` ones. Programs
+    with a later `since` replace all those before.
     """
 
     number: int
     steps: Literal["every", "first", "later"]
+    since: int
 
 
 class _Key(NamedTuple):
     """What decides which program takes a step."""
 
+    since: int
     is_first: bool
     batch: Hashable
 
@@ -51,22 +56,13 @@ class Programs:
         self._may_fold = fold and trainee.schedule is None
         self.is_folded = False
         self._trainee = trainee
-        self._first_step = first_step
-        self._update = EagerStep(trainee).update
+        self._since = [first_step]
+        self._eager = EagerStep(trainee)
         self._by_key: dict[_Key, int] = {}
         self._bound: dict[int, BoundProgram] = {}
         self._bound_to: list[int] = []
-        self._rates = {
-            hyperparameter("lr", group, str(dtype).removeprefix("torch.")): (
-                group,
-                torch.tensor(rate, dtype=dtype, device=trainee.device),
-            )
-            for group, rate in enumerate(trainee.rates())
-            for dtype in (torch.float32, torch.float64)
-        }
-        names: dict[Tensor, str] = {p: name for name, p in trainee.model.named_parameters()}
-        names |= parameter_names(trainee.model, trainee.optimizer)
-        self._parameters = list(names.items())
+        self._state_names: set[str] = set()
+        self._look_at_optimizer()
 
     @property
     def has_optimizer_step(self) -> bool:
@@ -77,23 +73,42 @@ class Programs:
         """Tell whether there is a program for a step."""
         return self._key(step) in self._by_key
 
+    def renew(self, step: int) -> None:
+        """Use none of these programs from `step` on."""
+        if step > self._since[-1]:
+            self._since.append(step)
+        self._bound.clear()
+        self._bound_to = []
+        self._look_at_optimizer()
+
+    def since(self, step: int) -> int:
+        """Return the first step that the programs of a step were captured for."""
+        return self._since[bisect_right(self._since, step) - 1]
+
+    def until(self, step: int) -> int | None:
+        """Return the last step that the programs of a step are for, None where it is not known yet."""
+        place = bisect_right(self._since, step)
+        return self._since[place] - 1 if place < len(self._since) else None
+
     def add(self, step: int, built: Built) -> None:
         """Use this program for all steps of the kind of `step`; an equal one is kept once."""
         if self._may_fold:
             folded = fold_updates(built.program, self._trainee.rates())
             self.is_folded |= folded is not built.program
             built = built._replace(program=folded)
-        programs = [known.program for known in self.built]
-        if built.program not in programs:
-            self.built.append(built)
-            programs.append(built.program)
-        self._by_key[self._key(step)] = programs.index(built.program)
+        same = (number for number, known in enumerate(self.built) if _are_equal(known, built))
+        number = next(same, len(self.built))
+        if number == len(self.built):
+            self._append(built)
+        self._by_key[self._key(step)] = number
 
-    def use(self, built: Built, steps: Literal["every", "first", "later"], batch: Hashable) -> None:
+    def use(self, built: Built, rule: ProgramRule, batch: Hashable) -> None:
         """Use a recorded program for the steps that a rule says, and batches of that shape."""
-        self.built.append(built)
-        for is_first in {"every": (True, False), "first": (True,), "later": (False,)}[steps]:
-            self._by_key[_Key(is_first, batch)] = len(self.built) - 1
+        self._append(built)
+        if rule.since not in self._since:
+            insort(self._since, rule.since)
+        for is_first in {"every": (True, False), "first": (True,), "later": (False,)}[rule.steps]:
+            self._by_key[_Key(rule.since, is_first, batch)] = len(self.built) - 1
 
     def discard(self, step: int) -> None:
         """Give up the program of a step, which was added last."""
@@ -103,12 +118,15 @@ class Programs:
 
     def rules(self) -> list[ProgramRule]:
         """Return which steps each program (by its place in `built`) takes."""
-        found: list[ProgramRule] = []
-        for number in range(len(self.built)):
-            firsts = {key.is_first for key, index in self._by_key.items() if index == number}
-            steps = "every" if len(firsts) == 2 else "first" if True in firsts else "later"
-            found.append(ProgramRule(number, steps))  # type: ignore[arg-type]
-        return found
+        firsts: dict[tuple[int, int], set[bool]] = {}
+        for key, number in self._by_key.items():
+            firsts.setdefault((number, key.since), set()).add(key.is_first)
+        return [
+            ProgramRule(
+                number, "every" if len(first) == 2 else "first" if True in first else "later", since
+            )
+            for (number, since), first in sorted(firsts.items(), key=lambda item: item[0][::-1])
+        ]
 
     def bound(self, step: int) -> BoundProgram:
         """Return the program of a step, bound to the tensors of the training as they are."""
@@ -117,12 +135,41 @@ class Programs:
             self._bound[number] = self._bind(self.built[number])
         return self._bound[number]
 
-    def refresh(self) -> None:
-        """Notice where Python has put other tensors in the place of those that programs are bound to."""
-        now = [t.untyped_storage().data_ptr() for t in self._trainee.named_state().values()]
-        if now != self._bound_to:
+    def refresh(self, state: Mapping[str, Tensor] | None = None) -> bool:
+        """Notice where Python has put other tensors in the place of those that programs are bound to.
+
+        state: of the training as it is now, if it is at hand.
+
+        Returns whether it has.
+        """
+        state = self._trainee.named_state() if state is None else state
+        now = [t.untyped_storage().data_ptr() for n, t in state.items() if n in self._state_names]
+        if self._trainee.batch.is_fixed:
+            # A program may have a copy of it, which lies otherwise.
+            now += [n for t in self._trainee.batch(1) for n in (t.data_ptr(), t._version)]
+        has_moved = now != self._bound_to
+        if has_moved:
             self._bound.clear()
             self._bound_to = now
+        return has_moved
+
+    def misfit(self, state: Mapping[str, Tensor], since: int, *, has_update: bool) -> str | None:
+        """Return what of the state does not lie as programs know it, in words, or None.
+
+        state: of the training as it is now; since: the programs with this `since`; has_update: whether
+        they take the update, too.
+        """
+        numbers = {n for key, n in self._by_key.items() if key.since == since}
+        for program in (self.built[number].program for number in numbers):
+            for name in program.of_kind("state"):
+                tensor, spec = state.get(name), program.tensors.get(name)
+                if spec is not None and (tensor is None or not _is_as(tensor, spec)):
+                    return f"{name.partition('/')[2]} changes its shape, dtype or place"
+            if has_update and program.optimizer_step is None:
+                known = {name for name in state if name.startswith("optimizer/")}
+                if not known <= set(program.of_kind("state")) | set(program.tensors):
+                    return "what the optimizer keeps changes"
+        return None
 
     def load_batch(self, step: int, bound: BoundProgram) -> None:
         """Put the batch of a step where its program reads it."""
@@ -135,15 +182,64 @@ class Programs:
         for group, tensor in self._rates.values():
             tensor.fill_(float(groups[group]["lr"]))
 
-    def hand_over_gradients(self, step: int) -> None:
-        """Give each parameter the gradient that the program of `step` has made, as eager steps do."""
-        self._hand_over(self.bound(step).gradients)
+    def hand_over_gradients(self, bound: BoundProgram, *, as_copies: bool = False) -> None:
+        """Give each parameter the gradient that a program has made, as eager steps do.
+
+        as_copies: for code that may keep them, while the program goes on to write into its own.
+        """
+        gradients: Mapping[str, Tensor] = bound.gradients
+        if as_copies:
+            state = set(bound.program.of_kind("state"))
+            gradients = {
+                name: gradient if f"gradient/{name}" in state else gradient.clone()
+                for name, gradient in gradients.items()
+            }
+        self._hand_over(gradients)
+
+    def hand_over_copies(self, step: int) -> None:
+        """Give each parameter a copy of its gradient, or add it to one that is there, as autograd does.
+
+        An optimizer that is not torch's may keep what it is given, or change it.
+        """
+        own = {p for group in self._trainee.optimizer.param_groups for p in group["params"]}
+        gradients = self.bound(step).gradients
+        for parameter, name in self._parameters:
+            gradient = gradients.get(name)
+            if parameter not in own:
+                parameter.grad = gradient if gradient is not None else parameter.grad
+            elif gradient is not None and parameter.grad is None:
+                parameter.grad = gradient.clone()
+            elif gradient is not None:
+                parameter.grad.add_(gradient)  # type: ignore[union-attr]
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """Return every parameter of the model and the optimizer."""
+        return {name: parameter for parameter, name in self._parameters}
+
+    def _append(self, built: Built) -> None:
+        self.built.append(built)
+        self._state_names |= set(built.program.of_kind("state"))
 
     def _hand_over(self, gradients: Mapping[str, Tensor]) -> None:
         for parameter, name in self._parameters:
             gradient = gradients.get(name)
             if parameter.grad is not gradient:
                 parameter.grad = gradient
+
+    def _look_at_optimizer(self) -> None:
+        """Note which parameters it has, and make the tensors that programs read its lr from."""
+        trainee = self._trainee
+        names = first_names(trainee.model)
+        self._parameters = list((names | parameter_names(trainee.model, trainee.optimizer)).items())
+        rates = trainee.rates()
+        self._rates = {
+            hyperparameter("lr", group, str(dtype).removeprefix("torch.")): (
+                group,
+                torch.tensor(rate, dtype=dtype, device=trainee.device),
+            )
+            for group, rate in rates.items()
+            for dtype in (torch.float32, torch.float64)
+        }
 
     def _bind(self, built: Built) -> BoundProgram:
         trainee, program = self._trainee, built.program
@@ -161,13 +257,33 @@ class Programs:
 
         def optimizer_step() -> None:
             self._hand_over(bound.gradients)
-            self._update()
+            self._eager.update()
 
         bound = BoundProgram(program, memory, trainee.device, optimizer_step)
         return bound
 
     def _key(self, step: int) -> _Key:
-        return _Key(step == self._first_step, self._trainee.batch.shape(step))
+        since = self.since(step)
+        return _Key(since, step == since, self._trainee.batch.shape(step))
+
+
+def _is_as(tensor: Tensor, spec: TensorSpec) -> bool:
+    """Tell whether a tensor has the geometry that a program has for it."""
+    return (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()) == (
+        spec.torch_dtype,
+        spec.shape,
+        spec.stride,
+        spec.offset,
+    )
+
+
+def _are_equal(one: Built, two: Built) -> bool:
+    """Tell whether two programs are the same, and so are their constants."""
+    return (
+        one.program == two.program
+        and one.constants.keys() == two.constants.keys()
+        and all(torch.equal(content, two.constants[name]) for name, content in one.constants.items())
+    )
 
 
 def _lies_as(tensor: Tensor, spec: TensorSpec | None, program: Program) -> bool:

@@ -8,10 +8,14 @@ that runs carries the number of the forward operation that made it.
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +30,9 @@ from everystep.program.program import Phase, encode
 
 __all__ = ["CapturedStorage", "CapturedTensor", "Recorded", "Refusal", "StepRecorder"]
 
+_EVERYSTEP = str(Path(__file__).parent.parent)
+_TORCH = str(Path(torch.__file__).parent)
+_STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 #: They only ask for memory, which a program has already.
 _MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 #: They give a tensor another geometry on the same memory, which its next use shows.
@@ -154,6 +161,32 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Notice when Python takes numbers out of a tensor past the dispatcher."""
         with _NumbersTaken(self):
             yield
+
+    @contextmanager
+    def hooks_seen(self) -> Iterator[None]:
+        """Notice when backward calls functions of Python that are neither torch's nor everystep's.
+
+        Such is a hook that somebody has hung on a node of the graph, where nobody else can see it.
+        """
+        if sys.getprofile() is not None:  # there is but one, and somebody profiles
+            yield
+            return
+
+        def called(frame: types.FrameType, event: str, argument: Any) -> None:
+            if event == "call" and not _is_known(frame):
+                name = frame.f_code.co_qualname
+                self.refusals.append(Refusal("backward", f"{name} is called: a hook on the graph"))
+
+        # What the garbage collector calls is no hook.
+        is_collecting = gc.isenabled()
+        gc.disable()
+        sys.setprofile(called)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            if is_collecting:
+                gc.enable()
 
     def gradients(self, gradients: dict[str, Tensor]) -> dict[str, int]:
         """Note the gradients that the backward phase has left."""
@@ -294,6 +327,20 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.refusals.append(
             Refusal(where, f"{problem} (module {module})" if module else problem, reads)
         )
+
+
+def _is_known(frame: types.FrameType) -> bool:
+    """Tell whether a function that runs is torch's, everystep's or the standard library's."""
+    file = frame.f_code.co_filename
+    if file.startswith((_EVERYSTEP, _TORCH, "<frozen")):
+        return True
+    if file.startswith(_STANDARD_LIBRARY):
+        return "site-packages" not in file and "dist-packages" not in file
+    # What dataclasses and named tuples generate has no file.
+    caller = frame.f_back
+    return (
+        file == "<string>" and caller is not None and (caller.f_code.co_filename.startswith(_EVERYSTEP))
+    )
 
 
 class _NumbersTaken(TorchFunctionMode):

@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from everystep.program.memory import copy_into
+from everystep.step.own_state import PREFIX, captured, keeps_own_state, restore
+
 __all__ = [
     "Generators",
     "State",
+    "entries_of",
+    "first_names",
     "generators_preserved",
     "named_state",
     "optimizer_settings",
@@ -68,13 +73,11 @@ class Generators:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
 
-    def same_as(self, device: torch.device) -> bool:
-        """Tell whether torch's generators are now as they were read."""
-        now = _device_generator_state(device)
-        same_on_device = now is None or (
-            self.torch_device is not None and torch.equal(now, self.torch_device)
-        )
-        return same_on_device and torch.equal(torch.get_rng_state(), self.torch_cpu)
+    def same_as(self, other: Generators) -> bool:
+        """Tell whether torch's generators were the same when these were read."""
+        one, two = self.torch_device, other.torch_device
+        same_on_device = one is two or (one is not None and two is not None and torch.equal(one, two))
+        return same_on_device and torch.equal(self.torch_cpu, other.torch_cpu)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the states as tensors, by name."""
@@ -126,9 +129,7 @@ class State:
         device: torch.device,
     ) -> State:
         """Copy the state after `step`; touches neither the training nor its generators."""
-        parameters = {
-            name: _copy(value) for name, value in model.state_dict().items() if isinstance(value, Tensor)
-        }
+        parameters = {name: _copy(value) for name, value in _state_dict(model).items()}
         rest = {
             name: _copy(value)
             for name, value in named_state(model, loss, optimizer).items()
@@ -136,6 +137,10 @@ class State:
         }
         generators = Generators.capture(device).tensors()
         settings: dict[str, Any] = {"step": step, "optimizer": optimizer_settings(model, optimizer)}
+        if keeps_own_state(optimizer):
+            live = named_state(model, loss, optimizer)
+            own, settings["own"] = captured(optimizer, parameter_names(model, optimizer), live)
+            rest |= {name: _copy(value) for name, value in own.items()}
         if schedule is not None:
             settings["schedule"] = _plain(schedule.state_dict())
         return cls(
@@ -156,7 +161,8 @@ class State:
         """Return the tensors by the names that `named_state` gives; a state_dict's under both kinds."""
         kinds = ("parameter", "buffer")
         found = {f"{kind}/{name}": t for name, t in self.parameters.items() for kind in kinds}
-        return found | {name: t for name, t in self.rest.items() if not name.startswith("generator/")}
+        others = ("generator/", PREFIX)
+        return found | {name: t for name, t in self.rest.items() if not name.startswith(others)}
 
     def restore(
         self,
@@ -186,7 +192,7 @@ class State:
                 raise ValueError(f"{name} is {_geometry(tensor)} here, and the state {kind}")
         with torch.no_grad():
             for name, tensor in live.items():
-                tensor.copy_(saved[name])
+                copy_into(tensor, saved[name])
         if schedule is not None and "schedule" in self.settings:
             _restore_schedule(schedule, self.settings["schedule"])
         self.generators.restore(device)
@@ -201,32 +207,77 @@ def named_state(
     param group holds a tensor, and `loss/weight` of a loss that is a module. A gradient is state only
     where nothing zeroes it: of a parameter that the optimizer does not have.
     """
-    found: dict[str, Tensor] = {
-        f"parameter/{n}": p for n, p in model.named_parameters(remove_duplicate=False)
-    }
-    found |= {f"buffer/{n}": b for n, b in model.named_buffers(remove_duplicate=False)}
+    found = {f"parameter/{name}": each for name, each in _registered(model, "_parameters")}
+    found |= {f"buffer/{name}": each for name, each in _registered(model, "_buffers")}
     if isinstance(loss, nn.Module):
-        found |= {f"loss/{n}": t for n, t in (*loss.named_parameters(), *loss.named_buffers())}
+        own = (*_registered(loss, "_parameters"), *_registered(loss, "_buffers"))
+        found |= {f"loss/{name}": tensor for name, tensor in own}
     if optimizer is None:
         return found
     names = parameter_names(model, optimizer)
-    in_model: set[Tensor] = set(model.parameters())
+    in_model: set[Tensor] = {parameter for _, parameter in _registered(model, "_parameters")}
     found |= {f"parameter/{name}": p for p, name in names.items() if p not in in_model}
-    for parameter, entries in optimizer.state.items():
+    for parameter, entries in entries_of(optimizer):
         place = names.get(parameter, "#")
         tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
         found |= {f"optimizer/{place}/{key}": value for key, value in tensors.items()}
     for index, group in enumerate(optimizer.param_groups):
         found |= {f"group/{index}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
-    for name, parameter in model.named_parameters():
+    for parameter, name in first_names(model).items():
         if parameter not in names and parameter.grad is not None:
             found[f"gradient/{name}"] = parameter.grad
     return found
 
 
+def _registered(
+    module: nn.Module, kind: str, prefix: str = "", around: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters or buffers of a module and all within it, each under every name.
+
+    As torch's `named_parameters` does, which a user may have overridden.
+    """
+    for name, tensor in vars(module)[kind].items():
+        if tensor is not None:
+            yield f"{prefix}{name}", tensor
+    for name, inner in vars(module)["_modules"].items():
+        if inner is not None and id(inner) not in around:
+            yield from _registered(inner, kind, f"{prefix}{name}.", (*around, id(module)))
+
+
+def first_names(model: nn.Module) -> dict[Tensor, str]:
+    """Return each parameter of a model with the first of its names."""
+    found: dict[Tensor, str] = {}
+    for name, parameter in _registered(model, "_parameters"):
+        found.setdefault(parameter, name)
+    return found
+
+
+def _state_dict(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return what torch's `state_dict` does, in its order, without the hooks of the user's."""
+    own = vars(module)
+    left_out = own["_non_persistent_buffers_set"]
+    found = {f"{prefix}{n}": t for n, t in own["_parameters"].items() if t is not None}
+    found |= {
+        f"{prefix}{name}": tensor
+        for name, tensor in own["_buffers"].items()
+        if tensor is not None and name not in left_out
+    }
+    for name, inner in own["_modules"].items():
+        if inner is not None:
+            found |= _state_dict(inner, f"{prefix}{name}.")
+    return found
+
+
+def entries_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Yield what the optimizer keeps by parameter; some keep other things in the same place."""
+    for parameter, entries in optimizer.state.items():
+        if isinstance(parameter, Tensor) and isinstance(entries, Mapping):
+            yield parameter, entries
+
+
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
     """Return the name of each parameter that the optimizer has; `#3` of one not in the model."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    names = first_names(model)
     positions = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {parameter: names.get(parameter, f"#{i}") for i, parameter in enumerate(positions)}
 
@@ -236,7 +287,7 @@ def optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     names = parameter_names(model, optimizer)
     values = {
         f"{names.get(parameter, '#')}/{key}": _plain(value)
-        for parameter, entries in optimizer.state.items()
+        for parameter, entries in entries_of(optimizer)
         for key, value in entries.items()
         if not isinstance(value, Tensor)
     }
@@ -257,6 +308,9 @@ def _restore_optimizer(
     if type(optimizer).__qualname__ != settings["class"]:
         kinds = f"{type(optimizer).__qualname__}, and the state is of {settings['class']}"
         raise ValueError(f"the optimizer is {kinds}")
+    if "own" in state.settings:
+        restore(optimizer, names, state.rest | dict(saved), state.settings["own"])
+        return
     own = {name for name in names.values() if name.startswith("#")}
     if own - {name.partition("/")[2] for name in saved}:
         raise ValueError("the optimizer has parameters that are not the model's")
@@ -300,7 +354,7 @@ def _restore_gradients(
 ) -> None:
     """A gradient is state where nothing zeroes it."""
     names = parameter_names(model, optimizer)
-    for name, parameter in model.named_parameters():
+    for parameter, name in first_names(model).items():
         gradient = saved.get(f"gradient/{name}")
         if parameter in names:
             continue
@@ -344,7 +398,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as JSON can hold it; what it cannot hold as its text."""
+    """Return the value as JSON can hold it; of what it cannot hold, the class."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -353,7 +407,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
-    return repr(value)
+    return type(value).__name__  # an object of the user's may count how often it is printed
 
 
 def _device_generator_state(device: torch.device) -> Tensor | None:

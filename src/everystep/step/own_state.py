@@ -1,0 +1,231 @@
+"""Own state: everything that an optimizer which is not torch's keeps, as named tensors and plain data.
+
+torch's optimizers keep tensors by parameter, and settings by param group. Others keep lists of tensors,
+counts, generators, another optimizer within, in attributes of their own. All of it is written down by
+its place, so that a state can be brought back into an optimizer of the same class.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PREFIX", "captured", "keeps_own_state", "restore"]
+
+#: What the names of tensors begin with that only this module knows.
+PREFIX = "own/"
+_DICTS = (dict, OrderedDict, defaultdict)
+_LISTS: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple}
+#: What torch's base class and its schedules keep there: nothing that a step depends on.
+_OF_TORCH = {
+    *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_zero_grad_profile_name"),
+    *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks", "_patch_step_function"),
+    *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks", "step"),
+    *("_warned_capturable_if_run_uncaptured", "_opt_called"),
+}
+#: Objects that are left as they are: code, modules, and what nobody but itself can copy.
+_LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
+
+
+def keeps_own_state(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Tell whether an optimizer may keep more than torch's own do."""
+    return optimizer is not None and not type(optimizer).__module__.startswith(
+        ("torch.optim", "everystep.")
+    )
+
+
+def captured(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], known: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Any]:
+    """Return all that an optimizer keeps: live tensors by name, and the rest as JSON can hold it.
+
+    names: of its parameters, which are not among the tensors; known: tensors that have a name already.
+    """
+    walk = _Capturing(names, known)
+    data = {
+        name: walk.encoded(value, name)
+        for name, value in vars(optimizer).items()
+        if name not in _OF_TORCH
+    }
+    return walk.tensors | _pending(optimizer, names), data
+
+
+def restore(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    data: Mapping[str, Any],
+) -> None:
+    """Bring an optimizer to what `captured` returned, in its own containers and tensors."""
+    walk = _Restoring({name: parameter for parameter, name in names.items()}, tensors)
+    own = vars(optimizer)
+    for name in own.keys() - data.keys() - _OF_TORCH:
+        del own[name]  # it came later; its class may have a default
+    for name, node in data.items():
+        own[name] = walk.decoded(node, own.get(name), name)
+    for parameter, name in names.items():
+        pending = tensors.get(f"{PREFIX}gradient/{name}")
+        parameter.grad = None if pending is None else pending.to(parameter.device, copy=True)
+
+
+def _pending(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return the gradients that an optimizer with a `zero_grad` of its own may not drop."""
+    if type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad:
+        return {}
+    return {f"{PREFIX}gradient/{n}": p.grad for p, n in names.items() if p.grad is not None}
+
+
+class _Capturing:
+    def __init__(self, names: Mapping[Tensor, str], known: Mapping[str, Tensor]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names = names
+        self._known = {id(tensor): name for name, tensor in known.items()}
+        self._ids = {id(parameter): name for parameter, name in names.items()}
+        self._places: dict[int, tuple[str, Any]] = {}
+
+    def encoded(self, value: Any, place: str) -> Any:
+        """Return a value as JSON can hold it; what cannot be held is `left` as it is."""
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if id(value) in self._places:
+            return {"same": self._places[id(value)][0]}
+        self._places[id(value)] = place, value
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            return {"left": "sparse tensor"}
+        if isinstance(value, Tensor):
+            if value in self._names:
+                return {"parameter": self._names[value]}
+            if id(value) in self._known:
+                return {"tensor": self._known[id(value)]}
+            return {"tensor": self._kept(value, place)}
+        if isinstance(value, np.ndarray | np.generic):
+            return self._array(value, place)
+        if type(value) in (set, frozenset) and all(map(_is_plain, value)):
+            return {type(value).__name__: sorted(value, key=repr)}
+        if isinstance(value, torch.Generator):
+            return {"generator": self._kept(value.get_state(), place)}
+        if type(value) in _DICTS and all(map(self._is_key, value)):
+            items = enumerate(value.items())
+            return {"dict": [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]}
+        if type(value) in (list, tuple, deque):
+            kind = type(value).__name__
+            return {kind: [self.encoded(item, f"{place}.{i}") for i, item in enumerate(value)]}
+        if callable(value) or isinstance(value, _LEFT_ALONE) or not hasattr(value, "__dict__"):
+            return {"left": type(value).__name__}
+        skipped = _OF_TORCH if isinstance(value, torch.optim.Optimizer) else set()
+        own = {n: v for n, v in vars(value).items() if n not in skipped}
+        return {"object": {name: self.encoded(each, f"{place}.{name}") for name, each in own.items()}}
+
+    def _kept(self, tensor: Tensor, place: str) -> str:
+        self.tensors[f"{PREFIX}{place}"] = tensor
+        return f"{PREFIX}{place}"
+
+    def _array(self, value: Any, place: str) -> Any:
+        kind = "scalar" if isinstance(value, np.generic) else "array"
+        try:
+            tensor = torch.from_numpy(np.array(value, order="C"))
+        except (TypeError, ValueError):  # texts, dates, structures: torch has no such numbers
+            return {"left": f"array of {value.dtype}"}
+        return {kind: self._kept(tensor, place)}
+
+    def _is_key(self, key: Any) -> bool:
+        is_known = isinstance(key, Tensor) and key in self._names
+        return is_known or _is_plain(key) or (type(key) is tuple and all(map(_is_plain, key)))
+
+    def _key(self, key: Any) -> Any:
+        if isinstance(key, Tensor):
+            return {"parameter": self._names[key]}
+        if type(key) is tuple:
+            return {"tuple": list(key)}
+        return {"id": self._ids[key]} if type(key) is int and key in self._ids else key
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float, str)
+
+
+class _Restoring:
+    def __init__(self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._tensors = tensors
+        self._made: dict[str, Any] = {}
+
+    def decoded(self, node: Any, there: Any, place: str) -> Any:
+        """Return what a node stands for; `there`: what is in its place now."""
+        if not isinstance(node, dict):
+            return node
+        found = self._decoded(*next(iter(node.items())), there, place)
+        self._made[place] = found
+        return found
+
+    def _decoded(self, kind: str, content: Any, there: Any, place: str) -> Any:
+        if kind == "same":
+            return self._made.get(content, there)
+        if kind == "parameter":
+            return self._parameters.get(content, there)
+        if kind == "tensor":
+            return self._tensor(self._tensors[content], there)
+        if kind in ("array", "scalar"):
+            array = self._tensors[content].numpy().copy()
+            return array if kind == "array" else array[()]
+        if kind in ("set", "frozenset"):
+            return set(content) if kind == "set" else frozenset(content)
+        if kind == "generator":
+            if isinstance(there, torch.Generator):
+                there.set_state(self._tensors[content])
+            return there
+        if kind == "dict":
+            return self._dict(content, there, place)
+        if kind in ("list", "tuple", "deque"):
+            return self._list(kind, content, there, place)
+        if kind == "object" and hasattr(there, "__dict__"):
+            own = vars(there)
+            for name, node in content.items():
+                own[name] = self.decoded(node, own.get(name), f"{place}.{name}")
+        return there
+
+    def _tensor(self, saved: Tensor, there: Any) -> Tensor:
+        fits = isinstance(there, Tensor) and (there.shape, there.dtype) == (saved.shape, saved.dtype)
+        if fits:
+            with torch.no_grad():
+                return there.copy_(saved)  # type: ignore[no-any-return]
+        # What has the shape of a parameter lies where it does; a count of steps stays on the CPU.
+        like = next((p for p in self._parameters.values() if p.shape == saved.shape), None)
+        if like is None or saved.ndim == 0:
+            return saved.clone()
+        return torch.empty_like(like, dtype=saved.dtype, requires_grad=False).copy_(saved)
+
+    def _dict(self, items: list[list[Any]], there: Any, place: str) -> Any:
+        found = there if type(there) in _DICTS else {}
+        before = dict(found)
+        found.clear()
+        for index, (key, node) in enumerate(items):
+            name = self._key(key)
+            found[name] = self.decoded(node, before.get(name), f"{place}.{index}")
+        return found
+
+    def _key(self, key: Any) -> Any:
+        if not isinstance(key, dict):
+            return key
+        if "tuple" in key:
+            return tuple(key["tuple"])
+        parameter = self._parameters[next(iter(key.values()))]
+        return id(parameter) if "id" in key else parameter
+
+    def _list(self, kind: str, nodes: list[Any], there: Any, place: str) -> Any:
+        before = list(there) if isinstance(there, list | tuple | deque) else []
+        before += [None] * (len(nodes) - len(before))
+        items = [
+            self.decoded(node, old, f"{place}.{i}")
+            for i, (node, old) in enumerate(zip(nodes, before, strict=False))
+        ]
+        if type(there) in (list, deque) and type(there).__name__ == kind:
+            there.clear()
+            there.extend(items)
+            return there
+        return deque(items) if kind == "deque" else _LISTS[kind](items)

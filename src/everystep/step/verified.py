@@ -1,0 +1,196 @@
+"""Verified: programs compared with the eager step, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor
+
+from everystep.program.execute import BoundProgram, without_autograd
+from everystep.step.check import Saved, difference
+from everystep.step.eager import EagerStep, Trainee
+from everystep.step.programs import Programs
+from everystep.step.state import Generators
+
+__all__ = ["CheckPlan", "Verifier"]
+
+#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart.
+CHECK_SHARE = 0.01
+
+
+class Verifier:
+    """Takes a step by its program and as Python, and compares the two; Python's step counts.
+
+    Args:
+        trainee: what is trained.
+        programs: what is compared.
+        eager: the step as Python takes it.
+        has_update: whether programs take the update, too; without it, the optimizer itself does.
+    """
+
+    def __init__(self, trainee: Trainee, programs: Programs, eager: EagerStep, has_update: bool) -> None:
+        self.trainee = trainee
+        self.programs = programs
+        self.has_update = has_update
+        self._eager = eager
+
+    def check(self, number: int) -> tuple[Tensor, str | None]:
+        """Take a whole step both ways.
+
+        Returns the loss, and what differs, in words, or None.
+        """
+        before = self.saved()
+        if self.has_update:
+            loss = self._eager.take(*self.trainee.batch(number))
+            return loss, self.compare(number, before, loss, forget_new=False)
+        loss, reason = self._check_until_update(number, before)
+        self._eager.update()
+        return loss, reason
+
+    def saved(self) -> Saved:
+        """Return a copy of the state, as far as programs change it."""
+        return Saved(self.trainee, has_optimizer=self.has_update)
+
+    def compare(
+        self,
+        number: int,
+        before: Saved,
+        loss: Tensor,
+        *,
+        forget_new: bool,
+        held: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ) -> str | None:
+        """Take a step by its program that has just been taken eagerly, from the state before.
+
+        forget_new: whether to drop optimizer state created since; held: copies of gradients that were
+        there before the backward pass, by parameter.
+
+        Returns what differs, in words, or None; the training is then as the eager step left it.
+        """
+        expected = self.saved()
+        wanted = expected.tensors | {"loss": loss.reshape(())}
+        wanted |= {f"gradient/{name}": g.clone() for name, g in self.trainee.gradients().items()}
+        try:
+            reason = self._difference(number, before, wanted, expected, held, forget_new)
+        except Exception as error:  # whatever torch's kernels make of what they are given
+            reason = f"its program fails ({error})"
+        if reason is not None:
+            expected.restore(self.trainee, forget_new=False)
+        return reason
+
+    def _difference(
+        self,
+        number: int,
+        before: Saved,
+        wanted: dict[str, Tensor],
+        expected: Saved,
+        held: Mapping[Tensor, Tensor],
+        forget_new: bool,
+    ) -> str | None:
+        """Take a step by its program, and say in words what is not as it should be, or None."""
+        trainee, programs = self.trainee, self.programs
+        programs.refresh()
+        bound = programs.bound(number)
+        before.restore(trainee, forget_new=forget_new and bound.program.optimizer_step is not None)
+        self.run(number, bound)
+        found = {n: t for n, t in trainee.named_state().items() if n in expected.tensors}
+        found |= self._given_by(bound)
+        self._add_held(wanted, found, held)
+        derived = {f"gradient/{name}" for name in bound.program.derived_gradients}
+        compared = {name: tensor for name, tensor in wanted.items() if name not in derived}
+        return self._what_differs(compared, found, expected)
+
+    def _check_until_update(self, number: int, before: Saved) -> tuple[Tensor, str | None]:
+        """Take a step by its program and eagerly up to its update, and compare; the eager step counts.
+
+        Returns the loss, and in words what differs, or None.
+        """
+        trainee = self.trainee
+        bound = self.programs.bound(number)
+        failed = None
+        try:
+            self.run(number, bound)
+        except Exception as error:  # whatever torch's kernels make of what they are given
+            failed = f"its program fails ({error})"
+        of_program = Saved(trainee, has_optimizer=False)
+        found = of_program.tensors | {n: t.clone() for n, t in self._given_by(bound).items()}
+        before.restore(trainee, forget_new=False)
+        held: dict[Tensor, Tensor] = {}
+        loss = self._eager.differentiate(*trainee.batch(number), held)
+        expected = Saved(trainee, has_optimizer=False)
+        wanted = expected.tensors | {"loss": loss.reshape(())}
+        wanted |= {f"gradient/{name}": gradient for name, gradient in trainee.gradients().items()}
+        self._add_held(wanted, found, held)
+        return loss, failed or self._what_differs(wanted, found, expected, of_program)
+
+    def _add_held(
+        self, wanted: dict[str, Tensor], found: dict[str, Tensor], held: Mapping[Tensor, Tensor]
+    ) -> None:
+        """Add a program's gradients to those that an optimizer had not dropped, as autograd does."""
+        for name, parameter in self.programs.parameters_by_name().items():
+            key = f"gradient/{name}"
+            if parameter in held and key in found:
+                found[key] = held[parameter] + found[key]
+            elif parameter in held:
+                wanted.pop(key, None)
+
+    def _what_differs(
+        self,
+        wanted: dict[str, Tensor],
+        found: dict[str, Tensor],
+        expected: Saved,
+        of_program: Saved | None = None,
+    ) -> str | None:
+        """Say in words what a program made otherwise than Python, or None."""
+        name = difference(wanted, found, folded=self.programs.is_folded)
+        device = self.trainee.device
+        generators = of_program.generators if of_program else Generators.capture(device)
+        if name is None and not expected.generators.same_as(generators):
+            name = "the random generator"
+        kind = "numbers too far off" if self.programs.is_folded else "other bits"
+        return None if name is None else f"its program gives {kind} in {name}"
+
+    def run(self, number: int, bound: BoundProgram) -> None:
+        """Take a step by its program; an optimizer that is not torch's is not among it."""
+        self.programs.load_batch(number, bound)
+        self.programs.load_rates()
+        with without_autograd():
+            bound.run()
+
+    def _given_by(self, bound: BoundProgram) -> dict[str, Tensor]:
+        """Return the loss and the gradients that a program has made."""
+        gradients = {f"gradient/{name}": gradient for name, gradient in bound.gradients.items()}
+        return gradients | {"loss": bound.loss.reshape(())}
+
+
+@dataclass
+class CheckPlan:
+    """When a program was checked, and when it will be: ever more rarely from `start` on."""
+
+    start: int = 0
+    checked: list[int] = field(default_factory=list)
+    next: int = 0
+    _step_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.next = self.start + 2
+
+    def timed(self, steps: int, seconds: float) -> None:
+        """So many steps by program took so long."""
+        self._step_seconds = seconds / steps if steps > 0 else 0.0
+
+    def captured(self, step: int) -> None:
+        """A program was captured at a step, and held."""
+        self.checked.append(step)
+        if step >= self.next:
+            self.next = 2 * step - self.start
+
+    def passed(self, step: int, seconds: float) -> None:
+        """A check has passed at a step; it took so long."""
+        self.checked.append(step)
+        interval = 1
+        while interval < step - self.start and interval * self._step_seconds * CHECK_SHARE < seconds:
+            interval *= 2
+        self.next = step + interval
