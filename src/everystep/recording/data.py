@@ -12,7 +12,7 @@ from everystep.recording.files import own_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DATA_FILE", "check_data", "read_data", "write_data"]
+__all__ = ["DATA_FILE", "DATA_LIMIT", "check_data", "read_data", "write_data"]
 
 DATA_FILE = "data.safetensors"
 #: Data up to this size is stored in the run; of larger data, its size and digest.

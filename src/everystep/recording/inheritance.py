@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from everystep.recording.changes import FOLDER, change_files
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
 from everystep.recording.files import own_path
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
@@ -45,6 +46,10 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
         _link_folder(own_path(parent.directory, row.directory), own_path(directory, row.directory))
         database.add_snapshot(row)
     _link_folder(parent.directory / "programs", directory / "programs")
+    for step, name in change_files(parent.directory).items():
+        if step < at:
+            (directory / FOLDER).mkdir(exist_ok=True)
+            _link(own_path(parent.directory, name), directory / name)
     for path in parent.directory.glob("data*.safetensors"):
         _link(path, directory / path.name)
     earlier: list[dict[str, Any]] = []

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from everystep.errors import RecordingError, RunError
-from everystep.recording.data import DATA_FILE, write_data
+from everystep.recording.changes import remove_changes, write_change
+from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
 from everystep.recording.inheritance import inherit
 from everystep.recording.run import RecordedRun
@@ -123,11 +124,18 @@ class Recorder:
 
     def data(self, tensors: dict[str, Tensor], name: str = DATA_FILE) -> None:
         """Write the data set (CPU tensors) while it is small; else its size and digest."""
+        if sum(tensor.nbytes for tensor in tensors.values()) <= DATA_LIMIT:
+            # A step may change its batch in place before it is written.
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self._put(lambda: self._write_data(tensors, name))
 
     def program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
         """Write a program, and the bytes of its constants beside it."""
         self._put(lambda: self._write_program(number, program, constants))
+
+    def change(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write tensors (on the CPU) that code between two steps has changed after `step`."""
+        self._put(lambda: write_change(self.directory, step, tensors))
 
     def forget_after(self, step: int) -> None:
         """Take out losses, measurements and snapshots of later steps: they are taken again."""
@@ -237,6 +245,7 @@ class Recorder:
             del self.plan.kept[taken]
         self._in_transaction(lambda: self._database.forget_after(step))
         remove_snapshots(self.directory / "snapshots", later, self._forget)
+        remove_changes(self.directory, step)
         self._last_step = min(self._last_step, step)
 
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:

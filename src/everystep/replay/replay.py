@@ -124,6 +124,7 @@ class Replay:
         """Open the step after the state that the replay stands at; to be called within `in_force`."""
         revived = self.revived
         assert revived.state is not None
+        revived.settle()
         number, trainee = revived.state + 1, revived.trainee
         recorded = self.recorded_loss(number)
         dropped = revived.gradients()
@@ -153,7 +154,7 @@ class Replay:
                 for name, tensor in _of_kind(before, "parameter").items()
             },
             operations=tuple(observation.operations),
-            hyperparameters=trainee.hyperparameters(),
+            hyperparameters=revived.hyperparameters(),
             is_by_program=is_by_program,
             epoch=revived.batches.epoch(number),
         )

@@ -7,7 +7,10 @@ run's experiment, or from the user.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ExperimentError, ProgramError, RunError
-from everystep.experiment.batches import Batches, RowsOf
+from everystep.experiment.batches import Batches
 from everystep.experiment.device import select
 from everystep.experiment.specification import load
 from everystep.program.program import Program
+from everystep.recording.changes import change_files, read_change
 from everystep.recording.data import check_data, read_data
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun, Stretch
@@ -26,10 +30,12 @@ from everystep.replay.objects import Objects
 from everystep.replay.revived import Changes, Revived
 from everystep.replay.skeleton import make_skeleton
 from everystep.step.build import Built
-from everystep.step.eager import Trainee
+from everystep.step.eager import BatchSource, Trainee
 from everystep.step.hyperparameters import is_hyperparameter
-from everystep.step.programs import Programs
+from everystep.step.programs import ProgramRule, Programs
 from everystep.step.state import generators_preserved
+from everystep.training.dataset import length_of, read_rows
+from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.from_experiment import experiment_job
 
 __all__ = ["revive"]
@@ -49,19 +55,22 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
     engine = facts.get("engine") or {"programs": [], "eager_from": 1}
     built = [(rule, _read_program(own_path(run.directory, rule["file"]))) for rule in engine["programs"]]
     with generators_preserved(device):
-        x, y = (part.to(device) for part in _data(run, facts, objects))
-        if len(x) != batches.rows:
-            raise RunError(f"{run.name} says that its data has {batches.rows:,} rows; it has {len(x):,}")
-        batch = batches.of(x, y)
-        trainee = _living(run, facts, objects, batch, device) if engine["eager_from"] else None
+        batch = _batch(run, facts, objects, batches, device)
+        needs_model = engine["eager_from"] is not None or engine.get("live_optimizer") is not None
+        trainee = _living(run, facts, objects, batch, device) if needs_model else None
         if trainee is None:
             trainee = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
     programs = Programs(trainee, fold=False, first_step=stretch.first)
     for rule, each in built:
-        shape = each.program.tensors["x"].shape
-        programs.use(each, rule["steps"], shape[0] if shape else 0)
+        since = rule.get("since", stretch.first)
+        programs.use(each, ProgramRule(0, rule["steps"], since), _kind_of(each.program, batch))
     changes = _changes(run, stretch.first)
-    return Revived(stretch.first, trainee, programs, engine["eager_from"], batches, changes)
+    between = {
+        step: partial(read_change, run.directory, name)
+        for step, name in change_files(run.directory).items()
+    }
+    eager_from = 1 if engine.get("live_optimizer") else engine["eager_from"]
+    return Revived(stretch.first, trainee, programs, eager_from, batches, changes, between)
 
 
 def _batches(facts: dict[str, Any]) -> Batches:
@@ -70,12 +79,32 @@ def _batches(facts: dict[str, Any]) -> Batches:
     return Batches(facts["data"]["rows"], known["batch_size"], known["seed"], known["drop_last"])
 
 
-def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Tensor, Tensor]:
-    if facts["data"].get("lazy"):
+def _batch(
+    run: RecordedRun,
+    facts: dict[str, Any],
+    objects: Objects,
+    batches: Batches,
+    device: torch.device,
+) -> BatchSource:
+    """Return what gives the batch of each step: rows of the run's data, or a Dataset that is read."""
+    if not facts["data"].get("lazy"):
+        x, y = (part.to(device) for part in _data(run, facts, objects))
+        count = len(x)
+    elif objects.data is None or isinstance(objects.data, tuple | list):
         raise RunError(
-            f"{run.name} was trained on a Dataset that gives other rows each time it is read, so its "
-            "batches cannot be had again; its losses, measurements and snapshots can be looked at"
+            f"{run.name} was trained on a Dataset that was read at every step, and holds no rows; open "
+            "it with everystep.open(run, data=dataset)"
         )
+    else:
+        count = length_of(objects.data)
+    if count != batches.rows:
+        raise RunError(f"{run.name} says that its data has {batches.rows:,} rows; it has {count:,}")
+    if facts["data"].get("lazy"):
+        return DatasetBatches(objects.data, batches, device)  # type: ignore[arg-type]
+    return batches.of(x, y, is_read=facts["data"].get("source") == "dataset")
+
+
+def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Tensor, Tensor]:
     fact = facts.get("data.file")
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just begun")
@@ -83,7 +112,10 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
         tensors = read_data(run.directory, fact)
         return tensors["x"], tensors["y"]
     if objects.data is not None:
-        x, y = (torch.as_tensor(part) for part in objects.data)
+        given = objects.data
+        if not isinstance(given, tuple | list):
+            given = read_rows(given, given.__getitem__, sys.maxsize, lambda done, total: None)
+        x, y = (torch.as_tensor(part) for part in given)
         check_data({"x": x, "y": y}, fact, "the data given")
         return x, y
     size = f"{fact['bytes'] / 1e6:,.0f} MB"
@@ -99,6 +131,15 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
         tensors["validation_x"], tensors["validation_y"] = data.validation
     check_data(tensors, fact, f"what {path} says of the data")
     return data.x, data.y
+
+
+def _kind_of(program: Program, batch: BatchSource) -> Hashable:
+    """Return the kind of batch that a program is for, as the source of batches says it."""
+    if not isinstance(batch, DatasetBatches):
+        shape = program.tensors["x"].shape
+        return shape[0] if shape else 0
+    specs = (program.tensors[name] for name in "xy")
+    return tuple((torch.Size(s.shape), s.torch_dtype, tuple(s.stride), False) for s in specs)
 
 
 def _read_program(path: Path) -> Built:
@@ -117,7 +158,7 @@ def _read_program(path: Path) -> Built:
 
 
 def _living(
-    run: RecordedRun, facts: dict[str, Any], objects: Objects, batch: RowsOf, device: torch.device
+    run: RecordedRun, facts: dict[str, Any], objects: Objects, batch: BatchSource, device: torch.device
 ) -> Trainee | None:
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
@@ -133,7 +174,7 @@ def _living(
 
 
 def _from_objects(
-    facts: dict[str, Any], objects: Objects, batch: RowsOf, device: torch.device
+    facts: dict[str, Any], objects: Objects, batch: BatchSource, device: torch.device
 ) -> Trainee:
     objects.check_complete()
     own = objects.copied()
@@ -143,12 +184,18 @@ def _from_objects(
 
 
 def _skeleton(
-    run: RecordedRun, stretch: Stretch, programs: list[Program], batch: RowsOf, device: torch.device
+    run: RecordedRun, stretch: Stretch, programs: list[Program], batch: BatchSource, device: torch.device
 ) -> Trainee:
     if not programs:
+        live = (stretch.facts.get("engine") or {}).get("live_optimizer")
+        why = (
+            f"{live}, an optimizer of yours, made every update of {run.name}"
+            if live
+            else f"the steps of {run.name} were taken eagerly, and no program repeats them"
+        )
         raise RunError(
-            f"the steps of {run.name} were taken eagerly, and no program repeats them; open the run "
-            "with what it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
+            f"{why}; open the run with what it was trained with: "
+            "everystep.open(run, model=..., loss=..., optimizer=...)"
         )
     problems: list[str] = []
     # Any state says what the optimizer is like; from the first of the stretch it is quickest to go on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,13 +13,15 @@ from torch import Tensor
 from everystep.errors import EverystepError, RunError
 from everystep.experiment.batches import Batches
 from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.memory import copy_into
 from everystep.replay.skeleton import Skeleton
 from everystep.step.check import Saved
 from everystep.step.eager import EagerStep, Trainee
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, observe_eager, observe_program
 from everystep.step.programs import Programs
-from everystep.step.state import State
+from everystep.step.state import Generators, State
+from everystep.training.dataset_batches import DatasetBatches
 
 __all__ = ["Changes", "Revived"]
 
@@ -34,7 +36,16 @@ class Changes(NamedTuple):
 class Revived:
     """A training whose steps can be taken again, in any order of loading and going on.
 
-    first: the first step; state: the step whose state it holds, None before anything is loaded.
+    Args:
+        first: the first step.
+        trainee: what is trained.
+        programs: what takes its steps.
+        eager_from: the first step that Python takes, None if there is none.
+        batches: which rows each step sees.
+        changes: the numbers of the optimizer that changed, by name.
+        between: reads the tensors that other code changed after a step, by that step.
+
+    state: the step whose state it holds, None before anything is loaded.
     """
 
     def __init__(
@@ -45,6 +56,7 @@ class Revived:
         eager_from: int | None,
         batches: Batches,
         changes: dict[str, Changes],
+        between: Mapping[int, Callable[[], dict[str, Tensor]]],
     ) -> None:
         self.first = first
         self.trainee = trainee
@@ -54,6 +66,8 @@ class Revived:
         self.state: int | None = None
         self._loaded: int | None = None
         self._changes = changes
+        self._between = between
+        self._settled: int | None = None
         self._eager = EagerStep(trainee)
 
     def load(self, state: State) -> None:
@@ -76,6 +90,7 @@ class Revived:
 
     def save(self) -> Saved:
         """Return a copy of the state as it is now."""
+        self.settle()
         return Saved(self.trainee)
 
     def restore(self, step: int, saved: Saved) -> None:
@@ -86,6 +101,9 @@ class Revived:
     def capture(self) -> State:
         """Return the state as it is now, as it is written to disk."""
         assert self.state is not None
+        self.settle()
+        if self.trainee.has_tensor_settings:
+            self._set_hyperparameters(self.state + 1)
         return self.trainee.state(self.state)
 
     def run(self, last: int) -> Tensor:
@@ -111,10 +129,11 @@ class Revived:
         """Take the steps up to `last` that programs take; return their losses, on the device."""
         assert self.state is not None
         number = self.state + 1
+        last = min(last, self.programs.until(number) or last)
         bound = self.begin(number)
         losses = torch.empty(last - self.state, dtype=bound.loss.dtype, device=bound.loss.device)
         slots = losses.view(-1, *bound.loss.shape).unbind()
-        is_same = self.is_like_before(number + 1)
+        is_same = self.is_like_before(number + 1) and not self._between
         with without_autograd():
             for slot in slots:
                 for call in bound.calls:
@@ -147,6 +166,7 @@ class Revived:
 
     def begin(self, number: int) -> BoundProgram:
         """Put everything in place for a step; return the program that takes it."""
+        self.settle()
         self._set_hyperparameters(number)
         bound = self.programs.bound(number)
         self.programs.load_batch(number, bound)
@@ -167,21 +187,29 @@ class Revived:
             found = self.programs.bound(self.state).gradients
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
+    def hyperparameters(self) -> dict[str, float]:
+        """Return the learning rates as they are now, and the other numbers that ever changed."""
+        now = self.trainee.hyperparameters()
+        return {n: value for n, value in now.items() if n.startswith("lr") or n in self._changes}
+
     def is_like_before(self, number: int) -> bool:
         """Tell whether the program that took the step before takes this one, on the same batch.
 
         The second step is the first of which that can be said.
         """
         is_eager = self.eager_from is not None and number >= self.eager_from
-        alike = self.trainee.batch.is_fixed and not self._changes and not is_eager
-        return alike and number > self.first + 1
+        is_settled = number - 1 not in self._between
+        alike = self.trainee.batch.is_fixed and not self._changes and not is_eager and is_settled
+        return alike and number > self.programs.since(number) + 1
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a step is taken by a program."""
         if self.eager_from is not None and number >= self.eager_from:
             return False
         # The first program may make state that only the optimizer itself knows where to keep.
-        makes_state = number == self.first and not isinstance(self.trainee.model, Skeleton)
+        makes_state = number == self.programs.since(number) and not isinstance(
+            self.trainee.model, Skeleton
+        )
         return not makes_state and self.programs.has(number)
 
     def begin_eagerly(self, number: int) -> None:
@@ -190,6 +218,7 @@ class Revived:
         Raises:
             RunError: there is no model to take it.
         """
+        self.settle()
         self._set_hyperparameters(number)
         if isinstance(self.trainee.model, Skeleton):
             raise RunError(
@@ -209,7 +238,7 @@ class Revived:
                 if given is not None and given.shape != tensor.shape:
                     raise ValueError(f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
                 if given is not None:
-                    tensor.copy_(given)
+                    copy_into(tensor, given)
                 elif name.startswith(("optimizer/", "gradient/")):  # the first step makes it
                     tensor.zero_()
                 else:
@@ -220,8 +249,28 @@ class Revived:
             group.update({k: v for k, v in known.items() if k != "params"})
         state.generators.restore(trainee.device)
 
+    def settle(self) -> None:
+        """Let what other code changed after the last step be so, before anything else is done."""
+        assert self.state is not None
+        if self.state not in self._between or self._settled == self.state:
+            return
+        self._settled = self.state
+        tensors = self._between[self.state]()
+        trainee = self.trainee
+        live = trainee.named_state()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in live and live[name].shape == tensor.shape:
+                    copy_into(live[name], tensor)
+        generators = {n.removeprefix("generator/"): t for n, t in tensors.items() if n not in live}
+        if any(name in generators for name in ("torch", "python", "numpy")):
+            known = Generators.capture(trainee.device).tensors() | generators
+            Generators.from_tensors(known).restore(trainee.device)
+
     def _moved(self, step: int) -> None:
-        self.state = self._loaded = step
+        self.state = self._loaded = self._settled = step
+        if isinstance(self.trainee.batch, DatasetBatches):
+            self.trainee.batch.forget()
         self.programs.refresh()
         self.programs.load_rates()
 

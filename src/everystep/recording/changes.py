@@ -1,0 +1,62 @@
+"""Changes: tensors that code between two steps has changed, one file for each such step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everystep.errors import RunError
+from everystep.recording.files import own_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FOLDER", "change_files", "read_change", "remove_changes", "write_change"]
+
+FOLDER = "changes"
+_NAME = re.compile(r"(\d{1,18})\.safetensors")
+
+
+def write_change(directory: Path, step: int, tensors: dict[str, Tensor]) -> None:
+    """Write tensors (on the CPU) as they were after `step` and what followed it."""
+    from safetensors.torch import save
+
+    folder = directory / FOLDER
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{step:06d}.tmp"
+    temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    temporary.rename(folder / f"{step:06d}.safetensors")
+
+
+def change_files(directory: Path) -> dict[int, str]:
+    """Return the files of a run by step; their names are as within the run."""
+    folder = directory / FOLDER
+    if not folder.is_dir():
+        return {}
+    names = sorted(path.name for path in folder.iterdir())
+    matches = [match for match in map(_NAME.fullmatch, names) if match is not None]
+    return {int(match[1]): f"{FOLDER}/{match[0]}" for match in matches}
+
+
+def read_change(directory: Path, name: str) -> dict[str, Tensor]:
+    """Read what changed.
+
+    Raises:
+        RunError: it is not there, or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = own_path(directory, name)
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+
+
+def remove_changes(directory: Path, after: int) -> None:
+    """Remove what changed after steps later than `after`."""
+    for step, name in change_files(directory).items():
+        if step > after:
+            (directory / name).unlink(missing_ok=True)
