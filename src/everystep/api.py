@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,19 +29,20 @@ def open(
     model: nn.Module | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    data: tuple[Any, Any] | None = None,
+    data: tuple[Any, Any] | Dataset[Any] | None = None,
 ) -> Run:
     """Open a run: its directory, or its name under runs/.
 
-    What the run was trained with is needed only to open steps that were taken eagerly from Python
-    objects, or whose data was too large to be kept in the run. It is copied, and stays as it is.
+    What the run was trained with is needed only to open steps that Python took, wholly or in part, or
+    whose data is not in the run. It is copied, and stays as it is.
 
     Args:
         run: where it is.
         model: as it was trained, in the mode that it trained in.
         loss: of prediction and target.
         optimizer: over the model's parameters.
-        data: x (N, ...) and y (N, ...), the rows that were trained on.
+        data: x (N, ...) and y (N, ...), the rows that were trained on, or the Dataset that was read at
+            every step.
 
     Raises:
         RunError: there is no such run; names the nearest.
@@ -102,7 +104,8 @@ def train(
     Args:
         model: any module, in the mode (`train()`, `eval()`) that it shall train in.
         data: x (N, ...) and y (N, ...), tensors or NumPy arrays, or a map-style Dataset of pairs. A
-            Dataset is read once into tensors; one that gives other rows each time, at every step.
+            Dataset of torch's, or one whose code is proven to return the same rows, is read once; any
+            other is read at every step.
         loss: of prediction and target; gives one number.
         optimizer: over the model's parameters: `everystep.GradientDescent`, or any torch optimizer
             that needs no closure.
@@ -121,11 +124,12 @@ def train(
         evaluate_every: steps between measurements; absent: an epoch, or a hundredth of the steps
             where every step sees all rows. The last step is always measured.
         stop_on_nan: stop at the first loss that is not finite; otherwise it is recorded and said.
-        engine: `program`: take steps by the program that is captured from the first one, and refuse
-            where that cannot be; `eager`: run Python at every step; `auto`: by program where it gives
-            the very bits, and eagerly otherwise, with a word why.
+        engine: `auto`: take steps by a program where the Python that it stands in for is proven to do
+            nothing else, and run Python otherwise, with the reason; `eager`: run Python at every step;
+            `program`: as `auto`, but you answer for code that cannot be read, and it is an error where
+            no program can take a step.
         fold: let the program fold updates into the matrix products that make their gradients: faster,
-            but rounded otherwise than the eager step.
+            but rounded otherwise than the eager step. Needs one of torch's optimizers and no schedule.
         directory: of the run, which must not exist; absent: the next free one under runs/.
         snapshot_budget: bytes of snapshots that the run may keep.
         dataset_limit: bytes that a Dataset may take as tensors; absent: 2 GB.
@@ -163,7 +167,10 @@ def train(
     trained_with = TrainedWith(
         model, loss, optimizer, None, schedule, schedule_every, dict(metrics or {})
     )
-    return run_of(outcome, trained_with)
+    run = run_of(outcome, trained_with)
+    if run.facts["data"].get("lazy"):
+        run = run_of(outcome, replace(trained_with, data=data))
+    return run
 
 
 def train_experiment(

@@ -295,14 +295,18 @@ def step(
 def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
     """Take every step again, and compare every loss and every snapshot, bit for bit.
 
-    Exits with 1 if something is not as it was recorded.
+    This shows that the run replays as it was recorded; the line `recorded` says what stands behind the
+    recording itself. Exits with 1 if something differs.
     """
     from everystep.api import open
     from everystep.views.answers import as_json, verify_data, verify_text
 
     opened = open(run)
     found = opened.verify(processes=processes)
-    typer.echo(as_json(verify_data(opened.name, found)) if json else verify_text(opened.name, found))
+    if json:
+        typer.echo(as_json(verify_data(opened.name, found)))
+    else:
+        typer.echo(verify_text(opened.name, opened.facts, found))
     if not found.is_exact:
         raise typer.Exit(1)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from plotnine import ggplot
     from torch import Tensor, nn
     from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import Dataset
 
     from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
@@ -230,7 +231,7 @@ class Run(RecordedRun):
         optimizer: torch.optim.Optimizer | None = None,
         schedule: LRScheduler | None = None,
         schedule_every: Literal["step", "epoch"] = "step",
-        data: tuple[Any, Any] | None = None,
+        data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | None = None,
         metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
         directory: str | Path | None = None,

@@ -148,7 +148,7 @@ def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
 def _verify(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     run = Run(asked["run"])
     found = run.verify(progress=voice.counting("replaying", len(run)))
-    return verify_data(run.name, found) | {"text": verify_text(run.name, found)}
+    return verify_data(run.name, found) | {"text": verify_text(run.name, run.facts, found)}
 
 
 def _compare(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:

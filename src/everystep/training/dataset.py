@@ -1,4 +1,4 @@
-"""A map-style Dataset read once into tensors, or found to give other rows each time."""
+"""A map-style Dataset: read once where that is proven to be the same as reading it at every step."""
 
 from __future__ import annotations
 
@@ -7,60 +7,70 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
-from everystep.errors import DataError
-from everystep.step.state import generators_preserved
+from everystep.errors import DataError, Fault
+from everystep.step.purity.callables import TENSOR_TYPES
+from everystep.step.purity.effects import RowReader
+from everystep.step.purity.guards import Guards, is_plain
+from everystep.training.rows import called, unfit
 
-__all__ = ["DEFAULT_DATASET_LIMIT", "collate_rows", "gives_same_rows", "read_dataset"]
+__all__ = ["DEFAULT_DATASET_LIMIT", "collate_rows", "length_of", "read_once", "read_rows"]
 
 #: Bytes that a Dataset may take as tensors, unless told otherwise.
 DEFAULT_DATASET_LIMIT = 2_000_000_000
-_SAMPLED_ROWS = 16
 _ROWS_AT_ONCE = 256
 
 
-def gives_same_rows(dataset: Dataset[Any]) -> bool:
-    """Tell, from a sample of rows read twice, whether the Dataset gives the same row each time.
+def read_once(
+    dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
+) -> tuple[tuple[Tensor, Tensor], Guards]:
+    """Read all rows of a Dataset whose code is proven to have no effect and to draw nothing.
 
-    The random generators are left as they were.
+    progress: called with the number of rows that are read, and of all rows.
+
+    Returns x and y, and what must stay the same for the rows to stay the same.
 
     Raises:
-        DataError: it has no length, no rows, or rows that are not pairs.
+        NotProvenError: it must be read at every step; says why.
+        DataError: it has no length, no rows, rows that are not pairs, or more than `limit` bytes.
     """
-    count = _length(dataset)
-    sample = torch.linspace(0, count - 1, min(count, _SAMPLED_ROWS)).long().tolist()
-    with generators_preserved(torch.device("cpu")):
-        first = [_pair(dataset, row) for row in sample]
-        second = [_pair(dataset, row) for row in sample]
-    return all(
-        _same_bits(a, b)
-        for one, two in zip(first, second, strict=True)
-        for a, b in zip(one, two, strict=True)
-    )
+    guards = Guards()
+    if _is_torchs(dataset):
+        _guard(dataset, guards)
+        return read_rows(dataset, dataset.__getitem__, limit, progress), guards
+    length_of(dataset)
+    reader = RowReader(guards)
+    return read_rows(dataset, lambda row: reader.row(dataset, row), limit, progress), guards
 
 
-def read_dataset(
-    dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
+def read_rows(
+    dataset: Dataset[Any],
+    read: Callable[[int], Any],
+    limit: int,
+    progress: Callable[[int, int], None],
+    rows: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Read all rows into two tensors x and y; `progress` is told how many of how many are read.
+    """Read rows, or all, into two tensors x and y.
 
     Raises:
         DataError: the rows would take more than `limit` bytes, or have not all the same shape.
     """
-    count = _length(dataset)
-    x_row, y_row = _collated([_pair(dataset, 0)])
-    size = (x_row.nbytes + y_row.nbytes) * count
-    if size > limit:
-        raise DataError(
-            f"the Dataset would take {size / 1e9:.3g} GB as tensors, more than the limit of "
-            f"{limit / 1e9:.3g} GB; pass dataset_limit={size} if there is memory for it"
-        )
-    parts = []
-    for start in range(0, count, _ROWS_AT_ONCE):
-        rows = range(start, min(start + _ROWS_AT_ONCE, count))
-        parts.append(_collated([_pair(dataset, row) for row in rows]))
-        progress(rows.stop, count)
+    wanted = range(length_of(dataset)) if rows is None else rows
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(wanted), _ROWS_AT_ONCE):
+        chosen = wanted[start : start + _ROWS_AT_ONCE]
+        parts.append(_collated([_pair(dataset, row, read) for row in chosen]))
+        if not start:
+            _check_size(sum(part.nbytes for part in parts[0]) // len(chosen) * len(wanted), limit)
+        progress(start + len(chosen), len(wanted))
     try:
         return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
     except RuntimeError as error:
@@ -69,10 +79,15 @@ def read_dataset(
 
 def collate_rows(dataset: Dataset[Any], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Read these rows now, as one batch (x, y)."""
-    return _collated([_pair(dataset, row) for row in rows])
+    return _collated([_pair(dataset, row, dataset.__getitem__) for row in rows])
 
 
-def _length(dataset: Dataset[Any]) -> int:
+def length_of(dataset: Dataset[Any]) -> int:
+    """Return how many rows a Dataset has.
+
+    Raises:
+        DataError: it has no length, or no rows.
+    """
     try:
         count = len(dataset)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
@@ -87,31 +102,62 @@ def _length(dataset: Dataset[Any]) -> int:
     return count
 
 
-def _pair(dataset: Dataset[Any], row: int) -> tuple[Any, Any]:
-    item = dataset[row]
+def _is_torchs(dataset: Any) -> bool:
+    """Tell whether a Dataset is torch's own, of tensors: reading it has no effect."""
+    if type(dataset) is TensorDataset:
+        return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
+    if type(dataset) is Subset:
+        return _is_torchs(dataset.dataset) and is_plain(tuple(dataset.indices))
+    if type(dataset) is ConcatDataset:
+        return all(map(_is_torchs, dataset.datasets))
+    return False
+
+
+def _guard(dataset: Any, guards: Guards) -> None:
+    """Note what one of torch's Datasets is made of."""
+    guards.contents(vars(dataset), f"a {type(dataset).__name__}")
+    for tensor in getattr(dataset, "tensors", ()):
+        guards.tensor(tensor, f"a tensor of a {type(dataset).__name__}", is_state=False)
+    if type(dataset) is Subset:
+        if isinstance(dataset.indices, list):
+            guards.contents(dataset.indices, "the indices of a Subset")
+        _guard(dataset.dataset, guards)
+    if type(dataset) is ConcatDataset:
+        guards.contents(dataset.datasets, "the parts of a ConcatDataset")
+        for part in dataset.datasets:
+            _guard(part, guards)
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise DataError(
+            f"the Dataset would take {size / 1e9:.3g} GB as tensors, more than the limit of "
+            f"{limit / 1e9:.3g} GB; pass dataset_limit={size} if there is memory for it"
+        )
+
+
+def _pair(dataset: Dataset[Any], row: int, read: Callable[[int], Any]) -> tuple[Any, Any]:
+    item = read(row)
+    place = f"row {row} of {type(dataset).__name__}"
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(
-            f"row {row} of {type(dataset).__name__} is a {type(item).__name__}; each row must be a "
-            "pair (x, y)"
+            f"{place} is {called(item)}; each row must be a pair (x, y): wrap it in a Dataset that "
+            "returns such pairs"
         )
+    found = [(letter, unfit(part, letter)) for letter, part in zip("xy", item, strict=True)]
+    faults = [
+        Fault(place, f"{letter} must be a tensor, an array or a number, not {wrong.what}; {wrong.cure}")
+        for letter, wrong in found
+        if wrong is not None
+    ]
+    if faults:
+        raise DataError(faults, "the data" if len(faults) > 1 else "")
     return item[0], item[1]
 
 
 def _collated(pairs: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     try:
-        x, y = default_collate(pairs)
+        x, y = default_collate(pairs)  # of tensors, arrays and numbers: `_pair` has looked
     except (RuntimeError, TypeError) as error:
         raise DataError(f"the rows of the Dataset make no batch: {error}") from None
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise DataError(
-            "x and y of each row must be tensors, arrays or numbers, not "
-            f"{type(pairs[0][0]).__name__} and {type(pairs[0][1]).__name__}"
-        )
     return x, y
-
-
-def _same_bits(one: Any, two: Any) -> bool:
-    a, b = torch.as_tensor(one), torch.as_tensor(two)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.gradient_descent import GradientDescent
 from everystep.step.eager import Trainee
+from everystep.step.purity.guards import is_plain
+from everystep.step.purity.torchs_own import reason_against_module
 
-__all__ = ["describe", "optimizer_text"]
+__all__ = ["describe", "module_text", "optimizer_text"]
 
 
 def describe(
@@ -38,7 +42,7 @@ def describe(
             "steps_per_epoch": batches.steps_per_epoch,
         },
         "model": {
-            "text": str(trainee.model),
+            "text": module_text(trainee.model),
             "parameters": sum(parameter.numel() for parameter in trainee.model.parameters()),
         },
         "loss": {"text": _loss_text(trainee.loss)},
@@ -65,20 +69,63 @@ def optimizer_text(optimizer: torch.optim.Optimizer) -> str:
     if isinstance(optimizer, GradientDescent):
         return f"GradientDescent(lr={group['lr']}): parameter - gradient * {group['lr']}"
     told = {
-        key: value
+        key: _setting_text(value)
         for key, value in group.items()
-        if key not in ("params", "initial_lr") and value not in (None, False, 0)
+        if key not in ("params", "initial_lr") and not _is_nothing(value)
     }
-    settings = ", ".join(f"{key}={value}" for key, value in told.items())
+    settings = ", ".join(f"{key}={text}" for key, text in told.items())
     return f"{type(optimizer).__name__}({settings})"
+
+
+def _is_nothing(value: Any) -> bool:
+    """Tell whether a setting is None, False or 0, also as a tensor of one number."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.item() == 0
+    return value is None or (isinstance(value, bool | int | float) and value == 0)
+
+
+def _setting_text(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray) and value.ndim:
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    # Another object may count how often it is printed.
+    return str(value) if is_plain(value) or isinstance(value, Tensor) else type(value).__name__
+
+
+def module_text(module: nn.Module) -> str:
+    """Return a module as torch prints it, but run none of the user's code for it.
+
+    What torch's own modules say of themselves is said; of the user's, the class and what is within.
+    """
+    if reason_against_module(module) is None:
+        return repr(module)
+    inner = [(name, module_text(m)) for name, m in module._modules.items() if m is not None]
+    if type(module) is nn.ModuleList:
+        lines = _together([text for _, text in inner])
+    else:
+        lines = [f"({name}): {text}" for name, text in inner]
+    name = type(module).__name__
+    indented = "".join(f"\n{line}" for line in lines).replace("\n", "\n  ")
+    return f"{name}({indented}\n)" if lines else f"{name}()"
+
+
+def _together(texts: list[str]) -> list[str]:
+    """Return modules of a list, those that are alike and next to each other in one line."""
+    lines, first = [], 0
+    for last, text in enumerate(texts):
+        if last + 1 == len(texts) or texts[last + 1] != text:
+            count = last - first + 1
+            lines.append(f"({first}-{last}): {count} x {text}" if count > 1 else f"({last}): {text}")
+            first = last + 1
+    return lines
 
 
 def _loss_text(loss: Any) -> str:
     if not isinstance(loss, nn.Module):
-        return str(getattr(loss, "__qualname__", repr(loss)))
-    name = type(loss).__name__
-    reduction = getattr(loss, "reduction", None)
-    return f"{name}(reduction={reduction!r})" if isinstance(reduction, str) else str(loss)
+        own = getattr(loss, "__qualname__", None) if inspect.isroutine(loss) else None
+        return str(own or type(loss).__name__)
+    reduction = vars(loss).get("reduction")
+    is_said = isinstance(reduction, str)
+    return f"{type(loss).__name__}(reduction={reduction!r})" if is_said else module_text(loss)
 
 
 def _schedule_text(trainee: Trainee) -> str | None:

@@ -106,7 +106,7 @@ def experiment_job(
         clip_norm=experiment.clip_norm,
     )
     evaluation = on_device.validation and Evaluation(
-        model, standard_measurements(loss, on_device.validation[1]), *on_device.validation, device
+        model, standard_measurements(loss, on_device.validation[1]), {}, *on_device.validation, device
     )
     every = experiment.evaluate_every or default_evaluate_every(steps, batches)
     source = experiment.data.model_dump(exclude_none=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from everystep import numerics
@@ -21,13 +20,26 @@ from everystep.experiment.device import select
 from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Trainee
 from everystep.step.evaluate import Evaluation
+from everystep.step.purity.attributes import NotProvenError
+from everystep.step.purity.guards import Guards
 from everystep.step.state import named_state
-from everystep.training.dataset import collate_rows, gives_same_rows, read_dataset
+from everystep.training.arguments import (
+    data_faults,
+    is_dataset,
+    loss_faults,
+    metrics_faults,
+    model_faults,
+    optimizer_faults,
+    schedule_faults,
+    validation_faults,
+)
+from everystep.training.dataset import length_of, read_once
+from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.facts import describe
 from everystep.training.from_experiment import default_evaluate_every, total_steps
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.measurements import RESERVED_NAMES, standard_measurements
+from everystep.training.measurements import standard_measurements
 
 __all__ = ["Objects", "objects_job", "train_objects"]
 
@@ -38,7 +50,8 @@ class Objects:
     """What the user hands to `train`: live objects, with the checks that need them.
 
     Raises:
-        ExperimentError: lists everything that is of the wrong kind.
+        ExperimentError: lists everything that does not serve.
+        DataError: only the data does not.
     """
 
     def __init__(
@@ -62,95 +75,22 @@ class Objects:
         self.validation = validation
         self.metrics = metrics
         self.dataset_limit = dataset_limit
-        faults = [Fault(path, problem) for path, problem, wrong in self._checks() if wrong]
+        faults = list(self._faults())
         if faults:
-            raise ExperimentError(faults, "the arguments of train")
+            is_data = all(fault.path in ("data", "validation") for fault in faults)
+            kind = DataError if is_data else ExperimentError
+            raise kind(faults, "" if is_data and len(faults) == 1 else "the arguments of train")
 
-    def _optimizes_model(self) -> bool:
-        own = set(self.model.parameters())
-        return any(p in own for group in self.optimizer.param_groups for p in group["params"])
-
-    def _checks(self) -> list[tuple[str, str, bool]]:
-        is_pair = isinstance(self.data, tuple | list) and len(self.data) == 2
-        is_fraction = isinstance(self.validation, float) and 0 < self.validation < 1
-        is_validation_pair = isinstance(self.validation, tuple | list) and len(self.validation) == 2
-        taken = RESERVED_NAMES & set(self.metrics)
-        is_model = isinstance(self.model, nn.Module)
-        is_optimizer = isinstance(self.optimizer, torch.optim.Optimizer)
-        needs_closure = isinstance(self.optimizer, torch.optim.LBFGS)
-        plateau = isinstance(self.schedule, ReduceLROnPlateau) and self.validation is None
-        return [
-            ("model", _must_be("an nn.Module", self.model), not isinstance(self.model, nn.Module)),
-            (
-                "data",
-                _must_be("a pair of tensors (x, y) or a Dataset", self.data),
-                not (is_pair or _is_dataset(self.data)),
-            ),
-            (
-                "loss",
-                _must_be("a callable of (prediction, target)", self.loss),
-                not callable(self.loss),
-            ),
-            (
-                "optimizer",
-                _must_be(
-                    "an optimizer over the model's parameters, such as "
-                    "everystep.GradientDescent(model.parameters(), lr=1e-4)",
-                    self.optimizer,
-                ),
-                not isinstance(self.optimizer, torch.optim.Optimizer),
-            ),
-            (
-                "optimizer",
-                "LBFGS evaluates the loss several times in one step (it needs a closure), and a step "
-                "here has one forward and one backward pass; Adam or SGD with momentum do without",
-                needs_closure,
-            ),
-            (
-                "schedule",
-                _must_be("a torch.optim.lr_scheduler of the optimizer", self.schedule),
-                not isinstance(self.schedule, LRScheduler | None),
-            ),
-            (
-                "schedule",
-                "ReduceLROnPlateau follows the validation loss; pass validation=(x, y)",
-                plateau,
-            ),
-            (
-                "schedule_every",
-                f"must be 'step' or 'epoch', not {self.schedule_every!r}",
-                self.schedule_every not in ("step", "epoch"),
-            ),
-            (
-                "validation",
-                _must_be("a pair of tensors (x, y) or a share of the rows such as 0.2", self.validation),
-                not (self.validation is None or is_fraction or is_validation_pair),
-            ),
-            (
-                "optimizer",
-                "has none of the model's parameters, so the model would never change",
-                is_model and is_optimizer and not self._optimizes_model(),
-            ),
-            (
-                "loss",
-                f"is the class {getattr(self.loss, '__name__', '')}; write it with parentheses",
-                inspect.isclass(self.loss),
-            ),
-            (
-                "metrics",
-                "must map names to callables of (prediction, target)",
-                not (
-                    isinstance(self.metrics, Mapping)
-                    and all(isinstance(n, str) and callable(f) for n, f in self.metrics.items())
-                ),
-            ),
-            (
-                "metrics",
-                f"{', '.join(sorted(taken))}: the table of losses has columns of that name; "
-                "choose another",
-                bool(taken),
-            ),
-        ]
+    def _faults(self) -> Iterator[Fault]:
+        yield from model_faults(self.model)
+        yield from data_faults(self.data)
+        yield from loss_faults(self.loss)
+        yield from optimizer_faults(self.optimizer, self.model)
+        yield from schedule_faults(self.schedule, self.schedule_every, self.validation is not None)
+        yield from validation_faults(self.validation)
+        yield from metrics_faults(self.metrics)
+        if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
+            yield Fault("dataset_limit", f"must be a number of bytes, not {self.dataset_limit!r}")
 
 
 def train_objects(
@@ -191,18 +131,18 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
             "call model.train() first if that is not meant"
         )
     _check_dense(objects)
-    data, rows = _read(objects, seed, progress)
-    batches = Batches(rows, iteration.batch_size, seed, iteration.drop_last)
+    read = _read(objects, seed, progress)
+    data = read.data
+    batches = Batches(read.rows, iteration.batch_size, seed, iteration.drop_last)
     steps = total_steps(iteration.steps, iteration.epochs, batches)
     if data is None:
-        notices.append(
-            "the Dataset gives other rows when read again (random augmentation?), so it is read "
-            "at every step, and replaying this run will need the Dataset"
-        )
-        batch: BatchSource = _LazyBatches(cast("Dataset[Any]", objects.data), batches, device)
+        notices.append(f"the Dataset is read at every step: {read.against}")
+        dataset = cast("Dataset[Any]", objects.data)
+        batch: BatchSource = DatasetBatches(dataset, batches, device, objects.dataset_limit)
     else:
         on_device = data.to(device)
-        batch = batches.of(on_device.x, on_device.y)
+        is_read = read.guards is not None
+        batch = batches.of(on_device.x, on_device.y, is_read=is_read, guards=read.guards)
     trainee = Trainee(
         model=objects.model,
         loss=objects.loss,
@@ -215,14 +155,14 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         clip_norm=iteration.clip_norm,
     )
     every = iteration.evaluate_every or default_evaluate_every(steps, batches)
-    source = {"source": "dataset" if _is_dataset(objects.data) else "tensors", "lazy": data is None}
+    source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
     return Job(
         name=_snake(type(objects.model).__name__),
         trainee=trainee,
         steps=steps,
         facts=describe(trainee, data, batches, source, iteration.seed, every),
         data=data.to(torch.device("cpu")) if data else None,
-        evaluation=_evaluation(objects, data, device),
+        evaluation=_evaluation(objects, read, device),
         evaluate_every=every,
         stop_on_nan=iteration.stop_on_nan,
         engine=iteration.engine,
@@ -241,89 +181,68 @@ def _check_dense(objects: Objects) -> None:
         )
 
 
-def _read(objects: Objects, seed: int, progress: Progress) -> tuple[Data | None, int]:
-    """Return the data and its rows to train on; no data where it must be read at every step."""
-    if _is_dataset(objects.data):
-        if not gives_same_rows(objects.data):
-            if objects.validation is not None or objects.metrics:
-                raise DataError(
-                    "validation and metrics need data that stays the same, but the Dataset gives "
-                    "other rows when read again; evaluate such a model outside everystep"
-                )
-            return None, len(objects.data)  # type: ignore[arg-type]  # checked just now
-        pair: Pair = read_dataset(objects.data, objects.dataset_limit, progress.reading)
+class _Read(NamedTuple):
+    """The data as far as it could be read before training.
+
+    data: None where it must be read at every step, for the reason `against`; rows: those to train on;
+    guards: what must stay the same for data that was read from a Dataset.
+    """
+
+    data: Data | None
+    rows: int
+    validation: Pair | None = None
+    against: str = ""
+    guards: Guards | None = None
+
+
+def _read(objects: Objects, seed: int, progress: Progress) -> _Read:
+    guards = None
+    if is_dataset(objects.data):
+        try:
+            pair, guards = read_once(objects.data, objects.dataset_limit, progress.reading)
+        except NotProvenError as error:
+            return _read_lazily(objects, str(error))
     else:
         pair = cast(Pair, objects.data)
-    x, y = _tensors("data", pair)
+    x, y = _tensors(pair)
     if isinstance(objects.validation, float):
         training, kept_out = split_rows(len(x), objects.validation, seed)
-        return Data(x[training], y[training], (x[kept_out], y[kept_out])), len(training)
-    validation = objects.validation and _tensors("validation", objects.validation)
+        data = Data(x[training], y[training], (x[kept_out], y[kept_out]))
+        return _Read(data, len(training), guards=guards)
+    validation = objects.validation and _tensors(objects.validation)
     if validation and validation[0].shape[1:] != x.shape[1:]:
         shapes = f"{tuple(validation[0].shape)}, where the data's x is {tuple(x.shape)}"
         raise DataError(f"validation: x is {shapes}; rows must have the same shape")
-    return Data(x, y, validation or None), len(x)
+    return _Read(Data(x, y, validation or None), len(x), guards=guards)
 
 
-def _tensors(name: str, pair: Pair) -> tuple[Tensor, Tensor]:
-    tensors = [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pair]
-    for letter, tensor in zip("xy", tensors, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
-            got = type(tensor).__name__
-            raise DataError(f"{name}: {letter} must be a tensor with rows first, not a {got}")
-        if tensor.layout != torch.strided:
-            raise DataError(f"{name}: {letter} is sparse; pass {letter}.to_dense()")
-    x, y = (tensor.detach() for tensor in tensors)
-    if len(x) != len(y):
-        raise DataError(f"{name}: x has {len(x)} rows and y has {len(y)}; they must have the same")
-    if len(x) == 0:
-        raise DataError(f"{name} has no rows")
+def _read_lazily(objects: Objects, against: str) -> _Read:
+    """Prepare for a Dataset that is read at every step."""
+    problem = f"the Dataset is read at every step ({against})"
+    if isinstance(objects.validation, float):
+        raise DataError(f"{problem}, so its rows cannot be split; pass validation=(x, y)")
+    if objects.metrics and objects.validation is None:
+        raise DataError(f"{problem}, so metrics need rows of their own; pass validation=(x, y)")
+    validation = objects.validation and _tensors(objects.validation)
+    return _Read(None, length_of(cast("Dataset[Any]", objects.data)), validation or None, against)
+
+
+def _tensors(pair: Pair) -> tuple[Tensor, Tensor]:
+    """Return x and y as tensors, the very ones where they are; `Objects` has looked at them."""
+    x, y = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pair)
     return x, y
 
 
-class _LazyBatches:
-    """The batches of a Dataset that is read at every step, since it gives other rows each time."""
-
-    is_fixed = False
-    runs_python = True
-
-    def __init__(self, dataset: Dataset[Any], batches: Batches, device: torch.device) -> None:
-        self._dataset = dataset
-        self._batches = batches
-        self._device = device
-        self._step = 0
-        self._pair: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return x and y of a step; asked for the same step again, the same."""
-        if self._pair is None or step != self._step:
-            indices = self._batches.indices(step)
-            rows = range(self._batches.rows) if indices is None else indices.tolist()
-            x, y = collate_rows(self._dataset, rows)
-            self._step, self._pair = step, (x.to(self._device), y.to(self._device))
-        return self._pair
-
-    def shape(self, step: int) -> Hashable:
-        """Return shapes and dtypes of a step's batch."""
-        return tuple((tensor.shape, tensor.dtype) for tensor in self(step))
-
-    def into(self, step: int, x: Tensor, y: Tensor) -> None:
-        """Write x and y of a step into tensors of their shape."""
-        for target, source in zip((x, y), self(step), strict=True):
-            target.copy_(source)
-
-
-def _evaluation(objects: Objects, data: Data | None, device: torch.device) -> Evaluation | None:
+def _evaluation(objects: Objects, read: _Read, device: torch.device) -> Evaluation | None:
     """Measure the validation part; metrics alone are measured on the data itself."""
-    if data is None or (data.validation is None and not objects.metrics):
+    data = read.data
+    validation = read.validation if data is None else data.validation
+    if validation is None and (data is None or not objects.metrics):
         return None
-    measurements = dict(objects.metrics)
-    pair = (data.x, data.y)
-    if data.validation is not None:
-        pair = data.validation
-        measurements = {**standard_measurements(objects.loss, pair[1]), **measurements}
+    pair = validation or (data.x, data.y)  # type: ignore[union-attr]  # there is one
+    standard = {} if validation is None else standard_measurements(objects.loss, pair[1])
     x, y = (part.to(device) for part in pair)
-    return Evaluation(objects.model, measurements, x, y, device)
+    return Evaluation(objects.model, standard, objects.metrics, x, y, device)
 
 
 def _device(objects: Objects, name: str | None) -> torch.device:
@@ -344,18 +263,6 @@ def _device(objects: Objects, name: str | None) -> torch.device:
         )
     objects.model.to(device)
     return device
-
-
-def _is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
-    return isinstance(data, Dataset) or (
-        not isinstance(data, tuple | list | Tensor | np.ndarray | Mapping)
-        and hasattr(data, "__getitem__")
-        and hasattr(data, "__len__")
-    )
-
-
-def _must_be(what: str, value: Any) -> str:
-    return f"must be {what}, not {type(value).__name__}"
 
 
 def _snake(name: str) -> str:

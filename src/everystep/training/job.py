@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
+from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import Data
 from everystep.recording.run import RecordedRun
 from everystep.step.eager import Trainee
 from everystep.step.evaluate import Evaluation
 from everystep.step.iterate import Engine
+from everystep.step.purity.torchs_own import is_torchs_optimizer
 
 __all__ = ["Job", "Origin", "Outcome", "Progress"]
 
@@ -52,6 +56,28 @@ class Job:
     fold: bool = False
     notices: list[str] = field(default_factory=list)
     origin: Origin | None = None
+
+    def check(self) -> None:
+        """Check what no program and no eager step can do, before anything is written.
+
+        Raises:
+            ExperimentError: lists everything that does not serve, with the cure.
+        """
+        trainee, faults = self.trainee, []
+        if self.fold and self.engine != "eager":
+            if trainee.schedule is not None:
+                faults.append(Fault("fold", "needs a fixed lr, and there is a schedule; leave one out"))
+            if not is_torchs_optimizer(trainee.optimizer):
+                name = type(trainee.optimizer).__name__
+                faults.append(
+                    Fault(
+                        "fold", f"needs an optimizer of torch's, and {name} is not one; leave fold out"
+                    )
+                )
+        if not torch.is_grad_enabled():
+            faults.append(Fault("train", "is called within torch.no_grad(); call it outside"))
+        if faults:
+            raise ExperimentError(faults, "the training")
 
     @property
     def start(self) -> int:

@@ -19,9 +19,15 @@ from typing import Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import numerics
+from everystep.errors import DatasetChangedError
 from everystep.recording.data import DATA_FILE
 from everystep.recording.recorder import Recorder, create_directory
+from everystep.step.eager import changes_more_than_lr
+from everystep.step.evaluate import Evaluation
+from everystep.step.hyperparameters import expected_to_change
 from everystep.step.iterate import Iteration
+from everystep.step.purity.torchs_own import is_torchs_schedule
+from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.job import Job, Outcome, Progress
 
 __all__ = ["run_job"]
@@ -45,9 +51,11 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
         progress: who watches.
 
     Raises:
+        ExperimentError: what is asked for cannot be done; says why.
         RunError: the directory exists already.
         RecordingError: writing failed; what was written before is kept.
     """
+    job.check()
     place = create_directory(directory, job.name, runs)
     facts = {"name": place.name, "started": _now()} | job.facts | _circumstances(job)
     parent = job.origin.parent if job.origin else None
@@ -85,14 +93,15 @@ class _Training:
         self._iteration: Iteration | None = None
         self._step_seconds = math.inf
         self._measurements: list[tuple[str, int, float]] = []
-        # Without a schedule, only what is not as it was at first is worth a word.
-        self._known = {} if job.trainee.schedule else job.trainee.hyperparameters()
+        self._known = self._expected()
         if job.origin is not None:
-            self._known = job.origin.hyperparameters
+            self._known = self._known | job.origin.hyperparameters
             self._note_hyperparameters(job.start + 1, job.trainee.hyperparameters())
+        self._loss_dtype: Any = None
         self._snapshot_step = -1
         self._nonfinite_step: int | None = None
         self._programs_written = 0
+        self._has_lost = False
         self._engine: dict[str, Any] = {}
 
     def run(self, interrupted: Callable[[], bool]) -> str | None:
@@ -107,6 +116,7 @@ class _Training:
                 continue
             if job.evaluation is not None and self._is_evaluation(self.step):
                 self._evaluate()
+            self._keep_changes(iteration)
             if job.stop_on_nan and not math.isfinite(loss := iteration.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
@@ -122,12 +132,22 @@ class _Training:
         return None
 
     def finish(self) -> None:
-        """Leave the live training as its last step left it, and take a snapshot of it."""
+        """Leave the live training as its last step left it, and take a snapshot of it.
+
+        Raises:
+            TrainingError: the rows that were trained on are not the Dataset's any more.
+        """
+        guards = self.job.trainee.batch.guards
+        changed = guards.difference() if guards is not None else None
+        if changed is not None:
+            raise DatasetChangedError(changed, self.step)
         if self._iteration is not None:
             self._iteration.finish()
+            self.flush()
             self._keep_engine(self._iteration)
         if self._snapshot_step != self.step:
             self._snapshot()
+        self._keep_rows()
 
     def forget_void_steps(self) -> None:
         """Take back what was recorded of steps that a failed check has led back over."""
@@ -153,7 +173,8 @@ class _Training:
         losses: list[float] = values.tolist()
         if not losses:
             return
-        if first == self.job.start + 1:
+        if values.dtype != self._loss_dtype:
+            self._loss_dtype = values.dtype
             self.recorder.facts({"loss.dtype": str(values.dtype).removeprefix("torch.")})
         self.recorder.losses(first, losses)
         self.progress.advance(first, losses)
@@ -190,6 +211,41 @@ class _Training:
         self._keep_engine(iteration)
         return self.step > before
 
+    def _keep_rows(self) -> None:
+        """Record the rows of a Dataset that was read at every step, if they stayed the same."""
+        batch = self.job.trainee.batch
+        if not isinstance(batch, DatasetBatches):
+            return
+        rows = batch.rows()
+        if rows is not None:
+            self.recorder.data(dict(zip("xy", rows, strict=True)))
+            shapes = {name: list(part.shape) for name, part in zip("xy", rows, strict=True)}
+            self.recorder.facts({"data": self.job.facts["data"] | {"lazy": False} | shapes})
+            return
+        if batch.differs and not batch.draws:
+            self.progress.notice(
+                "the run holds no data, and its steps cannot be opened again: the Dataset gives other "
+                "rows each time, and draws from no generator that a run holds"
+            )
+            return
+        reason = "draws random numbers" if batch.draws else "was not read to its end"
+        self.progress.notice(
+            f"the run holds no data, since the Dataset {reason}; to open its steps, give the Dataset: "
+            "everystep.open(run, data=dataset)"
+        )
+
+    def _keep_changes(self, iteration: Iteration) -> None:
+        """Record what other code has changed between two steps."""
+        for step, change in iteration.collect_changes():
+            if change.tensors:
+                self.recorder.change(step, change.tensors)
+            if change.lost and not self._has_lost:
+                self._has_lost = True
+                self.progress.notice(
+                    f"after step {step}, your own code changed {change.lost}, which a run does not "
+                    f"hold: steps after {step} may not replay as they were trained"
+                )
+
     def _next_stop(self) -> int:
         step, job = self.step, self.job
         if step < job.start + TIMED_STEPS or job.stop_on_nan:
@@ -203,17 +259,26 @@ class _Training:
 
     def _keep_engine(self, iteration: Iteration) -> None:
         """Write down which programs there are, how far they are verified, and what is eager, and why."""
-        programs = iteration.programs
-        for number in range(self._programs_written, len(programs.built)):
-            self.recorder.program(number + 1, *programs.built[number])
-        self._programs_written = len(programs.built)
+        programs, live = iteration.programs, iteration.live_optimizer
+        # Programs without their update repeat no step; the user's own optimizer is needed for that.
+        rules = programs.rules() if live is None else []
+        if rules:
+            for number in range(self._programs_written, len(programs.built)):
+                self.recorder.program(number + 1, *programs.built[number])
+            self._programs_written = len(programs.built)
         engine = {
             "asked": self.job.engine,
             "fold": self.job.fold,
             "folded": programs.is_folded,
+            "stands_behind": iteration.purity.stands_behind,
+            "live_optimizer": live,
             "programs": [
-                {"file": self.recorder.program_file(rule.number + 1), "steps": rule.steps}
-                for rule in programs.rules()
+                {
+                    "file": self.recorder.program_file(rule.number + 1),
+                    "steps": rule.steps,
+                    "since": rule.since,
+                }
+                for rule in rules
             ],
             "checks": len(iteration.checked),
             "verified_to": iteration.checked[-1] if iteration.checked else 0,
@@ -235,11 +300,28 @@ class _Training:
         self._snapshot_step = min(self._snapshot_step, last)
         first = iteration.eager_from or 1
         since = f" from step {first} on" if first > self.job.start + 1 else ""
-        self.progress.notice(f"steps are taken eagerly{since}: {iteration.reason}")
+        is_read = "`" in (iteration.reason or "")
+        cure = '; with engine="program" you answer for such code' if is_read else ""
+        self.progress.notice(f"steps are taken eagerly{since}: {iteration.reason}{cure}")
 
     def _snapshot(self) -> None:
         self.recorder.snapshot(self.job.trainee.state(self.step))
         self._snapshot_step = self.step
+
+    def _expected(self) -> dict[str, float]:
+        """Return the numbers of the optimizer that are worth a word only where they change.
+
+        What a schedule changes is recorded from the first step on.
+        """
+        trainee, schedule = self.job.trainee, self.job.trainee.schedule
+        if schedule is None:
+            return trainee.hyperparameters()
+        more = changes_more_than_lr(schedule)
+        return {
+            name: value
+            for name, value in trainee.hyperparameters().items()
+            if not expected_to_change(name, more_than_lr=more)
+        }
 
     def _note_hyperparameters(self, step: int, now: dict[str, float]) -> None:
         changed = [(name, step, n) for name, n in now.items() if self._known.get(name) != n]
@@ -250,14 +332,17 @@ class _Training:
         return step % self.job.evaluate_every == 0 or step == self.job.steps
 
     def _evaluate(self) -> None:
-        if self.job.evaluation is None:
+        evaluation, schedule = self.job.evaluation, self.job.trainee.schedule
+        if evaluation is None:
             return
-        assert self._iteration is not None
-        with self._iteration.foreign_code():
-            measured = self.job.evaluation.measure()
+        follows = schedule if isinstance(schedule, ReduceLROnPlateau) else None
+        if evaluation.has_foreign_code or not is_torchs_schedule(follows):
+            assert self._iteration is not None
+            with self._iteration.foreign_code():
+                measured = _evaluated(evaluation, follows)
+        else:
+            measured = _evaluated(evaluation, follows)
         self._measurements += [(name, self.step, value) for name, value in measured.items()]
-        if isinstance(self.job.trainee.schedule, ReduceLROnPlateau):
-            self.job.trainee.schedule.step(measured["validation_loss"])
 
     def _say_if_not_finite(self, first: int, losses: Sequence[float]) -> None:
         if self._nonfinite_step is not None:
@@ -271,6 +356,14 @@ class _Training:
                     "(stop_on_nan = true stops there); a smaller lr is the usual cure"
                 )
                 return
+
+
+def _evaluated(evaluation: Evaluation, follows: ReduceLROnPlateau | None) -> dict[str, float]:
+    """Evaluate, and let a schedule that follows the validation loss do so."""
+    measured = evaluation.measure()
+    if follows is not None:
+        follows.step(measured["validation_loss"])
+    return measured
 
 
 def _next_multiple(step: int, interval: int) -> int:

@@ -20,7 +20,7 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
     """Return the measurements that fit a loss and its targets (N, ...), named `validation_...`.
 
     Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in
-    columns (N, k); both by torchmetrics.
+    columns (N, k); both by torchmetrics, and None where the prediction has another shape.
     """
     found: dict[str, Measurement] = {"validation_loss": loss}
     if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
@@ -32,25 +32,36 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
     return found
 
 
-def _accuracy(prediction: Tensor, target: Tensor) -> Tensor:
+def _accuracy(prediction: Any, target: Tensor) -> Tensor | None:
     from torchmetrics.functional.classification import multiclass_accuracy
 
+    # (N, C, ...) for (N, ...), as CrossEntropyLoss has it.
+    if not isinstance(prediction, Tensor) or prediction.ndim != target.ndim + 1:
+        return None
     classes = prediction.shape[1]
+    if (prediction.shape[0], *prediction.shape[2:]) != tuple(target.shape) or classes < 2:
+        return None
+    if not bool(((target >= 0) & (target < classes)).all()):
+        return None
     accuracy: Tensor = multiclass_accuracy(prediction, target, num_classes=classes, average="micro")
     return accuracy
 
 
 def _binary_accuracy(threshold: float) -> Measurement:
-    def accuracy(prediction: Tensor, target: Tensor) -> Any:
+    def accuracy(prediction: Any, target: Tensor) -> Any:
         from torchmetrics.functional.classification import binary_accuracy
 
+        if not isinstance(prediction, Tensor) or prediction.shape != target.shape:
+            return None
         # torchmetrics would guess from their range whether predictions are logits.
         return binary_accuracy((prediction > threshold).int(), (target > 0.5).int())
 
     return accuracy
 
 
-def _r2(prediction: Tensor, target: Tensor) -> Any:
+def _r2(prediction: Any, target: Tensor) -> Any:
     from torchmetrics.functional.regression import r2_score
 
+    if not isinstance(prediction, Tensor) or prediction.shape != target.shape:
+        return None
     return r2_score(prediction.float(), target.float())

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from everystep.views.terminal import number, shortest
+from everystep.views.terminal import engine_text, number, shortest
 
 if TYPE_CHECKING:
     from everystep.replay.columns import Found
@@ -52,9 +52,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def verify_text(name: str, found: Verification) -> str:
-    """Return what held and what did not, in lines."""
-    lines = []
+def verify_text(name: str, facts: dict[str, Any], found: Verification) -> str:
+    """Return what held and what did not, in lines, and what that shows.
+
+    facts: of the run; they say what stands behind the recorded steps themselves.
+    """
+    lines = [labelled("recorded", engine_text(facts))]
     if found.numerics:
         pairs = (f"{key} {one}, here {two}" for key, (one, two) in found.numerics.items())
         lines.append(labelled("numerics", "recorded with " + "; ".join(pairs)))
@@ -77,7 +80,9 @@ def verify_text(name: str, found: Verification) -> str:
         )
     lines.append(labelled("snapshots", _snapshots_text(found)))
     lines += [labelled("problem", problem) for problem in found.problems]
-    verdict = "is as it was recorded, bit for bit" if found.is_exact else "is not as it was recorded"
+    verdict = (
+        "replays as it was recorded, bit for bit" if found.is_exact else "does not replay as recorded"
+    )
     return "\n".join([*lines, "", f"{name} {verdict}"])
 
 

@@ -85,20 +85,26 @@ def closing(directory: Path, reason: str | None) -> str:
 
 
 def engine_text(facts: dict[str, Any]) -> str:
-    """Return how the steps of a run were taken: by program, how often that was checked, or eagerly."""
+    """Return how the steps of a run were taken, and what stands behind that."""
     engine = facts.get("engine")
     if not isinstance(engine, dict):
         return "taken eagerly"
     eager_from, reason = engine["eager_from"], engine["reason"]
-    folded = "folded program" if engine["folded"] else "program"
-    by_program = (
-        f"by {folded}, checked against the eager step {engine['checks']:,} times, "
+    if eager_from == 1:
+        return f"taken eagerly: {reason}"
+    program = "folded program" if engine["folded"] else "program"
+    stands_behind = (
+        "for code that the user vouches for"
+        if engine.get("stands_behind") == "vouched"
+        else "proven to do what Python does"
+    )
+    live = engine.get("live_optimizer")
+    update = f"; {live} runs as Python at every step" if live else ""
+    found = (
+        f"by {program}, {stands_behind}{update}; checked against Python {engine['checks']:,} times, "
         f"last at step {engine['verified_to']:,}"
     )
-    if eager_from is None:
-        return by_program
-    eagerly = f"taken eagerly: {reason}"
-    return eagerly if eager_from == 1 else f"{by_program}; from step {eager_from:,} {eagerly}"
+    return found if eager_from is None else f"{found}; eagerly from step {eager_from:,}: {reason}"
 
 
 def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"]) -> str:

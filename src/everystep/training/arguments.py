@@ -1,0 +1,239 @@
+"""What `train` is given, looked at before anything is computed: every fault with its cure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from everystep.errors import Fault
+from everystep.training.measurements import RESERVED_NAMES
+from everystep.training.rows import called, unfit
+
+__all__ = [
+    "data_faults",
+    "is_dataset",
+    "loss_faults",
+    "metrics_faults",
+    "model_faults",
+    "optimizer_faults",
+    "pair_faults",
+    "schedule_faults",
+    "validation_faults",
+]
+
+Faults = Iterator[Fault]
+
+
+def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
+    """Tell whether rows are to be read by number, from a Dataset or something like it."""
+    if isinstance(data, DataLoader | Sampler):
+        return False
+    return isinstance(data, Dataset) or (
+        not isinstance(data, tuple | list | Tensor | np.ndarray | Mapping | str | bytes)
+        and hasattr(data, "__getitem__")
+        and hasattr(data, "__len__")
+    )
+
+
+def model_faults(model: Any) -> Faults:
+    """Yield what is wrong with the model."""
+    if not isinstance(model, nn.Module):
+        cure = ""
+        if inspect.isclass(model):
+            cure = f"; make one: {model.__name__}(...)"
+        elif isinstance(model, list | tuple):
+            cure = "; layers one after the other are nn.Sequential(*layers)"
+        elif callable(model):
+            cure = "; write a function as the forward of a module"
+        yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
+        return
+    lazy = [
+        name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if nn.parameter.is_lazy(tensor)
+    ]
+    if lazy:
+        problem = f"{', '.join(lazy)}: lazy layers take their sizes from the first batch"
+        yield Fault("model", f"{problem}; run one through the model first: model(x[:1])")
+
+
+def loss_faults(loss: Any) -> Faults:
+    """Yield what is wrong with the loss."""
+    if inspect.isclass(loss):
+        yield Fault("loss", f"is the class {loss.__name__}; write it with parentheses")
+    elif not callable(loss):
+        problem = f"must be a callable of (prediction, target), not {called(loss)}"
+        yield Fault("loss", f"{problem}; such as torch.nn.MSELoss()")
+
+
+def optimizer_faults(optimizer: Any, model: Any) -> Faults:
+    """Yield what is wrong with the optimizer, and with it for this model."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        yield Fault("optimizer", _no_optimizer(optimizer))
+        return
+    name = type(optimizer).__name__
+    demanded = _demanded(optimizer)
+    if demanded:
+        yield Fault(
+            "optimizer",
+            f"the step of {name} demands {' and '.join(demanded)}, and a step here has one forward and "
+            "one backward pass, and then calls optimizer.step() (an optimizer that needs a closure "
+            "evaluates the loss itself); Adam or SGD with momentum do without",
+        )
+    if not isinstance(model, nn.Module):
+        return
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in own for parameter in model.parameters()):
+        yield Fault("optimizer", "has none of the model's parameters, so the model would never change")
+
+
+def schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
+    """Yield what is wrong with the schedule, and with when it advances."""
+    if not isinstance(schedule, LRScheduler | None):
+        cure = "; SequentialLR and ChainedScheduler make one of several"
+        problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(schedule)}"
+        yield Fault("schedule", problem + cure * isinstance(schedule, list | tuple))
+    if isinstance(schedule, ReduceLROnPlateau) and not has_validation:
+        problem = "ReduceLROnPlateau follows the validation loss; pass validation=(x, y)"
+        yield Fault("schedule", problem)
+    if every not in ("step", "epoch"):
+        yield Fault("schedule_every", f"must be 'step' or 'epoch', not {every!r}")
+
+
+def metrics_faults(metrics: Any) -> Faults:
+    """Yield what is wrong with the metrics."""
+    if not (
+        isinstance(metrics, Mapping)
+        and all(isinstance(name, str) and callable(each) for name, each in metrics.items())
+    ):
+        yield Fault("metrics", "must map names to callables of (prediction, target)")
+        return
+    taken = ", ".join(sorted(RESERVED_NAMES & set(metrics)))
+    if taken:
+        problem = f"{taken}: the table of losses has columns of that name; choose another"
+        yield Fault("metrics", problem)
+
+
+def data_faults(data: Any) -> Faults:
+    """Yield what is wrong with the data, as far as no row of a Dataset is read."""
+    if isinstance(data, tuple | list) and len(data) == 2:
+        yield from pair_faults("data", data)
+    elif not is_dataset(data):
+        problem = f"must be a pair of tensors (x, y) or a Dataset, not {called(data)}"
+        yield Fault("data", problem + _instead_of(data, "data"))
+
+
+def validation_faults(validation: Any) -> Faults:
+    """Yield what is wrong with the validation part."""
+    if isinstance(validation, tuple | list) and len(validation) == 2:
+        yield from pair_faults("validation", validation)
+    elif validation is not None and not (isinstance(validation, float) and 0 < validation < 1):
+        what = str(validation) if isinstance(validation, int | float) else called(validation)
+        problem = f"must be a pair of tensors (x, y) or a share of the rows such as 0.2, not {what}"
+        yield Fault("validation", problem + _instead_of(validation, "validation"))
+
+
+def pair_faults(name: str, pair: Any) -> Faults:
+    """Yield what is wrong with x and y of `data` or `validation`, each on its own and together."""
+    sizes = []
+    for letter, part in zip("xy", pair, strict=True):
+        wrong = unfit(part, letter)
+        has_rows = isinstance(part, Tensor | np.ndarray)
+        if wrong is not None and "sparse" in wrong.what:
+            yield Fault(name, f"{letter} is sparse; {wrong.cure}")
+        elif wrong is not None:
+            what = f"{letter} must be a tensor with rows first, not {wrong.what}"
+            yield Fault(name, f"{what}; {wrong.cure}")
+        elif not has_rows or part.ndim == 0:
+            yield Fault(name, f"{letter} must be a tensor with rows first, not a single number")
+        else:
+            sizes.append(len(part))
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        counts = f"x has {sizes[0]} rows and y has {sizes[1]}"
+        yield Fault(name, f"{counts}; they must have the same number")
+    elif sizes == [0, 0]:
+        yield Fault(name, "has no rows")
+
+
+def _no_optimizer(given: Any) -> str:
+    if inspect.isclass(given) and issubclass(given, torch.optim.Optimizer):
+        return f"is the class {given.__name__}; make one: {given.__name__}(model.parameters(), lr=1e-3)"
+    if isinstance(given, list | tuple | Mapping):
+        return (
+            f"must be one optimizer, not {called(given)}; one with several param groups has settings "
+            "for each: torch.optim.SGD([{'params': ..., 'lr': ...}, {'params': ..., 'lr': ...}])"
+        )
+    return (
+        "must be an optimizer over the model's parameters, such as "
+        f"everystep.GradientDescent(model.parameters(), lr=1e-4), not {called(given)}"
+    )
+
+
+def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the arguments without which `step` cannot be called, within what torch wraps it in.
+
+    Looked up in the class: a schedule puts a wrapper of its own on the object.
+    """
+    try:
+        _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
+    except (TypeError, ValueError):  # something that has no signature, or no `self`
+        return []
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    demanded = [p.name for p in parameters if p.default is p.empty and p.kind not in fixed]
+    return [f"a {name}" if name == "closure" else name for name in demanded]
+
+
+def _instead_of(given: Any, name: str) -> str:
+    """Return the cure where something that gives batches or rows stands in the place of data."""
+    if name == "validation" and (isinstance(given, DataLoader) or is_dataset(given)):
+        return "; stack its rows: x, y = next(iter(DataLoader(dataset, batch_size=len(dataset))))"
+    if isinstance(given, DataLoader):
+        return _instead_of_loader(given)
+    if isinstance(given, Sampler):
+        size = getattr(given, "batch_size", None)
+        return "; it gives numbers of rows, not rows: pass the Dataset" + _batch_size(size)
+    if isinstance(given, Iterator):
+        return "; it gives its batches once: pass the tensors or the Dataset that it reads"
+    if isinstance(given, list | tuple) and given and isinstance(given[0], list | tuple):
+        return "; stack the rows: x = torch.stack([x for x, y in rows]), and y likewise"
+    if isinstance(given, Mapping):
+        return "; pass its tensors as (x, y)"
+    return ""
+
+
+def _instead_of_loader(loader: DataLoader[Any]) -> str:
+    if isinstance(loader.dataset, IterableDataset):
+        return "; pass a Dataset with rows by number (__len__ and __getitem__), and batch_size="
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    drop_last = getattr(loader.batch_sampler, "drop_last", False)
+    cure = f"; pass its Dataset instead: data=loader.dataset{_batch_size(size)}"
+    cure += ", drop_last=True" * bool(drop_last)
+    unused = []
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        unused.append("batch sampler")
+    elif not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        unused.append("sampler")
+    if loader.collate_fn is not default_collate and loader.batch_sampler is not None:
+        unused.append("collate_fn")
+    if unused:
+        cure += f" (without its {' and '.join(unused)}: rows are shuffled by the seed, and stacked)"
+    return cure
+
+
+def _batch_size(size: Any) -> str:
+    return f", batch_size={size}" if isinstance(size, int) else ", batch_size=..."

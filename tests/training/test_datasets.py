@@ -1,0 +1,170 @@
+"""A Dataset: read once where its code is proven to return the same rows, else at every step."""
+
+import numpy as np
+import pytest
+import torch
+from tests.training.by_hand import bits
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+import everystep
+
+
+class Rows(Dataset):
+    """Rows of two tensors or arrays."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, row):
+        return self.x[row], self.y[row]
+
+
+class Scaled(Rows):
+    """Rows that are scaled, and turned into tensors."""
+
+    factor = 2.0
+
+    def __getitem__(self, row):
+        return torch.from_numpy(self.x[row]) * self.factor, torch.tensor(self.y[row])
+
+
+class Counted(Rows):
+    """The same rows at every read, by code that is not proven to have no effect."""
+
+    def __init__(self, x, y):
+        super().__init__(x, y)
+        self.reads = 0
+
+    def __getitem__(self, row):
+        self.reads += 1
+        return self.x[row], self.y[row]
+
+
+class Noisy(Rows):
+    """Other rows each time, drawn from torch's generator."""
+
+    def __getitem__(self, row):
+        return self.x[row] + 0.1 * torch.randn(4), self.y[row]
+
+
+class Drifting(Rows):
+    """Other rows each time, by a generator of its own."""
+
+    def __init__(self, x, y):
+        super().__init__(x, y)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __getitem__(self, row):
+        return self.x[row] + torch.randn(4, generator=self.generator), self.y[row]
+
+
+def rows():
+    torch.manual_seed(3)
+    return torch.randn(20, 4), torch.randn(20, 2)
+
+
+def train(data, *, steps=12, model=None, **options):
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    options = {"batch_size": 6, "progress": False, "threads": 1} | options
+    return everystep.train(model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=steps, **options)
+
+
+def datasets_of(x, y):
+    both = TensorDataset(x, y)
+    return {
+        "of torch": both,
+        "subset": Subset(both, range(20)),
+        "several": ConcatDataset([Subset(both, range(10)), Subset(both, range(10, 20))]),
+        "of tensors": Rows(x, y),
+        "of arrays": Rows(x.numpy(), y.numpy()),
+    }
+
+
+@pytest.mark.parametrize("kind", datasets_of(*rows()))
+def test_rows_that_are_proven_to_stay_the_same_are_read_once(kind, capfd):
+    expected = train(rows())
+    run = train(datasets_of(*rows())[kind])
+    assert run.losses.equals(expected.losses)
+    assert not run.facts["data"]["lazy"]
+    assert "read at every step" not in capfd.readouterr().err
+    assert everystep.open(run.directory).verify().is_exact
+
+
+def test_what_its_code_computes_is_proven_too():
+    x, y = rows()
+    run = train(Scaled(x.numpy(), y.tolist()))
+    assert run.losses.equals(train((x * 2.0, y)).losses)
+    assert not run.facts["data"]["lazy"]
+
+
+def test_other_code_is_read_at_every_step_and_rows_that_stayed_the_same_are_in_the_run(capfd):
+    expected = train(rows())
+    dataset = Counted(*rows())
+    run = train(dataset)
+    assert dataset.reads == sum(len(step.batch.x) for step in run[1:13])
+    assert run.losses.equals(expected.losses)
+    assert "read at every step: test_datasets.py:" in capfd.readouterr().err
+    assert bits(everystep.open(run.directory)[3].batch.x) == bits(expected[3].batch.x)
+    assert everystep.open(run.directory).verify().is_exact
+
+
+def test_a_dataset_that_draws_opens_its_steps_again_when_it_is_given(capfd):
+    dataset = Noisy(*rows())
+    run = train(dataset)
+    assert "give the Dataset" in capfd.readouterr().err
+    with pytest.raises(everystep.UsageError, match="data=dataset"):
+        everystep.open(run.directory).verify()
+    opened = everystep.open(run.directory, data=dataset)
+    assert opened.verify(processes=1).is_exact
+    step = opened[3]
+    assert step.is_exact
+    assert step.batch.x.shape == (6, 4)
+    assert bits(opened[3].batch.x) == bits(step.batch.x)  # and again, from where it stands
+
+
+def test_a_dataset_that_draws_goes_on_in_a_fork():
+    run = train(Noisy(*rows()))
+    fork = run.fork(5, steps=12, data=Noisy(*rows()), progress=False)
+    assert fork.losses.equals(run.losses)
+
+
+def test_a_dataset_with_a_generator_of_its_own_is_said_to_open_never_again(capfd):
+    run = train(Drifting(*rows()))
+    assert len(run.losses) == 12
+    assert "its steps cannot be opened again" in capfd.readouterr().err
+
+
+def test_a_dataset_that_a_metric_changes_after_it_was_read_ends_the_training():
+    dataset = Scaled(rows()[0].numpy(), rows()[1].tolist())
+
+    def metric(prediction, target):
+        dataset.factor = 3.0
+        return 0.0
+
+    with pytest.raises(everystep.TrainingError, match="factor of a Scaled changes in the Dataset"):
+        train(dataset, metrics={"mine": metric}, evaluate_every=4)
+
+
+def test_what_is_read_at_every_step_has_no_rows_for_validation():
+    with pytest.raises(everystep.UsageError, match=r"cannot be split; pass validation=\(x, y\)"):
+        train(Counted(*rows()), validation=0.2)
+    run = train(Counted(*rows()), validation=rows(), evaluate_every=6)
+    assert set(run.measurements["name"]) == {"validation_loss", "validation_r2"}
+
+
+def test_arrays_that_are_changed_after_they_were_read_are_noticed():
+    x, y = rows()
+    array = x.numpy().copy()
+
+    def metric(prediction, target):
+        array[0] += np.float32(1)
+        return 0.0
+
+    with pytest.raises(everystep.TrainingError, match="an array changes in the Dataset"):
+        train(Rows(array, y), metrics={"mine": metric}, evaluate_every=4)

@@ -1,0 +1,265 @@
+"""What `train` cannot use is refused: the message names it, says what is wrong, and what to do."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+
+import everystep
+from everystep.step.hyperparameters import hyperparameters
+from everystep.training.facts import optimizer_text
+
+
+class Rows(Dataset):
+    """Twenty rows, made by a function of their number."""
+
+    def __init__(self, row):
+        self.row = row
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, number):
+        return self.row(number)
+
+
+class Descent(torch.optim.Optimizer):
+    """Gradient descent with what settings it is given, and with a rate of its own."""
+
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, settings)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= 1e-3 * parameter.grad
+
+
+class WithClosure(Descent):
+    def step(self, closure):
+        closure()
+
+
+def image():
+    """Return an object of a class that is called as Pillow's is."""
+    return type("Image", (), {"__module__": "PIL.Image"})()
+
+
+def in_rows(tensor):
+    """Return a tensor as one of compressed sparse rows, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tensor.to_sparse_csr()
+
+
+def refused(small, *, data=None, **options):
+    """Train with one thing that is wrong, and return the faults that are reported."""
+    model, x, y = small
+    settings = {"loss": nn.MSELoss(), "steps": 2, "progress": False} | options
+    settings.setdefault("model", model)
+    settings.setdefault("optimizer", torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(everystep.UsageError) as caught:
+        everystep.train(settings.pop("model"), (x, y) if data is None else data, **settings)
+    return [str(fault) for fault in caught.value.faults]
+
+
+X, Y = torch.zeros(20, 4), torch.zeros(20, 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "cure"),
+    [
+        (((X, X), Y), "x must be a tensor with rows first, not a tuple of 2 tensors", "torch.cat"),
+        (({"a": X, "b": X}, Y), "not a dict of 'a', 'b'", "in the model's forward"),
+        ((["one", "two"], Y), "x must be a tensor with rows first, not a list of 2", "a number"),
+        ((np.array(["one", "two"]), Y), "not an array of text", "give each text or class a number"),
+        ((np.array([None, 1]), Y), "not an array of object", "astype('float32')"),
+        ((X, X[0, 0]), "y must be a tensor with rows first, not a single number", ""),
+        ((in_rows(X), Y), "x is sparse", "pass x.to_dense()"),
+        ((X, Y.to_sparse()), "y is sparse", "pass y.to_dense()"),
+        ((X.to("meta"), Y), "not a tensor on the meta device", "it has no numbers"),
+        (("one", "two", "three"), "a pair of tensors (x, y) or a Dataset, not a tuple of 3", ""),
+        ([(X[0], Y[0])] * 3, "not a list of 3", "torch.stack"),
+        ({"x": X, "y": Y}, "not a dict of 'x', 'y'", "pass its tensors as (x, y)"),
+        (iter([(X, Y)]), "not a list_iterator", "gives its batches once"),
+        (RandomSampler(X), "not a RandomSampler", "gives numbers of rows, not rows"),
+        (BatchSampler(RandomSampler(X), 5, False), "not a BatchSampler", "Dataset, batch_size=5"),
+    ],
+)
+def test_data_that_is_no_pair_of_tensors(small, data, what, cure):
+    (fault,) = refused(small, data=data)
+    assert fault.startswith("data: ") and what in fault and cure in fault
+
+
+@pytest.mark.parametrize(
+    ("row", "what", "cure"),
+    [
+        (
+            ((X[0], X[0]), Y[0]),
+            "x must be a tensor, an array or a number, not a tuple of 2",
+            "torch.cat",
+        ),
+        (
+            ({"a": X[0]}, Y[0]),
+            "x must be a tensor, an array or a number, not a dict of 'a'",
+            "torch.cat",
+        ),
+        (("text", Y[0]), "x must be a tensor, an array or a number, not text", "a number"),
+        ((X[0], "text"), "y must be a tensor, an array or a number, not text", "a number"),
+        ((X[0], None), "y must be a tensor, an array or a number, not None", "both x and y"),
+        ((image(), 1), "not an Image", "torch.from_numpy(numpy.array(x))"),
+        (([1.0, 2.0], 1), "not a list of 2", "torch.tensor(x)"),
+        ((in_rows(torch.eye(4)), 1), "not a sparse tensor", "x.to_dense()"),
+        (None, "is None", "a pair (x, y)"),
+        ({"x": X[0]}, "is a dict of 'x'", "a pair (x, y)"),
+    ],
+)
+def test_rows_that_are_no_pair_of_tensors(small, row, what, cure):
+    (fault,) = refused(small, data=Rows(lambda number: row))
+    assert fault.startswith("row 0 of Rows") and what in fault and cure in fault
+
+
+def test_a_row_that_is_wrong_further_on_is_named(small):
+    (fault,) = refused(small, data=Rows(lambda number: (X[0], None if number == 13 else Y[0])))
+    assert fault.startswith("row 13 of Rows: y must be")
+
+
+def test_rows_that_differ_each_time_are_looked_at_too(small):
+    (fault,) = refused(small, data=Rows(lambda number: (torch.rand(4), "text")))
+    assert "y must be a tensor" in fault
+
+
+def test_numbers_and_arrays_are_rows(small):
+    _, x, _ = small
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"loss": lambda p, t: (p[:, 0] - t).square().mean(), "optimizer": optimizer}
+    data = Rows(lambda number: (x[number].numpy(), np.float32(number)))
+    assert len(everystep.train(model, data, steps=2, progress=False, **options).losses) == 2
+
+
+def test_a_loader_is_refused_with_what_to_give_instead(small):
+    dataset = TensorDataset(X, Y)
+    (fault,) = refused(small, data=DataLoader(dataset, batch_size=5, shuffle=True, drop_last=True))
+    assert "pass its Dataset instead: data=loader.dataset, batch_size=5, drop_last=True" in fault
+    sampler = BatchSampler(RandomSampler(dataset), 4, False)
+    (fault,) = refused(small, data=DataLoader(dataset, batch_sampler=sampler))
+    assert "batch_size=4 (without its batch sampler: rows are shuffled by the seed" in fault
+    (fault,) = refused(small, data=DataLoader(dataset, batch_size=2, collate_fn=lambda rows: rows))
+    assert "without its collate_fn" in fault
+    (fault,) = refused(small, validation=DataLoader(dataset))
+    assert fault.startswith("validation: ") and "x, y = next(iter(DataLoader(" in fault
+    (fault,) = refused(small, batch_size=sampler)
+    assert fault == "batch_size: should be a valid integer, not a BatchSampler"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("model", None, "model: must be an nn.Module, not None"),
+        ("model", nn.Linear, "not the class Linear; make one: Linear(...)"),
+        ("model", [nn.Linear(4, 2)], "not a list of 1; layers one after the other are nn.Sequential"),
+        ("model", torch.relu, "model: must be an nn.Module, not a builtin_function_or_method"),
+        ("model", nn.Sequential(nn.LazyLinear(2)), "0.weight, 0.bias: lazy layers take their sizes"),
+        ("loss", None, "loss: must be a callable of (prediction, target), not None"),
+        ("loss", "mse", "not text; such as torch.nn.MSELoss()"),
+        ("optimizer", None, "optimizer: must be an optimizer over the model's parameters"),
+        (
+            "optimizer",
+            torch.optim.Adam,
+            "is the class Adam; make one: Adam(model.parameters(), lr=1e-3)",
+        ),
+        ("optimizer", [1, 2], "must be one optimizer, not a list of 2; one with several param groups"),
+        ("schedule", [1, 2], "not a list of 2; SequentialLR and ChainedScheduler make one of several"),
+        ("metrics", 3, "metrics: must map names to callables"),
+        ("validation", 1.5, "or a share of the rows such as 0.2, not 1.5"),
+        ("validation", ((X, X), Y), "validation: x must be a tensor with rows first"),
+        ("dataset_limit", "1 GB", "dataset_limit: must be a number of bytes, not '1 GB'"),
+    ],
+)
+def test_arguments_of_another_kind(small, name, value, what):
+    options = {name: value}
+    if name == "model":
+        options["optimizer"] = torch.optim.SGD(small[0].parameters(), lr=0.1)
+    assert any(what in fault for fault in refused(small, **options))
+
+
+def test_all_that_is_wrong_is_reported_at_once(small):
+    faults = refused(small, model=None, data=(None, "text"), loss=None, optimizer=[], metrics=3)
+    paths = [fault.partition(":")[0] for fault in faults]
+    assert paths == ["model", "data", "data", "loss", "optimizer", "metrics"]
+    both = refused(small, data=Rows(lambda number: (None, "text")))
+    assert ["x must" in both[0], "y must" in both[1]] == [True, True]
+
+
+def test_an_optimizer_that_demands_a_closure(small):
+    model, _, _ = small
+    for optimizer in (
+        WithClosure(model.parameters(), lr=0.1),  # torch wraps its step
+        torch.optim.LBFGS(model.parameters()),
+    ):
+        (fault,) = refused(small, optimizer=optimizer)
+        assert f"the step of {type(optimizer).__name__} demands a closure" in fault
+
+
+@pytest.mark.parametrize("key", ["count", torch.zeros(3)])
+def test_state_of_the_optimizer_that_belongs_to_no_parameter_is_in_nobodys_way(small, key):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[key] = 3
+    run = everystep.train(model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=5, progress=False)
+    assert optimizer.state[key] == 3
+    assert everystep.open(run.directory).verify().is_exact
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (lambda loss: None, "None; does its function end with a return?"),
+        (lambda loss: {"data": loss, "more": loss}, "dict of 'data', 'more'; give the one to minimize"),
+        (lambda loss: (loss, loss), "tuple; give the one to minimize, or their sum"),
+        (lambda loss: loss.item(), "float; give a tensor, which gradients flow back from"),
+        (lambda loss: loss.detach().numpy(), "ndarray; give a tensor"),
+        (lambda loss: loss * 1j, "a complex one; take its .real or .abs()"),
+        (lambda loss: in_rows(loss[None, None]), "a sparse tensor; take its .to_dense()"),
+        (lambda loss: loss.expand(2), 'shape (2,); take reduction="mean" or "sum"'),
+    ],
+)
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_a_loss_that_gives_no_number(small, engine, value, what):
+    loss = nn.MSELoss()
+    (fault,) = refused(small, loss=lambda p, t: value(loss(p, t)), engine=engine)
+    assert fault.startswith("loss: must give one ") and what in fault
+
+
+def test_settings_of_an_optimizer_that_are_no_numbers(small):
+    """Such an optimizer has no learning rate that could be recorded; the run says of it what it has."""
+    parameters = list(small[0].parameters())
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.5, "momentum": None}]
+    optimizer = Descent(groups, table=torch.ones(3), levels=np.zeros((2, 2)), name="mine", count=0)
+    assert hyperparameters(optimizer) == {
+        "optimizer.count": 0,
+        "lr[1]": 0.5,
+        "optimizer.count[1]": 0,
+    }
+    assert optimizer_text(optimizer) == (
+        "Descent(table=Tensor of shape (3,), levels=ndarray of shape (2, 2), name=mine)"
+    )
+    other = Descent(parameters, lr=None, betas=0.9, momentum=torch.tensor(0.5))
+    assert hyperparameters(other) == {"optimizer.betas": 0.9, "momentum": 0.5}
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": None}])
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_an_optimizer_without_a_learning_rate_trains(small, engine, settings):
+    model, x, y = small
+    optimizer = Descent(model.parameters(), **settings)
+    options = {"loss": nn.MSELoss(), "optimizer": optimizer, "engine": engine, "progress": False}
+    run = everystep.train(model, (x, y), steps=4, **options)
+    assert len(run.losses) == 4
+    assert "lr" not in run.measurements["name"].to_list()
+    assert run[2].hyperparameters == {}
