@@ -1,0 +1,1341 @@
+"""What a forward only reads, and other code sets between two steps.
+
+Each setting gives a model and a function that sets it: to 2.0, or back to 1.0. The forwards are such
+as a program could stand in for, as long as nothing is set.
+"""
+
+import builtins
+import dataclasses
+import enum
+import fractions
+import math
+import types
+from collections import namedtuple
+
+import numpy as np
+import torch
+from tests.training.by_hand import mlp, new_training
+from tests.training.python_cases.case import WHEN, Case, Network, Table, moments
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules import module as all_modules
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim import lr_scheduler
+from torch.optim import optimizer as all_optimizers
+
+__all__ = ["CHANGERS", "SETTINGS", "SETTING_CASES", "set_between_steps"]
+
+SETTINGS = setting = Table()
+
+
+class Scaled(Network):
+    scale = 1.0
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+@setting
+def an_attribute(_):
+    model = Scaled()
+    model.scale = 1.0
+    return model, lambda value: setattr(model, "scale", value)
+
+
+@setting
+def an_attribute_that_was_absent(_):
+    """The class has it; the instance gets one of its own."""
+    model = Scaled()
+
+    def change(value):
+        if value == 2.0:
+            model.scale = value
+        else:
+            del model.scale
+
+    return model, change
+
+
+@setting
+def an_attribute_of_the_class(_):
+    return Scaled(), lambda value: setattr(Scaled, "scale", value)
+
+
+class ScaledByABase(Scaled):
+    pass
+
+
+@setting
+def an_attribute_of_a_base_class(_):
+    return ScaledByABase(), lambda value: setattr(Scaled, "scale", value)
+
+
+@setting
+def an_attribute_that_a_derived_class_gets(_):
+    def change(value):
+        if value == 2.0:
+            ScaledByABase.scale = value
+        else:
+            del ScaledByABase.scale
+
+    return ScaledByABase(), change
+
+
+class ScaledByAChild(Network):
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Identity()
+        self.child.scale = 1.0
+
+    def forward(self, x):
+        return self.child(self.inner(x)) * self.child.scale
+
+
+@setting
+def an_attribute_of_a_submodule(_):
+    model = ScaledByAChild()
+    return model, lambda value: setattr(model.child, "scale", value)
+
+
+class Configured(Network):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x):
+        return self.inner(x) * self.config.scale
+
+
+class Config:
+    def __init__(self):
+        self.scale = 1.0
+
+
+@setting
+def a_config(_):
+    model = Configured(Config())
+    return model, lambda value: setattr(model.config, "scale", value)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    scale: float = 1.0
+    layers: int = 2
+
+
+@setting
+def a_dataclass(_):
+    model = Configured(DataConfig())
+    return model, lambda value: setattr(model.config, "scale", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenConfig:
+    scale: float = 1.0
+
+
+@setting
+def a_frozen_dataclass_that_is_replaced(_):
+    model = Configured(FrozenConfig())
+
+    def change(value):
+        model.config = dataclasses.replace(model.config, scale=value)
+
+    return model, change
+
+
+@setting
+def a_frozen_dataclass_that_is_forced(_):
+    model = Configured(FrozenConfig())
+    return model, lambda value: object.__setattr__(model.config, "scale", value)
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedConfig:
+    scale: float = 1.0
+
+
+@setting
+def a_slot(_):
+    model = Configured(SlottedConfig())
+    return model, lambda value: setattr(model.config, "scale", value)
+
+
+TupleConfig = namedtuple("TupleConfig", ["scale"])
+
+
+@setting
+def a_named_tuple_that_is_replaced(_):
+    model = Configured(TupleConfig(1.0))
+
+    def change(value):
+        model.config = model.config._replace(scale=value)
+
+    return model, change
+
+
+@setting
+def a_namespace(_):
+    model = Configured(types.SimpleNamespace(scale=1.0))
+    return model, lambda value: setattr(model.config, "scale", value)
+
+
+class Size(enum.Enum):
+    SMALL = 1.0
+    LARGE = 2.0
+
+
+class Sized(Network):
+    size = Size.SMALL
+
+    def forward(self, x):
+        h = self.inner(x)
+        return 2 * h if self.size is Size.LARGE else h
+
+
+@setting
+def an_enum(_):
+    model = Sized()
+    return model, lambda value: setattr(model, "size", Size(value))
+
+
+CONFIG = types.ModuleType("config_of_a_user")
+
+
+class ConfiguredElsewhere(Network):
+    def forward(self, x):
+        return self.inner(x) * CONFIG.scale
+
+
+@setting
+def a_variable_of_another_module(_):
+    CONFIG.scale = 1.0
+    return ConfiguredElsewhere(), lambda value: setattr(CONFIG, "scale", value)
+
+
+SCALE = 1.0
+
+
+class ScaledByAGlobal(Network):
+    def forward(self, x):
+        return self.inner(x) * SCALE
+
+
+@setting
+def a_global(_):
+    def change(value):
+        global SCALE
+        SCALE = value
+
+    change(1.0)
+    return ScaledByAGlobal(), change
+
+
+@setting
+def a_closure(_):
+    scale = 1.0
+
+    class Closed(Network):
+        def forward(self, x):
+            return self.inner(x) * scale
+
+    def change(value):
+        nonlocal scale
+        scale = value
+
+    return Closed(), change
+
+
+class ScaledByADefault(Network):
+    def forward(self, x, scale=1.0):
+        return self.inner(x) * scale
+
+
+@setting
+def a_default_argument(_):
+    def change(value):
+        ScaledByADefault.forward.__defaults__ = (value,)
+
+    change(1.0)
+    return ScaledByADefault(), change
+
+
+class ScaledByAKeyword(Network):
+    def forward(self, x, *, scale=1.0):
+        return self.inner(x) * scale
+
+
+@setting
+def a_default_keyword(_):
+    def change(value):
+        ScaledByAKeyword.forward.__kwdefaults__ = {"scale": value}
+
+    change(1.0)
+    return ScaledByAKeyword(), change
+
+
+def scaled(h):
+    return h * scaled.by
+
+
+class ScaledByAFunction(Network):
+    def forward(self, x):
+        return scaled(self.inner(x))
+
+
+@setting
+def an_attribute_of_a_function(_):
+    scaled.by = 1.0
+    return ScaledByAFunction(), lambda value: setattr(scaled, "by", value)
+
+
+class ScaledByAFewThings(Network):
+    """Holds its factors in containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = [1.0, 1.0]
+        self.options = {"output": {"scale": 1.0}}
+        self.pair = (1.0, 1.0)
+        self.tensors = [torch.ones(2)]
+
+    def forward(self, x):
+        h = self.inner(x)
+        for factor in self.factors:
+            h = h * factor
+        h = h * self.options["output"]["scale"] * self.tensors[0]
+        first, second = self.pair
+        return h * first * second
+
+
+@setting
+def an_item_of_a_list(_):
+    model = ScaledByAFewThings()
+    return model, lambda value: model.factors.__setitem__(1, value)
+
+
+@setting
+def an_item_that_a_list_gets(_):
+    model = ScaledByAFewThings()
+    return model, lambda v: model.factors.append(v) if v == 2.0 else model.factors.pop()
+
+
+@setting
+def an_item_of_a_dict_in_a_dict(_):
+    model = ScaledByAFewThings()
+    return model, lambda value: model.options["output"].update(scale=value)
+
+
+@setting
+def a_tuple_that_is_replaced(_):
+    model = ScaledByAFewThings()
+    return model, lambda value: setattr(model, "pair", (1.0, value))
+
+
+@setting
+def a_tensor_of_a_list(_):
+    model = ScaledByAFewThings()
+    return model, lambda value: model.tensors.__setitem__(0, torch.full((2,), value))
+
+
+@setting
+def the_numbers_of_a_tensor_of_a_list(_):
+    model = ScaledByAFewThings()
+    return model, lambda value: model.tensors[0].fill_(value)
+
+
+class Optional(Network):
+    """Looks whether there is something."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = {}
+        self.limit = None
+
+    def forward(self, x):
+        h = self.inner(x)
+        if hasattr(self, "extra"):
+            h = 2 * h
+        if "scale" in self.options:
+            h = 2 * h
+        if self.limit is not None:
+            h = 2 * h
+        return h * getattr(self, "factor", 1.0) * self.options.get("factor", 1.0)
+
+
+def set_or_deleted(target, key):
+    def change(value):
+        if value == 2.0:
+            target[key] = value
+        else:
+            del target[key]
+
+    return change
+
+
+@setting
+def what_hasattr_finds(_):
+    model = Optional()
+    return model, set_or_deleted(vars(model), "extra")
+
+
+@setting
+def what_getattr_finds(_):
+    model = Optional()
+    return model, set_or_deleted(vars(model), "factor")
+
+
+@setting
+def a_key_that_a_dict_gets(_):
+    model = Optional()
+    return model, set_or_deleted(model.options, "scale")
+
+
+@setting
+def what_get_finds(_):
+    model = Optional()
+    return model, set_or_deleted(model.options, "factor")
+
+
+@setting
+def something_for_none(_):
+    model = Optional()
+    return model, lambda value: setattr(model, "limit", 3 if value == 2.0 else None)
+
+
+# Values that are equal, or not, and all the same others.
+
+
+class Particular(Network):
+    def __init__(self):
+        super().__init__()
+        self.zero, self.one, self.limit, self.mode = 0.0, 1, 0.0, "single"
+        self.dtype, self.rows, self.times = torch.float32, slice(0, 5), range(1)
+        self.fraction = fractions.Fraction(1)
+
+    def forward(self, x):
+        h = self.inner(x)
+        ones = torch.tensor([self.one])
+        h = h * (ones * 1.5).to(ones.dtype) * math.copysign(1.0, self.zero)
+        if self.limit != self.limit:
+            h = 2 * h
+        if self.mode == "double":
+            h = 2 * h
+        for _ in self.times:
+            h = h + 0.1
+        if self.one is True:
+            h = 3 * h
+        return h.to(self.dtype).float() + h[self.rows].mean(0)
+
+
+def particular(name, usual, other):
+    model = Particular()
+    return model, lambda value: setattr(model, name, other if value == 2.0 else usual)
+
+
+@setting
+def zero_that_becomes_negative(_):
+    return particular("zero", 0.0, -0.0)
+
+
+@setting
+def an_int_that_becomes_a_float(_):
+    return particular("one", 1, 1.0)
+
+
+@setting
+def one_that_becomes_true(_):
+    return particular("one", 1, True)
+
+
+@setting
+def a_number_that_becomes_nan(_):
+    return particular("limit", 0.0, math.nan)
+
+
+@setting
+def a_text(_):
+    return particular("mode", "single", "double")
+
+
+@setting
+def a_dtype(_):
+    return particular("dtype", torch.float32, torch.bfloat16)
+
+
+@setting
+def a_slice(_):
+    return particular("rows", slice(0, 5), slice(0, 10))
+
+
+@setting
+def a_range(_):
+    return particular("times", range(1), range(3))
+
+
+@setting
+def a_number_of_numpy(_):
+    model = Scaled()
+    model.scale = np.float64(1.0)
+    return model, lambda value: setattr(model, "scale", np.float64(value))
+
+
+@setting
+def an_item_of_an_array(_):
+    model = Scaled()
+    model.scale = np.ones(1)
+    model.forward = types.MethodType(lambda self, x: self.inner(x) * float(self.scale[0]), model)
+    return model, lambda value: model.scale.fill(value)
+
+
+# Functions and classes.
+
+
+def single(h):
+    return h * 1.0
+
+
+def double(h):
+    return h * 2.0
+
+
+def recoded(h):
+    return h * 1.0
+
+
+transformed = single
+
+
+class Transforming(Network):
+    def forward(self, x):
+        return transformed(recoded(self.inner(x)))
+
+
+@setting
+def the_code_of_a_function(_):
+    def change(value):
+        recoded.__code__ = (double if value == 2.0 else single).__code__
+
+    change(1.0)
+    return Transforming(), change
+
+
+@setting
+def a_function_that_is_bound_anew(_):
+    def change(value):
+        global transformed
+        transformed = double if value == 2.0 else single
+
+    change(1.0)
+    return Transforming(), change
+
+
+class Holding(Network):
+    """Calls what it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.function, self.functions = single, {"last": single}
+
+    def forward(self, x):
+        h = self.function(self.inner(x))
+        for function in self.functions.values():
+            h = function(h)
+        return self.last(h)
+
+    def usual(self, h):
+        return h
+
+    def doubled(self, h):
+        return 2 * h
+
+    last = usual
+
+
+@setting
+def a_function_that_is_held(_):
+    model = Holding()
+    return model, lambda value: setattr(model, "function", double if value == 2.0 else single)
+
+
+@setting
+def a_function_in_a_dict(_):
+    model = Holding()
+    return model, lambda v: model.functions.update(last=double if v == 2.0 else single)
+
+
+@setting
+def a_method_of_the_class(_):
+    def change(value):
+        Holding.last = Holding.doubled if value == 2.0 else Holding.usual
+
+    change(1.0)
+    return Holding(), change
+
+
+@setting
+def a_method_of_the_instance(_):
+    model = Holding()
+
+    def change(value):
+        if value == 2.0:
+            model.last = model.doubled
+        else:
+            del model.last
+
+    return model, change
+
+
+class WithAProperty(Network):
+    @property
+    def scale(self):
+        return 1.0
+
+    @staticmethod
+    def shifted(h):
+        return h + 0.1
+
+    def forward(self, x):
+        return self.shifted(self.inner(x)) * self.scale
+
+
+@setting
+def a_property(_):
+    def change(value):
+        WithAProperty.scale = property(lambda self: value)
+
+    change(1.0)
+    return WithAProperty(), change
+
+
+@setting
+def a_static_method(_):
+    def change(value):
+        WithAProperty.shifted = staticmethod(double if value == 2.0 else single)
+
+    change(1.0)
+    return WithAProperty(), change
+
+
+class Doubled(Scaled):
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@setting
+def the_class_of_the_model(_):
+    model = Scaled()
+
+    def change(value):
+        model.__class__ = Doubled if value == 2.0 else Scaled
+
+    return model, change
+
+
+@setting
+def the_class_of_a_submodule(_):
+    model = mlp()
+
+    def change(value):
+        model[1].__class__ = nn.ReLU if value == 2.0 else nn.Tanh
+        model[1].inplace = False
+
+    return model, change
+
+
+class Middle(Scaled):
+    pass
+
+
+class Last(Middle):
+    pass
+
+
+@setting
+def the_bases_of_a_class(_):
+    def change(value):
+        Middle.__bases__ = (Doubled if value == 2.0 else Scaled,)
+
+    change(1.0)
+    return Last(), change
+
+
+# Modules of torch.
+
+
+def attribute_of(model, module, name, usual, other):
+    return model, lambda value: setattr(module, name, other if value == 2.0 else usual)
+
+
+@setting
+def the_p_of_a_dropout(_):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    return attribute_of(model, model[1], "p", 0.2, 0.4)
+
+
+@setting
+def the_mode_of_a_dropout(_):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    return model, lambda value: model[1].train(value == 1.0)
+
+
+@setting
+def the_mode_of_a_batch_norm(_):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    return model, lambda value: model[1].train(value == 1.0)
+
+
+@setting
+def the_mode_of_the_model(_):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    return model, lambda value: model.train(value == 1.0)
+
+
+@setting
+def the_momentum_of_a_batch_norm(_):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    set_momentum = attribute_of(model, model[1], "momentum", 0.1, 0.5)[1]
+
+    def change(value):
+        set_momentum(value)
+        model[1].eps = 1e-5 * value
+
+    return model, change
+
+
+@setting
+def the_slope_of_an_activation(_):
+    model = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.1), nn.Linear(8, 2))
+    return attribute_of(model, model[1], "negative_slope", 0.1, 0.3)
+
+
+@setting
+def the_activation_of_an_encoder_layer(_):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Unflatten(1, (1, 4)), layer, nn.Flatten(), nn.Linear(4, 2))
+    return attribute_of(model, layer, "activation", functional.relu, functional.gelu)
+
+
+@setting
+def a_bias_that_is_taken_away(_):
+    model = mlp()
+    bias = model[0].bias
+    return attribute_of(model, model[0], "bias", bias, None)
+
+
+@setting
+def a_module_that_is_replaced(_):
+    model = mlp()
+    usual, other = model[1], nn.ReLU()
+    return model, lambda value: model.__setitem__(1, other if value == 2.0 else usual)
+
+
+@setting
+def a_module_that_is_appended(_):
+    model = mlp()
+    return model, lambda value: model.append(nn.Tanh()) if value == 2.0 else model.pop(-1)
+
+
+class Stack(Network):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x)) + 0.1 * number
+        return self.inner(x)
+
+
+@setting
+def the_order_of_modules(_):
+    model = Stack()
+    first, second = model.layers
+
+    def change(value):
+        model.layers[0], model.layers[1] = (second, first) if value == 2.0 else (first, second)
+
+    return model, change
+
+
+@setting
+def a_weight_that_is_tied_on_the_way(_):
+    model = Stack()
+    weight = model.layers[1].weight
+    return attribute_of(model, model.layers[1], "weight", weight, model.layers[0].weight)
+
+
+@setting
+def a_parameter_that_is_replaced(_):
+    model = mlp()
+    usual, other = model[2].weight, nn.Parameter(torch.ones(2, 8))
+    return attribute_of(model, model[2], "weight", usual, other)
+
+
+@setting
+def the_data_of_a_parameter(_):
+    model = mlp()
+
+    def change(value):
+        model[2].weight.data = model[2].weight.data * value
+
+    return model, change
+
+
+@setting
+def a_frozen_layer(_):
+    model = mlp()
+    return model, lambda value: model[0].requires_grad_(value == 1.0)
+
+
+@setting
+def a_parameter_in_place(_):
+    model = mlp()
+
+    def change(value):
+        with torch.no_grad():
+            model[0].weight.mul_(value)
+
+    return model, change
+
+
+# Tensors that are not parameters.
+
+
+class WithABuffer(Network):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(2))
+        self.plain = torch.ones(2)
+        self.mix = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+
+    def forward(self, x):
+        return (self.inner(x) * self.scale * self.plain) @ self.mix
+
+
+@setting
+def a_buffer(_):
+    model = WithABuffer()
+    return model, lambda value: model.scale.fill_(value)
+
+
+@setting
+def a_buffer_that_is_replaced(_):
+    model = WithABuffer()
+    return model, lambda value: setattr(model, "scale", torch.full((2,), value))
+
+
+@setting
+def a_buffer_that_gets_another_shape(_):
+    model = WithABuffer()
+    return model, lambda value: setattr(model, "scale", torch.full((int(3 - value),), value))
+
+
+@setting
+def a_tensor(_):
+    model = WithABuffer()
+    return model, lambda value: model.plain.fill_(value)
+
+
+@setting
+def a_tensor_that_is_replaced(_):
+    model = WithABuffer()
+    return model, lambda value: setattr(model, "plain", torch.full((2,), value))
+
+
+@setting
+def the_data_of_a_tensor(_):
+    model = WithABuffer()
+    return model, lambda value: setattr(model.plain, "data", torch.full((2,), value))
+
+
+@setting
+def a_tensor_seen_by_numpy(_):
+    model = WithABuffer()
+    model.view = model.plain.numpy()
+    return model, lambda value: model.view.fill(value)
+
+
+@setting
+def a_tensor_that_is_transposed(_):
+    model = WithABuffer()
+    return model, lambda value: model.mix.t_()
+
+
+@setting
+def a_tensor_that_is_resized(_):
+    model = WithABuffer()
+
+    def change(value):
+        model.plain.resize_(int(3 - value)).fill_(value)
+
+    return model, change
+
+
+@setting
+def a_tensor_that_requires_a_gradient(_):
+    """Its gradient grows from there on, as the optimizer does not have it."""
+    model = WithABuffer()
+
+    def change(value):
+        model.plain.requires_grad_(value == 2.0)
+        if model.plain.grad is not None:
+            model.plain.data += model.plain.grad
+
+    return model, lambda value: (change(value), model.mix.mul_(1.1))
+
+
+GLOBAL_SCALE = torch.ones(2)
+
+
+class ScaledByATensor(Network):
+    def forward(self, x):
+        return self.inner(x) * GLOBAL_SCALE
+
+
+@setting
+def a_global_tensor(_):
+    GLOBAL_SCALE.fill_(1.0)
+    return ScaledByATensor(), lambda value: GLOBAL_SCALE.fill_(value)
+
+
+# Hooks that are added on the way.
+
+
+def hooked(register):
+    """Return what adds a hook, or removes it."""
+    handles = []
+
+    def change(value):
+        if value == 2.0:
+            handles.append(register())
+        else:
+            handles.pop().remove()
+
+    return change
+
+
+@setting
+def a_forward_hook(_):
+    model = mlp()
+    return model, hooked(lambda: model[0].register_forward_hook(lambda m, x, h: 2 * h))
+
+
+@setting
+def a_forward_hook_before(_):
+    model = mlp()
+    return model, hooked(lambda: model[2].register_forward_pre_hook(lambda m, x: (2 * x[0],)))
+
+
+@setting
+def a_backward_hook(_):
+    model = mlp()
+    return model, hooked(
+        lambda: model[2].register_full_backward_pre_hook(lambda m, gradients: (2 * gradients[0],))
+    )
+
+
+@setting
+def a_hook_of_a_parameter(_):
+    model = mlp()
+    return model, hooked(lambda: model[0].weight.register_hook(lambda gradient: 2 * gradient))
+
+
+@setting
+def a_hook_after_accumulation(_):
+    model = mlp()
+
+    def doubles(parameter):
+        parameter.grad = 2 * parameter.grad
+
+    return model, hooked(lambda: model[0].weight.register_post_accumulate_grad_hook(doubles))
+
+
+@setting
+def a_hook_of_a_gradient_accumulator(_):
+    model = mlp()
+    weight = model[0].weight
+    model.accumulator = weight.view_as(weight).grad_fn.next_functions[0][0]
+    return model, hooked(
+        lambda: model.accumulator.register_prehook(lambda gradients: (2 * gradients[0],))
+    )
+
+
+@setting
+def a_hook_of_all_modules(_):
+    model = mlp()
+
+    def doubles(module, inputs, output):
+        return 2 * output if module is model else None
+
+    return model, hooked(lambda: all_modules.register_module_forward_hook(doubles))
+
+
+@setting
+def a_hook_of_the_optimizer(trained):
+    def doubles(optimizer, *_):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad.mul_(2)
+
+    return mlp(), hooked(lambda: trained().optimizer.register_step_pre_hook(doubles))
+
+
+@setting
+def a_hook_of_all_optimizers(trained):
+    def doubles(optimizer, *_):
+        if optimizer is trained().optimizer:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad.mul_(2)
+
+    return mlp(), hooked(lambda: all_optimizers.register_optimizer_step_pre_hook(doubles))
+
+
+@setting
+def a_hook_of_the_loss(trained):
+    return mlp(), hooked(lambda: trained().loss.register_forward_hook(lambda m, x, loss: 2 * loss))
+
+
+# Attributes that are exchanged on the way.
+
+
+def exchanged(owner, name, other):
+    """Return what puts another function in the place of an attribute, or puts it back."""
+    usual = vars(owner).get(name, exchanged)
+
+    def change(value):
+        if value == 2.0:
+            setattr(owner, name, other)
+        elif usual is exchanged:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, usual)
+
+    return change
+
+
+@setting
+def the_forward_of_a_module(_):
+    model = mlp()
+    return model, exchanged(model[1], "forward", lambda x: 2 * x.tanh())
+
+
+@setting
+def the_call_impl_of_a_module(_):
+    model = mlp()
+    return model, exchanged(model[1], "_call_impl", lambda x: 2 * x.tanh())
+
+
+@setting
+def the_forward_of_torchs_class(_):
+    return mlp(), exchanged(nn.Tanh, "forward", lambda self, x: 2 * x.tanh())
+
+
+@setting
+def the_call_of_torchs_class(_):
+    return mlp(), exchanged(nn.Tanh, "__call__", lambda self, x: 2 * x.tanh())
+
+
+@setting
+def a_function_of_torch(_):
+    return mlp(), exchanged(torch, "tanh", lambda x: 2 * x.tanh())
+
+
+@setting
+def a_functional_of_torch(_):
+    return mlp(), exchanged(functional, "linear", lambda x, w, b=None: x @ w.t() * 2)
+
+
+@setting
+def the_functional_of_a_loss(_):
+    return mlp(), exchanged(functional, "mse_loss", lambda p, t, **_: 2 * (p - t).square().mean())
+
+
+class Rectified(Network):
+    def forward(self, x):
+        return self.inner(functional.relu(x)) * math.sqrt(2.0) + x.relu()[:, :2]
+
+
+@setting
+def relu(_):
+    return Rectified(), exchanged(functional, "relu", lambda x: x.relu() * 2)
+
+
+@setting
+def a_method_of_torchs_tensor(_):
+    return Rectified(), exchanged(torch.Tensor, "relu", lambda x: torch.relu(x) * 2)
+
+
+@setting
+def a_function_of_math(_):
+    return Rectified(), exchanged(math, "sqrt", lambda x: 2 * x**0.5)
+
+
+class Rounded(Network):
+    def forward(self, x):
+        return self.inner(x) * divmod(5, 3)[0]
+
+
+@setting
+def a_builtin(_):
+    return Rounded(), exchanged(builtins, "divmod", lambda a, b: (2, 0))
+
+
+@setting
+def the_step_of_torchs_optimizer(_):
+    usual = torch.optim.SGD.step
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(2)
+        return usual(self, closure)
+
+    return mlp(), exchanged(torch.optim.SGD, "step", step)
+
+
+@setting
+def the_step_of_an_optimizer(trained):
+    def change(value):
+        optimizer = trained().optimizer
+        usual = vars(optimizer).get("usual_step", optimizer.step)
+        optimizer.usual_step = usual
+
+        def step(closure=None):
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad.mul_(2)
+            return usual(closure)
+
+        optimizer.step = step if value == 2.0 else usual
+
+    return mlp(), change
+
+
+@setting
+def zero_grad_of_an_optimizer(trained):
+    def change(value):
+        optimizer = trained().optimizer
+        if value == 2.0:
+            optimizer.zero_grad = lambda set_to_none=True: None
+        else:
+            del optimizer.zero_grad
+
+    return mlp(), change
+
+
+# The weights are made of something else from there on.
+
+
+@setting
+def a_parametrization(_):
+    model = mlp()
+
+    class Doubling(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    def change(value):
+        if value == 2.0:
+            parametrize.register_parametrization(model[0], "weight", Doubling())
+        else:
+            parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
+
+    return model, change
+
+
+@setting
+def a_weight_norm(_):
+    model = mlp()
+
+    def change(value):
+        if value == 2.0:
+            parametrizations.weight_norm(model[0])
+        else:
+            parametrize.remove_parametrizations(model[0], "weight")
+
+    return model, change
+
+
+@setting
+def pruned_weights(_):
+    model = mlp()
+
+    def change(value):
+        if value == 2.0:
+            prune.l1_unstructured(model[0], "weight", amount=0.5)
+        else:
+            prune.remove(model[0], "weight")
+
+    return model, change
+
+
+# The process.
+
+
+class OfTheProcess(Network):
+    def forward(self, x):
+        h = self.inner(x) * torch.get_num_threads() * torch.ones(1).dtype.itemsize
+        if torch.are_deterministic_algorithms_enabled():
+            h = h / 2
+        if torch.get_float32_matmul_precision() == "medium":
+            h = h / 2
+        if torch.is_anomaly_enabled():
+            h = h / 2
+        return h / 4
+
+
+@setting
+def the_default_dtype(_):
+    return OfTheProcess(), lambda value: torch.set_default_dtype(
+        torch.float64 if value == 2.0 else torch.float32
+    )
+
+
+@setting
+def the_number_of_threads(_):
+    return OfTheProcess(), lambda value: torch.set_num_threads(int(value))
+
+
+@setting
+def deterministic_algorithms(_):
+    return OfTheProcess(), lambda value: torch.use_deterministic_algorithms(value == 1.0, warn_only=True)
+
+
+@setting
+def the_precision_of_matrix_products(_):
+    return OfTheProcess(), lambda value: torch.set_float32_matmul_precision(
+        "medium" if value == 2.0 else "highest"
+    )
+
+
+@setting
+def automatic_casts(_):
+    def change(value):
+        torch.set_autocast_cache_enabled(False)
+        torch.set_autocast_enabled("cpu", value == 2.0)
+
+    return mlp(), change
+
+
+class Doubling(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        return 2 * found if function is torch.tanh else found
+
+
+@setting
+def a_mode_for_functions_of_torch(_):
+    mode = Doubling()
+    return mlp(), lambda v: mode.__enter__() if v == 2.0 else mode.__exit__(None, None, None)
+
+
+@setting
+def how_saved_tensors_are_kept(_):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: 2 * t)
+    return mlp(), lambda v: hooks.__enter__() if v == 2.0 else hooks.__exit__(None, None, None)
+
+
+# Who sets it.
+
+
+class Switch:
+    """Sets something where its count says so, and back."""
+
+    def __init__(self, change, when, at):
+        self.change, self.when, self.at, self.is_on = change, when, at, False
+
+    def __call__(self, calls):
+        is_on = calls > 0 and self.when(calls, self.at)
+        if is_on != self.is_on:
+            self.change(2.0 if is_on else 1.0)
+            self.is_on = is_on
+        return 1.0
+
+
+CHANGERS = changer = Table()
+
+
+@changer
+def a_schedule(trained, switch):
+    trained.schedule = lr_scheduler.LambdaLR(trained.optimizer, switch)
+
+
+class SwitchingSchedule(lr_scheduler.LRScheduler):
+    def __init__(self, optimizer, switch):
+        self.switch = switch
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [rate * self.switch(self.last_epoch) for rate in self.base_lrs]
+
+
+@changer
+def a_schedule_of_its_own(trained, switch):
+    trained.schedule = SwitchingSchedule(trained.optimizer, switch)
+
+
+class SwitchingOptimizer(torch.optim.SGD):
+    calls = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.calls += 1
+        self.switch(self.calls)
+
+
+@changer
+def an_optimizer(trained, switch):
+    trained.optimizer = SwitchingOptimizer(trained.model.parameters(), lr=0.02, momentum=0.9)
+    trained.optimizer.switch = switch
+
+
+class SwitchingMetric:
+    def __init__(self, switch):
+        self.switch, self.calls = switch, 0
+
+    def __call__(self, prediction, target):
+        self.calls += EVALUATE_EVERY
+        return self.switch(self.calls)
+
+
+@changer
+def a_metric(trained, switch):
+    trained.metrics = {"mine": SwitchingMetric(switch)}
+
+
+#: Torch's schedules keep hold of the step that an optimizer has.
+ONLY_BY = {"the step of torchs optimizer": "a metric"}
+#: Steps between two calls of a metric.
+EVALUATE_EVERY = 7
+
+
+def set_between_steps(setting, changer, when, at):
+    """Return a training of which the model reads a setting, and something else sets it."""
+    made = []
+    model, change = None, None
+
+    def make_model():
+        nonlocal model, change
+        model, change = setting(lambda: made[0])
+        return model
+
+    made.append(new_training(make_model))
+    changer(made[0], Switch(change, when, at))
+    return made[0]
+
+
+def _cases():
+    moment = moments()
+    changers = [*CHANGERS]
+    for number, (name, setting) in enumerate(SETTINGS.items()):
+        who = ONLY_BY.get(name, changers[number % len(changers)])
+        when, step = next(moment)
+        when = "from" if who == "a metric" else when
+
+        def make(at, setting=setting, changer=CHANGERS[who], when=WHEN[when]):
+            return set_between_steps(setting, changer, when, at)
+
+        options = {"evaluate_every": EVALUATE_EVERY} if who == "a metric" else {}
+        yield Case(f"reads {name}, set by {who}, {when} {step}", make, step, options=options)
+
+
+SETTING_CASES = [*_cases()]
