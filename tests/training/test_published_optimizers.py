@@ -8,8 +8,12 @@ from everystep.errors import EverystepError
 
 STEPS = 40
 
-# Of torch, about the oldest ones of torch_optimizer.
-pytestmark = pytest.mark.filterwarnings("ignore:This overload of .* is deprecated:UserWarning")
+pytestmark = [
+    # Of torch, about the oldest ones of torch_optimizer.
+    pytest.mark.filterwarnings("ignore:This overload of .* is deprecated:UserWarning"),
+    # Of pytorch_optimizer, where transformers is not installed.
+    pytest.mark.filterwarnings("ignore:you need to install `transformers`:ImportWarning"),
+]
 
 
 def test_at_least_seventy_are_trained():
