@@ -26,7 +26,9 @@ class Contents:
     """A copy of the state of a training, to be compared with what it is later."""
 
     def __init__(self, trainee: Trainee) -> None:
-        self._tensors = {n: t.detach().clone() for n, t in _tensors(trainee).items()}
+        live = _tensors(trainee)
+        self._tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
+        self._parameters = _parameters(live)
         self._data = _data_versions(trainee)
 
     def change(self, trainee: Trainee) -> Change | None:
@@ -37,19 +39,27 @@ class Contents:
             for name, tensor in now.items()
             if name not in before or not same_bits(tensor, before[name])
         }
-        # A gradient that is not there any more is as good as one that a loop has dropped.
-        gone = {name for name in before.keys() - now.keys() if not name.startswith("gradient/")}
         lost = None
         if _data_versions(trainee) != self._data:
             lost = "the data"
-        elif gone:
-            lost = min(gone).partition("/")[2]
+        elif _parameters(now) != self._parameters:
+            lost = "which parameters there are"
+        else:
+            # A gradient that is not there any more is as good as one that a loop has dropped.
+            gone = [name for name in before if name not in now and not name.startswith("gradient/")]
+            other = [n for n, t in now.items() if n in before and t.shape != before[n].shape]
+            lost = next((name.partition("/")[2] for name in (*gone, *other)), None)
         return Change(tensors, lost) if tensors or lost else None
 
 
 def _tensors(trainee: Trainee) -> dict[str, Tensor]:
     generators = Generators.capture(trainee.device).tensors()
     return trainee.named_state() | {f"generator/{name}": each for name, each in generators.items()}
+
+
+def _parameters(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return which tensor each parameter is."""
+    return {name: id(each) for name, each in tensors.items() if name.startswith("parameter/")}
 
 
 def _data_versions(trainee: Trainee) -> list[int]:

@@ -121,7 +121,7 @@ class Purity:
     def _difference(self) -> str | None:
         now = process_settings(self._trainee.device)
         if not all(map(is_, functions_of_torch(), self._functions)):
-            return "a function in torch.nn.functional changes"
+            return "a function of torch changes"
         changed = (f"{name} changes" for name, value in self._settings.items() if now[name] != value)
         return next(changed, None) or self._guards.difference()
 

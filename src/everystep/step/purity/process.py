@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 _FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
+_PLACES = (torch, torch.nn.functional)
 _OPTIMIZER_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
@@ -59,12 +60,20 @@ def _flags() -> tuple[str, ...]:
 
 def functions_of_torch() -> list[Any]:
     """Return what torch's own modules find as functions: somebody may exchange them."""
-    return list(map(vars(torch.nn.functional).get, _names_of_functions()))
+    return [
+        value
+        for place, names in zip(_PLACES, _names_of_functions(), strict=True)
+        for value in map(vars(place).get, names)
+    ]
 
 
 @cache
-def _names_of_functions() -> tuple[str, ...]:
-    return tuple(name for name, value in vars(torch.nn.functional).items() if callable(value))
+def _names_of_functions() -> tuple[tuple[str, ...], ...]:
+    kinds = (types.FunctionType, types.BuiltinFunctionType)
+    return tuple(
+        tuple(name for name, value in vars(place).items() if isinstance(value, kinds))
+        for place in _PLACES
+    )
 
 
 def reason_against_process() -> str | None:
