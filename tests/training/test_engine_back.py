@@ -78,7 +78,7 @@ def test_a_check_that_fails_takes_back_what_was_not_verified(
     assert engine["verified_to"] == 32
     assert (run.status, run.losses["loss"].to_list()) == ("finished", losses)
     assert contents(made) == contents(expected)
-    assert len(run.snapshots) >= 10
+    assert len(run.snapshots) > 3
     for step in run.snapshots:
         assert {n: bits(t) for n, t in run.parameters(step).items()} == states[step]
     if evaluate_every is not None:
