@@ -648,9 +648,7 @@ MODELS = [
     row("unused parameter", Unused, optimizer=adamw),
     row("outside the optimizer", mlp, optimizer=lambda m, _: SGD(m[2].parameters(), lr=0.05)),
     row("weight_norm", partial(normalized, parametrizations.weight_norm)),
-    row(
-        "spectral_norm", partial(normalized, parametrizations.spectral_norm), eager=(1, "with may only")
-    ),
+    row("spectral_norm", partial(normalized, parametrizations.spectral_norm), eager=(1, "")),
     row("old weight_norm", partial(normalized, nn.utils.weight_norm), eager=(1, "a forward hook")),
     row("old spectral_norm", partial(normalized, nn.utils.spectral_norm), eager=(1, "a forward hook")),
     row("channels_last", channels_last, images_channels_last),

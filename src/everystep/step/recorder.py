@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import typing_extensions
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -33,6 +34,9 @@ __all__ = ["CapturedStorage", "CapturedTensor", "Recorded", "Refusal", "StepReco
 _EVERYSTEP = str(Path(__file__).parent.parent)
 _TORCH = str(Path(torch.__file__).parent)
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
+_TYPING = str(
+    Path(typing_extensions.__file__)
+)  # puts functions of its own into the standard library's typing
 #: They only ask for memory, which a program has already.
 _MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 #: They give a tensor another geometry on the same memory, which its next use shows.
@@ -332,7 +336,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _is_known(frame: types.FrameType) -> bool:
     """Tell whether a function that runs is torch's, everystep's or the standard library's."""
     file = frame.f_code.co_filename
-    if file.startswith((_EVERYSTEP, _TORCH, "<frozen")):
+    if file.startswith((_EVERYSTEP, _TORCH, _TYPING, "<frozen")):
         return True
     if file.startswith(_STANDARD_LIBRARY):
         return "site-packages" not in file and "dist-packages" not in file

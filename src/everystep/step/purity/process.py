@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+import warnings
 from functools import cache
 from typing import Any
 
@@ -49,12 +50,14 @@ def process_settings(device: torch.device) -> dict[str, Any]:
 def _flags() -> tuple[str, ...]:
     """Return the names of torch's own functions that tell how kernels are chosen, of this torch."""
     found = []
-    for name in filter(_FLAG.fullmatch, dir(torch._C)):
-        try:
-            getattr(torch._C, name)()
-        except (TypeError, RuntimeError):  # it wants arguments, or another build
-            continue
-        found.append(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 warns, once, of a function that it calls old
+        for name in filter(_FLAG.fullmatch, dir(torch._C)):
+            try:
+                getattr(torch._C, name)()
+            except (TypeError, RuntimeError):  # it wants arguments, or another build
+                continue
+            found.append(name)
     return tuple(found)
 
 
