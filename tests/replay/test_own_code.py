@@ -322,6 +322,42 @@ def test_an_unchanged_fork_of_a_counting_model_is_exact_or_refused():
         assert fork.losses.equals(run.losses)
 
 
+def test_a_counting_model_is_verified_with_a_new_one_and_says_so_with_the_trained_one():
+    made = new_training(Counting)
+    run = by_train(made, steps=20)
+    found = run.verify(processes=1, progress=False)
+    (problem,) = found.problems
+    assert found.first_loss.step == 1
+    assert "self.calls += 1" in problem and "everystep.open(run, model=..." in problem
+    new = new_training(Counting)
+    opened = everystep.open(run.directory, model=new.model, loss=new.loss, optimizer=new.optimizer)
+    assert opened.verify(processes=1, progress=False).is_exact
+    assert (made.model.calls, new.model.calls) == (20, 0)
+
+
+def test_weights_that_a_metric_ties_are_said_when_it_happens_and_refused_with_the_cure(capsys):
+    made = new_training(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)))
+    made.loss = Unreadable()
+
+    def metric(prediction, target):
+        made.model[1].weight = made.model[0].weight
+        return 0.0
+
+    made.metrics = {"mine": metric}
+    run = by_train(made, steps=20, evaluate_every=5)
+    assert "after step 5, your own code changed which parameters there are" in capsys.readouterr().err
+    with pytest.raises(everystep.RunError, match=r"does not fit the training.*as they were before"):
+        run.verify(processes=1, progress=False)
+
+
+class Unreadable:
+    """A loss that sets an attribute, so that Python takes every step."""
+
+    def __call__(self, prediction, target):
+        self.called = True
+        return nn.functional.mse_loss(prediction, target)
+
+
 @pytest.mark.parametrize("optimizer", [*OWN.values(), partial(optim.Adam, lr=0.01)])
 def test_what_was_trained_can_be_copied_and_trained_again(optimizer):
     expected, made = new(optimizer=optimizer), new(optimizer=optimizer)

@@ -251,10 +251,6 @@ def test_a_forward_that_changes_its_batch_changes_that_of_its_step_alone():
     assert run is not None and run.verify(processes=1, progress=False).is_exact
 
 
-#: Nobody can see it but autograd; docs/how-it-works.md names it.
-OUT_OF_SIGHT = {"a hook of a gradient accumulator"}
-
-
 #: They are set on the optimizer or the loss, not on the model.
 NOT_OF_THE_MODEL = {
     *("a hook of the optimizer", "a hook of all optimizers", "a hook of the loss"),
@@ -262,7 +258,7 @@ NOT_OF_THE_MODEL = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - OUT_OF_SIGHT - NOT_OF_THE_MODEL))
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - NOT_OF_THE_MODEL))
 def test_a_setting_that_is_changed_and_put_back_counts(name):
     def make():
         held = []

@@ -78,6 +78,7 @@ class Fork:
                 f"state {self.at} of {self.run.name} cannot be reached as it was: taken again, the loss "
                 f"of step {departed} is another (everystep verify says more); states on disk: "
                 + ", ".join(map(str, self.run.snapshots))
+                + "".join(f"; {problem}" for problem in opener.problems)
             )
         return state
 

@@ -262,7 +262,21 @@ class Replay:
             if not same_number(loss, known):
                 if self.departed_at is None or step < self.departed_at:
                     self.departed_at = step
+                self.note_departure(step)
                 return
+
+    def note_departure(self, step: int) -> None:
+        """Note why a step may have other bits than recorded, if Python took it again."""
+        engine = self.stretches[self.stretch_of(step)].facts.get("engine") or {}
+        live, eager_from = engine.get("live_optimizer"), engine.get("eager_from")
+        if self._objects.model is None or not (live or (eager_from is not None and eager_from <= step)):
+            return
+        reason = f"{live} is an optimizer of yours" if live else engine["reason"]
+        self._note(
+            f"Python takes the steps ({reason}), and your model, loss or optimizer may carry something "
+            "that no run holds, such as a count; open the run with new ones, as they were before "
+            "training: everystep.open(run, model=..., loss=..., optimizer=...)"
+        )
 
     def _spacing(self) -> int:
         return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8

@@ -25,6 +25,11 @@ from everystep.training.dataset_batches import DatasetBatches
 
 __all__ = ["Changes", "Revived"]
 
+_CURE = (
+    "; open the run with objects as they were before training: "
+    "everystep.open(run, model=..., loss=..., optimizer=...)"
+)
+
 
 class Changes(NamedTuple):
     """When a number of the optimizer changed, and to what."""
@@ -85,7 +90,8 @@ class Revived:
                     trainee.model, trainee.loss, trainee.optimizer, trainee.schedule, trainee.device
                 )
         except ValueError as error:
-            raise RunError(f"state {state.step} does not fit the training: {error}") from None
+            cure = "" if isinstance(trainee.model, Skeleton) else _CURE
+            raise RunError(f"state {state.step} does not fit the training: {error}{cure}") from None
         self._moved(state.step)
 
     def save(self) -> Saved:

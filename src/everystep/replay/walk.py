@@ -250,6 +250,8 @@ def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) ->
             losses = visitor.take(replay, min(piece.last, step + STRIDE), piece).tolist()
             last = step + len(losses)
             _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
+            if found.first_loss is not None:
+                replay.note_departure(found.first_loss.step)
             step = last
         if step == piece.last:
             _compare_state(found, replay, piece)

@@ -69,14 +69,15 @@ def closing(directory: Path, reason: str | None) -> str:
         at = summary.parent[1]
         taken = f"{summary.steps - at:,} steps after the parent's {at:,},"
     lines.append(f"{taken} in {seconds:.3g} s{loss}{measured}")
-    lines.append(engine_text(run.facts))
+    if summary.steps:
+        lines.append(engine_text(run.facts))
     lines.append(f"recorded in {directory}")
     argument = shlex.quote(shortest_name(directory))
     lines += [
         "",
         "next:",
         f"  everystep view {argument}",
-        f"  everystep step {argument} {summary.steps or 1}",
+        *([f"  everystep step {argument} {summary.steps}"] if summary.steps else []),
         f"  everystep table {argument} -o losses.html",
         f"  everystep plot {argument} -o loss.png",
         f"  everystep report {argument} -o report.html",

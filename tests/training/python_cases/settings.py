@@ -962,6 +962,22 @@ def a_hook_of_a_gradient_accumulator(_):
 
 
 @setting
+def a_hook_on_a_node_that_a_graph_keeps(_):
+    """Nothing of Python's holds the node itself."""
+    model = mlp()
+    kept = []
+
+    def change(value):
+        if not kept:
+            graph = model[0].weight * 2
+            graph.grad_fn.next_functions[0][0].register_prehook(lambda g: (g[0] * model.factor,))
+            kept.append(graph)
+        model.factor = value
+
+    return model, change
+
+
+@setting
 def a_hook_of_all_modules(_):
     model = mlp()
 

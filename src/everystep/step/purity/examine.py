@@ -123,7 +123,25 @@ class Purity:
         if not all(map(is_, functions_of_torch(), self._functions)):
             return "a function of torch changes"
         changed = (f"{name} changes" for name, value in self._settings.items() if now[name] != value)
-        return next(changed, None) or self._guards.difference()
+        return next(changed, None) or self._guards.difference() or self._kept_graph()
+
+    def _kept_graph(self) -> str | None:
+        """Return in words which parameter is in a graph that other code keeps, or None.
+
+        The last node of a graph can carry hooks that only a backward pass shows, and lives as long as
+        a graph that it is in. Without one, there is no node that a hook could be on.
+        """
+        if self.stands_behind == "vouched":  # the model itself may keep what it has computed
+            return None
+        named = (self._state or self._trainee.named_state()).items()
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            kept = (
+                name.partition("/")[2]
+                for name, tensor in named
+                if name.startswith("parameter/") and tensor.requires_grad and _has_node(tensor)
+            )
+            found = next(kept, None)
+        return None if found is None else f"a graph that {found} is in is kept by your own code"
 
     def guard_update(self, *, but_lr: bool) -> None:
         """Note the settings of the optimizer, which are among the operations of its update.
@@ -206,6 +224,19 @@ def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
     groups = optimizer.param_groups
     found = groups[index].get(key, ABSENT) if index < len(groups) else ABSENT
     return tuple(found) if type(found) is list else found
+
+
+def _has_node(parameter: Tensor) -> bool:
+    """Tell whether the node that adds up a parameter's gradient is kept alive by somebody.
+
+    Otherwise each look at it makes another one, without what was noted on the one before.
+    """
+    _node_of(parameter).metadata["everystep"] = True
+    return bool(_node_of(parameter).metadata.pop("everystep", False))
+
+
+def _node_of(parameter: Tensor) -> Any:
+    return parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
