@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from everystep.api import open, runs, train, train_experiment
+from everystep.api import open, record, runs, train, train_experiment
 from everystep.errors import (
     DataError,
     DeviceError,
@@ -38,6 +38,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "open",
+    "record",
     "runs",
     "train",
     "train_experiment",

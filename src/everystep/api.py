@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.errors import RunError
 from everystep.experiment.specification import Experiment, check_iteration, load
+from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import RUNS, find_run, find_runs
 from everystep.run import Run, progress_of, run_of
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
-__all__ = ["open", "runs", "train", "train_experiment"]
+    from everystep.training.record import Recording
+
+__all__ = ["open", "record", "runs", "train", "train_experiment"]
 
 
 def open(
@@ -171,6 +174,42 @@ def train(
     if run.facts["data"].get("lazy"):
         run = run_of(outcome, replace(trained_with, data=data))
     return run
+
+
+def record(
+    *,
+    run: str | Path | None = None,
+    snapshot_budget: int = DEFAULT_BUDGET,
+    batch_budget: float = DEFAULT_BATCH_BUDGET,
+    **parts: Any,
+) -> Recording:
+    """Record a loop of your own while it runs, every step of it, and change nothing in it.
+
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for batch in recording.steps(loader):
+            loss = ...; loss.backward(); optimizer.step(); optimizer.zero_grad()
+            recording.log(loss=loss)
+    recording.run[137].gradients
+
+    Python runs at every step. What it does to tensors is written down, so that each step opens again
+    without it.
+
+    Args:
+        run: the run's directory, which must not exist; absent: the next free one, `runs/loop-1`.
+        snapshot_budget: bytes of snapshots to keep.
+        batch_budget: bytes of batches to keep; if more come, the oldest go, and their steps cannot be
+            opened any more.
+        parts: what the loop carries from step to step, by any names: models, optimizers, schedules,
+            scalers, averaged copies, tensors. The tensors of the one called `model` (or of the only
+            module) keep their names; those of others begin with that of the part.
+
+    Raises:
+        UsageError: something is no part of a training.
+    """
+    from everystep.training.record import Recording
+
+    place = None if run is None else Path(run)
+    return Recording(parts, place, RUNS, snapshot_budget, batch_budget)
 
 
 def train_experiment(

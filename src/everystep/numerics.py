@@ -158,10 +158,18 @@ def warning() -> str | None:
 
 
 @contextmanager
-def in_force(threads: int | None = None, default_dtype: str | None = None) -> Iterator[None]:
+def in_force(
+    threads: int | None = None,
+    default_dtype: str | None = None,
+    *,
+    deterministic: bool = True,
+    flush_denormal: bool = False,
+) -> Iterator[None]:
     """Hold deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
 
     All of these belong to the process: of trainings in several threads, the last to end restores them.
+
+    deterministic, flush_denormal: otherwise only to repeat what was recorded otherwise.
 
     Raises:
         UsageError: something is in force around the caller that changes what torch's functions do.
@@ -178,6 +186,10 @@ def in_force(threads: int | None = None, default_dtype: str | None = None) -> It
             torch.set_num_threads(threads)
         if default_dtype in ("float16", "bfloat16", "float32", "float64"):
             torch.set_default_dtype(getattr(torch, default_dtype))
+        if not deterministic:
+            torch.set_deterministic_debug_mode("default")
+        if flush_denormal:
+            torch.set_flush_denormal(True)
         yield
     finally:
         torch.set_num_threads(threads_before)

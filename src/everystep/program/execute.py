@@ -74,6 +74,8 @@ class BoundProgram:
         device: torch.device,
         optimizer_step: Callable[[], Any] | None = None,
     ) -> None:
+        if program.is_plain or program.loss is None:
+            raise ProgramError("a plain program is not bound to memory: the plain interpreter runs it")
         self.program = program
         temporary = _temporary_memory(program, device)
         self._places = _given_memory(program, memory) | temporary
@@ -293,7 +295,8 @@ def _given_memory(program: Program, memory: Mapping[str, Tensor]) -> dict[str, _
 def _temporary_memory(program: Program, device: torch.device) -> dict[str, _Memory]:
     """Return memory for the temporary storages: one piece for all whose content may be lost."""
     names = program.of_kind("temporary")
-    kept = {program.tensors[name].storage for name in (program.loss, *program.gradients.values())}
+    shown = filter(None, (program.loss, *program.gradients.values()))
+    kept = {program.tensors[name].storage for name in shown}
     kept |= {program.tensors[n].storage for operation in program.once for n in operation.results if n}
     alone = {name for name in names if name in kept or program.storages[name].host}
     plan = plan_memory(program, [name for name in names if name not in alone])

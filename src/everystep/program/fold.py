@@ -69,7 +69,7 @@ class _Folding:
                 operations[place] = None
         kept = tuple(each for each in operations if each is not None)
         used = {n for o in (*self.once, *kept) for n in (*o.reads(), *o.results) if n}
-        used |= {self.program.loss, *self.program.gradients.values()}
+        used |= {*filter(None, (self.program.loss, *self.program.gradients.values()))}
         used |= {n for names in self.program.activations.values() for n in names}
         tensors = {
             name: spec

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from everystep.program.arguments import DTYPES, fits, references
-from everystep.program.operators import computes, parameters, resolve, writes
+from everystep.program.operators import PLAIN_ONLY, computes, parameters, resolve, writes
 
 __all__ = [
     "DIMENSIONS",
@@ -29,7 +29,7 @@ LIMIT = 2**48
 #: More dimensions than torch's operators take.
 DIMENSIONS = 64
 
-Phase = Literal["forward", "loss", "zero_grad", "backward", "update"]
+Phase = Literal["forward", "loss", "zero_grad", "backward", "update", "other"]
 Natural = Annotated[int, Field(ge=0, le=LIMIT)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -139,13 +139,17 @@ class Operation(Model):
         given = self.given()
         return [n for name in writes(self.resolved) for n in references(given.get(name))]
 
-    def check(self, tensors: Mapping[str, TensorSpec]) -> None:
+    def check(self, tensors: Mapping[str, TensorSpec], *, is_plain: bool = False) -> None:
         """Check that the operator is allowed, and takes arguments of such kinds.
+
+        is_plain: whether it belongs to a plain program, which may read numbers as well.
 
         Raises:
             ValueError: says what is wrong.
         """
         operator = self.resolved
+        if self.operator in PLAIN_ONLY and not is_plain:
+            raise ValueError(f"{operator} depends on numbers, which only a plain program may do")
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors are written with their shapes")
         self._check_arguments()
@@ -153,12 +157,13 @@ class Operation(Model):
         if missing is not None:
             raise ValueError(f"{operator}: there is no tensor {missing!r}")
         kinds = [str(result.type) for result in operator._schema.returns]
+        kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
             raise ValueError(f"{operator} gives {len(kinds)} results, not {len(self.results)}")
         by_mask = self.name == "index" and any(
             tensors[name].dtype in ("bool", "uint8") for name in references(self.given()["indices"])
         )
-        if by_mask:
+        if by_mask and not is_plain:
             raise ValueError(f"{operator} selects by a mask: the result's shape depends on numbers")
 
     def _check_arguments(self) -> None:

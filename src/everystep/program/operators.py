@@ -14,6 +14,7 @@ from everystep.program.allowed import ALLOWED
 from everystep.program.trusting import what_is_unknown
 
 __all__ = [
+    "PLAIN_ONLY",
     "NotAllowedError",
     "Parameter",
     "computes",
@@ -28,6 +29,12 @@ __all__ = [
 #: What `torch.ops` has for each name: all overloads of an operator.
 _Packet: Any = type(torch.ops.aten.mul)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
+
+#: Operators that only a plain program may use: one gives a number to Python, and the shapes of the
+#: others' results depend on numbers.
+PLAIN_ONLY = {
+    *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
+}
 
 #: Types of arguments and results, as schemas write them, of an operation on tensors.
 _ARGUMENT_TYPES = re.compile(
@@ -94,7 +101,7 @@ def resolve(name: str) -> Any:
 
     Allowed is what computes tensors from tensors and numbers alone: it reads no file, starts
     nothing, changes no tensor's shape or memory, and its results' shapes do not depend on the numbers
-    in its tensors. A program has of these what `computes`.
+    in its tensors, but for `PLAIN_ONLY`. A program has of these what `computes`.
 
     Raises:
         NotAllowedError: it is unknown, or no such operation.
@@ -109,7 +116,7 @@ def resolve(name: str) -> Any:
     if match[2] not in packet.overloads():
         raise NotAllowedError(f"{name:.80}: {match[1]} has no overload {match[2]:.80}")
     operator = getattr(packet, match[2])
-    reason = _reason_against(match[1], operator)
+    reason = None if name in PLAIN_ONLY else _reason_against(match[1], operator)
     if reason:
         raise NotAllowedError(f"{name} {reason}")
     return operator

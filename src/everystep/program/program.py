@@ -88,6 +88,12 @@ class Program(Model):
     once: operations whose results are the same at every step; they run when the program is bound.
     loss: the name of the loss; gradients: of each parameter's gradient; activations: of each module's
     output, by the module's path; optimizer_step: takes the place of operations of the update.
+
+    is_plain: whether it repeats one step of a loop, by the plain interpreter (`plain.py`), which calls
+    operators as the loop did. Such a program may have no loss. It may read numbers, and the shapes of its
+    results may depend on numbers: what Python did with them is in what came next. ends: the tensor that
+    a name of the state stands for after the step, where it is another than before; gone: names of the
+    state that the step took away.
     """
 
     format: Literal["everystep program"] = "everystep program"
@@ -98,9 +104,12 @@ class Program(Model):
     once: tuple[Operation, ...] = ()
     operations: tuple[Operation, ...]
     optimizer_step: OptimizerStep | None = None
-    loss: Name
+    loss: Name | None = None
     gradients: dict[str, Name] = Field(default_factory=dict)
     activations: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    is_plain: bool = False
+    ends: dict[Name, Name] = Field(default_factory=dict)
+    gone: tuple[Name, ...] = ()
 
     @property
     def derived_gradients(self) -> set[str]:
@@ -202,15 +211,20 @@ class Program(Model):
             tensor.check(name, self.storages)
         for place, operation in self.placed_operations():
             try:
-                operation.check(self.tensors)
+                operation.check(self.tensors, is_plain=self.is_plain)
             except ValueError as error:  # NotAllowedError is one
                 raise ValueError(f"{place}: {error}") from None
         shown = [name for names in self.activations.values() for name in names]
-        for name in (self.loss, *self.gradients.values(), *shown):
+        loss = () if self.loss is None else (self.loss,)
+        for name in (*loss, *self.gradients.values(), *shown, *self.ends.values()):
             if name not in self.tensors:
                 raise ValueError(f"there is no tensor {name!r}")
-        if math.prod(self.tensors[self.loss].shape) != 1:
+        if self.loss is not None and math.prod(self.tensors[self.loss].shape) != 1:
             raise ValueError(f"the loss {self.loss!r} is not one number")
+        if not self.is_plain and (self.loss is None or self.ends or self.gone):
+            raise ValueError("only a plain program has no loss, or exchanges tensors of the state")
+        if self.is_plain and (self.once or self.optimizer_step is not None):
+            raise ValueError("a plain program has nothing but operations")
         if self.optimizer_step is not None:
             self.optimizer_step.check(self.tensors)
         return self
@@ -248,7 +262,7 @@ def _readable(data: dict[str, Any]) -> str:
     lines = []
     for key, value in data.items():
         entries: list[str] = []
-        if isinstance(value, dict) and key in ("storages", "tensors", "gradients", "activations"):
+        if isinstance(value, dict) and key in ("storages", "tensors", "gradients", "activations", "ends"):
             entries = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]
         elif isinstance(value, list | tuple):
             entries = [json.dumps(item) for item in value]

@@ -25,7 +25,7 @@ __all__ = [
 FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -50,6 +50,22 @@ CREATE TABLE snapshots (
     digest TEXT NOT NULL,                  -- SHA-256 of its files
     bytes INTEGER NOT NULL
 );
+
+-- Steps of a loop that is not everystep's: what repeats each of them.
+CREATE TABLE repeats (
+    step INTEGER PRIMARY KEY,
+    program INTEGER,                       -- programs/N.json; NULL: nothing repeats the step
+    numbers BLOB,                          -- of its operators and those that Python read: JSON, zlib
+    inputs BLOB                            -- what it was given, by content: JSON, zlib
+);
+
+-- Tensors that steps were given, or rows of them, by a digest of their bytes (XXH3, 128 bits).
+CREATE TABLE contents (
+    digest BLOB PRIMARY KEY,
+    file INTEGER NOT NULL,                 -- batches/N.bin
+    place INTEGER NOT NULL,                -- of its first byte
+    bytes INTEGER NOT NULL
+) WITHOUT ROWID;
 
 -- Everything else: status, numerics, versions, times. Values are JSON.
 CREATE TABLE facts (
@@ -140,6 +156,11 @@ def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
         raise RunError(
             f"{path} was written by a newer everystep (format {version}; this one reads up to "
             f"{SCHEMA_VERSION}); pip install --upgrade everystep"
+        )
+    if version < SCHEMA_VERSION:
+        raise RunError(
+            f"{path} was written by an earlier everystep, in format {version}; this one reads format "
+            f"{SCHEMA_VERSION}, and everystep 0.1 reads format 1"
         )
     if _tables(connection) != _own_tables():
         raise RunError(f"{path} has other tables than everystep makes: the database was changed")

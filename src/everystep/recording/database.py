@@ -19,6 +19,7 @@ __all__ = [
     "LOCK_NAME",
     "Database",
     "MeasurementEnds",
+    "Repeat",
     "SnapshotRow",
     "reading",
 ]
@@ -44,6 +45,18 @@ class MeasurementEnds(NamedTuple):
     values: int
     first: float | None
     last: float | None
+
+
+class Repeat(NamedTuple):
+    """What repeats a step of a loop that is not everystep's.
+
+    program: its number, None where nothing repeats the step; numbers, inputs: as they were written.
+    """
+
+    step: int
+    program: int | None
+    numbers: bytes | None
+    inputs: bytes | None
 
 
 class Database:
@@ -126,9 +139,21 @@ class Database:
         """Take snapshots out, before their directories are removed."""
         self._connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
 
+    def write_repeats(self, rows: Iterable[Repeat]) -> None:
+        """Write what repeats steps."""
+        self._connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?)", rows)
+
+    def write_contents(self, rows: Iterable[tuple[bytes, int, int, int]]) -> None:
+        """Write where contents lie (digest, file, place, bytes)."""
+        self._connection.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", rows)
+
+    def remove_contents(self, file: int) -> None:
+        """Take out all contents of a file, before it is removed."""
+        self._connection.execute("DELETE FROM contents WHERE file = ?", (file,))
+
     def forget_after(self, step: int) -> None:
         """Take out losses and measurements of later steps."""
-        for table in ("steps", "measurements"):
+        for table in ("steps", "measurements", "repeats"):
             self._connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
     def facts(self) -> dict[str, Any]:
@@ -211,6 +236,17 @@ class Database:
     def snapshots(self) -> list[SnapshotRow]:
         """Return the snapshots in order of their steps."""
         return [SnapshotRow(*row) for row in self._rows("SELECT * FROM snapshots ORDER BY step")]
+
+    def repeats(self, first: int, last: int) -> list[Repeat]:
+        """Return what repeats steps `first` to `last`, in their order."""
+        query = "SELECT * FROM repeats WHERE step BETWEEN ? AND ? ORDER BY step"
+        return [Repeat(*row) for row in self._rows(query, first, last)]
+
+    def contents(self, digests: Iterable[bytes]) -> dict[bytes, tuple[int, int, int]]:
+        """Return where contents lie (file, place, bytes), as far as they are there."""
+        query = "SELECT file, place, bytes FROM contents WHERE digest = ?"
+        found = ((digest, self._rows(query, digest)) for digest in digests)
+        return {digest: rows[0] for digest, rows in found if rows}
 
     def _rows(self, query: str, *arguments: Any) -> list[Any]:
         try:

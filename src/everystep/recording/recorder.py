@@ -8,14 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.changes import remove_changes, write_change
+from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Contents, packed
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
-from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
+from everystep.recording.database import FILE_NAME, LOCK_NAME, Database, Repeat
 from everystep.recording.inheritance import inherit
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
@@ -26,10 +27,29 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory"]
+__all__ = ["DEFAULT_BUDGET", "Recorder", "Taken", "create_directory"]
 
 #: Bytes of snapshots a run may keep, unless told otherwise.
 DEFAULT_BUDGET = 512_000_000
+
+
+class Taken(NamedTuple):
+    """A step of a loop that is not everystep's, as it is written.
+
+    program: its number, None where nothing repeats the step; numbers: of its operators, and those that
+    Python read; inputs: what it was given, on the CPU, by name; nesting: how its batch was nested.
+    """
+
+    step: int
+    program: int | None
+    numbers: list[int | float] | None
+    inputs: dict[str, Tensor]
+    nesting: Any
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the inputs."""
+        return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
 def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
@@ -75,7 +95,9 @@ class Recorder:
         budget: bytes of snapshots that the run may keep.
         parent: the run that this one is a fork of.
         at: the parent's state that it begins with.
+        batch_budget: bytes of batches, and other inputs of steps, that the run may keep.
 
+    lost_to: the last step whose inputs were given up.
     What goes wrong in the thread is raised by the next `check`, and by `finish`.
     """
 
@@ -86,7 +108,9 @@ class Recorder:
         budget: int,
         parent: RecordedRun | None = None,
         at: int = 0,
+        batch_budget: float = DEFAULT_BATCH_BUDGET,
     ) -> None:
+        self.lost_to = self._bytes_asked = self._bytes_written = 0
         self.directory = directory
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
@@ -104,6 +128,8 @@ class Recorder:
             raise self._translated(error) from error
         self._database = Database.create(directory / FILE_NAME)
         self._programs = 0
+        self._batch_budget = batch_budget
+        self._contents: Contents | None = None
         try:
             with self._database.transaction():
                 if parent is not None:
@@ -137,6 +163,11 @@ class Recorder:
         """Write tensors (on the CPU) that code between two steps has changed after `step`."""
         self._put(lambda: write_change(self.directory, step, tensors))
 
+    def repeats(self, rows: Sequence[Taken]) -> None:
+        """Write what repeats steps of a loop that is not everystep's; the losses are written besides."""
+        self._bytes_asked += sum(row.bytes for row in rows)
+        self._put(lambda: self._write_repeats(rows))
+
     def forget_after(self, step: int) -> None:
         """Take out losses, measurements and snapshots of later steps: they are taken again."""
         self._put(lambda: self._forget_after(step))
@@ -157,6 +188,11 @@ class Recorder:
         """Write a state."""
         self._snapshots_asked += 1
         self._put(lambda: self._write_snapshot(state))
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of inputs that are not written yet."""
+        return self._bytes_asked - self._bytes_written
 
     @property
     def has_interval(self) -> bool:
@@ -187,6 +223,8 @@ class Recorder:
         self.facts(facts)
         self._queue.put(None)
         self._thread.join()
+        if self._contents is not None:
+            self._contents.close()
         self._database.close()
         self._lock.release()
         self.check()
@@ -221,6 +259,28 @@ class Recorder:
     def _write_losses(self, first_step: int, losses: Sequence[float]) -> None:
         self._in_transaction(lambda: self._database.write_losses(first_step, losses))
         self._last_step = first_step + len(losses) - 1
+
+    def _write_repeats(self, rows: Sequence[Taken]) -> None:
+        if self._contents is None:
+            self._contents = Contents(self.directory, self._batch_budget)
+        found = []
+        for row in rows:
+            given = self._contents.add(row.step, row.inputs)
+            listed = {name: each.to_json() for name, each in given.items()}
+            inputs = packed({"nesting": row.nesting, "given": listed})
+            numbers = packed(row.numbers) if row.numbers else None
+            found.append(Repeat(row.step, row.program, numbers, inputs))
+        contents = self._contents
+
+        def write() -> None:
+            contents.commit(self._database)
+            self._database.write_repeats(found)
+            if contents.lost_to > self.lost_to:
+                self.lost_to = contents.lost_to
+                self._database.write_facts({"batches.lost_to": self.lost_to})
+
+        self._in_transaction(write)
+        self._bytes_written += sum(row.bytes for row in rows)
 
     def _write_text(self, name: str, content: str) -> None:
         (self.directory / name).write_text(content, encoding="utf-8")

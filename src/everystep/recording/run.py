@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from everystep.errors import RunError, did_you_mean
-from everystep.recording.database import FILE_NAME, LOCK_NAME, SnapshotRow, reading
+from everystep.recording.contents import Given, read_contents
+from everystep.recording.database import FILE_NAME, LOCK_NAME, Repeat, SnapshotRow, reading
 from everystep.recording.files import own_path
 from everystep.recording.snapshots import read_snapshot
 
 if TYPE_CHECKING:
     import polars
+    from torch import Tensor
 
     from everystep.step.state import State
 
@@ -255,6 +257,21 @@ class RecordedRun:
         """Return the snapshots as the database knows them, in order of their steps."""
         with reading(self._database_path) as database:
             return database.snapshots()
+
+    def repeats(self, first: int, last: int) -> list[Repeat]:
+        """Return what repeats steps of a loop that is not everystep's, in their order."""
+        with reading(self._database_path) as database:
+            return database.repeats(first, last)
+
+    def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:
+        """Return what a step was given, on the CPU; None for what was given up to make room.
+
+        Raises:
+            RunError: a file is not as it was written.
+        """
+        with reading(self._database_path) as database:
+            places = database.contents({d for each in given.values() for d in each.digests})
+        return {name: read_contents(self.directory, places, each) for name, each in given.items()}
 
     @property
     def _database_path(self) -> Path:

@@ -153,15 +153,10 @@ def check_question(expression: Expression, run: RecordedRun, objects: Objects | 
             "parameters": list(step.parameters),
             "buffers": list(step.buffers),
             "gradients": list(step.gradients | step.parameters),
-            "activations": list(step.activations) if step.is_by_program else _modules(replay),
+            "activations": list(step.activations) if step.is_by_program else replay.revived.module_paths(),
             "updates": list(step.updates),
         }
     )
-
-
-def _modules(replay: Replay) -> list[str]:
-    """Return the paths of modules, of which not each need run at each step."""
-    return [path for path, _ in replay.revived.trainee.model.named_modules() if path]
 
 
 def ask(

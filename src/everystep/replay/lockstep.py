@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from everystep.errors import RunError
 from everystep.recording.files import own_path
@@ -18,8 +17,9 @@ from everystep.replay.objects import Objects
 from everystep.replay.opener import Opener
 from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, compare_steps, draws
 from everystep.replay.replay import Replay
+from everystep.replay.replayable import Replayable
 from everystep.replay.workers import recorded_numerics
-from everystep.step.eager import Trainee
+from everystep.step.check import bytes_of
 
 __all__ = ["Lockstep", "draws_at_random"]
 
@@ -43,7 +43,8 @@ class Lockstep:
         # Under the same numerics, the same program gives the same for the same inputs.
         differences = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
         self._numerics = [f"{name} {a} and {b}" for name, (a, b) in differences.items()]
-        self._by_operation = bool(self._numerics) or _programs(one) != _programs(other)
+        is_own_loop = "loop" in one.facts or "loop" in other.facts
+        self._by_operation = bool(self._numerics) or is_own_loop or _programs(one) != _programs(other)
         self._is_random = draws_at_random(one) or draws_at_random(other)
 
     def first(self, first: int, last: int) -> OperationDifference | None:
@@ -84,7 +85,6 @@ class Lockstep:
 def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_random: bool) -> list[str]:
     """Take steps again; return for each a digest of what it took and gave."""
     found = []
-    batch = b""
     at = -1
     with replay.in_force(first):
         for number in range(first, last + 1):
@@ -92,35 +92,31 @@ def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ra
             if replay.stretch_of(number) != at:
                 at = replay.stretch_of(number)
                 revived = replay.go_to(number - 1, at)
-                trainee = revived.trainee
-                _add_state(digest, trainee)
+                _add_state(digest, revived)
             if revived.is_by_program(number):
                 revived.begin(number)
-            digest.update(json.dumps(trainee.hyperparameters()).encode())
             if is_random:
-                digest.update(_bytes(torch.get_rng_state()))
-            if not (batch and trainee.batch.is_fixed):
-                batch = b"".join(hashlib.sha256(_bytes(part)).digest() for part in trainee.batch(number))
-            digest.update(batch)
+                digest.update(bytes_of(torch.get_rng_state()))
+            digest.update(revived.given(number))
             if by_operation:
                 observation = revived.observe()
                 losses = [float(observation.loss)]
                 for observed in observation.operations:
                     digest.update(observed.operation.operator.encode())
                     for tensor in observed.results.values():
-                        digest.update(_bytes(tensor))
+                        digest.update(bytes_of(tensor))
             else:
                 losses = revived.run(number).tolist()
             replay.compare(number, losses, replay.recorded_losses(number, number))
-            _add_state(digest, trainee)
+            _add_state(digest, revived)
             found.append(digest.hexdigest())
     return found
 
 
-def _add_state(digest: Any, trainee: Trainee) -> None:
-    for name, tensor in sorted(trainee.named_state().items()):
+def _add_state(digest: Any, revived: Replayable) -> None:
+    for name, tensor in sorted(revived.named_state().items()):
         digest.update(name.encode())
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
 
 
 def draws_at_random(run: RecordedRun) -> bool:
@@ -144,7 +140,3 @@ def _programs(run: RecordedRun) -> list[bytes]:
         return [own_path(run.directory, rule["file"]).read_bytes() for rule in rules]
     except (OSError, RunError):
         return []
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

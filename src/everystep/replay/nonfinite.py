@@ -94,7 +94,7 @@ class _Watching:
                     losses.append(bound.loss.clone().reshape(1).cpu())
                     finite = bool(flags.all())
                     if bound.program.optimizer_step is not None:
-                        finite &= all(map(_all_finite, revived.trainee.named_state().values()))
+                        finite &= all(map(_all_finite, revived.named_state().values()))
                 revived.state = number
             if not finite:
                 self._found = number

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram, without_autograd
 from everystep.replay.expression import Reference
-from everystep.replay.revived import Revived
+from everystep.replay.replayable import Replayable
 
 __all__ = ["Probe"]
 
@@ -30,7 +30,7 @@ class Probe:
         references: tensors of the step itself or of the one before.
     """
 
-    def __init__(self, revived: Revived, references: Collection[Reference]) -> None:
+    def __init__(self, revived: Replayable, references: Collection[Reference]) -> None:
         self._revived = revived
         self._previous = [reference for reference in references if reference.is_previous]
         self._own = {reference._replace(is_previous=False) for reference in references}
@@ -94,7 +94,7 @@ class Probe:
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
         """Return the calls of a step with copies made in between, and where the copies are."""
         program, given_after = bound.program, bound.program.given_after()
-        self._live = self._revived.trainee.named_state()
+        self._live = self._revived.named_state()
         copies: Values = {}
         after: dict[int, list[Any]] = {}
         for reference in self._copied:
@@ -116,12 +116,12 @@ class Probe:
 
     def _take_eagerly(self, number: int) -> float:
         revived = self._revived
-        self._live = revived.trainee.named_state()
+        self._live = revived.named_state()
         of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
         self._copies = {r: self._state(_name_of_state(r)).clone() for r in of_state}
-        batch = dict(zip("xy", revived.trainee.batch(number), strict=True))
+        batch = revived.batch(number).tensors
         observation = revived.observe()
-        self._live = revived.trainee.named_state()
+        self._live = revived.named_state()
         seen: dict[str, dict[str, Tensor]] = {
             "batch": batch,
             "gradients": observation.gradients,

@@ -19,11 +19,11 @@ from everystep import numerics
 from everystep.errors import RunError, StepError
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
+from everystep.replay.loop import RecordedLoop
 from everystep.replay.objects import Objects
+from everystep.replay.replayable import Replayable
 from everystep.replay.revive import revive
-from everystep.replay.revived import Revived
-from everystep.replay.step import Batch, Step, Update
-from everystep.step.check import Saved
+from everystep.replay.step import Step, Update
 from everystep.step.state import Generators, State, generators_preserved
 
 __all__ = ["Replay", "no_such_step", "same_number"]
@@ -61,10 +61,10 @@ class Replay:
         self.stretches = run.stretches
         self._objects = objects or Objects()
         self._threads = threads
-        self._revived: dict[int, Revived] = {}
+        self._revived: dict[int, Replayable] = {}
         self._at = 0
         self._generators: Generators | None = None
-        self._kept: OrderedDict[tuple[int, int], tuple[int, Saved]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], tuple[int, Any]] = OrderedDict()
         self._opened: OrderedDict[int, Step] = OrderedDict()
         self._step_seconds = 0.0
 
@@ -104,11 +104,11 @@ class Replay:
             return self.go_to(number).capture()
 
     @property
-    def revived(self) -> Revived:
+    def revived(self) -> Replayable:
         """The training that is being gone through, as it stands."""
         return self._revive(self._at)
 
-    def go_to(self, state: int, at: int | None = None) -> Revived:
+    def go_to(self, state: int, at: int | None = None) -> Replayable:
         """Take the steps up to a state, in the stretch `at`; to be called within `in_force`."""
         at = self.stretch_of(state) if at is None else at
         revived = self._revive(at)
@@ -125,22 +125,22 @@ class Replay:
         revived = self.revived
         assert revived.state is not None
         revived.settle()
-        number, trainee = revived.state + 1, revived.trainee
+        number = revived.state + 1
         recorded = self.recorded_loss(number)
         dropped = revived.gradients()
-        before = {name: t.detach().clone() for name, t in trainee.named_state().items()}
+        before = {name: t.detach().clone() for name, t in revived.named_state().items()}
         is_by_program = revived.is_by_program(number)
-        batch = [part.clone() for part in trainee.batch(number)]
+        batch = revived.batch(number)
         observation = revived.observe()
         loss = float(observation.loss)
         self.compare(number, [loss], [recorded])
-        after = trainee.named_state()
+        after = revived.named_state()
         return Step(
             number=number,
             loss=loss,
             recorded_loss=recorded,
             departed_at=self.departed_at,
-            batch=Batch(batch[0], batch[1], revived.batches.indices(number)),
+            batch=batch,
             parameters=_of_kind(before, "parameter"),
             buffers=_of_kind(before, "buffer"),
             activations={
@@ -156,7 +156,7 @@ class Replay:
             operations=tuple(observation.operations),
             hyperparameters=revived.hyperparameters(),
             is_by_program=is_by_program,
-            epoch=revived.batches.epoch(number),
+            epoch=revived.epoch(number),
         )
 
     def recorded_loss(self, number: int) -> float:
@@ -195,7 +195,13 @@ class Replay:
         device = torch.device(facts["device"])
         known = facts["numerics"]
         threads, dtype = self._threads or known["threads"], known.get("default_dtype")
-        with numerics.in_force(threads, dtype), generators_preserved(device):
+        held = numerics.in_force(
+            threads,
+            dtype,
+            deterministic=known.get("deterministic_algorithms", True),
+            flush_denormal=known.get("flush_denormal", False),
+        )
+        with held, generators_preserved(device):
             if self._generators is not None:
                 self._generators.restore(device)
             try:
@@ -214,7 +220,7 @@ class Replay:
             self._advance(revived, number - 1)
         self.go_to(number - 1, at)
 
-    def _start_near(self, revived: Revived, at: int, state: int) -> None:
+    def _start_near(self, revived: Replayable, at: int, state: int) -> None:
         """Bring the training to the nearest state that is there, not after the one wanted."""
         lowest = self.stretches[at].first - 1
         here = -1
@@ -236,7 +242,7 @@ class Replay:
         elif here < 0:
             self._load_first(revived, at)
 
-    def _load_first(self, revived: Revived, at: int) -> None:
+    def _load_first(self, revived: Replayable, at: int) -> None:
         """Load the state that a stretch begins with; if it cannot be read, from the stretch before."""
         boundary = self.stretches[at].first - 1
         state = self.run.state_near(boundary, told=self._note, after=boundary - 1)
@@ -248,7 +254,7 @@ class Replay:
         revived.load(state)
         self._at = at
 
-    def _advance(self, revived: Revived, last: int) -> None:
+    def _advance(self, revived: Replayable, last: int) -> None:
         assert revived.state is not None
         first = revived.state + 1
         started = time.perf_counter()
@@ -281,7 +287,7 @@ class Replay:
     def _spacing(self) -> int:
         return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
 
-    def _keep(self, revived: Revived) -> None:
+    def _keep(self, revived: Replayable) -> None:
         assert revived.state is not None
         place = self._at, revived.state
         if place in self._kept:
@@ -291,10 +297,20 @@ class Replay:
         while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
-    def _revive(self, at: int) -> Revived:
+    def _revive(self, at: int) -> Replayable:
         if at not in self._revived:
-            self._revived[at] = revive(self.run, self.stretches[at], self._objects)
+            facts = self.stretches[at].facts
+            self._revived[at] = (
+                RecordedLoop(self.run, facts, self._depart)
+                if "loop" in facts
+                else revive(self.run, self.stretches[at], self._objects)
+            )
         return self._revived[at]
+
+    def _depart(self, step: int, problem: str) -> None:
+        """A step has done something else than was recorded."""
+        self.departed_at = step if self.departed_at is None else min(step, self.departed_at)
+        self._note(problem)
 
     def stretch_of(self, step: int) -> int:
         """Return in which stretch a step was taken, or a state reached."""

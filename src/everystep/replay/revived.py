@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +17,8 @@ from everystep.experiment.batches import Batches
 from everystep.program.execute import BoundProgram, without_autograd
 from everystep.program.memory import copy_into
 from everystep.replay.skeleton import Skeleton
-from everystep.step.check import Saved
+from everystep.replay.step import Batch
+from everystep.step.check import Saved, bytes_of
 from everystep.step.eager import EagerStep, Trainee
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, observe_eager, observe_program
@@ -73,6 +76,7 @@ class Revived:
         self._changes = changes
         self._between = between
         self._settled: int | None = None
+        self._batch_digest: bytes | None = None
         self._eager = EagerStep(trainee)
 
     def load(self, state: State) -> None:
@@ -182,6 +186,32 @@ class Revived:
     def has_gradients(self) -> bool:
         """Whether the gradients of the last step are there: not where a state has just been loaded."""
         return self.state is not None and self._loaded != self.state
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the live tensors of the state by name."""
+        return self.trainee.named_state()
+
+    def batch(self, number: int) -> Batch:
+        """Return a copy of the batch of a step."""
+        tensors = {name: part.clone() for name, part in zip("xy", self.trainee.batch(number), strict=True)}
+        return Batch(tensors, self.batches.indices(number), tuple(tensors.values()))
+
+    def given(self, number: int) -> bytes:
+        """Return what tells apart what a step is given besides its state: settings and batch."""
+        settings = json.dumps(self.trainee.hyperparameters()).encode()
+        if self._batch_digest is None or not self.trainee.batch.is_fixed:
+            parts = self.trainee.batch(number)
+            digests = (hashlib.sha256(bytes_of(part)).digest() for part in parts)
+            self._batch_digest = b"".join(digests)
+        return settings + self._batch_digest
+
+    def module_paths(self) -> list[str]:
+        """Return the paths of modules, of which not each need run at each step."""
+        return [path for path, _ in self.trainee.model.named_modules() if path]
+
+    def epoch(self, number: int) -> int:
+        """Return the epoch of a step, from 0."""
+        return self.batches.epoch(number)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return copies of the gradients that the last step has left, by parameter."""

@@ -10,17 +10,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.errors import UsageError
 from everystep.program.execute import Observed
 
 __all__ = ["Batch", "Statistics", "Step", "Update", "statistics"]
 
 
-class Batch(NamedTuple):
-    """The batch of a step: x (N, ...), y (N, ...), and its rows (N) of the data, None: all in order."""
+@dataclass(frozen=True)
+class Batch:
+    """The batch of a step.
 
-    x: Tensor
-    y: Tensor
-    rows: Tensor | None
+    tensors: by their path in the batch (N, ...); the two of a pair are called `x` and `y`; rows: which
+    rows of the data these are (N), None where they are all, in order, or where nobody knows; nested: the
+    batch as it was nested, with the tensors in it.
+    """
+
+    tensors: dict[str, Tensor]
+    rows: Tensor | None = None
+    nested: Any = None
+
+    @property
+    def x(self) -> Tensor:
+        """The first of a pair."""
+        return self["x"]
+
+    @property
+    def y(self) -> Tensor:
+        """The second of a pair."""
+        return self["y"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            known = ", ".join(self.tensors) or "none"
+            raise UsageError(f"the batch of this step has no tensor {name!r}; it has: {known}")
+        return self.tensors[name]
 
 
 class Update(NamedTuple):
@@ -82,7 +105,7 @@ class Step:
     @cached_property
     def bytes(self) -> int:
         """How much memory its tensors take."""
-        tensors = [*self.batch[:2], *self.parameters.values(), *self.buffers.values()]
+        tensors = [*self.batch.tensors.values(), *self.parameters.values(), *self.buffers.values()]
         tensors += [*self.dropped.values(), *(update.after for update in self.updates.values())]
         for seen in self.operations:
             tensors += [*seen.inputs.values(), *seen.results.values()]

@@ -297,8 +297,12 @@ def differences(recorded: State, replayed: State, *, only_model: bool = False) -
     only_model: compare parameters and buffers alone.
     """
     found = []
-    for name in sorted(_compared(recorded) | _compared(replayed)):
+    both = _compared(recorded), _compared(replayed)
+    for name in sorted(both[0] | both[1]):
         if only_model and not name.startswith(("parameters/", "buffer/")):
+            continue
+        # A pending gradient is in a snapshot only where the next step uses it.
+        if name.startswith("gradient/") and not (name in both[0] and name in both[1]):
             continue
         one, two = (_tensor(state, name) for state in (recorded, replayed))
         if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype:
@@ -310,7 +314,10 @@ def differences(recorded: State, replayed: State, *, only_model: bool = False) -
 
 
 def _compared(state: State) -> set[str]:
-    own = {n for n in state.rest if not n.startswith(("generator/python", "generator/numpy"))}
+    # What a loop of the user's draws besides its steps is not repeated, but given to those that draw.
+    is_own_loop = "parts" in state.settings
+    left_out = ("generator/",) if is_own_loop else ("generator/python", "generator/numpy")
+    own = {n for n in state.rest if not n.startswith(left_out)}
     return own | {f"parameters/{name}" for name in state.parameters}
 
 

@@ -27,7 +27,7 @@ from everystep.step.eager import Trainee, changes_more_than_lr
 from everystep.step.recorder import Recorded
 from everystep.step.state import optimizer_settings
 
-__all__ = ["Built", "NotCapturableError", "build", "named_operations"]
+__all__ = ["Builder", "Built", "NotCapturableError", "build", "checked", "named_operations"]
 
 #: Settings that a schedule changes, and that some change: they belong to a step, not to the program.
 _SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr"}
@@ -58,10 +58,10 @@ def build(captured: Capture, trainee: Trainee, has_update: bool = True) -> Built
         if where != "optimizer" and (reads is None or not reads <= fixed):
             raise NotCapturableError(f"in the {where} phase, {reason}")
     if not has_update:
-        return _Builder(captured, captured.operations, ("optimizer/", "group/")).program(None)
+        return Builder(captured, captured.operations, ("optimizer/", "group/")).program(None)
     update = _Update(captured, trainee)
     left_out = ("optimizer/",) if update.is_optimizer_step else ()
-    builder = _Builder(captured, update.operations(), left_out)
+    builder = Builder(captured, update.operations(), left_out)
     optimizer_step = update.optimizer_step() if update.is_optimizer_step else None
     return builder.program(optimizer_step)
 
@@ -71,7 +71,7 @@ def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]
 
     They need not be the same at the next step, nor complete.
     """
-    builder = _Builder(captured, captured.operations)
+    builder = Builder(captured, captured.operations)
     return builder.named_operations()
 
 
@@ -206,7 +206,7 @@ class _Update:
         return self._groups.get(names.get(number, ""), 0)
 
 
-class _Builder:
+class Builder:
     """Gives everything a name, and leaves out what has no effect."""
 
     def __init__(
@@ -222,7 +222,7 @@ class _Builder:
         self._appeared = ours(captured.appeared)
         self._replaced = ours(captured.replaced)
         self._names: dict[int, str] = {}
-        self._taken: Counter[str] = Counter()
+        self._taken = Counter([*captured.named])  # a part of the batch may be called like an operator
         self._views: dict[str, int] = {}
         self._storages: dict[str, Storage] = {}
         self._tensors: dict[str, TensorSpec] = {}
@@ -237,6 +237,7 @@ class _Builder:
         for name, number in self._state.items():
             self._add_tensor(name, number)
         gradients = {name: self._named(n, f"gradient/{name}") for name, n in captured.gradients.items()}
+        assert captured.loss_tensor is not None
         loss = self._named(captured.loss_tensor, "loss")
         operations = [*self._first_values(), *map(self._operation, self._recorded), *self._exchanges()]
         activations = {
@@ -249,7 +250,7 @@ class _Builder:
         used |= set(gradients.values()) | set(self._state)
         tensors = {name: spec for name, spec in self._tensors.items() if name in used}
         storages = self._used_storages(tensors)
-        program = _checked(
+        program = checked(
             torch=torch.__version__,
             storages=storages,
             tensors=tensors,
@@ -268,6 +269,7 @@ class _Builder:
             self._add_tensor(name, number)
         for name, number in self._captured.gradients.items():
             self._named(number, f"gradient/{name}")
+        assert self._captured.loss_tensor is not None
         self._named(self._captured.loss_tensor, "loss")
         return [self._operation(recorded) for recorded in self._recorded], self._tensor_names
 
@@ -288,7 +290,9 @@ class _Builder:
         """Storages are named after state, gradients and the loss; others after their operator."""
         captured = self._captured
         known = self._state | {f"gradient/{name}": n for name, n in captured.gradients.items()}
-        for name, number in (known | {"loss": captured.loss_tensor}).items():
+        if captured.loss_tensor is not None:
+            known = {"loss": captured.loss_tensor} | known
+        for name, number in known.items():
             self._names.setdefault(captured.tensors[number].storage, name)
         for recorded in operations:
             for reference in filter(None, recorded.results):
@@ -415,7 +419,12 @@ class _Builder:
         )
 
 
-def _checked(**parts: Any) -> Program:
+def checked(**parts: Any) -> Program:
+    """Return a program of these parts.
+
+    Raises:
+        NotCapturableError: they are none.
+    """
     try:
         return Program(**parts)
     except ValidationError as error:

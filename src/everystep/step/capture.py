@@ -34,7 +34,7 @@ class Capture:
     named: dict[str, int] = field(default_factory=dict)
     appeared: dict[str, int] = field(default_factory=dict)
     replaced: dict[str, int] = field(default_factory=dict)
-    loss_tensor: int = 0
+    loss_tensor: int | None = None
     gradients: dict[str, int] = field(default_factory=dict)
     activations: dict[str, tuple[int, ...]] = field(default_factory=dict)
     held: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -155,6 +155,7 @@ def _note_changed_inputs(found: Capture, is_fixed: bool) -> None:
         if is_fixed and any(found.storages[s].kind == "input" for s in operation.writes):
             found.refusals.append(Refusal(operation.phase, "the step changes its batch in place"))
             return
+    assert found.loss_tensor is not None
     kind = found.storages[found.tensors[found.loss_tensor].storage].kind
     if kind != "temporary":
         found.refusals.append(Refusal("loss", f"the loss is a view of the step's {kind}"))

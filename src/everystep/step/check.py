@@ -14,7 +14,7 @@ from everystep.step.eager import Trainee
 from everystep.step.own_state import captured, keeps_own_state, restore
 from everystep.step.state import Generators, entries_of, parameter_names
 
-__all__ = ["Saved", "as_integers", "difference", "distance", "same_bits"]
+__all__ = ["Saved", "as_integers", "bytes_of", "difference", "distance", "same_bits"]
 
 #: How far a folded program may be from the eager step, relative to the largest number of a tensor.
 FOLD_TOLERANCE = {
@@ -130,6 +130,11 @@ def as_integers(tensor: Tensor) -> Tensor:
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     is_float = whole.is_floating_point()
     return whole.view(integers[whole.element_size()]) if is_float else whole
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor as an array of NumPy's, in the order of its elements."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def distance(one: Tensor, two: Tensor) -> int | None:

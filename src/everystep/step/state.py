@@ -19,12 +19,16 @@ from everystep.step.own_state import PREFIX, captured, keeps_own_state, restore
 __all__ = [
     "Generators",
     "State",
+    "copy_of",
     "entries_of",
     "first_names",
     "generators_preserved",
     "named_state",
     "optimizer_settings",
     "parameter_names",
+    "plain",
+    "registered",
+    "state_dict_of",
 ]
 
 
@@ -129,9 +133,9 @@ class State:
         device: torch.device,
     ) -> State:
         """Copy the state after `step`; touches neither the training nor its generators."""
-        parameters = {name: _copy(value) for name, value in _state_dict(model).items()}
+        parameters = {name: copy_of(value) for name, value in state_dict_of(model).items()}
         rest = {
-            name: _copy(value)
+            name: copy_of(value)
             for name, value in named_state(model, loss, optimizer).items()
             if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
         }
@@ -140,13 +144,13 @@ class State:
         if keeps_own_state(optimizer):
             live = named_state(model, loss, optimizer)
             own, settings["own"] = captured(optimizer, parameter_names(model, optimizer), live)
-            rest |= {name: _copy(value) for name, value in own.items()}
+            rest |= {name: copy_of(value) for name, value in own.items()}
         if schedule is not None:
-            settings["schedule"] = _plain(schedule.state_dict())
+            settings["schedule"] = plain(schedule.state_dict())
         return cls(
             step=step,
             parameters=parameters,
-            rest=rest | {f"generator/{name}": _copy(value) for name, value in generators.items()},
+            rest=rest | {f"generator/{name}": copy_of(value) for name, value in generators.items()},
             settings=settings,
         )
 
@@ -207,15 +211,15 @@ def named_state(
     param group holds a tensor, and `loss/weight` of a loss that is a module. A gradient is state only
     where nothing zeroes it: of a parameter that the optimizer does not have.
     """
-    found = {f"parameter/{name}": each for name, each in _registered(model, "_parameters")}
-    found |= {f"buffer/{name}": each for name, each in _registered(model, "_buffers")}
+    found = {f"parameter/{name}": each for name, each in registered(model, "_parameters")}
+    found |= {f"buffer/{name}": each for name, each in registered(model, "_buffers")}
     if isinstance(loss, nn.Module):
-        own = (*_registered(loss, "_parameters"), *_registered(loss, "_buffers"))
+        own = (*registered(loss, "_parameters"), *registered(loss, "_buffers"))
         found |= {f"loss/{name}": tensor for name, tensor in own}
     if optimizer is None:
         return found
     names = parameter_names(model, optimizer)
-    in_model: set[Tensor] = {parameter for _, parameter in _registered(model, "_parameters")}
+    in_model: set[Tensor] = {parameter for _, parameter in registered(model, "_parameters")}
     found |= {f"parameter/{name}": p for p, name in names.items() if p not in in_model}
     for parameter, entries in entries_of(optimizer):
         place = names.get(parameter, "#")
@@ -229,7 +233,7 @@ def named_state(
     return found
 
 
-def _registered(
+def registered(
     module: nn.Module, kind: str, prefix: str = "", around: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters or buffers of a module and all within it, each under every name.
@@ -241,18 +245,18 @@ def _registered(
             yield f"{prefix}{name}", tensor
     for name, inner in vars(module)["_modules"].items():
         if inner is not None and id(inner) not in around:
-            yield from _registered(inner, kind, f"{prefix}{name}.", (*around, id(module)))
+            yield from registered(inner, kind, f"{prefix}{name}.", (*around, id(module)))
 
 
 def first_names(model: nn.Module) -> dict[Tensor, str]:
     """Return each parameter of a model with the first of its names."""
     found: dict[Tensor, str] = {}
-    for name, parameter in _registered(model, "_parameters"):
+    for name, parameter in registered(model, "_parameters"):
         found.setdefault(parameter, name)
     return found
 
 
-def _state_dict(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+def state_dict_of(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Return what torch's `state_dict` does, in its order, without the hooks of the user's."""
     own = vars(module)
     left_out = own["_non_persistent_buffers_set"]
@@ -264,7 +268,7 @@ def _state_dict(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     }
     for name, inner in own["_modules"].items():
         if inner is not None:
-            found |= _state_dict(inner, f"{prefix}{name}.")
+            found |= state_dict_of(inner, f"{prefix}{name}.")
     return found
 
 
@@ -286,13 +290,13 @@ def optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """Return what the optimizer holds besides tensors."""
     names = parameter_names(model, optimizer)
     values = {
-        f"{names.get(parameter, '#')}/{key}": _plain(value)
+        f"{names.get(parameter, '#')}/{key}": plain(value)
         for parameter, entries in entries_of(optimizer)
         for key, value in entries.items()
         if not isinstance(value, Tensor)
     }
     groups = [
-        {k: _plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+        {k: plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
         | {"params": [names[parameter] for parameter in group["params"]]}
         for group in optimizer.param_groups
     ]
@@ -388,7 +392,7 @@ def _geometry(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def copy_of(tensor: Tensor) -> Tensor:
     detached = tensor.detach()
     return (
         detached.cpu()
@@ -397,14 +401,14 @@ def _copy(tensor: Tensor) -> Tensor:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return the value as JSON can hold it; of what it cannot hold, the class."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     return type(value).__name__  # an object of the user's may count how often it is printed

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep import numerics
@@ -30,7 +31,7 @@ from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.job import Job, Outcome, Progress
 
-__all__ = ["run_job"]
+__all__ = ["circumstances", "now", "run_job"]
 
 #: Seconds between two looks at the losses: each waits for the device once.
 FLUSH_SECONDS = 0.1
@@ -57,7 +58,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     """
     job.check()
     place = create_directory(directory, job.name, runs)
-    facts = {"name": place.name, "started": _now()} | job.facts | _circumstances(job)
+    facts = {"name": place.name, "started": now()} | job.facts | circumstances(job.steps, job.trainee.device)
     parent = job.origin.parent if job.origin else None
     try:
         recorder = Recorder(place, facts, budget, parent, job.start)
@@ -78,7 +79,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
         progress.end()
     status = "finished" if reason is None else "stopped"
     seconds = time.perf_counter() - started
-    recorder.finish({"status": status, "reason": reason, "finished": _now(), "seconds": seconds})
+    recorder.finish({"status": status, "reason": reason, "finished": now(), "seconds": seconds})
     return Outcome(place, status, reason, interrupted())
 
 
@@ -377,13 +378,14 @@ def _finish_failed(recorder: Recorder, training: _Training, error: BaseException
         training.forget_void_steps()
     reason = str(error).strip() or type(error).__name__
     with suppress(Exception):
-        recorder.finish({"status": "failed", "reason": reason, "finished": _now()})
+        recorder.finish({"status": "failed", "reason": reason, "finished": now()})
 
 
-def _circumstances(job: Job) -> dict[str, Any]:
+def circumstances(steps: int, device: torch.device) -> dict[str, Any]:
+    """Return the facts of a training that are not its own: numerics and versions, besides its steps."""
     return {
-        "steps": job.steps,
-        "numerics": numerics.Numerics.read(job.trainee.device).to_json(),
+        "steps": steps,
+        "numerics": numerics.Numerics.read(device).to_json(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
 
@@ -393,7 +395,8 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time with its zone, as ISO 8601 writes it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 

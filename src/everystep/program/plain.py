@@ -1,0 +1,323 @@
+"""Plain: an interpreter of plain programs, which calls operators one after the other as a loop did.
+
+A plain program is what one step of a loop was seen to do. Its numbers (`Scalar` and `float` arguments)
+belong to the step: torch's Adam has other bias corrections at every step, and one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ProgramError
+from everystep.program.arguments import decode, json_floats
+from everystep.program.memory import copy_into
+from everystep.program.operation import Operation, TensorSpec
+from everystep.program.operators import parameters
+from everystep.program.program import Program
+
+__all__ = ["READ", "Environment", "PlainProgram", "PlainStep", "is_number_slot", "lies_as", "tensor_on"]
+
+#: The operator by which Python reads a number from a tensor.
+READ = "aten._local_scalar_dense.default"
+#: Operators with `Scalar` arguments that decide the shape of their result.
+_SHAPED_BY_NUMBERS = {"arange", "range"}
+
+Number = int | float
+
+
+class PlainStep(NamedTuple):
+    """What running a program has given.
+
+    loss: None where the program has none; differs: the first thing that was not as the program says,
+    in words, or None.
+    """
+
+    loss: Tensor | None
+    differs: str | None
+
+
+@cache
+def _slots(operator: Any) -> frozenset[str]:
+    """Return the arguments of an operator that hold numbers which may be others at each step."""
+    if operator.overloadpacket.__name__ in _SHAPED_BY_NUMBERS:
+        return frozenset()
+    # A number may stand in the place of a tensor, too.
+    kinds = ("number", "float", "Tensor")
+    held = [f"{holder}[{kind}]" for holder in ("Optional", "List") for kind in kinds]
+    return frozenset(p.name for p in parameters(operator) if p.kind in (*kinds, *held))
+
+
+def is_number_slot(operator: Any, name: str) -> bool:
+    """Tell whether numbers in an argument of an operator belong to the step, not to its program."""
+    return name in _slots(operator)
+
+
+def _is_number(value: Any) -> bool:
+    is_special = isinstance(value, dict) and "float" in value
+    return is_special or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+class PlainProgram:
+    """A plain program, ready to be run.
+
+    Raises:
+        ProgramError: an argument is nothing that a program holds.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self.program = program
+        self._device = device
+        self._calls = [_Call(operation) for operation in program.operations]
+        self.state = {
+            name: spec
+            for name, spec in program.tensors.items()
+            if program.storages[spec.storage].kind == "state" and "~" not in name
+        }
+        self.inputs = {
+            name: spec
+            for name, spec in program.tensors.items()
+            if program.storages[spec.storage].kind == "input"
+        }
+
+    def _iterated(self, numbers: Sequence[Number]) -> Iterator[Number]:
+        wanted = sum(call.numbers for call in self._calls)
+        if len(numbers) != wanted:
+            raise ProgramError(f"the step has {len(numbers)} numbers, and its program needs {wanted}")
+        return iter(numbers)
+
+    def operations_with(self, numbers: Sequence[Number]) -> list[Operation]:
+        """Return the operations with the numbers of a step in them."""
+        left = self._iterated(numbers)
+        return [call.with_numbers(left) for call in self._calls]
+
+    def run(
+        self,
+        state: dict[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        numbers: Sequence[Number],
+        look: Callable[[int, Environment], None] | None = None,
+    ) -> PlainStep:
+        """Take the step; to be called within `without_autograd`.
+
+        Args:
+            state: tensors by name, which are changed in place, exchanged, added and taken away.
+            inputs: bytes of each input storage, by its name; they may be changed.
+            numbers: of the step, in the order of its operations, and what Python read.
+            look: called before each operation with its number, and with their count at the end.
+
+        Raises:
+            ProgramError: the state or the inputs do not fit the program.
+        """
+        left = self._iterated(numbers)
+        environment = Environment(self, state, inputs, self._device)
+        differs: str | None = None
+        for index, call in enumerate(self._calls):
+            if look is not None:
+                look(index, environment)
+            try:
+                found = call.run(environment, left)
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise ProgramError(f"operation #{index}, {call.operation.operator}: {reason}") from None
+            differs = differs or (found and f"operation #{index}, {call.operation.operator}, {found}")
+        if look is not None:
+            look(len(self._calls), environment)
+        loss = None if self.program.loss is None else environment.tensor(self.program.loss).clone()
+        ends = {name: environment.tensor(tensor) for name, tensor in self.program.ends.items()}
+        for name in self.program.gone:
+            state.pop(name, None)
+        state.update(ends)
+        return PlainStep(loss, differs)
+
+
+class _Call:
+    """An operation with its operator looked up; arguments are put in place at each call."""
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+        operator = operation.resolved
+        self._call = operator._op
+        self._reads_number = operation.operator == READ
+        names = [p.name for p in parameters(operator) if p.is_positional]
+        pairs = zip(names, operation.arguments, strict=False)
+        self._positional = [(value, is_number_slot(operator, name)) for name, value in pairs]
+        self._keywords = {
+            key: (value, is_number_slot(operator, key)) for key, value in operation.keywords.items()
+        }
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of the step it has."""
+        values = [*self._positional, *self._keywords.values()]
+        return self._reads_number + sum(_count(value) for value, is_slot in values if is_slot)
+
+    def with_numbers(self, numbers: Iterator[Number]) -> Operation:
+        """Return the operation with the numbers of a step in it."""
+
+        def put(value: Any, is_slot: bool) -> Any:
+            if isinstance(value, list | tuple):
+                return [put(item, is_slot) for item in value]
+            is_number = is_slot and _is_number(value)
+            return json_floats(_next(numbers, value)) if is_number else value
+
+        arguments = tuple(put(*each) for each in self._positional)
+        keywords = {key: put(*each) for key, each in self._keywords.items()}
+        if self._reads_number:
+            next(numbers, None)
+        return self.operation.model_copy(update={"arguments": arguments, "keywords": keywords})
+
+    def run(self, environment: Environment, numbers: Iterator[Number]) -> str | None:
+        """Call the operator; return in words what is not as the program says, or None."""
+
+        def put(value: Any, is_slot: bool) -> Any:
+            if isinstance(value, list | tuple):
+                return [put(item, is_slot) for item in value]
+            is_number = is_slot and _is_number(value)
+            return _next(numbers, value) if is_number else decode(value, environment.tensor)
+
+        arguments = [put(*each) for each in self._positional]
+        keywords = {key: put(*each) for key, each in self._keywords.items()}
+        result = self._call(*arguments, **keywords)
+        if self._reads_number:
+            known = next(numbers)
+            same = known == result or (known != known and result != result)
+            return None if same else f"gives Python {result}, which was {known}"
+        flat = _flat(result) if self.operation.results else []
+        for name, tensor in zip(self.operation.results, flat, strict=False):
+            if name is not None:
+                environment.put(name, tensor)
+        return None
+
+
+def _count(value: Any) -> int:
+    return sum(map(_count, value)) if isinstance(value, list | tuple) else int(_is_number(value))
+
+
+def _next(numbers: Iterator[Number], value: Any) -> Number:
+    """Return the number of a step that takes the place of one in its program."""
+    return (int if isinstance(value, int) else float)(next(numbers))
+
+
+def _flat(value: Any) -> list[Any]:
+    found: list[Any] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        found += item if isinstance(item, list | tuple) else [item]
+    return found
+
+
+class Environment:
+    """The memory of a step under way: storages by name, and tensors on them."""
+
+    def __init__(
+        self,
+        plain: PlainProgram,
+        state: dict[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        self._program = plain.program
+        self._device = device
+        self._memory: dict[str, torch.UntypedStorage] = {}
+        self._tensors: dict[str, Tensor] = {}
+        lay_state(plain, state, device)
+        for name, spec in plain.state.items():
+            self._memory[spec.storage] = state[name].untyped_storage()
+        for name, storage in plain.program.storages.items():
+            if storage.kind != "input":
+                continue
+            given = inputs.get(name)
+            if given is None or given.nbytes < storage.bytes:
+                raise ProgramError(f"there is no input {name} of {storage.bytes} bytes")
+            self._memory[name] = given.to(torch.device("cpu") if storage.host else device).untyped_storage()
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the program, on its live memory."""
+        if name not in self._tensors:
+            spec = self._program.tensors[name]
+            if spec.storage not in self._memory:
+                self._memory[spec.storage] = self._fresh(spec.storage)
+            self._tensors[name] = tensor_on(self._memory[spec.storage], spec)
+        return self._tensors[name]
+
+    def is_there(self, name: str) -> bool:
+        """Tell whether a tensor's memory has been made yet."""
+        return self._program.tensors[name].storage in self._memory
+
+    def put(self, name: str, tensor: Any) -> None:
+        """An operation has given a tensor.
+
+        Raises:
+            ValueError: it lies otherwise than the program says.
+        """
+        spec = self._program.tensors[name]
+        if not isinstance(tensor, Tensor) or not lies_as(tensor, spec):
+            what = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else "nothing"
+            raise ValueError(f"gives {what} as {name}, which is {spec.shape} {spec.dtype}")
+        storage = tensor.untyped_storage()
+        known = self._memory.get(spec.storage)
+        if known is not None and known.data_ptr() == storage.data_ptr():
+            return  # it wrote in place
+        self._memory[spec.storage] = storage
+        for other in [n for n in self._tensors if self._program.tensors[n].storage == spec.storage]:
+            del self._tensors[other]
+        self._tensors[name] = tensor
+
+    def _fresh(self, storage: str) -> torch.UntypedStorage:
+        known = self._program.storages[storage]
+        device = torch.device("cpu") if known.host else self._device
+        return torch.zeros(known.bytes, dtype=torch.uint8, device=device).untyped_storage()
+
+
+def lay_state(plain: PlainProgram, state: dict[str, Tensor], device: torch.device) -> None:
+    """Let the tensors of a state lie in memory as a program knows them, with the same numbers.
+
+    Raises:
+        ProgramError: one is missing, or of another shape or dtype.
+    """
+    on: dict[str, list[str]] = {}
+    for name, spec in plain.state.items():
+        given = state.get(name)
+        if given is None or tuple(given.shape) != spec.shape or given.dtype != spec.torch_dtype:
+            what = "missing" if given is None else f"{tuple(given.shape)} {given.dtype}"
+            raise ProgramError(f"{name} of the state is {what}, and the step needs {spec.shape} {spec.dtype}")
+        on.setdefault(spec.storage, []).append(name)
+    for storage, names in on.items():
+        places = {state[name].untyped_storage().data_ptr() for name in names}
+        if len(places) == 1 and all(lies_as(state[name], plain.state[name]) for name in names):
+            continue
+        known = plain.program.storages[storage]
+        place = torch.device("cpu") if known.host else device
+        memory = torch.zeros(known.bytes, dtype=torch.uint8, device=place).untyped_storage()
+        for name in names:
+            laid = tensor_on(memory, plain.state[name])
+            copy_into(laid, state[name])
+            state[name] = laid
+
+
+def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
+    """Tell whether a tensor has the geometry that a program has for it."""
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
+        return False
+    if tensor.layout != torch.strided or tensor.storage_offset() != spec.offset:
+        return False
+    return 0 in spec.shape or all(
+        one == two or size == 1
+        for one, two, size in zip(tensor.stride(), spec.stride, spec.shape, strict=True)
+    )
+
+
+def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec) -> Tensor:
+    """Return a tensor on memory.
+
+    Raises:
+        ProgramError: it would lie beyond its end.
+    """
+    if spec.end > storage.nbytes():
+        raise ProgramError(f"a tensor needs {spec.end} bytes of {storage.nbytes()}")
+    empty = torch.empty(0, dtype=spec.torch_dtype, device=storage.device)
+    return empty.set_(storage, spec.offset, spec.shape, spec.stride)

@@ -1,0 +1,224 @@
+"""Contents: what the steps of a loop were given, kept once by a digest of its bytes.
+
+A tensor with rows is kept row by row, so that an epoch that shuffles its rows costs 16 bytes for each.
+Files hold the bytes one after the other. When they take more than a budget, the oldest file goes, and the
+steps that need it can be repeated no more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import xxhash
+
+from everystep.errors import RunError
+from everystep.recording.files import own_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from everystep.recording.database import Database
+
+__all__ = ["DEFAULT_BATCH_BUDGET", "Contents", "Given", "packed", "read_contents", "unpacked"]
+
+#: Bytes of batches and other inputs that a run may keep, unless told otherwise.
+DEFAULT_BATCH_BUDGET = 2_000_000_000
+FOLDER = "batches"
+#: The budget is kept in so many files.
+FILES = 16
+#: Rows of fewer bytes than this are not worth a digest of their own.
+_SMALLEST_ROW = 64
+
+
+class Given(NamedTuple):
+    """A tensor that a step was given: dtype, shape, and the digests of its bytes, or of each row's."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digests: tuple[bytes, ...]
+
+    def to_json(self) -> list[Any]:
+        """Return it as JSON holds it."""
+        return [self.dtype, list(self.shape), b"".join(self.digests).hex()]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Given:
+        """Return what `to_json` was called of.
+
+        Raises:
+            ValueError: it is nothing that `to_json` returns.
+        """
+        dtype, shape, digests = data
+        if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError("an input without dtype and shape")
+        joined = bytes.fromhex(digests)
+        return cls(dtype, tuple(shape), tuple(joined[i : i + 16] for i in range(0, len(joined), 16)))
+
+
+def packed(value: Any) -> bytes:
+    """Return plain data as a run keeps it: JSON, compressed. Special floats are kept."""
+    return zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
+
+
+def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
+    """Return what `packed` was given; None for None.
+
+    Raises:
+        RunError: it is nothing that `packed` returns.
+    """
+    if content is None:
+        return None
+    try:
+        machine = zlib.decompressobj()
+        text = machine.decompress(content, limit)
+        if machine.unconsumed_tail:
+            raise ValueError("too long")
+        return json.loads(text)
+    except (zlib.error, ValueError, TypeError, RecursionError):
+        raise RunError(f"{what} cannot be read: the database was changed") from None
+
+
+class Contents:
+    """The one writer of the contents of a run.
+
+    Args:
+        directory: of the run.
+        budget: bytes to keep.
+
+    lost_to: the last step that needs what was given up.
+    """
+
+    def __init__(self, directory: Path, budget: float) -> None:
+        self.lost_to = 0
+        self._folder = directory / FOLDER
+        self._budget = budget
+        self._file: BinaryIO | None = None
+        self._number = 0
+        self._known: dict[bytes, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._newest_step: dict[int, int] = {}
+        self._rows: list[tuple[bytes, int, int, int]] = []
+
+    def add(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Given]:
+        """Keep what a step was given (tensors on the CPU), as far as it is not there yet."""
+        return {name: self._add_tensor(step, tensor) for name, tensor in tensors.items()}
+
+    def commit(self, database: Database) -> None:
+        """Enter what was added since the last time, in a transaction; its bytes are on their way to disk."""
+        if self._file is not None:
+            self._file.flush()
+        database.write_contents(self._rows)
+        self._rows = []
+        if self._file is not None and self._sizes[self._number] >= self._budget / FILES:
+            self._file.close()
+            self._file = None
+        while sum(self._sizes.values()) > self._budget and len(self._sizes) > 1:
+            self._give_up(min(self._sizes), database)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _add_tensor(self, step: int, tensor: Tensor) -> Given:
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        whole = _bytes_of(tensor)
+        is_by_row = _is_by_row(shape, len(whole))
+        pieces = whole.reshape(shape[0], -1) if is_by_row else [whole]
+        kind = _kind(dtype, shape, is_by_row)
+        return Given(dtype, shape, tuple(self._add_piece(step, kind, piece) for piece in pieces))
+
+    def _add_piece(self, step: int, kind: bytes, piece: Any) -> bytes:
+        digest = _digest(kind, piece)
+        file = self._known.get(digest)
+        if file is None:
+            file = self._write(digest, piece)
+        self._newest_step[file] = step
+        return digest
+
+    def _write(self, digest: bytes, piece: Any) -> int:
+        if self._file is None:
+            self._number += 1
+            self._folder.mkdir(exist_ok=True)
+            self._file = (self._folder / f"{self._number}.bin").open("wb")
+            self._sizes[self._number] = 0
+        self._rows.append((digest, self._number, self._sizes[self._number], piece.nbytes))
+        self._file.write(piece.data)
+        self._sizes[self._number] += piece.nbytes
+        self._known[digest] = self._number
+        return self._number
+
+    def _give_up(self, file: int, database: Database) -> None:
+        self.lost_to = max(self.lost_to, self._newest_step.pop(file, 0))
+        del self._sizes[file]
+        self._known = {digest: place for digest, place in self._known.items() if place != file}
+        database.remove_contents(file)
+        (self._folder / f"{file}.bin").unlink(missing_ok=True)
+
+
+def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
+    """Tell whether a tensor of so many bytes is kept row by row."""
+    return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
+
+
+def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
+    """Return what a digest is of besides bytes: the dtype and the shape."""
+    return f"{dtype} {shape[1:] if is_by_row else shape}".encode()
+
+
+def _digest(kind: bytes, piece: Any) -> bytes:
+    machine = xxhash.xxh3_128(kind)
+    machine.update(piece)
+    return machine.digest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor on the CPU as an array of NumPy's."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
+def read_contents(
+    directory: Path, places: Mapping[bytes, tuple[int, int, int]], given: Given
+) -> Tensor | None:
+    """Return a tensor that a step was given, on the CPU; None where it was given up.
+
+    Raises:
+        RunError: its file is not as it was written.
+    """
+    import torch
+
+    if not all(digest in places for digest in given.digests):
+        return None
+    dtype = getattr(torch, given.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RunError(f"{directory} has an input of dtype {given.dtype!r:.40}: the database was changed")
+    size = math.prod(given.shape) * dtype.itemsize
+    if sum(places[digest][2] for digest in given.digests) != size:
+        raise RunError(f"{directory / FOLDER} is not as it was written: an input has another size")
+    kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
+    content = b"".join(_piece(directory, digest, kind, *places[digest]) for digest in given.digests)
+    if not content:
+        return torch.empty(given.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(given.shape)
+
+
+def _piece(directory: Path, digest: bytes, kind: bytes, file: int, place: int, size: int) -> bytes:
+    try:
+        with own_path(directory, f"{FOLDER}/{int(file)}.bin").open("rb") as opened:
+            opened.seek(place)
+            content = opened.read(size)
+    except (OSError, ValueError, OverflowError, TypeError) as error:
+        raise RunError(f"{directory / FOLDER}/{file}.bin cannot be read: {error}") from None
+    if _digest(kind, content) != digest:
+        raise RunError(
+            f"{directory / FOLDER}/{file}.bin is not as it was written: the digest of an input differs"
+        )
+    return content

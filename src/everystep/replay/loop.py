@@ -1,0 +1,372 @@
+"""Loop: a recorded loop of somebody's own, whose steps are taken again by plain programs alone."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ProgramError, RunError
+from everystep.experiment.device import select
+from everystep.program.execute import Observed, without_autograd
+from everystep.program.memory import copy_into
+from everystep.program.plain import Environment, PlainProgram, tensor_on
+from everystep.program.program import Program
+from everystep.recording.contents import Given, unpacked
+from everystep.recording.database import Repeat
+from everystep.recording.files import own_path
+from everystep.recording.run import RecordedRun
+from everystep.replay.step import Batch
+from everystep.step.observe import Observation
+from everystep.step.state import Generators, State
+from everystep.training.batch import nested_again
+
+__all__ = ["RecordedLoop", "SavedLoop"]
+
+#: Rows of the database that are read at once.
+BLOCK = 256
+_RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
+
+
+class SavedLoop(NamedTuple):
+    """A copy of the tensors of a state, and of the random generators."""
+
+    tensors: dict[str, Tensor]
+    generators: Generators
+
+
+class _Inputs(NamedTuple):
+    """What a step was given: tensors by `batch/name` and `input/name`, and how the batch was nested."""
+
+    tensors: dict[str, Tensor]
+    nesting: Any
+
+
+class RecordedLoop:
+    """A loop whose steps can be taken again, in any order of loading and going on.
+
+    Args:
+        run: which run.
+        facts: of the run.
+        departed: called with a step that did something else than recorded, and what, in words.
+
+    state: the step whose state it holds, None before anything is loaded.
+    """
+
+    has_gradients = True
+
+    def __init__(
+        self, run: RecordedRun, facts: dict[str, Any], departed: Callable[[int, str], None]
+    ) -> None:
+        self.state: int | None = None
+        self._run = run
+        self._device = select(facts["device"])
+        self._departed = departed
+        self._programs: dict[int, PlainProgram] = {}
+        self._rows: dict[int, Repeat] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._loaded: State | None = None
+        self._rates = {n: run.measured(n) for n in run.measurement_names if _RATE.fullmatch(n)}
+
+    def load(self, state: State) -> None:
+        """Bring everything to a state from disk.
+
+        Raises:
+            RunError: it is not the state of a loop.
+        """
+        names, named = state.settings.get("names"), state.named()
+        if not isinstance(names, list):
+            raise RunError(f"state {state.step} of {self._run.name} does not belong to a loop")
+        self._tensors = {n: named[n].to(self._device, copy=True) for n in names if n in named}
+        self._loaded = state
+        self.state = state.step
+        state.generators.restore(self._device)
+
+    def save(self) -> SavedLoop:
+        """Return a copy of the state as it is now."""
+        return SavedLoop(_copies(self._tensors), Generators.capture(self._device))
+
+    def restore(self, step: int, saved: SavedLoop) -> None:
+        """Bring everything back to what `save` returned after `step`."""
+        self._tensors = _copies(saved.tensors)
+        saved.generators.restore(self._device)
+        self.state = step
+
+    def capture(self) -> State:
+        """Return the state as it is now, as it is written to disk."""
+        assert self.state is not None and self._loaded is not None
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors.items()}
+        parameters = {
+            path: copies[f"{kind}/{path}"]
+            for path in self._loaded.parameters
+            for kind in ("buffer", "parameter")
+            if f"{kind}/{path}" in copies
+        }
+        rest = {
+            name: tensor
+            for name, tensor in copies.items()
+            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
+        }
+        generators = Generators.capture(self._device).tensors()
+        rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
+        settings = self._loaded.settings | {"step": self.state, "names": [*copies]}
+        return State(self.state, parameters, rest, settings)
+
+    def settle(self) -> None:
+        """Nothing happens between two steps of a loop."""
+
+    def run(self, last: int) -> Tensor:
+        """Take the steps up to `last`; return their losses (steps), on the CPU.
+
+        A step that logged no loss, or none that its operations give, has the one that was recorded.
+
+        Raises:
+            RunError: nothing repeats a step, or what it was given is not there any more.
+        """
+        losses = []
+        while self.state is not None and self.state < last:
+            losses.append(self._take(self.state + 1))
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def observe(self) -> Observation:
+        """Take the next step, and return all that is in it.
+
+        Raises:
+            RunError: as `run`.
+        """
+        assert self.state is not None
+        number = self.state + 1
+        row = self._row(number)
+        watcher = _Watcher(self._program(row), self._numbers(row))
+        loss = self._take(number, watcher.look)
+        return Observation(
+            torch.tensor(loss, dtype=torch.float64),
+            watcher.operations,
+            watcher.activations,
+            watcher.gradients,
+        )
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the live tensors of the state by name."""
+        return self._tensors
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return copies of the gradients that are pending, by parameter."""
+        prefix = "gradient/"
+        return {
+            name.removeprefix(prefix): tensor.detach().clone()
+            for name, tensor in self._tensors.items()
+            if name.startswith(prefix)
+        }
+
+    def hyperparameters(self) -> dict[str, float]:
+        """Return the learning rates of the step that was taken last."""
+        assert self.state is not None
+        found = {}
+        for name, values in self._rates.items():
+            steps = [*values]
+            place = bisect_right(steps, self.state) - 1
+            if place >= 0:
+                found[name] = values[steps[place]]
+        return found
+
+    def batch(self, number: int) -> Batch:
+        """Return the batch of a step, as it was nested.
+
+        Raises:
+            RunError: it is not there any more.
+        """
+        inputs = self._inputs(self._row(number))
+        prefix = "batch/"
+        tensors = {
+            n.removeprefix(prefix): t.to(self._device)
+            for n, t in inputs.tensors.items()
+            if n.startswith(prefix)
+        }
+        return Batch(tensors, None, nested_again(inputs.nesting, tensors))
+
+    def given(self, number: int) -> bytes:
+        """Return what tells apart what a step is given besides its state: numbers and inputs."""
+        row = self._row(number)
+        return (row.numbers or b"") + (row.inputs or b"")
+
+    def module_paths(self) -> list[str]:
+        """Return the paths of modules, of which not each need run at each step."""
+        count = self._run.facts["loop"].get("programs", 0)
+        plain = [self._program(Repeat(0, n, None, None)).program for n in range(1, count + 1)]
+        return list(dict.fromkeys(path for program in plain for path in program.activations))
+
+    def epoch(self, number: int) -> int:
+        """A loop says nothing of epochs."""
+        return 0
+
+    def is_by_program(self, number: int) -> bool:
+        """Tell whether a program took a step in the place of Python: none did."""
+        return False
+
+    def begin(self, number: int) -> Any:
+        """No step is taken so."""
+        raise AssertionError(f"no program takes step {number} in the place of Python")
+
+    def is_like_before(self, number: int) -> bool:
+        """Tell whether a step is like the one before; each has numbers of its own."""
+        return False
+
+    def _take(self, number: int, look: Callable[[int, Environment], None] | None = None) -> float:
+        row = self._row(number)
+        plain, inputs, numbers = self._program(row), self._inputs(row), self._numbers(row)
+        generator = inputs.tensors.get("generator/torch")
+        if generator is not None:
+            torch.set_rng_state(generator)
+        try:
+            with without_autograd():
+                given = _laid(plain, inputs.tensors)
+                taken = plain.run(self._tensors, given, numbers, look)
+        except ProgramError as error:
+            raise RunError(f"step {number} of {self._run.name} cannot be taken again: {error}") from None
+        self.state = number
+        if taken.differs is not None:
+            self._departed(number, f"step {number} is not as recorded: {taken.differs}")
+        if taken.loss is None:
+            (recorded,) = self._run.losses_between(number, number) or [float("nan")]
+            return recorded
+        return float(taken.loss)
+
+    def _row(self, number: int) -> Repeat:
+        if number not in self._rows:
+            self._rows = {row.step: row for row in self._run.repeats(number, number + BLOCK - 1)}
+        row = self._rows.get(number)
+        if row is None:
+            raise RunError(f"{self._run.name} says nothing of step {number}: its database was changed")
+        return row
+
+    def _numbers(self, row: Repeat) -> list[int | float]:
+        found = unpacked(row.numbers, f"step {row.step} of {self._run.name}") or []
+        if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
+            raise RunError(f"step {row.step} of {self._run.name} has numbers that are none")
+        return found
+
+    def _program(self, row: Repeat) -> PlainProgram:
+        if row.program is None:
+            raise RunError(
+                f"nothing repeats step {row.step} of {self._run.name}: it did what no program holds, as "
+                "was said when it was recorded"
+            )
+        if row.program not in self._programs:
+            path = own_path(self._run.directory, f"programs/{row.program}.json")
+            self._programs[row.program] = PlainProgram(_read(path), self._device)
+        return self._programs[row.program]
+
+    def _inputs(self, row: Repeat) -> _Inputs:
+        what = f"what step {row.step} of {self._run.name} was given"
+        content = unpacked(row.inputs, what) or {"nesting": None, "given": {}}
+        try:
+            given = {name: Given.from_json(each) for name, each in content["given"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise RunError(f"{what} cannot be read: the database was changed") from None
+        found = self._run.contents(given)
+        missing = next((name for name, tensor in found.items() if tensor is None), None)
+        if missing is not None:
+            raise RunError(
+                f"{what} is not there any more ({missing}): the batches took more room than the run was "
+                "given (batch_budget of everystep.record); a later step may open"
+            )
+        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        return _Inputs(tensors, content.get("nesting"))
+
+
+class _Watcher:
+    """Copies what operations are given and give, activations and gradients, while a step is taken."""
+
+    def __init__(self, plain: PlainProgram, numbers: list[int | float]) -> None:
+        program = plain.program
+        self.operations: list[Observed] = []
+        self.activations: dict[str, tuple[Tensor, ...]] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self._program = program
+        self._operations = plain.operations_with(numbers)
+        self._due: dict[int, list[str]] = {}
+        for path, index in program.given_after().items():
+            self._due.setdefault(index, []).append(path)
+        self._copies: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+
+    def look(self, index: int, environment: Environment) -> None:
+        """Look at the memory before an operation, which is that after the one before."""
+        operations = self._program.operations
+        if index:
+            self._look_after(index - 1, environment)
+        for path in self._due.get(index - 1, ()):
+            names = self._program.activations[path]
+            self.activations[path] = tuple(self._copy(name, environment) for name in names)
+        is_over = index == len(operations)
+        if is_over or operations[index].phase == "update":
+            for parameter, name in self._program.gradients.items():
+                if parameter not in self.gradients and environment.is_there(name):
+                    self.gradients[parameter] = self._copy(name, environment)
+        if not is_over:
+            self._inputs = {n: self._copy(n, environment) for n in operations[index].reads()}
+
+    def _look_after(self, index: int, environment: Environment) -> None:
+        operation = self._operations[index]
+        names = [name for name in operation.results if name] or operation.written()
+        written = {self._storage(name) for name in (*names, *operation.written())}
+        self._copies = {n: t for n, t in self._copies.items() if self._storage(n) not in written}
+        results = {name: self._copy(name, environment) for name in names}
+        self.operations.append(Observed(operation, self._inputs, results))
+
+    def _copy(self, name: str, environment: Environment) -> Tensor:
+        if name not in self._copies:
+            self._copies[name] = environment.tensor(name).detach().clone()
+        return self._copies[name]
+
+    def _storage(self, name: str) -> str:
+        return self._program.tensors[name].storage
+
+
+def _laid(plain: PlainProgram, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the bytes of each input storage of a program."""
+    found = {n.removeprefix("input/"): t for n, t in given.items() if n.startswith("input/")}
+    for name, spec in plain.inputs.items():
+        leaf = given.get(f"batch/{name}")
+        if leaf is None:
+            continue
+        if spec.storage not in found:
+            size = plain.program.storages[spec.storage].bytes
+            found[spec.storage] = torch.zeros(size, dtype=torch.uint8)
+        target = tensor_on(found[spec.storage].untyped_storage(), spec)
+        if target.shape != leaf.shape or target.dtype != leaf.dtype:
+            raise ProgramError(f"the batch has another {name} than its program")
+        copy_into(target, leaf)
+    return found
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors that share memory as these do."""
+    memory: dict[int, torch.UntypedStorage] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        copy = memory.get(storage._cdata)
+        if copy is None:
+            copy = memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        found[name] = empty.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return found
+
+
+def _read(path: Path) -> Program:
+    try:
+        program = Program.from_json(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    except ProgramError as error:
+        raise ProgramError(f"{path}: {error}") from None
+    if not program.is_plain:
+        raise RunError(f"{path} is not a program of a loop: the run was changed")
+    return program

@@ -1,0 +1,112 @@
+"""Follow: which module, which backward pass and which optimizer runs at the moment, by torch's hooks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from everystep.program.operators import leaves
+from everystep.program.program import Phase
+
+__all__ = ["Follower"]
+
+
+class Follower:
+    """Follows the thread that makes it, from `begin` to `finish`.
+
+    Args:
+        modules: paths of modules, by id.
+        optimizers: names of optimizers, by id; they are the module of what they do.
+        module_done: called with the path of a module and the tensors that it has given.
+        optimizer_begins: called with an optimizer that is about to take a step.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[int, str],
+        optimizers: Mapping[int, str | None],
+        module_done: Callable[[str, list[Tensor]], None],
+        optimizer_begins: Callable[[torch.optim.Optimizer], None],
+    ) -> None:
+        self.modules = modules
+        self._optimizers = optimizers
+        self._module_done = module_done
+        self._optimizer_begins = optimizer_begins
+        self._thread = threading.get_ident()
+        self._open: list[str] = []
+        self._optimizer: list[str | None] = []
+        self._module_of_node: dict[int, str | None] = {}
+        self._hooks: list[Any] = []
+
+    def begin(self) -> None:
+        """Hang up the hooks."""
+        self._hooks = [
+            register_module_forward_pre_hook(self._opened),
+            register_module_forward_hook(self._closed, always_call=True),
+            register_optimizer_step_pre_hook(self._step_begins),
+            register_optimizer_step_post_hook(self._step_ends),
+        ]
+
+    def finish(self) -> None:
+        """Take the hooks down."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def step_begins(self) -> None:
+        """Another step begins: nothing is under way."""
+        self._open, self._optimizer, self._module_of_node = [], [], {}
+
+    def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
+        """Return the phase, and the module or optimizer, that the operation at hand belongs to.
+
+        is_zeroing: whether it sets gradients to zero.
+        """
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            return "backward", self._module_of_node.get(node._sequence_nr())
+        module = self._open[-1] if self._open else None
+        if module is not None:
+            # The node that autograd has just made for this operation, if it made one.
+            self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
+            return "forward", module or None
+        if self._optimizer:
+            return "update", self._optimizer[-1]
+        if is_zeroing:
+            return "zero_grad", None
+        self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, None)
+        return ("loss" if torch.is_grad_enabled() else "other"), None
+
+    def _is_ours(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def _opened(self, module: nn.Module, inputs: Any) -> None:
+        if self._is_ours():
+            around = self._open[-1] if self._open else ""
+            self._open.append(self.modules.get(id(module), around))
+
+    def _closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._is_ours() or not self._open:
+            return
+        path = self._open.pop()
+        if path and id(module) in self.modules and torch._C._current_autograd_node() is None:
+            given = list(output.values()) if isinstance(output, dict) else output
+            self._module_done(path, list(leaves(given)))
+
+    def _step_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._is_ours():
+            self._optimizer_begins(optimizer)
+            self._optimizer.append(self._optimizers.get(id(optimizer)))
+
+    def _step_ends(self, *_: Any) -> None:
+        if self._is_ours() and self._optimizer:
+            self._optimizer.pop()

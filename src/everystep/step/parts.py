@@ -1,0 +1,233 @@
+"""Parts: what a loop carries from step to step, by name: models, optimizers, schedules, tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everystep.errors import Fault, UsageError
+from everystep.step.own_state import keeps_own_state
+from everystep.step.state import (
+    Generators,
+    State,
+    copy_of,
+    entries_of,
+    plain,
+    registered,
+    state_dict_of,
+)
+
+__all__ = ["Parts"]
+
+#: How deep tensors are looked for within the attributes, dicts and lists of a part.
+_DEPTH = 6
+#: What torch keeps in an optimizer besides what a step depends on, or what is named otherwise.
+_OF_OPTIMIZER = {"param_groups", "state", "defaults"}
+
+
+class Parts:
+    """The parts of a training.
+
+    The part called `model`, or the only module, gives its tensors their own names (`0.weight`); the
+    names of other modules begin with that of the part (`generator.0.weight`).
+
+    Args:
+        named: the parts by name: modules, optimizers, schedules, scalers, averaged copies, tensors,
+            or dicts, lists and objects that hold tensors.
+
+    Raises:
+        UsageError: one is nothing that a step could carry, or two have the same names.
+    """
+
+    def __init__(self, named: Mapping[str, Any]) -> None:
+        _check(named)
+        self.named = dict(named)
+        self.modules = {n: part for n, part in named.items() if isinstance(part, nn.Module)}
+        self.optimizers = {
+            name: part for name, part in named.items() if isinstance(part, torch.optim.Optimizer)
+        }
+        modules_and_optimizers = self.modules.keys() | self.optimizers.keys()
+        self._others = {n: part for n, part in named.items() if n not in modules_and_optimizers}
+        self.main = next((n for n in self.modules if n == "model" or len(self.modules) == 1), None)
+        self.device = self._device()
+        self._found: dict[str, Tensor] = {}
+
+    def prefix(self, name: str) -> str:
+        """Return what the names of a module's tensors begin with."""
+        return "" if name == self.main else f"{name}."
+
+    def module_paths(self) -> dict[int, str]:
+        """Return the path of each module, by its id."""
+        found: dict[int, str] = {}
+        for name, module in self.modules.items():
+            prefix = self.prefix(name)
+            for path, inner in module.named_modules():
+                found.setdefault(id(inner), f"{prefix}{path}".rstrip("."))
+        return found
+
+    def optimizer_names(self) -> dict[int, str | None]:
+        """Return the name of each optimizer, by its id; None where there is only one."""
+        alone = len(self.optimizers) == 1
+        return {id(part): None if alone else name for name, part in self.optimizers.items()}
+
+    def parameter_names(self) -> dict[Tensor, str]:
+        """Return each parameter of modules and optimizers with its name."""
+        found: dict[Tensor, str] = {}
+        for name, module in self.modules.items():
+            for path, parameter in registered(module, "_parameters"):
+                found.setdefault(parameter, f"{self.prefix(name)}{path}")
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            own = "" if len(self.optimizers) == 1 else name
+            for place, parameter in enumerate(parameters):
+                found.setdefault(parameter, f"{own}#{place}")
+        return found
+
+    def add_found(self, tensor: Tensor) -> str:
+        """A tensor that is none of the parts' is changed by the loop: it is state from now on."""
+        name = f"found/{len(self._found) + 1}"
+        self._found[name] = tensor.detach()
+        return name
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the live tensors that the training carries, by name; pending gradients among them."""
+        names = self.parameter_names()
+        found: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            prefix = self.prefix(name)
+            found |= {f"parameter/{prefix}{n}": t for n, t in registered(module, "_parameters")}
+            found |= {f"buffer/{prefix}{n}": t for n, t in registered(module, "_buffers")}
+        for parameter, name in names.items():
+            found.setdefault(f"parameter/{name}", parameter)
+        for part, optimizer in self.optimizers.items():
+            found |= self._of_optimizer(part, optimizer, names, found)
+        known = {id(tensor) for tensor in found.values()}
+        for part, other in self._others.items():
+            for path, tensor in _tensors_in(other, part, known):
+                found[f"part/{path}"] = tensor
+        for parameter, name in names.items():
+            if parameter.grad is not None and parameter.grad.layout == torch.strided:
+                found[f"gradient/{name}"] = parameter.grad
+        return found | self._found
+
+    def snapshot(self, step: int) -> State:
+        """Return a copy of the state after `step`, on the CPU.
+
+        `parameters` is exactly the state_dict of the part called `model`, or of the only module; of
+        others, each name begins with that of the part.
+        """
+        parameters = {
+            f"{self.prefix(name)}{path}": copy_of(tensor)
+            for name, module in self.modules.items()
+            for path, tensor in state_dict_of(module).items()
+        }
+        live = self.state()
+        rest = {
+            name: copy_of(tensor)
+            for name, tensor in live.items()
+            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
+        }
+        generators = Generators.capture(self.device).tensors()
+        rest |= {f"generator/{name}": copy_of(value) for name, value in generators.items()}
+        return State(step, parameters, rest, {"step": step, "names": [*live], "parts": self._settings()})
+
+    def rates(self) -> dict[str, float]:
+        """Return the learning rates as they are now: `lr`, `lr[1]`, or `optimizer_g.lr`."""
+        found = {}
+        for name, optimizer in self.optimizers.items():
+            prefix = "" if len(self.optimizers) == 1 else f"{name}."
+            for place, group in enumerate(optimizer.param_groups):
+                rate = group.get("lr")
+                if isinstance(rate, Tensor | int | float):
+                    found[f"{prefix}lr{f'[{place}]' if place else ''}"] = float(rate)
+        return found
+
+    def _of_optimizer(
+        self,
+        part: str,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[Tensor, str],
+        known: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        own = "" if len(self.optimizers) == 1 else f"{part}."
+        found: dict[str, Tensor] = {}
+        for parameter, entries in entries_of(optimizer):
+            for key, value in entries.items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer/{own}{names.get(parameter, '#')}/{key}"] = value
+        for index, group in enumerate(optimizer.param_groups):
+            found |= {f"group/{own}{index}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
+        if keeps_own_state(optimizer):
+            more = {k: v for k, v in vars(optimizer).items() if k not in _OF_OPTIMIZER}
+            seen = {id(tensor) for tensor in (*known.values(), *found.values())}
+            found |= {f"part/{path}": tensor for path, tensor in _tensors_in(more, part, seen)}
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what the parts hold besides tensors, as JSON can hold it."""
+        found: dict[str, Any] = {}
+        for name, optimizer in self.optimizers.items():
+            found[name] = [
+                {k: plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+                for group in optimizer.param_groups
+            ]
+        return found
+
+    def _device(self) -> torch.device:
+        for module in self.modules.values():
+            for _, parameter in registered(module, "_parameters"):
+                return parameter.device
+        tensors = (tensor for _, tensor in _tensors_in(self._others, "", set()))
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _check(named: Mapping[str, Any]) -> None:
+    faults = []
+    if not named:
+        faults.append(Fault("parts", "give at least the model: everystep.record(model=model)"))
+    for name, part in named.items():
+        if not name.isidentifier():
+            faults.append(Fault(name, "a name of a part must be a name of Python's"))
+        holds = isinstance(part, nn.Module | torch.optim.Optimizer | Tensor | dict | list | tuple)
+        if isinstance(part, type) or part is None or not (holds or hasattr(part, "__dict__")):
+            kind = part.__name__ if isinstance(part, type) else type(part).__name__
+            faults.append(
+                Fault(name, f"is no part of a training: {kind}; parts are modules, optimizers and the like")
+            )
+    main = named.get("model")
+    if isinstance(main, nn.Module):
+        faults += [
+            Fault(name, f"model has a module of that name; give the part another: {name}_part=...")
+            for name in named
+            if name != "model" and name in main._modules
+        ]
+    if faults:
+        raise UsageError(faults, "the parts of the training")
+
+
+def _tensors_in(value: Any, path: str, known: set[int], depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors within a part that have no name yet, each with its path."""
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known.add(id(value))
+            yield path, value
+        return
+    if depth == 0 or id(value) in known or isinstance(value, nn.Module | torch.optim.Optimizer | type):
+        return
+    inner: Iterator[tuple[Any, Any]]
+    if isinstance(value, dict):
+        inner = iter(value.items())
+    elif isinstance(value, list | tuple):
+        inner = iter(enumerate(value))
+    elif hasattr(value, "__dict__") and not callable(value):
+        inner = iter(vars(value).items())
+    else:
+        return
+    known.add(id(value))
+    for key, item in list(inner):
+        if isinstance(item, Tensor | dict | list | tuple) or hasattr(item, "__dict__"):
+            name = key if isinstance(key, str | int) else type(key).__name__
+            yield from _tensors_in(item, f"{path}.{name}".lstrip("."), known, depth - 1)

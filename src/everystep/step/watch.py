@@ -1,0 +1,510 @@
+"""Watch: sees every operation of one step of a loop that is not everystep's, and changes nothing of it.
+
+What was seen is a *path*: operators, their arguments but for the step's own numbers, and for each tensor
+on which memory it lies, and how. Steps with equal paths share a program. What no program can hold (an
+operator of somebody else's, a sparse tensor, an explicit generator) runs unseen, and the tensors that it
+gives or changes are *inputs* of the step, kept by content. So are all tensors that the loop brings from
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from everystep.program.arguments import DTYPES
+from everystep.program.memory import ALIGNMENT
+from everystep.program.operators import (
+    NotAllowedError,
+    computes,
+    draws_random_numbers,
+    leaves,
+    parameters,
+    resolve,
+    writes,
+)
+from everystep.program.plain import READ, is_number_slot
+from everystep.program.program import Phase
+from everystep.step.follow import Follower
+from everystep.step.recorder import CapturedTensor
+
+__all__ = ["FLOAT", "INT", "Contents", "Path", "SeenOperation", "StorageKind", "Watch"]
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_DTYPES = frozenset(DTYPES.values())
+#: They give a tensor another geometry on the same memory, which its next use shows.
+_OTHER_GEOMETRY = {
+    *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
+}
+_ZEROING = {"zero_", "_foreach_zero_"}
+
+
+class _Slot:
+    """Stands in a path for a number that belongs to the step."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+
+INT, FLOAT = _Slot(int), _Slot(float)
+
+
+class SeenOperation(NamedTuple):
+    """An operation as it was seen.
+
+    arguments, keywords: tensors are `%3`, the number of a CapturedTensor, and numbers of the step are slots;
+    results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it has.
+    """
+
+    phase: Phase
+    module: str | None
+    operator: Any
+    arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+    results: tuple[str | None, ...]
+    writes: tuple[int, ...]
+    numbers: int
+
+
+class StorageKind(NamedTuple):
+    """Where a storage comes from: `state`, `input` or `temporary`. host: in the CPU's memory."""
+
+    kind: str
+    bytes: int
+    host: bool
+
+
+@dataclass(frozen=True)
+class Path:
+    """What one step did, but for its numbers and the content of its inputs.
+
+    named: the tensors of the state and of the batch, by name; ends: the tensor that each name of the
+    state stands for after the step, where that is another; gone: names that are not there any more;
+    gradients: as an optimizer found them; loss: the tensor that was logged as the loss; activations:
+    what each module gave.
+    """
+
+    operations: tuple[SeenOperation, ...]
+    tensors: tuple[CapturedTensor, ...]
+    storages: tuple[StorageKind, ...]
+    named: tuple[tuple[str, int], ...]
+    ends: tuple[tuple[str, int], ...]
+    gone: tuple[str, ...]
+    gradients: tuple[tuple[str, int], ...]
+    loss: int | None
+    activations: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it drew from torch's own generator."""
+        return any(draws_random_numbers(each.operator) for each in self.operations)
+
+
+class _Known(NamedTuple):
+    """What is known of an operator, looked up once.
+
+    how: `pass` (it computes nothing), `make` (it only makes memory), `see`, or why it is not seen.
+    """
+
+    how: str
+    writes: tuple[str, ...] = ()
+    places: tuple[tuple[str, bool], ...] = ()
+    slots: frozenset[str] = frozenset()
+    is_read: bool = False
+    is_zeroing: bool = False
+
+
+class _UnseenError(Exception):
+    """An operation that no program can hold; the message says why."""
+
+
+@dataclass
+class _Storage:
+    kind: str
+    bytes: int
+    host: bool
+    reference: Any
+    content: Tensor | None = None
+
+
+_known: dict[int, _Known] = {}
+_kept_alive: list[Any] = []
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches one step, from `begin` to `end`; in force while it is entered.
+
+    Args:
+        device: of the training.
+        follower: knows which module and which optimizer runs.
+        contents: bytes of storages that steps before were given, by storage and version.
+
+    numbers: of the step; unseen: what was not seen, in words, and how often; lost: why the step cannot
+    be repeated, or None.
+    """
+
+    def __init__(self, device: torch.device, follower: Follower, contents: Contents) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers: list[int | float] = []
+        self.unseen: dict[str, int] = {}
+        self.lost: str | None = None
+        self.is_paused = False
+        self._device = device
+        self._follower = follower
+        self._contents = contents
+        self._operations: list[SeenOperation] = []
+        self._tensors: list[CapturedTensor] = []
+        self._number_of: dict[CapturedTensor, int] = {}
+        self._storages: list[_Storage] = []
+        self._storage_of: dict[int, int] = {}
+        self._named: dict[str, int] = {}
+        self._gradients: dict[str, int] = {}
+        self._activations: dict[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's compiler would be imported to be told to keep away: most of a second.
+        return False
+
+    def begin(self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        """Note the tensors that are there before the step; the batch is copied elsewhere."""
+        for name, tensor in state.items():
+            if _is_plain(tensor):
+                self._named[name] = self._number(tensor, "state")
+        for name, tensor in batch.items():
+            if _is_plain(tensor):
+                self._named.setdefault(name, self._number(tensor, "batch"))
+
+    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
+        """Note what is there after the step, and return its path.
+
+        loss: what was logged as the loss: a tensor, or a number that Python has read from one.
+        """
+        with torch._C._DisableTorchDispatch():
+            after = {name: self._number(t) for name, t in state.items() if _is_plain(t)}
+            loss_number = self._loss(loss)
+        before = {n: number for n, number in self._named.items() if not self._is_input(number)}
+        used = self._used()
+        kept = {
+            name: number
+            for name, number in self._named.items()
+            if not name.startswith("gradient/") or self._tensors[number].storage in used
+        }
+        tensors, storages = self._with_batch_moved()
+        return Path(
+            operations=tuple(self._operations),
+            tensors=tensors,
+            storages=storages,
+            named=tuple(kept.items()),
+            ends=tuple((n, number) for n, number in after.items() if before.get(n) != number),
+            gone=tuple(name for name in before if name not in after),
+            gradients=tuple(self._gradients.items()),
+            loss=loss_number,
+            activations=tuple(self._activations.items()),
+        )
+
+    def _with_batch_moved(self) -> tuple[tuple[CapturedTensor, ...], tuple[StorageKind, ...]]:
+        """Return the tensors and storages, those of the batch as if they lay at the beginning of memory.
+
+        A batch may be any part of more data. What remains of its place is its alignment.
+        """
+        storages = [StorageKind(s.kind, s.bytes, s.host) for s in self._storages]
+        tensors = list(self._tensors)
+        leaves = {tensors[n].storage for n in self._named.values() if self._is_input(n)}
+        for storage in leaves:
+            own = [n for n, tensor in enumerate(tensors) if tensor.storage == storage]
+            begin = min(tensors[n].offset * tensors[n].dtype.itemsize for n in own)
+            begin -= begin % ALIGNMENT
+            moved = [tensors[n].offset - begin // tensors[n].dtype.itemsize for n in own]
+            for number, offset in zip(own, moved, strict=True):
+                tensors[number] = tensors[number]._replace(offset=offset)
+            ends = (_end_of(tensors[number]) for number in own)
+            storages[storage] = storages[storage]._replace(bytes=max(ends))
+        return tuple(tensors), tuple(storages)
+
+    def _loss(self, loss: Any) -> int | None:
+        if isinstance(loss, Tensor):
+            return self._number(loss) if loss.numel() == 1 and _is_plain(loss) else None
+        place = len(self.numbers)
+        for operation in reversed(self._operations):
+            place -= operation.numbers
+            if str(operation.operator) == READ and self.numbers[place] == loss:
+                return int(operation.arguments[0][1:])
+        return None
+
+    def content(self, storage: int) -> Tensor | None:
+        """Return the bytes of an input that is no part of the batch, as it was first seen."""
+        return self._storages[storage].content
+
+    def optimizer_begins(self, gradients: Mapping[str, Tensor]) -> None:
+        """An optimizer is about to take a step with these gradients, by parameter."""
+        for name, gradient in gradients.items():
+            if gradient.layout == torch.strided:
+                self._gradients.setdefault(name, self._number(gradient))
+
+    def module_done(self, path: str, outputs: list[Tensor]) -> None:
+        """Note what a module has given; of several calls, the last that gradients flow through."""
+        dense = [each for each in outputs if _is_plain(each)]
+        if dense and (torch.is_grad_enabled() or path not in self._activations):
+            self._activations.pop(path, None)
+            self._activations[path] = tuple(map(self._number, dense))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        known = _known.get(id(func)) or _learn(func)
+        if self.is_paused or known.how == "pass":
+            return func(*args, **keywords)
+        if known.how == "make":
+            result = func(*args, **keywords)
+            for tensor in leaves(result):
+                self._number(tensor, "temporary")
+            return result
+        count = len(self.numbers)
+        try:
+            if known.how != "see":
+                raise _UnseenError(known.how)
+            arguments, named = self._encoded(known, args, keywords)
+            written = self._written(known, args, keywords)
+        except _UnseenError as error:
+            del self.numbers[count:]
+            return self._run_unseen(func, known, args, keywords, str(error))
+        result = func(*args, **keywords)
+        if known.is_read:
+            self.numbers.append(result)
+        results = () if known.is_read else self._results(func, result)
+        phase, module = self._follower.place(bool(known.is_zeroing and self._are_gradients(written)))
+        new = (self._tensors[int(name[1:])].storage for name in results if name is not None)
+        self._operations.append(
+            SeenOperation(
+                phase,
+                module,
+                func,
+                arguments,
+                named,
+                results,
+                tuple(dict.fromkeys((*written, *new))),
+                len(self.numbers) - count,
+            )
+        )
+        return result
+
+    def _encoded(
+        self, known: _Known, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+        encode = self._argument
+        pairs = zip(args, known.places, strict=False)
+        positional = tuple(encode(value, is_slot) for value, (_, is_slot) in pairs)
+        return positional, tuple((k, encode(v, k in known.slots)) for k, v in keywords.items())
+
+    def _argument(self, value: Any, is_slot: bool) -> Any:
+        if isinstance(value, Tensor):
+            if not _is_plain(value):
+                raise _UnseenError(_what_is_special(value))
+            return f"%{self._number(value)}"
+        if isinstance(value, list | tuple):
+            return tuple(self._argument(item, is_slot) for item in value)
+        kind = type(value)
+        if is_slot and (kind is int or kind is float):
+            self.numbers.append(value)
+            return INT if kind is int else FLOAT
+        if kind is str:
+            return ("text", value)
+        if value is None or kind in _CONSTANTS:
+            return value
+        raise _UnseenError(f"takes a {kind.__name__}")
+
+    def _written(
+        self, known: _Known, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[int, ...]:
+        if not known.writes:
+            return ()
+        given = {name: v for (name, _), v in zip(known.places, args, strict=False)} | keywords
+        tensors = (t for name in known.writes for t in leaves(given.get(name)))
+        return tuple(dict.fromkeys(self._tensors[self._number(t)].storage for t in tensors))
+
+    def _results(self, func: Any, result: Any) -> tuple[str | None, ...]:
+        if not func._schema.returns:
+            return ()
+        found: list[str | None] = []
+        for item in result if isinstance(result, list | tuple) else [result]:
+            for part in item if isinstance(item, list | tuple) else [item]:
+                is_tensor = isinstance(part, Tensor) and _is_plain(part)
+                found.append(f"%{self._number(part, 'temporary')}" if is_tensor else None)
+        return tuple(found)
+
+    def _run_unseen(
+        self,
+        func: Any,
+        known: _Known,
+        args: tuple[Any, ...],
+        keywords: dict[str, Any],
+        reason: str,
+    ) -> Any:
+        """Run an operation that no program can hold; what it gives or changes is an input from here on."""
+        self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
+        # What is read for the first time, and changed at once, is noted as it was.
+        before = [tensor for tensor in leaves([*args, *keywords.values()]) if _is_plain(tensor)]
+        versions = [(tensor, _version_of(tensor)) for tensor in before]
+        result = func(*args, **keywords)
+        names = {p.name for p in parameters(func)} & set(known.writes or writes(func))
+        given = {p.name: v for p, v in zip(parameters(func), args, strict=False)} | keywords
+        changed = [t for name in names for t in leaves(given.get(name)) if _is_plain(t)]
+        changed += [tensor for tensor, version in versions if _version_of(tensor) != version]
+        for tensor in changed:
+            self._storage_of.pop(tensor.untyped_storage()._cdata, None)
+        for tensor in (*changed, *leaves(result)):
+            if _is_plain(tensor):
+                self._number(tensor)
+        return result
+
+    def _number(self, tensor: Tensor, kind: str = "input") -> int:
+        """Return the number of a tensor; on memory not seen before, it is of that kind."""
+        storage = tensor.untyped_storage()
+        cdata = storage._cdata
+        place = self._storage_of.get(cdata)
+        if place is None:
+            place = self._storage_of[cdata] = len(self._storages)
+            host = tensor.device.type == "cpu" and self._device.type != "cpu"
+            # As long as there is a reference, no other storage can have its place.
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            content = self._contents.of(tensor) if kind == "input" else None
+            # A batch is copied elsewhere, and so it is an input without content here.
+            kind = "input" if kind == "batch" else kind
+            self._storages.append(_Storage(kind, storage.nbytes(), host, reference, content))
+        seen = CapturedTensor(
+            place, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+        )
+        number = self._number_of.get(seen)
+        if number is None:
+            number = self._number_of[seen] = len(self._tensors)
+            self._tensors.append(seen)
+        return number
+
+    def _is_input(self, number: int) -> bool:
+        return self._storages[self._tensors[number].storage].kind == "input"
+
+    def _are_gradients(self, storages: tuple[int, ...]) -> bool:
+        return set(storages) <= {
+            self._tensors[number].storage
+            for name, number in self._named.items()
+            if name.startswith("gradient/")
+        }
+
+    def _used(self) -> set[int]:
+        """Return the storages that operations read or write."""
+        found: set[int] = set()
+        for operation in self._operations:
+            found.update(operation.writes)
+            for number in _tensors_in((operation.arguments, operation.keywords)):
+                found.add(self._tensors[number].storage)
+        return found
+
+
+@dataclass
+class Contents:
+    """Bytes of storages from elsewhere, copied once as long as they stay the same.
+
+    A storage is known by its weak reference, and the version of the tensor that was seen.
+    """
+
+    _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return a copy, on the CPU, of all bytes of the storage that a tensor lies on."""
+        storage, version = tensor.untyped_storage(), _version_of(tensor)
+        known = self._copies.get(storage._cdata)
+        if known is not None and known[1] == version and not known[0].expired():
+            return known[2]
+        with torch._C._DisableTorchDispatch():
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            copy = whole.set_(storage).cpu().clone()
+        if version is not None:
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._copies[storage._cdata] = reference, version, copy
+        return copy
+
+    def forget(self) -> None:
+        """Let go of what is not there any more."""
+        self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
+
+
+_CONSTANTS = {bool, int, float, torch.dtype, torch.layout, torch.memory_format, torch.device}
+
+
+def _learn(func: Any) -> _Known:
+    name = func.overloadpacket.__name__
+    how, text = "see", str(func)
+    if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
+        how = "pass"
+    else:
+        try:
+            resolve(text)
+        except NotAllowedError as error:
+            how = str(error).removeprefix(f"{text} ")
+        else:
+            if not computes(func):
+                is_view = any(r.alias_info for r in func._schema.returns) or "unsafe" in name
+                how = "pass" if is_view else "make"
+    try:
+        known = _Known(
+            how,
+            tuple(writes(func)),
+            tuple((p.name, is_number_slot(func, p.name)) for p in parameters(func)),
+            frozenset(p.name for p in parameters(func) if is_number_slot(func, p.name)),
+            text == READ,
+            name in _ZEROING,
+        )
+    except (AttributeError, RuntimeError):  # an operator without a schema that can be read
+        known = _Known("has no schema" if how == "see" else how)
+    _known[id(func)] = known
+    _kept_alive.append(func)  # its id is a key
+    return known
+
+
+def _end_of(tensor: CapturedTensor) -> int:
+    """Return how many bytes of its storage a tensor needs."""
+    if 0 in tensor.shape:
+        return tensor.offset * tensor.dtype.itemsize
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+    return (tensor.offset + last + 1) * tensor.dtype.itemsize
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed, None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a program can hold a tensor: dense, of torch's own kind, with numbers as they are."""
+    return (
+        type(tensor) in _PLAIN_TENSORS
+        and tensor.layout == torch.strided
+        and tensor.dtype in _DTYPES
+        and tensor.device.type != "meta"
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+    )
+
+
+def _what_is_special(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return "takes a sparse tensor"
+    if type(tensor) not in _PLAIN_TENSORS:
+        return f"takes a {type(tensor).__name__}, a tensor of its own kind"
+    return f"takes a {tensor.dtype} tensor that is conjugated, negated or has no numbers of its own"
+
+
+def _tensors_in(value: Any) -> list[int]:
+    if isinstance(value, str):
+        return [int(value[1:])] if value.startswith("%") else []
+    if isinstance(value, tuple):
+        return [number for item in value for number in _tensors_in(item)]
+    return []

@@ -1,0 +1,103 @@
+"""Batches as loops have them: any nesting of dicts, lists, tuples and dataclasses, with tensors in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["nested_again", "tensors_of", "text_of"]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def tensors_of(batch: Any) -> dict[str, Tensor]:
+    """Return the tensors in a batch by their path; a pair's are `x` and `y`, a lone one is `x`.
+
+    NumPy's arrays count as tensors, on the same memory. What is neither is left out.
+    """
+    if _is_pair(batch):
+        return dict(zip("xy", map(_as_tensor, batch), strict=True))
+    found = {path or "x": tensor for path, tensor in _walk(batch, "")}
+    return {name: tensor for name, tensor in found.items() if tensor.layout == torch.strided}
+
+
+def text_of(batch: Any) -> Any:
+    """Return how a batch is nested, as JSON can hold it: `{"tensor": path}` for each tensor."""
+    if _is_pair(batch):
+        return {type(batch).__name__: [{"tensor": "x"}, {"tensor": "y"}]}
+    return _text(batch, "")
+
+
+def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return a batch as it was nested. Named tuples and objects come back as dicts.
+
+    tensors: by path, as `tensors_of` gave them.
+    """
+    if not isinstance(text, dict):
+        return text
+    (kind, content), *_ = text.items()
+    if kind == "tensor":
+        return tensors.get(content)
+    if kind == "dict":
+        return {key: nested_again(value, tensors) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        items = [nested_again(item, tensors) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    return f"<{content}>"  # of a class that no run holds
+
+
+def _is_pair(batch: Any) -> bool:
+    is_two = type(batch) in (list, tuple) and len(batch) == 2
+    return is_two and all(isinstance(part, Tensor | np.ndarray) and _is_dense(part) for part in batch)
+
+
+def _is_dense(part: Any) -> bool:
+    if isinstance(part, Tensor):
+        return part.layout == torch.strided
+    return isinstance(part, np.ndarray) and part.dtype.kind in "biufc"
+
+
+def _as_tensor(part: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    return part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
+    """Return the items of what holds others, with their names, else None."""
+    if isinstance(value, Mapping):
+        return ((str(key), item) for key, item in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return iter(zip(value._fields, value, strict=True))
+    if isinstance(value, list | tuple):
+        return ((str(place), item) for place, item in enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    data = getattr(value, "__dict__", {}).get("data")  # Hugging Face's BatchEncoding is a UserDict
+    return _items(data) if isinstance(data, Mapping) else None
+
+
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor | np.ndarray):
+        if _is_dense(value):
+            yield path, _as_tensor(value)
+        return
+    for name, item in _items(value) or ():
+        yield from _walk(item, f"{path}.{name}" if path else name)
+
+
+def _text(value: Any, path: str) -> Any:
+    if isinstance(value, Tensor | np.ndarray):
+        return {"tensor": path or "x"} if _is_dense(value) else {"left": type(value).__name__}
+    if isinstance(value, _PLAIN):
+        return value
+    items = _items(value)
+    if items is None:
+        return {"left": type(value).__name__}
+    inner = {name: _text(item, f"{path}.{name}" if path else name) for name, item in items}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [*inner.values()]}
+    return {"dict": inner}

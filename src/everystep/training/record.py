@@ -1,0 +1,529 @@
+"""Record: a loop that is not everystep's, recorded step by step while it runs as it would without."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from everystep import numerics
+from everystep.errors import RecordingError, UsageError
+from everystep.recording.recorder import Recorder, Taken, create_directory
+from everystep.run import Run
+from everystep.step.build import NotCapturableError
+from everystep.step.follow import Follower
+from everystep.step.parts import Parts
+from everystep.step.plain import BuiltPath, build_path
+from everystep.step.state import State
+from everystep.step.watch import Contents, Watch
+from everystep.step.watch import Path as StepPath
+from everystep.training.batch import tensors_of, text_of
+from everystep.training.facts import module_text, optimizer_text
+from everystep.training.loop import circumstances, now
+
+__all__ = ["Recording"]
+
+#: Seconds between two times that what was recorded is handed to the writer.
+FLUSH_SECONDS = 0.1
+#: Steps that are timed before the snapshots' interval is chosen.
+TIMED_STEPS = 8
+#: Bytes of batches that may wait to be written, before the loop waits.
+MOST_WAITING = 512_000_000
+#: What is not seen is said so often; the rest is in the run's facts.
+MOST_SAID = 3
+
+
+class Recording:
+    """A recording under way: `steps` or `step` mark the steps, `log` names their losses.
+
+    To be used as a context manager; `everystep.record` makes it.
+
+    run: the run, while it is recorded and afterwards.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, Any],
+        directory: Path | None,
+        runs: Path,
+        snapshot_budget: int,
+        batch_budget: float,
+    ) -> None:
+        self._parts = Parts(parts)
+        self._directory, self._runs = directory, runs
+        self._budgets = snapshot_budget, batch_budget
+        self._recorder: Recorder | None = None
+        self._watch: Watch | None = None
+        self._step = 0
+        self._follower = Follower(
+            self._parts.module_paths(),
+            self._parts.optimizer_names(),
+            self._module_done,
+            self._optimizer_begins,
+        )
+        self._contents = Contents()
+        self._programs: dict[StepPath, _Program | None] = {}
+        self._under_way: _Step | None = None
+        self._taken: list[Taken] = []
+        self._losses: list[Any] = []
+        self._measured: list[tuple[str, int, Any]] = []
+        self._rates: dict[str, float] = {}
+        self._generator: Tensor | None = None
+        self._pending: State | None = None
+        self._versions: list[tuple[int, int]] = []
+        self._said: set[str] = set()
+        self._is_finite = True
+        self._flush_at = 0.0
+        self._step_seconds = math.inf
+        self._has_loss = False
+        self._loss_dtype = "float64"
+        self._interrupted_step: int | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run.
+
+        Raises:
+            UsageError: the recording has not begun.
+        """
+        return Run(self._started().directory)
+
+    def __enter__(self) -> Self:
+        if self._recorder is not None:
+            raise UsageError("this recording has begun already; everystep.record(...) makes another")
+        _check_alone()
+        place = create_directory(self._directory, "loop", self._runs)
+        facts = {"name": place.name, "started": now()} | self._facts()
+        snapshots, batches = self._budgets
+        self._recorder = Recorder(place, facts, snapshots, batch_budget=batches)
+        self._started_at = time.perf_counter()
+        if message := numerics.warning():
+            self._say(message)
+        self._follower.begin()
+        self._generator = torch.get_rng_state()
+        self._recorder.snapshot(self._parts.snapshot(0))
+        self._note_versions()
+        _recording.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        recorder = self._started()
+        _recording.remove(self)
+        if self._under_way is not None:
+            self._abandon()
+        elif error is not None and self._interrupted_step == self._step:
+            self._take_back()
+        self._follower.finish()
+        is_whole = error is None or not isinstance(error, KeyboardInterrupt | Exception)
+        try:
+            if self._step and self._same_versions() and not self._has_snapshot(self._step):
+                self._keep_pending()
+                recorder.snapshot(self._parts.snapshot(self._step))
+            self._keep_pending()
+            self._flush()
+            seconds = time.perf_counter() - self._started_at
+            status, reason = _status(error, is_whole)
+            recorder.finish(
+                self._loop_facts()
+                | {"status": status, "reason": reason, "finished": now(), "seconds": seconds}
+                | {"steps": self._step}
+            )
+        except RecordingError:
+            if error is None:
+                raise
+
+    def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield batches; each turn of the loop around it is a step, from a batch to the next.
+
+        `break` ends a step; an exception discards it.
+
+        Args:
+            batches: anything that can be iterated over: a DataLoader, a list, a generator.
+
+        Raises:
+            UsageError: the recording has not begun, or is over.
+            RecordingError: writing the run failed.
+        """
+        self._started()
+        count = 0
+        for batch in batches:
+            count += 1
+            self._begin(batch)
+            try:
+                yield batch
+            except GeneratorExit:  # the loop was left, by `break` or by an exception: __exit__ knows
+                self._end()
+                self._interrupted_step = self._step
+                raise
+            self._end()
+        if not count:
+            self._say("there was no batch, so no step was recorded")
+
+    @contextmanager
+    def step(self, batch: Any = None) -> Iterator[None]:
+        """What runs within is a step.
+
+        Args:
+            batch: what it is taken on, if there is such a thing.
+        """
+        self._begin(batch)
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+        self._end()
+
+    def log(self, **values: Any) -> None:
+        """Note numbers of the step under way, by name. `loss` is the loss of the step.
+
+        Args:
+            values: numbers, or tensors of one number; they are detached and copied.
+
+        Raises:
+            UsageError: there is no step under way, or something is not one number.
+        """
+        step = self._under_way
+        if step is None:
+            raise UsageError(
+                "log is called outside of a step; call it in the body of the loop over "
+                "recording.steps(...), or within recording.step(batch)"
+            )
+        with self._paused():
+            for name, value in values.items():
+                step.logged[name] = _number(name, value)
+        if "loss" in values:
+            step.loss = values["loss"]
+
+    # A step.
+
+    def _begin(self, batch: Any) -> None:
+        recorder = self._started()
+        if self._under_way is not None:
+            raise UsageError("a step is under way; a recording has one loop at a time")
+        recorder.check()
+        while recorder.waiting_bytes > MOST_WAITING:
+            time.sleep(0.001)
+            recorder.check()
+        state, tensors = self._parts.state(), tensors_of(batch)
+        watch = Watch(self._parts.device, self._follower, self._contents)
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        self._under_way = _Step(watch, copies, text_of(batch), torch.get_rng_state(), state)
+        self._follower.step_begins()
+        watch.begin(state, tensors)
+        self._watch = watch
+        self._under_way.started = time.perf_counter()
+        watch.__enter__()  # type: ignore[no-untyped-call]
+
+    def _end(self) -> None:
+        step = self._close()
+        if step is None:
+            return
+        self._step += 1
+        number = self._step
+        after = self._parts.state()
+        path = step.watch.end(after, step.loss)
+        if path not in self._programs:
+            self._programs[path] = self._build(path, step)
+        self._taken.append(self._row(number, step, self._programs[path]))
+        self._note_logged(number, step, path)
+        self._note_unseen(number, step)
+        self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
+        self._keep_pending(path)
+        self._snapshot_if_due()
+        self._note_versions()
+        if time.perf_counter() >= self._flush_at:
+            self._flush()
+            self._flush_at = time.perf_counter() + FLUSH_SECONDS
+
+    def _close(self) -> _Step | None:
+        """The step under way is over; return it."""
+        step, self._under_way = self._under_way, None
+        if step is not None:
+            step.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._watch = None
+        return step
+
+    def _abandon(self) -> None:
+        """A step was not taken to its end: it is not recorded, and no snapshot claims its state."""
+        self._close()
+        self._versions = []
+
+    def _take_back(self) -> None:
+        """The last step was left by an exception: it is not recorded."""
+        self._step -= 1
+        self._started().forget_after(self._step)
+        self._taken = [row for row in self._taken if row.step <= self._step]
+        self._losses = self._losses[: max(0, len(self._losses) - 1)]
+        self._measured = [row for row in self._measured if row[1] <= self._step]
+        if self._pending is not None and self._pending.step > self._step:
+            self._pending = None
+        self._versions = []
+
+    def _build(self, path: StepPath, step: _Step) -> _Program | None:
+        try:
+            built = build_path(path, step.watch.numbers)
+        except NotCapturableError as error:
+            self._say(f"step {self._step} cannot be repeated without your code: {error}")
+            return None
+        number = 1 + sum(known is not None for known in self._programs.values())
+        self._started().program(number, built.program, {})
+        return _Program(number, built, path.draws)
+
+    def _row(self, number: int, step: _Step, known: _Program | None) -> Taken:
+        inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
+        if known is None:
+            return Taken(number, None, None, inputs, step.nesting)
+        for name, storage in known.built.inputs.items():
+            content = step.watch.content(storage)
+            if content is not None and name not in step.batch:
+                inputs[f"input/{name}"] = content
+        if known.draws:
+            if self._generator is None or not torch.equal(step.generator, self._generator):
+                inputs["generator/torch"] = step.generator
+            self._generator = torch.get_rng_state()
+        numbers = known.built.numbers(step.watch.numbers)
+        return Taken(number, known.number, numbers, inputs, step.nesting)
+
+    def _note_logged(self, number: int, step: _Step, path: StepPath) -> None:
+        self._losses.append(step.logged.pop("loss", math.nan))
+        if step.loss is not None and not self._has_loss:
+            self._has_loss = True
+            if path.loss is not None and path.tensors[path.loss].dtype != torch.float64:
+                self._loss_dtype = "float32"
+        self._measured += [(name, number, value) for name, value in step.logged.items()]
+        rates = self._parts.rates()
+        self._measured += [(n, number, v) for n, v in rates.items() if self._rates.get(n) != v]
+        self._rates = rates
+
+    def _note_unseen(self, number: int, step: _Step) -> None:
+        for reason in step.watch.unseen:
+            if reason in self._said or len(self._said) >= MOST_SAID:
+                continue
+            self._said.add(reason)
+            self._say(
+                f"step {number}: no program holds {reason}; what it gives is kept as numbers, and no "
+                "view shows what is within it"
+            )
+
+    # What is written.
+
+    def _snapshot_if_due(self) -> None:
+        recorder = self._started()
+        if self._step >= TIMED_STEPS and not recorder.has_interval:
+            recorder.choose_interval(self._step_seconds)
+        if recorder.plan.is_due(self._step) and not recorder.is_behind and self._pending is None:
+            self._pending = self._parts.snapshot(self._step)
+
+    def _keep_pending(self, path: StepPath | None = None) -> None:
+        """Write the snapshot that waits: with its gradients only if the step after it has used them."""
+        if self._pending is None:
+            return
+        state, self._pending = self._pending, None
+        if path is not None:
+            used = {name for name, _ in path.named}
+            rest = {
+                name: tensor
+                for name, tensor in state.rest.items()
+                if not name.startswith("gradient/") or name in used
+            }
+            state = State(state.step, state.parameters, rest, state.settings)
+        self._started().snapshot(state)
+
+    def _has_snapshot(self, step: int) -> bool:
+        return self._pending is not None and self._pending.step == step
+
+    def _flush(self) -> None:
+        recorder = self._started()
+        if not self._taken:
+            return
+        first = self._taken[0].step
+        losses = [float(loss) for loss in self._losses]
+        recorder.repeats(self._taken)
+        recorder.losses(first, losses)
+        measured = [(name, step, float(value)) for name, step, value in self._measured]
+        if measured:
+            recorder.measurements(measured)
+        recorder.facts(self._loop_facts() | {"loss.dtype": self._loss_dtype})
+        self._say_if_not_finite(first, losses)
+        self._taken, self._losses, self._measured = [], [], []
+        self._contents.forget()
+
+    def _say_if_not_finite(self, first: int, losses: list[float]) -> None:
+        if not self._has_loss or not self._is_finite:
+            return
+        for step, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                self._is_finite = False
+                self._started().facts({"nonfinite_step": step})
+                return
+
+    def _facts(self) -> dict[str, Any]:
+        parts = self._parts
+        texts = {name: module_text(module) for name, module in parts.modules.items()}
+        optimizers = {name: optimizer_text(each) for name, each in parts.optimizers.items()}
+        parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
+        return {
+            "device": str(parts.device),
+            "seed": None,
+            "data": {"rows": 0, "source": "loop"},
+            "batches": {"batch_size": None, "drop_last": False, "seed": 0, "steps_per_epoch": 1},
+            "model": {
+                "text": _joined(texts),
+                "parameters": sum(parameter.numel() for parameter in parameters),
+            },
+            "loss": {"text": "of your own loop"},
+            "optimizer": {"text": _joined(optimizers) or "none"},
+            "schedule": None,
+            "clip_norm": None,
+            "evaluate_every": None,
+            "loop": {
+                "parts": {name: type(part).__name__ for name, part in parts.named.items()},
+                "programs": 0,
+                "unseen": [],
+            },
+        } | circumstances(0, parts.device)
+
+    def _loop_facts(self) -> dict[str, Any]:
+        return {
+            "loop": {
+                "parts": {name: type(part).__name__ for name, part in self._parts.named.items()},
+                "programs": sum(known is not None for known in self._programs.values()),
+                "unseen": sorted(self._said),
+                "has_loss": self._has_loss,
+            },
+            "steps": self._step,
+        }
+
+    def _note_versions(self) -> None:
+        self._versions = [(id(t), t._version) for t in self._parts.state().values()]
+
+    def _same_versions(self) -> bool:
+        """Tell whether the parts are as the last step left them, as far as torch knows."""
+        return self._versions == [(id(t), t._version) for t in self._parts.state().values()]
+
+    # Who watches.
+
+    def _module_done(self, path: str, outputs: list[Tensor]) -> None:
+        if self._watch is not None:
+            with self._paused():
+                self._watch.module_done(path, outputs)
+
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._watch is None:
+            return
+        names = self._parts.parameter_names()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with self._paused():
+            self._watch.optimizer_begins(
+                {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
+            )
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What runs within is not of the step."""
+        watch = self._watch
+        if watch is None:
+            yield
+            return
+        watch.is_paused = True
+        try:
+            yield
+        finally:
+            watch.is_paused = False
+
+    def _started(self) -> Recorder:
+        if self._recorder is None:
+            raise UsageError(
+                "the recording has not begun; write: with everystep.record(...) as recording:"
+            )
+        return self._recorder
+
+    def _say(self, message: str) -> None:
+        print(f"everystep: {message}", file=sys.stderr)
+
+
+class _Program(NamedTuple):
+    """A program of the run: its number, and whether it draws from torch's generator."""
+
+    number: int
+    built: BuiltPath
+    draws: bool
+
+
+class _Step:
+    """A step under way."""
+
+    def __init__(
+        self,
+        watch: Watch,
+        batch: dict[str, Tensor],
+        nesting: Any,
+        generator: Tensor,
+        state: dict[str, Tensor],
+    ) -> None:
+        self.watch = watch
+        self.batch = batch
+        self.nesting = nesting
+        self.generator = generator
+        self.logged: dict[str, Any] = {}
+        self.loss: Any = None
+        self.started = 0.0
+        # Held, so that nothing else can come to lie in its memory.
+        self.state = state
+
+
+#: Recordings under way in this process.
+_recording: list[Recording] = []
+
+
+def _check_alone() -> None:
+    if _recording:
+        raise UsageError(
+            f"a recording is under way already ({_recording[-1].run.name}); end it first: one loop is "
+            "recorded at a time"
+        )
+
+
+def _status(error: BaseException | None, is_whole: bool) -> tuple[str, str | None]:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", "by the user (Ctrl-C)"
+    if error is None or is_whole:
+        return "finished", None
+    return "failed", str(error).strip() or type(error).__name__
+
+
+def _number(name: str, value: Any) -> float | Tensor:
+    """Return a number, or a copy of a tensor of one.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise UsageError(f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean")
+        return value.detach().reshape(()).clone()
+    with suppress(TypeError, ValueError):
+        if not isinstance(value, str):
+            return float(value)
+    raise UsageError(f"log: {name} is a {type(value).__name__}; log a number, or a tensor of one")
+
+
+def _joined(texts: dict[str, str]) -> str:
+    """Return texts of parts; that of a lone one as it is."""
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    return "\n".join(f"{name}: {text}" for name, text in texts.items())
