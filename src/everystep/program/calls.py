@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from everystep.program.memory import copy_into, repeats
 from everystep.program.operators import leaves, out_variant
 
-__all__ = ["Call", "prebuilt_calls"]
+__all__ = ["ASK_FOR_GRADIENTS", "Call", "prebuilt_calls"]
 
 Call = Callable[[], Any]
 
@@ -43,7 +43,7 @@ _ELEMENTWISE_LOSSES = {
     "aten.soft_margin_loss.default",
 }
 #: Kernels that ask whether gradients are wanted, although they are called below autograd.
-_ASK_FOR_GRADIENTS = {"aten.mkldnn_rnn_layer.default"}
+ASK_FOR_GRADIENTS = {"aten.mkldnn_rnn_layer.default"}
 
 
 def prebuilt_calls(
@@ -74,7 +74,7 @@ def _into_results(
     if str(operator) == "aten.native_batch_norm.default":
         # torch 2.13 leaves the saved statistics unwritten where the input is strided.
         can_be_given &= arguments[0].is_contiguous()
-    if variant is not None and can_be_given and str(operator) not in _ASK_FOR_GRADIENTS:
+    if variant is not None and can_be_given and str(operator) not in ASK_FOR_GRADIENTS:
         overload, names = variant
         if [str(r.type) for r in operator._schema.returns] == ["List[Tensor]"]:
             given: dict[str, Any] = {names[0]: list(results)}
@@ -114,7 +114,7 @@ def _copying(
 ) -> Call:
     targets = [(index, target) for index, target in enumerate(results) if target is not None]
     compute = partial(operator._op, *arguments, **keywords)
-    if str(operator) in _ASK_FOR_GRADIENTS:
+    if str(operator) in ASK_FOR_GRADIENTS:
         compute = torch.enable_grad()(compute)
 
     def call() -> None:

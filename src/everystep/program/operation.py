@@ -149,7 +149,7 @@ class Operation(Model):
         """
         operator = self.resolved
         if self.operator in PLAIN_ONLY and not is_plain:
-            raise ValueError(f"{operator} depends on numbers, which only a plain program may do")
+            raise ValueError(f"{operator} is for plain programs alone")
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors are written with their shapes")
         self._check_arguments()

@@ -30,10 +30,11 @@ __all__ = [
 _Packet: Any = type(torch.ops.aten.mul)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
-#: Operators that only a plain program may use: one gives a number to Python, and the shapes of the
-#: others' results depend on numbers.
+#: Operators that only a plain program may use: one gives a number to Python, the shapes of the results
+#: of two depend on numbers, and two are those of a scaler of gradients, which check what they are given.
 PLAIN_ONLY = {
     *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
+    *("aten._amp_foreach_non_finite_check_and_unscale_.default", "aten._amp_update_scale_.default"),
 }
 
 #: Types of arguments and results, as schemas write them, of an operation on tensors.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
+from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import copy_into
 from everystep.program.operation import Operation, TensorSpec
 from everystep.program.operators import parameters
@@ -142,6 +143,8 @@ class _Call:
         self.operation = operation
         operator = operation.resolved
         self._call = operator._op
+        if operation.operator in ASK_FOR_GRADIENTS:
+            self._call = torch.enable_grad()(operator._op)
         self._reads_number = operation.operator == READ
         names = [p.name for p in parameters(operator) if p.is_positional]
         pairs = zip(names, operation.arguments, strict=False)
@@ -233,7 +236,9 @@ class Environment:
             given = inputs.get(name)
             if given is None or given.nbytes < storage.bytes:
                 raise ProgramError(f"there is no input {name} of {storage.bytes} bytes")
-            self._memory[name] = given.to(torch.device("cpu") if storage.host else device).untyped_storage()
+            self._memory[name] = given.to(
+                torch.device("cpu") if storage.host else device
+            ).untyped_storage()
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the program, on its live memory."""
@@ -284,7 +289,9 @@ def lay_state(plain: PlainProgram, state: dict[str, Tensor], device: torch.devic
         given = state.get(name)
         if given is None or tuple(given.shape) != spec.shape or given.dtype != spec.torch_dtype:
             what = "missing" if given is None else f"{tuple(given.shape)} {given.dtype}"
-            raise ProgramError(f"{name} of the state is {what}, and the step needs {spec.shape} {spec.dtype}")
+            raise ProgramError(
+                f"{name} of the state is {what}, and the step needs {spec.shape} {spec.dtype}"
+            )
         on.setdefault(spec.storage, []).append(name)
     for storage, names in on.items():
         places = {state[name].untyped_storage().data_ptr() for name in names}

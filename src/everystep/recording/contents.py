@@ -199,7 +199,9 @@ def read_contents(
         return None
     dtype = getattr(torch, given.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise RunError(f"{directory} has an input of dtype {given.dtype!r:.40}: the database was changed")
+        raise RunError(
+            f"{directory} has an input of dtype {given.dtype!r:.40}: the database was changed"
+        )
     size = math.prod(given.shape) * dtype.itemsize
     if sum(places[digest][2] for digest in given.digests) != size:
         raise RunError(f"{directory / FOLDER} is not as it was written: an input has another size")

@@ -55,6 +55,8 @@ _SHAPE: dict[str, Any] = {
         },
         None,
     ),
+    "loop": ({"parts": dict, "programs": int, "unseen": list}, None),
+    "batches.lost_to": int,
     "data.file": {"stored": bool, "bytes": int, "digest": str},
     "experiment.file": str,
     "experiment.digest": str,

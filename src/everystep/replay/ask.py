@@ -153,7 +153,9 @@ def check_question(expression: Expression, run: RecordedRun, objects: Objects | 
             "parameters": list(step.parameters),
             "buffers": list(step.buffers),
             "gradients": list(step.gradients | step.parameters),
-            "activations": list(step.activations) if step.is_by_program else replay.revived.module_paths(),
+            "activations": list(step.activations)
+            if step.is_by_program
+            else replay.revived.module_paths(),
             "updates": list(step.updates),
         }
     )

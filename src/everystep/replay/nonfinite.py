@@ -197,7 +197,7 @@ def _first_made(step: Step) -> NonFinite | None:
 
 def _given(step: Step) -> Iterator[tuple[str, Tensor]]:
     """Yield what a step begins with."""
-    yield from (("x", step.batch.x), ("y", step.batch.y))
+    yield from step.batch.tensors.items()
     yield from step.parameters.items()
 
 
@@ -219,7 +219,8 @@ def _count(tensors: Any) -> _Counts:
 
 def _rows(step: Step, tensor: Tensor) -> tuple[int, ...]:
     """Return the rows of the data in which a tensor with a row for each of the batch is not finite."""
-    rows = len(step.batch.x) if step.batch.x.ndim else 0
+    first = next(iter(step.batch.tensors.values()), None)
+    rows = len(first) if first is not None and first.ndim else 0
     if tensor.ndim == 0 or len(tensor) != rows:
         return ()
     places = torch.nonzero(~torch.isfinite(tensor).reshape(rows, -1).all(1)).flatten()

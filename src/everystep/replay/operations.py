@@ -79,7 +79,7 @@ def _explained(
 ) -> OperationDifference:
     inputs = _different(a.inputs, b.inputs)
     names = {difference.name for difference in inputs}
-    is_of_batch = any(name.partition("~")[0] in ("x", "y") for name in names)
+    is_of_batch = any(name.partition("~")[0] in one.batch.tensors for name in names)
     rows = _different_rows(one, other) if is_of_batch else []
     causes = _causes(one, other, a, b, names)
     return OperationDifference(one.number, index, a, b, results, inputs, rows, causes)
@@ -87,10 +87,13 @@ def _explained(
 
 def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
     """Return the places of a batch that differ, with the rows of the data that lie there."""
-    pairs = [(one.batch.x, other.batch.x), (one.batch.y, other.batch.y)]
+    tensors = one.batch.tensors, other.batch.tensors
+    if not tensors[0] or tensors[0].keys() != tensors[1].keys():
+        return []
+    pairs = [(tensor, tensors[1][name]) for name, tensor in tensors[0].items()]
     if any(a.shape != b.shape or not a.ndim for a, b in pairs):
         return []
-    count = len(one.batch.x)
+    count = len(pairs[0][0])
     different = torch.zeros(count, dtype=torch.bool)
     for a, b in pairs:
         if len(a) == count:

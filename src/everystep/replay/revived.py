@@ -193,7 +193,9 @@ class Revived:
 
     def batch(self, number: int) -> Batch:
         """Return a copy of the batch of a step."""
-        tensors = {name: part.clone() for name, part in zip("xy", self.trainee.batch(number), strict=True)}
+        tensors = {
+            name: part.clone() for name, part in zip("xy", self.trainee.batch(number), strict=True)
+        }
         return Batch(tensors, self.batches.indices(number), tuple(tensors.values()))
 
     def given(self, number: int) -> bytes:

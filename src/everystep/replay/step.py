@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from everystep.errors import UsageError
 from everystep.program.execute import Observed
+from everystep.program.operation import Phase
 
-__all__ = ["Batch", "Statistics", "Step", "Update", "statistics"]
+__all__ = ["Batch", "Segment", "Statistics", "Step", "Update", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ class Batch:
             known = ", ".join(self.tensors) or "none"
             raise UsageError(f"the batch of this step has no tensor {name!r}; it has: {known}")
         return self.tensors[name]
+
+
+class Segment(NamedTuple):
+    """Operations `first` to `last` of a step, which belong together.
+
+    part: the model whose forward pass it is, or the optimizer whose update, where there are several.
+    """
+
+    phase: Phase
+    part: str | None
+    first: int
+    last: int
 
 
 class Update(NamedTuple):
@@ -101,6 +115,22 @@ class Step:
     def is_exact(self) -> bool:
         """Whether every step taken again on the way here, and this one, had the recorded loss."""
         return self.departed_at is None
+
+    def segments(self, parts: Collection[str] = ()) -> list[Segment]:
+        """Return the operations in the order in which they happened, those of a phase together.
+
+        parts: names of models and optimizers to tell apart.
+        """
+        found: list[Segment] = []
+        for index, seen in enumerate(self.operations):
+            phase, path = seen.operation.phase, seen.operation.module or ""
+            own = path.partition(".")[0] if phase in ("forward", "update") else ""
+            part = own if own in parts else None
+            if found and (found[-1].phase, found[-1].part) == (phase, part):
+                found[-1] = found[-1]._replace(last=index)
+            else:
+                found.append(Segment(phase, part, index, index))
+        return found
 
     @cached_property
     def bytes(self) -> int:

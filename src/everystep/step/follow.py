@@ -27,7 +27,7 @@ class Follower:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
         module_done: called with the path of a module and the tensors that it has given.
-        optimizer_begins: called with an optimizer that is about to take a step.
+        optimizer_uses: called with an optimizer before its step and after it.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Follower:
         modules: Mapping[int, str],
         optimizers: Mapping[int, str | None],
         module_done: Callable[[str, list[Tensor]], None],
-        optimizer_begins: Callable[[torch.optim.Optimizer], None],
+        optimizer_uses: Callable[[torch.optim.Optimizer], None],
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
         self._module_done = module_done
-        self._optimizer_begins = optimizer_begins
+        self._optimizer_uses = optimizer_uses
         self._thread = threading.get_ident()
         self._open: list[str] = []
         self._optimizer: list[str | None] = []
@@ -104,9 +104,10 @@ class Follower:
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._is_ours():
-            self._optimizer_begins(optimizer)
+            self._optimizer_uses(optimizer)
             self._optimizer.append(self._optimizers.get(id(optimizer)))
 
-    def _step_ends(self, *_: Any) -> None:
+    def _step_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._is_ours() and self._optimizer:
             self._optimizer.pop()
+            self._optimizer_uses(optimizer)

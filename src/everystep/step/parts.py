@@ -195,7 +195,9 @@ def _check(named: Mapping[str, Any]) -> None:
         if isinstance(part, type) or part is None or not (holds or hasattr(part, "__dict__")):
             kind = part.__name__ if isinstance(part, type) else type(part).__name__
             faults.append(
-                Fault(name, f"is no part of a training: {kind}; parts are modules, optimizers and the like")
+                Fault(
+                    name, f"is no part of a training: {kind}; parts are modules, optimizers and the like"
+                )
             )
     main = named.get("model")
     if isinstance(main, nn.Module):
@@ -208,7 +210,9 @@ def _check(named: Mapping[str, Any]) -> None:
         raise UsageError(faults, "the parts of the training")
 
 
-def _tensors_in(value: Any, path: str, known: set[int], depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(
+    value: Any, path: str, known: set[int], depth: int = _DEPTH
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors within a part that have no name yet, each with its path."""
     if isinstance(value, Tensor):
         if id(value) not in known:

@@ -108,7 +108,8 @@ class _PlainBuilder(Builder):
             self._add_tensor(name, number)
         loss = None if path.loss is None else self._named(path.loss, self._unused("loss"))
         gradients = {
-            name: self._named(number, self._unused(f"gradient/{name}")) for name, number in path.gradients
+            name: self._named(number, self._unused(f"gradient/{name}"))
+            for name, number in path.gradients
         }
         operations = [*map(self._operation, self._recorded)]
         ends = {name: self._tensor(number) for name, number in path.ends}

@@ -191,6 +191,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             loss_number = self._loss(loss)
         before = {n: number for n, number in self._named.items() if not self._is_input(number)}
         used = self._used()
+        for storage in {place for operation in self._operations for place in operation.writes}:
+            self._contents.forget(self._storages[storage].reference.cdata)
         kept = {
             name: number
             for name, number in self._named.items()
@@ -242,11 +244,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the bytes of an input that is no part of the batch, as it was first seen."""
         return self._storages[storage].content
 
-    def optimizer_begins(self, gradients: Mapping[str, Tensor]) -> None:
-        """An optimizer is about to take a step with these gradients, by parameter."""
+    def optimizer_uses(self, gradients: Mapping[str, Tensor]) -> None:
+        """An optimizer takes a step, or has just taken one, with these gradients, by parameter.
+
+        What is still there from the step before is not what this one made.
+        """
+        made = {storage for operation in self._operations for storage in operation.writes}
         for name, gradient in gradients.items():
-            if gradient.layout == torch.strided:
-                self._gradients.setdefault(name, self._number(gradient))
+            if name not in self._gradients and _is_plain(gradient):
+                number = self._number(gradient)
+                if self._tensors[number].storage in made:
+                    self._gradients[name] = number
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note what a module has given; of several calls, the last that gradients flow through."""
@@ -359,7 +367,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         changed = [t for name in names for t in leaves(given.get(name)) if _is_plain(t)]
         changed += [tensor for tensor, version in versions if _version_of(tensor) != version]
         for tensor in changed:
-            self._storage_of.pop(tensor.untyped_storage()._cdata, None)
+            place = tensor.untyped_storage()._cdata
+            self._storage_of.pop(place, None)
+            self._contents.forget(place)  # a kernel need not count what it changes
         for tensor in (*changed, *leaves(result)):
             if _is_plain(tensor):
                 self._number(tensor)
@@ -431,7 +441,11 @@ class Contents:
             self._copies[storage._cdata] = reference, version, copy
         return copy
 
-    def forget(self) -> None:
+    def forget(self, place: int) -> None:
+        """Copy a storage again when it is seen next: it was changed."""
+        self._copies.pop(place, None)
+
+    def clean(self) -> None:
         """Let go of what is not there any more."""
         self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
 

@@ -58,7 +58,9 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     """
     job.check()
     place = create_directory(directory, job.name, runs)
-    facts = {"name": place.name, "started": now()} | job.facts | circumstances(job.steps, job.trainee.device)
+    facts = (
+        {"name": place.name, "started": now()} | job.facts | circumstances(job.steps, job.trainee.device)
+    )
     parent = job.origin.parent if job.origin else None
     try:
         recorder = Recorder(place, facts, budget, parent, job.start)

@@ -67,7 +67,7 @@ class Recording:
             self._parts.module_paths(),
             self._parts.optimizer_names(),
             self._module_done,
-            self._optimizer_begins,
+            self._optimizer_uses,
         )
         self._contents = Contents()
         self._programs: dict[StepPath, _Program | None] = {}
@@ -360,7 +360,7 @@ class Recording:
         recorder.facts(self._loop_facts() | {"loss.dtype": self._loss_dtype})
         self._say_if_not_finite(first, losses)
         self._taken, self._losses, self._measured = [], [], []
-        self._contents.forget()
+        self._contents.clean()
 
     def _say_if_not_finite(self, first: int, losses: list[float]) -> None:
         if not self._has_loss or not self._is_finite:
@@ -422,13 +422,13 @@ class Recording:
             with self._paused():
                 self._watch.module_done(path, outputs)
 
-    def _optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
+    def _optimizer_uses(self, optimizer: torch.optim.Optimizer) -> None:
         if self._watch is None:
             return
         names = self._parts.parameter_names()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with self._paused():
-            self._watch.optimizer_begins(
+            self._watch.optimizer_uses(
                 {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
             )
 
@@ -514,7 +514,9 @@ def _number(name: str, value: Any) -> float | Tensor:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise UsageError(f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean")
+            raise UsageError(
+                f"log: {name} has shape {tuple(value.shape)}; log one number, such as its mean"
+            )
         return value.detach().reshape(()).clone()
     with suppress(TypeError, ValueError):
         if not isinstance(value, str):

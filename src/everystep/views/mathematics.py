@@ -401,5 +401,8 @@ _WRITTEN: dict[str, Callable[[_Call], str]] = {
     "max_pool2d": _pooled,
     "embedding": lambda call: f"{call['weight']}[{call['indices']}]",
     "embedding_dense_backward": lambda c: f"sum of {c['grad_output']} at {c['indices']}",
+    "local_scalar_dense": lambda call: f"read by Python: {call['self']}",
+    "nonzero": lambda call: f"where {call['self']} is not 0",
+    "masked_select": lambda call: f"{call['self']}[{call['mask']}]",
     "clone": lambda call: f"copy({call['self']})",
 }

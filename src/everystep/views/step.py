@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, get_args
 
+import torch
 from rich.text import Text
 from torch import Tensor
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
-from everystep.replay.step import Step, Update
+from everystep.replay.step import Segment, Step, Update
 from everystep.views.formula import Formula, optimizer_parts, update_formulas
 from everystep.views.lines import (
     Cell,
@@ -90,9 +91,51 @@ class _Opened:
     def whole(self, name: str, phase: str | None) -> None:
         """Write the page, or one phase of it."""
         self._heading(name)
+        if phase is None and "loop" in self.facts:
+            self._as_it_happened()
+            return
         for each in PHASES:
             if phase in (None, each):
                 getattr(self, f"_{each}")(phase is not None or self.page.values)
+
+    def _as_it_happened(self) -> None:
+        """Write a step of a loop: its batch, its segments in their order, and what has changed."""
+        step, page = self.step, self.page
+        self._batch(page.values)
+        formulas = update_formulas(step.operations, self.facts["optimizer"]["text"])
+        left = {n: u for n, u in step.updates.items() if not torch.equal(u.before, u.after)}
+        for number, segment in enumerate(step.segments(self.facts["loop"]["parts"])):
+            numbers = range(segment.first, segment.last + 1)
+            own = {n for n in left if n in formulas and not set(numbers).isdisjoint(formulas[n].numbers)}
+            if segment.phase == "update" and own:
+                self._segment_of_update(segment, {name: left.pop(name) for name in own}, formulas)
+                continue
+            page.heading(segment.phase.replace("_", " "), segment.part or "")
+            for place in numbers if number else (-1, *numbers):
+                page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
+        if step.gradients:
+            page.heading("grads", "as the optimizer found them")
+            self._tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
+        if left:
+            page.heading("changed", "otherwise")
+            page.table([_update_headings(), *(_update_row(n, u, None) for n, u in left.items())])
+
+    def _segment_of_update(
+        self, segment: Segment, updates: Mapping[str, Update], formulas: Mapping[str, Formula]
+    ) -> None:
+        """Write what an optimizer did: its formulas, and how far each parameter went."""
+        rates = self.step.hyperparameters.items()
+        settings = [f"{name} = {shortest(value)}" for name, value in rates]
+        self.page.heading("update", ", ".join([*([segment.part] if segment.part else []), *settings]))
+        count = segment.last - segment.first + 1
+        self.page.line(
+            (f"#{segment.first} to #{segment.last}, {count:,} operations", "dim"), indent=_INDENT
+        )
+        self._formulas({name: formulas[name] for name in updates})
+        self.page.blank()
+        ordered = [name for name in self.step.updates if name in updates]
+        rows = [_update_row(name, updates[name], formulas[name]) for name in ordered]
+        self.page.table([_update_headings(), *rows])
 
     def operation(self, name: str, place: int) -> None:
         """Write one operation."""
@@ -138,6 +181,8 @@ class _Opened:
     def _exactness(self) -> str:
         step = self.step
         how = "by program" if step.is_by_program else "eagerly"
+        if "loop" in self.facts:
+            how = "without the code of your loop"
         if step.is_exact:
             return f"bit for bit as recorded, {how}"
         losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]
@@ -148,10 +193,12 @@ class _Opened:
 
     def _batch(self, alone: bool) -> None:
         self.page.heading("batch", self._rows_text(whole=alone and self.page.values))
-        self._tensors({"x": self.step.batch.x, "y": self.step.batch.y})
+        self._tensors(self.step.batch.tensors)
 
     def _rows_text(self, *, whole: bool) -> str:
         rows, total = self.step.batch.rows, self.facts["data"]["rows"]
+        if "loop" in self.facts:
+            return "" if self.step.batch.tensors else "no tensors"
         if rows is None:
             return f"all {total:,} rows, in order"
         shown = rows.tolist() if whole else rows[:_ROWS_SHOWN].tolist()
@@ -207,6 +254,11 @@ class _Opened:
             self._operations("update", alone)
             self._updates_in_full()
 
+    def _other(self, alone: bool) -> None:
+        if alone or any(seen.operation.phase == "other" for seen in self.step.operations):
+            self.page.heading("other")
+            self._operations("other", alone)
+
     def _formulas(self, formulas: Mapping[str, Formula]) -> None:
         """Write both notations, once for all the parameters that share them."""
         of_formula: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
@@ -239,7 +291,7 @@ class _Opened:
             for place in places:
                 self._operation_in_full(place)
         elif places:
-            for place in places if phase == "loss" else (-1, *places):
+            for place in places if phase in ("loss", "other") else (-1, *places):
                 self.page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
         else:
             self.page.line(("no operations", "dim"), indent=_INDENT)

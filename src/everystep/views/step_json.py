@@ -53,8 +53,7 @@ def _tensors_of(step: Step, values: bool) -> dict[str, Any]:
     return {
         "batch": {
             "rows": None if rows is None else rows.tolist(),
-            "x": _tensor(step.batch.x, values),
-            "y": _tensor(step.batch.y, values),
+            **_tensors(step.batch.tensors, values),
         },
         "parameters": _tensors(step.parameters, values),
         "buffers": _tensors(step.buffers, values),

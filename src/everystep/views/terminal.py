@@ -88,6 +88,11 @@ def closing(directory: Path, reason: str | None) -> str:
 def engine_text(facts: dict[str, Any]) -> str:
     """Return how the steps of a run were taken, and what stands behind that."""
     engine = facts.get("engine")
+    if "loop" in facts:
+        count = facts["loop"]["programs"]
+        lost = facts.get("batches.lost_to")
+        missing = f"; the batches of steps up to {lost:,} were given up for room" if lost else ""
+        return f"by your own loop, whose operations are in {count:,} programs{missing}"
     if not isinstance(engine, dict):
         return "taken eagerly"
     eager_from, reason = engine["eager_from"], engine["reason"]
@@ -205,6 +210,8 @@ def _labelled(label: str, text: str) -> str:
 
 def _data_text(facts: dict[str, Any]) -> str:
     data = facts["data"]
+    if "loop" in facts:
+        return "the batches of your own loop"
     what = data.get("name") or Path(data.get("path", data["source"])).name
     shapes = f"x {_shape(data['x'])}, y {_shape(data['y'])}" if "x" in data else f"{data['rows']} rows"
     kept_out = data.get("validation_rows")
@@ -222,6 +229,8 @@ def _update_text(facts: dict[str, Any]) -> str:
 
 def _steps_text(facts: dict[str, Any]) -> str:
     batches = facts["batches"]
+    if "loop" in facts:
+        return f"{facts['steps']:,}"
     if batches["batch_size"] is None:
         return f"{facts['steps']:,}, each with all {facts['data']['rows']:,} rows"
     return (
