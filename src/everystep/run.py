@@ -265,6 +265,12 @@ class Run(RecordedRun):
         from everystep.replay.fork import Fork, fork_experiment, fork_objects
         from everystep.replay.objects import Objects
 
+        if "loop" in self.facts:
+            raise RunError(
+                f"{self.name} was recorded from a loop of your own, which a fork would need; load "
+                f"run.parameters({at}) into your model and record your loop from there"
+            )
+
         at = self._number(at)
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         given = {name: value for name, value in short.items() if value is not None}

@@ -88,3 +88,252 @@ def test_every_step_of_a_loop_opens_again_without_it(recorded, name):
         assert is_exact
         assert loss == losses[number - 1]
     assert min(replayed["operations"]) > 5
+
+
+# What is said, and what is kept, when things are otherwise.
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """A small model, its optimizer and a batch; runs go to a place of their own."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, (torch.randn(16, 4), torch.randn(16, 2))
+
+
+def take(model, optimizer, batch):
+    x, y = batch
+    loss = ((model(x) - y) ** 2).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def test_a_loop_needs_five_lines(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for each in recording.steps([batch] * 5):
+            loss = take(model, optimizer, each)
+            recording.log(loss=loss)
+    run = recording.run
+    assert (len(run), run.name, run.status) == (5, "loop-1", "finished")
+    assert run[3].gradients["0.weight"].shape == (8, 4)
+    assert run[3].batch.x.equal(batch[0]) and run[3].batch.nested[1].equal(batch[1])
+
+
+def test_a_break_ends_a_step_and_an_exception_discards_it(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 9)):
+            recording.log(loss=take(model, optimizer, each))
+            if number == 3:
+                break
+    assert (len(recording.run), recording.run.snapshots[-1]) == (4, 4)
+    with (
+        pytest.raises(ZeroDivisionError),
+        everystep.record(model=model, optimizer=optimizer) as recording,
+    ):
+        for number, each in enumerate(recording.steps([batch] * 9)):
+            recording.log(loss=take(model, optimizer, each))
+            if number == 3:
+                raise ZeroDivisionError("of my own")
+    run = recording.run
+    assert (len(run), run.status, run.facts["reason"]) == (3, "failed", "of my own")
+    assert run.snapshots == [0]
+    assert run.verify(processes=1, progress=False).is_exact
+
+
+def test_an_interrupted_loop_is_closed_and_can_be_run_again(made):
+    model, optimizer, batch = made
+    for name in ("loop-1", "loop-2"):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            everystep.record(model=model, optimizer=optimizer) as recording,
+        ):
+            for number, each in enumerate(recording.steps([batch] * 9)):
+                recording.log(loss=take(model, optimizer, each))
+                if number == 4:
+                    raise KeyboardInterrupt
+        assert (recording.run.name, len(recording.run), recording.run.status) == (name, 4, "stopped")
+        assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_a_step_without_loss_or_backward_is_a_step(made):
+    model, _, batch = made
+    with everystep.record(model=model) as recording:
+        for x, _ in recording.steps([batch] * 3):
+            with torch.no_grad():
+                model[0].weight.mul_(0.5)
+                model(x)
+    run = recording.run
+    assert len(run) == 3
+    assert run.verify(processes=1, progress=False).is_exact
+    assert run[2].updates["0.weight"].change.abs().sum() > 0
+
+
+def test_what_a_batch_may_be(made):
+    model, optimizer, (x, y) = made
+    batch = {
+        "inputs": {"x": x},
+        "targets": [y, "as text"],
+        "weights": np.ones(3),
+        "n": 3,
+        "what": object(),
+    }
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for each in recording.steps([batch] * 2):
+            recording.log(loss=take(model, optimizer, (each["inputs"]["x"], each["targets"][0])))
+            each["inputs"]["x"] = None
+            batch["inputs"]["x"] = x
+    found = recording.run[2].batch
+    assert list(found.tensors) == ["inputs.x", "targets.0", "weights"]
+    nested = found.nested
+    assert nested["inputs"]["x"].equal(x) and nested["targets"][1] == "as text" and nested["n"] == 3
+    assert nested["what"] == "<object>"
+    with pytest.raises(everystep.UsageError, match=r"no tensor 'x'; it has: inputs\.x, targets\.0"):
+        found.x  # noqa: B018
+
+
+def test_a_body_may_change_its_batch_and_loaders_may_use_their_memory_again(made):
+    model, optimizer, (x, y) = made
+    memory = torch.empty_like(x)
+
+    def batches():
+        for number in range(4):
+            memory.copy_(x * (number + 1))
+            yield memory, y
+
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for inputs, targets in recording.steps(batches()):
+            inputs.add_(1)
+            recording.log(loss=take(model, optimizer, (inputs, targets)))
+    run = recording.run
+    assert run.verify(processes=1, progress=False).is_exact
+    assert run[3].batch.x.equal(x * 3)
+
+
+def test_rows_are_kept_once_however_they_are_shuffled(made):
+    model, optimizer, _ = made
+    x, y = torch.randn(64, 400), torch.randn(64, 2)
+    model = nn.Linear(400, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for rows in recording.steps(x[torch.randperm(64)] for _ in range(20)):
+            recording.log(loss=take(model, optimizer, (rows, y)))
+    kept = sum(file.stat().st_size for file in (recording.run.directory / "batches").iterdir())
+    assert kept < x.nbytes + y.nbytes + 100
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made):
+    model, optimizer, (_, y) = made
+    with everystep.record(model=model, optimizer=optimizer, batch_budget=20_000) as recording:
+        for number in range(300):
+            x = torch.randn(16, 4)
+            with recording.step((x, y)):
+                recording.log(loss=take(model, optimizer, (x, y)))
+            if number % 20 == 0:
+                recording.flush()
+    run = recording.run
+    lost_to = run.facts["batches.lost_to"]
+    assert 100 < lost_to < 300
+    with pytest.raises(everystep.RunError, match=r"batch_budget of everystep\.record"):
+        run[5]
+    assert run[300].is_exact and run[300].batch.x.equal(x)
+    after = next(step for step in run.snapshots if step > lost_to)
+    assert after < 300 and run[after + 1].is_exact
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, "give at least the model"),
+        ({"model": nn.Linear}, "model: is no part of a training: Linear"),
+        ({"model": 3}, "model: is no part of a training: int"),
+        ({"model": nn.Sequential(), "rate": None}, "rate: is no part"),
+        ({"model": nn.ModuleDict({"head": nn.Linear(1, 1)}), "head": nn.Linear(1, 1)}, "head_part="),
+    ],
+)
+def test_what_is_no_part_is_named(parts, message):
+    with pytest.raises(everystep.UsageError, match=message):
+        everystep.record(**parts)
+
+
+def test_calls_at_the_wrong_time_say_what_to_do(made):
+    model, optimizer, batch = made
+    recording = everystep.record(model=model)
+    with pytest.raises(everystep.UsageError, match=r"with everystep\.record\(\.\.\.\) as recording"):
+        next(recording.steps([batch]))
+    with recording:
+        with pytest.raises(everystep.UsageError, match="outside of a step"):
+            recording.log(loss=1.0)
+        with pytest.raises(everystep.UsageError, match="under way already"):
+            everystep.record(model=model).__enter__()
+        with recording.step(batch):
+            for wrong in (torch.zeros(2), "text", None):
+                with pytest.raises(everystep.UsageError, match="log: loss"):
+                    recording.log(loss=wrong)
+            with pytest.raises(everystep.UsageError, match="one loop at a time"):
+                next(recording.steps([batch]))
+    with pytest.raises(everystep.UsageError, match="begun already"):
+        recording.__enter__()
+    with pytest.raises(everystep.RunError, match="loop of your own"):
+        recording.run.fork(1)
+
+
+def test_a_loader_that_is_empty_or_raises(made, capsys):
+    model, optimizer, batch = made
+    with everystep.record(model=model) as recording:
+        for _ in recording.steps([]):
+            pass
+    assert "there was no batch" in capsys.readouterr().err
+    assert len(recording.run) == 0
+
+    def broken():
+        yield batch
+        raise OSError("the disk is gone")
+
+    with (
+        pytest.raises(OSError, match="the disk is gone"),
+        everystep.record(model=model, optimizer=optimizer) as recording,
+    ):
+        for each in recording.steps(broken()):
+            recording.log(loss=take(model, optimizer, each))
+    assert (len(recording.run), recording.run.status) == (1, "failed")
+
+
+def test_two_recordings_that_part_are_told_apart_by_operation(made):
+    model, optimizer, batch = made
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    runs = []
+    for factor in (1.0, 1.0000001):
+        model.load_state_dict(start)
+        with everystep.record(model=model, optimizer=optimizer) as recording:
+            for number, each in enumerate(recording.steps([batch] * 12)):
+                loss = take(model, optimizer, each)
+                if number == 7:
+                    with torch.no_grad():
+                        model[2].bias.mul_(factor)
+                recording.log(loss=loss)
+        runs.append(recording.run)
+    found = runs[0].diff(runs[1], progress=False)
+    assert found.operation.step == 8
+    assert "mul_" in found.operation.one.operation.operator
+    assert any("1.0000001" in cause for cause in found.operation.causes)
+
+
+def test_hidden_writes_are_never_passed_off(made):
+    """What leaves torch's dispatcher is found at the next snapshot."""
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 40)):
+            loss = take(model, optimizer, each)
+            if number == 20:
+                model[0].weight.detach().numpy()[0, 0] = 0.5
+            recording.log(loss=loss)
+    found = recording.run.verify(processes=1, progress=False)
+    assert not found.is_exact
+    assert found.first_loss.step == 22

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.page.network import network
-from everystep.page.tensors import first_of, images_of, unset_ids
+from everystep.page.tensors import first_of, id_of_batch, images_of, unset_ids
 from everystep.program.operation import Operation
 from everystep.replay.step import Batch, Step, statistics
 from everystep.run import Run
@@ -56,6 +56,7 @@ def _content(step: Step, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         "is_exact": step.is_exact,
         "departed_at": step.departed_at,
         "is_by_program": step.is_by_program,
+        "is_of_loop": "loop" in facts,
         "problems": run.problems,
         "hyperparameters": step.hyperparameters,
         "clip_norm": facts["clip_norm"],
@@ -117,13 +118,16 @@ class _Tensors:
 
 
 def _batch(batch: Batch, facts: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
-    images = images_of(batch.x, facts)
+    images = images_of(next(iter(batch.tensors.values())), facts) if batch.tensors else None
+    classes = (facts.get("preparation") or {}).get("classes")
     return {
-        "x": tensors.add("batch.x", batch.x),
-        "y": tensors.add("batch.y", batch.y),
+        "tensors": [
+            {"name": name, "tensor": tensors.add(id_of_batch(name), tensor)}
+            for name, tensor in batch.tensors.items()
+        ],
         "rows": None if batch.rows is None else batch.rows.tolist(),
         "images": None if images is None else tensors.add("batch.images", images),
-        "targets": _targets(batch.y, (facts.get("preparation") or {}).get("classes")),
+        "targets": _targets(batch.tensors["y"], classes) if "y" in batch.tensors else None,
     }
 
 

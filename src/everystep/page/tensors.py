@@ -10,7 +10,7 @@ from everystep.errors import UsageError
 from everystep.replay.step import Step
 from everystep.views.mathematics import kind_of
 
-__all__ = ["first_of", "images_of", "tensor_of", "unset_ids"]
+__all__ = ["first_of", "id_of_batch", "images_of", "tensor_of", "unset_ids"]
 
 #: Images are drawn as such up to this many pixels along a side.
 _LARGEST_IMAGE = 512
@@ -44,10 +44,11 @@ def tensor_of(step: Step, id: str, facts: dict[str, Any]) -> Tensor:
     """
     kind, _, name = id.partition("/")
     found: Any = None
-    if id in ("batch.x", "batch.y"):
-        found = step.batch.x if id == "batch.x" else step.batch.y
-    elif id == "batch.images":
-        found = images_of(step.batch.x, facts)
+    of_batch = {id_of_batch(name): tensor for name, tensor in step.batch.tensors.items()}
+    if id in of_batch:
+        found = of_batch[id]
+    elif id == "batch.images" and of_batch:
+        found = images_of(next(iter(of_batch.values())), facts)
     elif kind in ("parameters", "dropped", "gradients", "activations"):
         found = first_of(getattr(step, kind).get(name))
     elif kind == "updates":
@@ -63,6 +64,11 @@ def tensor_of(step: Step, id: str, facts: dict[str, Any]) -> Tensor:
             f"step {step.number} has no tensor {id!r:.200}; the step's own list says which there are"
         )
     return found
+
+
+def id_of_batch(name: str) -> str:
+    """Return the id of a tensor of the batch."""
+    return f"batch.{name}" if name in ("x", "y") else f"batch/{name}"
 
 
 def unset_ids(step: Step) -> frozenset[str]:

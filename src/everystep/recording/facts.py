@@ -55,7 +55,7 @@ _SHAPE: dict[str, Any] = {
         },
         None,
     ),
-    "loop": ({"parts": dict, "programs": int, "unseen": list}, None),
+    "loop": ({"parts": dict, "optimizers": dict, "programs": int, "unseen": list}, None),
     "batches.lost_to": int,
     "data.file": {"stored": bool, "bytes": int, "digest": str},
     "experiment.file": str,

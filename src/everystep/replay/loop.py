@@ -59,6 +59,7 @@ class RecordedLoop:
     """
 
     has_gradients = True
+    has_gradients_in_state = True
 
     def __init__(
         self, run: RecordedRun, facts: dict[str, Any], departed: Callable[[int, str], None]

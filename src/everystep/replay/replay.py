@@ -215,7 +215,7 @@ class Replay:
         revived = self._revive(at)
         if at == self._at and revived.state == number - 1 and revived.has_gradients:
             return
-        if number > self.stretches[at].first:
+        if number > self.stretches[at].first and not revived.has_gradients_in_state:
             self.go_to(number - 2, at)
             self._advance(revived, number - 1)
         self.go_to(number - 1, at)

@@ -20,6 +20,8 @@ class Replayable(Protocol):
     """
 
     state: int | None
+    #: Whether a state holds the gradients that the next step needs: otherwise they are made once more.
+    has_gradients_in_state: bool
 
     @property
     def has_gradients(self) -> bool:

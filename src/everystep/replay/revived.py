@@ -56,6 +56,8 @@ class Revived:
     state: the step whose state it holds, None before anything is loaded.
     """
 
+    has_gradients_in_state = False
+
     def __init__(
         self,
         first: int,

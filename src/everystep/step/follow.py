@@ -42,7 +42,7 @@ class Follower:
         self._module_done = module_done
         self._optimizer_uses = optimizer_uses
         self._thread = threading.get_ident()
-        self._open: list[str] = []
+        self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
         self._module_of_node: dict[int, str | None] = {}
         self._hooks: list[Any] = []
@@ -91,7 +91,8 @@ class Follower:
 
     def _opened(self, module: nn.Module, inputs: Any) -> None:
         if self._is_ours():
-            around = self._open[-1] if self._open else ""
+            # A module that is no part, such as a loss, belongs to what is around it.
+            around = self._open[-1] if self._open else None
             self._open.append(self.modules.get(id(module), around))
 
     def _closed(self, module: nn.Module, inputs: Any, output: Any) -> None:

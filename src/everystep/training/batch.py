@@ -1,4 +1,4 @@
-"""Batches as loops have them: any nesting of dicts, lists, tuples and dataclasses, with tensors in it."""
+"""Batches as loops have them: dicts, lists, tuples and dataclasses, in any nesting, with tensors in it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:
-    """Return the tensors in a batch by their path; a pair's are `x` and `y`, a lone one is `x`.
+    """Return the tensors in a batch by their path; those of a pair are `x` and `y`, a lone one is `x`.
 
     NumPy's arrays count as tensors, on the same memory. What is neither is left out.
     """
-    if _is_pair(batch):
-        return dict(zip("xy", map(_as_tensor, batch), strict=True))
+    if _is_short(batch):
+        return dict(zip("xy", map(_as_tensor, batch), strict=False))
     found = {path or "x": tensor for path, tensor in _walk(batch, "")}
     return {name: tensor for name, tensor in found.items() if tensor.layout == torch.strided}
 
 
 def text_of(batch: Any) -> Any:
     """Return how a batch is nested, as JSON can hold it: `{"tensor": path}` for each tensor."""
-    if _is_pair(batch):
-        return {type(batch).__name__: [{"tensor": "x"}, {"tensor": "y"}]}
+    if _is_short(batch):
+        return {type(batch).__name__: [{"tensor": name} for name, _ in zip("xy", batch, strict=False)]}
     return _text(batch, "")
 
 
@@ -51,9 +51,10 @@ def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
     return f"<{content}>"  # of a class that no run holds
 
 
-def _is_pair(batch: Any) -> bool:
-    is_two = type(batch) in (list, tuple) and len(batch) == 2
-    return is_two and all(isinstance(part, Tensor | np.ndarray) and _is_dense(part) for part in batch)
+def _is_short(batch: Any) -> bool:
+    """Tell whether a batch is one tensor, or a pair of tensors, in a list or a tuple."""
+    is_short = type(batch) in (list, tuple) and len(batch) in (1, 2)
+    return is_short and all(isinstance(part, Tensor | np.ndarray) and _is_dense(part) for part in batch)
 
 
 def _is_dense(part: Any) -> bool:

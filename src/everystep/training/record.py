@@ -78,6 +78,7 @@ class Recording:
         self._rates: dict[str, float] = {}
         self._generator: Tensor | None = None
         self._pending: State | None = None
+        self._lost_to = 0
         self._versions: list[tuple[int, int]] = []
         self._said: set[str] = set()
         self._is_finite = True
@@ -133,7 +134,7 @@ class Recording:
                 self._keep_pending()
                 recorder.snapshot(self._parts.snapshot(self._step))
             self._keep_pending()
-            self._flush()
+            self.flush()
             seconds = time.perf_counter() - self._started_at
             status, reason = _status(error, is_whole)
             recorder.finish(
@@ -246,7 +247,7 @@ class Recording:
         self._snapshot_if_due()
         self._note_versions()
         if time.perf_counter() >= self._flush_at:
-            self._flush()
+            self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
 
     def _close(self) -> _Step | None:
@@ -315,8 +316,8 @@ class Recording:
                 continue
             self._said.add(reason)
             self._say(
-                f"step {number}: no program holds {reason}; what it gives is kept as numbers, and no "
-                "view shows what is within it"
+                f"step {number}: {reason}; what it gives is kept as numbers, and no view shows how it "
+                "was made"
             )
 
     # What is written.
@@ -325,6 +326,12 @@ class Recording:
         recorder = self._started()
         if self._step >= TIMED_STEPS and not recorder.has_interval:
             recorder.choose_interval(self._step_seconds)
+        if recorder.lost_to > self._lost_to:
+            # Batches were given up: everything from here on shall open without them.
+            self._lost_to = recorder.lost_to
+            recorder.plan.pinned = {0, self._step}
+            self._keep_pending()
+            self._pending = self._parts.snapshot(self._step)
         if recorder.plan.is_due(self._step) and not recorder.is_behind and self._pending is None:
             self._pending = self._parts.snapshot(self._step)
 
@@ -346,7 +353,8 @@ class Recording:
     def _has_snapshot(self, step: int) -> bool:
         return self._pending is not None and self._pending.step == step
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hand what was recorded so far to the writer, as happens several times a second by itself."""
         recorder = self._started()
         if not self._taken:
             return
@@ -374,33 +382,34 @@ class Recording:
     def _facts(self) -> dict[str, Any]:
         parts = self._parts
         texts = {name: module_text(module) for name, module in parts.modules.items()}
+        main = "ModuleDict(\n)" if parts.main is None else texts.pop(parts.main)
         optimizers = {name: optimizer_text(each) for name, each in parts.optimizers.items()}
         parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
-        return {
-            "device": str(parts.device),
-            "seed": None,
-            "data": {"rows": 0, "source": "loop"},
-            "batches": {"batch_size": None, "drop_last": False, "seed": 0, "steps_per_epoch": 1},
-            "model": {
-                "text": _joined(texts),
-                "parameters": sum(parameter.numel() for parameter in parameters),
-            },
-            "loss": {"text": "of your own loop"},
-            "optimizer": {"text": _joined(optimizers) or "none"},
-            "schedule": None,
-            "clip_norm": None,
-            "evaluate_every": None,
-            "loop": {
-                "parts": {name: type(part).__name__ for name, part in parts.named.items()},
-                "programs": 0,
-                "unseen": [],
-            },
-        } | circumstances(0, parts.device)
+        return (
+            {
+                "device": str(parts.device),
+                "seed": None,
+                "data": {"rows": 0, "source": "loop"},
+                "batches": {"batch_size": None, "drop_last": False, "seed": 0, "steps_per_epoch": 1},
+                "model": {
+                    "text": _with_others(main, texts),
+                    "parameters": sum(parameter.numel() for parameter in parameters),
+                },
+                "loss": {"text": "of your own loop"},
+                "optimizer": {"text": _joined(optimizers) or "none"},
+                "schedule": None,
+                "clip_norm": None,
+                "evaluate_every": None,
+            }
+            | self._loop_facts()
+            | circumstances(0, parts.device)
+        )
 
     def _loop_facts(self) -> dict[str, Any]:
         return {
             "loop": {
                 "parts": {name: type(part).__name__ for name, part in self._parts.named.items()},
+                "optimizers": {n: optimizer_text(each) for n, each in self._parts.optimizers.items()},
                 "programs": sum(known is not None for known in self._programs.values()),
                 "unseen": sorted(self._said),
                 "has_loss": self._has_loss,
@@ -522,6 +531,15 @@ def _number(name: str, value: Any) -> float | Tensor:
         if not isinstance(value, str):
             return float(value)
     raise UsageError(f"log: {name} is a {type(value).__name__}; log a number, or a tensor of one")
+
+
+def _with_others(main: str, others: dict[str, str]) -> str:
+    """Return the text of a module with those of others in it, as torch prints what is within."""
+    if not others:
+        return main
+    own = main.removesuffix("\n)") if main.endswith("\n)") else main.removesuffix(")") + ")("
+    inner = "".join(f"\n({name}): {text}" for name, text in others.items())
+    return own + inner.replace("\n", "\n  ") + "\n)"
 
 
 def _joined(texts: dict[str, str]) -> str:

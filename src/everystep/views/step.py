@@ -102,10 +102,13 @@ class _Opened:
         """Write a step of a loop: its batch, its segments in their order, and what has changed."""
         step, page = self.step, self.page
         self._batch(page.values)
-        formulas = update_formulas(step.operations, self.facts["optimizer"]["text"])
         left = {n: u for n, u in step.updates.items() if not torch.equal(u.before, u.after)}
+        optimizers = self.facts["loop"]["optimizers"]
+        by_optimizer = {n: update_formulas(step.operations, text) for n, text in optimizers.items()}
+        alone = next(iter(by_optimizer.values()), {})
         for number, segment in enumerate(step.segments(self.facts["loop"]["parts"])):
             numbers = range(segment.first, segment.last + 1)
+            formulas = by_optimizer.get(segment.part or "", alone)
             own = {n for n in left if n in formulas and not set(numbers).isdisjoint(formulas[n].numbers)}
             if segment.phase == "update" and own:
                 self._segment_of_update(segment, {name: left.pop(name) for name in own}, formulas)
@@ -124,8 +127,9 @@ class _Opened:
         self, segment: Segment, updates: Mapping[str, Update], formulas: Mapping[str, Formula]
     ) -> None:
         """Write what an optimizer did: its formulas, and how far each parameter went."""
-        rates = self.step.hyperparameters.items()
-        settings = [f"{name} = {shortest(value)}" for name, value in rates]
+        prefix = f"{segment.part}." if segment.part else ""
+        rates = {n: v for n, v in self.step.hyperparameters.items() if n.startswith(prefix)}
+        settings = [f"{name.removeprefix(prefix)} = {shortest(v)}" for name, v in rates.items()]
         self.page.heading("update", ", ".join([*([segment.part] if segment.part else []), *settings]))
         count = segment.last - segment.first + 1
         self.page.line(

@@ -15,12 +15,17 @@ const PATIENCE = 60;
 
 /** Return the part that shows the batch. */
 export function batch(view) {
-  const structureOf = ({ batch, tensors }) => [batch.images !== null, tensors[batch.x].shape.slice(1), batch.targets === null];
+  const structureOf = ({ batch, tensors }) => [
+    batch.images !== null,
+    batch.tensors.map(({ name, tensor }) => [name, tensors[tensor].shape.slice(1)]),
+    batch.targets === null,
+  ];
   return rebuilt(element("div", { class: "batch" }), structureOf, ({ batch }) => [
     rowsOfData(),
     ...(batch.images ? [images(view)] : []),
-    tensorRow(view, { id: batch.x, name: "x", detail: batch.images ? null : thumbnail(view, batch.x) }),
-    tensorRow(view, { id: batch.y, name: "y", detail: thumbnail(view, batch.y) }),
+    ...batch.tensors.map(({ name, tensor }, place) =>
+      tensorRow(view, { id: tensor, name, detail: batch.images && place === 0 ? null : thumbnail(view, tensor) }),
+    ),
   ]);
 }
 
@@ -29,11 +34,12 @@ function rowsOfData() {
   const more = button("", () => tell(!isAll), { class: "plain" });
   const node = element("p", { class: "rows small muted" }, text, " ", more);
   let rows = null;
+  let isOfLoop = false;
   let isAll = false;
 
   function tell(all) {
     isAll = all;
-    if (!rows) return setText(text, "all rows of the data, in order");
+    if (!rows) return setText(text, isOfLoop ? "as your loop had it" : "all rows of the data, in order");
     const told = isAll ? rows : rows.slice(0, ROWS_SHOWN);
     setText(text, `${whole(rows.length)} rows of the data: ${told.join(", ")}${told.length < rows.length ? ", …" : ""}`);
     setText(more, isAll ? "fewer" : "all");
@@ -41,8 +47,9 @@ function rowsOfData() {
 
   return {
     node,
-    update({ batch }) {
+    update({ batch, is_of_loop }) {
       rows = batch.rows;
+      isOfLoop = is_of_loop;
       show(more, Boolean(rows) && rows.length > ROWS_SHOWN);
       tell(isAll);
     },

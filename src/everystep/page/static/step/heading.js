@@ -28,8 +28,8 @@ export function heading() {
   });
 }
 
-function exactnessText({ is_exact, is_by_program, departed_at, loss_text, recorded_loss_text }) {
-  const how = is_by_program ? "by program" : "eagerly";
+function exactnessText({ is_exact, is_by_program, is_of_loop, departed_at, loss_text, recorded_loss_text }) {
+  const how = is_of_loop ? "without the code of your loop" : is_by_program ? "by program" : "eagerly";
   if (is_exact) return `replayed bit for bit as recorded, ${how}`;
   const here =
     loss_text === recorded_loss_text

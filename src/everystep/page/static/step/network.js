@@ -28,7 +28,7 @@ export function network(view) {
   const structureOf = ({ network, loss_function, tensors, batch }) => [
     network.map(({ activation, ...layer }) => layer),
     loss_function,
-    tensors[batch.x].shape,
+    batch.tensors.slice(0, 1).map(({ name, tensor }) => [name, tensors[tensor].shape]),
   ];
   const part = rebuilt(node, structureOf, (content) => (content.network.length ? diagram(view, content) : []));
   return part;
@@ -58,8 +58,9 @@ function diagram(view, content) {
 }
 
 function given({ tensors, batch }) {
-  const name = element("span", { class: "name" }, element("i", {}, "x"));
-  return element("li", { class: "end" }, name, flow(tensors[batch.x].shape));
+  const [first] = batch.tensors;
+  const name = element("span", { class: "name" }, element("i", {}, first?.name ?? "input"));
+  return element("li", { class: "end" }, name, ...(first ? [flow(tensors[first.tensor].shape)] : []));
 }
 
 function lossAtEnd({ loss_function }) {

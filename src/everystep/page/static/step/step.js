@@ -17,6 +17,7 @@ const PHASES = [
   ["zero_grad", "Zero grad", "3"],
   ["backward", "Backward", "4"],
   ["update", "Update", "5"],
+  ["other", "Other", "6"],
 ];
 /** So long the step before stays as it is; then it is drawn as one that is about to change. */
 const PATIENCE = 300;
@@ -110,6 +111,9 @@ class StepView {
     this.node.hidden = false;
     this.node.removeAttribute("aria-busy");
     this.heading.update(content);
+    const hasOthers = content.operations.some(({ phase }) => phase === "other");
+    show(this.sections.get("other").node, hasOthers);
+    this.index.setOthers(hasOthers);
     for (const { parts } of this.sections.values()) parts.forEach((part) => part.update(content));
     this.rows.get(this.place.operation)?.node.classList.add("marked");
   }
@@ -173,6 +177,7 @@ function partsOf(view, phase) {
   if (phase === "forward") return [network(view), operationList(view, phase)];
   if (phase === "loss") return [lossFunction(), operationList(view, phase)];
   if (phase === "zero_grad") return [dropping(), tensors(view, "dropped"), zeroing(view)];
+  if (phase === "other") return [operationList(view, phase)];
   if (phase === "backward") return [operationList(view, phase), fixed(element("h4", {}, "Gradients")), tensors(view, "gradients")];
   return [...update(view), operationFold(view)];
 }
@@ -238,5 +243,5 @@ function index(sections) {
     { rootMargin: "-20% 0px -60% 0px" },
   );
   sections.forEach((section) => watching.observe(section.node));
-  return { node, close: () => watching.disconnect() };
+  return { node, setOthers: (has) => show(links.get("other"), has), close: () => watching.disconnect() };
 }
