@@ -55,7 +55,9 @@ def test_every_tensor_is_there_with_its_own_statistics(opened):
 
 def test_every_id_that_is_spoken_of_is_there(opened):
     _, _, content = opened
-    spoken = [content["batch"][part] for part in ("x", "y", "images") if content["batch"][part]]
+    spoken = [each["tensor"] for each in content["batch"]["tensors"]]
+    assert spoken == ["batch.x", "batch.y"]
+    spoken += [content["batch"]["images"]] if content["batch"]["images"] else []
     for layer in content["network"]:
         spoken += [layer["activation"], *layer["parameters"].values()]
     for operation in content["operations"]:

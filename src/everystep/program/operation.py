@@ -117,7 +117,7 @@ class Operation(Model):
     @property
     def resolved(self) -> Any:
         """The operator itself."""
-        return resolve(self.operator)
+        return resolve(self.operator, is_plain=self.operator in PLAIN_ONLY)
 
     @property
     def name(self) -> str:

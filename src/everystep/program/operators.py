@@ -97,12 +97,14 @@ class Parameter(NamedTuple):
 
 
 @cache
-def resolve(name: str) -> Any:
+def resolve(name: str, *, is_plain: bool = False) -> Any:
     """Return the operator `aten.name.overload` of `torch.ops`, if a step that is captured may call it.
 
     Allowed is what computes tensors from tensors and numbers alone: it reads no file, starts
     nothing, changes no tensor's shape or memory, and its results' shapes do not depend on the numbers
-    in its tensors, but for `PLAIN_ONLY`. A program has of these what `computes`.
+    in its tensors. A program has of these what `computes`.
+
+    is_plain: whether it is for a plain program, which may use `PLAIN_ONLY`, too.
 
     Raises:
         NotAllowedError: it is unknown, or no such operation.
@@ -117,7 +119,7 @@ def resolve(name: str) -> Any:
     if match[2] not in packet.overloads():
         raise NotAllowedError(f"{name:.80}: {match[1]} has no overload {match[2]:.80}")
     operator = getattr(packet, match[2])
-    reason = None if name in PLAIN_ONLY else _reason_against(match[1], operator)
+    reason = None if is_plain and name in PLAIN_ONLY else _reason_against(match[1], operator)
     if reason:
         raise NotAllowedError(f"{name} {reason}")
     return operator

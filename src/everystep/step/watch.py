@@ -460,7 +460,7 @@ def _learn(func: Any) -> _Known:
         how = "pass"
     else:
         try:
-            resolve(text)
+            resolve(text, is_plain=True)
         except NotAllowedError as error:
             how = str(error).removeprefix(f"{text} ")
         else:

@@ -291,7 +291,7 @@ class _Opened:
     def _operations(self, phase: str, alone: bool) -> None:
         """List the operations of a phase: a line for each, or alone all that is known of them."""
         places = [i for i, seen in enumerate(self.step.operations) if seen.operation.phase == phase]
-        if alone:
+        if places and alone:
             for place in places:
                 self._operation_in_full(place)
         elif places:
