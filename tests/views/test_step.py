@@ -204,7 +204,7 @@ def test_a_step_that_departed_says_so(small, opened):
     assert any(span.style == "yellow" for span in page.spans)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "other"])  # loops have it
 def test_each_phase_alone(small, opened, phase):
     step, facts = opened(*small, 2)
     text = text_of(step, facts, phase=phase)

@@ -130,15 +130,16 @@ def histogram(tensor: Tensor) -> dict[str, Any]:
     finite = numbers[torch.isfinite(numbers)]
     low, high = _finite_range(finite)
     low, high = low or 0.0, high or 0.0
+    # What torch computes with the edges must be finite, too; a power of two changes no digit.
+    scale = 1.0 if math.isfinite(4 * BUCKETS * max(abs(low), abs(high))) else 2.0**-10
+    low, high = low * scale, high * scale
     if low == high:
         half = abs(low) / 2 or 0.5
         low, high = low - half, high + half
-    # What torch computes with the edges must be finite, too; a power of two changes no digit.
-    scale = 1.0 if math.isfinite(BUCKETS * (high - low)) else 2.0**-10
-    low, high = low * scale, high * scale
     counts = torch.histc(finite * scale, BUCKETS, low, high)
+    largest = np.finfo(np.float64).max * scale
     return {
-        "edges": (np.linspace(low, high, BUCKETS + 1) / scale).tolist(),
+        "edges": (np.linspace(low, high, BUCKETS + 1).clip(-largest, largest) / scale).tolist(),
         "counts": counts.long().tolist(),
         "nonfinite": len(numbers) - len(finite),
     }
