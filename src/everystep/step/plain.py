@@ -43,6 +43,8 @@ def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
         NotCapturableError: no program can hold it; says why.
     """
     left = iter(numbers)
+    unused = path.unused_gradients()
+    named = {name: number for name, number in path.named if name not in unused}
     operations = [
         Recorded(
             phase=seen.phase,
@@ -63,9 +65,9 @@ def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
         operations=operations,
         refusals=[],
         update_from=len(operations),
-        named=dict(path.named),
+        named=named,
         loss_tensor=path.loss,
-        gradients={n: number for n, number in path.gradients if f"gradient/{n}" not in dict(path.named)},
+        gradients={n: number for n, number in path.gradients if f"gradient/{n}" not in named},
         activations=dict(path.activations),
     )
     return _PlainBuilder(captured, path).built()

@@ -38,6 +38,7 @@ __all__ = ["FLOAT", "INT", "Contents", "Path", "SeenOperation", "StorageKind", "
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = frozenset(DTYPES.values())
+_REAL = frozenset(dtype for dtype in _DTYPES if not dtype.is_complex)
 #: They give a tensor another geometry on the same memory, which its next use shows.
 _OTHER_GEOMETRY = {
     *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
@@ -100,10 +101,36 @@ class Path:
     loss: int | None
     activations: tuple[tuple[str, tuple[int, ...]], ...]
 
+    def unused_gradients(self) -> set[str]:
+        """Return the names of gradients that are there before the step, and that it neither reads nor writes.
+
+        A loop that begins with zero_grad only drops them.
+        """
+        used: set[int] = set()
+        for operation in self.operations:
+            used.update(operation.writes)
+            read = _tensors_in((operation.arguments, operation.keywords))
+            used.update(self.tensors[number].storage for number in read)
+        used.update(self.tensors[number].storage for _, number in self.ends)
+        return {
+            name
+            for name, number in self.named
+            if name.startswith("gradient/") and self.tensors[number].storage not in used
+        }
+
     @property
     def draws(self) -> bool:
         """Whether it drew from torch's own generator."""
         return any(draws_random_numbers(each.operator) for each in self.operations)
+
+
+def _tensors_in(value: Any) -> list[int]:
+    """Return the numbers of the tensors in an argument."""
+    if isinstance(value, str):
+        return [int(value[1:])] if value.startswith("%") else []
+    if isinstance(value, tuple):
+        return [number for item in value for number in _tensors_in(item)]
+    return []
 
 
 class _Known(NamedTuple):
@@ -116,6 +143,7 @@ class _Known(NamedTuple):
     writes: tuple[str, ...] = ()
     places: tuple[tuple[str, bool], ...] = ()
     slots: frozenset[str] = frozenset()
+    gives: bool = True
     is_read: bool = False
     is_zeroing: bool = False
 
@@ -124,7 +152,7 @@ class _UnseenError(Exception):
     """An operation that no program can hold; the message says why."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Storage:
     kind: str
     bytes: int
@@ -155,12 +183,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unseen: dict[str, int] = {}
         self.lost: str | None = None
         self.is_paused = False
-        self._device = device
+        self._is_elsewhere = device.type != "cpu"
         self._follower = follower
         self._contents = contents
         self._operations: list[SeenOperation] = []
         self._tensors: list[CapturedTensor] = []
-        self._number_of: dict[CapturedTensor, int] = {}
+        self._number_of: dict[tuple[Any, ...], int] = {}
+        self._names: list[str] = []
+        self._has_complex = False
         self._storages: list[_Storage] = []
         self._storage_of: dict[int, int] = {}
         self._named: dict[str, int] = {}
@@ -190,20 +220,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             after = {name: self._number(t) for name, t in state.items() if _is_plain(t)}
             loss_number = self._loss(loss)
         before = {n: number for n, number in self._named.items() if not self._is_input(number)}
-        used = self._used()
-        for storage in {place for operation in self._operations for place in operation.writes}:
-            self._contents.forget(self._storages[storage].reference.cdata)
-        kept = {
-            name: number
-            for name, number in self._named.items()
-            if not name.startswith("gradient/") or self._tensors[number].storage in used
-        }
         tensors, storages = self._with_batch_moved()
         return Path(
             operations=tuple(self._operations),
             tensors=tensors,
             storages=storages,
-            named=tuple(kept.items()),
+            named=tuple(self._named.items()),
             ends=tuple((n, number) for n, number in after.items() if before.get(n) != number),
             gone=tuple(name for name in before if name not in after),
             gradients=tuple(self._gradients.items()),
@@ -287,19 +309,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **keywords)
         if known.is_read:
             self.numbers.append(result)
-        results = () if known.is_read else self._results(func, result)
-        phase, module = self._follower.place(bool(known.is_zeroing and self._are_gradients(written)))
-        new = (self._tensors[int(name[1:])].storage for name in results if name is not None)
+        results: tuple[str | None, ...] = ()
+        if known.gives:
+            results, made = self._results(result)
+            writes = tuple(dict.fromkeys((*written, *made))) if written else made
+        else:
+            writes = written
+        is_zeroing = known.is_zeroing and self._are_gradients(written)
+        phase, module = self._follower.place(is_zeroing)
         self._operations.append(
             SeenOperation(
-                phase,
-                module,
-                func,
-                arguments,
-                named,
-                results,
-                tuple(dict.fromkeys((*written, *new))),
-                len(self.numbers) - count,
+                phase, module, func, arguments, named, results, writes, len(self.numbers) - count
             )
         )
         return result
@@ -309,17 +329,19 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
         encode = self._argument
         pairs = zip(args, known.places, strict=False)
-        positional = tuple(encode(value, is_slot) for value, (_, is_slot) in pairs)
-        return positional, tuple((k, encode(v, k in known.slots)) for k, v in keywords.items())
+        positional = tuple([encode(value, is_slot) for value, (_, is_slot) in pairs])
+        if not keywords:
+            return positional, ()
+        return positional, tuple([(k, encode(v, k in known.slots)) for k, v in keywords.items()])
 
     def _argument(self, value: Any, is_slot: bool) -> Any:
         if isinstance(value, Tensor):
-            if not _is_plain(value):
+            if not self._is_plain(value):
                 raise _UnseenError(_what_is_special(value))
-            return f"%{self._number(value)}"
-        if isinstance(value, list | tuple):
-            return tuple(self._argument(item, is_slot) for item in value)
+            return self._names[self._number(value)]
         kind = type(value)
+        if kind is list or kind is tuple or isinstance(value, list | tuple):
+            return tuple([self._argument(item, is_slot) for item in value])
         if is_slot and (kind is int or kind is float):
             self.numbers.append(value)
             return INT if kind is int else FLOAT
@@ -336,17 +358,39 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return ()
         given = {name: v for (name, _), v in zip(known.places, args, strict=False)} | keywords
         tensors = (t for name in known.writes for t in leaves(given.get(name)))
-        return tuple(dict.fromkeys(self._tensors[self._number(t)].storage for t in tensors))
+        found = tuple(dict.fromkeys([self._tensors[self._number(t)].storage for t in tensors]))
+        for storage in found:
+            if self._storages[storage].content is not None:
+                self._contents.forget(self._storages[storage].reference.cdata)
+        return found
 
-    def _results(self, func: Any, result: Any) -> tuple[str | None, ...]:
-        if not func._schema.returns:
-            return ()
-        found: list[str | None] = []
-        for item in result if isinstance(result, list | tuple) else [result]:
-            for part in item if isinstance(item, list | tuple) else [item]:
-                is_tensor = isinstance(part, Tensor) and _is_plain(part)
-                found.append(f"%{self._number(part, 'temporary')}" if is_tensor else None)
-        return tuple(found)
+    def _results(self, result: Any) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+        """Return the results by name, and the storages that they lie on."""
+        if isinstance(result, Tensor):
+            flat: list[Any] = [result]
+        else:
+            flat = []
+            for item in result if isinstance(result, list | tuple) else [result]:
+                flat += item if isinstance(item, list | tuple) else [item]
+        names: list[str | None] = []
+        storages: dict[int, None] = {}
+        for part in flat:
+            if isinstance(part, Tensor) and self._is_plain(part):
+                number = self._number(part, "temporary")
+                names.append(self._names[number])
+                storages[self._tensors[number].storage] = None
+            else:
+                names.append(None)
+        return tuple(names), tuple(storages)
+
+    def _is_plain(self, tensor: Tensor) -> bool:
+        """Tell what `_is_plain` does, in less time: only of complex numbers are there negated views."""
+        if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided:
+            return False
+        if tensor.dtype in _REAL and not self._has_complex:
+            return True
+        self._has_complex = True
+        return _is_plain(tensor)
 
     def _run_unseen(
         self,
@@ -378,25 +422,28 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _number(self, tensor: Tensor, kind: str = "input") -> int:
         """Return the number of a tensor; on memory not seen before, it is of that kind."""
         storage = tensor.untyped_storage()
-        cdata = storage._cdata
-        place = self._storage_of.get(cdata)
+        place = self._storage_of.get(storage._cdata)
         if place is None:
-            place = self._storage_of[cdata] = len(self._storages)
-            host = tensor.device.type == "cpu" and self._device.type != "cpu"
-            # As long as there is a reference, no other storage can have its place.
-            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            content = self._contents.of(tensor) if kind == "input" else None
-            # A batch is copied elsewhere, and so it is an input without content here.
-            kind = "input" if kind == "batch" else kind
-            self._storages.append(_Storage(kind, storage.nbytes(), host, reference, content))
-        seen = CapturedTensor(
-            place, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-        )
+            place = self._meet(tensor, storage, kind)
+        seen = (place, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
         number = self._number_of.get(seen)
         if number is None:
             number = self._number_of[seen] = len(self._tensors)
-            self._tensors.append(seen)
+            self._names.append(f"%{number}")
+            self._tensors.append(CapturedTensor(place, seen[1], tuple(seen[2]), seen[3], int(seen[4])))
         return number
+
+    def _meet(self, tensor: Tensor, storage: torch.UntypedStorage, kind: str) -> int:
+        """Note memory that was not seen before; return its number."""
+        place = self._storage_of[storage._cdata] = len(self._storages)
+        host = self._is_elsewhere and tensor.device.type == "cpu"
+        # As long as there is a reference, no other storage can have its place.
+        reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        content = self._contents.of(tensor) if kind == "input" else None
+        # A batch is copied elsewhere, and so it is an input without content here.
+        kind = "input" if kind == "batch" else kind
+        self._storages.append(_Storage(kind, storage.nbytes(), host, reference, content))
+        return place
 
     def _is_input(self, number: int) -> bool:
         return self._storages[self._tensors[number].storage].kind == "input"
@@ -407,15 +454,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name, number in self._named.items()
             if name.startswith("gradient/")
         }
-
-    def _used(self) -> set[int]:
-        """Return the storages that operations read or write."""
-        found: set[int] = set()
-        for operation in self._operations:
-            found.update(operation.writes)
-            for number in _tensors_in((operation.arguments, operation.keywords)):
-                found.add(self._tensors[number].storage)
-        return found
 
 
 @dataclass
@@ -473,6 +511,7 @@ def _learn(func: Any) -> _Known:
             tuple(writes(func)),
             tuple((p.name, is_number_slot(func, p.name)) for p in parameters(func)),
             frozenset(p.name for p in parameters(func) if is_number_slot(func, p.name)),
+            bool(func._schema.returns) and text != READ,
             text == READ,
             name in _ZEROING,
         )
@@ -514,11 +553,3 @@ def _what_is_special(tensor: Tensor) -> str:
     if type(tensor) not in _PLAIN_TENSORS:
         return f"takes a {type(tensor).__name__}, a tensor of its own kind"
     return f"takes a {tensor.dtype} tensor that is conjugated, negated or has no numbers of its own"
-
-
-def _tensors_in(value: Any) -> list[int]:
-    if isinstance(value, str):
-        return [int(value[1:])] if value.startswith("%") else []
-    if isinstance(value, tuple):
-        return [number for item in value for number in _tensors_in(item)]
-    return []

@@ -78,6 +78,7 @@ class Recording:
         self._rates: dict[str, float] = {}
         self._generator: Tensor | None = None
         self._pending: State | None = None
+        self._names: dict[Tensor, str] = {}
         self._lost_to = 0
         self._versions: list[tuple[int, int]] = []
         self._said: set[str] = set()
@@ -111,7 +112,7 @@ class Recording:
         self._follower.begin()
         self._generator = torch.get_rng_state()
         self._recorder.snapshot(self._parts.snapshot(0))
-        self._note_versions()
+        self._note_versions(self._parts.state())
         _recording.append(self)
         return self
 
@@ -220,6 +221,7 @@ class Recording:
             time.sleep(0.001)
             recorder.check()
         state, tensors = self._parts.state(), tensors_of(batch)
+        self._names = self._parts.parameter_names()
         watch = Watch(self._parts.device, self._follower, self._contents)
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         self._under_way = _Step(watch, copies, text_of(batch), torch.get_rng_state(), state)
@@ -237,15 +239,17 @@ class Recording:
         number = self._step
         after = self._parts.state()
         path = step.watch.end(after, step.loss)
-        if path not in self._programs:
-            self._programs[path] = self._build(path, step)
-        self._taken.append(self._row(number, step, self._programs[path]))
+        try:
+            known = self._programs[path]
+        except KeyError:
+            known = self._programs[path] = self._build(path, step)
+        self._taken.append(self._row(number, step, known))
         self._note_logged(number, step, path)
         self._note_unseen(number, step)
         self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
-        self._keep_pending(path)
+        self._keep_pending(known)
         self._snapshot_if_due()
-        self._note_versions()
+        self._note_versions(after)
         if time.perf_counter() >= self._flush_at:
             self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
@@ -335,17 +339,17 @@ class Recording:
         if recorder.plan.is_due(self._step) and not recorder.is_behind and self._pending is None:
             self._pending = self._parts.snapshot(self._step)
 
-    def _keep_pending(self, path: StepPath | None = None) -> None:
+    def _keep_pending(self, following: _Program | None = None) -> None:
         """Write the snapshot that waits: with its gradients only if the step after it has used them."""
         if self._pending is None:
             return
         state, self._pending = self._pending, None
-        if path is not None:
-            used = {name for name, _ in path.named}
+        if following is not None:
+            tensors = following.built.program.tensors
             rest = {
                 name: tensor
                 for name, tensor in state.rest.items()
-                if not name.startswith("gradient/") or name in used
+                if not name.startswith("gradient/") or name in tensors
             }
             state = State(state.step, state.parameters, rest, state.settings)
         self._started().snapshot(state)
@@ -417,12 +421,12 @@ class Recording:
             "steps": self._step,
         }
 
-    def _note_versions(self) -> None:
-        self._versions = [(id(t), t._version) for t in self._parts.state().values()]
+    def _note_versions(self, state: dict[str, Tensor]) -> None:
+        self._versions = _versions(state)
 
     def _same_versions(self) -> bool:
         """Tell whether the parts are as the last step left them, as far as torch knows."""
-        return self._versions == [(id(t), t._version) for t in self._parts.state().values()]
+        return self._versions == _versions(self._parts.state())
 
     # Who watches.
 
@@ -434,7 +438,7 @@ class Recording:
     def _optimizer_uses(self, optimizer: torch.optim.Optimizer) -> None:
         if self._watch is None:
             return
-        names = self._parts.parameter_names()
+        names = self._names
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with self._paused():
             self._watch.optimizer_uses(
@@ -513,6 +517,10 @@ def _status(error: BaseException | None, is_whole: bool) -> tuple[str, str | Non
     if error is None or is_whole:
         return "finished", None
     return "failed", str(error).strip() or type(error).__name__
+
+
+def _versions(state: dict[str, Tensor]) -> list[tuple[int, int]]:
+    return [(id(tensor), tensor._version) for tensor in state.values()]
 
 
 def _number(name: str, value: Any) -> float | Tensor:
