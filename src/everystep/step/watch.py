@@ -39,9 +39,10 @@ __all__ = ["FLOAT", "INT", "Contents", "Path", "SeenOperation", "StorageKind", "
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = frozenset(DTYPES.values())
 _REAL = frozenset(dtype for dtype in _DTYPES if not dtype.is_complex)
-#: They give a tensor another geometry on the same memory, which its next use shows.
+#: They give a tensor another geometry, or other memory, which its next use shows.
 _OTHER_GEOMETRY = {
-    *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
+    *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"),
+    *("unsqueeze_", "set_"),
 }
 _ZEROING = {"zero_", "_foreach_zero_"}
 
@@ -202,12 +203,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # torch's compiler would be imported to be told to keep away: most of a second.
         return False
 
-    def begin(self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
-        """Note the tensors that are there before the step; the batch is copied elsewhere."""
+    def begin(self, state: Mapping[str, Tensor]) -> None:
+        """Note the tensors of the state as they are before the step."""
         for name, tensor in state.items():
             if _is_plain(tensor):
                 self._named[name] = self._number(tensor, "state")
-        for name, tensor in batch.items():
+
+    def add_batch(self, tensors: Mapping[str, Tensor]) -> None:
+        """Note the tensors of the batch, which nothing has used yet; they are copied elsewhere."""
+        for name, tensor in tensors.items():
             if _is_plain(tensor):
                 self._named.setdefault(name, self._number(tensor, "batch"))
 

@@ -15,22 +15,24 @@ __all__ = ["nested_again", "tensors_of", "text_of"]
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def tensors_of(batch: Any) -> dict[str, Tensor]:
+def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
     """Return the tensors in a batch by their path; those of a pair are `x` and `y`, a lone one is `x`.
 
     NumPy's arrays count as tensors, on the same memory. What is neither is left out.
+
+    path: what all paths begin with.
     """
     if _is_short(batch):
-        return dict(zip("xy", map(_as_tensor, batch), strict=False))
-    found = {path or "x": tensor for path, tensor in _walk(batch, "")}
-    return {name: tensor for name, tensor in found.items() if tensor.layout == torch.strided}
+        return {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
+    return {each or "x": tensor for each, tensor in _walk(batch, path)}
 
 
-def text_of(batch: Any) -> Any:
+def text_of(batch: Any, path: str = "") -> Any:
     """Return how a batch is nested, as JSON can hold it: `{"tensor": path}` for each tensor."""
     if _is_short(batch):
-        return {type(batch).__name__: [{"tensor": name} for name, _ in zip("xy", batch, strict=False)]}
-    return _text(batch, "")
+        tensors = [{"tensor": _join(path, name)} for name, _ in zip("xy", batch, strict=False)]
+        return {type(batch).__name__: tensors}
+    return _text(batch, path)
 
 
 def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -81,13 +83,17 @@ def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
     return _items(data) if isinstance(data, Mapping) else None
 
 
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
 def _walk(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor | np.ndarray):
         if _is_dense(value):
             yield path, _as_tensor(value)
         return
     for name, item in _items(value) or ():
-        yield from _walk(item, f"{path}.{name}" if path else name)
+        yield from _walk(item, _join(path, name))
 
 
 def _text(value: Any, path: str) -> Any:
@@ -98,7 +104,7 @@ def _text(value: Any, path: str) -> Any:
     items = _items(value)
     if items is None:
         return {"left": type(value).__name__}
-    inner = {name: _text(item, f"{path}.{name}" if path else name) for name, item in items}
+    inner = {name: _text(item, _join(path, name)) for name, item in items}
     if type(value) in (list, tuple):
         return {type(value).__name__: [*inner.values()]}
     return {"dict": inner}

@@ -98,6 +98,11 @@ class Recording:
         """
         return Run(self._started().directory)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has begun and is not over."""
+        return self in _recording
+
     def __enter__(self) -> Self:
         if self._recorder is not None:
             raise UsageError("this recording has begun already; everystep.record(...) makes another")
@@ -123,6 +128,8 @@ class Recording:
         traceback: TracebackType | None,
     ) -> None:
         recorder = self._started()
+        if not self.is_open:
+            return
         _recording.remove(self)
         if self._under_way is not None:
             self._abandon()
@@ -163,14 +170,14 @@ class Recording:
         count = 0
         for batch in batches:
             count += 1
-            self._begin(batch)
+            self.begin_step(batch)
             try:
                 yield batch
             except GeneratorExit:  # the loop was left, by `break` or by an exception: __exit__ knows
-                self._end()
+                self.end_step()
                 self._interrupted_step = self._step
                 raise
-            self._end()
+            self.end_step()
         if not count:
             self._say("there was no batch, so no step was recorded")
 
@@ -181,13 +188,13 @@ class Recording:
         Args:
             batch: what it is taken on, if there is such a thing.
         """
-        self._begin(batch)
+        self.begin_step(batch)
         try:
             yield
         except BaseException:
             self._abandon()
             raise
-        self._end()
+        self.end_step()
 
     def log(self, **values: Any) -> None:
         """Note numbers of the step under way, by name. `loss` is the loss of the step.
@@ -204,15 +211,38 @@ class Recording:
                 "log is called outside of a step; call it in the body of the loop over "
                 "recording.steps(...), or within recording.step(batch)"
             )
-        with self._paused():
+        with self.paused():
             for name, value in values.items():
                 step.logged[name] = _number(name, value)
         if "loss" in values:
             step.loss = values["loss"]
 
-    # A step.
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs within is not part of the step: an evaluation, say.
 
-    def _begin(self, batch: Any) -> None:
+        It must change nothing that the loop carries; otherwise replays depart from there on.
+        """
+        watch = self._watch
+        if watch is None or watch.is_paused:
+            yield
+            return
+        watch.is_paused = True
+        try:
+            yield
+        finally:
+            watch.is_paused = False
+
+    def begin_step(self, batch: Any = None) -> None:
+        """Begin a step where neither `steps` nor `step` can be used; `end_step` ends it.
+
+        Args:
+            batch: what it is taken on, if that is known already; `add_batch` tells it later.
+
+        Raises:
+            UsageError: a step is under way.
+            RecordingError: writing the run failed.
+        """
         recorder = self._started()
         if self._under_way is not None:
             raise UsageError("a step is under way; a recording has one loop at a time")
@@ -220,18 +250,35 @@ class Recording:
         while recorder.waiting_bytes > MOST_WAITING:
             time.sleep(0.001)
             recorder.check()
-        state, tensors = self._parts.state(), tensors_of(batch)
+        state = self._parts.state()
         self._names = self._parts.parameter_names()
         watch = Watch(self._parts.device, self._follower, self._contents)
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        self._under_way = _Step(watch, copies, text_of(batch), torch.get_rng_state(), state)
+        step = self._under_way = _Step(watch, torch.get_rng_state(), state)
         self._follower.step_begins()
-        watch.begin(state, tensors)
+        watch.begin(state)
+        if batch is not None:
+            self.add_batch(batch)
         self._watch = watch
-        self._under_way.started = time.perf_counter()
+        step.started = time.perf_counter()
         watch.__enter__()  # type: ignore[no-untyped-call]
 
-    def _end(self) -> None:
+    def add_batch(self, batch: Any) -> None:
+        """Say what the step under way is taken on, before it is used; of several, each is kept.
+
+        Without it, the step has the same tensors, and nobody knows that they are its batch.
+        """
+        step = self._under_way
+        if step is None:
+            raise UsageError("add_batch is called outside of a step")
+        path = str(len(step.nesting)) if step.nesting else ""
+        tensors = tensors_of(batch, path)
+        step.nesting.append(text_of(batch, path))
+        with self.paused():
+            step.batch |= {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            step.watch.add_batch(tensors)
+
+    def end_step(self) -> None:
+        """End the step that `begin_step` began, and record it."""
         step = self._close()
         if step is None:
             return
@@ -253,6 +300,8 @@ class Recording:
         if time.perf_counter() >= self._flush_at:
             self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
+
+    # A step.
 
     def _close(self) -> _Step | None:
         """The step under way is over; return it."""
@@ -291,7 +340,7 @@ class Recording:
     def _row(self, number: int, step: _Step, known: _Program | None) -> Taken:
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
         if known is None:
-            return Taken(number, None, None, inputs, step.nesting)
+            return Taken(number, None, None, inputs, step.nested)
         for name, storage in known.built.inputs.items():
             content = step.watch.content(storage)
             if content is not None and name not in step.batch:
@@ -301,7 +350,7 @@ class Recording:
                 inputs["generator/torch"] = step.generator
             self._generator = torch.get_rng_state()
         numbers = known.built.numbers(step.watch.numbers)
-        return Taken(number, known.number, numbers, inputs, step.nesting)
+        return Taken(number, known.number, numbers, inputs, step.nested)
 
     def _note_logged(self, number: int, step: _Step, path: StepPath) -> None:
         self._losses.append(step.logged.pop("loss", math.nan))
@@ -432,7 +481,7 @@ class Recording:
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
         if self._watch is not None:
-            with self._paused():
+            with self.paused():
                 self._watch.module_done(path, outputs)
 
     def _optimizer_uses(self, optimizer: torch.optim.Optimizer) -> None:
@@ -440,23 +489,10 @@ class Recording:
             return
         names = self._names
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        with self._paused():
+        with self.paused():
             self._watch.optimizer_uses(
                 {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
             )
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """What runs within is not of the step."""
-        watch = self._watch
-        if watch is None:
-            yield
-            return
-        watch.is_paused = True
-        try:
-            yield
-        finally:
-            watch.is_paused = False
 
     def _started(self) -> Recorder:
         if self._recorder is None:
@@ -480,23 +516,23 @@ class _Program(NamedTuple):
 class _Step:
     """A step under way."""
 
-    def __init__(
-        self,
-        watch: Watch,
-        batch: dict[str, Tensor],
-        nesting: Any,
-        generator: Tensor,
-        state: dict[str, Tensor],
-    ) -> None:
+    def __init__(self, watch: Watch, generator: Tensor, state: dict[str, Tensor]) -> None:
         self.watch = watch
-        self.batch = batch
-        self.nesting = nesting
         self.generator = generator
+        self.batch: dict[str, Tensor] = {}
+        self.nesting: list[Any] = []
         self.logged: dict[str, Any] = {}
         self.loss: Any = None
         self.started = 0.0
         # Held, so that nothing else can come to lie in its memory.
         self.state = state
+
+    @property
+    def nested(self) -> Any:
+        """How the batch was nested; of several, a list."""
+        if len(self.nesting) > 1:
+            return {"list": self.nesting}
+        return self.nesting[0] if self.nesting else None
 
 
 #: Recordings under way in this process.

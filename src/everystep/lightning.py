@@ -1,0 +1,98 @@
+"""PyTorch Lightning: `Trainer(callbacks=[everystep.lightning.Record()])` records every batch as a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from everystep.api import record
+from everystep.errors import UsageError
+from everystep.run import Run
+from everystep.training.record import Recording
+
+__all__ = ["Record"]
+
+
+class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
+    """Records a fit: each training batch is a step, from its forward pass to the optimizer's.
+
+    With `accumulate_grad_batches`, several steps have one update. Validation runs between two steps, and
+    is not recorded. Precision plugins, clipping and `automatic_optimization = False` work as ever.
+
+    Args:
+        run: the run's directory, which must not exist; absent: the next free one, `runs/loop-1`.
+        options: as `everystep.record` takes them: `snapshot_budget`, `batch_budget`.
+
+    Raises:
+        UsageError: when a fit begins in more than one process.
+    """
+
+    def __init__(self, run: str | Path | None = None, **options: Any) -> None:
+        self._run, self._options = run, options
+        self._recording: Recording | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run, during the fit and afterwards.
+
+        Raises:
+            UsageError: no fit has begun.
+        """
+        if self._recording is None:
+            raise UsageError("nothing is recorded yet; the run is there when trainer.fit has begun")
+        return self._recording.run
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the run."""
+        if trainer.world_size > 1:
+            raise UsageError(
+                f"the fit has {trainer.world_size} processes, and a run is recorded from one; "
+                "Trainer(devices=1)"
+            )
+        several = len(trainer.optimizers) > 1
+        optimizers = {
+            f"optimizer_{place}" if several else "optimizer": each
+            for place, each in enumerate(trainer.optimizers)
+        }
+        self._recording = record(run=self._run, model=pl_module, **optimizers, **self._options)
+        self._recording.__enter__()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin a step."""
+        if self._recording is not None:
+            self._recording.begin_step(batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log the loss that `training_step` has returned, and end the step."""
+        if self._recording is None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._recording.log(loss=loss)
+        self._recording.end_step()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the run."""
+        if self._recording is not None:
+            self._recording.__exit__(*sys.exc_info())
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the run of a fit that has failed or was interrupted."""
+        if self._recording is not None and self._recording.is_open:
+            self._recording.__exit__(type(exception), exception, exception.__traceback__)

@@ -1,0 +1,102 @@
+"""Hugging Face: `Trainer(callbacks=[everystep.transformers.Record()])` records every update as a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from everystep.api import record
+from everystep.errors import UsageError
+from everystep.run import Run
+from everystep.training.record import Recording
+
+__all__ = ["Record"]
+
+
+class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped there
+    """Records a training: each update is a step, with all forward passes that it accumulates.
+
+    The batch of a step is what the model is called with; its loss is that of the model's output, or the
+    mean of several. Evaluation runs between two steps, and is not recorded. A loop with Accelerate is
+    recorded by `everystep.record`.
+
+    Args:
+        run: the run's directory, which must not exist; absent: the next free one, `runs/loop-1`.
+        options: as `everystep.record` takes them: `snapshot_budget`, `batch_budget`.
+
+    Raises:
+        UsageError: when a training begins in more than one process.
+    """
+
+    def __init__(self, run: str | Path | None = None, **options: Any) -> None:
+        self._run, self._options = run, options
+        self._recording: Recording | None = None
+        self._is_in_step = False
+        self._losses: list[Tensor] = []
+        self._hooks: list[Any] = []
+
+    @property
+    def run(self) -> Run:
+        """The run, during the training and afterwards.
+
+        Raises:
+            UsageError: no training has begun.
+        """
+        if self._recording is None:
+            raise UsageError("nothing is recorded yet; the run is there when trainer.train has begun")
+        return self._recording.run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Begin the run."""
+        if args.world_size > 1:
+            raise UsageError(
+                f"the training has {args.world_size} processes, and a run is recorded from one"
+            )
+        model, optimizer = given["model"], given["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's around it
+        self._recording = record(run=self._run, model=model, optimizer=optimizer, **self._options)
+        self._recording.__enter__()
+        self._hooks = [
+            model.register_forward_pre_hook(self._is_called, with_kwargs=True),
+            model.register_forward_hook(self._has_given),
+        ]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Begin a step."""
+        if self._recording is not None:
+            self._recording.begin_step()
+            self._is_in_step, self._losses = True, []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Log the loss, and end the step."""
+        if self._recording is None or not self._is_in_step:
+            return
+        if len(self._losses) == 1:
+            self._recording.log(loss=self._losses[0])
+        elif self._losses:
+            with self._recording.paused():
+                mean = torch.stack(self._losses).float().mean()
+            self._recording.log(loss=mean)
+        self._is_in_step = False
+        self._recording.end_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Close the run."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._recording is not None:
+            self._recording.__exit__(None, None, None)
+
+    def _is_called(self, model: nn.Module, args: Any, keywords: dict[str, Any]) -> None:
+        if self._recording is not None and self._is_in_step:
+            self._recording.add_batch(keywords if keywords else args)
+
+    def _has_given(self, model: nn.Module, args: Any, output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if self._is_in_step and isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())

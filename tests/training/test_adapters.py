@@ -1,0 +1,203 @@
+"""Lightning's and Hugging Face's own trainers, recorded by a callback, and replayed in a new process."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from tests.training.by_hand import bits
+from tests.training.loops import unrecorded
+from tests.training.test_record import REPLAY
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import everystep
+import everystep.lightning
+import everystep.transformers
+
+#: What these packages warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS = 60
+
+
+def replayed(run):
+    """Return what a process that knows nothing of the training makes of a run."""
+    output = subprocess.run(
+        [sys.executable, "-c", REPLAY, str(run.directory)], capture_output=True, text=True, check=False
+    )
+    assert output.returncode == 0, output.stderr
+    (found,) = json.loads(output.stdout).values()
+    return found
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1))
+        self.head = nn.Linear(16, 3)
+        self.losses = []
+
+    def forward(self, x):
+        return self.head(self.layers(x))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.log("train_loss", loss)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("validation_loss", nn.functional.cross_entropy(self(x), y))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}])
+def test_lightning(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
+        model = Classifier()
+        trainer = pl.Trainer(
+            max_steps=STEPS // options.get("accumulate_grad_batches", 1),
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*callbacks],
+            **options,
+        )
+        trainer.fit(model, DataLoader(data, 16, shuffle=True), DataLoader(data, 32))
+        return model
+
+    expected = fit()
+    callback = everystep.lightning.Record(run=tmp_path / "fit")
+    model = fit(callback)
+    run = callback.run
+    assert model.losses == expected.losses
+    # Lightning divides what it accumulates.
+    accumulated = options.get("accumulate_grad_batches", 1)
+    assert (run.losses["loss"] * accumulated).to_list() == model.losses
+    assert [bits(p) for p in model.parameters()] == [bits(p) for p in expected.parameters()]
+    found = replayed(run)
+    assert found["exact"], found["text"]
+    assert (len(run), run.status) == (STEPS, "finished")
+    assert run[STEPS].batch.x.shape == (16, 8)
+
+
+def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Failing(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 5:
+                raise ZeroDivisionError("of my own")
+            return super().training_step(batch, batch_idx)
+
+    callback = everystep.lightning.Record()
+    data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
+    trainer = pl.Trainer(
+        max_steps=20, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback]
+    )
+    with pytest.raises(everystep.UsageError, match="nothing is recorded yet"):
+        callback.run  # noqa: B018
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(Failing(), DataLoader(data, 16))
+    assert (len(callback.run), callback.run.status) == (5, "failed")
+
+
+class Sentences(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        generator = torch.Generator().manual_seed(row)
+        ids = torch.randint(1, 40, (10,), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=16,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_hugging_face_trainer(tmp_path, accumulated):
+    torch.manual_seed(0)
+    start = bert()
+
+    def trained(*callbacks):
+        model = copy.deepcopy(start)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            max_steps=STEPS // accumulated,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=accumulated,
+            learning_rate=1e-3,
+            warmup_steps=5,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=10,
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=1,
+        )
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=Sentences(), callbacks=[*callbacks]
+        )
+        trainer.train()
+        return model
+
+    expected = trained()
+    callback = everystep.transformers.Record(run=tmp_path / "run")
+    model = trained(callback)
+    run = callback.run
+    assert [bits(p) for p in model.parameters()] == [bits(p) for p in expected.parameters()]
+    found = replayed(run)
+    assert found["exact"], found["text"]
+    assert (len(run), run.status) == (STEPS // accumulated, "finished")
+    batch = run[2].batch
+    assert batch["input_ids"].shape == (4, 10)
+    assert len([name for name in batch.tensors if name.endswith("labels")]) == accumulated
+    assert run.losses["loss"][-1] < run.losses["loss"][0]
+
+
+def test_a_loop_of_hugging_face_bert_with_dict_batches(tmp_path):
+    def trained(record):
+        torch.manual_seed(0)
+        model = bert()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        with record(model=model, optimizer=optimizer) as recording:
+            for batch in recording.steps(DataLoader(Sentences(), 8, shuffle=True)):
+                loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                recording.log(loss=loss)
+                losses.append(loss.item())
+        return losses
+
+    expected = trained(unrecorded)
+    assert trained(lambda **parts: everystep.record(run=tmp_path / "bert", **parts)) == expected
+    found = replayed(everystep.open(tmp_path / "bert"))
+    assert found["exact"], found["text"]
