@@ -182,7 +182,7 @@ def record(
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     **parts: Any,
-) -> Recording:
+) -> Recording[Run]:
     """Record a loop of your own while it runs, every step of it, and change nothing in it.
 
     with everystep.record(model=model, optimizer=optimizer) as recording:
@@ -209,7 +209,7 @@ def record(
     from everystep.training.record import Recording
 
     place = None if run is None else Path(run)
-    return Recording(parts, place, RUNS, snapshot_budget, batch_budget)
+    return Recording(parts, place, RUNS, snapshot_budget, batch_budget, Run)
 
 
 def train_experiment(

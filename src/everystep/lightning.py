@@ -1,4 +1,4 @@
-"""PyTorch Lightning: `Trainer(callbacks=[everystep.lightning.Record()])` records every batch as a step."""
+"""PyTorch Lightning: `Trainer(callbacks=[everystep.lightning.Record()])`; each batch is a step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
 
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         self._run, self._options = run, options
-        self._recording: Recording | None = None
+        self._recording: Recording[Run] | None = None
 
     @property
     def run(self) -> Run:

@@ -35,7 +35,7 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
 
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         self._run, self._options = run, options
-        self._recording: Recording | None = None
+        self._recording: Recording[Run] | None = None
         self._is_in_step = False
         self._losses: list[Tensor] = []
         self._hooks: list[Any] = []

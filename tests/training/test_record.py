@@ -82,7 +82,7 @@ def test_a_loop_does_the_same_recorded(recorded, name):
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_step_of_a_loop_opens_again_without_it(recorded, name):
-    (losses, _), _, run, replayed = recorded[name]
+    (losses, _), _, _, replayed = recorded[name]
     assert replayed["exact"], replayed["text"]
     for number, loss, is_exact in replayed["losses"]:
         assert is_exact
@@ -263,7 +263,7 @@ def test_what_is_no_part_is_named(parts, message):
 
 
 def test_calls_at_the_wrong_time_say_what_to_do(made):
-    model, optimizer, batch = made
+    model, _, batch = made
     recording = everystep.record(model=model)
     with pytest.raises(everystep.UsageError, match=r"with everystep\.record\(\.\.\.\) as recording"):
         next(recording.steps([batch]))

@@ -90,10 +90,10 @@ class Program(Model):
     output, by the module's path; optimizer_step: takes the place of operations of the update.
 
     is_plain: whether it repeats one step of a loop, by the plain interpreter (`plain.py`), which calls
-    operators as the loop did. Such a program may have no loss. It may read numbers, and the shapes of its
-    results may depend on numbers: what Python did with them is in what came next. ends: the tensor that
-    a name of the state stands for after the step, where it is another than before; gone: names of the
-    state that the step took away.
+    operators as the loop did. Such a program may have no loss. It may read numbers, and shapes of its
+    results may depend on numbers: what Python did with them is in what came next. ends: the tensor
+    that a name of the state stands for after the step, where it is another than before; gone: names of
+    the state that the step took away.
     """
 
     format: Literal["everystep program"] = "everystep program"

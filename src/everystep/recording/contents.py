@@ -1,8 +1,8 @@
 """Contents: what the steps of a loop were given, kept once by a digest of its bytes.
 
 A tensor with rows is kept row by row, so that an epoch that shuffles its rows costs 16 bytes for each.
-Files hold the bytes one after the other. When they take more than a budget, the oldest file goes, and the
-steps that need it can be repeated no more.
+Files hold the bytes one after the other. When they take more than a budget, the oldest file goes, and
+the steps that need it cannot be repeated any more.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Contents:
         return {name: self._add_tensor(step, tensor) for name, tensor in tensors.items()}
 
     def commit(self, database: Database) -> None:
-        """Enter what was added since the last time, in a transaction; its bytes are on their way to disk."""
+        """Enter what was added since the last time; to be called in a transaction."""
         if self._file is not None:
             self._file.flush()
         database.write_contents(self._rows)

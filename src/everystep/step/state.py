@@ -393,6 +393,7 @@ def _geometry(tensor: Tensor) -> str:
 
 
 def copy_of(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor on the CPU, row after row."""
     detached = tensor.detach()
     return (
         detached.cpu()

@@ -60,7 +60,7 @@ INT, FLOAT = _Slot(int), _Slot(float)
 class SeenOperation(NamedTuple):
     """An operation as it was seen.
 
-    arguments, keywords: tensors are `%3`, the number of a CapturedTensor, and numbers of the step are slots;
+    arguments, keywords: tensors are `%3`, the number of a CapturedTensor; numbers of the step are slots;
     results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it has.
     """
 
@@ -103,7 +103,7 @@ class Path:
     activations: tuple[tuple[str, tuple[int, ...]], ...]
 
     def unused_gradients(self) -> set[str]:
-        """Return the names of gradients that are there before the step, and that it neither reads nor writes.
+        """Return the names of gradients from before the step that it neither reads nor writes.
 
         A loop that begins with zero_grad only drops them.
         """

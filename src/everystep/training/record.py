@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from everystep import numerics
 from everystep.errors import RecordingError, UsageError
 from everystep.recording.recorder import Recorder, Taken, create_directory
-from everystep.run import Run
+from everystep.recording.run import RecordedRun
 from everystep.step.build import NotCapturableError
 from everystep.step.follow import Follower
 from everystep.step.parts import Parts
@@ -31,6 +31,9 @@ from everystep.training.loop import circumstances, now
 
 __all__ = ["Recording"]
 
+#: What a run is opened as.
+R = TypeVar("R", bound=RecordedRun)
+
 #: Seconds between two times that what was recorded is handed to the writer.
 FLUSH_SECONDS = 0.1
 #: Steps that are timed before the snapshots' interval is chosen.
@@ -41,7 +44,7 @@ MOST_WAITING = 512_000_000
 MOST_SAID = 3
 
 
-class Recording:
+class Recording(Generic[R]):
     """A recording under way: `steps` or `step` mark the steps, `log` names their losses.
 
     To be used as a context manager; `everystep.record` makes it.
@@ -56,8 +59,10 @@ class Recording:
         runs: Path,
         snapshot_budget: int,
         batch_budget: float,
+        open_run: Callable[[Path], R],
     ) -> None:
         self._parts = Parts(parts)
+        self._open_run = open_run
         self._directory, self._runs = directory, runs
         self._budgets = snapshot_budget, batch_budget
         self._recorder: Recorder | None = None
@@ -90,13 +95,13 @@ class Recording:
         self._interrupted_step: int | None = None
 
     @property
-    def run(self) -> Run:
+    def run(self) -> R:
         """The run.
 
         Raises:
             UsageError: the recording has not begun.
         """
-        return Run(self._started().directory)
+        return self._open_run(self._started().directory)
 
     @property
     def is_open(self) -> bool:
@@ -536,7 +541,7 @@ class _Step:
 
 
 #: Recordings under way in this process.
-_recording: list[Recording] = []
+_recording: list[Recording[Any]] = []
 
 
 def _check_alone() -> None:
