@@ -1,4 +1,4 @@
-"""Hugging Face: `Trainer(callbacks=[everystep.transformers.Record()])` records every update as a step."""
+"""Hugging Face: `Trainer(callbacks=[everystep.transformers.Record()])`; each update is a step."""
 
 from __future__ import annotations
 

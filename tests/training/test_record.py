@@ -337,3 +337,52 @@ def test_hidden_writes_are_never_passed_off(made):
     found = recording.run.verify(processes=1, progress=False)
     assert not found.is_exact
     assert found.first_loss.step == 22
+
+
+def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
+    model, optimizer, batch = made
+    average = torch.zeros(8, 4)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for each in recording.steps([batch] * 6):
+            recording.log(loss=take(model, optimizer, each))
+            average.mul_(0.9).add_(model[0].weight.detach())
+            with torch.no_grad():
+                model[0].weight.add_(average, alpha=1e-3)
+    said = capsys.readouterr().err
+    assert said.count("changes a tensor (8, 4) of torch.float32 that is in no part") == 1
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_data_from_elsewhere_is_kept_once_or_not_at_all(made, monkeypatch):
+    from everystep.step import watch
+
+    model, optimizer, _ = made
+    data, targets = torch.randn(1000, 4), torch.randn(1000, 2)
+    sizes = []
+    for most in (watch.MOST_BYTES, 10_000):
+        monkeypatch.setattr(watch, "MOST_BYTES", most)
+        with everystep.record(model=model, optimizer=optimizer) as recording:
+            for number in range(40):
+                with recording.step():
+                    rows = torch.arange(16) + number
+                    recording.log(loss=take(model, optimizer, (data[rows], targets[rows])))
+        run = recording.run
+        assert run.verify(processes=1, progress=False).is_exact
+        sizes.append(sum(file.stat().st_size for file in (run.directory / "batches").iterdir()))
+    assert data.nbytes + targets.nbytes <= sizes[0] < data.nbytes + targets.nbytes + 10_000
+    assert sizes[1] < sizes[0]
+
+
+def test_a_pause_is_no_part_of_the_step(made):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for each in recording.steps([batch] * 4):
+            recording.log(loss=take(model, optimizer, each))
+            with recording.paused(), torch.no_grad():
+                recording.log(validation=((model(batch[0]) - batch[1]) ** 2).mean().item())
+    run = recording.run
+    assert run.facts["loop"]["programs"] == 1 + (run.facts["loop"]["programs"] > 1)
+    assert not any(
+        seen.operation.operator.startswith("aten._local_scalar") for seen in run[2].operations
+    )
+    assert len(run.measured("validation")) == 4

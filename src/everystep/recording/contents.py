@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,10 +104,11 @@ class Contents:
         self._sizes: dict[int, int] = {}
         self._newest_step: dict[int, int] = {}
         self._rows: list[tuple[bytes, int, int, int]] = []
+        self._given: dict[int, tuple[Any, Given]] = {}
 
     def add(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Given]:
         """Keep what a step was given (tensors on the CPU), as far as it is not there yet."""
-        return {name: self._add_tensor(step, tensor) for name, tensor in tensors.items()}
+        return {name: self._add_once(step, tensor) for name, tensor in tensors.items()}
 
     def commit(self, database: Database) -> None:
         """Enter what was added since the last time; to be called in a transaction."""
@@ -114,6 +116,7 @@ class Contents:
             self._file.flush()
         database.write_contents(self._rows)
         self._rows = []
+        self._given = {place: each for place, each in self._given.items() if each[0]() is not None}
         if self._file is not None and self._sizes[self._number] >= self._budget / FILES:
             self._file.close()
             self._file = None
@@ -124,6 +127,18 @@ class Contents:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+    def _add_once(self, step: int, tensor: Tensor) -> Given:
+        """Add a tensor; one that has been added before, and is still there, is not looked at again."""
+        reference, given = self._given.get(id(tensor), (None, None))
+        if reference is None or reference() is not tensor or given is None:
+            given = self._add_tensor(step, tensor)
+            self._given[id(tensor)] = weakref.ref(tensor), given
+        for digest in given.digests:
+            if digest not in self._known:  # it was given up in the meantime
+                return self._add_tensor(step, tensor)
+            self._newest_step[self._known[digest]] = step
+        return given
 
     def _add_tensor(self, step: int, tensor: Tensor) -> Given:
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)

@@ -37,7 +37,8 @@ class Taken(NamedTuple):
     """A step of a loop that is not everystep's, as it is written.
 
     program: its number, None where nothing repeats the step; numbers: of its operators, and those that
-    Python read; inputs: what it was given, on the CPU, by name; nesting: how its batch was nested.
+    Python read; inputs: what it was given, on the CPU, by name; nesting: how its batch was nested;
+    bytes: of inputs that were not there before.
     """
 
     step: int
@@ -45,11 +46,7 @@ class Taken(NamedTuple):
     numbers: list[int | float] | None
     inputs: dict[str, Tensor]
     nesting: Any
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the inputs."""
-        return sum(tensor.nbytes for tensor in self.inputs.values())
+    bytes: int
 
 
 def create_directory(directory: Path | None, name: str, runs: Path) -> Path:

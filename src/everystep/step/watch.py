@@ -45,6 +45,8 @@ _OTHER_GEOMETRY = {
     *("unsqueeze_", "set_"),
 }
 _ZEROING = {"zero_", "_foreach_zero_"}
+#: Memory from elsewhere of more bytes than this is not kept: what is computed of it is.
+MOST_BYTES = 100_000_000
 
 
 class _Slot:
@@ -174,15 +176,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         follower: knows which module and which optimizer runs.
         contents: bytes of storages that steps before were given, by storage and version.
 
-    numbers: of the step; unseen: what was not seen, in words, and how often; lost: why the step cannot
-    be repeated, or None.
+    numbers: of the step; unseen: what was not seen, in words, and how often; changed_elsewhere: a tensor
+    that the step has changed and that is in no part, in words, or None.
     """
 
     def __init__(self, device: torch.device, follower: Follower, contents: Contents) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.numbers: list[int | float] = []
         self.unseen: dict[str, int] = {}
-        self.lost: str | None = None
+        self.changed_elsewhere: str | None = None
         self.is_paused = False
         self._is_elsewhere = device.type != "cpu"
         self._follower = follower
@@ -342,7 +344,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, Tensor):
             if not self._is_plain(value):
                 raise _UnseenError(_what_is_special(value))
-            return self._names[self._number(value)]
+            return self._names[self._number(value, "argument")]
         kind = type(value)
         if kind is list or kind is tuple or isinstance(value, list | tuple):
             return tuple([self._argument(item, is_slot) for item in value])
@@ -366,6 +368,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in found:
             if self._storages[storage].content is not None:
                 self._contents.forget(self._storages[storage].reference.cdata)
+                tensor = next(t for name in known.writes for t in leaves(given.get(name)))
+                self.changed_elsewhere = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
         return found
 
     def _results(self, result: Any) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
@@ -404,7 +408,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         keywords: dict[str, Any],
         reason: str,
     ) -> Any:
-        """Run an operation that no program can hold; what it gives or changes is an input from here on."""
+        """Run an operation that no program can hold; what it gives or changes is an input then."""
         self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
         # What is read for the first time, and changed at once, is noted as it was.
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if _is_plain(tensor)]
@@ -424,10 +428,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _number(self, tensor: Tensor, kind: str = "input") -> int:
-        """Return the number of a tensor; on memory not seen before, it is of that kind."""
+        """Return the number of a tensor; on memory not seen before, it is of that kind.
+
+        Raises:
+            _UnseenError: it is an argument, and memory from elsewhere that is too large to be kept.
+        """
         storage = tensor.untyped_storage()
         place = self._storage_of.get(storage._cdata)
         if place is None:
+            if kind == "argument":
+                if storage.nbytes() > MOST_BYTES:
+                    raise _UnseenError(
+                        f"takes a part of {storage.nbytes() / 1e6:,.0f} MB from elsewhere"
+                    )
+                kind = "input"
             place = self._meet(tensor, storage, kind)
         seen = (place, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
         number = self._number_of.get(seen)
@@ -465,8 +479,11 @@ class Contents:
     """Bytes of storages from elsewhere, copied once as long as they stay the same.
 
     A storage is known by its weak reference, and the version of the tensor that was seen.
+
+    copied: bytes, altogether.
     """
 
+    copied: int = 0
     _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -478,6 +495,7 @@ class Contents:
         with torch._C._DisableTorchDispatch():
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
             copy = whole.set_(storage).cpu().clone()
+        self.copied += copy.nbytes
         if version is not None:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             self._copies[storage._cdata] = reference, version, copy

@@ -1,4 +1,4 @@
-"""Batches as loops have them: dicts, lists, tuples and dataclasses, in any nesting, with tensors in it."""
+"""Batches as loops have them: tensors in dicts, lists, tuples and dataclasses, in any nesting."""
 
 from __future__ import annotations
 

@@ -75,6 +75,7 @@ class Recording(Generic[R]):
             self._optimizer_uses,
         )
         self._contents = Contents()
+        self._copied = 0
         self._programs: dict[StepPath, _Program | None] = {}
         self._under_way: _Step | None = None
         self._taken: list[Taken] = []
@@ -87,6 +88,7 @@ class Recording(Generic[R]):
         self._lost_to = 0
         self._versions: list[tuple[int, int]] = []
         self._said: set[str] = set()
+        self._has_said_elsewhere = False
         self._is_finite = True
         self._flush_at = 0.0
         self._step_seconds = math.inf
@@ -255,12 +257,11 @@ class Recording(Generic[R]):
         while recorder.waiting_bytes > MOST_WAITING:
             time.sleep(0.001)
             recorder.check()
-        state = self._parts.state()
         self._names = self._parts.parameter_names()
         watch = Watch(self._parts.device, self._follower, self._contents)
-        step = self._under_way = _Step(watch, torch.get_rng_state(), state)
+        step = self._under_way = _Step(watch, torch.get_rng_state())
         self._follower.step_begins()
-        watch.begin(state)
+        watch.begin(self._parts.state())
         if batch is not None:
             self.add_batch(batch)
         self._watch = watch
@@ -344,8 +345,10 @@ class Recording(Generic[R]):
 
     def _row(self, number: int, step: _Step, known: _Program | None) -> Taken:
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
+        size = sum(tensor.nbytes for tensor in inputs.values()) + self._contents.copied - self._copied
+        self._copied = self._contents.copied
         if known is None:
-            return Taken(number, None, None, inputs, step.nested)
+            return Taken(number, None, None, inputs, step.nested, size)
         for name, storage in known.built.inputs.items():
             content = step.watch.content(storage)
             if content is not None and name not in step.batch:
@@ -355,7 +358,7 @@ class Recording(Generic[R]):
                 inputs["generator/torch"] = step.generator
             self._generator = torch.get_rng_state()
         numbers = known.built.numbers(step.watch.numbers)
-        return Taken(number, known.number, numbers, inputs, step.nested)
+        return Taken(number, known.number, numbers, inputs, step.nested, size)
 
     def _note_logged(self, number: int, step: _Step, path: StepPath) -> None:
         self._losses.append(step.logged.pop("loss", math.nan))
@@ -376,6 +379,12 @@ class Recording(Generic[R]):
             self._say(
                 f"step {number}: {reason}; what it gives is kept as numbers, and no view shows how it "
                 "was made"
+            )
+        if step.watch.changed_elsewhere is not None and not self._has_said_elsewhere:
+            self._has_said_elsewhere = True
+            self._say(
+                f"step {number} changes {step.watch.changed_elsewhere} that is in no part, and so is kept "
+                "anew at every step; give what holds it to everystep.record(...)"
             )
 
     # What is written.
@@ -521,7 +530,7 @@ class _Program(NamedTuple):
 class _Step:
     """A step under way."""
 
-    def __init__(self, watch: Watch, generator: Tensor, state: dict[str, Tensor]) -> None:
+    def __init__(self, watch: Watch, generator: Tensor) -> None:
         self.watch = watch
         self.generator = generator
         self.batch: dict[str, Tensor] = {}
@@ -529,8 +538,6 @@ class _Step:
         self.logged: dict[str, Any] = {}
         self.loss: Any = None
         self.started = 0.0
-        # Held, so that nothing else can come to lie in its memory.
-        self.state = state
 
     @property
     def nested(self) -> Any:
