@@ -383,8 +383,8 @@ class Recording(Generic[R]):
         if step.watch.changed_elsewhere is not None and not self._has_said_elsewhere:
             self._has_said_elsewhere = True
             self._say(
-                f"step {number} changes {step.watch.changed_elsewhere} that is in no part, and so is kept "
-                "anew at every step; give what holds it to everystep.record(...)"
+                f"step {number} changes {step.watch.changed_elsewhere} that is in no part; it is kept "
+                "again at every step, unless you give what holds it to everystep.record(...)"
             )
 
     # What is written.

@@ -1,0 +1,158 @@
+"""What recording a loop costs: the loop as it is, and by `everystep.record`, alternating in one process.
+
+`python -m benchmarks.record [--rounds N]`. A step is what one waits for, from one batch to the next, the
+first ten left out; recorded steps are written to disk, snapshots among them. Medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everystep import numerics
+
+numerics.prepare()  # before torch computes
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+import everystep  # noqa: E402
+
+__all__ = ["main"]
+
+#: Steps that are not timed.
+WARM_UP = 10
+
+
+class Loop(NamedTuple):
+    """A training as a loop has it: its model and optimizer, a batch, and the loss of it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: tuple[Tensor, Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    steps: int
+
+
+def chapter() -> Loop:
+    """The chapter's network."""
+    model = nn.Sequential(nn.Linear(1000, 100), nn.ReLU(), nn.Linear(100, 10))
+    batch = torch.randn(64, 1000), torch.randn(64, 10)
+    return Loop(model, torch.optim.SGD(model.parameters(), lr=1e-4), batch, functional.mse_loss, 1000)
+
+
+def digits() -> Loop:
+    """A small convolutional network on images of digits."""
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(128, 10)),
+    )
+    batch = torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return Loop(model, optimizer, batch, functional.cross_entropy, 500)
+
+
+def transformer() -> Loop:
+    """A transformer with a million parameters, on 16 texts of 64 words."""
+    layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.1, batch_first=True)
+    model = nn.Sequential(nn.Embedding(1000, 128), nn.TransformerEncoder(layer, 4), nn.Linear(128, 1000))
+    ids = torch.randint(0, 1000, (16, 65))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(prediction.flatten(0, 1), target.flatten())
+
+    return Loop(model, optimizer, (ids[:, :-1], ids[:, 1:]), loss, 60)
+
+
+class _Block(nn.Module):
+    """A block of a ResNet: two convolutions, and a way around them."""
+
+    def __init__(self, channels: int, given: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Conv2d(channels, given, 3, stride, 1, bias=False), nn.BatchNorm2d(given), nn.ReLU()
+        )
+        self.second = nn.Sequential(nn.Conv2d(given, given, 3, 1, 1, bias=False), nn.BatchNorm2d(given))
+        around = nn.Conv2d(channels, given, 1, stride, bias=False), nn.BatchNorm2d(given)
+        self.around = nn.Identity() if (channels, stride) == (given, 1) else nn.Sequential(*around)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.second(self.first(x)) + self.around(x))
+
+
+def resnet() -> Loop:
+    """A ResNet-18 for images of 32 by 32, on 16 of them."""
+    sizes = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+    sizes += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+        *(_Block(*size) for size in sizes),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)),
+    )
+    batch = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    return Loop(model, optimizer, batch, functional.cross_entropy, 40)
+
+
+def main() -> None:
+    """Print a row for each loop."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    print("| | steps | plain, ms a step | recorded | ratio | MB a 1,000 steps |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    for make in (chapter, digits, transformer, resnet):
+        _print_row(make, rounds)
+
+
+def _print_row(make: Callable[[], Loop], rounds: int) -> None:
+    plain, recorded, sizes = [], [], []
+    with tempfile.TemporaryDirectory() as place:
+        for _ in range(rounds):
+            torch.manual_seed(0)
+            loop = make()
+            plain.append(_seconds(loop, [loop.batch] * loop.steps))
+            torch.manual_seed(0)
+            loop = make()
+            run = Path(place) / "run"
+            with everystep.record(run=run, model=loop.model, optimizer=loop.optimizer) as recording:
+                batches = recording.steps([loop.batch] * loop.steps)
+                recorded.append(_seconds(loop, batches, lambda loss: recording.log(loss=loss)))
+            files = [file.stat().st_size for file in run.rglob("*") if file.is_file()]
+            sizes.append(sum(files) / loop.steps * 1000)
+            shutil.rmtree(run)
+    ratios = [one / two for one, two in zip(recorded, plain, strict=True)]
+    one, two, ratio = map(statistics.median, (plain, recorded, ratios))
+    name = (make.__doc__ or "").rstrip(".")
+    size = statistics.median(sizes) / 1e6
+    print(f"| {name} | {loop.steps} | {1e3 * one:.3g} | {1e3 * two:.3g} | {ratio:.2f} | {size:.3g} |")
+
+
+def _seconds(
+    loop: Loop, batches: Iterable[Any], log: Callable[[Tensor], None] = lambda loss: None
+) -> float:
+    """Run a loop; return the seconds of a step."""
+    started, count = 0.0, 0
+    for x, y in batches:
+        if count == WARM_UP:
+            started = time.perf_counter()
+        count += 1
+        loss = loop.loss(loop.model(x), y)
+        loop.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        loop.optimizer.step()
+        log(loss)
+    return (time.perf_counter() - started) / (count - WARM_UP)
+
+
+if __name__ == "__main__":
+    main()
