@@ -94,6 +94,7 @@ def about_data(
         "parent": [facts["fork"]["parent"], facts["fork"]["at"]] if "fork" in facts else None,
         "forks": forks,
         "has_experiment": settings is not None,
+        "is_of_loop": "loop" in facts,
         "settings": settings or {},
         "snapshots": run.snapshots,
     }

@@ -114,12 +114,17 @@ function inPython(about, step) {
     "import everystep",
     "",
     `run = everystep.open(${JSON.stringify(about.directory ?? about.name)})`,
-    `fork = run.fork(${step}, lr=1e-3, model=model, loss=loss, optimizer=optimizer)`,
+    ...(about.is_of_loop
+      ? [`model.load_state_dict(run.parameters(${step}))`, "with everystep.record(model=model, optimizer=optimizer) as recording:", "    ..."]
+      : [`fork = run.fork(${step}, lr=1e-3, model=model, loss=loss, optimizer=optimizer)`]),
   ];
+  const says = about.is_of_loop
+    ? `${about.name} was recorded from a loop of your own, which a fork would need. Load the parameters, and record your loop from there:`
+    : `${about.name} was trained from Python objects, which a run does not hold. Make them as you did, and fork it there:`;
   return element(
     "div",
     { class: "asking" },
-    element("p", {}, `${about.name} was trained from Python objects, which a run does not hold. Make them as you did, and fork it there:`),
+    element("p", {}, says),
     commandLine("In Python", lines.join("\n")).node,
     element("form", { method: "dialog", class: "buttons" }, element("button", { autofocus: true }, "Close")),
   );
