@@ -18,7 +18,7 @@ from everystep.program.arguments import decode, json_floats
 from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import copy_into
 from everystep.program.operation import Operation, TensorSpec
-from everystep.program.operators import parameters
+from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.program import Program
 
 __all__ = ["READ", "Environment", "PlainProgram", "PlainStep", "is_number_slot", "lies_as", "tensor_on"]
@@ -101,6 +101,7 @@ class PlainProgram:
         state: dict[str, Tensor],
         inputs: Mapping[str, Tensor],
         numbers: Sequence[Number],
+        generators: Mapping[int, Tensor],
         look: Callable[[int, Environment], None] | None = None,
     ) -> PlainStep:
         """Take the step; to be called within `without_autograd`.
@@ -109,6 +110,7 @@ class PlainProgram:
             state: tensors by name, which are changed in place, exchanged, added and taken away.
             inputs: bytes of each input storage, by its name; they may be changed.
             numbers: of the step, in the order of its operations, and what Python read.
+            generators: states to give torch's generator before a draw, by the draw's number from 0.
             look: called before each operation with its number, and with their count at the end.
 
         Raises:
@@ -117,9 +119,14 @@ class PlainProgram:
         left = self._iterated(numbers)
         environment = Environment(self, state, inputs, self._device)
         differs: str | None = None
+        draws = 0
         for index, call in enumerate(self._calls):
             if look is not None:
                 look(index, environment)
+            if call.draws:
+                if draws in generators:
+                    torch.set_rng_state(generators[draws])
+                draws += 1
             try:
                 found = call.run(environment, left)
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
@@ -146,6 +153,7 @@ class _Call:
         if operation.operator in ASK_FOR_GRADIENTS:
             self._call = torch.enable_grad()(operator._op)
         self._reads_number = operation.operator == READ
+        self.draws = draws_random_numbers(operator)
         names = [p.name for p in parameters(operator) if p.is_positional]
         pairs = zip(names, operation.arguments, strict=False)
         self._positional = [(value, is_number_slot(operator, name)) for name, value in pairs]

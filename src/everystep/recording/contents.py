@@ -212,8 +212,10 @@ def read_contents(
 
     if not all(digest in places for digest in given.digests):
         return None
-    dtype = getattr(torch, given.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    from everystep.program.arguments import DTYPES
+
+    dtype = DTYPES.get(given.dtype)
+    if dtype is None:
         raise RunError(
             f"{directory} has an input of dtype {given.dtype!r:.40}: the database was changed"
         )

@@ -17,6 +17,7 @@ from everystep.program.execute import Observed, without_autograd
 from everystep.program.memory import copy_into
 from everystep.program.plain import Environment, PlainProgram, tensor_on
 from everystep.program.program import Program
+from everystep.recording.changes import change_files, read_change
 from everystep.recording.contents import Given, unpacked
 from everystep.recording.database import Repeat
 from everystep.recording.files import own_path
@@ -72,6 +73,8 @@ class RecordedLoop:
         self._rows: dict[int, Repeat] = {}
         self._tensors: dict[str, Tensor] = {}
         self._loaded: State | None = None
+        self._between = change_files(run.directory)
+        self._settled: int | None = None
         self._rates = {n: run.measured(n) for n in run.measurement_names if _RATE.fullmatch(n)}
 
     def load(self, state: State) -> None:
@@ -85,6 +88,7 @@ class RecordedLoop:
             raise RunError(f"state {state.step} of {self._run.name} does not belong to a loop")
         self._tensors = {n: named[n].to(self._device, copy=True) for n in names if n in named}
         self._loaded = state
+        self._settled = None
         self.state = state.step
         state.generators.restore(self._device)
 
@@ -96,17 +100,26 @@ class RecordedLoop:
         """Bring everything back to what `save` returned after `step`."""
         self._tensors = _copies(saved.tensors)
         saved.generators.restore(self._device)
+        self._settled = None
         self.state = step
 
     def capture(self) -> State:
         """Return the state as it is now, as it is written to disk."""
         assert self.state is not None and self._loaded is not None
         copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors.items()}
+        known = self._loaded.parameters
         parameters = {
             path: copies[f"{kind}/{path}"]
-            for path in self._loaded.parameters
+            for path in known
             for kind in ("buffer", "parameter")
             if f"{kind}/{path}" in copies
+        }
+        # Layers may have come on the way.
+        new = (name.partition("/") for name in copies if name.startswith("parameter/"))
+        parameters |= {
+            path: copies[f"parameter/{path}"]
+            for _, _, path in new
+            if path not in known and "#" not in path
         }
         rest = {
             name: tensor
@@ -119,7 +132,12 @@ class RecordedLoop:
         return State(self.state, parameters, rest, settings)
 
     def settle(self) -> None:
-        """Nothing happens between two steps of a loop."""
+        """Let what the loop changed after the last step, and outside of any, be so."""
+        if self.state is None or self.state == self._settled or self.state not in self._between:
+            return
+        self._settled = self.state
+        tensors = read_change(self._run.directory, self._between[self.state])
+        self._tensors |= {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def run(self, last: int) -> Tensor:
         """Take the steps up to `last`; return their losses (steps), on the CPU.
@@ -219,16 +237,19 @@ class RecordedLoop:
         return False
 
     def _take(self, number: int, look: Callable[[int, Environment], None] | None = None) -> float:
+        self.settle()
         row = self._row(number)
         plain, inputs, numbers = self._program(row), self._inputs(row), self._numbers(row)
-        generator = inputs.tensors.get("generator/torch")
-        if generator is not None:
-            torch.set_rng_state(generator)
+        generators = {
+            int(n.removeprefix("generator/")): tensor
+            for n, tensor in inputs.tensors.items()
+            if n.startswith("generator/")
+        }
         try:
             with without_autograd():
                 given = _laid(plain, inputs.tensors)
-                taken = plain.run(self._tensors, given, numbers, look)
-        except ProgramError as error:
+                taken = plain.run(self._tensors, given, numbers, generators, look)
+        except (ProgramError, ValueError) as error:
             raise RunError(f"step {number} of {self._run.name} cannot be taken again: {error}") from None
         self.state = number
         if taken.differs is not None:

@@ -7,6 +7,7 @@ through once more with as many threads as when the run was trained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ ALONE_SECONDS = 4.0
 STRIDE = 256
 #: Neighbouring pieces that a process is given at once, if there are enough.
 GROUP = 8
+_OF_MODEL = re.compile(r"^(parameter|buffer)/")
 #: Pieces for each core, where pieces should be long.
 PIECES_EACH = 8
 
@@ -247,7 +249,15 @@ def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) ->
         replay.go_to(start, piece.at)
         step = start
         while step < piece.last and not visitor.is_done:
-            losses = visitor.take(replay, min(piece.last, step + STRIDE), piece).tolist()
+            try:
+                losses = visitor.take(replay, min(piece.last, step + STRIDE), piece).tolist()
+            except RunError as error:
+                if "loop" not in replay.stretches[piece.at].facts:
+                    raise
+                replay.problems.append(
+                    str(error)
+                )  # the steps before it, and after it, may be as recorded
+                break
             last = step + len(losses)
             _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
             if found.first_loss is not None:
@@ -318,9 +328,14 @@ def _compared(state: State) -> set[str]:
     is_own_loop = "parts" in state.settings
     left_out = ("generator/",) if is_own_loop else ("generator/python", "generator/numpy")
     own = {n for n in state.rest if not n.startswith(left_out)}
-    return own | {f"parameters/{name}" for name in state.parameters}
+    found = own | {f"parameters/{name}" for name in state.parameters}
+    # Which are in a state_dict may change on the way, as layers come and go.
+    return {_OF_MODEL.sub("parameters/", name) for name in found} if is_own_loop else found
 
 
 def _tensor(state: State, name: str) -> Tensor | None:
     kind, _, path = name.partition("/")
-    return state.parameters.get(path) if kind == "parameters" else state.rest.get(name)
+    if kind != "parameters":
+        return state.rest.get(name)
+    others = (state.rest.get(f"{each}/{path}") for each in ("parameter", "buffer"))
+    return state.parameters.get(path, next((each for each in others if each is not None), None))

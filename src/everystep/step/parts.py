@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from everystep.errors import Fault, UsageError
+from everystep.program.arguments import DTYPES
 from everystep.step.own_state import keeps_own_state
 from everystep.step.state import (
     Generators,
@@ -24,6 +25,8 @@ __all__ = ["Parts"]
 
 #: How deep tensors are looked for within the attributes, dicts and lists of a part.
 _DEPTH = 6
+#: Dtypes that safetensors holds.
+_HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
 #: What torch keeps in an optimizer besides what a step depends on, or what is named otherwise.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
 
@@ -54,6 +57,31 @@ class Parts:
         self.main = next((n for n in self.modules if n == "model" or len(self.modules) == 1), None)
         self.device = self._device()
         self._found: dict[str, Tensor] = {}
+
+    def check(self) -> None:
+        """Check that a run can hold the parts as they are.
+
+        Raises:
+            UsageError: names each tensor that it cannot, with the cure.
+        """
+        faults = []
+        for name, tensor in self.state().items():
+            path = name.partition("/")[2]
+            if isinstance(
+                tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer
+            ):
+                faults.append(Fault(path, "has no shape yet (a lazy module); call the model once first"))
+            elif tensor.device.type == "meta":
+                faults.append(
+                    Fault(path, "is on the meta device and has no numbers; to_empty(...) first")
+                )
+            elif tensor.layout != torch.strided or tensor.is_nested:
+                faults.append(Fault(path, "is sparse or nested; a run holds dense tensors alone"))
+            elif tensor.dtype not in _HELD:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                faults.append(Fault(path, f"is {kind}, which the files of a run do not hold"))
+        if faults:
+            raise UsageError(faults, "the parts of the training")
 
     def prefix(self, name: str) -> str:
         """Return what the names of a module's tensors begin with."""

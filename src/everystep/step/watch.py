@@ -34,7 +34,7 @@ from everystep.program.program import Phase
 from everystep.step.follow import Follower
 from everystep.step.recorder import CapturedTensor
 
-__all__ = ["FLOAT", "INT", "Contents", "Path", "SeenOperation", "StorageKind", "Watch"]
+__all__ = ["FLOAT", "INT", "Contents", "Path", "SeenOperation", "StorageKind", "Watch", "version_of"]
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = frozenset(DTYPES.values())
@@ -47,6 +47,10 @@ _OTHER_GEOMETRY = {
 _ZEROING = {"zero_", "_foreach_zero_"}
 #: Memory from elsewhere of more bytes than this is not kept: what is computed of it is.
 MOST_BYTES = 100_000_000
+
+
+#: Memory from elsewhere of so many bytes is compared at every step; of more, torch's count of changes.
+LOOKED_AT_BYTES = 4_000_000
 
 
 class _Slot:
@@ -121,11 +125,6 @@ class Path:
             if name.startswith("gradient/") and self.tensors[number].storage not in used
         }
 
-    @property
-    def draws(self) -> bool:
-        """Whether it drew from torch's own generator."""
-        return any(draws_random_numbers(each.operator) for each in self.operations)
-
 
 def _tensors_in(value: Any) -> list[int]:
     """Return the numbers of the tensors in an argument."""
@@ -139,7 +138,8 @@ def _tensors_in(value: Any) -> list[int]:
 class _Known(NamedTuple):
     """What is known of an operator, looked up once.
 
-    how: `pass` (it computes nothing), `make` (it only makes memory), `see`, or why it is not seen.
+    how: `pass` (it computes nothing), `make` (it only makes memory), `see`, `decompose` (what it is made
+    of is seen), or why it is not seen.
     """
 
     how: str
@@ -147,6 +147,9 @@ class _Known(NamedTuple):
     places: tuple[tuple[str, bool], ...] = ()
     slots: frozenset[str] = frozenset()
     gives: bool = True
+    draws: bool = False
+    makes_dtype: bool = False
+    has_out: bool = False
     is_read: bool = False
     is_zeroing: bool = False
 
@@ -176,8 +179,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         follower: knows which module and which optimizer runs.
         contents: bytes of storages that steps before were given, by storage and version.
 
-    numbers: of the step; unseen: what was not seen, in words, and how often; changed_elsewhere: a tensor
-    that the step has changed and that is in no part, in words, or None.
+    numbers: of the step; generators: states of torch's generator before draws, by their number from 0,
+    where they are not as the draw before left them; unseen: what was not seen, in words, and how often;
+    changed_elsewhere: a tensor that the step has changed and that is in no part, in words, or None.
     """
 
     def __init__(self, device: torch.device, follower: Follower, contents: Contents) -> None:
@@ -185,6 +189,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.numbers: list[int | float] = []
         self.unseen: dict[str, int] = {}
         self.changed_elsewhere: str | None = None
+        self.generators: dict[int, Tensor] = {}
         self.is_paused = False
         self._is_elsewhere = device.type != "cpu"
         self._follower = follower
@@ -194,6 +199,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._number_of: dict[tuple[Any, ...], int] = {}
         self._names: list[str] = []
         self._has_complex = False
+        self._extents: dict[int, list[tuple[int, int]]] = {}
+        self._within: dict[int, bool] = {}
+        self._written_elsewhere: dict[int, str] = {}
+        self._drawn: Tensor | None = None
+        self._draws = 0
         self._storages: list[_Storage] = []
         self._storage_of: dict[int, int] = {}
         self._named: dict[str, int] = {}
@@ -209,13 +219,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note the tensors of the state as they are before the step."""
         for name, tensor in state.items():
             if _is_plain(tensor):
-                self._named[name] = self._number(tensor, "state")
+                number = self._named[name] = self._number(tensor, "state")
+                seen = self._tensors[number]
+                self._extents.setdefault(seen.storage, []).append(_extent(seen))
 
     def add_batch(self, tensors: Mapping[str, Tensor]) -> None:
         """Note the tensors of the batch, which nothing has used yet; they are copied elsewhere."""
         for name, tensor in tensors.items():
-            if _is_plain(tensor):
-                self._named.setdefault(name, self._number(tensor, "batch"))
+            if not _is_plain(tensor):
+                continue
+            number = self._number(tensor, "batch")
+            place = self._tensors[number].storage
+            if self._storages[place].kind == "input":  # and not of the state, which has it already
+                self._named.setdefault(name, number)
+                self._extents.setdefault(place, []).append(_extent(self._tensors[number]))
 
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
         """Note what is there after the step, and return its path.
@@ -226,6 +243,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             after = {name: self._number(t) for name, t in state.items() if _is_plain(t)}
             loss_number = self._loss(loss)
         before = {n: number for n, number in self._named.items() if not self._is_input(number)}
+        of_state = {self._tensors[number].storage for number in after.values()}
+        elsewhere = (what for place, what in self._written_elsewhere.items() if place not in of_state)
+        self.changed_elsewhere = next(elsewhere, None)
         tensors, storages = self._with_batch_moved()
         return Path(
             operations=tuple(self._operations),
@@ -257,6 +277,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ends = (_end_of(tensors[number]) for number in own)
             storages[storage] = storages[storage]._replace(bytes=max(ends))
         return tuple(tensors), tuple(storages)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was computed."""
+        return not self._operations and not self.unseen
 
     def _loss(self, loss: Any) -> int | None:
         if isinstance(loss, Tensor):
@@ -298,6 +323,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = _known.get(id(func)) or _learn(func)
         if self.is_paused or known.how == "pass":
             return func(*args, **keywords)
+        if known.how == "decompose":
+            with self:
+                return func.decompose(*args, **keywords)
         if known.how == "make":
             result = func(*args, **keywords)
             for tensor in leaves(result):
@@ -309,10 +337,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise _UnseenError(known.how)
             arguments, named = self._encoded(known, args, keywords)
             written = self._written(known, args, keywords)
+            if known.has_out and any(not self._storages[place].bytes for place in written):
+                raise _UnseenError("gives memory to an empty tensor")
         except _UnseenError as error:
             del self.numbers[count:]
             return self._run_unseen(func, known, args, keywords, str(error))
+        if known.draws:
+            self._note_generator()
         result = func(*args, **keywords)
+        if known.draws:
+            self._drawn = torch.get_rng_state()
         if known.is_read:
             self.numbers.append(result)
         results: tuple[str | None, ...] = ()
@@ -321,6 +355,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             writes = tuple(dict.fromkeys((*written, *made))) if written else made
         else:
             writes = written
+        if known.makes_dtype and not any(name == "dtype" for name, _ in named):
+            named = (*named, ("dtype", result.dtype))  # not that of the process, which may be another
         is_zeroing = known.is_zeroing and self._are_gradients(written)
         phase, module = self._follower.place(is_zeroing)
         self._operations.append(
@@ -344,7 +380,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, Tensor):
             if not self._is_plain(value):
                 raise _UnseenError(_what_is_special(value))
-            return self._names[self._number(value, "argument")]
+            number = self._number(value, "argument")
+            place = self._tensors[number].storage
+            if place in self._extents and not self._is_within(number, place):
+                raise _UnseenError("takes memory beside a tensor of the batch or the state")
+            return self._names[number]
         kind = type(value)
         if kind is list or kind is tuple or isinstance(value, list | tuple):
             return tuple([self._argument(item, is_slot) for item in value])
@@ -356,6 +396,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value is None or kind in _CONSTANTS:
             return value
         raise _UnseenError(f"takes a {kind.__name__}")
+
+    def _note_generator(self) -> None:
+        """Note the state of torch's generator before a draw, if the last draw left it otherwise."""
+        now = torch.get_rng_state()
+        if self._drawn is None or not torch.equal(now, self._drawn):
+            self.generators[self._draws] = now
+        self._draws += 1
+
+    @property
+    def drawn(self) -> Tensor | None:
+        """The state of torch's generator after the last draw, None where there was none."""
+        return self._drawn
 
     def _written(
         self, known: _Known, args: tuple[Any, ...], keywords: dict[str, Any]
@@ -369,7 +421,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._storages[storage].content is not None:
                 self._contents.forget(self._storages[storage].reference.cdata)
                 tensor = next(t for name in known.writes for t in leaves(given.get(name)))
-                self.changed_elsewhere = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
+                self._written_elsewhere[storage] = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
         return found
 
     def _results(self, result: Any) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
@@ -396,7 +448,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided:
             return False
         if tensor.dtype in _REAL and not self._has_complex:
-            return True
+            return not tensor.is_nested and not tensor._is_zerotensor()
         self._has_complex = True
         return _is_plain(tensor)
 
@@ -412,12 +464,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
         # What is read for the first time, and changed at once, is noted as it was.
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if _is_plain(tensor)]
-        versions = [(tensor, _version_of(tensor)) for tensor in before]
+        versions = [(tensor, version_of(tensor)) for tensor in before]
         result = func(*args, **keywords)
         names = {p.name for p in parameters(func)} & set(known.writes or writes(func))
         given = {p.name: v for p, v in zip(parameters(func), args, strict=False)} | keywords
         changed = [t for name in names for t in leaves(given.get(name)) if _is_plain(t)]
-        changed += [tensor for tensor, version in versions if _version_of(tensor) != version]
+        changed += [tensor for tensor, version in versions if version_of(tensor) != version]
         for tensor in changed:
             place = tensor.untyped_storage()._cdata
             self._storage_of.pop(place, None)
@@ -450,6 +502,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._names.append(f"%{number}")
             self._tensors.append(CapturedTensor(place, seen[1], tuple(seen[2]), seen[3], int(seen[4])))
         return number
+
+    def _is_within(self, number: int, place: int) -> bool:
+        """Tell whether a tensor lies within one that is kept with the batch or the state."""
+        known = self._within.get(number)
+        if known is None:
+            begin, end = _extent(self._tensors[number])
+            known = any(one <= begin and end <= two for one, two in self._extents[place])
+            self._within[number] = known
+        return known
 
     def _meet(self, tensor: Tensor, storage: torch.UntypedStorage, kind: str) -> int:
         """Note memory that was not seen before; return its number."""
@@ -488,13 +549,16 @@ class Contents:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a copy, on the CPU, of all bytes of the storage that a tensor lies on."""
-        storage, version = tensor.untyped_storage(), _version_of(tensor)
+        storage, version = tensor.untyped_storage(), version_of(tensor)
         known = self._copies.get(storage._cdata)
-        if known is not None and known[1] == version and not known[0].expired():
-            return known[2]
         with torch._C._DisableTorchDispatch():
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            copy = whole.set_(storage).cpu().clone()
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            if known is not None and known[1] == version and not known[0].expired():
+                # NumPy changes memory without torch's counting it.
+                is_looked_at = tensor.device.type == "cpu" and storage.nbytes() <= LOOKED_AT_BYTES
+                if not is_looked_at or torch.equal(whole, known[2]):
+                    return known[2]
+            copy = whole.cpu().clone()
         self.copied += copy.nbytes
         if version is not None:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -523,6 +587,8 @@ def _learn(func: Any) -> _Known:
             resolve(text, is_plain=True)
         except NotAllowedError as error:
             how = str(error).removeprefix(f"{text} ")
+            if _is_composite(func):  # it arrives whole in inference mode alone
+                how = "decompose"
         else:
             if not computes(func):
                 is_view = any(r.alias_info for r in func._schema.returns) or "unsafe" in name
@@ -534,6 +600,9 @@ def _learn(func: Any) -> _Known:
             tuple((p.name, is_number_slot(func, p.name)) for p in parameters(func)),
             frozenset(p.name for p in parameters(func) if is_number_slot(func, p.name)),
             bool(func._schema.returns) and text != READ,
+            draws_random_numbers(func),
+            _makes_dtype(func),
+            any(argument.is_out for argument in func._schema.arguments),
             text == READ,
             name in _ZEROING,
         )
@@ -544,6 +613,11 @@ def _learn(func: Any) -> _Known:
     return known
 
 
+def _extent(tensor: CapturedTensor) -> tuple[int, int]:
+    """Return from which byte of its storage to which a tensor lies."""
+    return tensor.offset * tensor.dtype.itemsize, _end_of(tensor)
+
+
 def _end_of(tensor: CapturedTensor) -> int:
     """Return how many bytes of its storage a tensor needs."""
     if 0 in tensor.shape:
@@ -552,7 +626,19 @@ def _end_of(tensor: CapturedTensor) -> int:
     return (tensor.offset + last + 1) * tensor.dtype.itemsize
 
 
-def _version_of(tensor: Tensor) -> int | None:
+def _makes_dtype(func: Any) -> bool:
+    """Tell whether an operator makes a tensor of none, of the process's dtype where none is given."""
+    kinds = {p.name: p.kind for p in parameters(func)}
+    return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
+
+
+def _is_composite(func: Any) -> bool:
+    """Tell whether torch makes other operators of one before it runs."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))
+
+
+def version_of(tensor: Tensor) -> int | None:
     """Return how often a tensor was changed, None where torch does not count."""
     return None if tensor.is_inference() else tensor._version
 
@@ -564,6 +650,9 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and tensor.dtype in _DTYPES
         and tensor.device.type != "meta"
+        and not tensor.is_nested
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not tensor._is_zerotensor()
         and not tensor.is_neg()
         and not tensor.is_conj()
     )
@@ -574,4 +663,4 @@ def _what_is_special(tensor: Tensor) -> str:
         return "takes a sparse tensor"
     if type(tensor) not in _PLAIN_TENSORS:
         return f"takes a {type(tensor).__name__}, a tensor of its own kind"
-    return f"takes a {tensor.dtype} tensor that is conjugated, negated or has no numbers of its own"
+    return f"takes a {tensor.dtype} tensor that is nested, conjugated or without numbers of its own"

@@ -12,6 +12,11 @@ from torch import Tensor
 
 __all__ = ["nested_again", "tensors_of", "text_of"]
 
+#: Dtypes that travel between processes, too.
+_HELD = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -61,7 +66,8 @@ def _is_short(batch: Any) -> bool:
 
 def _is_dense(part: Any) -> bool:
     if isinstance(part, Tensor):
-        return part.layout == torch.strided
+        is_held = part.layout == torch.strided and not part.is_nested and part.dtype in _HELD
+        return is_held and part.device.type != "meta" and not part._is_zerotensor()
     return isinstance(part, np.ndarray) and part.dtype.kind in "biufc"
 
 
@@ -98,7 +104,8 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _text(value: Any, path: str) -> Any:
     if isinstance(value, Tensor | np.ndarray):
-        return {"tensor": path or "x"} if _is_dense(value) else {"left": type(value).__name__}
+        kind = f"{type(value).__name__} of {value.dtype}"
+        return {"tensor": path or "x"} if _is_dense(value) else {"left": kind}
     if isinstance(value, _PLAIN):
         return value
     items = _items(value)

@@ -22,8 +22,8 @@ from everystep.step.build import NotCapturableError
 from everystep.step.follow import Follower
 from everystep.step.parts import Parts
 from everystep.step.plain import BuiltPath, build_path
-from everystep.step.state import State
-from everystep.step.watch import Contents, Watch
+from everystep.step.state import State, copy_of
+from everystep.step.watch import Contents, Watch, version_of
 from everystep.step.watch import Path as StepPath
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.facts import module_text, optimizer_text
@@ -40,6 +40,8 @@ FLUSH_SECONDS = 0.1
 TIMED_STEPS = 8
 #: Bytes of batches that may wait to be written, before the loop waits.
 MOST_WAITING = 512_000_000
+#: Paths that are remembered; a loop whose every step has another would fill the memory.
+MOST_PATHS = 200
 #: What is not seen is said so often; the rest is in the run's facts.
 MOST_SAID = 3
 
@@ -77,6 +79,7 @@ class Recording(Generic[R]):
         self._contents = Contents()
         self._copied = 0
         self._programs: dict[StepPath, _Program | None] = {}
+        self._program_count = 0
         self._under_way: _Step | None = None
         self._taken: list[Taken] = []
         self._losses: list[Any] = []
@@ -86,9 +89,9 @@ class Recording(Generic[R]):
         self._pending: State | None = None
         self._names: dict[Tensor, str] = {}
         self._lost_to = 0
-        self._versions: list[tuple[int, int]] = []
+        self._versions: dict[str, tuple[int, int | None]] = {}
         self._said: set[str] = set()
-        self._has_said_elsewhere = False
+        self._has_said_elsewhere = self._has_said_between = False
         self._is_finite = True
         self._flush_at = 0.0
         self._step_seconds = math.inf
@@ -114,17 +117,19 @@ class Recording(Generic[R]):
         if self._recorder is not None:
             raise UsageError("this recording has begun already; everystep.record(...) makes another")
         _check_alone()
+        self._parts.check()
         place = create_directory(self._directory, "loop", self._runs)
         facts = {"name": place.name, "started": now()} | self._facts()
         snapshots, batches = self._budgets
+        beginning = self._parts.snapshot(0)
         self._recorder = Recorder(place, facts, snapshots, batch_budget=batches)
         self._started_at = time.perf_counter()
         if message := numerics.warning():
             self._say(message)
-        self._follower.begin()
         self._generator = torch.get_rng_state()
-        self._recorder.snapshot(self._parts.snapshot(0))
+        self._recorder.snapshot(beginning)
         self._note_versions(self._parts.state())
+        self._follower.begin()
         _recording.append(self)
         return self
 
@@ -138,7 +143,9 @@ class Recording(Generic[R]):
         if not self.is_open:
             return
         _recording.remove(self)
-        if self._under_way is not None:
+        if self._under_way is not None and error is None:
+            self.end_step()  # the batch was asked for by `next`, and no other came
+        elif self._under_way is not None:
             self._abandon()
         elif error is not None and self._interrupted_step == self._step:
             self._take_back()
@@ -181,8 +188,11 @@ class Recording(Generic[R]):
             try:
                 yield batch
             except GeneratorExit:  # the loop was left, by `break` or by an exception: __exit__ knows
-                self.end_step()
-                self._interrupted_step = self._step
+                if self._is_untouched():
+                    self._close()  # it was asked for by `zip`, which then had nothing to go with it
+                else:
+                    self.end_step()
+                    self._interrupted_step = self._step
                 raise
             self.end_step()
         if not count:
@@ -258,15 +268,21 @@ class Recording(Generic[R]):
             time.sleep(0.001)
             recorder.check()
         self._names = self._parts.parameter_names()
+        state = self._parts.state()
+        self._note_changes_between(state)
         watch = Watch(self._parts.device, self._follower, self._contents)
-        step = self._under_way = _Step(watch, torch.get_rng_state())
+        watch.begin(state)
         self._follower.step_begins()
-        watch.begin(self._parts.state())
-        if batch is not None:
-            self.add_batch(batch)
-        self._watch = watch
-        step.started = time.perf_counter()
+        step = _Step(watch)
         watch.__enter__()  # type: ignore[no-untyped-call]
+        self._under_way, self._watch = step, watch
+        if batch is not None:
+            try:
+                self.add_batch(batch)
+            except BaseException:
+                self._close()
+                raise
+        step.started = time.perf_counter()
 
     def add_batch(self, batch: Any) -> None:
         """Say what the step under way is taken on, before it is used; of several, each is kept.
@@ -296,6 +312,8 @@ class Recording(Generic[R]):
             known = self._programs[path]
         except KeyError:
             known = self._programs[path] = self._build(path, step)
+            if len(self._programs) > MOST_PATHS:  # a path that comes again then has two programs
+                del self._programs[next(iter(self._programs))]
         self._taken.append(self._row(number, step, known))
         self._note_logged(number, step, path)
         self._note_unseen(number, step)
@@ -320,7 +338,7 @@ class Recording(Generic[R]):
     def _abandon(self) -> None:
         """A step was not taken to its end: it is not recorded, and no snapshot claims its state."""
         self._close()
-        self._versions = []
+        self._versions = {}
 
     def _take_back(self) -> None:
         """The last step was left by an exception: it is not recorded."""
@@ -331,7 +349,7 @@ class Recording(Generic[R]):
         self._measured = [row for row in self._measured if row[1] <= self._step]
         if self._pending is not None and self._pending.step > self._step:
             self._pending = None
-        self._versions = []
+        self._versions = {}
 
     def _build(self, path: StepPath, step: _Step) -> _Program | None:
         try:
@@ -339,9 +357,9 @@ class Recording(Generic[R]):
         except NotCapturableError as error:
             self._say(f"step {self._step} cannot be repeated without your code: {error}")
             return None
-        number = 1 + sum(known is not None for known in self._programs.values())
-        self._started().program(number, built.program, {})
-        return _Program(number, built, path.draws)
+        self._program_count += 1
+        self._started().program(self._program_count, built.program, {})
+        return _Program(self._program_count, built)
 
     def _row(self, number: int, step: _Step, known: _Program | None) -> Taken:
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
@@ -353,10 +371,11 @@ class Recording(Generic[R]):
             content = step.watch.content(storage)
             if content is not None and name not in step.batch:
                 inputs[f"input/{name}"] = content
-        if known.draws:
-            if self._generator is None or not torch.equal(step.generator, self._generator):
-                inputs["generator/torch"] = step.generator
-            self._generator = torch.get_rng_state()
+        for draw, generator in step.watch.generators.items():
+            # A replay has the generator as the last draw left it, in this step or one before.
+            if draw or self._generator is None or not torch.equal(generator, self._generator):
+                inputs[f"generator/{draw}"] = generator
+        self._generator = step.watch.drawn if step.watch.drawn is not None else self._generator
         numbers = known.built.numbers(step.watch.numbers)
         return Taken(number, known.number, numbers, inputs, step.nested, size)
 
@@ -477,7 +496,7 @@ class Recording(Generic[R]):
             "loop": {
                 "parts": {name: type(part).__name__ for name, part in self._parts.named.items()},
                 "optimizers": {n: optimizer_text(each) for n, each in self._parts.optimizers.items()},
-                "programs": sum(known is not None for known in self._programs.values()),
+                "programs": self._program_count,
                 "unseen": sorted(self._said),
                 "has_loss": self._has_loss,
             },
@@ -486,6 +505,27 @@ class Recording(Generic[R]):
 
     def _note_versions(self, state: dict[str, Tensor]) -> None:
         self._versions = _versions(state)
+
+    def _note_changes_between(self, state: dict[str, Tensor]) -> None:
+        """Keep what the loop has changed since the last step, outside of any."""
+        now = _versions(state)
+        if now != self._versions:
+            changed = {n: state[n] for n in now if self._versions.get(n) != now[n]}
+            copies = {name: copy_of(tensor) for name, tensor in changed.items()}
+            if copies:
+                self._started().change(self._step, copies)
+            if copies and not self._has_said_between and self._versions:
+                self._has_said_between = True
+                name = next(iter(copies)).partition("/")[2]
+                self._say(
+                    f"after step {self._step} the loop changes {name} outside of a step; what it is "
+                    "then is kept, but no step shows how that came"
+                )
+
+    def _is_untouched(self) -> bool:
+        """Tell whether the loop has done nothing yet with the step under way."""
+        step = self._under_way
+        return step is not None and step.watch.is_empty and not step.logged
 
     def _same_versions(self) -> bool:
         """Tell whether the parts are as the last step left them, as far as torch knows."""
@@ -520,19 +560,17 @@ class Recording(Generic[R]):
 
 
 class _Program(NamedTuple):
-    """A program of the run: its number, and whether it draws from torch's generator."""
+    """A program of the run, and its number."""
 
     number: int
     built: BuiltPath
-    draws: bool
 
 
 class _Step:
     """A step under way."""
 
-    def __init__(self, watch: Watch, generator: Tensor) -> None:
+    def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.generator = generator
         self.batch: dict[str, Tensor] = {}
         self.nesting: list[Any] = []
         self.logged: dict[str, Any] = {}
@@ -567,8 +605,8 @@ def _status(error: BaseException | None, is_whole: bool) -> tuple[str, str | Non
     return "failed", str(error).strip() or type(error).__name__
 
 
-def _versions(state: dict[str, Tensor]) -> list[tuple[int, int]]:
-    return [(id(tensor), tensor._version) for tensor in state.values()]
+def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None]]:
+    return {name: (id(tensor), version_of(tensor)) for name, tensor in state.items()}
 
 
 def _number(name: str, value: Any) -> float | Tensor:
