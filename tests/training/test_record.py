@@ -280,6 +280,8 @@ def test_calls_at_the_wrong_time_say_what_to_do(made):
                 next(recording.steps([batch]))
     with pytest.raises(everystep.UsageError, match="begun already"):
         recording.__enter__()
+    with pytest.raises(everystep.UsageError, match="the recording is over"):
+        recording.begin_step(batch)
     with pytest.raises(everystep.RunError, match="loop of your own"):
         recording.run.fork(1)
 

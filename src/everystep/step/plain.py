@@ -12,8 +12,8 @@ from everystep.program.plain import READ
 from everystep.program.program import Operation, Program
 from everystep.step.build import Builder, checked
 from everystep.step.capture import Capture
+from everystep.step.path import FLOAT, INT, Path
 from everystep.step.recorder import CapturedStorage, Recorded
-from everystep.step.watch import FLOAT, INT, Path
 
 __all__ = ["BuiltPath", "build_path"]
 

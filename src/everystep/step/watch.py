@@ -10,7 +10,7 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +30,12 @@ from everystep.program.operators import (
     writes,
 )
 from everystep.program.plain import READ, is_number_slot
-from everystep.program.program import Phase
+from everystep.step.elsewhere import Elsewhere, version_of
 from everystep.step.follow import Follower
+from everystep.step.path import FLOAT, INT, Path, SeenOperation, StorageKind
 from everystep.step.recorder import CapturedTensor
 
-__all__ = ["FLOAT", "INT", "Contents", "Path", "SeenOperation", "StorageKind", "Watch", "version_of"]
+__all__ = ["Watch"]
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = frozenset(DTYPES.values())
@@ -47,92 +48,6 @@ _OTHER_GEOMETRY = {
 _ZEROING = {"zero_", "_foreach_zero_"}
 #: Memory from elsewhere of more bytes than this is not kept: what is computed of it is.
 MOST_BYTES = 100_000_000
-
-
-#: Memory from elsewhere of so many bytes is compared at every step; of more, torch's count of changes.
-LOOKED_AT_BYTES = 4_000_000
-
-
-class _Slot:
-    """Stands in a path for a number that belongs to the step."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-
-INT, FLOAT = _Slot(int), _Slot(float)
-
-
-class SeenOperation(NamedTuple):
-    """An operation as it was seen.
-
-    arguments, keywords: tensors are `%3`, the number of a CapturedTensor; numbers of the step are slots;
-    results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it has.
-    """
-
-    phase: Phase
-    module: str | None
-    operator: Any
-    arguments: tuple[Any, ...]
-    keywords: tuple[tuple[str, Any], ...]
-    results: tuple[str | None, ...]
-    writes: tuple[int, ...]
-    numbers: int
-
-
-class StorageKind(NamedTuple):
-    """Where a storage comes from: `state`, `input` or `temporary`. host: in the CPU's memory."""
-
-    kind: str
-    bytes: int
-    host: bool
-
-
-@dataclass(frozen=True)
-class Path:
-    """What one step did, but for its numbers and the content of its inputs.
-
-    named: the tensors of the state and of the batch, by name; ends: the tensor that each name of the
-    state stands for after the step, where that is another; gone: names that are not there any more;
-    gradients: as an optimizer found them; loss: the tensor that was logged as the loss; activations:
-    what each module gave.
-    """
-
-    operations: tuple[SeenOperation, ...]
-    tensors: tuple[CapturedTensor, ...]
-    storages: tuple[StorageKind, ...]
-    named: tuple[tuple[str, int], ...]
-    ends: tuple[tuple[str, int], ...]
-    gone: tuple[str, ...]
-    gradients: tuple[tuple[str, int], ...]
-    loss: int | None
-    activations: tuple[tuple[str, tuple[int, ...]], ...]
-
-    def unused_gradients(self) -> set[str]:
-        """Return the names of gradients from before the step that it neither reads nor writes.
-
-        A loop that begins with zero_grad only drops them.
-        """
-        used: set[int] = set()
-        for operation in self.operations:
-            used.update(operation.writes)
-            read = _tensors_in((operation.arguments, operation.keywords))
-            used.update(self.tensors[number].storage for number in read)
-        used.update(self.tensors[number].storage for _, number in self.ends)
-        return {
-            name
-            for name, number in self.named
-            if name.startswith("gradient/") and self.tensors[number].storage not in used
-        }
-
-
-def _tensors_in(value: Any) -> list[int]:
-    """Return the numbers of the tensors in an argument."""
-    if isinstance(value, str):
-        return [int(value[1:])] if value.startswith("%") else []
-    if isinstance(value, tuple):
-        return [number for item in value for number in _tensors_in(item)]
-    return []
 
 
 class _Known(NamedTuple):
@@ -177,14 +92,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         device: of the training.
         follower: knows which module and which optimizer runs.
-        contents: bytes of storages that steps before were given, by storage and version.
+        elsewhere: copies of what steps before brought from elsewhere.
 
     numbers: of the step; generators: states of torch's generator before draws, by their number from 0,
     where they are not as the draw before left them; unseen: what was not seen, in words, and how often;
     changed_elsewhere: a tensor that the step has changed and that is in no part, in words, or None.
     """
 
-    def __init__(self, device: torch.device, follower: Follower, contents: Contents) -> None:
+    def __init__(self, device: torch.device, follower: Follower, elsewhere: Elsewhere) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.numbers: list[int | float] = []
         self.unseen: dict[str, int] = {}
@@ -193,7 +108,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_paused = False
         self._is_elsewhere = device.type != "cpu"
         self._follower = follower
-        self._contents = contents
+        self._elsewhere = elsewhere
         self._operations: list[SeenOperation] = []
         self._tensors: list[CapturedTensor] = []
         self._number_of: dict[tuple[Any, ...], int] = {}
@@ -419,7 +334,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = tuple(dict.fromkeys([self._tensors[self._number(t)].storage for t in tensors]))
         for storage in found:
             if self._storages[storage].content is not None:
-                self._contents.forget(self._storages[storage].reference.cdata)
+                self._elsewhere.forget(self._storages[storage].reference.cdata)
                 tensor = next(t for name in known.writes for t in leaves(given.get(name)))
                 self._written_elsewhere[storage] = f"a tensor {tuple(tensor.shape)} of {tensor.dtype}"
         return found
@@ -473,7 +388,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in changed:
             place = tensor.untyped_storage()._cdata
             self._storage_of.pop(place, None)
-            self._contents.forget(place)  # a kernel need not count what it changes
+            self._elsewhere.forget(place)  # a kernel need not count what it changes
         for tensor in (*changed, *leaves(result)):
             if _is_plain(tensor):
                 self._number(tensor)
@@ -518,7 +433,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         host = self._is_elsewhere and tensor.device.type == "cpu"
         # As long as there is a reference, no other storage can have its place.
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        content = self._contents.of(tensor) if kind == "input" else None
+        content = self._elsewhere.of(tensor) if kind == "input" else None
         # A batch is copied elsewhere, and so it is an input without content here.
         kind = "input" if kind == "batch" else kind
         self._storages.append(_Storage(kind, storage.nbytes(), host, reference, content))
@@ -533,45 +448,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name, number in self._named.items()
             if name.startswith("gradient/")
         }
-
-
-@dataclass
-class Contents:
-    """Bytes of storages from elsewhere, copied once as long as they stay the same.
-
-    A storage is known by its weak reference, and the version of the tensor that was seen.
-
-    copied: bytes, altogether.
-    """
-
-    copied: int = 0
-    _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return a copy, on the CPU, of all bytes of the storage that a tensor lies on."""
-        storage, version = tensor.untyped_storage(), version_of(tensor)
-        known = self._copies.get(storage._cdata)
-        with torch._C._DisableTorchDispatch():
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            if known is not None and known[1] == version and not known[0].expired():
-                # NumPy changes memory without torch's counting it.
-                is_looked_at = tensor.device.type == "cpu" and storage.nbytes() <= LOOKED_AT_BYTES
-                if not is_looked_at or torch.equal(whole, known[2]):
-                    return known[2]
-            copy = whole.cpu().clone()
-        self.copied += copy.nbytes
-        if version is not None:
-            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            self._copies[storage._cdata] = reference, version, copy
-        return copy
-
-    def forget(self, place: int) -> None:
-        """Copy a storage again when it is seen next: it was changed."""
-        self._copies.pop(place, None)
-
-    def clean(self) -> None:
-        """Let go of what is not there any more."""
-        self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
 
 
 _CONSTANTS = {bool, int, float, torch.dtype, torch.layout, torch.memory_format, torch.device}
@@ -636,11 +512,6 @@ def _is_composite(func: Any) -> bool:
     """Tell whether torch makes other operators of one before it runs."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """Return how often a tensor was changed, None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -1,0 +1,59 @@
+"""Elsewhere: tensors that a loop brings from outside of its parts and its batch, kept by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["Elsewhere", "version_of"]
+
+#: Memory of so many bytes is compared at every step; of more, torch's count of changes.
+LOOKED_AT_BYTES = 4_000_000
+
+
+@dataclass
+class Elsewhere:
+    """Bytes of storages from elsewhere, copied once as long as they stay the same.
+
+    A storage is known by its weak reference, and the version of the tensor that was seen.
+
+    copied: bytes, altogether.
+    """
+
+    copied: int = 0
+    _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return a copy, on the CPU, of all bytes of the storage that a tensor lies on."""
+        storage, version = tensor.untyped_storage(), version_of(tensor)
+        known = self._copies.get(storage._cdata)
+        with torch._C._DisableTorchDispatch():
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            if known is not None and known[1] == version and not known[0].expired():
+                # NumPy changes memory without torch's counting it.
+                is_looked_at = tensor.device.type == "cpu" and storage.nbytes() <= LOOKED_AT_BYTES
+                if not is_looked_at or torch.equal(whole, known[2]):
+                    return known[2]
+            copy = whole.cpu().clone()
+        self.copied += copy.nbytes
+        if version is not None:
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._copies[storage._cdata] = reference, version, copy
+        return copy
+
+    def forget(self, place: int) -> None:
+        """Copy a storage again when it is seen next: it was changed."""
+        self._copies.pop(place, None)
+
+    def clean(self) -> None:
+        """Let go of what is not there any more."""
+        self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed, None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,93 @@
+"""Paths: what one step of a loop was seen to do, but for its numbers and the content of its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from everystep.program.program import Phase
+from everystep.step.recorder import CapturedTensor
+
+__all__ = ["FLOAT", "INT", "Path", "SeenOperation", "StorageKind"]
+
+
+class _Slot:
+    """Stands in a path for a number that belongs to the step."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+
+INT, FLOAT = _Slot(int), _Slot(float)
+
+
+class SeenOperation(NamedTuple):
+    """An operation as it was seen.
+
+    arguments, keywords: tensors are `%3`, the number of a CapturedTensor; numbers of the step are slots;
+    results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it has.
+    """
+
+    phase: Phase
+    module: str | None
+    operator: Any
+    arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+    results: tuple[str | None, ...]
+    writes: tuple[int, ...]
+    numbers: int
+
+
+class StorageKind(NamedTuple):
+    """Where a storage comes from: `state`, `input` or `temporary`. host: in the CPU's memory."""
+
+    kind: str
+    bytes: int
+    host: bool
+
+
+@dataclass(frozen=True)
+class Path:
+    """What one step did, but for its numbers and the content of its inputs.
+
+    named: the tensors of the state and of the batch, by name; ends: the tensor that each name of the
+    state stands for after the step, where that is another; gone: names that are not there any more;
+    gradients: as an optimizer found them; loss: the tensor that was logged as the loss; activations:
+    what each module gave.
+    """
+
+    operations: tuple[SeenOperation, ...]
+    tensors: tuple[CapturedTensor, ...]
+    storages: tuple[StorageKind, ...]
+    named: tuple[tuple[str, int], ...]
+    ends: tuple[tuple[str, int], ...]
+    gone: tuple[str, ...]
+    gradients: tuple[tuple[str, int], ...]
+    loss: int | None
+    activations: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def unused_gradients(self) -> set[str]:
+        """Return the names of gradients from before the step that it neither reads nor writes.
+
+        A loop that begins with zero_grad only drops them.
+        """
+        used: set[int] = set()
+        for operation in self.operations:
+            used.update(operation.writes)
+            read = _tensors_in((operation.arguments, operation.keywords))
+            used.update(self.tensors[number].storage for number in read)
+        used.update(self.tensors[number].storage for _, number in self.ends)
+        return {
+            name
+            for name, number in self.named
+            if name.startswith("gradient/") and self.tensors[number].storage not in used
+        }
+
+
+def _tensors_in(value: Any) -> list[int]:
+    """Return the numbers of the tensors in an argument."""
+    if isinstance(value, str):
+        return [int(value[1:])] if value.startswith("%") else []
+    if isinstance(value, tuple):
+        return [number for item in value for number in _tensors_in(item)]
+    return []

@@ -1,0 +1,362 @@
+"""What is kept of a loop that is recorded: programs, rows of steps, snapshots, facts."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep import numerics
+from everystep.recording.recorder import Recorder, Taken
+from everystep.step.build import NotCapturableError
+from everystep.step.elsewhere import version_of
+from everystep.step.parts import Parts
+from everystep.step.path import Path as StepPath
+from everystep.step.plain import BuiltPath, build_path
+from everystep.step.state import State, copy_of
+from everystep.step.watch import Watch
+from everystep.training.facts import module_text, optimizer_text
+from everystep.training.loop import circumstances, now
+
+__all__ = ["LoopWriter", "StepUnderWay", "say"]
+
+#: Seconds between two times that what was recorded is handed to the writing thread.
+FLUSH_SECONDS = 0.1
+#: Steps that are timed before the snapshots' interval is chosen.
+TIMED_STEPS = 8
+#: Bytes of batches that may wait to be written, before the loop waits.
+MOST_WAITING = 512_000_000
+#: Paths that are remembered; a loop whose every step has another would fill the memory.
+MOST_PATHS = 200
+#: What is not seen is said so often; the rest is in the run's facts.
+MOST_SAID = 3
+
+
+class StepUnderWay:
+    """A step under way: who watches it, its batch, and what was logged."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.batch: dict[str, Tensor] = {}
+        self.nesting: list[Any] = []
+        self.logged: dict[str, Any] = {}
+        self.loss: Any = None
+        self.started = time.perf_counter()
+
+    @property
+    def nested(self) -> Any:
+        """How the batch was nested; of several, a list."""
+        if len(self.nesting) > 1:
+            return {"list": self.nesting}
+        return self.nesting[0] if self.nesting else None
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the loop has done nothing with it yet."""
+        return self.watch.is_empty and not self.logged
+
+
+class _Program(NamedTuple):
+    """A program of the run, and its number."""
+
+    number: int
+    built: BuiltPath
+
+
+class LoopWriter:
+    """Makes of steps that were watched what a run holds of them, and hands it to the recorder.
+
+    Args:
+        directory: of the run; empty.
+        parts: what the loop carries.
+        snapshot_budget, batch_budget: bytes that the run may keep.
+
+    step: the last step that was added.
+    """
+
+    def __init__(self, directory: Path, parts: Parts, snapshot_budget: int, batch_budget: float) -> None:
+        self.step = 0
+        self._parts = parts
+        self._programs: dict[StepPath, _Program | None] = {}
+        self._program_count = 0
+        self._copied = 0
+        self._taken: list[Taken] = []
+        self._losses: list[Any] = []
+        self._measured: list[tuple[str, int, Any]] = []
+        self._rates: dict[str, float] = {}
+        self._generator = torch.get_rng_state()
+        self._pending: State | None = None
+        self._lost_to = 0
+        self._said: set[str] = set()
+        self._has_said_elsewhere = self._has_said_between = False
+        self._is_finite = True
+        self._has_loss = False
+        self._loss_dtype = "float64"
+        self._flush_at = 0.0
+        self._step_seconds = math.inf
+        self._started = time.perf_counter()
+        beginning = parts.snapshot(0)
+        facts = {"name": directory.name, "started": now()} | self._facts()
+        self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
+        self._recorder.snapshot(beginning)
+        self._versions = _versions(parts.state())
+        if message := numerics.warning():
+            say(message)
+
+    def wait(self) -> None:
+        """Wait for the disk where too much waits for it.
+
+        Raises:
+            RecordingError: writing the run failed.
+        """
+        self._recorder.check()
+        while self._recorder.waiting_bytes > MOST_WAITING:
+            time.sleep(0.001)
+            self._recorder.check()
+
+    def note_changes(self, state: dict[str, Tensor]) -> None:
+        """Keep what the loop has changed since the last step, outside of any. state: as it is now."""
+        now = _versions(state)
+        if now == self._versions:
+            return
+        changed = {n: state[n] for n in now if self._versions.get(n) != now[n]}
+        if not changed:
+            return
+        self._recorder.change(self.step, {name: copy_of(tensor) for name, tensor in changed.items()})
+        if self._versions and not self._has_said_between:
+            self._has_said_between = True
+            name = next(iter(changed)).partition("/")[2]
+            say(
+                f"after step {self.step} the loop changes {name} outside of a step; what it is then is "
+                "kept, but no step shows how that came"
+            )
+
+    def add(self, step: StepUnderWay, copied: int) -> None:
+        """Add a step that is over. copied: bytes from elsewhere that were copied since the beginning."""
+        self.step += 1
+        after = self._parts.state()
+        path = step.watch.end(after, step.loss)
+        try:
+            known = self._programs[path]
+        except KeyError:
+            known = self._programs[path] = self._build(path, step)
+            if len(self._programs) > MOST_PATHS:  # a path that comes again then has two programs
+                del self._programs[next(iter(self._programs))]
+        self._taken.append(self._row(step, known, copied))
+        self._note_logged(step, path)
+        self._note_unseen(step)
+        self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
+        self._keep_pending(known)
+        self._snapshot_if_due()
+        self._versions = _versions(after)
+        if time.perf_counter() >= self._flush_at:
+            self.flush()
+            self._flush_at = time.perf_counter() + FLUSH_SECONDS
+
+    def forget_versions(self) -> None:
+        """A step was not taken to its end: no snapshot claims the state as it is."""
+        self._versions = {}
+
+    def take_back(self) -> None:
+        """The last step was left by an exception: it is not recorded."""
+        self.step -= 1
+        self._recorder.forget_after(self.step)
+        self._taken = [row for row in self._taken if row.step <= self.step]
+        self._losses = self._losses[: max(0, len(self._losses) - 1)]
+        self._measured = [row for row in self._measured if row[1] <= self.step]
+        if self._pending is not None and self._pending.step > self.step:
+            self._pending = None
+        self.forget_versions()
+
+    def finish(self, status: str, reason: str | None) -> None:
+        """Take the last snapshot, if the state is still that of the last step, and close the run.
+
+        Raises:
+            RecordingError: writing failed; what was written before is kept.
+        """
+        is_pending = self._pending is not None and self._pending.step == self.step
+        self._keep_pending()
+        if self.step and not is_pending and self._versions == _versions(self._parts.state()):
+            self._recorder.snapshot(self._parts.snapshot(self.step))
+        self.flush()
+        seconds = time.perf_counter() - self._started
+        self._recorder.finish(
+            self._loop_facts()
+            | {"status": status, "reason": reason, "finished": now(), "seconds": seconds}
+        )
+
+    def _build(self, path: StepPath, step: StepUnderWay) -> _Program | None:
+        try:
+            built = build_path(path, step.watch.numbers)
+        except NotCapturableError as error:
+            say(f"step {self.step} cannot be repeated without your code: {error}")
+            return None
+        self._program_count += 1
+        self._recorder.program(self._program_count, built.program, {})
+        return _Program(self._program_count, built)
+
+    def _row(self, step: StepUnderWay, known: _Program | None, copied: int) -> Taken:
+        inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
+        size = sum(tensor.nbytes for tensor in inputs.values()) + copied - self._copied
+        self._copied = copied
+        if known is None:
+            return Taken(self.step, None, None, inputs, step.nested, size)
+        for name, storage in known.built.inputs.items():
+            content = step.watch.content(storage)
+            if content is not None and name not in step.batch:
+                inputs[f"input/{name}"] = content
+        for draw, generator in step.watch.generators.items():
+            # A replay has the generator as the last draw left it, in this step or one before.
+            if draw or not torch.equal(generator, self._generator):
+                inputs[f"generator/{draw}"] = generator
+        self._generator = step.watch.drawn if step.watch.drawn is not None else self._generator
+        numbers = known.built.numbers(step.watch.numbers)
+        return Taken(self.step, known.number, numbers, inputs, step.nested, size)
+
+    def _note_logged(self, step: StepUnderWay, path: StepPath) -> None:
+        self._losses.append(step.logged.pop("loss", math.nan))
+        if step.loss is not None and not self._has_loss:
+            self._has_loss = True
+            if path.loss is not None and path.tensors[path.loss].dtype != torch.float64:
+                self._loss_dtype = "float32"
+        self._measured += [(name, self.step, value) for name, value in step.logged.items()]
+        rates = self._parts.rates()
+        self._measured += [(n, self.step, v) for n, v in rates.items() if self._rates.get(n) != v]
+        self._rates = rates
+
+    def _note_unseen(self, step: StepUnderWay) -> None:
+        for reason in step.watch.unseen:
+            if reason in self._said or len(self._said) >= MOST_SAID:
+                continue
+            self._said.add(reason)
+            say(
+                f"step {self.step}: {reason}; what it gives is kept as numbers, and no view shows how "
+                "it was made"
+            )
+        if step.watch.changed_elsewhere is not None and not self._has_said_elsewhere:
+            self._has_said_elsewhere = True
+            say(
+                f"step {self.step} changes {step.watch.changed_elsewhere} that is in no part; it is "
+                "kept again at every step, unless you give what holds it to everystep.record(...)"
+            )
+
+    def _snapshot_if_due(self) -> None:
+        recorder = self._recorder
+        if self.step >= TIMED_STEPS and not recorder.has_interval:
+            recorder.choose_interval(self._step_seconds)
+        if recorder.lost_to > self._lost_to:
+            # Batches were given up: everything from here on shall open without them.
+            self._lost_to = recorder.lost_to
+            recorder.plan.pinned = {0, self.step}
+            self._keep_pending()
+            self._pending = self._parts.snapshot(self.step)
+        if recorder.plan.is_due(self.step) and not recorder.is_behind and self._pending is None:
+            self._pending = self._parts.snapshot(self.step)
+
+    def _keep_pending(self, following: _Program | None = None) -> None:
+        """Write the snapshot that waits: with its gradients only if the step after it has used them."""
+        if self._pending is None:
+            return
+        state, self._pending = self._pending, None
+        if following is not None:
+            tensors = following.built.program.tensors
+            rest = {
+                name: tensor
+                for name, tensor in state.rest.items()
+                if not name.startswith("gradient/") or name in tensors
+            }
+            state = State(state.step, state.parameters, rest, state.settings)
+        self._recorder.snapshot(state)
+
+    def flush(self) -> None:
+        """Hand what was recorded so far to the writer, as happens several times a second by itself."""
+        recorder = self._recorder
+        if not self._taken:
+            return
+        first = self._taken[0].step
+        losses = [float(loss) for loss in self._losses]
+        recorder.repeats(self._taken)
+        recorder.losses(first, losses)
+        measured = [(name, step, float(value)) for name, step, value in self._measured]
+        if measured:
+            recorder.measurements(measured)
+        recorder.facts(self._loop_facts() | {"loss.dtype": self._loss_dtype})
+        self._say_if_not_finite(first, losses)
+        self._taken, self._losses, self._measured = [], [], []
+
+    def _say_if_not_finite(self, first: int, losses: list[float]) -> None:
+        if not self._has_loss or not self._is_finite:
+            return
+        for step, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                self._is_finite = False
+                self._recorder.facts({"nonfinite_step": step})
+                return
+
+    def _facts(self) -> dict[str, Any]:
+        parts = self._parts
+        texts = {name: module_text(module) for name, module in parts.modules.items()}
+        main = "ModuleDict(\n)" if parts.main is None else texts.pop(parts.main)
+        optimizers = {name: optimizer_text(each) for name, each in parts.optimizers.items()}
+        parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
+        return (
+            {
+                "device": str(parts.device),
+                "seed": None,
+                "data": {"rows": 0, "source": "loop"},
+                "batches": {"batch_size": None, "drop_last": False, "seed": 0, "steps_per_epoch": 1},
+                "model": {
+                    "text": _with_others(main, texts),
+                    "parameters": sum(parameter.numel() for parameter in parameters),
+                },
+                "loss": {"text": "of your own loop"},
+                "optimizer": {"text": _joined(optimizers) or "none"},
+                "schedule": None,
+                "clip_norm": None,
+                "evaluate_every": None,
+            }
+            | self._loop_facts()
+            | circumstances(0, parts.device)
+        )
+
+    def _loop_facts(self) -> dict[str, Any]:
+        return {
+            "loop": {
+                "parts": {name: type(part).__name__ for name, part in self._parts.named.items()},
+                "optimizers": {n: optimizer_text(each) for n, each in self._parts.optimizers.items()},
+                "programs": self._program_count,
+                "unseen": sorted(self._said),
+                "has_loss": self._has_loss,
+            },
+            "steps": self.step,
+        }
+
+
+def say(message: str) -> None:
+    """Tell the user, on stderr."""
+    print(f"everystep: {message}", file=sys.stderr)
+
+
+def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None]]:
+    return {name: (id(tensor), version_of(tensor)) for name, tensor in state.items()}
+
+
+def _with_others(main: str, others: dict[str, str]) -> str:
+    """Return the text of a module with those of others in it, as torch prints what is within."""
+    if not others:
+        return main
+    own = main.removesuffix("\n)") if main.endswith("\n)") else main.removesuffix(")") + ")("
+    inner = "".join(f"\n({name}): {text}" for name, text in others.items())
+    return own + inner.replace("\n", "\n  ") + "\n)"
+
+
+def _joined(texts: dict[str, str]) -> str:
+    """Return texts of parts; that of a lone one as it is."""
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    return "\n".join(f"{name}: {text}" for name, text in texts.items())
