@@ -368,3 +368,22 @@ def test_a_step_without_a_program_is_a_problem_and_not_the_end_of_verifying(tmp_
                 monkeypatch.setattr(loop_writer, "build_path", build)
     found = recording.run.verify(processes=1, progress=False)
     assert not found.is_exact and "nothing repeats step 1" in found.problems[0]
+
+
+def test_a_compiled_module_is_refused(tmp_path):
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    with (
+        pytest.raises(
+            everystep.UsageError, match=r"model: is compiled \(torch\.compile\); give the module"
+        ),
+        everystep.record(run=tmp_path / "one", model=compiled),
+    ):
+        pass
+    with (
+        pytest.raises(everystep.UsageError, match="torch would run it uncompiled, with other bits"),
+        everystep.record(run=tmp_path / "two", model=model) as recording,
+    ):
+        for x, _ in recording.steps(batches()):
+            compiled(x)
+    assert (len(recording.run), recording.run.status) == (0, "failed")

@@ -14,10 +14,17 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from everystep.errors import UsageError
 from everystep.program.operators import leaves
 from everystep.program.program import Phase
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "is_compiled"]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether calls of a module run a graph of torch.compile's."""
+    is_around = type(module).__module__.startswith("torch._dynamo")
+    return is_around or module._compiled_call_impl is not None
 
 
 class Follower:
@@ -90,7 +97,17 @@ class Follower:
         return threading.get_ident() == self._thread
 
     def _opened(self, module: nn.Module, inputs: Any) -> None:
+        """Note that a module begins.
+
+        Raises:
+            UsageError: it is compiled.
+        """
         if self._is_ours():
+            if is_compiled(module):
+                raise UsageError(
+                    f"{type(module).__name__} is compiled (torch.compile); while it is watched, torch "
+                    "would run it uncompiled, with other bits; use the module itself in the loop"
+                )
             # A module that is no part, such as a loss, belongs to what is around it.
             around = self._open[-1] if self._open else None
             self._open.append(self.modules.get(id(module), around))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
+from everystep.step.follow import is_compiled
 from everystep.step.own_state import keeps_own_state
 from everystep.step.state import (
     Generators,
@@ -64,7 +65,11 @@ class Parts:
         Raises:
             UsageError: names each tensor that it cannot, with the cure.
         """
-        faults = []
+        faults = [
+            Fault(name, "is compiled (torch.compile); give the module itself, and use that in the loop")
+            for name, module in self.modules.items()
+            if any(map(is_compiled, module.modules()))
+        ]
         for name, tensor in self.state().items():
             path = name.partition("/")[2]
             if isinstance(
