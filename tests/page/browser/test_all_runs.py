@@ -132,7 +132,7 @@ def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tm
     expect(page.get_by_text(re.compile("^1 run$"))).to_be_visible()
 
 
-def test_the_printed_address_of_a_run_leads_to_it(recorded, open_page, view):
+def test_the_printed_address_of_a_run_leads_to_it(recorded, view, open_page):
     served = view(recorded / "digits")
     page = open_page(served.address)
     expect(page.locator("h1")).to_have_text("digits")
