@@ -22,7 +22,7 @@ import everystep.transformers
 #: What these packages warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-STEPS = 60
+STEPS = 36
 
 
 def replayed(run):

@@ -1,7 +1,9 @@
 """Recorded loops do what they do without everystep, and every step of them opens again without them."""
 
+import contextlib
 import json
 import random
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,9 @@ from tests.training.loops import LOOPS, unrecorded
 from torch import nn
 
 import everystep
+from everystep.recording.contents import packed
 
-STEPS = 120
+STEPS = 70
 
 #: Runs in a process of its own, which knows nothing of the loop: verifies, and opens steps.
 REPLAY = """
@@ -388,3 +391,32 @@ def test_a_pause_is_no_part_of_the_step(made):
         seen.operation.operator.startswith("aten._local_scalar") for seen in run[2].operations
     )
     assert len(run.measured("validation")) == 4
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("numbers", b"no zlib"),
+        ("numbers", packed(["text"])),
+        ("numbers", packed([])),
+        ("inputs", packed({"given": {"batch/x": ["float32", [4], "00"]}})),
+        ("inputs", packed({"given": {"batch/x": ["no dtype", [0], ""]}})),
+        ("inputs", packed({"given": {"generator/torch": ["uint8", [0], ""]}})),
+        ("inputs", packed([1, 2])),
+        ("inputs", None),
+        ("program", 999),
+        ("program", "../../etc"),
+    ],
+)
+def test_a_database_that_was_changed_is_refused(made, column, value):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for each in recording.steps([batch] * 3):
+            recording.log(loss=take(model, optimizer, each))
+    run = recording.run
+    with contextlib.closing(sqlite3.connect(run.directory / "run.sqlite")) as database:
+        database.execute(f"UPDATE repeats SET {column} = ? WHERE step = 2", (value,))
+        database.commit()
+    with pytest.raises(everystep.EverystepError):
+        run[2]
+    assert not run.verify(processes=1, progress=False).is_exact

@@ -123,11 +123,10 @@ class PlainProgram:
         for index, call in enumerate(self._calls):
             if look is not None:
                 look(index, environment)
-            if call.draws:
-                if draws in generators:
-                    torch.set_rng_state(generators[draws])
-                draws += 1
             try:
+                if call.draws and draws in generators:
+                    torch.set_rng_state(generators[draws])
+                draws += call.draws
                 found = call.run(environment, left)
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -31,6 +31,7 @@ __all__ = ["RecordedLoop", "SavedLoop"]
 
 #: Rows of the database that are read at once.
 BLOCK = 256
+_GENERATOR = re.compile(r"generator/([0-9]{1,9})")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 
 
@@ -241,9 +242,9 @@ class RecordedLoop:
         row = self._row(number)
         plain, inputs, numbers = self._program(row), self._inputs(row), self._numbers(row)
         generators = {
-            int(n.removeprefix("generator/")): tensor
-            for n, tensor in inputs.tensors.items()
-            if n.startswith("generator/")
+            int(found[1]): tensor
+            for name, tensor in inputs.tensors.items()
+            if (found := _GENERATOR.fullmatch(name))
         }
         try:
             with without_autograd():
