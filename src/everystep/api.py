@@ -204,7 +204,7 @@ def record(
             module) keep their names; those of others begin with that of the part.
 
     Raises:
-        UsageError: something is no part of a training.
+        UsageError: something is not a part of a training.
     """
     from everystep.training.record import Recording
 

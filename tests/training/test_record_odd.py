@@ -387,3 +387,14 @@ def test_a_compiled_module_is_refused(tmp_path):
         for x, _ in recording.steps(batches()):
             compiled(x)
     assert (len(recording.run), recording.run.status) == (0, "failed")
+
+
+def test_a_compiled_function_is_said(tmp_path, capsys):
+    model = network()
+    compiled = torch.compile(functional.mse_loss, backend="eager")
+    compiled(*batches()[0][:1] * 2)
+    with everystep.record(run=tmp_path / "run", model=model) as recording:
+        for x, y in recording.steps(batches()):
+            recording.log(loss=compiled(model(x), y))
+    assert capsys.readouterr().err.count("calls a function of torch.compile") == 1
+    assert recording.run.verify(processes=1, progress=False).is_exact

@@ -94,7 +94,7 @@ class Recorder:
         at: the parent's state that it begins with.
         batch_budget: bytes of batches, and other inputs of steps, that the run may keep.
 
-    lost_to: the last step whose inputs were given up.
+    lost_to: the last step that needs inputs which were given up.
     What goes wrong in the thread is raised by the next `check`, and by `finish`.
     """
 

@@ -1,4 +1,4 @@
-"""Loop: a recorded loop of somebody's own, whose steps are taken again by plain programs alone."""
+"""Loop: a recorded loop of a user's own. Plain programs alone take its steps again."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class _Inputs(NamedTuple):
 
 
 class RecordedLoop:
-    """A loop whose steps can be taken again, in any order of loading and going on.
+    """A recorded loop: takes its steps again, in any order of loading and going on.
 
     Args:
         run: which run.
         facts: of the run.
         departed: called with a step that did something else than recorded, and what, in words.
 
-    state: the step whose state it holds, None before anything is loaded.
+    state: the number of the step after which the state is, None before one is loaded.
     """
 
     has_gradients = True

@@ -1,4 +1,4 @@
-"""Replayable: what a replay needs of a training brought back, whoever took its steps."""
+"""Replayable: what a replay needs of a training brought back, of everystep or of a user's loop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Replayable"]
 
 
 class Replayable(Protocol):
-    """A training whose steps can be taken again, in any order of loading and going on.
+    """A training that takes its steps again, in any order of loading and going on.
 
-    state: the step whose state it holds, None before anything is loaded.
+    state: the number of the step after which the state is, None before one is loaded.
     """
 
     state: int | None

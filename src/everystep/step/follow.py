@@ -108,7 +108,7 @@ class Follower:
                     f"{type(module).__name__} is compiled (torch.compile); while it is watched, torch "
                     "would run it uncompiled, with other bits; use the module itself in the loop"
                 )
-            # A module that is no part, such as a loss, belongs to what is around it.
+            # A module that is not a part, such as a loss, belongs to what is around it.
             around = self._open[-1] if self._open else None
             self._open.append(self.modules.get(id(module), around))
 

@@ -40,7 +40,7 @@ Engine = Literal["auto", "program", "eager"]
 
 #: Losses kept on the device until they are collected.
 ROOM = 1024
-#: Programs may be captured anew so often in a row without one taking a step.
+#: Programs may be captured again so often in a row without one taking a step.
 MOST_CAPTURES = 3
 
 
@@ -154,7 +154,7 @@ class Iteration:
         """What runs within may change the training; what it changes is noted, and holds.
 
         Programs go on with changed numbers of tensors. Where something else changes that they rely on,
-        they are captured anew.
+        they are captured again.
         """
         self._hand_over_gradients()
         before = Contents(self.trainee)

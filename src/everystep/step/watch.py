@@ -209,7 +209,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def content(self, storage: int) -> Tensor | None:
-        """Return the bytes of an input that is no part of the batch, as it was first seen."""
+        """Return the bytes of an input that is not in the batch, as it was first seen."""
         return self._storages[storage].content
 
     def optimizer_uses(self, gradients: Mapping[str, Tensor]) -> None:

@@ -31,7 +31,7 @@ FLUSH_SECONDS = 0.1
 TIMED_STEPS = 8
 #: Bytes of batches that may wait to be written, before the loop waits.
 MOST_WAITING = 512_000_000
-#: Paths that are remembered; a loop whose every step has another would fill the memory.
+#: Paths that are remembered; a loop in which every step has another would fill the memory.
 MOST_PATHS = 200
 #: What is not seen is said so often; the rest is in the run's facts.
 MOST_SAID = 3
@@ -47,6 +47,12 @@ class StepUnderWay:
         self.logged: dict[str, Any] = {}
         self.loss: Any = None
         self.started = time.perf_counter()
+        self._compiled = _compiled()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile was at work in it."""
+        return _compiled() > self._compiled
 
     @property
     def nested(self) -> Any:
@@ -93,7 +99,7 @@ class LoopWriter:
         self._pending: State | None = None
         self._lost_to = 0
         self._said: set[str] = set()
-        self._has_said_elsewhere = self._has_said_between = False
+        self._has_said_elsewhere = self._has_said_between = self._has_said_compiled = False
         self._is_finite = True
         self._has_loss = False
         self._loss_dtype = "float64"
@@ -238,6 +244,13 @@ class LoopWriter:
                 f"step {self.step}: {reason}; what it gives is kept as numbers, and no view shows how "
                 "it was made"
             )
+        if step.is_compiled and not self._has_said_compiled:
+            self._has_said_compiled = True
+            say(
+                f"step {self.step} calls a function of torch.compile, which torch runs uncompiled while "
+                "it is watched: the bits may differ from those of the loop without everystep; use the "
+                "function itself in the loop"
+            )
         if step.watch.changed_elsewhere is not None and not self._has_said_elsewhere:
             self._has_said_elsewhere = True
             say(
@@ -250,7 +263,7 @@ class LoopWriter:
         if self.step >= TIMED_STEPS and not recorder.has_interval:
             recorder.choose_interval(self._step_seconds)
         if recorder.lost_to > self._lost_to:
-            # Batches were given up: everything from here on shall open without them.
+            # Batches were given up: everything from here on must open without them.
             self._lost_to = recorder.lost_to
             recorder.plan.pinned = {0, self.step}
             self._keep_pending()
@@ -335,6 +348,12 @@ class LoopWriter:
             },
             "steps": self.step,
         }
+
+
+def _compiled() -> int:
+    """Return how many functions torch.compile has looked at in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0
 
 
 def say(message: str) -> None:

@@ -68,7 +68,7 @@ class Purity:
         self._state: Mapping[str, Tensor] | None = None
 
     def begin(self) -> None:
-        """Note all settings anew: a program is about to be captured that holds for these."""
+        """Note all settings again: a program is about to be captured that holds for these."""
         trainee = self._trainee
         guards = self._guards = Guards()
         for part in (trainee.model, trainee.loss):
