@@ -34,7 +34,8 @@ class Follower:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
         module_done: called with the path of a module and the tensors that it has given.
-        optimizer_uses: called with an optimizer before its step and after it.
+        optimizer_begins: called with an optimizer before its step, and whether that has arguments.
+        optimizer_ends: called with an optimizer after its step.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Follower:
         modules: Mapping[int, str],
         optimizers: Mapping[int, str | None],
         module_done: Callable[[str, list[Tensor]], None],
-        optimizer_uses: Callable[[torch.optim.Optimizer], None],
+        optimizer_begins: Callable[[torch.optim.Optimizer, bool], None],
+        optimizer_ends: Callable[[torch.optim.Optimizer], None],
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
         self._module_done = module_done
-        self._optimizer_uses = optimizer_uses
+        self._optimizer_begins = optimizer_begins
+        self._optimizer_ends = optimizer_ends
         self._thread = threading.get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
@@ -72,6 +75,11 @@ class Follower:
     def step_begins(self) -> None:
         """Another step begins: nothing is under way."""
         self._open, self._optimizer, self._module_of_node = [], [], {}
+
+    @property
+    def where(self) -> tuple[Any, ...]:
+        """The innermost module and optimizer that run."""
+        return (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:])
 
     def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
         """Return the phase, and the module or optimizer, that the operation at hand belongs to.
@@ -120,12 +128,12 @@ class Follower:
             given = list(output.values()) if isinstance(output, dict) else output
             self._module_done(path, list(leaves(given)))
 
-    def _step_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
         if self._is_ours():
-            self._optimizer_uses(optimizer)
             self._optimizer.append(self._optimizers.get(id(optimizer)))
+            self._optimizer_begins(optimizer, len(args) > 1 or bool(keywords))
 
     def _step_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._is_ours() and self._optimizer:
             self._optimizer.pop()
-            self._optimizer_uses(optimizer)
+            self._optimizer_ends(optimizer)

@@ -19,7 +19,7 @@ from everystep.step.parts import Parts
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath, build_path
 from everystep.step.state import State, copy_of
-from everystep.step.watch import Watch
+from everystep.step.step_watch import StepWatch
 from everystep.training.facts import module_text, optimizer_text
 from everystep.training.loop import circumstances, now
 
@@ -40,7 +40,7 @@ MOST_SAID = 3
 class StepUnderWay:
     """A step under way: who watches it, its batch, and what was logged."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: StepWatch) -> None:
         self.watch = watch
         self.batch: dict[str, Tensor] = {}
         self.nesting: list[Any] = []
@@ -147,6 +147,7 @@ class LoopWriter:
         self.step += 1
         after = self._parts.state()
         path = step.watch.end(after, step.loss)
+        self._note_surprise(step, after)
         try:
             known = self._programs[path]
         except KeyError:
@@ -234,6 +235,13 @@ class LoopWriter:
         rates = self._parts.rates()
         self._measured += [(n, self.step, v) for n, v in rates.items() if self._rates.get(n) != v]
         self._rates = rates
+
+    def _note_surprise(self, step: StepUnderWay, state: dict[str, Tensor]) -> None:
+        if step.watch.changed_unseen:  # what the step did to these is not known: what they are is kept
+            changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
+            self._recorder.change(self.step, changed)
+        if step.watch.surprise is not None:
+            say(f"step {self.step}: {step.watch.surprise}; each step from here on is watched in full")
 
     def _note_unseen(self, step: StepUnderWay) -> None:
         for reason in step.watch.unseen:
