@@ -17,9 +17,9 @@ __all__ = [
     "PLAIN_TENSORS",
     "Reference",
     "StrangeError",
-    "is_ignored",
     "is_readable",
-    "is_text",
+    "kind_of",
+    "moves",
     "scalars",
     "signature_of",
     "tensors_in",
@@ -41,6 +41,22 @@ _READABLE = {*_AS_THEY_ARE, bool, float, complex, torch.Size, list, dict}
 _SEQUENCES = (list, tuple)
 #: They give Python a text, of which no step depends.
 _TEXTS = {"__repr__", "__str__", "__format__"}
+#: They give a tensor other memory, or another place in it.
+_MOVES = {
+    *("set_", "resize_", "resize_as_", "swap_tensors", "t_", "transpose_", "squeeze_", "unsqueeze_"),
+    *("as_strided_", "swapaxes_", "swapdims_"),
+}
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_transforms = torch._C._are_functorch_transforms_active
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_has_autocast = torch._C._is_any_autocast_enabled
+_ASKED = (
+    *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.get_default_dtype),
+    *(torch._C._len_torch_function_stack, torch._C._get_flash_sdp_enabled),
+    *(torch._C._get_mem_efficient_sdp_enabled, torch._C._get_math_sdp_enabled),
+    *(torch._C._get_mkldnn_enabled, torch._C._get_cudnn_enabled),
+    torch._C._get_deterministic_algorithms,
+)
 _FLOAT = object()
 _TRUE, _FALSE = object(), object()
 
@@ -90,28 +106,15 @@ def _mode(modes: int) -> tuple[Any, ...]:
     Raises:
         StrangeError: something takes part that cannot be compared.
     """
-    c = torch._C
-    if c._len_torch_dispatch_stack() != modes or c._are_functorch_transforms_active():
+    if _dispatch_modes() != modes or _has_transforms():
         raise StrangeError("another mode, or a transform of torch.func, is in force")
-    if c._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if _saved_tensor_hooks(False) is not None:
         raise StrangeError("hooks on saved tensors are in force (a checkpoint)")
-    autocast: Any = c._is_any_autocast_enabled()
+    autocast: Any = _has_autocast()
     if autocast:
-        kinds = ("cpu", "cuda", "mps")
-        autocast = tuple((c.is_autocast_enabled(k), c.get_autocast_dtype(k)) for k in kinds)
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        autocast,
-        torch.get_default_dtype(),
-        c._len_torch_function_stack(),
-        c._get_flash_sdp_enabled(),
-        c._get_mem_efficient_sdp_enabled(),
-        c._get_math_sdp_enabled(),
-        c._get_mkldnn_enabled(),
-        c._get_cudnn_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+        enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+        autocast = tuple([(enabled(kind), dtype(kind)) for kind in ("cpu", "cuda", "mps")])
+    return (autocast, *[ask() for ask in _ASKED])
 
 
 def _encoded(value: Any, refer: Callable[[Tensor], Any], free: bool = False) -> Any:
@@ -134,13 +137,19 @@ def _encoded(value: Any, refer: Callable[[Tensor], Any], free: bool = False) -> 
     raise StrangeError(f"takes a {kind.__name__}")
 
 
-def is_ignored(func: Any) -> bool:
-    """Tell whether a function computes nothing, and Python reads at most what a tensor is like."""
-    if getattr(func, "__name__", "") == "__get__":
-        return getattr(func.__self__, "__name__", "") in _LOOKS
+def kind_of(func: Any) -> str:
+    """Return what a function is to a step: `look`, `text` (of a tensor) or `call`.
+
+    A look computes nothing: Python reads at most what a tensor is like, or gets the gradient of one,
+    which is known by whose it is where it is used.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        asked = getattr(func.__self__, "__name__", "")
+        return "look" if asked in _LOOKS or asked == "grad" else "call"
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return str(func).startswith("profiler.")
-    return getattr(func, "__name__", "") in _LOOKS
+        return "look" if str(func).startswith("profiler.") else "call"
+    return "look" if name in _LOOKS else "text" if name in _TEXTS else "call"
 
 
 _LOOKS = {
@@ -155,9 +164,10 @@ _LOOKS = {
 }
 
 
-def is_text(func: Any) -> bool:
-    """Tell whether a function only makes a text of a tensor."""
-    return getattr(func, "__name__", "") in _TEXTS
+def moves(func: Any) -> bool:
+    """Tell whether a function gives a tensor other memory, or another place in it."""
+    name = getattr(func, "__name__", "")
+    return name in _MOVES or (name == "__set__" and func.__self__.__name__ == "data")
 
 
 def is_readable(value: Any) -> bool:

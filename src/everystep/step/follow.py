@@ -30,6 +30,8 @@ def is_compiled(module: nn.Module) -> bool:
 class Follower:
     """Follows the thread that makes it, from `begin` to `finish`.
 
+    where: the innermost module and optimizer that run.
+
     Args:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
@@ -56,6 +58,7 @@ class Follower:
         self._optimizer: list[str | None] = []
         self._module_of_node: dict[int, str | None] = {}
         self._hooks: list[Any] = []
+        self.where: tuple[Any, ...] = ()
 
     def begin(self) -> None:
         """Hang up the hooks."""
@@ -75,11 +78,10 @@ class Follower:
     def step_begins(self) -> None:
         """Another step begins: nothing is under way."""
         self._open, self._optimizer, self._module_of_node = [], [], {}
+        self._moved()
 
-    @property
-    def where(self) -> tuple[Any, ...]:
-        """The innermost module and optimizer that run."""
-        return (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:])
+    def _moved(self) -> None:
+        self.where = (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:])
 
     def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
         """Return the phase, and the module or optimizer, that the operation at hand belongs to.
@@ -119,11 +121,13 @@ class Follower:
             # A module that is not a part, such as a loss, belongs to what is around it.
             around = self._open[-1] if self._open else None
             self._open.append(self.modules.get(id(module), around))
+            self._moved()
 
     def _closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._is_ours() or not self._open:
             return
         path = self._open.pop()
+        self._moved()
         if path and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
             self._module_done(path, list(leaves(given)))
@@ -131,9 +135,11 @@ class Follower:
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
         if self._is_ours():
             self._optimizer.append(self._optimizers.get(id(optimizer)))
+            self._moved()
             self._optimizer_begins(optimizer, len(args) > 1 or bool(keywords))
 
     def _step_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._is_ours() and self._optimizer:
             self._optimizer.pop()
+            self._moved()
             self._optimizer_ends(optimizer)

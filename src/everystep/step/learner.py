@@ -13,6 +13,7 @@ from everystep.step.call import (
     FREE,
     StrangeError,
     is_readable,
+    moves,
     scalars,
     signature_of,
     tensors_in,
@@ -25,11 +26,6 @@ from everystep.step.watch import Watch
 
 __all__ = ["Learner"]
 
-#: They give a tensor other memory, or another place in it.
-_MOVES = {
-    *("__set__", "set_", "resize_", "resize_as_", "swap_tensors", "t_", "transpose_", "squeeze_"),
-    *("unsqueeze_", "as_strided_", "swapaxes_", "swapdims_"),
-}
 _BACKWARD = {"backward", "grad"}
 
 
@@ -72,13 +68,14 @@ class Learner:
         """Call a function of torch's, and note it. place: of the call in the modules."""
         if self.strange is not None:
             return func(*args, **keywords)
+        count = self.references.count
         try:
             self._check_between()
             signature = signature_of(func, args, keywords, place, self.references.of, 1)
             if func.__name__ in _BACKWARD:
                 _check_graph(tensors_in([args, keywords]))
-            if func.__name__ in _MOVES:
-                known = self.references.lookup(args[0]) if isinstance(args[0], Tensor) else None
+            if moves(func) and isinstance(args[0], Tensor):
+                known = self.references.lookup(args[0])
                 self._moved |= {known.number} if known is not None else set()
         except StrangeError as error:
             self._give_up(error)
@@ -87,6 +84,7 @@ class Learner:
         if self.strange is None:
             try:
                 node = self._node(func, args, keywords, result)
+                self._check_new(args, keywords, count)
                 self._trail.append((signature, node))
             except StrangeError as error:
                 self._give_up(error)
@@ -146,7 +144,7 @@ class Learner:
 
     def _ending(self, state: Mapping[str, Tensor], loss: Any, path: Path) -> Ending | None:
         """Return how the step ended, None where that cannot be compared."""
-        bound = tuple(map(self.references.lookup, state.values()))
+        bound = self.references.bound(state.values())
         unknown = [name for name, each in zip(state, bound, strict=True) if each is None]
         if not all(name.startswith("gradient/") for name in unknown):
             return None
@@ -160,7 +158,7 @@ class Learner:
                 logged = next((p for p in reversed(reads) if numbers[p] == loss), None)
             if logged is None:
                 return None
-        changes = self.references.changes(state)
+        changes = self.references.changes(state.values(), bound)
         return Ending(path, tuple(state), bound, changes, logged, reads)
 
     def _marks(self) -> Any:
@@ -223,6 +221,22 @@ class Learner:
                 return reference, place
         raise StrangeError("a function takes numbers from elsewhere by itself")
 
+    def _check_new(self, args: tuple[Any, ...], keywords: dict[str, Any], count: int) -> None:
+        """Check that what a call brought from elsewhere is not what the step has made out of sight.
+
+        count: of the references before it.
+
+        Raises:
+            StrangeError: it is.
+        """
+        for tensor in tensors_in([args, keywords]):
+            reference = self.references.lookup(tensor)
+            if reference is None or reference.number < count or self.references.is_made(reference):
+                continue
+            place = self._watch.place_of(tensor)
+            if place is not None and self._watch.is_made(place):
+                raise StrangeError("a function takes a tensor that no function has given")
+
     def _note_places(self) -> None:
         """Note on which storages the tensors lie that were met since the last time."""
         count = self.references.count
@@ -235,7 +249,6 @@ class Learner:
                 self._places[reference.number] = self._watch.place_of(tensor)
 
     def _give_up(self, error: StrangeError) -> None:
-        print("STRANGE", error)
         self.strange = str(error)
 
 

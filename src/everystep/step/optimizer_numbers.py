@@ -110,9 +110,12 @@ class OptimizerNumbers:
             blocks: list[_Block] = []
             before: Any = None
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = parameter.grad
+                if gradient is None:
                     continue
-                alike = _alike(optimizer, parameter)
+                state = optimizer.state.get(parameter, {})
+                counts = [_count_in(value) for value in state.values()]
+                alike = parameter.dtype, gradient.dtype, parameter.device, [*state], counts
                 if alike == before:
                     blocks[-1] = blocks[-1]._replace(times=blocks[-1].times + 1)
                 else:
@@ -125,24 +128,15 @@ class OptimizerNumbers:
         self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, alike: Any
     ) -> tuple[_Operation, ...]:
         settings = tuple((key, value) for key, value in group.items() if key != "params")
-        has_count = any(value is not None for _, value in alike[1])
+        has_count = any(count is not None for count in alike[-1])
         if has_count or any(isinstance(value, Tensor) for _, value in settings):
             return _taken_alone(optimizer, group, parameter)
-        key = type(optimizer), repr(settings), alike
+        key = repr((type(optimizer), settings, alike))
         if key not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = _taken_alone(optimizer, group, parameter)
         return self._kept[key]
-
-
-def _alike(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Any:
-    """Return what the steps of two parameters of a group must have in common to have equal numbers."""
-    state = optimizer.state.get(parameter, {})
-    return (
-        (parameter.dtype, parameter.device, parameter.grad.dtype),  # type: ignore[union-attr]
-        tuple([(key, _count_in(value)) for key, value in state.items()]),
-    )
 
 
 def _count_in(value: Any) -> Any:

@@ -87,7 +87,10 @@ class Recognizer:
         result = func(*args, **keywords)
         if node.draws:
             self.drawn = torch.get_rng_state()
-        tensors = [result] if isinstance(result, Tensor) else [*tensors_in(result)]
+        if isinstance(result, Tensor):
+            tensors = [result]
+        else:
+            tensors = [] if result is None else [*tensors_in(result)]
         before = self.references.count
         returns = self.references.results(tensors)
         if returns != node.returns or (
@@ -131,7 +134,7 @@ class Recognizer:
         ending = self._node.ending
         if ending is None or ending.names != tuple(state):
             return None
-        if tuple(map(self.references.lookup, state.values())) != ending.bound:
+        if self.references.bound(state.values()) != ending.bound:
             return None
         logged: Any = None
         if ending.loss is not None:
@@ -147,7 +150,9 @@ class Recognizer:
         """Return the names of what was changed more or less often than the operations say."""
         ending = self._node.ending
         assert ending is not None
-        changes = self.references.changes(state)
+        changes = self.references.changes(state.values(), ending.bound)
+        if changes == ending.changes:
+            return []
         return [n for n, one, two in zip(state, changes, ending.changes, strict=True) if one != two]
 
     def resume(self, watch: Watch) -> None:

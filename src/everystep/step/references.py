@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everystep.program.memory import ALIGNMENT
 from everystep.step.call import PLAIN_TENSORS, Reference, StrangeError
-from everystep.step.elsewhere import version_of
+from everystep.step.elsewhere import versions_of
 
 __all__ = ["References"]
 
@@ -39,7 +39,7 @@ class References:
         self._made: set[int] = set()
         self._names = tuple(state)
         tensors = [*state.values()]
-        self._versions = [version_of(tensor) for tensor in tensors]
+        self._versions = versions_of(tensors)
         likeness = [self._likeness(tensor) for tensor in tensors]
         storages = [tensor.untyped_storage() for tensor in tensors]
         places: dict[int, int] = {}
@@ -84,6 +84,11 @@ class References:
         known = self._of.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
+        if not tensor.requires_grad:
+            self._note_gradients()
+            reference = self.lookup(tensor)
+            if reference is not None:
+                return reference
         shared = self._sharing(tensor)
         return (*self._likeness(tensor), shared, self._add(tensor))
 
@@ -112,15 +117,30 @@ class References:
             if tensor is not None:
                 yield reference, tensor
 
-    def changes(self, state: Mapping[str, Tensor]) -> tuple[int | None, ...]:
-        """Return how often each tensor of the state was changed that is there from the beginning on."""
-        before = dict(zip(self._names, self._versions, strict=True))
-        found: list[int | None] = []
-        for name, tensor in state.items():
-            then, now, reference = before.get(name), version_of(tensor), self.lookup(tensor)
-            is_same = reference is not None and reference.number < len(self._names)
-            found.append(None if then is None or now is None or not is_same else now - then)
-        return tuple(found)
+    def bound(self, tensors: Iterable[Tensor]) -> tuple[Reference | None, ...]:
+        """Return what stands for each of some tensors, None where the step has not met it."""
+        get = self._of.get
+        known = [(get(id(tensor), _NOT_MET), tensor) for tensor in tensors]
+        return tuple([found[1] if found[0]() is tensor else None for found, tensor in known])
+
+    def changes(
+        self, tensors: Iterable[Tensor], bound: Iterable[Reference | None]
+    ) -> tuple[int | None, ...]:
+        """Return how often each tensor was changed that was in the state at the beginning.
+
+        bound: what stands for each.
+        """
+        before, count = self._versions, len(self._versions)
+        return tuple(
+            [
+                None if r is None or r.number >= count or now is None else now - (before[r.number] or 0)
+                for now, r in zip(versions_of(tensors), bound, strict=True)
+            ]
+        )
+
+    def is_made(self, reference: Reference) -> bool:
+        """Tell whether the step has made a tensor."""
+        return reference.number in self._made
 
     def _sharing(self, tensor: Tensor) -> Reference | None:
         """Return the first tensor that has its memory in common with one from elsewhere.
@@ -135,6 +155,14 @@ class References:
                     raise StrangeError("something else gives tensors that the step has made")
                 return reference
         return None
+
+    def _note_gradients(self) -> None:
+        """Note the gradients that are there, so that each is known by whose it is."""
+        for _, tensor in [*self.alive()]:
+            if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):
+                gradient = tensor.grad
+                if gradient is not None and self.lookup(gradient) is None:
+                    self._made.add(self._add(gradient).number)
 
     def _add(self, tensor: Tensor) -> Reference:
         if self.count == len(_references):
@@ -168,15 +196,18 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+_NOT_MET: tuple[Any, None] = (_nothing, None)
+
+
 def has_hooks_on_node(tensor: Tensor) -> bool:
     """Tell whether Python runs when autograd adds up a parameter's gradient.
 
     The node that does so lives as long as somebody keeps a graph that it is in. A hook that is hung up
     shows which others there are.
     """
-    if not tensor.requires_grad or not tensor.is_leaf:
+    if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
         return False
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     handles = [node.register_hook(_nothing), node.register_prehook(_nothing)]
     has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
-from everystep.step.call import StrangeError, is_ignored, is_text
+from everystep.step.call import StrangeError, kind_of
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.learner import Learner
@@ -21,6 +21,8 @@ from everystep.step.references import References, has_hooks_on_node
 from everystep.step.watch import Watch
 
 __all__ = ["StepWatch"]
+
+_kinds: dict[Any, str] = {}
 
 
 class StepWatch(TorchFunctionMode):
@@ -141,6 +143,11 @@ class StepWatch(TorchFunctionMode):
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note what a module has given."""
+
+        if self._recognizer is not None:
+            known = tuple(map(self._recognizer.references.lookup, outputs))
+            if None not in known and self._recognizer.happened(("module", path, *known)):
+                return
 
         def signature(references: References) -> Any:
             known = tuple(map(references.lookup, outputs))
@@ -267,13 +274,18 @@ class StepWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        follower = self._recognizer or self._learner
-        if follower is None or self._is_paused or self._is_within or is_ignored(func):
+        kind = _kinds.get(func)
+        if kind is None:
+            kind = _kinds[func] = kind_of(func)
+        if kind == "look" or self._is_paused or self._is_within:
             return func(*args, **keywords)
-        if is_text(func):
-            self.is_paused = True
-            try:
-                return func(*args, **keywords)
-            finally:
-                self.is_paused = False
-        return follower.call(func, args, keywords, self._follower.where)
+        follower = self._recognizer or self._learner
+        if follower is None:
+            return func(*args, **keywords)
+        if kind == "call":
+            return follower.call(func, args, keywords, self._follower.where)
+        self.is_paused = True  # it gives Python a text
+        try:
+            return func(*args, **keywords)
+        finally:
+            self.is_paused = False

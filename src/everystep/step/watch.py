@@ -201,6 +201,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the number of the storage that a tensor lies on, None where it was not seen yet."""
         return self._storage_of.get(tensor.untyped_storage()._cdata)
 
+    def is_made(self, place: int) -> bool:
+        """Tell whether the step has made a storage."""
+        return self._storages[place].kind == "temporary"
+
     def kept_places(self, begin: int, end: int) -> list[int]:
         """Return which storages, of those with numbers from `begin` to `end`, are kept by content."""
         return [p for p in range(begin, end) if self._storages[p].content is not None]

@@ -49,9 +49,10 @@ class Recording(Generic[R]):
         self._budgets = snapshot_budget, batch_budget
         self._directory: Path | None = None
         self._writer: LoopWriter | None = None
+        self._optimizer_names = self._parts.optimizer_names()
         self._follower = Follower(
             self._parts.module_paths(),
-            self._parts.optimizer_names(),
+            self._optimizer_names,
             self._module_done,
             self._optimizer_begins,
             self._optimizer_ends,
@@ -211,8 +212,8 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             raise UsageError("a step is under way; a recording has one loop at a time")
         writer.wait()
-        self._names = self._parts.parameter_names()
         state = self._parts.state()
+        self._names = self._parts.parameter_names()
         writer.note_changes(state)
         watch = StepWatch(
             writer.step + 1, self._memory, self._parts.device, self._follower, self._elsewhere
@@ -272,13 +273,12 @@ class Recording(Generic[R]):
         self._open().forget_versions()
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if self._under_way is not None:
-            with self.paused():
-                self._under_way.watch.module_done(path, outputs)
+        if self._under_way is not None and not self._under_way.watch.is_paused:
+            self._under_way.watch.module_done(path, outputs)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         if self._under_way is not None:
-            name = self._parts.optimizer_names().get(id(optimizer))
+            name = self._optimizer_names.get(id(optimizer))
             with self.paused():
                 self._under_way.watch.optimizer_begins(
                     optimizer, name, has_arguments, lambda: self._gradients_of(optimizer)
@@ -286,7 +286,7 @@ class Recording(Generic[R]):
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         if self._under_way is not None:
-            name = self._parts.optimizer_names().get(id(optimizer))
+            name = self._optimizer_names.get(id(optimizer))
             with self.paused():
                 self._under_way.watch.optimizer_ends(name, lambda: self._gradients_of(optimizer))
 
