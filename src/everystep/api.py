@@ -171,7 +171,7 @@ def train(
         model, loss, optimizer, None, schedule, schedule_every, dict(metrics or {})
     )
     run = run_of(outcome, trained_with)
-    if run.facts["data"].get("lazy"):
+    if run.facts.training.data.lazy:
         run = run_of(outcome, replace(trained_with, data=data))
     return run
 

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,15 +100,6 @@ class Numerics:
             cudnn_benchmark=bool(torch.backends.cudnn.benchmark),
             cublas_workspace_config=os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Numerics:
-        """Return what `to_json` was made from; raises TypeError where fields are missing."""
-        return cls(**data)
 
     def environment(self) -> dict[str, str]:
         """Return the environment that makes a new process compute like this, where that can be set."""

@@ -26,7 +26,7 @@ CHANGED = [
     ("fork", "[1, 2]"),
     ("fork", "{}"),
     ("earlier", '[{"last": 2, "fact": {}}]'),
-    ("model", '"text"'),
+    ("modules", '"text"'),
     ("numerics", "{}"),
     ("anything", "[" * 100_000),
     ("anything", "no JSON"),
@@ -61,7 +61,7 @@ def test_one_altered_run_does_not_hide_the_others(runs, everystep_command):
 
 def test_texts_beyond_the_basic_plane_are_texts(runs):
     change(runs / "right", "name", json.dumps("😀"))
-    assert everystep.open(runs / "right").facts["name"] == "😀"
+    assert everystep.open(runs / "right").facts.name == "😀"
 
 
 def test_losses_that_are_no_numbers_are_said(runs):
@@ -98,9 +98,6 @@ def test_a_pipe_beside_the_database_is_not_waited_for(runs, suffix):
 
 
 def test_a_run_of_a_generator_that_nobody_seeded_is_read(runs):
-    change(
-        runs / "right",
-        "batches",
-        json.dumps(everystep.open(runs / "right").facts["batches"] | {"seed": 2**64 - 1}),
-    )
-    assert everystep.open(runs / "right").facts["batches"]["seed"] == 2**64 - 1
+    batches = everystep.open(runs / "right").facts.training.batches.model_dump()
+    change(runs / "right", "batches", json.dumps(batches | {"seed": 2**64 - 1}))
+    assert everystep.open(runs / "right").facts.training.batches.seed == 2**64 - 1
