@@ -42,6 +42,7 @@ from torch import nn, optim  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
 import everystep  # noqa: E402
+from everystep.recording.facts import EAGERLY  # noqa: E402
 
 __all__ = ["Pair", "main"]
 
@@ -299,7 +300,7 @@ def verify_all(directory: Path, seed: int) -> None:
 def verify_one(path: Path, seed: int) -> str | None:
     """Return what is not exact of a run, or None; what it trained is made again only for eager steps."""
     run = everystep.open(path)
-    if run.facts.training.engine.eager_from is not None:
+    if (run.facts.training.engine or EAGERLY).eager_from is not None:
         made = draw(int(path.name), seed).make()
         run = everystep.open(
             path, model=made.model, loss=made.loss, optimizer=made.optimizer, data=(made.x, made.y)

@@ -84,7 +84,7 @@ def _trained_small(directory: Path, steps: int) -> everystep.Run:
 
 
 def _print_ratios(network: str, run: everystep.Run) -> None:
-    training = run.facts.seconds
+    training = run.facts.seconds or 0.0
     for what, task in (
         ("verify", lambda: run.verify(progress=False)),
         ("measure norm(gradients)", lambda: _measure(run)),

@@ -7,7 +7,6 @@ held during a training (`in_force`), written into the run (`Numerics`), and comp
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import sys
@@ -15,13 +14,16 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
 
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
+    import ctypes
+
     import torch
 
 __all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "warning"]
@@ -60,9 +62,10 @@ _CBWR_STRICT = 0x10000
 _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
 
 
-@dataclass(frozen=True)
-class Numerics:
+class Numerics(BaseModel):
     """Everything that the bits of a run depend on besides its experiment, as it was in force."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
 
     torch_version: str
     architecture: str
@@ -122,7 +125,7 @@ class Numerics:
 
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
         """Return each field that differs, with this value and the other's."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        pairs = {name: (value, getattr(other, name)) for name, value in self}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -284,6 +287,8 @@ def _mkl_cbwr() -> str:
 
 
 def _torch_cpu_library() -> ctypes.CDLL | None:
+    import ctypes
+
     import torch
 
     suffix = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(

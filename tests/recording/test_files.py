@@ -5,7 +5,6 @@ import os
 import shutil
 import sqlite3
 from contextlib import closing
-from dataclasses import asdict
 
 import pytest
 from tests.training.by_hand import by_train, new_training
@@ -26,8 +25,7 @@ def change(run, statement, *arguments):
 
 
 def change_fact(run, key, change_value):
-    value = getattr(run.facts.training, key)
-    value = asdict(value) if key == "numerics" else value.model_dump(mode="json")
+    value = getattr(run.facts.training, key).model_dump(mode="json")
     change_value(value)
     change(run, "UPDATE facts SET value = ? WHERE key = ?", json.dumps(value), key)
 

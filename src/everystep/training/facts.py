@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib.metadata import version
@@ -46,7 +47,10 @@ __all__ = [
 #: Items of a list that are kept as a setting; a longer one is data.
 _MOST_ITEMS = 100
 #: What a schedule counts, or holds besides its settings.
-_COUNTED = {"base_lrs", "best", "cooldown_counter", "last_epoch", "mode_worse", "num_bad_epochs"}
+_COUNTED = {
+    *("base_lrs", "best", "cooldown_counter", "last_epoch", "mode_worse", "num_bad_epochs"),
+    *("T_cur", "T_i"),
+}
 
 
 def describe(
@@ -174,9 +178,11 @@ def _settings(thing: Any) -> dict[str, Any]:
 
 
 def _is_simple(value: Any) -> bool:
-    """Tell whether a value is a number, a text or nothing, or a short list or tuple of these."""
+    """Tell whether a value is a number, a text or nothing, or a short collection of these."""
     if type(value) in (list, tuple):
         return len(value) <= _MOST_ITEMS and all(map(_is_simple, value))
+    if type(value) in (dict, Counter):
+        return len(value) <= _MOST_ITEMS and all(map(_is_simple, (*value, *value.values())))
     return value is None or type(value) in (bool, int, float, str) or isinstance(value, np.generic)
 
 
@@ -191,6 +197,8 @@ def _plain(value: Any) -> Any:
         return value.item()
     if type(value) in (list, tuple) and len(value) <= _MOST_ITEMS:
         return [_plain(item) for item in value]
+    if type(value) in (dict, Counter) and len(value) <= _MOST_ITEMS:
+        return {str(key): _plain(item) for key, item in value.items()}
     if _is_simple(value):
         return value
     # Another object may count how often it is printed.

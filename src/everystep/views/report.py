@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,7 @@ def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
 
 def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
-    numerics, versions = asdict(facts.training.numerics), facts.training.versions
+    numerics, versions = facts.training.numerics.model_dump(), facts.training.versions
     return [
         (
             "numerics",
