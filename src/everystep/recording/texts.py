@@ -10,11 +10,14 @@ from everystep.recording.facts import LossFacts, ModuleFacts, OptimizerFacts, Sc
 __all__ = [
     "loss_text",
     "model_text",
-    "module_text",
     "optimizer_parts",
     "optimizers_text",
     "schedule_text",
 ]
+
+
+#: A line of text, and how deep it lies.
+_Line = tuple[int, str]
 
 
 def model_text(modules: Mapping[str, ModuleFacts]) -> str:
@@ -22,39 +25,37 @@ def model_text(modules: Mapping[str, ModuleFacts]) -> str:
 
     modules: by path, each before those within it.
     """
-    text = ""
-    within: dict[str, list[tuple[str, str]]] = {}
+    lines: list[_Line] = []
+    within: dict[str, list[tuple[str, list[_Line]]]] = {}
     for path, module in reversed(list(modules.items())):
-        text = module_text(module, within.pop(path, [])[::-1])
+        lines = _lines(module, within.pop(path, [])[::-1], path.count(".") + bool(path))
         parent, _, name = path.rpartition(".")
-        within.setdefault(parent, []).append((name, text))
-    return text
+        within.setdefault(parent, []).append((name, lines))
+    return "\n".join("  " * depth + line for depth, line in lines)
 
 
-def module_text(module: ModuleFacts, inner: list[tuple[str, str]]) -> str:
-    """Return a module as torch prints it.
-
-    inner: names and texts of the modules within it.
-    """
+def _lines(module: ModuleFacts, inner: list[tuple[str, list[_Line]]], depth: int) -> list[_Line]:
+    """Return the lines of a module at some depth. inner: names and lines of the modules within it."""
     name, arguments = module.class_name, module.arguments
     if not inner and "\n" not in arguments:
-        return f"{name}({arguments})"
-    lines = arguments.split("\n") if arguments else []
-    lines += _together(inner) if name == "ModuleList" else [f"({own}): {text}" for own, text in inner]
-    indented = "".join(f"\n{line}" for line in lines).replace("\n", "\n  ")
-    return f"{name}({indented}\n)"
+        return [(depth, f"{name}({arguments})")]
+    own = [(depth + 1, line) for line in arguments.split("\n")] if arguments else []
+    named = [(f"({each}): ", lines) for each, lines in inner]
+    for title, ((at, first), *others) in _together(inner) if name == "ModuleList" else named:
+        own += [(at, f"{title}{first}"), *others]
+    return [(depth, f"{name}("), *own, (depth, ")")]
 
 
-def _together(inner: list[tuple[str, str]]) -> list[str]:
-    """Return modules of a list, those that are alike and next to each other in one line."""
-    lines, first = [], 0
-    for last, (name, text) in enumerate(inner):
-        if last + 1 == len(inner) or inner[last + 1][1] != text:
+def _together(inner: list[tuple[str, list[_Line]]]) -> list[tuple[str, list[_Line]]]:
+    """Return modules of a list with titles, those that are alike and next to each other as one."""
+    found, first = [], 0
+    for last, (name, lines) in enumerate(inner):
+        if last + 1 == len(inner) or inner[last + 1][1] != lines:
             count = last - first + 1
-            several = f"({inner[first][0]}-{name}): {count} x {text}"
-            lines.append(several if count > 1 else f"({name}): {text}")
+            title = f"({inner[first][0]}-{name}): {count} x " if count > 1 else f"({name}): "
+            found.append((title, lines))
             first = last + 1
-    return lines
+    return found
 
 
 def loss_text(loss: LossFacts | None) -> str:
