@@ -57,6 +57,7 @@ def test_everything_about_a_run(chapter_run, page):
     assert about["parent"] is None
     assert about["forks"] == [{"name": "child", "at": 20}]
     assert about["has_experiment"] is True
+    assert about["layers"] == {"weight": "0.weight", "active": "1"}
     assert about["settings"]["optimizer.lr"] == 1e-4
     assert about["settings"]["model.layers[1]"] == "ReLU()"
     assert about["settings"]["steps"] == 50

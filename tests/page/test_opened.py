@@ -89,11 +89,14 @@ def test_the_chapter(runs):
     assert content["loss"] == step.loss and float(content["loss_text"]) == pytest.approx(step.loss)
     assert content["is_exact"] and content["is_by_program"] and content["problems"] == []
     assert content["hyperparameters"] == {"lr": 1e-4}
+    assert content["optimizer"] == {"name": "GradientDescent", "settings": {"lr": "0.0001"}}
+    assert content["loss_function"] == {"name": "MSELoss", "text": "MSELoss(reduction='sum')"}
     assert content["batch"]["rows"] is None and not content["batch"]["images"]
     assert content["batch"]["targets"] is None
     first, relu, second = content["network"]
     assert (first["path"], first["type"], first["operations"]) == ("0", "Linear", [0])
     assert first["text"] == "Linear(in_features=1000, out_features=100, bias=True)"
+    assert first["arguments"] == "in_features=1000, out_features=100, bias=True"
     assert (first["input"], first["output"]) == ([64, 1000], [64, 100])
     assert first["parameters"] == {"weight": "parameters/0.weight", "bias": "parameters/0.bias"}
     assert (relu["type"], relu["parameters"], second["type"]) == ("ReLU", {}, "Linear")

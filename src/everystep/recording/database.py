@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.connection import FILE_NAME, LOCK_NAME, begin_database, connect_reading
-from everystep.recording.facts import Facts, read_facts, rows_of
+from everystep.recording.fact_rows import read_facts, rows_of
+from everystep.recording.facts import Facts
 
 __all__ = [
     "FILE_NAME",

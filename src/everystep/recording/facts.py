@@ -7,13 +7,9 @@ is read is checked.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json, to_jsonable_python
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from everystep.errors import RunError
 from everystep.numerics import Numerics
@@ -35,8 +31,6 @@ __all__ = [
     "ProgramFacts",
     "ScheduleFacts",
     "TrainingFacts",
-    "read_facts",
-    "rows_of",
 ]
 
 #: A seed has 64 bits.
@@ -46,7 +40,7 @@ Settings = dict[str, Any]
 
 
 def _in_range(time: AwareDatetime) -> AwareDatetime:
-    if not 1970 <= time.year <= 9000:  # it can be shown in any time zone
+    if not 1970 <= time.year <= 9000:  # every time zone can show it
         raise ValueError("the year is out of range")
     return time
 
@@ -261,7 +255,7 @@ class Facts(_Fact):
     finished: Time | None = None
     seconds: float | None = None
     steps: Whole | None = None
-    loss_dtype: str = "float32"
+    loss_dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
     nonfinite_step: Whole | None = None
     batches_lost_to: Whole | None = None
     measured: dict[str, MeasuredFacts] = {}
@@ -285,55 +279,7 @@ class Facts(_Fact):
 
     def rows(self) -> dict[str, Any]:
         """Return the facts that are known, each as a row of the database."""
-        parts = (self, self.trained) if self.trained else (self,)
-        known = {name: getattr(each, name) for each in parts for name in each.model_fields_set}
-        return {name: value for name, value in known.items() if name != "trained"}
-
-
-_OF_RUN = Facts.model_fields.keys() - {"trained"}
-_OF_TRAINING = TrainingFacts.model_fields.keys()
-#: These are written together, before the first step.
-_FROM_THE_BEGINNING = {name for name, field in TrainingFacts.model_fields.items() if field.is_required()}
-
-
-def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return facts by name as rows of the database; halves of surrogate pairs become question marks."""
-    assert facts.keys() <= _OF_RUN | _OF_TRAINING
-    texts = {
-        key: json.dumps(to_jsonable_python(fact), ensure_ascii=False) for key, fact in facts.items()
-    }
-    return [(key, text.encode("utf-8", "replace").decode()) for key, text in texts.items()]
-
-
-def read_facts(rows: Iterable[tuple[Any, Any]], path: Path) -> Facts:
-    """Return facts from the rows of a run's database; those of a later everystep are left out.
-
-    Raises:
-        RunError: one is not what everystep writes, so that the database was changed.
-    """
-    texts: dict[str, str] = {}
-    for key, text in rows:
-        try:
-            from_json(text)
-        except (TypeError, ValueError):
-            raise _changed(path, key) from None
-        texts[key] = text if isinstance(text, str) else text.decode()
-    own = [_member(key, texts[key]) for key in texts if key in _OF_RUN]
-    if texts.keys() >= _FROM_THE_BEGINNING:
-        trained = [_member(key, texts[key]) for key in texts if key in _OF_TRAINING]
-        own.append(_member("trained", f"{{{','.join(trained)}}}"))
-    try:
-        return Facts.model_validate_json(f"{{{','.join(own)}}}")
-    except ValidationError as error:
-        place = error.errors(include_input=False)[0]["loc"]
-        raise _changed(path, place[1] if place[0] == "trained" else place[0]) from None
-
-
-def _member(key: str, text: str) -> str:
-    return f'"{key}":{text}'
-
-
-def _changed(path: Path, key: Any) -> RunError:
-    return RunError(
-        f"{path} says of {str(key)[:80]!r} what everystep never writes there: the database was changed"
-    )
+        known = {name: value for name, value in self if name in self.model_fields_set}
+        known.pop("trained", None)
+        trained = self.trained.model_fields_set if self.trained else ()
+        return known | {name: value for name, value in self.trained or () if name in trained}
