@@ -18,6 +18,7 @@ from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.data import read_data
+from everystep.recording.facts import EAGERLY, ForkFacts, TrainingFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.replay.objects import Objects
 from everystep.replay.opener import Opener
@@ -26,7 +27,7 @@ from everystep.step.eager import EagerStep, Trainee
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.state import State, generators_preserved, optimizer_settings
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
-from everystep.training.facts import optimizer_text
+from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import Objects as TrainingObjects
 from everystep.training.from_objects import objects_job
@@ -94,19 +95,18 @@ class Fork:
                 f"the fork begins after step {self.at} and would end at step {job.steps}; ask for more "
                 f"steps (steps={self.at + 500})"
             )
-        fork = {
-            "parent": self.run.name,
-            "directory": str(self.run.directory),
-            "at": self.at,
-            "changed": {path: value for path, value in self.settings.items() if _is_plain(value)},
-        }
+        fork = ForkFacts(
+            parent=self.run.name,
+            directory=str(self.run.directory),
+            at=self.at,
+            changed={path: value for path, value in self.settings.items() if _is_plain(value)},
+        )
         # With a schedule, all is recorded; otherwise, what is not as it was.
         known = {} if job.trainee.schedule else hyperparameters
         job = replace(
             job,
             name=f"{self.run.name}-fork",
-            facts=job.facts | {"fork": fork},
-            origin=Origin(self.run, self.at, known | self._recorded(), new_data),
+            origin=Origin(self.run, fork, known | self._recorded(), new_data),
         )
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
@@ -130,9 +130,9 @@ class Fork:
         if schedule is None or known is None:
             return state
         known.restore(trainee.model, trainee.loss, trainee.optimizer, schedule, trainee.device)
-        batches = self.stretch.facts["batches"]
+        batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
-        advance = EagerStep(replace(trainee, steps_per_epoch=batches["steps_per_epoch"])).advance
+        advance = EagerStep(replace(trainee, steps_per_epoch=batches.steps_per_epoch)).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
             # It says that the optimizer has taken no step, which is so.
@@ -167,7 +167,7 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     old, new = with_fused(old, device), with_fused(new, device)
     state = asked.state(opener)
     numerics.prepare()
-    threads = new.threads or facts["numerics"]["threads"]
+    threads = new.threads or facts.numerics.threads
     with numerics.in_force(threads), generators_preserved(device):
         try:
             data = None if new.data != old.data else _parents_data(asked, old)
@@ -177,8 +177,9 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
             before = _bring_to(job.trainee, state, old, new)
             if new.seed != old.seed:
                 torch.manual_seed(new.seed)
-            if data is not None and "preparation" in facts:
-                job.facts["preparation"] = facts["preparation"]
+            if data is not None:
+                kept = {"preparation": facts.preparation}
+                job = replace(job, facts=job.facts.model_copy(update=kept))
             return asked.train(job, before, data is None, progress)
         except EverystepError:
             raise
@@ -216,7 +217,7 @@ def fork_objects(
     facts = asked.stretch.facts
     settings = dict(asked.settings)
     lr = settings.pop("lr", None)
-    iteration = check_iteration(**(_iteration_of(facts, asked.run.facts["steps"]) | settings))
+    iteration = check_iteration(**(_iteration_of(facts, asked.run.facts.steps) | settings))
     state = asked.state(opener)
     own = objects.copied() if is_own else objects
     data, stored = (own.data, None) if own.data is not None else _stored(asked, facts)
@@ -232,12 +233,12 @@ def fork_objects(
         DEFAULT_DATASET_LIMIT,
     )
     numerics.prepare()
-    device = select(facts["device"])
+    device = select(facts.device)
     with numerics.in_force(iteration.threads), generators_preserved(device):
         trained.model.to(device)
-        torch.manual_seed(settings.get("seed", facts["batches"]["seed"]))
+        torch.manual_seed(settings.get("seed", facts.batches.seed))
         job = objects_job(trained, iteration, device, progress)
-        goes_on = own.schedule is not None and _class_of(own.schedule) == _schedule_of(facts)
+        goes_on = type(own.schedule).__name__ in {each.class_name for each in facts.schedules.values()}
         if goes_on:
             state = asked.with_schedule(job.trainee, state)
         before = _bring_objects_to(job.trainee, state, keep=not is_own and not goes_on)
@@ -245,9 +246,9 @@ def fork_objects(
             torch.manual_seed(settings["seed"])
         if lr is not None:
             _set_rate(job.trainee, lr)
-        if "seed" not in settings:
-            job.facts["seed"] = facts["seed"]
-        job.facts["optimizer"] = {"text": optimizer_text(job.trainee.optimizer)}
+        now = {"optimizers": {"optimizer": optimizer_facts(job.trainee.optimizer)}}
+        kept = {} if "seed" in settings else {"seed": facts.seed}
+        job = replace(job, facts=job.facts.model_copy(update=now | kept))
         return asked.train(job, before, own.data is not None, progress)
 
 
@@ -311,16 +312,16 @@ def _bring_objects_to(trainee: Trainee, state: State, keep: bool) -> dict[str, f
 
 def _parents_data(asked: Fork, experiment: Experiment) -> Data | None:
     """Return the parent's data, also where the seed that it was drawn with changes."""
-    fact = asked.stretch.facts["data.file"]
-    if not fact["stored"]:
+    fact = asked.stretch.facts.data_file
+    if fact is None or not fact.stored:
         return experiment_job(experiment, asked.run.name, torch.device("cpu")).data
     tensors = read_data(asked.run.directory, fact)
     return Data(tensors["x"], tensors["y"], _validation(tensors))
 
 
-def _stored(asked: Fork, facts: dict[str, Any]) -> tuple[Any, Any]:
-    fact = facts.get("data.file")
-    if fact is None or not fact["stored"]:
+def _stored(asked: Fork, facts: TrainingFacts) -> tuple[Any, Any]:
+    fact = facts.data_file
+    if fact is None or not fact.stored:
         raise RunError(
             f"the data of {asked.run.name} is not in the run; give it: fork(..., data=(x, y))"
         )
@@ -333,28 +334,19 @@ def _validation(tensors: dict[str, Any]) -> tuple[Any, Any] | None:
     return None if pair[0] is None else pair
 
 
-def _iteration_of(facts: dict[str, Any], steps: int) -> dict[str, Any]:
+def _iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
     """Return the arguments of `train` that a run was trained with."""
-    engine = facts.get("engine") or {}
+    engine = facts.engine or EAGERLY
     return {
         "steps": steps,
-        "batch_size": facts["batches"]["batch_size"],
-        "drop_last": facts["batches"]["drop_last"],
-        "threads": facts["numerics"]["threads"],
-        "clip_norm": facts["clip_norm"],
-        "evaluate_every": facts["evaluate_every"],
-        "engine": engine.get("asked", "auto"),
-        "fold": engine.get("fold", False),
+        "batch_size": facts.batches.batch_size,
+        "drop_last": facts.batches.drop_last,
+        "threads": facts.numerics.threads,
+        "clip_norm": facts.clip_norm,
+        "evaluate_every": facts.evaluate_every,
+        "engine": engine.asked,
+        "fold": engine.fold,
     }
-
-
-def _class_of(schedule: Any) -> str | None:
-    return None if schedule is None else type(schedule).__name__
-
-
-def _schedule_of(facts: dict[str, Any]) -> str | None:
-    text = facts.get("schedule")
-    return None if text is None else str(text).partition(",")[0]
 
 
 def _is_plain(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from everystep.errors import RunError
+from everystep.recording.facts import EAGERLY
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.objects import Objects
@@ -43,7 +44,7 @@ class Lockstep:
         # Under the same numerics, the same program gives the same for the same inputs.
         differences = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
         self._numerics = [f"{name} {a} and {b}" for name, (a, b) in differences.items()]
-        is_own_loop = "loop" in one.facts or "loop" in other.facts
+        is_own_loop = any(run.facts.training.loop for run in self._runs)
         self._by_operation = bool(self._numerics) or is_own_loop or _programs(one) != _programs(other)
         self._is_random = draws_at_random(one) or draws_at_random(other)
 
@@ -121,8 +122,8 @@ def _add_state(digest: Any, revived: Replayable) -> None:
 
 def draws_at_random(run: RecordedRun) -> bool:
     """Tell whether a step of the run draws random numbers, as far as programs say; else it may."""
-    engine = run.facts.get("engine") or {"eager_from": 1}
-    if engine["eager_from"] is not None:
+    engine = run.facts.training.engine or EAGERLY
+    if engine.eager_from is not None:
         return True
     try:
         return any(
@@ -135,8 +136,8 @@ def draws_at_random(run: RecordedRun) -> bool:
 
 
 def _programs(run: RecordedRun) -> list[bytes]:
-    rules = (run.facts.get("engine") or {}).get("programs", [])
+    rules = (run.facts.training.engine or EAGERLY).programs
     try:
-        return [own_path(run.directory, rule["file"]).read_bytes() for rule in rules]
+        return [own_path(run.directory, rule.file).read_bytes() for rule in rules]
     except (OSError, RunError):
         return []

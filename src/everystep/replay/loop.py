@@ -20,6 +20,7 @@ from everystep.program.program import Program
 from everystep.recording.changes import change_files, read_change
 from everystep.recording.contents import Given, unpacked
 from everystep.recording.database import Repeat
+from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.step import Batch
@@ -54,7 +55,7 @@ class RecordedLoop:
 
     Args:
         run: which run.
-        facts: of the run.
+        facts: of its training.
         departed: called with a step that did something else than recorded, and what, in words.
 
     state: the number of the step after which the state is, None before one is loaded.
@@ -64,11 +65,11 @@ class RecordedLoop:
     has_gradients_in_state = True
 
     def __init__(
-        self, run: RecordedRun, facts: dict[str, Any], departed: Callable[[int, str], None]
+        self, run: RecordedRun, facts: TrainingFacts, departed: Callable[[int, str], None]
     ) -> None:
         self.state: int | None = None
         self._run = run
-        self._device = select(facts["device"])
+        self._device = select(facts.device)
         self._departed = departed
         self._programs: dict[int, PlainProgram] = {}
         self._rows: dict[int, Repeat] = {}
@@ -217,7 +218,8 @@ class RecordedLoop:
 
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
-        count = self._run.facts["loop"].get("programs", 0)
+        loop = self._run.facts.training.loop
+        count = loop.programs if loop else 0
         plain = [self._program(Repeat(0, n, None, None)).program for n in range(1, count + 1)]
         return list(dict.fromkeys(path for program in plain for path in program.activations))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 from everystep.errors import UsageError
 from everystep.recording.additions import adding
+from everystep.recording.facts import MeasuredFacts
 from everystep.recording.run import RecordedRun
 from everystep.replay.ask import Question, ask
 from everystep.replay.columns import Found, Which, ask_columns, chosen
@@ -61,7 +61,7 @@ def measure(
     if not isinstance(every, int) or every < 1:
         raise UsageError(f"every must be a whole number of steps, 1 or more, not {every!r:.80}")
     last = run.summary().steps
-    meaning = {"expression": getattr(question, "text", None) or repr(question), "every": every}
+    meaning = MeasuredFacts(expression=getattr(question, "text", None) or repr(question), every=every)
     left_out: list[int] = []
     with adding(run.directory) as additions:
         anew = _check_name(run, name, meaning, overwrite)
@@ -153,20 +153,20 @@ def _exact(walked: Walked) -> tuple[list[tuple[int, float]], list[int]]:
     return [(step, value) for step, value in walked.result if step < departed], [departed]
 
 
-def _check_name(run: RecordedRun, name: str, meaning: dict[str, Any], overwrite: bool) -> bool:
+def _check_name(run: RecordedRun, name: str, meaning: MeasuredFacts, overwrite: bool) -> bool:
     """Return whether to begin anew; raise where the name is taken."""
     if not name or name in RESERVED_NAMES:
         raise UsageError(f"a measurement cannot be called {name!r}; choose another name")
-    known = run.facts.get("measured", {})
+    known = run.facts.measured
     if name not in run.measurement_names:
         return True
     if name not in known:
         raise UsageError(f"{run.name} has recorded {name!r} while it was trained; choose another name")
     if overwrite:
         return True
-    if known[name]["expression"] == meaning["expression"]:
+    if known[name].expression == meaning.expression:
         return False
     raise UsageError(
-        f"{run.name} has a measurement {name!r} of something else ({known[name]['expression']}); choose "
+        f"{run.name} has a measurement {name!r} of something else ({known[name].expression}); choose "
         "another name, or overwrite it"
     )

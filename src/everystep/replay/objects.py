@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from everystep.errors import Fault, RunError, UsageError
+from everystep.recording.facts import EAGERLY
 from everystep.recording.run import RecordedRun
 
 __all__ = ["Objects", "needed"]
@@ -114,10 +115,9 @@ def _whole_optimizers() -> Iterator[None]:
 def needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
     """Return the objects if the run cannot be replayed without them, else None."""
     for stretch in run.stretches:
-        engine = stretch.facts.get("engine") or {"eager_from": 1}
-        stored = stretch.facts.get("data.file", {}).get("stored", True)
-        stored &= not stretch.facts.get("data", {}).get("lazy")
-        if engine["eager_from"] is not None or engine.get("live_optimizer") or not stored:
+        facts, engine = stretch.facts, stretch.facts.engine or EAGERLY
+        stored = not facts.data.lazy and (facts.data_file is None or facts.data_file.stored)
+        if engine.eager_from is not None or engine.live_optimizer or not stored:
             return objects
     return None
 

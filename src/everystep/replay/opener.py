@@ -85,15 +85,16 @@ class Opener:
             return
         facts = self._run.facts
         self._is_over = self._run.status != "running"
-        if self._engine is not None and facts.get("engine") == self._engine:
+        engine = facts.training.engine
+        if self._engine is not None and engine == self._engine:
             return
-        self._engine = facts.get("engine")
+        self._engine = engine
         self._replay = None
         if not needs_worker(facts):
             self._replay = Replay(self._run, self._objects)
         elif self._worker is None:
             stack = ExitStack()
-            self._worker = stack.enter_context(workers(facts, 1, facts["numerics"]["threads"]))
+            self._worker = stack.enter_context(workers(facts, 1, facts.training.numerics.threads))
             weakref.finalize(self, stack.close)
 
 

@@ -177,7 +177,7 @@ def walk(
         RunError: something that is needed is missing or cannot be read.
     """
     facts, objects = run.facts, needed(run, objects)
-    threads = facts["numerics"]["threads"]
+    threads = facts.training.numerics.threads
     count = _processes(run, wanted, processes)
     if count == 1 and not needs_worker(facts):
         replay = Replay(run, objects)
@@ -224,13 +224,13 @@ def _groups(wanted: list[Piece], count: int) -> Iterator[list[Piece]]:
 
 def _processes(run: RecordedRun, wanted: list[Piece], asked: int | None) -> int:
     facts = run.facts
-    if facts["device"] != "cpu":
+    if facts.training.device != "cpu":
         return 1
     most = min(asked or cores(), len(wanted))
     if asked is not None:
         return max(1, most)
     steps = sum(piece.last - piece.first + 1 for piece in wanted)
-    seconds = facts.get("seconds", 0.0) * steps / max(1, run.summary().steps)
+    seconds = (facts.seconds or 0.0) * steps / max(1, run.summary().steps)
     return 1 if seconds < ALONE_SECONDS else max(1, most)
 
 
@@ -244,7 +244,7 @@ def _in_worker(
 def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) -> Walked:
     found = Walked(piece, threads)
     with replay.in_force(piece.first):
-        found.numerics = _numerics(replay.stretches[piece.at].facts["device"])
+        found.numerics = _numerics(replay.stretches[piece.at].facts.device)
         start = visitor.begin(replay, piece)
         replay.go_to(start, piece.at)
         step = start
@@ -252,7 +252,7 @@ def _go_through(replay: Replay, piece: Piece, visitor: Visitor, threads: int) ->
             try:
                 losses = visitor.take(replay, min(piece.last, step + STRIDE), piece).tolist()
             except RunError as error:
-                if "loop" not in replay.stretches[piece.at].facts:
+                if not replay.stretches[piece.at].facts.loop:
                     raise
                 replay.problems.append(
                     str(error)

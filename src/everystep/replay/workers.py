@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from everystep.errors import RunError
 from everystep.numerics import Numerics
+from everystep.recording.facts import Facts
 from everystep.recording.run import RecordedRun
 from everystep.replay.objects import Objects
 from everystep.replay.replay import Replay
@@ -23,31 +24,26 @@ if TYPE_CHECKING:
 
 __all__ = ["cores", "needs_worker", "recorded_numerics", "replay_in_worker", "workers"]
 
-Facts = dict[str, Any]
-
 #: No machine computes one step with more.
 MOST_THREADS = 4096
 
 
 def recorded_numerics(facts: Facts) -> Numerics:
-    """Return the numerics that a run was trained under; what an older run lacks is taken to be as here.
+    """Return the numerics that a run was trained under.
 
     Raises:
         RunError: it was never begun, or was altered.
     """
-    if "numerics" not in facts:
-        raise RunError("the run was stopped before it had begun, so there is nothing to replay")
-    here = Numerics.read(torch.device("cpu")).to_json()
-    known = {name: value for name, value in facts["numerics"].items() if name in here}
-    threads = known["threads"]
-    if not 1 <= threads <= MOST_THREADS:
-        raise RunError(f"the run says that it was trained with {threads!r:.40} threads: it was altered")
-    return Numerics.from_json(here | known)
+    known = facts.training.numerics
+    if not 1 <= known.threads <= MOST_THREADS:
+        raise RunError(f"the run says that it was trained with {known.threads} threads: it was altered")
+    return known
 
 
 def needs_worker(facts: Facts) -> bool:
     """Tell whether this process cannot compute as the run did, and another one could."""
-    return recorded_numerics(facts).needs_other_process(Numerics.read(torch.device(facts["device"])))
+    here = Numerics.read(torch.device(facts.training.device))
+    return recorded_numerics(facts).needs_other_process(here)
 
 
 def cores() -> int:
