@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from everystep.errors import RunError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
-    from everystep.experiment.specification import Experiment
+    from everystep.experiment.specification import Experiment, Iteration
     from everystep.training.record import Recording
 
 __all__ = ["open", "record", "runs", "train", "train_experiment"]
@@ -74,11 +74,12 @@ def runs(directory: str | Path = RUNS) -> list[Run]:
 
 
 def train(
-    model: nn.Module,
-    data: tuple[Any, Any] | Dataset[Any],
+    model: nn.Module | Callable[..., Any],
+    data: tuple[Any, Any] | Dataset[Any] | Iterable[Any] | None = None,
     *,
-    loss: Callable[[Any, Any], Tensor],
-    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    parts: Mapping[str, Any] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -97,6 +98,7 @@ def train(
     fold: bool = False,
     directory: str | Path | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
+    batch_budget: float = DEFAULT_BATCH_BUDGET,
     dataset_limit: int | None = None,
     progress: bool = True,
 ) -> Run:
@@ -104,11 +106,24 @@ def train(
 
     When it returns, or is stopped, the same parameters, buffers and optimizer hold the last state.
 
+    Any other training is a step of your own, and its parts:
+
+    def step(batch):
+        ...
+        return loss
+    run = everystep.train(step, loader, parts={"model": model, "optimizer": optimizer}, steps=1000)
+
+    Python then runs at every step, as in a loop that `everystep.record` records. The step returns the
+    loss, or numbers by name such as `{"loss": loss, "accuracy": accuracy}`, or None.
+
     Args:
-        model: any module, in the mode (`train()`, `eval()`) that it shall train in.
+        model: any module, in the mode (`train()`, `eval()`) that it shall train in; or a step of your
+            own: a function of the batch.
         data: x (N, ...) and y (N, ...), tensors or NumPy arrays, or a map-style Dataset of pairs. A
             Dataset of torch's, or one whose code is proven to return the same rows, is read once; any
-            other is read at every step.
+            other is read at every step. For a step of your own: a DataLoader, or whatever else gives
+            batches and can be iterated over once for each epoch; or None, and the step takes nothing.
+        parts: what a step of your own carries from call to call, by any names, as `record` has them.
         loss: of prediction and target; gives one number.
         optimizer: over the model's parameters: `everystep.GradientDescent`, or any torch optimizer
             that needs no closure.
@@ -135,6 +150,7 @@ def train(
             but rounded otherwise than the eager step. Needs one of torch's optimizers and no schedule.
         directory: of the run, which must not exist; absent: the next free one under runs/.
         snapshot_budget: bytes of snapshots that the run may keep.
+        batch_budget: bytes of batches to keep of a step of your own, as `record` has it.
         dataset_limit: bytes that a Dataset may take as tensors; absent: 2 GB.
         progress: show a progress bar where stderr is a terminal.
 
@@ -162,19 +178,50 @@ def train(
         engine=engine,
         fold=fold,
     )
-    limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
-    objects = Objects(
-        model, data, loss, optimizer, schedule, schedule_every, validation, metrics or {}, limit
-    )
     place = None if directory is None else Path(directory)
+    if parts is not None:
+        others = {
+            **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
+            **{"device": device, "schedule": schedule, "clip_norm": clip_norm, "fold": fold},
+            **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
+            **{"dataset_limit": dataset_limit, "engine": None if engine == "auto" else engine},
+        }
+        return _train_step(
+            model, data, parts, others, iteration, place, (snapshot_budget, batch_budget), progress
+        )
+    limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
+    # What they are is checked where all faults are found at once.
+    live, rows, of_pair, updating = cast("tuple[Any, Any, Any, Any]", (model, data, loss, optimizer))
+    objects = Objects(
+        live, rows, of_pair, updating, schedule, schedule_every, validation, metrics or {}, limit
+    )
     outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, progress_of(progress))
     trained_with = TrainedWith(
-        model, loss, optimizer, None, schedule, schedule_every, dict(metrics or {})
+        live, loss, optimizer, None, schedule, schedule_every, dict(metrics or {})
     )
     run = run_of(outcome, trained_with)
     if run.facts.training.data.lazy:
-        run = run_of(outcome, replace(trained_with, data=data))
+        run = run_of(outcome, replace(trained_with, data=rows))
     return run
+
+
+def _train_step(
+    step: Any,
+    batches: Any,
+    parts: Any,
+    others: dict[str, Any],
+    iteration: Iteration,
+    place: Path | None,
+    budgets: tuple[int, float],
+    progress: bool,
+) -> Run:
+    from everystep.training.from_step import check_step, train_step
+    from everystep.training.record import Recording
+
+    check_step(step, batches, parts, others)
+    watcher = progress_of(progress)
+    recording = Recording(dict(parts), place, RUNS, *budgets, Run, watcher.advance)
+    return run_of(train_step(step, batches, iteration, recording, watcher))
 
 
 def record(

@@ -59,7 +59,7 @@ def model_faults(model: Any) -> Faults:
         elif isinstance(model, list | tuple):
             cure = "; layers one after the other are nn.Sequential(*layers)"
         elif callable(model):
-            cure = "; write a function as the forward of a module"
+            cure = "; write a function as the forward of a module, or name the parts= of your own step"
         yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
         return
     lazy = [

@@ -27,7 +27,7 @@ from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.job import Job, Outcome, Progress
 
-__all__ = ["now", "run_job"]
+__all__ = ["interrupt_deferred", "now", "run_job"]
 
 #: Seconds between two looks at the losses: each waits for the device once.
 FLUSH_SECONDS = 0.1
@@ -65,7 +65,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     progress.begin(place, facts)
     training = _Training(job, recorder, progress)
     try:
-        with _interrupt_deferred() as interrupted:
+        with interrupt_deferred() as interrupted:
             reason = training.run(interrupted)
         training.finish()
     except BaseException as error:
@@ -383,7 +383,7 @@ def now() -> datetime:
 
 
 @contextmanager
-def _interrupt_deferred() -> Iterator[Callable[[], bool]]:
+def interrupt_deferred() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C wait for the end of the step, so that the state is one of a whole step.
 
     A second Ctrl-C does not wait.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,12 +91,21 @@ class LoopWriter:
         directory: of the run; empty.
         parts: what the loop carries.
         snapshot_budget, batch_budget: bytes that the run may keep.
+        advanced: called with a step that was added, and the losses from it on.
 
     step: the last step that was added.
     """
 
-    def __init__(self, directory: Path, parts: Parts, snapshot_budget: int, batch_budget: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        parts: Parts,
+        snapshot_budget: int,
+        batch_budget: float,
+        advanced: Callable[[int, Sequence[float]], None] | None,
+    ) -> None:
         self.step = 0
+        self._advanced = advanced
         self._parts = parts
         self._programs: dict[StepPath, _Program | None] = {}
         self._program_count = 0
@@ -312,6 +322,8 @@ class LoopWriter:
         losses = [float(loss) for loss in self._losses]
         recorder.repeats(self._taken)
         recorder.losses(first, losses)
+        if self._advanced is not None:
+            self._advanced(first, losses)
         measured = [(name, step, float(value)) for name, step, value in self._measured]
         if measured:
             recorder.measurements(measured)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -42,9 +42,12 @@ class Recording(Generic[R]):
         snapshot_budget: int,
         batch_budget: float,
         open_run: Callable[[Path], R],
+        advanced: Callable[[int, Sequence[float]], None] | None = None,
     ) -> None:
         self._parts = Parts(parts)
         self._open_run = open_run
+        self._advanced = advanced
+        self._stopped: str | None = None
         self._place = directory, runs
         self._budgets = snapshot_budget, batch_budget
         self._directory: Path | None = None
@@ -85,7 +88,7 @@ class Recording(Generic[R]):
         _check_alone()
         self._parts.check()
         directory = create_directory(self._place[0], "loop", self._place[1])
-        self._writer = LoopWriter(directory, self._parts, *self._budgets)
+        self._writer = LoopWriter(directory, self._parts, *self._budgets, self._advanced)
         self._directory = directory
         self._follower.begin()
         _recording.append(self)
@@ -111,7 +114,7 @@ class Recording(Generic[R]):
             self._follower.finish()
             _recording.remove(self)
         try:
-            writer.finish(*_status(error))
+            writer.finish(*_status(error, self._stopped))
         except RecordingError:
             if error is None:
                 raise
@@ -256,6 +259,10 @@ class Recording(Generic[R]):
             self._open().add(step, self._elsewhere.copied)
             self._elsewhere.clean()
 
+    def stop(self, reason: str) -> None:
+        """Say why the loop ends before its last step; the run is then `stopped`, for this reason."""
+        self._stopped = reason
+
     def flush(self) -> None:
         """Hand what was recorded so far to the disk, as happens several times a second by itself."""
         self._open().flush()
@@ -324,13 +331,13 @@ def _check_alone() -> None:
         )
 
 
-def _status(error: BaseException | None) -> tuple[str, str | None]:
-    """Return how a recording ended, and why."""
+def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str | None]:
+    """Return how a recording ended, and why. stopped: what `stop` was called with."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped", "by the user (Ctrl-C)"
     if isinstance(error, Exception):
         return "failed", str(error).strip() or type(error).__name__
-    return "finished", None
+    return ("finished", None) if stopped is None else ("stopped", stopped)
 
 
 def _number(name: str, value: Any) -> float | Tensor:

@@ -1,0 +1,144 @@
+"""Train by a step of the user's own: a function that is called for each batch, and recorded."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everystep import numerics
+from everystep.errors import ExperimentError, Fault, UsageError
+from everystep.experiment.specification import Iteration
+from everystep.training.job import Outcome, Progress
+from everystep.training.loop import interrupt_deferred
+from everystep.training.record import Recording
+from everystep.training.rows import called
+
+__all__ = ["check_step", "train_step"]
+
+Step = Callable[..., Any]
+
+
+def check_step(step: Any, batches: Any, parts: Any, others: Mapping[str, Any]) -> None:
+    """Check the arguments of `train` with a step of the user's own.
+
+    Args:
+        others: those that only a training of a model and a loss has; each must be None or False.
+
+    Raises:
+        ExperimentError: lists everything that does not serve, with the cure.
+    """
+    faults = []
+    if isinstance(step, nn.Module) or inspect.isclass(step) or not callable(step):
+        faults.append(Fault("step", f"must be a function of the batch, not {called(step)}"))
+    if not isinstance(parts, Mapping) or not parts:
+        example = 'parts={"model": model, "optimizer": optimizer}'
+        faults.append(Fault("parts", f"name what the step carries on, by name: {example}"))
+    if batches is not None and not isinstance(batches, Iterable):
+        faults.append(Fault("batches", f"must be a DataLoader or the like, not {called(batches)}"))
+    faults += [
+        Fault(name, "is up to the step; do it in its body, or name what it needs among the parts")
+        for name, value in others.items()
+        if value is not None and value is not False
+    ]
+    if faults:
+        raise ExperimentError(faults, "the arguments of train")
+
+
+def train_step(
+    step: Step,
+    batches: Iterable[Any] | None,
+    iteration: Iteration,
+    recording: Recording[Any],
+    progress: Progress,
+) -> Outcome:
+    """Call a step for each batch, and record each call.
+
+    Args:
+        step: returns the loss, or numbers by name with `loss` among them, or None.
+        batches: iterated over again for each epoch; None: the step is called without a batch.
+        iteration: steps or epochs, seed, threads and stop_on_nan.
+        recording: has not begun.
+
+    Raises:
+        UsageError: the step returns something else.
+        RecordingError: writing the run failed; what was recorded before is kept.
+    """
+    numerics.prepare()
+    with numerics.in_force(iteration.threads), interrupt_deferred() as interrupted:
+        if iteration.seed is not None:
+            torch.manual_seed(iteration.seed)
+        with recording:
+            run = recording.run
+            progress.begin(run.directory, run.facts.model_copy(update=_total(iteration, batches)))
+            try:
+                for batch in _batches(batches, iteration, progress):
+                    with recording.step(batch):
+                        logged = _logged(step() if batches is None else step(batch))
+                        recording.log(**logged)
+                    if iteration.stop_on_nan and not math.isfinite(loss := _number(logged.get("loss"))):
+                        recording.stop(f"the loss is {loss} (stop_on_nan)")
+                        break
+                    if interrupted():
+                        recording.stop("by the user (Ctrl-C)")
+                        break
+            finally:
+                progress.end()
+    facts = recording.run.facts
+    return Outcome(run.directory, facts.status, facts.reason, interrupted())
+
+
+def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int]:
+    """Return how many steps there will be, 0 where nobody knows."""
+    if iteration.steps is not None:
+        return {"steps": iteration.steps}
+    return {"steps": (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0}
+
+
+def _batches(batches: Iterable[Any] | None, iteration: Iteration, progress: Progress) -> Iterator[Any]:
+    """Yield the batches of as many steps or epochs as asked for."""
+    if batches is None:
+        yield from [None] * (iteration.steps if iteration.steps is not None else iteration.epochs or 0)
+        return
+    count = epoch = 0
+    while iteration.epochs is None or epoch < iteration.epochs:
+        before = count
+        for batch in batches:
+            if count == iteration.steps:
+                return
+            count += 1
+            yield batch
+        epoch += 1
+        if count == iteration.steps:
+            return
+        if count == before:
+            what = "no batch" if epoch == 1 else f"no more batches after step {count}"
+            progress.notice(f"the loader gives {what}; a generator can be iterated over only once")
+            return
+
+
+def _number(loss: Any) -> float:
+    """Return a loss as a number, 0 for none."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss or 0.0)
+
+
+def _logged(result: Any) -> dict[str, Any]:
+    """Return what a step gives to be recorded, by name.
+
+    Raises:
+        UsageError: it is neither a number, nor numbers by name.
+    """
+    if result is None:
+        return {}
+    if isinstance(result, Tensor | int | float):
+        return {"loss": result}
+    if isinstance(result, Mapping) and all(isinstance(name, str) for name in result):
+        return dict(result)
+    raise UsageError(
+        f"the step returns {called(result)}; return the loss, or numbers by name: "
+        '{"loss": loss, "accuracy": accuracy}'
+    )

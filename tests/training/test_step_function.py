@@ -1,0 +1,170 @@
+"""`train` with a step of the user's own: the same bits as the loop by hand, recorded."""
+
+import pytest
+import torch
+from tests.training.by_hand import bits
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import everystep
+
+
+class Gan:
+    """Two models and two optimizers, and a step of them."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.discriminator = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+        self.optimizers = [
+            torch.optim.Adam(m.parameters(), 1e-2) for m in (self.generator, self.discriminator)
+        ]
+        rows = torch.randn(32, 2, generator=torch.Generator().manual_seed(1))
+        self.loader = DataLoader(TensorDataset(rows), batch_size=8, shuffle=True)
+
+    @property
+    def parts(self):
+        g, d = self.optimizers
+        return {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "optimizer_g": g,
+            "optimizer_d": d,
+        }
+
+    def step(self, batch):
+        g, d = self.optimizers
+        (real,) = batch
+        fake = self.generator(torch.randn(len(real), 4))
+        loss = functional.softplus(-self.discriminator(real)).mean()
+        loss = loss + functional.softplus(self.discriminator(fake.detach())).mean()
+        d.zero_grad()
+        loss.backward()
+        d.step()
+        fooled = functional.softplus(-self.discriminator(fake)).mean()
+        g.zero_grad()
+        fooled.backward()
+        g.step()
+        return {"loss": loss, "fooled": fooled}
+
+    def state(self):
+        return {
+            n: bits(t) for m in (self.generator, self.discriminator) for n, t in m.named_parameters()
+        }
+
+
+def by_hand(gan, epochs):
+    return [gan.step(batch)["loss"].detach().item() for _ in range(epochs) for batch in gan.loader]
+
+
+def test_it_is_the_loop_by_hand_and_comes_back(tmp_path):
+    plain = Gan()
+    losses = by_hand(plain, 6)
+    gan = Gan()
+    run = everystep.train(
+        gan.step, gan.loader, parts=gan.parts, epochs=6, directory=tmp_path / "run", progress=False
+    )
+    assert list(run.losses["loss"]) == losses
+    assert gan.state() == plain.state()
+    assert run.verify(progress=False, processes=1).is_exact
+    assert "fooled" in run.measurement_names
+    assert run[9].batch is not None
+
+
+def test_steps_go_on_over_epochs(tmp_path):
+    gan = Gan()
+    run = everystep.train(gan.step, gan.loader, parts=gan.parts, steps=7, progress=False)
+    assert len(run.losses) == 7
+    assert run.facts.status == "finished"
+
+
+def test_without_batches_the_step_takes_nothing():
+    x = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+
+    def step():
+        loss = ((x - 1) ** 2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    run = everystep.train(step, parts={"x": x, "optimizer": optimizer}, steps=20, progress=False)
+    assert len(run.losses) == 20
+    assert run.verify(progress=False, processes=1).is_exact
+
+
+def test_a_seed_makes_it_repeatable():
+    runs = []
+    for _ in range(2):
+        gan = Gan()
+        torch.manual_seed(5)
+        runs.append(
+            everystep.train(gan.step, gan.loader, parts=gan.parts, steps=5, seed=3, progress=False)
+        )
+    assert list(runs[0].losses["loss"]) == list(runs[1].losses["loss"])
+
+
+def test_a_generator_that_is_used_up_is_said(capsys):
+    gan = Gan()
+    batches = (batch for batch in gan.loader)
+    run = everystep.train(gan.step, batches, parts=gan.parts, steps=50, progress=False)
+    assert len(run.losses) == 4
+    assert "no more batches after step 4" in capsys.readouterr().err
+
+
+def test_a_loader_without_batches_is_said(capsys):
+    gan = Gan()
+    run = everystep.train(gan.step, [], parts=gan.parts, steps=50, progress=False)
+    assert len(run.losses) == 0
+    assert "the loader gives no batch" in capsys.readouterr().err
+
+
+def test_it_stops_at_a_loss_that_is_not_finite():
+    gan, count = Gan(), [0]
+
+    def step(batch):
+        count[0] += 1
+        return {"loss": gan.step(batch)["loss"] * (float("nan") if count[0] == 5 else 1.0)}
+
+    run = everystep.train(step, gan.loader, parts=gan.parts, steps=50, stop_on_nan=True, progress=False)
+    assert len(run.losses) == 5
+    assert run.facts.status == "stopped"
+    assert run.facts.reason == "the loss is nan (stop_on_nan)"
+
+
+def test_an_exception_leaves_the_steps_before_it():
+    gan, count = Gan(), [0]
+
+    def step(batch):
+        count[0] += 1
+        if count[0] == 4:
+            raise RuntimeError("out of luck")
+        return gan.step(batch)["loss"]
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        everystep.train(step, gan.loader, parts=gan.parts, steps=9, directory="run", progress=False)
+    run = everystep.open("run")
+    assert len(run.losses) == 3
+    assert run.facts.status == "failed"
+
+
+def test_all_wrong_arguments_are_reported_at_once():
+    with pytest.raises(everystep.UsageError) as caught:
+        everystep.train(
+            nn.Linear(2, 2), 3, parts={}, loss=nn.MSELoss(), batch_size=4, steps=2, progress=False
+        )
+    paths = [fault.path for fault in caught.value.faults]
+    assert paths == ["step", "parts", "batches", "loss", "batch_size"]
+
+
+def test_a_step_without_parts_is_shown_the_way():
+    with pytest.raises(everystep.UsageError, match="name the parts= of your own step"):
+        everystep.train(lambda batch: None, [], steps=2)
+
+
+@pytest.mark.parametrize("result", ["text", (1, 2), {3: 4}])
+def test_what_a_step_must_not_return(result):
+    with pytest.raises(everystep.UsageError, match="the step returns"):
+        everystep.train(lambda batch: result, [1], parts={"x": torch.zeros(2)}, steps=1, progress=False)
