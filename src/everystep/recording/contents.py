@@ -181,6 +181,12 @@ def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
     return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
 
 
+def digest_of(tensor: Tensor) -> str:
+    """Return a digest of a tensor: XXH3, 128 bits, over dtype, shape and bytes, in hexadecimal."""
+    kind = _kind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), False)
+    return _digest(kind, _bytes_of(tensor.cpu())).hex()
+
+
 def _kind(dtype: str, shape: tuple[int, ...], is_by_row: bool) -> bytes:
     """Return what a digest is of besides bytes: the dtype and the shape."""
     return f"{dtype} {shape[1:] if is_by_row else shape}".encode()

@@ -39,7 +39,8 @@ class Taken(NamedTuple):
 
     program: its number, None where nothing repeats the step; numbers: of its operators, and those that
     Python read; inputs: what it was given, on the CPU, by name; nesting: how its batch was nested;
-    bytes: of inputs that were not there before.
+    bytes: of inputs that were not there before; digests: of the state afterwards, by name, if they were
+    taken.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Taken(NamedTuple):
     inputs: dict[str, Tensor]
     nesting: Any
     bytes: int
+    digests: dict[str, str]
 
 
 def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
@@ -264,7 +266,8 @@ class Recorder:
         for row in rows:
             given = self._contents.add(row.step, row.inputs)
             listed = {name: each.to_json() for name, each in given.items()}
-            inputs = packed({"nesting": row.nesting, "given": listed})
+            digests = {"digests": row.digests} if row.digests else {}
+            inputs = packed({"nesting": row.nesting, "given": listed} | digests)
             numbers = packed(row.numbers) if row.numbers else None
             found.append(Repeat(row.step, row.program, numbers, inputs))
         contents = self._contents

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from everystep import numerics
+from everystep.recording.contents import digest_of
 from everystep.recording.facts import (
     BatchFacts,
     DataFacts,
@@ -43,6 +44,10 @@ TIMED_STEPS = 8
 MOST_WAITING = 512_000_000
 #: Paths that are remembered; a loop in which every step has another would fill the memory.
 MOST_PATHS = 200
+#: Digests of the state are taken if that takes no more than this share of the time so far, at so many
+#: bytes a second.
+DIGEST_SHARE = 0.01
+DIGESTED_A_SECOND = 2e9
 #: What is not seen is said so often; the rest is in the run's facts.
 MOST_SAID = 3
 
@@ -173,7 +178,7 @@ class LoopWriter:
             known = self._programs[path] = self._build(path, step)
             if len(self._programs) > MOST_PATHS:  # a path that comes again then has two programs
                 del self._programs[next(iter(self._programs))]
-        self._taken.append(self._row(step, known, copied))
+        self._taken.append(self._row(step, after, known, copied))
         self._note_logged(step, path)
         self._note_unseen(step)
         self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
@@ -226,12 +231,14 @@ class LoopWriter:
         self._recorder.program(self._program_count, built.program, {})
         return _Program(self._program_count, built)
 
-    def _row(self, step: StepUnderWay, known: _Program | None, copied: int) -> Taken:
+    def _row(
+        self, step: StepUnderWay, state: dict[str, Tensor], known: _Program | None, copied: int
+    ) -> Taken:
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
         size = sum(tensor.nbytes for tensor in inputs.values()) + copied - self._copied
         self._copied = copied
         if known is None:
-            return Taken(self.step, None, None, inputs, step.nested, size)
+            return Taken(self.step, None, None, inputs, step.nested, size, {})
         for name, storage in known.built.inputs.items():
             content = step.watch.content(storage)
             if content is not None and name not in step.batch:
@@ -242,7 +249,21 @@ class LoopWriter:
                 inputs[f"generator/{draw}"] = generator
         self._generator = step.watch.drawn if step.watch.drawn is not None else self._generator
         numbers = known.built.numbers(step.watch.numbers)
-        return Taken(self.step, known.number, numbers, inputs, step.nested, size)
+        digests = self._digests(state)
+        return Taken(self.step, known.number, numbers, inputs, step.nested, size, digests)
+
+    def _digests(self, state: dict[str, Tensor]) -> dict[str, str]:
+        """Return digests of the state after step 1, 2, 4, 8, ..., but for gradients, which may be gone.
+
+        They say between which steps something has written where torch does not see it.
+        """
+        if self.step & (self.step - 1):
+            return {}
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
+        seconds = sum(tensor.nbytes for tensor in kept.values()) / DIGESTED_A_SECOND
+        if seconds > DIGEST_SHARE * (time.perf_counter() - self._started):
+            return {}
+        return {name: digest_of(tensor) for name, tensor in kept.items()}
 
     def _note_logged(self, step: StepUnderWay, path: StepPath) -> None:
         self._losses.append(step.logged.pop("loss", math.nan))
