@@ -6,26 +6,26 @@ from torch import nn
 
 import everystep
 from everystep.experiment.batches import Batches
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.eager import EagerStep, Training
 from everystep.step.iterate import Iteration
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
 
-def trainee(dropout):
+def training(dropout):
     torch.manual_seed(0)
     x, y = torch.randn(64, 20).cuda(), torch.randn(64, 1).cuda()
     layers = nn.Linear(20, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 1)
     model = nn.Sequential(*layers).cuda()
     optimizer = everystep.GradientDescent(model.parameters(), lr=1e-3)
     batches = Batches(64).of(x, y)
-    return Trainee(model, nn.MSELoss(), optimizer, batches, torch.device("cuda", 0))
+    return Training(model, nn.MSELoss(), optimizer, batches, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_graph_gives_the_eager_bits(dropout):
     with everystep.numerics.in_force():
-        ours, by_hand = trainee(dropout), trainee(dropout)
+        ours, by_hand = training(dropout), training(dropout)
         torch.manual_seed(1)
         iteration = Iteration(ours, 100, engine="program")
         iteration.advance(100)

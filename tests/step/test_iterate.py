@@ -71,8 +71,8 @@ def test_losses_wait_until_they_are_collected(small, make_trainee, monkeypatch):
 
 def test_the_caller_finds_the_gradients_of_the_last_step(small, make_trainee):
     model, x, y = small
-    trainee = make_trainee(model, x, y)
-    iteration = Iteration(trainee, 1000)
+    training = make_trainee(model, x, y)
+    iteration = Iteration(training, 1000)
     iteration.advance(50)  # no step at which gradients would be there from a check
     before = [p.detach().clone() for p in model.parameters()]
     iteration.finish()

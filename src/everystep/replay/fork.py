@@ -22,7 +22,7 @@ from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.replay.objects import Objects
 from everystep.replay.opener import Opener
 from everystep.replay.replay import no_such_step
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.state import State, generators_preserved, optimizer_settings
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
@@ -101,7 +101,7 @@ class Fork:
             "changed": {path: value for path, value in self.settings.items() if _is_plain(value)},
         }
         # With a schedule, all is recorded; otherwise, what is not as it was.
-        known = {} if job.trainee.schedule else hyperparameters
+        known = {} if job.training.schedule else hyperparameters
         job = replace(
             job,
             name=f"{self.run.name}-fork",
@@ -120,19 +120,19 @@ class Fork:
                 found[name] = values[-1]
         return found
 
-    def with_schedule(self, trainee: Trainee, state: State) -> State:
+    def with_schedule(self, training: Training, state: State) -> State:
         """Bring a training's schedule to the parent's state; return the state with what it has set.
 
         A state that was replayed knows nothing of the schedule: it goes on from the snapshot before.
         """
-        schedule, settings = trainee.schedule, state.settings
+        schedule, settings = training.schedule, state.settings
         known = self.run.state_near(self.at, after=self.stretch.first - 2)
         if schedule is None or known is None:
             return state
-        known.restore(trainee.model, trainee.loss, trainee.optimizer, schedule, trainee.device)
+        known.restore(training.model, training.loss, training.optimizer, schedule, training.device)
         batches = self.stretch.facts["batches"]
         # Epochs are the parent's up to here.
-        advance = EagerStep(replace(trainee, steps_per_epoch=batches["steps_per_epoch"])).advance
+        advance = EagerStep(replace(training, steps_per_epoch=batches["steps_per_epoch"])).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
             # It says that the optimizer has taken no step, which is so.
@@ -143,7 +143,7 @@ class Fork:
                         schedule.step(followed[number])
                 elif advance is not None:
                     advance(number)
-        optimizer = optimizer_settings(trainee.model, trainee.optimizer)
+        optimizer = optimizer_settings(training.model, training.optimizer)
         optimizer |= {"values": settings["optimizer"]["values"]}
         return replace(state, settings={"step": self.at, "optimizer": optimizer})
 
@@ -173,8 +173,8 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
             data = None if new.data != old.data else _parents_data(asked, old)
             job = experiment_job(new, asked.run.name, device, data)
             if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
-                state = asked.with_schedule(job.trainee, state)
-            before = _bring_to(job.trainee, state, old, new)
+                state = asked.with_schedule(job.training, state)
+            before = _bring_to(job.training, state, old, new)
             if new.seed != old.seed:
                 torch.manual_seed(new.seed)
             if data is not None and "preparation" in facts:
@@ -239,31 +239,31 @@ def fork_objects(
         job = objects_job(trained, iteration, device, progress)
         goes_on = own.schedule is not None and _class_of(own.schedule) == _schedule_of(facts)
         if goes_on:
-            state = asked.with_schedule(job.trainee, state)
-        before = _bring_objects_to(job.trainee, state, keep=not is_own and not goes_on)
+            state = asked.with_schedule(job.training, state)
+        before = _bring_objects_to(job.training, state, keep=not is_own and not goes_on)
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         if lr is not None:
-            _set_rate(job.trainee, lr)
+            _set_rate(job.training, lr)
         if "seed" not in settings:
             job.facts["seed"] = facts["seed"]
-        job.facts["optimizer"] = {"text": optimizer_text(job.trainee.optimizer)}
+        job.facts["optimizer"] = {"text": optimizer_text(job.training.optimizer)}
         return asked.train(job, before, own.data is not None, progress)
 
 
-def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) -> dict[str, float]:
+def _bring_to(training: Training, state: State, old: Experiment, new: Experiment) -> dict[str, float]:
     """Bring a training to the parent's state, but for what changes; return the lr as it was there."""
-    optimizer, schedule = trainee.optimizer, trainee.schedule
+    optimizer, schedule = training.optimizer, training.schedule
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     same_optimizer = old.optimizer.name == new.optimizer.name
     same_schedule = same_optimizer and old.schedule == new.schedule
     try:
         state.restore(
-            trainee.model,
-            trainee.loss if old.loss == new.loss else None,
+            training.model,
+            training.loss if old.loss == new.loss else None,
             optimizer if same_optimizer else None,
             None,
-            trainee.device,
+            training.device,
         )
     except ValueError as error:
         raise ExperimentError(
@@ -271,7 +271,7 @@ def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) 
         ) from None
     if not same_optimizer:
         return {}
-    before = trainee.hyperparameters()
+    before = training.hyperparameters()
     keywords = old.optimizer.keywords, new.optimizer.keywords
     changed = {
         key for key in {*keywords[0], *keywords[1]} if keywords[0].get(key) != keywords[1].get(key)
@@ -279,30 +279,30 @@ def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) 
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in settings.items() if not same_schedule or k in changed})
     if same_schedule and schedule is not None and "lr" in changed:
-        _set_rate(trainee, optimizer.param_groups[0]["lr"])
+        _set_rate(training, optimizer.param_groups[0]["lr"])
     return before
 
 
-def _set_rate(trainee: Trainee, lr: float) -> None:
+def _set_rate(training: Training, lr: float) -> None:
     """Set the learning rate; a schedule goes on from it."""
-    for group in trainee.optimizer.param_groups:
+    for group in training.optimizer.param_groups:
         group["lr"] = lr
         if "initial_lr" in group:
             group["initial_lr"] = lr
-    if trainee.schedule is not None and hasattr(trainee.schedule, "base_lrs"):
-        trainee.schedule.base_lrs = [lr for _ in trainee.optimizer.param_groups]
+    if training.schedule is not None and hasattr(training.schedule, "base_lrs"):
+        training.schedule.base_lrs = [lr for _ in training.optimizer.param_groups]
 
 
-def _bring_objects_to(trainee: Trainee, state: State, keep: bool) -> dict[str, float]:
+def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str, float]:
     """Bring live objects to the parent's state; `keep`: the settings of the optimizer stay."""
-    optimizer = trainee.optimizer
+    optimizer = training.optimizer
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     same = type(optimizer).__qualname__ == state.settings["optimizer"]["class"]
     try:
-        state.restore(trainee.model, trainee.loss, optimizer if same else None, None, trainee.device)
+        state.restore(training.model, training.loss, optimizer if same else None, None, training.device)
     except ValueError as error:
         raise RunError(f"the objects do not fit the run's state: {error}") from None
-    before = trainee.hyperparameters() if same else {}
+    before = training.hyperparameters() if same else {}
     if keep:
         for group, settings in zip(optimizer.param_groups, fresh, strict=True):
             group.update(settings)

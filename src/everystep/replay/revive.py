@@ -30,7 +30,7 @@ from everystep.replay.objects import Objects
 from everystep.replay.revived import Changes, Revived
 from everystep.replay.skeleton import make_skeleton
 from everystep.step.build import Built
-from everystep.step.eager import BatchSource, Trainee
+from everystep.step.eager import BatchSource, Training
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.programs import ProgramRule, Programs
 from everystep.step.state import generators_preserved
@@ -57,10 +57,10 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device)
         needs_model = engine["eager_from"] is not None or engine.get("live_optimizer") is not None
-        trainee = _living(run, facts, objects, batch, device) if needs_model else None
-        if trainee is None:
-            trainee = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
-    programs = Programs(trainee, fold=False, first_step=stretch.first)
+        training = _living(run, facts, objects, batch, device) if needs_model else None
+        if training is None:
+            training = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
+    programs = Programs(training, fold=False, first_step=stretch.first)
     for rule, each in built:
         since = rule.get("since", stretch.first)
         programs.use(each, ProgramRule(0, rule["steps"], since), _kind_of(each.program, batch))
@@ -70,7 +70,7 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
         for step, name in change_files(run.directory).items()
     }
     eager_from = 1 if engine.get("live_optimizer") else engine["eager_from"]
-    return Revived(stretch.first, trainee, programs, eager_from, batches, changes, between)
+    return Revived(stretch.first, training, programs, eager_from, batches, changes, between)
 
 
 def _batches(facts: dict[str, Any]) -> Batches:
@@ -159,7 +159,7 @@ def _read_program(path: Path) -> Built:
 
 def _living(
     run: RecordedRun, facts: dict[str, Any], objects: Objects, batch: BatchSource, device: torch.device
-) -> Trainee | None:
+) -> Training | None:
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
         return _from_objects(facts, objects, batch, device)
@@ -167,25 +167,25 @@ def _living(
     if path is None:
         return None
     try:
-        trainee = experiment_job(load(path), run.name, device).trainee
+        training = experiment_job(load(path), run.name, device).training
     except ExperimentError as error:
         raise RunError(f"{path} cannot be used: {error}") from None
-    return replace(trainee, batch=batch, schedule=None)
+    return replace(training, batch=batch, schedule=None)
 
 
 def _from_objects(
     facts: dict[str, Any], objects: Objects, batch: BatchSource, device: torch.device
-) -> Trainee:
+) -> Training:
     objects.check_complete()
     own = objects.copied()
     assert own.model is not None and own.loss is not None and own.optimizer is not None
     own.model.to(device)
-    return Trainee(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts["clip_norm"])
+    return Training(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts["clip_norm"])
 
 
 def _skeleton(
     run: RecordedRun, stretch: Stretch, programs: list[Program], batch: BatchSource, device: torch.device
-) -> Trainee:
+) -> Training:
     if not programs:
         live = (stretch.facts.get("engine") or {}).get("live_optimizer")
         why = (

@@ -19,7 +19,7 @@ from everystep.program.memory import copy_into
 from everystep.replay.skeleton import Skeleton
 from everystep.replay.step import Batch
 from everystep.step.check import Saved, bytes_of
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, observe_eager, observe_program
 from everystep.step.programs import Programs
@@ -46,7 +46,7 @@ class Revived:
 
     Args:
         first: the first step.
-        trainee: what is trained.
+        training: what is trained.
         programs: what takes its steps.
         eager_from: the first step that Python takes, None if there is none.
         batches: which rows each step sees.
@@ -61,7 +61,7 @@ class Revived:
     def __init__(
         self,
         first: int,
-        trainee: Trainee,
+        training: Training,
         programs: Programs,
         eager_from: int | None,
         batches: Batches,
@@ -69,7 +69,7 @@ class Revived:
         between: Mapping[int, Callable[[], dict[str, Tensor]]],
     ) -> None:
         self.first = first
-        self.trainee = trainee
+        self.training = training
         self.batches = batches
         self.programs = programs
         self.eager_from = eager_from
@@ -79,7 +79,7 @@ class Revived:
         self._between = between
         self._settled: int | None = None
         self._batch_digest: bytes | None = None
-        self._eager = EagerStep(trainee)
+        self._eager = EagerStep(training)
 
     def load(self, state: State) -> None:
         """Bring everything to a state from disk.
@@ -87,36 +87,36 @@ class Revived:
         Raises:
             RunError: it does not belong to this training.
         """
-        trainee = self.trainee
+        training = self.training
         try:
-            if isinstance(trainee.model, Skeleton):
+            if isinstance(training.model, Skeleton):
                 self._load_into_skeleton(state)
             else:
                 state.restore(
-                    trainee.model, trainee.loss, trainee.optimizer, trainee.schedule, trainee.device
+                    training.model, training.loss, training.optimizer, training.schedule, training.device
                 )
         except ValueError as error:
-            cure = "" if isinstance(trainee.model, Skeleton) else _CURE
+            cure = "" if isinstance(training.model, Skeleton) else _CURE
             raise RunError(f"state {state.step} does not fit the training: {error}{cure}") from None
         self._moved(state.step)
 
     def save(self) -> Saved:
         """Return a copy of the state as it is now."""
         self.settle()
-        return Saved(self.trainee)
+        return Saved(self.training)
 
     def restore(self, step: int, saved: Saved) -> None:
         """Bring everything back to what `save` returned after `step`."""
-        saved.restore(self.trainee, forget_new=True)
+        saved.restore(self.training, forget_new=True)
         self._moved(step)
 
     def capture(self) -> State:
         """Return the state as it is now, as it is written to disk."""
         assert self.state is not None
         self.settle()
-        if self.trainee.has_tensor_settings:
+        if self.training.has_tensor_settings:
             self._set_hyperparameters(self.state + 1)
-        return self.trainee.state(self.state)
+        return self.training.state(self.state)
 
     def run(self, last: int) -> Tensor:
         """Take the steps up to `last`; return their losses (steps), on the CPU.
@@ -133,7 +133,7 @@ class Revived:
                 continue
             self.begin_eagerly(number)
             with _told(number):
-                losses.append(self._eager.take(*self.trainee.batch(number)).reshape(1))
+                losses.append(self._eager.take(*self.training.batch(number)).reshape(1))
             self.state = number
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
@@ -191,27 +191,27 @@ class Revived:
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
-        return self.trainee.named_state()
+        return self.training.named_state()
 
     def batch(self, number: int) -> Batch:
         """Return a copy of the batch of a step."""
         tensors = {
-            name: part.clone() for name, part in zip("xy", self.trainee.batch(number), strict=True)
+            name: part.clone() for name, part in zip("xy", self.training.batch(number), strict=True)
         }
         return Batch(tensors, self.batches.indices(number), tuple(tensors.values()))
 
     def given(self, number: int) -> bytes:
         """Return what tells apart what a step is given besides its state: settings and batch."""
-        settings = json.dumps(self.trainee.hyperparameters()).encode()
-        if self._batch_digest is None or not self.trainee.batch.is_fixed:
-            parts = self.trainee.batch(number)
+        settings = json.dumps(self.training.hyperparameters()).encode()
+        if self._batch_digest is None or not self.training.batch.is_fixed:
+            parts = self.training.batch(number)
             digests = (hashlib.sha256(bytes_of(part)).digest() for part in parts)
             self._batch_digest = b"".join(digests)
         return settings + self._batch_digest
 
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
-        return [path for path, _ in self.trainee.model.named_modules() if path]
+        return [path for path, _ in self.training.model.named_modules() if path]
 
     def epoch(self, number: int) -> int:
         """Return the epoch of a step, from 0."""
@@ -222,14 +222,14 @@ class Revived:
         if not self.has_gradients:
             return {}
         assert self.state is not None
-        found = self.trainee.gradients()
+        found = self.training.gradients()
         if self.is_by_program(self.state):
             found = self.programs.bound(self.state).gradients
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates as they are now, and the other numbers that ever changed."""
-        now = self.trainee.hyperparameters()
+        now = self.training.hyperparameters()
         return {n: value for n, value in now.items() if n.startswith("lr") or n in self._changes}
 
     def is_like_before(self, number: int) -> bool:
@@ -239,7 +239,7 @@ class Revived:
         """
         is_eager = self.eager_from is not None and number >= self.eager_from
         is_settled = number - 1 not in self._between
-        alike = self.trainee.batch.is_fixed and not self._changes and not is_eager and is_settled
+        alike = self.training.batch.is_fixed and not self._changes and not is_eager and is_settled
         return alike and number > self.programs.since(number) + 1
 
     def is_by_program(self, number: int) -> bool:
@@ -248,7 +248,7 @@ class Revived:
             return False
         # The first program may make state that only the optimizer itself knows where to keep.
         makes_state = number == self.programs.since(number) and not isinstance(
-            self.trainee.model, Skeleton
+            self.training.model, Skeleton
         )
         return not makes_state and self.programs.has(number)
 
@@ -260,20 +260,20 @@ class Revived:
         """
         self.settle()
         self._set_hyperparameters(number)
-        if isinstance(self.trainee.model, Skeleton):
+        if isinstance(self.training.model, Skeleton):
             raise RunError(
                 f"step {number} was taken eagerly, and no program repeats it; open the run with what "
                 "it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
             )
 
     def _load_into_skeleton(self, state: State) -> None:
-        trainee = self.trainee
+        training = self.training
         if self.programs.has_optimizer_step:
-            state.restore(trainee.model, trainee.loss, trainee.optimizer, None, trainee.device)
+            state.restore(training.model, training.loss, training.optimizer, None, training.device)
             return
         saved = state.named()
         with torch.no_grad():
-            for name, tensor in trainee.named_state().items():
+            for name, tensor in training.named_state().items():
                 given = saved.get(name)
                 if given is not None and given.shape != tensor.shape:
                     raise ValueError(f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
@@ -284,10 +284,10 @@ class Revived:
                 else:
                     raise ValueError(f"it has no {name}")
         for group, known in zip(
-            trainee.optimizer.param_groups, state.settings["optimizer"]["groups"], strict=True
+            training.optimizer.param_groups, state.settings["optimizer"]["groups"], strict=True
         ):
             group.update({k: v for k, v in known.items() if k != "params"})
-        state.generators.restore(trainee.device)
+        state.generators.restore(training.device)
 
     def settle(self) -> None:
         """Let what other code changed after the last step be so, before anything else is done."""
@@ -296,21 +296,21 @@ class Revived:
             return
         self._settled = self.state
         tensors = self._between[self.state]()
-        trainee = self.trainee
-        live = trainee.named_state()
+        training = self.training
+        live = training.named_state()
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name in live and live[name].shape == tensor.shape:
                     copy_into(live[name], tensor)
         generators = {n.removeprefix("generator/"): t for n, t in tensors.items() if n not in live}
         if any(name in generators for name in ("torch", "python", "numpy")):
-            known = Generators.capture(trainee.device).tensors() | generators
-            Generators.from_tensors(known).restore(trainee.device)
+            known = Generators.capture(training.device).tensors() | generators
+            Generators.from_tensors(known).restore(training.device)
 
     def _moved(self, step: int) -> None:
         self.state = self._loaded = self._settled = step
-        if isinstance(self.trainee.batch, DatasetBatches):
-            self.trainee.batch.forget()
+        if isinstance(self.training.batch, DatasetBatches):
+            self.training.batch.forget()
         self.programs.refresh()
         self.programs.load_rates()
 
@@ -320,7 +320,7 @@ class Revived:
         for name, changes in self._changes.items():
             index = bisect_right(changes.steps, step) - 1
             if index >= 0:
-                set_hyperparameter(self.trainee.optimizer, name, changes.values[index])
+                set_hyperparameter(self.training.optimizer, name, changes.values[index])
         self.programs.load_rates()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everystep.errors import ProgramError
 from everystep.program.program import Program
-from everystep.step.eager import BatchSource, Trainee
+from everystep.step.eager import BatchSource, Training
 from everystep.step.state import State
 
 __all__ = ["Skeleton", "make_skeleton"]
@@ -37,7 +37,7 @@ def make_skeleton(
     batch: BatchSource,
     device: torch.device,
     clip_norm: float | None,
-) -> Trainee:
+) -> Training:
     """Return a training that programs can be bound to, with the settings of a state and no numbers yet.
 
     Args:
@@ -69,7 +69,7 @@ def make_skeleton(
         elif kind == "gradient":
             parameters[path].grad = tensor
     optimizer = _optimizer(programs, state, parameters, tensors)
-    return Trainee(
+    return Training(
         model=model,
         loss=loss,
         optimizer=optimizer,

@@ -23,7 +23,7 @@ from everystep.program.program import (
     references,
 )
 from everystep.step.capture import Capture
-from everystep.step.eager import Trainee, changes_more_than_lr
+from everystep.step.eager import Training, changes_more_than_lr
 from everystep.step.recorder import Recorded
 from everystep.step.state import optimizer_settings
 
@@ -45,7 +45,7 @@ class Built(NamedTuple):
     constants: dict[str, Tensor]
 
 
-def build(captured: Capture, trainee: Trainee, has_update: bool = True) -> Built:
+def build(captured: Capture, training: Training, has_update: bool = True) -> Built:
     """Return the program of a captured step.
 
     has_update: whether the update was captured, too; without it, the program ends with the gradients.
@@ -59,7 +59,7 @@ def build(captured: Capture, trainee: Trainee, has_update: bool = True) -> Built
             raise NotCapturableError(f"in the {where} phase, {reason}")
     if not has_update:
         return Builder(captured, captured.operations, ("optimizer/", "group/")).program(None)
-    update = _Update(captured, trainee)
+    update = _Update(captured, training)
     left_out = ("optimizer/",) if update.is_optimizer_step else ()
     builder = Builder(captured, update.operations(), left_out)
     optimizer_step = update.optimizer_step() if update.is_optimizer_step else None
@@ -117,10 +117,10 @@ def _unchanging_in(captured: Capture) -> set[int]:
 class _Update:
     """The update: operations with the lr as a tensor, or the step of an optimizer as a whole."""
 
-    def __init__(self, captured: Capture, trainee: Trainee) -> None:
+    def __init__(self, captured: Capture, training: Training) -> None:
         self._captured = captured
-        self._trainee = trainee
-        self._settings = optimizer_settings(trainee.model, trainee.optimizer)
+        self._training = training
+        self._settings = optimizer_settings(training.model, training.optimizer)
         self._groups = {
             name: index
             for index, group in enumerate(self._settings["groups"])
@@ -140,10 +140,10 @@ class _Update:
         Raises:
             NotCapturableError: the optimizer is not one of torch's.
         """
-        optimizer = type(self._trainee.optimizer)
+        optimizer = type(self._training.optimizer)
         if getattr(torch.optim, optimizer.__name__, None) is not optimizer:
             raise NotCapturableError(f"the step of {optimizer.__qualname__} {self._reason_against()}")
-        schedule = self._trainee.schedule
+        schedule = self._training.schedule
         changing = set() if schedule is None else _SCHEDULED
         if schedule is not None and changes_more_than_lr(schedule):
             changing = changing | _SCHEDULED_BY_SOME
@@ -163,7 +163,7 @@ class _Update:
                 return f"is no list of operations: {refusal.reason}"
         if any(value is not None for value in self._settings["values"].values()):
             return "keeps numbers that are no tensors"
-        schedule = self._trainee.schedule
+        schedule = self._training.schedule
         if schedule is not None:
             if changes_more_than_lr(schedule):
                 return "follows a schedule that may change more than the lr"
@@ -184,7 +184,7 @@ class _Update:
                 operator=recorded.operator.overloadpacket.tensor_lr,
                 keywords=recorded.keywords | {"lr": hyperparameter("lr", group, "float64")},
             )
-        if name == "mul" and isinstance(self._trainee.optimizer, GradientDescent):
+        if name == "mul" and isinstance(self._training.optimizer, GradientDescent):
             gradient, lr = recorded.arguments
             if isinstance(lr, float | int) and isinstance(gradient, str):
                 # A kernel for float32 rounds a number to float32 before it multiplies; given one that

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from everystep.step.check import same_bits
-from everystep.step.eager import Trainee
+from everystep.step.eager import Training
 from everystep.step.state import Generators
 
 __all__ = ["Change", "Contents"]
@@ -25,22 +25,22 @@ class Change(NamedTuple):
 class Contents:
     """A copy of the state of a training, to be compared with what it is later."""
 
-    def __init__(self, trainee: Trainee) -> None:
-        live = _tensors(trainee)
+    def __init__(self, training: Training) -> None:
+        live = _tensors(training)
         self._tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
         self._parameters = _parameters(live)
-        self._data = _data_versions(trainee)
+        self._data = _data_versions(training)
 
-    def change(self, trainee: Trainee) -> Change | None:
+    def change(self, training: Training) -> Change | None:
         """Return what is not as it was, or None."""
-        now, before = _tensors(trainee), self._tensors
+        now, before = _tensors(training), self._tensors
         tensors = {
             name: tensor.detach().cpu().clone()
             for name, tensor in now.items()
             if name not in before or not same_bits(tensor, before[name])
         }
         lost = None
-        if _data_versions(trainee) != self._data:
+        if _data_versions(training) != self._data:
             lost = "the data"
         elif _parameters(now) != self._parameters:
             lost = "which parameters there are"
@@ -52,9 +52,9 @@ class Contents:
         return Change(tensors, lost) if tensors or lost else None
 
 
-def _tensors(trainee: Trainee) -> dict[str, Tensor]:
-    generators = Generators.capture(trainee.device).tensors()
-    return trainee.named_state() | {f"generator/{name}": each for name, each in generators.items()}
+def _tensors(training: Training) -> dict[str, Tensor]:
+    generators = Generators.capture(training.device).tensors()
+    return training.named_state() | {f"generator/{name}": each for name, each in generators.items()}
 
 
 def _parameters(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -62,5 +62,5 @@ def _parameters(tensors: dict[str, Tensor]) -> dict[str, int]:
     return {name: id(each) for name, each in tensors.items() if name.startswith("parameter/")}
 
 
-def _data_versions(trainee: Trainee) -> list[int]:
-    return [part._version for part in trainee.batch(1)] if trainee.batch.is_fixed else []
+def _data_versions(training: Training) -> list[int]:
+    return [part._version for part in training.batch(1)] if training.batch.is_fixed else []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.memory import copy_into
-from everystep.step.eager import Trainee
+from everystep.step.eager import Training
 from everystep.step.own_state import captured, keeps_own_state, restore
 from everystep.step.state import Generators, entries_of, parameter_names
 
@@ -35,30 +35,30 @@ class Saved:
     Unlike a `State`, which is for the disk, it holds objects as they are, on their device.
 
     Args:
-        trainee: what is trained.
+        training: what is trained.
         has_optimizer: whether to hold what the optimizer keeps, too.
     """
 
-    def __init__(self, trainee: Trainee, has_optimizer: bool = True) -> None:
-        optimizer = trainee.optimizer
+    def __init__(self, training: Training, has_optimizer: bool = True) -> None:
+        optimizer = training.optimizer
         self.tensors = {
             name: tensor.detach().clone()
-            for name, tensor in trainee.named_state().items()
+            for name, tensor in training.named_state().items()
             if has_optimizer or not name.startswith(_OF_OPTIMIZER)
         }
-        self.generators = Generators.capture(trainee.device)
+        self.generators = Generators.capture(training.device)
         self._has_optimizer = has_optimizer
-        self._names = parameter_names(trainee.model, optimizer) if has_optimizer else {}
+        self._names = parameter_names(training.model, optimizer) if has_optimizer else {}
         self._own: tuple[dict[str, Tensor], Any] | None = None
         if has_optimizer and keeps_own_state(optimizer):
-            own, data = captured(optimizer, self._names, trainee.named_state())
+            own, data = captured(optimizer, self._names, training.named_state())
             self._own = {name: tensor.detach().clone() for name, tensor in own.items()}, data
         elif has_optimizer:
             self._entries = {p: _plain_data(entries) for p, entries in entries_of(optimizer)}
             self._groups = [_plain_data(group) for group in optimizer.param_groups]
-        self._schedules = [_plain_data(vars(each)) for each in _schedules(trainee.schedule)]
+        self._schedules = [_plain_data(vars(each)) for each in _schedules(training.schedule)]
 
-    def restore(self, trainee: Trainee, *, forget_new: bool, has_schedule: bool = False) -> None:
+    def restore(self, training: Training, *, forget_new: bool, has_schedule: bool = False) -> None:
         """Bring the training back to this state, in its own tensors where it has them.
 
         forget_new: whether to drop optimizer state created since; has_schedule: whether to bring the
@@ -66,17 +66,17 @@ class Saved:
         """
         if self._own is not None:
             own, data = self._own
-            restore(trainee.optimizer, self._names, self.tensors | own, data)
+            restore(training.optimizer, self._names, self.tensors | own, data)
         elif self._has_optimizer:
-            self._restore_optimizer(trainee.optimizer, forget_new)
+            self._restore_optimizer(training.optimizer, forget_new)
         with torch.no_grad():
-            for name, tensor in trainee.named_state().items():
+            for name, tensor in training.named_state().items():
                 if name in self.tensors:
                     copy_into(tensor, self.tensors[name])
         if has_schedule:
-            for each, numbers in zip(_schedules(trainee.schedule), self._schedules, strict=True):
+            for each, numbers in zip(_schedules(training.schedule), self._schedules, strict=True):
                 vars(each).update(_plain_data(numbers))
-        self.generators.restore(trainee.device)
+        self.generators.restore(training.device)
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, forget_new: bool) -> None:
         for group, saved in zip(optimizer.param_groups, self._groups, strict=True):

@@ -26,7 +26,7 @@ from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import take_watched
 from everystep.step.changes import Change, Contents
 from everystep.step.check import Saved
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.examine import Purity, forward_of
@@ -48,7 +48,7 @@ class Iteration:
     """Takes the steps of a training, and keeps their losses until they are collected.
 
     Args:
-        trainee: what is trained, in place.
+        training: what is trained, in place.
         steps: the last step that there will be.
         engine: `eager`; `program`, for which the user answers for code that cannot be read, and which
             raises where there is no program; or `auto`.
@@ -66,17 +66,17 @@ class Iteration:
 
     def __init__(
         self,
-        trainee: Trainee,
+        training: Training,
         steps: int,
         engine: Engine = "auto",
         fold: bool = False,
         start: int = 0,
     ) -> None:
-        self.trainee = trainee
+        self.training = training
         self.start = self.step = start
         self.reason: str | None = None
         self.eager_from: int | None = None
-        self.programs = Programs(trainee, fold, start + 1)
+        self.programs = Programs(training, fold, start + 1)
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
         self._steps = steps
         self._engine = engine
@@ -94,7 +94,7 @@ class Iteration:
         self._verified: Saved | None = None
         #: Whether code that is not known has run since the last good check: there is no way back.
         self._is_past_return = False
-        self.purity = Purity(trainee, is_vouched=engine == "program")
+        self.purity = Purity(training, is_vouched=engine == "program")
         self._look_again()
         if self.reason is None:
             self._keep_verified()
@@ -117,7 +117,7 @@ class Iteration:
     def live_optimizer(self) -> str | None:
         """The class of an optimizer that runs as Python at every step, after a program's backward."""
         is_live = bool(self.programs.built) and not self.purity.has_known_optimizer
-        return type(self.trainee.optimizer).__qualname__ if is_live else None
+        return type(self.training.optimizer).__qualname__ if is_live else None
 
     def advance(self, last: int) -> None:
         """Take steps up to `last`, or until so many losses are kept that they must be collected.
@@ -157,13 +157,13 @@ class Iteration:
         they are captured again.
         """
         self._hand_over_gradients()
-        before = Contents(self.trainee)
+        before = Contents(self.training)
         yield
-        change = before.change(self.trainee)
+        change = before.change(self.training)
         if change is not None:
             self._changes.append((self.step, change))
         self._is_past_return = True
-        self.hyperparameters.append((self.step + 1, self.trainee.hyperparameters()))
+        self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
         self._check_dataset()
         if self.reason is None:
             self._compare_guards("in an evaluation")
@@ -179,7 +179,7 @@ class Iteration:
         Raises:
             TrainingError: it would not.
         """
-        guards = self.trainee.batch.guards
+        guards = self.training.batch.guards
         changed = None if guards is None else guards.difference(is_thorough=False)
         if changed is not None:
             raise DatasetChangedError(changed, self.step)
@@ -198,7 +198,7 @@ class Iteration:
 
     def finish(self) -> None:
         """Leave the gradients of the last step where a user looks for them."""
-        if self.trainee.schedule is not None and self.trainee.has_tensor_settings:
+        if self.training.schedule is not None and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
             self._note_hyperparameters(self.step + 1)
         if self._last is not None and self.purity.has_known_optimizer:
@@ -209,10 +209,10 @@ class Iteration:
     def _look_again(self) -> None:
         """Examine what is trained: at first, and after something that programs rely on has changed."""
         was_known = self.purity.has_known_optimizer
-        self.purity = Purity(self.trainee, is_vouched=self._engine == "program")
-        self._eager = EagerStep(self.trainee)
+        self.purity = Purity(self.training, is_vouched=self._engine == "program")
+        self._eager = EagerStep(self.training)
         self._verifier = Verifier(
-            self.trainee, self.programs, self._eager, self.purity.has_known_optimizer
+            self.training, self.programs, self._eager, self.purity.has_known_optimizer
         )
         reason = "it was asked for" if self._engine == "eager" else self.purity.reason
         if reason is None and was_known and self.programs.built and not self.purity.has_known_optimizer:
@@ -220,7 +220,7 @@ class Iteration:
         if (
             reason is None
             and self._eager.has_own_zero_grad
-            and (self.trainee.device.type != "cpu" or self.trainee.clip_norm is not None)
+            and (self.training.device.type != "cpu" or self.training.clip_norm is not None)
         ):
             reason = "the optimizer has a zero_grad of its own"
         if reason is not None:
@@ -234,7 +234,7 @@ class Iteration:
 
     def _compare_guards(self, when: str = "") -> bool:
         """Compare what programs rely on after other code has run; return whether it still holds."""
-        state, has_update = self.trainee.named_state(), self.purity.has_known_optimizer
+        state, has_update = self.training.named_state(), self.purity.has_known_optimizer
         self._moved = self._moved + 1 if self.programs.refresh(state) else 0
         if self._moved > MOST_CAPTURES:
             self._go_on_eagerly("parameters get other memory at every step")
@@ -268,36 +268,36 @@ class Iteration:
     # Steps.
 
     def _take_eagerly(self, number: int) -> None:
-        x, y = self.trainee.batch(number)
+        x, y = self.training.batch(number)
         self._last = None
         self._note_hyperparameters(number)
         self._keep(number, self._eager.take(x, y))
 
     def _capture(self, number: int) -> None:
         """Take a step eagerly, capture it, and use its program from now on if it gives the same."""
-        trainee, has_update = self.trainee, self.purity.has_known_optimizer
+        training, has_update = self.training, self.purity.has_known_optimizer
         self._read_batch(number)
         if self.programs.since(number) == number:
             self.purity.begin()
         before = self._verifier.saved()
         try:
-            read = self.purity.read(*trainee.batch(number)) if self.purity.is_read else None
+            read = self.purity.read(*training.batch(number)) if self.purity.is_read else None
         except NotProvenError as error:
-            before.restore(trainee, forget_new=False)
+            before.restore(training, forget_new=False)
             self._go_on_eagerly(str(error))
             self._take_eagerly(number)
             return
         if read is not None:
-            before.restore(trainee, forget_new=False)
+            before.restore(training, forget_new=False)
         self._note_hyperparameters(number)
-        captured = take_watched(self._eager, number, StepRecorder(trainee.device), has_update)
+        captured = take_watched(self._eager, number, StepRecorder(training.device), has_update)
         try:
             if read is not None and read != forward_of(captured):
                 raise NotCapturableError("Python takes other operations than its source says")
-            built = build(captured, trainee, has_update)
+            built = build(captured, training, has_update)
             if has_update and built.program.optimizer_step is None:
                 reads_rates = bool(built.program.of_kind("hyperparameter"))
-                self.purity.guard_update(but_lr=reads_rates or trainee.schedule is not None)
+                self.purity.guard_update(but_lr=reads_rates or training.schedule is not None)
             self.programs.add(number, built)
             reason = self._verifier.compare(
                 number, before, captured.loss, forget_new=True, held=captured.held
@@ -316,9 +316,9 @@ class Iteration:
 
     def _read_batch(self, number: int) -> None:
         """Let a Dataset make the batch of a step before anything else, as a loop does: it may draw."""
-        if self.trainee.batch.runs_python:
+        if self.training.batch.runs_python:
             self._hand_over_gradients()
-            self.trainee.batch(number)
+            self.training.batch(number)
         self._last = None
 
     def _check(self, number: int) -> None:
@@ -336,8 +336,8 @@ class Iteration:
     def _run(self, first: int, last: int) -> None:
         """Take steps by their programs, without a look to the left or right."""
         started = time.perf_counter()
-        trainee = self.trainee
-        if trainee.schedule is None and not self.purity.has_foreign_code:
+        training = self.training
+        if training.schedule is None and not self.purity.has_foreign_code:
             with without_autograd():
                 self._run_alone(first, last)
         else:
@@ -346,7 +346,7 @@ class Iteration:
 
     def _run_alone(self, first: int, last: int) -> None:
         """Take steps between which no Python but ours runs."""
-        programs, is_fixed = self.programs, self.trainee.batch.is_fixed
+        programs, is_fixed = self.programs, self.training.batch.is_fixed
         bound = programs.bound(first)
         self._make_room(bound.loss)
         slots = self._slots
@@ -366,11 +366,11 @@ class Iteration:
 
     def _run_with_python(self, first: int, last: int) -> None:
         """Take steps between which a schedule, a Dataset or the user's optimizer runs."""
-        programs, trainee = self.programs, self.trainee
+        programs, training = self.programs, self.training
         for number in range(first, last + 1):
-            if trainee.batch.runs_python:
+            if training.batch.runs_python:
                 self._hand_over_gradients()
-                trainee.batch(number)
+                training.batch(number)
                 self._is_past_return = True
                 if not self._compare_guards("in the Dataset"):
                     return
@@ -421,13 +421,13 @@ class Iteration:
         self.step = number
         if self._eager.advance is None:
             return
-        if is_torchs_schedule(self.trainee.schedule):
+        if is_torchs_schedule(self.training.schedule):
             self._eager.advance(number)
             return
         self._hand_over_gradients()
-        before = Contents(self.trainee)
+        before = Contents(self.training)
         self._eager.advance(number)
-        change = before.change(self.trainee)
+        change = before.change(self.training)
         if change is not None:
             self._changes.append((number, change))
 
@@ -442,15 +442,15 @@ class Iteration:
 
     def _note_hyperparameters(self, number: int) -> None:
         """Note the lr and its like before a step, where something may have changed them."""
-        if self.trainee.schedule is not None or self.reason is not None:
-            self.hyperparameters.append((number, self.trainee.hyperparameters()))
+        if self.training.schedule is not None or self.reason is not None:
+            self.hyperparameters.append((number, self.training.hyperparameters()))
 
     def _keep_verified(self) -> None:
         """The state is good; keep a copy of it, if there may be a way back to it."""
         self._verified_step = self.step
         self._is_past_return = False
         is_possible = not self.purity.has_foreign_code
-        self._verified = Saved(self.trainee) if is_possible else None
+        self._verified = Saved(self.training) if is_possible else None
 
     def _fail(self, number: int, reason: str) -> None:
         """A check failed: there is no program from here on.
@@ -471,7 +471,7 @@ class Iteration:
                 f"check, at step {verified}, so training cannot go back. Steps up to {verified} are "
                 'verified, later ones are not; engine="eager" trains without programs'
             )
-        self._verified.restore(self.trainee, forget_new=True, has_schedule=True)
+        self._verified.restore(self.training, forget_new=True, has_schedule=True)
         self._count = max(0, self._count - (number - verified))
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
         self._changes = [each for each in self._changes if each[0] <= verified]

@@ -66,7 +66,7 @@ def observe_eager(step: EagerStep, number: int) -> Observation:
     Raises:
         whatever the step raises.
     """
-    watcher = _Watcher(step.trainee.device)
+    watcher = _Watcher(step.training.device)
     captured = take_watched(step, number, watcher)
     operations, names = named_operations(captured)
     seen = [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram, without_autograd
 from everystep.step.check import Saved, difference
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.state import Generators
 
@@ -24,14 +24,16 @@ class Verifier:
     """Takes a step by its program and as Python, and compares the two; Python's step counts.
 
     Args:
-        trainee: what is trained.
+        training: what is trained.
         programs: what is compared.
         eager: the step as Python takes it.
         has_update: whether programs take the update, too; without it, the optimizer itself does.
     """
 
-    def __init__(self, trainee: Trainee, programs: Programs, eager: EagerStep, has_update: bool) -> None:
-        self.trainee = trainee
+    def __init__(
+        self, training: Training, programs: Programs, eager: EagerStep, has_update: bool
+    ) -> None:
+        self.training = training
         self.programs = programs
         self.has_update = has_update
         self._eager = eager
@@ -43,7 +45,7 @@ class Verifier:
         """
         before = self.saved()
         if self.has_update:
-            loss = self._eager.take(*self.trainee.batch(number))
+            loss = self._eager.take(*self.training.batch(number))
             return loss, self.compare(number, before, loss, forget_new=False)
         loss, reason = self._check_until_update(number, before)
         self._eager.update()
@@ -51,7 +53,7 @@ class Verifier:
 
     def saved(self) -> Saved:
         """Return a copy of the state, as far as programs change it."""
-        return Saved(self.trainee, has_optimizer=self.has_update)
+        return Saved(self.training, has_optimizer=self.has_update)
 
     def compare(
         self,
@@ -71,13 +73,13 @@ class Verifier:
         """
         expected = self.saved()
         wanted = expected.tensors | {"loss": loss.reshape(())}
-        wanted |= {f"gradient/{name}": g.clone() for name, g in self.trainee.gradients().items()}
+        wanted |= {f"gradient/{name}": g.clone() for name, g in self.training.gradients().items()}
         try:
             reason = self._difference(number, before, wanted, expected, held, forget_new)
         except Exception as error:  # whatever torch's kernels make of what they are given
             reason = f"its program fails ({error})"
         if reason is not None:
-            expected.restore(self.trainee, forget_new=False)
+            expected.restore(self.training, forget_new=False)
         return reason
 
     def _difference(
@@ -90,12 +92,12 @@ class Verifier:
         forget_new: bool,
     ) -> str | None:
         """Take a step by its program, and say in words what is not as it should be, or None."""
-        trainee, programs = self.trainee, self.programs
+        training, programs = self.training, self.programs
         programs.refresh()
         bound = programs.bound(number)
-        before.restore(trainee, forget_new=forget_new and bound.program.optimizer_step is not None)
+        before.restore(training, forget_new=forget_new and bound.program.optimizer_step is not None)
         self.run(number, bound)
-        found = {n: t for n, t in trainee.named_state().items() if n in expected.tensors}
+        found = {n: t for n, t in training.named_state().items() if n in expected.tensors}
         found |= self._given_by(bound)
         self._add_held(wanted, found, held)
         derived = {f"gradient/{name}" for name in bound.program.derived_gradients}
@@ -107,21 +109,21 @@ class Verifier:
 
         Returns the loss, and in words what differs, or None.
         """
-        trainee = self.trainee
+        training = self.training
         bound = self.programs.bound(number)
         failed = None
         try:
             self.run(number, bound)
         except Exception as error:  # whatever torch's kernels make of what they are given
             failed = f"its program fails ({error})"
-        of_program = Saved(trainee, has_optimizer=False)
+        of_program = Saved(training, has_optimizer=False)
         found = of_program.tensors | {n: t.clone() for n, t in self._given_by(bound).items()}
-        before.restore(trainee, forget_new=False)
+        before.restore(training, forget_new=False)
         held: dict[Tensor, Tensor] = {}
-        loss = self._eager.differentiate(*trainee.batch(number), held)
-        expected = Saved(trainee, has_optimizer=False)
+        loss = self._eager.differentiate(*training.batch(number), held)
+        expected = Saved(training, has_optimizer=False)
         wanted = expected.tensors | {"loss": loss.reshape(())}
-        wanted |= {f"gradient/{name}": gradient for name, gradient in trainee.gradients().items()}
+        wanted |= {f"gradient/{name}": gradient for name, gradient in training.gradients().items()}
         self._add_held(wanted, found, held)
         return loss, failed or self._what_differs(wanted, found, expected, of_program)
 
@@ -145,7 +147,7 @@ class Verifier:
     ) -> str | None:
         """Say in words what a program made otherwise than Python, or None."""
         name = difference(wanted, found, folded=self.programs.is_folded)
-        device = self.trainee.device
+        device = self.training.device
         generators = of_program.generators if of_program else Generators.capture(device)
         if name is None and not expected.generators.same_as(generators):
             name = "the random generator"

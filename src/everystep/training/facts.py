@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.gradient_descent import GradientDescent
-from everystep.step.eager import Trainee
+from everystep.step.eager import Training
 from everystep.step.purity.guards import is_plain
 from everystep.step.purity.torchs_own import reason_against_module
 
@@ -20,7 +20,7 @@ __all__ = ["describe", "module_text", "optimizer_text"]
 
 
 def describe(
-    trainee: Trainee,
+    trainee: Training,
     data: Data | None,
     batches: Batches,
     source: dict[str, Any],
@@ -128,7 +128,7 @@ def _loss_text(loss: Any) -> str:
     return f"{type(loss).__name__}(reduction={reduction!r})" if is_said else module_text(loss)
 
 
-def _schedule_text(trainee: Trainee) -> str | None:
+def _schedule_text(trainee: Training) -> str | None:
     if trainee.schedule is None:
         return None
     return f"{type(trainee.schedule).__name__}, every {trainee.schedule_every}"

@@ -18,7 +18,7 @@ from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, split_rows
 from everystep.experiment.device import select
 from everystep.experiment.specification import Iteration
-from everystep.step.eager import BatchSource, Trainee
+from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.guards import Guards
@@ -143,7 +143,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         on_device = data.to(device)
         is_read = read.guards is not None
         batch = batches.of(on_device.x, on_device.y, is_read=is_read, guards=read.guards)
-    trainee = Trainee(
+    training = Training(
         model=objects.model,
         loss=objects.loss,
         optimizer=objects.optimizer,
@@ -158,9 +158,9 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
     return Job(
         name=_snake(type(objects.model).__name__),
-        trainee=trainee,
+        training=training,
         steps=steps,
-        facts=describe(trainee, data, batches, source, iteration.seed, every),
+        facts=describe(training, data, batches, source, iteration.seed, every),
         data=data.to(torch.device("cpu")) if data else None,
         evaluation=_evaluation(objects, read, device),
         evaluate_every=every,

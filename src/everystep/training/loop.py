@@ -59,7 +59,9 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     job.check()
     place = create_directory(directory, job.name, runs)
     facts = (
-        {"name": place.name, "started": now()} | job.facts | circumstances(job.steps, job.trainee.device)
+        {"name": place.name, "started": now()}
+        | job.facts
+        | circumstances(job.steps, job.training.device)
     )
     parent = job.origin.parent if job.origin else None
     try:
@@ -99,7 +101,7 @@ class _Training:
         self._known = self._expected()
         if job.origin is not None:
             self._known = self._known | job.origin.hyperparameters
-            self._note_hyperparameters(job.start + 1, job.trainee.hyperparameters())
+            self._note_hyperparameters(job.start + 1, job.training.hyperparameters())
         self._loss_dtype: Any = None
         self._snapshot_step = -1
         self._nonfinite_step: int | None = None
@@ -111,7 +113,7 @@ class _Training:
         """Take all steps; returns None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
-        iteration = self._iteration = Iteration(job.trainee, job.steps, job.engine, job.fold, job.start)
+        iteration = self._iteration = Iteration(job.training, job.steps, job.engine, job.fold, job.start)
         self._keep_engine(iteration)
         flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
@@ -140,7 +142,7 @@ class _Training:
         Raises:
             TrainingError: the rows that were trained on are not the Dataset's any more.
         """
-        guards = self.job.trainee.batch.guards
+        guards = self.job.training.batch.guards
         changed = guards.difference() if guards is not None else None
         if changed is not None:
             raise DatasetChangedError(changed, self.step)
@@ -216,7 +218,7 @@ class _Training:
 
     def _keep_rows(self) -> None:
         """Record the rows of a Dataset that was read at every step, if they stayed the same."""
-        batch = self.job.trainee.batch
+        batch = self.job.training.batch
         if not isinstance(batch, DatasetBatches):
             return
         rows = batch.rows()
@@ -308,7 +310,7 @@ class _Training:
         self.progress.notice(f"steps are taken eagerly{since}: {iteration.reason}{cure}")
 
     def _snapshot(self) -> None:
-        self.recorder.snapshot(self.job.trainee.state(self.step))
+        self.recorder.snapshot(self.job.training.state(self.step))
         self._snapshot_step = self.step
 
     def _expected(self) -> dict[str, float]:
@@ -316,13 +318,13 @@ class _Training:
 
         What a schedule changes is recorded from the first step on.
         """
-        trainee, schedule = self.job.trainee, self.job.trainee.schedule
+        training, schedule = self.job.training, self.job.training.schedule
         if schedule is None:
-            return trainee.hyperparameters()
+            return training.hyperparameters()
         more = changes_more_than_lr(schedule)
         return {
             name: value
-            for name, value in trainee.hyperparameters().items()
+            for name, value in training.hyperparameters().items()
             if not expected_to_change(name, more_than_lr=more)
         }
 
@@ -335,7 +337,7 @@ class _Training:
         return step % self.job.evaluate_every == 0 or step == self.job.steps
 
     def _evaluate(self) -> None:
-        evaluation, schedule = self.job.evaluation, self.job.trainee.schedule
+        evaluation, schedule = self.job.evaluation, self.job.training.schedule
         if evaluation is None:
             return
         follows = schedule if isinstance(schedule, ReduceLROnPlateau) else None
