@@ -27,7 +27,7 @@ import everystep  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step.check import same_bits  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.step.iterate import Iteration  # noqa: E402
+from everystep.step.stepper import Stepper  # noqa: E402
 
 __all__ = ["coverage_page"]
 
@@ -92,17 +92,17 @@ def outcome(make: Make) -> Outcome:
     """Train once by the engine and once by hand, and compare."""
     training, by_hand = make(), make()
     torch.manual_seed(0)
-    iteration = Iteration(training, STEPS)
-    iteration.advance(STEPS)
-    iteration.finish()
+    stepper = Stepper(training, STEPS)
+    stepper.advance(STEPS)
+    stepper.finish()
     torch.manual_seed(0)
     step = EagerStep(by_hand)
     losses = torch.stack([_step_by_hand(step, number) for number in range(1, STEPS + 1)])
     state, other = training.named_state(), by_hand.named_state()
-    same = same_bits(iteration.collect()[1], losses) and all(
+    same = same_bits(stepper.collect()[1], losses) and all(
         same_bits(tensor, other[name]) for name, tensor in state.items()
     )
-    return Outcome(same, iteration.reason, _update_of(iteration))
+    return Outcome(same, stepper.reason, _update_of(stepper))
 
 
 def _step_by_hand(step: EagerStep, number: int) -> torch.Tensor:
@@ -117,10 +117,10 @@ def _step_by_hand(step: EagerStep, number: int) -> torch.Tensor:
     return loss.detach()
 
 
-def _update_of(iteration: Iteration) -> str:
-    if iteration.reason:
-        return f"eager: {iteration.reason}"
-    program = iteration.programs.built[-1].program
+def _update_of(stepper: Stepper) -> str:
+    if stepper.reason:
+        return f"eager: {stepper.reason}"
+    program = stepper.programs.built[-1].program
     if program.optimizer_step is not None:
         return "as one step"
     update = [each for each in program.operations if each.phase == "update"]

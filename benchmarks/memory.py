@@ -22,7 +22,7 @@ from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.execute import BoundProgram, without_autograd  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.step.iterate import Iteration  # noqa: E402
+from everystep.step.stepper import Stepper  # noqa: E402
 
 __all__ = ["main"]
 
@@ -45,9 +45,9 @@ def _print_row(workload: Workload) -> None:
     batches = Batches(len(start.x), workload.batch_size).of(start.x, start.y)
     optimizer = workload.optimizer(start.model.parameters())
     training = Training(start.model, start.loss, optimizer, batches, torch.device("cpu"))
-    iteration = Iteration(training, steps=10**9, engine="program")
-    iteration.advance(3)
-    bound = iteration.programs.bound(3)
+    stepper = Stepper(training, steps=10**9, engine="program")
+    stepper.advance(3)
+    bound = stepper.programs.bound(3)
     state = sum(tensor.nbytes for tensor in training.named_state().values())
     eager = EagerStep(training)
     x, y = training.batch(3)

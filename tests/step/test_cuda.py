@@ -7,7 +7,7 @@ from torch import nn
 import everystep
 from everystep.experiment.batches import Batches
 from everystep.step.eager import EagerStep, Training
-from everystep.step.iterate import Iteration
+from everystep.step.stepper import Stepper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
@@ -27,11 +27,11 @@ def test_the_graph_gives_the_eager_bits(dropout):
     with everystep.numerics.in_force():
         ours, by_hand = training(dropout), training(dropout)
         torch.manual_seed(1)
-        iteration = Iteration(ours, 100, engine="program")
-        iteration.advance(100)
+        stepper = Stepper(ours, 100, engine="program")
+        stepper.advance(100)
         torch.manual_seed(1)
         step = EagerStep(by_hand)
         losses = [step.take(*by_hand.batch(number)) for number in range(1, 101)]
-    assert iteration.reason is None
-    assert torch.equal(iteration.collect()[1], torch.stack(losses))
-    assert len(iteration.programs.bound(100).calls) == 1
+    assert stepper.reason is None
+    assert torch.equal(stepper.collect()[1], torch.stack(losses))
+    assert len(stepper.programs.bound(100).calls) == 1

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.execute import BoundProgram
+from everystep.step.advance import take
 from everystep.step.check import Saved, difference
 from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
@@ -94,9 +95,9 @@ class Verifier:
         """Take a step by its program, and say in words what is not as it should be, or None."""
         training, programs = self.training, self.programs
         programs.refresh()
-        bound = programs.bound(number)
-        before.restore(training, forget_new=forget_new and bound.program.optimizer_step is not None)
-        self.run(number, bound)
+        program = programs.bound(number).program
+        before.restore(training, forget_new=forget_new and program.optimizer_step is not None)
+        bound = take(programs, number)
         found = {n: t for n, t in training.named_state().items() if n in expected.tensors}
         found |= self._given_by(bound)
         self._add_held(wanted, found, held)
@@ -113,7 +114,7 @@ class Verifier:
         bound = self.programs.bound(number)
         failed = None
         try:
-            self.run(number, bound)
+            take(self.programs, number)
         except Exception as error:  # whatever torch's kernels make of what they are given
             failed = f"its program fails ({error})"
         of_program = Saved(training, has_optimizer=False)
@@ -153,13 +154,6 @@ class Verifier:
             name = "the random generator"
         kind = "numbers too far off" if self.programs.is_folded else "other bits"
         return None if name is None else f"its program gives {kind} in {name}"
-
-    def run(self, number: int, bound: BoundProgram) -> None:
-        """Take a step by its program; an optimizer that is not torch's is not among it."""
-        self.programs.load_batch(number, bound)
-        self.programs.load_rates()
-        with without_autograd():
-            bound.run()
 
     def _given_by(self, bound: BoundProgram) -> dict[str, Tensor]:
         """Return the loss and the gradients that a program has made."""

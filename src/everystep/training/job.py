@@ -14,8 +14,8 @@ from everystep.experiment.data import Data
 from everystep.recording.run import RecordedRun
 from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
-from everystep.step.iterate import Engine
 from everystep.step.purity.torchs_own import is_torchs_optimizer
+from everystep.step.stepper import Engine
 
 __all__ = ["Job", "Origin", "Outcome", "Progress"]
 

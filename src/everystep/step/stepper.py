@@ -1,4 +1,4 @@
-"""The iteration: takes the steps of a training, by a program where one may stand in, else as Python.
+"""The stepper: takes the steps of a training, by a program where one may stand in, else as Python.
 
 A step is taken by its program where there is one. A step of a kind not met before (the first one,
 another batch shape) is taken eagerly and captured, and its program is used from then on if it gives
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.execute import BoundProgram, without_autograd
+from everystep.step.advance import Losses, advance, take
 from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import take_watched
 from everystep.step.changes import Change, Contents
@@ -34,17 +34,15 @@ from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.step.recorder import StepRecorder
 from everystep.step.verified import CheckPlan, Verifier
 
-__all__ = ["Engine", "Iteration"]
+__all__ = ["Engine", "Stepper"]
 
 Engine = Literal["auto", "program", "eager"]
 
-#: Losses kept on the device until they are collected.
-ROOM = 1024
 #: Programs may be captured again so often in a row without one taking a step.
 MOST_CAPTURES = 3
 
 
-class Iteration:
+class Stepper:
     """Takes the steps of a training, and keeps their losses until they are collected.
 
     Args:
@@ -81,10 +79,7 @@ class Iteration:
         self._steps = steps
         self._engine = engine
         self._plan = CheckPlan(start)
-        self._losses = torch.empty(0)
-        self._slots: tuple[Tensor, ...] = ()
-        self._count = 0
-        self._collected = 0
+        self._losses = Losses()
         self._changes: list[tuple[int, Change]] = []
         #: The program that took the last step, None where Python did.
         self._last: BoundProgram | None = None
@@ -102,11 +97,11 @@ class Iteration:
     @property
     def is_full(self) -> bool:
         """Whether losses must be collected before more steps can be taken."""
-        return self._count >= ROOM
+        return self._losses.room <= 0
 
     def last_loss(self) -> float:
         """Return the loss of the last step."""
-        return float(self._losses[(self._count or self._collected) - 1])
+        return self._losses.last()
 
     @property
     def checked(self) -> list[int]:
@@ -129,7 +124,7 @@ class Iteration:
             TrainingError: a program was demanded, and there is none; or a check failed, and there is no
                 way back.
         """
-        while self.step < last and self._count < ROOM:
+        while self.step < last and not self.is_full:
             number = self.step + 1
             if self.step in self.checked[-1:] and self._verified_step != self.step:
                 # Not before now: what follows a step (an evaluation, say) belongs to its state.
@@ -145,7 +140,7 @@ class Iteration:
                 self._after_python()
             else:
                 last_unchecked = min(self._plan.next, self._steps) - 1
-                self._run(number, min(last, last_unchecked, self.step + ROOM - self._count))
+                self._run(number, min(last, last_unchecked, self.step + self._losses.room))
             if self.step < number:
                 return
 
@@ -191,10 +186,9 @@ class Iteration:
 
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not collected before, and the losses from there on."""
-        first, count = self.step - self._count + 1, self._count
-        self._count, self._collected = 0, count or self._collected
+        first = self.step - self._losses.count + 1
         self.hyperparameters = []
-        return first, self._losses[:count].clone()
+        return first, self._losses.collect()
 
     def finish(self) -> None:
         """Leave the gradients of the last step where a user looks for them."""
@@ -336,33 +330,28 @@ class Iteration:
     def _run(self, first: int, last: int) -> None:
         """Take steps by their programs, without a look to the left or right."""
         started = time.perf_counter()
-        training = self.training
-        if training.schedule is None and not self.purity.has_foreign_code:
-            with without_autograd():
-                self._run_alone(first, last)
+        if self.training.schedule is None and not self.purity.has_foreign_code:
+            advance(
+                first, last, self._begin, self._keep_by_program, is_steady=self.training.batch.is_fixed
+            )
+            if self.step == last:
+                self._captures = 0
         else:
             self._run_with_python(first, last)
         self._plan.timed(self.step - first + 1, time.perf_counter() - started)
 
-    def _run_alone(self, first: int, last: int) -> None:
-        """Take steps between which no Python but ours runs."""
-        programs, is_fixed = self.programs, self.training.batch.is_fixed
-        bound = programs.bound(first)
-        self._make_room(bound.loss)
-        slots = self._slots
-        for number in range(first, last + 1):
-            if not is_fixed:
-                if not programs.has(number):
-                    return
-                bound = programs.bound(number)
-                programs.load_batch(number, bound)
-            self._last = bound
-            for call in bound.calls:
-                call()
-            slots[self._count].copy_(bound.loss.reshape(()))
-            self._count += 1
-            self.step = number
-        self._captures = 0
+    def _begin(self, number: int) -> BoundProgram | None:
+        """Put everything in place for a step that no code of the user comes before."""
+        if not self.programs.has(number):
+            return None
+        self._last = bound = self.programs.bound(number)
+        self.programs.load_batch(number, bound)
+        self._losses.make_room(bound.loss)
+        return bound
+
+    def _keep_by_program(self, number: int, bound: BoundProgram) -> None:
+        self._losses.keep(bound.loss)
+        self.step = number
 
     def _run_with_python(self, first: int, last: int) -> None:
         """Take steps between which a schedule, a Dataset or the user's optimizer runs."""
@@ -377,11 +366,11 @@ class Iteration:
             if not programs.has(number):
                 return
             self._note_hyperparameters(number)
-            bound = programs.bound(number)
-            if self.purity.has_known_optimizer:
-                self._verifier.run(number, bound)
-            else:
-                self._run_with_optimizer(number, bound)
+            bound = (
+                take(programs, number)
+                if self.purity.has_known_optimizer
+                else self._run_with_optimizer(number)
+            )
             self._captures = 0
             self._last = bound
             self._keep(number, bound.loss)
@@ -391,8 +380,9 @@ class Iteration:
                 if not self._compare_guards():
                     return
 
-    def _run_with_optimizer(self, number: int, bound: BoundProgram) -> None:
+    def _run_with_optimizer(self, number: int) -> BoundProgram:
         """Take a step by its program up to the update, and let the user's own optimizer make that."""
+        bound = self.programs.bound(number)
         self.programs.load_batch(number, bound)
         if self._eager.has_own_zero_grad:
             with without_autograd():
@@ -412,12 +402,12 @@ class Iteration:
                 bound.run()
         self.programs.hand_over_copies(number)
         self._eager.update()
+        return bound
 
     def _keep(self, number: int, loss: Tensor) -> None:
         """A step has been taken: keep its loss, and let the schedule go on."""
-        self._make_room(loss)
-        self._slots[self._count].copy_(loss.detach().reshape(()))
-        self._count += 1
+        self._losses.make_room(loss)
+        self._losses.keep(loss.detach())
         self.step = number
         if self._eager.advance is None:
             return
@@ -430,15 +420,6 @@ class Iteration:
         change = before.change(self.training)
         if change is not None:
             self._changes.append((number, change))
-
-    def _make_room(self, loss: Tensor) -> None:
-        """Make room for losses of the dtype of this one, or of a wider one that others had."""
-        dtype = torch.promote_types(loss.dtype, self._losses.dtype) if self._slots else loss.dtype
-        if not self._slots or dtype != self._losses.dtype:
-            known = self._losses
-            self._losses = torch.empty(ROOM, dtype=dtype, device=loss.device)
-            self._losses[: len(known)] = known
-            self._slots = tuple(self._losses.unbind())
 
     def _note_hyperparameters(self, number: int) -> None:
         """Note the lr and its like before a step, where something may have changed them."""
@@ -472,7 +453,7 @@ class Iteration:
                 'verified, later ones are not; engine="eager" trains without programs'
             )
         self._verified.restore(self.training, forget_new=True, has_schedule=True)
-        self._count = max(0, self._count - (number - verified))
+        self._losses.drop(number - verified)
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
         self._changes = [each for each in self._changes if each[0] <= verified]
         self.step = verified
