@@ -56,6 +56,7 @@ class Asking:
             Evaluator(question, run, as_condition) if isinstance(question, Expression) else None
         )
         self._answers: Answers = []
+        self._first = 1
         self._probe: Probe | None = None
         self.looks_back = any(reference.is_previous for reference in self._tensors())
 
@@ -66,7 +67,7 @@ class Asking:
 
     def begin(self, replay: Replay, piece: Piece) -> int:
         """Begin with the state before the piece; a step earlier where tensors of that step count."""
-        self._answers, self._probe = [], None
+        self._answers, self._probe, self._first = [], None, piece.first
         earlier = self.looks_back and piece.first > replay.stretches[piece.at].first
         start = piece.first - 1 - earlier
         if self._evaluator is not None:
@@ -81,13 +82,13 @@ class Asking:
         assert revived.state is not None
         while revived.state < last and not self.is_done:
             number = revived.state + 1
-            if self._is_due(number) and number >= piece.first:
-                losses.append(self._ask(replay, number))
-            elif self.looks_back and self._is_due(number + 1):
-                losses.append(self._probing(replay).take())
-            else:
+            if not self._is_looked_at(number):
                 until = min(last, self._next_due(number) - 1 - self.looks_back)
                 losses += revived.run(max(number, until)).tolist()
+            elif self._evaluator is None:
+                losses.append(self._open(replay, number))
+            else:
+                losses += self._look(replay, number, last)
             if self._evaluator is not None:
                 self._evaluator.previous_loss = losses[-1]
         return torch.tensor(losses, dtype=torch.float64)
@@ -96,17 +97,34 @@ class Asking:
         """Return the answers of the piece."""
         return self._answers
 
-    def _ask(self, replay: Replay, number: int) -> float:
-        if self._evaluator is not None:
-            loss = self._probing(replay).take()
-            answer = self._evaluator.answer(number, loss, self._probe)
-        else:
-            assert not isinstance(self._question, Expression)
-            step = replay.next_step()
-            loss, answer = step.loss, self._number_of(self._question(step))
+    def _open(self, replay: Replay, number: int) -> float:
+        """Open a step, and put the question to it; return its loss."""
+        assert not isinstance(self._question, Expression)
+        step = replay.next_step()
+        self._keep(number, self._number_of(self._question(step)))
+        return step.loss
+
+    def _look(self, replay: Replay, number: int, last: int) -> list[float]:
+        """Take steps with a look at what the expression names; return their losses."""
+        if self._probe is None:
+            self._probe = Probe(replay.revived, self._tensors(), self._answer)
+        if not replay.revived.is_by_program(number):
+            return [self._probe.observe()]
+        while number < last and self._is_looked_at(number + 1):
+            number += 1
+        return replay.revived.watch(number, self._probe).tolist()
+
+    def _answer(self, number: int, loss: float) -> bool:
+        """Answer at a step that has just been taken, if it is due; return whether to go on."""
+        assert self._evaluator is not None
+        if self._is_due(number):
+            self._keep(number, self._evaluator.answer(number, loss, self._probe))
+        self._evaluator.previous_loss = loss
+        return not self.is_done
+
+    def _keep(self, number: int, answer: float | None) -> None:
         if answer is not None and (answer or not self._as_condition):
             self._answers.append((number, answer))
-        return loss
 
     def _number_of(self, answer: Any) -> float | None:
         if answer is None:
@@ -121,11 +139,6 @@ class Asking:
             )
             raise ExpressionError(f"the function must give one number, not {got}") from None
 
-    def _probing(self, replay: Replay) -> Probe:
-        if self._probe is None:
-            self._probe = Probe(replay.revived, self._tensors())
-        return self._probe
-
     def _tensors(self) -> set[Reference]:
         if not isinstance(self._question, Expression):
             return set()
@@ -133,7 +146,11 @@ class Asking:
         return {r for r in self._question.references if r.kind not in recorded}
 
     def _is_due(self, number: int) -> bool:
-        return number % self._every == 0 and number not in self._skipped
+        is_new = number >= self._first and number not in self._skipped
+        return number % self._every == 0 and is_new
+
+    def _is_looked_at(self, number: int) -> bool:
+        return self._is_due(number) or (self.looks_back and self._is_due(number + 1))
 
     def _next_due(self, number: int) -> int:
         return -(-(number + 1) // self._every) * self._every

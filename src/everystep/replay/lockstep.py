@@ -93,11 +93,10 @@ def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ra
                 at = replay.stretch_of(number)
                 revived = replay.go_to(number - 1, at)
                 _add_state(digest, revived)
-            if revived.is_by_program(number):
-                revived.begin(number)
+            given = revived.given(number)
             if is_random:
                 digest.update(bytes_of(torch.get_rng_state()))
-            digest.update(revived.given(number))
+            digest.update(given)
             if by_operation:
                 observation = revived.observe()
                 losses = [float(observation.loss)]

@@ -23,6 +23,7 @@ from everystep.recording.database import Repeat
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.step import Batch
+from everystep.step.advance import Hook
 from everystep.step.observe import Observation
 from everystep.step.state import Generators, State
 from everystep.training.batch import nested_again
@@ -153,6 +154,10 @@ class RecordedLoop:
             losses.append(self._take(self.state + 1))
         return torch.tensor(losses, dtype=torch.float64)
 
+    def watch(self, last: int, hook: Hook) -> Tensor:
+        """No step is taken so."""
+        raise AssertionError("no program takes a step of a loop in the place of Python")
+
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it.
 
@@ -211,7 +216,7 @@ class RecordedLoop:
         return Batch(tensors, None, nested_again(inputs.nesting, tensors))
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what a step is given besides its state: numbers and inputs."""
+        """Return what tells apart what the next step is given besides its state: numbers and inputs."""
         row = self._row(number)
         return (row.numbers or b"") + (row.inputs or b"")
 
@@ -227,14 +232,6 @@ class RecordedLoop:
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a program took a step in the place of Python: none did."""
-        return False
-
-    def begin(self, number: int) -> Any:
-        """No step is taken so."""
-        raise AssertionError(f"no program takes step {number} in the place of Python")
-
-    def is_like_before(self, number: int) -> bool:
-        """Tell whether a step is like the one before; each has numbers of its own."""
         return False
 
     def _take(self, number: int, look: Callable[[int, Environment], None] | None = None) -> float:

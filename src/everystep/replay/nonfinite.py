@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RunError
-from everystep.program.execute import BoundProgram, Observed, without_autograd
+from everystep.program.execute import BoundProgram, Observed
 from everystep.recording.run import RecordedRun
 from everystep.replay.objects import Objects
 from everystep.replay.opener import Opener
 from everystep.replay.replay import Replay
+from everystep.replay.replayable import Replayable
 from everystep.replay.step import Step
 from everystep.replay.walk import Piece, pieces, walk
 
@@ -61,7 +62,8 @@ class _Watching:
     def __init__(self, meant: frozenset[int]) -> None:
         self._meant = meant
         self._found: int | None = None
-        self._plans: dict[int, tuple[list[Any], Tensor]] = {}
+        self._plans: dict[BoundProgram, tuple[list[Any], Tensor]] = {}
+        self._training: Replayable | None = None
 
     @property
     def is_done(self) -> bool:
@@ -77,28 +79,33 @@ class _Watching:
         """Take steps up to `last`, or to the first that is not finite; return their losses."""
         revived, losses = replay.revived, []
         assert revived.state is not None
+        self._training = revived
         while revived.state < last and not self.is_done:
             number = revived.state + 1
-            if not revived.is_by_program(number):
-                step = replay.next_step()
-                losses.append(torch.tensor([step.loss], dtype=torch.float64))
-                finite = _first_made(step) is None
-            else:
-                bound = revived.begin(number)
-                if id(bound) not in self._plans:
-                    self._plans[id(bound)] = self._plan(bound)
-                calls, flags = self._plans[id(bound)]
-                with without_autograd():
-                    for call in calls:
-                        call()
-                    losses.append(bound.loss.clone().reshape(1).cpu())
-                    finite = bool(flags.all())
-                    if bound.program.optimizer_step is not None:
-                        finite &= all(map(_all_finite, revived.named_state().values()))
-                revived.state = number
-            if not finite:
-                self._found = number
+            if revived.is_by_program(number):
+                losses.append(revived.watch(last, self))
+                continue
+            step = replay.next_step()
+            losses.append(torch.tensor([step.loss], dtype=torch.float64))
+            self._note(number, _first_made(step) is None)
         return torch.cat(losses) if losses else torch.empty(0)
+
+    def calls(self, bound: BoundProgram) -> list[Any]:
+        """Return the calls of a step with a look at each result."""
+        if bound not in self._plans:
+            self._plans[bound] = self._plan(bound)
+        return self._plans[bound][0]
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Note whether everything in a step was finite; return whether it was."""
+        finite = bool(self._plans[bound][1].all())
+        if bound.program.optimizer_step is not None and self._training is not None:
+            finite &= all(map(_all_finite, self._training.named_state().values()))
+        return self._note(number, finite)
+
+    def _note(self, number: int, finite: bool) -> bool:
+        self._found = self._found if finite else number
+        return finite
 
     def result(self) -> int | None:
         """Return the step, or None."""

@@ -6,14 +6,14 @@ done, gradients when the backward phase ends. All else runs as fast as ever.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.execute import BoundProgram
 from everystep.replay.expression import Reference
 from everystep.replay.replayable import Replayable
 
@@ -23,55 +23,68 @@ Values = dict[Reference, Tensor]
 
 
 class Probe:
-    """Takes steps of a training, and knows afterwards what some references stood for.
+    """Looks at the steps of a training, and knows after each what some references stood for.
 
     Args:
         revived: the training, at any state.
         references: tensors of the step itself or of the one before.
+        answer: called after each step with its number and its loss; returns whether to go on.
     """
 
-    def __init__(self, revived: Replayable, references: Collection[Reference]) -> None:
+    def __init__(
+        self,
+        revived: Replayable,
+        references: Collection[Reference],
+        answer: Callable[[int, float], bool],
+    ) -> None:
         self._revived = revived
+        self._answer = answer
         self._previous = [reference for reference in references if reference.is_previous]
         self._own = {reference._replace(is_previous=False) for reference in references}
         # An update is known by the parameter before it; after it, the parameter itself is there.
         self._copied = {r._replace(part="before") if r.kind == "updates" else r for r in self._own}
-        self._plans: dict[int, tuple[list[Any], Values]] = {}
+        self._plans: dict[BoundProgram, tuple[list[Any], Values]] = {}
         self._copies: Values = {}
         self._before: Values = {}
         self._live: dict[str, Tensor] = {}
-        self._current: BoundProgram | None = None
-        self._calls: list[Any] = []
 
-    def take(self) -> float:
-        """Take the next step; return its loss.
+    def calls(self, bound: BoundProgram) -> list[Any]:
+        """Return the calls of a step, with copies made in between."""
+        if bound not in self._plans:
+            self._plans[bound] = self._plan(bound)
+        calls, self._copies = self._plans[bound]
+        return calls
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Answer what is asked of a step; return whether to go on."""
+        return self._finish(number, bound.loss.item())
+
+    def observe(self) -> float:
+        """Take a step that no program takes, and look at it; return its loss.
 
         Raises:
-            RunError: a step that neither a program nor a model takes.
+            RunError: neither a program nor a model takes it.
         """
         revived = self._revived
         assert revived.state is not None
-        if self._copies:
-            self._before = {}
-            for reference in self._previous:
-                own = reference._replace(is_previous=False)
-                if self.has(own):
-                    self._before[reference] = self.value_of(own).clone()
         number = revived.state + 1
-        if not (self._current is not None and revived.is_like_before(number)):
-            if not revived.is_by_program(number):
-                return self._take_eagerly(number)
-            bound = revived.begin(number)
-            if id(bound) not in self._plans:
-                self._plans[id(bound)] = self._plan(bound)
-            self._current = bound
-            self._calls, self._copies = self._plans[id(bound)]
-        with without_autograd():
-            for call in self._calls:
-                call()
-        revived.state = number
-        assert self._current is not None
-        return self._current.loss.item()
+        self._live = revived.named_state()
+        of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
+        self._copies = {r: self._state(_name_of_state(r)).clone() for r in of_state}
+        batch = revived.batch(number).tensors
+        observation = revived.observe()
+        self._live = revived.named_state()
+        seen: dict[str, dict[str, Tensor]] = {
+            "batch": batch,
+            "gradients": observation.gradients,
+            "activations": {path: given[0] for path, given in observation.activations.items() if given},
+        }
+        for reference in self._copied - of_state:
+            if reference.name in seen[reference.kind]:
+                self._copies[reference] = seen[reference.kind][reference.name]
+        loss: float = observation.loss.item()
+        self._finish(number, loss)
+        return loss
 
     def has(self, reference: Reference) -> bool:
         """Tell whether something was there: not before the first step, nor of a module left out."""
@@ -114,24 +127,15 @@ class Probe:
             after.setdefault(place, []).append(partial(copies[reference].copy_, source))
         return bound.calls_with(after), copies
 
-    def _take_eagerly(self, number: int) -> float:
-        revived = self._revived
-        self._live = revived.named_state()
-        of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
-        self._copies = {r: self._state(_name_of_state(r)).clone() for r in of_state}
-        batch = revived.batch(number).tensors
-        observation = revived.observe()
-        self._live = revived.named_state()
-        seen: dict[str, dict[str, Tensor]] = {
-            "batch": batch,
-            "gradients": observation.gradients,
-            "activations": {path: given[0] for path, given in observation.activations.items() if given},
+    def _finish(self, number: int, loss: float) -> bool:
+        """Let a step be answered, and keep what the next one asks of it; return whether to go on."""
+        goes_on = self._answer(number, loss)
+        self._before = {
+            reference: self.value_of(own).clone()
+            for reference in self._previous
+            if self.has(own := reference._replace(is_previous=False))
         }
-        for reference in self._copied - of_state:
-            if reference.name in seen[reference.kind]:
-                self._copies[reference] = seen[reference.kind][reference.name]
-        self._current = None
-        return observation.loss.item()
+        return goes_on
 
     def _state(self, name: str) -> Tensor:
         return self._live[name].detach()

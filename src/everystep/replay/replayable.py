@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from everystep.replay.step import Batch
+from everystep.step.advance import Hook
 from everystep.step.observe import Observation
 from everystep.step.state import State
 
@@ -45,6 +46,12 @@ class Replayable(Protocol):
     def run(self, last: int) -> Tensor:
         """Take the steps up to `last`; return their losses (steps), on the CPU."""
 
+    def watch(self, last: int, hook: Hook) -> Tensor:
+        """Take the steps up to `last` while a hook looks; return their losses (steps), on the CPU.
+
+        The next step is by program; the first that is not ends the way, and so may the hook.
+        """
+
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it."""
 
@@ -61,7 +68,7 @@ class Replayable(Protocol):
         """Return the paths of modules, of which not each need run at each step."""
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what a step is given besides its state: settings and batch."""
+        """Return what tells apart what the next step is given besides its state: settings and batch."""
 
     def batch(self, number: int) -> Batch:
         """Return the batch of a step."""
@@ -71,9 +78,3 @@ class Replayable(Protocol):
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a program takes a step in the place of Python."""
-
-    def is_like_before(self, number: int) -> bool:
-        """Tell whether the program that took the step before takes this one, on the same batch."""
-
-    def begin(self, number: int) -> Any:
-        """Put everything in place for a step by program; return that."""

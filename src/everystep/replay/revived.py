@@ -14,10 +14,11 @@ from torch import Tensor
 
 from everystep.errors import EverystepError, RunError
 from everystep.experiment.batches import Batches
-from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_into
 from everystep.replay.skeleton import Skeleton
 from everystep.replay.step import Batch
+from everystep.step.advance import Hook, Losses, advance
 from everystep.step.check import Saved, bytes_of
 from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import set_hyperparameter
@@ -80,6 +81,7 @@ class Revived:
         self._settled: int | None = None
         self._batch_digest: bytes | None = None
         self._eager = EagerStep(training)
+        self._losses = Losses()
 
     def load(self, state: State) -> None:
         """Bring everything to a state from disk.
@@ -131,33 +133,44 @@ class Revived:
             if self.is_by_program(number):
                 losses.append(self._run_by_program(last))
                 continue
-            self.begin_eagerly(number)
+            self._begin_eagerly(number)
             with _told(number):
                 losses.append(self._eager.take(*self.training.batch(number)).reshape(1))
             self.state = number
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
-    def _run_by_program(self, last: int) -> Tensor:
-        """Take the steps up to `last` that programs take; return their losses, on the device."""
+    def watch(self, last: int, hook: Hook) -> Tensor:
+        """Take the steps up to `last` while a hook looks; return their losses (steps), on the CPU.
+
+        The next step is by program; the first that is not ends the way, and so may the hook.
+        """
+        return self._run_by_program(last, hook).cpu()
+
+    def _run_by_program(self, last: int, hook: Hook | None = None) -> Tensor:
+        """Take steps up to `last` that programs take; return their losses, on the device."""
         assert self.state is not None
-        number = self.state + 1
-        last = min(last, self.programs.until(number) or last)
-        bound = self.begin(number)
-        losses = torch.empty(last - self.state, dtype=bound.loss.dtype, device=bound.loss.device)
-        slots = losses.view(-1, *bound.loss.shape).unbind()
-        is_same = self.is_like_before(number + 1) and not self._between
-        with without_autograd():
-            for slot in slots:
-                for call in bound.calls:
-                    call()
-                slot.copy_(bound.loss)
-                self.state = number
-                number += 1
-                if number > last or not (is_same or self.is_by_program(number)):
-                    break
-                if not is_same:
-                    bound = self.begin(number)
-        return losses[: len(slots) - (last - self.state)]
+        first = self.state + 1
+        ends = [last, first + self._losses.room - 1, self.programs.until(first) or last]
+        ends += [] if self.eager_from is None else [self.eager_from - 1]
+        is_steady = self._is_steady(first)
+        self._losses.drop(self._losses.count)  # of steps that were interrupted
+        advance(first, min(ends), self._begin_by_program, self._keep, is_steady=is_steady, hook=hook)
+        return self._losses.collect()
+
+    def _begin_by_program(self, number: int) -> BoundProgram | None:
+        bound = self._begin(number) if self.is_by_program(number) else None
+        if bound is not None:
+            self._losses.make_room(bound.loss)
+        return bound
+
+    def _keep(self, number: int, bound: BoundProgram) -> None:
+        self._losses.keep(bound.loss)
+        self.state = number
+
+    def _is_steady(self, first: int) -> bool:
+        """Tell whether one program takes the steps from `first` on, and finds everything in place."""
+        is_alike = self.training.batch.is_fixed and not self._changes and not self._between
+        return is_alike and first > self.programs.since(first)
 
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it.
@@ -168,15 +181,15 @@ class Revived:
         assert self.state is not None
         number = self.state + 1
         if self.is_by_program(number):
-            observation = observe_program(self.begin(number))
+            observation = observe_program(self._begin(number))
         else:
-            self.begin_eagerly(number)
+            self._begin_eagerly(number)
             with _told(number):
                 observation = observe_eager(self._eager, number)
         self.state = number
         return observation
 
-    def begin(self, number: int) -> BoundProgram:
+    def _begin(self, number: int) -> BoundProgram:
         """Put everything in place for a step; return the program that takes it."""
         self.settle()
         self._set_hyperparameters(number)
@@ -201,7 +214,9 @@ class Revived:
         return Batch(tensors, self.batches.indices(number), tuple(tensors.values()))
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what a step is given besides its state: settings and batch."""
+        """Return what tells apart what the next step is given besides its state: settings and batch."""
+        self.settle()
+        self._set_hyperparameters(number)
         settings = json.dumps(self.training.hyperparameters()).encode()
         if self._batch_digest is None or not self.training.batch.is_fixed:
             parts = self.training.batch(number)
@@ -232,16 +247,6 @@ class Revived:
         now = self.training.hyperparameters()
         return {n: value for n, value in now.items() if n.startswith("lr") or n in self._changes}
 
-    def is_like_before(self, number: int) -> bool:
-        """Tell whether the program that took the step before takes this one, on the same batch.
-
-        The second step is the first of which that can be said.
-        """
-        is_eager = self.eager_from is not None and number >= self.eager_from
-        is_settled = number - 1 not in self._between
-        alike = self.training.batch.is_fixed and not self._changes and not is_eager and is_settled
-        return alike and number > self.programs.since(number) + 1
-
     def is_by_program(self, number: int) -> bool:
         """Tell whether a step is taken by a program."""
         if self.eager_from is not None and number >= self.eager_from:
@@ -252,7 +257,7 @@ class Revived:
         )
         return not makes_state and self.programs.has(number)
 
-    def begin_eagerly(self, number: int) -> None:
+    def _begin_eagerly(self, number: int) -> None:
         """Put everything in place for a step that Python takes.
 
         Raises:
