@@ -52,7 +52,7 @@ def open(
     """
     objects = None
     if any(given is not None for given in (model, loss, optimizer, data)):
-        from everystep.replay.objects import Objects
+        from everystep.training.objects import Objects
 
         objects = Objects(model, loss, optimizer, data)
     return Run(find_run(run), objects)
@@ -143,9 +143,9 @@ def train(
         RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
         KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
     """
-    from everystep.replay.objects import Objects as TrainedWith
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
-    from everystep.training.from_objects import Objects, train_objects
+    from everystep.training.from_objects import train_objects
+    from everystep.training.objects import Objects
 
     iteration = check_iteration(
         steps=steps,
@@ -163,13 +163,12 @@ def train(
     )
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     objects = Objects(
-        model, data, loss, optimizer, schedule, schedule_every, validation, metrics or {}, limit
+        model, loss, optimizer, data, schedule, schedule_every, validation, metrics or {}, limit
     )
     place = None if directory is None else Path(directory)
     outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, progress_of(progress))
-    trained_with = TrainedWith(
-        model, loss, optimizer, None, schedule, schedule_every, dict(metrics or {})
-    )
+    # The run holds the data, and a fork its own validation part.
+    trained_with = replace(objects, data=None, validation=None, metrics=dict(metrics or {}))
     run = run_of(outcome, trained_with)
     if run.facts["data"].get("lazy"):
         run = run_of(outcome, replace(trained_with, data=data))

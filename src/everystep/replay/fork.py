@@ -19,8 +19,7 @@ from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.data import read_data
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
-from everystep.replay.objects import Objects
-from everystep.replay.opener import Opener
+from everystep.replay.processes import Opener
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import is_hyperparameter
@@ -28,10 +27,10 @@ from everystep.step.state import State, generators_preserved, optimizer_settings
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.facts import optimizer_text
 from everystep.training.from_experiment import experiment_job
-from everystep.training.from_objects import Objects as TrainingObjects
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
+from everystep.training.objects import Objects
 
 __all__ = ["Fork", "fork_experiment", "fork_objects"]
 
@@ -149,7 +148,7 @@ class Fork:
 
 
 def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
-    """Fork a run of an experiment; everything is made anew from the experiment with its changes.
+    """Fork a run of an experiment; everything is made from the experiment with its changes.
 
     Raises:
         UsageError: there is no such state, or a setting does not serve.
@@ -220,17 +219,13 @@ def fork_objects(
     state = asked.state(opener)
     own = objects.copied() if is_own else objects
     data, stored = (own.data, None) if own.data is not None else _stored(asked, facts)
-    trained = TrainingObjects(
-        own.model,  # type: ignore[arg-type]  # checked above
-        data,
-        own.loss,  # type: ignore[arg-type]
-        own.optimizer,  # type: ignore[arg-type]
-        own.schedule,
-        own.schedule_every,
-        validation if validation is not None else stored,
-        own.metrics,
-        DEFAULT_DATASET_LIMIT,
+    trained = replace(
+        own,
+        data=data,
+        validation=validation if validation is not None else stored,
+        dataset_limit=DEFAULT_DATASET_LIMIT,
     )
+    trained.check()
     numerics.prepare()
     device = select(facts["device"])
     with numerics.in_force(iteration.threads), generators_preserved(device):

@@ -24,7 +24,7 @@ from everystep.program.program import (
 )
 from everystep.step.capture import Capture
 from everystep.step.eager import Training, changes_more_than_lr
-from everystep.step.recorder import Recorded
+from everystep.step.recorder import CapturedOperation
 from everystep.step.state import optimizer_settings
 
 __all__ = ["Builder", "Built", "NotCapturableError", "build", "checked", "named_operations"]
@@ -129,7 +129,7 @@ class _Update:
         self._with_lr = [self._lr_as_tensor(each) for each in self._own_operations()]
         self.is_optimizer_step = self._reason_against() is not None
 
-    def operations(self) -> list[Recorded]:
+    def operations(self) -> list[CapturedOperation]:
         """Return all operations of the step, the optimizer's where they can be used."""
         before = self._captured.operations[: self._captured.update_from]
         return before if self.is_optimizer_step else before + self._with_lr
@@ -153,7 +153,7 @@ class _Update:
         ]
         return OptimizerStep(name=optimizer.__name__, groups=tuple(groups))
 
-    def _own_operations(self) -> list[Recorded]:
+    def _own_operations(self) -> list[CapturedOperation]:
         return self._captured.operations[self._captured.update_from :]
 
     def _reason_against(self) -> str | None:
@@ -171,7 +171,7 @@ class _Update:
                 return "follows a schedule, and reads the lr as a number"
         return None
 
-    def _lr_as_tensor(self, recorded: Recorded) -> Recorded:
+    def _lr_as_tensor(self, recorded: CapturedOperation) -> CapturedOperation:
         """Return the operation reading the lr from a float64 tensor, where it has the lr as a number.
 
         So the same operation serves every lr, and with the bits that the number gives.
@@ -210,7 +210,7 @@ class Builder:
     """Gives everything a name, and leaves out what has no effect."""
 
     def __init__(
-        self, captured: Capture, operations: list[Recorded], left_out: tuple[str, ...] = ()
+        self, captured: Capture, operations: list[CapturedOperation], left_out: tuple[str, ...] = ()
     ) -> None:
         self._captured = captured
 
@@ -286,7 +286,7 @@ class Builder:
             if name in ends
         }
 
-    def _name_storages(self, operations: list[Recorded]) -> None:
+    def _name_storages(self, operations: list[CapturedOperation]) -> None:
         """Storages are named after state, gradients and the loss; others after their operator."""
         captured = self._captured
         known = self._state | {f"gradient/{name}": n for name, n in captured.gradients.items()}
@@ -353,7 +353,7 @@ class Builder:
         self._tensors.setdefault(name, TensorSpec(storage=name, dtype=dtype, shape=(), stride=()))
         return name
 
-    def _operation(self, recorded: Recorded) -> Operation:
+    def _operation(self, recorded: CapturedOperation) -> Operation:
         return Operation(
             phase=recorded.phase,
             module=recorded.module,

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from everystep.step.eager import EagerStep, Training, check_loss_value
-from everystep.step.recorder import CapturedStorage, CapturedTensor, Recorded, Refusal, StepRecorder
+from everystep.step.recorder import (
+    CapturedOperation,
+    CapturedStorage,
+    CapturedTensor,
+    Refusal,
+    StepRecorder,
+)
 
 __all__ = ["Capture", "begin_watching", "take_watched"]
 
@@ -28,7 +34,7 @@ class Capture:
     loss: Tensor
     tensors: list[CapturedTensor]
     storages: list[CapturedStorage]
-    operations: list[Recorded]
+    operations: list[CapturedOperation]
     refusals: list[Refusal]
     update_from: int
     named: dict[str, int] = field(default_factory=dict)

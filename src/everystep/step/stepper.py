@@ -24,8 +24,7 @@ from everystep.program.execute import BoundProgram, without_autograd
 from everystep.step.advance import Losses, advance, take
 from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import take_watched
-from everystep.step.changes import Change, Contents
-from everystep.step.check import Saved
+from everystep.step.checkpoint import Change, Checkpoint, Contents
 from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.purity.attributes import NotProvenError
@@ -86,7 +85,7 @@ class Stepper:
         self._captures = 0
         self._moved = 0
         self._verified_step = start
-        self._verified: Saved | None = None
+        self._verified: Checkpoint | None = None
         #: Whether code that is not known has run since the last good check: there is no way back.
         self._is_past_return = False
         self.purity = Purity(training, is_vouched=engine == "program")
@@ -431,7 +430,7 @@ class Stepper:
         self._verified_step = self.step
         self._is_past_return = False
         is_possible = not self.purity.has_foreign_code
-        self._verified = Saved(self.training) if is_possible else None
+        self._verified = Checkpoint(self.training) if is_possible else None
 
     def _fail(self, number: int, reason: str) -> None:
         """A check failed: there is no program from here on.

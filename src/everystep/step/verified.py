@@ -10,7 +10,8 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram
 from everystep.step.advance import take
-from everystep.step.check import Saved, difference
+from everystep.step.check import difference
+from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.state import Generators
@@ -52,14 +53,14 @@ class Verifier:
         self._eager.update()
         return loss, reason
 
-    def saved(self) -> Saved:
+    def saved(self) -> Checkpoint:
         """Return a copy of the state, as far as programs change it."""
-        return Saved(self.training, has_optimizer=self.has_update)
+        return Checkpoint(self.training, has_optimizer=self.has_update)
 
     def compare(
         self,
         number: int,
-        before: Saved,
+        before: Checkpoint,
         loss: Tensor,
         *,
         forget_new: bool,
@@ -86,9 +87,9 @@ class Verifier:
     def _difference(
         self,
         number: int,
-        before: Saved,
+        before: Checkpoint,
         wanted: dict[str, Tensor],
-        expected: Saved,
+        expected: Checkpoint,
         held: Mapping[Tensor, Tensor],
         forget_new: bool,
     ) -> str | None:
@@ -105,7 +106,7 @@ class Verifier:
         compared = {name: tensor for name, tensor in wanted.items() if name not in derived}
         return self._what_differs(compared, found, expected)
 
-    def _check_until_update(self, number: int, before: Saved) -> tuple[Tensor, str | None]:
+    def _check_until_update(self, number: int, before: Checkpoint) -> tuple[Tensor, str | None]:
         """Take a step by its program and eagerly up to its update, and compare; the eager step counts.
 
         Returns the loss, and in words what differs, or None.
@@ -117,12 +118,12 @@ class Verifier:
             take(self.programs, number)
         except Exception as error:  # whatever torch's kernels make of what they are given
             failed = f"its program fails ({error})"
-        of_program = Saved(training, has_optimizer=False)
+        of_program = Checkpoint(training, has_optimizer=False)
         found = of_program.tensors | {n: t.clone() for n, t in self._given_by(bound).items()}
         before.restore(training, forget_new=False)
         held: dict[Tensor, Tensor] = {}
         loss = self._eager.differentiate(*training.batch(number), held)
-        expected = Saved(training, has_optimizer=False)
+        expected = Checkpoint(training, has_optimizer=False)
         wanted = expected.tensors | {"loss": loss.reshape(())}
         wanted |= {f"gradient/{name}": gradient for name, gradient in training.gradients().items()}
         self._add_held(wanted, found, held)
@@ -143,8 +144,8 @@ class Verifier:
         self,
         wanted: dict[str, Tensor],
         found: dict[str, Tensor],
-        expected: Saved,
-        of_program: Saved | None = None,
+        expected: Checkpoint,
+        of_program: Checkpoint | None = None,
     ) -> str | None:
         """Say in words what a program made otherwise than Python, or None."""
         name = difference(wanted, found, folded=self.programs.is_folded)

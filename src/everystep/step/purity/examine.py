@@ -30,7 +30,7 @@ from everystep.step.purity.torchs_own import (
     reason_against_loss,
     reason_against_module,
 )
-from everystep.step.recorder import CapturedTensor, Recorded
+from everystep.step.recorder import CapturedOperation, CapturedTensor
 
 __all__ = ["Purity", "Shown", "forward_of"]
 
@@ -280,7 +280,7 @@ def forward_of(captured: Capture) -> list[Shown]:
     return _shown(captured.tensors, operations)
 
 
-def _shown(tensors: Sequence[CapturedTensor], operations: Sequence[Recorded]) -> list[Shown]:
+def _shown(tensors: Sequence[CapturedTensor], operations: Sequence[CapturedOperation]) -> list[Shown]:
     places: dict[int, int] = {}
 
     def name(value: Any) -> Any:

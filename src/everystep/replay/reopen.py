@@ -1,4 +1,4 @@
-"""Revive: bring a recorded training back, so that any of its steps can be taken again.
+"""Reopen: bring a recorded training back, so that any of its steps can be taken again.
 
 By its programs, none of the run's code is needed: there is a skeleton of the training, and nothing
 more. Steps that were taken eagerly need the model, the loss and the optimizer themselves: from the
@@ -26,22 +26,23 @@ from everystep.recording.changes import change_files, read_change
 from everystep.recording.data import check_data, read_data
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun, Stretch
-from everystep.replay.objects import Objects
-from everystep.replay.revived import Changes, Revived
-from everystep.replay.skeleton import make_skeleton
+from everystep.replay.columns import Setting
+from everystep.replay.stepper import TrainingStepper
 from everystep.step.build import Built
 from everystep.step.eager import BatchSource, Training
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.programs import ProgramRule, Programs
+from everystep.step.skeleton import make_skeleton
 from everystep.step.state import generators_preserved
 from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.from_experiment import experiment_job
+from everystep.training.objects import Objects
 
-__all__ = ["revive"]
+__all__ = ["reopen"]
 
 
-def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
+def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
     """Bring the training of a stretch of a run back; no state is loaded yet.
 
     Torch's random generators are as they were.
@@ -64,13 +65,13 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
     for rule, each in built:
         since = rule.get("since", stretch.first)
         programs.use(each, ProgramRule(0, rule["steps"], since), _kind_of(each.program, batch))
-    changes = _changes(run, stretch.first)
+    settings = _settings(run, stretch.first)
     between = {
         step: partial(read_change, run.directory, name)
         for step, name in change_files(run.directory).items()
     }
     eager_from = 1 if engine.get("live_optimizer") else engine["eager_from"]
-    return Revived(stretch.first, training, programs, eager_from, batches, changes, between)
+    return TrainingStepper(stretch.first, training, programs, eager_from, batches, settings, between)
 
 
 def _batches(facts: dict[str, Any]) -> Batches:
@@ -100,7 +101,7 @@ def _batch(
     if count != batches.rows:
         raise RunError(f"{run.name} says that its data has {batches.rows:,} rows; it has {count:,}")
     if facts["data"].get("lazy"):
-        return DatasetBatches(objects.data, batches, device)  # type: ignore[arg-type]
+        return DatasetBatches(objects.data, batches, device)
     return batches.of(x, y, is_read=facts["data"].get("source") == "dataset")
 
 
@@ -199,10 +200,10 @@ def _skeleton(
         )
     problems: list[str] = []
     # Any state says what the optimizer is like; from the first of the stretch it is quickest to go on.
-    state = run.state_near(stretch.first, told=problems.append)
+    state = run.state_near(stretch.first, on_problem=problems.append)
     for row in run.snapshot_rows():
         if state is None and row.step > stretch.first:
-            state = run.state_near(row.step, after=row.step - 1, told=problems.append)
+            state = run.state_near(row.step, after=row.step - 1, on_problem=problems.append)
     if state is None:
         raise RunError(
             f"{run.name} has no state to begin with: {'; '.join(problems) or 'none is there'}"
@@ -210,11 +211,11 @@ def _skeleton(
     return make_skeleton(programs, state, batch, device, stretch.facts["clip_norm"])
 
 
-def _changes(run: RecordedRun, first: int) -> dict[str, Changes]:
+def _settings(run: RecordedRun, first: int) -> dict[str, Setting]:
     """Return what changed from step `first` on; what held before is in the state that it begins with."""
-    found: dict[str, Changes] = {}
+    found = {}
     for name in filter(is_hyperparameter, run.measurement_names):
-        rows = [(step, value) for step, value in run.measured(name).items() if step >= first]
-        if rows:
-            found[name] = Changes([step for step, _ in rows], [value for _, value in rows])
+        values = {step: value for step, value in run.measured(name).items() if step >= first}
+        if values:
+            found[name] = Setting(values)
     return found

@@ -1,13 +1,11 @@
-"""Revived: a recorded training brought back, whose steps can be taken again."""
+"""Stepper: takes the steps of a recorded training again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +14,20 @@ from everystep.errors import EverystepError, RunError
 from everystep.experiment.batches import Batches
 from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_into
-from everystep.replay.skeleton import Skeleton
+from everystep.replay.columns import Setting
 from everystep.replay.step import Batch
 from everystep.step.advance import Hook, Losses, advance
-from everystep.step.check import Saved, bytes_of
+from everystep.step.check import bytes_of
+from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, observe_eager, observe_program
 from everystep.step.programs import Programs
+from everystep.step.skeleton import Skeleton, load_into_skeleton
 from everystep.step.state import Generators, State
 from everystep.training.dataset_batches import DatasetBatches
 
-__all__ = ["Changes", "Revived"]
+__all__ = ["TrainingStepper"]
 
 _CURE = (
     "; open the run with objects as they were before training: "
@@ -35,15 +35,8 @@ _CURE = (
 )
 
 
-class Changes(NamedTuple):
-    """When a number of the optimizer changed, and to what."""
-
-    steps: list[int]
-    values: list[float]
-
-
-class Revived:
-    """A training whose steps can be taken again, in any order of loading and going on.
+class TrainingStepper:
+    """Takes the steps of a training again, in any order of loading and going on.
 
     Args:
         first: the first step.
@@ -51,7 +44,7 @@ class Revived:
         programs: what takes its steps.
         eager_from: the first step that Python takes, None if there is none.
         batches: which rows each step sees.
-        changes: the numbers of the optimizer that changed, by name.
+        settings: the numbers of the optimizer that changed, by name.
         between: reads the tensors that other code changed after a step, by that step.
 
     state: the step whose state it holds, None before anything is loaded.
@@ -66,7 +59,7 @@ class Revived:
         programs: Programs,
         eager_from: int | None,
         batches: Batches,
-        changes: dict[str, Changes],
+        settings: dict[str, Setting],
         between: Mapping[int, Callable[[], dict[str, Tensor]]],
     ) -> None:
         self.first = first
@@ -76,7 +69,7 @@ class Revived:
         self.eager_from = eager_from
         self.state: int | None = None
         self._loaded: int | None = None
-        self._changes = changes
+        self._settings = settings
         self._between = between
         self._settled: int | None = None
         self._batch_digest: bytes | None = None
@@ -92,7 +85,7 @@ class Revived:
         training = self.training
         try:
             if isinstance(training.model, Skeleton):
-                self._load_into_skeleton(state)
+                load_into_skeleton(training, state, has_step=self.programs.has_optimizer_step)
             else:
                 state.restore(
                     training.model, training.loss, training.optimizer, training.schedule, training.device
@@ -102,12 +95,12 @@ class Revived:
             raise RunError(f"state {state.step} does not fit the training: {error}{cure}") from None
         self._moved(state.step)
 
-    def save(self) -> Saved:
+    def save(self) -> Checkpoint:
         """Return a copy of the state as it is now."""
         self.settle()
-        return Saved(self.training)
+        return Checkpoint(self.training)
 
-    def restore(self, step: int, saved: Saved) -> None:
+    def restore(self, step: int, saved: Checkpoint) -> None:
         """Bring everything back to what `save` returned after `step`."""
         saved.restore(self.training, forget_new=True)
         self._moved(step)
@@ -134,7 +127,7 @@ class Revived:
                 losses.append(self._run_by_program(last))
                 continue
             self._begin_eagerly(number)
-            with _told(number):
+            with _named(number):
                 losses.append(self._eager.take(*self.training.batch(number)).reshape(1))
             self.state = number
         return torch.cat(losses).cpu() if losses else torch.empty(0)
@@ -169,7 +162,7 @@ class Revived:
 
     def _is_steady(self, first: int) -> bool:
         """Tell whether one program takes the steps from `first` on, and finds everything in place."""
-        is_alike = self.training.batch.is_fixed and not self._changes and not self._between
+        is_alike = self.training.batch.is_fixed and not self._settings and not self._between
         return is_alike and first > self.programs.since(first)
 
     def observe(self) -> Observation:
@@ -184,7 +177,7 @@ class Revived:
             observation = observe_program(self._begin(number))
         else:
             self._begin_eagerly(number)
-            with _told(number):
+            with _named(number):
                 observation = observe_eager(self._eager, number)
         self.state = number
         return observation
@@ -245,7 +238,7 @@ class Revived:
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates as they are now, and the other numbers that ever changed."""
         now = self.training.hyperparameters()
-        return {n: value for n, value in now.items() if n.startswith("lr") or n in self._changes}
+        return {n: value for n, value in now.items() if n.startswith("lr") or n in self._settings}
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a step is taken by a program."""
@@ -270,29 +263,6 @@ class Revived:
                 f"step {number} was taken eagerly, and no program repeats it; open the run with what "
                 "it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
             )
-
-    def _load_into_skeleton(self, state: State) -> None:
-        training = self.training
-        if self.programs.has_optimizer_step:
-            state.restore(training.model, training.loss, training.optimizer, None, training.device)
-            return
-        saved = state.named()
-        with torch.no_grad():
-            for name, tensor in training.named_state().items():
-                given = saved.get(name)
-                if given is not None and given.shape != tensor.shape:
-                    raise ValueError(f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
-                if given is not None:
-                    copy_into(tensor, given)
-                elif name.startswith(("optimizer/", "gradient/")):  # the first step makes it
-                    tensor.zero_()
-                else:
-                    raise ValueError(f"it has no {name}")
-        for group, known in zip(
-            training.optimizer.param_groups, state.settings["optimizer"]["groups"], strict=True
-        ):
-            group.update({k: v for k, v in known.items() if k != "params"})
-        state.generators.restore(training.device)
 
     def settle(self) -> None:
         """Let what other code changed after the last step be so, before anything else is done."""
@@ -320,17 +290,17 @@ class Revived:
         self.programs.load_rates()
 
     def _set_hyperparameters(self, step: int) -> None:
-        if not self._changes:
+        if not self._settings:
             return
-        for name, changes in self._changes.items():
-            index = bisect_right(changes.steps, step) - 1
-            if index >= 0:
-                set_hyperparameter(self.training.optimizer, name, changes.values[index])
+        for name, setting in self._settings.items():
+            value = setting.at(step)
+            if value is not None:
+                set_hyperparameter(self.training.optimizer, name, value)
         self.programs.load_rates()
 
 
 @contextmanager
-def _told(number: int) -> Iterator[None]:
+def _named(number: int) -> Iterator[None]:
     """Say which step it was in which the user's code, or torch, raised."""
     try:
         yield

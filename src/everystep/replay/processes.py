@@ -1,0 +1,209 @@
+"""Processes: where a run is replayed, so that it computes as it did when it was trained.
+
+That is in this process if its numerics are those of the run, and otherwise in workers started with
+them. What cannot be set (another processor, another torch) stays as it is, and each loss is compared.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from everystep import numerics
+from everystep.errors import RunError
+from everystep.numerics import Numerics
+from everystep.recording.run import RecordedRun
+from everystep.replay.replay import Replay
+from everystep.replay.step import Step
+from everystep.step.state import State
+from everystep.training.objects import Objects
+
+if TYPE_CHECKING:
+    from loky import ProcessPoolExecutor
+
+__all__ = ["Opener", "cores", "needs_worker", "recorded_numerics", "replay_in_worker", "workers"]
+
+Facts = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: No machine computes one step with more.
+MOST_THREADS = 4096
+
+
+def recorded_numerics(facts: Facts) -> Numerics:
+    """Return the numerics that a run was trained under; what an older run lacks is taken to be as here.
+
+    Raises:
+        RunError: it was never begun, or was altered.
+    """
+    if "numerics" not in facts:
+        raise RunError("the run was stopped before it had begun, so there is nothing to replay")
+    here = Numerics.read(torch.device("cpu")).to_json()
+    known = {name: value for name, value in facts["numerics"].items() if name in here}
+    threads = known["threads"]
+    if not 1 <= threads <= MOST_THREADS:
+        raise RunError(f"the run says that it was trained with {threads!r:.40} threads: it was altered")
+    return Numerics.from_json(here | known)
+
+
+def needs_worker(facts: Facts) -> bool:
+    """Tell whether this process cannot compute as the run did, and another one could."""
+    return recorded_numerics(facts).needs_other_process(Numerics.read(torch.device(facts["device"])))
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+    """Return processes that compute as the run did, with so many threads each; gone at the end."""
+    from loky import ProcessPoolExecutor
+
+    environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
+    executor = ProcessPoolExecutor(count, env=environment, initializer=_begin, initargs=(threads,))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=True, kill_workers=True)
+
+
+@lru_cache(maxsize=2)
+def _replay(directory: Path, threads: int | None) -> Replay:
+    return Replay(RecordedRun(directory), threads=threads)
+
+
+def replay_in_worker(directory: Path, objects: Objects | None, threads: int | None) -> Replay:
+    """Return the replay of a run in this worker: the same each time, if the run is all it needs."""
+    if objects is None:
+        return _replay(directory, threads)
+    return Replay(RecordedRun(directory), objects, threads)
+
+
+def _begin(threads: int) -> None:
+    # Ctrl-C is for the process that waits; it ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+class Opener:
+    """Opens steps and states of a run; what was replayed once is quick the next time.
+
+    Args:
+        run: which run.
+        objects: what the user trained with.
+
+    objects: the same, None where the run is all that a replay needs.
+    """
+
+    def __init__(self, run: RecordedRun, objects: Objects | None = None) -> None:
+        numerics.prepare()
+        self.run = run
+        self.objects = _needed(run, objects)
+        self._replay: Replay | None = None
+        self._worker: Any = None
+        self._engine: Any = None
+        self._is_over = False
+
+    @property
+    def problems(self) -> list[str]:
+        """What was noticed, such as a snapshot that cannot be read."""
+        return self.call(_problems)
+
+    @property
+    def departed_at(self) -> int | None:
+        """The first step whose loss was another when it was taken again, None if there was none."""
+        return self.call(_departed_at)
+
+    def step(self, number: int) -> Step:
+        """Open a step.
+
+        Raises:
+            StepError: it was not taken, or not yet.
+            RunError: something that is needed is missing or cannot be read.
+        """
+        return self.call(Replay.step, number)
+
+    def state(self, number: int) -> State:
+        """Return the state after a step (0: before the first).
+
+        Raises:
+            StepError: it was not taken, or not yet.
+            RunError: something that is needed is missing or cannot be read.
+        """
+        return self.call(Replay.state, number)
+
+    def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
+        """Do something with the replay of the run, where it can be computed as it was.
+
+        Raises:
+            whatever the task raises.
+        """
+        self._prepare()
+        if self._replay is not None:
+            return task(self._replay, *given, **named)
+        work = self._worker.submit(_in_worker, self.run.directory, self.objects, task, given, named)
+        result: T = work.result()
+        return result
+
+    def replay_here(self, *, may_share: bool = True) -> Replay:
+        """Return a replay in this process, the one that opens steps if that may be.
+
+        It may not where it needs the user's objects: what they carry besides tensors must be as it was.
+        """
+        self._prepare()
+        if may_share and self.objects is None and self._replay is not None:
+            return self._replay
+        return Replay(self.run, self.objects)
+
+    def _prepare(self) -> None:
+        """Choose where to replay; begin again where a run that is being trained has gone on."""
+        if self._is_over and (self._replay is not None or self._worker is not None):
+            return
+        facts = self.run.facts
+        self._is_over = self.run.status != "running"
+        if self._engine is not None and facts.get("engine") == self._engine:
+            return
+        self._engine = facts.get("engine")
+        self._replay = None
+        if not needs_worker(facts):
+            self._replay = Replay(self.run, self.objects)
+        elif self._worker is None:
+            stack = ExitStack()
+            self._worker = stack.enter_context(workers(facts, 1, facts["numerics"]["threads"]))
+            weakref.finalize(self, stack.close)
+
+
+def _problems(replay: Replay) -> list[str]:
+    return replay.problems
+
+
+def _departed_at(replay: Replay) -> int | None:
+    return replay.departed_at
+
+
+def _in_worker(directory: Path, objects: Objects | None, task: Any, given: Any, named: Any) -> Any:
+    return task(replay_in_worker(directory, objects, None), *given, **named)
+
+
+def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
+    """Return the objects if the run cannot be replayed without them, else None."""
+    for stretch in run.stretches:
+        engine = stretch.facts.get("engine") or {"eager_from": 1}
+        stored = stretch.facts.get("data.file", {}).get("stored", True)
+        stored &= not stretch.facts.get("data", {}).get("lazy")
+        if engine["eager_from"] is not None or engine.get("live_optimizer") or not stored:
+            return objects
+    return None
