@@ -71,7 +71,7 @@ def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStep
         for step, name in change_files(run.directory).items()
     }
     eager_from = 1 if engine.get("live_optimizer") else engine["eager_from"]
-    return TrainingStepper(stretch.first, training, programs, eager_from, batches, settings, between)
+    return TrainingStepper(training, programs, eager_from, batches, settings, between)
 
 
 def _batches(facts: dict[str, Any]) -> Batches:

@@ -39,7 +39,6 @@ class TrainingStepper:
     """Takes the steps of a training again, in any order of loading and going on.
 
     Args:
-        first: the first step.
         training: what is trained.
         programs: what takes its steps.
         eager_from: the first step that Python takes, None if there is none.
@@ -54,7 +53,6 @@ class TrainingStepper:
 
     def __init__(
         self,
-        first: int,
         training: Training,
         programs: Programs,
         eager_from: int | None,
@@ -62,11 +60,10 @@ class TrainingStepper:
         settings: dict[str, Setting],
         between: Mapping[int, Callable[[], dict[str, Tensor]]],
     ) -> None:
-        self.first = first
-        self.training = training
-        self.batches = batches
-        self.programs = programs
-        self.eager_from = eager_from
+        self._training = training
+        self._batches = batches
+        self._programs = programs
+        self._eager_from = eager_from
         self.state: int | None = None
         self._loaded: int | None = None
         self._settings = settings
@@ -82,10 +79,10 @@ class TrainingStepper:
         Raises:
             RunError: it does not belong to this training.
         """
-        training = self.training
+        training = self._training
         try:
             if isinstance(training.model, Skeleton):
-                load_into_skeleton(training, state, has_step=self.programs.has_optimizer_step)
+                load_into_skeleton(training, state, has_step=self._programs.has_optimizer_step)
             else:
                 state.restore(
                     training.model, training.loss, training.optimizer, training.schedule, training.device
@@ -98,20 +95,20 @@ class TrainingStepper:
     def save(self) -> Checkpoint:
         """Return a copy of the state as it is now."""
         self.settle()
-        return Checkpoint(self.training)
+        return Checkpoint(self._training)
 
     def restore(self, step: int, saved: Checkpoint) -> None:
         """Bring everything back to what `save` returned after `step`."""
-        saved.restore(self.training, forget_new=True)
+        saved.restore(self._training, forget_new=True)
         self._moved(step)
 
     def capture(self) -> State:
         """Return the state as it is now, as it is written to disk."""
         assert self.state is not None
         self.settle()
-        if self.training.has_tensor_settings:
+        if self._training.has_tensor_settings:
             self._set_hyperparameters(self.state + 1)
-        return self.training.state(self.state)
+        return self._training.state(self.state)
 
     def run(self, last: int) -> Tensor:
         """Take the steps up to `last`; return their losses (steps), on the CPU.
@@ -128,7 +125,7 @@ class TrainingStepper:
                 continue
             self._begin_eagerly(number)
             with _named(number):
-                losses.append(self._eager.take(*self.training.batch(number)).reshape(1))
+                losses.append(self._eager.take(*self._training.batch(number)).reshape(1))
             self.state = number
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
@@ -143,10 +140,10 @@ class TrainingStepper:
         """Take steps up to `last` that programs take; return their losses, on the device."""
         assert self.state is not None
         first = self.state + 1
-        ends = [last, first + self._losses.room - 1, self.programs.until(first) or last]
-        ends += [] if self.eager_from is None else [self.eager_from - 1]
-        is_steady = self._is_steady(first)
         self._losses.drop(self._losses.count)  # of steps that were interrupted
+        ends = [last, first + self._losses.room - 1, self._programs.until(first) or last]
+        ends += [] if self._eager_from is None else [self._eager_from - 1]
+        is_steady = self._is_steady(first)
         advance(first, min(ends), self._begin_by_program, self._keep, is_steady=is_steady, hook=hook)
         return self._losses.collect()
 
@@ -162,8 +159,8 @@ class TrainingStepper:
 
     def _is_steady(self, first: int) -> bool:
         """Tell whether one program takes the steps from `first` on, and finds everything in place."""
-        is_alike = self.training.batch.is_fixed and not self._settings and not self._between
-        return is_alike and first > self.programs.since(first)
+        is_alike = self._training.batch.is_fixed and not self._settings and not self._between
+        return is_alike and first > self._programs.since(first)
 
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it.
@@ -186,8 +183,8 @@ class TrainingStepper:
         """Put everything in place for a step; return the program that takes it."""
         self.settle()
         self._set_hyperparameters(number)
-        bound = self.programs.bound(number)
-        self.programs.load_batch(number, bound)
+        bound = self._programs.bound(number)
+        self._programs.load_batch(number, bound)
         return bound
 
     @property
@@ -197,58 +194,58 @@ class TrainingStepper:
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
-        return self.training.named_state()
+        return self._training.named_state()
 
     def batch(self, number: int) -> Batch:
         """Return a copy of the batch of a step."""
         tensors = {
-            name: part.clone() for name, part in zip("xy", self.training.batch(number), strict=True)
+            name: part.clone() for name, part in zip("xy", self._training.batch(number), strict=True)
         }
-        return Batch(tensors, self.batches.indices(number), tuple(tensors.values()))
+        return Batch(tensors, self._batches.indices(number), tuple(tensors.values()))
 
     def given(self, number: int) -> bytes:
         """Return what tells apart what the next step is given besides its state: settings and batch."""
         self.settle()
         self._set_hyperparameters(number)
-        settings = json.dumps(self.training.hyperparameters()).encode()
-        if self._batch_digest is None or not self.training.batch.is_fixed:
-            parts = self.training.batch(number)
+        settings = json.dumps(self._training.hyperparameters()).encode()
+        if self._batch_digest is None or not self._training.batch.is_fixed:
+            parts = self._training.batch(number)
             digests = (hashlib.sha256(bytes_of(part)).digest() for part in parts)
             self._batch_digest = b"".join(digests)
         return settings + self._batch_digest
 
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
-        return [path for path, _ in self.training.model.named_modules() if path]
+        return [path for path, _ in self._training.model.named_modules() if path]
 
     def epoch(self, number: int) -> int:
         """Return the epoch of a step, from 0."""
-        return self.batches.epoch(number)
+        return self._batches.epoch(number)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return copies of the gradients that the last step has left, by parameter."""
         if not self.has_gradients:
             return {}
         assert self.state is not None
-        found = self.training.gradients()
+        found = self._training.gradients()
         if self.is_by_program(self.state):
-            found = self.programs.bound(self.state).gradients
+            found = self._programs.bound(self.state).gradients
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates as they are now, and the other numbers that ever changed."""
-        now = self.training.hyperparameters()
+        now = self._training.hyperparameters()
         return {n: value for n, value in now.items() if n.startswith("lr") or n in self._settings}
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a step is taken by a program."""
-        if self.eager_from is not None and number >= self.eager_from:
+        if self._eager_from is not None and number >= self._eager_from:
             return False
         # The first program may make state that only the optimizer itself knows where to keep.
-        makes_state = number == self.programs.since(number) and not isinstance(
-            self.training.model, Skeleton
+        makes_state = number == self._programs.since(number) and not isinstance(
+            self._training.model, Skeleton
         )
-        return not makes_state and self.programs.has(number)
+        return not makes_state and self._programs.has(number)
 
     def _begin_eagerly(self, number: int) -> None:
         """Put everything in place for a step that Python takes.
@@ -258,7 +255,7 @@ class TrainingStepper:
         """
         self.settle()
         self._set_hyperparameters(number)
-        if isinstance(self.training.model, Skeleton):
+        if isinstance(self._training.model, Skeleton):
             raise RunError(
                 f"step {number} was taken eagerly, and no program repeats it; open the run with what "
                 "it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
@@ -271,7 +268,7 @@ class TrainingStepper:
             return
         self._settled = self.state
         tensors = self._between[self.state]()
-        training = self.training
+        training = self._training
         live = training.named_state()
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -284,10 +281,10 @@ class TrainingStepper:
 
     def _moved(self, step: int) -> None:
         self.state = self._loaded = self._settled = step
-        if isinstance(self.training.batch, DatasetBatches):
-            self.training.batch.forget()
-        self.programs.refresh()
-        self.programs.load_rates()
+        if isinstance(self._training.batch, DatasetBatches):
+            self._training.batch.forget()
+        self._programs.refresh()
+        self._programs.load_rates()
 
     def _set_hyperparameters(self, step: int) -> None:
         if not self._settings:
@@ -295,8 +292,8 @@ class TrainingStepper:
         for name, setting in self._settings.items():
             value = setting.at(step)
             if value is not None:
-                set_hyperparameter(self.training.optimizer, name, value)
-        self.programs.load_rates()
+                set_hyperparameter(self._training.optimizer, name, value)
+        self._programs.load_rates()
 
 
 @contextmanager

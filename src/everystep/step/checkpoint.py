@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from everystep.step.eager import Training
 from everystep.step.own_state import captured, keeps_own_state, restore
 from everystep.step.state import Generators, entries_of, parameter_names
 
-__all__ = ["Change", "Checkpoint", "Contents"]
+__all__ = ["Change", "ChangeLog", "Checkpoint"]
 
 #: Tensors that the optimizer keeps.
 _OF_OPTIMIZER = ("optimizer/", "group/")
@@ -102,7 +103,7 @@ class Change(NamedTuple):
     lost: str | None
 
 
-class Contents:
+class _Contents:
     """A copy of the state of a training, to be compared with what it is later."""
 
     def __init__(self, training: Training) -> None:
@@ -130,6 +131,31 @@ class Contents:
             other = [n for n, t in now.items() if n in before and t.shape != before[n].shape]
             lost = next((name.partition("/")[2] for name in (*gone, *other)), None)
         return Change(tensors, lost) if tensors or lost else None
+
+
+class ChangeLog:
+    """What code between steps has changed, by the step before it, until it is collected."""
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[int, Change]] = []
+
+    @contextmanager
+    def noting(self, training: Training, step: int) -> Iterator[None]:
+        """Note what the code within changes, after a step."""
+        before = _Contents(training)
+        yield
+        change = before.change(training)
+        if change is not None:
+            self._changes.append((step, change))
+
+    def collect(self) -> list[tuple[int, Change]]:
+        """Return what was not collected before."""
+        found, self._changes = self._changes, []
+        return found
+
+    def forget_after(self, step: int) -> None:
+        """Forget what was changed after later steps than this."""
+        self._changes = [each for each in self._changes if each[0] <= step]
 
 
 def _tensors(training: Training) -> dict[str, Tensor]:

@@ -20,18 +20,18 @@ from typing import Literal
 from torch import Tensor
 
 from everystep.errors import DatasetChangedError, TrainingError
-from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.execute import BoundProgram
 from everystep.step.advance import Losses, advance, take
 from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import take_watched
-from everystep.step.checkpoint import Change, Checkpoint, Contents
+from everystep.step.checkpoint import Change, ChangeLog
 from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.examine import Purity, forward_of
 from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.step.recorder import StepRecorder
-from everystep.step.verified import CheckPlan, Verifier
+from everystep.step.verified import CheckPlan, Verifier, WayBack
 
 __all__ = ["Engine", "Stepper"]
 
@@ -79,19 +79,16 @@ class Stepper:
         self._engine = engine
         self._plan = CheckPlan(start)
         self._losses = Losses()
-        self._changes: list[tuple[int, Change]] = []
+        self._changes = ChangeLog()
         #: The program that took the last step, None where Python did.
         self._last: BoundProgram | None = None
         self._captures = 0
         self._moved = 0
-        self._verified_step = start
-        self._verified: Checkpoint | None = None
-        #: Whether code that is not known has run since the last good check: there is no way back.
-        self._is_past_return = False
+        self._way_back = WayBack(start)
         self.purity = Purity(training, is_vouched=engine == "program")
         self._look_again()
         if self.reason is None:
-            self._keep_verified()
+            self._keep_way_back()
 
     @property
     def is_full(self) -> bool:
@@ -125,9 +122,9 @@ class Stepper:
         """
         while self.step < last and not self.is_full:
             number = self.step + 1
-            if self.step in self.checked[-1:] and self._verified_step != self.step:
+            if self.step in self.checked[-1:] and self._way_back.step != self.step:
                 # Not before now: what follows a step (an evaluation, say) belongs to its state.
-                self._keep_verified()
+                self._keep_way_back()
             if self.reason is not None:
                 self._take_eagerly(number)
                 self._check_dataset()
@@ -151,12 +148,9 @@ class Stepper:
         they are captured again.
         """
         self._hand_over_gradients()
-        before = Contents(self.training)
-        yield
-        change = before.change(self.training)
-        if change is not None:
-            self._changes.append((self.step, change))
-        self._is_past_return = True
+        with self._changes.noting(self.training, self.step):
+            yield
+        self._way_back.close()
         self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
         self._check_dataset()
         if self.reason is None:
@@ -180,8 +174,7 @@ class Stepper:
 
     def collect_changes(self) -> list[tuple[int, Change]]:
         """Return what other code has changed after which step, as far as not collected before."""
-        found, self._changes = self._changes, []
-        return found
+        return self._changes.collect()
 
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not collected before, and the losses from there on."""
@@ -359,7 +352,7 @@ class Stepper:
             if training.batch.runs_python:
                 self._hand_over_gradients()
                 training.batch(number)
-                self._is_past_return = True
+                self._way_back.close()
                 if not self._compare_guards("in the Dataset"):
                     return
             if not programs.has(number):
@@ -375,33 +368,34 @@ class Stepper:
             self._keep(number, bound.loss)
             self._check_dataset()
             if self.purity.has_foreign_code:
-                self._is_past_return = True
+                self._way_back.close()
                 if not self._compare_guards():
                     return
 
     def _run_with_optimizer(self, number: int) -> BoundProgram:
         """Take a step by its program up to the update, and let the user's own optimizer make that."""
-        bound = self.programs.bound(number)
-        self.programs.load_batch(number, bound)
         if self._eager.has_own_zero_grad:
-            with without_autograd():
-                bound.run_forward()
-            self._eager.zero_grad()
-            changed = self.purity.difference()
-            if changed is not None:
-                raise TrainingError(
-                    f"{changed} in the optimizer's zero_grad, between forward and backward of step "
-                    f'{number}; engine="eager" trains such an optimizer'
-                )
-            with without_autograd():
-                bound.run_backward()
+            bound = take(self.programs, number, between=lambda: self._zero_grad(number))
         else:
             self._eager.zero_grad()
-            with without_autograd():
-                bound.run()
+            bound = take(self.programs, number)
         self.programs.hand_over_copies(number)
         self._eager.update()
         return bound
+
+    def _zero_grad(self, number: int) -> None:
+        """Let the user's own optimizer zero the gradients in its way, in the middle of a step.
+
+        Raises:
+            TrainingError: it changes what the rest of the program relies on.
+        """
+        self._eager.zero_grad()
+        changed = self.purity.difference()
+        if changed is not None:
+            raise TrainingError(
+                f"{changed} in the optimizer's zero_grad, between forward and backward of step "
+                f'{number}; engine="eager" trains such an optimizer'
+            )
 
     def _keep(self, number: int, loss: Tensor) -> None:
         """A step has been taken: keep its loss, and let the schedule go on."""
@@ -414,23 +408,18 @@ class Stepper:
             self._eager.advance(number)
             return
         self._hand_over_gradients()
-        before = Contents(self.training)
-        self._eager.advance(number)
-        change = before.change(self.training)
-        if change is not None:
-            self._changes.append((number, change))
+        with self._changes.noting(self.training, number):
+            self._eager.advance(number)
 
     def _note_hyperparameters(self, number: int) -> None:
         """Note the lr and its like before a step, where something may have changed them."""
         if self.training.schedule is not None or self.reason is not None:
             self.hyperparameters.append((number, self.training.hyperparameters()))
 
-    def _keep_verified(self) -> None:
-        """The state is good; keep a copy of it, if there may be a way back to it."""
-        self._verified_step = self.step
-        self._is_past_return = False
+    def _keep_way_back(self) -> None:
+        """The state is good; keep a copy of it, if it may be needed."""
         is_possible = not self.purity.has_foreign_code
-        self._verified = Checkpoint(self.training) if is_possible else None
+        self._way_back.keep(self.training, self.step, is_possible=is_possible)
 
     def _fail(self, number: int, reason: str) -> None:
         """A check failed: there is no program from here on.
@@ -441,19 +430,13 @@ class Stepper:
         Raises:
             TrainingError: other code has run since the last good check, and cannot be taken back.
         """
-        verified = self._verified_step
+        verified = self._way_back.step
         if verified >= number - 1:
             self._go_on_eagerly(f"{reason} at step {number}", number)
             return
-        if self._verified is None or self._is_past_return:
-            raise TrainingError(
-                f"step {number} cannot be trusted: {reason}. Your own code has run since the last "
-                f"check, at step {verified}, so training cannot go back. Steps up to {verified} are "
-                'verified, later ones are not; engine="eager" trains without programs'
-            )
-        self._verified.restore(self.training, forget_new=True, has_schedule=True)
+        self._way_back.go(self.training, number, reason)
         self._losses.drop(number - verified)
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
-        self._changes = [each for each in self._changes if each[0] <= verified]
+        self._changes.forget_after(verified)
         self.step = verified
         self._go_on_eagerly(f"{reason} at step {number}", verified + 1)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from everystep.errors import TrainingError
 from everystep.program.execute import BoundProgram
 from everystep.step.advance import take
 from everystep.step.check import difference
@@ -16,7 +17,7 @@ from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.state import Generators
 
-__all__ = ["CheckPlan", "Verifier"]
+__all__ = ["CheckPlan", "Verifier", "WayBack"]
 
 #: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart.
 CHECK_SHARE = 0.01
@@ -191,3 +192,37 @@ class CheckPlan:
         while interval < step - self.start and interval * self._step_seconds * CHECK_SHARE < seconds:
             interval *= 2
         self.next = step + interval
+
+
+class WayBack:
+    """The last state that is known to be good, which training can go back to unless that is closed.
+
+    step: the step after which it is.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._checkpoint: Checkpoint | None = None
+
+    def keep(self, training: Training, step: int, *, is_possible: bool) -> None:
+        """The state is good; keep a copy of it, if there may be a way back to it."""
+        self.step = step
+        self._checkpoint = Checkpoint(training) if is_possible else None
+
+    def close(self) -> None:
+        """Code that is not known has run: what it did cannot be taken back."""
+        self._checkpoint = None
+
+    def go(self, training: Training, number: int, reason: str) -> None:
+        """Bring the training back to the state, since step `number` cannot be trusted.
+
+        Raises:
+            TrainingError: there is no way back.
+        """
+        if self._checkpoint is None:
+            raise TrainingError(
+                f"step {number} cannot be trusted: {reason}. Your own code has run since the last "
+                f"check, at step {self.step}, so training cannot go back. Steps up to {self.step} are "
+                'verified, later ones are not; engine="eager" trains without programs'
+            )
+        self._checkpoint.restore(training, forget_new=True, has_schedule=True)
