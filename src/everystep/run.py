@@ -95,11 +95,9 @@ class Run(RecordedRun):
         Raises:
             RunError: something that is needed is missing or cannot be read.
         """
-        from everystep import numerics
         from everystep.replay.verify import verify
         from everystep.views.progress import counting
 
-        numerics.prepare()
         with counting("replaying", len(self), progress) as on_progress:
             return verify(self._opener, processes, on_progress)
 
@@ -211,11 +209,9 @@ class Run(RecordedRun):
         Raises:
             RunError: something that is needed is missing or cannot be read.
         """
-        from everystep import numerics
         from everystep.replay.hooks import find_nonfinite
         from everystep.views.progress import counting
 
-        numerics.prepare()
         with counting("looking", len(self), progress) as on_progress:
             return find_nonfinite(self._opener, processes, on_progress)
 

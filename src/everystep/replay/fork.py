@@ -17,9 +17,9 @@ from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
-from everystep.recording.data import read_data
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.replay.processes import Opener
+from everystep.replay.reopen import stored_data
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import is_hyperparameter
@@ -169,7 +169,9 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     threads = new.threads or facts["numerics"]["threads"]
     with numerics.in_force(threads), generators_preserved(device):
         try:
-            data = None if new.data != old.data else _parents_data(asked, old)
+            data = None
+            if new.data == old.data:  # also where the seed that it was drawn with changes
+                data = stored_data(asked.run, facts) or _made_data(asked.run, old)
             job = experiment_job(new, asked.run.name, device, data)
             if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
                 state = asked.with_schedule(job.training, state)
@@ -218,11 +220,15 @@ def fork_objects(
     iteration = check_iteration(**(_iteration_of(facts, asked.run.facts["steps"]) | settings))
     state = asked.state(opener)
     own = objects.copied() if is_own else objects
-    data, stored = (own.data, None) if own.data is not None else _stored(asked, facts)
+    known = stored_data(asked.run, facts) if own.data is None else None
+    if own.data is None and known is None:
+        raise RunError(
+            f"the data of {asked.run.name} is not in the run; give it: fork(..., data=(x, y))"
+        )
     trained = replace(
         own,
-        data=data,
-        validation=validation if validation is not None else stored,
+        data=own.data if known is None else (known.x, known.y),
+        validation=known.validation if known is not None and validation is None else validation,
         dataset_limit=DEFAULT_DATASET_LIMIT,
     )
     trained.check()
@@ -232,7 +238,8 @@ def fork_objects(
         trained.model.to(device)
         torch.manual_seed(settings.get("seed", facts["batches"]["seed"]))
         job = objects_job(trained, iteration, device, progress)
-        goes_on = own.schedule is not None and _class_of(own.schedule) == _schedule_of(facts)
+        scheduled = str(facts.get("schedule")).partition(",")[0]
+        goes_on = own.schedule is not None and type(own.schedule).__name__ == scheduled
         if goes_on:
             state = asked.with_schedule(job.training, state)
         before = _bring_objects_to(job.training, state, keep=not is_own and not goes_on)
@@ -304,28 +311,8 @@ def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str,
     return before
 
 
-def _parents_data(asked: Fork, experiment: Experiment) -> Data | None:
-    """Return the parent's data, also where the seed that it was drawn with changes."""
-    fact = asked.stretch.facts["data.file"]
-    if not fact["stored"]:
-        return experiment_job(experiment, asked.run.name, torch.device("cpu")).data
-    tensors = read_data(asked.run.directory, fact)
-    return Data(tensors["x"], tensors["y"], _validation(tensors))
-
-
-def _stored(asked: Fork, facts: dict[str, Any]) -> tuple[Any, Any]:
-    fact = facts.get("data.file")
-    if fact is None or not fact["stored"]:
-        raise RunError(
-            f"the data of {asked.run.name} is not in the run; give it: fork(..., data=(x, y))"
-        )
-    tensors = read_data(asked.run.directory, fact)
-    return (tensors["x"], tensors["y"]), _validation(tensors)
-
-
-def _validation(tensors: dict[str, Any]) -> tuple[Any, Any] | None:
-    pair = tensors.get("validation_x"), tensors.get("validation_y")
-    return None if pair[0] is None else pair
+def _made_data(run: RecordedRun, experiment: Experiment) -> Data | None:
+    return experiment_job(experiment, run.name, torch.device("cpu")).data
 
 
 def _iteration_of(facts: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -341,15 +328,6 @@ def _iteration_of(facts: dict[str, Any], steps: int) -> dict[str, Any]:
         "engine": engine.get("asked", "auto"),
         "fold": engine.get("fold", False),
     }
-
-
-def _class_of(schedule: Any) -> str | None:
-    return None if schedule is None else type(schedule).__name__
-
-
-def _schedule_of(facts: dict[str, Any]) -> str | None:
-    text = facts.get("schedule")
-    return None if text is None else str(text).partition(",")[0]
 
 
 def _is_plain(value: Any) -> bool:

@@ -21,7 +21,7 @@ from everystep.errors import RunError
 from everystep.program.execute import BoundProgram, Observed
 from everystep.recording.run import RecordedRun
 from everystep.replay.expression import Reference
-from everystep.replay.parallel import Span, parallel, spans
+from everystep.replay.parallel import Span, Visitor, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
 from everystep.replay.step import ReplayStepper, Step
@@ -181,7 +181,7 @@ class _Counts(NamedTuple):
     infinities: int
 
 
-class FiniteCheck:
+class FiniteCheck(Visitor):
     """Takes steps, and stops at the first in which something is not finite that was not meant to be.
 
     meant: the operations whose infinities are meant, such as those of a causal mask: there, only NaNs
@@ -197,7 +197,7 @@ class FiniteCheck:
         self._training: ReplayStepper | None = None
 
     @property
-    def is_done(self) -> bool:
+    def is_done(self) -> bool:  # type: ignore[override]
         """Whether one has been found."""
         return self._found is not None
 
@@ -291,18 +291,18 @@ def find_nonfinite(
     )
     bound = min(last, run.facts.get("nonfinite_step") or last)
     steps: dict[int, int | None] = {}
-    diverged: list[int] = []
+    departed: list[int] = []
     replayed = parallel(opener, spans(run, 1, bound), FiniteCheck(meant), processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
             steps[each.span.first] = each.result
-            diverged += [each.first_loss.step] if each.first_loss else []
+            departed += [each.first_loss.step] if each.first_loss else []
             if each.result is not None and _covers(steps, run, bound, each.result):
                 break
     candidates = sorted(step for step in steps.values() if step is not None)
-    if diverged and (not candidates or min(diverged) <= candidates[0]):
+    if departed and (not candidates or min(departed) <= candidates[0]):
         raise RunError(
-            f"step {min(diverged)} of {run.name} was not the same when it was taken again, so that "
+            f"step {min(departed)} of {run.name} was not the same when it was taken again, so that "
             "nothing can be said of what was finite in it; everystep verify says more"
         )
     found = (_first_made(opener.step(step)) for step in candidates)

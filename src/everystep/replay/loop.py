@@ -22,8 +22,7 @@ from everystep.recording.database import Repeat
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Setting
-from everystep.replay.step import Batch
-from everystep.step.advance import Hook
+from everystep.replay.step import Batch, ReplayStepper
 from everystep.step.observe import Observation, PlainObserver
 from everystep.step.state import Generators, State
 from everystep.training.batch import nested_again
@@ -50,7 +49,7 @@ class _Inputs(NamedTuple):
     nesting: Any
 
 
-class LoopStepper:
+class LoopStepper(ReplayStepper):
     """A recorded loop: takes its steps again, in any order of loading and going on.
 
     Args:
@@ -61,7 +60,6 @@ class LoopStepper:
     state: the number of the step after which the state is, None before one is loaded.
     """
 
-    has_gradients = True
     has_gradients_in_state = True
 
     def __init__(
@@ -155,10 +153,6 @@ class LoopStepper:
             losses.append(self._take(self.state + 1))
         return torch.tensor(losses, dtype=torch.float64)
 
-    def watch(self, last: int, hook: Hook) -> Tensor:
-        """No step is taken so."""
-        raise AssertionError("no program takes a step of a loop in the place of Python")
-
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it.
 
@@ -216,14 +210,6 @@ class LoopStepper:
         count = self._run.facts["loop"].get("programs", 0)
         plain = [self._program(Repeat(0, n, None, None)).program for n in range(1, count + 1)]
         return list(dict.fromkeys(path for program in plain for path in program.activations))
-
-    def epoch(self, number: int) -> int:
-        """A loop says nothing of epochs."""
-        return 0
-
-    def is_by_program(self, number: int) -> bool:
-        """Tell whether a program took a step in the place of Python: none did."""
-        return False
 
     def _take(self, number: int, look: Callable[[int, Environment], None] | None = None) -> float:
         self.settle()

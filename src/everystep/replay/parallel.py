@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ from everystep.errors import RunError
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.processes import Opener, cores, needs_worker, replay_in_worker, workers
+from everystep.replay.processes import Opener, cores, in_worker, needs_worker, workers
 from everystep.replay.replay import Replay, same_number
 from everystep.step.check import StateDifference, state_differences
-from everystep.training.objects import Objects
 
 __all__ = [
     "LossDifference",
@@ -87,24 +85,23 @@ class Replayed:
         return self.different_losses == 0 and not self.states
 
 
-class Visitor(Protocol):
-    """Takes the steps of a span, and makes something of them. Travels to other processes.
+class Visitor:
+    """Takes the steps of a span; a subclass makes something of them. Travels to other processes.
 
     may_share: whether it may use the replay that opens steps: not if code of the user runs meanwhile, or
-    if everything shall be read from disk again.
+    if everything shall be read from disk again; is_done: whether no more steps need be taken.
     """
 
-    may_share: bool
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no more steps of the span need be taken."""
+    may_share = False
+    is_done = False
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Return the state that the way begins with: that before the span, or an earlier one."""
+        return span.first - 1
 
     def take(self, replay: Replay, last: int, span: Span) -> Tensor:
         """Take the steps from where the replay stands up to `last`; return their losses."""
+        return replay.stepper.run(last)
 
     def result(self) -> Any:
         """Return what was made of the span."""
@@ -175,7 +172,9 @@ def parallel(
     each = 1 if count > 1 else threads
     with workers(facts, count, each) as executor:
         futures: dict[Future[list[Replayed]], list[Span]] = {
-            executor.submit(_in_worker, run.directory, objects, group, visitor, each): group
+            executor.submit(
+                in_worker, run.directory, objects, each, _replay_group, group, visitor, each
+            ): group
             for group in _groups(wanted, count)
         }
         for future in as_completed(futures):
@@ -196,7 +195,9 @@ def parallel(
     if again:
         with workers(facts, 1, threads) as executor:
             for span in sorted(again):
-                work = executor.submit(_in_worker, run.directory, objects, [span], visitor, threads)
+                work = executor.submit(
+                    in_worker, run.directory, objects, threads, _replay_group, [span], visitor, threads
+                )
                 yield work.result()[0]
                 on_progress(span.last - span.first + 1)
 
@@ -220,10 +221,7 @@ def _processes(run: RecordedRun, wanted: list[Span], asked: int | None) -> int:
     return 1 if seconds < ALONE_SECONDS else max(1, most)
 
 
-def _in_worker(
-    directory: Path, objects: Objects | None, group: list[Span], visitor: Visitor, threads: int
-) -> list[Replayed]:
-    replay = replay_in_worker(directory, objects, threads)
+def _replay_group(replay: Replay, group: list[Span], visitor: Visitor, threads: int) -> list[Replayed]:
     return [_replay(replay, span, visitor, threads) for span in group]
 
 

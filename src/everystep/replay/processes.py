@@ -29,7 +29,7 @@ from everystep.training.objects import Objects
 if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
 
-__all__ = ["Opener", "cores", "needs_worker", "recorded_numerics", "replay_in_worker", "workers"]
+__all__ = ["Opener", "cores", "in_worker", "needs_worker", "recorded_numerics", "workers"]
 
 Facts = dict[str, Any]
 P = ParamSpec("P")
@@ -85,11 +85,18 @@ def _replay(directory: Path, threads: int | None) -> Replay:
     return Replay(RecordedRun(directory), threads=threads)
 
 
-def replay_in_worker(directory: Path, objects: Objects | None, threads: int | None) -> Replay:
-    """Return the replay of a run in this worker: the same each time, if the run is all it needs."""
+def in_worker(
+    directory: Path,
+    objects: Objects | None,
+    threads: int | None,
+    task: Callable[Concatenate[Replay, P], T],
+    *given: P.args,
+    **named: P.kwargs,
+) -> T:
+    """Do something with the replay of a run in this worker: the same one if it needs no objects."""
     if objects is None:
-        return _replay(directory, threads)
-    return Replay(RecordedRun(directory), objects, threads)
+        return task(_replay(directory, threads), *given, **named)
+    return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
 
 
 def _begin(threads: int) -> None:
@@ -120,12 +127,14 @@ class Opener:
     @property
     def problems(self) -> list[str]:
         """What was noticed, such as a snapshot that cannot be read."""
-        return self.call(_problems)
+        found: list[str] = self.call(getattr, "problems")
+        return found
 
     @property
     def departed_at(self) -> int | None:
         """The first step whose loss was another when it was taken again, None if there was none."""
-        return self.call(_departed_at)
+        found: int | None = self.call(getattr, "departed_at")
+        return found
 
     def step(self, number: int) -> Step:
         """Open a step.
@@ -154,8 +163,8 @@ class Opener:
         self._prepare()
         if self._replay is not None:
             return task(self._replay, *given, **named)
-        work = self._worker.submit(_in_worker, self.run.directory, self.objects, task, given, named)
-        result: T = work.result()
+        place = self.run.directory, self.objects, None
+        result: T = self._worker.submit(in_worker, *place, task, *given, **named).result()
         return result
 
     def replay_here(self, *, may_share: bool = True) -> Replay:
@@ -184,18 +193,6 @@ class Opener:
             stack = ExitStack()
             self._worker = stack.enter_context(workers(facts, 1, facts["numerics"]["threads"]))
             weakref.finalize(self, stack.close)
-
-
-def _problems(replay: Replay) -> list[str]:
-    return replay.problems
-
-
-def _departed_at(replay: Replay) -> int | None:
-    return replay.departed_at
-
-
-def _in_worker(directory: Path, objects: Objects | None, task: Any, given: Any, named: Any) -> Any:
-    return task(replay_in_worker(directory, objects, None), *given, **named)
 
 
 def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:

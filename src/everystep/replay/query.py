@@ -19,7 +19,7 @@ from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression, Reference
 from everystep.replay.hooks import Probe
-from everystep.replay.parallel import Replayed, Span, coarser, parallel, spans
+from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step
@@ -31,7 +31,7 @@ __all__ = ["Measured", "Question", "check_question", "measure", "when"]
 Question = Expression | Callable[[Step], Any]
 
 
-class Query:
+class Query(Visitor):
     """Takes the steps of a span, and puts a question to those that are due.
 
     Args:
@@ -70,7 +70,7 @@ class Query:
         self.looks_back = any(reference.is_previous for reference in self._tensors())
 
     @property
-    def is_done(self) -> bool:
+    def is_done(self) -> bool:  # type: ignore[override]
         """Whether no more steps need be taken."""
         return self._only_first and bool(self._answers)
 
@@ -253,8 +253,8 @@ def measure(
         replayed = parallel(opener, query.due(run), query, processes, on_progress)
         with closing(replayed):  # type: ignore[type-var]  # a generator
             for each in replayed:
-                exact, diverged = _exact(each)
-                left_out += diverged
+                exact, departed = _exact(each)
+                left_out += departed
                 additions.measurements([(name, step, value) for step, value in exact])
                 values |= dict(exact)
     return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
@@ -284,9 +284,9 @@ def when(
     replayed = parallel(opener, due, query, processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
-            exact, diverged = _exact(each)
+            exact, departed = _exact(each)
             found += [step for step, _ in exact]
-            inexact += diverged
+            inexact += departed
             done.append(each.span)
             best = chosen(sorted(found), which)
             if which != "all" and best and _is_settled(done, best[0], which, last):
@@ -307,8 +307,8 @@ def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:
     if replayed.is_exact:
         return replayed.result, []
     # Where only the closing state tells, nobody knows from which step of the span on.
-    diverged = replayed.first_loss.step if replayed.first_loss else replayed.span.first
-    return [(step, value) for step, value in replayed.result if step < diverged], [diverged]
+    departed = replayed.first_loss.step if replayed.first_loss else replayed.span.first
+    return [(step, value) for step, value in replayed.result if step < departed], [departed]
 
 
 def _check_name(run: RecordedRun, name: str, meaning: dict[str, Any], overwrite: bool) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from everystep.errors import ExperimentError, ProgramError, RunError
 from everystep.experiment.batches import Batches
+from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.specification import load
 from everystep.program.program import Program
@@ -39,7 +40,7 @@ from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.from_experiment import experiment_job
 from everystep.training.objects import Objects
 
-__all__ = ["reopen"]
+__all__ = ["reopen", "stored_data"]
 
 
 def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
@@ -109,9 +110,8 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
     fact = facts.get("data.file")
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just begun")
-    if fact["stored"]:
-        tensors = read_data(run.directory, fact)
-        return tensors["x"], tensors["y"]
+    if (stored := stored_data(run, facts)) is not None:
+        return stored.x, stored.y
     if objects.data is not None:
         given = objects.data
         if not isinstance(given, tuple | list):
@@ -132,6 +132,21 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
         tensors["validation_x"], tensors["validation_y"] = data.validation
     check_data(tensors, fact, f"what {path} says of the data")
     return data.x, data.y
+
+
+def stored_data(run: RecordedRun, facts: dict[str, Any]) -> Data | None:
+    """Return the data that a run holds, or None.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    fact = facts.get("data.file")
+    if fact is None or not fact["stored"]:
+        return None
+    tensors = read_data(run.directory, fact)
+    has_validation = {"validation_x", "validation_y"} <= tensors.keys()
+    validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
+    return Data(tensors["x"], tensors["y"], validation)
 
 
 def _kind_of(program: Program, batch: BatchSource) -> Hashable:

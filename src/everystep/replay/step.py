@@ -166,6 +166,7 @@ class ReplayStepper(Protocol):
     @property
     def has_gradients(self) -> bool:
         """Whether the gradients that the last step left are there."""
+        return True
 
     def load(self, state: State) -> None:
         """Bring everything to a state from disk."""
@@ -190,6 +191,7 @@ class ReplayStepper(Protocol):
 
         The next step is by program; the first that is not ends the way, and so may the hook.
         """
+        raise AssertionError("no program takes its steps in the place of Python")
 
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it."""
@@ -213,10 +215,12 @@ class ReplayStepper(Protocol):
         """Return the batch of a step."""
 
     def epoch(self, number: int) -> int:
-        """Return the epoch of a step, from 0."""
+        """Return the epoch of a step, from 0; a loop of the user says nothing of epochs."""
+        return 0
 
     def is_by_program(self, number: int) -> bool:
-        """Tell whether a program takes a step in the place of Python."""
+        """Tell whether a program takes a step in the place of Python; none does in a user's loop."""
+        return False
 
 
 class Statistics(NamedTuple):

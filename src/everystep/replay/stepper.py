@@ -15,7 +15,7 @@ from everystep.experiment.batches import Batches
 from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_into
 from everystep.replay.columns import Setting
-from everystep.replay.step import Batch
+from everystep.replay.step import Batch, ReplayStepper
 from everystep.step.advance import Hook, Losses, advance
 from everystep.step.check import bytes_of
 from everystep.step.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ _CURE = (
 )
 
 
-class TrainingStepper:
+class TrainingStepper(ReplayStepper):
     """Takes the steps of a training again, in any order of loading and going on.
 
     Args:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
-from everystep.replay.parallel import LossDifference, Span, parallel, spans
+from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
 from everystep.replay.processes import Opener, recorded_numerics
-from everystep.replay.replay import Replay
 from everystep.step.check import StateDifference, distance
 
 __all__ = ["Verification", "verify"]
@@ -48,24 +46,6 @@ class Verification:
         return not (self.different_steps or self.states or self.problems)
 
 
-class TakeAgain:
-    """Takes steps again, and nothing more."""
-
-    is_done = False
-    may_share = False
-
-    def begin(self, replay: Replay, span: Span) -> int:
-        """Begin with the state before the span."""
-        return span.first - 1
-
-    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
-        """Take steps up to `last`; return their losses."""
-        return replay.stepper.run(last)
-
-    def result(self) -> None:
-        """Return nothing."""
-
-
 def verify(
     opener: Opener,
     processes: int | None = None,
@@ -83,7 +63,7 @@ def verify(
     """
     run = opener.run
     steps = run.summary().steps
-    found = parallel(opener, spans(run, 1, steps), TakeAgain(), processes, on_progress)
+    found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
     replayed.sort(key=lambda each: each.span)
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]

@@ -119,7 +119,7 @@ class Losses:
 
     def keep(self, loss: Tensor) -> None:
         """Keep a copy of a loss that there is room for."""
-        self._slots[self.count].copy_(loss.reshape(()))
+        self._slots[self.count].copy_(loss if loss.ndim == 0 else loss.reshape(()))
         self.count += 1
 
     def drop(self, count: int) -> None:

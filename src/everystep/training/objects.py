@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from everystep.errors import DataError, ExperimentError, Fault, RunError, UsageError
 from everystep.training.arguments import (
@@ -111,15 +111,10 @@ class Objects:
             raise RunError(
                 f"give {' and '.join(missing)} as well: a step takes a model, a loss and an optimizer"
             )
-        wanted: dict[str, tuple[Any, str]] = {
-            "model": (nn.Module, "an nn.Module"),
-            "loss": (Callable, "a callable of (prediction, target)"),
-            "optimizer": (torch.optim.Optimizer, "an optimizer over the model's parameters"),
-        }
         faults = [
-            Fault(name, f"must be {what}, not {type(getattr(self, name)).__name__}")
-            for name, (kind, what) in wanted.items()
-            if not isinstance(getattr(self, name), kind)
+            *model_faults(self.model),
+            *loss_faults(self.loss),
+            *optimizer_faults(self.optimizer, self.model),
         ]
         if faults:
             raise UsageError(faults, "what the run is opened with")
