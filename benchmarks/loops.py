@@ -58,7 +58,8 @@ def _print_row(name: str, steps: int) -> bool:
         run = everystep.open(directory)
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e6
         again = "yes" if is_exact else f"no: {first} {problems}"
-        programs = run.facts["loop"]["programs"]
+        loop = run.facts.training.loop
+        programs = loop.programs if loop else 0
         same = "yes" if is_same else "NO"
         print(f"| {name} | {len(run):,} | {same} | {again} | {snapshots} | {programs:,} | {size:.3g} |")
     return is_same and bool(is_exact)

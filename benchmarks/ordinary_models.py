@@ -133,7 +133,7 @@ def train_twice(model: Model) -> Outcome:
             seconds = time.perf_counter() - begin
             return Outcome(False, f"refused: {error}", "no training", seconds)
         seconds = time.perf_counter() - begin
-        reason = run.facts["engine"]["reason"]
+        reason = run.facts.training.engine.reason
         found = fingerprints(contents(made))
         names = [name for name in expected | found if expected.get(name) != found.get(name)]
         if run.losses["loss"].to_list() != losses:

@@ -42,6 +42,7 @@ from torch import nn, optim  # noqa: E402
 from torch.optim import lr_scheduler  # noqa: E402
 
 import everystep  # noqa: E402
+from everystep.recording.facts import EAGERLY  # noqa: E402
 
 __all__ = ["Pair", "main"]
 
@@ -245,11 +246,11 @@ def try_one(pair: Pair, directory: Path, counts: Counts, runs: dict[str, Pair]) 
         counts.failures.append((f"{type(error).__name__}: {error}", pair))
         return
     runs[directory.name] = pair
-    engine = run.facts["engine"]
-    if engine["reason"] is None:
+    engine = run.facts.training.engine
+    if engine.reason is None:
         counts.by_program += 1
     else:
-        counts.eager[engine["reason"]] += 1
+        counts.eager[engine.reason] += 1
     found = contents(made)
     differ = [name for name in expected | found if expected.get(name) != found.get(name)]
     if not _same(run.losses["loss"].to_list(), losses):
@@ -299,7 +300,7 @@ def verify_all(directory: Path, seed: int) -> None:
 def verify_one(path: Path, seed: int) -> str | None:
     """Return what is not exact of a run, or None; what it trained is made again only for eager steps."""
     run = everystep.open(path)
-    if run.facts["engine"]["eager_from"] is not None:
+    if (run.facts.training.engine or EAGERLY).eager_from is not None:
         made = draw(int(path.name), seed).make()
         run = everystep.open(
             path, model=made.model, loss=made.loss, optimizer=made.optimizer, data=(made.x, made.y)

@@ -38,7 +38,7 @@ def main() -> None:
         run = _trained(place / "one", arguments.steps, changed=False)
         other = _trained(place / "other", arguments.steps, changed=True)
         rows = run.snapshot_rows()
-        print(f"{len(run):,} steps in {run.facts['seconds']:.1f} s; {len(rows)} snapshots,", end=" ")
+        print(f"{len(run):,} steps in {run.facts.seconds:.1f} s; {len(rows)} snapshots,", end=" ")
         print(
             f"{sum(row.bytes for row in rows) / 1e6:.0f} MB, {rows[1].step - rows[0].step} steps apart"
         )
@@ -84,7 +84,7 @@ def _trained_small(directory: Path, steps: int) -> everystep.Run:
 
 
 def _print_ratios(network: str, run: everystep.Run) -> None:
-    training = run.facts["seconds"]
+    training = run.facts.seconds or 0.0
     for what, task in (
         ("verify", lambda: run.verify(progress=False)),
         ("measure norm(gradients)", lambda: _measure(run)),

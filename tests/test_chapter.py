@@ -55,7 +55,7 @@ def test_all_500_losses_are_those_that_the_chapter_prints(run):
 def test_losses_have_the_bits_they_had(run):
     golden = json.loads(LOSSES_FILE.read_text())
     made_with = golden["made_with"]
-    here = Numerics.read(torch.device("cpu")).to_json()
+    here = Numerics.read(torch.device("cpu")).model_dump()
     losses = run.losses["loss"].to_list()
     expected = [float.fromhex(loss) for loss in golden["losses"]]
     if all(here[key] == value for key, value in made_with.items()):

@@ -14,6 +14,7 @@ import pytest
 
 import everystep
 from everystep.experiment.specification import built_in
+from everystep.recording.texts import model_text, optimizers_text
 
 
 def start(*arguments, **options):
@@ -47,9 +48,9 @@ def test_settings_and_shorthands(everystep_command):
     )  # fmt: skip
     assert code == 0
     run = everystep.open("mine")
-    assert run.facts["seed"] == 7
-    assert "Tanh()" in run.facts["model"]["text"]
-    assert "lr=0.001" in run.facts["optimizer"]["text"]
+    assert run.facts.training.seed == 7
+    assert "Tanh()" in model_text(run.facts.training.modules)
+    assert "lr=0.001" in optimizers_text(run.facts.training.optimizers)
 
 
 @pytest.mark.parametrize("name", built_in())

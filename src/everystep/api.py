@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.errors import RunError
-from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import RUNS, find_run, find_runs
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
+    from everystep.experiment.specification import Experiment
     from everystep.training.record import Recording
 
 __all__ = ["open", "record", "runs", "train", "train_experiment"]
@@ -143,6 +143,7 @@ def train(
         RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
         KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
     """
+    from everystep.experiment.specification import check_iteration
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
     from everystep.training.from_objects import train_objects
     from everystep.training.objects import Objects
@@ -170,7 +171,7 @@ def train(
     # The run holds the data, and a fork its own validation part.
     trained_with = replace(objects, data=None, validation=None, metrics=dict(metrics or {}))
     run = run_of(outcome, trained_with)
-    if run.facts["data"].get("lazy"):
+    if run.facts.training.data.lazy:
         run = run_of(outcome, replace(trained_with, data=data))
     return run
 
@@ -236,6 +237,7 @@ def train_experiment(
         RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
         KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
     """
+    from everystep.experiment.specification import Experiment, load
     from everystep.training.from_experiment import train_experiment as train_loaded
 
     name = Path(experiment).stem if isinstance(experiment, str | Path) else "experiment"

@@ -368,7 +368,7 @@ def fork(
         progress=not quiet,
     )
     if not quiet:
-        _hint(closing(made.directory, made.facts.get("reason")))
+        _hint(closing(made.directory, made.facts.reason))
     if made.status != "finished":
         raise typer.Exit(1)
 

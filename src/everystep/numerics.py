@@ -7,7 +7,6 @@ held during a training (`in_force`), written into the run (`Numerics`), and comp
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import sys
@@ -15,13 +14,16 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
 
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
+    import ctypes
+
     import torch
 
 __all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "warning"]
@@ -60,9 +62,10 @@ _CBWR_STRICT = 0x10000
 _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
 
 
-@dataclass(frozen=True)
-class Numerics:
+class Numerics(BaseModel):
     """Everything that the bits of a run depend on besides its experiment, as it was in force."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
 
     torch_version: str
     architecture: str
@@ -101,15 +104,6 @@ class Numerics:
             cublas_workspace_config=os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Numerics:
-        """Return what `to_json` was made from; raises TypeError where fields are missing."""
-        return cls(**data)
-
     def environment(self) -> dict[str, str]:
         """Return the environment that makes a new process compute like this, where that can be set."""
         asked = ENVIRONMENT["MKL_CBWR"]
@@ -131,7 +125,7 @@ class Numerics:
 
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
         """Return each field that differs, with this value and the other's."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        pairs = {name: (value, getattr(other, name)) for name, value in self}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -293,6 +287,8 @@ def _mkl_cbwr() -> str:
 
 
 def _torch_cpu_library() -> ctypes.CDLL | None:
+    import ctypes
+
     import torch
 
     suffix = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(

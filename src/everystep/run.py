@@ -263,7 +263,7 @@ class Run(RecordedRun):
         from everystep.replay.fork import Fork, fork_experiment, fork_objects
         from everystep.training.objects import Objects
 
-        if "loop" in self.facts:
+        if self.facts.training.loop:
             raise RunError(
                 f"{self.name} was recorded from a loop of your own, which a fork would need; load "
                 f"run.parameters({at}) into your model and record your loop from there"

@@ -26,7 +26,7 @@ def written(directory, losses=(), measurements=(), **facts):
     with database.transaction():
         database.write_losses(1, losses)
         database.write_measurements(measurements)
-        known = {"status": "finished", "loss.dtype": "float32", "started": "2026-01-02T03:04:05+00:00"}
+        known = {"status": "finished", "loss_dtype": "float32", "started": "2026-01-02T03:04:05+00:00"}
         database.write_facts(known | facts)
     database.close()
     return directory

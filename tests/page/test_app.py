@@ -11,9 +11,19 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import torch
 
 import everystep
+from everystep.numerics import Numerics
 from everystep.page.routes.runs import routes
+from everystep.recording.facts import (
+    BatchFacts,
+    DataFacts,
+    Facts,
+    LossFacts,
+    ModuleFacts,
+    TrainingFacts,
+)
 from everystep.views.summary import facts_in_order
 
 STATIC = Path(everystep.__file__).parent / "page" / "static"
@@ -47,6 +57,7 @@ def test_everything_about_a_run(chapter_run, page):
     assert about["parent"] is None
     assert about["forks"] == [{"name": "child", "at": 20}]
     assert about["has_experiment"] is True
+    assert about["layers"] == {"weight": "0.weight", "active": "1"}
     assert about["settings"]["optimizer.lr"] == 1e-4
     assert about["settings"]["model.layers[1]"] == "ReLU()"
     assert about["settings"]["steps"] == 50
@@ -114,14 +125,14 @@ def test_rates_and_measurements_with_their_first_and_last_values(write_run, page
     ]
 
 
-FACTS = {
-    "device": "cpu", "numerics": {"processor": "x", "device": "cpu", "threads": 1},
-    "model": {"text": "m", "parameters": 1},
-    "data": {"source": "random", "x": [1, 1], "y": [1, 1], "rows": 1}, "loss": {"text": "l"},
-    "optimizer": {"text": "o"}, "steps": 9,
-    "batches": {"batch_size": None, "drop_last": False, "seed": 0, "steps_per_epoch": 1},
-    "schedule": None, "clip_norm": None, "evaluate_every": None,
-}  # fmt: skip
+TRAINING = TrainingFacts(
+    device="cpu", seed=0, data=DataFacts(source="random", rows=1, x=(1, 1), y=(1, 1)),
+    batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
+    modules={"": ModuleFacts(class_name="m")}, parameters=1, optimizers={}, schedules={},
+    loss=LossFacts(class_name="l", is_torchs=False, settings={}, modules={}),
+    clip_norm=None, evaluate_every=None, numerics=Numerics.read(torch.device("cpu")), versions={},
+)  # fmt: skip
+FACTS = Facts(steps=9, trained=TRAINING).rows()
 
 
 OUTSIDE = [

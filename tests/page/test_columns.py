@@ -127,7 +127,7 @@ def test_numbers_that_are_not_finite_are_texts_and_others_have_the_fewest_digits
 
 
 def test_losses_of_double_precision_keep_it(write_run, page):
-    write_run("run", [0.1 + 0.2, 0.3], **{"loss.dtype": "float64"})
+    write_run("run", [0.1 + 0.2, 0.3], loss_dtype="float64")
     assert page.json("/api/runs/run/curve")["values"] == [0.30000000000000004, 0.3]
     assert page.json("/api/runs/run/table", high="0.3")["filtered"] == 1
 

@@ -8,7 +8,6 @@ from torch import nn
 
 import everystep
 from everystep.errors import UsageError
-from everystep.page.network import modules_of
 from everystep.page.opened import step_content
 from everystep.page.tensors import tensor_of
 from everystep.replay.step import statistics
@@ -75,7 +74,7 @@ def test_operations_are_those_of_the_step(opened):
     assert [(each["left"], each["right"]) for each in content["operations"]] == [
         (line.left, line.right) for line in lines
     ]
-    formulas = update_formulas(step.operations, run.facts["optimizer"]["text"])
+    formulas = update_formulas(step.operations, run.facts.training.optimizers)
     for told in content["updates"]:
         formula, update = formulas[told["parameter"]], step.updates[told["parameter"]]
         assert (told["operators"], told["calls"]) == (list(formula.operators), list(formula.calls))
@@ -90,11 +89,14 @@ def test_the_chapter(runs):
     assert content["loss"] == step.loss and float(content["loss_text"]) == pytest.approx(step.loss)
     assert content["is_exact"] and content["is_by_program"] and content["problems"] == []
     assert content["hyperparameters"] == {"lr": 1e-4}
+    assert content["optimizer"] == {"name": "GradientDescent", "settings": {"lr": "0.0001"}}
+    assert content["loss_function"] == {"name": "MSELoss", "text": "MSELoss(reduction='sum')"}
     assert content["batch"]["rows"] is None and not content["batch"]["images"]
     assert content["batch"]["targets"] is None
     first, relu, second = content["network"]
     assert (first["path"], first["type"], first["operations"]) == ("0", "Linear", [0])
     assert first["text"] == "Linear(in_features=1000, out_features=100, bias=True)"
+    assert first["arguments"] == "in_features=1000, out_features=100, bias=True"
     assert (first["input"], first["output"]) == ([64, 1000], [64, 100])
     assert first["parameters"] == {"weight": "parameters/0.weight", "bias": "parameters/0.bias"}
     assert (relu["type"], relu["parameters"], second["type"]) == ("ReLU", {}, "Linear")
@@ -173,34 +175,6 @@ def test_modules_within_modules(small, tmp_path):
     assert len(layers["again"]["operations"]) == 2
     own = [each for each in content["operations"] if each["module"] == ""]
     assert ("" in layers) == bool(own)
-
-
-@pytest.mark.parametrize(
-    ("model", "paths"),
-    [
-        (nn.Linear(3, 2), [""]),
-        (nn.Sequential(nn.Linear(3, 2)), ["", "0"]),
-        (
-            nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Linear(2, 2)) for _ in range(3)]),
-            ["", *(f"{n}{rest}" for n in range(3) for rest in ("", ".0", ".1"))],
-        ),
-    ],
-)
-def test_the_text_of_a_model_is_read(model, paths):
-    found = modules_of(str(model))
-    assert sorted(found) == sorted(paths)
-    named = dict(model.named_modules())
-    assert {path: each.type for path, each in found.items()} == {
-        path: type(named[path]).__name__ for path in found
-    }
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "a model", "<img src=x>", "A(\n" + "  (0-999999): 9 x B(\n    (0-999999): 9 x C(\n" * 50],
-)
-def test_a_text_that_is_no_model(text):
-    assert len(modules_of(text)) <= 1
 
 
 def test_statistics_of_what_is_not_finite_or_empty():

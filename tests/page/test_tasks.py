@@ -164,7 +164,7 @@ def test_a_fork(runs):
     assert named["begun"] == {"run": "another"} and named["result"]["status"] == "finished"
     assert unnamed["begun"] == {"run": f"{HOSTILE}-fork-1"}
     run = everystep.open(runs / "another")
-    assert len(run) == 40 and run.facts["fork"]["parent"] == HOSTILE
+    assert len(run) == 40 and run.facts.fork.parent == HOSTILE
     assert run.measured("lr") == {21: 2e-4} and run.verify(progress=False).is_exact
     assert "did you mean SGD" in wrong["error"]["error"] and "begun" not in wrong
 

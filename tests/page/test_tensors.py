@@ -10,6 +10,7 @@ import everystep
 from everystep.errors import UsageError
 from everystep.page.regions import histogram, matrix, region, regions
 from everystep.page.tensors import tensor_of
+from everystep.recording.facts import Facts
 
 
 def numbers_of(found):
@@ -141,13 +142,13 @@ def step(tmp_path_factory):
 
 
 def test_ids(step):
-    assert tensor_of(step, "batch.x", {}).equal(step.batch.x)
-    assert tensor_of(step, "parameters/0.weight", {}).equal(step.parameters["0.weight"])
-    assert tensor_of(step, "updates/0.weight/change", {}).equal(step.updates["0.weight"].change)
-    assert tensor_of(step, "activations/1", {}).equal(step.activations["1"])
-    assert tensor_of(step, "dropped/2.bias", {}).equal(step.dropped["2.bias"])
+    assert tensor_of(step, "batch.x", Facts()).equal(step.batch.x)
+    assert tensor_of(step, "parameters/0.weight", Facts()).equal(step.parameters["0.weight"])
+    assert tensor_of(step, "updates/0.weight/change", Facts()).equal(step.updates["0.weight"].change)
+    assert tensor_of(step, "activations/1", Facts()).equal(step.activations["1"])
+    assert tensor_of(step, "dropped/2.bias", Facts()).equal(step.dropped["2.bias"])
     given = step.operations[0].inputs["parameter/0.weight~1"]
-    assert tensor_of(step, "operations/0/inputs/parameter/0.weight~1", {}).equal(given)
+    assert tensor_of(step, "operations/0/inputs/parameter/0.weight~1", Facts()).equal(given)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_ids(step):
 )
 def test_ids_that_are_none(step, id):
     with pytest.raises(UsageError, match="has no tensor") as raised:
-        tensor_of(step, id, {})
+        tensor_of(step, id, Facts())
     assert len(str(raised.value)) < 400
 
 

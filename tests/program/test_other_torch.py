@@ -66,8 +66,8 @@ def test_a_tensor_never_gets_the_memory_of_another():
 def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, monkeypatch):
     _, x, _ = small
     run = train(Distances(), x, torch.zeros(20, 3))
-    assert run.facts["engine"]["eager_from"] is None
-    text = (run.directory / run.facts["engine"]["programs"][0]["file"]).read_text()
+    assert run.facts.training.engine.eager_from is None
+    text = (run.directory / run.facts.training.engine.programs[0].file).read_text()
     assert "_cdist_backward" in text
 
     changed = {"_cdist_backward": ["Tensor grad, Tensor x1, Tensor x2, Tensor cdist, float p"]}
@@ -77,8 +77,8 @@ def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, m
     with pytest.raises(ProgramError, match=r"_cdist_backward\.default takes other arguments in torch"):
         Program.from_json(text)
     run = train(Distances(), x, torch.zeros(20, 3))
-    assert run.facts["engine"]["eager_from"] == 1
-    assert "takes other arguments in torch" in run.facts["engine"]["reason"]
+    assert run.facts.training.engine.eager_from == 1
+    assert "takes other arguments in torch" in run.facts.training.engine.reason
 
 
 @pytest.mark.usefixtures("without_caches")
@@ -93,6 +93,6 @@ def test_a_torch_without_what_programs_need_takes_steps_eagerly(small, monkeypat
     needed = (*operators._NEEDED, ("torch._C", torch._C, ("_gone",)))
     monkeypatch.setattr(operators, "_NEEDED", needed)
     run = train(*small)
-    assert run.facts["engine"]["eager_from"] == 1
-    assert "has no torch._C._gone, which programs need" in run.facts["engine"]["reason"]
+    assert run.facts.training.engine.eager_from == 1
+    assert "has no torch._C._gone, which programs need" in run.facts.training.engine.reason
     assert len(run.losses) == 4

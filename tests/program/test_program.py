@@ -107,7 +107,7 @@ def test_the_programs_of_a_run_are_read_as_they_were_written(name, small):
     optimizer = options.pop("optimizer")(model.parameters())
     run = everystep.train(model, (x, y), optimizer=optimizer, steps=8, progress=False, **options)
     files = sorted((run.directory / "programs").glob("*.json"))
-    assert len(files) == len(run.facts["engine"]["programs"]) > 0
+    assert len(files) == len(run.facts.training.engine.programs) > 0
     for file in files:
         text = file.read_text()
         assert Program.from_json(text).to_json() == text

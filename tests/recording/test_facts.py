@@ -7,10 +7,13 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from pydantic import ValidationError
 from tests.training.by_hand import by_train, new_training
 
 import everystep
 from everystep.errors import RunError
+from everystep.recording.texts import model_text
+from everystep.views.terminal import header
 
 CHANGED = [
     ("steps", "NaN"),
@@ -26,7 +29,16 @@ CHANGED = [
     ("fork", "[1, 2]"),
     ("fork", "{}"),
     ("earlier", '[{"last": 2, "fact": {}}]'),
-    ("model", '"text"'),
+    ("modules", '"text"'),
+    ("modules", '{"": {"class_name": 3}}'),
+    ("modules", '{"": {"class_name": "Linear", "arguments": ["in_features=4"]}}'),
+    ("optimizers", '{"optimizer": {"class_name": "SGD", "is_torchs": 1, "groups": []}}'),
+    ("optimizers", '{"optimizer": {"class_name": "SGD", "is_torchs": true, "groups": {"lr": 0.1}}}'),
+    ("schedules", '{"schedule": "StepLR, every step"}'),
+    ("loss", '{"text": "MSELoss()"}'),
+    ("engine", '{"asked": "auto"}'),
+    ("versions", '{"torch": 2.9}'),
+    ("data", '{"source": "random", "rows": 1.5}'),
     ("numerics", "{}"),
     ("anything", "[" * 100_000),
     ("anything", "no JSON"),
@@ -61,7 +73,50 @@ def test_one_altered_run_does_not_hide_the_others(runs, everystep_command):
 
 def test_texts_beyond_the_basic_plane_are_texts(runs):
     change(runs / "right", "name", json.dumps("😀"))
-    assert everystep.open(runs / "right").facts["name"] == "😀"
+    assert everystep.open(runs / "right").facts.name == "😀"
+
+
+HOSTILE = [
+    {},
+    {"a.b.c": {"class_name": "Linear"}},
+    {"": {"class_name": "<img src=x>", "arguments": "\n\n"}, ".": {"class_name": ""}},
+    {"b": {"class_name": "B"}, "": {"class_name": "A"}, "b.c": {"class_name": "C"}},
+    {".".join("a" * n): {"class_name": "ModuleList"} for n in range(3000)},
+]
+
+
+@pytest.mark.parametrize("modules", HOSTILE)
+def test_modules_that_no_model_has_are_shown_all_the_same(runs, everystep_command, modules):
+    change(runs / "right", "modules", json.dumps(modules))
+    run = everystep.open(runs / "right")
+    assert "parameters" in header(run.facts)
+    assert len(model_text(run.facts.training.modules)) < 20_000_000
+    assert everystep_command("step", runs / "right", 2)[0] == 0
+
+
+def test_a_run_that_has_just_begun_has_few_facts(runs):
+    with closing(sqlite3.connect(runs / "right" / "run.sqlite")) as database, database:
+        database.execute("DELETE FROM facts WHERE key NOT IN ('status', 'started')")
+    run = everystep.open(runs / "right")
+    assert (run.status, run.facts.trained, run.summary().planned) == ("finished", None, 3)
+    for ask in (lambda: run.facts.training, lambda: run[1], run.verify, run.report):
+        with pytest.raises(RunError, match="does not say how it was trained"):
+            ask()
+
+
+def test_facts_do_not_change(runs):
+    facts = everystep.open(runs / "right").facts
+    for fact in (facts, facts.training, facts.training.engine, facts.training.numerics):
+        with pytest.raises(ValidationError, match="frozen"):
+            fact.name = "other"
+
+
+def test_facts_of_a_later_everystep_are_left_out(runs):
+    before = everystep.open(runs / "right").facts
+    change(runs / "right", "invented", '{"later": true}')
+    engine = before.training.engine.model_dump(mode="json") | {"invented": [1]}
+    change(runs / "right", "engine", json.dumps(engine))
+    assert everystep.open(runs / "right").facts == before
 
 
 def test_losses_that_are_no_numbers_are_said(runs):
@@ -98,9 +153,6 @@ def test_a_pipe_beside_the_database_is_not_waited_for(runs, suffix):
 
 
 def test_a_run_of_a_generator_that_nobody_seeded_is_read(runs):
-    change(
-        runs / "right",
-        "batches",
-        json.dumps(everystep.open(runs / "right").facts["batches"] | {"seed": 2**64 - 1}),
-    )
-    assert everystep.open(runs / "right").facts["batches"]["seed"] == 2**64 - 1
+    batches = everystep.open(runs / "right").facts.training.batches.model_dump()
+    change(runs / "right", "batches", json.dumps(batches | {"seed": 2**64 - 1}))
+    assert everystep.open(runs / "right").facts.training.batches.seed == 2**64 - 1

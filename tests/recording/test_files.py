@@ -25,7 +25,7 @@ def change(run, statement, *arguments):
 
 
 def change_fact(run, key, change_value):
-    value = run.facts[key]
+    value = getattr(run.facts.training, key).model_dump(mode="json")
     change_value(value)
     change(run, "UPDATE facts SET value = ? WHERE key = ?", json.dumps(value), key)
 
@@ -52,7 +52,7 @@ def test_files_of_its_own_are_found_also_through_a_link_to_the_run(tmp_path):
 def test_a_run_that_names_foreign_data_programs_or_snapshots_is_not_replayed_from_them(run, tmp_path):
     elsewhere = shutil.copytree(run.directory, tmp_path / "elsewhere")
     for key, alter in (
-        ("data.file", lambda fact: fact.update(file=str(elsewhere / "data.safetensors"))),
+        ("data_file", lambda fact: fact.update(file=str(elsewhere / "data.safetensors"))),
         ("engine", lambda fact: fact["programs"][0].update(file="../elsewhere/programs/1.json")),
     ):
         altered = everystep.open(shutil.copytree(run.directory, tmp_path / key))

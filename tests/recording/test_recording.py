@@ -31,7 +31,7 @@ def test_any_float32_loss_comes_back_from_sqlite(losses):
         database = Database.create(Path(folder) / "run.sqlite")
         with database.transaction():
             database.write_losses(1, losses)
-            database.write_facts({"loss.dtype": "float32"})
+            database.write_facts({"loss_dtype": "float32"})
         database.close()
         read = everystep.Run(folder).losses["loss"].to_list()
     for wrote, got in zip(losses, read, strict=True):

@@ -269,7 +269,7 @@ def test_a_fork_of_an_experiment_has_the_bits_of_a_loop_whose_rules_change(exper
     rules = rules_of(experiment, {"steps": STEPS})
     expected = by_hand(rules, settings.get("steps", STEPS), {AT: change})
     expected.assert_is(fork, 3, AT, AT + 1, AT + 7)
-    assert fork.facts["fork"] == {
+    assert fork.facts.fork.model_dump() == {
         "parent": parent.name,
         "directory": str(parent.directory),
         "at": AT,
@@ -362,7 +362,7 @@ def test_a_fork_of_a_fork_of_an_experiment():
     expected = by_hand(rules, 12, {4: set_lr(1e-5), 8: set_rule(batch_size=16)})
     expected.assert_is(last, 4, 5, 8, 9)
     assert last.verify(processes=1, progress=False).is_exact
-    assert last.facts["fork"]["parent"] == "two-layer-1-fork-1"
+    assert last.facts.fork.parent == "two-layer-1-fork-1"
 
 
 def test_what_a_fork_shares_with_its_parent_are_the_same_files():

@@ -20,6 +20,7 @@ from torch.optim import SGD, Adam
 import everystep
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.batches import Batches
+from everystep.recording.facts import MeasuredFacts
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.views.terminal import shortest
 
@@ -249,7 +250,8 @@ def test_nothing_but_the_measurement_is_changed():
     run.measure(SIZE, name="size", every=10, progress=False)
     assert files_of(run) == before
     assert run.losses.equals(losses)
-    assert run.facts == facts | {"measured": {"size": {"expression": SIZE, "every": 10}}}
+    size = MeasuredFacts(expression=SIZE, every=10)
+    assert run.facts == facts.model_copy(update={"measured": {"size": size}})
 
 
 def files_of(run) -> dict[Path, bytes]:
@@ -593,7 +595,7 @@ def test_the_first_of_many_pieces_is_named():
         optimizer=partial(SGD, lr=3.0),
         **{"batch_size": None, "steps": 120},
     )
-    assert run.facts["nonfinite_step"] == first > 24
+    assert run.facts.nonfinite_step == first > 24
     assert run.first_nonfinite(progress=False).step.number == first
 
 

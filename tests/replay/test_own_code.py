@@ -105,7 +105,7 @@ def test_what_a_metric_changes_is_part_of_the_run(change, times, capfd):
     run = by_train(made, steps=STEPS, evaluate_every=10)
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
     verified(run)
     assert capfd.readouterr().err == ""
 
@@ -115,7 +115,7 @@ def test_a_layer_that_a_metric_freezes_and_unfreezes_replays():
     calls = iter([freezes, unfreezes])
     metrics = {"mine": lambda p, t: next(calls, lambda made: None)(made) or 0.0}
     run = by_train(made, steps=STEPS, metrics=metrics, evaluate_every=10)
-    assert {rule["since"] for rule in run.facts["engine"]["programs"]} == {1, 11, 21}
+    assert {rule.since for rule in run.facts.training.engine.programs} == {1, 11, 21}
     opened = verified(run)
     assert bits(opened[15].updates["0.weight"].after) == bits(opened[15].updates["0.weight"].before)
     assert bits(opened[25].updates["0.weight"].after) != bits(opened[25].updates["0.weight"].before)
@@ -175,7 +175,7 @@ def test_an_own_optimizer_whose_steps_become_eager_replays():
         return made
 
     run = by_train(make(), steps=STEPS, evaluate_every=10)
-    assert run.facts["engine"]["eager_from"] == 21
+    assert run.facts.training.engine.eager_from == 21
     verified(run, make())
 
 
@@ -275,8 +275,8 @@ def test_an_optimizer_with_state_of_its_own_opens_verifies_and_forks(optimizer):
     run = by_train(made, steps=STEPS)
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
-    engine = run.facts["engine"]
-    assert (engine["reason"], engine["live_optimizer"]) == (None, type(made.optimizer).__name__)
+    engine = run.facts.training.engine
+    assert (engine.reason, engine.live_optimizer) == (None, type(made.optimizer).__name__)
     verified(run, new(optimizer=OWN[optimizer]))
     assert run[17].is_exact  # with the objects that it was trained with
     fork = run.fork(13, steps=STEPS, progress=False)

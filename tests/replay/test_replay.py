@@ -21,7 +21,7 @@ def snapshots_every_16(monkeypatch):
 def test_every_loss_and_snapshot_comes_back(case):
     run = by_train(case.make(), **case.options)
     generator = torch.get_rng_state()
-    needs_objects = case.eager is not None or run.facts["engine"]["live_optimizer"] is not None
+    needs_objects = case.eager is not None or run.facts.training.engine.live_optimizer is not None
     if not needs_objects:
         run = everystep.open(run.directory)
     else:

@@ -172,7 +172,7 @@ def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them(tmp_path
     run = everystep.open("other")
     here = everystep.train_experiment("two-layer", {"steps": 20, "threads": 1}, progress=False)
     assert needs_worker(run.facts) == (
-        run.facts["numerics"]["cpu_capability"] != here.facts["numerics"]["cpu_capability"]
+        run.facts.training.numerics.cpu_capability != here.facts.training.numerics.cpu_capability
     )
     assert run[7].is_exact
     assert run.verify(progress=False).is_exact

@@ -304,11 +304,11 @@ def assert_same(make, steps, **options):
 
 def assert_eager(run, capfd, step, reason):
     """Assert from which step on Python ran, and that the user was told why."""
-    engine = run.facts["engine"]
-    assert engine["eager_from"] == step
-    assert reason in engine["reason"]
+    engine = run.facts.training.engine
+    assert engine.eager_from == step
+    assert reason in engine.reason
     since = f" from step {step} on" if step > 1 else ""
-    message = f"steps are taken eagerly{since}: {engine['reason']}"
+    message = f"steps are taken eagerly{since}: {engine.reason}"
     assert capfd.readouterr().err.count(message) == 1
 
 

@@ -183,7 +183,7 @@ def test_what_is_changed_and_put_back_counts(kind):
 def test_a_plain_tensor_keeps_nobody_from_a_program(kind):
     made = CHANGES[kind]()
     made.metrics = {}
-    assert by_train(made, steps=20).facts["engine"]["reason"] is None
+    assert by_train(made, steps=20).facts.training.engine.reason is None
 
 
 class Scaled(Dataset):
@@ -296,7 +296,7 @@ def test_a_schedule_sees_the_gradients_of_its_step(optimizer):
         made.schedule = lr_scheduler.LambdaLR(made.optimizer, rate)
         return made
 
-    assert differs_or_same(make).facts["engine"]["reason"] is None
+    assert differs_or_same(make).facts.training.engine.reason is None
 
 
 def test_a_metric_may_keep_a_gradient():
@@ -312,7 +312,7 @@ def test_a_metric_may_keep_a_gradient():
         made.metrics = {"mine": metric}
         return made
 
-    assert differs_or_same(make, evaluate_every=5).facts["engine"]["reason"] is None
+    assert differs_or_same(make, evaluate_every=5).facts.training.engine.reason is None
 
 
 def test_gradients_are_clipped_together_with_those_of_a_group_that_came_later():

@@ -91,7 +91,7 @@ def test_rows_that_are_proven_to_stay_the_same_are_read_once(kind, capfd):
     expected = train(rows())
     run = train(datasets_of(*rows())[kind])
     assert run.losses.equals(expected.losses)
-    assert not run.facts["data"]["lazy"]
+    assert not run.facts.training.data.lazy
     assert "read at every step" not in capfd.readouterr().err
     assert everystep.open(run.directory).verify().is_exact
 
@@ -100,7 +100,7 @@ def test_what_its_code_computes_is_proven_too():
     x, y = rows()
     run = train(Scaled(x.numpy(), y.tolist()))
     assert run.losses.equals(train((x * 2.0, y)).losses)
-    assert not run.facts["data"]["lazy"]
+    assert not run.facts.training.data.lazy
 
 
 def test_other_code_is_read_at_every_step_and_rows_that_stayed_the_same_are_in_the_run(capfd):

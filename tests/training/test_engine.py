@@ -38,13 +38,13 @@ def test_training_has_the_bits_of_the_loop(case, capfd):
     assert contents(made) == expected
 
     if case.eager is None:
-        assert run.facts["engine"]["reason"] is None
-        assert run.facts["engine"]["verified_to"] == case.steps
+        assert run.facts.training.engine.reason is None
+        assert run.facts.training.engine.verified_to == case.steps
         assert capfd.readouterr().err == ""
     else:
         assert_eager(run, capfd, *case.eager)
-    for rule in run.facts["engine"]["programs"]:
-        assert Program.from_json((run.directory / rule["file"]).read_bytes()).torch == torch.__version__
+    for rule in run.facts.training.engine.programs:
+        assert Program.from_json((run.directory / rule.file).read_bytes()).torch == torch.__version__
 
 
 #: Kernels that split their work by threads, at any size; and some that do not.
@@ -73,7 +73,7 @@ def test_so_it_has_with_two_threads(case):
     run = by_train(made, **options)
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == expected
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
 
 
 # Experiments: the same loop by hand, from their data, first parameters and generator as recorded.
@@ -119,7 +119,7 @@ LENGTHS = {
 def test_an_experiment_has_the_bits_of_the_loop(name, engine):
     settings = LENGTHS[name] | {"threads": 1, "engine": engine}
     run = everystep.train_experiment(name, settings, progress=False)
-    assert (run.facts["engine"]["eager_from"] is None) == (engine != "eager")
+    assert (run.facts.training.engine.eager_from is None) == (engine != "eager")
 
     data = load_file(run.directory / "data.safetensors")
     model = nn.Sequential(*LAYERS[name])

@@ -38,7 +38,7 @@ def test_an_lr_that_changes_at_step_777_changes_there():
         return lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= 776 else 1.0)
 
     run = assert_same(lambda: new_training(optimizer=descent, schedule=schedule), 1000)
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
     rates = run.measurements.filter(run.measurements["name"] == "lr")
     assert rates["step"].to_list() == [1, 777]
     assert rates["value"].to_list() == [0.05, 0.05 * 0.1]
@@ -70,7 +70,7 @@ def test_a_schedule_that_looks_at_the_model_sees_it():
     expected, trained = make(), make()
     losses = by_hand(expected, steps=50)
     run = by_train(trained, steps=50)
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
     assert run.losses["loss"].to_list() == losses
     assert len(logs[0]) == 51
     assert logs[0] == logs[1]
@@ -88,7 +88,7 @@ def test_a_schedule_may_use_autograd():
         ),
         50,
     )
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
 
 
 SIDES = {
@@ -133,7 +133,7 @@ def test_a_metric_sees_the_gradients_of_the_step(optimizer, batch_size):
     trained = new_training(optimizer=optimizer)
     metrics = {"norm": lambda p, t: max(norms(trained))}
     run = by_train(trained, **options, metrics=metrics, evaluate_every=7)
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
     measured = run.measurements.filter(run.measurements["name"] == "norm")
     assert measured["step"].to_list() == [*range(7, 61, 7), 60]
     assert measured["value"].to_list() == [max(seen[step - 1]) for step in measured["step"]]
@@ -187,9 +187,9 @@ def test_what_a_metric_changes_holds_from_the_next_step_on(change, capfd):
     run = by_train(trained, steps=100, metrics={"mine": metric}, evaluate_every=10)
     assert run.losses["loss"].to_list() == losses
     assert contents(trained) == left
-    engine = run.facts["engine"]
-    assert engine["reason"] is None
-    assert {rule["since"] for rule in engine["programs"]} == CHANGES[change]
+    engine = run.facts.training.engine
+    assert engine.reason is None
+    assert {rule.since for rule in engine.programs} == CHANGES[change]
     assert everystep.open(run.directory).verify().is_exact
 
 
@@ -211,8 +211,8 @@ def test_stop_on_nan_stops_at_the_first_loss_that_is_not_finite():
     trained = new_training(optimizer=diverging)
     run = by_train(trained, steps=100, stop_on_nan=True)
     assert (run.status, run.losses["loss"].to_list()) == ("stopped", losses)
-    assert run.facts["reason"] == f"the loss is {losses[-1]} at step {first} (stop_on_nan)"
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.reason == f"the loss is {losses[-1]} at step {first} (stop_on_nan)"
+    assert run.facts.training.engine.reason is None
     assert contents(trained) == contents(expected)
     assert run.snapshots[-1] == first
 
@@ -231,9 +231,9 @@ def test_ctrl_c_in_a_metric_ends_after_the_step():
     with pytest.raises(KeyboardInterrupt, match=r"everystep\.open\('runs/sequential-1'\)"):
         by_train(trained, steps=1000, metrics={"mine": metric}, evaluate_every=10)
     (run,) = everystep.runs()
-    assert (run.status, run.facts["reason"]) == ("stopped", "by the user (Ctrl-C)")
+    assert (run.status, run.facts.reason) == ("stopped", "by the user (Ctrl-C)")
     assert run.losses["loss"].to_list() == losses
-    assert run.facts["engine"]["verified_to"] == 64
+    assert run.facts.training.engine.verified_to == 64
     assert contents(trained) == contents(expected)
 
 
@@ -260,8 +260,8 @@ def test_ctrl_c_at_any_time_leaves_a_whole_step():
 @pytest.mark.parametrize("optimizer", [descent, momentum, partial(torch.optim.AdamW, fused=True)])
 def test_few_steps(steps, optimizer):
     run = assert_same(lambda: new_training(optimizer=optimizer), steps)
-    assert run.facts["engine"]["reason"] is None
-    assert run.facts["engine"]["verified_to"] == steps
+    assert run.facts.training.engine.reason is None
+    assert run.facts.training.engine.verified_to == steps
 
 
 def test_a_program_that_cannot_be_is_refused_where_it_is_demanded():
@@ -281,8 +281,8 @@ def test_a_demanded_program_takes_the_steps():
     expected = by_hand(new_training(), steps=50)
     run = by_train(new_training(), steps=50, engine="program")
     assert run.losses["loss"].to_list() == expected
-    assert run.facts["engine"]["asked"] == "program"
-    assert run.facts["engine"]["verified_to"] == 50
+    assert run.facts.training.engine.asked == "program"
+    assert run.facts.training.engine.verified_to == 50
 
 
 @pytest.mark.parametrize("optimizer", [descent, partial(torch.optim.SGD, lr=0.05)])
@@ -295,8 +295,8 @@ def test_folded_steps_are_close_and_the_same_again(optimizer):
     assert first.losses["loss"].to_list() != losses
     assert first.losses.equals(second.losses)
     assert contents(one) == contents(two)
-    assert first.facts["engine"]["fold"]
-    assert first.facts["engine"]["reason"] is None
+    assert first.facts.training.engine.fold
+    assert first.facts.training.engine.reason is None
     assert all(parameter.grad is not None for parameter in one.model.parameters())
 
 
@@ -310,8 +310,8 @@ def test_training_twice_goes_on(optimizer):
     first, second = by_train(trained, steps=25), by_train(trained, steps=35)
     assert first.losses["loss"].to_list() + second.losses["loss"].to_list() == losses
     assert contents(trained) == contents(expected)
-    assert first.facts["engine"]["reason"] is second.facts["engine"]["reason"] is None
-    assert [rule["steps"] for rule in second.facts["engine"]["programs"]] == ["every"]
+    assert first.facts.training.engine.reason is second.facts.training.engine.reason is None
+    assert [rule.steps for rule in second.facts.training.engine.programs] == ["every"]
 
 
 def test_gradients_that_are_there_already_go_on(capfd):
@@ -324,7 +324,7 @@ def test_gradients_that_are_there_already_go_on(capfd):
         return trained
 
     run = assert_same(make, 50)
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
 
 
 # Data.
@@ -415,17 +415,17 @@ def test_a_dataset_read_at_every_step_is_read_once_for_each(dataset, model, batc
     assert run.losses["loss"].to_list() == losses
     assert contents(trained) == left
     assert (random.getstate(), np.random.get_state()[1].tolist()) == others
-    assert run.facts["engine"]["reason"] is None
-    assert run.facts["data"]["lazy"]
+    assert run.facts.training.engine.reason is None
+    assert run.facts.training.data.lazy
     if dataset is OfAnyLength:
-        assert len(run.facts["engine"]["programs"]) == 7  # the first step, and six lengths
+        assert len(run.facts.training.engine.programs) == 7  # the first step, and six lengths
 
 
 def test_where_nothing_can_be_folded_the_run_says_so_and_is_held_to_every_bit():
     settings = {"steps": 20, "optimizer": {"name": "Adam"}}
     run = everystep.train_experiment("two-layer", settings | {"fold": True}, progress=False)
     exact = everystep.train_experiment("two-layer", settings, progress=False)
-    assert (run.facts["engine"]["fold"], run.facts["engine"]["folded"]) == (True, False)
+    assert (run.facts.training.engine.fold, run.facts.training.engine.folded) == (True, False)
     assert run.losses.equals(exact.losses)
 
 

@@ -75,9 +75,9 @@ def test_a_check_that_fails_takes_back_what_was_not_verified(
     options = {} if evaluate_every is None else {"validation": (made.x, made.y)}
     run = by_train(made, steps=100, evaluate_every=evaluate_every, **options)
     assert_eager(run, capfd, 33, "its program gives other bits in parameter/")
-    engine = run.facts["engine"]
-    assert engine["reason"].endswith("at step 64")
-    assert engine["verified_to"] == 32
+    engine = run.facts.training.engine
+    assert engine.reason.endswith("at step 64")
+    assert engine.verified_to == 32
     assert (run.status, run.losses["loss"].to_list()) == ("finished", losses)
     assert contents(made) == contents(expected)
     assert len(run.snapshots) > 10
@@ -95,8 +95,8 @@ def test_what_was_recorded_long_ago_is_taken_back(monkeypatch, failing_check):
     failing_check(600)
     made = new_training()
     run = by_train(made, steps=1300)
-    engine = run.facts["engine"]
-    assert engine["eager_from"] == engine["verified_to"] + 1 > 64
+    engine = run.facts.training.engine
+    assert engine.eager_from == engine.verified_to + 1 > 64
     expected, losses, _, _ = states_by_hand(1300)
     assert run.losses["step"].to_list() == [*range(1, 1301)]
     assert run.losses["loss"].to_list() == losses
@@ -112,7 +112,7 @@ def test_a_schedule_goes_back_too(failing_check):
     failing_check(64)
     made = new_training(**parts)
     run = by_train(made, steps=100)
-    assert run.facts["engine"]["eager_from"] == 33
+    assert run.facts.training.engine.eager_from == 33
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
     rates = run.measurements.filter(run.measurements["name"] == "lr")
@@ -126,7 +126,7 @@ def test_a_schedule_that_follows_the_validation_loss_goes_back_too(failing_check
     failing_check(64)
     made = new_training(optimizer=descent, schedule=plateau)
     run = by_train(made, steps=100)
-    assert run.facts["engine"]["eager_from"] == 33
+    assert run.facts.training.engine.eager_from == 33
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
 
@@ -141,7 +141,7 @@ def test_where_a_program_is_demanded_only_verified_steps_are_kept(
         by_train(new_training(), steps=100, engine="program")
     (run,) = everystep.runs()
     assert run.status == "failed"
-    assert "other bits" in run.facts["reason"]
+    assert "other bits" in run.facts.reason
     assert run.losses["loss"].to_list() == losses
     assert max(run.snapshots) <= 32
     for step in run.snapshots:
@@ -170,7 +170,7 @@ def test_where_the_users_code_has_run_there_is_no_way_back(kind, failing_check):
     with pytest.raises(everystep.TrainingError, match=r"step 64 cannot be trusted.*Steps up to 32"):
         by_train(new_training(**parts), steps=100, **options)
     (run,) = everystep.runs()
-    assert (run.status, run.facts["engine"]["verified_to"]) == ("failed", 32)
+    assert (run.status, run.facts.training.engine.verified_to) == ("failed", 32)
     assert run.losses["loss"].to_list() == losses
 
 
@@ -200,7 +200,7 @@ def test_what_the_users_forward_raises_at_its_thirtieth_call_comes_through():
     with pytest.raises(ZeroDivisionError, match="mine"):
         by_train(new_training(make), steps=100)
     (run,) = everystep.runs()
-    assert (run.status, run.facts["reason"]) == ("failed", "mine")
+    assert (run.status, run.facts.reason) == ("failed", "mine")
     assert run.losses["loss"].to_list() == expected
 
 
@@ -217,5 +217,5 @@ def test_what_is_not_finite_stops_where_python_takes_the_steps():
     run = by_train(new_training(Growing), steps=100, stop_on_nan=True)
     losses = run.losses["loss"].to_list()
     assert (run.status, len(losses)) == ("stopped", 35)
-    assert run.facts["reason"] == f"the loss is {losses[-1]} at step 35 (stop_on_nan)"
+    assert run.facts.reason == f"the loss is {losses[-1]} at step 35 (stop_on_nan)"
     assert all(map(math.isfinite, losses[:-1]))

@@ -65,7 +65,7 @@ def test_python_that_is_not_proven_runs_at_every_step_and_the_reason_is_said_onc
 
     run = assert_same(lambda: new_training(make), 20)
     assert_eager(run, capfd, 1, reason)
-    assert ".py:" in run.facts["engine"]["reason"] or kind == "mask"
+    assert ".py:" in run.facts.training.engine.reason or kind == "mask"
 
 
 def test_what_is_known_to_change_keeps_nobody_from_a_program(capfd):
@@ -80,7 +80,7 @@ def test_what_is_known_to_change_keeps_nobody_from_a_program(capfd):
         return trained
 
     run = assert_same(make, 50)
-    assert run.facts["engine"]["reason"] is None
+    assert run.facts.training.engine.reason is None
     assert capfd.readouterr().err == ""
 
 

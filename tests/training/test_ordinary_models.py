@@ -10,9 +10,9 @@ STEPS = 30
 @pytest.mark.parametrize("case", ORDINARY_MODELS, ids=lambda case: case.name)
 def test_training_has_the_bits_of_the_loop(case):
     run = assert_same(case.make, STEPS, batch_size=case.batch_size)
-    engine = run.facts["engine"]
-    assert (engine["eager_from"] is None) == case.by_program, engine["reason"]
-    assert (engine["reason"] is None) == case.by_program
+    engine = run.facts.training.engine
+    assert (engine.eager_from is None) == case.by_program, engine.reason
+    assert (engine.reason is None) == case.by_program
     losses = run.losses["loss"]
     assert losses[-1] < losses[0], (
         "it does not learn: the data or the settings are not what they should be"

@@ -69,7 +69,7 @@ def assert_same_or_refused(make, program=None, **options):
     assert not isinstance(expected, Exception), repr(expected)
     assert differences(trained, expected)[:3] == []
     if program is not None:
-        reason = runs[-1].facts["engine"]["reason"]
+        reason = runs[-1].facts.training.engine.reason
         assert (reason is None) == program, reason
     return expected
 

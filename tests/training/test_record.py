@@ -144,7 +144,7 @@ def test_a_break_ends_a_step_and_an_exception_discards_it(made):
             if number == 3:
                 raise ZeroDivisionError("of my own")
     run = recording.run
-    assert (len(run), run.status, run.facts["reason"]) == (3, "failed", "of my own")
+    assert (len(run), run.status, run.facts.reason) == (3, "failed", "of my own")
     assert run.snapshots == [0]
     assert run.verify(processes=1, progress=False).is_exact
 
@@ -241,7 +241,7 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
             if number % 20 == 0:
                 recording.flush()
     run = recording.run
-    lost_to = run.facts["batches.lost_to"]
+    lost_to = run.facts.batches_lost_to
     assert 100 < lost_to < 300
     with pytest.raises(everystep.RunError, match=r"batch_budget of everystep\.record"):
         run[5]
@@ -386,7 +386,7 @@ def test_a_pause_is_no_part_of_the_step(made):
             with recording.paused(), torch.no_grad():
                 recording.log(validation=((model(batch[0]) - batch[1]) ** 2).mean().item())
     run = recording.run
-    assert run.facts["loop"]["programs"] == 1 + (run.facts["loop"]["programs"] > 1)
+    assert run.facts.training.loop.programs == 1 + (run.facts.training.loop.programs > 1)
     assert not any(
         seen.operation.operator.startswith("aten._local_scalar") for seen in run[2].operations
     )

@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import everystep
+from everystep.recording.texts import optimizers_text
 from everystep.step.hyperparameters import hyperparameters
-from everystep.training.facts import optimizer_text
+from everystep.training.facts import optimizer_facts
 
 
 class Rows(Dataset):
@@ -246,7 +247,7 @@ def test_settings_of_an_optimizer_that_are_no_numbers(small):
         "lr[1]": 0.5,
         "optimizer.count[1]": 0,
     }
-    assert optimizer_text(optimizer) == (
+    assert optimizers_text({"optimizer": optimizer_facts(optimizer)}) == (
         "Descent(table=Tensor of shape (3,), levels=ndarray of shape (2, 2), name=mine)"
     )
     other = Descent(parameters, lr=None, betas=0.9, momentum=torch.tensor(0.5))

@@ -159,8 +159,8 @@ def test_what_train_changes_it_restores(small):
     model, x, y = small
     threads = torch.get_num_threads()
     run = train(model, (x, y), threads=1)
-    assert run.facts["numerics"]["threads"] == 1
-    assert run.facts["numerics"]["deterministic_algorithms"]
+    assert run.facts.training.numerics.threads == 1
+    assert run.facts.training.numerics.deterministic_algorithms
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -190,7 +190,7 @@ def test_a_dataset_that_gives_other_rows_each_time_is_read_lazily(small, capfd):
     before = torch.get_rng_state()
     run = train(model, Augmented(x, y), batch_size=6, steps=1)
     assert "to open its steps, give the Dataset" in capfd.readouterr().err
-    assert run.facts["data"]["lazy"]
+    assert run.facts.training.data.lazy
     assert not (run.directory / "data.safetensors").exists()
     torch.set_rng_state(before)
     rows = Batches(20, 6, torch.initial_seed()).indices(1).tolist()
@@ -290,7 +290,7 @@ def test_nan_is_recorded_said_once_and_training_goes_on(small, capfd):
     assert math.isnan(losses[-1])
     assert capfd.readouterr().err.count("the loss is") == 1
     first = next(step for step, loss in enumerate(losses, 1) if not math.isfinite(loss))
-    assert run.facts["nonfinite_step"] == first
+    assert run.facts.nonfinite_step == first
     assert run.status == "finished"
 
 
@@ -302,7 +302,7 @@ def test_stop_on_nan_stops_at_that_step(small):
     assert not math.isfinite(losses[-1])
     assert all(map(math.isfinite, losses[:-1]))
     assert run.status == "stopped"
-    assert "stop_on_nan" in run.facts["reason"]
+    assert "stop_on_nan" in run.facts.reason
 
 
 def test_what_the_users_own_code_raises_comes_through_and_the_steps_before_are_kept(small):
@@ -318,7 +318,7 @@ def test_what_the_users_own_code_raises_comes_through_and_the_steps_before_are_k
     with pytest.raises(ZeroDivisionError, match="mine"):
         train(model, (x, y), loss=failing)
     (run,) = everystep.runs()
-    assert (run.status, len(run.losses), run.facts["reason"]) == ("failed", 3, "mine")
+    assert (run.status, len(run.losses), run.facts.reason) == ("failed", 3, "mine")
 
 
 def test_ctrl_c_finishes_the_step_closes_the_run_and_is_raised(small):
@@ -363,7 +363,7 @@ def test_float64_and_frozen_parameters_and_tied_weights(small):
     frozen = first.bias.clone()
     run = train(model, (x.double(), y.double()))
     assert run.losses["loss"].dtype.to_python() is float
-    assert run.facts["loss.dtype"] == "float64"
+    assert run.facts.loss_dtype == "float64"
     assert torch.equal(run.parameters(5)["0.bias"], frozen)
     assert torch.equal(run.parameters(5)["0.weight"], run.parameters(5)["1.weight"])
     model.load_state_dict(run.parameters(5))
@@ -409,7 +409,7 @@ x @ x
 model = nn.Linear(64, 1)
 optimizer = everystep.GradientDescent(model.parameters(), lr=1e-4)
 run = everystep.train(model, (x, x[:, :1]), loss=nn.MSELoss(), optimizer=optimizer, steps=2)
-print(run.facts["numerics"]["mkl_cbwr"])
+print(run.facts.training.numerics.mkl_cbwr)
 """
     import os
 

@@ -7,6 +7,7 @@ import pytest
 
 import everystep
 from everystep.recording.run import RecordedRun
+from everystep.recording.texts import model_text
 from everystep.views.report import report_html
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -75,7 +76,7 @@ def test_says_what_the_run_is_in_the_order_of_the_chapter(trained):
     # Each where it comes first: the numerics have a device of their own.
     assert list(dict.fromkeys(label for label in page.texts["dt"] if label in labels)) == labels
     assert page.texts["h1"] == ["run"]
-    assert run.facts["model"]["text"] in page.all_text
+    assert model_text(run.facts.training.modules) in page.all_text
     assert "50, each with all 64 rows" in page.all_text
     assert "finished" in page.all_text
 

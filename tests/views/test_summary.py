@@ -7,6 +7,7 @@ import pytest
 
 import everystep
 from everystep.recording.run import RecordedRun
+from everystep.recording.texts import optimizers_text
 from everystep.views.summary import summary_html
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -48,7 +49,8 @@ def test_tells_the_run_in_a_few_lines(trained):
     run = RecordedRun(trained)
     html = summary_html(run)
     text = "".join(ElementTree.fromstring(html).itertext())
-    for told in ("run", "finished", "MSELoss(reduction='sum')", run.facts["optimizer"]["text"], "50"):
+    update = optimizers_text(run.facts.training.optimizers)
+    for told in ("run", "finished", "MSELoss(reduction='sum')", update, "50"):
         assert told in text
     assert len(html) < 10_000
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import tomllib
+from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError
 from everystep.recording.database import MeasurementEnds
+from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun, Summary
 from everystep.views import report
 from everystep.views.summary import facts_in_order
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["about_data", "plain", "settings_of", "state_data", "summary_data"]
 
+#: What the classes of layers begin with that have a weight, and of activation functions.
+_WITH_WEIGHTS = ("Linear", "Bilinear", "Conv", "Embedding", "LazyLinear", "LazyConv")
+_ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
 #: The learning rate and its like are recorded where they change.
 _RATE = re.compile(r"(lr|momentum|beta1)(\[\d+\])?")
 
@@ -55,12 +60,12 @@ def state_data(columns: RunColumns, status: str) -> dict[str, Any]:
     facts = columns.facts
     return {
         "status": status,
-        "reason": facts.get("reason"),
+        "reason": facts.reason,
         "steps": columns.steps,
-        "planned": facts.get("steps", columns.steps),
+        "planned": columns.steps if facts.steps is None else facts.steps,
         "last_loss": plain(float(columns.losses[-1])) if columns.steps else None,
         "measurements": [_measurement(ends) for ends in columns.ends],
-        "seconds": facts.get("seconds"),
+        "seconds": facts.seconds,
     }
 
 
@@ -72,35 +77,36 @@ def about_data(
     Raises:
         RunError: it does not say what it is.
     """
-    facts = columns.facts
-    settings = settings_of(run, facts)
-    try:
-        described = {
-            "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
-            "details": report.details(facts),
-            "times": report.times(facts),
-        }
-    except KeyError as error:
-        raise RunError(
-            f"{name} does not say what its {error.args[0]} is: it had not begun when it was stopped, or "
-            "its database was changed"
-        ) from None
-    return described | {
+    facts, training = columns.facts, columns.facts.training
+    settings = settings_of(run, training)
+    return {
+        "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
+        "details": report.details(facts),
+        "times": report.times(facts),
         "name": name,
         **state_data(columns, run.status_by(facts)),
         "dtype": str(columns.losses.dtype),
         **_landmarks(columns),
         "directory": _argument(run.directory),
-        "parent": [facts["fork"]["parent"], facts["fork"]["at"]] if "fork" in facts else None,
+        "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
         "forks": forks,
         "has_experiment": settings is not None,
-        "is_of_loop": "loop" in facts,
+        "is_of_loop": training.loop is not None,
+        "layers": _telling_layers(training.modules),
         "settings": settings or {},
         "snapshots": run.snapshots,
     }
 
 
-def settings_of(run: RecordedRun, facts: dict[str, Any]) -> dict[str, Any] | None:
+def _telling_layers(modules: Mapping[str, ModuleFacts]) -> dict[str, str | None]:
+    """Return the paths of the first weight and of the first activation function, to suggest."""
+    inner = [(path, each.class_name) for path, each in modules.items() if path and "'" not in path]
+    weight = next((f"{path}.weight" for path, name in inner if name.startswith(_WITH_WEIGHTS)), None)
+    active = next((path for path, name in inner if name.startswith(_ACTIVATIONS)), None)
+    return {"weight": weight, "active": active}
+
+
+def settings_of(run: RecordedRun, facts: TrainingFacts) -> dict[str, Any] | None:
     """Return the settings of a run's experiment by path, as `--set` takes them; None: it has none."""
     try:
         path = run.experiment_file(facts)

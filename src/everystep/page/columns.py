@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.recording.database import MeasurementEnds
+from everystep.recording.facts import Facts
 from everystep.recording.numbers import Numbers, fingerprint, read_numbers
 from everystep.recording.run import RecordedRun
 from everystep.views.reduction import reduce
@@ -47,7 +48,7 @@ class RunColumns:
     edition: another one where steps that had been there were taken again.
     """
 
-    facts: dict[str, Any]
+    facts: Facts
     steps: int
     losses: NDArray[Any]
     ends: list[MeasurementEnds]
@@ -202,7 +203,7 @@ def reduced(steps: NDArray[np.int64], values: NDArray[Any], points: int) -> dict
 
 
 def _precise(found: Numbers) -> NDArray[Any]:
-    if found.facts.get("loss.dtype") == "float64":
+    if found.facts.loss_dtype == "float64":
         return found.losses
     with np.errstate(over="ignore"):
         return found.losses.astype(np.float32)
@@ -218,8 +219,8 @@ def _goes_on(old: RunColumns, found: Numbers, start: int) -> bool:
     A training may take steps back and take them again (then its newest losses are others), and a run may
     be made again under the same name. When a training ends, all of it is read once more, to be sure.
     """
-    facts = ("started", "status")
-    return all(old.facts.get(key) == found.facts.get(key) for key in facts) and _is_same(
+    pair = ((facts.started, facts.status) for facts in (old.facts, found.facts))
+    return next(pair) == next(pair) and _is_same(
         old.losses[start:], _precise(found)[: old.steps - start]
     )
 
@@ -231,7 +232,7 @@ def _overlap(steps: NDArray[np.int64]) -> int:
 def _extended(old: RunColumns, found: Numbers) -> dict[str, Series]:
     """Return the measurements in memory with what is new; those that were changed are left out."""
     counts = {ends.name: ends.values for ends in found.ends}
-    meanings = [facts.get("measured", {}) for facts in (old.facts, found.facts)]
+    meanings = [facts.measured for facts in (old.facts, found.facts)]
     extended = {}
     # Meanwhile others may have become known: they are read when they are asked for.
     for name, (new_steps, new_values) in found.series.items():

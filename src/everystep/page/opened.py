@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from everystep.page.network import network
 from everystep.page.tensors import first_of, id_of_batch, images_of, unset_ids
 from everystep.program.operation import Operation
+from everystep.recording.facts import Facts, ModuleFacts
+from everystep.recording.texts import loss_text, optimizer_parts
 from everystep.replay.step import Batch, Step, statistics
 from everystep.run import Run
 from everystep.views.answers import plain
@@ -23,7 +25,7 @@ from everystep.views.terminal import shortest
 __all__ = ["step_content", "step_json"]
 
 
-def step_json(step: Step, run: Run, facts: dict[str, Any]) -> bytes:
+def step_json(step: Step, run: Run, facts: Facts) -> bytes:
     """Return all that the page shows of a step but the numbers of its tensors, as JSON.
 
     facts: of the run.
@@ -42,9 +44,11 @@ def step_content(step: Step, run: Run) -> dict[str, Any]:
     return found
 
 
-def _content(step: Step, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
+def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
     tensors = _Tensors(unset_ids(step))
-    optimizer = facts["optimizer"]["text"]
+    training = facts.training
+    optimizer, settings = optimizer_parts(training.optimizers)
+    loss = loss_text(training.loss)
     content = {
         "run": run.name,
         "step": step.number,
@@ -56,18 +60,18 @@ def _content(step: Step, run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         "is_exact": step.is_exact,
         "departed_at": step.departed_at,
         "is_by_program": step.is_by_program,
-        "is_of_loop": "loop" in facts,
+        "is_of_loop": training.loop is not None,
         "problems": run.problems,
         "hyperparameters": step.hyperparameters,
-        "clip_norm": facts["clip_norm"],
-        "optimizer": optimizer,
-        "loss_function": facts["loss"]["text"],
+        "clip_norm": training.clip_norm,
+        "optimizer": {"name": optimizer, "settings": settings},
+        "loss_function": {"name": training.loss.class_name if training.loss else loss, "text": loss},
         "batch": _batch(step.batch, facts, tensors),
-        "network": _network(step, facts["model"]["text"], tensors),
+        "network": _network(step, training.modules, tensors),
         "operations": _operations(step, tensors),
         "dropped": tensors.of("dropped", step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
-        "updates": _updates(step, update_formulas(step.operations, optimizer), tensors),
+        "updates": _updates(step, update_formulas(step.operations, training.optimizers), tensors),
     }
     return content | {"tensors": tensors.known}
 
@@ -117,9 +121,9 @@ class _Tensors:
         return self._seen[place]
 
 
-def _batch(batch: Batch, facts: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
+def _batch(batch: Batch, facts: Facts, tensors: _Tensors) -> dict[str, Any]:
     images = images_of(next(iter(batch.tensors.values())), facts) if batch.tensors else None
-    classes = (facts.get("preparation") or {}).get("classes")
+    classes = (facts.training.preparation or {}).get("classes")
     return {
         "tensors": [
             {"name": name, "tensor": tensors.add(id_of_batch(name), tensor)}
@@ -140,8 +144,8 @@ def _targets(y: Tensor, classes: Sequence[Any] | None) -> list[str] | None:
     return [str(known[n]) if 0 <= n < len(known) else str(n) for n in numbers]
 
 
-def _network(step: Step, text: str, tensors: _Tensors) -> list[dict[str, Any]]:
-    layers = network(step, text)
+def _network(step: Step, modules: Mapping[str, ModuleFacts], tensors: _Tensors) -> list[dict[str, Any]]:
+    layers = network(step, modules)
     for layer in layers:
         if layer["activation"] is not None:
             activation = first_of(step.activations[layer["path"]])

@@ -21,6 +21,7 @@ from everystep.experiment.specification import parse_setting
 from everystep.page.processes import own_stdout
 from everystep.page.shelf import shown_name
 from everystep.page.sides import sides
+from everystep.recording.facts import Facts
 from everystep.replay.columns import Found
 from everystep.run import Run
 from everystep.views.answers import (
@@ -187,9 +188,9 @@ class _Watching(Silent):
         self._voice = voice
         self._steps = 0
 
-    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+    def begin(self, directory: Path, facts: Facts) -> None:
         """Tell which run it is."""
-        self.run, self._steps = shown_name(directory.name), facts["steps"]
+        self.run, self._steps = shown_name(directory.name), facts.steps or 0
         self._voice.say("begun", {"run": self.run})
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from everystep.errors import UsageError
+from everystep.recording.facts import Facts
 from everystep.replay.step import Step
 from everystep.views.mathematics import kind_of
 
@@ -34,7 +35,7 @@ _OVERWRITING = {
 _WORKSPACES = {"mkldnn_rnn_layer": 3, "cudnn_rnn": 3, "miopen_rnn": 3, "cudnn_batch_norm": 3}
 
 
-def tensor_of(step: Step, id: str, facts: dict[str, Any]) -> Tensor:
+def tensor_of(step: Step, id: str, facts: Facts) -> Tensor:
     """Return a tensor of a step by its id, such as `batch.x` or `operations/3/inputs/x`.
 
     facts: of the run.
@@ -94,7 +95,7 @@ def unset_ids(step: Step) -> frozenset[str]:
     return frozenset(found)
 
 
-def images_of(x: Tensor, facts: dict[str, Any]) -> Tensor | None:
+def images_of(x: Tensor, facts: Facts) -> Tensor | None:
     """Return the images that a batch is, as they were before they were scaled; None: it is none.
 
     Args:
@@ -106,7 +107,8 @@ def images_of(x: Tensor, facts: dict[str, Any]) -> Tensor | None:
         return None
     if not x.is_floating_point():
         return None
-    scaling = (facts.get("preparation") or {}).get("scaling") or {}
+    preparation = facts.trained and facts.trained.preparation
+    scaling = (preparation or {}).get("scaling") or {}
     try:
         mean, deviation = (x.new_tensor(scaling[key]).view(shape[1:]) for key in ("mean", "deviation"))
     except (KeyError, TypeError, ValueError, RuntimeError):  # they were not, or not as everystep does it

@@ -24,6 +24,7 @@ from everystep.page.processes import own_stdout
 from everystep.page.regions import histogram, regions
 from everystep.page.tensors import tensor_of
 from everystep.recording.database import FILE_NAME
+from everystep.recording.facts import Facts
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
 from everystep.run import Run
@@ -45,7 +46,7 @@ class Openers:
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, tuple[tuple[Any, ...], Run]] = OrderedDict()
-        self.facts: dict[str, Any] = {}
+        self.facts = Facts()
 
     def run(self, directory: str) -> Run:
         """Return a run; one that was made anew under the same name is opened anew.
@@ -90,7 +91,7 @@ class Openers:
         except OSError as error:
             raise RunError(f"the run {run.name} is not there any more: {error.strerror}") from None
         self.facts = run.facts
-        return status.st_dev, status.st_ino, self.facts.get("started")
+        return status.st_dev, status.st_ino, self.facts.started
 
 
 class Interruption:

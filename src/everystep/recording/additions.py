@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
+from everystep.recording.facts import MeasuredFacts
 
 __all__ = ["Additions", "adding"]
 
@@ -30,7 +30,7 @@ class Additions:
         with self._database.transaction():
             self._database.write_measurements(rows)
 
-    def begin_measurement(self, name: str, meaning: dict[str, Any], *, anew: bool) -> None:
+    def begin_measurement(self, name: str, meaning: MeasuredFacts, *, anew: bool) -> None:
         """Note what a measurement means; `anew`: take out what there was of that name.
 
         Raises:
@@ -39,7 +39,7 @@ class Additions:
         with self._database.transaction():
             if anew:
                 self._database.remove_measurement(name)
-            known = self._database.facts().get("measured", {})
+            known = self._database.facts().measured
             self._database.write_facts({"measured": known | {name: meaning}})
 
 

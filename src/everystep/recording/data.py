@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError
+from everystep.recording.facts import DataFileFacts
 from everystep.recording.files import own_path
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ DATA_FILE = "data.safetensors"
 DATA_LIMIT = 256_000_000
 
 
-def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE) -> dict[str, Any]:
+def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE) -> DataFileFacts:
     """Write data (CPU tensors) into a run while it is small; return the fact that says what it is."""
     from safetensors.torch import save
 
@@ -28,12 +29,13 @@ def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FIL
     if is_small:
         (directory / name).write_bytes(save(_unshared(tensors)))
     # Bits depend on how a tensor lies in memory, too.
-    strides = {key: list(t.stride()) for key, t in tensors.items() if not t.is_contiguous()}
-    fact = {"file": name, "stored": is_small, "bytes": size, "digest": _digest(tensors)}
-    return fact | ({"strides": strides} if strides else {})
+    strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
+    return DataFileFacts(
+        file=name, stored=is_small, bytes=size, digest=_digest(tensors), strides=strides
+    )
 
 
-def read_data(directory: Path, fact: dict[str, Any]) -> dict[str, Tensor]:
+def read_data(directory: Path, fact: DataFileFacts) -> dict[str, Tensor]:
     """Read the data of a run: x, y, and validation_x and validation_y where there are any.
 
     Raises:
@@ -42,26 +44,26 @@ def read_data(directory: Path, fact: dict[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = own_path(directory, fact.get("file", DATA_FILE))
+    path = own_path(directory, fact.file)
     try:
         tensors = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     check_data(tensors, fact, str(path))
-    return {name: _laid_out(t, fact.get("strides", {}).get(name)) for name, t in tensors.items()}
+    return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
 
 
-def check_data(tensors: dict[str, Tensor], fact: dict[str, Any], place: str) -> None:
+def check_data(tensors: dict[str, Tensor], fact: DataFileFacts, place: str) -> None:
     """Check that data is that of a run.
 
     Raises:
         RunError: it is not; names the digests.
     """
     digest = _digest(tensors)
-    if digest != fact["digest"]:
+    if digest != fact.digest:
         raise RunError(
             f"{place} is not the data that the run was trained on: its digest is {digest[:12]}..., the "
-            f"run's {fact['digest'][:12]}...; put the original back"
+            f"run's {fact.digest[:12]}...; put the original back"
         )
 
 
@@ -73,7 +75,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _laid_out(tensor: Tensor, stride: list[int] | None) -> Tensor:
+def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
     """Return the tensor as it lay in memory when it was trained on."""
     import torch
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.connection import FILE_NAME, LOCK_NAME, begin_database, connect_reading
-from everystep.recording.facts import read_facts
+from everystep.recording.fact_rows import read_facts, rows_of
+from everystep.recording.facts import Facts
 
 __all__ = [
     "FILE_NAME",
@@ -124,12 +124,9 @@ class Database:
         """Write measurements (name, step, value)."""
         self._connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
 
-    def write_facts(self, facts: dict[str, Any]) -> None:
-        """Write facts; values as JSON can hold them."""
-        self._connection.executemany(
-            "INSERT OR REPLACE INTO facts VALUES (?, ?)",
-            [(key, json.dumps(value)) for key, value in facts.items()],
-        )
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
+        self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
 
     def add_snapshot(self, row: SnapshotRow) -> None:
         """Enter a snapshot whose directory is complete."""
@@ -156,7 +153,7 @@ class Database:
         for table in ("steps", "measurements", "repeats"):
             self._connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """Return all facts."""
         return read_facts(self._rows("SELECT * FROM facts"), self._path)
 

@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 from everystep.recording.changes import FOLDER, change_files
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
+from everystep.recording.facts import EarlierFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 
 __all__ = ["Inherited", "inherit"]
 
-#: Facts of the whole run, not of the way in which some of its steps were trained.
-_OF_THE_WHOLE = {"earlier", "fork", "measured", "name", "status", "reason", "started", "finished"}
-
 
 class Inherited(NamedTuple):
-    """facts: of the fork; snapshots: those that it has; pinned: states that must always be kept."""
+    """facts: of the fork, by name; snapshots: those that it has; pinned: states that are always kept."""
 
     facts: dict[str, Any]
     snapshots: list[SnapshotRow]
@@ -52,27 +50,27 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
             _link(own_path(parent.directory, name), directory / name)
     for path in parent.directory.glob("data*.safetensors"):
         _link(path, directory / path.name)
-    earlier: list[dict[str, Any]] = []
+    earlier: list[EarlierFacts] = []
     for stretch in parent.stretches:
         if stretch.first > at:
             continue
-        facts = {key: value for key, value in stretch.facts.items() if key not in _OF_THE_WHOLE}
-        source = own_path(parent.directory, facts.get("experiment.file", EXPERIMENT_FILE))
+        training = stretch.facts
+        source = own_path(parent.directory, training.experiment_file or EXPERIMENT_FILE)
         if source.is_file():
-            facts["experiment.file"] = f"experiment-{stretch.first}.toml"
-            _link(source, directory / facts["experiment.file"])
-        earlier.append({"last": min(at, stretch.last or at), "facts": facts})
+            name = f"experiment-{stretch.first}.toml"
+            _link(source, directory / name)
+            training = training.model_copy(update={"experiment_file": name})
+        earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
     facts = parent.facts
     kept: dict[str, Any] = {
-        key: facts[key] for key in ("measured", "loss.dtype", "data.file") if key in facts
+        "earlier": tuple(earlier),
+        "measured": facts.measured,
+        "loss_dtype": facts.loss_dtype,
+        "data_file": facts.training.data_file,
     }
-    if facts.get("nonfinite_step", at + 1) <= at:
-        kept["nonfinite_step"] = facts["nonfinite_step"]
-    return Inherited(
-        facts={"earlier": earlier} | kept,
-        snapshots=snapshots,
-        pinned={0} | {each["last"] for each in earlier},
-    )
+    if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
+        kept["nonfinite_step"] = facts.nonfinite_step
+    return Inherited(facts=kept, snapshots=snapshots, pinned={0} | {each.last for each in earlier})
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from everystep.errors import RunError
 from everystep.recording.database import FILE_NAME, MeasurementEnds, reading
+from everystep.recording.facts import Facts
 
 __all__ = ["Numbers", "fingerprint", "read_numbers"]
 
@@ -25,7 +26,7 @@ class Numbers(NamedTuple):
     series: steps and values of the measurements that were asked for.
     """
 
-    facts: dict[str, Any]
+    facts: Facts
     steps: int
     losses: NDArray[np.float64]
     ends: list[MeasurementEnds]

@@ -17,6 +17,7 @@ from everystep.recording.changes import remove_changes, write_change
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Contents, packed
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, LOCK_NAME, Database, Repeat
+from everystep.recording.facts import Facts
 from everystep.recording.inheritance import inherit
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
@@ -88,7 +89,7 @@ class Recorder:
 
     Args:
         directory: of the run; empty.
-        facts: what is known before the first step.
+        facts: what is known before the first step; of a fork, without what it takes over.
         budget: bytes of snapshots that the run may keep.
         parent: the run that this one is a fork of.
         at: the parent's state that it begins with.
@@ -101,7 +102,7 @@ class Recorder:
     def __init__(
         self,
         directory: Path,
-        facts: dict[str, Any],
+        facts: Facts,
         budget: int,
         parent: RecordedRun | None = None,
         at: int = 0,
@@ -129,9 +130,8 @@ class Recorder:
         self._contents: Contents | None = None
         try:
             with self._database.transaction():
-                if parent is not None:
-                    facts = self._inherit(parent, at) | facts
-                self._database.write_facts({"status": "running"} | facts)
+                inherited = {} if parent is None else self._inherit(parent, at)
+                self._database.write_facts({"status": "running"} | inherited | facts.rows())
         except BaseException as error:
             self._database.close()
             self._lock.release()
@@ -170,7 +170,7 @@ class Recorder:
         self._put(lambda: self._forget_after(step))
 
     def facts(self, facts: dict[str, Any]) -> None:
-        """Write facts."""
+        """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
         self._put(lambda: self._in_transaction(lambda: self._database.write_facts(facts)))
 
     def losses(self, first_step: int, losses: Sequence[float]) -> None:
@@ -274,7 +274,7 @@ class Recorder:
             self._database.write_repeats(found)
             if contents.lost_to > self.lost_to:
                 self.lost_to = contents.lost_to
-                self._database.write_facts({"batches.lost_to": self.lost_to})
+                self._database.write_facts({"batches_lost_to": self.lost_to})
 
         self._in_transaction(write)
         self._bytes_written += sum(row.bytes for row in rows)
@@ -307,7 +307,7 @@ class Recorder:
 
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
         fact = write_data(self.directory, tensors, name)
-        self._in_transaction(lambda: self._database.write_facts({"data.file": fact}))
+        self._in_transaction(lambda: self._database.write_facts({"data_file": fact}))
 
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # the first snapshot shall not seem slow for this

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import FILE_NAME, LOCK_NAME, Repeat, SnapshotRow, reading
+from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.snapshots import read_snapshot
 
@@ -54,7 +55,7 @@ class Stretch(NamedTuple):
 
     first: int
     last: int | None
-    facts: dict[str, Any]
+    facts: TrainingFacts
 
 
 class RecordedRun:
@@ -75,8 +76,8 @@ class RecordedRun:
         return self.directory.resolve().name.encode("utf-8", "replace").decode()
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Everything that is known besides numbers by step: status, numerics, versions, times."""
+    def facts(self) -> Facts:
+        """Everything that is known besides numbers by step: status, times, how it was trained."""
         with reading(self._database_path) as database:
             return database.facts()
 
@@ -85,10 +86,10 @@ class RecordedRun:
         """`running`, `finished`, `stopped` (by the user), `failed`, or `interrupted` (killed)."""
         return self.status_by(self.facts)
 
-    def status_by(self, facts: dict[str, Any]) -> str:
+    def status_by(self, facts: Facts) -> str:
         """Return the status where the facts have been read already."""
-        status: str = facts.get("status", "interrupted")
-        return "interrupted" if status == "running" and not self._is_being_written() else status
+        is_killed = facts.status == "running" and not self._is_being_written()
+        return "interrupted" if is_killed else facts.status
 
     @property
     def losses(self) -> polars.DataFrame:
@@ -101,7 +102,7 @@ class RecordedRun:
 
         with reading(self._database_path) as database:
             rows = database.losses(count)
-            dtype = database.facts().get("loss.dtype")
+            dtype = database.facts().loss_dtype
         schema = {"step": pl.Int64, "loss": pl.Float64}
         try:
             frame = pl.DataFrame(rows, schema=schema, orient="row")
@@ -197,16 +198,16 @@ class RecordedRun:
         losses = self.losses_between(first, last)
         return {step: losses[step - first] for step in steps}
 
-    def experiment_file(self, facts: dict[str, Any]) -> Path | None:
+    def experiment_file(self, facts: TrainingFacts) -> Path | None:
         """Return the file of the experiment of a stretch with these facts, if it has one.
 
         Raises:
             RunError: the file is not as it was written.
         """
-        path = own_path(self.directory, facts.get("experiment.file", EXPERIMENT_FILE))
+        path = own_path(self.directory, facts.experiment_file or EXPERIMENT_FILE)
         if not path.is_file():
             return None
-        digest = facts.get("experiment.digest")
+        digest = facts.experiment_digest
         if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise RunError(
                 f"{path} was changed after the training, as its digest says: it does not tell how the "
@@ -219,10 +220,10 @@ class RecordedRun:
         """The parts of the run that were trained by the same rules: one, and more where it is a fork."""
         facts = self.facts
         found, first = [], 1
-        for earlier in facts.get("earlier", []):
-            found.append(Stretch(first, earlier["last"], earlier["facts"]))
-            first = earlier["last"] + 1
-        return [*found, Stretch(first, None, facts)]
+        for earlier in facts.earlier:
+            found.append(Stretch(first, earlier.last, earlier.training))
+            first = earlier.last + 1
+        return [*found, Stretch(first, None, facts.training)]
 
     def summary(self) -> Summary:
         """Return the run in one line."""
@@ -235,11 +236,11 @@ class RecordedRun:
             directory=self.directory,
             status=self.status_by(facts),
             steps=count,
-            planned=facts.get("steps", count),
+            planned=count if facts.steps is None else facts.steps,
             first_loss=nan if first is None else first,
             last_loss=nan if last is None else last,
-            started=_time_of(facts.get("started"), self._database_path),
-            parent=(facts["fork"]["parent"], facts["fork"]["at"]) if "fork" in facts else None,
+            started=facts.started or _time_of(self._database_path),
+            parent=(facts.fork.parent, facts.fork.at) if facts.fork else None,
         )
 
     def _is_being_written(self) -> bool:
@@ -278,9 +279,9 @@ class RecordedRun:
         return self.directory / FILE_NAME
 
 
-def _time_of(text: str | None, path: Path) -> datetime:
-    """Return when the run was started; its file's time where it is just being created."""
-    return datetime.fromisoformat(text) if text else datetime.fromtimestamp(path.stat().st_mtime, UTC)
+def _time_of(path: Path) -> datetime:
+    """Return the time of a file: a run that is just being created says none."""
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
 def find_run(name: str | Path, runs: Path = RUNS) -> Path:

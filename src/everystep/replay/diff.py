@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from everystep.errors import RunError
+from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
+from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
 from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, compare_steps, draws
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
@@ -89,13 +91,13 @@ def diff(
     loss = _first_loss(one, other)
     common, states, problems = _snapshots(one, other)
     steps = (one.summary().steps, other.summary().steps)
-    experiments = _experiments(one.facts, other.facts)
+    experiments = _experiments(one.facts.training, other.facts.training)
     numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
     ends = [loss.step] if loss else []
     ends += [states[0].state or 1] if states else []
     asked = thorough
     if not ends and (experiments or numerics):
-        thorough |= sum(run.facts.get("seconds", 0.0) for run in (one, other)) < THOROUGH_SECONDS
+        thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
     last = min(steps) if thorough and not ends else min(ends, default=0)
     operation = None
     if last:
@@ -162,20 +164,43 @@ def _snapshots(
     return common, [], problems
 
 
-def _experiments(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _experiments(one: TrainingFacts, other: TrainingFacts) -> dict[str, tuple[Any, Any]]:
     """Return what differs in what was asked for, by path."""
-    keys = (
-        *("device", "seed", "data", "batches", "model", "loss", "optimizer", "schedule"),
-        *("clip_norm", "evaluate_every"),
-    )
-    pair = [_flat({key: facts.get(key) for key in keys}) for facts in (one, other)]
-    for each, facts in zip(pair, (one, other), strict=True):
-        each["data.digest"] = facts.get("data.file", {}).get("digest")
+    pair = [_flat(_asked(facts)) for facts in (one, other)]
     return {
         path: (pair[0].get(path), pair[1].get(path))
         for path in dict.fromkeys((*pair[0], *pair[1]))
         if pair[0].get(path) != pair[1].get(path)
     }
+
+
+def _asked(facts: TrainingFacts) -> dict[str, Any]:
+    return {
+        "device": facts.device,
+        "seed": facts.seed,
+        "data": facts.data.model_dump(mode="json"),
+        "batches": facts.batches.model_dump(),
+        "model": {"text": model_text(facts.modules), "parameters": facts.parameters},
+        "loss": {"text": loss_text(facts.loss)},
+        "optimizer": {"text": optimizers_text(facts.optimizers)},
+        "schedule": schedule_text(facts.schedules),
+        "clip_norm": facts.clip_norm,
+        "evaluate_every": facts.evaluate_every,
+        "data.digest": facts.data_file.digest if facts.data_file else None,
+    } | dict(_unsaid(facts))
+
+
+def _unsaid(facts: TrainingFacts) -> Iterator[tuple[str, Any]]:
+    """Yield settings of torch's own losses, schedules and optimizers that the texts leave out."""
+    if facts.loss and facts.loss.is_torchs:
+        yield from ((f"loss.{k}", v) for k, v in facts.loss.settings.items() if k != "reduction")
+    for name, schedule in facts.schedules.items():
+        if schedule.is_torchs:
+            yield from ((f"{name}.{key}", value) for key, value in schedule.settings.items())
+    for name, optimizer in facts.optimizers.items():
+        for place, group in enumerate(optimizer.groups):
+            if place and optimizer.is_torchs:
+                yield from ((f"{name}.{key}[{place}]", value) for key, value in group.items())
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -203,7 +228,7 @@ class Lockstep:
         # Under the same numerics, the same program gives the same for the same inputs.
         differences = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
         self._numerics = [f"{name} {a} and {b}" for name, (a, b) in differences.items()]
-        is_own_loop = "loop" in one.facts or "loop" in other.facts
+        is_own_loop = any(run.facts.training.loop for run in self._runs)
         self._by_operation = bool(self._numerics) or is_own_loop or _programs(one) != _programs(other)
         self._is_random = _draws_at_random(one) or _draws_at_random(other)
 
@@ -280,8 +305,8 @@ def _add_state(digest: Any, stepper: ReplayStepper) -> None:
 
 def _draws_at_random(run: RecordedRun) -> bool:
     """Tell whether a step of the run draws random numbers, as far as programs say; else it may."""
-    engine = run.facts.get("engine") or {"eager_from": 1}
-    if engine["eager_from"] is not None:
+    engine = run.facts.training.engine or EAGERLY
+    if engine.eager_from is not None:
         return True
     try:
         return any(
@@ -294,8 +319,8 @@ def _draws_at_random(run: RecordedRun) -> bool:
 
 
 def _programs(run: RecordedRun) -> list[bytes]:
-    rules = (run.facts.get("engine") or {}).get("programs", [])
+    rules = (run.facts.training.engine or EAGERLY).programs
     try:
-        return [own_path(run.directory, rule["file"]).read_bytes() for rule in rules]
+        return [own_path(run.directory, rule.file).read_bytes() for rule in rules]
     except (OSError, RunError):
         return []

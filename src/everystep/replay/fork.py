@@ -17,6 +17,7 @@ from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
+from everystep.recording.facts import EAGERLY, ForkFacts, TrainingFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.replay.processes import Opener
 from everystep.replay.reopen import stored_data
@@ -25,7 +26,7 @@ from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.state import State, generators_preserved, optimizer_settings
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
-from everystep.training.facts import optimizer_text
+from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
@@ -93,19 +94,18 @@ class Fork:
                 f"the fork begins after step {self.at} and would end at step {job.steps}; ask for more "
                 f"steps (steps={self.at + 500})"
             )
-        fork = {
-            "parent": self.run.name,
-            "directory": str(self.run.directory),
-            "at": self.at,
-            "changed": {path: value for path, value in self.settings.items() if _is_plain(value)},
-        }
+        fork = ForkFacts(
+            parent=self.run.name,
+            directory=str(self.run.directory),
+            at=self.at,
+            changed={path: value for path, value in self.settings.items() if _is_plain(value)},
+        )
         # With a schedule, all is recorded; otherwise, what is not as it was.
         known = {} if job.training.schedule else hyperparameters
         job = replace(
             job,
             name=f"{self.run.name}-fork",
-            facts=job.facts | {"fork": fork},
-            origin=Origin(self.run, self.at, known | self._recorded(), new_data),
+            origin=Origin(self.run, fork, known | self._recorded(), new_data),
         )
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
@@ -129,9 +129,9 @@ class Fork:
         if schedule is None or known is None:
             return state
         known.restore(training.model, training.loss, training.optimizer, schedule, training.device)
-        batches = self.stretch.facts["batches"]
+        batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
-        advance = EagerStep(replace(training, steps_per_epoch=batches["steps_per_epoch"])).advance
+        advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
             # It says that the optimizer has taken no step, which is so.
@@ -166,7 +166,7 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     old, new = with_fused(old, device), with_fused(new, device)
     state = asked.state(opener)
     numerics.prepare()
-    threads = new.threads or facts["numerics"]["threads"]
+    threads = new.threads or facts.numerics.threads
     with numerics.in_force(threads), generators_preserved(device):
         try:
             data = None
@@ -178,8 +178,9 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
             before = _bring_to(job.training, state, old, new)
             if new.seed != old.seed:
                 torch.manual_seed(new.seed)
-            if data is not None and "preparation" in facts:
-                job.facts["preparation"] = facts["preparation"]
+            if data is not None:
+                kept = {"preparation": facts.preparation}
+                job = replace(job, facts=job.facts.model_copy(update=kept))
             return asked.train(job, before, data is None, progress)
         except EverystepError:
             raise
@@ -217,7 +218,7 @@ def fork_objects(
     facts = asked.stretch.facts
     settings = dict(asked.settings)
     lr = settings.pop("lr", None)
-    iteration = check_iteration(**(_iteration_of(facts, asked.run.facts["steps"]) | settings))
+    iteration = check_iteration(**(_iteration_of(facts, asked.run.facts.steps) | settings))
     state = asked.state(opener)
     own = objects.copied() if is_own else objects
     known = stored_data(asked.run, facts) if own.data is None else None
@@ -233,13 +234,12 @@ def fork_objects(
     )
     trained.check()
     numerics.prepare()
-    device = select(facts["device"])
+    device = select(facts.device)
     with numerics.in_force(iteration.threads), generators_preserved(device):
         trained.model.to(device)
-        torch.manual_seed(settings.get("seed", facts["batches"]["seed"]))
+        torch.manual_seed(settings.get("seed", facts.batches.seed))
         job = objects_job(trained, iteration, device, progress)
-        scheduled = str(facts.get("schedule")).partition(",")[0]
-        goes_on = own.schedule is not None and type(own.schedule).__name__ == scheduled
+        goes_on = type(own.schedule).__name__ in {each.class_name for each in facts.schedules.values()}
         if goes_on:
             state = asked.with_schedule(job.training, state)
         before = _bring_objects_to(job.training, state, keep=not is_own and not goes_on)
@@ -247,9 +247,9 @@ def fork_objects(
             torch.manual_seed(settings["seed"])
         if lr is not None:
             _set_rate(job.training, lr)
-        if "seed" not in settings:
-            job.facts["seed"] = facts["seed"]
-        job.facts["optimizer"] = {"text": optimizer_text(job.training.optimizer)}
+        now = {"optimizers": {"optimizer": optimizer_facts(job.training.optimizer)}}
+        kept = {} if "seed" in settings else {"seed": facts.seed}
+        job = replace(job, facts=job.facts.model_copy(update=now | kept))
         return asked.train(job, before, own.data is not None, progress)
 
 
@@ -315,18 +315,18 @@ def _made_data(run: RecordedRun, experiment: Experiment) -> Data | None:
     return experiment_job(experiment, run.name, torch.device("cpu")).data
 
 
-def _iteration_of(facts: dict[str, Any], steps: int) -> dict[str, Any]:
+def _iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
     """Return the arguments of `train` that a run was trained with."""
-    engine = facts.get("engine") or {}
+    engine = facts.engine or EAGERLY
     return {
         "steps": steps,
-        "batch_size": facts["batches"]["batch_size"],
-        "drop_last": facts["batches"]["drop_last"],
-        "threads": facts["numerics"]["threads"],
-        "clip_norm": facts["clip_norm"],
-        "evaluate_every": facts["evaluate_every"],
-        "engine": engine.get("asked", "auto"),
-        "fold": engine.get("fold", False),
+        "batch_size": facts.batches.batch_size,
+        "drop_last": facts.batches.drop_last,
+        "threads": facts.numerics.threads,
+        "clip_norm": facts.clip_norm,
+        "evaluate_every": facts.evaluate_every,
+        "engine": engine.asked,
+        "fold": engine.fold,
     }
 
 

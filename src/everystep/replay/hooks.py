@@ -289,7 +289,7 @@ def find_nonfinite(
     meant = frozenset(
         i for i, each in enumerate(first.operations) if _count(each.results.values()) != (0, 0)
     )
-    bound = min(last, run.facts.get("nonfinite_step") or last)
+    bound = min(last, run.facts.nonfinite_step or last)
     steps: dict[int, int | None] = {}
     departed: list[int] = []
     replayed = parallel(opener, spans(run, 1, bound), FiniteCheck(meant), processes, on_progress)

@@ -19,6 +19,7 @@ from everystep.program.program import Program
 from everystep.recording.changes import change_files, read_change
 from everystep.recording.contents import Given, unpacked
 from everystep.recording.database import Repeat
+from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Setting
@@ -54,7 +55,7 @@ class LoopStepper(ReplayStepper):
 
     Args:
         run: which run.
-        facts: of the run.
+        facts: of its training.
         departed: called with a step that did something else than recorded, and what, in words.
 
     state: the number of the step after which the state is, None before one is loaded.
@@ -63,11 +64,11 @@ class LoopStepper(ReplayStepper):
     has_gradients_in_state = True
 
     def __init__(
-        self, run: RecordedRun, facts: dict[str, Any], departed: Callable[[int, str], None]
+        self, run: RecordedRun, facts: TrainingFacts, departed: Callable[[int, str], None]
     ) -> None:
         self.state: int | None = None
         self._run = run
-        self._device = select(facts["device"])
+        self._device = select(facts.device)
         self._departed = departed
         self._programs: dict[int, PlainProgram] = {}
         self._rows: dict[int, Repeat] = {}
@@ -207,7 +208,8 @@ class LoopStepper(ReplayStepper):
 
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
-        count = self._run.facts["loop"].get("programs", 0)
+        loop = self._run.facts.training.loop
+        count = loop.programs if loop else 0
         plain = [self._program(Repeat(0, n, None, None)).program for n in range(1, count + 1)]
         return list(dict.fromkeys(path for program in plain for path in program.activations))
 

@@ -160,7 +160,7 @@ def parallel(
         RunError: something that is needed is missing or cannot be read.
     """
     run, objects, facts = opener.run, opener.objects, opener.run.facts
-    threads = facts["numerics"]["threads"]
+    threads = facts.training.numerics.threads
     count = _processes(run, wanted, processes)
     if count == 1 and not needs_worker(facts):
         replay = opener.replay_here(may_share=visitor.may_share)
@@ -211,13 +211,13 @@ def _groups(wanted: list[Span], count: int) -> Iterator[list[Span]]:
 
 def _processes(run: RecordedRun, wanted: list[Span], asked: int | None) -> int:
     facts = run.facts
-    if facts["device"] != "cpu":
+    if facts.training.device != "cpu":
         return 1
     most = min(asked or cores(), len(wanted))
     if asked is not None:
         return max(1, most)
     steps = sum(span.last - span.first + 1 for span in wanted)
-    seconds = facts.get("seconds", 0.0) * steps / max(1, run.summary().steps)
+    seconds = (facts.seconds or 0.0) * steps / max(1, run.summary().steps)
     return 1 if seconds < ALONE_SECONDS else max(1, most)
 
 
@@ -229,7 +229,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
     found = Replayed(span, threads)
     known = replay.departed_at
     with replay.in_force(span.first):
-        found.numerics = _numerics(replay.stretches[span.at].facts["device"])
+        found.numerics = _numerics(replay.stretches[span.at].facts.device)
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start
@@ -237,7 +237,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
             try:
                 losses = visitor.take(replay, min(span.last, step + STRIDE), span).tolist()
             except RunError as error:
-                if "loop" not in replay.stretches[span.at].facts:
+                if not replay.stretches[span.at].facts.loop:
                     raise
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))

@@ -20,6 +20,7 @@ import torch
 from everystep import numerics
 from everystep.errors import RunError
 from everystep.numerics import Numerics
+from everystep.recording.facts import EAGERLY, EngineFacts, Facts
 from everystep.recording.run import RecordedRun
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Opener", "cores", "in_worker", "needs_worker", "recorded_numerics", "workers"]
 
-Facts = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -40,24 +40,21 @@ MOST_THREADS = 4096
 
 
 def recorded_numerics(facts: Facts) -> Numerics:
-    """Return the numerics that a run was trained under; what an older run lacks is taken to be as here.
+    """Return the numerics that a run was trained under.
 
     Raises:
         RunError: it was never begun, or was altered.
     """
-    if "numerics" not in facts:
-        raise RunError("the run was stopped before it had begun, so there is nothing to replay")
-    here = Numerics.read(torch.device("cpu")).to_json()
-    known = {name: value for name, value in facts["numerics"].items() if name in here}
-    threads = known["threads"]
-    if not 1 <= threads <= MOST_THREADS:
-        raise RunError(f"the run says that it was trained with {threads!r:.40} threads: it was altered")
-    return Numerics.from_json(here | known)
+    known = facts.training.numerics
+    if not 1 <= known.threads <= MOST_THREADS:
+        raise RunError(f"the run says that it was trained with {known.threads} threads: it was altered")
+    return known
 
 
 def needs_worker(facts: Facts) -> bool:
     """Tell whether this process cannot compute as the run did, and another one could."""
-    return recorded_numerics(facts).needs_other_process(Numerics.read(torch.device(facts["device"])))
+    here = Numerics.read(torch.device(facts.training.device))
+    return recorded_numerics(facts).needs_other_process(here)
 
 
 def cores() -> int:
@@ -121,7 +118,7 @@ class Opener:
         self.objects = _needed(run, objects)
         self._replay: Replay | None = None
         self._worker: Any = None
-        self._engine: Any = None
+        self._engine: EngineFacts | None = None
         self._is_over = False
 
     @property
@@ -183,24 +180,24 @@ class Opener:
             return
         facts = self.run.facts
         self._is_over = self.run.status != "running"
-        if self._engine is not None and facts.get("engine") == self._engine:
+        engine = facts.training.engine
+        if self._engine is not None and engine == self._engine:
             return
-        self._engine = facts.get("engine")
+        self._engine = engine
         self._replay = None
         if not needs_worker(facts):
             self._replay = Replay(self.run, self.objects)
         elif self._worker is None:
             stack = ExitStack()
-            self._worker = stack.enter_context(workers(facts, 1, facts["numerics"]["threads"]))
+            self._worker = stack.enter_context(workers(facts, 1, facts.training.numerics.threads))
             weakref.finalize(self, stack.close)
 
 
 def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
     """Return the objects if the run cannot be replayed without them, else None."""
     for stretch in run.stretches:
-        engine = stretch.facts.get("engine") or {"eager_from": 1}
-        stored = stretch.facts.get("data.file", {}).get("stored", True)
-        stored &= not stretch.facts.get("data", {}).get("lazy")
-        if engine["eager_from"] is not None or engine.get("live_optimizer") or not stored:
+        facts, engine = stretch.facts, stretch.facts.engine or EAGERLY
+        stored = not facts.data.lazy and (facts.data_file is None or facts.data_file.stored)
+        if engine.eager_from is not None or engine.live_optimizer or not stored:
             return objects
     return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from everystep.errors import ExpressionError, UsageError
 from everystep.recording.additions import adding
+from everystep.recording.facts import MeasuredFacts
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression, Reference
@@ -237,7 +238,7 @@ def measure(
     if not isinstance(every, int) or every < 1:
         raise UsageError(f"every must be a whole number of steps, 1 or more, not {every!r:.80}")
     run = opener.run
-    meaning = {"expression": getattr(question, "text", None) or repr(question), "every": every}
+    meaning = MeasuredFacts(expression=getattr(question, "text", None) or repr(question), every=every)
     left_out: list[int] = []
     with adding(run.directory) as additions:
         is_new = _check_name(run, name, meaning, overwrite)
@@ -311,20 +312,20 @@ def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:
     return [(step, value) for step, value in replayed.result if step < departed], [departed]
 
 
-def _check_name(run: RecordedRun, name: str, meaning: dict[str, Any], overwrite: bool) -> bool:
+def _check_name(run: RecordedRun, name: str, meaning: MeasuredFacts, overwrite: bool) -> bool:
     """Return whether to begin from the first step; raise where the name is taken."""
     if not name or name in RESERVED_NAMES:
         raise UsageError(f"a measurement cannot be called {name!r}; choose another name")
-    known = run.facts.get("measured", {})
+    known = run.facts.measured
     if name not in run.measurement_names:
         return True
     if name not in known:
         raise UsageError(f"{run.name} has recorded {name!r} while it was trained; choose another name")
     if overwrite:
         return True
-    if known[name]["expression"] == meaning["expression"]:
+    if known[name].expression == meaning.expression:
         return False
     raise UsageError(
-        f"{run.name} has a measurement {name!r} of something else ({known[name]['expression']}); choose "
+        f"{run.name} has a measurement {name!r} of something else ({known[name].expression}); choose "
         "another name, or overwrite it"
     )

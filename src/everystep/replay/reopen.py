@@ -12,7 +12,6 @@ from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from everystep.experiment.specification import load
 from everystep.program.program import Program
 from everystep.recording.changes import change_files, read_change
 from everystep.recording.data import check_data, read_data
+from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.columns import Setting
@@ -52,44 +52,43 @@ def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStep
         RunError: something of the run is missing or cannot be read; says what, and the cure.
     """
     facts = stretch.facts
-    device = select(facts["device"])
+    device = select(facts.device)
     batches = _batches(facts)
-    engine = facts.get("engine") or {"programs": [], "eager_from": 1}
-    built = [(rule, _read_program(own_path(run.directory, rule["file"]))) for rule in engine["programs"]]
+    engine = facts.engine or EAGERLY
+    built = [(rule, _read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device)
-        needs_model = engine["eager_from"] is not None or engine.get("live_optimizer") is not None
+        needs_model = engine.eager_from is not None or engine.live_optimizer is not None
         training = _living(run, facts, objects, batch, device) if needs_model else None
         if training is None:
             training = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
     programs = Programs(training, fold=False, first_step=stretch.first)
     for rule, each in built:
-        since = rule.get("since", stretch.first)
-        programs.use(each, ProgramRule(0, rule["steps"], since), _kind_of(each.program, batch))
+        programs.use(each, ProgramRule(0, rule.steps, rule.since), _kind_of(each.program, batch))
     settings = _settings(run, stretch.first)
     between = {
         step: partial(read_change, run.directory, name)
         for step, name in change_files(run.directory).items()
     }
-    eager_from = 1 if engine.get("live_optimizer") else engine["eager_from"]
+    eager_from = 1 if engine.live_optimizer else engine.eager_from
     return TrainingStepper(training, programs, eager_from, batches, settings, between)
 
 
-def _batches(facts: dict[str, Any]) -> Batches:
+def _batches(facts: TrainingFacts) -> Batches:
     """Return which rows each step saw."""
-    known = facts["batches"]
-    return Batches(facts["data"]["rows"], known["batch_size"], known["seed"], known["drop_last"])
+    known = facts.batches
+    return Batches(facts.data.rows, known.batch_size, known.seed, known.drop_last)
 
 
 def _batch(
     run: RecordedRun,
-    facts: dict[str, Any],
+    facts: TrainingFacts,
     objects: Objects,
     batches: Batches,
     device: torch.device,
 ) -> BatchSource:
     """Return what gives the batch of each step: rows of the run's data, or a Dataset that is read."""
-    if not facts["data"].get("lazy"):
+    if not facts.data.lazy:
         x, y = (part.to(device) for part in _data(run, facts, objects))
         count = len(x)
     elif objects.data is None or isinstance(objects.data, tuple | list):
@@ -101,13 +100,13 @@ def _batch(
         count = length_of(objects.data)
     if count != batches.rows:
         raise RunError(f"{run.name} says that its data has {batches.rows:,} rows; it has {count:,}")
-    if facts["data"].get("lazy"):
+    if facts.data.lazy:
         return DatasetBatches(objects.data, batches, device)
-    return batches.of(x, y, is_read=facts["data"].get("source") == "dataset")
+    return batches.of(x, y, is_read=facts.data.source == "dataset")
 
 
-def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Tensor, Tensor]:
-    fact = facts.get("data.file")
+def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Tensor, Tensor]:
+    fact = facts.data_file
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just begun")
     if (stored := stored_data(run, facts)) is not None:
@@ -119,7 +118,7 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
         x, y = (torch.as_tensor(part) for part in given)
         check_data({"x": x, "y": y}, fact, "the data given")
         return x, y
-    size = f"{fact['bytes'] / 1e6:,.0f} MB"
+    size = f"{fact.bytes / 1e6:,.0f} MB"
     if (path := run.experiment_file(facts)) is None:
         raise RunError(
             f"the data of {run.name} ({size}) was too large to be kept in the run; open it with "
@@ -134,14 +133,14 @@ def _data(run: RecordedRun, facts: dict[str, Any], objects: Objects) -> tuple[Te
     return data.x, data.y
 
 
-def stored_data(run: RecordedRun, facts: dict[str, Any]) -> Data | None:
+def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     """Return the data that a run holds, or None.
 
     Raises:
         RunError: it cannot be read.
     """
-    fact = facts.get("data.file")
-    if fact is None or not fact["stored"]:
+    fact = facts.data_file
+    if fact is None or not fact.stored:
         return None
     tensors = read_data(run.directory, fact)
     has_validation = {"validation_x", "validation_y"} <= tensors.keys()
@@ -174,7 +173,7 @@ def _read_program(path: Path) -> Built:
 
 
 def _living(
-    run: RecordedRun, facts: dict[str, Any], objects: Objects, batch: BatchSource, device: torch.device
+    run: RecordedRun, facts: TrainingFacts, objects: Objects, batch: BatchSource, device: torch.device
 ) -> Training | None:
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
@@ -190,20 +189,20 @@ def _living(
 
 
 def _from_objects(
-    facts: dict[str, Any], objects: Objects, batch: BatchSource, device: torch.device
+    facts: TrainingFacts, objects: Objects, batch: BatchSource, device: torch.device
 ) -> Training:
     objects.check_complete()
     own = objects.copied()
     assert own.model is not None and own.loss is not None and own.optimizer is not None
     own.model.to(device)
-    return Training(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts["clip_norm"])
+    return Training(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts.clip_norm)
 
 
 def _skeleton(
     run: RecordedRun, stretch: Stretch, programs: list[Program], batch: BatchSource, device: torch.device
 ) -> Training:
     if not programs:
-        live = (stretch.facts.get("engine") or {}).get("live_optimizer")
+        live = (stretch.facts.engine or EAGERLY).live_optimizer
         why = (
             f"{live}, an optimizer of yours, made every update of {run.name}"
             if live
@@ -223,7 +222,7 @@ def _skeleton(
         raise RunError(
             f"{run.name} has no state to begin with: {'; '.join(problems) or 'none is there'}"
         )
-    return make_skeleton(programs, state, batch, device, stretch.facts["clip_norm"])
+    return make_skeleton(programs, state, batch, device, stretch.facts.clip_norm)
 
 
 def _settings(run: RecordedRun, first: int) -> dict[str, Setting]:

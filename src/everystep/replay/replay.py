@@ -191,14 +191,12 @@ class Replay:
     def in_force(self, step: int) -> Iterator[None]:
         """Hold the numerics of a step; the caller's random generators are left as they were."""
         facts = self.stretches[self.stretch_of(step)].facts
-        device = torch.device(facts["device"])
-        known = facts["numerics"]
-        threads, dtype = self._threads or known["threads"], known.get("default_dtype")
+        device, known = torch.device(facts.device), facts.numerics
         held = numerics.in_force(
-            threads,
-            dtype,
-            deterministic=known.get("deterministic_algorithms", True),
-            flush_denormal=known.get("flush_denormal", False),
+            self._threads or known.threads,
+            known.default_dtype,
+            deterministic=known.deterministic_algorithms,
+            flush_denormal=known.flush_denormal,
         )
         with held, generators_preserved(device):
             if self._generators is not None:
@@ -280,11 +278,13 @@ class Replay:
 
     def note_departure(self, step: int) -> None:
         """Note why a step may have other bits than recorded, if Python took it again."""
-        engine = self.stretches[self.stretch_of(step)].facts.get("engine") or {}
-        live, eager_from = engine.get("live_optimizer"), engine.get("eager_from")
+        engine = self.stretches[self.stretch_of(step)].facts.engine
+        if engine is None:
+            return
+        live, eager_from = engine.live_optimizer, engine.eager_from
         if self._objects.model is None or not (live or (eager_from is not None and eager_from <= step)):
             return
-        reason = f"{live} is an optimizer of yours" if live else engine["reason"]
+        reason = f"{live} is an optimizer of yours" if live else engine.reason
         self._note(
             f"Python takes the steps ({reason}), and your model, loss or optimizer may carry something "
             "that no run holds, such as a count; open the run with new ones, as they were before "
@@ -309,7 +309,7 @@ class Replay:
             facts = self.stretches[at].facts
             self._steppers[at] = (
                 LoopStepper(self.run, facts, self._depart)
-                if "loop" in facts
+                if facts.loop
                 else reopen(self.run, self.stretches[at], self._objects)
             )
         return self._steppers[at]

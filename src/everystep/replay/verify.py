@@ -94,6 +94,6 @@ def _other_numerics(run: RecordedRun, here: Numerics | None) -> dict[str, tuple[
 
 
 def _loss_distance(run: RecordedRun, difference: LossDifference) -> int | None:
-    dtype = getattr(torch, run.facts.get("loss.dtype", "float32"))
+    dtype = getattr(torch, run.facts.loss_dtype)
     pair = [torch.tensor([n], dtype=dtype) for n in (difference.recorded, difference.replayed)]
     return distance(*pair)

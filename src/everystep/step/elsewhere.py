@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Elsewhere", "version_of"]
+__all__ = ["Elsewhere", "version_of", "versions_of"]
 
 #: Memory of so many bytes is compared at every step; of more, torch's count of changes.
 LOOKED_AT_BYTES = 4_000_000
@@ -52,6 +53,15 @@ class Elsewhere:
     def clean(self) -> None:
         """Let go of what is not there any more."""
         self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int | None]:
+    """Return how often each tensor was changed, None where torch does not count."""
+    tensors = list(tensors)
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [version_of(tensor) for tensor in tensors]
 
 
 def version_of(tensor: Tensor) -> int | None:

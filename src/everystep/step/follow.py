@@ -30,11 +30,14 @@ def is_compiled(module: nn.Module) -> bool:
 class Follower:
     """Follows the thread that makes it, from `begin` to `finish`.
 
+    where: the innermost module and optimizer that run.
+
     Args:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
         module_done: called with the path of a module and the tensors that it has given.
-        optimizer_uses: called with an optimizer before its step and after it.
+        optimizer_begins: called with an optimizer before its step, and whether that has arguments.
+        optimizer_ends: called with an optimizer after its step.
     """
 
     def __init__(
@@ -42,17 +45,20 @@ class Follower:
         modules: Mapping[int, str],
         optimizers: Mapping[int, str | None],
         module_done: Callable[[str, list[Tensor]], None],
-        optimizer_uses: Callable[[torch.optim.Optimizer], None],
+        optimizer_begins: Callable[[torch.optim.Optimizer, bool], None],
+        optimizer_ends: Callable[[torch.optim.Optimizer], None],
     ) -> None:
         self.modules = modules
         self._optimizers = optimizers
         self._module_done = module_done
-        self._optimizer_uses = optimizer_uses
+        self._optimizer_begins = optimizer_begins
+        self._optimizer_ends = optimizer_ends
         self._thread = threading.get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
         self._module_of_node: dict[int, str | None] = {}
         self._hooks: list[Any] = []
+        self.where: tuple[Any, ...] = ()
 
     def begin(self) -> None:
         """Hang up the hooks."""
@@ -72,6 +78,10 @@ class Follower:
     def step_begins(self) -> None:
         """Another step begins: nothing is under way."""
         self._open, self._optimizer, self._module_of_node = [], [], {}
+        self._moved()
+
+    def _moved(self) -> None:
+        self.where = (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:])
 
     def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
         """Return the phase, and the module or optimizer, that the operation at hand belongs to.
@@ -111,21 +121,25 @@ class Follower:
             # A module that is not a part, such as a loss, belongs to what is around it.
             around = self._open[-1] if self._open else None
             self._open.append(self.modules.get(id(module), around))
+            self._moved()
 
     def _closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not self._is_ours() or not self._open:
             return
         path = self._open.pop()
+        self._moved()
         if path and id(module) in self.modules and torch._C._current_autograd_node() is None:
             given = list(output.values()) if isinstance(output, dict) else output
             self._module_done(path, list(leaves(given)))
 
-    def _step_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
         if self._is_ours():
-            self._optimizer_uses(optimizer)
             self._optimizer.append(self._optimizers.get(id(optimizer)))
+            self._moved()
+            self._optimizer_begins(optimizer, len(args) > 1 or bool(keywords))
 
     def _step_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._is_ours() and self._optimizer:
             self._optimizer.pop()
-            self._optimizer_uses(optimizer)
+            self._moved()
+            self._optimizer_ends(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _DEPTH = 6
 _HELD = {dtype for dtype in DTYPES.values() if dtype not in (torch.complex128, torch.complex32)}
 #: What torch keeps in an optimizer besides what a step depends on, or what is named otherwise.
 _OF_OPTIMIZER = {"param_groups", "state", "defaults"}
+_WITH_TENSORS = (Tensor, nn.Module, dict)
 
 
 class Parts:
@@ -58,6 +60,7 @@ class Parts:
         self.main = next((n for n in self.modules if n == "model" or len(self.modules) == 1), None)
         self.device = self._device()
         self._found: dict[str, Tensor] = {}
+        self._layout: _Layout | None = None
 
     def check(self) -> None:
         """Check that a run can hold the parts as they are.
@@ -108,6 +111,16 @@ class Parts:
 
     def parameter_names(self) -> dict[Tensor, str]:
         """Return each parameter of modules and optimizers with its name."""
+        return self._known_layout().names
+
+    def _known_layout(self) -> _Layout:
+        """Return where the tensors of modules and optimizers are; looked up where it is another."""
+        if self._layout is None or not self._layout.holds():
+            self._layout = _Layout(self._names_of_parameters(), {}, self.modules, self.optimizers)
+            self._layout.tensors.update(self._of_modules_and_optimizers(self._layout.names))
+        return self._layout
+
+    def _names_of_parameters(self) -> dict[Tensor, str]:
         found: dict[Tensor, str] = {}
         for name, module in self.modules.items():
             for path, parameter in registered(module, "_parameters"):
@@ -127,7 +140,19 @@ class Parts:
 
     def state(self) -> dict[str, Tensor]:
         """Return the live tensors that the training carries, by name; pending gradients among them."""
-        names = self.parameter_names()
+        layout = self._known_layout()
+        found = dict(layout.tensors)
+        known = {id(tensor) for tensor in found.values()} if self._others else set()
+        for part, other in self._others.items():
+            for path, tensor in _tensors_in(other, part, known):
+                found[f"part/{path}"] = tensor
+        for parameter, name in layout.gradient_names:
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout is torch.strided:
+                found[name] = gradient
+        return found | self._found
+
+    def _of_modules_and_optimizers(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, module in self.modules.items():
             prefix = self.prefix(name)
@@ -137,14 +162,7 @@ class Parts:
             found.setdefault(f"parameter/{name}", parameter)
         for part, optimizer in self.optimizers.items():
             found |= self._of_optimizer(part, optimizer, names, found)
-        known = {id(tensor) for tensor in found.values()}
-        for part, other in self._others.items():
-            for path, tensor in _tensors_in(other, part, known):
-                found[f"part/{path}"] = tensor
-        for parameter, name in names.items():
-            if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                found[f"gradient/{name}"] = parameter.grad
-        return found | self._found
+        return found
 
     def snapshot(self, step: int) -> State:
         """Return a copy of the state after `step`, on the CPU.
@@ -215,6 +233,56 @@ class Parts:
                 return parameter.device
         tensors = (tensor for _, tensor in _tensors_in(self._others, "", set()))
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+class _Layout:
+    """Where the tensors of modules and optimizers are.
+
+    names: of all parameters; tensors: by name, gradients left out; gradient_names: of each parameter.
+    """
+
+    def __init__(
+        self,
+        names: dict[Tensor, str],
+        tensors: dict[str, Tensor],
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+    ) -> None:
+        self.names = names
+        self.tensors = tensors
+        self.gradient_names = [(parameter, f"gradient/{name}") for parameter, name in names.items()]
+        inner = [m for module in modules.values() for m in module.modules()]
+        tables = [vars(m)[kind] for m in inner for kind in ("_parameters", "_buffers", "_modules")]
+        for optimizer in optimizers.values():
+            tables += [optimizer.state, *optimizer.param_groups]
+            tables += [entries for _, entries in entries_of(optimizer)]
+        self._optimizers = [(o, o.state, o.param_groups) for o in optimizers.values()]
+        groups = [group["params"] for o in optimizers.values() for group in o.param_groups]
+        self._tables = [(table, _objects(table)) for table in tables]
+        self._groups = [(group, [*group]) for group in groups]
+        self._counts = [(o.param_groups, len(o.param_groups)) for o in optimizers.values()]
+        self._is_sure = not any(map(keeps_own_state, optimizers.values()))
+
+    def holds(self) -> bool:
+        """Tell whether they are where they were."""
+        return (
+            self._is_sure
+            and all(o.state is state and o.param_groups is g for o, state, g in self._optimizers)
+            and all(len(groups) == count for groups, count in self._counts)
+            and all(len(g) == len(k) and all(map(is_, g, k)) for g, k in self._groups)
+            and all(_has_objects(table, known) for table, known in self._tables)
+        )
+
+
+def _objects(table: Mapping[Any, Any]) -> list[Any]:
+    """Return the keys of a table, and the tensors and what may hold some in it."""
+    return [*table, *[value for value in table.values() if isinstance(value, _WITH_TENSORS)]]
+
+
+def _has_objects(table: Mapping[Any, Any], known: list[Any]) -> bool:
+    """Tell whether there are the same objects in a table as before."""
+    objects = _objects(table)
+    return len(objects) == len(known) and all(map(is_, objects, known))
 
 
 def _check(named: Mapping[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
+from everystep.program.plain import READ
 from everystep.program.program import Phase
 from everystep.step.recorder import CapturedTensor
 
@@ -65,6 +68,22 @@ class Path:
     gradients: tuple[tuple[str, int], ...]
     loss: int | None
     activations: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        parts = (self.operations, self.tensors, self.storages, self.named, self.ends, self.gone)
+        return hash((*parts, self.gradients, self.loss, self.activations))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def places_of_reads(self) -> Iterator[int]:
+        """Yield the places, among the numbers of a step, of those that Python has read."""
+        place = 0
+        for operation in self.operations:
+            if str(operation.operator) == READ:
+                yield place
+            place += operation.numbers
 
     def unused_gradients(self) -> set[str]:
         """Return the names of gradients from before the step that it neither reads nor writes.

@@ -35,7 +35,7 @@ from everystep.step.follow import Follower
 from everystep.step.path import FLOAT, INT, Path, SeenOperation, StorageKind
 from everystep.step.recorder import CapturedTensor
 
-__all__ = ["Watch"]
+__all__ = ["Marks", "Tables", "Watch", "known_operator"]
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = frozenset(DTYPES.values())
@@ -67,6 +67,31 @@ class _Known(NamedTuple):
     has_out: bool = False
     is_read: bool = False
     is_zeroing: bool = False
+
+
+class Marks(NamedTuple):
+    """How far a watch has come: how many operations, tensors, ... it has noted."""
+
+    operations: int
+    tensors: int
+    storages: int
+    numbers: int
+    draws: int
+    unseen: int
+    marked: int
+
+
+class Tables(NamedTuple):
+    """All that a watch has noted of a step, so that another watch can go on from any place in it.
+
+    marked: gradients and activations, by kind and name, in the order in which they were noted.
+    """
+
+    operations: tuple[SeenOperation, ...]
+    tensors: tuple[CapturedTensor, ...]
+    storages: tuple[StorageKind, ...]
+    named: tuple[tuple[str, int], ...]
+    marked: tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 class _UnseenError(Exception):
@@ -124,6 +149,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._named: dict[str, int] = {}
         self._gradients: dict[str, int] = {}
         self._activations: dict[str, tuple[int, ...]] = {}
+        self._marked: list[tuple[str, str, tuple[int, ...]]] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -148,6 +174,88 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._storages[place].kind == "input":  # and not of the state, which has it already
                 self._named.setdefault(name, number)
                 self._extents.setdefault(place, []).append(_extent(self._tensors[number]))
+
+    def marks(self) -> Marks:
+        """Return how far the watch has come."""
+        return Marks(
+            len(self._operations),
+            len(self._tensors),
+            len(self._storages),
+            len(self.numbers),
+            self._draws,
+            sum(self.unseen.values()),
+            len(self._marked),
+        )
+
+    def tables(self) -> Tables:
+        """Return all that was noted so far."""
+        return Tables(
+            tuple(self._operations),
+            tuple(self._tensors),
+            tuple(StorageKind(s.kind, s.bytes, s.host) for s in self._storages),
+            tuple(self._named.items()),
+            tuple(self._marked),
+        )
+
+    def place_of(self, tensor: Tensor) -> int | None:
+        """Return the number of the storage that a tensor lies on, None where it was not seen yet."""
+        return self._storage_of.get(tensor.untyped_storage()._cdata)
+
+    def is_made(self, place: int) -> bool:
+        """Tell whether the step has made a storage."""
+        return self._storages[place].kind == "temporary"
+
+    def kept_places(self, begin: int, end: int) -> list[int]:
+        """Return which storages, of those with numbers from `begin` to `end`, are kept by content."""
+        return [p for p in range(begin, end) if self._storages[p].content is not None]
+
+    def operators(self, begin: int, end: int) -> list[tuple[Any, tuple[int | float, ...]]]:
+        """Return the operators from one place to another, each with the step's numbers that it has."""
+        found, place = [], sum(each.numbers for each in self._operations[:begin])
+        for seen in self._operations[begin:end]:
+            found.append((seen.operator, tuple(self.numbers[place : place + seen.numbers])))
+            place += seen.numbers
+        return found
+
+    def resume(
+        self,
+        tables: Tables,
+        marks: Marks,
+        lying: Mapping[int, Tensor],
+        contents: Mapping[int, Tensor],
+        batch_offsets: Mapping[str, int],
+        drawn: Tensor | None,
+    ) -> None:
+        """Go on from a place in a step that another watch has seen whole, instead of `begin`.
+
+        Args:
+            tables, marks: what it noted, and up to where.
+            lying: a tensor that is alive on each storage by number, as far as there are any; of the
+                others it is not known what they were, so that what lies on them is from elsewhere.
+            contents: the bytes of inputs, by number of the storage.
+            batch_offsets: the storage offsets of the tensors of this step's batch, in elements.
+            drawn: the state of torch's generator after the last draw.
+        """
+        self._operations = list(tables.operations[: marks.operations])
+        self._tensors = _with_batch_at(tables, batch_offsets)[: marks.tensors]
+        self._names = [f"%{number}" for number in range(marks.tensors)]
+        self._number_of = {
+            (t.storage, t.dtype, t.shape, t.stride, t.offset): n for n, t in enumerate(self._tensors)
+        }
+        self._draws, self._drawn = marks.draws, drawn
+        for place, kind in enumerate(tables.storages[: marks.storages]):
+            reference = None
+            if place in lying:
+                storage = lying[place].untyped_storage()
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._storage_of[storage._cdata] = place
+            self._storages.append(_Storage(*kind, reference, contents.get(place)))
+        self._named = {name: number for name, number in tables.named if number < marks.tensors}
+        for number in self._named.values():
+            seen = self._tensors[number]
+            self._extents.setdefault(seen.storage, []).append(_extent(seen))
+        for mark in tables.marked[: marks.marked]:
+            self._mark(*mark)
 
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
         """Note what is there after the step, and return its path.
@@ -222,20 +330,27 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if name not in self._gradients and _is_plain(gradient):
                 number = self._number(gradient)
                 if self._tensors[number].storage in made:
-                    self._gradients[name] = number
+                    self._mark("gradient", name, (number,))
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note what a module has given; of several calls, the last that gradients flow through."""
         dense = [each for each in outputs if _is_plain(each)]
         if dense and (torch.is_grad_enabled() or path not in self._activations):
-            self._activations.pop(path, None)
-            self._activations[path] = tuple(map(self._number, dense))
+            self._mark("activation", path, tuple(map(self._number, dense)))
+
+    def _mark(self, kind: str, name: str, numbers: tuple[int, ...]) -> None:
+        self._marked.append((kind, name, numbers))
+        if kind == "gradient":
+            self._gradients[name] = numbers[0]
+        else:
+            self._activations.pop(name, None)
+            self._activations[name] = numbers
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        known = _known.get(id(func)) or _learn(func)
+        known = known_operator(func)
         if self.is_paused or known.how == "pass":
             return func(*args, **keywords)
         if known.how == "decompose":
@@ -453,6 +568,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _CONSTANTS = {bool, int, float, torch.dtype, torch.layout, torch.memory_format, torch.device}
 
 
+def known_operator(func: Any) -> _Known:
+    """Return what is known of an operator."""
+    return _known.get(id(func)) or _learn(func)
+
+
 def _learn(func: Any) -> _Known:
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
@@ -487,6 +607,19 @@ def _learn(func: Any) -> _Known:
     _known[id(func)] = known
     _kept_alive.append(func)  # its id is a key
     return known
+
+
+def _with_batch_at(tables: Tables, offsets: Mapping[str, int]) -> list[CapturedTensor]:
+    """Return the tensors of a step, as they lie where the batch begins elsewhere in its memory."""
+    moved: dict[int, int] = {}
+    for name, number in tables.named:
+        if name in offsets and tables.storages[tables.tensors[number].storage].kind == "input":
+            seen = tables.tensors[number]
+            moved[seen.storage] = (offsets[name] - seen.offset) * seen.dtype.itemsize
+    return [
+        t._replace(offset=t.offset + moved[t.storage] // t.dtype.itemsize) if t.storage in moved else t
+        for t in tables.tensors
+    ]
 
 
 def _extent(tensor: CapturedTensor) -> tuple[int, int]:

@@ -1,134 +1,205 @@
-"""What a run says of its experiment, in words and numbers, for every view of it."""
+"""The facts of a training before it starts, read off its objects; runs none of the user's code."""
 
 from __future__ import annotations
 
 import inspect
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache, partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
-from everystep.gradient_descent import GradientDescent
+from everystep.numerics import Numerics
+from everystep.recording.facts import (
+    BatchFacts,
+    DataFacts,
+    LossFacts,
+    ModuleFacts,
+    OptimizerFacts,
+    ScheduleFacts,
+    TrainingFacts,
+)
 from everystep.step.eager import Training
 from everystep.step.purity.guards import is_plain
-from everystep.step.purity.torchs_own import reason_against_module
+from everystep.step.purity.torchs_own import (
+    is_torchs_module,
+    is_torchs_optimizer,
+    is_torchs_schedule,
+    reason_against_loss,
+)
 
-__all__ = ["describe", "module_text", "optimizer_text"]
+__all__ = [
+    "circumstances",
+    "describe",
+    "modules_of",
+    "optimizer_facts",
+    "schedule_facts",
+]
+
+#: Items of a list that are kept as a setting; a longer one is data.
+_MOST_ITEMS = 100
+#: What a schedule counts, or holds besides its settings.
+_COUNTED = {
+    *("base_lrs", "best", "cooldown_counter", "last_epoch", "mode_worse", "num_bad_epochs"),
+    *("T_cur", "T_i"),
+}
 
 
 def describe(
-    trainee: Training,
+    training: Training,
     data: Data | None,
     batches: Batches,
     source: dict[str, Any],
     seed: int | None,
     evaluate_every: int,
-) -> dict[str, Any]:
-    """Return the facts of a training before it starts, as JSON can hold them.
+) -> TrainingFacts:
+    """Return the facts of a training before it starts.
 
     seed: what torch's generator was seeded with, or None where it was taken as it was.
     """
-    facts: dict[str, Any] = {
-        "device": str(trainee.device),
-        "seed": seed,
-        "data": source | {"rows": batches.rows},
-        "batches": {
-            "batch_size": batches.batch_size,
-            "drop_last": batches.drop_last,
-            "seed": batches.seed,
-            "steps_per_epoch": batches.steps_per_epoch,
-        },
-        "model": {
-            "text": module_text(trainee.model),
-            "parameters": sum(parameter.numel() for parameter in trainee.model.parameters()),
-        },
-        "loss": {"text": _loss_text(trainee.loss)},
-        "optimizer": {"text": optimizer_text(trainee.optimizer)},
-        "schedule": _schedule_text(trainee),
-        "clip_norm": trainee.clip_norm,
-        "evaluate_every": None,
-    }
+    about_data: dict[str, Any] = source | {"rows": batches.rows}
     if data is not None:
-        facts["data"] |= {"x": list(data.x.shape), "y": list(data.y.shape)}
-        if data.validation is not None:
-            facts["data"]["validation_rows"] = len(data.validation[0])
-            facts["evaluate_every"] = evaluate_every
-        if data.preparation is not None:
-            facts["preparation"] = data.preparation.model_dump()
-    return facts
+        about_data |= {"x": tuple(data.x.shape), "y": tuple(data.y.shape)}
+    validation = data.validation if data is not None else None
+    if validation is not None:
+        about_data["validation_rows"] = len(validation[0])
+    preparation = data.preparation if data is not None else None
+    schedules = {}
+    if training.schedule is not None:
+        schedules["schedule"] = schedule_facts(training.schedule, training.schedule_every)
+    return TrainingFacts(
+        device=str(training.device),
+        seed=seed,
+        data=DataFacts(**about_data),
+        batches=BatchFacts(
+            batch_size=batches.batch_size,
+            drop_last=batches.drop_last,
+            seed=batches.seed,
+            steps_per_epoch=batches.steps_per_epoch,
+        ),
+        modules=modules_of(training.model),
+        parameters=sum(parameter.numel() for parameter in training.model.parameters()),
+        loss=_loss_facts(training.loss),
+        optimizers={"optimizer": optimizer_facts(training.optimizer)},
+        schedules=schedules,
+        clip_norm=training.clip_norm,
+        evaluate_every=None if validation is None else evaluate_every,
+        preparation=preparation.model_dump() if preparation else None,
+        **circumstances(training.device),
+    )
 
 
-def optimizer_text(optimizer: torch.optim.Optimizer) -> str:
-    """Return the optimizer in a line: its class, and what its first param group says."""
-    group = dict(optimizer.param_groups[0])
-    if "initial_lr" in group:  # what a schedule makes of it is another thing
-        group["lr"] = group["initial_lr"]
-    if isinstance(optimizer, GradientDescent):
-        return f"GradientDescent(lr={group['lr']}): parameter - gradient * {group['lr']}"
-    told = {
-        key: _setting_text(value)
-        for key, value in group.items()
-        if key not in ("params", "initial_lr") and not _is_nothing(value)
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Return the facts of a training that are not its own: numerics and versions."""
+    return {
+        "numerics": Numerics.read(device),
+        "versions": {"python": platform.python_version()} | _versions(),
     }
-    settings = ", ".join(f"{key}={text}" for key, text in told.items())
-    return f"{type(optimizer).__name__}({settings})"
 
 
-def _is_nothing(value: Any) -> bool:
-    """Tell whether a setting is None, False or 0, also as a tensor of one number."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and value.item() == 0
-    return value is None or (isinstance(value, bool | int | float) and value == 0)
+@cache
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
 
 
-def _setting_text(value: Any) -> str:
+def modules_of(module: nn.Module, path: str = "") -> dict[str, ModuleFacts]:
+    """Return a module and all within it, by path, each before those within it.
+
+    path: of the module itself.
+    """
+    return dict(_modules_of(module, path, frozenset()))
+
+
+def _modules_of(
+    module: nn.Module, path: str, around: frozenset[int]
+) -> Iterator[tuple[str, ModuleFacts]]:
+    arguments = module.extra_repr() if is_torchs_module(module) else ""
+    yield path, ModuleFacts(class_name=type(module).__name__, arguments=arguments)
+    around |= {id(module)}
+    for name, inner in module._modules.items():
+        if inner is not None and id(inner) not in around:
+            yield from _modules_of(inner, f"{path}.{name}" if path else name, around)
+
+
+def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
+    """Return the facts of an optimizer; what a schedule makes of its lr is another thing."""
+    groups = [
+        {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
+        | ({"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {})
+        for group in optimizer.param_groups
+    ]
+    return OptimizerFacts(
+        class_name=type(optimizer).__name__,
+        is_torchs=is_torchs_optimizer(optimizer),
+        groups=tuple(groups),
+    )
+
+
+def schedule_facts(schedule: LRScheduler, every: str | None) -> ScheduleFacts:
+    """Return the facts of a schedule. every: see `ScheduleFacts`."""
+    settings = {k: v for k, v in _settings(schedule).items() if k not in _COUNTED}
+    return ScheduleFacts(
+        class_name=type(schedule).__name__,
+        is_torchs=is_torchs_schedule(schedule),
+        settings=settings,
+        every=every,
+    )
+
+
+def _loss_facts(loss: Any) -> LossFacts:
+    own = getattr(loss, "__qualname__", None) if inspect.isroutine(loss) else None
+    return LossFacts(
+        class_name=str(own or type(loss).__name__),
+        is_torchs=reason_against_loss(loss) is None,
+        settings={} if inspect.isroutine(loss) else _settings(loss),
+        modules=modules_of(loss) if isinstance(loss, nn.Module) else {},
+    )
+
+
+def _settings(thing: Any) -> dict[str, Any]:
+    """Return the attributes of an object that are numbers, texts or the like, without private ones."""
+    try:
+        held = thing.keywords if type(thing) is partial else object.__getattribute__(thing, "__dict__")
+    except AttributeError:  # it has slots
+        held = {}
+    return {
+        str(name): _plain(value)
+        for name, value in held.items()
+        if name != "training" and not str(name).startswith("_") and _is_simple(value)
+    }
+
+
+def _is_simple(value: Any) -> bool:
+    """Tell whether a value is a number, a text or nothing, or a short collection of these."""
+    if type(value) in (list, tuple):
+        return len(value) <= _MOST_ITEMS and all(map(_is_simple, value))
+    if type(value) in (dict, Counter):
+        return len(value) <= _MOST_ITEMS and all(map(_is_simple, (*value, *value.values())))
+    return value is None or type(value) in (bool, int, float, str) or isinstance(value, np.generic)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON can hold it; what it cannot, in words."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    if isinstance(value, Tensor):
+        number = value.item()
+        return float(str(np.float32(number))) if value.dtype == torch.float32 else number
+    if isinstance(value, np.generic | np.ndarray):
+        return value.item()
+    if type(value) in (list, tuple) and len(value) <= _MOST_ITEMS:
+        return [_plain(item) for item in value]
+    if type(value) in (dict, Counter) and len(value) <= _MOST_ITEMS:
+        return {str(key): _plain(item) for key, item in value.items()}
+    if _is_simple(value):
+        return value
     # Another object may count how often it is printed.
-    return str(value) if is_plain(value) or isinstance(value, Tensor) else type(value).__name__
-
-
-def module_text(module: nn.Module) -> str:
-    """Return a module as torch prints it, but run none of the user's code for it.
-
-    What torch's own modules say of themselves is said; of the user's, the class and what is within.
-    """
-    if reason_against_module(module) is None:
-        return repr(module)
-    inner = [(name, module_text(m)) for name, m in module._modules.items() if m is not None]
-    if type(module) is nn.ModuleList:
-        lines = _together([text for _, text in inner])
-    else:
-        lines = [f"({name}): {text}" for name, text in inner]
-    name = type(module).__name__
-    indented = "".join(f"\n{line}" for line in lines).replace("\n", "\n  ")
-    return f"{name}({indented}\n)" if lines else f"{name}()"
-
-
-def _together(texts: list[str]) -> list[str]:
-    """Return modules of a list, those that are alike and next to each other in one line."""
-    lines, first = [], 0
-    for last, text in enumerate(texts):
-        if last + 1 == len(texts) or texts[last + 1] != text:
-            count = last - first + 1
-            lines.append(f"({first}-{last}): {count} x {text}" if count > 1 else f"({last}): {text}")
-            first = last + 1
-    return lines
-
-
-def _loss_text(loss: Any) -> str:
-    if not isinstance(loss, nn.Module):
-        own = getattr(loss, "__qualname__", None) if inspect.isroutine(loss) else None
-        return str(own or type(loss).__name__)
-    reduction = vars(loss).get("reduction")
-    is_said = isinstance(reduction, str)
-    return f"{type(loss).__name__}(reduction={reduction!r})" if is_said else module_text(loss)
-
-
-def _schedule_text(trainee: Training) -> str | None:
-    if trainee.schedule is None:
-        return None
-    return f"{type(trainee.schedule).__name__}, every {trainee.schedule_every}"
+    return str(value) if is_plain(value) else type(value).__name__

@@ -111,12 +111,13 @@ def experiment_job(
     every = experiment.evaluate_every or default_evaluate_every(steps, batches)
     source = experiment.data.model_dump(exclude_none=True)
     text = experiment.to_toml()
-    digest = {"experiment.digest": hashlib.sha256(text.encode()).hexdigest()}
+    facts = describe(training, data, batches, source, experiment.seed, every)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return Job(
         name=name,
         training=training,
         steps=steps,
-        facts=describe(training, data, batches, source, experiment.seed, every) | digest,
+        facts=facts.model_copy(update={"experiment_digest": digest}),
         data=data,
         experiment_toml=text,
         evaluation=evaluation,

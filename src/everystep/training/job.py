@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import Data
+from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
@@ -22,14 +23,14 @@ __all__ = ["Job", "Origin", "Outcome", "Progress"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a fork begins: in the parent's state `at`.
+    """Where a fork begins: in a state of its parent.
 
-    hyperparameters: the lr and its like as the parent had them there; has_new_data: whether the data is
-    not the parent's.
+    fork: what the run says of it; hyperparameters: the lr and its like as the parent had them there;
+    has_new_data: whether the data is not the parent's.
     """
 
     parent: RecordedRun
-    at: int
+    fork: ForkFacts
     hyperparameters: dict[str, float]
     has_new_data: bool
 
@@ -46,7 +47,7 @@ class Job:
     name: str
     training: Training
     steps: int
-    facts: dict[str, Any]
+    facts: TrainingFacts
     data: Data | None
     experiment_toml: str | None = None
     evaluation: Evaluation | None = None
@@ -82,7 +83,7 @@ class Job:
     @property
     def start(self) -> int:
         """The state that the training begins with."""
-        return self.origin.at if self.origin else 0
+        return self.origin.fork.at if self.origin else 0
 
 
 class Outcome(NamedTuple):
@@ -100,7 +101,7 @@ class Progress(Protocol):
     def reading(self, done: int, total: int) -> None:
         """A Dataset is being read: so many of its rows are."""
 
-    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+    def begin(self, directory: Path, facts: Facts) -> None:
         """Training is about to start."""
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:

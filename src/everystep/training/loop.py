@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import shutil
 import signal
 import threading
@@ -11,17 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from everystep import numerics
 from everystep.errors import DatasetChangedError
 from everystep.recording.data import DATA_FILE
+from everystep.recording.facts import EngineFacts, Facts, ProgramFacts
 from everystep.recording.recorder import Recorder, create_directory
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
@@ -31,7 +27,7 @@ from everystep.step.stepper import Stepper
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.job import Job, Outcome, Progress
 
-__all__ = ["circumstances", "now", "run_job"]
+__all__ = ["now", "run_job"]
 
 #: Seconds between two looks at the losses: each waits for the device once.
 FLUSH_SECONDS = 0.1
@@ -58,12 +54,8 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     """
     job.check()
     place = create_directory(directory, job.name, runs)
-    facts = (
-        {"name": place.name, "started": now()}
-        | job.facts
-        | circumstances(job.steps, job.training.device)
-    )
-    parent = job.origin.parent if job.origin else None
+    parent, fork = (job.origin.parent, job.origin.fork) if job.origin else (None, None)
+    facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
     try:
         recorder = Recorder(place, facts, budget, parent, job.start)
     except BaseException:
@@ -107,7 +99,7 @@ class _Loop:
         self._nonfinite_step: int | None = None
         self._programs_written = 0
         self._has_lost = False
-        self._engine: dict[str, Any] = {}
+        self._engine: EngineFacts | None = None
 
     def run(self, interrupted: Callable[[], bool]) -> str | None:
         """Take all steps; returns None, or why it stopped before the last."""
@@ -180,7 +172,7 @@ class _Loop:
             return
         if values.dtype != self._loss_dtype:
             self._loss_dtype = values.dtype
-            self.recorder.facts({"loss.dtype": str(values.dtype).removeprefix("torch.")})
+            self.recorder.facts({"loss_dtype": str(values.dtype).removeprefix("torch.")})
         self.recorder.losses(first, losses)
         self.progress.advance(first, losses)
         self._say_if_not_finite(first, losses)
@@ -224,8 +216,9 @@ class _Loop:
         rows = batch.rows()
         if rows is not None:
             self.recorder.data(dict(zip("xy", rows, strict=True)))
-            shapes = {name: list(part.shape) for name, part in zip("xy", rows, strict=True)}
-            self.recorder.facts({"data": self.job.facts["data"] | {"lazy": False} | shapes})
+            shapes = {name: tuple(part.shape) for name, part in zip("xy", rows, strict=True)}
+            data = self.job.facts.data.model_copy(update={"lazy": False} | shapes)
+            self.recorder.facts({"data": data})
             return
         if batch.differs and not batch.draws:
             self.progress.notice(
@@ -271,28 +264,26 @@ class _Loop:
             for number in range(self._programs_written, len(programs.built)):
                 self.recorder.program(number + 1, *programs.built[number])
             self._programs_written = len(programs.built)
-        engine = {
-            "asked": self.job.engine,
-            "fold": self.job.fold,
-            "folded": programs.is_folded,
-            "stands_behind": stepper.purity.stands_behind,
-            "live_optimizer": live,
-            "programs": [
-                {
-                    "file": self.recorder.program_file(rule.number + 1),
-                    "steps": rule.steps,
-                    "since": rule.since,
-                }
+        file = self.recorder.program_file
+        engine = EngineFacts(
+            asked=self.job.engine,
+            fold=self.job.fold,
+            folded=programs.is_folded,
+            stands_behind=stepper.purity.stands_behind,
+            live_optimizer=live,
+            programs=tuple(
+                ProgramFacts(file=file(rule.number + 1), steps=rule.steps, since=rule.since)
                 for rule in rules
-            ],
-            "checks": len(stepper.checked),
-            "verified_to": stepper.checked[-1] if stepper.checked else 0,
-            "eager_from": stepper.eager_from,
-            "reason": stepper.reason,
-        }
+            ),
+            checks=len(stepper.checked),
+            verified_to=stepper.checked[-1] if stepper.checked else 0,
+            eager_from=stepper.eager_from,
+            reason=stepper.reason,
+        )
         if engine == self._engine:
             return
-        if engine["eager_from"] != self._engine.get("eager_from") and self.job.engine != "eager":
+        eager_before = self._engine and self._engine.eager_from
+        if engine.eager_from != eager_before and self.job.engine != "eager":
             self._go_back(stepper)
         self.recorder.facts({"engine": engine})
         self._engine = engine
@@ -385,23 +376,10 @@ def _finish_failed(recorder: Recorder, training: _Loop, error: BaseException) ->
         recorder.finish({"status": "failed", "reason": reason, "finished": now()})
 
 
-def circumstances(steps: int, device: torch.device) -> dict[str, Any]:
-    """Return the facts of a training that are not its own: numerics and versions, besides its steps."""
-    return {
-        "steps": steps,
-        "numerics": numerics.Numerics.read(device).to_json(),
-        "versions": {"python": platform.python_version()} | _versions(),
-    }
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in ("everystep", "torch", "numpy", "safetensors")}
-
-
-def now() -> str:
-    """Return the time with its zone, as ISO 8601 writes it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def now() -> datetime:
+    """Return the time with its zone, to the millisecond."""
+    time = datetime.now(UTC)
+    return time.replace(microsecond=time.microsecond // 1000 * 1000)
 
 
 @contextmanager

@@ -10,8 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from everystep import numerics
+from everystep.recording.facts import (
+    BatchFacts,
+    DataFacts,
+    Facts,
+    LoopFacts,
+    ModuleFacts,
+    TrainingFacts,
+)
 from everystep.recording.recorder import Recorder, Taken
 from everystep.step.build import NotCapturableError
 from everystep.step.elsewhere import version_of
@@ -19,9 +28,9 @@ from everystep.step.parts import Parts
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath, build_path
 from everystep.step.state import State, copy_of
-from everystep.step.watch import Watch
-from everystep.training.facts import module_text, optimizer_text
-from everystep.training.loop import circumstances, now
+from everystep.step.step_watch import StepWatch
+from everystep.training.facts import circumstances, modules_of, optimizer_facts, schedule_facts
+from everystep.training.loop import now
 
 __all__ = ["LoopWriter", "StepUnderWay", "say"]
 
@@ -40,7 +49,7 @@ MOST_SAID = 3
 class StepUnderWay:
     """A step under way: who watches it, its batch, and what was logged."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: StepWatch) -> None:
         self.watch = watch
         self.batch: dict[str, Tensor] = {}
         self.nesting: list[Any] = []
@@ -107,7 +116,7 @@ class LoopWriter:
         self._step_seconds = math.inf
         self._started = time.perf_counter()
         beginning = parts.snapshot(0)
-        facts = {"name": directory.name, "started": now()} | self._facts()
+        facts = Facts(name=directory.name, started=now(), steps=0, trained=self._facts())
         self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
         self._recorder.snapshot(beginning)
         self._versions = _versions(parts.state())
@@ -147,6 +156,7 @@ class LoopWriter:
         self.step += 1
         after = self._parts.state()
         path = step.watch.end(after, step.loss)
+        self._note_surprise(step, after)
         try:
             known = self._programs[path]
         except KeyError:
@@ -235,6 +245,13 @@ class LoopWriter:
         self._measured += [(n, self.step, v) for n, v in rates.items() if self._rates.get(n) != v]
         self._rates = rates
 
+    def _note_surprise(self, step: StepUnderWay, state: dict[str, Tensor]) -> None:
+        if step.watch.changed_unseen:  # what the step did to these is not known: what they are is kept
+            changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
+            self._recorder.change(self.step, changed)
+        if step.watch.surprise is not None:
+            say(f"step {self.step}: {step.watch.surprise}; each step from here on is watched in full")
+
     def _note_unseen(self, step: StepUnderWay) -> None:
         for reason in step.watch.unseen:
             if reason in self._said or len(self._said) >= MOST_SAID:
@@ -298,7 +315,7 @@ class LoopWriter:
         measured = [(name, step, float(value)) for name, step, value in self._measured]
         if measured:
             recorder.measurements(measured)
-        recorder.facts(self._loop_facts() | {"loss.dtype": self._loss_dtype})
+        recorder.facts(self._loop_facts() | {"loss_dtype": self._loss_dtype})
         self._say_if_not_finite(first, losses)
         self._taken, self._losses, self._measured = [], [], []
 
@@ -311,43 +328,37 @@ class LoopWriter:
                 self._recorder.facts({"nonfinite_step": step})
                 return
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> TrainingFacts:
         parts = self._parts
-        texts = {name: module_text(module) for name, module in parts.modules.items()}
-        main = "ModuleDict(\n)" if parts.main is None else texts.pop(parts.main)
-        optimizers = {name: optimizer_text(each) for name, each in parts.optimizers.items()}
+        modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
+        for name in sorted(parts.modules, key=lambda name: name != parts.main):
+            modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
         parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
-        return (
-            {
-                "device": str(parts.device),
-                "seed": None,
-                "data": {"rows": 0, "source": "loop"},
-                "batches": {"batch_size": None, "drop_last": False, "seed": 0, "steps_per_epoch": 1},
-                "model": {
-                    "text": _with_others(main, texts),
-                    "parameters": sum(parameter.numel() for parameter in parameters),
-                },
-                "loss": {"text": "of your own loop"},
-                "optimizer": {"text": _joined(optimizers) or "none"},
-                "schedule": None,
-                "clip_norm": None,
-                "evaluate_every": None,
-            }
-            | self._loop_facts()
-            | circumstances(0, parts.device)
+        schedules = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
+        return TrainingFacts(
+            device=str(parts.device),
+            seed=None,
+            data=DataFacts(rows=0, source="loop"),
+            batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
+            modules=modules,
+            parameters=sum(parameter.numel() for parameter in parameters),
+            loss=None,
+            optimizers={name: optimizer_facts(each) for name, each in parts.optimizers.items()},
+            schedules={name: schedule_facts(each, None) for name, each in schedules.items()},
+            clip_norm=None,
+            evaluate_every=None,
+            loop=self._loop_facts()["loop"],
+            **circumstances(parts.device),
         )
 
     def _loop_facts(self) -> dict[str, Any]:
-        return {
-            "loop": {
-                "parts": {name: type(part).__name__ for name, part in self._parts.named.items()},
-                "optimizers": {n: optimizer_text(each) for n, each in self._parts.optimizers.items()},
-                "programs": self._program_count,
-                "unseen": sorted(self._said),
-                "has_loss": self._has_loss,
-            },
-            "steps": self.step,
-        }
+        loop = LoopFacts(
+            parts={name: type(part).__name__ for name, part in self._parts.named.items()},
+            programs=self._program_count,
+            unseen=tuple(sorted(self._said)),
+            has_loss=self._has_loss,
+        )
+        return {"loop": loop, "steps": self.step}
 
 
 def _compiled() -> int:
@@ -363,19 +374,3 @@ def say(message: str) -> None:
 
 def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None]]:
     return {name: (id(tensor), version_of(tensor)) for name, tensor in state.items()}
-
-
-def _with_others(main: str, others: dict[str, str]) -> str:
-    """Return the text of a module with those of others in it, as torch prints what is within."""
-    if not others:
-        return main
-    own = main.removesuffix("\n)") if main.endswith("\n)") else main.removesuffix(")") + ")("
-    inner = "".join(f"\n({name}): {text}" for name, text in others.items())
-    return own + inner.replace("\n", "\n  ") + "\n)"
-
-
-def _joined(texts: dict[str, str]) -> str:
-    """Return texts of parts; that of a lone one as it is."""
-    if len(texts) == 1:
-        return next(iter(texts.values()))
-    return "\n".join(f"{name}: {text}" for name, text in texts.items())

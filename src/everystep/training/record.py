@@ -16,8 +16,9 @@ from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
+from everystep.step.memory import Memory
 from everystep.step.parts import Parts
-from everystep.step.watch import Watch
+from everystep.step.step_watch import StepWatch
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.loop_writer import LoopWriter, StepUnderWay, say
 
@@ -48,13 +49,16 @@ class Recording(Generic[R]):
         self._budgets = snapshot_budget, batch_budget
         self._directory: Path | None = None
         self._writer: LoopWriter | None = None
+        self._optimizer_names = self._parts.optimizer_names()
         self._follower = Follower(
             self._parts.module_paths(),
-            self._parts.optimizer_names(),
+            self._optimizer_names,
             self._module_done,
-            self._optimizer_uses,
+            self._optimizer_begins,
+            self._optimizer_ends,
         )
         self._elsewhere = Elsewhere()
+        self._memory = Memory()
         self._under_way: StepUnderWay | None = None
         self._names: dict[Tensor, str] = {}
         self._left_at: int | None = None
@@ -208,13 +212,15 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             raise UsageError("a step is under way; a recording has one loop at a time")
         writer.wait()
-        self._names = self._parts.parameter_names()
         state = self._parts.state()
+        self._names = self._parts.parameter_names()
         writer.note_changes(state)
-        watch = Watch(self._parts.device, self._follower, self._elsewhere)
+        watch = StepWatch(
+            writer.step + 1, self._memory, self._parts.device, self._follower, self._elsewhere
+        )
         watch.begin(state)
         self._follower.step_begins()
-        watch.__enter__()  # type: ignore[no-untyped-call]
+        watch.__enter__()
         self._under_way = StepUnderWay(watch)
         if batch is not None:
             try:
@@ -245,6 +251,8 @@ class Recording(Generic[R]):
         """End the step that `begin_step` began, and record it."""
         step = self._close()
         if step is not None:
+            if step.is_compiled:
+                self._memory.given_up = "torch.compile is at work"
             self._open().add(step, self._elsewhere.copied)
             self._elsewhere.clean()
 
@@ -256,7 +264,7 @@ class Recording(Generic[R]):
         """The step under way is over; return it."""
         step, self._under_way = self._under_way, None
         if step is not None:
-            step.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            step.watch.__exit__(None, None, None)
         return step
 
     def _abandon(self) -> None:
@@ -265,19 +273,27 @@ class Recording(Generic[R]):
         self._open().forget_versions()
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
-        if self._under_way is not None:
-            with self.paused():
-                self._under_way.watch.module_done(path, outputs)
+        if self._under_way is not None and not self._under_way.watch.is_paused:
+            self._under_way.watch.module_done(path, outputs)
 
-    def _optimizer_uses(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._under_way is None:
-            return
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        if self._under_way is not None:
+            name = self._optimizer_names.get(id(optimizer))
+            with self.paused():
+                self._under_way.watch.optimizer_begins(
+                    optimizer, name, has_arguments, lambda: self._gradients_of(optimizer)
+                )
+
+    def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._under_way is not None:
+            name = self._optimizer_names.get(id(optimizer))
+            with self.paused():
+                self._under_way.watch.optimizer_ends(name, lambda: self._gradients_of(optimizer))
+
+    def _gradients_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         names = self._names
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        with self.paused():
-            self._under_way.watch.optimizer_uses(
-                {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
-            )
+        return {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
 
     def _open(self) -> LoopWriter:
         """Return who writes.

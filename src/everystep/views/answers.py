@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from everystep.views.terminal import engine_text, number, shortest
 
 if TYPE_CHECKING:
+    from everystep.recording.facts import Facts
     from everystep.replay.columns import Found
     from everystep.replay.hooks import NonFinite
     from everystep.replay.query import Measured
@@ -52,7 +53,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def verify_text(name: str, facts: dict[str, Any], found: Verification) -> str:
+def verify_text(name: str, facts: Facts, found: Verification) -> str:
     """Return what held and what did not, in lines, and what that shows.
 
     facts: of the run; they say what stands behind the recorded steps themselves.

@@ -7,22 +7,22 @@ an optimizer's step as a whole), the formula is the one that torch documents, if
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from everystep.program.execute import Observed
+from everystep.recording.facts import OptimizerFacts
+from everystep.recording.texts import optimizer_parts, optimizers_text
 from everystep.views.mathematics import all_arguments, kind_of
 from everystep.views.terminal import shortest
 
-__all__ = ["Formula", "optimizer_parts", "update_formulas"]
+__all__ = ["Formula", "update_formulas"]
 
 #: A formula of more characters is no help.
 LONGEST = 250
 
 _SUM, _PRODUCT, _ATOM = 1, 2, 3
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-_SETTING = re.compile(r"(\w+)=(\([^)]*\)|[^,()]+)(?:, |$)")
 
 
 class Formula(NamedTuple):
@@ -36,22 +36,15 @@ class Formula(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def update_formulas(operations: Sequence[Observed], optimizer: str) -> dict[str, Formula]:
-    """Return the formula of each parameter that the operations of phase `update` change.
-
-    optimizer: the optimizer's text, as the facts of the run have it.
-    """
-    composer = _Composer(optimizer)
+def update_formulas(
+    operations: Sequence[Observed], optimizers: Mapping[str, OptimizerFacts]
+) -> dict[str, Formula]:
+    """Return the formula of each parameter that the operations of phase `update` change."""
+    composer = _Composer(optimizers)
     for number, seen in enumerate(operations):
         if seen.operation.phase == "update":
             composer.apply(number, seen)
     return composer.formulas()
-
-
-def optimizer_parts(text: str) -> tuple[str, dict[str, str]]:
-    """Return the class of an optimizer and its settings from its text; no settings if it is no such."""
-    match = re.match(r"(\w+)\((.*?)\)(?::.*)?$", text, re.DOTALL)
-    return (match[1], dict(_SETTING.findall(match[2]))) if match else (text, {})
 
 
 class _Term(NamedTuple):
@@ -69,8 +62,10 @@ class _Term(NamedTuple):
 class _Composer:
     """What each tensor is by now, in terms of what there was before the update."""
 
-    def __init__(self, optimizer: str) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
+        alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
+        known = _documented(alone) if alone and alone.is_torchs else None
+        self._documented = known or (optimizers_text(optimizers),)
         self._terms: dict[str, _Term] = {}
         self._known: dict[str, Formula] = {}
 
@@ -111,16 +106,15 @@ class _Composer:
         if len(term.calls) <= LONGEST and is_of_itself:
             return Formula((term.operators,), (term.calls,), numbers)
         calls = f"by {len(numbers)} operations"
-        return Formula(_documented(self._optimizer) or (self._optimizer,), (calls,), numbers)
+        return Formula(self._documented, (calls,), numbers)
 
     def _as_a_whole(self, number: int, seen: Observed) -> None:
         operator = seen.operation.operator
         name = f"{operator}.step()" if operator.startswith("torch.optim.") else operator
-        lines = _documented(self._optimizer) or (self._optimizer,)
         for result in seen.results:
             kind, _, parameter = result.partition("/")
             if kind == "parameter":
-                self._known[parameter] = Formula(lines, (name,), (number,))
+                self._known[parameter] = Formula(self._documented, (name,), (number,))
 
     def _term(self, value: Any, seen: Observed) -> Any:
         if isinstance(value, list | tuple):
@@ -194,9 +188,9 @@ def _operator_text(value: Any) -> str:
     return f"[{', '.join(map(_operator_text, value))}]" if isinstance(value, list) else value.operators
 
 
-def _documented(optimizer: str) -> tuple[str, ...] | None:
+def _documented(optimizer: OptimizerFacts) -> tuple[str, ...] | None:
     """Return the formula of an optimizer of torch as its documentation has it, None if not sure."""
-    name, settings = optimizer_parts(optimizer)
+    name, settings = optimizer_parts({"": optimizer})
     used = settings.keys() - {"lr", "betas", "eps", "fused", "foreach", "decoupled_weight_decay"}
     if name in ("Adam", "AdamW") and used <= {"weight_decay"}:
         before, gradient = "param", "param.grad"

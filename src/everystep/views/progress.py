@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from everystep.recording.facts import Facts
 from everystep.views.terminal import header, number, shortest
 
 __all__ = ["Silent", "TerminalProgress", "counting"]
@@ -24,7 +25,7 @@ class Silent:
     def reading(self, done: int, total: int) -> None:
         """Say nothing."""
 
-    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+    def begin(self, directory: Path, facts: Facts) -> None:
         """Say nothing."""
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
@@ -59,12 +60,12 @@ class TerminalProgress(Silent):
         if done >= total:
             self.end()
 
-    def begin(self, directory: Path, facts: dict[str, Any]) -> None:
+    def begin(self, directory: Path, facts: Facts) -> None:
         """Show the header and start the bar."""
         if self._show_header:
             self._console.print(header(facts), markup=False)
             self._console.print()
-        self._start("training", facts["steps"], "")
+        self._start("training", facts.steps or 0, "")
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
         """Move the bar; write the lines."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 from markupsafe import Markup
@@ -13,6 +13,7 @@ from everystep.views.table import environment, loss_table, shortest_texts
 from everystep.views.terminal import number
 
 if TYPE_CHECKING:
+    from everystep.recording.facts import Facts
     from everystep.recording.run import RecordedRun
 
 __all__ = ["details", "report_html", "seed", "times"]
@@ -37,9 +38,9 @@ def report_html(run: RecordedRun, opened: Markup | None = None) -> str:
         .render(
             name=run.name,
             status=run.status,
-            reason=facts.get("reason"),
+            reason=facts.reason,
             steps=losses["step"].max() or 0,
-            planned=facts.get("steps"),
+            planned=facts.steps,
             landmarks=_landmarks(losses),
             nonfinite=_first_nonfinite(losses),
             rows=[*facts_in_order(facts), ("seed", seed(facts))],
@@ -71,35 +72,36 @@ def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
     return None if rows.is_empty() else (rows["step"].item(), str(rows["loss"].item()))
 
 
-def details(facts: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
-    numerics, versions = facts["numerics"], facts.get("versions", {})
+    numerics, versions = facts.training.numerics.model_dump(), facts.training.versions
     return [
         (
             "numerics",
-            f"CPU capability {numerics.get('cpu_capability')}, MKL_CBWR {numerics.get('mkl_cbwr')}",
+            f"CPU capability {numerics['cpu_capability']}, MKL_CBWR {numerics['mkl_cbwr']}",
             [(key.replace("_", " "), _word(value)) for key, value in numerics.items()],
         ),
         (
             "versions",
             ", ".join(f"{name} {versions[name]}" for name in ("everystep", "torch") if name in versions),
-            [(name, str(version)) for name, version in versions.items()],
+            list(versions.items()),
         ),
     ]
 
 
-def seed(facts: dict[str, Any]) -> str:
+def seed(facts: Facts) -> str:
     """Return what the run's random numbers begin with, in words."""
-    return "torch's generator as it was" if facts.get("seed") is None else str(facts["seed"])
+    seed = facts.training.seed
+    return "torch's generator as it was" if seed is None else str(seed)
 
 
-def times(facts: dict[str, Any]) -> str:
+def times(facts: Facts) -> str:
     """Return when the run was trained, and how long that took, in lines."""
-    lines = [f"started {_time(facts['started'])}"]
-    if facts.get("finished"):
-        lines.append(f"ended {_time(facts['finished'])}")
-    if facts.get("seconds") is not None:
-        lines.append(f"{facts['seconds']:.3g} s of training")
+    lines = [f"started {_time(facts.started)}"] if facts.started else []
+    if facts.finished:
+        lines.append(f"ended {_time(facts.finished)}")
+    if facts.seconds is not None:
+        lines.append(f"{facts.seconds:.3g} s of training")
     return "\n".join(lines)
 
 
@@ -107,6 +109,6 @@ def _word(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _time(text: str) -> str:
+def _time(time: datetime) -> str:
     """Return a time in UTC, to the second: the page may be read anywhere."""
-    return f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from rich.text import Text
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
+from everystep.recording.facts import Facts, LoopFacts
+from everystep.recording.texts import loss_text, optimizer_parts
 from everystep.replay.step import Segment, Step, Update
-from everystep.views.formula import Formula, optimizer_parts, update_formulas
+from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import (
     Cell,
     Page,
@@ -42,7 +44,7 @@ _INDENT = 2
 
 def step_text(
     step: Step,
-    facts: dict[str, Any],
+    facts: Facts,
     *,
     name: str = "",
     phase: str | None = None,
@@ -82,31 +84,32 @@ def step_text(
 class _Opened:
     """A step on its way to a page."""
 
-    def __init__(self, step: Step, facts: dict[str, Any], page: Page) -> None:
+    def __init__(self, step: Step, facts: Facts, page: Page) -> None:
         self.step = step
-        self.facts = facts
+        self.steps = facts.steps or 0
+        self.training = facts.training
         self.page = page
         self.lines = mathematics(step.operations)
 
     def whole(self, name: str, phase: str | None) -> None:
         """Write the page, or one phase of it."""
         self._heading(name)
-        if phase is None and "loop" in self.facts:
-            self._as_it_happened()
+        if phase is None and self.training.loop is not None:
+            self._as_it_happened(self.training.loop)
             return
         for each in PHASES:
             if phase in (None, each):
                 getattr(self, f"_{each}")(phase is not None or self.page.values)
 
-    def _as_it_happened(self) -> None:
+    def _as_it_happened(self, loop: LoopFacts) -> None:
         """Write a step of a loop: its batch, its segments in their order, and what has changed."""
         step, page = self.step, self.page
         self._batch(page.values)
         left = {n: u for n, u in step.updates.items() if not torch.equal(u.before, u.after)}
-        optimizers = self.facts["loop"]["optimizers"]
-        by_optimizer = {n: update_formulas(step.operations, text) for n, text in optimizers.items()}
+        optimizers = self.training.optimizers
+        by_optimizer = {n: update_formulas(step.operations, {n: o}) for n, o in optimizers.items()}
         alone = next(iter(by_optimizer.values()), {})
-        for number, segment in enumerate(step.segments(self.facts["loop"]["parts"])):
+        for number, segment in enumerate(step.segments(loop.parts)):
             numbers = range(segment.first, segment.last + 1)
             formulas = by_optimizer.get(segment.part or "", alone)
             own = {n for n in left if n in formulas and not set(numbers).isdisjoint(formulas[n].numbers)}
@@ -171,7 +174,7 @@ class _Opened:
 
     def _heading(self, name: str) -> None:
         step, page = self.step, self.page
-        title = f"step {step.number:,} of {self.facts['steps']:,}"
+        title = f"step {step.number:,} of {self.steps:,}"
         page.line((f"{name}, {title}" if name else title, "bold"))
         page.blank()
         is_finite = step.loss - step.loss == 0
@@ -185,7 +188,7 @@ class _Opened:
     def _exactness(self) -> str:
         step = self.step
         how = "by program" if step.is_by_program else "eagerly"
-        if "loop" in self.facts:
+        if self.training.loop is not None:
             how = "without the code of your loop"
         if step.is_exact:
             return f"bit for bit as recorded, {how}"
@@ -200,8 +203,8 @@ class _Opened:
         self._tensors(self.step.batch.tensors)
 
     def _rows_text(self, *, whole: bool) -> str:
-        rows, total = self.step.batch.rows, self.facts["data"]["rows"]
-        if "loop" in self.facts:
+        rows, total = self.step.batch.rows, self.training.data.rows
+        if self.training.loop is not None:
             return "" if self.step.batch.tensors else "no tensors"
         if rows is None:
             return f"all {total:,} rows, in order"
@@ -214,7 +217,7 @@ class _Opened:
         self._operations("forward", alone)
 
     def _loss(self, alone: bool) -> None:
-        self.page.heading("loss", self.facts["loss"]["text"])
+        self.page.heading("loss", loss_text(self.training.loss))
         self._operations("loss", alone)
 
     def _zero_grad(self, alone: bool) -> None:
@@ -242,13 +245,13 @@ class _Opened:
 
     def _update(self, alone: bool) -> None:
         step, page = self.step, self.page
-        name, settings = optimizer_parts(self.facts["optimizer"]["text"])
+        name, settings = optimizer_parts(self.training.optimizers)
         told = {key: repr(float(shortest(value))) for key, value in step.hyperparameters.items()}
         told |= {k: v for k, v in settings.items() if k not in (*told, "decoupled_weight_decay")}
         page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in told.items())]))
-        if self.facts["clip_norm"] is not None:
-            page.line((self._clipping(), ""), indent=_INDENT)
-        formulas = update_formulas(step.operations, self.facts["optimizer"]["text"])
+        if self.training.clip_norm is not None:
+            page.line((self._clipping(self.training.clip_norm), ""), indent=_INDENT)
+        formulas = update_formulas(step.operations, self.training.optimizers)
         self._formulas(formulas)
         page.blank()
         rows = [_update_row(each, update, formulas.get(each)) for each, update in step.updates.items()]
@@ -276,8 +279,7 @@ class _Opened:
             for line in calls:
                 self.page.wrapped(line, "dim", indent=_INDENT)
 
-    def _clipping(self) -> str:
-        limit = self.facts["clip_norm"]
+    def _clipping(self, limit: float) -> str:
         whole = sum(norm(gradient) ** 2 for gradient in self.step.gradients.values()) ** 0.5
         effect = "are left as they are" if whole + 1e-6 <= limit else "are clipped"  # as torch does
         return f"first, the gradients, of norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"

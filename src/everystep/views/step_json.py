@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import Observed
+from everystep.recording.facts import Facts
 from everystep.replay.step import Step, Update, statistics
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.mathematics import Line, all_arguments, mathematics
@@ -18,14 +19,14 @@ from everystep.views.mathematics import Line, all_arguments, mathematics
 __all__ = ["step_json"]
 
 
-def step_json(step: Step, facts: dict[str, Any], *, values: bool = False) -> str:
+def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
     """Return everything in a step as JSON; NaN and infinities are texts.
 
     facts: of the run; values: the numbers of every tensor, too, as nested lists.
     """
     content = {
         "step": step.number,
-        "steps": facts["steps"],
+        "steps": facts.steps,
         "epoch": step.epoch,
         "loss": step.loss,
         "recorded_loss": step.recorded_loss,
@@ -33,10 +34,10 @@ def step_json(step: Step, facts: dict[str, Any], *, values: bool = False) -> str
         "departed_at": step.departed_at,
         "is_by_program": step.is_by_program,
         "hyperparameters": step.hyperparameters,
-        "clip_norm": facts["clip_norm"],
+        "clip_norm": facts.training.clip_norm,
     }
     content = _for_json(content) | _tensors_of(step, values)
-    formulas = update_formulas(step.operations, facts["optimizer"]["text"])
+    formulas = update_formulas(step.operations, facts.training.optimizers)
     content["updates"] = {
         name: _update(update, formulas.get(name), values) for name, update in step.updates.items()
     }

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from everystep.views.reduction import reduce
 from everystep.views.table import environment
-from everystep.views.terminal import engine_text, header, number
+from everystep.views.terminal import engine_text, header_rows, number
 
 if TYPE_CHECKING:
     import polars
 
+    from everystep.recording.facts import Facts
     from everystep.recording.run import RecordedRun
 
 __all__ = ["Sparkline", "facts_in_order", "sparkline", "summary_html"]
@@ -50,9 +51,9 @@ def summary_html(run: RecordedRun) -> str:
         .render(
             name=run.name,
             status=run.status,
-            reason=facts.get("reason"),
+            reason=facts.reason,
             steps=len(losses),
-            planned=facts.get("steps", len(losses)),
+            planned=len(losses) if facts.steps is None else facts.steps,
             ends=[(number(loss), str(loss)) for loss in ends],
             rows=facts_in_order(facts),
             line=sparkline(losses),
@@ -60,19 +61,10 @@ def summary_html(run: RecordedRun) -> str:
     )
 
 
-def facts_in_order(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
     """Return what a run is as (label, text), in the words and the order of the terminal's header."""
-    rows: list[tuple[str, str]] = []
-    for line in header(facts).splitlines():
-        label, text = line[:8].strip(), line[8:]
-        if label:
-            rows.append((label, text))
-        else:  # goes on from the line above
-            rows[-1] = (rows[-1][0], f"{rows[-1][1]}\n{text}")
-    if "engine" in facts:
-        place = next(index for index, (label, _) in enumerate(rows) if label == "steps")
-        rows[place] = ("steps", f"{rows[place][1]}\n{engine_text(facts)}")
-    return rows
+    how = f"\n{engine_text(facts)}" if facts.training.engine else ""
+    return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 
 def sparkline(losses: polars.DataFrame) -> Sparkline:

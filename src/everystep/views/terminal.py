@@ -7,12 +7,14 @@ import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 from rich.text import Text
 
+from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
 from everystep.recording.run import RecordedRun, Summary
+from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
 
 if TYPE_CHECKING:
     import polars
@@ -21,6 +23,7 @@ __all__ = [
     "closing",
     "engine_text",
     "header",
+    "header_rows",
     "losses_text",
     "number",
     "runs_json",
@@ -37,28 +40,37 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def header(facts: dict[str, Any]) -> str:
-    """Return what a run is, in the chapter's order: device, data, model, loss, update."""
-    numerics = facts["numerics"]
-    threads = f"{numerics['threads']} thread{'s' if numerics['threads'] != 1 else ''}"
-    lines = [
-        ("device", f"{facts['device']} ({numerics['processor']}, {threads})"),
-        ("data", _data_text(facts)),
-        ("model", facts["model"]["text"]),
-        ("", f"{facts['model']['parameters']:,} parameters"),
-        ("loss", facts["loss"]["text"]),
-        ("update", _update_text(facts)),
-        ("steps", _steps_text(facts)),
-        *([("fork of", _fork_text(facts["fork"]))] if "fork" in facts else []),
+def header(facts: Facts) -> str:
+    """Return what a run is, in the chapter's order, as text."""
+    return "\n".join(_labelled(label, text) for label, text in header_rows(facts))
+
+
+def header_rows(facts: Facts) -> list[tuple[str, str]]:
+    """Return what a run is as (label, text), in the chapter's order: device, data, model, loss, update.
+
+    Raises:
+        RunError: the run does not say how it was trained.
+    """
+    training = facts.training
+    numerics = training.numerics
+    threads = f"{numerics.threads} thread{'s' if numerics.threads != 1 else ''}"
+    return [
+        ("device", f"{training.device} ({numerics.processor}, {threads})"),
+        ("data", _data_text(training)),
+        ("model", f"{model_text(training.modules)}\n{training.parameters:,} parameters"),
+        ("loss", loss_text(training.loss)),
+        ("update", _update_text(training)),
+        ("steps", _steps_text(facts.steps or 0, training)),
+        *([("fork of", _fork_text(facts.fork))] if facts.fork else []),
     ]
-    return "\n".join(_labelled(label, text) for label, text in lines)
 
 
 def closing(directory: Path, reason: str | None) -> str:
     """Return the last words of a training: how it ended, where the run is, what to type next."""
     run = RecordedRun(directory)
     summary = run.summary()
-    seconds = run.facts.get("seconds", math.nan)
+    facts = run.facts
+    seconds = math.nan if facts.seconds is None else facts.seconds
     lines = [] if reason is None else [f"stopped {reason}", ""]
     measured = "".join(
         f", {name} {number(value)}" for name, value in _latest_measurements(run).items() if name != "lr"
@@ -70,7 +82,7 @@ def closing(directory: Path, reason: str | None) -> str:
         taken = f"{summary.steps - at:,} steps after the parent's {at:,},"
     lines.append(f"{taken} in {seconds:.3g} s{loss}{measured}")
     if summary.steps:
-        lines.append(engine_text(run.facts))
+        lines.append(engine_text(facts))
     lines.append(f"recorded in {directory}")
     argument = shlex.quote(shortest_name(directory))
     lines += [
@@ -85,32 +97,32 @@ def closing(directory: Path, reason: str | None) -> str:
     return "\n".join(lines)
 
 
-def engine_text(facts: dict[str, Any]) -> str:
+def engine_text(facts: Facts) -> str:
     """Return how the steps of a run were taken, and what stands behind that."""
-    engine = facts.get("engine")
-    if "loop" in facts:
-        count = facts["loop"]["programs"]
-        lost = facts.get("batches.lost_to")
+    loop, engine = facts.training.loop, facts.training.engine
+    if loop is not None:
+        lost = facts.batches_lost_to
         missing = f"; the batches of steps up to {lost:,} were given up for room" if lost else ""
-        return f"by your own loop, whose operations are in {count:,} programs{missing}"
-    if not isinstance(engine, dict):
+        return f"by your own loop, whose operations are in {loop.programs:,} programs{missing}"
+    if engine is None:
         return "taken eagerly"
-    eager_from, reason = engine["eager_from"], engine["reason"]
-    if eager_from == 1:
-        return f"taken eagerly: {reason}"
-    program = "folded program" if engine["folded"] else "program"
+    if engine.eager_from == 1:
+        return f"taken eagerly: {engine.reason}"
+    program = "folded program" if engine.folded else "program"
     stands_behind = (
         "for code that the user vouches for"
-        if engine.get("stands_behind") == "vouched"
+        if engine.stands_behind == "vouched"
         else "proven to do what Python does"
     )
-    live = engine.get("live_optimizer")
+    live = engine.live_optimizer
     update = f"; {live} runs as Python at every step" if live else ""
     found = (
-        f"by {program}, {stands_behind}{update}; checked against Python {engine['checks']:,} times, "
-        f"last at step {engine['verified_to']:,}"
+        f"by {program}, {stands_behind}{update}; checked against Python {engine.checks:,} times, "
+        f"last at step {engine.verified_to:,}"
     )
-    return found if eager_from is None else f"{found}; eagerly from step {eager_from:,}: {reason}"
+    if engine.eager_from is None:
+        return found
+    return f"{found}; eagerly from step {engine.eager_from:,}: {engine.reason}"
 
 
 def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"]) -> str:
@@ -191,9 +203,9 @@ def runs_table(runs: Iterable[Summary]) -> Table:
     return table
 
 
-def _fork_text(fork: dict[str, Any]) -> str:
-    changed = ", ".join(f"{path} = {value}" for path, value in fork["changed"].items())
-    return f"{fork['parent']}, whose steps up to {fork['at']:,} it has" + (
+def _fork_text(fork: ForkFacts) -> str:
+    changed = ", ".join(f"{path} = {value}" for path, value in fork.changed.items())
+    return f"{fork.parent}, whose steps up to {fork.at:,} it has" + (
         f"; from there on {changed}" if changed else ""
     )
 
@@ -208,39 +220,30 @@ def _labelled(label: str, text: str) -> str:
     return "\n".join([f"{label:<{_LABEL_WIDTH}}{first}", *(indent + line for line in rest)])
 
 
-def _data_text(facts: dict[str, Any]) -> str:
-    data = facts["data"]
-    if "loop" in facts:
+def _data_text(training: TrainingFacts) -> str:
+    if training.loop is not None:
         return "the batches of your own loop"
-    what = data.get("name") or Path(data.get("path", data["source"])).name
-    shapes = f"x {_shape(data['x'])}, y {_shape(data['y'])}" if "x" in data else f"{data['rows']} rows"
-    kept_out = data.get("validation_rows")
+    data = training.data
+    what = data.name or Path(data.path or data.source).name
+    shapes = f"{data.rows} rows" if data.x is None else f"x {data.x}, y {data.y}"
+    kept_out = data.validation_rows
     return f"{what}: {shapes}" + (f"; {kept_out} rows for validation" if kept_out else "")
 
 
-def _update_text(facts: dict[str, Any]) -> str:
-    parts = [facts["optimizer"]["text"]]
-    if facts["clip_norm"] is not None:
-        parts.insert(0, f"gradients clipped to norm {facts['clip_norm']:g}")
-    if facts["schedule"]:
-        parts.append(facts["schedule"])
-    return "\n".join(parts)
+def _update_text(training: TrainingFacts) -> str:
+    limit, schedule = training.clip_norm, schedule_text(training.schedules)
+    clipping = [] if limit is None else [f"gradients clipped to norm {limit:g}"]
+    following = [schedule] if schedule else []
+    return "\n".join([*clipping, optimizers_text(training.optimizers), *following])
 
 
-def _steps_text(facts: dict[str, Any]) -> str:
-    batches = facts["batches"]
-    if "loop" in facts:
-        return f"{facts['steps']:,}"
-    if batches["batch_size"] is None:
-        return f"{facts['steps']:,}, each with all {facts['data']['rows']:,} rows"
-    return (
-        f"{facts['steps']:,}, {batches['batch_size']} rows each, "
-        f"{batches['steps_per_epoch']:,} to an epoch"
-    )
-
-
-def _shape(sizes: list[int]) -> str:
-    return str(tuple(sizes))
+def _steps_text(steps: int, training: TrainingFacts) -> str:
+    batches = training.batches
+    if training.loop is not None:
+        return f"{steps:,}"
+    if batches.batch_size is None:
+        return f"{steps:,}, each with all {training.data.rows:,} rows"
+    return f"{steps:,}, {batches.batch_size} rows each, {batches.steps_per_epoch:,} to an epoch"
 
 
 def _json_number(value: float | None) -> float | int | str | None:
@@ -249,7 +252,7 @@ def _json_number(value: float | None) -> float | int | str | None:
 
 
 def _latest_measurements(run: RecordedRun) -> dict[str, float]:
-    later = run.facts.get("measured", {})
+    later = run.facts.measured
     return {name: value for name, _, value in run.measurements.iter_rows() if name not in later}
 
 

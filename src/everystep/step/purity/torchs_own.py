@@ -26,6 +26,7 @@ __all__ = [
     "guard_module",
     "hook_on",
     "is_torchs_function",
+    "is_torchs_module",
     "is_torchs_optimizer",
     "is_torchs_schedule",
     "own_modules",
@@ -104,6 +105,11 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inner = _own_dict(each).get("_modules") or {}
         within = [(f"{path}.{name}" if path else str(name), m) for name, m in inner.items()]
         waiting += [(name, m) for name, m in reversed(within) if is_a(m, nn.Module)]
+
+
+def is_torchs_module(module: nn.Module) -> bool:
+    """Tell whether a module is torch's own, as torch made it, whatever is within it."""
+    return _problem(module) is None
 
 
 def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:

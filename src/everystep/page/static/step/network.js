@@ -64,7 +64,7 @@ function given({ tensors, batch }) {
 }
 
 function lossAtEnd({ loss_function }) {
-  return element("li", { class: "end" }, element("span", { class: "loss", title: loss_function }, loss_function.split("(")[0]));
+  return element("li", { class: "end" }, element("span", { class: "loss", title: loss_function.text }, loss_function.name));
 }
 
 // From left to right, in a few lines where there is the place; else from top to bottom.
@@ -80,8 +80,8 @@ function drawn(list) {
   return { ...fixed(list), close: () => sized.disconnect() };
 }
 
-function layerButton({ path, type, text }, press) {
-  const settings = settingsOf(text);
+function layerButton({ path, type, text, arguments: settingsAsPrinted }, press) {
+  const settings = briefly(settingsAsPrinted);
   return element(
     "button",
     { type: "button", class: "box", title: text, onclick: press },
@@ -94,10 +94,9 @@ function flow(shape) {
   return element("span", { class: "flow" }, element("span", {}, shape ? shapeText(shape) : ""));
 }
 
-/** Return the settings of a layer as briefly as they can be told: `1,000 → 100`. */
-function settingsOf(text) {
-  const [, inside = ""] = text.match(/^\w+\((.*)\)$/s) ?? [];
-  return inside
+/** Return the settings of a layer, as PyTorch prints them, in less room: `1,000 → 100`. */
+function briefly(settings) {
+  return settings
     .replace(/in_features=(\d+), out_features=(\d+)/, fromTo)
     .replace(/^(\d+), (\d+)(?=, kernel_size)/, fromTo)
     .replace(/kernel_size=\((\d+), (\d+)\)/, "$1×$2")

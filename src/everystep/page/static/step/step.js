@@ -184,7 +184,7 @@ function partsOf(view, phase) {
 
 function lossFunction() {
   const node = element("p", { class: "settings-line" });
-  return fixed(node, ({ loss_function }) => setText(node, loss_function));
+  return fixed(node, ({ loss_function }) => setText(node, loss_function.text));
 }
 
 function dropping() {

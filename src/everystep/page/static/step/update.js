@@ -22,12 +22,11 @@ export function update(view) {
 function optimizer() {
   const node = element("p", { class: "settings-line" });
   return fixed(node, ({ optimizer, hyperparameters }) => {
-    const [, name, inside] = optimizer.match(/^(\w+)\((.*?)\)(?::.*)?$/s) ?? [null, optimizer, ""];
-    const told = Object.entries(hyperparameters).map(([key, value]) => `${key} = ${short(value, 8)}`);
-    const settings = [...inside.matchAll(/(\w+)=(\([^)]*\)|[^,()]+)(?:, |$)/g)]
-      .filter(([, key]) => !(key in hyperparameters) && key !== "decoupled_weight_decay")
-      .map(([, key, value]) => `${key} = ${value}`);
-    setText(node, [name, ...told, ...settings].join(", "));
+    const recorded = Object.entries(hyperparameters).map(([key, value]) => `${key} = ${short(value, 8)}`);
+    const others = Object.entries(optimizer.settings)
+      .filter(([key]) => !(key in hyperparameters) && key !== "decoupled_weight_decay")
+      .map(([key, value]) => `${key} = ${value}`);
+    setText(node, [optimizer.name, ...recorded, ...others].join(", "));
   });
 }
 

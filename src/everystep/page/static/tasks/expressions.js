@@ -2,11 +2,9 @@
 
 import { element } from "../shared/elements.js";
 
-const withWeights = /^(Linear|Bilinear|Conv|Embedding|LazyLinear|LazyConv)/;
-
 /** Return expressions worth measuring in a run. */
 export function toMeasure(about) {
-  const { weight, active } = layersOf(about);
+  const { weight, active } = about.layers;
   const rate = about.measurements.find(({ is_rate: isRate }) => !isRate && true)?.name;
   return [
     weight && `norm(gradients['${weight}'])`,
@@ -19,7 +17,7 @@ export function toMeasure(about) {
 
 /** Return conditions worth looking for in a run. */
 export function toFind(about) {
-  const { weight } = layersOf(about);
+  const { weight } = about.layers;
   const measured = about.measurements.map(({ name }) => name).find((name) => name === "accuracy" || name === "validation_accuracy");
   return [
     about.nonfinite ? "isnan(loss)" : "loss < 1",
@@ -27,23 +25,6 @@ export function toFind(about) {
     measured && `${measured} > 0.9`,
     weight && `norm(gradients['${weight}']) > 10`,
   ].filter(Boolean);
-}
-
-// The first weight, and the first activation function, by their paths in the model as PyTorch prints it.
-function layersOf(about) {
-  const text = about.facts.find(([label]) => label === "model")?.[1] ?? "";
-  const paths = [];
-  const found = { weight: null, active: null };
-  for (const line of text.split("\n")) {
-    const [, indent, name, type] = /^(\s*)\(([^)]+)\): (\w+)/.exec(line) ?? [];
-    if (!name || name.includes("'")) continue;
-    paths.length = Math.max(0, paths.findLastIndex((each) => each.indent < indent.length) + 1);
-    paths.push({ indent: indent.length, name });
-    const path = paths.map((each) => each.name).join(".");
-    if (withWeights.test(type)) found.weight ??= `${path}.weight`;
-    if (/^(ReLU|LeakyReLU|GELU)/.test(type)) found.active ??= path;
-  }
-  return found;
 }
 
 const language = [

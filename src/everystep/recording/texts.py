@@ -1,0 +1,108 @@
+"""The texts that people see of facts: a model as torch prints it, a loss, optimizers, schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from everystep.recording.facts import LossFacts, ModuleFacts, OptimizerFacts, ScheduleFacts
+
+__all__ = [
+    "loss_text",
+    "model_text",
+    "optimizer_parts",
+    "optimizers_text",
+    "schedule_text",
+]
+
+
+#: A line of text, and how deep it lies.
+_Line = tuple[int, str]
+
+
+def model_text(modules: Mapping[str, ModuleFacts]) -> str:
+    """Return a model as torch prints it.
+
+    modules: by path, each before those within it.
+    """
+    lines: list[_Line] = []
+    within: dict[str, list[tuple[str, list[_Line]]]] = {}
+    for path, module in reversed(list(modules.items())):
+        lines = _lines(module, within.pop(path, [])[::-1], path.count(".") + bool(path))
+        parent, _, name = path.rpartition(".")
+        within.setdefault(parent, []).append((name, lines))
+    return "\n".join("  " * depth + line for depth, line in lines)
+
+
+def _lines(module: ModuleFacts, inner: list[tuple[str, list[_Line]]], depth: int) -> list[_Line]:
+    """Return the lines of a module at some depth. inner: names and lines of the modules within it."""
+    name, arguments = module.class_name, module.arguments
+    if not inner and "\n" not in arguments:
+        return [(depth, f"{name}({arguments})")]
+    own = [(depth + 1, line) for line in arguments.split("\n")] if arguments else []
+    named = [(f"({each}): ", lines) for each, lines in inner]
+    for title, ((at, first), *others) in _together(inner) if name == "ModuleList" else named:
+        own += [(at, f"{title}{first}"), *others]
+    return [(depth, f"{name}("), *own, (depth, ")")]
+
+
+def _together(inner: list[tuple[str, list[_Line]]]) -> list[tuple[str, list[_Line]]]:
+    """Return modules of a list with titles, those that are alike and next to each other as one."""
+    found, first = [], 0
+    for last, (name, lines) in enumerate(inner):
+        if last + 1 == len(inner) or inner[last + 1][1] != lines:
+            count = last - first + 1
+            title = f"({inner[first][0]}-{name}): {count} x " if count > 1 else f"({name}): "
+            found.append((title, lines))
+            first = last + 1
+    return found
+
+
+def loss_text(loss: LossFacts | None) -> str:
+    """Return the loss: a module as torch prints it, or with how it reduces; a function by its name."""
+    if loss is None:
+        return "of your own loop"
+    reduction = loss.settings.get("reduction")
+    if loss.modules and isinstance(reduction, str):
+        return f"{loss.class_name}(reduction={reduction!r})"
+    return model_text(loss.modules) if loss.modules else loss.class_name
+
+
+def optimizers_text(optimizers: Mapping[str, OptimizerFacts]) -> str:
+    """Return each optimizer in a line with its name; an only one without."""
+    texts = {name: _optimizer_text(each) for name, each in optimizers.items()}
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    return "\n".join(f"{name}: {text}" for name, text in texts.items()) or "none"
+
+
+def optimizer_parts(optimizers: Mapping[str, OptimizerFacts]) -> tuple[str, dict[str, str]]:
+    """Return the class of the only optimizer, and its settings as text; of several, all in one text."""
+    if len(optimizers) != 1:
+        return optimizers_text(optimizers), {}
+    (optimizer,) = optimizers.values()
+    return optimizer.class_name, _settings_of(optimizer)
+
+
+def _optimizer_text(optimizer: OptimizerFacts) -> str:
+    settings = ", ".join(f"{key}={value}" for key, value in _settings_of(optimizer).items())
+    text = f"{optimizer.class_name}({settings})"
+    if not optimizer.is_torchs or optimizer.class_name != "GradientDescent" or not optimizer.groups:
+        return text
+    return f"{text}: parameter - gradient * {optimizer.groups[0].get('lr')}"
+
+
+def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
+    """Return what the first param group says, but not what is off (None, False or 0)."""
+    group = optimizer.groups[0] if optimizer.groups else {}
+    return {key: _setting_text(value) for key, value in group.items() if value not in (None, False, 0)}
+
+
+def _setting_text(value: Any) -> str:
+    return str(tuple(value) if isinstance(value, list) else value)
+
+
+def schedule_text(schedules: Mapping[str, ScheduleFacts]) -> str | None:
+    """Return the schedule and how often it steps; None where there is none, or a loop decides."""
+    texts = [f"{each.class_name}, every {each.every}" for each in schedules.values() if each.every]
+    return "\n".join(texts) or None

@@ -1,0 +1,191 @@
+"""Calls of torch's functions, as something that two steps can be compared by.
+
+Equal calls, on tensors that stand for each other, are the same operations: what else torch's functions
+read (grad mode, autocast, ...) is compared as well, and what cannot be compared is strange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "FREE",
+    "PLAIN_TENSORS",
+    "Reference",
+    "StrangeError",
+    "is_readable",
+    "kind_of",
+    "moves",
+    "scalars",
+    "signature_of",
+    "tensors_in",
+]
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+#: They hand their numbers through to one operator, so that another number is the same operation.
+FREE = {
+    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow", "lerp", "lerp_", "fill_"),
+    *("addcmul", "addcmul_", "addcdiv", "addcdiv_", "true_divide", "__add__", "__radd__", "__iadd__"),
+    *("__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__", "__truediv__"),
+    *("__itruediv__", "__pow__", "rsub"),
+}
+_AS_THEY_ARE = {
+    *(int, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
+#: What torch's functions give besides tensors, and Python can do nothing with but read.
+_READABLE = {*_AS_THEY_ARE, bool, float, complex, torch.Size, list, dict}
+_SEQUENCES = (list, tuple)
+#: They give Python a text, of which no step depends.
+_TEXTS = {"__repr__", "__str__", "__format__"}
+#: They give a tensor other memory, or another place in it.
+_MOVES = {
+    *("set_", "resize_", "resize_as_", "swap_tensors", "t_", "transpose_", "squeeze_", "unsqueeze_"),
+    *("as_strided_", "swapaxes_", "swapdims_"),
+}
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_transforms = torch._C._are_functorch_transforms_active
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_has_autocast = torch._C._is_any_autocast_enabled
+_ASKED = (
+    *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.get_default_dtype),
+    *(torch._C._len_torch_function_stack, torch._C._get_flash_sdp_enabled),
+    *(torch._C._get_mem_efficient_sdp_enabled, torch._C._get_math_sdp_enabled),
+    *(torch._C._get_mkldnn_enabled, torch._C._get_cudnn_enabled),
+    torch._C._get_deterministic_algorithms,
+)
+_FLOAT = object()
+_TRUE, _FALSE = object(), object()
+
+
+class StrangeError(Exception):
+    """A call that cannot be compared with another; the message says why."""
+
+
+class Reference:
+    """Stands for a tensor of a step, by the order in which it was met."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def signature_of(
+    func: Any,
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+    place: Any,
+    refer: Callable[[Tensor], Any],
+    modes: int,
+) -> Any:
+    """Return a call of one of torch's functions as something that can be compared and hashed.
+
+    Args:
+        place: of the call in the modules.
+        refer: returns what stands for a tensor.
+        modes: how many modes of torch's dispatcher are everystep's own.
+
+    Raises:
+        StrangeError: it cannot be compared.
+    """
+    free = getattr(func, "__name__", "") in FREE
+    positional = [_encoded(value, refer, free) for value in args]
+    if not keywords:
+        return (func, place, _mode(modes), *positional)
+    named = [(key, _encoded(value, refer, free)) for key, value in keywords.items()]
+    return (func, place, _mode(modes), *positional, *named)
+
+
+def _mode(modes: int) -> tuple[Any, ...]:
+    """Return what torch's functions read of the thread and the process, besides their arguments.
+
+    Raises:
+        StrangeError: something takes part that cannot be compared.
+    """
+    if _dispatch_modes() != modes or _has_transforms():
+        raise StrangeError("another mode, or a transform of torch.func, is in force")
+    if _saved_tensor_hooks(False) is not None:
+        raise StrangeError("hooks on saved tensors are in force (a checkpoint)")
+    autocast: Any = _has_autocast()
+    if autocast:
+        enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+        autocast = tuple([(enabled(kind), dtype(kind)) for kind in ("cpu", "cuda", "mps")])
+    return (autocast, *[ask() for ask in _ASKED])
+
+
+def _encoded(value: Any, refer: Callable[[Tensor], Any], free: bool = False) -> Any:
+    """Return an argument as something that can be compared. free: whether floats are the step's."""
+    kind = type(value)
+    if kind in PLAIN_TENSORS:
+        return refer(value)
+    if kind in _AS_THEY_ARE:
+        return value
+    if kind is float:
+        return _FLOAT if free else ("float", value.hex())
+    if kind is bool:
+        return _TRUE if value else _FALSE
+    if kind is list or kind is tuple or kind is torch.Size:
+        return (kind, *[_encoded(item, refer, free) for item in value])
+    if kind is slice:
+        return (slice, *[_encoded(v, refer) for v in (value.start, value.stop, value.step)])
+    if kind is dict:
+        return (dict, *[(_encoded(k, refer), _encoded(v, refer, free)) for k, v in value.items()])
+    raise StrangeError(f"takes a {kind.__name__}")
+
+
+def kind_of(func: Any) -> str:
+    """Return what a function is to a step: `look`, `text` (of a tensor) or `call`.
+
+    A look computes nothing: Python reads at most what a tensor is like, or gets the gradient of one,
+    which is known by whose it is where it is used.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        asked = getattr(func.__self__, "__name__", "")
+        return "look" if asked in _LOOKS or asked == "grad" else "call"
+    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return "look" if str(func).startswith("profiler.") else "call"
+    return "look" if name in _LOOKS else "text" if name in _TEXTS else "call"
+
+
+_LOOKS = {
+    *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_sparse"),
+    *("is_cpu", "is_mps", "is_meta", "is_quantized", "is_nested", "is_mkldnn", "is_xla", "is_xpu"),
+    *("is_sparse_csr", "is_ipu", "is_vulkan", "is_mtia", "is_hpu", "is_maia", "itemsize", "nbytes"),
+    *("names", "_version", "output_nr", "name"),
+    *("dim", "size", "stride", "storage_offset", "numel", "nelement", "is_floating_point"),
+    *("is_complex", "is_contiguous", "element_size", "get_device", "__len__", "is_same_size"),
+    *("is_conj", "is_neg", "is_inference", "is_signed", "data_ptr", "dim_order", "__hash__"),
+    *("_is_zerotensor", "has_names", "ndimension"),
+}
+
+
+def moves(func: Any) -> bool:
+    """Tell whether a function gives a tensor other memory, or another place in it."""
+    name = getattr(func, "__name__", "")
+    return name in _MOVES or (name == "__set__" and func.__self__.__name__ == "data")
+
+
+def is_readable(value: Any) -> bool:
+    """Tell whether Python can do nothing with a result but read it."""
+    return type(value) in _READABLE or type(value).__module__ == "numpy"
+
+
+def scalars(args: tuple[Any, ...], keywords: dict[str, Any]) -> list[int | float]:
+    """Return the numbers that a function was given, in order."""
+    return [value for value in (*args, *keywords.values()) if type(value) in (int, float)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a result or of arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, _SEQUENCES):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in([*value.values()])

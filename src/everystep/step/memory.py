@@ -1,0 +1,162 @@
+"""Memory: the steps of a loop that can be recognised, and when a step is watched in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.step.call import Reference
+from everystep.step.optimizer_numbers import OptimizerNumbers
+from everystep.step.path import Path
+from everystep.step.watch import Marks, Tables
+
+__all__ = ["Ending", "Learned", "Memory", "Node"]
+
+Number = int | float
+#: So many steps in a row that could not be recognised, and it is tried more seldom.
+_PATIENCE = 2
+_LONGEST_REST = 512
+#: So many steps are remembered; a loop in which each is another would fill the memory.
+_MOST_LEARNED = 200
+
+
+class Learned(NamedTuple):
+    """What a watch has noted of a whole step, and the number of the storage of each of its tensors.
+
+    places: by the number of the reference, None where that is not known, or is another afterwards.
+    """
+
+    tables: Tables
+    places: tuple[int | None, ...]
+
+
+class Ending(NamedTuple):
+    """How a step ended.
+
+    names, bound: of the state afterwards, and what stands for each tensor, None for a gradient that
+    the step has made; changes: how often each was changed, None where it was not there before; loss:
+    what stands for the tensor that was logged, or the place among the numbers of that which was read,
+    or None; reads: the places of all numbers that were read.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    bound: tuple[Reference | None, ...]
+    changes: tuple[int | None, ...]
+    loss: Reference | int | None
+    reads: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """What is known of a call at its place in a step.
+
+    marks: how far a watch was after it; numbers: those of the step that it has, as they were; reads:
+    whether they are what it reads from its argument; floats: which of them are floats of its own, in
+    order; way: how an optimizer takes its step, where it is one; draws: whether it draws random numbers;
+    contents: tensors from elsewhere that it was the first to use, and their storages; constants: the
+    content of storages that it has made; returns: what stands for its results; likeness: what these must
+    be like, where that is not sure.
+    """
+
+    marks: Marks
+    numbers: tuple[Number, ...] = ()
+    reads: bool = False
+    floats: tuple[int, ...] = ()
+    way: str | None = None
+    draws: bool = False
+    contents: tuple[tuple[Reference, int], ...] = ()
+    constants: dict[int, Tensor] = field(default_factory=dict)
+    returns: tuple[Reference, ...] = ()
+    likeness: tuple[Any, ...] | None = None
+    learned: Learned | None = None
+    ending: Ending | None = None
+    next: dict[Any, Node] = field(default_factory=dict)
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether its numbers are of the step, and not always the same."""
+        return self.reads or bool(self.floats) or self.way is not None
+
+    def agrees(self, other: Node) -> bool:
+        """Tell whether another is the same call at the same place."""
+        numbers = self.is_variable or list(map(repr, self.numbers)) == list(map(repr, other.numbers))
+        mine = self.marks, self.reads, self.floats, self.way, self.draws, self.contents, self.returns
+        return numbers and mine == (
+            *(other.marks, other.reads, other.floats, other.way),
+            *(other.draws, other.contents, other.returns),
+        )
+
+
+class Memory:
+    """The steps of a recording that can be recognised.
+
+    given_up: why none is any more, in words, or None.
+    """
+
+    def __init__(self) -> None:
+        self.optimizers = OptimizerNumbers()
+        self.given_up: str | None = None
+        self._roots: dict[Any, Node] = {}
+        self._learned = 0
+        self._failures = 0
+        self._rest = 0
+        self._next_rest = 1
+        self._must_learn = True
+        self._nodes_made: int | None = None
+
+    def plan(self, step: int) -> str:
+        """Return how a step is watched: `recognize`, `learn` (in full, and remembered) or `watch`."""
+        if self.given_up is not None:
+            return "watch"
+        if step & (step - 1) == 0:  # 1, 2, 4, 8, ...: the tripwire
+            return "learn"
+        if self._rest:
+            self._rest -= 1
+            return "watch"
+        return "learn" if self._must_learn else "recognize"
+
+    def root(self, structure: Any) -> Node | None:
+        """Return where the steps begin that have a state of this structure."""
+        return self._roots.get(structure)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no graph was made since the last step, so that nobody can have put hooks on one."""
+        return self._nodes_made == torch._C._autograd._get_sequence_nr()
+
+    def learned(self, structure: Any, root: Node, trail: list[tuple[Any, Node]]) -> bool:
+        """Remember a step that was watched in full; return whether it agrees with what was known."""
+        self._nodes_made = torch._C._autograd._get_sequence_nr()
+        self._must_learn = False
+        self._learned += 1
+        if self._learned > _MOST_LEARNED:
+            self._learned, self._roots = 1, {}
+        node = self._roots.setdefault(structure, root)
+        is_fine = node.agrees(root)
+        for signature, each in trail:
+            known = node.next.setdefault(signature, each)
+            is_fine = is_fine and known.agrees(each)
+            node = known
+        ending = trail[-1][1].ending if trail else root.ending
+        if node.ending is None:
+            node.ending = ending
+        elif ending is not None:
+            is_fine = is_fine and node.ending == ending
+        return is_fine
+
+    def recognized(self) -> None:
+        """A step was recognised."""
+        self._nodes_made = torch._C._autograd._get_sequence_nr()
+        self._failures, self._next_rest = 0, 1
+
+    def failed(self) -> None:
+        """A step was not recognised, or never can be."""
+        self._nodes_made = None
+        self._must_learn = True
+        self._failures += 1
+        if self._failures > _PATIENCE:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

@@ -1,0 +1,219 @@
+"""Optimizer numbers: those that torch's optimizers hand to their operations, without watching them.
+
+Adam's bias corrections, say, are other numbers at every step. They depend on the settings of a param
+group and on how many steps were taken, not on the parameter: so torch's own code takes the step of a
+parameter of one number, which is watched in the place of all of the group.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from everystep.gradient_descent import GradientDescent
+from everystep.step.watch import known_operator
+
+__all__ = ["OptimizerNumbers", "Predicted"]
+
+Number = int | float
+#: Optimizers that treat each parameter of a group alike, whatever its shape and its numbers.
+_ALIKE = (
+    *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
+    *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
+    *(torch.optim.RMSprop, torch.optim.Rprop),
+)
+#: What an optimizer has, and nothing that somebody else has hung up on it.
+_OWN = {
+    *(
+        "defaults",
+        "state",
+        "param_groups",
+        "_zero_grad_profile_name",
+        "_warned_capturable_if_run_uncaptured",
+        "step",
+    ),
+    *("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused", "_step_count", "_opt_called"),
+}
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_MOST_KEPT = 64
+
+
+class _Operation(NamedTuple):
+    """An operator, and its numbers; whether each is in a list with one for each parameter."""
+
+    operator: Any
+    numbers: tuple[tuple[Number, bool], ...]
+    reads: bool
+
+
+class _Block(NamedTuple):
+    """What an optimizer does to each of some parameters of a group, next to each other."""
+
+    operations: tuple[_Operation, ...]
+    times: int
+
+
+class Predicted(NamedTuple):
+    """What a step of an optimizer is made of, group by group."""
+
+    groups: tuple[tuple[_Block, ...], ...]
+
+    @property
+    def structure(self) -> Any:
+        """All but the numbers, comparable."""
+        return tuple(
+            tuple(
+                (block.times, *[(id(o.operator), *map(_kind_of, o.numbers)) for o in block.operations])
+                for block in group
+            )
+            for group in self.groups
+        )
+
+    def operators(self, way: str) -> list[tuple[Any, tuple[Number, ...]]]:
+        """Return the operators with their numbers.
+
+        way: `loop`, parameter by parameter, or `list`, all parameters of a group at once.
+        """
+        found: list[tuple[Any, tuple[Number, ...]]] = []
+        for group in self.groups:
+            for block in group:
+                if way == "loop":
+                    alone = [(o.operator, tuple(n for n, _ in o.numbers)) for o in block.operations]
+                    found += alone * block.times
+                else:
+                    found += [each for o in block.operations for each in _listed(o, block.times)]
+        return found
+
+
+class OptimizerNumbers:
+    """Predicts the numbers of the steps of torch's optimizers."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[_Operation, ...]] = {}
+
+    def predict(self, optimizer: torch.optim.Optimizer) -> Predicted | None:
+        """Return what the next step of an optimizer is made of, None where nothing is known of it."""
+        kind = type(optimizer)
+        if kind not in _ALIKE or any(getattr(optimizer, name) for name in _HOOKS):
+            return None
+        if any(key not in _OWN and not key.startswith("_optimizer_") for key in vars(optimizer)):
+            return None
+        groups = []
+        for group in optimizer.param_groups:
+            if group.get("differentiable"):
+                return None
+            blocks: list[_Block] = []
+            before: Any = None
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = optimizer.state.get(parameter, {})
+                counts = [_count_in(value) for value in state.values()]
+                alike = parameter.dtype, gradient.dtype, parameter.device, [*state], counts
+                if alike == before:
+                    blocks[-1] = blocks[-1]._replace(times=blocks[-1].times + 1)
+                else:
+                    blocks.append(_Block(self._operations(optimizer, group, parameter, alike), 1))
+                before = alike
+            groups.append(tuple(blocks))
+        return Predicted(tuple(groups))
+
+    def _operations(
+        self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, alike: Any
+    ) -> tuple[_Operation, ...]:
+        settings = tuple((key, value) for key, value in group.items() if key != "params")
+        has_count = any(count is not None for count in alike[-1])
+        if has_count or any(isinstance(value, Tensor) for _, value in settings):
+            return _taken_alone(optimizer, group, parameter)
+        key = repr((type(optimizer), settings, alike))
+        if key not in self._kept:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = _taken_alone(optimizer, group, parameter)
+        return self._kept[key]
+
+
+def _count_in(value: Any) -> Any:
+    """Return a number that an optimizer keeps for a parameter, None for a tensor of more."""
+    if isinstance(value, Tensor):
+        return value.item() if value.ndim == 0 else None
+    return repr(value)
+
+
+def _taken_alone(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
+) -> tuple[_Operation, ...]:
+    """Return what an optimizer does to a parameter of one number with such settings and counts."""
+    alone = torch.zeros(1, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+    alone.grad = torch.zeros_like(alone, dtype=parameter.grad.dtype)  # type: ignore[union-attr]
+    other = object.__new__(type(optimizer))
+    vars(other).update(vars(optimizer))
+    other.param_groups = [{**group, "params": [alone]}]
+    other.state = defaultdict(dict)
+    known = optimizer.state.get(parameter)
+    if known is not None:
+        other.state[alone] = {key: _small(value) for key, value in known.items()}
+    with torch.no_grad(), _Numbers() as numbers:
+        inspect.unwrap(type(optimizer).step)(other)
+    return tuple(numbers.operations)
+
+
+def _small(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if value.ndim == 0 else torch.zeros(1, dtype=value.dtype, device=value.device)
+
+
+class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operators that compute, and their numbers, as `Watch` does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[_Operation] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        known = known_operator(func)
+        result = func(*args, **keywords)
+        if known.how not in ("pass", "make"):
+            numbers: list[tuple[Number, bool]] = []
+            for value, (_, is_slot) in zip(args, known.places, strict=False):
+                _collect(value, is_slot, False, numbers)
+            for key, value in keywords.items():
+                _collect(value, key in known.slots, False, numbers)
+            if known.is_read:
+                numbers.append((result, False))
+            self.operations.append(_Operation(func, tuple(numbers), known.is_read))
+        return result
+
+
+def _collect(value: Any, is_slot: bool, is_listed: bool, numbers: list[tuple[Number, bool]]) -> None:
+    if isinstance(value, list | tuple):
+        for item in value:
+            _collect(item, is_slot, True, numbers)
+    elif is_slot and type(value) in (int, float):
+        numbers.append((value, is_listed))
+
+
+def _kind_of(number: tuple[Number, bool]) -> Any:
+    return type(number[0]), number[1]
+
+
+def _listed(operation: _Operation, count: int) -> list[tuple[Any, tuple[Number, ...]]]:
+    """Return an operation on a list of parameters; numbers are read of each by itself."""
+    if operation.reads:
+        return [(operation.operator, tuple(n for n, _ in operation.numbers))] * count
+    numbers = [n for n, is_listed in operation.numbers for _ in range(count if is_listed else 1)]
+    return [(operation.operator, tuple(numbers))]

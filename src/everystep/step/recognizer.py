@@ -1,0 +1,183 @@
+"""Recognizer: follows the calls of a step along those of steps before, which it does the same as.
+
+To watch every operation of a step costs more than some steps do. A step that makes the very calls that a
+step before has made, on tensors that stand for each other, from a state of the same structure, runs the
+same operations: all that torch's own functions depend on is compared (see `call` and `references`), and
+none of the user's Python runs within them, for steps with hooks in the backward pass, autograd functions
+of somebody's own or checkpoints are not learned. A step is watched in full from the first call on that
+none before it has made at that place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.step.call import StrangeError, scalars, signature_of, tensors_in
+from everystep.step.elsewhere import Elsewhere
+from everystep.step.learner import likeness_of
+from everystep.step.memory import Node
+from everystep.step.optimizer_numbers import Predicted
+from everystep.step.path import Path
+from everystep.step.references import References
+from everystep.step.watch import Watch
+
+__all__ = ["Recognizer"]
+
+Number = int | float
+
+
+class Recognizer:
+    """Follows one step.
+
+    Args:
+        root: where steps begin that have such a state.
+        references: of the step.
+        elsewhere: copies of what steps before brought from elsewhere.
+        diverged: called when the step does what is not known, before it does it, or before it does
+            anything else.
+
+    numbers, generators, drawn: of the step, as `Watch` has them; contents: the bytes of what it brought
+    from elsewhere, by the number of the storage; references: of the step.
+    """
+
+    def __init__(
+        self, root: Node, references: References, elsewhere: Elsewhere, diverged: Callable[[], None]
+    ) -> None:
+        self.numbers: list[Number] = []
+        self.generators: dict[int, Tensor] = {}
+        self.drawn: Tensor | None = None
+        self.contents: dict[int, Tensor] = {}
+        self._node = root
+        self.references = references
+        self._elsewhere = elsewhere
+        self._diverged = diverged
+        self._unknown: set[int] = set()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was computed."""
+        return not self._node.marks.operations
+
+    def happened(self, signature: Any) -> bool:
+        """Note something besides calls of torch's functions; return whether it was to be expected."""
+        node = None if isinstance(signature, StrangeError) else self._node.next.get(signature)
+        if node is None:
+            self._diverged()
+            return False
+        self._node = node
+        return True
+
+    def call(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any], place: Any) -> Any:
+        """Call a function of torch's. place: of the call in the modules."""
+        try:
+            node = self._node.next.get(signature_of(func, args, keywords, place, self.references.of, 0))
+        except StrangeError:
+            node = None
+        if node is None:
+            self._diverged()
+            return func(*args, **keywords)
+        if node.contents:
+            self._keep_contents(node, args, keywords)
+        if node.draws:
+            self._note_generator(self._node.marks.draws)
+        result = func(*args, **keywords)
+        if node.draws:
+            self.drawn = torch.get_rng_state()
+        if isinstance(result, Tensor):
+            tensors = [result]
+        else:
+            tensors = [] if result is None else [*tensors_in(result)]
+        before = self.references.count
+        returns = self.references.results(tensors)
+        if returns != node.returns or (
+            node.likeness is not None and tuple(map(likeness_of, tensors)) != node.likeness
+        ):
+            self._unknown.update(range(before, self.references.count))
+            self._diverged()  # what it gave is from elsewhere: it writes nothing
+            return result
+        if node.reads:
+            self.numbers.append(args[0].detach().item())
+        elif node.floats:
+            given = scalars(args, keywords)
+            numbers = [*node.numbers]
+            for each in node.floats:
+                numbers[each] = given[each]
+            self.numbers += numbers
+        else:
+            self.numbers += node.numbers
+        self._node = node
+        return result
+
+    def optimizer_begins(self, name: str | None, predicted: Predicted | None) -> bool:
+        """Note that an optimizer takes a step; return whether it is seen as a whole."""
+        if predicted is None:
+            self.happened(("optimizer begins", name))
+            return False
+        node = self._node.next.get(("optimizer", name, predicted.structure))
+        if node is None or node.way is None:
+            self._diverged()
+            return False
+        self.numbers += [n for _, own in predicted.operators(node.way) for n in own]
+        self.contents |= node.constants
+        self._node = node
+        return True
+
+    def path(self, state: Mapping[str, Tensor], loss: Any) -> Path | None:
+        """Return the path of the step, which is over, or None where it ended as none before.
+
+        state: afterwards; loss: what was logged.
+        """
+        ending = self._node.ending
+        if ending is None or ending.names != tuple(state):
+            return None
+        if self.references.bound(state.values()) != ending.bound:
+            return None
+        logged: Any = None
+        if ending.loss is not None:
+            if isinstance(loss, Tensor):
+                logged = self.references.lookup(loss)
+            else:
+                logged = next((p for p in reversed(ending.reads) if self.numbers[p] == loss), None)
+        if logged != ending.loss or (ending.loss is None and isinstance(loss, Tensor)):
+            return None
+        return ending.path
+
+    def changed_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of what was changed more or less often than the operations say."""
+        ending = self._node.ending
+        assert ending is not None
+        changes = self.references.changes(state.values(), ending.bound)
+        if changes == ending.changes:
+            return []
+        return [n for n, one, two in zip(state, changes, ending.changes, strict=True) if one != two]
+
+    def resume(self, watch: Watch) -> None:
+        """Let a watch go on from where the step is."""
+        learned = self._node.learned
+        assert learned is not None
+        lying = {}
+        for reference, tensor in self.references.alive():
+            if reference.number < len(learned.places) and reference.number not in self._unknown:
+                place = learned.places[reference.number]
+                if place is not None and place < self._node.marks.storages:
+                    lying[place] = tensor
+        watch.resume(
+            *(learned.tables, self._node.marks, lying, self.contents),
+            *(self.references.batch_offsets, self.drawn),
+        )
+        watch.numbers, watch.generators = self.numbers, self.generators
+
+    def _keep_contents(self, node: Node, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = {self.references.lookup(tensor): tensor for tensor in tensors_in([args, keywords])}
+        for reference, place in node.contents:
+            self.contents[place] = self._elsewhere.of(given[reference])
+
+    def _note_generator(self, draws: int) -> None:
+        """Note the state of torch's generator before a draw, if the last draw left it otherwise."""
+        now = torch.get_rng_state()
+        if self.drawn is None or not torch.equal(now, self.drawn):
+            self.generators[draws] = now

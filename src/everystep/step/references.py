@@ -1,0 +1,216 @@
+"""References: what stands for each tensor of a step, by the order in which the step meets it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.memory import ALIGNMENT
+from everystep.step.call import PLAIN_TENSORS, Reference, StrangeError
+from everystep.step.elsewhere import versions_of
+
+__all__ = ["References"]
+
+_references: list[Reference] = []
+
+
+class References:
+    """The tensors of one step.
+
+    structure: all that the operations of a step depend on in the state at its beginning, but for the
+    numbers: comparable; batch_offsets: where the tensors of the batch begin in their storages, in
+    elements, by name; count: how many there are so far.
+
+    Args:
+        state: the live tensors at the beginning, by name.
+
+    Raises:
+        StrangeError: one of them is such that what a step does with it cannot be foreseen.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.batch_offsets: dict[str, int] = {}
+        self._of: dict[int, tuple[weakref.ref[Tensor], Reference]] = {}
+        self.count = 0
+        self._made: set[int] = set()
+        self._names = tuple(state)
+        tensors = [*state.values()]
+        self._versions = versions_of(tensors)
+        likeness = [self._likeness(tensor) for tensor in tensors]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        places: dict[int, int] = {}
+        shared = [places.setdefault(storage._cdata, place) for place, storage in enumerate(storages)]
+        sizes = [int(storage.nbytes()) for storage in storages]
+        self._places = places
+        self.structure = (self._names, tuple(likeness), tuple(shared), tuple(sizes))
+        for tensor in tensors:
+            self._add(tensor)
+
+    def add_batch(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Note the tensors of the batch; return what the operations depend on of them.
+
+        Raises:
+            StrangeError: as for the state.
+        """
+        found = []
+        first: dict[int, int] = {}
+        for name, tensor in tensors.items():
+            offset = self.batch_offsets[name] = int(tensor.storage_offset())
+            if self._of.get(id(tensor), (_nothing,))[0]() is tensor:
+                found.append((name, self.of(tensor)))
+                continue
+            place = tensor.untyped_storage()._cdata
+            likeness = self._likeness(tensor)
+            if place not in self._places:  # not of the state: it may be any part of more data
+                distance = offset - first.setdefault(place, offset)
+                aligned = offset * tensor.itemsize % ALIGNMENT
+                likeness = (*likeness[:4], distance, aligned, list(first).index(place), likeness[5])
+            else:
+                likeness = (*likeness, self._places[place])
+            found.append((name, likeness))
+            self._add(tensor)
+        return ("batch", *found)
+
+    def of(self, tensor: Tensor) -> Any:
+        """Return what stands for an argument of a call: a reference, and more if it is from elsewhere.
+
+        Raises:
+            StrangeError: as for the state.
+        """
+        known = self._of.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        if not tensor.requires_grad:
+            self._note_gradients()
+            reference = self.lookup(tensor)
+            if reference is not None:
+                return reference
+        shared = self._sharing(tensor)
+        return (*self._likeness(tensor), shared, self._add(tensor))
+
+    def lookup(self, tensor: Tensor) -> Reference | None:
+        """Return what stands for a tensor, None where the step has not met it."""
+        known = self._of.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def results(self, tensors: Iterable[Tensor]) -> tuple[Reference, ...]:
+        """Return what stands for the results of a call."""
+        found = []
+        for tensor in tensors:
+            known = self._of.get(id(tensor))
+            if known is not None and known[0]() is tensor:
+                found.append(known[1])
+            else:
+                made = self._add(tensor)
+                self._made.add(made.number)
+                found.append(made)
+        return tuple(found)
+
+    def alive(self) -> Iterable[tuple[Reference, Tensor]]:
+        """Yield the tensors of the step that are still there, with what stands for them."""
+        for weak, reference in self._of.values():
+            tensor = weak()
+            if tensor is not None:
+                yield reference, tensor
+
+    def bound(self, tensors: Iterable[Tensor]) -> tuple[Reference | None, ...]:
+        """Return what stands for each of some tensors, None where the step has not met it."""
+        get = self._of.get
+        known = [(get(id(tensor), _NOT_MET), tensor) for tensor in tensors]
+        return tuple([found[1] if found[0]() is tensor else None for found, tensor in known])
+
+    def changes(
+        self, tensors: Iterable[Tensor], bound: Iterable[Reference | None]
+    ) -> tuple[int | None, ...]:
+        """Return how often each tensor was changed that was in the state at the beginning.
+
+        bound: what stands for each.
+        """
+        before, count = self._versions, len(self._versions)
+        return tuple(
+            [
+                None if r is None or r.number >= count or now is None else now - (before[r.number] or 0)
+                for now, r in zip(versions_of(tensors), bound, strict=True)
+            ]
+        )
+
+    def is_made(self, reference: Reference) -> bool:
+        """Tell whether the step has made a tensor."""
+        return reference.number in self._made
+
+    def _sharing(self, tensor: Tensor) -> Reference | None:
+        """Return the first tensor that has its memory in common with one from elsewhere.
+
+        Raises:
+            StrangeError: that is one which the step has made.
+        """
+        place = tensor.untyped_storage()._cdata
+        for reference, other in self.alive():
+            if other.untyped_storage()._cdata == place:
+                if reference.number in self._made:
+                    raise StrangeError("something else gives tensors that the step has made")
+                return reference
+        return None
+
+    def _note_gradients(self) -> None:
+        """Note the gradients that are there, so that each is known by whose it is."""
+        for _, tensor in [*self.alive()]:
+            if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):
+                gradient = tensor.grad
+                if gradient is not None and self.lookup(gradient) is None:
+                    self._made.add(self._add(gradient).number)
+
+    def _add(self, tensor: Tensor) -> Reference:
+        if self.count == len(_references):
+            _references.append(Reference(self.count))
+        reference = _references[self.count]
+        self.count += 1
+        self._of[id(tensor)] = weakref.ref(tensor), reference
+        return reference
+
+    def _likeness(self, tensor: Tensor) -> tuple[Any, ...]:
+        """Return what the operations on a tensor depend on, but for what it shares its memory with.
+
+        Raises:
+            StrangeError: it is of a kind of its own, has hooks, or a graph from before the step.
+        """
+        kind = type(tensor)
+        if kind not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
+            raise StrangeError("tensors of their own kind, or sparse ones, take part")
+        needs = tensor.requires_grad
+        if needs and not tensor.is_leaf:
+            raise StrangeError("a tensor with a graph from before the step takes part")
+        if needs and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
+            raise StrangeError("hooks on tensors take part")
+        if tensor.dtype.is_complex and (tensor.is_conj() or tensor.is_neg()):
+            raise StrangeError("conjugated tensors take part")
+        shape, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return kind, tensor.dtype, shape, stride, offset, needs, tensor.device
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+_NOT_MET: tuple[Any, None] = (_nothing, None)
+
+
+def has_hooks_on_node(tensor: Tensor) -> bool:
+    """Tell whether Python runs when autograd adds up a parameter's gradient.
+
+    The node that does so lives as long as somebody keeps a graph that it is in. A hook that is hung up
+    shows which others there are.
+    """
+    if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
+        return False
+    with torch.inference_mode(False), torch.enable_grad():
+        node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    handles = [node.register_hook(_nothing), node.register_prehook(_nothing)]
+    has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
+    for handle in handles:
+        handle.remove()
+    return has_others

@@ -1,0 +1,291 @@
+"""Step watch: sees what one step of a loop does, by its calls where they are known, else in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import _pop_mode, _push_mode
+
+from everystep.step.call import StrangeError, kind_of
+from everystep.step.elsewhere import Elsewhere
+from everystep.step.follow import Follower
+from everystep.step.learner import Learner
+from everystep.step.memory import Memory
+from everystep.step.path import Path
+from everystep.step.recognizer import Recognizer
+from everystep.step.references import References, has_hooks_on_node
+from everystep.step.watch import Watch
+
+__all__ = ["StepWatch"]
+
+_kinds: dict[Any, str] = {}
+
+
+class StepWatch(TorchFunctionMode):
+    """Watches one step of a loop, from `begin` to `end`; in force while it is entered.
+
+    Args:
+        number: of the step.
+        memory: of the recording.
+        device, follower, elsewhere: as `Watch` has them.
+
+    changed_unseen: names of the state that something has changed which torch's functions do not do;
+    surprise: why no step is recognised any more, in words, where this one has shown it.
+    """
+
+    def __init__(
+        self, number: int, memory: Memory, device: torch.device, follower: Follower, elsewhere: Elsewhere
+    ) -> None:
+        super().__init__()
+        self.changed_unseen: list[str] = []
+        self.surprise: str | None = None
+        self._number = number
+        self._memory = memory
+        self._device = device
+        self._follower = follower
+        self._elsewhere = elsewhere
+        self._watch: Watch | None = None
+        self._learner: Learner | None = None
+        self._recognizer: Recognizer | None = None
+        self._is_paused = self._is_entered = False
+        # Within a step of an optimizer that is seen as a whole; out of torch's stack of modes.
+        self._is_within = self._is_out = False
+
+    @property
+    def _source(self) -> Watch | Recognizer:
+        """Who knows of the numbers and generators of the step."""
+        source = self._recognizer if self._watch is None else self._watch
+        assert source is not None, "the step has not begun"
+        return source
+
+    @property
+    def numbers(self) -> list[int | float]:
+        """The numbers of the step."""
+        return self._source.numbers
+
+    @property
+    def generators(self) -> dict[int, Tensor]:
+        """States of torch's generator before draws, as `Watch` has them."""
+        return self._source.generators
+
+    @property
+    def drawn(self) -> Tensor | None:
+        """The state of torch's generator after the last draw, None where there was none."""
+        return self._source.drawn
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was computed."""
+        return self._source.is_empty
+
+    @property
+    def unseen(self) -> dict[str, int]:
+        """What was not seen, in words, and how often."""
+        return {} if self._watch is None else self._watch.unseen
+
+    @property
+    def changed_elsewhere(self) -> str | None:
+        """A tensor that the step has changed and that is in no part, in words, or None."""
+        return None if self._watch is None else self._watch.changed_elsewhere
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether what runs is not of the step."""
+        return self._is_paused
+
+    @is_paused.setter
+    def is_paused(self, is_paused: bool) -> None:
+        self._is_paused = is_paused
+        if self._watch is not None:
+            self._watch.is_paused = is_paused
+
+    def content(self, storage: int) -> Tensor | None:
+        """Return the bytes of an input that is not in the batch, as it was first seen."""
+        if self._watch is not None:
+            return self._watch.content(storage)
+        assert self._recognizer is not None
+        return self._recognizer.contents.get(storage)
+
+    def begin(self, state: Mapping[str, Tensor]) -> None:
+        """Note the tensors of the state as they are before the step."""
+        plan = self._memory.plan(self._number)
+        references = None if plan == "watch" else self._references_of(state)
+        root = self._memory.root(references.structure) if references is not None else None
+        if plan == "recognize" and references is not None and root is not None:
+            self._recognizer = Recognizer(root, references, self._elsewhere, self._go_on_watching)
+            return
+        self._watch = Watch(self._device, self._follower, self._elsewhere)
+        self._watch.begin(state)
+        if references is not None:
+            self._learner = Learner(self._watch, references)
+
+    def _references_of(self, state: Mapping[str, Tensor]) -> References | None:
+        """Return references to the state, None where a step from it cannot be recognised."""
+        if self._memory.is_quiet or not any(map(has_hooks_on_node, state.values())):
+            try:
+                return References(state)
+            except StrangeError:
+                pass
+        self._memory.failed()
+        return None
+
+    def add_batch(self, tensors: Mapping[str, Tensor]) -> None:
+        """Note the tensors of the batch, which nothing has used yet; they are copied elsewhere."""
+
+        def signature(references: References) -> Any:
+            return references.add_batch(tensors)
+
+        self._happened(signature, lambda watch: watch.add_batch(tensors))
+
+    def module_done(self, path: str, outputs: list[Tensor]) -> None:
+        """Note what a module has given."""
+
+        if self._recognizer is not None:
+            known = tuple(map(self._recognizer.references.lookup, outputs))
+            if None not in known and self._recognizer.happened(("module", path, *known)):
+                return
+
+        def signature(references: References) -> Any:
+            known = tuple(map(references.lookup, outputs))
+            if None in known:
+                raise StrangeError("a module gives what no call has given")
+            return "module", path, *known
+
+        self._happened(signature, lambda watch: watch.module_done(path, outputs))
+
+    def _happened(self, signature: Callable[[References], Any], note: Callable[[Watch], None]) -> None:
+        """Note something besides calls of torch's functions, by its signature and in a watch."""
+        with torch._C.DisableTorchFunction():
+            if self._watch is not None:
+                note(self._watch)
+            follower = self._learner or self._recognizer
+            if follower is None:
+                return
+            try:
+                found = signature(follower.references)
+            except StrangeError as error:
+                found = error
+            if not follower.happened(found):
+                assert self._watch is not None
+                note(self._watch)
+
+    def optimizer_begins(
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: str | None,
+        has_arguments: bool,
+        gradients: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        """An optimizer takes a step.
+
+        Args:
+            name: of the optimizer.
+            has_arguments: whether it is given a closure, or something else.
+            gradients: returns those of its parameters, by name.
+        """
+        with torch._C.DisableTorchFunction():
+            if self._watch is not None:
+                self._watch.optimizer_uses(gradients())
+            follower = self._learner or self._recognizer
+            if follower is None:
+                return
+            predicted = None if has_arguments else self._memory.optimizers.predict(optimizer)
+            self._is_within = follower.optimizer_begins(name, predicted)
+            if follower is not self._learner and self._watch is not None:  # it goes on from here
+                self._watch.optimizer_uses(gradients())
+        if self._is_within and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._is_out = True
+
+    def optimizer_ends(self, name: str | None, gradients: Callable[[], Mapping[str, Tensor]]) -> None:
+        """An optimizer has taken a step."""
+        if self._is_out:
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self._is_out = False
+        was_within, self._is_within = self._is_within, False
+        if was_within and self._learner is None:
+            return
+
+        self._happened(
+            lambda _: ("optimizer ends", name), lambda watch: watch.optimizer_uses(gradients())
+        )
+
+    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
+        """Return what the step did. state: as it is afterwards; loss: what was logged."""
+        if self._recognizer is not None:
+            path = self._recognizer.path(state, loss)
+            if path is not None:
+                self._memory.recognized()
+                self.changed_unseen = self._recognizer.changed_unseen(state)
+                if self.changed_unseen:
+                    name = self.changed_unseen[0].partition("/")[2]
+                    self._be_surprised(f"something besides torch's functions changes {name}")
+                return path
+            self._go_on_watching()
+        assert self._watch is not None
+        path = self._watch.end(state, loss)
+        if self._learner is not None:
+            is_fine = self._learner.remember(self._memory, state, loss, path)
+            if not is_fine:
+                self._be_surprised(
+                    "the same calls of torch's functions run other operations than before"
+                )
+        return path
+
+    def _be_surprised(self, surprise: str) -> None:
+        self.surprise = self._memory.given_up = surprise
+
+    def _go_on_watching(self) -> None:
+        """Watch in full what comes: it is not known."""
+        assert self._recognizer is not None
+        watch = Watch(self._device, self._follower, self._elsewhere)
+        with torch._C.DisableTorchFunction():
+            self._recognizer.resume(watch)
+        watch.is_paused = self._is_paused
+        self._watch, self._recognizer = watch, None
+        self._memory.failed()
+        if self._is_entered:
+            above = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+            watch.__enter__()  # type: ignore[no-untyped-call]
+            for mode in reversed(above):
+                _push_mode(mode)
+
+    def __enter__(self) -> StepWatch:
+        self._is_entered = True
+        if self._watch is not None:
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
+        self._is_out = self._learner is None and self._recognizer is None
+        if not self._is_out:
+            super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._is_entered = False
+        if not self._is_out:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self._watch is not None:
+            self._watch.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        kind = _kinds.get(func)
+        if kind is None:
+            kind = _kinds[func] = kind_of(func)
+        if kind == "look" or self._is_paused or self._is_within:
+            return func(*args, **keywords)
+        follower = self._recognizer or self._learner
+        if follower is None:
+            return func(*args, **keywords)
+        if kind == "call":
+            return follower.call(func, args, keywords, self._follower.where)
+        self.is_paused = True  # it gives Python a text
+        try:
+            return func(*args, **keywords)
+        finally:
+            self.is_paused = False

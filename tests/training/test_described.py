@@ -1,0 +1,213 @@
+"""What the facts of a run hold of models, losses, optimizers and schedules; the texts made of them."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from tests.training.by_hand import by_train, descent, new_training
+from torch import nn
+
+import everystep
+from everystep.recording.facts import LossFacts, ModuleFacts, ScheduleFacts
+from everystep.recording.texts import loss_text, model_text, optimizers_text
+from everystep.training.facts import modules_of
+
+
+class Own(nn.Module):
+    """A user's module, which must not be asked what it is like."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.end = nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.end(x)
+
+    def extra_repr(self):
+        raise AssertionError("the user's code was run for a text")
+
+    def __repr__(self):
+        raise AssertionError("the user's code was run for a text")
+
+
+class OwnLoss(nn.Module):
+    """A user's loss, with a layer and attributes of many kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.share, self.name, self.sizes, self.none = 0.25, "mine", (1, 2), None
+        self.counts = Counter({3: 2})
+        self.weight, self.history, self.given = torch.ones(2), [0.0] * 1000, object()
+        self._private = 3
+        self.inner = nn.MSELoss()
+
+    def forward(self, prediction, target):
+        return self.share * self.inner(prediction, target)
+
+    def extra_repr(self):
+        raise AssertionError("the user's code was run for a text")
+
+
+def test_a_nested_model_is_known_module_by_module():
+    run = by_train(new_training(Own), steps=2)
+    assert run.facts.training.modules == {
+        "": ModuleFacts(class_name="Own"),
+        "blocks": ModuleFacts(class_name="ModuleList"),
+        **{
+            f"blocks.{n}": ModuleFacts(
+                class_name="Linear", arguments="in_features=4, out_features=4, bias=True"
+            )
+            for n in range(3)
+        },
+        "end": ModuleFacts(class_name="Sequential"),
+        "end.0": ModuleFacts(class_name="Dropout", arguments="p=0.1, inplace=False"),
+        "end.1": ModuleFacts(class_name="Linear", arguments="in_features=4, out_features=2, bias=True"),
+    }
+    assert model_text(run.facts.training.modules) == (
+        "Own(\n"
+        "  (blocks): ModuleList(\n"
+        "    (0-2): 3 x Linear(in_features=4, out_features=4, bias=True)\n"
+        "  )\n"
+        "  (end): Sequential(\n"
+        "    (0): Dropout(p=0.1, inplace=False)\n"
+        "    (1): Linear(in_features=4, out_features=2, bias=True)\n"
+        "  )\n"
+        ")"
+    )
+
+
+MODELS = [
+    lambda: nn.Linear(3, 2),
+    lambda: nn.Sequential(),
+    lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())),
+    lambda: nn.ModuleList(),
+    lambda: nn.ModuleList([*(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)) for _ in range(3)), nn.ReLU()]),
+    lambda: nn.ModuleDict({"a": nn.LSTM(3, 4), "b": nn.ParameterList([torch.ones(2), torch.ones(3)])}),
+    lambda: nn.Transformer(16, 2, 2, 2, 32, batch_first=True),
+]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_torchs_modules_read_as_torch_prints_them(make):
+    model = make()
+    modules = modules_of(model)
+    named = dict(model.named_modules())
+    assert {path: each.class_name for path, each in modules.items()} == {
+        path: type(module).__name__ for path, module in named.items()
+    }
+    assert model_text(modules) == repr(model)
+
+
+def test_a_module_within_itself_is_listed_once():
+    model = nn.Sequential(nn.ReLU())
+    model.add_module("again", model)
+    assert list(modules_of(model)) == ["", "0"]
+
+
+def test_the_attributes_of_a_loss_are_facts():
+    run = by_train(new_training(loss=partial(nn.CrossEntropyLoss, label_smoothing=0.1)), steps=2)
+    loss = run.facts.training.loss
+    assert (loss.class_name, loss.is_torchs) == ("CrossEntropyLoss", True)
+    assert loss.settings == {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.1}
+    assert loss_text(loss) == "CrossEntropyLoss(reduction='mean')"
+    other = by_train(new_training(loss=nn.CrossEntropyLoss), steps=2)
+    assert run.diff(other).experiments == {"loss.label_smoothing": (0.1, 0.0)}
+
+
+def test_a_loss_of_ones_own_has_the_attributes_that_are_plain():
+    run = by_train(new_training(loss=OwnLoss), steps=2)
+    assert run.facts.training.loss == LossFacts(
+        class_name="OwnLoss",
+        is_torchs=False,
+        settings={"share": 0.25, "name": "mine", "sizes": [1, 2], "none": None, "counts": {"3": 2}},
+        modules={"": ModuleFacts(class_name="OwnLoss"), "inner": ModuleFacts(class_name="MSELoss")},
+    )
+
+
+def test_a_loss_that_is_a_function_has_its_name():
+    run = by_train(new_training(loss=lambda: nn.functional.mse_loss), steps=2)
+    assert run.facts.training.loss == LossFacts(
+        class_name="mse_loss", is_torchs=True, settings={}, modules={}
+    )
+
+
+def test_an_optimizer_and_its_schedule():
+    schedule = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
+    run = by_train(new_training(schedule=schedule), steps=8, schedule_every="epoch")
+    training = run.facts.training
+    assert training.schedules == {
+        "schedule": ScheduleFacts(
+            class_name="StepLR",
+            is_torchs=True,
+            settings={"step_size": 3, "gamma": 0.5},
+            every="epoch",
+        )
+    }
+    group = training.optimizers["optimizer"].groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.02, 0.9, False)
+    assert "initial_lr" not in group and "params" not in group
+    assert optimizers_text(training.optimizers) == "SGD(lr=0.02, momentum=0.9)"
+    later = partial(torch.optim.lr_scheduler.StepLR, step_size=4, gamma=0.5)
+    other = by_train(new_training(schedule=later), steps=8, schedule_every="epoch")
+    assert run.diff(other).experiments == {"schedule.step_size": (3, 4)}
+
+
+def test_the_settings_of_a_second_group_differ():
+    def in_groups(lr):
+        def make(parameters):
+            first, *others = parameters
+            groups = [{"params": [first]}, {"params": others, "lr": lr}]
+            return torch.optim.SGD(groups, lr=0.1)
+
+        return make
+
+    one, other = (by_train(new_training(optimizer=in_groups(lr)), steps=2) for lr in (0.2, 0.3))
+    assert [group["lr"] for group in one.facts.training.optimizers["optimizer"].groups] == [0.1, 0.2]
+    assert one.diff(other).experiments == {"optimizer.lr[1]": (0.2, 0.3)}
+
+
+def test_the_chapters_update_is_said_in_its_text():
+    text = optimizers_text(by_train(new_training(optimizer=descent), steps=2).facts.training.optimizers)
+    assert text == "GradientDescent(lr=0.05): parameter - gradient * 0.05"
+
+
+def test_several_models_optimizers_and_schedules_of_a_loop(tmp_path):
+    generator, discriminator = nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 1), nn.Sigmoid())
+    optimizers = {
+        "optimizer_g": torch.optim.Adam(generator.parameters(), lr=0.01),
+        "optimizer_d": torch.optim.SGD(discriminator.parameters(), lr=0.1),
+    }
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizers["optimizer_g"], [2, 4])
+    parts = {"generator": generator, "discriminator": discriminator, "schedule": schedule} | optimizers
+    with everystep.record(run=tmp_path / "run", **parts) as recording:
+        for x in recording.steps([torch.randn(4, 2) for _ in range(3)]):
+            loss = -discriminator(generator(x)).log().mean()
+            loss.backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+            recording.log(loss=loss)
+    training = recording.run.facts.training
+    assert {path: each.class_name for path, each in training.modules.items()} == {
+        "": "ModuleDict",
+        "generator": "Linear",
+        "discriminator": "Sequential",
+        "discriminator.0": "Linear",
+        "discriminator.1": "Sigmoid",
+    }
+    assert (training.loss, training.loop.programs, training.loop.has_loss) == (None, 2, True)
+    assert all(each.is_torchs for each in training.optimizers.values())
+    assert optimizers_text(training.optimizers) == (
+        "optimizer_g: Adam(lr=0.01, betas=(0.9, 0.999), eps=1e-08)\noptimizer_d: SGD(lr=0.1)"
+    )
+    assert training.schedules["schedule"] == ScheduleFacts(
+        class_name="MultiStepLR",
+        is_torchs=True,
+        settings={"milestones": {"2": 1, "4": 1}, "gamma": 0.1},
+        every=None,
+    )
