@@ -26,15 +26,15 @@ from torch.optim.lr_scheduler import StepLR  # noqa: E402
 import everystep  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step.check import same_bits  # noqa: E402
-from everystep.step.eager import EagerStep, Trainee  # noqa: E402
-from everystep.step.iterate import Iteration  # noqa: E402
+from everystep.step.eager import EagerStep, Training  # noqa: E402
+from everystep.step.stepper import Stepper  # noqa: E402
 
 __all__ = ["coverage_page"]
 
 STEPS = 50
 BEGIN, END = "<!-- python -m benchmarks.coverage -->", "<!-- end of coverage -->"
 
-Make = Callable[[], Trainee]
+Make = Callable[[], Training]
 
 
 class Outcome(NamedTuple):
@@ -90,37 +90,37 @@ def coverage_page() -> str:
 
 def outcome(make: Make) -> Outcome:
     """Train once by the engine and once by hand, and compare."""
-    trainee, by_hand = make(), make()
+    training, by_hand = make(), make()
     torch.manual_seed(0)
-    iteration = Iteration(trainee, STEPS)
-    iteration.advance(STEPS)
-    iteration.finish()
+    stepper = Stepper(training, STEPS)
+    stepper.advance(STEPS)
+    stepper.finish()
     torch.manual_seed(0)
     step = EagerStep(by_hand)
     losses = torch.stack([_step_by_hand(step, number) for number in range(1, STEPS + 1)])
-    state, other = trainee.named_state(), by_hand.named_state()
-    same = same_bits(iteration.collect()[1], losses) and all(
+    state, other = training.named_state(), by_hand.named_state()
+    same = same_bits(stepper.collect()[1], losses) and all(
         same_bits(tensor, other[name]) for name, tensor in state.items()
     )
-    return Outcome(same, iteration.reason, _update_of(iteration))
+    return Outcome(same, stepper.reason, _update_of(stepper))
 
 
 def _step_by_hand(step: EagerStep, number: int) -> torch.Tensor:
-    trainee = step.trainee
-    x, y = trainee.batch(number)
-    loss = trainee.loss(trainee.model(x), y)
-    trainee.optimizer.zero_grad()
+    training = step.training
+    x, y = training.batch(number)
+    loss = training.loss(training.model(x), y)
+    training.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    trainee.optimizer.step()
-    if trainee.schedule is not None:
-        trainee.schedule.step()
+    training.optimizer.step()
+    if training.schedule is not None:
+        training.schedule.step()
     return loss.detach()
 
 
-def _update_of(iteration: Iteration) -> str:
-    if iteration.reason:
-        return f"eager: {iteration.reason}"
-    program = iteration.programs.built[-1].program
+def _update_of(stepper: Stepper) -> str:
+    if stepper.reason:
+        return f"eager: {stepper.reason}"
+    program = stepper.programs.built[-1].program
     if program.optimizer_step is not None:
         return "as one step"
     update = [each for each in program.operations if each.phase == "update"]
@@ -134,7 +134,7 @@ def _modules() -> Iterable[tuple[str, Make]]:
     from tests.step.torch_modules import module_cases
 
     for case in module_cases():
-        yield case.name, lambda case=case: _trainee(*case.make())  # type: ignore[misc]
+        yield case.name, lambda case=case: _training(*case.make())  # type: ignore[misc]
 
 
 def _optimizers(schedule: Callable[[Any], Any] | None) -> Iterable[tuple[str, Make]]:
@@ -155,25 +155,27 @@ def _optimizers(schedule: Callable[[Any], Any] | None) -> Iterable[tuple[str, Ma
     yield "Muon", lambda: _small(lambda p: torch.optim.Muon(list(p)), schedule, bias=False)
 
 
-def _small(optimizer: Any, schedule: Any, bias: bool = True) -> Trainee:
+def _small(optimizer: Any, schedule: Any, bias: bool = True) -> Training:
     torch.manual_seed(0)
     x, y = torch.randn(64, 20), torch.randn(64, 1)
     layers = nn.Linear(20, 32, bias=bias), nn.ReLU(), nn.Linear(32, 1, bias=bias)
-    return _trainee(nn.Sequential(*layers), x, y, nn.MSELoss(), optimizer, schedule)
+    return _training(nn.Sequential(*layers), x, y, nn.MSELoss(), optimizer, schedule)
 
 
-def _trainee(
+def _training(
     model: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,
     loss: Any,
     optimizer: Any = None,
     schedule: Any = None,
-) -> Trainee:
+) -> Training:
     make = optimizer or (lambda p: everystep.GradientDescent(p, lr=1e-3))
     made = make(model.parameters())
     batches = Batches(len(x)).of(x, y)
-    return Trainee(model, loss, made, batches, torch.device("cpu"), schedule=schedule and schedule(made))
+    return Training(
+        model, loss, made, batches, torch.device("cpu"), schedule=schedule and schedule(made)
+    )
 
 
 def _step_schedule(optimizer: torch.optim.Optimizer) -> StepLR:

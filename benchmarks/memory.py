@@ -21,8 +21,8 @@ import torch  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.execute import BoundProgram, without_autograd  # noqa: E402
-from everystep.step.eager import EagerStep, Trainee  # noqa: E402
-from everystep.step.iterate import Iteration  # noqa: E402
+from everystep.step.eager import EagerStep, Training  # noqa: E402
+from everystep.step.stepper import Stepper  # noqa: E402
 
 __all__ = ["main"]
 
@@ -44,13 +44,13 @@ def _print_row(workload: Workload) -> None:
     start = workload.make()
     batches = Batches(len(start.x), workload.batch_size).of(start.x, start.y)
     optimizer = workload.optimizer(start.model.parameters())
-    trainee = Trainee(start.model, start.loss, optimizer, batches, torch.device("cpu"))
-    iteration = Iteration(trainee, steps=10**9, engine="program")
-    iteration.advance(3)
-    bound = iteration.programs.bound(3)
-    state = sum(tensor.nbytes for tensor in trainee.named_state().values())
-    eager = EagerStep(trainee)
-    x, y = trainee.batch(3)
+    training = Training(start.model, start.loss, optimizer, batches, torch.device("cpu"))
+    stepper = Stepper(training, steps=10**9, engine="program")
+    stepper.advance(3)
+    bound = stepper.programs.bound(3)
+    state = sum(tensor.nbytes for tensor in training.named_state().values())
+    eager = EagerStep(training)
+    x, y = training.batch(3)
     asked_eagerly = _asked(lambda: eager.take(x, y))
     with without_autograd():
         asked = _asked(bound.run)

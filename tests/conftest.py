@@ -24,7 +24,7 @@ from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.execute import allocate  # noqa: E402
 from everystep.step.build import build  # noqa: E402
 from everystep.step.capture import take_watched  # noqa: E402
-from everystep.step.eager import EagerStep, Trainee  # noqa: E402
+from everystep.step.eager import EagerStep, Training  # noqa: E402
 from everystep.step.recorder import StepRecorder  # noqa: E402
 
 # Its assertions shall tell what they compared, whoever imports it first.
@@ -71,7 +71,7 @@ def descent(parameters):
 @pytest.fixture
 def make_trainee():
     def make(model, x, y, *, loss=None, optimizer=descent, batch_size=None, **options):
-        return Trainee(
+        return Training(
             model=model,
             loss=loss or nn.MSELoss(reduction="sum"),
             optimizer=optimizer(model.parameters()),
@@ -87,8 +87,8 @@ def make_trainee():
 def program_of():
     """Take a step of a training, and return its program and the content of its constants."""
 
-    def program_of(trainee, step=1):
-        return build(take_watched(EagerStep(trainee), step, StepRecorder(trainee.device)), trainee)
+    def program_of(training, step=1):
+        return build(take_watched(EagerStep(training), step, StepRecorder(training.device)), training)
 
     return program_of
 
@@ -97,14 +97,14 @@ def program_of():
 def memory_of():
     """Return memory for a program, filled from a training as it is now."""
 
-    def memory_of(built, trainee):
-        values = dict(trainee.named_state())
-        values["x"], values["y"] = trainee.batch(1)
-        for index, rate in trainee.rates().items():
+    def memory_of(built, training):
+        values = dict(training.named_state())
+        values["x"], values["y"] = training.batch(1)
+        for index, rate in training.rates().items():
             for dtype in (torch.float32, torch.float64):
                 name = f"hyperparameter/{index}/lr/{str(dtype).removeprefix('torch.')}"
                 values[name] = torch.tensor(rate, dtype=dtype)
-        return allocate(built.program, values | built.constants, trainee.device)
+        return allocate(built.program, values | built.constants, training.device)
 
     return memory_of
 

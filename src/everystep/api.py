@@ -52,7 +52,7 @@ def open(
     """
     objects = None
     if any(given is not None for given in (model, loss, optimizer, data)):
-        from everystep.replay.objects import Objects
+        from everystep.training.objects import Objects
 
         objects = Objects(model, loss, optimizer, data)
     return Run(find_run(run), objects)
@@ -160,9 +160,9 @@ def train(
         KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
     """
     from everystep.experiment.specification import check_iteration
-    from everystep.replay.objects import Objects as TrainedWith
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
-    from everystep.training.from_objects import Objects, train_objects
+    from everystep.training.from_objects import train_objects
+    from everystep.training.objects import Objects
 
     iteration = check_iteration(
         steps=steps,
@@ -191,14 +191,13 @@ def train(
         )
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     # What they are is checked where all faults are found at once.
-    live, rows, of_pair, updating = cast("tuple[Any, Any, Any, Any]", (model, data, loss, optimizer))
+    live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
     objects = Objects(
-        live, rows, of_pair, updating, schedule, schedule_every, validation, metrics or {}, limit
+        live, of_pair, updating, rows, schedule, schedule_every, validation, metrics or {}, limit
     )
     outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, progress_of(progress))
-    trained_with = TrainedWith(
-        live, loss, optimizer, None, schedule, schedule_every, dict(metrics or {})
-    )
+    # The run holds the data, and a fork its own validation part.
+    trained_with = replace(objects, data=None, validation=None, metrics=dict(metrics or {}))
     run = run_of(outcome, trained_with)
     if run.facts.training.data.lazy:
         run = run_of(outcome, replace(trained_with, data=rows))

@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 
     from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
-    from everystep.replay.measure import Measured
-    from everystep.replay.nonfinite import NonFinite
-    from everystep.replay.objects import Objects
-    from everystep.replay.opener import Opener
+    from everystep.replay.hooks import NonFinite
+    from everystep.replay.processes import Opener
+    from everystep.replay.query import Measured
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
     from everystep.training.job import Outcome, Progress
+    from everystep.training.objects import Objects
     from everystep.views.table import LossTable
 
 __all__ = ["Run", "Steps", "progress_of", "run_of"]
 
-#: Whether to show a progress bar where stderr is a terminal; or what is told of steps that are done.
+#: Whether to show a progress bar where stderr is a terminal; or what is called with the number
+#: of steps that were just replayed.
 Counting = bool | Callable[[int], None]
 
 
@@ -94,13 +95,11 @@ class Run(RecordedRun):
         Raises:
             RunError: something that is needed is missing or cannot be read.
         """
-        from everystep import numerics
         from everystep.replay.verify import verify
         from everystep.views.progress import counting
 
-        numerics.prepare()
-        with counting("replaying", len(self), progress) as told:
-            return verify(self, self._objects, processes, told)
+        with counting("replaying", len(self), progress) as on_progress:
+            return verify(self._opener, processes, on_progress)
 
     def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
         """Return what differs between this run and another, down to the first operation.
@@ -117,8 +116,8 @@ class Run(RecordedRun):
         if not isinstance(other, Run):
             raise UsageError(f"a run is compared with another run, not {other!r:.80}")
         objects = self._objects, other._objects
-        with counting("comparing", min(len(self), len(other)), progress) as told:
-            return diff(self, other, thorough=thorough, objects=objects, told=told)
+        with counting("comparing", min(len(self), len(other)), progress) as on_progress:
+            return diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
 
     def measure(
         self,
@@ -139,26 +138,26 @@ class Run(RecordedRun):
             every: steps between two measurements.
             overwrite: take the place of an earlier measurement of that name.
             processes: how many at once; absent: one for each core, where that is worth their start.
-            progress: show a progress bar where stderr is a terminal; or what is told of steps done.
+            progress: show a progress bar where stderr is a terminal; or what is called with the number
+                of steps that were just replayed.
 
         Raises:
             UsageError: the question does not fit, or the name is taken.
             RunError: something that is needed is missing, cannot be read, or is being written.
         """
-        from everystep.replay.measure import measure
+        from everystep.replay.query import measure
         from everystep.views.progress import counting
 
         asked, called = self._question(question)
-        with counting("measuring", len(self), progress) as told:
+        with counting("measuring", len(self), progress) as on_progress:
             return measure(
-                self,
+                self._opener,
                 asked,
                 name or called,
                 every=every,
                 overwrite=overwrite,
-                objects=self._objects,
                 processes=processes,
-                told=told,
+                on_progress=on_progress,
             )
 
     def when(
@@ -176,7 +175,8 @@ class Run(RecordedRun):
                 the step in which the first NaN or infinity was made, see `first_nonfinite`.
             which: steps to find.
             processes: how many at once; absent: one for each core, where that is worth their start.
-            progress: show a progress bar where stderr is a terminal; or what is told of steps done.
+            progress: show a progress bar where stderr is a terminal; or what is called with the number
+                of steps that were just replayed.
 
         Raises:
             UsageError: the condition does not fit.
@@ -195,11 +195,11 @@ class Run(RecordedRun):
 
             steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
             return Found(chosen(steps, which))
-        from everystep.replay.measure import when
+        from everystep.replay.query import when
         from everystep.views.progress import counting
 
-        with counting("looking", len(self), progress) as told:
-            return when(self, asked, which, objects=self._objects, processes=processes, told=told)
+        with counting("looking", len(self), progress) as on_progress:
+            return when(self._opener, asked, which, processes=processes, on_progress=on_progress)
 
     def first_nonfinite(
         self, *, processes: int | None = None, progress: Counting = True
@@ -209,13 +209,11 @@ class Run(RecordedRun):
         Raises:
             RunError: something that is needed is missing or cannot be read.
         """
-        from everystep import numerics
-        from everystep.replay.nonfinite import find_nonfinite
+        from everystep.replay.hooks import find_nonfinite
         from everystep.views.progress import counting
 
-        numerics.prepare()
-        with counting("looking", len(self), progress) as told:
-            return find_nonfinite(self, self._objects, processes, told)
+        with counting("looking", len(self), progress) as on_progress:
+            return find_nonfinite(self._opener, processes, on_progress)
 
     def fork(
         self,
@@ -263,7 +261,7 @@ class Run(RecordedRun):
             KeyboardInterrupt: Ctrl-C, after the step is finished and the fork is closed.
         """
         from everystep.replay.fork import Fork, fork_experiment, fork_objects
-        from everystep.replay.objects import Objects
+        from everystep.training.objects import Objects
 
         if self.facts.training.loop:
             raise RunError(
@@ -316,14 +314,14 @@ class Run(RecordedRun):
 
         expression = read_question(question, self)
         if not expression.is_recorded:
-            from everystep.replay.ask import check_question
+            from everystep.replay.query import check_question
 
-            check_question(expression, self, self._objects)
+            check_question(expression, self._opener)
         return expression, question
 
     @property
     def _opener(self) -> Opener:
-        from everystep.replay.opener import Opener
+        from everystep.replay.processes import Opener
 
         if self._own_opener is None:
             self._own_opener = Opener(self, self._objects)

@@ -28,28 +28,28 @@ def run(program, steps):
 
 
 @pytest.fixture
-def trainee(small, make_trainee):
+def training(small, make_trainee):
     return make_trainee(*small)
 
 
-def test_it_goes_on_with_the_eager_bits(trainee, program_of, memory_of):
-    built = program_of(trainee)
-    losses = run(bound(built, memory_of(built, trainee)), 20)
-    eager = EagerStep(trainee)
-    assert losses == [eager.take(*trainee.batch(1)).item() for _ in range(20)]
+def test_it_goes_on_with_the_eager_bits(training, program_of, memory_of):
+    built = program_of(training)
+    losses = run(bound(built, memory_of(built, training)), 20)
+    eager = EagerStep(training)
+    assert losses == [eager.take(*training.batch(1)).item() for _ in range(20)]
 
 
-def test_read_from_json_it_is_the_same(trainee, program_of, memory_of):
-    built = program_of(trainee)
-    memory = memory_of(built, trainee), memory_of(built, trainee)
+def test_read_from_json_it_is_the_same(training, program_of, memory_of):
+    built = program_of(training)
+    memory = memory_of(built, training), memory_of(built, training)
     again = built._replace(program=Program.from_json(built.program.to_json()))
     assert run(bound(built, memory[0]), 5) == run(bound(again, memory[1]), 5)
     assert all(same_bits(memory[0][name], memory[1][name]) for name in memory[0])
 
 
-def test_looked_at_it_is_the_same_step(trainee, program_of, memory_of):
-    built = program_of(trainee)
-    memory = memory_of(built, trainee), memory_of(built, trainee)
+def test_looked_at_it_is_the_same_step(training, program_of, memory_of):
+    built = program_of(training)
+    memory = memory_of(built, training), memory_of(built, training)
     plain, watched = (bound(built, each) for each in memory)
     for _ in range(5):
         run(plain, 1)
@@ -60,15 +60,15 @@ def test_looked_at_it_is_the_same_step(trainee, program_of, memory_of):
     assert all(same_bits(memory[0][name], memory[1][name]) for name in memory[0])
 
 
-def test_every_operation_shows_its_inputs_before_and_its_results_after(trainee, program_of, memory_of):
-    built = program_of(trainee)
+def test_every_operation_shows_its_inputs_before_and_its_results_after(training, program_of, memory_of):
+    built = program_of(training)
     with without_autograd():
         seen = {
             each.operation.operator: (
                 {name: tensor.clone() for name, tensor in each.inputs.items()},
                 each.results,
             )
-            for each in bound(built, memory_of(built, trainee)).observe()
+            for each in bound(built, memory_of(built, training)).observe()
         }
     inputs, results = seen["aten.sub_.Tensor"]
     (name,) = results
@@ -79,9 +79,9 @@ def test_every_operation_shows_its_inputs_before_and_its_results_after(trainee, 
 
 
 def test_a_program_with_an_optimizer_step_shows_it_as_one(small, make_trainee, program_of, memory_of):
-    trainee = make_trainee(*small, optimizer=lambda p: torch.optim.Adam(p, 0.1))
-    built = program_of(trainee)
-    memory = memory_of(built, trainee)
+    training = make_trainee(*small, optimizer=lambda p: torch.optim.Adam(p, 0.1))
+    built = program_of(training)
+    memory = memory_of(built, training)
     weight = memory["parameter/0.weight"].view(torch.float32)
 
     def step():
@@ -95,9 +95,9 @@ def test_a_program_with_an_optimizer_step_shows_it_as_one(small, make_trainee, p
     assert torch.equal(before - 1.0, after)
 
 
-def test_memory_is_named_when_it_is_missing_or_too_small(trainee, program_of, memory_of):
-    built = program_of(trainee)
-    memory = memory_of(built, trainee)
+def test_memory_is_named_when_it_is_missing_or_too_small(training, program_of, memory_of):
+    built = program_of(training)
+    memory = memory_of(built, training)
     with pytest.raises(ProgramError, match=r"parameter/0\.bias"):
         bound(built, {name: m for name, m in memory.items() if name != "parameter/0.bias"})
     with pytest.raises(ProgramError, match=r"bytes of x, which has 4"):
@@ -108,25 +108,25 @@ def test_a_state_of_other_strides_is_put_where_the_program_has_it(make_trainee, 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    trainee = make_trainee(model, x, torch.randn(2, 2))
-    built = program_of(trainee)
-    losses = run(bound(built, memory_of(built, trainee)), 3)
-    eager = EagerStep(trainee)
-    assert losses == [eager.take(*trainee.batch(1)).item() for _ in range(3)]
+    training = make_trainee(model, x, torch.randn(2, 2))
+    built = program_of(training)
+    losses = run(bound(built, memory_of(built, training)), 3)
+    eager = EagerStep(training)
+    assert losses == [eager.take(*training.batch(1)).item() for _ in range(3)]
 
 
 def test_temporary_memory_is_shared_by_those_that_follow_each_other(make_trainee, program_of, memory_of):
     layers = [layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.Tanh())]
-    trainee = make_trainee(nn.Sequential(*layers), torch.randn(256, 64), torch.randn(256, 64))
-    built = program_of(trainee)
-    program = bound(built, memory_of(built, trainee))
+    training = make_trainee(nn.Sequential(*layers), torch.randn(256, 64), torch.randn(256, 64))
+    built = program_of(training)
+    program = bound(built, memory_of(built, training))
     sizes = [s.bytes for s in built.program.storages.values() if s.kind == "temporary"]
     assert program.temporary_bytes < 0.7 * sum(sizes)
 
 
-def test_a_step_makes_no_tensor_and_no_object(trainee, program_of, memory_of):
-    built = program_of(trainee)
-    program = bound(built, memory_of(built, trainee))
+def test_a_step_makes_no_tensor_and_no_object(training, program_of, memory_of):
+    built = program_of(training)
+    program = bound(built, memory_of(built, training))
     run(program, 10)
     with without_autograd():
         gc.collect()
@@ -148,9 +148,9 @@ def test_a_step_makes_no_tensor_and_no_object(trainee, program_of, memory_of):
 
 
 def test_a_small_network_asks_for_no_memory_while_it_runs(chapter, make_trainee, program_of, memory_of):
-    trainee = make_trainee(*chapter)
-    built = program_of(trainee)
-    program = bound(built, memory_of(built, trainee))
+    training = make_trainee(*chapter)
+    built = program_of(training)
+    program = bound(built, memory_of(built, training))
     run(program, 3)
     with without_autograd(), torch.profiler.profile(profile_memory=True) as profile:
         program.run()
@@ -161,8 +161,8 @@ def test_a_small_network_asks_for_no_memory_while_it_runs(chapter, make_trainee,
 def test_the_same_constants_serve_a_new_process(small, make_trainee, program_of):
     model, x, y = small
     weight = torch.tensor([1.0, 3.0])
-    trainee = make_trainee(model, x, y, loss=lambda p, t: ((p - t) ** 2 * weight).sum())
-    built = program_of(trainee)
+    training = make_trainee(model, x, y, loss=lambda p, t: ((p - t) ** 2 * weight).sum())
+    built = program_of(training)
     memory = allocate(built.program, built.constants, torch.device("cpu"))
     (name,) = built.program.of_kind("constant")
     assert memory[name].view(torch.float32).tolist() == [1.0, 3.0]

@@ -45,9 +45,9 @@ def test_the_program_of_every_optimizer_is_read_as_it_was_written(
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2, bias=False))
     optimizer = partial(getattr(torch.optim, name), **options)
     data = torch.randn(6, 4), torch.randn(6, 2)
-    trainee = make_trainee(model, *data, optimizer=optimizer, clip_norm=0.5)
+    training = make_trainee(model, *data, optimizer=optimizer, clip_norm=0.5)
     for step in (1, 2):
-        program = program_of(trainee, step).program
+        program = program_of(training, step).program
         assert Program.from_json(program.to_json()) == program
 
 
@@ -89,8 +89,8 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_program_of_a_function_is_read_as_it_was_written(name, make_trainee, program_of):
     model, x = Function(FUNCTIONS[name]), torch.randn(6, 4)
-    trainee = make_trainee(model, x, torch.zeros(6), loss=lambda p, y: p.abs().square().mean())
-    text = program_of(trainee).program.to_json()
+    training = make_trainee(model, x, torch.zeros(6), loss=lambda p, y: p.abs().square().mean())
+    text = program_of(training).program.to_json()
     assert Program.from_json(text).to_json() == text
 
 
@@ -100,8 +100,8 @@ def convolutional(make_trainee, program_of):
     layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(18, 3))
     optimizer = {"optimizer": lambda p: torch.optim.Adam(p, fused=True)}
-    trainee = make_trainee(model, torch.randn(4, 1, 8, 8), torch.randn(4, 3), **optimizer)
-    return json.loads(program_of(trainee).program.to_json())
+    training = make_trainee(model, torch.randn(4, 1, 8, 8), torch.randn(4, 3), **optimizer)
+    return json.loads(program_of(training).program.to_json())
 
 
 def place_of(program, name):

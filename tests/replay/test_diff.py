@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from everystep.experiment.batches import Batches
 from everystep.recording.snapshots import SnapshotPlan
-from everystep.replay.walk import StateDifference
+from everystep.step.check import StateDifference
 from everystep.views.answers import as_json
 from everystep.views.difference import diff_data, diff_text
 from everystep.views.terminal import shortest

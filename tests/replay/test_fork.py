@@ -292,11 +292,11 @@ def set_made_as(experiment: str, settings: dict[str, Any]) -> Change:
 def rules_of(experiment: str, settings: dict[str, Any]) -> Rules:
     read = load(experiment, settings)
     job = experiment_job(read, experiment, torch.device("cpu"))
-    trainee, data = job.trainee, job.data
+    training, data = job.training, job.data
     made = Made(
-        trainee.model, data.x, data.y, trainee.loss, trainee.optimizer, schedule=trainee.schedule
+        training.model, data.x, data.y, training.loss, training.optimizer, schedule=training.schedule
     )
-    return Rules(made, read.batch_size, read.seed, trainee.schedule_every)
+    return Rules(made, read.batch_size, read.seed, training.schedule_every)
 
 
 def test_the_optimizer_goes_on_and_one_of_another_class_begins_anew():

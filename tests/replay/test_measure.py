@@ -656,3 +656,22 @@ def test_the_command_names_the_cause(everystep_command):
     train()
     code, out, _ = everystep_command("when", "sequential-2", "nonfinite")
     assert (code, out) == (1, "every result of every operation is finite\n")
+
+
+def test_a_question_that_fails_leaves_the_steps_as_they_are():
+    run = train()
+    before = run[3].loss
+    with pytest.raises(ExpressionError, match="one number"):
+        run.measure("gradients['0.weight'] if step > 4 else 0", name="some", processes=1, progress=False)
+    again = run[4]
+    assert again.is_exact
+    assert run[3].loss == before
+    assert again.loss == everystep.open(run.directory)[4].loss
+
+
+def test_a_question_may_open_other_steps_of_the_run():
+    run = train()
+    question = lambda step: run[max(step.number - 1, 1)].loss  # noqa: E731
+    found = run.measure(question, name="before", processes=1, progress=False)
+    losses = run.losses["loss"].to_list()
+    assert [*found.values.values()] == [losses[0], *losses[:-1]]

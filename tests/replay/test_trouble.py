@@ -17,7 +17,7 @@ from tests.training.by_hand import bits, by_train, new_training
 import everystep
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
-from everystep.replay.workers import needs_worker
+from everystep.replay.processes import needs_worker
 
 
 @pytest.fixture

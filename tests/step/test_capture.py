@@ -61,13 +61,13 @@ def test_watching_leaves_no_trace_in_the_step(small, make_trainee, program_of):
 
 
 def test_captured_twice_it_is_the_same_program(small, make_trainee, program_of):
-    trainee = make_trainee(*small)
-    assert program_of(trainee, 1).program == program_of(trainee, 2).program
+    training = make_trainee(*small)
+    assert program_of(training, 1).program == program_of(training, 2).program
 
 
 def test_optimizer_state_appears_in_the_first_step_only(small, make_trainee, program_of):
-    trainee = make_trainee(*small, optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
-    first, second, third = (program_of(trainee, step).program for step in (1, 2, 3))
+    training = make_trainee(*small, optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
+    first, second, third = (program_of(training, step).program for step in (1, 2, 3))
     assert first != second
     assert second == third
     assert "optimizer/0.weight/momentum_buffer" in first.of_kind("state")
@@ -75,8 +75,8 @@ def test_optimizer_state_appears_in_the_first_step_only(small, make_trainee, pro
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_adam_is_a_kernel_or_an_operation_of_its_own(small, make_trainee, program_of, fused):
-    trainee = make_trainee(*small, optimizer=lambda p: torch.optim.Adam(p, 0.1, fused=fused))
-    program = program_of(trainee).program
+    training = make_trainee(*small, optimizer=lambda p: torch.optim.Adam(p, 0.1, fused=fused))
+    program = program_of(training).program
     if fused:
         update = program.operations[-1]
         assert update.operator == "aten._fused_adam_.tensor_lr"
@@ -104,8 +104,8 @@ def test_tensors_from_elsewhere_are_constants_with_their_content(small, make_tra
 def test_tied_weights_are_one_storage_with_two_names(make_trainee, program_of):
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
-    trainee = make_trainee(nn.Sequential(first, second), torch.randn(3, 4), torch.randn(3, 4))
-    tensors = program_of(trainee).program.tensors
+    training = make_trainee(nn.Sequential(first, second), torch.randn(3, 4), torch.randn(3, 4))
+    tensors = program_of(training).program.tensors
     assert tensors["parameter/1.weight"].storage == tensors["parameter/0.weight"].storage
 
 

@@ -5,7 +5,7 @@ from tests.step.torch_modules import NOT_TRAINED, WARNINGS, ModuleCase, listed_m
 from torch import Tensor, nn
 
 from everystep import numerics
-from everystep.step.iterate import Iteration
+from everystep.step.stepper import Stepper
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
@@ -41,14 +41,14 @@ def test_importing_torchs_list_leaves_the_settings_of_the_process():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_by_program_it_has_the_bits_of_a_loop_written_by_hand(case, make_trainee):
     model, x, y, loss = case.make()
-    iteration = Iteration(make_trainee(model, x, y, loss=loss), STEPS)
+    stepper = Stepper(make_trainee(model, x, y, loss=loss), STEPS)
     with numerics.in_force(threads=1):
-        iteration.advance(STEPS)
+        stepper.advance(STEPS)
         by_hand, losses = trained_by_hand(case)
     assert losses.isfinite().all()
-    assert torch.equal(iteration.collect()[1], losses)
+    assert torch.equal(stepper.collect()[1], losses)
     assert differences(model, by_hand) == []
-    assert EAGER.get(case.name, "None") in str(iteration.reason)
+    assert EAGER.get(case.name, "None") in str(stepper.reason)
     untrained, *_ = case.make()
     assert set(differences(model, untrained)) & {name for name, _ in model.named_parameters()}
 

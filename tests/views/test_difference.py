@@ -6,7 +6,8 @@ from everystep.program.execute import Observed
 from everystep.program.operation import Operation
 from everystep.replay.diff import Difference
 from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, TensorDifference
-from everystep.replay.walk import LossDifference, StateDifference
+from everystep.replay.parallel import LossDifference
+from everystep.step.check import StateDifference
 from everystep.views.difference import diff_sentence
 
 

@@ -14,9 +14,9 @@ from torch import nn
 import everystep
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
-from everystep.replay.objects import Objects
 from everystep.replay.replay import Replay
 from everystep.replay.step import statistics
+from everystep.training.objects import Objects
 from everystep.views.lines import TIMES
 from everystep.views.mathematics import mathematics
 from everystep.views.step import PHASES, step_json, step_text

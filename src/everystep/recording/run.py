@@ -157,17 +157,17 @@ class RecordedRun:
         return [row.step for row in self.snapshot_rows()]
 
     def state_near(
-        self, step: int, *, after: int = -1, told: Callable[[str], None] = lambda problem: None
+        self, step: int, *, after: int = -1, on_problem: Callable[[str], None] = lambda problem: None
     ) -> State | None:
         """Return the newest state on disk that is not after `step` and can be read, or None.
 
-        after: it must be later than this; told: is told of each that cannot be read.
+        after: it must be later than this; on_problem: called with the reason why one cannot be read.
         """
         for row in reversed([row for row in self.snapshot_rows() if after < row.step <= step]):
             try:
                 return read_snapshot(self.directory, row)
             except RunError as error:
-                told(str(error))
+                on_problem(str(error))
         return None
 
     def losses_between(self, first: int, last: int) -> list[float]:

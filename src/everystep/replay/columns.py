@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +12,9 @@ from everystep.replay.expression import Expression, Reference, parse
 from everystep.step.hyperparameters import is_hyperparameter
 
 if TYPE_CHECKING:
-    from everystep.replay.probe import Probe
+    from everystep.replay.hooks import Probe
 
-__all__ = ["Answers", "Evaluator", "Found", "Which", "ask_columns", "chosen", "read_question"]
+__all__ = ["Answers", "Evaluator", "Found", "Setting", "Which", "ask_columns", "chosen", "read_question"]
 
 Answers = list[tuple[int, float]]
 Which = Literal["first", "last", "all"]
@@ -65,22 +66,20 @@ def chosen(steps: list[int], which: Which) -> tuple[int, ...]:
     return tuple({"first": steps[:1], "last": steps[-1:], "all": steps}[which])
 
 
-class Columns:
-    """The recorded columns of a run that an expression names: measurements by step."""
+class Setting:
+    """A number that is recorded where it changes, such as a learning rate.
 
-    def __init__(self, run: RecordedRun, expression: Expression) -> None:
-        names = {r.name for r in expression.references if r.kind == "measurements"}
-        self._values = {name: run.measured(name) for name in names}
-        # A learning rate is recorded where it changes.
-        self._steps = {name: list(self._values[name]) for name in names if is_hyperparameter(name)}
+    values: by the step from which on it holds, in order.
+    """
 
-    def value(self, name: str, step: int) -> float | None:
-        """Return what was measured at a step, or None."""
-        values = self._values[name]
-        if name in self._steps:
-            index = bisect_right(self._steps[name], step) - 1
-            return values[self._steps[name][index]] if index >= 0 else None
-        return values.get(step)
+    def __init__(self, values: Mapping[int, float]) -> None:
+        self._steps = [*values]
+        self._values = [*values.values()]
+
+    def at(self, step: int) -> float | None:
+        """Return the number as it is at a step, None before it is recorded."""
+        index = bisect_right(self._steps, step) - 1
+        return self._values[index] if index >= 0 else None
 
 
 class _NothingThereError(Exception):
@@ -92,7 +91,11 @@ class Evaluator:
 
     def __init__(self, expression: Expression, run: RecordedRun, as_condition: bool) -> None:
         self._evaluate = expression.truth if as_condition else expression.number
-        self._columns = Columns(run, expression)
+        names = {r.name for r in expression.references if r.kind == "measurements"}
+        self._recorded = {
+            name: Setting(run.measured(name)).at if is_hyperparameter(name) else run.measured(name).get
+            for name in names
+        }
         self.previous_loss: float | None = None
 
     def answer(self, number: int, loss: float, probe: Probe | None) -> float | None:
@@ -105,7 +108,7 @@ class Evaluator:
             elif reference.kind == "loss":
                 found = self.previous_loss if reference.is_previous else loss
             elif reference.kind == "measurements":
-                found = self._columns.value(reference.name, number - reference.is_previous)
+                found = self._recorded[reference.name](number - reference.is_previous)
             elif probe is not None and probe.has(reference):
                 found = probe.value_of(reference)
             if found is None:

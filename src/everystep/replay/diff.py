@@ -1,32 +1,40 @@
 """Diff: where two runs part, down to the first operation whose result differs.
 
 Losses and snapshots say between which two states the runs part; from the last common state on, both
-are gone through again, and compared step by step, then operation by operation, bit by bit.
+are replayed, and compared step by step, then operation by operation, bit by bit.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from everystep.errors import RunError
-from everystep.recording.facts import TrainingFacts
+from everystep.recording.facts import EAGERLY, TrainingFacts
+from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
-from everystep.replay.lockstep import Lockstep, draws_at_random
-from everystep.replay.objects import Objects
-from everystep.replay.operations import OperationDifference
-from everystep.replay.walk import LossDifference, StateDifference, differences
-from everystep.replay.workers import recorded_numerics
+from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, compare_steps, draws
+from everystep.replay.parallel import LossDifference
+from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.replay import Replay
+from everystep.replay.step import ReplayStepper
+from everystep.step.check import StateDifference, bytes_of, state_differences
+from everystep.training.objects import Objects
 
 __all__ = ["Difference", "diff"]
 
-#: Runs that took less time than this together are gone through whole.
+#: Runs that took less time than this together are replayed whole.
 THOROUGH_SECONDS = 4.0
+#: Steps that are replayed between two looks.
+STRIDE = 64
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Difference:
     how many each took; loss: the first that differs (recorded: of the first run, replayed: of the
     second), None if none does; common_state: the last snapshot that both have and that is the same;
     states: tensors of the first common snapshot that differs; operation: where they part; is_thorough:
-    whether every step was gone through; problems: why something could not be said.
+    whether every step was replayed; problems: why something could not be said.
     """
 
     names: tuple[str, str]
@@ -64,18 +72,18 @@ def diff(
     *,
     thorough: bool = False,
     objects: tuple[Objects | None, Objects | None] = (None, None),
-    told: Callable[[int], None] = lambda steps: None,
+    on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Difference:
     """Return what differs between two runs.
 
     Args:
         one: the first run.
         other: the second run.
-        thorough: go through every step, not only those between the last common state and the first
+        thorough: replay every step, not only those between the last common state and the first
             difference: finds what shows in no loss and in no snapshot. That is done unasked where it
             takes a few seconds, and the experiments or the numerics differ.
         objects: what the user trained each with, for steps that no program takes.
-        told: is told of steps that are done.
+        on_progress: called with the number of steps that were just replayed.
 
     Raises:
         RunError: a run cannot be read.
@@ -94,7 +102,7 @@ def diff(
     operation = None
     if last:
         first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
-        search = Lockstep(one, other, objects, told)
+        search = Lockstep(one, other, objects, on_progress)
         try:
             # A state that differs shows in the step after it at the latest.
             operation = search.first(first, min(max(last, first), *steps))
@@ -136,7 +144,7 @@ def _snapshots(
     rows = [{row.step: row for row in run.snapshot_rows()} for run in (one, other)]
     common: list[int] = []
     problems: list[str] = []
-    random = draws_at_random(one) or draws_at_random(other)
+    random = _draws_at_random(one) or _draws_at_random(other)
     for step in sorted(rows[0].keys() & rows[1].keys()):
         pair = rows[0][step], rows[1][step]
         if pair[0].digest != pair[1].digest:
@@ -147,7 +155,7 @@ def _snapshots(
                 continue
             different = [
                 each
-                for each in differences(*states)
+                for each in state_differences(*states)
                 if random or not each.tensor.startswith("generator/")
             ]
             if different:
@@ -202,3 +210,117 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     for key, item in value.items():
         found |= _flat(item, f"{path}.{key}" if path else str(key))
     return found
+
+
+class Lockstep:
+    """Replays two runs side by side."""
+
+    def __init__(
+        self,
+        one: RecordedRun,
+        other: RecordedRun,
+        objects: tuple[Objects | None, Objects | None],
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self._runs = (one, other)
+        self._openers = (Opener(one, objects[0]), Opener(other, objects[1]))
+        self._on_progress = on_progress
+        # Under the same numerics, the same program gives the same for the same inputs.
+        differences = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
+        self._numerics = [f"{name} {a} and {b}" for name, (a, b) in differences.items()]
+        is_own_loop = any(run.facts.training.loop for run in self._runs)
+        self._by_operation = bool(self._numerics) or is_own_loop or _programs(one) != _programs(other)
+        self._is_random = _draws_at_random(one) or _draws_at_random(other)
+
+    def first(self, first: int, last: int) -> OperationDifference | None:
+        """Return the first operation, of steps `first` to `last`, whose result differs."""
+        for step in self._suspicious(first, last):
+            found = compare_steps(*(opener.step(step) for opener in self._openers))
+            if found is not None and found.causes == [COMPUTED_OTHERWISE] and self._numerics:
+                cause = f"{COMPUTED_OTHERWISE}, under other numerics: {', '.join(self._numerics)}"
+                return replace(found, causes=[cause])
+            if found is not None:
+                return found
+        return None
+
+    def departures(self) -> list[str]:
+        """Return in words which run was not the same when it was taken again."""
+        departed = [opener.departed_at for opener in self._openers]
+        return [
+            f"{run.name} was not the same when it was taken again, from step {step} on: what is said of "
+            "later steps is not of the original"
+            for run, step in zip(self._runs, departed, strict=True)
+            if step is not None
+        ]
+
+    def _suspicious(self, first: int, last: int) -> Iterator[int]:
+        """Yield steps that are not the same in both runs, in order."""
+        for begin in range(first, last + 1, STRIDE):
+            end = min(last, begin + STRIDE - 1)
+            pair = [
+                opener.call(_footprints, begin, end, self._by_operation, self._is_random)
+                for opener in self._openers
+            ]
+            for step, (one, other) in enumerate(zip(*pair, strict=True), start=begin):
+                if one != other:
+                    yield step
+            self._on_progress(end - begin + 1)
+
+
+def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_random: bool) -> list[str]:
+    """Take steps again; return for each a digest of what it took and gave."""
+    found = []
+    at = -1
+    with replay.in_force(first):
+        for number in range(first, last + 1):
+            digest = hashlib.sha256()
+            if replay.stretch_of(number) != at:
+                at = replay.stretch_of(number)
+                stepper = replay.go_to(number - 1, at)
+                _add_state(digest, stepper)
+            given = stepper.given(number)
+            if is_random:
+                digest.update(bytes_of(torch.get_rng_state()))
+            digest.update(given)
+            if by_operation:
+                observation = stepper.observe()
+                losses = [float(observation.loss)]
+                for observed in observation.operations:
+                    digest.update(observed.operation.operator.encode())
+                    for tensor in observed.results.values():
+                        digest.update(bytes_of(tensor))
+            else:
+                losses = stepper.run(number).tolist()
+            replay.compare(number, losses, replay.recorded_losses(number, number))
+            _add_state(digest, stepper)
+            found.append(digest.hexdigest())
+    return found
+
+
+def _add_state(digest: Any, stepper: ReplayStepper) -> None:
+    for name, tensor in sorted(stepper.named_state().items()):
+        digest.update(name.encode())
+        digest.update(bytes_of(tensor))
+
+
+def _draws_at_random(run: RecordedRun) -> bool:
+    """Tell whether a step of the run draws random numbers, as far as programs say; else it may."""
+    engine = run.facts.training.engine or EAGERLY
+    if engine.eager_from is not None:
+        return True
+    try:
+        return any(
+            draws(operation["operator"])
+            for each in _programs(run)
+            for operation in json.loads(each)["operations"]
+        )
+    except (ValueError, LookupError, TypeError):
+        return True
+
+
+def _programs(run: RecordedRun) -> list[bytes]:
+    rules = (run.facts.training.engine or EAGERLY).programs
+    try:
+        return [own_path(run.directory, rule.file).read_bytes() for rule in rules]
+    except (OSError, RunError):
+        return []

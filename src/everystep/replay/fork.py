@@ -17,22 +17,21 @@ from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
-from everystep.recording.data import read_data
 from everystep.recording.facts import EAGERLY, ForkFacts, TrainingFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
-from everystep.replay.objects import Objects
-from everystep.replay.opener import Opener
+from everystep.replay.processes import Opener
+from everystep.replay.reopen import stored_data
 from everystep.replay.replay import no_such_step
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.state import State, generators_preserved, optimizer_settings
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job
-from everystep.training.from_objects import Objects as TrainingObjects
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
+from everystep.training.objects import Objects
 
 __all__ = ["Fork", "fork_experiment", "fork_objects"]
 
@@ -102,7 +101,7 @@ class Fork:
             changed={path: value for path, value in self.settings.items() if _is_plain(value)},
         )
         # With a schedule, all is recorded; otherwise, what is not as it was.
-        known = {} if job.trainee.schedule else hyperparameters
+        known = {} if job.training.schedule else hyperparameters
         job = replace(
             job,
             name=f"{self.run.name}-fork",
@@ -120,19 +119,19 @@ class Fork:
                 found[name] = values[-1]
         return found
 
-    def with_schedule(self, trainee: Trainee, state: State) -> State:
+    def with_schedule(self, training: Training, state: State) -> State:
         """Bring a training's schedule to the parent's state; return the state with what it has set.
 
         A state that was replayed knows nothing of the schedule: it goes on from the snapshot before.
         """
-        schedule, settings = trainee.schedule, state.settings
+        schedule, settings = training.schedule, state.settings
         known = self.run.state_near(self.at, after=self.stretch.first - 2)
         if schedule is None or known is None:
             return state
-        known.restore(trainee.model, trainee.loss, trainee.optimizer, schedule, trainee.device)
+        known.restore(training.model, training.loss, training.optimizer, schedule, training.device)
         batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
-        advance = EagerStep(replace(trainee, steps_per_epoch=batches.steps_per_epoch)).advance
+        advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
             # It says that the optimizer has taken no step, which is so.
@@ -143,13 +142,13 @@ class Fork:
                         schedule.step(followed[number])
                 elif advance is not None:
                     advance(number)
-        optimizer = optimizer_settings(trainee.model, trainee.optimizer)
+        optimizer = optimizer_settings(training.model, training.optimizer)
         optimizer |= {"values": settings["optimizer"]["values"]}
         return replace(state, settings={"step": self.at, "optimizer": optimizer})
 
 
 def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
-    """Fork a run of an experiment; everything is made anew from the experiment with its changes.
+    """Fork a run of an experiment; everything is made from the experiment with its changes.
 
     Raises:
         UsageError: there is no such state, or a setting does not serve.
@@ -170,11 +169,13 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     threads = new.threads or facts.numerics.threads
     with numerics.in_force(threads), generators_preserved(device):
         try:
-            data = None if new.data != old.data else _parents_data(asked, old)
+            data = None
+            if new.data == old.data:  # also where the seed that it was drawn with changes
+                data = stored_data(asked.run, facts) or _made_data(asked.run, old)
             job = experiment_job(new, asked.run.name, device, data)
             if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
-                state = asked.with_schedule(job.trainee, state)
-            before = _bring_to(job.trainee, state, old, new)
+                state = asked.with_schedule(job.training, state)
+            before = _bring_to(job.training, state, old, new)
             if new.seed != old.seed:
                 torch.manual_seed(new.seed)
             if data is not None:
@@ -220,18 +221,18 @@ def fork_objects(
     iteration = check_iteration(**(_iteration_of(facts, asked.run.facts.steps) | settings))
     state = asked.state(opener)
     own = objects.copied() if is_own else objects
-    data, stored = (own.data, None) if own.data is not None else _stored(asked, facts)
-    trained = TrainingObjects(
-        own.model,  # type: ignore[arg-type]  # checked above
-        data,
-        own.loss,  # type: ignore[arg-type]
-        own.optimizer,  # type: ignore[arg-type]
-        own.schedule,
-        own.schedule_every,
-        validation if validation is not None else stored,
-        own.metrics,
-        DEFAULT_DATASET_LIMIT,
+    known = stored_data(asked.run, facts) if own.data is None else None
+    if own.data is None and known is None:
+        raise RunError(
+            f"the data of {asked.run.name} is not in the run; give it: fork(..., data=(x, y))"
+        )
+    trained = replace(
+        own,
+        data=own.data if known is None else (known.x, known.y),
+        validation=known.validation if known is not None and validation is None else validation,
+        dataset_limit=DEFAULT_DATASET_LIMIT,
     )
+    trained.check()
     numerics.prepare()
     device = select(facts.device)
     with numerics.in_force(iteration.threads), generators_preserved(device):
@@ -240,31 +241,31 @@ def fork_objects(
         job = objects_job(trained, iteration, device, progress)
         goes_on = type(own.schedule).__name__ in {each.class_name for each in facts.schedules.values()}
         if goes_on:
-            state = asked.with_schedule(job.trainee, state)
-        before = _bring_objects_to(job.trainee, state, keep=not is_own and not goes_on)
+            state = asked.with_schedule(job.training, state)
+        before = _bring_objects_to(job.training, state, keep=not is_own and not goes_on)
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
         if lr is not None:
-            _set_rate(job.trainee, lr)
-        now = {"optimizers": {"optimizer": optimizer_facts(job.trainee.optimizer)}}
+            _set_rate(job.training, lr)
+        now = {"optimizers": {"optimizer": optimizer_facts(job.training.optimizer)}}
         kept = {} if "seed" in settings else {"seed": facts.seed}
         job = replace(job, facts=job.facts.model_copy(update=now | kept))
         return asked.train(job, before, own.data is not None, progress)
 
 
-def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) -> dict[str, float]:
+def _bring_to(training: Training, state: State, old: Experiment, new: Experiment) -> dict[str, float]:
     """Bring a training to the parent's state, but for what changes; return the lr as it was there."""
-    optimizer, schedule = trainee.optimizer, trainee.schedule
+    optimizer, schedule = training.optimizer, training.schedule
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     same_optimizer = old.optimizer.name == new.optimizer.name
     same_schedule = same_optimizer and old.schedule == new.schedule
     try:
         state.restore(
-            trainee.model,
-            trainee.loss if old.loss == new.loss else None,
+            training.model,
+            training.loss if old.loss == new.loss else None,
             optimizer if same_optimizer else None,
             None,
-            trainee.device,
+            training.device,
         )
     except ValueError as error:
         raise ExperimentError(
@@ -272,7 +273,7 @@ def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) 
         ) from None
     if not same_optimizer:
         return {}
-    before = trainee.hyperparameters()
+    before = training.hyperparameters()
     keywords = old.optimizer.keywords, new.optimizer.keywords
     changed = {
         key for key in {*keywords[0], *keywords[1]} if keywords[0].get(key) != keywords[1].get(key)
@@ -280,58 +281,38 @@ def _bring_to(trainee: Trainee, state: State, old: Experiment, new: Experiment) 
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in settings.items() if not same_schedule or k in changed})
     if same_schedule and schedule is not None and "lr" in changed:
-        _set_rate(trainee, optimizer.param_groups[0]["lr"])
+        _set_rate(training, optimizer.param_groups[0]["lr"])
     return before
 
 
-def _set_rate(trainee: Trainee, lr: float) -> None:
+def _set_rate(training: Training, lr: float) -> None:
     """Set the learning rate; a schedule goes on from it."""
-    for group in trainee.optimizer.param_groups:
+    for group in training.optimizer.param_groups:
         group["lr"] = lr
         if "initial_lr" in group:
             group["initial_lr"] = lr
-    if trainee.schedule is not None and hasattr(trainee.schedule, "base_lrs"):
-        trainee.schedule.base_lrs = [lr for _ in trainee.optimizer.param_groups]
+    if training.schedule is not None and hasattr(training.schedule, "base_lrs"):
+        training.schedule.base_lrs = [lr for _ in training.optimizer.param_groups]
 
 
-def _bring_objects_to(trainee: Trainee, state: State, keep: bool) -> dict[str, float]:
+def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str, float]:
     """Bring live objects to the parent's state; `keep`: the settings of the optimizer stay."""
-    optimizer = trainee.optimizer
+    optimizer = training.optimizer
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     same = type(optimizer).__qualname__ == state.settings["optimizer"]["class"]
     try:
-        state.restore(trainee.model, trainee.loss, optimizer if same else None, None, trainee.device)
+        state.restore(training.model, training.loss, optimizer if same else None, None, training.device)
     except ValueError as error:
         raise RunError(f"the objects do not fit the run's state: {error}") from None
-    before = trainee.hyperparameters() if same else {}
+    before = training.hyperparameters() if same else {}
     if keep:
         for group, settings in zip(optimizer.param_groups, fresh, strict=True):
             group.update(settings)
     return before
 
 
-def _parents_data(asked: Fork, experiment: Experiment) -> Data | None:
-    """Return the parent's data, also where the seed that it was drawn with changes."""
-    fact = asked.stretch.facts.data_file
-    if fact is None or not fact.stored:
-        return experiment_job(experiment, asked.run.name, torch.device("cpu")).data
-    tensors = read_data(asked.run.directory, fact)
-    return Data(tensors["x"], tensors["y"], _validation(tensors))
-
-
-def _stored(asked: Fork, facts: TrainingFacts) -> tuple[Any, Any]:
-    fact = facts.data_file
-    if fact is None or not fact.stored:
-        raise RunError(
-            f"the data of {asked.run.name} is not in the run; give it: fork(..., data=(x, y))"
-        )
-    tensors = read_data(asked.run.directory, fact)
-    return (tensors["x"], tensors["y"]), _validation(tensors)
-
-
-def _validation(tensors: dict[str, Any]) -> tuple[Any, Any] | None:
-    pair = tensors.get("validation_x"), tensors.get("validation_y")
-    return None if pair[0] is None else pair
+def _made_data(run: RecordedRun, experiment: Experiment) -> Data | None:
+    return experiment_job(experiment, run.name, torch.device("cpu")).data
 
 
 def _iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:

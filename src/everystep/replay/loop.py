@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError, RunError
 from everystep.experiment.device import select
-from everystep.program.execute import Observed, without_autograd
+from everystep.program.execute import without_autograd
 from everystep.program.memory import copy_into
 from everystep.program.plain import Environment, PlainProgram, tensor_on
 from everystep.program.program import Program
@@ -23,12 +22,13 @@ from everystep.recording.database import Repeat
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
-from everystep.replay.step import Batch
-from everystep.step.observe import Observation
+from everystep.replay.columns import Setting
+from everystep.replay.step import Batch, ReplayStepper
+from everystep.step.observe import Observation, PlainObserver
 from everystep.step.state import Generators, State
 from everystep.training.batch import nested_again
 
-__all__ = ["RecordedLoop", "SavedLoop"]
+__all__ = ["LoopCheckpoint", "LoopStepper"]
 
 #: Rows of the database that are read at once.
 BLOCK = 256
@@ -36,7 +36,7 @@ _GENERATOR = re.compile(r"generator/([0-9]{1,9})")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 
 
-class SavedLoop(NamedTuple):
+class LoopCheckpoint(NamedTuple):
     """A copy of the tensors of a state, and of the random generators."""
 
     tensors: dict[str, Tensor]
@@ -50,7 +50,7 @@ class _Inputs(NamedTuple):
     nesting: Any
 
 
-class RecordedLoop:
+class LoopStepper(ReplayStepper):
     """A recorded loop: takes its steps again, in any order of loading and going on.
 
     Args:
@@ -61,7 +61,6 @@ class RecordedLoop:
     state: the number of the step after which the state is, None before one is loaded.
     """
 
-    has_gradients = True
     has_gradients_in_state = True
 
     def __init__(
@@ -77,7 +76,8 @@ class RecordedLoop:
         self._loaded: State | None = None
         self._between = change_files(run.directory)
         self._settled: int | None = None
-        self._rates = {n: run.measured(n) for n in run.measurement_names if _RATE.fullmatch(n)}
+        names = filter(_RATE.fullmatch, run.measurement_names)
+        self._rates = {name: Setting(run.measured(name)) for name in names}
 
     def load(self, state: State) -> None:
         """Bring everything to a state from disk.
@@ -94,11 +94,11 @@ class RecordedLoop:
         self.state = state.step
         state.generators.restore(self._device)
 
-    def save(self) -> SavedLoop:
+    def save(self) -> LoopCheckpoint:
         """Return a copy of the state as it is now."""
-        return SavedLoop(_copies(self._tensors), Generators.capture(self._device))
+        return LoopCheckpoint(_copies(self._tensors), Generators.capture(self._device))
 
-    def restore(self, step: int, saved: SavedLoop) -> None:
+    def restore(self, step: int, saved: LoopCheckpoint) -> None:
         """Bring everything back to what `save` returned after `step`."""
         self._tensors = _copies(saved.tensors)
         saved.generators.restore(self._device)
@@ -163,14 +163,9 @@ class RecordedLoop:
         assert self.state is not None
         number = self.state + 1
         row = self._row(number)
-        watcher = _Watcher(self._program(row), self._numbers(row))
-        loss = self._take(number, watcher.look)
-        return Observation(
-            torch.tensor(loss, dtype=torch.float64),
-            watcher.operations,
-            watcher.activations,
-            watcher.gradients,
-        )
+        observer = PlainObserver(self._program(row), self._numbers(row))
+        loss = self._take(number, observer.look)
+        return observer.observation(torch.tensor(loss, dtype=torch.float64))
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
@@ -188,13 +183,8 @@ class RecordedLoop:
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates of the step that was taken last."""
         assert self.state is not None
-        found = {}
-        for name, values in self._rates.items():
-            steps = [*values]
-            place = bisect_right(steps, self.state) - 1
-            if place >= 0:
-                found[name] = values[steps[place]]
-        return found
+        found = {name: rate.at(self.state) for name, rate in self._rates.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def batch(self, number: int) -> Batch:
         """Return the batch of a step, as it was nested.
@@ -212,7 +202,7 @@ class RecordedLoop:
         return Batch(tensors, None, nested_again(inputs.nesting, tensors))
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what a step is given besides its state: numbers and inputs."""
+        """Return what tells apart what the next step is given besides its state: numbers and inputs."""
         row = self._row(number)
         return (row.numbers or b"") + (row.inputs or b"")
 
@@ -222,22 +212,6 @@ class RecordedLoop:
         count = loop.programs if loop else 0
         plain = [self._program(Repeat(0, n, None, None)).program for n in range(1, count + 1)]
         return list(dict.fromkeys(path for program in plain for path in program.activations))
-
-    def epoch(self, number: int) -> int:
-        """A loop says nothing of epochs."""
-        return 0
-
-    def is_by_program(self, number: int) -> bool:
-        """Tell whether a program took a step in the place of Python: none did."""
-        return False
-
-    def begin(self, number: int) -> Any:
-        """No step is taken so."""
-        raise AssertionError(f"no program takes step {number} in the place of Python")
-
-    def is_like_before(self, number: int) -> bool:
-        """Tell whether a step is like the one before; each has numbers of its own."""
-        return False
 
     def _take(self, number: int, look: Callable[[int, Environment], None] | None = None) -> float:
         self.settle()
@@ -303,55 +277,6 @@ class RecordedLoop:
             )
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
         return _Inputs(tensors, content.get("nesting"))
-
-
-class _Watcher:
-    """Copies what operations are given and give, activations and gradients, while a step is taken."""
-
-    def __init__(self, plain: PlainProgram, numbers: list[int | float]) -> None:
-        program = plain.program
-        self.operations: list[Observed] = []
-        self.activations: dict[str, tuple[Tensor, ...]] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self._program = program
-        self._operations = plain.operations_with(numbers)
-        self._due: dict[int, list[str]] = {}
-        for path, index in program.given_after().items():
-            self._due.setdefault(index, []).append(path)
-        self._copies: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
-
-    def look(self, index: int, environment: Environment) -> None:
-        """Look at the memory before an operation, which is that after the one before."""
-        operations = self._program.operations
-        if index:
-            self._look_after(index - 1, environment)
-        for path in self._due.get(index - 1, ()):
-            names = self._program.activations[path]
-            self.activations[path] = tuple(self._copy(name, environment) for name in names)
-        is_over = index == len(operations)
-        if is_over or operations[index].phase == "update":
-            for parameter, name in self._program.gradients.items():
-                if parameter not in self.gradients and environment.is_there(name):
-                    self.gradients[parameter] = self._copy(name, environment)
-        if not is_over:
-            self._inputs = {n: self._copy(n, environment) for n in operations[index].reads()}
-
-    def _look_after(self, index: int, environment: Environment) -> None:
-        operation = self._operations[index]
-        names = [name for name in operation.results if name] or operation.written()
-        written = {self._storage(name) for name in (*names, *operation.written())}
-        self._copies = {n: t for n, t in self._copies.items() if self._storage(n) not in written}
-        results = {name: self._copy(name, environment) for name in names}
-        self.operations.append(Observed(operation, self._inputs, results))
-
-    def _copy(self, name: str, environment: Environment) -> Tensor:
-        if name not in self._copies:
-            self._copies[name] = environment.tensor(name).detach().clone()
-        return self._copies[name]
-
-    def _storage(self, name: str) -> str:
-        return self._program.tensors[name].storage
 
 
 def _laid(plain: PlainProgram, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

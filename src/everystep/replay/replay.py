@@ -1,4 +1,4 @@
-"""Replay: go to any state of a run, and open any step; what was gone through is kept in memory.
+"""Replay: go to any state of a run, and open any step; states on the way are kept in memory.
 
 The way to a state begins at the nearest one that is there: on disk, in memory, or where the replay
 stands already. Each loss on the way is compared with the recorded one, bit for bit.
@@ -19,12 +19,11 @@ from everystep import numerics
 from everystep.errors import RunError, StepError
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
-from everystep.replay.loop import RecordedLoop
-from everystep.replay.objects import Objects
-from everystep.replay.replayable import Replayable
-from everystep.replay.revive import revive
-from everystep.replay.step import Step, Update
+from everystep.replay.loop import LoopStepper
+from everystep.replay.reopen import reopen
+from everystep.replay.step import ReplayStepper, Step, Update
 from everystep.step.state import Generators, State, generators_preserved
+from everystep.training.objects import Objects
 
 __all__ = ["Replay", "no_such_step", "same_number"]
 
@@ -37,7 +36,7 @@ BLOCK = 1024
 
 
 class Replay:
-    """A run that can be gone through. One thread of the program at a time.
+    """A run whose steps can be taken again. One thread of the program at a time.
 
     Args:
         run: which run.
@@ -61,7 +60,7 @@ class Replay:
         self.stretches = run.stretches
         self._objects = objects or Objects()
         self._threads = threads
-        self._revived: dict[int, Replayable] = {}
+        self._steppers: dict[int, ReplayStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
         self._kept: OrderedDict[tuple[int, int], tuple[int, Any]] = OrderedDict()
@@ -95,7 +94,7 @@ class Replay:
             RunError: something that is needed is missing or cannot be read.
         """
         if number in {row.step for row in self.snapshot_rows()}:
-            state = self.run.state_near(number, told=self._note, after=number - 1)
+            state = self.run.state_near(number, on_problem=self._note, after=number - 1)
             if state is not None:
                 return state
         if number:
@@ -104,37 +103,37 @@ class Replay:
             return self.go_to(number).capture()
 
     @property
-    def revived(self) -> Replayable:
-        """The training that is being gone through, as it stands."""
-        return self._revive(self._at)
+    def stepper(self) -> ReplayStepper:
+        """What takes the steps, at the state that the replay stands at."""
+        return self._stepper_of(self._at)
 
-    def go_to(self, state: int, at: int | None = None) -> Replayable:
+    def go_to(self, state: int, at: int | None = None) -> ReplayStepper:
         """Take the steps up to a state, in the stretch `at`; to be called within `in_force`."""
         at = self.stretch_of(state) if at is None else at
-        revived = self._revive(at)
-        self._start_near(revived, at, state)
-        assert revived.state is not None
-        while revived.state < state:
-            self._advance(revived, min(state, revived.state + self._spacing()))
-            if revived.state < state:
-                self._keep(revived)
-        return revived
+        stepper = self._stepper_of(at)
+        self._start_near(stepper, at, state)
+        assert stepper.state is not None
+        while stepper.state < state:
+            self._advance(stepper, min(state, stepper.state + self._spacing()))
+            if stepper.state < state:
+                self._keep(stepper)
+        return stepper
 
     def next_step(self) -> Step:
         """Open the step after the state that the replay stands at; to be called within `in_force`."""
-        revived = self.revived
-        assert revived.state is not None
-        revived.settle()
-        number = revived.state + 1
+        stepper = self.stepper
+        assert stepper.state is not None
+        stepper.settle()
+        number = stepper.state + 1
         recorded = self.recorded_loss(number)
-        dropped = revived.gradients()
-        before = {name: t.detach().clone() for name, t in revived.named_state().items()}
-        is_by_program = revived.is_by_program(number)
-        batch = revived.batch(number)
-        observation = revived.observe()
+        dropped = stepper.gradients()
+        before = {name: t.detach().clone() for name, t in stepper.named_state().items()}
+        is_by_program = stepper.is_by_program(number)
+        batch = stepper.batch(number)
+        observation = stepper.observe()
         loss = float(observation.loss)
         self.compare(number, [loss], [recorded])
-        after = revived.named_state()
+        after = stepper.named_state()
         return Step(
             number=number,
             loss=loss,
@@ -154,9 +153,9 @@ class Replay:
                 for name, tensor in _of_kind(before, "parameter").items()
             },
             operations=tuple(observation.operations),
-            hyperparameters=revived.hyperparameters(),
+            hyperparameters=stepper.hyperparameters(),
             is_by_program=is_by_program,
-            epoch=revived.epoch(number),
+            epoch=stepper.epoch(number),
         )
 
     def recorded_loss(self, number: int) -> float:
@@ -204,59 +203,67 @@ class Replay:
                 self._generators.restore(device)
             try:
                 yield
+            except BaseException:
+                self._forget_where()
+                raise
             finally:
                 self._generators = Generators.capture(device)
+
+    def _forget_where(self) -> None:
+        """A step may have been taken by half: go on from a state that was kept."""
+        for stepper in self._steppers.values():
+            stepper.state = None
 
     def _go_to_start_of(self, number: int) -> None:
         """Go to the state before a step, with the gradients of the step before still there."""
         at = self.stretch_of(number)
-        revived = self._revive(at)
-        if at == self._at and revived.state == number - 1 and revived.has_gradients:
+        stepper = self._stepper_of(at)
+        if at == self._at and stepper.state == number - 1 and stepper.has_gradients:
             return
-        if number > self.stretches[at].first and not revived.has_gradients_in_state:
+        if number > self.stretches[at].first and not stepper.has_gradients_in_state:
             self.go_to(number - 2, at)
-            self._advance(revived, number - 1)
+            self._advance(stepper, number - 1)
         self.go_to(number - 1, at)
 
-    def _start_near(self, revived: Replayable, at: int, state: int) -> None:
+    def _start_near(self, stepper: ReplayStepper, at: int, state: int) -> None:
         """Bring the training to the nearest state that is there, not after the one wanted."""
         lowest = self.stretches[at].first - 1
         here = -1
-        if self._at == at and revived.state is not None and lowest <= revived.state <= state:
-            here = revived.state
+        if self._at == at and stepper.state is not None and lowest <= stepper.state <= state:
+            here = stepper.state
         kept = max(
             (s for stretch, s in self._kept if stretch == at and lowest <= s <= state), default=-1
         )
         on_disk = [r.step for r in self.snapshot_rows() if max(lowest, here, kept) < r.step <= state]
         self._at = at
         if on_disk:
-            found = self.run.state_near(state, told=self._note, after=max(lowest - 1, here, kept))
+            found = self.run.state_near(state, on_problem=self._note, after=max(lowest - 1, here, kept))
             if found is not None:
-                revived.load(found)
+                stepper.load(found)
                 return
         if kept > here:
             self._kept.move_to_end((at, kept))
-            revived.restore(kept, self._kept[at, kept][1])
+            stepper.restore(kept, self._kept[at, kept][1])
         elif here < 0:
-            self._load_first(revived, at)
+            self._load_first(stepper, at)
 
-    def _load_first(self, revived: Replayable, at: int) -> None:
+    def _load_first(self, stepper: ReplayStepper, at: int) -> None:
         """Load the state that a stretch begins with; if it cannot be read, from the stretch before."""
         boundary = self.stretches[at].first - 1
-        state = self.run.state_near(boundary, told=self._note, after=boundary - 1)
+        state = self.run.state_near(boundary, on_problem=self._note, after=boundary - 1)
         if state is None and at:
             state = self.go_to(boundary, at - 1).capture()
         if state is None:
             problems = "; ".join(self.problems) or "it is not there"
             raise RunError(f"{self.run.name} cannot be replayed from its first state: {problems}")
-        revived.load(state)
+        stepper.load(state)
         self._at = at
 
-    def _advance(self, revived: Replayable, last: int) -> None:
-        assert revived.state is not None
-        first = revived.state + 1
+    def _advance(self, stepper: ReplayStepper, last: int) -> None:
+        assert stepper.state is not None
+        first = stepper.state + 1
         started = time.perf_counter()
-        losses = revived.run(last)
+        losses = stepper.run(last)
         self._step_seconds = (time.perf_counter() - started) / len(losses)
         self.compare(first, losses.tolist(), self.recorded_losses(first, last))
 
@@ -287,25 +294,25 @@ class Replay:
     def _spacing(self) -> int:
         return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
 
-    def _keep(self, revived: Replayable) -> None:
-        assert revived.state is not None
-        place = self._at, revived.state
+    def _keep(self, stepper: ReplayStepper) -> None:
+        assert stepper.state is not None
+        place = self._at, stepper.state
         if place in self._kept:
             return
-        saved = revived.save()
+        saved = stepper.save()
         self._kept[place] = sum(tensor.nbytes for tensor in saved.tensors.values()), saved
         while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
-    def _revive(self, at: int) -> Replayable:
-        if at not in self._revived:
+    def _stepper_of(self, at: int) -> ReplayStepper:
+        if at not in self._steppers:
             facts = self.stretches[at].facts
-            self._revived[at] = (
-                RecordedLoop(self.run, facts, self._depart)
+            self._steppers[at] = (
+                LoopStepper(self.run, facts, self._depart)
                 if facts.loop
-                else revive(self.run, self.stretches[at], self._objects)
+                else reopen(self.run, self.stretches[at], self._objects)
             )
-        return self._revived[at]
+        return self._steppers[at]
 
     def _depart(self, step: int, problem: str) -> None:
         """A step has done something else than was recorded."""

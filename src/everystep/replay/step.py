@@ -1,4 +1,4 @@
-"""A step opened: everything in it, in the chapter's order, as tensors."""
+"""A step opened: everything in it, in the chapter's order, as tensors; and what takes it again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.program.execute import Observed
 from everystep.program.operation import Phase
+from everystep.step.advance import Hook
+from everystep.step.observe import Observation
+from everystep.step.state import State
 
-__all__ = ["Batch", "Segment", "Statistics", "Step", "Update", "statistics"]
+__all__ = ["Batch", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,76 @@ class Step:
             f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "
             f"{len(self.operations)} operations, {len(self.updates)} updates>"
         )
+
+
+class ReplayStepper(Protocol):
+    """What a replay needs of a recorded training, one of everystep or a loop of the user.
+
+    state: the number of the step after which the state is, None before one is loaded.
+    """
+
+    state: int | None
+    #: Whether a state holds the gradients that the next step needs: otherwise they are made once more.
+    has_gradients_in_state: bool
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients that the last step left are there."""
+        return True
+
+    def load(self, state: State) -> None:
+        """Bring everything to a state from disk."""
+
+    def save(self) -> Any:
+        """Return a copy of the state as it is now, which has `tensors`."""
+
+    def restore(self, step: int, saved: Any) -> None:
+        """Bring everything back to what `save` returned after `step`."""
+
+    def capture(self) -> State:
+        """Return the state as it is now, as it is written to disk."""
+
+    def settle(self) -> None:
+        """Let what happened after the last step be so, before anything else is done."""
+
+    def run(self, last: int) -> Tensor:
+        """Take the steps up to `last`; return their losses (steps), on the CPU."""
+
+    def watch(self, last: int, hook: Hook) -> Tensor:
+        """Take the steps up to `last` while a hook looks; return their losses (steps), on the CPU.
+
+        The next step is by program; the first that is not ends the way, and so may the hook.
+        """
+        raise AssertionError("no program takes its steps in the place of Python")
+
+    def observe(self) -> Observation:
+        """Take the next step, and return all that is in it."""
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the live tensors of the state by name."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return copies of the gradients that the last step has left, by parameter."""
+
+    def hyperparameters(self) -> dict[str, float]:
+        """Return the learning rates, and what else is worth a word."""
+
+    def module_paths(self) -> list[str]:
+        """Return the paths of modules, of which not each need run at each step."""
+
+    def given(self, number: int) -> bytes:
+        """Return what tells apart what the next step is given besides its state: settings and batch."""
+
+    def batch(self, number: int) -> Batch:
+        """Return the batch of a step."""
+
+    def epoch(self, number: int) -> int:
+        """Return the epoch of a step, from 0; a loop of the user says nothing of epochs."""
+        return 0
+
+    def is_by_program(self, number: int) -> bool:
+        """Tell whether a program takes a step in the place of Python; none does in a user's loop."""
+        return False
 
 
 class Statistics(NamedTuple):

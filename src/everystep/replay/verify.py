@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
-from everystep.replay.objects import Objects
-from everystep.replay.replay import Replay
-from everystep.replay.walk import LossDifference, Piece, StateDifference, pieces, walk
-from everystep.replay.workers import recorded_numerics
-from everystep.step.check import distance
+from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
+from everystep.replay.processes import Opener, recorded_numerics
+from everystep.step.check import StateDifference, distance
 
 __all__ = ["Verification", "verify"]
 
@@ -49,66 +46,47 @@ class Verification:
         return not (self.different_steps or self.states or self.problems)
 
 
-class TakeAgain:
-    """Takes steps again, and nothing more."""
-
-    is_done = False
-
-    def begin(self, replay: Replay, piece: Piece) -> int:
-        """Begin with the state before the piece."""
-        return piece.first - 1
-
-    def take(self, replay: Replay, last: int, piece: Piece) -> Tensor:
-        """Take steps up to `last`; return their losses."""
-        return replay.revived.run(last)
-
-    def result(self) -> None:
-        """Return nothing."""
-
-
 def verify(
-    run: RecordedRun,
-    objects: Objects | None = None,
+    opener: Opener,
     processes: int | None = None,
-    told: Callable[[int], None] = lambda steps: None,
+    on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Verification:
     """Take every step of a run again, and compare every loss and every snapshot, bit for bit.
 
     Args:
-        run: which run.
-        objects: what the user trained with, for steps that no program takes.
+        opener: of the run.
         processes: how many at once; absent: one for each core, where that is worth their start.
-        told: is told of steps that are done.
+        on_progress: called with the number of steps that were just replayed.
 
     Raises:
         RunError: something that is needed is missing or cannot be read.
     """
+    run = opener.run
     steps = run.summary().steps
-    walked = (
-        list(walk(run, pieces(run, 1, steps), TakeAgain(), objects, processes, told)) if steps else []
-    )
-    walked.sort(key=lambda each: each.piece)
-    firsts = [each.first_loss for each in walked if each.first_loss is not None]
+    found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
+    replayed = list(found) if steps else []
+    replayed.sort(key=lambda each: each.span)
+    firsts = [each.first_loss for each in replayed if each.first_loss is not None]
     threads: dict[int, int] = {}
-    for each in walked:
-        taken = each.piece.last - each.piece.first + 1
+    for each in replayed:
+        taken = each.span.last - each.span.first + 1
         threads[each.threads] = threads.get(each.threads, 0) + taken
     return Verification(
         steps=steps,
-        different_steps=sum(each.different_losses for each in walked),
+        different_steps=sum(each.different_losses for each in replayed),
         first_loss=firsts[0] if firsts else None,
         loss_distance=_loss_distance(run, firsts[0]) if firsts else None,
-        snapshots=sum(each.compared for each in walked),
+        snapshots=sum(each.compared for each in replayed),
         all_snapshots=sum(0 < row.step <= steps for row in run.snapshot_rows()),
-        states=tuple(difference for each in walked for difference in each.states),
-        numerics=_other_numerics(run, walked[0].numerics if walked else None),
-        problems=tuple(dict.fromkeys(problem for each in walked for problem in each.problems)),
+        states=tuple(difference for each in replayed for difference in each.states),
+        numerics=_other_numerics(run, replayed[0].numerics if replayed else None),
+        problems=tuple(dict.fromkeys(problem for each in replayed for problem in each.problems)),
         threads=threads,
     )
 
 
 def _other_numerics(run: RecordedRun, here: Numerics | None) -> dict[str, tuple[Any, Any]]:
-    """Return what could not be made as it was; how many threads there were is told by itself."""
+    """Return what could not be made as it was; without the number of threads, which `threads` has."""
     if here is None:
         return {}
     differences = recorded_numerics(run.facts).differences(here)

@@ -23,8 +23,8 @@ from everystep.program.program import (
     references,
 )
 from everystep.step.capture import Capture
-from everystep.step.eager import Trainee, changes_more_than_lr
-from everystep.step.recorder import Recorded
+from everystep.step.eager import Training, changes_more_than_lr
+from everystep.step.recorder import CapturedOperation
 from everystep.step.state import optimizer_settings
 
 __all__ = ["Builder", "Built", "NotCapturableError", "build", "checked", "named_operations"]
@@ -45,7 +45,7 @@ class Built(NamedTuple):
     constants: dict[str, Tensor]
 
 
-def build(captured: Capture, trainee: Trainee, has_update: bool = True) -> Built:
+def build(captured: Capture, training: Training, has_update: bool = True) -> Built:
     """Return the program of a captured step.
 
     has_update: whether the update was captured, too; without it, the program ends with the gradients.
@@ -59,7 +59,7 @@ def build(captured: Capture, trainee: Trainee, has_update: bool = True) -> Built
             raise NotCapturableError(f"in the {where} phase, {reason}")
     if not has_update:
         return Builder(captured, captured.operations, ("optimizer/", "group/")).program(None)
-    update = _Update(captured, trainee)
+    update = _Update(captured, training)
     left_out = ("optimizer/",) if update.is_optimizer_step else ()
     builder = Builder(captured, update.operations(), left_out)
     optimizer_step = update.optimizer_step() if update.is_optimizer_step else None
@@ -117,10 +117,10 @@ def _unchanging_in(captured: Capture) -> set[int]:
 class _Update:
     """The update: operations with the lr as a tensor, or the step of an optimizer as a whole."""
 
-    def __init__(self, captured: Capture, trainee: Trainee) -> None:
+    def __init__(self, captured: Capture, training: Training) -> None:
         self._captured = captured
-        self._trainee = trainee
-        self._settings = optimizer_settings(trainee.model, trainee.optimizer)
+        self._training = training
+        self._settings = optimizer_settings(training.model, training.optimizer)
         self._groups = {
             name: index
             for index, group in enumerate(self._settings["groups"])
@@ -129,7 +129,7 @@ class _Update:
         self._with_lr = [self._lr_as_tensor(each) for each in self._own_operations()]
         self.is_optimizer_step = self._reason_against() is not None
 
-    def operations(self) -> list[Recorded]:
+    def operations(self) -> list[CapturedOperation]:
         """Return all operations of the step, the optimizer's where they can be used."""
         before = self._captured.operations[: self._captured.update_from]
         return before if self.is_optimizer_step else before + self._with_lr
@@ -140,10 +140,10 @@ class _Update:
         Raises:
             NotCapturableError: the optimizer is not one of torch's.
         """
-        optimizer = type(self._trainee.optimizer)
+        optimizer = type(self._training.optimizer)
         if getattr(torch.optim, optimizer.__name__, None) is not optimizer:
             raise NotCapturableError(f"the step of {optimizer.__qualname__} {self._reason_against()}")
-        schedule = self._trainee.schedule
+        schedule = self._training.schedule
         changing = set() if schedule is None else _SCHEDULED
         if schedule is not None and changes_more_than_lr(schedule):
             changing = changing | _SCHEDULED_BY_SOME
@@ -153,7 +153,7 @@ class _Update:
         ]
         return OptimizerStep(name=optimizer.__name__, groups=tuple(groups))
 
-    def _own_operations(self) -> list[Recorded]:
+    def _own_operations(self) -> list[CapturedOperation]:
         return self._captured.operations[self._captured.update_from :]
 
     def _reason_against(self) -> str | None:
@@ -163,7 +163,7 @@ class _Update:
                 return f"is no list of operations: {refusal.reason}"
         if any(value is not None for value in self._settings["values"].values()):
             return "keeps numbers that are no tensors"
-        schedule = self._trainee.schedule
+        schedule = self._training.schedule
         if schedule is not None:
             if changes_more_than_lr(schedule):
                 return "follows a schedule that may change more than the lr"
@@ -171,7 +171,7 @@ class _Update:
                 return "follows a schedule, and reads the lr as a number"
         return None
 
-    def _lr_as_tensor(self, recorded: Recorded) -> Recorded:
+    def _lr_as_tensor(self, recorded: CapturedOperation) -> CapturedOperation:
         """Return the operation reading the lr from a float64 tensor, where it has the lr as a number.
 
         So the same operation serves every lr, and with the bits that the number gives.
@@ -184,7 +184,7 @@ class _Update:
                 operator=recorded.operator.overloadpacket.tensor_lr,
                 keywords=recorded.keywords | {"lr": hyperparameter("lr", group, "float64")},
             )
-        if name == "mul" and isinstance(self._trainee.optimizer, GradientDescent):
+        if name == "mul" and isinstance(self._training.optimizer, GradientDescent):
             gradient, lr = recorded.arguments
             if isinstance(lr, float | int) and isinstance(gradient, str):
                 # A kernel for float32 rounds a number to float32 before it multiplies; given one that
@@ -210,7 +210,7 @@ class Builder:
     """Gives everything a name, and leaves out what has no effect."""
 
     def __init__(
-        self, captured: Capture, operations: list[Recorded], left_out: tuple[str, ...] = ()
+        self, captured: Capture, operations: list[CapturedOperation], left_out: tuple[str, ...] = ()
     ) -> None:
         self._captured = captured
 
@@ -286,7 +286,7 @@ class Builder:
             if name in ends
         }
 
-    def _name_storages(self, operations: list[Recorded]) -> None:
+    def _name_storages(self, operations: list[CapturedOperation]) -> None:
         """Storages are named after state, gradients and the loss; others after their operator."""
         captured = self._captured
         known = self._state | {f"gradient/{name}": n for name, n in captured.gradients.items()}
@@ -353,7 +353,7 @@ class Builder:
         self._tensors.setdefault(name, TensorSpec(storage=name, dtype=dtype, shape=(), stride=()))
         return name
 
-    def _operation(self, recorded: Recorded) -> Operation:
+    def _operation(self, recorded: CapturedOperation) -> Operation:
         return Operation(
             phase=recorded.phase,
             module=recorded.module,

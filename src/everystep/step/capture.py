@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from everystep.step.eager import EagerStep, Trainee, check_loss_value
-from everystep.step.recorder import CapturedStorage, CapturedTensor, Recorded, Refusal, StepRecorder
+from everystep.step.eager import EagerStep, Training, check_loss_value
+from everystep.step.recorder import (
+    CapturedOperation,
+    CapturedStorage,
+    CapturedTensor,
+    Refusal,
+    StepRecorder,
+)
 
 __all__ = ["Capture", "begin_watching", "take_watched"]
 
@@ -28,7 +34,7 @@ class Capture:
     loss: Tensor
     tensors: list[CapturedTensor]
     storages: list[CapturedStorage]
-    operations: list[Recorded]
+    operations: list[CapturedOperation]
     refusals: list[Refusal]
     update_from: int
     named: dict[str, int] = field(default_factory=dict)
@@ -40,9 +46,9 @@ class Capture:
     held: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
-def begin_watching(trainee: Trainee, x: Tensor, y: Tensor, recorder: StepRecorder) -> dict[str, int]:
+def begin_watching(training: Training, x: Tensor, y: Tensor, recorder: StepRecorder) -> dict[str, int]:
     """Give a recorder the tensors that have a name before a step; return their numbers by name."""
-    named = {name: recorder.know(tensor, "state") for name, tensor in trainee.named_state().items()}
+    named = {name: recorder.know(tensor, "state") for name, tensor in training.named_state().items()}
     return named | {name: recorder.know(t, "input") for name, t in (("x", x), ("y", y))}
 
 
@@ -57,14 +63,14 @@ def take_watched(
     Raises:
         whatever the step raises.
     """
-    trainee = step.trainee
-    x, y = trainee.batch(number)
-    before = trainee.named_state()
-    named = begin_watching(trainee, x, y, recorder)
-    with recorder.numbers_seen(), recorder, recorder.modules(trainee.model):
-        prediction = trainee.model(x)
+    training = step.training
+    x, y = training.batch(number)
+    before = training.named_state()
+    named = begin_watching(training, x, y, recorder)
+    with recorder.numbers_seen(), recorder, recorder.modules(training.model):
+        prediction = training.model(x)
         recorder.enter("loss")
-        loss = trainee.loss(prediction, y)
+        loss = training.loss(prediction, y)
         check_loss_value(loss)
         with recorder.paused():
             value = loss.detach().clone()
@@ -75,10 +81,10 @@ def take_watched(
             with recorder.paused():
                 step.zero_grad()
         recorder.enter("backward")
-        with _held_back(trainee, recorder, is_needed=not has_update) as held, recorder.hooks_seen():
+        with _held_back(training, recorder, is_needed=not has_update) as held, recorder.hooks_seen():
             loss.backward()  # type: ignore[no-untyped-call]
             with recorder.paused():
-                gradients = recorder.gradients(trainee.gradients())
+                gradients = recorder.gradients(training.gradients())
         recorder.enter("update")
         step.clip()
         update_from = len(recorder.operations)
@@ -98,21 +104,21 @@ def take_watched(
         activations=recorder.activations,
         held=held,
     )
-    _compare_state(found, recorder, before, trainee.named_state())
+    _compare_state(found, recorder, before, training.named_state())
     _note_changed_constants(found)
-    _note_changed_inputs(found, trainee.batch.is_fixed)
+    _note_changed_inputs(found, training.batch.is_fixed)
     return found
 
 
 @contextmanager
 def _held_back(
-    trainee: Trainee, recorder: StepRecorder, is_needed: bool
+    training: Training, recorder: StepRecorder, is_needed: bool
 ) -> Iterator[dict[Tensor, Tensor]]:
     """Set gradients aside that an optimizer has not dropped; what backward makes is then added to them.
 
     As autograd does, but so that the backward phase begins without gradients. Yields copies of them.
     """
-    parameters = (p for group in trainee.optimizer.param_groups for p in group["params"])
+    parameters = (p for group in training.optimizer.param_groups for p in group["params"])
     held = {p: p.grad for p in parameters if is_needed and p.grad is not None}
     with recorder.paused():
         copies = {parameter: gradient.clone() for parameter, gradient in held.items()}

@@ -1,21 +1,27 @@
-"""Check: the state of a training saved, restored and compared, bit for bit."""
+"""Check: tensors and states compared, bit for bit."""
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from everystep.program.memory import copy_into
-from everystep.step.eager import Trainee
-from everystep.step.own_state import captured, keeps_own_state, restore
-from everystep.step.state import Generators, entries_of, parameter_names
+from everystep.step.state import State
 
-__all__ = ["Saved", "as_integers", "bytes_of", "difference", "distance", "same_bits"]
+__all__ = [
+    "StateDifference",
+    "as_integers",
+    "bytes_of",
+    "difference",
+    "distance",
+    "same_bits",
+    "state_differences",
+]
 
+_OF_MODEL = re.compile(r"^(parameter|buffer)/")
 #: How far a folded program may be from the eager step, relative to the largest number of a tensor.
 FOLD_TOLERANCE = {
     torch.float64: 1e-10,
@@ -25,80 +31,17 @@ FOLD_TOLERANCE = {
 }
 
 
-#: Tensors that the optimizer keeps.
-_OF_OPTIMIZER = ("optimizer/", "group/")
+class StateDifference(NamedTuple):
+    """A tensor of a snapshot that was another when its state was reached again.
 
-
-class Saved:
-    """A copy of all that a training carries from one step to the next, where it was made.
-
-    Unlike a `State`, which is for the disk, it holds objects as they are, on their device.
-
-    Args:
-        trainee: what is trained.
-        has_optimizer: whether to hold what the optimizer keeps, too.
+    elements: how many numbers differ; largest: by how many units in the last place at most, None where
+    that cannot be said.
     """
 
-    def __init__(self, trainee: Trainee, has_optimizer: bool = True) -> None:
-        optimizer = trainee.optimizer
-        self.tensors = {
-            name: tensor.detach().clone()
-            for name, tensor in trainee.named_state().items()
-            if has_optimizer or not name.startswith(_OF_OPTIMIZER)
-        }
-        self.generators = Generators.capture(trainee.device)
-        self._has_optimizer = has_optimizer
-        self._names = parameter_names(trainee.model, optimizer) if has_optimizer else {}
-        self._own: tuple[dict[str, Tensor], Any] | None = None
-        if has_optimizer and keeps_own_state(optimizer):
-            own, data = captured(optimizer, self._names, trainee.named_state())
-            self._own = {name: tensor.detach().clone() for name, tensor in own.items()}, data
-        elif has_optimizer:
-            self._entries = {p: _plain_data(entries) for p, entries in entries_of(optimizer)}
-            self._groups = [_plain_data(group) for group in optimizer.param_groups]
-        self._schedules = [_plain_data(vars(each)) for each in _schedules(trainee.schedule)]
-
-    def restore(self, trainee: Trainee, *, forget_new: bool, has_schedule: bool = False) -> None:
-        """Bring the training back to this state, in its own tensors where it has them.
-
-        forget_new: whether to drop optimizer state created since; has_schedule: whether to bring the
-        schedule back, too.
-        """
-        if self._own is not None:
-            own, data = self._own
-            restore(trainee.optimizer, self._names, self.tensors | own, data)
-        elif self._has_optimizer:
-            self._restore_optimizer(trainee.optimizer, forget_new)
-        with torch.no_grad():
-            for name, tensor in trainee.named_state().items():
-                if name in self.tensors:
-                    copy_into(tensor, self.tensors[name])
-        if has_schedule:
-            for each, numbers in zip(_schedules(trainee.schedule), self._schedules, strict=True):
-                vars(each).update(_plain_data(numbers))
-        self.generators.restore(trainee.device)
-
-    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, forget_new: bool) -> None:
-        for group, saved in zip(optimizer.param_groups, self._groups, strict=True):
-            group.update(_plain_data(saved))
-        for parameter, _ in list(entries_of(optimizer)):
-            if forget_new and parameter not in self._entries:
-                del optimizer.state[parameter]
-        for parameter, entries in self._entries.items():
-            self._restore_entries(parameter, optimizer.state[parameter], entries, forget_new)
-
-    def _restore_entries(
-        self, parameter: Tensor, entries: dict[str, Any], saved: dict[str, Any], forget_new: bool
-    ) -> None:
-        entries.update(_plain_data(saved))
-        prefix = f"optimizer/{self._names.get(parameter, '#')}/"
-        tensors = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
-        for key, tensor in tensors.items():
-            if not isinstance(entries.get(key), Tensor):
-                entries[key] = tensor.clone()
-        if forget_new:
-            for key in entries.keys() - saved.keys() - tensors.keys():
-                del entries[key]
+    state: int
+    tensor: str
+    elements: int
+    largest: int | None
 
 
 def difference(
@@ -159,22 +102,43 @@ def _is_close(one: Tensor, two: Tensor) -> bool:
     return bool(((one - two).abs() <= tolerance * largest).all()) or same_bits(one, two)
 
 
-def _schedules(schedule: Any) -> list[Any]:
-    """Return a schedule, and those that it is made of."""
-    if schedule is None:
-        return []
-    inner = getattr(schedule, "_schedulers", ())
-    return [schedule, *(each for other in inner for each in _schedules(other))]
+def state_differences(
+    recorded: State, replayed: State, *, only_model: bool = False
+) -> list[StateDifference]:
+    """Return the tensors of two states that differ; Python's and NumPy's generators are left out.
+
+    only_model: compare parameters and buffers alone.
+    """
+    found = []
+    both = _compared(recorded), _compared(replayed)
+    for name in sorted(both[0] | both[1]):
+        if only_model and not name.startswith(("parameters/", "buffer/")):
+            continue
+        # A pending gradient is in a snapshot only where the next step uses it.
+        if name.startswith("gradient/") and not (name in both[0] and name in both[1]):
+            continue
+        one, two = (_tensor(state, name) for state in (recorded, replayed))
+        if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype:
+            found.append(StateDifference(recorded.step, name, 0, None))
+        elif not same_bits(one, two):
+            elements = int((as_integers(one) != as_integers(two)).sum())
+            found.append(StateDifference(recorded.step, name, elements, distance(one, two)))
+    return found
 
 
-def _plain_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of what is made of numbers and texts alone; other objects stay as they are."""
-    return {key: copy.deepcopy(value) for key, value in settings.items() if _is_plain(value)}
+def _compared(state: State) -> set[str]:
+    # What a loop of the user's draws besides its steps is not repeated, but given to those that draw.
+    is_own_loop = "parts" in state.settings
+    left_out = ("generator/",) if is_own_loop else ("generator/python", "generator/numpy")
+    own = {n for n in state.rest if not n.startswith(left_out)}
+    found = own | {f"parameters/{name}" for name in state.parameters}
+    # Which are in a state_dict may change on the way, as layers come and go.
+    return {_OF_MODEL.sub("parameters/", name) for name in found} if is_own_loop else found
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+def _tensor(state: State, name: str) -> Tensor | None:
+    kind, _, path = name.partition("/")
+    if kind != "parameters":
+        return state.rest.get(name)
+    others = (state.rest.get(f"{each}/{path}") for each in ("parameter", "buffer"))
+    return state.parameters.get(path, next((each for each in others if each is not None), None))

@@ -18,7 +18,7 @@ from everystep.step.state import State, first_names, named_state, parameter_name
 
 _OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
 
-__all__ = ["BatchSource", "EagerStep", "Trainee", "changes_more_than_lr", "check_loss_value"]
+__all__ = ["BatchSource", "EagerStep", "Training", "changes_more_than_lr", "check_loss_value"]
 
 
 class BatchSource(Protocol):
@@ -44,7 +44,7 @@ class BatchSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Trainee:
+class Training:
     """All that a step needs, alive.
 
     loss: of prediction and target, gives one number; clip_norm: the largest 2-norm of all gradients
@@ -93,9 +93,9 @@ class Trainee:
 class EagerStep:
     """An eager step, whole (`take`) and in parts."""
 
-    def __init__(self, trainee: Trainee) -> None:
-        self.trainee = trainee
-        self.advance = _advancing(trainee)
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.advance = _advancing(training)
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         """Take a whole step on a batch, but for the schedule; return the loss, still on the device.
@@ -116,12 +116,12 @@ class EagerStep:
         Raises:
             as `take`.
         """
-        loss = self.trainee.loss(self.trainee.model(x), y)
+        loss = self.training.loss(self.training.model(x), y)
         check_loss_value(loss)
         value = loss.detach().clone()  # it may be a view of what the update changes
         self.zero_grad()
         if held is not None:
-            parameters = (p for group in self.trainee.optimizer.param_groups for p in group["params"])
+            parameters = (p for group in self.training.optimizer.param_groups for p in group["params"])
             held |= {p: p.grad.clone() for p in parameters if p.grad is not None}
         loss.backward()  # type: ignore[no-untyped-call]
         self.clip()
@@ -130,7 +130,7 @@ class EagerStep:
     @property
     def has_own_zero_grad(self) -> bool:
         """Whether the optimizer zeroes gradients in a way of its own."""
-        optimizer = self.trainee.optimizer
+        optimizer = self.training.optimizer
         usual = torch.optim.Optimizer.zero_grad
         return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
 
@@ -140,18 +140,18 @@ class EagerStep:
         The mark takes longer than the work: a twentieth of a step of the chapter's network.
         """
         if self.has_own_zero_grad:
-            self.trainee.optimizer.zero_grad()
+            self.training.optimizer.zero_grad()
             return
-        for group in self.trainee.optimizer.param_groups:
+        for group in self.training.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     def clip(self) -> None:
         """Clip the gradients, if that is asked for."""
-        if self.trainee.clip_norm is not None:
-            groups = self.trainee.optimizer.param_groups
+        if self.training.clip_norm is not None:
+            groups = self.training.optimizer.param_groups
             clipped = [parameter for group in groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(clipped, self.trainee.clip_norm)
+            nn.utils.clip_grad_norm_(clipped, self.training.clip_norm)
 
     def update(self) -> None:
         """Do what `optimizer.step()` does, without what torch wraps around it where that has no effect.
@@ -162,7 +162,7 @@ class EagerStep:
         Raises:
             ExperimentError: an optimizer that is not torch's raises.
         """
-        optimizer = self.trainee.optimizer
+        optimizer = self.training.optimizer
         step = type(optimizer).step
         is_hooked = any(getattr(owner, name, True) for owner, name in _step_hooks(optimizer))
         if not type(optimizer).__module__.startswith(("torch.", "everystep.")):
@@ -232,12 +232,12 @@ def _not_one_number(loss: Any) -> str:
     return f"{kind}; give a tensor, which gradients flow back from (without .item() or float())"
 
 
-def _advancing(trainee: Trainee) -> Callable[[int], None] | None:
+def _advancing(training: Training) -> Callable[[int], None] | None:
     """Return what advances the schedule after a step; one that waits for evaluations does not."""
-    schedule, every = trainee.schedule, trainee.steps_per_epoch
+    schedule, every = training.schedule, training.steps_per_epoch
     if schedule is None or isinstance(schedule, ReduceLROnPlateau):
         return None
-    if trainee.schedule_every == "step":
+    if training.schedule_every == "step":
         return lambda number: schedule.step()
     return lambda number: schedule.step() if number % every == 0 else None
 

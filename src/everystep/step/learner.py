@@ -24,7 +24,7 @@ from everystep.step.path import Path
 from everystep.step.references import References
 from everystep.step.watch import Watch
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "likeness_of"]
 
 _BACKWARD = {"backward", "grad"}
 

@@ -1,4 +1,4 @@
-"""Observe: a step taken so that everything in it can be looked at, by program or eagerly."""
+"""Observe: a step taken so that everything in it can be looked at, by a program or eagerly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram, Observed, without_autograd
 from everystep.program.operators import leaves
+from everystep.program.plain import Environment, PlainProgram
 from everystep.step.build import named_operations
 from everystep.step.capture import take_watched
 from everystep.step.eager import EagerStep
 from everystep.step.recorder import StepRecorder
 
-__all__ = ["Observation", "observe_eager", "observe_program"]
+__all__ = ["Observation", "PlainObserver", "observe_eager", "observe_program"]
 
 
 class Observation(NamedTuple):
@@ -66,7 +67,7 @@ def observe_eager(step: EagerStep, number: int) -> Observation:
     Raises:
         whatever the step raises.
     """
-    watcher = _Watcher(step.trainee.device)
+    watcher = _Watcher(step.training.device)
     captured = take_watched(step, number, watcher)
     operations, names = named_operations(captured)
     seen = [
@@ -74,6 +75,66 @@ def observe_eager(step: EagerStep, number: int) -> Observation:
         for operation, (inputs, results) in zip(operations, watcher.values, strict=True)
     ]
     return Observation(captured.loss, seen, watcher.outputs, watcher.backward_left)
+
+
+class PlainObserver:
+    """Looks at everything in a step that the interpreter of plain programs takes.
+
+    Args:
+        plain: the program.
+        numbers: those of the step.
+
+    `look` is called by the interpreter; `observation` returns what was seen.
+    """
+
+    def __init__(self, plain: PlainProgram, numbers: list[int | float]) -> None:
+        program = plain.program
+        self._operations: list[Observed] = []
+        self._activations: dict[str, tuple[Tensor, ...]] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._program = program
+        self._with_numbers = plain.operations_with(numbers)
+        self._due: dict[int, list[str]] = {}
+        for path, index in program.given_after().items():
+            self._due.setdefault(index, []).append(path)
+        self._copies: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+
+    def observation(self, loss: Tensor) -> Observation:
+        """Return what was seen of the step that gave this loss."""
+        return Observation(loss, self._operations, self._activations, self._gradients)
+
+    def look(self, index: int, environment: Environment) -> None:
+        """Look at the memory before an operation, which is that after the one before."""
+        operations = self._program.operations
+        if index:
+            self._look_after(index - 1, environment)
+        for path in self._due.get(index - 1, ()):
+            names = self._program.activations[path]
+            self._activations[path] = tuple(self._copy(name, environment) for name in names)
+        is_over = index == len(operations)
+        if is_over or operations[index].phase == "update":
+            for parameter, name in self._program.gradients.items():
+                if parameter not in self._gradients and environment.is_there(name):
+                    self._gradients[parameter] = self._copy(name, environment)
+        if not is_over:
+            self._inputs = {n: self._copy(n, environment) for n in operations[index].reads()}
+
+    def _look_after(self, index: int, environment: Environment) -> None:
+        operation = self._with_numbers[index]
+        names = [name for name in operation.results if name] or operation.written()
+        written = {self._storage(name) for name in (*names, *operation.written())}
+        self._copies = {n: t for n, t in self._copies.items() if self._storage(n) not in written}
+        results = {name: self._copy(name, environment) for name in names}
+        self._operations.append(Observed(operation, self._inputs, results))
+
+    def _copy(self, name: str, environment: Environment) -> Tensor:
+        if name not in self._copies:
+            self._copies[name] = environment.tensor(name).detach().clone()
+        return self._copies[name]
+
+    def _storage(self, name: str) -> str:
+        return self._program.tensors[name].storage
 
 
 def _named(tensors: Mapping[int, Tensor], names: Mapping[int, str]) -> dict[str, Tensor]:

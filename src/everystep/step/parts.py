@@ -59,7 +59,6 @@ class Parts:
         self._others = {n: part for n, part in named.items() if n not in modules_and_optimizers}
         self.main = next((n for n in self.modules if n == "model" or len(self.modules) == 1), None)
         self.device = self._device()
-        self._found: dict[str, Tensor] = {}
         self._layout: _Layout | None = None
 
     def check(self) -> None:
@@ -132,12 +131,6 @@ class Parts:
                 found.setdefault(parameter, f"{own}#{place}")
         return found
 
-    def add_found(self, tensor: Tensor) -> str:
-        """A tensor that is none of the parts' is changed by the loop: it is state from now on."""
-        name = f"found/{len(self._found) + 1}"
-        self._found[name] = tensor.detach()
-        return name
-
     def state(self) -> dict[str, Tensor]:
         """Return the live tensors that the training carries, by name; pending gradients among them."""
         layout = self._known_layout()
@@ -150,7 +143,7 @@ class Parts:
             gradient = parameter.grad
             if gradient is not None and gradient.layout is torch.strided:
                 found[name] = gradient
-        return found | self._found
+        return found
 
     def _of_modules_and_optimizers(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from everystep.program.program import Operation, Program
 from everystep.step.build import Builder, checked
 from everystep.step.capture import Capture
 from everystep.step.path import FLOAT, INT, Path
-from everystep.step.recorder import CapturedStorage, Recorded
+from everystep.step.recorder import CapturedOperation, CapturedStorage
 
 __all__ = ["BuiltPath", "build_path"]
 
@@ -46,7 +46,7 @@ def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
     unused = path.unused_gradients()
     named = {name: number for name, number in path.named if name not in unused}
     operations = [
-        Recorded(
+        CapturedOperation(
             phase=seen.phase,
             module=seen.module,
             operator=seen.operator,

@@ -13,7 +13,7 @@ from everystep.program.execute import BoundProgram, allocate
 from everystep.program.fold import fold_updates
 from everystep.program.program import Program, TensorSpec, hyperparameter
 from everystep.step.build import Built
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.eager import EagerStep, Training
 from everystep.step.state import first_names, parameter_names
 
 __all__ = ["ProgramRule", "Programs"]
@@ -43,21 +43,21 @@ class Programs:
     """The programs of a training, by rule.
 
     Args:
-        trainee: what is trained.
+        training: what is trained.
         fold: whether updates shall be folded into matrix products.
         first_step: the first that is taken; it may make state that later ones find.
 
     is_folded: whether they may round otherwise than the eager step.
     """
 
-    def __init__(self, trainee: Trainee, fold: bool, first_step: int = 1) -> None:
+    def __init__(self, training: Training, fold: bool, first_step: int = 1) -> None:
         self.built: list[Built] = []
         # What is folded has the lr as a number in it, so the lr must stay as it is.
-        self._may_fold = fold and trainee.schedule is None
+        self._may_fold = fold and training.schedule is None
         self.is_folded = False
-        self._trainee = trainee
+        self._training = training
         self._since = [first_step]
-        self._eager = EagerStep(trainee)
+        self._eager = EagerStep(training)
         self._by_key: dict[_Key, int] = {}
         self._bound: dict[int, BoundProgram] = {}
         self._bound_to: list[int] = []
@@ -93,7 +93,7 @@ class Programs:
     def add(self, step: int, built: Built) -> None:
         """Use this program for all steps of the kind of `step`; an equal one is kept once."""
         if self._may_fold:
-            folded = fold_updates(built.program, self._trainee.rates())
+            folded = fold_updates(built.program, self._training.rates())
             self.is_folded |= folded is not built.program
             built = built._replace(program=folded)
         same = (number for number, known in enumerate(self.built) if _are_equal(known, built))
@@ -142,11 +142,11 @@ class Programs:
 
         Returns whether it has.
         """
-        state = self._trainee.named_state() if state is None else state
+        state = self._training.named_state() if state is None else state
         now = [t.untyped_storage().data_ptr() for n, t in state.items() if n in self._state_names]
-        if self._trainee.batch.is_fixed:
+        if self._training.batch.is_fixed:
             # A program may have a copy of it, which lies otherwise.
-            now += [n for t in self._trainee.batch(1) for n in (t.data_ptr(), t._version)]
+            now += [n for t in self._training.batch(1) for n in (t.data_ptr(), t._version)]
         has_moved = now != self._bound_to
         if has_moved:
             self._bound.clear()
@@ -173,12 +173,12 @@ class Programs:
 
     def load_batch(self, step: int, bound: BoundProgram) -> None:
         """Put the batch of a step where its program reads it."""
-        if not self._trainee.batch.is_fixed:
-            self._trainee.batch.into(step, bound.tensor("x"), bound.tensor("y"))
+        if not self._training.batch.is_fixed:
+            self._training.batch.into(step, bound.tensor("x"), bound.tensor("y"))
 
     def load_rates(self) -> None:
         """Put the learning rates of the optimizer where programs read them."""
-        groups = self._trainee.optimizer.param_groups
+        groups = self._training.optimizer.param_groups
         for group, tensor in self._rates.values():
             tensor.fill_(float(groups[group]["lr"]))
 
@@ -201,7 +201,7 @@ class Programs:
 
         An optimizer that is not torch's may keep what it is given, or change it.
         """
-        own = {p for group in self._trainee.optimizer.param_groups for p in group["params"]}
+        own = {p for group in self._training.optimizer.param_groups for p in group["params"]}
         gradients = self.bound(step).gradients
         for parameter, name in self._parameters:
             gradient = gradients.get(name)
@@ -228,43 +228,43 @@ class Programs:
 
     def _look_at_optimizer(self) -> None:
         """Note which parameters it has, and make the tensors that programs read its lr from."""
-        trainee = self._trainee
-        names = first_names(trainee.model)
-        self._parameters = list((names | parameter_names(trainee.model, trainee.optimizer)).items())
-        rates = trainee.rates()
+        training = self._training
+        names = first_names(training.model)
+        self._parameters = list((names | parameter_names(training.model, training.optimizer)).items())
+        rates = training.rates()
         self._rates = {
             hyperparameter("lr", group, str(dtype).removeprefix("torch.")): (
                 group,
-                torch.tensor(rate, dtype=dtype, device=trainee.device),
+                torch.tensor(rate, dtype=dtype, device=training.device),
             )
             for group, rate in rates.items()
             for dtype in (torch.float32, torch.float64)
         }
 
     def _bind(self, built: Built) -> BoundProgram:
-        trainee, program = self._trainee, built.program
-        memory = dict(trainee.named_state())
+        training, program = self._training, built.program
+        memory = dict(training.named_state())
         memory |= {name: tensor for name, (_, tensor) in self._rates.items()}
         values = dict(built.constants)
-        if trainee.batch.is_fixed:
-            for name, tensor in zip("xy", trainee.batch(1), strict=True):
+        if training.batch.is_fixed:
+            for name, tensor in zip("xy", training.batch(1), strict=True):
                 if _lies_as(tensor, program.tensors.get(name), program):
                     memory[name] = tensor
                 else:
                     values[name] = tensor
-        memory = allocate(program, values, trainee.device) | memory
+        memory = allocate(program, values, training.device) | memory
         bound: BoundProgram
 
         def optimizer_step() -> None:
             self._hand_over(bound.gradients)
             self._eager.update()
 
-        bound = BoundProgram(program, memory, trainee.device, optimizer_step)
+        bound = BoundProgram(program, memory, training.device, optimizer_step)
         return bound
 
     def _key(self, step: int) -> _Key:
         since = self.since(step)
-        return _Key(since, step == since, self._trainee.batch.shape(step))
+        return _Key(since, step == since, self._training.batch.shape(step))
 
 
 def _is_as(tensor: Tensor, spec: TensorSpec) -> bool:

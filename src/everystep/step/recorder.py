@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from everystep.program.operators import NotAllowedError, leaves, resolve, writes
 from everystep.program.program import Phase, encode
 
-__all__ = ["CapturedStorage", "CapturedTensor", "Recorded", "Refusal", "StepRecorder"]
+__all__ = ["CapturedOperation", "CapturedStorage", "CapturedTensor", "Refusal", "StepRecorder"]
 
 _EVERYSTEP = str(Path(__file__).parent.parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -67,7 +67,7 @@ class CapturedStorage:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class CapturedOperation:
     """An operation as it was seen; tensors in arguments are `%3`, the number of a CapturedTensor."""
 
     phase: Phase
@@ -99,7 +99,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors: list[CapturedTensor] = []
         self.storages: list[CapturedStorage] = []
-        self.operations: list[Recorded] = []
+        self.operations: list[CapturedOperation] = []
         self.refusals: list[Refusal] = []
         self.activations: dict[str, tuple[int, ...]] = {}
         self.in_optimizer = False
@@ -262,7 +262,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             reads = frozenset(self.tensors[n].storage for n in arguments.reads)
             names = tuple(None if n is None else f"%{n}" for n in results)
             self.operations.append(
-                Recorded(
+                CapturedOperation(
                     self._phase,
                     module,
                     func,

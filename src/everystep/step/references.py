@@ -13,7 +13,7 @@ from everystep.program.memory import ALIGNMENT
 from everystep.step.call import PLAIN_TENSORS, Reference, StrangeError
 from everystep.step.elsewhere import versions_of
 
-__all__ = ["References"]
+__all__ = ["References", "has_hooks_on_node"]
 
 _references: list[Reference] = []
 

@@ -8,13 +8,16 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from everystep.program.execute import BoundProgram, without_autograd
-from everystep.step.check import Saved, difference
-from everystep.step.eager import EagerStep, Trainee
+from everystep.errors import TrainingError
+from everystep.program.execute import BoundProgram
+from everystep.step.advance import take
+from everystep.step.check import difference
+from everystep.step.checkpoint import Checkpoint
+from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.state import Generators
 
-__all__ = ["CheckPlan", "Verifier"]
+__all__ = ["CheckPlan", "Verifier", "WayBack"]
 
 #: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart.
 CHECK_SHARE = 0.01
@@ -24,14 +27,16 @@ class Verifier:
     """Takes a step by its program and as Python, and compares the two; Python's step counts.
 
     Args:
-        trainee: what is trained.
+        training: what is trained.
         programs: what is compared.
         eager: the step as Python takes it.
         has_update: whether programs take the update, too; without it, the optimizer itself does.
     """
 
-    def __init__(self, trainee: Trainee, programs: Programs, eager: EagerStep, has_update: bool) -> None:
-        self.trainee = trainee
+    def __init__(
+        self, training: Training, programs: Programs, eager: EagerStep, has_update: bool
+    ) -> None:
+        self.training = training
         self.programs = programs
         self.has_update = has_update
         self._eager = eager
@@ -43,20 +48,20 @@ class Verifier:
         """
         before = self.saved()
         if self.has_update:
-            loss = self._eager.take(*self.trainee.batch(number))
+            loss = self._eager.take(*self.training.batch(number))
             return loss, self.compare(number, before, loss, forget_new=False)
         loss, reason = self._check_until_update(number, before)
         self._eager.update()
         return loss, reason
 
-    def saved(self) -> Saved:
+    def saved(self) -> Checkpoint:
         """Return a copy of the state, as far as programs change it."""
-        return Saved(self.trainee, has_optimizer=self.has_update)
+        return Checkpoint(self.training, has_optimizer=self.has_update)
 
     def compare(
         self,
         number: int,
-        before: Saved,
+        before: Checkpoint,
         loss: Tensor,
         *,
         forget_new: bool,
@@ -71,57 +76,57 @@ class Verifier:
         """
         expected = self.saved()
         wanted = expected.tensors | {"loss": loss.reshape(())}
-        wanted |= {f"gradient/{name}": g.clone() for name, g in self.trainee.gradients().items()}
+        wanted |= {f"gradient/{name}": g.clone() for name, g in self.training.gradients().items()}
         try:
             reason = self._difference(number, before, wanted, expected, held, forget_new)
         except Exception as error:  # whatever torch's kernels make of what they are given
             reason = f"its program fails ({error})"
         if reason is not None:
-            expected.restore(self.trainee, forget_new=False)
+            expected.restore(self.training, forget_new=False)
         return reason
 
     def _difference(
         self,
         number: int,
-        before: Saved,
+        before: Checkpoint,
         wanted: dict[str, Tensor],
-        expected: Saved,
+        expected: Checkpoint,
         held: Mapping[Tensor, Tensor],
         forget_new: bool,
     ) -> str | None:
         """Take a step by its program, and say in words what is not as it should be, or None."""
-        trainee, programs = self.trainee, self.programs
+        training, programs = self.training, self.programs
         programs.refresh()
-        bound = programs.bound(number)
-        before.restore(trainee, forget_new=forget_new and bound.program.optimizer_step is not None)
-        self.run(number, bound)
-        found = {n: t for n, t in trainee.named_state().items() if n in expected.tensors}
+        program = programs.bound(number).program
+        before.restore(training, forget_new=forget_new and program.optimizer_step is not None)
+        bound = take(programs, number)
+        found = {n: t for n, t in training.named_state().items() if n in expected.tensors}
         found |= self._given_by(bound)
         self._add_held(wanted, found, held)
         derived = {f"gradient/{name}" for name in bound.program.derived_gradients}
         compared = {name: tensor for name, tensor in wanted.items() if name not in derived}
         return self._what_differs(compared, found, expected)
 
-    def _check_until_update(self, number: int, before: Saved) -> tuple[Tensor, str | None]:
+    def _check_until_update(self, number: int, before: Checkpoint) -> tuple[Tensor, str | None]:
         """Take a step by its program and eagerly up to its update, and compare; the eager step counts.
 
         Returns the loss, and in words what differs, or None.
         """
-        trainee = self.trainee
+        training = self.training
         bound = self.programs.bound(number)
         failed = None
         try:
-            self.run(number, bound)
+            take(self.programs, number)
         except Exception as error:  # whatever torch's kernels make of what they are given
             failed = f"its program fails ({error})"
-        of_program = Saved(trainee, has_optimizer=False)
+        of_program = Checkpoint(training, has_optimizer=False)
         found = of_program.tensors | {n: t.clone() for n, t in self._given_by(bound).items()}
-        before.restore(trainee, forget_new=False)
+        before.restore(training, forget_new=False)
         held: dict[Tensor, Tensor] = {}
-        loss = self._eager.differentiate(*trainee.batch(number), held)
-        expected = Saved(trainee, has_optimizer=False)
+        loss = self._eager.differentiate(*training.batch(number), held)
+        expected = Checkpoint(training, has_optimizer=False)
         wanted = expected.tensors | {"loss": loss.reshape(())}
-        wanted |= {f"gradient/{name}": gradient for name, gradient in trainee.gradients().items()}
+        wanted |= {f"gradient/{name}": gradient for name, gradient in training.gradients().items()}
         self._add_held(wanted, found, held)
         return loss, failed or self._what_differs(wanted, found, expected, of_program)
 
@@ -140,24 +145,17 @@ class Verifier:
         self,
         wanted: dict[str, Tensor],
         found: dict[str, Tensor],
-        expected: Saved,
-        of_program: Saved | None = None,
+        expected: Checkpoint,
+        of_program: Checkpoint | None = None,
     ) -> str | None:
         """Say in words what a program made otherwise than Python, or None."""
         name = difference(wanted, found, folded=self.programs.is_folded)
-        device = self.trainee.device
+        device = self.training.device
         generators = of_program.generators if of_program else Generators.capture(device)
         if name is None and not expected.generators.same_as(generators):
             name = "the random generator"
         kind = "numbers too far off" if self.programs.is_folded else "other bits"
         return None if name is None else f"its program gives {kind} in {name}"
-
-    def run(self, number: int, bound: BoundProgram) -> None:
-        """Take a step by its program; an optimizer that is not torch's is not among it."""
-        self.programs.load_batch(number, bound)
-        self.programs.load_rates()
-        with without_autograd():
-            bound.run()
 
     def _given_by(self, bound: BoundProgram) -> dict[str, Tensor]:
         """Return the loss and the gradients that a program has made."""
@@ -194,3 +192,37 @@ class CheckPlan:
         while interval < step - self.start and interval * self._step_seconds * CHECK_SHARE < seconds:
             interval *= 2
         self.next = step + interval
+
+
+class WayBack:
+    """The last state that is known to be good, which training can go back to unless that is closed.
+
+    step: the step after which it is.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._checkpoint: Checkpoint | None = None
+
+    def keep(self, training: Training, step: int, *, is_possible: bool) -> None:
+        """The state is good; keep a copy of it, if there may be a way back to it."""
+        self.step = step
+        self._checkpoint = Checkpoint(training) if is_possible else None
+
+    def close(self) -> None:
+        """Code that is not known has run: what it did cannot be taken back."""
+        self._checkpoint = None
+
+    def go(self, training: Training, number: int, reason: str) -> None:
+        """Bring the training back to the state, since step `number` cannot be trusted.
+
+        Raises:
+            TrainingError: there is no way back.
+        """
+        if self._checkpoint is None:
+            raise TrainingError(
+                f"step {number} cannot be trusted: {reason}. Your own code has run since the last "
+                f"check, at step {self.step}, so training cannot go back. Steps up to {self.step} are "
+                'verified, later ones are not; engine="eager" trains without programs'
+            )
+        self._checkpoint.restore(training, forget_new=True, has_schedule=True)

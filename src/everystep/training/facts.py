@@ -27,7 +27,7 @@ from everystep.recording.facts import (
     ScheduleFacts,
     TrainingFacts,
 )
-from everystep.step.eager import Trainee
+from everystep.step.eager import Training
 from everystep.step.purity.guards import is_plain
 from everystep.step.purity.torchs_own import (
     is_torchs_module,
@@ -54,7 +54,7 @@ _COUNTED = {
 
 
 def describe(
-    trainee: Trainee,
+    training: Training,
     data: Data | None,
     batches: Batches,
     source: dict[str, Any],
@@ -73,10 +73,10 @@ def describe(
         about_data["validation_rows"] = len(validation[0])
     preparation = data.preparation if data is not None else None
     schedules = {}
-    if trainee.schedule is not None:
-        schedules["schedule"] = schedule_facts(trainee.schedule, trainee.schedule_every)
+    if training.schedule is not None:
+        schedules["schedule"] = schedule_facts(training.schedule, training.schedule_every)
     return TrainingFacts(
-        device=str(trainee.device),
+        device=str(training.device),
         seed=seed,
         data=DataFacts(**about_data),
         batches=BatchFacts(
@@ -85,15 +85,15 @@ def describe(
             seed=batches.seed,
             steps_per_epoch=batches.steps_per_epoch,
         ),
-        modules=modules_of(trainee.model),
-        parameters=sum(parameter.numel() for parameter in trainee.model.parameters()),
-        loss=_loss_facts(trainee.loss),
-        optimizers={"optimizer": optimizer_facts(trainee.optimizer)},
+        modules=modules_of(training.model),
+        parameters=sum(parameter.numel() for parameter in training.model.parameters()),
+        loss=_loss_facts(training.loss),
+        optimizers={"optimizer": optimizer_facts(training.optimizer)},
         schedules=schedules,
-        clip_norm=trainee.clip_norm,
+        clip_norm=training.clip_norm,
         evaluate_every=None if validation is None else evaluate_every,
         preparation=preparation.model_dump() if preparation else None,
-        **circumstances(trainee.device),
+        **circumstances(training.device),
     )
 
 

@@ -17,7 +17,7 @@ from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.specification import Experiment
-from everystep.step.eager import Trainee
+from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.state import generators_preserved
 from everystep.training.facts import describe
@@ -94,7 +94,7 @@ def experiment_job(
     optimizer = build_optimizer(experiment.optimizer, model.parameters())
     schedule = build_schedule(experiment.schedule, optimizer) if experiment.schedule else None
     on_device = data.to(device)
-    trainee = Trainee(
+    training = Training(
         model=model,
         loss=loss,
         optimizer=optimizer,
@@ -111,11 +111,11 @@ def experiment_job(
     every = experiment.evaluate_every or default_evaluate_every(steps, batches)
     source = experiment.data.model_dump(exclude_none=True)
     text = experiment.to_toml()
-    facts = describe(trainee, data, batches, source, experiment.seed, every)
+    facts = describe(training, data, batches, source, experiment.seed, every)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Job(
         name=name,
-        trainee=trainee,
+        training=training,
         steps=steps,
         facts=facts.model_copy(update={"experiment_digest": digest}),
         data=data,

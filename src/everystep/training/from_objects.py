@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from everystep import numerics
-from everystep.errors import DataError, DeviceError, ExperimentError, Fault, ModelError
+from everystep.errors import DataError, DeviceError, ModelError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, split_rows
 from everystep.experiment.device import select
 from everystep.experiment.specification import Iteration
-from everystep.step.eager import BatchSource, Trainee
+from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.guards import Guards
 from everystep.step.state import named_state
-from everystep.training.arguments import (
-    data_faults,
-    is_dataset,
-    loss_faults,
-    metrics_faults,
-    model_faults,
-    optimizer_faults,
-    schedule_faults,
-    validation_faults,
-)
+from everystep.training.arguments import is_dataset
 from everystep.training.dataset import length_of, read_once
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.facts import describe
@@ -40,57 +29,11 @@ from everystep.training.from_experiment import default_evaluate_every, total_ste
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.measurements import standard_measurements
+from everystep.training.objects import Objects
 
-__all__ = ["Objects", "objects_job", "train_objects"]
+__all__ = ["objects_job", "train_objects"]
 
 Pair = tuple[Any, Any]
-
-
-class Objects:
-    """What the user hands to `train`: live objects, with the checks that need them.
-
-    Raises:
-        ExperimentError: lists everything that does not serve.
-        DataError: only the data does not.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Pair | Dataset[Any],
-        loss: Callable[[Any, Any], Tensor],
-        optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler | None,
-        schedule_every: str,
-        validation: Pair | float | None,
-        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]],
-        dataset_limit: int,
-    ) -> None:
-        self.model = model
-        self.data = data
-        self.loss = loss
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.schedule_every = cast(Literal["step", "epoch"], schedule_every)
-        self.validation = validation
-        self.metrics = metrics
-        self.dataset_limit = dataset_limit
-        faults = list(self._faults())
-        if faults:
-            is_data = all(fault.path in ("data", "validation") for fault in faults)
-            kind = DataError if is_data else ExperimentError
-            raise kind(faults, "" if is_data and len(faults) == 1 else "the arguments of train")
-
-    def _faults(self) -> Iterator[Fault]:
-        yield from model_faults(self.model)
-        yield from data_faults(self.data)
-        yield from loss_faults(self.loss)
-        yield from optimizer_faults(self.optimizer, self.model)
-        yield from schedule_faults(self.schedule, self.schedule_every, self.validation is not None)
-        yield from validation_faults(self.validation)
-        yield from metrics_faults(self.metrics)
-        if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
-            yield Fault("dataset_limit", f"must be a number of bytes, not {self.dataset_limit!r}")
 
 
 def train_objects(
@@ -104,9 +47,10 @@ def train_objects(
     """Train the live model in place, recording every step.
 
     Raises:
-        UsageError: the data, the device or the settings do not serve; says why and the cure.
+        UsageError: an object, the data, the device or the settings do not serve; says why and the cure.
         RecordingError: writing the run failed; the model holds the last state.
     """
+    objects.check()
     numerics.prepare()
     with numerics.in_force(iteration.threads):
         if iteration.seed is not None:
@@ -143,7 +87,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         on_device = data.to(device)
         is_read = read.guards is not None
         batch = batches.of(on_device.x, on_device.y, is_read=is_read, guards=read.guards)
-    trainee = Trainee(
+    training = Training(
         model=objects.model,
         loss=objects.loss,
         optimizer=objects.optimizer,
@@ -158,9 +102,9 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
     return Job(
         name=_snake(type(objects.model).__name__),
-        trainee=trainee,
+        training=training,
         steps=steps,
-        facts=describe(trainee, data, batches, source, iteration.seed, every),
+        facts=describe(training, data, batches, source, iteration.seed, every),
         data=data.to(torch.device("cpu")) if data else None,
         evaluation=_evaluation(objects, read, device),
         evaluate_every=every,

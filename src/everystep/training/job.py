@@ -13,10 +13,10 @@ from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import Data
 from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.step.eager import Trainee
+from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
-from everystep.step.iterate import Engine
 from everystep.step.purity.torchs_own import is_torchs_optimizer
+from everystep.step.stepper import Engine
 
 __all__ = ["Job", "Origin", "Outcome", "Progress"]
 
@@ -45,7 +45,7 @@ class Job:
     """
 
     name: str
-    trainee: Trainee
+    training: Training
     steps: int
     facts: TrainingFacts
     data: Data | None
@@ -64,12 +64,12 @@ class Job:
         Raises:
             ExperimentError: lists everything that does not serve, with the cure.
         """
-        trainee, faults = self.trainee, []
+        training, faults = self.training, []
         if self.fold and self.engine != "eager":
-            if trainee.schedule is not None:
+            if training.schedule is not None:
                 faults.append(Fault("fold", "needs a fixed lr, and there is a schedule; leave one out"))
-            if not is_torchs_optimizer(trainee.optimizer):
-                name = type(trainee.optimizer).__name__
+            if not is_torchs_optimizer(training.optimizer):
+                name = type(training.optimizer).__name__
                 faults.append(
                     Fault(
                         "fold", f"needs an optimizer of torch's, and {name} is not one; leave fold out"

@@ -22,8 +22,8 @@ from everystep.recording.recorder import Recorder, create_directory
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import expected_to_change
-from everystep.step.iterate import Iteration
 from everystep.step.purity.torchs_own import is_torchs_schedule
+from everystep.step.stepper import Stepper
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.job import Job, Outcome, Progress
 
@@ -63,7 +63,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
         raise
     started = time.perf_counter()
     progress.begin(place, facts)
-    training = _Training(job, recorder, progress)
+    training = _Loop(job, recorder, progress)
     try:
         with interrupt_deferred() as interrupted:
             reason = training.run(interrupted)
@@ -79,7 +79,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     return Outcome(place, status, reason, interrupted())
 
 
-class _Training:
+class _Loop:
     """One training under way: what is due next, and what has not been handed over yet."""
 
     def __init__(self, job: Job, recorder: Recorder, progress: Progress) -> None:
@@ -87,13 +87,13 @@ class _Training:
         self.recorder = recorder
         self.progress = progress
         self.step = job.start
-        self._iteration: Iteration | None = None
+        self._stepper: Stepper | None = None
         self._step_seconds = math.inf
         self._measurements: list[tuple[str, int, float]] = []
         self._known = self._expected()
         if job.origin is not None:
             self._known = self._known | job.origin.hyperparameters
-            self._note_hyperparameters(job.start + 1, job.trainee.hyperparameters())
+            self._note_hyperparameters(job.start + 1, job.training.hyperparameters())
         self._loss_dtype: Any = None
         self._snapshot_step = -1
         self._nonfinite_step: int | None = None
@@ -105,16 +105,16 @@ class _Training:
         """Take all steps; returns None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
-        iteration = self._iteration = Iteration(job.trainee, job.steps, job.engine, job.fold, job.start)
-        self._keep_engine(iteration)
+        stepper = self._stepper = Stepper(job.training, job.steps, job.engine, job.fold, job.start)
+        self._keep_engine(stepper)
         flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
-            if not self._advance(iteration):
+            if not self._advance(stepper):
                 continue
             if job.evaluation is not None and self._is_evaluation(self.step):
                 self._evaluate()
-            self._keep_changes(iteration)
-            if job.stop_on_nan and not math.isfinite(loss := iteration.last_loss()):
+            self._keep_changes(stepper)
+            if job.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
             if self.recorder.plan.is_due(self.step) and not self.recorder.is_behind:
@@ -122,7 +122,7 @@ class _Training:
             if interrupted():
                 self.flush()
                 return "by the user (Ctrl-C)"
-            if iteration.is_full or time.perf_counter() >= flush_at:
+            if stepper.is_full or time.perf_counter() >= flush_at:
                 self.flush()
                 flush_at = time.perf_counter() + FLUSH_SECONDS
         self.flush()
@@ -134,30 +134,30 @@ class _Training:
         Raises:
             TrainingError: the rows that were trained on are not the Dataset's any more.
         """
-        guards = self.job.trainee.batch.guards
+        guards = self.job.training.batch.guards
         changed = guards.difference() if guards is not None else None
         if changed is not None:
             raise DatasetChangedError(changed, self.step)
-        if self._iteration is not None:
-            self._iteration.finish()
+        if self._stepper is not None:
+            self._stepper.finish()
             self.flush()
-            self._keep_engine(self._iteration)
+            self._keep_engine(self._stepper)
         if self._snapshot_step != self.step:
             self._snapshot()
         self._keep_rows()
 
     def forget_void_steps(self) -> None:
         """Take back what was recorded of steps that a failed check has led back over."""
-        if self._iteration is not None and self._iteration.step < self.step:
-            self.recorder.forget_after(self._iteration.step)
+        if self._stepper is not None and self._stepper.step < self.step:
+            self.recorder.forget_after(self._stepper.step)
 
     def flush(self) -> None:
         """Fetch the losses from the device; hand them and the measurements over."""
         self.recorder.check()
-        if self._iteration is None:
+        if self._stepper is None:
             return
-        hyperparameters = self._iteration.hyperparameters
-        first, values = self._iteration.collect()
+        hyperparameters = self._stepper.hyperparameters
+        first, values = self._stepper.collect()
         for step, each in hyperparameters:
             changed = [
                 (name, step, value) for name, value in each.items() if self._known.get(name) != value
@@ -176,7 +176,7 @@ class _Training:
         self.recorder.losses(first, losses)
         self.progress.advance(first, losses)
         self._say_if_not_finite(first, losses)
-        self._keep_engine(self._iteration)
+        self._keep_engine(self._stepper)
 
     def _keep_beginning(self) -> None:
         job, recorder = self.job, self.recorder
@@ -192,25 +192,25 @@ class _Training:
             name = DATA_FILE if job.origin is None else f"data-{job.start + 1}.safetensors"
             recorder.data(named, name)
 
-    def _advance(self, iteration: Iteration) -> bool:
+    def _advance(self, stepper: Stepper) -> bool:
         """Take steps up to the next one at which there is something to do.
 
         Returns whether a step was taken; if not, a failed check has led back to an earlier one.
         """
         before, started = self.step, time.perf_counter()
-        iteration.advance(self._next_stop())
-        self.step = iteration.step
+        stepper.advance(self._next_stop())
+        self.step = stepper.step
         if self.step > before:
             seconds = (time.perf_counter() - started) / (self.step - before)
             self._step_seconds = min(self._step_seconds, seconds)
         if self.step >= self.job.start + TIMED_STEPS and not self.recorder.has_interval:
             self.recorder.choose_interval(self._step_seconds)
-        self._keep_engine(iteration)
+        self._keep_engine(stepper)
         return self.step > before
 
     def _keep_rows(self) -> None:
         """Record the rows of a Dataset that was read at every step, if they stayed the same."""
-        batch = self.job.trainee.batch
+        batch = self.job.training.batch
         if not isinstance(batch, DatasetBatches):
             return
         rows = batch.rows()
@@ -232,9 +232,9 @@ class _Training:
             "everystep.open(run, data=dataset)"
         )
 
-    def _keep_changes(self, iteration: Iteration) -> None:
+    def _keep_changes(self, stepper: Stepper) -> None:
         """Record what other code has changed between two steps."""
-        for step, change in iteration.collect_changes():
+        for step, change in stepper.collect_changes():
             if change.tensors:
                 self.recorder.change(step, change.tensors)
             if change.lost and not self._has_lost:
@@ -255,9 +255,9 @@ class _Training:
             stops.append(_next_multiple(step, self.recorder.plan.interval))
         return min(stops)
 
-    def _keep_engine(self, iteration: Iteration) -> None:
+    def _keep_engine(self, stepper: Stepper) -> None:
         """Write down which programs there are, how far they are verified, and what is eager, and why."""
-        programs, live = iteration.programs, iteration.live_optimizer
+        programs, live = stepper.programs, stepper.live_optimizer
         # Programs without their update repeat no step; the user's own optimizer is needed for that.
         rules = programs.rules() if live is None else []
         if rules:
@@ -269,39 +269,39 @@ class _Training:
             asked=self.job.engine,
             fold=self.job.fold,
             folded=programs.is_folded,
-            stands_behind=iteration.purity.stands_behind,
+            stands_behind=stepper.purity.stands_behind,
             live_optimizer=live,
             programs=tuple(
                 ProgramFacts(file=file(rule.number + 1), steps=rule.steps, since=rule.since)
                 for rule in rules
             ),
-            checks=len(iteration.checked),
-            verified_to=iteration.checked[-1] if iteration.checked else 0,
-            eager_from=iteration.eager_from,
-            reason=iteration.reason,
+            checks=len(stepper.checked),
+            verified_to=stepper.checked[-1] if stepper.checked else 0,
+            eager_from=stepper.eager_from,
+            reason=stepper.reason,
         )
         if engine == self._engine:
             return
         eager_before = self._engine and self._engine.eager_from
         if engine.eager_from != eager_before and self.job.engine != "eager":
-            self._go_back(iteration)
+            self._go_back(stepper)
         self.recorder.facts({"engine": engine})
         self._engine = engine
 
-    def _go_back(self, iteration: Iteration) -> None:
+    def _go_back(self, stepper: Stepper) -> None:
         """Steps are taken eagerly from here on; what was recorded of later ones does not count."""
-        last = iteration.step
+        last = stepper.step
         self.recorder.forget_after(last)
         self._measurements = [row for row in self._measurements if row[1] <= last]
         self._snapshot_step = min(self._snapshot_step, last)
-        first = iteration.eager_from or 1
+        first = stepper.eager_from or 1
         since = f" from step {first} on" if first > self.job.start + 1 else ""
-        is_read = "`" in (iteration.reason or "")
+        is_read = "`" in (stepper.reason or "")
         cure = '; with engine="program" you answer for such code' if is_read else ""
-        self.progress.notice(f"steps are taken eagerly{since}: {iteration.reason}{cure}")
+        self.progress.notice(f"steps are taken eagerly{since}: {stepper.reason}{cure}")
 
     def _snapshot(self) -> None:
-        self.recorder.snapshot(self.job.trainee.state(self.step))
+        self.recorder.snapshot(self.job.training.state(self.step))
         self._snapshot_step = self.step
 
     def _expected(self) -> dict[str, float]:
@@ -309,13 +309,13 @@ class _Training:
 
         What a schedule changes is recorded from the first step on.
         """
-        trainee, schedule = self.job.trainee, self.job.trainee.schedule
+        training, schedule = self.job.training, self.job.training.schedule
         if schedule is None:
-            return trainee.hyperparameters()
+            return training.hyperparameters()
         more = changes_more_than_lr(schedule)
         return {
             name: value
-            for name, value in trainee.hyperparameters().items()
+            for name, value in training.hyperparameters().items()
             if not expected_to_change(name, more_than_lr=more)
         }
 
@@ -328,13 +328,13 @@ class _Training:
         return step % self.job.evaluate_every == 0 or step == self.job.steps
 
     def _evaluate(self) -> None:
-        evaluation, schedule = self.job.evaluation, self.job.trainee.schedule
+        evaluation, schedule = self.job.evaluation, self.job.training.schedule
         if evaluation is None:
             return
         follows = schedule if isinstance(schedule, ReduceLROnPlateau) else None
         if evaluation.has_foreign_code or not is_torchs_schedule(follows):
-            assert self._iteration is not None
-            with self._iteration.foreign_code():
+            assert self._stepper is not None
+            with self._stepper.foreign_code():
                 measured = _evaluated(evaluation, follows)
         else:
             measured = _evaluated(evaluation, follows)
@@ -366,7 +366,7 @@ def _next_multiple(step: int, interval: int) -> int:
     return (step // interval + 1) * interval
 
 
-def _finish_failed(recorder: Recorder, training: _Training, error: BaseException) -> None:
+def _finish_failed(recorder: Recorder, training: _Loop, error: BaseException) -> None:
     """Close the run of a training that raised; what the training raised comes first."""
     with suppress(Exception):  # the device or the disk may be what failed
         training.flush()

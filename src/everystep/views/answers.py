@@ -12,10 +12,10 @@ from everystep.views.terminal import engine_text, number, shortest
 if TYPE_CHECKING:
     from everystep.recording.facts import Facts
     from everystep.replay.columns import Found
-    from everystep.replay.measure import Measured
-    from everystep.replay.nonfinite import NonFinite
+    from everystep.replay.hooks import NonFinite
+    from everystep.replay.query import Measured
     from everystep.replay.verify import Verification
-    from everystep.replay.walk import StateDifference
+    from everystep.step.check import StateDifference
 
 __all__ = [
     "NAMED",

@@ -1,16 +1,31 @@
-"""A question about a step, once it is read: what it names, and what its answer is on a step."""
+"""A question about a step, as it was read; what is refused, and how the messages show the place."""
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everystep.errors import ExpressionError, Fault, did_you_mean
-from everystep.replay.expression.arithmetic import plain, truth
-from everystep.replay.expression.faults import error_at, excerpt
+from everystep.replay.expression.language import CONSTANTS, FUNCTIONS, plain, truth
 
-__all__ = ["Evaluate", "Expression", "Reference", "ValueOf"]
+__all__ = [
+    "LANGUAGE",
+    "MAPPINGS",
+    "Evaluate",
+    "Expression",
+    "Reference",
+    "ValueOf",
+    "column",
+    "error_at",
+    "excerpt",
+    "syntax_error",
+    "why_no_function",
+    "why_no_name",
+    "why_refused",
+]
 
 
 class Reference(NamedTuple):
@@ -99,3 +114,101 @@ class Expression:
             return convert(value)
         except ValueError as error:
             raise error_at(self.text, str(error)) from None
+
+
+_NAMES = ("parameters", "buffers", "gradients", "activations", "updates", "measurements")
+#: What is followed by a name in brackets, and how.
+MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
+    "activations": "activations['0']",
+    "measurements": "measurements['lr']",
+}
+#: What is no value by itself, and how it becomes one.
+_INCOMPLETE = MAPPINGS | {"batch": "batch.x or batch.y", "previous": "previous.loss"}
+#: The names that mean something in any expression.
+LANGUAGE = frozenset({"loss", "step", *CONSTANTS, *_INCOMPLETE, *FUNCTIONS})
+
+
+def error_at(text: str, problem: str, start: int = 0, end: int = 0) -> ExpressionError:
+    """Return an error that shows the text, and marks it from start to end."""
+    shown, first = excerpt(text, start)
+    marks = "^" * min(end - start, max(len(shown) - first, 1))
+    return ExpressionError("\n  ".join([problem, shown, *([" " * first + marks] if marks else [])]))
+
+
+def syntax_error(text: str, error: SyntaxError) -> ExpressionError:
+    """Return the error for what `ast` cannot read."""
+    start = max((error.offset or 1) - 1, 0)
+    message = re.split("[.;] ", error.msg)[0]
+    if not text:
+        message = "it is empty; write for example loss > 1"
+    elif text[start : start + 1] == "=" or "'=='" in error.msg:
+        message = "to compare, write == (nothing is assigned here)"
+    elif text[start : start + 1] in ("&", "|", "!"):
+        message = "conditions are joined by and, or, not"
+    elif message == "invalid syntax":
+        message = "it cannot be read from here on"
+    return error_at(text, message, start, start + 1)
+
+
+def why_refused(node: ast.AST) -> str:
+    """Tell why something that Python has is not of this language."""
+    match node:
+        case ast.Lambda():
+            return "lambda is not of this language; write the value itself"
+        case ast.NamedExpr():
+            return "nothing is assigned here; to compare, write =="
+        case ast.JoinedStr():
+            return "an f-string is not of this language; write the name itself, in quotes"
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            return "a comprehension is not of this language; sum(...) and the like take all elements"
+        case ast.Tuple() | ast.List() | ast.Set() | ast.Dict():
+            return "an expression is one value; ask for each by itself"
+        case ast.Invert():
+            return "~ is not of this language; a condition is turned round by not"
+        case ast.Is() | ast.IsNot() | ast.In() | ast.NotIn():
+            return "is and in are not of this language; to compare, write == or !="
+        case ast.operator():
+            return "the operators are + - * / // % ** @; conditions are joined by and, or"
+    return f"{type(node).__name__} is not of this language"
+
+
+def why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[str]) -> str:
+    """Tell why a name, given without its `previous.`, stands for nothing. `bare` are measurements."""
+    if name in _INCOMPLETE:
+        return f"{name} alone is no value; write {_INCOMPLETE[name]}"
+    if is_previous and name.split(".")[0] == "previous":
+        return "there is no previous of previous: an expression sees a step and the one before"
+    if name in FUNCTIONS:
+        return f"{name} is a function; write {name}(...)"
+    if isinstance(node, ast.Attribute) and (not name or "." in name):
+        if node.attr in FUNCTIONS:
+            return f".{node.attr} is not of this language; write {node.attr}(...) around it"
+        return (
+            f"there is no .{node.attr} here; there are batch.x, batch.y, updates[...].before and .after"
+        )
+    known = sorted((LANGUAGE - {*CONSTANTS} if is_previous else LANGUAGE) | {*bare})
+    return f"unknown name {name}; " + (
+        did_you_mean(name, known) or "tensors are written as gradients['0.weight']"
+    )
+
+
+def why_no_function(node: ast.expr) -> str:
+    """Tell why this cannot be called."""
+    if isinstance(node, ast.Attribute) and node.attr in FUNCTIONS:
+        return f"values have no methods; write {node.attr}(...) around it"
+    name = node.id if isinstance(node, ast.Name) else "this"
+    cure = did_you_mean(name, [*FUNCTIONS]) or "there are " + " ".join(FUNCTIONS)
+    return f"{name} is no function; {cure}"
+
+
+def excerpt(text: str, start: int = 0) -> tuple[str, int]:
+    """Return what fits on a line of the text around a place, and the column of that place in it."""
+    text = "".join(character if character.isprintable() else "\ufffd" for character in text)
+    first = max(start - 60, 0) if len(text) > 100 else 0
+    before, after = "..." * (first > 0), "..." * (len(text) > first + 100)
+    return before + text[first : first + 100] + after, start - first + len(before)
+
+
+def column(text: str, offset: int | None) -> int:
+    """Return which character of a line it is that `ast` gives as an offset in bytes."""
+    return len(text.encode()[:offset].decode(errors="ignore"))

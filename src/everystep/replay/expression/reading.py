@@ -10,10 +10,22 @@ from functools import reduce
 from typing import Any
 
 from everystep.errors import ExpressionError
-from everystep.replay.expression.arithmetic import OPERATIONS, bounded, is_number, truth
-from everystep.replay.expression.faults import (
+from everystep.replay.expression.language import (
+    ARGUMENTS,
+    CONSTANTS,
+    FUNCTIONS,
+    OPERATIONS,
+    bounded,
+    is_number,
+    truth,
+)
+from everystep.replay.expression.question import (
     LANGUAGE,
     MAPPINGS,
+    Evaluate,
+    Expression,
+    Reference,
+    ValueOf,
     column,
     error_at,
     syntax_error,
@@ -21,8 +33,6 @@ from everystep.replay.expression.faults import (
     why_no_name,
     why_refused,
 )
-from everystep.replay.expression.functions import ARGUMENTS, CONSTANTS, FUNCTIONS
-from everystep.replay.expression.question import Evaluate, Expression, Reference, ValueOf
 
 __all__ = ["parse"]
 

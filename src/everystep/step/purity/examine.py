@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from everystep.step.capture import Capture, begin_watching
-from everystep.step.eager import Trainee
+from everystep.step.eager import Training
 from everystep.step.purity.effects import ReadingRecorder
 from everystep.step.purity.guards import ABSENT, Guards, held, is_a
 from everystep.step.purity.process import (
@@ -30,7 +30,7 @@ from everystep.step.purity.torchs_own import (
     reason_against_loss,
     reason_against_module,
 )
-from everystep.step.recorder import CapturedTensor, Recorded
+from everystep.step.recorder import CapturedOperation, CapturedTensor
 
 __all__ = ["Purity", "Shown", "forward_of"]
 
@@ -39,7 +39,7 @@ class Purity:
     """Whether programs may take the steps of a training, and what must hold for that.
 
     Args:
-        trainee: what is trained.
+        training: what is trained.
         is_vouched: whether the user answers for code that is neither torch's nor read.
 
     reason: why Python runs at every step, or None; has_known_optimizer: whether the update is torch's
@@ -48,18 +48,18 @@ class Purity:
     `vouched`.
     """
 
-    def __init__(self, trainee: Trainee, is_vouched: bool = False) -> None:
-        self._trainee = trainee
-        against = reason_against_module(trainee.model) or reason_against_loss(trainee.loss)
+    def __init__(self, training: Training, is_vouched: bool = False) -> None:
+        self._training = training
+        against = reason_against_module(training.model) or reason_against_loss(training.loss)
         self.is_read = against is not None and not is_vouched
         self.stands_behind: Literal["proven", "vouched"] = (
             "vouched" if is_vouched and against is not None else "proven"
         )
-        self.has_known_optimizer = is_torchs_optimizer(trainee.optimizer)
+        self.has_known_optimizer = is_torchs_optimizer(training.optimizer)
         self.has_foreign_code = (
             not self.has_known_optimizer
-            or not is_torchs_schedule(trainee.schedule)
-            or trainee.batch.runs_python
+            or not is_torchs_schedule(training.schedule)
+            or training.batch.runs_python
         )
         self.reason = next(self._reasons(), None)
         self._guards = Guards()
@@ -69,18 +69,18 @@ class Purity:
 
     def begin(self) -> None:
         """Note all settings again: a program is about to be captured that holds for these."""
-        trainee = self._trainee
+        training = self._training
         guards = self._guards = Guards()
-        for part in (trainee.model, trainee.loss):
+        for part in (training.model, training.loss):
             for _, module in own_modules(part) if isinstance(part, nn.Module) else ():
                 _guard_registered(module, guards)
             if isinstance(part, nn.Module) and not self.is_read and self.stands_behind == "proven":
                 guard_module(part, guards)
-        for name, tensor in trainee.named_state().items():
+        for name, tensor in training.named_state().items():
             if not name.startswith("optimizer/"):
                 guards.tensor(tensor, name.partition("/")[2], is_state=True)
         guards.read("storages", "which tensors share their memory", self._shared)
-        self._settings = process_settings(trainee.device)
+        self._settings = process_settings(training.device)
         self._functions = functions_of_torch()
         self._guard_optimizer()
         self._guard_loss()
@@ -93,15 +93,15 @@ class Purity:
         Raises:
             NotProvenError: a program may not stand in for them; says why.
         """
-        trainee, recorder = self._trainee, ReadingRecorder(self._trainee.device)
+        training, recorder = self._training, ReadingRecorder(self._training.device)
         x, y = _copies(x, y)
-        state = {t.untyped_storage()._cdata for t in (*trainee.named_state().values(), x, y)}
+        state = {t.untyped_storage()._cdata for t in (*training.named_state().values(), x, y)}
         reader = Reader(self._guards, lambda tensor: tensor.untyped_storage()._cdata in state)
-        begin_watching(trainee, x, y, recorder)
+        begin_watching(training, x, y, recorder)
         with recorder:
-            prediction = reader.call(trainee.model, x)
+            prediction = reader.call(training.model, x)
             recorder.enter("loss")
-            reader.call(trainee.loss, prediction, y)
+            reader.call(training.loss, prediction, y)
         # A tensor from outside that lies on the memory of the state must go on to do so.
         found = tuple(self._guards.state_tensors)
         self._guards.read(("shared", len(found)), "which tensors share memory", self._shared, found)
@@ -119,7 +119,7 @@ class Purity:
             self._state = None
 
     def _difference(self) -> str | None:
-        now = process_settings(self._trainee.device)
+        now = process_settings(self._training.device)
         if not all(map(is_, functions_of_torch(), self._functions)):
             return "a function of torch changes"
         changed = (f"{name} changes" for name, value in self._settings.items() if now[name] != value)
@@ -133,7 +133,7 @@ class Purity:
         """
         if self.stands_behind == "vouched":  # the model itself may keep what it has computed
             return None
-        named = (self._state or self._trainee.named_state()).items()
+        named = (self._state or self._training.named_state()).items()
         with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
             kept = (
                 name.partition("/")[2]
@@ -148,7 +148,7 @@ class Purity:
 
         but_lr: except for the learning rate, which they read at every step.
         """
-        optimizer = self._trainee.optimizer
+        optimizer = self._training.optimizer
         for index, group in enumerate(optimizer.param_groups):
             for key in group:
                 if key != "params" and not (key == "lr" and but_lr):
@@ -156,11 +156,11 @@ class Purity:
                     self._guards.read(("group", index, key), where, _setting, optimizer, index, key)
 
     def _reasons(self) -> Iterator[str]:
-        trainee = self._trainee
+        training = self._training
         against = reason_against_process()
         if against is not None:
             yield against
-        for name, part in (("the model", trainee.model), ("the loss", trainee.loss)):
+        for name, part in (("the model", training.model), ("the loss", training.loss)):
             for path, module in own_modules(part) if isinstance(part, nn.Module) else ():
                 where = f"module {path}" if path and name == "the model" else name
                 kind = hook_on(module)
@@ -170,18 +170,18 @@ class Purity:
                     yield f"{where} is compiled (torch.compile)"
                 if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
                     yield f"{where} is a {type(module).__name__}"
-        for name, tensor in trainee.named_state().items():
+        for name, tensor in training.named_state().items():
             path = name.partition("/")[2]
             if isinstance(tensor, nn.parameter.UninitializedParameter):
                 yield f"{path} has no shape before the first step (a lazy module)"
             elif tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 yield f"{path} has a hook on its gradient"
-        if any(getattr(trainee.optimizer, name, None) for name in _OPTIMIZER_HOOKS):
+        if any(getattr(training.optimizer, name, None) for name in _OPTIMIZER_HOOKS):
             yield "the optimizer has a hook on its step"
 
     def _guard_optimizer(self) -> None:
         """Note what makes the optimizer torch's own, and which parameters it has."""
-        optimizer, guards = self._trainee.optimizer, self._guards
+        optimizer, guards = self._training.optimizer, self._guards
         if not self.has_known_optimizer:
             return
         guards.read("optimizer", "the class of the optimizer", type, optimizer)
@@ -195,7 +195,7 @@ class Purity:
 
     def _guard_loss(self) -> None:
         """Note what a loss holds that is a function of torch with some of its arguments."""
-        loss, guards = self._trainee.loss, self._guards
+        loss, guards = self._training.loss, self._guards
         if type(loss) is not functools.partial:
             return
         guards.read("loss", "the loss", getattr, loss, "func")
@@ -208,7 +208,7 @@ class Purity:
     def _shared(self, others: tuple[Tensor, ...] = ()) -> str:
         """Return, of each tensor of the state and of others, the first that lies on the same memory."""
         first: dict[int, int] = {}
-        state = (self._state or self._trainee.named_state()).items()
+        state = (self._state or self._training.named_state()).items()
         tensors = (*(t for n, t in state if not n.startswith("optimizer/")), *others)
         places = (tensor.untyped_storage()._cdata for tensor in tensors)
         return str([first.setdefault(place, index) for index, place in enumerate(places)])
@@ -280,7 +280,7 @@ def forward_of(captured: Capture) -> list[Shown]:
     return _shown(captured.tensors, operations)
 
 
-def _shown(tensors: Sequence[CapturedTensor], operations: Sequence[Recorded]) -> list[Shown]:
+def _shown(tensors: Sequence[CapturedTensor], operations: Sequence[CapturedOperation]) -> list[Shown]:
     places: dict[int, int] = {}
 
     def name(value: Any) -> Any:

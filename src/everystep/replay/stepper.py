@@ -1,32 +1,33 @@
-"""Revived: a recorded training brought back, whose steps can be taken again."""
+"""Stepper: takes the steps of a recorded training again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.errors import EverystepError, RunError
 from everystep.experiment.batches import Batches
-from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_into
-from everystep.replay.skeleton import Skeleton
-from everystep.replay.step import Batch
-from everystep.step.check import Saved, bytes_of
-from everystep.step.eager import EagerStep, Trainee
+from everystep.replay.columns import Setting
+from everystep.replay.step import Batch, ReplayStepper
+from everystep.step.advance import Hook, Losses, advance
+from everystep.step.check import bytes_of
+from everystep.step.checkpoint import Checkpoint
+from everystep.step.eager import EagerStep, Training
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, observe_eager, observe_program
 from everystep.step.programs import Programs
+from everystep.step.skeleton import Skeleton, load_into_skeleton
 from everystep.step.state import Generators, State
 from everystep.training.dataset_batches import DatasetBatches
 
-__all__ = ["Changes", "Revived"]
+__all__ = ["TrainingStepper"]
 
 _CURE = (
     "; open the run with objects as they were before training: "
@@ -34,23 +35,15 @@ _CURE = (
 )
 
 
-class Changes(NamedTuple):
-    """When a number of the optimizer changed, and to what."""
-
-    steps: list[int]
-    values: list[float]
-
-
-class Revived:
-    """A training whose steps can be taken again, in any order of loading and going on.
+class TrainingStepper(ReplayStepper):
+    """Takes the steps of a training again, in any order of loading and going on.
 
     Args:
-        first: the first step.
-        trainee: what is trained.
+        training: what is trained.
         programs: what takes its steps.
         eager_from: the first step that Python takes, None if there is none.
         batches: which rows each step sees.
-        changes: the numbers of the optimizer that changed, by name.
+        settings: the numbers of the optimizer that changed, by name.
         between: reads the tensors that other code changed after a step, by that step.
 
     state: the step whose state it holds, None before anything is loaded.
@@ -60,26 +53,25 @@ class Revived:
 
     def __init__(
         self,
-        first: int,
-        trainee: Trainee,
+        training: Training,
         programs: Programs,
         eager_from: int | None,
         batches: Batches,
-        changes: dict[str, Changes],
+        settings: dict[str, Setting],
         between: Mapping[int, Callable[[], dict[str, Tensor]]],
     ) -> None:
-        self.first = first
-        self.trainee = trainee
-        self.batches = batches
-        self.programs = programs
-        self.eager_from = eager_from
+        self._training = training
+        self._batches = batches
+        self._programs = programs
+        self._eager_from = eager_from
         self.state: int | None = None
         self._loaded: int | None = None
-        self._changes = changes
+        self._settings = settings
         self._between = between
         self._settled: int | None = None
         self._batch_digest: bytes | None = None
-        self._eager = EagerStep(trainee)
+        self._eager = EagerStep(training)
+        self._losses = Losses()
 
     def load(self, state: State) -> None:
         """Bring everything to a state from disk.
@@ -87,36 +79,36 @@ class Revived:
         Raises:
             RunError: it does not belong to this training.
         """
-        trainee = self.trainee
+        training = self._training
         try:
-            if isinstance(trainee.model, Skeleton):
-                self._load_into_skeleton(state)
+            if isinstance(training.model, Skeleton):
+                load_into_skeleton(training, state, has_step=self._programs.has_optimizer_step)
             else:
                 state.restore(
-                    trainee.model, trainee.loss, trainee.optimizer, trainee.schedule, trainee.device
+                    training.model, training.loss, training.optimizer, training.schedule, training.device
                 )
         except ValueError as error:
-            cure = "" if isinstance(trainee.model, Skeleton) else _CURE
+            cure = "" if isinstance(training.model, Skeleton) else _CURE
             raise RunError(f"state {state.step} does not fit the training: {error}{cure}") from None
         self._moved(state.step)
 
-    def save(self) -> Saved:
+    def save(self) -> Checkpoint:
         """Return a copy of the state as it is now."""
         self.settle()
-        return Saved(self.trainee)
+        return Checkpoint(self._training)
 
-    def restore(self, step: int, saved: Saved) -> None:
+    def restore(self, step: int, saved: Checkpoint) -> None:
         """Bring everything back to what `save` returned after `step`."""
-        saved.restore(self.trainee, forget_new=True)
+        saved.restore(self._training, forget_new=True)
         self._moved(step)
 
     def capture(self) -> State:
         """Return the state as it is now, as it is written to disk."""
         assert self.state is not None
         self.settle()
-        if self.trainee.has_tensor_settings:
+        if self._training.has_tensor_settings:
             self._set_hyperparameters(self.state + 1)
-        return self.trainee.state(self.state)
+        return self._training.state(self.state)
 
     def run(self, last: int) -> Tensor:
         """Take the steps up to `last`; return their losses (steps), on the CPU.
@@ -131,33 +123,44 @@ class Revived:
             if self.is_by_program(number):
                 losses.append(self._run_by_program(last))
                 continue
-            self.begin_eagerly(number)
-            with _told(number):
-                losses.append(self._eager.take(*self.trainee.batch(number)).reshape(1))
+            self._begin_eagerly(number)
+            with _named(number):
+                losses.append(self._eager.take(*self._training.batch(number)).reshape(1))
             self.state = number
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
-    def _run_by_program(self, last: int) -> Tensor:
-        """Take the steps up to `last` that programs take; return their losses, on the device."""
+    def watch(self, last: int, hook: Hook) -> Tensor:
+        """Take the steps up to `last` while a hook looks; return their losses (steps), on the CPU.
+
+        The next step is by program; the first that is not ends the way, and so may the hook.
+        """
+        return self._run_by_program(last, hook).cpu()
+
+    def _run_by_program(self, last: int, hook: Hook | None = None) -> Tensor:
+        """Take steps up to `last` that programs take; return their losses, on the device."""
         assert self.state is not None
-        number = self.state + 1
-        last = min(last, self.programs.until(number) or last)
-        bound = self.begin(number)
-        losses = torch.empty(last - self.state, dtype=bound.loss.dtype, device=bound.loss.device)
-        slots = losses.view(-1, *bound.loss.shape).unbind()
-        is_same = self.is_like_before(number + 1) and not self._between
-        with without_autograd():
-            for slot in slots:
-                for call in bound.calls:
-                    call()
-                slot.copy_(bound.loss)
-                self.state = number
-                number += 1
-                if number > last or not (is_same or self.is_by_program(number)):
-                    break
-                if not is_same:
-                    bound = self.begin(number)
-        return losses[: len(slots) - (last - self.state)]
+        first = self.state + 1
+        self._losses.drop(self._losses.count)  # of steps that were interrupted
+        ends = [last, first + self._losses.room - 1, self._programs.until(first) or last]
+        ends += [] if self._eager_from is None else [self._eager_from - 1]
+        is_steady = self._is_steady(first)
+        advance(first, min(ends), self._begin_by_program, self._keep, is_steady=is_steady, hook=hook)
+        return self._losses.collect()
+
+    def _begin_by_program(self, number: int) -> BoundProgram | None:
+        bound = self._begin(number) if self.is_by_program(number) else None
+        if bound is not None:
+            self._losses.make_room(bound.loss)
+        return bound
+
+    def _keep(self, number: int, bound: BoundProgram) -> None:
+        self._losses.keep(bound.loss)
+        self.state = number
+
+    def _is_steady(self, first: int) -> bool:
+        """Tell whether one program takes the steps from `first` on, and finds everything in place."""
+        is_alike = self._training.batch.is_fixed and not self._settings and not self._between
+        return is_alike and first > self._programs.since(first)
 
     def observe(self) -> Observation:
         """Take the next step, and return all that is in it.
@@ -168,20 +171,20 @@ class Revived:
         assert self.state is not None
         number = self.state + 1
         if self.is_by_program(number):
-            observation = observe_program(self.begin(number))
+            observation = observe_program(self._begin(number))
         else:
-            self.begin_eagerly(number)
-            with _told(number):
+            self._begin_eagerly(number)
+            with _named(number):
                 observation = observe_eager(self._eager, number)
         self.state = number
         return observation
 
-    def begin(self, number: int) -> BoundProgram:
+    def _begin(self, number: int) -> BoundProgram:
         """Put everything in place for a step; return the program that takes it."""
         self.settle()
         self._set_hyperparameters(number)
-        bound = self.programs.bound(number)
-        self.programs.load_batch(number, bound)
+        bound = self._programs.bound(number)
+        self._programs.load_batch(number, bound)
         return bound
 
     @property
@@ -191,68 +194,60 @@ class Revived:
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
-        return self.trainee.named_state()
+        return self._training.named_state()
 
     def batch(self, number: int) -> Batch:
         """Return a copy of the batch of a step."""
         tensors = {
-            name: part.clone() for name, part in zip("xy", self.trainee.batch(number), strict=True)
+            name: part.clone() for name, part in zip("xy", self._training.batch(number), strict=True)
         }
-        return Batch(tensors, self.batches.indices(number), tuple(tensors.values()))
+        return Batch(tensors, self._batches.indices(number), tuple(tensors.values()))
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what a step is given besides its state: settings and batch."""
-        settings = json.dumps(self.trainee.hyperparameters()).encode()
-        if self._batch_digest is None or not self.trainee.batch.is_fixed:
-            parts = self.trainee.batch(number)
+        """Return what tells apart what the next step is given besides its state: settings and batch."""
+        self.settle()
+        self._set_hyperparameters(number)
+        settings = json.dumps(self._training.hyperparameters()).encode()
+        if self._batch_digest is None or not self._training.batch.is_fixed:
+            parts = self._training.batch(number)
             digests = (hashlib.sha256(bytes_of(part)).digest() for part in parts)
             self._batch_digest = b"".join(digests)
         return settings + self._batch_digest
 
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
-        return [path for path, _ in self.trainee.model.named_modules() if path]
+        return [path for path, _ in self._training.model.named_modules() if path]
 
     def epoch(self, number: int) -> int:
         """Return the epoch of a step, from 0."""
-        return self.batches.epoch(number)
+        return self._batches.epoch(number)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return copies of the gradients that the last step has left, by parameter."""
         if not self.has_gradients:
             return {}
         assert self.state is not None
-        found = self.trainee.gradients()
+        found = self._training.gradients()
         if self.is_by_program(self.state):
-            found = self.programs.bound(self.state).gradients
+            found = self._programs.bound(self.state).gradients
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the learning rates as they are now, and the other numbers that ever changed."""
-        now = self.trainee.hyperparameters()
-        return {n: value for n, value in now.items() if n.startswith("lr") or n in self._changes}
-
-    def is_like_before(self, number: int) -> bool:
-        """Tell whether the program that took the step before takes this one, on the same batch.
-
-        The second step is the first of which that can be said.
-        """
-        is_eager = self.eager_from is not None and number >= self.eager_from
-        is_settled = number - 1 not in self._between
-        alike = self.trainee.batch.is_fixed and not self._changes and not is_eager and is_settled
-        return alike and number > self.programs.since(number) + 1
+        now = self._training.hyperparameters()
+        return {n: value for n, value in now.items() if n.startswith("lr") or n in self._settings}
 
     def is_by_program(self, number: int) -> bool:
         """Tell whether a step is taken by a program."""
-        if self.eager_from is not None and number >= self.eager_from:
+        if self._eager_from is not None and number >= self._eager_from:
             return False
         # The first program may make state that only the optimizer itself knows where to keep.
-        makes_state = number == self.programs.since(number) and not isinstance(
-            self.trainee.model, Skeleton
+        makes_state = number == self._programs.since(number) and not isinstance(
+            self._training.model, Skeleton
         )
-        return not makes_state and self.programs.has(number)
+        return not makes_state and self._programs.has(number)
 
-    def begin_eagerly(self, number: int) -> None:
+    def _begin_eagerly(self, number: int) -> None:
         """Put everything in place for a step that Python takes.
 
         Raises:
@@ -260,34 +255,11 @@ class Revived:
         """
         self.settle()
         self._set_hyperparameters(number)
-        if isinstance(self.trainee.model, Skeleton):
+        if isinstance(self._training.model, Skeleton):
             raise RunError(
                 f"step {number} was taken eagerly, and no program repeats it; open the run with what "
                 "it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
             )
-
-    def _load_into_skeleton(self, state: State) -> None:
-        trainee = self.trainee
-        if self.programs.has_optimizer_step:
-            state.restore(trainee.model, trainee.loss, trainee.optimizer, None, trainee.device)
-            return
-        saved = state.named()
-        with torch.no_grad():
-            for name, tensor in trainee.named_state().items():
-                given = saved.get(name)
-                if given is not None and given.shape != tensor.shape:
-                    raise ValueError(f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
-                if given is not None:
-                    copy_into(tensor, given)
-                elif name.startswith(("optimizer/", "gradient/")):  # the first step makes it
-                    tensor.zero_()
-                else:
-                    raise ValueError(f"it has no {name}")
-        for group, known in zip(
-            trainee.optimizer.param_groups, state.settings["optimizer"]["groups"], strict=True
-        ):
-            group.update({k: v for k, v in known.items() if k != "params"})
-        state.generators.restore(trainee.device)
 
     def settle(self) -> None:
         """Let what other code changed after the last step be so, before anything else is done."""
@@ -296,36 +268,36 @@ class Revived:
             return
         self._settled = self.state
         tensors = self._between[self.state]()
-        trainee = self.trainee
-        live = trainee.named_state()
+        training = self._training
+        live = training.named_state()
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name in live and live[name].shape == tensor.shape:
                     copy_into(live[name], tensor)
         generators = {n.removeprefix("generator/"): t for n, t in tensors.items() if n not in live}
         if any(name in generators for name in ("torch", "python", "numpy")):
-            known = Generators.capture(trainee.device).tensors() | generators
-            Generators.from_tensors(known).restore(trainee.device)
+            known = Generators.capture(training.device).tensors() | generators
+            Generators.from_tensors(known).restore(training.device)
 
     def _moved(self, step: int) -> None:
         self.state = self._loaded = self._settled = step
-        if isinstance(self.trainee.batch, DatasetBatches):
-            self.trainee.batch.forget()
-        self.programs.refresh()
-        self.programs.load_rates()
+        if isinstance(self._training.batch, DatasetBatches):
+            self._training.batch.forget()
+        self._programs.refresh()
+        self._programs.load_rates()
 
     def _set_hyperparameters(self, step: int) -> None:
-        if not self._changes:
+        if not self._settings:
             return
-        for name, changes in self._changes.items():
-            index = bisect_right(changes.steps, step) - 1
-            if index >= 0:
-                set_hyperparameter(self.trainee.optimizer, name, changes.values[index])
-        self.programs.load_rates()
+        for name, setting in self._settings.items():
+            value = setting.at(step)
+            if value is not None:
+                set_hyperparameter(self._training.optimizer, name, value)
+        self._programs.load_rates()
 
 
 @contextmanager
-def _told(number: int) -> Iterator[None]:
+def _named(number: int) -> Iterator[None]:
     """Say which step it was in which the user's code, or torch, raised."""
     try:
         yield

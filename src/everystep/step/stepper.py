@@ -1,4 +1,4 @@
-"""The iteration: takes the steps of a training, by a program where one may stand in, else as Python.
+"""The stepper: takes the steps of a training, by a program where one may stand in, else as Python.
 
 A step is taken by its program where there is one. A step of a kind not met before (the first one,
 another batch shape) is taken eagerly and captured, and its program is used from then on if it gives
@@ -17,38 +17,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from everystep.errors import DatasetChangedError, TrainingError
-from everystep.program.execute import BoundProgram, without_autograd
+from everystep.program.execute import BoundProgram
+from everystep.step.advance import Losses, advance, take
 from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import take_watched
-from everystep.step.changes import Change, Contents
-from everystep.step.check import Saved
-from everystep.step.eager import EagerStep, Trainee
+from everystep.step.checkpoint import Change, ChangeLog
+from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.examine import Purity, forward_of
 from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.step.recorder import StepRecorder
-from everystep.step.verified import CheckPlan, Verifier
+from everystep.step.verified import CheckPlan, Verifier, WayBack
 
-__all__ = ["Engine", "Iteration"]
+__all__ = ["Engine", "Stepper"]
 
 Engine = Literal["auto", "program", "eager"]
 
-#: Losses kept on the device until they are collected.
-ROOM = 1024
 #: Programs may be captured again so often in a row without one taking a step.
 MOST_CAPTURES = 3
 
 
-class Iteration:
+class Stepper:
     """Takes the steps of a training, and keeps their losses until they are collected.
 
     Args:
-        trainee: what is trained, in place.
+        training: what is trained, in place.
         steps: the last step that there will be.
         engine: `eager`; `program`, for which the user answers for code that cannot be read, and which
             raises where there is no program; or `auto`.
@@ -66,47 +63,41 @@ class Iteration:
 
     def __init__(
         self,
-        trainee: Trainee,
+        training: Training,
         steps: int,
         engine: Engine = "auto",
         fold: bool = False,
         start: int = 0,
     ) -> None:
-        self.trainee = trainee
+        self.training = training
         self.start = self.step = start
         self.reason: str | None = None
         self.eager_from: int | None = None
-        self.programs = Programs(trainee, fold, start + 1)
+        self.programs = Programs(training, fold, start + 1)
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
         self._steps = steps
         self._engine = engine
         self._plan = CheckPlan(start)
-        self._losses = torch.empty(0)
-        self._slots: tuple[Tensor, ...] = ()
-        self._count = 0
-        self._collected = 0
-        self._changes: list[tuple[int, Change]] = []
+        self._losses = Losses()
+        self._changes = ChangeLog()
         #: The program that took the last step, None where Python did.
         self._last: BoundProgram | None = None
         self._captures = 0
         self._moved = 0
-        self._verified_step = start
-        self._verified: Saved | None = None
-        #: Whether code that is not known has run since the last good check: there is no way back.
-        self._is_past_return = False
-        self.purity = Purity(trainee, is_vouched=engine == "program")
+        self._way_back = WayBack(start)
+        self.purity = Purity(training, is_vouched=engine == "program")
         self._look_again()
         if self.reason is None:
-            self._keep_verified()
+            self._keep_way_back()
 
     @property
     def is_full(self) -> bool:
         """Whether losses must be collected before more steps can be taken."""
-        return self._count >= ROOM
+        return self._losses.room <= 0
 
     def last_loss(self) -> float:
         """Return the loss of the last step."""
-        return float(self._losses[(self._count or self._collected) - 1])
+        return self._losses.last()
 
     @property
     def checked(self) -> list[int]:
@@ -117,7 +108,7 @@ class Iteration:
     def live_optimizer(self) -> str | None:
         """The class of an optimizer that runs as Python at every step, after a program's backward."""
         is_live = bool(self.programs.built) and not self.purity.has_known_optimizer
-        return type(self.trainee.optimizer).__qualname__ if is_live else None
+        return type(self.training.optimizer).__qualname__ if is_live else None
 
     def advance(self, last: int) -> None:
         """Take steps up to `last`, or until so many losses are kept that they must be collected.
@@ -129,11 +120,11 @@ class Iteration:
             TrainingError: a program was demanded, and there is none; or a check failed, and there is no
                 way back.
         """
-        while self.step < last and self._count < ROOM:
+        while self.step < last and not self.is_full:
             number = self.step + 1
-            if self.step in self.checked[-1:] and self._verified_step != self.step:
+            if self.step in self.checked[-1:] and self._way_back.step != self.step:
                 # Not before now: what follows a step (an evaluation, say) belongs to its state.
-                self._keep_verified()
+                self._keep_way_back()
             if self.reason is not None:
                 self._take_eagerly(number)
                 self._check_dataset()
@@ -145,7 +136,7 @@ class Iteration:
                 self._after_python()
             else:
                 last_unchecked = min(self._plan.next, self._steps) - 1
-                self._run(number, min(last, last_unchecked, self.step + ROOM - self._count))
+                self._run(number, min(last, last_unchecked, self.step + self._losses.room))
             if self.step < number:
                 return
 
@@ -157,13 +148,10 @@ class Iteration:
         they are captured again.
         """
         self._hand_over_gradients()
-        before = Contents(self.trainee)
-        yield
-        change = before.change(self.trainee)
-        if change is not None:
-            self._changes.append((self.step, change))
-        self._is_past_return = True
-        self.hyperparameters.append((self.step + 1, self.trainee.hyperparameters()))
+        with self._changes.noting(self.training, self.step):
+            yield
+        self._way_back.close()
+        self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
         self._check_dataset()
         if self.reason is None:
             self._compare_guards("in an evaluation")
@@ -179,26 +167,24 @@ class Iteration:
         Raises:
             TrainingError: it would not.
         """
-        guards = self.trainee.batch.guards
+        guards = self.training.batch.guards
         changed = None if guards is None else guards.difference(is_thorough=False)
         if changed is not None:
             raise DatasetChangedError(changed, self.step)
 
     def collect_changes(self) -> list[tuple[int, Change]]:
         """Return what other code has changed after which step, as far as not collected before."""
-        found, self._changes = self._changes, []
-        return found
+        return self._changes.collect()
 
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not collected before, and the losses from there on."""
-        first, count = self.step - self._count + 1, self._count
-        self._count, self._collected = 0, count or self._collected
+        first = self.step - self._losses.count + 1
         self.hyperparameters = []
-        return first, self._losses[:count].clone()
+        return first, self._losses.collect()
 
     def finish(self) -> None:
         """Leave the gradients of the last step where a user looks for them."""
-        if self.trainee.schedule is not None and self.trainee.has_tensor_settings:
+        if self.training.schedule is not None and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
             self._note_hyperparameters(self.step + 1)
         if self._last is not None and self.purity.has_known_optimizer:
@@ -209,10 +195,10 @@ class Iteration:
     def _look_again(self) -> None:
         """Examine what is trained: at first, and after something that programs rely on has changed."""
         was_known = self.purity.has_known_optimizer
-        self.purity = Purity(self.trainee, is_vouched=self._engine == "program")
-        self._eager = EagerStep(self.trainee)
+        self.purity = Purity(self.training, is_vouched=self._engine == "program")
+        self._eager = EagerStep(self.training)
         self._verifier = Verifier(
-            self.trainee, self.programs, self._eager, self.purity.has_known_optimizer
+            self.training, self.programs, self._eager, self.purity.has_known_optimizer
         )
         reason = "it was asked for" if self._engine == "eager" else self.purity.reason
         if reason is None and was_known and self.programs.built and not self.purity.has_known_optimizer:
@@ -220,7 +206,7 @@ class Iteration:
         if (
             reason is None
             and self._eager.has_own_zero_grad
-            and (self.trainee.device.type != "cpu" or self.trainee.clip_norm is not None)
+            and (self.training.device.type != "cpu" or self.training.clip_norm is not None)
         ):
             reason = "the optimizer has a zero_grad of its own"
         if reason is not None:
@@ -234,7 +220,7 @@ class Iteration:
 
     def _compare_guards(self, when: str = "") -> bool:
         """Compare what programs rely on after other code has run; return whether it still holds."""
-        state, has_update = self.trainee.named_state(), self.purity.has_known_optimizer
+        state, has_update = self.training.named_state(), self.purity.has_known_optimizer
         self._moved = self._moved + 1 if self.programs.refresh(state) else 0
         if self._moved > MOST_CAPTURES:
             self._go_on_eagerly("parameters get other memory at every step")
@@ -268,36 +254,36 @@ class Iteration:
     # Steps.
 
     def _take_eagerly(self, number: int) -> None:
-        x, y = self.trainee.batch(number)
+        x, y = self.training.batch(number)
         self._last = None
         self._note_hyperparameters(number)
         self._keep(number, self._eager.take(x, y))
 
     def _capture(self, number: int) -> None:
         """Take a step eagerly, capture it, and use its program from now on if it gives the same."""
-        trainee, has_update = self.trainee, self.purity.has_known_optimizer
+        training, has_update = self.training, self.purity.has_known_optimizer
         self._read_batch(number)
         if self.programs.since(number) == number:
             self.purity.begin()
         before = self._verifier.saved()
         try:
-            read = self.purity.read(*trainee.batch(number)) if self.purity.is_read else None
+            read = self.purity.read(*training.batch(number)) if self.purity.is_read else None
         except NotProvenError as error:
-            before.restore(trainee, forget_new=False)
+            before.restore(training, forget_new=False)
             self._go_on_eagerly(str(error))
             self._take_eagerly(number)
             return
         if read is not None:
-            before.restore(trainee, forget_new=False)
+            before.restore(training, forget_new=False)
         self._note_hyperparameters(number)
-        captured = take_watched(self._eager, number, StepRecorder(trainee.device), has_update)
+        captured = take_watched(self._eager, number, StepRecorder(training.device), has_update)
         try:
             if read is not None and read != forward_of(captured):
                 raise NotCapturableError("Python takes other operations than its source says")
-            built = build(captured, trainee, has_update)
+            built = build(captured, training, has_update)
             if has_update and built.program.optimizer_step is None:
                 reads_rates = bool(built.program.of_kind("hyperparameter"))
-                self.purity.guard_update(but_lr=reads_rates or trainee.schedule is not None)
+                self.purity.guard_update(but_lr=reads_rates or training.schedule is not None)
             self.programs.add(number, built)
             reason = self._verifier.compare(
                 number, before, captured.loss, forget_new=True, held=captured.held
@@ -316,9 +302,9 @@ class Iteration:
 
     def _read_batch(self, number: int) -> None:
         """Let a Dataset make the batch of a step before anything else, as a loop does: it may draw."""
-        if self.trainee.batch.runs_python:
+        if self.training.batch.runs_python:
             self._hand_over_gradients()
-            self.trainee.batch(number)
+            self.training.batch(number)
         self._last = None
 
     def _check(self, number: int) -> None:
@@ -336,121 +322,104 @@ class Iteration:
     def _run(self, first: int, last: int) -> None:
         """Take steps by their programs, without a look to the left or right."""
         started = time.perf_counter()
-        trainee = self.trainee
-        if trainee.schedule is None and not self.purity.has_foreign_code:
-            with without_autograd():
-                self._run_alone(first, last)
+        if self.training.schedule is None and not self.purity.has_foreign_code:
+            advance(
+                first, last, self._begin, self._keep_by_program, is_steady=self.training.batch.is_fixed
+            )
+            if self.step == last:
+                self._captures = 0
         else:
             self._run_with_python(first, last)
         self._plan.timed(self.step - first + 1, time.perf_counter() - started)
 
-    def _run_alone(self, first: int, last: int) -> None:
-        """Take steps between which no Python but ours runs."""
-        programs, is_fixed = self.programs, self.trainee.batch.is_fixed
-        bound = programs.bound(first)
-        self._make_room(bound.loss)
-        slots = self._slots
-        for number in range(first, last + 1):
-            if not is_fixed:
-                if not programs.has(number):
-                    return
-                bound = programs.bound(number)
-                programs.load_batch(number, bound)
-            self._last = bound
-            for call in bound.calls:
-                call()
-            slots[self._count].copy_(bound.loss.reshape(()))
-            self._count += 1
-            self.step = number
-        self._captures = 0
+    def _begin(self, number: int) -> BoundProgram | None:
+        """Put everything in place for a step that no code of the user comes before."""
+        if not self.programs.has(number):
+            return None
+        self._last = bound = self.programs.bound(number)
+        self.programs.load_batch(number, bound)
+        self._losses.make_room(bound.loss)
+        return bound
+
+    def _keep_by_program(self, number: int, bound: BoundProgram) -> None:
+        self._losses.keep(bound.loss)
+        self.step = number
 
     def _run_with_python(self, first: int, last: int) -> None:
         """Take steps between which a schedule, a Dataset or the user's optimizer runs."""
-        programs, trainee = self.programs, self.trainee
+        programs, training = self.programs, self.training
         for number in range(first, last + 1):
-            if trainee.batch.runs_python:
+            if training.batch.runs_python:
                 self._hand_over_gradients()
-                trainee.batch(number)
-                self._is_past_return = True
+                training.batch(number)
+                self._way_back.close()
                 if not self._compare_guards("in the Dataset"):
                     return
             if not programs.has(number):
                 return
             self._note_hyperparameters(number)
-            bound = programs.bound(number)
-            if self.purity.has_known_optimizer:
-                self._verifier.run(number, bound)
-            else:
-                self._run_with_optimizer(number, bound)
+            bound = (
+                take(programs, number)
+                if self.purity.has_known_optimizer
+                else self._run_with_optimizer(number)
+            )
             self._captures = 0
             self._last = bound
             self._keep(number, bound.loss)
             self._check_dataset()
             if self.purity.has_foreign_code:
-                self._is_past_return = True
+                self._way_back.close()
                 if not self._compare_guards():
                     return
 
-    def _run_with_optimizer(self, number: int, bound: BoundProgram) -> None:
+    def _run_with_optimizer(self, number: int) -> BoundProgram:
         """Take a step by its program up to the update, and let the user's own optimizer make that."""
-        self.programs.load_batch(number, bound)
         if self._eager.has_own_zero_grad:
-            with without_autograd():
-                bound.run_forward()
-            self._eager.zero_grad()
-            changed = self.purity.difference()
-            if changed is not None:
-                raise TrainingError(
-                    f"{changed} in the optimizer's zero_grad, between forward and backward of step "
-                    f'{number}; engine="eager" trains such an optimizer'
-                )
-            with without_autograd():
-                bound.run_backward()
+            bound = take(self.programs, number, between=lambda: self._zero_grad(number))
         else:
             self._eager.zero_grad()
-            with without_autograd():
-                bound.run()
+            bound = take(self.programs, number)
         self.programs.hand_over_copies(number)
         self._eager.update()
+        return bound
+
+    def _zero_grad(self, number: int) -> None:
+        """Let the user's own optimizer zero the gradients in its way, in the middle of a step.
+
+        Raises:
+            TrainingError: it changes what the rest of the program relies on.
+        """
+        self._eager.zero_grad()
+        changed = self.purity.difference()
+        if changed is not None:
+            raise TrainingError(
+                f"{changed} in the optimizer's zero_grad, between forward and backward of step "
+                f'{number}; engine="eager" trains such an optimizer'
+            )
 
     def _keep(self, number: int, loss: Tensor) -> None:
         """A step has been taken: keep its loss, and let the schedule go on."""
-        self._make_room(loss)
-        self._slots[self._count].copy_(loss.detach().reshape(()))
-        self._count += 1
+        self._losses.make_room(loss)
+        self._losses.keep(loss.detach())
         self.step = number
         if self._eager.advance is None:
             return
-        if is_torchs_schedule(self.trainee.schedule):
+        if is_torchs_schedule(self.training.schedule):
             self._eager.advance(number)
             return
         self._hand_over_gradients()
-        before = Contents(self.trainee)
-        self._eager.advance(number)
-        change = before.change(self.trainee)
-        if change is not None:
-            self._changes.append((number, change))
-
-    def _make_room(self, loss: Tensor) -> None:
-        """Make room for losses of the dtype of this one, or of a wider one that others had."""
-        dtype = torch.promote_types(loss.dtype, self._losses.dtype) if self._slots else loss.dtype
-        if not self._slots or dtype != self._losses.dtype:
-            known = self._losses
-            self._losses = torch.empty(ROOM, dtype=dtype, device=loss.device)
-            self._losses[: len(known)] = known
-            self._slots = tuple(self._losses.unbind())
+        with self._changes.noting(self.training, number):
+            self._eager.advance(number)
 
     def _note_hyperparameters(self, number: int) -> None:
         """Note the lr and its like before a step, where something may have changed them."""
-        if self.trainee.schedule is not None or self.reason is not None:
-            self.hyperparameters.append((number, self.trainee.hyperparameters()))
+        if self.training.schedule is not None or self.reason is not None:
+            self.hyperparameters.append((number, self.training.hyperparameters()))
 
-    def _keep_verified(self) -> None:
-        """The state is good; keep a copy of it, if there may be a way back to it."""
-        self._verified_step = self.step
-        self._is_past_return = False
+    def _keep_way_back(self) -> None:
+        """The state is good; keep a copy of it, if it may be needed."""
         is_possible = not self.purity.has_foreign_code
-        self._verified = Saved(self.trainee) if is_possible else None
+        self._way_back.keep(self.training, self.step, is_possible=is_possible)
 
     def _fail(self, number: int, reason: str) -> None:
         """A check failed: there is no program from here on.
@@ -461,19 +430,13 @@ class Iteration:
         Raises:
             TrainingError: other code has run since the last good check, and cannot be taken back.
         """
-        verified = self._verified_step
+        verified = self._way_back.step
         if verified >= number - 1:
             self._go_on_eagerly(f"{reason} at step {number}", number)
             return
-        if self._verified is None or self._is_past_return:
-            raise TrainingError(
-                f"step {number} cannot be trusted: {reason}. Your own code has run since the last "
-                f"check, at step {verified}, so training cannot go back. Steps up to {verified} are "
-                'verified, later ones are not; engine="eager" trains without programs'
-            )
-        self._verified.restore(self.trainee, forget_new=True, has_schedule=True)
-        self._count = max(0, self._count - (number - verified))
+        self._way_back.go(self.training, number, reason)
+        self._losses.drop(number - verified)
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
-        self._changes = [each for each in self._changes if each[0] <= verified]
+        self._changes.forget_after(verified)
         self.step = verified
         self._go_on_eagerly(f"{reason} at step {number}", verified + 1)

@@ -1,4 +1,4 @@
-"""Revive: bring a recorded training back, so that any of its steps can be taken again.
+"""Reopen: bring a recorded training back, so that any of its steps can be taken again.
 
 By its programs, none of the run's code is needed: there is a skeleton of the training, and nothing
 more. Steps that were taken eagerly need the model, the loss and the optimizer themselves: from the
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from everystep.errors import ExperimentError, ProgramError, RunError
 from everystep.experiment.batches import Batches
+from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.specification import load
 from everystep.program.program import Program
@@ -26,22 +27,23 @@ from everystep.recording.data import check_data, read_data
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun, Stretch
-from everystep.replay.objects import Objects
-from everystep.replay.revived import Changes, Revived
-from everystep.replay.skeleton import make_skeleton
+from everystep.replay.columns import Setting
+from everystep.replay.stepper import TrainingStepper
 from everystep.step.build import Built
-from everystep.step.eager import BatchSource, Trainee
+from everystep.step.eager import BatchSource, Training
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.programs import ProgramRule, Programs
+from everystep.step.skeleton import make_skeleton
 from everystep.step.state import generators_preserved
 from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.from_experiment import experiment_job
+from everystep.training.objects import Objects
 
-__all__ = ["revive"]
+__all__ = ["reopen", "stored_data"]
 
 
-def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
+def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
     """Bring the training of a stretch of a run back; no state is loaded yet.
 
     Torch's random generators are as they were.
@@ -57,19 +59,19 @@ def revive(run: RecordedRun, stretch: Stretch, objects: Objects) -> Revived:
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device)
         needs_model = engine.eager_from is not None or engine.live_optimizer is not None
-        trainee = _living(run, facts, objects, batch, device) if needs_model else None
-        if trainee is None:
-            trainee = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
-    programs = Programs(trainee, fold=False, first_step=stretch.first)
+        training = _living(run, facts, objects, batch, device) if needs_model else None
+        if training is None:
+            training = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
+    programs = Programs(training, fold=False, first_step=stretch.first)
     for rule, each in built:
         programs.use(each, ProgramRule(0, rule.steps, rule.since), _kind_of(each.program, batch))
-    changes = _changes(run, stretch.first)
+    settings = _settings(run, stretch.first)
     between = {
         step: partial(read_change, run.directory, name)
         for step, name in change_files(run.directory).items()
     }
     eager_from = 1 if engine.live_optimizer else engine.eager_from
-    return Revived(stretch.first, trainee, programs, eager_from, batches, changes, between)
+    return TrainingStepper(training, programs, eager_from, batches, settings, between)
 
 
 def _batches(facts: TrainingFacts) -> Batches:
@@ -99,7 +101,7 @@ def _batch(
     if count != batches.rows:
         raise RunError(f"{run.name} says that its data has {batches.rows:,} rows; it has {count:,}")
     if facts.data.lazy:
-        return DatasetBatches(objects.data, batches, device)  # type: ignore[arg-type]
+        return DatasetBatches(objects.data, batches, device)
     return batches.of(x, y, is_read=facts.data.source == "dataset")
 
 
@@ -107,9 +109,8 @@ def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Ten
     fact = facts.data_file
     if fact is None:
         raise RunError(f"{run.name} has no data yet; training has only just begun")
-    if fact.stored:
-        tensors = read_data(run.directory, fact)
-        return tensors["x"], tensors["y"]
+    if (stored := stored_data(run, facts)) is not None:
+        return stored.x, stored.y
     if objects.data is not None:
         given = objects.data
         if not isinstance(given, tuple | list):
@@ -130,6 +131,21 @@ def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Ten
         tensors["validation_x"], tensors["validation_y"] = data.validation
     check_data(tensors, fact, f"what {path} says of the data")
     return data.x, data.y
+
+
+def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
+    """Return the data that a run holds, or None.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    fact = facts.data_file
+    if fact is None or not fact.stored:
+        return None
+    tensors = read_data(run.directory, fact)
+    has_validation = {"validation_x", "validation_y"} <= tensors.keys()
+    validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
+    return Data(tensors["x"], tensors["y"], validation)
 
 
 def _kind_of(program: Program, batch: BatchSource) -> Hashable:
@@ -158,7 +174,7 @@ def _read_program(path: Path) -> Built:
 
 def _living(
     run: RecordedRun, facts: TrainingFacts, objects: Objects, batch: BatchSource, device: torch.device
-) -> Trainee | None:
+) -> Training | None:
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
         return _from_objects(facts, objects, batch, device)
@@ -166,25 +182,25 @@ def _living(
     if path is None:
         return None
     try:
-        trainee = experiment_job(load(path), run.name, device).trainee
+        training = experiment_job(load(path), run.name, device).training
     except ExperimentError as error:
         raise RunError(f"{path} cannot be used: {error}") from None
-    return replace(trainee, batch=batch, schedule=None)
+    return replace(training, batch=batch, schedule=None)
 
 
 def _from_objects(
     facts: TrainingFacts, objects: Objects, batch: BatchSource, device: torch.device
-) -> Trainee:
+) -> Training:
     objects.check_complete()
     own = objects.copied()
     assert own.model is not None and own.loss is not None and own.optimizer is not None
     own.model.to(device)
-    return Trainee(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts.clip_norm)
+    return Training(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts.clip_norm)
 
 
 def _skeleton(
     run: RecordedRun, stretch: Stretch, programs: list[Program], batch: BatchSource, device: torch.device
-) -> Trainee:
+) -> Training:
     if not programs:
         live = (stretch.facts.engine or EAGERLY).live_optimizer
         why = (
@@ -198,10 +214,10 @@ def _skeleton(
         )
     problems: list[str] = []
     # Any state says what the optimizer is like; from the first of the stretch it is quickest to go on.
-    state = run.state_near(stretch.first, told=problems.append)
+    state = run.state_near(stretch.first, on_problem=problems.append)
     for row in run.snapshot_rows():
         if state is None and row.step > stretch.first:
-            state = run.state_near(row.step, after=row.step - 1, told=problems.append)
+            state = run.state_near(row.step, after=row.step - 1, on_problem=problems.append)
     if state is None:
         raise RunError(
             f"{run.name} has no state to begin with: {'; '.join(problems) or 'none is there'}"
@@ -209,11 +225,11 @@ def _skeleton(
     return make_skeleton(programs, state, batch, device, stretch.facts.clip_norm)
 
 
-def _changes(run: RecordedRun, first: int) -> dict[str, Changes]:
+def _settings(run: RecordedRun, first: int) -> dict[str, Setting]:
     """Return what changed from step `first` on; what held before is in the state that it begins with."""
-    found: dict[str, Changes] = {}
+    found = {}
     for name in filter(is_hyperparameter, run.measurement_names):
-        rows = [(step, value) for step, value in run.measured(name).items() if step >= first]
-        if rows:
-            found[name] = Changes([step for step, _ in rows], [value for _, value in rows])
+        values = {step: value for step, value in run.measured(name).items() if step >= first}
+        if values:
+            found[name] = Setting(values)
     return found

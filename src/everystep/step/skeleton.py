@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from everystep.errors import ProgramError
+from everystep.program.memory import copy_into
 from everystep.program.program import Program
-from everystep.step.eager import BatchSource, Trainee
+from everystep.step.eager import BatchSource, Training
 from everystep.step.state import State
 
-__all__ = ["Skeleton", "make_skeleton"]
+__all__ = ["Skeleton", "load_into_skeleton", "make_skeleton"]
 
 
 class Skeleton(nn.Module):
@@ -37,7 +38,7 @@ def make_skeleton(
     batch: BatchSource,
     device: torch.device,
     clip_norm: float | None,
-) -> Trainee:
+) -> Training:
     """Return a training that programs can be bound to, with the settings of a state and no numbers yet.
 
     Args:
@@ -69,7 +70,7 @@ def make_skeleton(
         elif kind == "gradient":
             parameters[path].grad = tensor
     optimizer = _optimizer(programs, state, parameters, tensors)
-    return Trainee(
+    return Training(
         model=model,
         loss=loss,
         optimizer=optimizer,
@@ -77,6 +78,36 @@ def make_skeleton(
         device=device,
         clip_norm=clip_norm,
     )
+
+
+def load_into_skeleton(training: Training, state: State, *, has_step: bool) -> None:
+    """Bring a training that `make_skeleton` returned, and the random generators, to a state.
+
+    has_step: whether a program ends in the step of an optimizer.
+
+    Raises:
+        ValueError: it is the state of another training; names the first tensor that does not fit.
+    """
+    if has_step:
+        state.restore(training.model, training.loss, training.optimizer, None, training.device)
+        return
+    saved = state.named()
+    with torch.no_grad():
+        for name, tensor in training.named_state().items():
+            given = saved.get(name)
+            if given is not None and given.shape != tensor.shape:
+                raise ValueError(f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
+            if given is not None:
+                copy_into(tensor, given)
+            elif name.startswith(("optimizer/", "gradient/")):  # the first step makes it
+                tensor.zero_()
+            else:
+                raise ValueError(f"it has no {name}")
+    for group, known in zip(
+        training.optimizer.param_groups, state.settings["optimizer"]["groups"], strict=True
+    ):
+        group.update({k: v for k, v in known.items() if k != "params"})
+    state.generators.restore(training.device)
 
 
 def _state_tensors(programs: Sequence[Program], device: torch.device) -> dict[str, Tensor]:

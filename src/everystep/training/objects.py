@@ -1,4 +1,4 @@
-"""What the user trained with: needed to replay what no program takes, and to fork."""
+"""Objects: what the user trains with, checked and copied."""
 
 from __future__ import annotations
 
@@ -10,31 +10,42 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
+from torch import Tensor
 
-from everystep.errors import Fault, RunError, UsageError
-from everystep.recording.facts import EAGERLY
-from everystep.recording.run import RecordedRun
+from everystep.errors import DataError, ExperimentError, Fault, RunError, UsageError
+from everystep.training.arguments import (
+    data_faults,
+    loss_faults,
+    metrics_faults,
+    model_faults,
+    optimizer_faults,
+    schedule_faults,
+    validation_faults,
+)
+from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 
-__all__ = ["Objects", "needed"]
+__all__ = ["Objects"]
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What the user trained with, for steps that no program takes, and for forks.
+    """What the user trains with: live objects, unchecked; to replay and to fork, not all are needed.
 
-    data: x and y, or a Dataset, where the run does not hold them; schedule and metrics: for forks alone.
+    model: an nn.Module; loss: a function of prediction and target; optimizer: over the model's
+    parameters; data: x (N, ...) and y (N, ...), or a Dataset; schedule: a scheduler of torch's;
+    validation: x and y to measure, or the share of rows to keep out for it; metrics: functions of all
+    predictions and targets, by name; dataset_limit: bytes that a Dataset may take as tensors.
     """
 
-    model: nn.Module | None = None
-    loss: Callable[[Any, Any], Tensor] | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    data: tuple[Any, Any] | Dataset[Any] | None = None
-    schedule: LRScheduler | None = None
-    schedule_every: str = "step"
+    model: Any = None
+    loss: Any = None
+    optimizer: Any = None
+    data: Any = None
+    schedule: Any = None
+    schedule_every: Any = "step"
+    validation: Any = None
     metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
+    dataset_limit: int = DEFAULT_DATASET_LIMIT
 
     def copied(self) -> Objects:
         """Return copies that belong to each other as these do.
@@ -64,6 +75,30 @@ class Objects:
             if isinstance(value, Tensor) and value.grad_fn is not None
         }
 
+    def check(self) -> None:
+        """Check what a training of them needs.
+
+        Raises:
+            ExperimentError: lists everything that does not serve.
+            DataError: only the data does not.
+        """
+        faults = list(self._faults())
+        if faults:
+            is_data = all(fault.path in ("data", "validation") for fault in faults)
+            kind = DataError if is_data else ExperimentError
+            raise kind(faults, "" if is_data and len(faults) == 1 else "the arguments of train")
+
+    def _faults(self) -> Iterator[Fault]:
+        yield from model_faults(self.model)
+        yield from data_faults(self.data)
+        yield from loss_faults(self.loss)
+        yield from optimizer_faults(self.optimizer, self.model)
+        yield from schedule_faults(self.schedule, self.schedule_every, self.validation is not None)
+        yield from validation_faults(self.validation)
+        yield from metrics_faults(self.metrics)
+        if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
+            yield Fault("dataset_limit", f"must be a number of bytes, not {self.dataset_limit!r}")
+
     def check_complete(self) -> None:
         """Check that a step can be taken with them.
 
@@ -76,15 +111,10 @@ class Objects:
             raise RunError(
                 f"give {' and '.join(missing)} as well: a step takes a model, a loss and an optimizer"
             )
-        wanted: dict[str, tuple[Any, str]] = {
-            "model": (nn.Module, "an nn.Module"),
-            "loss": (Callable, "a callable of (prediction, target)"),
-            "optimizer": (torch.optim.Optimizer, "an optimizer over the model's parameters"),
-        }
         faults = [
-            Fault(name, f"must be {what}, not {type(getattr(self, name)).__name__}")
-            for name, (kind, what) in wanted.items()
-            if not isinstance(getattr(self, name), kind)
+            *model_faults(self.model),
+            *loss_faults(self.loss),
+            *optimizer_faults(self.optimizer, self.model),
         ]
         if faults:
             raise UsageError(faults, "what the run is opened with")
@@ -110,16 +140,6 @@ def _whole_optimizers() -> Iterator[None]:
             yield
         finally:
             del torch.optim.Optimizer.__deepcopy__  # type: ignore[attr-defined]
-
-
-def needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
-    """Return the objects if the run cannot be replayed without them, else None."""
-    for stretch in run.stretches:
-        facts, engine = stretch.facts, stretch.facts.engine or EAGERLY
-        stored = not facts.data.lazy and (facts.data_file is None or facts.data_file.stored)
-        if engine.eager_from is not None or engine.live_optimizer or not stored:
-            return objects
-    return None
 
 
 def _first_sentence(error: Exception) -> str:

@@ -1,0 +1,356 @@
+"""Hooks: what looks at steps while programs take them.
+
+A probe copies the tensors that an expression names when they are there: activations when their module is
+done, gradients when the backward phase ends. The search for the first value that is not finite looks at
+the results of all operations. All else runs as fast as ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import RunError
+from everystep.program.execute import BoundProgram, Observed
+from everystep.recording.run import RecordedRun
+from everystep.replay.expression import Reference
+from everystep.replay.parallel import Span, Visitor, parallel, spans
+from everystep.replay.processes import Opener
+from everystep.replay.replay import Replay
+from everystep.replay.step import ReplayStepper, Step
+
+__all__ = ["NonFinite", "Probe", "find_nonfinite"]
+
+Values = dict[Reference, Tensor]
+
+
+class Probe:
+    """Looks at the steps of a training, and knows after each what some references stood for.
+
+    Args:
+        stepper: the training, at any state.
+        references: tensors of the step itself or of the one before.
+        answer: called after each step with its number and its loss; returns whether to go on.
+    """
+
+    def __init__(
+        self,
+        stepper: ReplayStepper,
+        references: Collection[Reference],
+        answer: Callable[[int, float], bool],
+    ) -> None:
+        self._stepper = stepper
+        self._answer = answer
+        self._previous = [reference for reference in references if reference.is_previous]
+        self._own = {reference._replace(is_previous=False) for reference in references}
+        # An update is known by the parameter before it; after it, the parameter itself is there.
+        self._copied = {r._replace(part="before") if r.kind == "updates" else r for r in self._own}
+        self._plans: dict[BoundProgram, tuple[list[Any], Values]] = {}
+        self._copies: Values = {}
+        self._before: Values = {}
+        self._live: dict[str, Tensor] = {}
+
+    def calls(self, bound: BoundProgram) -> list[Any]:
+        """Return the calls of a step, with copies made in between."""
+        if bound not in self._plans:
+            self._plans[bound] = self._plan(bound)
+        calls, self._copies = self._plans[bound]
+        return calls
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Answer what is asked of a step; return whether to go on."""
+        return self._finish(number, bound.loss.item())
+
+    def observe(self) -> float:
+        """Take a step that no program takes, and look at it; return its loss.
+
+        Raises:
+            RunError: neither a program nor a model takes it.
+        """
+        stepper = self._stepper
+        assert stepper.state is not None
+        number = stepper.state + 1
+        self._live = stepper.named_state()
+        of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
+        self._copies = {r: self._state(_name_of_state(r)).clone() for r in of_state}
+        batch = stepper.batch(number).tensors
+        observation = stepper.observe()
+        self._live = stepper.named_state()
+        seen: dict[str, dict[str, Tensor]] = {
+            "batch": batch,
+            "gradients": observation.gradients,
+            "activations": {path: given[0] for path, given in observation.activations.items() if given},
+        }
+        for reference in self._copied - of_state:
+            if reference.name in seen[reference.kind]:
+                self._copies[reference] = seen[reference.kind][reference.name]
+        loss: float = observation.loss.item()
+        self._finish(number, loss)
+        return loss
+
+    def has(self, reference: Reference) -> bool:
+        """Tell whether something was there: not before the first step, nor of a module left out."""
+        if reference.is_previous:
+            return reference in self._before
+        return reference.kind == "updates" or reference in self._copies
+
+    def value_of(self, reference: Reference) -> Tensor:
+        """Return what a reference stood for in the last step; valid until the next is taken."""
+        if reference.is_previous:
+            return self._before[reference]
+        if reference.kind != "updates":
+            return self._copies[reference]
+        before = self._copies[reference._replace(part="before")]
+        if reference.part == "before":
+            return before
+        after = self._state(f"parameter/{reference.name}")
+        return after if reference.part == "after" else after - before
+
+    def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
+        """Return the calls of a step with copies made in between, and where the copies are."""
+        program, given_after = bound.program, bound.program.given_after()
+        self._live = self._stepper.named_state()
+        copies: Values = {}
+        after: dict[int, list[Any]] = {}
+        for reference in self._copied:
+            kind, name = reference.kind, reference.name
+            known = {"activations": set(program.activations), "gradients": set(program.gradients)}
+            if name not in known.get(kind, {name}):
+                continue
+            if kind == "activations":
+                source, place = bound.tensor(program.activations[name][0]), given_after[name]
+            elif kind == "gradients":
+                source, place = bound.tensor(program.gradients[name]), program.backward_until()
+            elif kind == "batch":
+                source, place = bound.tensor(name), -1
+            else:
+                source, place = self._state(_name_of_state(reference)), -1
+            copies[reference] = torch.empty_like(source)
+            after.setdefault(place, []).append(partial(copies[reference].copy_, source))
+        return bound.calls_with(after), copies
+
+    def _finish(self, number: int, loss: float) -> bool:
+        """Let a step be answered, and keep what the next one asks of it; return whether to go on."""
+        goes_on = self._answer(number, loss)
+        self._before = {
+            reference: self.value_of(own).clone()
+            for reference in self._previous
+            if self.has(own := reference._replace(is_previous=False))
+        }
+        return goes_on
+
+    def _state(self, name: str) -> Tensor:
+        return self._live[name].detach()
+
+
+def _name_of_state(reference: Reference) -> str:
+    return f"{'buffer' if reference.kind == 'buffers' else 'parameter'}/{reference.name}"
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """Where the first NaN or infinity of a run came from.
+
+    step: the opened step; index: of the operation that made it, None where it came in with the batch or
+    the state; name: of the tensor; nans, infinities: how many there are in it; rows: the rows of the
+    data that it belongs to, where the tensor has a row for each of the batch.
+    """
+
+    step: Step
+    index: int | None
+    name: str
+    nans: int
+    infinities: int
+    rows: tuple[int, ...]
+
+    @property
+    def operation(self) -> Observed | None:
+        """The operation that made it, with its inputs."""
+        return None if self.index is None else self.step.operations[self.index]
+
+
+class _Counts(NamedTuple):
+    nans: int
+    infinities: int
+
+
+class FiniteCheck(Visitor):
+    """Takes steps, and stops at the first in which something is not finite that was not meant to be.
+
+    meant: the operations whose infinities are meant, such as those of a causal mask: there, only NaNs
+    count.
+    """
+
+    may_share = True
+
+    def __init__(self, meant: frozenset[int]) -> None:
+        self._meant = meant
+        self._found: int | None = None
+        self._plans: dict[BoundProgram, tuple[list[Any], Tensor]] = {}
+        self._training: ReplayStepper | None = None
+
+    @property
+    def is_done(self) -> bool:  # type: ignore[override]
+        """Whether one has been found."""
+        return self._found is not None
+
+    def begin(self, replay: Replay, span: Span) -> int:
+        """Begin with the state before the span."""
+        self._found, self._plans = None, {}
+        return span.first - 1
+
+    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
+        """Take steps up to `last`, or to the first that is not finite; return their losses."""
+        stepper, losses = replay.stepper, []
+        assert stepper.state is not None
+        self._training = stepper
+        while stepper.state < last and not self.is_done:
+            number = stepper.state + 1
+            if stepper.is_by_program(number):
+                losses.append(stepper.watch(last, self))
+                continue
+            step = replay.next_step()
+            losses.append(torch.tensor([step.loss], dtype=torch.float64))
+            self._note(number, _first_made(step) is None)
+        return torch.cat(losses) if losses else torch.empty(0)
+
+    def calls(self, bound: BoundProgram) -> list[Any]:
+        """Return the calls of a step with a look at each result."""
+        if bound not in self._plans:
+            self._plans[bound] = self._plan(bound)
+        return self._plans[bound][0]
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Note whether everything in a step was finite; return whether it was."""
+        finite = bool(self._plans[bound][1].all())
+        if bound.program.optimizer_step is not None and self._training is not None:
+            state = self._training.named_state().values()
+            finite &= all(bool(t.isfinite().all()) for t in state if t.is_floating_point())
+        return self._note(number, finite)
+
+    def _note(self, number: int, finite: bool) -> bool:
+        self._found = self._found if finite else number
+        return finite
+
+    def result(self) -> int | None:
+        """Return the step, or None."""
+        return self._found
+
+    def _plan(self, bound: BoundProgram) -> tuple[list[Any], Tensor]:
+        """Return the calls of a step with a look at each result, and where the answers are."""
+        operations = bound.program.operations
+        flags = torch.ones(len(operations), dtype=torch.bool, device=bound.loss.device)
+        after: dict[int, list[Any]] = {}
+        for index, operation in enumerate(operations):
+            names = [name for name in operation.results if name] or operation.written()
+            tensors = [bound.tensor(name) for name in names]
+            floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+            if floats:
+                after[index] = [partial(self._look, flags[index], floats, index in self._meant)]
+        return bound.calls_with(after), flags
+
+    @staticmethod
+    def _look(flag: Tensor, tensors: list[Tensor], only_nans: bool) -> None:
+        flag.fill_(True)
+        for tensor in tensors:
+            looked = ~torch.isnan(tensor) if only_nans else torch.isfinite(tensor)
+            flag.logical_and_(looked.all())
+
+
+def find_nonfinite(
+    opener: Opener,
+    processes: int | None = None,
+    on_progress: Callable[[int], None] = lambda steps: None,
+) -> NonFinite | None:
+    """Return where the first NaN or infinity of a run came from, or None if all is finite.
+
+    Every result of every operation is looked at. Infinities that are among the arguments of an operation
+    (a causal mask) do not count, and what is made of them only where it is a NaN.
+
+    Raises:
+        RunError: something that is needed is missing or cannot be read, or a step was not the same when
+            it was taken again, so that nothing can be said of it.
+    """
+    run, last = opener.run, opener.run.summary().steps
+    if not last:
+        return None
+    if opener.objects is not None:
+        opener = Opener(run, opener.objects)  # with what they carry besides tensors as it was
+    first = opener.step(1)
+    if (made := _first_made(first)) is not None:
+        return made
+    meant = frozenset(
+        i for i, each in enumerate(first.operations) if _count(each.results.values()) != (0, 0)
+    )
+    bound = min(last, run.facts.nonfinite_step or last)
+    steps: dict[int, int | None] = {}
+    departed: list[int] = []
+    replayed = parallel(opener, spans(run, 1, bound), FiniteCheck(meant), processes, on_progress)
+    with closing(replayed):  # type: ignore[type-var]  # a generator
+        for each in replayed:
+            steps[each.span.first] = each.result
+            departed += [each.first_loss.step] if each.first_loss else []
+            if each.result is not None and _covers(steps, run, bound, each.result):
+                break
+    candidates = sorted(step for step in steps.values() if step is not None)
+    if departed and (not candidates or min(departed) <= candidates[0]):
+        raise RunError(
+            f"step {min(departed)} of {run.name} was not the same when it was taken again, so that "
+            "nothing can be said of what was finite in it; everystep verify says more"
+        )
+    found = (_first_made(opener.step(step)) for step in candidates)
+    return next((made for made in found if made is not None), None)
+
+
+def _covers(steps: dict[int, int | None], run: RecordedRun, last: int, found: int) -> bool:
+    """Tell whether all spans before the step found have been replayed."""
+    return all(span.first in steps for span in spans(run, 1, last) if span.first <= found)
+
+
+def _first_made(step: Step) -> NonFinite | None:
+    """Return what first made a NaN or an infinity in a step, if anything did."""
+    for name, tensor in (*step.batch.tensors.items(), *step.parameters.items()):
+        counts = _count([tensor])
+        if counts != (0, 0):
+            return NonFinite(step, None, name, *counts, _rows(step, tensor))
+    for index, observed in enumerate(step.operations):
+        before = _count(observed.inputs.values())
+        for name, tensor in observed.results.items():
+            nans, infinities = _count([tensor])
+            is_meant = before.infinities > 0 or _is_among_arguments(observed)
+            if (nans and not before.nans) or (infinities and before == (0, 0) and not is_meant):
+                return NonFinite(step, index, name, nans, infinities, _rows(step, tensor))
+    return None
+
+
+def _is_among_arguments(observed: Observed) -> bool:
+    """Tell whether an infinity is among the arguments."""
+    text = (*observed.operation.arguments, *observed.operation.keywords.values())
+    return any(
+        (isinstance(value, dict) and value.get("float") in ("inf", "-inf"))
+        or (isinstance(value, float) and math.isinf(value))
+        for value in text
+    )
+
+
+def _count(tensors: Any) -> _Counts:
+    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    nans = sum(int(torch.isnan(tensor).sum()) for tensor in floats)
+    return _Counts(nans, sum(int(torch.isinf(tensor).sum()) for tensor in floats))
+
+
+def _rows(step: Step, tensor: Tensor) -> tuple[int, ...]:
+    """Return the rows of the data in which a tensor with a row for each of the batch is not finite."""
+    first = next(iter(step.batch.tensors.values()), None)
+    rows = len(first) if first is not None and first.ndim else 0
+    if tensor.ndim == 0 or len(tensor) != rows:
+        return ()
+    places = torch.nonzero(~torch.isfinite(tensor).reshape(rows, -1).all(1)).flatten()
+    return tuple((places if step.batch.rows is None else step.batch.rows[places.cpu()]).tolist())

@@ -1,0 +1,286 @@
+"""Parallel: replay many steps of a run, in spans that processes share.
+
+The spans lie between snapshots. Each process computes with one thread, which is the fastest way to use
+all cores; where that gives other losses or another closing state than were recorded, the span is
+replayed once more with as many threads as when the run was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import RunError
+from everystep.numerics import Numerics
+from everystep.recording.run import RecordedRun
+from everystep.recording.snapshots import read_snapshot
+from everystep.replay.processes import Opener, cores, in_worker, needs_worker, workers
+from everystep.replay.replay import Replay, same_number
+from everystep.step.check import StateDifference, state_differences
+
+__all__ = [
+    "LossDifference",
+    "Replayed",
+    "Span",
+    "Visitor",
+    "coarser",
+    "parallel",
+    "spans",
+]
+
+#: Where the training took less than this, this process replays it alone: others must start first.
+ALONE_SECONDS = 4.0
+#: Steps that are taken between two looks at the losses.
+STRIDE = 256
+#: Neighbouring spans that a process is given at once, if there are enough.
+GROUP = 8
+#: Spans for each core, where spans should be long.
+SPANS_EACH = 8
+
+
+class Span(NamedTuple):
+    """Steps `first` to `last`, from one snapshot to the next, within the stretch `at`."""
+
+    first: int
+    last: int
+    at: int
+
+
+class LossDifference(NamedTuple):
+    """A step whose loss was another when it was taken again."""
+
+    step: int
+    recorded: float
+    replayed: float
+
+
+@dataclass
+class Replayed:
+    """What replaying a span has shown.
+
+    losses: how many losses differed, and the first of them; states: tensors of the closing state that
+    differ; compared: whether there was a closing state to compare; threads: with how many it was
+    replayed, and under which numerics; result: what the visitor made of it.
+    """
+
+    span: Span
+    threads: int
+    numerics: Numerics | None = None
+    different_losses: int = 0
+    first_loss: LossDifference | None = None
+    states: list[StateDifference] = field(default_factory=list)
+    compared: bool = False
+    problems: list[str] = field(default_factory=list)
+    result: Any = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all was as recorded."""
+        return self.different_losses == 0 and not self.states
+
+
+class Visitor:
+    """Takes the steps of a span; a subclass makes something of them. Travels to other processes.
+
+    may_share: whether it may use the replay that opens steps: not if code of the user runs meanwhile, or
+    if everything shall be read from disk again; is_done: whether no more steps need be taken.
+    """
+
+    may_share = False
+    is_done = False
+
+    def begin(self, replay: Replay, span: Span) -> int:
+        """Return the state that the way begins with: that before the span, or an earlier one."""
+        return span.first - 1
+
+    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
+        """Take the steps from where the replay stands up to `last`; return their losses."""
+        return replay.stepper.run(last)
+
+    def result(self) -> Any:
+        """Return what was made of the span."""
+
+
+def spans(run: RecordedRun, first: int, last: int) -> list[Span]:
+    """Return the spans that cover steps `first` to `last`."""
+    stretches = run.stretches
+    ends = {row.step for row in run.snapshot_rows() if first <= row.step < last}
+    ends |= {stretch.first - 1 for stretch in stretches if first <= stretch.first - 1 < last}
+    found = []
+    for begin, end in zip([first - 1, *sorted(ends)], [*sorted(ends), last], strict=True):
+        at = max(i for i, stretch in enumerate(stretches) if stretch.first <= begin + 1)
+        found.append(Span(begin + 1, end, at))
+    return found
+
+
+def coarser(wanted: list[Span], is_wanted: bool) -> list[Span]:
+    """Return fewer, longer spans, `SPANS_EACH` for each core, if that is wanted.
+
+    That is for what must go back a step from each span, which means through the span before.
+    """
+    if not is_wanted:
+        return wanted
+    size = -(-len(wanted) // (SPANS_EACH * cores()))
+    found: list[Span] = []
+    count = 0
+    for span in wanted:
+        if found and found[-1].at == span.at and count < size:
+            found[-1] = found[-1]._replace(last=span.last)
+            count += 1
+        else:
+            found.append(span)
+            count = 1
+    return found
+
+
+def parallel(
+    opener: Opener,
+    wanted: list[Span],
+    visitor: Visitor,
+    processes: int | None = None,
+    on_progress: Callable[[int], None] = lambda steps: None,
+) -> Iterator[Replayed]:
+    """Replay spans of a run, and yield each when it is done, not in their order.
+
+    Args:
+        opener: of the run.
+        wanted: which spans.
+        visitor: takes the steps.
+        processes: how many processes there shall be; 1: this one alone; absent: one for each core,
+            where that is worth their start.
+        on_progress: called with the number of steps that were just replayed.
+
+    Raises:
+        RunError: something that is needed is missing or cannot be read.
+    """
+    run, objects, facts = opener.run, opener.objects, opener.run.facts
+    threads = facts.training.numerics.threads
+    count = _processes(run, wanted, processes)
+    if count == 1 and not needs_worker(facts):
+        replay = opener.replay_here(may_share=visitor.may_share)
+        for span in wanted:
+            yield _replay(replay, span, visitor, threads)
+            on_progress(span.last - span.first + 1)
+        return
+    again: list[Span] = []
+    each = 1 if count > 1 else threads
+    with workers(facts, count, each) as executor:
+        futures: dict[Future[list[Replayed]], list[Span]] = {
+            executor.submit(
+                in_worker, run.directory, objects, each, _replay_group, group, visitor, each
+            ): group
+            for group in _groups(wanted, count)
+        }
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
+            found = future.result()
+            for replayed in found:
+                if replayed.is_exact or threads == each:
+                    yield replayed
+                    on_progress(replayed.span.last - replayed.span.first + 1)
+                else:
+                    again.append(replayed.span)
+            if again:
+                # One thread is not what the run was trained with, and it matters: no use in going on so.
+                for other, group in futures.items():
+                    if not other.cancelled() and other.cancel():
+                        again += group
+    if again:
+        with workers(facts, 1, threads) as executor:
+            for span in sorted(again):
+                work = executor.submit(
+                    in_worker, run.directory, objects, threads, _replay_group, [span], visitor, threads
+                )
+                yield work.result()[0]
+                on_progress(span.last - span.first + 1)
+
+
+def _groups(wanted: list[Span], count: int) -> Iterator[list[Span]]:
+    """Yield neighbours together: where one span ends, the next can go on."""
+    size = max(1, min(GROUP, len(wanted) // (4 * count)))
+    for begin in range(0, len(wanted), size):
+        yield wanted[begin : begin + size]
+
+
+def _processes(run: RecordedRun, wanted: list[Span], asked: int | None) -> int:
+    facts = run.facts
+    if facts.training.device != "cpu":
+        return 1
+    most = min(asked or cores(), len(wanted))
+    if asked is not None:
+        return max(1, most)
+    steps = sum(span.last - span.first + 1 for span in wanted)
+    seconds = (facts.seconds or 0.0) * steps / max(1, run.summary().steps)
+    return 1 if seconds < ALONE_SECONDS else max(1, most)
+
+
+def _replay_group(replay: Replay, group: list[Span], visitor: Visitor, threads: int) -> list[Replayed]:
+    return [_replay(replay, span, visitor, threads) for span in group]
+
+
+def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
+    found = Replayed(span, threads)
+    known = replay.departed_at
+    with replay.in_force(span.first):
+        found.numerics = _numerics(replay.stretches[span.at].facts.device)
+        start = visitor.begin(replay, span)
+        replay.go_to(start, span.at)
+        step = start
+        while step < span.last and not visitor.is_done:
+            try:
+                losses = visitor.take(replay, min(span.last, step + STRIDE), span).tolist()
+            except RunError as error:
+                if not replay.stretches[span.at].facts.loop:
+                    raise
+                # The steps before it, and after it, may be as recorded.
+                replay.problems.append(str(error))
+                break
+            last = step + len(losses)
+            _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
+            if found.first_loss is not None:
+                replay.note_departure(found.first_loss.step)
+            step = last
+        if step == span.last:
+            _compare_state(found, replay, span)
+    replay.departed_at = known  # of the steps that are opened; the result says what is so of the span
+    found.result = visitor.result()
+    found.problems = list(replay.problems)
+    return found
+
+
+@cache
+def _numerics(device: str) -> Numerics:
+    return Numerics.read(torch.device(device))
+
+
+def _compare_losses(found: Replayed, first: int, losses: list[float], recorded: list[float]) -> None:
+    if len(recorded) < len(losses):
+        raise RunError(f"the run has no loss of step {first + len(recorded)}: its database was changed")
+    for step, (loss, known) in enumerate(zip(losses, recorded, strict=True), start=first):
+        if not same_number(loss, known) and step >= found.span.first:
+            found.different_losses += 1
+            found.first_loss = found.first_loss or LossDifference(step, known, loss)
+
+
+def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
+    """Compare the state at the end of a span with the snapshot of it, if there is one."""
+    row = next((r for r in replay.snapshot_rows() if r.step == span.last), None)
+    if row is None:
+        return
+    try:
+        recorded = read_snapshot(replay.run.directory, row)
+    except RunError as error:
+        replay.problems.append(str(error))
+        return
+    here = replay.go_to(span.last, span.at).capture()
+    found.compared = True
+    # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
+    is_fork = replay.stretch_of(span.last + 1) != span.at
+    found.states = state_differences(recorded, here, only_model=is_fork)

@@ -1,0 +1,203 @@
+"""Processes: where a run is replayed, so that it computes as it did when it was trained.
+
+That is in this process if its numerics are those of the run, and otherwise in workers started with
+them. What cannot be set (another processor, another torch) stays as it is, and each loss is compared.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from everystep import numerics
+from everystep.errors import RunError
+from everystep.numerics import Numerics
+from everystep.recording.facts import EAGERLY, EngineFacts, Facts
+from everystep.recording.run import RecordedRun
+from everystep.replay.replay import Replay
+from everystep.replay.step import Step
+from everystep.step.state import State
+from everystep.training.objects import Objects
+
+if TYPE_CHECKING:
+    from loky import ProcessPoolExecutor
+
+__all__ = ["Opener", "cores", "in_worker", "needs_worker", "recorded_numerics", "workers"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: No machine computes one step with more.
+MOST_THREADS = 4096
+
+
+def recorded_numerics(facts: Facts) -> Numerics:
+    """Return the numerics that a run was trained under.
+
+    Raises:
+        RunError: it was never begun, or was altered.
+    """
+    known = facts.training.numerics
+    if not 1 <= known.threads <= MOST_THREADS:
+        raise RunError(f"the run says that it was trained with {known.threads} threads: it was altered")
+    return known
+
+
+def needs_worker(facts: Facts) -> bool:
+    """Tell whether this process cannot compute as the run did, and another one could."""
+    here = Numerics.read(torch.device(facts.training.device))
+    return recorded_numerics(facts).needs_other_process(here)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+    """Return processes that compute as the run did, with so many threads each; gone at the end."""
+    from loky import ProcessPoolExecutor
+
+    environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
+    executor = ProcessPoolExecutor(count, env=environment, initializer=_begin, initargs=(threads,))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=True, kill_workers=True)
+
+
+@lru_cache(maxsize=2)
+def _replay(directory: Path, threads: int | None) -> Replay:
+    return Replay(RecordedRun(directory), threads=threads)
+
+
+def in_worker(
+    directory: Path,
+    objects: Objects | None,
+    threads: int | None,
+    task: Callable[Concatenate[Replay, P], T],
+    *given: P.args,
+    **named: P.kwargs,
+) -> T:
+    """Do something with the replay of a run in this worker: the same one if it needs no objects."""
+    if objects is None:
+        return task(_replay(directory, threads), *given, **named)
+    return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
+
+
+def _begin(threads: int) -> None:
+    # Ctrl-C is for the process that waits; it ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+class Opener:
+    """Opens steps and states of a run; what was replayed once is quick the next time.
+
+    Args:
+        run: which run.
+        objects: what the user trained with.
+
+    objects: the same, None where the run is all that a replay needs.
+    """
+
+    def __init__(self, run: RecordedRun, objects: Objects | None = None) -> None:
+        numerics.prepare()
+        self.run = run
+        self.objects = _needed(run, objects)
+        self._replay: Replay | None = None
+        self._worker: Any = None
+        self._engine: EngineFacts | None = None
+        self._is_over = False
+
+    @property
+    def problems(self) -> list[str]:
+        """What was noticed, such as a snapshot that cannot be read."""
+        found: list[str] = self.call(getattr, "problems")
+        return found
+
+    @property
+    def departed_at(self) -> int | None:
+        """The first step whose loss was another when it was taken again, None if there was none."""
+        found: int | None = self.call(getattr, "departed_at")
+        return found
+
+    def step(self, number: int) -> Step:
+        """Open a step.
+
+        Raises:
+            StepError: it was not taken, or not yet.
+            RunError: something that is needed is missing or cannot be read.
+        """
+        return self.call(Replay.step, number)
+
+    def state(self, number: int) -> State:
+        """Return the state after a step (0: before the first).
+
+        Raises:
+            StepError: it was not taken, or not yet.
+            RunError: something that is needed is missing or cannot be read.
+        """
+        return self.call(Replay.state, number)
+
+    def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
+        """Do something with the replay of the run, where it can be computed as it was.
+
+        Raises:
+            whatever the task raises.
+        """
+        self._prepare()
+        if self._replay is not None:
+            return task(self._replay, *given, **named)
+        place = self.run.directory, self.objects, None
+        result: T = self._worker.submit(in_worker, *place, task, *given, **named).result()
+        return result
+
+    def replay_here(self, *, may_share: bool = True) -> Replay:
+        """Return a replay in this process, the one that opens steps if that may be.
+
+        It may not where it needs the user's objects: what they carry besides tensors must be as it was.
+        """
+        self._prepare()
+        if may_share and self.objects is None and self._replay is not None:
+            return self._replay
+        return Replay(self.run, self.objects)
+
+    def _prepare(self) -> None:
+        """Choose where to replay; begin again where a run that is being trained has gone on."""
+        if self._is_over and (self._replay is not None or self._worker is not None):
+            return
+        facts = self.run.facts
+        self._is_over = self.run.status != "running"
+        engine = facts.training.engine
+        if self._engine is not None and engine == self._engine:
+            return
+        self._engine = engine
+        self._replay = None
+        if not needs_worker(facts):
+            self._replay = Replay(self.run, self.objects)
+        elif self._worker is None:
+            stack = ExitStack()
+            self._worker = stack.enter_context(workers(facts, 1, facts.training.numerics.threads))
+            weakref.finalize(self, stack.close)
+
+
+def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
+    """Return the objects if the run cannot be replayed without them, else None."""
+    for stretch in run.stretches:
+        facts, engine = stretch.facts, stretch.facts.engine or EAGERLY
+        stored = not facts.data.lazy and (facts.data_file is None or facts.data_file.stored)
+        if engine.eager_from is not None or engine.live_optimizer or not stored:
+            return objects
+    return None

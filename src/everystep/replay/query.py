@@ -1,0 +1,331 @@
+"""Query: puts a question to every step of a run.
+
+A measurement in hindsight is one, and a search for the steps at which a condition is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ExpressionError, UsageError
+from everystep.recording.additions import adding
+from everystep.recording.facts import MeasuredFacts
+from everystep.recording.run import RecordedRun
+from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
+from everystep.replay.expression import Expression, Reference
+from everystep.replay.hooks import Probe
+from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
+from everystep.replay.processes import Opener
+from everystep.replay.replay import Replay
+from everystep.replay.step import Step
+from everystep.training.measurements import RESERVED_NAMES
+
+__all__ = ["Measured", "Question", "check_question", "measure", "when"]
+
+#: An expression, or what makes a number of an opened step.
+Question = Expression | Callable[[Step], Any]
+
+
+class Query(Visitor):
+    """Takes the steps of a span, and puts a question to those that are due.
+
+    Args:
+        question: what to ask.
+        run: of which run.
+        every: steps between two that are due.
+        as_condition: whether the answer is a yes, kept as 1, or a no, which is not kept.
+        only_first: stop at the first yes.
+        skipped: steps whose answer is known.
+
+    looks_back: whether tensors of the step before are wanted; may_share: see `Visitor`.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        run: RecordedRun,
+        *,
+        every: int = 1,
+        as_condition: bool = False,
+        only_first: bool = False,
+        skipped: frozenset[int] = frozenset(),
+    ) -> None:
+        self._question = question
+        self._every = every
+        self._as_condition = as_condition
+        self._only_first = only_first
+        self._skipped = skipped
+        self._evaluator = (
+            Evaluator(question, run, as_condition) if isinstance(question, Expression) else None
+        )
+        self._answers: Answers = []
+        self._first = 1
+        self._probe: Probe | None = None
+        self.may_share = isinstance(question, Expression)
+        self.looks_back = any(reference.is_previous for reference in self._tensors())
+
+    @property
+    def is_done(self) -> bool:  # type: ignore[override]
+        """Whether no more steps need be taken."""
+        return self._only_first and bool(self._answers)
+
+    def begin(self, replay: Replay, span: Span) -> int:
+        """Begin with the state before the span; a step earlier where tensors of that step count."""
+        self._answers, self._probe, self._first = [], None, span.first
+        earlier = self.looks_back and span.first > replay.stretches[span.at].first
+        start = span.first - 1 - earlier
+        if self._evaluator is not None:
+            known = replay.recorded_losses(start, start)
+            self._evaluator.previous_loss = known[0] if known else None
+        return start
+
+    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
+        """Take the steps up to `last`, asking; return their losses."""
+        stepper = replay.stepper
+        losses: list[float] = []
+        assert stepper.state is not None
+        while stepper.state < last and not self.is_done:
+            number = stepper.state + 1
+            if not self._is_looked_at(number):
+                until = min(last, self._next_due(number) - 1 - self.looks_back)
+                losses += stepper.run(max(number, until)).tolist()
+            elif self._evaluator is None:
+                losses.append(self._open(replay, number))
+            else:
+                losses += self._look(replay, number, last)
+            if self._evaluator is not None:
+                self._evaluator.previous_loss = losses[-1]
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def result(self) -> Answers:
+        """Return the answers of the span."""
+        return self._answers
+
+    def _open(self, replay: Replay, number: int) -> float:
+        """Open a step, and put the question to it; return its loss."""
+        assert not isinstance(self._question, Expression)
+        step = replay.next_step()
+        self._keep(number, self._number_of(self._question(step)))
+        return step.loss
+
+    def _look(self, replay: Replay, number: int, last: int) -> list[float]:
+        """Take steps with a look at what the expression names; return their losses."""
+        if self._probe is None:
+            self._probe = Probe(replay.stepper, self._tensors(), self._answer)
+        if not replay.stepper.is_by_program(number):
+            return [self._probe.observe()]
+        while number < last and self._is_looked_at(number + 1):
+            number += 1
+        return replay.stepper.watch(number, self._probe).tolist()
+
+    def _answer(self, number: int, loss: float) -> bool:
+        """Answer at a step that has just been taken, if it is due; return whether to go on."""
+        assert self._evaluator is not None
+        if self._is_due(number):
+            self._keep(number, self._evaluator.answer(number, loss, self._probe))
+        self._evaluator.previous_loss = loss
+        return not self.is_done
+
+    def _keep(self, number: int, answer: float | None) -> None:
+        if answer is not None and (answer or not self._as_condition):
+            self._answers.append((number, answer))
+
+    def _number_of(self, answer: Any) -> float | None:
+        if answer is None:
+            return None
+        try:
+            return float(bool(answer)) if self._as_condition else float(answer)
+        except (TypeError, ValueError, RuntimeError):
+            got = (
+                f"a tensor of shape {tuple(answer.shape)}"
+                if isinstance(answer, Tensor)
+                else f"{answer!r:.80}"
+            )
+            raise ExpressionError(f"the function must give one number, not {got}") from None
+
+    def _tensors(self) -> set[Reference]:
+        if not isinstance(self._question, Expression):
+            return set()
+        recorded = ("loss", "step", "measurements")
+        return {r for r in self._question.references if r.kind not in recorded}
+
+    def due(self, run: RecordedRun) -> list[Span]:
+        """Return the spans of a run in which a step is due."""
+        every = self._every
+        return [
+            span
+            for span in coarser(spans(run, 1, run.summary().steps), self.looks_back)
+            if any(
+                number not in self._skipped
+                for number in range(-(-span.first // every) * every, span.last + 1, every)
+            )
+        ]
+
+    def _is_due(self, number: int) -> bool:
+        is_new = number >= self._first and number not in self._skipped
+        return number % self._every == 0 and is_new
+
+    def _is_looked_at(self, number: int) -> bool:
+        return self._is_due(number) or (self.looks_back and self._is_due(number + 1))
+
+    def _next_due(self, number: int) -> int:
+        return -(-(number + 1) // self._every) * self._every
+
+
+def check_question(expression: Expression, opener: Opener) -> None:
+    """Check what an expression names against the first step of a run.
+
+    Raises:
+        ExpressionError: it names what is not there.
+        RunError: the run has no step, or it cannot be opened.
+    """
+    replay = opener.replay_here()
+    step = replay.step(1)
+    activations = list(step.activations) if step.is_by_program else replay.stepper.module_paths()
+    expression.check(
+        {
+            "parameters": list(step.parameters),
+            "buffers": list(step.buffers),
+            "gradients": list(step.gradients | step.parameters),
+            "activations": activations,
+            "updates": list(step.updates),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measuring has shown: values by step; left_out: steps from which on a replay was not exact."""
+
+    name: str
+    values: dict[int, float]
+    left_out: tuple[int, ...]
+
+
+def measure(
+    opener: Opener,
+    question: Question,
+    name: str,
+    *,
+    every: int = 1,
+    overwrite: bool = False,
+    processes: int | None = None,
+    on_progress: Callable[[int], None] = lambda steps: None,
+) -> Measured:
+    """Add a measurement to a run, as if it had been made while it was trained.
+
+    What was measured before it was stopped is kept, and not measured again.
+
+    Args:
+        opener: of the run; nothing else in it is changed.
+        question: an expression, or a function of the opened step that gives a number.
+        name: of the measurement.
+        every: steps between two measurements.
+        overwrite: take the place of an earlier measurement in hindsight of that name.
+        processes: how many at once; absent: one for each core, where that is worth their start.
+        on_progress: called with the number of steps that were just replayed.
+
+    Raises:
+        UsageError: the name is taken, or the question does not fit.
+        RunError: something that is needed is missing, cannot be read, or is being written.
+    """
+    if not isinstance(every, int) or every < 1:
+        raise UsageError(f"every must be a whole number of steps, 1 or more, not {every!r:.80}")
+    run = opener.run
+    meaning = MeasuredFacts(expression=getattr(question, "text", None) or repr(question), every=every)
+    left_out: list[int] = []
+    with adding(run.directory) as additions:
+        is_new = _check_name(run, name, meaning, overwrite)
+        additions.begin_measurement(name, meaning, anew=is_new)
+        values = {} if is_new else run.measured(name)
+        if isinstance(question, Expression) and question.is_recorded:
+            last = run.summary().steps
+            answers = [(s, v) for s, v in ask_columns(question, run, (1, last)) if s % every == 0]
+            additions.measurements([(name, step, value) for step, value in answers])
+            on_progress(last)
+            return Measured(name, values | dict(answers), ())
+        query = Query(question, run, every=every, skipped=frozenset(values))
+        replayed = parallel(opener, query.due(run), query, processes, on_progress)
+        with closing(replayed):  # type: ignore[type-var]  # a generator
+            for each in replayed:
+                exact, departed = _exact(each)
+                left_out += departed
+                additions.measurements([(name, step, value) for step, value in exact])
+                values |= dict(exact)
+    return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
+
+
+def when(
+    opener: Opener,
+    condition: Question,
+    which: Which = "first",
+    *,
+    processes: int | None = None,
+    on_progress: Callable[[int], None] = lambda steps: None,
+) -> Found:
+    """Find the first step at which a condition is true, the last, or all.
+
+    Raises:
+        UsageError: the condition does not fit.
+        RunError: something that is needed is missing or cannot be read.
+    """
+    run = opener.run
+    last = run.summary().steps
+    found: list[int] = []
+    inexact: list[int] = []
+    done: list[Span] = []
+    query = Query(condition, run, as_condition=True, only_first=which == "first")
+    due = query.due(run)[:: -1 if which == "last" else 1]
+    replayed = parallel(opener, due, query, processes, on_progress)
+    with closing(replayed):  # type: ignore[type-var]  # a generator
+        for each in replayed:
+            exact, departed = _exact(each)
+            found += [step for step, _ in exact]
+            inexact += departed
+            done.append(each.span)
+            best = chosen(sorted(found), which)
+            if which != "all" and best and _is_settled(done, best[0], which, last):
+                break
+    return Found(chosen(sorted(found), which), tuple(sorted(inexact)))
+
+
+def _is_settled(done: list[Span], step: int, which: Which, last: int) -> bool:
+    """Tell whether no span that is still to come can hold an earlier step (or a later one)."""
+    own = next(span for span in done if span.first <= step <= span.last)
+    if which == "first":
+        return sum(p.last - p.first + 1 for p in done if p.last < own.first) == own.first - 1
+    return sum(p.last - p.first + 1 for p in done if p.first > own.last) == last - own.last
+
+
+def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:
+    """Return the answers of steps that are the original, and the first of those that are not."""
+    if replayed.is_exact:
+        return replayed.result, []
+    # Where only the closing state tells, nobody knows from which step of the span on.
+    departed = replayed.first_loss.step if replayed.first_loss else replayed.span.first
+    return [(step, value) for step, value in replayed.result if step < departed], [departed]
+
+
+def _check_name(run: RecordedRun, name: str, meaning: MeasuredFacts, overwrite: bool) -> bool:
+    """Return whether to begin from the first step; raise where the name is taken."""
+    if not name or name in RESERVED_NAMES:
+        raise UsageError(f"a measurement cannot be called {name!r}; choose another name")
+    known = run.facts.measured
+    if name not in run.measurement_names:
+        return True
+    if name not in known:
+        raise UsageError(f"{run.name} has recorded {name!r} while it was trained; choose another name")
+    if overwrite:
+        return True
+    if known[name].expression == meaning.expression:
+        return False
+    raise UsageError(
+        f"{run.name} has a measurement {name!r} of something else ({known[name].expression}); choose "
+        "another name, or overwrite it"
+    )

@@ -1,0 +1,133 @@
+"""Advance: takes steps by their programs. Nothing else does; a hook looks at what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from everystep.program.calls import Call
+from everystep.program.execute import BoundProgram, without_autograd
+from everystep.step.programs import Programs
+
+__all__ = ["ROOM", "Hook", "Losses", "advance", "take"]
+
+#: Losses kept on the device until they are collected.
+ROOM = 1024
+
+
+class Hook(Protocol):
+    """Looks at steps while programs take them. A step has the same bits with it and without."""
+
+    def calls(self, bound: BoundProgram) -> list[Call]:
+        """Return the calls of a step, with others in between that look."""
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Look at a step that has just been taken; return whether to go on."""
+
+
+def advance(
+    first: int,
+    last: int,
+    begin: Callable[[int], BoundProgram | None],
+    keep: Callable[[int, BoundProgram], None],
+    *,
+    is_steady: bool = False,
+    hook: Hook | None = None,
+) -> None:
+    """Take the steps `first` to `last` by their programs, up to one that has none.
+
+    Args:
+        first: the first step.
+        last: the last step.
+        begin: puts everything in place for a step and returns its program, None where it has none.
+        keep: called with each step that was taken, and its program.
+        is_steady: the program of the first step takes all of them, and finds everything in place.
+        hook: looks at the steps, and may end them early.
+
+    Raises:
+        RuntimeError: a kernel refuses what it is given (or IndexError, ValueError, TypeError).
+    """
+    bound = begin(first)
+    if bound is None:
+        return
+    calls = bound.calls if hook is None else hook.calls(bound)
+    with without_autograd():
+        for number in range(first, last + 1):
+            if number > first and not is_steady:
+                bound = begin(number)
+                if bound is None:
+                    return
+                calls = bound.calls if hook is None else hook.calls(bound)
+            for call in calls:
+                call()
+            keep(number, bound)
+            if hook is not None and not hook.after(number, bound):
+                return
+
+
+def take(programs: Programs, number: int, *, between: Callable[[], None] | None = None) -> BoundProgram:
+    """Take one step by its program, with the learning rates as they are; return the program.
+
+    between: called between the forward and the backward pass, on a CPU.
+    """
+    bound = programs.bound(number)
+    programs.load_batch(number, bound)
+    programs.load_rates()
+    if between is None:
+        with without_autograd():
+            bound.run()
+        return bound
+    with without_autograd():
+        bound.run_forward()
+    between()
+    with without_autograd():
+        bound.run_backward()
+    return bound
+
+
+class Losses:
+    """Losses of consecutive steps, kept on the device until they are collected."""
+
+    def __init__(self) -> None:
+        self._losses = torch.empty(0)
+        self._slots: tuple[Tensor, ...] = ()
+        self._collected = 0
+        self.count = 0
+
+    @property
+    def room(self) -> int:
+        """How many more can be kept."""
+        return ROOM - self.count
+
+    def last(self) -> float:
+        """Return the newest."""
+        return float(self._losses[(self.count or self._collected) - 1])
+
+    def make_room(self, loss: Tensor) -> None:
+        """Make room for losses of the dtype of this one, or of a wider one that others had."""
+        if self._slots and loss.dtype == self._losses.dtype:
+            return
+        dtype = torch.promote_types(loss.dtype, self._losses.dtype) if self._slots else loss.dtype
+        if not self._slots or dtype != self._losses.dtype:
+            known = self._losses
+            self._losses = torch.empty(ROOM, dtype=dtype, device=loss.device)
+            self._losses[: len(known)] = known
+            self._slots = tuple(self._losses.unbind())
+
+    def keep(self, loss: Tensor) -> None:
+        """Keep a copy of a loss that there is room for."""
+        self._slots[self.count].copy_(loss if loss.ndim == 0 else loss.reshape(()))
+        self.count += 1
+
+    def drop(self, count: int) -> None:
+        """Drop the newest, as far as they were not collected."""
+        self.count = max(0, self.count - count)
+
+    def collect(self) -> Tensor:
+        """Return a copy of those not collected before."""
+        count, self.count = self.count, 0
+        self._collected = count or self._collected
+        return self._losses[:count].clone()
