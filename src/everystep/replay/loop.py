@@ -17,7 +17,7 @@ from everystep.program.memory import copy_into
 from everystep.program.plain import Environment, PlainProgram, tensor_on
 from everystep.program.program import Program
 from everystep.recording.changes import change_files, read_change
-from everystep.recording.contents import Given, unpacked
+from everystep.recording.contents import Given, digest_of, unpacked
 from everystep.recording.database import Repeat
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.files import own_path
@@ -32,6 +32,8 @@ __all__ = ["LoopCheckpoint", "LoopStepper"]
 
 #: Rows of the database that are read at once.
 BLOCK = 256
+#: Tensors that a message names.
+MOST_NAMED = 3
 _GENERATOR = re.compile(r"generator/([0-9]{1,9})")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 
@@ -44,10 +46,14 @@ class LoopCheckpoint(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What a step was given: tensors by `batch/name` and `input/name`, and how the batch was nested."""
+    """What a step was given: tensors by `batch/name` and `input/name`, and how the batch was nested.
+
+    digests: of the state after the step, by name, where there are any.
+    """
 
     tensors: dict[str, Tensor]
     nesting: Any
+    digests: dict[str, Any]
 
 
 class LoopStepper(ReplayStepper):
@@ -231,10 +237,25 @@ class LoopStepper(ReplayStepper):
         self.state = number
         if taken.differs is not None:
             self._departed(number, f"step {number} is not as recorded: {taken.differs}")
+        self._compare_digests(number, inputs.digests)
         if taken.loss is None:
             (recorded,) = self._run.losses_between(number, number) or [float("nan")]
             return recorded
         return float(taken.loss)
+
+    def _compare_digests(self, number: int, digests: dict[str, Any]) -> None:
+        """Compare the state after a step with what was recorded of it."""
+        present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
+        other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
+        if other:
+            names = ", ".join(name.partition("/")[2] for name in other[:MOST_NAMED])
+            more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
+            self._departed(
+                number,
+                f"after step {number}, {names}{more} is not as recorded, and after step {number // 2} "
+                "it was, or nothing is known of it; something between them wrote where torch does not "
+                "see it (NumPy, a thread, a compiled graph)",
+            )
 
     def _row(self, number: int) -> Repeat:
         if number not in self._rows:
@@ -266,6 +287,7 @@ class LoopStepper(ReplayStepper):
         content = unpacked(row.inputs, what) or {"nesting": None, "given": {}}
         try:
             given = {name: Given.from_json(each) for name, each in content["given"].items()}
+            digests = dict(content.get("digests", {}))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise RunError(f"{what} cannot be read: the database was changed") from None
         found = self._run.contents(given)
@@ -276,7 +298,7 @@ class LoopStepper(ReplayStepper):
                 "given (batch_budget of everystep.record); a later step may open"
             )
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
-        return _Inputs(tensors, content.get("nesting"))
+        return _Inputs(tensors, content.get("nesting"), digests)
 
 
 def _laid(plain: PlainProgram, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
