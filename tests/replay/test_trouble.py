@@ -92,6 +92,15 @@ def test_an_altered_program_is_never_passed_off_as_the_original(run):
         opened.first_nonfinite(progress=False)
 
 
+def test_a_step_before_the_one_that_departed_is_exact_in_whatever_order_they_are_opened(run):
+    with sqlite3.connect(run.directory / "run.sqlite") as database:
+        database.execute("UPDATE steps SET loss = loss + 1 WHERE step = 20")
+    opened = everystep.open(run.directory)
+    assert opened[20].departed_at == 20
+    assert opened[5].is_exact and opened[5].departed_at is None
+    assert opened[21].departed_at == 20
+
+
 def test_nothing_is_measured_where_only_the_closing_state_tells_that_a_piece_departed(run):
     _, first, second, *_ = run.snapshots
     folder = run.directory / "snapshots" / f"{second:06d}"

@@ -138,7 +138,7 @@ class Replay:
             number=number,
             loss=loss,
             recorded_loss=recorded,
-            departed_at=self.departed_at,
+            departed_at=self._departed_by(number),
             batch=batch,
             parameters=_of_kind(before, "parameter"),
             buffers=_of_kind(before, "buffer"),
@@ -275,6 +275,11 @@ class Replay:
                     self.departed_at = step
                 self.note_departure(step)
                 return
+
+    def _departed_by(self, number: int) -> int | None:
+        """Return the first step that departed, if it is not after step `number`."""
+        departed = self.departed_at
+        return departed if departed is not None and departed <= number else None
 
     def note_departure(self, step: int) -> None:
         """Note why a step may have other bits than recorded, if Python took it again."""
