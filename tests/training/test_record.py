@@ -6,6 +6,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +343,33 @@ def test_hidden_writes_are_never_passed_off(made):
     found = recording.run.verify(processes=1, progress=False)
     assert not found.is_exact
     assert found.first_loss.step == 22
+
+
+def write_by_numpy(weight):
+    weight.detach().numpy()[0, 0] = 0.5
+
+
+def write_in_a_thread(weight):
+    thread = threading.Thread(target=lambda: weight.data.fill_(0.5))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("write", [write_by_numpy, write_in_a_thread])
+def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(made, write, everystep_command):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number, each in enumerate(recording.steps([batch] * 150), start=1):
+            take(model, optimizer, each)
+            if number == 80:
+                write(model[0].weight)
+    run = recording.run
+    found = run.verify(processes=1, progress=False)
+    assert not found.is_exact
+    (problem,) = found.problems
+    assert problem.startswith("after step 128, 0.weight, ")
+    assert "after step 64 it was" in problem
+    assert "only `everystep verify` can tell" in everystep_command("step", run.name, "137")[1]
 
 
 def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):

@@ -61,6 +61,7 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
         "departed_at": step.departed_at,
         "is_by_program": step.is_by_program,
         "is_of_loop": training.loop is not None,
+        "has_loss": training.loop is None or training.loop.has_loss,
         "problems": run.problems,
         "hyperparameters": step.hyperparameters,
         "clip_norm": training.clip_norm,

@@ -67,7 +67,10 @@ def verify_text(name: str, facts: Facts, found: Verification) -> str:
         for count, steps in sorted(found.threads.items())
     )
     lines.append(labelled("replayed", threads or "nothing: there is no step"))
-    if found.first_loss is None:
+    loop = facts.training.loop
+    if loop is not None and not loop.has_loss:
+        lines.append(labelled("losses", "not logged; the states alone are compared"))
+    elif found.first_loss is None:
         lines.append(labelled("losses", f"all {found.steps:,} as recorded, bit for bit"))
     else:
         step, recorded, replayed = found.first_loss

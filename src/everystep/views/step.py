@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import get_args
@@ -177,19 +178,27 @@ class _Opened:
         title = f"step {step.number:,} of {self.steps:,}"
         page.line((f"{name}, {title}" if name else title, "bold"))
         page.blank()
-        is_finite = step.loss - step.loss == 0
-        page.labelled("loss", f"{grouped(step.loss)}, in full {shortest(step.loss)}")
-        if not is_finite:
+        if self._has_loss:
+            page.labelled("loss", f"{grouped(step.loss)}, in full {shortest(step.loss)}")
+        else:
+            page.labelled("loss", "not logged")
+        if self._has_loss and not math.isfinite(step.loss):
             page.labelled("", "the loss is not finite", "bold red")
         page.labelled("replayed", self._exactness(), "" if step.is_exact else "yellow")
         if step.batch.rows is not None:
             page.labelled("epoch", f"{step.epoch:,}, counted from 0")
+
+    @property
+    def _has_loss(self) -> bool:
+        return self.training.loop is None or self.training.loop.has_loss
 
     def _exactness(self) -> str:
         step = self.step
         how = "by program" if step.is_by_program else "eagerly"
         if self.training.loop is not None:
             how = "without the code of your loop"
+        if step.is_exact and not self._has_loss:
+            return f"{how}; without losses, only `everystep verify` can tell whether it is as recorded"
         if step.is_exact:
             return f"bit for bit as recorded, {how}"
         losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]

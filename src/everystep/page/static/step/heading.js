@@ -17,9 +17,10 @@ export function heading() {
   return fixed(node, (content) => {
     const { step, steps, loss_text, epoch, hyperparameters, batch } = content;
     setText(title, `Step ${whole(step)} of ${whole(steps)}`);
-    setText(loss, short(content.loss));
-    setText(full, Number.isFinite(numberOf(content.loss)) ? loss_text : "not finite");
-    loss.classList.toggle("nonfinite", !Number.isFinite(numberOf(content.loss)));
+    const isFinite = !content.has_loss || Number.isFinite(numberOf(content.loss));
+    setText(loss, content.has_loss ? short(content.loss) : "not logged");
+    setText(full, content.has_loss ? (isFinite ? loss_text : "not finite") : "");
+    loss.classList.toggle("nonfinite", !isFinite);
     exactness.className = content.is_exact ? "exactness small muted" : "exactness alarm";
     setText(exactness, exactnessText(content));
     const told = Object.entries(hyperparameters).map(([name, value]) => `${name} ${short(value, 8)}`);
@@ -28,8 +29,10 @@ export function heading() {
   });
 }
 
-function exactnessText({ is_exact, is_by_program, is_of_loop, departed_at, loss_text, recorded_loss_text }) {
+function exactnessText(content) {
+  const { is_exact, is_by_program, is_of_loop, has_loss, departed_at, loss_text, recorded_loss_text } = content;
   const how = is_of_loop ? "without the code of your loop" : is_by_program ? "by program" : "eagerly";
+  if (is_exact && !has_loss) return `replayed ${how}; without losses, only Verify can tell whether it is as recorded`;
   if (is_exact) return `replayed bit for bit as recorded, ${how}`;
   const here =
     loss_text === recorded_loss_text
