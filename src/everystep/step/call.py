@@ -17,16 +17,20 @@ __all__ = [
     "PLAIN_TENSORS",
     "Reference",
     "StrangeError",
+    "is_free",
     "is_readable",
     "kind_of",
+    "mode_of",
     "moves",
+    "reads",
     "scalars",
     "signature_of",
     "tensors_in",
 ]
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-#: They hand their numbers through to one operator, so that another number is the same operation.
+#: They hand their numbers through to one operator, so that another number is the same operation. Where
+#: autograd takes part, the backward pass has the number too, or does other things with another.
 FREE = {
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow", "lerp", "lerp_", "fill_"),
     *("addcmul", "addcmul_", "addcdiv", "addcdiv_", "true_divide", "__add__", "__radd__", "__iadd__"),
@@ -39,6 +43,12 @@ _AS_THEY_ARE = {
 #: What torch's functions give besides tensors, and Python can do nothing with but read.
 _READABLE = {*_AS_THEY_ARE, bool, float, complex, torch.Size, list, dict}
 _SEQUENCES = (list, tuple)
+#: They give Python one number of their tensor.
+_READS = {"item", "__bool__", "__int__", "__float__", "__complex__", "__index__", "is_nonzero", "tolist"}
+#: They take numbers from a tensor in C++, where no operator shows it, and act on them.
+_READ_OUT_OF_SIGHT = {"tensor_split", "ctc_loss", "_pack_padded_sequence", "_pad_packed_sequence"}
+#: The place of the argument that is a tensor where they take a packed sequence, with its lengths.
+_PACKED = {"lstm": 1, "gru": 2, "rnn_tanh": 2, "rnn_relu": 2}
 #: They give Python a text, of which no step depends.
 _TEXTS = {"__repr__", "__str__", "__format__"}
 #: They give a tensor other memory, or another place in it.
@@ -54,7 +64,7 @@ _ASKED = (
     *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.get_default_dtype),
     *(torch._C._len_torch_function_stack, torch._C._get_flash_sdp_enabled),
     *(torch._C._get_mem_efficient_sdp_enabled, torch._C._get_math_sdp_enabled),
-    *(torch._C._get_mkldnn_enabled, torch._C._get_cudnn_enabled),
+    *(torch._C._get_cudnn_sdp_enabled, torch._C._get_mkldnn_enabled, torch._C._get_cudnn_enabled),
     torch._C._get_deterministic_algorithms,
 )
 _FLOAT = object()
@@ -80,6 +90,7 @@ def signature_of(
     keywords: dict[str, Any],
     place: Any,
     refer: Callable[[Tensor], Any],
+    nodes: int,
     modes: int,
 ) -> Any:
     """Return a call of one of torch's functions as something that can be compared and hashed.
@@ -87,20 +98,23 @@ def signature_of(
     Args:
         place: of the call in the modules.
         refer: returns what stands for a tensor.
+        nodes: how many nodes autograd has made in the step so far.
         modes: how many modes of torch's dispatcher are everystep's own.
 
     Raises:
         StrangeError: it cannot be compared.
     """
-    free = getattr(func, "__name__", "") in FREE
+    if _reads_out_of_sight(func, args):
+        raise StrangeError("a function takes numbers from a tensor out of sight")
+    free = is_free(func, args, keywords)
     positional = [_encoded(value, refer, free) for value in args]
     if not keywords:
-        return (func, place, _mode(modes), *positional)
+        return (func, place, nodes, mode_of(modes), *positional)
     named = [(key, _encoded(value, refer, free)) for key, value in keywords.items()]
-    return (func, place, _mode(modes), *positional, *named)
+    return (func, place, nodes, mode_of(modes), *positional, *named)
 
 
-def _mode(modes: int) -> tuple[Any, ...]:
+def mode_of(modes: int) -> tuple[Any, ...]:
     """Return what torch's functions read of the thread and the process, besides their arguments.
 
     Raises:
@@ -173,6 +187,26 @@ def moves(func: Any) -> bool:
 def is_readable(value: Any) -> bool:
     """Tell whether Python can do nothing with a result but read it."""
     return type(value) in _READABLE or type(value).__module__ == "numpy"
+
+
+def is_free(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Tell whether the floats that a function is given are those of one operation, and of no other."""
+    if getattr(func, "__name__", "") not in FREE:
+        return False
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors_in([args, keywords]))
+
+
+def _reads_out_of_sight(func: Any, args: tuple[Any, ...]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name in _READ_OUT_OF_SIGHT:
+        return True
+    place = _PACKED.get(name)
+    return place is not None and place < len(args) and isinstance(args[place], Tensor)
+
+
+def reads(func: Any) -> bool:
+    """Tell whether a function gives Python one number of its tensor, and does nothing else."""
+    return func.__name__ in _READS
 
 
 def scalars(args: tuple[Any, ...], keywords: dict[str, Any]) -> list[int | float]:

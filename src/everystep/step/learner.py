@@ -10,10 +10,12 @@ from torch import Tensor
 
 from everystep.program.plain import READ
 from everystep.step.call import (
-    FREE,
     StrangeError,
+    is_free,
     is_readable,
+    mode_of,
     moves,
+    reads,
     scalars,
     signature_of,
     tensors_in,
@@ -48,6 +50,7 @@ class Learner:
         self._places: list[int | None] = []
         self._moved: set[int] = set()
         self._predicted: Predicted | None = None
+        self._optimizer: Any = None
         self._note_places()
 
     def happened(self, signature: Any) -> bool:
@@ -71,7 +74,8 @@ class Learner:
         count = self.references.count
         try:
             self._check_between()
-            signature = signature_of(func, args, keywords, place, self.references.of, 1)
+            of, nodes = self.references.of, self.references.nodes()
+            signature = signature_of(func, args, keywords, place, of, nodes, 1)
             if func.__name__ in _BACKWARD:
                 _check_graph(tensors_in([args, keywords]))
             if moves(func) and isinstance(args[0], Tensor):
@@ -90,7 +94,9 @@ class Learner:
                 self._give_up(error)
         return result
 
-    def optimizer_begins(self, name: str | None, predicted: Predicted | None) -> bool:
+    def optimizer_begins(
+        self, name: str | None, predicted: Predicted | None, optimizer: torch.optim.Optimizer
+    ) -> bool:
         """Note that an optimizer takes a step; return whether it is seen as a whole.
 
         predicted: what its step is made of, if that is known.
@@ -99,8 +105,15 @@ class Learner:
             return False
         if predicted is None:
             self.happened(("optimizer begins", name))
+            return False
+        try:
+            self._check_between()
+            self._optimizer = optimizer_signature(name, predicted, optimizer, self.references, 1)
+        except StrangeError as error:
+            self._give_up(error)
+            return False
         self._predicted = predicted
-        return predicted is not None
+        return True
 
     def _optimizer_ends(self, name: str | None) -> None:
         """Note that an optimizer has taken a step that is seen as a whole."""
@@ -119,7 +132,7 @@ class Learner:
         numbers = tuple(n for _, own in seen for n in own)
         node = Node(marks, numbers, way=way, constants=constants)  # type: ignore[arg-type]
         self._note_places()
-        self._trail.append((("optimizer", name, predicted.structure), node))
+        self._trail.append((self._optimizer, node))
 
     def remember(self, memory: Memory, state: Mapping[str, Tensor], loss: Any, path: Path) -> bool:
         """The step is over; remember it, and return whether it is what was known of such steps.
@@ -190,12 +203,12 @@ class Learner:
         tags = [tag for operator, _ in seen for tag in operator.tags]
         is_shaped = torch.Tag.dynamic_output_shape in tags
         if any(str(operator) == READ for operator, _ in seen):
-            if len(seen) > 1 or not args or not isinstance(args[0], Tensor):
+            if len(seen) > 1 or not reads(func) or isinstance(result, Tensor):
                 raise StrangeError("a function reads numbers")
             node.reads = True
         elif len(seen) > 1 and (is_shaped or torch.Tag.data_dependent_output in tags):
             raise StrangeError("what a function does depends on numbers")
-        elif func.__name__ in FREE:
+        elif is_free(func, args, keywords):
             node.floats = _places_of_floats(scalars(args, keywords), node.numbers)
         results = _results(result)
         kept = self._watch.kept_places(before.storages, marks.storages)
@@ -255,6 +268,27 @@ class Learner:
 def likeness_of(tensor: Tensor) -> Any:
     """Return what a result is like, but for its numbers."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def optimizer_signature(
+    name: str | None,
+    predicted: Predicted,
+    optimizer: torch.optim.Optimizer,
+    references: References,
+    modes: int,
+) -> Any:
+    """Return a step of an optimizer as something that can be compared.
+
+    Raises:
+        StrangeError: it cannot be.
+    """
+    used = tuple(
+        (references.of(parameter), references.of(parameter.grad))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    )
+    return "optimizer", name, predicted.structure, used, references.nodes(), mode_of(modes)
 
 
 def _results(result: Any) -> list[Tensor]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from everystep.step.call import Reference
 from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.path import Path
+from everystep.step.references import handles
 from everystep.step.watch import Marks, Tables
 
 __all__ = ["Ending", "Learned", "Memory", "Node"]
@@ -106,7 +106,7 @@ class Memory:
         self._rest = 0
         self._next_rest = 1
         self._must_learn = True
-        self._nodes_made: int | None = None
+        self._handles: int | None = None
 
     def plan(self, step: int) -> str:
         """Return how a step is watched: `recognize`, `learn` (in full, and remembered) or `watch`."""
@@ -125,12 +125,15 @@ class Memory:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether no graph was made since the last step, so that nobody can have put hooks on one."""
-        return self._nodes_made == torch._C._autograd._get_sequence_nr()
+        """Whether no hook was hung up since it was seen last that none takes part."""
+        return self._handles == handles()
+
+    def found_no_hooks(self) -> None:
+        """No hook takes part in a step from here on, unless it is hung up later."""
+        self._handles = handles()
 
     def learned(self, structure: Any, root: Node, trail: list[tuple[Any, Node]]) -> bool:
         """Remember a step that was watched in full; return whether it agrees with what was known."""
-        self._nodes_made = torch._C._autograd._get_sequence_nr()
         self._must_learn = False
         self._learned += 1
         if self._learned > _MOST_LEARNED:
@@ -150,12 +153,10 @@ class Memory:
 
     def recognized(self) -> None:
         """A step was recognised."""
-        self._nodes_made = torch._C._autograd._get_sequence_nr()
         self._failures, self._next_rest = 0, 1
 
     def failed(self) -> None:
         """A step was not recognised, or never can be."""
-        self._nodes_made = None
         self._must_learn = True
         self._failures += 1
         if self._failures > _PATIENCE:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.gradient_descent import GradientDescent
@@ -40,6 +41,7 @@ _OWN = {
     *("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused", "_step_count", "_opt_called"),
 }
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 _MOST_KEPT = 64
 
 
@@ -100,6 +102,8 @@ class OptimizerNumbers:
         """Return what the next step of an optimizer is made of, None where nothing is known of it."""
         kind = type(optimizer)
         if kind not in _ALIKE or any(getattr(optimizer, name) for name in _HOOKS):
+            return None
+        if any(len(hooks) > 1 for hooks in _HOOKS_OF_ALL):  # one is everystep's
             return None
         if any(key not in _OWN and not key.startswith("_optimizer_") for key in vars(optimizer)):
             return None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from everystep.step.call import StrangeError, scalars, signature_of, tensors_in
 from everystep.step.elsewhere import Elsewhere
-from everystep.step.learner import likeness_of
+from everystep.step.learner import likeness_of, optimizer_signature
 from everystep.step.memory import Node
 from everystep.step.optimizer_numbers import Predicted
 from everystep.step.path import Path
@@ -74,7 +74,8 @@ class Recognizer:
     def call(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any], place: Any) -> Any:
         """Call a function of torch's. place: of the call in the modules."""
         try:
-            node = self._node.next.get(signature_of(func, args, keywords, place, self.references.of, 0))
+            of, nodes = self.references.of, self.references.nodes()
+            node = self._node.next.get(signature_of(func, args, keywords, place, of, nodes, 0))
         except StrangeError:
             node = None
         if node is None:
@@ -112,12 +113,18 @@ class Recognizer:
         self._node = node
         return result
 
-    def optimizer_begins(self, name: str | None, predicted: Predicted | None) -> bool:
+    def optimizer_begins(
+        self, name: str | None, predicted: Predicted | None, optimizer: torch.optim.Optimizer
+    ) -> bool:
         """Note that an optimizer takes a step; return whether it is seen as a whole."""
         if predicted is None:
             self.happened(("optimizer begins", name))
             return False
-        node = self._node.next.get(("optimizer", name, predicted.structure))
+        try:
+            signature = optimizer_signature(name, predicted, optimizer, self.references, 0)
+        except StrangeError:
+            signature = None
+        node = self._node.next.get(signature)
         if node is None or node.way is None:
             self._diverged()
             return False

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from everystep.program.memory import ALIGNMENT
 from everystep.step.call import PLAIN_TENSORS, Reference, StrangeError
-from everystep.step.elsewhere import versions_of
+from everystep.step.elsewhere import version_of, versions_of
 
-__all__ = ["References", "has_hooks_on_node"]
+__all__ = ["References", "handles", "has_hooks_on_node"]
 
 _references: list[Reference] = []
+_nodes_made = torch._C._autograd._get_sequence_nr
 
 
 class References:
@@ -34,7 +36,9 @@ class References:
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.batch_offsets: dict[str, int] = {}
-        self._of: dict[int, tuple[weakref.ref[Tensor], Reference]] = {}
+        self._of: dict[int, tuple[weakref.ref[Tensor], Reference, int]] = {}
+        self._nodes_before = _nodes_made()
+        self._handles_before = handles()
         self.count = 0
         self._made: set[int] = set()
         self._names = tuple(state)
@@ -46,9 +50,24 @@ class References:
         shared = [places.setdefault(storage._cdata, place) for place, storage in enumerate(storages)]
         sizes = [int(storage.nbytes()) for storage in storages]
         self._places = places
-        self.structure = (self._names, tuple(likeness), tuple(shared), tuple(sizes))
         for tensor in tensors:
             self._add(tensor)
+        gradients = [self._gradient(t) for t in tensors if t.requires_grad]
+        self.structure = self._names, tuple(likeness), tuple(shared), tuple(sizes), tuple(gradients)
+
+    def nodes(self) -> int:
+        """Return how many nodes autograd has made in the step.
+
+        Raises:
+            StrangeError: somebody has hung up a hook in the step, on what nobody knows.
+        """
+        if handles() != self._handles_before:
+            raise StrangeError("a hook was hung up in the step")
+        return _nodes_made() - self._nodes_before
+
+    def skip_nodes(self, count: int) -> None:
+        """So many nodes were made that are not of the step."""
+        self._nodes_before += count
 
     def add_batch(self, tensors: Mapping[str, Tensor]) -> Any:
         """Note the tensors of the batch; return what the operations depend on of them.
@@ -56,7 +75,7 @@ class References:
         Raises:
             StrangeError: as for the state.
         """
-        found = []
+        found: list[Any] = []
         first: dict[int, int] = {}
         for name, tensor in tensors.items():
             offset = self.batch_offsets[name] = int(tensor.storage_offset())
@@ -71,26 +90,30 @@ class References:
                 likeness = (*likeness[:4], distance, aligned, list(first).index(place), likeness[5])
             else:
                 likeness = (*likeness, self._places[place])
-            found.append((name, likeness))
+            found.append((name, likeness, self._gradient(tensor, is_new=True)))
             self._add(tensor)
         return ("batch", *found)
 
     def of(self, tensor: Tensor) -> Any:
-        """Return what stands for an argument of a call: a reference, and more if it is from elsewhere.
+        """Return what stands for an argument of a call.
+
+        That is a reference, with how often the tensor was changed if it was, and what a tensor from
+        elsewhere is like.
 
         Raises:
             StrangeError: as for the state.
         """
         known = self._of.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            if not tensor.requires_grad:
+                self._note_gradients()
+            known = self._of.get(id(tensor))
         if known is not None and known[0]() is tensor:
-            return known[1]
-        if not tensor.requires_grad:
-            self._note_gradients()
-            reference = self.lookup(tensor)
-            if reference is not None:
-                return reference
+            changes = _version(tensor) - known[2]
+            return known[1] if not changes else (known[1], changes)
         shared = self._sharing(tensor)
-        return (*self._likeness(tensor), shared, self._add(tensor))
+        gradient = self._gradient(tensor, is_new=True)
+        return (*self._likeness(tensor), shared, gradient, self._add(tensor))
 
     def lookup(self, tensor: Tensor) -> Reference | None:
         """Return what stands for a tensor, None where the step has not met it."""
@@ -112,7 +135,7 @@ class References:
 
     def alive(self) -> Iterable[tuple[Reference, Tensor]]:
         """Yield the tensors of the step that are still there, with what stands for them."""
-        for weak, reference in self._of.values():
+        for weak, reference, _ in self._of.values():
             tensor = weak()
             if tensor is not None:
                 yield reference, tensor
@@ -120,7 +143,7 @@ class References:
     def bound(self, tensors: Iterable[Tensor]) -> tuple[Reference | None, ...]:
         """Return what stands for each of some tensors, None where the step has not met it."""
         get = self._of.get
-        known = [(get(id(tensor), _NOT_MET), tensor) for tensor in tensors]
+        known: list[tuple[Any, Tensor]] = [(get(id(tensor), _NOT_MET), tensor) for tensor in tensors]
         return tuple([found[1] if found[0]() is tensor else None for found, tensor in known])
 
     def changes(
@@ -137,6 +160,12 @@ class References:
                 for now, r in zip(versions_of(tensors), bound, strict=True)
             ]
         )
+
+    def knows(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Tell whether the step has met all parameters of an optimizer, and what it keeps of them."""
+        used = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        kept = [v for p in used for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
+        return all(self.lookup(tensor) is not None for tensor in (*used, *kept))
 
     def is_made(self, reference: Reference) -> bool:
         """Tell whether the step has made a tensor."""
@@ -158,18 +187,42 @@ class References:
 
     def _note_gradients(self) -> None:
         """Note the gradients that are there, so that each is known by whose it is."""
-        for _, tensor in [*self.alive()]:
+        for _, tensor in sorted(self.alive(), key=lambda known: known[0].number):
             if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):
                 gradient = tensor.grad
                 if gradient is not None and self.lookup(gradient) is None:
-                    self._made.add(self._add(gradient).number)
+                    self._made.add(self._add(gradient, 0).number)
 
-    def _add(self, tensor: Tensor) -> Reference:
+    def _gradient(self, tensor: Tensor, is_new: bool = False) -> Any:
+        """Return what stands for the gradient that a tensor has before the step uses it.
+
+        is_new: whether it is none of the state, and has not been looked at for hooks.
+
+        Raises:
+            StrangeError: as for the state.
+        """
+        if not tensor.requires_grad or not tensor.is_leaf:
+            return None
+        if is_new:
+            before, hung_up = _nodes_made(), handles()
+            if has_hooks_on_node(tensor):
+                raise StrangeError("hooks on the nodes of tensors take part")
+            self.skip_nodes(_nodes_made() - before)
+            self._handles_before += handles() - hung_up
+        gradient = tensor.grad
+        return None if gradient is None else self.of(gradient)
+
+    def _add(self, tensor: Tensor, version: int | None = None) -> Reference:
+        """Note a tensor. version: from which on its changes are counted; None: as it is now."""
         if self.count == len(_references):
             _references.append(Reference(self.count))
         reference = _references[self.count]
         self.count += 1
-        self._of[id(tensor)] = weakref.ref(tensor), reference
+        self._of[id(tensor)] = (
+            weakref.ref(tensor),
+            reference,
+            (_version(tensor) if version is None else version),
+        )
         return reference
 
     def _likeness(self, tensor: Tensor) -> tuple[Any, ...]:
@@ -197,6 +250,18 @@ def _nothing(*_: Any) -> None:
 
 
 _NOT_MET: tuple[Any, None] = (_nothing, None)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # torch does not count
+        return version_of(tensor) or 0
+
+
+def handles() -> int:
+    """Return how many hooks were hung up on tensors, nodes and modules in this process."""
+    return RemovableHandle.next_id
 
 
 def has_hooks_on_node(tensor: Tensor) -> bool:

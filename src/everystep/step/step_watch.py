@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+)
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from everystep.step.call import StrangeError, kind_of
@@ -52,6 +57,7 @@ class StepWatch(TorchFunctionMode):
         self._learner: Learner | None = None
         self._recognizer: Recognizer | None = None
         self._is_paused = self._is_entered = False
+        self._made_before_pause = 0
         # Within a step of an optimizer that is seen as a whole; out of torch's stack of modes.
         self._is_within = self._is_out = False
 
@@ -99,6 +105,13 @@ class StepWatch(TorchFunctionMode):
 
     @is_paused.setter
     def is_paused(self, is_paused: bool) -> None:
+        if is_paused != self._is_paused:
+            follower = self._learner or self._recognizer
+            made = torch._C._autograd._get_sequence_nr()
+            if is_paused:
+                self._made_before_pause = made
+            elif follower is not None:
+                follower.references.skip_nodes(made - self._made_before_pause)
         self._is_paused = is_paused
         if self._watch is not None:
             self._watch.is_paused = is_paused
@@ -125,7 +138,9 @@ class StepWatch(TorchFunctionMode):
 
     def _references_of(self, state: Mapping[str, Tensor]) -> References | None:
         """Return references to the state, None where a step from it cannot be recognised."""
-        if self._memory.is_quiet or not any(map(has_hooks_on_node, state.values())):
+        is_quiet = self._memory.is_quiet or not any(map(has_hooks_on_node, state.values()))
+        if is_quiet and _are_torchs_own():
+            self._memory.found_no_hooks()
             try:
                 return References(state)
             except StrangeError:
@@ -193,8 +208,10 @@ class StepWatch(TorchFunctionMode):
             follower = self._learner or self._recognizer
             if follower is None:
                 return
-            predicted = None if has_arguments else self._memory.optimizers.predict(optimizer)
-            self._is_within = follower.optimizer_begins(name, predicted)
+            predicted = None
+            if not has_arguments and follower.references.knows(optimizer):
+                predicted = self._memory.optimizers.predict(optimizer)
+            self._is_within = follower.optimizer_begins(name, predicted, optimizer)
             if follower is not self._learner and self._watch is not None:  # it goes on from here
                 self._watch.optimizer_uses(gradients())
         if self._is_within and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
@@ -289,3 +306,9 @@ class StepWatch(TorchFunctionMode):
             return func(*args, **keywords)
         finally:
             self.is_paused = False
+
+
+def _are_torchs_own() -> bool:
+    """Tell whether the modes around the step run no Python of somebody else's."""
+    modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return all(type(mode) is DeviceContext for mode in modes)

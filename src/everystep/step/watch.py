@@ -67,6 +67,7 @@ class _Known(NamedTuple):
     has_out: bool = False
     is_read: bool = False
     is_zeroing: bool = False
+    writes_list: bool = False
 
 
 class Marks(NamedTuple):
@@ -374,7 +375,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._run_unseen(func, known, args, keywords, str(error))
         if known.draws:
             self._note_generator()
-        result = func(*args, **keywords)
+        result = _run_counted(func, args, keywords) if known.writes_list else func(*args, **keywords)
         if known.draws:
             self._drawn = torch.get_rng_state()
         if known.is_read:
@@ -573,6 +574,15 @@ def known_operator(func: Any) -> _Known:
     return _known.get(id(func)) or _learn(func)
 
 
+def _run_counted(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Run an operator on lists; torch counts what it writes as it does where nothing is watched.
+
+    Its kernel may write each tensor by an operator of its own, which torch does not count below a mode.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return func(*args, **keywords)
+
+
 def _learn(func: Any) -> _Known:
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
@@ -601,6 +611,7 @@ def _learn(func: Any) -> _Known:
             any(argument.is_out for argument in func._schema.arguments),
             text == READ,
             name in _ZEROING,
+            "foreach" in name and bool(writes(func)),
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
         known = _Known("has no schema" if how == "see" else how)
