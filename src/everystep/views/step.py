@@ -204,7 +204,9 @@ class _Opened:
         losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]
         here = f"replayed loss {losses[0]}, recorded {losses[1]}"
         if losses[0] == losses[1]:
-            here = f"this loss is the recorded one, that of step {step.departed_at:,} was not"
+            here = f"this loss is the recorded one, but step {step.departed_at:,} was not as recorded"
+        if not self._has_loss:
+            here = f"step {step.departed_at:,} was not"
         return f"NOT as recorded, {how}: {here}\nsteps from {step.departed_at:,} on are not the original"
 
     def _batch(self, alone: bool) -> None:

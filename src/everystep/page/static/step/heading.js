@@ -34,9 +34,10 @@ function exactnessText(content) {
   const how = is_of_loop ? "without the code of your loop" : is_by_program ? "by program" : "eagerly";
   if (is_exact && !has_loss) return `replayed ${how}; without losses, only Verify can tell whether it is as recorded`;
   if (is_exact) return `replayed bit for bit as recorded, ${how}`;
-  const here =
-    loss_text === recorded_loss_text
-      ? `this loss is the recorded one, that of step ${whole(departed_at)} was not`
+  const here = !has_loss
+    ? `step ${whole(departed_at)} was not`
+    : loss_text === recorded_loss_text
+      ? `this loss is the recorded one, but step ${whole(departed_at)} was not as recorded`
       : `replayed loss ${loss_text}, recorded ${recorded_loss_text}`;
   return `Not as recorded (replayed ${how}): ${here}. Steps from ${whole(departed_at)} on are not the original.`;
 }
