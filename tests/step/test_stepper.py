@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from everystep.errors import TrainingError
-from everystep.step import advance
+from everystep.step import advance, verified
 from everystep.step.stepper import Stepper
 from everystep.step.verified import CheckPlan
 
@@ -21,7 +21,8 @@ def take(stepper, steps, stretch=1000):
     return list(losses.values())
 
 
-def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee):
+def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee, monkeypatch):
+    monkeypatch.setattr(verified, "LIGHT_SECONDS", 60)  # however busy the machine is
     stepper = Stepper(make_trainee(*small), 300)
     take(stepper, 300)
     assert stepper.checked == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
@@ -38,6 +39,16 @@ def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart():
     interval = 512  # 0.005 s of each 0.512 s
     assert steps[:9] == [2, 4, 8, 16, 32, 64, 128, 256, 512]
     assert steps[9:] == [512 + n * interval for n in range(1, 6)]
+
+
+def test_a_check_of_a_heavy_step_keeps_to_a_hundredth_of_the_time_from_the_first():
+    plan = CheckPlan()
+    plan.captured(1)
+    plan.passed(2, seconds=0.05)  # no step was timed by itself: half a check is taken for one
+    assert plan.next == 2 + 256
+    plan.timed(100, 2.5)
+    plan.passed(258, seconds=0.05)
+    assert plan.next == 258 + 256
 
 
 def test_a_short_last_batch_has_a_program_of_its_own(small, make_trainee):

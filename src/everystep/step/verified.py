@@ -19,8 +19,10 @@ from everystep.step.state import Generators
 
 __all__ = ["CheckPlan", "Verifier", "WayBack"]
 
-#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart.
+#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart; a check that
+#: takes longer than so many seconds may not take more before either.
 CHECK_SHARE = 0.01
+LIGHT_SECONDS = 0.03
 
 
 class Verifier:
@@ -188,8 +190,11 @@ class CheckPlan:
     def passed(self, step: int, seconds: float) -> None:
         """A check has passed at a step; it took so long."""
         self.checked.append(step)
+        # A check takes a step twice, and at the first none was timed by itself.
+        allowed = (self._step_seconds or seconds / 2) * CHECK_SHARE
+        is_light = seconds < LIGHT_SECONDS
         interval = 1
-        while interval < step - self.start and interval * self._step_seconds * CHECK_SHARE < seconds:
+        while interval * allowed < seconds and (interval < step - self.start or not is_light):
             interval *= 2
         self.next = step + interval
 
