@@ -111,9 +111,9 @@ class References:
         if known is not None and known[0]() is tensor:
             changes = _version(tensor) - known[2]
             return known[1] if not changes else (known[1], changes)
-        shared = self._sharing(tensor)
+        likeness, shared = self._likeness(tensor), self._sharing(tensor)
         gradient = self._gradient(tensor, is_new=True)
-        return (*self._likeness(tensor), shared, gradient, self._add(tensor))
+        return (*likeness, shared, gradient, self._add(tensor))
 
     def lookup(self, tensor: Tensor) -> Reference | None:
         """Return what stands for a tensor, None where the step has not met it."""
@@ -139,6 +139,18 @@ class References:
             tensor = weak()
             if tensor is not None:
                 yield reference, tensor
+
+    def changed(self) -> dict[int, int]:
+        """Return how often the tensors that are still there were changed since the step met them.
+
+        By the number of the reference, for those that were.
+        """
+        found = {}
+        for weak, reference, version in self._of.values():
+            tensor = weak()
+            if tensor is not None and (changes := _version(tensor) - version):
+                found[reference.number] = changes
+        return found
 
     def bound(self, tensors: Iterable[Tensor]) -> tuple[Reference | None, ...]:
         """Return what stands for each of some tensors, None where the step has not met it."""
@@ -179,7 +191,7 @@ class References:
         """
         place = tensor.untyped_storage()._cdata
         for reference, other in self.alive():
-            if other.untyped_storage()._cdata == place:
+            if other.layout is torch.strided and other.untyped_storage()._cdata == place:
                 if reference.number in self._made:
                     raise StrangeError("something else gives tensors that the step has made")
                 return reference
@@ -190,7 +202,9 @@ class References:
         for _, tensor in sorted(self.alive(), key=lambda known: known[0].number):
             if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):
                 gradient = tensor.grad
-                if gradient is not None and self.lookup(gradient) is None:
+                if gradient is None or gradient.layout is not torch.strided:
+                    continue
+                if self.lookup(gradient) is None:
                     self._made.add(self._add(gradient, 0).number)
 
     def _gradient(self, tensor: Tensor, is_new: bool = False) -> Any:
