@@ -65,7 +65,7 @@ _ASKED = (
     *(torch._C._len_torch_function_stack, torch._C._get_flash_sdp_enabled),
     *(torch._C._get_mem_efficient_sdp_enabled, torch._C._get_math_sdp_enabled),
     *(torch._C._get_cudnn_sdp_enabled, torch._C._get_mkldnn_enabled, torch._C._get_cudnn_enabled),
-    torch._C._get_deterministic_algorithms,
+    *(torch._C._get_deterministic_algorithms, torch.is_anomaly_enabled),
 )
 _FLOAT = object()
 _TRUE, _FALSE = object(), object()

@@ -51,6 +51,7 @@ class Learner:
         self._moved: set[int] = set()
         self._predicted: Predicted | None = None
         self._optimizer: Any = None
+        self._changed: dict[int, int] = {}
         self._note_places()
 
     def happened(self, signature: Any) -> bool:
@@ -132,6 +133,7 @@ class Learner:
         numbers = tuple(n for _, own in seen for n in own)
         node = Node(marks, numbers, way=way, constants=constants)  # type: ignore[arg-type]
         self._note_places()
+        node.changed = self._newly_changed()
         self._trail.append((self._optimizer, node))
 
     def remember(self, memory: Memory, state: Mapping[str, Tensor], loss: Any, path: Path) -> bool:
@@ -219,7 +221,14 @@ class Learner:
         self._note_places()
         if is_shaped or not given:
             node.likeness = tuple(map(likeness_of, results))
+        node.changed = self._newly_changed()
         return node
+
+    def _newly_changed(self) -> tuple[tuple[int, int], ...]:
+        now = self.references.changed()
+        found = tuple((n, count) for n, count in now.items() if self._changed.get(n) != count)
+        self._changed.update(found)
+        return found
 
     def _brought(self, place: int, given: Iterable[Tensor]) -> Any:
         """Return what stands for the argument that has brought a storage from elsewhere.

@@ -59,7 +59,8 @@ class Node:
     order; way: how an optimizer takes its step, where it is one; draws: whether it draws random numbers;
     contents: tensors from elsewhere that it was the first to use, and their storages; constants: the
     content of storages that it has made; returns: what stands for its results; likeness: what these must
-    be like, where that is not sure.
+    be like, where that is not sure; changed: how often tensors were changed after it, where that is
+    another count than before it, by the number of the reference.
     """
 
     marks: Marks
@@ -72,6 +73,7 @@ class Node:
     constants: dict[int, Tensor] = field(default_factory=dict)
     returns: tuple[Reference, ...] = ()
     likeness: tuple[Any, ...] | None = None
+    changed: tuple[tuple[int, int], ...] = ()
     learned: Learned | None = None
     ending: Ending | None = None
     next: dict[Any, Node] = field(default_factory=dict)

@@ -56,6 +56,7 @@ class Recognizer:
         self._elsewhere = elsewhere
         self._diverged = diverged
         self._unknown: set[int] = set()
+        self._changed: dict[int, int] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -110,6 +111,8 @@ class Recognizer:
             self.numbers += numbers
         else:
             self.numbers += node.numbers
+        if node.changed:
+            self._changed.update(node.changed)
         self._node = node
         return result
 
@@ -130,6 +133,7 @@ class Recognizer:
             return False
         self.numbers += [n for _, own in predicted.operators(node.way) for n in own]
         self.contents |= node.constants
+        self._changed.update(node.changed)
         self._node = node
         return True
 
@@ -166,12 +170,19 @@ class Recognizer:
         """Let a watch go on from where the step is."""
         learned = self._node.learned
         assert learned is not None
-        lying = {}
+        lying, changed_unseen = {}, set()
+        changed = self.references.changed()
         for reference, tensor in self.references.alive():
-            if reference.number < len(learned.places) and reference.number not in self._unknown:
-                place = learned.places[reference.number]
-                if place is not None and place < self._node.marks.storages:
-                    lying[place] = tensor
+            number = reference.number
+            if number >= len(learned.places) or number in self._unknown:
+                continue
+            place = learned.places[number]
+            if place is not None and place < self._node.marks.storages:
+                lying[place] = tensor
+                if changed.get(number, 0) != self._changed.get(number, 0):
+                    changed_unseen.add(place)  # what it is now is from elsewhere
+        for place in changed_unseen:
+            del lying[place]
         watch.resume(
             *(learned.tables, self._node.marks, lying, self.contents),
             *(self.references.batch_offsets, self.drawn),

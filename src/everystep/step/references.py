@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from everystep.program.memory import ALIGNMENT
@@ -41,6 +42,7 @@ class References:
         self._handles_before = handles()
         self.count = 0
         self._made: set[int] = set()
+        self._elsewhere: dict[int, tuple[Reference, Any]] = {}
         self._names = tuple(state)
         tensors = [*state.values()]
         self._versions = versions_of(tensors)
@@ -53,6 +55,7 @@ class References:
         for tensor in tensors:
             self._add(tensor)
         gradients = [self._gradient(t) for t in tensors if t.requires_grad]
+        self._count_before = self.count
         self.structure = self._names, tuple(likeness), tuple(shared), tuple(sizes), tuple(gradients)
 
     def nodes(self) -> int:
@@ -77,6 +80,7 @@ class References:
         """
         found: list[Any] = []
         first: dict[int, int] = {}
+        is_late = self.count > self._count_before
         for name, tensor in tensors.items():
             offset = self.batch_offsets[name] = int(tensor.storage_offset())
             if self._of.get(id(tensor), (_nothing,))[0]() is tensor:
@@ -90,7 +94,8 @@ class References:
                 likeness = (*likeness[:4], distance, aligned, list(first).index(place), likeness[5])
             else:
                 likeness = (*likeness, self._places[place])
-            found.append((name, likeness, self._gradient(tensor, is_new=True)))
+            shared = self._sharing(tensor) if is_late else None
+            found.append((name, likeness, shared, self._gradient(tensor, is_new=True)))
             self._add(tensor)
         return ("batch", *found)
 
@@ -111,9 +116,15 @@ class References:
         if known is not None and known[0]() is tensor:
             changes = _version(tensor) - known[2]
             return known[1] if not changes else (known[1], changes)
-        shared = self._sharing(tensor)
+        likeness, shared = self._likeness(tensor), self._sharing(tensor)
         gradient = self._gradient(tensor, is_new=True)
-        return (*self._likeness(tensor), shared, gradient, self._add(tensor))
+        reference = self._add(tensor)
+        if shared is None:
+            storage = tensor.untyped_storage()
+            # As long as there is a reference, no other storage can have its place.
+            kept = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._elsewhere[storage._cdata] = reference, kept
+        return (*likeness, shared, gradient, reference)
 
     def lookup(self, tensor: Tensor) -> Reference | None:
         """Return what stands for a tensor, None where the step has not met it."""
@@ -139,6 +150,18 @@ class References:
             tensor = weak()
             if tensor is not None:
                 yield reference, tensor
+
+    def changed(self) -> dict[int, int]:
+        """Return how often the tensors that are still there were changed since the step met them.
+
+        By the number of the reference, for those that were.
+        """
+        found = {}
+        for weak, reference, version in self._of.values():
+            tensor = weak()
+            if tensor is not None and (changes := _version(tensor) - version):
+                found[reference.number] = changes
+        return found
 
     def bound(self, tensors: Iterable[Tensor]) -> tuple[Reference | None, ...]:
         """Return what stands for each of some tensors, None where the step has not met it."""
@@ -179,18 +202,21 @@ class References:
         """
         place = tensor.untyped_storage()._cdata
         for reference, other in self.alive():
-            if other.untyped_storage()._cdata == place:
+            if other.layout is torch.strided and other.untyped_storage()._cdata == place:
                 if reference.number in self._made:
                     raise StrangeError("something else gives tensors that the step has made")
                 return reference
-        return None
+        known = self._elsewhere.get(place)
+        return None if known is None else known[0]
 
     def _note_gradients(self) -> None:
         """Note the gradients that are there, so that each is known by whose it is."""
         for _, tensor in sorted(self.alive(), key=lambda known: known[0].number):
             if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):
                 gradient = tensor.grad
-                if gradient is not None and self.lookup(gradient) is None:
+                if gradient is None or gradient.layout is not torch.strided:
+                    continue
+                if self.lookup(gradient) is None:
                     self._made.add(self._add(gradient, 0).number)
 
     def _gradient(self, tensor: Tensor, is_new: bool = False) -> Any:

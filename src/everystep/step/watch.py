@@ -200,6 +200,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def place_of(self, tensor: Tensor) -> int | None:
         """Return the number of the storage that a tensor lies on, None where it was not seen yet."""
+        if tensor.layout is not torch.strided:
+            return None
         return self._storage_of.get(tensor.untyped_storage()._cdata)
 
     def is_made(self, place: int) -> bool:
