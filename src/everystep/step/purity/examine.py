@@ -31,6 +31,7 @@ from everystep.step.purity.torchs_own import (
     reason_against_module,
 )
 from everystep.step.recorder import CapturedOperation, CapturedTensor
+from everystep.step.references import has_hooks_on_node
 
 __all__ = ["Purity", "Shown", "forward_of"]
 
@@ -123,25 +124,22 @@ class Purity:
         if not all(map(is_, functions_of_torch(), self._functions)):
             return "a function of torch changes"
         changed = (f"{name} changes" for name, value in self._settings.items() if now[name] != value)
-        return next(changed, None) or self._guards.difference() or self._kept_graph()
+        return next(changed, None) or self._guards.difference() or self._hooked_node()
 
-    def _kept_graph(self) -> str | None:
-        """Return in words which parameter is in a graph that other code keeps, or None.
+    def _hooked_node(self) -> str | None:
+        """Return in words which parameter has a hook on its node in the graph, or None.
 
-        The last node of a graph can carry hooks that only a backward pass shows, and lives as long as
-        a graph that it is in. Without one, there is no node that a hook could be on.
+        Only a backward pass shows such a hook. It stays as long as other code keeps a graph.
         """
-        if self.stands_behind == "vouched":  # the model itself may keep what it has computed
-            return None
         named = (self._state or self._training.named_state()).items()
-        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-            kept = (
+        with torch._C.DisableTorchFunctionSubclass():
+            hooked = (
                 name.partition("/")[2]
                 for name, tensor in named
-                if name.startswith("parameter/") and tensor.requires_grad and _has_node(tensor)
+                if name.startswith("parameter/") and has_hooks_on_node(tensor)
             )
-            found = next(kept, None)
-        return None if found is None else f"a graph that {found} is in is kept by your own code"
+            found = next(hooked, None)
+        return None if found is None else f"a hook of other code is on the graph node of {found}"
 
     def guard_update(self, *, but_lr: bool) -> None:
         """Note the settings of the optimizer, which are among the operations of its update.
@@ -224,19 +222,6 @@ def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
     groups = optimizer.param_groups
     found = groups[index].get(key, ABSENT) if index < len(groups) else ABSENT
     return tuple(found) if type(found) is list else found
-
-
-def _has_node(parameter: Tensor) -> bool:
-    """Tell whether the node that adds up a parameter's gradient is kept alive by somebody.
-
-    Otherwise each look at it makes another one, without what was noted on the one before.
-    """
-    _node_of(parameter).metadata["everystep"] = True
-    return bool(_node_of(parameter).metadata.pop("everystep", False))
-
-
-def _node_of(parameter: Tensor) -> Any:
-    return parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
