@@ -41,8 +41,8 @@ def network():
 
 def batches(count=STEPS, rows=8):
     generator = torch.Generator().manual_seed(1)
-    pair = lambda: (torch.randn(rows, 6, generator=generator), torch.randn(rows, 3, generator=generator))
-    return [pair() for _ in range(count)]
+    made = torch.randn(count, rows, 9, generator=generator)
+    return [(each[:, :6].clone(), each[:, 6:].clone()) for each in made]
 
 
 def sgd(model, **settings):
@@ -1115,6 +1115,103 @@ def names_for_parameters_from_elsewhere(record):
         return update(model, optimizer, x, y)
 
     return trained(record, body, model)
+
+
+@loop(4)
+def views_from_elsewhere_that_are_gone_at_once(record):
+    one, two = torch.randn(2, 6), torch.randn(2, 6)
+    views = [view for n in range(STEPS) for view in (one[:1], (one if n < 9 or n % 2 else two)[:1])]
+
+    def body(model, optimizer, x, y, number):
+        h = x + views.pop(0)
+        return update(model, optimizer, h * views.pop(0), y)
+
+    return trained(record, body)
+
+
+@loop(5)
+def a_batch_that_is_added_late_and_aliases(record):
+    model = network()
+    optimizer = sgd(model)
+    one, two = torch.randn(8, 6), torch.randn(8, 6)
+    y = torch.randn(8, 3)
+    with record(model=model, optimizer=optimizer) as recording:
+        for number in range(STEPS):
+            alias = (two if number < 9 or number % 2 else one).view(8, 6)
+            with recording.step():
+                h = one * 2
+                if hasattr(recording, "add_batch"):
+                    recording.add_batch(alias)
+                alias.mul_(0.9)
+                recording.log(loss=update(model, optimizer, h + one, y))
+    return model
+
+
+@loop(5)
+def derivatives_of_another_mode(record):
+    forward = torch.autograd.forward_ad
+
+    def body(model, optimizer, x, y, number):
+        if number % 5:
+            return update(model, optimizer, x, y)
+        with forward.dual_level():
+            dual = forward.make_dual(x, torch.ones_like(x))
+            tangent = forward.unpack_dual(model(dual) * (1.0 / number)).tangent
+        return update(model, optimizer, x + tangent.detach().sum(), y)
+
+    return trained(record, body)
+
+
+@loop(5)
+def anomalies_that_are_looked_for(record):
+    def body(model, optimizer, x, y, number):
+        with torch.autograd.set_detect_anomaly(number % 6 == 0):
+            return update(model, optimizer, x, y)
+
+    return trained(record, body)
+
+
+@loop(2)
+def an_optimizer_that_fails(record):
+    def body(model, optimizer, x, y, number):
+        loss = update(model, optimizer, x, y)
+        if number % 5 == 0:
+            optimizer.param_groups[0]["lr"] = None
+            with contextlib.suppress(TypeError):
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.05
+            loss = update(model, optimizer, x, y)
+        return loss
+
+    return trained(record, body)
+
+
+class Scripted(nn.Module):
+    def forward(self, x):
+        x.add_(1.0)
+        return x * 2
+
+
+@loop(5)
+def a_script_at_times(record):
+    scripted = torch.jit.script(Scripted())
+
+    def body(model, optimizer, x, y, number):
+        h = x * 1.0
+        k = scripted(h) if number % 5 == 0 else h * 2
+        return update(model, optimizer, h + k, y)
+
+    return trained(record, body)
+
+
+@loop(5)
+def weights_that_are_swapped_between_modules(record):
+    def body(model, optimizer, x, y, number):
+        if number % 7 == 0:
+            model[0].bias, model[2].bias = model[2].bias, model[0].bias
+        return update(model, optimizer, x, y)
+
+    return trained(record, body)
 
 
 @loop(2)
