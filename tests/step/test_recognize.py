@@ -722,7 +722,7 @@ for name, make in OPTIMIZERS.items():
 @loop(0)
 def lbfgs(record):
     model = network()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
 
     def body(model, optimizer, x, y, number):
         def closure():
@@ -733,7 +733,7 @@ def lbfgs(record):
 
         return optimizer.step(closure)
 
-    return trained(record, body, model, optimizer)
+    return trained(record, body, model, optimizer, batches(12))
 
 
 @loop(15)
