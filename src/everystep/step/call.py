@@ -47,6 +47,13 @@ _SEQUENCES = (list, tuple)
 _READS = {"item", "__bool__", "__int__", "__float__", "__complex__", "__index__", "is_nonzero", "tolist"}
 #: They take numbers from a tensor in C++, where no operator shows it, and act on them.
 _READ_OUT_OF_SIGHT = {"tensor_split", "ctc_loss", "_pack_padded_sequence", "_pad_packed_sequence"}
+#: Their backward pass is another one where a mode of torch's dispatcher is in force, as in a full watch.
+_OTHER_WHEN_WATCHED = {
+    *("prod", "cumprod", "cumprod_", "det", "slogdet", "logdet", "linalg_det", "linalg_slogdet"),
+    *("median", "nanmedian", "linalg_householder_product", "ormqr"),
+}
+#: So is theirs, where they are given nothing but a tensor.
+_OTHER_WHEN_WATCHED_ALONE = {"max", "min"}
 #: The place of the argument that is a tensor where they take a packed sequence, with its lengths.
 _PACKED = {"lstm": 1, "gru": 2, "rnn_tanh": 2, "rnn_relu": 2}
 #: They give Python a text, of which no step depends.
@@ -106,6 +113,8 @@ def signature_of(
     """
     if _reads_out_of_sight(func, args):
         raise StrangeError("a function takes numbers from a tensor out of sight")
+    if _is_other_when_watched(func, args, keywords):
+        raise StrangeError("a function does other things where it is watched")
     free = is_free(func, args, keywords)
     positional = [_encoded(value, refer, free) for value in args]
     if not keywords:
@@ -193,7 +202,17 @@ def is_free(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
     """Tell whether the floats that a function is given are those of one operation, and of no other."""
     if getattr(func, "__name__", "") not in FREE:
         return False
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors_in([args, keywords]))
+    return not _is_differentiated(args, keywords)
+
+
+def _is_differentiated(args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in([args, keywords]))
+
+
+def _is_other_when_watched(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    is_alone = name in _OTHER_WHEN_WATCHED_ALONE and len(args) == 1 and not keywords
+    return (is_alone or name in _OTHER_WHEN_WATCHED) and _is_differentiated(args, keywords)
 
 
 def _reads_out_of_sight(func: Any, args: tuple[Any, ...]) -> bool:

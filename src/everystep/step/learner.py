@@ -26,9 +26,9 @@ from everystep.step.path import Path
 from everystep.step.references import References
 from everystep.step.watch import Watch
 
-__all__ = ["Learner", "likeness_of"]
+__all__ = ["BACKWARD", "Learner", "likeness_of", "optimizer_signature"]
 
-_BACKWARD = {"backward", "grad"}
+BACKWARD = {"backward", "grad"}
 
 
 class Learner:
@@ -77,7 +77,7 @@ class Learner:
             self._check_between()
             of, nodes = self.references.of, self.references.nodes()
             signature = signature_of(func, args, keywords, place, of, nodes, 1)
-            if func.__name__ in _BACKWARD:
+            if func.__name__ in BACKWARD:
                 _check_graph(tensors_in([args, keywords]))
             if moves(func) and isinstance(args[0], Tensor):
                 known = self.references.lookup(args[0])
@@ -218,6 +218,8 @@ class Learner:
         for reference, place in node.contents:
             self._places[reference.number] = place
         node.returns = self.references.results(results)
+        if func.__name__ in BACKWARD:
+            self.references.note_gradients()
         self._note_places()
         if is_shaped or not given:
             node.likeness = tuple(map(likeness_of, results))

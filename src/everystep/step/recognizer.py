@@ -18,7 +18,7 @@ from torch import Tensor
 
 from everystep.step.call import StrangeError, scalars, signature_of, tensors_in
 from everystep.step.elsewhere import Elsewhere
-from everystep.step.learner import likeness_of, optimizer_signature
+from everystep.step.learner import BACKWARD, likeness_of, optimizer_signature
 from everystep.step.memory import Node
 from everystep.step.optimizer_numbers import Predicted
 from everystep.step.path import Path
@@ -55,7 +55,7 @@ class Recognizer:
         self.references = references
         self._elsewhere = elsewhere
         self._diverged = diverged
-        self._unknown: set[int] = set()
+        self._met = references.count  # what was met later is not known to be what it was in steps before
         self._changed: dict[int, int] = {}
 
     @property
@@ -69,8 +69,11 @@ class Recognizer:
         if node is None:
             self._diverged()
             return False
-        self._node = node
+        self._go_to(node)
         return True
+
+    def _go_to(self, node: Node) -> None:
+        self._node, self._met = node, self.references.count
 
     def call(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any], place: Any) -> Any:
         """Call a function of torch's. place: of the call in the modules."""
@@ -93,12 +96,10 @@ class Recognizer:
             tensors = [result]
         else:
             tensors = [] if result is None else [*tensors_in(result)]
-        before = self.references.count
         returns = self.references.results(tensors)
         if returns != node.returns or (
             node.likeness is not None and tuple(map(likeness_of, tensors)) != node.likeness
         ):
-            self._unknown.update(range(before, self.references.count))
             self._diverged()  # what it gave is from elsewhere: it writes nothing
             return result
         if node.reads:
@@ -113,7 +114,9 @@ class Recognizer:
             self.numbers += node.numbers
         if node.changed:
             self._changed.update(node.changed)
-        self._node = node
+        if func.__name__ in BACKWARD:
+            self.references.note_gradients()
+        self._go_to(node)
         return result
 
     def optimizer_begins(
@@ -134,7 +137,7 @@ class Recognizer:
         self.numbers += [n for _, own in predicted.operators(node.way) for n in own]
         self.contents |= node.constants
         self._changed.update(node.changed)
-        self._node = node
+        self._go_to(node)
         return True
 
     def path(self, state: Mapping[str, Tensor], loss: Any) -> Path | None:
@@ -174,7 +177,7 @@ class Recognizer:
         changed = self.references.changed()
         for reference, tensor in self.references.alive():
             number = reference.number
-            if number >= len(learned.places) or number in self._unknown:
+            if number >= min(self._met, len(learned.places)):
                 continue
             place = learned.places[number]
             if place is not None and place < self._node.marks.storages:

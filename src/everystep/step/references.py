@@ -111,7 +111,7 @@ class References:
         known = self._of.get(id(tensor))
         if known is None or known[0]() is not tensor:
             if not tensor.requires_grad:
-                self._note_gradients()
+                self.note_gradients()
             known = self._of.get(id(tensor))
         if known is not None and known[0]() is tensor:
             changes = _version(tensor) - known[2]
@@ -209,7 +209,7 @@ class References:
         known = self._elsewhere.get(place)
         return None if known is None else known[0]
 
-    def _note_gradients(self) -> None:
+    def note_gradients(self) -> None:
         """Note the gradients that are there, so that each is known by whose it is."""
         for _, tensor in sorted(self.alive(), key=lambda known: known[0].number):
             if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):

@@ -240,7 +240,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             drawn: the state of torch's generator after the last draw.
         """
         self._operations = list(tables.operations[: marks.operations])
-        self._tensors = _with_batch_at(tables, batch_offsets)[: marks.tensors]
+        self._tensors = _with_batch_at(tables, batch_offsets, marks.tensors)
         self._names = [f"%{number}" for number in range(marks.tensors)]
         self._number_of = {
             (t.storage, t.dtype, t.shape, t.stride, t.offset): n for n, t in enumerate(self._tensors)
@@ -622,16 +622,18 @@ def _learn(func: Any) -> _Known:
     return known
 
 
-def _with_batch_at(tables: Tables, offsets: Mapping[str, int]) -> list[CapturedTensor]:
-    """Return the tensors of a step, as they lie where the batch begins elsewhere in its memory."""
+def _with_batch_at(tables: Tables, offsets: Mapping[str, int], count: int) -> list[CapturedTensor]:
+    """Return the first tensors of a step, as they lie where the batch begins elsewhere in its memory."""
     moved: dict[int, int] = {}
     for name, number in tables.named:
+        if number >= count:
+            continue
         if name in offsets and tables.storages[tables.tensors[number].storage].kind == "input":
             seen = tables.tensors[number]
             moved[seen.storage] = (offsets[name] - seen.offset) * seen.dtype.itemsize
     return [
         t._replace(offset=t.offset + moved[t.storage] // t.dtype.itemsize) if t.storage in moved else t
-        for t in tables.tensors
+        for t in tables.tensors[:count]
     ]
 
 
