@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import everystep
-from everystep.step.memory import Memory
-from everystep.step.recognizer import Recognizer
+from everystep.step.recognition.memory import Memory
+from everystep.step.recognition.recognizer import Recognizer
 
 #: By name: a loop, and how many of its steps must be recognised at least.
 LOOPS = {}

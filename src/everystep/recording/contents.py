@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
     from everystep.recording.database import Database
 
-__all__ = ["DEFAULT_BATCH_BUDGET", "Contents", "Given", "packed", "read_contents", "unpacked"]
+__all__ = [
+    "DEFAULT_BATCH_BUDGET",
+    "Contents",
+    "Given",
+    "digest_of",
+    "packed",
+    "read_contents",
+    "unpacked",
+]
 
 #: Bytes of batches and other inputs that a run may keep, unless told otherwise.
 DEFAULT_BATCH_BUDGET = 2_000_000_000

@@ -15,14 +15,15 @@ from torch.overrides import (
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
-from everystep.step.call import StrangeError, kind_of
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
-from everystep.step.learner import Learner
-from everystep.step.memory import Memory
+from everystep.step.hooks import has_hooks_on_node
 from everystep.step.path import Path
-from everystep.step.recognizer import Recognizer
-from everystep.step.references import References, has_hooks_on_node
+from everystep.step.recognition.call import StrangeError, kind_of
+from everystep.step.recognition.learner import Learner
+from everystep.step.recognition.memory import Memory
+from everystep.step.recognition.recognizer import Recognizer
+from everystep.step.recognition.references import References
 from everystep.step.watch import Watch
 
 __all__ = ["StepWatch"]

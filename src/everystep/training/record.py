@@ -16,8 +16,8 @@ from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
-from everystep.step.memory import Memory
 from everystep.step.parts import Parts
+from everystep.step.recognition.memory import Memory
 from everystep.step.step_watch import StepWatch
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.loop_writer import LoopWriter, StepUnderWay, say

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from everystep.step.capture import Capture, begin_watching
 from everystep.step.eager import Training
+from everystep.step.hooks import has_hooks_on_node
 from everystep.step.purity.effects import ReadingRecorder
 from everystep.step.purity.guards import ABSENT, Guards, held, is_a
 from everystep.step.purity.process import (
@@ -31,7 +32,6 @@ from everystep.step.purity.torchs_own import (
     reason_against_module,
 )
 from everystep.step.recorder import CapturedOperation, CapturedTensor
-from everystep.step.references import has_hooks_on_node
 
 __all__ = ["Purity", "Shown", "forward_of"]
 

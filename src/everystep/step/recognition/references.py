@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.hooks import RemovableHandle
 
 from everystep.program.memory import ALIGNMENT
-from everystep.step.call import PLAIN_TENSORS, Reference, StrangeError
 from everystep.step.elsewhere import version_of, versions_of
+from everystep.step.hooks import handles, has_hooks_on_node
+from everystep.step.recognition.call import PLAIN_TENSORS, Reference, StrangeError
 
-__all__ = ["References", "handles", "has_hooks_on_node"]
+__all__ = ["References"]
 
 _references: list[Reference] = []
 _nodes_made = torch._C._autograd._get_sequence_nr
@@ -283,25 +283,3 @@ def _version(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:  # torch does not count
         return version_of(tensor) or 0
-
-
-def handles() -> int:
-    """Return how many hooks were hung up on tensors, nodes and modules in this process."""
-    return RemovableHandle.next_id
-
-
-def has_hooks_on_node(tensor: Tensor) -> bool:
-    """Tell whether Python runs when autograd adds up a parameter's gradient.
-
-    The node that does so lives as long as somebody keeps a graph that it is in. A hook that is hung up
-    shows which others there are.
-    """
-    if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
-        return False
-    with torch.inference_mode(False), torch.enable_grad():
-        node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    handles = [node.register_hook(_nothing), node.register_prehook(_nothing)]
-    has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
-    for handle in handles:
-        handle.remove()
-    return has_others

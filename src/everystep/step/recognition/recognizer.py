@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.step.call import StrangeError, scalars, signature_of, tensors_in
 from everystep.step.elsewhere import Elsewhere
-from everystep.step.learner import BACKWARD, likeness_of, optimizer_signature
-from everystep.step.memory import Node
-from everystep.step.optimizer_numbers import Predicted
 from everystep.step.path import Path
-from everystep.step.references import References
+from everystep.step.recognition.call import StrangeError, scalars, signature_of, tensors_in
+from everystep.step.recognition.learner import BACKWARD, likeness_of, optimizer_signature
+from everystep.step.recognition.memory import Node
+from everystep.step.recognition.optimizer_numbers import Predicted
+from everystep.step.recognition.references import References
 from everystep.step.watch import Watch
 
 __all__ = ["Recognizer"]

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from everystep.step.call import Reference
-from everystep.step.optimizer_numbers import OptimizerNumbers
+from everystep.step.hooks import handles
 from everystep.step.path import Path
-from everystep.step.references import handles
+from everystep.step.recognition.call import Reference
+from everystep.step.recognition.optimizer_numbers import OptimizerNumbers
 from everystep.step.watch import Marks, Tables
 
 __all__ = ["Ending", "Learned", "Memory", "Node"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from everystep.program.plain import READ
-from everystep.step.call import (
+from everystep.step.path import Path
+from everystep.step.recognition.call import (
     StrangeError,
     is_free,
     is_readable,
@@ -20,10 +21,9 @@ from everystep.step.call import (
     signature_of,
     tensors_in,
 )
-from everystep.step.memory import Ending, Learned, Memory, Node
-from everystep.step.optimizer_numbers import Predicted
-from everystep.step.path import Path
-from everystep.step.references import References
+from everystep.step.recognition.memory import Ending, Learned, Memory, Node
+from everystep.step.recognition.optimizer_numbers import Predicted
+from everystep.step.recognition.references import References
 from everystep.step.watch import Watch
 
 __all__ = ["BACKWARD", "Learner", "likeness_of", "optimizer_signature"]

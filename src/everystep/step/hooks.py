@@ -1,0 +1,37 @@
+"""Hooks: how many there are in this process, and whether one is on a node of autograd's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["handles", "has_hooks_on_node"]
+
+
+def handles() -> int:
+    """Return how many hooks were hung up on tensors, nodes and modules in this process."""
+    return RemovableHandle.next_id
+
+
+def has_hooks_on_node(tensor: Tensor) -> bool:
+    """Tell whether Python runs when autograd adds up a parameter's gradient.
+
+    The node that does so lives as long as somebody keeps a graph that it is in. A hook that is hung up
+    shows which others there are.
+    """
+    if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
+        return False
+    with torch.inference_mode(False), torch.enable_grad():
+        node: Any = tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    ours = [node.register_hook(_nothing), node.register_prehook(_nothing)]
+    has_others = any(len(handle.hooks_dict_ref()) > 1 for handle in ours)
+    for handle in ours:
+        handle.remove()
+    return has_others
+
+
+def _nothing(*_: Any) -> None:
+    return None
