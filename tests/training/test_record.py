@@ -369,8 +369,8 @@ def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(
     found = run.verify(processes=1, progress=False)
     assert not found.is_exact
     (problem,) = found.problems
-    assert problem.startswith("after step 128, 0.weight, ")
-    assert "after step 64 it was" in problem
+    assert problem.startswith("after step 128, the recorded state is another: 0.weight, ")
+    assert "something wrote after step 64 where torch does not see it" in problem
     assert "only `everystep verify` can tell" in everystep_command("step", run.name, "110")[1]
     assert "NOT as recorded" in everystep_command("step", run.name, "137")[1]
 

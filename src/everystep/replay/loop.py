@@ -82,6 +82,7 @@ class LoopStepper(ReplayStepper):
         self._loaded: State | None = None
         self._between = change_files(run.directory)
         self._settled: int | None = None
+        self._has_departed = False
         names = filter(_RATE.fullmatch, run.measurement_names)
         self._rates = {name: Setting(run.measured(name)) for name in names}
 
@@ -97,6 +98,7 @@ class LoopStepper(ReplayStepper):
         self._tensors = {n: named[n].to(self._device, copy=True) for n in names if n in named}
         self._loaded = state
         self._settled = None
+        self._has_departed = False
         self.state = state.step
         state.generators.restore(self._device)
 
@@ -244,18 +246,28 @@ class LoopStepper(ReplayStepper):
         return float(taken.loss)
 
     def _compare_digests(self, number: int, digests: dict[str, Any]) -> None:
-        """Compare the state after a step with what was recorded of it."""
+        """Compare the state after a step with what was recorded of it, until something differs."""
+        if self._has_departed:
+            return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
         other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
-        if other:
-            names = ", ".join(name.partition("/")[2] for name in other[:MOST_NAMED])
-            more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
-            self._departed(
-                number,
-                f"after step {number}, {names}{more} is not as recorded, and after step {number // 2} "
-                "it was, or nothing is known of it; something between them wrote where torch does not "
-                "see it (NumPy, a thread, a compiled graph)",
-            )
+        if not other:
+            return
+        self._has_departed = True
+        names = ", ".join(name.partition("/")[2] for name in other[:MOST_NAMED])
+        more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
+        self._departed(
+            number,
+            f"after step {number}, the recorded state is another: {names}{more}. Either the numerics "
+            f"differ, or something wrote after step {self._digested_before(number)} where torch does "
+            "not see it (NumPy, a thread, a compiled graph)",
+        )
+
+    def _digested_before(self, number: int) -> int:
+        """Return the last step before one with digests of the state, 0 where there is none."""
+        earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
+        rows = (row for step in reversed(earlier) for row in self._run.repeats(step, step))
+        return next((row.step for row in rows if self._inputs(row).digests), 0)
 
     def _row(self, number: int) -> Repeat:
         if number not in self._rows:
