@@ -12,7 +12,7 @@ from torch import Tensor
 from everystep.page.network import network
 from everystep.page.tensors import first_of, id_of_batch, images_of, unset_ids
 from everystep.program.operation import Operation
-from everystep.recording.facts import Facts, ModuleFacts
+from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
 from everystep.recording.texts import loss_text, optimizer_parts
 from everystep.replay.step import Batch, Step, statistics
 from everystep.run import Run
@@ -20,6 +20,7 @@ from everystep.views.answers import plain
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import norm
 from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
+from everystep.views.segments import Happened, as_it_happened
 from everystep.views.terminal import shortest
 
 __all__ = ["step_content", "step_json"]
@@ -49,6 +50,8 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
     training = facts.training
     optimizer, settings = optimizer_parts(training.optimizers)
     loss = loss_text(training.loss)
+    loop = training.loop
+    happened = as_it_happened(step, training, loop) if loop else None
     content = {
         "run": run.name,
         "step": step.number,
@@ -60,8 +63,8 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
         "is_exact": step.is_exact,
         "departed_at": step.departed_at,
         "is_by_program": step.is_by_program,
-        "is_of_loop": training.loop is not None,
-        "has_loss": training.loop is None or training.loop.has_loss,
+        "is_of_loop": loop is not None,
+        "has_loss": loop is None or loop.has_loss,
         "problems": run.problems,
         "hyperparameters": step.hyperparameters,
         "clip_norm": training.clip_norm,
@@ -70,9 +73,12 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
         "batch": _batch(step.batch, facts, tensors),
         "network": _network(step, training.modules, tensors),
         "operations": _operations(step, tensors),
-        "dropped": tensors.of("dropped", step.dropped),
+        "segments": _segments(happened, training) if happened else None,
+        "changed_otherwise": happened.changed_otherwise if happened else [],
+        # What is pending at the beginning of a loop's step is state, and need not be dropped in it.
+        "dropped": tensors.of("dropped", {} if happened else step.dropped),
         "gradients": tensors.of("gradients", _as_made(step)),
-        "updates": _updates(step, update_formulas(step.operations, training.optimizers), tensors),
+        "updates": _updates(step, _formulas(step, training, happened), tensors),
     }
     return content | {"tensors": tensors.known}
 
@@ -195,6 +201,26 @@ def _as_made(step: Step) -> dict[str, Tensor]:
                     made[parameter.partition("~")[0]] = number
     order = sorted(step.gradients, key=lambda name: made.get(name, len(step.operations)))
     return {name: step.gradients[name] for name in order}
+
+
+def _segments(happened: Happened, training: TrainingFacts) -> list[dict[str, Any]]:
+    """Return the segments of a loop's step; an update has its optimizer and its parameters."""
+    found = []
+    for seen in happened.segments:
+        optimizer = training.optimizers.get(seen.optimizer or "")
+        name, settings = optimizer_parts({"": optimizer} if optimizer else {})
+        found.append(
+            seen.segment._asdict()
+            | {"optimizer": {"name": name, "settings": settings} if optimizer else None}
+            | {"hyperparameters": seen.settings, "parameters": list(seen.formulas)}
+        )
+    return found
+
+
+def _formulas(step: Step, training: TrainingFacts, happened: Happened | None) -> dict[str, Formula]:
+    if happened is None:
+        return update_formulas(step.operations, training.optimizers)
+    return {name: each for seen in happened.segments for name, each in seen.formulas.items()}
 
 
 def _updates(step: Step, formulas: dict[str, Formula], tensors: _Tensors) -> list[dict[str, Any]]:

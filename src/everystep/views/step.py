@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import get_args
 
-import torch
 from rich.text import Text
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts
-from everystep.replay.step import Segment, Step, Update
+from everystep.replay.step import Step, Update
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import (
     Cell,
@@ -29,6 +28,7 @@ from everystep.views.lines import (
     table_width,
 )
 from everystep.views.mathematics import all_arguments, mathematics, value_text
+from everystep.views.segments import SegmentSeen, as_it_happened
 from everystep.views.step_json import step_json
 from everystep.views.terminal import shortest
 
@@ -106,43 +106,36 @@ class _Opened:
         """Write a step of a loop: its batch, its segments in their order, and what has changed."""
         step, page = self.step, self.page
         self._batch(page.values)
-        left = {n: u for n, u in step.updates.items() if not torch.equal(u.before, u.after)}
-        optimizers = self.training.optimizers
-        by_optimizer = {n: update_formulas(step.operations, {n: o}) for n, o in optimizers.items()}
-        alone = next(iter(by_optimizer.values()), {})
-        for number, segment in enumerate(step.segments(loop.parts)):
-            numbers = range(segment.first, segment.last + 1)
-            formulas = by_optimizer.get(segment.part or "", alone)
-            own = {n for n in left if n in formulas and not set(numbers).isdisjoint(formulas[n].numbers)}
-            if segment.phase == "update" and own:
-                self._segment_of_update(segment, {name: left.pop(name) for name in own}, formulas)
+        happened = as_it_happened(step, self.training, loop)
+        for number, seen in enumerate(happened.segments):
+            segment = seen.segment
+            if seen.formulas:
+                self._segment_of_update(seen)
                 continue
             page.heading(segment.phase.replace("_", " "), segment.part or "")
+            numbers = range(segment.first, segment.last + 1)
             for place in numbers if number else (-1, *numbers):
                 page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
         if step.gradients:
             page.heading("grads", "as the optimizer found them")
             self._tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
-        if left:
+        if left := happened.changed_otherwise:
             page.heading("changed", "otherwise")
-            page.table([_update_headings(), *(_update_row(n, u, None) for n, u in left.items())])
+            rows = [_update_row(name, step.updates[name], None) for name in left]
+            page.table([_update_headings(), *rows])
 
-    def _segment_of_update(
-        self, segment: Segment, updates: Mapping[str, Update], formulas: Mapping[str, Formula]
-    ) -> None:
+    def _segment_of_update(self, seen: SegmentSeen) -> None:
         """Write what an optimizer did: its formulas, and how far each parameter went."""
-        prefix = f"{segment.part}." if segment.part else ""
-        rates = {n: v for n, v in self.step.hyperparameters.items() if n.startswith(prefix)}
-        settings = [f"{name.removeprefix(prefix)} = {shortest(v)}" for name, v in rates.items()]
+        segment, formulas = seen.segment, seen.formulas
+        settings = [f"{name} = {shortest(value)}" for name, value in seen.settings.items()]
         self.page.heading("update", ", ".join([*([segment.part] if segment.part else []), *settings]))
         count = segment.last - segment.first + 1
         self.page.line(
             (f"#{segment.first} to #{segment.last}, {count:,} operations", "dim"), indent=_INDENT
         )
-        self._formulas({name: formulas[name] for name in updates})
+        self._formulas(formulas)
         self.page.blank()
-        ordered = [name for name in self.step.updates if name in updates]
-        rows = [_update_row(name, updates[name], formulas[name]) for name in ordered]
+        rows = [_update_row(n, self.step.updates[n], formula) for n, formula in formulas.items()]
         self.page.table([_update_headings(), *rows])
 
     def operation(self, name: str, place: int) -> None:

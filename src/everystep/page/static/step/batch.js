@@ -8,6 +8,8 @@ import { Patch } from "../tensor/patch.js";
 import { tensorRow } from "../tensor/tensor.js";
 
 const ROWS_SHOWN = 12;
+/** A batch of more tensors, of several passes, shows the others on demand. */
+const TENSORS_SHOWN = 8;
 const IMAGES_SHOWN = 16;
 const IMAGES_MOST = 128;
 /** Pictures wait so long for the next step: they are not asked for while one steps quickly. */
@@ -23,10 +25,24 @@ export function batch(view) {
   return rebuilt(element("div", { class: "batch" }), structureOf, ({ batch }) => [
     rowsOfData(),
     ...(batch.images ? [images(view)] : []),
-    ...batch.tensors.map(({ name, tensor }, place) =>
-      tensorRow(view, { id: tensor, name, detail: batch.images && place === 0 ? null : thumbnail(view, tensor) }),
+    ...folded(
+      batch.tensors.map(({ name, tensor }, place) =>
+        tensorRow(view, { id: tensor, name, detail: batch.images && place === 0 ? null : thumbnail(view, tensor) }),
+      ),
     ),
   ]);
+}
+
+function folded(rows) {
+  const more = rows.slice(TENSORS_SHOWN);
+  if (!more.length) return rows;
+  const summary = element("summary", {}, more.length === 1 ? "1 more tensor" : `${whole(more.length)} more tensors`);
+  const fold = {
+    node: element("details", { class: "fold" }, summary, ...more.map((row) => row.node)),
+    update: (content) => more.forEach((row) => row.update(content)),
+    close: () => more.forEach((row) => row.close()),
+  };
+  return [...rows.slice(0, TENSORS_SHOWN), fold];
 }
 
 function rowsOfData() {

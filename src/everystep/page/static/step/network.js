@@ -22,30 +22,34 @@ const NARROW = 520;
 /** From left to right, layers take so many lines at most. */
 const LINES = 4;
 
-/** Return the part that draws the network. */
-export function network(view) {
+/** Return the part that draws the network; part: the model's name, where a step has several. */
+export function network(view, { part = null } = {}) {
   const node = element("div", { class: "network" });
-  const structureOf = ({ network, loss_function, tensors, batch }) => [
-    network.map(({ activation, ...layer }) => layer),
-    loss_function,
-    batch.tensors.slice(0, 1).map(({ name, tensor }) => [name, tensors[tensor].shape]),
+  const structureOf = (content) => [
+    layersOf(content, part).map(({ activation, ...layer }) => layer),
+    content.loss_function,
+    content.batch.tensors.slice(0, 1).map(({ name, tensor }) => [name, content.tensors[tensor].shape]),
   ];
-  const part = rebuilt(node, structureOf, (content) => (content.network.length ? diagram(view, content) : []));
-  return part;
+  return rebuilt(node, structureOf, (content) => (layersOf(content, part).length ? diagram(view, content, part) : []));
 }
 
-function diagram(view, content) {
-  const detail = layerDetail(view);
+function layersOf({ network }, part) {
+  return part === null ? network : network.filter(({ path }) => path === part || path.startsWith(`${part}.`));
+}
+
+function diagram(view, content, part) {
+  const detail = layerDetail(view, part);
   const buttons = new Map();
-  const choose = (path) => {
-    view.layer = view.layer === path ? null : path;
-    buttons.forEach((button, of) => button.setAttribute("aria-expanded", String(of === view.layer)));
+  const choose = (key) => {
+    view.layers.set(part, view.layers.get(part) === key ? null : key);
+    buttons.forEach((button, of) => button.setAttribute("aria-expanded", String(of === view.layers.get(part))));
     detail.update(view.content);
   };
-  const layers = content.network.map((layer, place) => {
+  const shown = layersOf(content, part);
+  const layers = shown.map((layer, place) => {
     const key = `${place} ${layer.path}`;
     const button = layerButton(layer, () => choose(key));
-    button.setAttribute("aria-expanded", String(view.layer === key));
+    button.setAttribute("aria-expanded", String(view.layers.get(part) === key));
     for (const [name, isOver] of Object.entries({ pointerenter: true, focus: true, pointerleave: false, blur: false })) {
       button.addEventListener(name, () => view.highlight(isOver ? [...layer.operations, ...layer.backward] : []));
     }
@@ -54,16 +58,19 @@ function diagram(view, content) {
     item.style.setProperty("--depth", layer.depth);
     return item;
   });
-  return [drawn(element("ol", LIST, given(content), ...layers, lossAtEnd(content))), detail];
+  return [drawn(element("ol", LIST, given(content, shown), ...layers, end(content))), detail];
 }
 
-function given({ tensors, batch }) {
+// A loop may give a model anything: only a step of the chapter begins with the batch, and ends with the loss.
+function given({ tensors, batch, is_of_loop }, [{ input }]) {
+  if (is_of_loop) return element("li", { class: "end" }, element("span", { class: "loss" }, "input"), flow(input));
   const [first] = batch.tensors;
   const name = element("span", { class: "name" }, element("i", {}, first?.name ?? "input"));
   return element("li", { class: "end" }, name, ...(first ? [flow(tensors[first.tensor].shape)] : []));
 }
 
-function lossAtEnd({ loss_function }) {
+function end({ loss_function, is_of_loop }) {
+  if (is_of_loop) return element("li", { class: "end" }, element("span", { class: "loss" }, "output"));
   return element("li", { class: "end" }, element("span", { class: "loss", title: loss_function.text }, loss_function.name));
 }
 
@@ -109,9 +116,9 @@ function fromTo(_, from, to) {
   return `${whole(Number(from))} → ${whole(Number(to))}`;
 }
 
-function layerDetail(view) {
+function layerDetail(view, part) {
   const node = element("div", { class: "layer-detail" });
-  const layerOf = ({ network }) => network.find(({ path }, place) => `${place} ${path}` === view.layer);
+  const layerOf = (content) => layersOf(content, part).find(({ path }, place) => `${place} ${path}` === view.layers.get(part));
   return rebuilt(node, (content) => layerOf(content) ?? null, (content) => {
     const layer = layerOf(content);
     return layer ? detailParts(view, layer, content) : [];

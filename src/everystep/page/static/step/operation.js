@@ -8,10 +8,11 @@ import { tensorRow } from "../tensor/tensor.js";
 
 /** How many operations stand in a block that the browser draws only near the screen. */
 const BLOCK = 40;
+/** A module of more characters stands beneath the mathematics where there is little room. */
+const BESIDE = 14;
 
-/** Return the part that lists the operations of a phase. */
-export function operationList(view, phase) {
-  const of = (content) => content.operations.filter((one) => one.phase === phase);
+/** Return the part that lists operations; of(content): which. */
+export function operationList(view, of) {
   const node = element("div", { class: "operations" });
   return rebuilt(node, structureOf, build);
 
@@ -56,7 +57,9 @@ function operationRow(view, number) {
         mathematics.replaceChildren(...typeset(now));
         part.toggle.setAttribute("aria-label", `operation #${number}: ${now}`);
         const layer = network.find(({ path }) => path === operation.module);
-        setText(module, [layer?.type, operation.module].filter(Boolean).join(" "));
+        const origin = [layer?.type, operation.module].filter(Boolean).join(" ");
+        setText(module, origin);
+        module.classList.toggle("long", origin.length > BESIDE);
         setText(operator, operation.operator);
         operator.title = operation.operator;
       }
@@ -67,7 +70,7 @@ function operationRow(view, number) {
   part.node.id = `operation-${number}`;
   view.rows.set(number, part);
   const close = () => {
-    view.rows.delete(number);
+    if (view.rows.get(number) === part) view.rows.delete(number); // it may be in another list by now
     part.close();
   };
   return { ...part, close };

@@ -9,25 +9,33 @@ import { tensorPanel } from "../tensor/tensor.js";
 /** The bar of relative sizes begins at 10 to this power, and ends at 1. */
 const SMALLEST = -6;
 
-/** Return the parts that show the update. */
+/** Return the parts that show the update of all parameters. */
 export function update(view) {
-  const rows = rebuilt(
-    element("div", { class: "updates" }),
-    ({ updates }) => updates.map(({ parameter, numbers }) => [parameter, numbers]),
-    ({ updates }) => updates.map((one, place) => updateRow(view, one, place)),
-  );
-  return [optimizer(), clipping(), formulas(), rows, fixed(scale())];
+  const settings = element("p", { class: "settings-line" });
+  const all = ({ updates }) => updates.map(({ parameter }) => parameter);
+  return [fixed(settings, (content) => setText(settings, settingsText(content))), clipping(), formulas(all), changes(view, all), scale()];
 }
 
-function optimizer() {
-  const node = element("p", { class: "settings-line" });
-  return fixed(node, ({ optimizer, hyperparameters }) => {
-    const recorded = Object.entries(hyperparameters).map(([key, value]) => `${key} = ${short(value, 8)}`);
-    const others = Object.entries(optimizer.settings)
-      .filter(([key]) => !(key in hyperparameters) && key !== "decoupled_weight_decay")
-      .map(([key, value]) => `${key} = ${value}`);
-    setText(node, [optimizer.name, ...recorded, ...others].join(", "));
-  });
+/** Return an optimizer with its settings, those that are recorded at each step before the others. */
+export function settingsText({ optimizer, hyperparameters }) {
+  const recorded = Object.entries(hyperparameters).map(([key, value]) => `${key} = ${short(value, 8)}`);
+  const others = Object.entries(optimizer.settings)
+    .filter(([key]) => !(key in hyperparameters) && key !== "decoupled_weight_decay")
+    .map(([key, value]) => `${key} = ${value}`);
+  return [optimizer.name, ...recorded, ...others].join(", ");
+}
+
+/** Return the part that shows how far parameters went; parametersOf(content): which, by name. */
+export function changes(view, parametersOf) {
+  const structureOf = (content) => updatesOf(content, parametersOf).map(({ parameter, numbers }) => [parameter, numbers]);
+  return rebuilt(element("div", { class: "updates" }), structureOf, (content) =>
+    updatesOf(content, parametersOf).map((one) => updateRow(view, one)),
+  );
+}
+
+function updatesOf(content, parametersOf) {
+  const parameters = new Set(parametersOf(content));
+  return content.updates.filter(({ parameter }) => parameters.has(parameter));
 }
 
 function clipping() {
@@ -42,11 +50,11 @@ function clipping() {
   });
 }
 
-/** Return the part of the formulas: each once, for all the parameters that share it. */
-function formulas() {
-  const groups = ({ updates }) => {
+/** Return the part of the formulas of parameters: each once, for all that share it. */
+export function formulas(parametersOf) {
+  const groups = (content) => {
     const found = new Map();
-    for (const { parameter, operators, calls } of updates) {
+    for (const { parameter, operators, calls } of updatesOf(content, parametersOf)) {
       const key = JSON.stringify([operators, calls]);
       if (!found.has(key)) found.set(key, { operators, calls, parameters: [] });
       found.get(key).parameters.push(parameter);
@@ -74,7 +82,7 @@ function named(parameters) {
   return parameters.slice(0, 4).join(", ") + more;
 }
 
-function updateRow(view, { parameter, numbers }, place) {
+function updateRow(view, { parameter, numbers }) {
   const told = Object.fromEntries(["before", "after", "change"].map((name) => [name, element("span", { class: "value" })]));
   const size = element("span", { class: "value" });
   const bar = element("span", { class: "relative-bar", "aria-hidden": "true" }, element("span"));
@@ -89,7 +97,7 @@ function updateRow(view, { parameter, numbers }, place) {
     beside: [bar, element("span", { class: "relative" }, size), quiet],
     open: () => threePanels(view, parameter),
     update({ updates, tensors }) {
-      const one = updates[place];
+      const one = updates.find((each) => each.parameter === parameter);
       for (const [name, value] of Object.entries(told)) {
         const norm = tensors[one[name]]?.norm;
         setText(value, short(norm));
@@ -116,13 +124,13 @@ function along(relative) {
   return Math.min(Math.max(1 - Math.log10(relative) / SMALLEST, 0), 1);
 }
 
-function scale() {
-  return element(
-    "p",
-    { class: "small muted" },
+/** Return the part that says what the rows of changes show. */
+export function scale() {
+  const text = [
     "Norms of the parameter before, after, and of the change; ",
     "the bar is their relative size, from 0.0001% to 100% on a logarithmic scale.",
-  );
+  ];
+  return fixed(element("p", { class: "small muted" }, ...text));
 }
 
 /** Return the panel of a parameter's change, or of the parameter before or after it. */

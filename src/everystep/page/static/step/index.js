@@ -1,0 +1,33 @@
+// The list of what stands in a step: it stays in sight, and marks what is read.
+
+import { element } from "../shared/elements.js";
+import { fixed } from "../shared/part.js";
+
+/** Return the part that lists sections. */
+export function index(sections) {
+  const links = new Map(
+    sections.map(({ node, entry: { key, label } }) => [node, element("a", { href: `#phase-${key}`, "data-phase": key }, label)]),
+  );
+  const node = element("nav", { class: "phases", "aria-label": "phases of the step" }, ...links.values());
+  const seen = new Set();
+  let current;
+  const watching = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries) seen[isIntersecting ? "add" : "delete"](target);
+      const now = sections.find(({ node }) => seen.has(node))?.node;
+      if (now !== current) mark(links.get(current), links.get((current = now)));
+    },
+    { rootMargin: "-20% 0px -60% 0px" },
+  );
+  sections.forEach((section) => watching.observe(section.node));
+
+  function mark(before, link) {
+    before?.removeAttribute("aria-current");
+    if (!link) return;
+    link.setAttribute("aria-current", "true");
+    // The list of a long step is wider than the page.
+    node.scrollLeft = link.offsetLeft - node.offsetLeft - (node.clientWidth - link.offsetWidth) / 2;
+  }
+
+  return { ...fixed(node), close: () => watching.disconnect() };
+}
