@@ -32,6 +32,8 @@ __all__ = ["DEFAULT_BUDGET", "Recorder", "Taken", "create_directory"]
 
 #: Bytes of snapshots a run may keep, unless told otherwise.
 DEFAULT_BUDGET = 512_000_000
+#: Bytes of a snapshot from which on the time to write it counts, not that of the thread alone.
+LARGE_BYTES = 10_000_000
 
 
 class Taken(NamedTuple):
@@ -315,12 +317,14 @@ class Recorder:
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # the first snapshot shall not seem slow for this
 
-        started = time.thread_time()
+        started, began = time.thread_time(), time.perf_counter()
         row = write_snapshot(self.directory / "snapshots", state)
         given_up = self.plan.add(row.step, row.bytes)
         self._in_transaction(lambda: self._database.add_snapshot(row))
         remove_snapshots(self.directory / "snapshots", given_up, self._forget)
         self._snapshot_seconds = time.thread_time() - started
+        if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
+            self._snapshot_seconds = time.perf_counter() - began
         self._snapshots_written += 1
 
     def _forget(self, steps: list[int]) -> None:
