@@ -16,11 +16,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tests.training.loops import LOOPS, unrecorded
+from everystep import numerics
 
-import everystep
+numerics.prepare()  # before torch computes, or bits depend on where tensors lie in memory
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tests.training.loops import LOOPS, unrecorded  # noqa: E402
+
+import everystep  # noqa: E402
 
 __all__ = ["main"]
 
