@@ -184,7 +184,7 @@ def train(
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
             **{"device": device, "schedule": schedule, "clip_norm": clip_norm, "fold": fold},
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
-            **{"dataset_limit": dataset_limit, "engine": None if engine == "auto" else engine},
+            **{"dataset_limit": dataset_limit},
         }
         return _train_step(
             model, data, parts, others, iteration, place, (snapshot_budget, batch_budget), progress

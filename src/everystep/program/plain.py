@@ -21,7 +21,16 @@ from everystep.program.operation import Operation, TensorSpec
 from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.program import Program
 
-__all__ = ["READ", "Environment", "PlainProgram", "PlainStep", "is_number_slot", "lies_as", "tensor_on"]
+__all__ = [
+    "READ",
+    "Environment",
+    "PlainProgram",
+    "PlainStep",
+    "is_number",
+    "is_number_slot",
+    "lies_as",
+    "tensor_on",
+]
 
 #: The operator by which Python reads a number from a tensor.
 READ = "aten._local_scalar_dense.default"
@@ -58,7 +67,8 @@ def is_number_slot(operator: Any, name: str) -> bool:
     return name in _slots(operator)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Tell whether an argument, as a program holds it, is a number and no truth value."""
     is_special = isinstance(value, dict) and "float" in value
     return is_special or (isinstance(value, int | float) and not isinstance(value, bool))
 
@@ -172,8 +182,8 @@ class _Call:
         def put(value: Any, is_slot: bool) -> Any:
             if isinstance(value, list | tuple):
                 return [put(item, is_slot) for item in value]
-            is_number = is_slot and _is_number(value)
-            return json_floats(_next(numbers, value)) if is_number else value
+            is_of_step = is_slot and is_number(value)
+            return json_floats(_next(numbers, value)) if is_of_step else value
 
         arguments = tuple(put(*each) for each in self._positional)
         keywords = {key: put(*each) for key, each in self._keywords.items()}
@@ -187,8 +197,8 @@ class _Call:
         def put(value: Any, is_slot: bool) -> Any:
             if isinstance(value, list | tuple):
                 return [put(item, is_slot) for item in value]
-            is_number = is_slot and _is_number(value)
-            return _next(numbers, value) if is_number else decode(value, environment.tensor)
+            is_of_step = is_slot and is_number(value)
+            return _next(numbers, value) if is_of_step else decode(value, environment.tensor)
 
         arguments = [put(*each) for each in self._positional]
         keywords = {key: put(*each) for key, each in self._keywords.items()}
@@ -205,7 +215,7 @@ class _Call:
 
 
 def _count(value: Any) -> int:
-    return sum(map(_count, value)) if isinstance(value, list | tuple) else int(_is_number(value))
+    return sum(map(_count, value)) if isinstance(value, list | tuple) else int(is_number(value))
 
 
 def _next(numbers: Iterator[Number], value: Any) -> Number:
@@ -311,6 +321,29 @@ def lay_state(plain: PlainProgram, state: dict[str, Tensor], device: torch.devic
             laid = tensor_on(memory, plain.state[name])
             copy_into(laid, state[name])
             state[name] = laid
+
+
+def lay_inputs(plain: PlainProgram, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the bytes of each input storage of a program, by its name.
+
+    given: tensors of the batch by `batch/name`, and the bytes of other inputs by `input/storage`.
+
+    Raises:
+        ProgramError: a tensor of the batch does not fit the program.
+    """
+    found = {n.removeprefix("input/"): t for n, t in given.items() if n.startswith("input/")}
+    for name, spec in plain.inputs.items():
+        leaf = given.get(f"batch/{name}")
+        if leaf is None:
+            continue
+        if spec.storage not in found:
+            size = plain.program.storages[spec.storage].bytes
+            found[spec.storage] = torch.zeros(size, dtype=torch.uint8)
+        target = tensor_on(found[spec.storage].untyped_storage(), spec)
+        if target.shape != leaf.shape or target.dtype != leaf.dtype:
+            raise ProgramError(f"the batch has another {name} than its program")
+        copy_into(target, leaf)
+    return found
 
 
 def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:

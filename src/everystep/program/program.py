@@ -90,7 +90,8 @@ class Program(Model):
     output, by the module's path; optimizer_step: takes the place of operations of the update.
 
     is_plain: whether it repeats one step of a loop, by the plain interpreter (`plain.py`), which calls
-    operators as the loop did. Such a program may have no loss. It may read numbers, and shapes of its
+    operators as the loop did. Such a program may have no loss, and other numbers that were `logged`. It
+    may read numbers, and shapes of its
     results may depend on numbers: what Python did with them is in what came next. ends: the tensor
     that a name of the state stands for after the step, where it is another than before; gone: names of
     the state that the step took away.
@@ -108,6 +109,7 @@ class Program(Model):
     gradients: dict[str, Name] = Field(default_factory=dict)
     activations: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
     is_plain: bool = False
+    logged: dict[str, Name] = Field(default_factory=dict)
     ends: dict[Name, Name] = Field(default_factory=dict)
     gone: tuple[Name, ...] = ()
 
@@ -216,12 +218,14 @@ class Program(Model):
                 raise ValueError(f"{place}: {error}") from None
         shown = [name for names in self.activations.values() for name in names]
         loss = () if self.loss is None else (self.loss,)
-        for name in (*loss, *self.gradients.values(), *shown, *self.ends.values()):
+        logged = self.logged.values()
+        for name in (*loss, *logged, *self.gradients.values(), *shown, *self.ends.values()):
             if name not in self.tensors:
                 raise ValueError(f"there is no tensor {name!r}")
-        if self.loss is not None and math.prod(self.tensors[self.loss].shape) != 1:
-            raise ValueError(f"the loss {self.loss!r} is not one number")
-        if not self.is_plain and (self.loss is None or self.ends or self.gone):
+        for name in (*loss, *logged):
+            if math.prod(self.tensors[name].shape) != 1:
+                raise ValueError(f"{name!r} is logged, and is not one number")
+        if not self.is_plain and (self.loss is None or self.logged or self.ends or self.gone):
             raise ValueError("only a plain program has no loss, or exchanges tensors of the state")
         if self.is_plain and (self.once or self.optimizer_step is not None):
             raise ValueError("a plain program has nothing but operations")
@@ -267,6 +271,7 @@ def _readable(data: dict[str, Any]) -> str:
             "tensors",
             "gradients",
             "activations",
+            "logged",
             "ends",
         ):
             entries = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +14,26 @@ from everystep.recording.files import own_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FOLDER", "change_files", "read_change", "remove_changes", "write_change"]
+__all__ = ["FOLDER", "change_files", "gone_in", "read_change", "remove_changes", "write_change"]
 
 FOLDER = "changes"
 _NAME = re.compile(r"(\d{1,18})\.safetensors")
 
 
-def write_change(directory: Path, step: int, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (on the CPU) as they were after `step` and what followed it."""
+def write_change(
+    directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
+) -> None:
+    """Write tensors (on the CPU) as they were after `step` and what followed it.
+
+    gone: the names of those that were taken away.
+    """
     from safetensors.torch import save
 
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     temporary = folder / f".{step:06d}.tmp"
-    temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    temporary.write_bytes(save(content, {"gone": json.dumps([*gone])} if gone else None))
     temporary.rename(folder / f"{step:06d}.safetensors")
 
 
@@ -53,6 +61,23 @@ def read_change(directory: Path, name: str) -> dict[str, Tensor]:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
+
+
+def gone_in(directory: Path, name: str) -> list[str]:
+    """Return the names of the tensors that were taken away.
+
+    Raises:
+        RunError: as `read_change`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = own_path(directory, name)
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("gone", "[]"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    return [*map(str, found)] if isinstance(found, list) else []
 
 
 def remove_changes(directory: Path, after: int) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "EngineFacts",
     "Facts",
     "ForkFacts",
+    "FunctionFacts",
     "LoopFacts",
     "LossFacts",
     "MeasuredFacts",
@@ -177,13 +178,30 @@ EAGERLY = EngineFacts(
 )
 
 
+class FunctionFacts(_Fact):
+    """How the steps of a function of the user's own were taken.
+
+    by_program: how many a program took; checks: how often programs were compared with Python, last at
+    step `verified_to`; reason: why Python took the others, None where it only did to compare.
+    """
+
+    by_program: Whole
+    checks: Whole
+    verified_to: Whole
+    reason: str | None
+
+
 class LoopFacts(_Fact):
-    """A loop of the user's own: the class of each part, how many programs, what no program holds."""
+    """A loop of the user's own: the class of each part, how many programs, what no program holds.
+
+    function: where its step is a function, how that was taken.
+    """
 
     parts: dict[str, str]
     programs: Whole
     unseen: tuple[str, ...]
     has_loss: bool
+    function: FunctionFacts | None = None
 
 
 class TrainingFacts(_Fact):

@@ -160,9 +160,12 @@ class Recorder:
         """Write a program, and the bytes of its constants beside it."""
         self._put(lambda: self._write_program(number, program, constants))
 
-    def change(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Write tensors (on the CPU) that code between two steps has changed after `step`."""
-        self._put(lambda: write_change(self.directory, step, tensors))
+    def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
+        """Write tensors (on the CPU) that code between two steps has changed after `step`.
+
+        gone: the names of those that it has taken away.
+        """
+        self._put(lambda: write_change(self.directory, step, tensors, gone))
 
     def repeats(self, rows: Sequence[Taken]) -> None:
         """Write what repeats steps of a loop that is not everystep's; the losses are written besides."""

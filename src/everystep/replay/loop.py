@@ -13,10 +13,9 @@ from torch import Tensor
 from everystep.errors import ProgramError, RunError
 from everystep.experiment.device import select
 from everystep.program.execute import without_autograd
-from everystep.program.memory import copy_into
-from everystep.program.plain import Environment, PlainProgram, tensor_on
+from everystep.program.plain import Environment, PlainProgram, lay_inputs
 from everystep.program.program import Program
-from everystep.recording.changes import change_files, read_change
+from everystep.recording.changes import change_files, gone_in, read_change
 from everystep.recording.contents import Given, digest_of, unpacked
 from everystep.recording.database import Repeat
 from everystep.recording.facts import TrainingFacts
@@ -146,7 +145,10 @@ class LoopStepper(ReplayStepper):
         if self.state is None or self.state == self._settled or self.state not in self._between:
             return
         self._settled = self.state
-        tensors = read_change(self._run.directory, self._between[self.state])
+        file = self._between[self.state]
+        tensors = read_change(self._run.directory, file)
+        for name in gone_in(self._run.directory, file):
+            self._tensors.pop(name, None)
         self._tensors |= {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def run(self, last: int) -> Tensor:
@@ -232,7 +234,7 @@ class LoopStepper(ReplayStepper):
         }
         try:
             with without_autograd():
-                given = _laid(plain, inputs.tensors)
+                given = lay_inputs(plain, inputs.tensors)
                 taken = plain.run(self._tensors, given, numbers, generators, look)
         except (ProgramError, ValueError) as error:
             raise RunError(f"step {number} of {self._run.name} cannot be taken again: {error}") from None
@@ -311,23 +313,6 @@ class LoopStepper(ReplayStepper):
             )
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
         return _Inputs(tensors, content.get("nesting"), digests)
-
-
-def _laid(plain: PlainProgram, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the bytes of each input storage of a program."""
-    found = {n.removeprefix("input/"): t for n, t in given.items() if n.startswith("input/")}
-    for name, spec in plain.inputs.items():
-        leaf = given.get(f"batch/{name}")
-        if leaf is None:
-            continue
-        if spec.storage not in found:
-            size = plain.program.storages[spec.storage].bytes
-            found[spec.storage] = torch.zeros(size, dtype=torch.uint8)
-        target = tensor_on(found[spec.storage].untyped_storage(), spec)
-        if target.shape != leaf.shape or target.dtype != leaf.dtype:
-            raise ProgramError(f"the batch has another {name} than its program")
-        copy_into(target, leaf)
-    return found
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

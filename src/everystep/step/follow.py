@@ -63,8 +63,8 @@ class Follower:
     def begin(self) -> None:
         """Hang up the hooks."""
         self._hooks = [
-            register_module_forward_pre_hook(self._opened),
-            register_module_forward_hook(self._closed, always_call=True),
+            register_module_forward_pre_hook(self.opened),
+            register_module_forward_hook(self.closed, always_call=True),
             register_optimizer_step_pre_hook(self._step_begins),
             register_optimizer_step_post_hook(self._step_ends),
         ]
@@ -106,8 +106,8 @@ class Follower:
     def _is_ours(self) -> bool:
         return threading.get_ident() == self._thread
 
-    def _opened(self, module: nn.Module, inputs: Any) -> None:
-        """Note that a module begins.
+    def opened(self, module: nn.Module, inputs: Any) -> None:
+        """Note that a module begins, as torch's hooks do.
 
         Raises:
             UsageError: it is compiled.
@@ -123,7 +123,8 @@ class Follower:
             self._open.append(self.modules.get(id(module), around))
             self._moved()
 
-    def _closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Note that a module is done."""
         if not self._is_ours() or not self._open:
             return
         path = self._open.pop()

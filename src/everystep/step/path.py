@@ -56,7 +56,7 @@ class Path:
     named: the tensors of the state and of the batch, by name; ends: the tensor that each name of the
     state stands for after the step, where that is another; gone: names that are not there any more;
     gradients: as an optimizer found them; loss: the tensor that was logged as the loss; activations:
-    what each module gave.
+    what each module gave; logged: other tensors of one number that were logged.
     """
 
     operations: tuple[SeenOperation, ...]
@@ -68,11 +68,12 @@ class Path:
     gradients: tuple[tuple[str, int], ...]
     loss: int | None
     activations: tuple[tuple[str, tuple[int, ...]], ...]
+    logged: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def _hash(self) -> int:
         parts = (self.operations, self.tensors, self.storages, self.named, self.ends, self.gone)
-        return hash((*parts, self.gradients, self.loss, self.activations))
+        return hash((*parts, self.gradients, self.loss, self.activations, self.logged))
 
     def __hash__(self) -> int:
         return self._hash

@@ -117,7 +117,8 @@ class _PlainBuilder(Builder):
         ends = {name: self._tensor(number) for name, number in path.ends}
         activations = {name: tuple(map(self._tensor, numbers)) for name, numbers in path.activations}
         shown = {name for names in activations.values() for name in names}
-        shown |= {*gradients.values(), *ends.values()} | ({loss} if loss else set())
+        logged = {name: self._tensor(number) for name, number in path.logged}
+        shown |= {*gradients.values(), *ends.values(), *logged.values()} | ({loss} if loss else set())
         kept = {id(operation) for operation in self._with_effect(operations, shown)}
         kept |= self._checkable_reads(operations, kept)
         used = {n for o in operations if id(o) in kept for n in (*o.reads(), *o.results) if n}
@@ -133,6 +134,7 @@ class _PlainBuilder(Builder):
             gradients=gradients,
             activations=activations,
             is_plain=True,
+            logged=logged,
             ends=ends,
             gone=path.gone,
         )

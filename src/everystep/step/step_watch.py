@@ -70,6 +70,11 @@ class StepWatch(TorchFunctionMode):
         return source
 
     @property
+    def recognized(self) -> Recognizer | None:
+        """Who has recognised the step to its end, None where it was watched in full."""
+        return self._recognizer if self._watch is None else None
+
+    @property
     def numbers(self) -> list[int | float]:
         """The numbers of the step."""
         return self._source.numbers
@@ -172,6 +177,13 @@ class StepWatch(TorchFunctionMode):
             return "module", path, *known
 
         self._happened(signature, lambda watch: watch.module_done(path, outputs))
+
+    def logged(self, name: str, tensor: Tensor) -> None:
+        """A number of the step besides its loss was logged."""
+        self._happened(
+            lambda references: ("logged", name, references.lookup(tensor)),
+            lambda watch: watch.logged(name, tensor),
+        )
 
     def _happened(self, signature: Callable[[References], Any], note: Callable[[Watch], None]) -> None:
         """Note something besides calls of torch's functions, by its signature and in a watch."""

@@ -85,7 +85,8 @@ class Marks(NamedTuple):
 class Tables(NamedTuple):
     """All that a watch has noted of a step, so that another watch can go on from any place in it.
 
-    marked: gradients and activations, by kind and name, in the order in which they were noted.
+    marked: gradients, activations and what was logged, by kind and name, in the order in which they
+    were noted.
     """
 
     operations: tuple[SeenOperation, ...]
@@ -150,6 +151,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._named: dict[str, int] = {}
         self._gradients: dict[str, int] = {}
         self._activations: dict[str, tuple[int, ...]] = {}
+        self._logged: dict[str, int] = {}
         self._marked: list[tuple[str, str, tuple[int, ...]]] = []
 
     @classmethod
@@ -283,6 +285,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             gradients=tuple(self._gradients.items()),
             loss=loss_number,
             activations=tuple(self._activations.items()),
+            logged=tuple(self._logged.items()),
         )
 
     def _with_batch_moved(self) -> tuple[tuple[CapturedTensor, ...], tuple[StorageKind, ...]]:
@@ -335,6 +338,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if self._tensors[number].storage in made:
                     self._mark("gradient", name, (number,))
 
+    def logged(self, name: str, tensor: Tensor) -> None:
+        """A number of the step besides its loss was logged."""
+        if tensor.numel() == 1 and _is_plain(tensor) and self.place_of(tensor) is not None:
+            self._mark("logged", name, (self._number(tensor),))
+
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Note what a module has given; of several calls, the last that gradients flow through."""
         dense = [each for each in outputs if _is_plain(each)]
@@ -345,6 +353,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marked.append((kind, name, numbers))
         if kind == "gradient":
             self._gradients[name] = numbers[0]
+        elif kind == "logged":
+            self._logged[name] = numbers[0]
         else:
             self._activations.pop(name, None)
             self._activations[name] = numbers

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["nested_again", "tensors_of", "text_of"]
+from everystep.program.memory import ALIGNMENT
+
+__all__ = ["key_of", "nested_again", "tensors_of", "text_of"]
 
 #: Dtypes that travel between processes, too.
 _HELD = {
@@ -30,6 +32,29 @@ def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
     if _is_short(batch):
         return {_join(path, n): _as_tensor(part) for n, part in zip("xy", batch, strict=False)}
     return {each or "x": tensor for each, tensor in _walk(batch, path)}
+
+
+def key_of(batch: Any) -> Any:
+    """Return what two batches have in common that are alike in all but the numbers of their tensors.
+
+    Of memory, that is which tensors share it, how far they are apart on it, and its alignment. What
+    holds neither tensors nor plain values is like nothing but itself.
+    """
+    places: dict[int, tuple[int, int]] = {}
+
+    def key(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value), *map(key, value)
+        if type(value) is dict:
+            return dict, *((name, key(item)) for name, item in value.items())
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return (type(value), repr(value)) if type(value) in _PLAIN else (type(value), id(value))
+        begin = int(value.storage_offset()) * value.itemsize
+        place = places.setdefault(value.untyped_storage()._cdata, (len(places), begin))
+        lies = value.stride(), begin % ALIGNMENT, place[0], begin - place[1]
+        return type(value), value.dtype, value.shape, lies, value.device, value.requires_grad
+
+    return key(batch)
 
 
 def text_of(batch: Any, path: str = "") -> Any:

@@ -9,14 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from everystep import numerics
-from everystep.errors import ExperimentError, Fault, UsageError
+from everystep.errors import ExperimentError, Fault
 from everystep.experiment.specification import Iteration
 from everystep.training.job import Outcome, Progress
 from everystep.training.loop import interrupt_deferred
 from everystep.training.record import Recording
 from everystep.training.rows import called
+from everystep.training.step_function import StepFunction
 
 __all__ = ["check_step", "train_step"]
 
@@ -66,6 +75,7 @@ def train_step(
 
     Raises:
         UsageError: the step returns something else.
+        TrainingError: a program was demanded, and there is none; or a check has failed.
         RecordingError: writing the run failed; what was recorded before is kept.
     """
     numerics.prepare()
@@ -76,11 +86,12 @@ def train_step(
             run = recording.run
             progress.begin(run.directory, run.facts.model_copy(update=_total(iteration, batches)))
             try:
+                total = _total(iteration, batches)["steps"] or None
+                function = StepFunction(step, recording, iteration.engine, total, _is_quiet(batches))
+                recording.note_function(lambda: function.facts)
                 for batch in _batches(batches, iteration, progress):
-                    with recording.step(batch):
-                        logged = _logged(step() if batches is None else step(batch))
-                        recording.log(**logged)
-                    if iteration.stop_on_nan and not math.isfinite(loss := _number(logged.get("loss"))):
+                    logged = function.take(*([] if batches is None else [batch]))
+                    if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
                         recording.stop(f"the loss is {loss} (stop_on_nan)")
                         break
                     if interrupted():
@@ -105,40 +116,37 @@ def _batches(batches: Iterable[Any] | None, iteration: Iteration, progress: Prog
         yield from [None] * (iteration.steps if iteration.steps is not None else iteration.epochs or 0)
         return
     count = epoch = 0
+    if iteration.steps == 0:
+        return
     while iteration.epochs is None or epoch < iteration.epochs:
         before = count
         for batch in batches:
-            if count == iteration.steps:
-                return
             count += 1
             yield batch
+            if count == iteration.steps:
+                return
         epoch += 1
-        if count == iteration.steps:
-            return
         if count == before:
             what = "no batch" if epoch == 1 else f"no more batches after step {count}"
             progress.notice(f"the loader gives {what}; a generator can be iterated over only once")
             return
 
 
-def _number(loss: Any) -> float:
-    """Return a loss as a number, 0 for none."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss or 0.0)
-
-
-def _logged(result: Any) -> dict[str, Any]:
-    """Return what a step gives to be recorded, by name.
-
-    Raises:
-        UsageError: it is neither a number, nor numbers by name.
-    """
-    if result is None:
-        return {}
-    if isinstance(result, Tensor | int | float):
-        return {"loss": result}
-    if isinstance(result, Mapping) and all(isinstance(name, str) for name in result):
-        return dict(result)
-    raise UsageError(
-        f"the step returns {called(result)}; return the loss, or numbers by name: "
-        '{"loss": loss, "accuracy": accuracy}'
+def _is_quiet(batches: Any) -> bool:
+    """Tell whether no code but torch's runs to make a batch."""
+    if batches is None or type(batches) in (list, tuple):
+        return True
+    return (
+        type(batches) is DataLoader
+        and type(batches.dataset) is TensorDataset
+        and batches.num_workers == 0
+        and batches.collate_fn is default_collate
+        and type(batches.sampler) in (SequentialSampler, RandomSampler)
+        and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
     )
+
+
+def _loss_of(logged: Mapping[str, Any]) -> float:
+    """Return the loss that a step has logged, 0 for none."""
+    loss = logged.get("loss", 0.0)
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from everystep.recording.facts import (
     BatchFacts,
     DataFacts,
     Facts,
+    FunctionFacts,
     LoopFacts,
     ModuleFacts,
     TrainingFacts,
@@ -29,6 +30,8 @@ from everystep.step.elsewhere import version_of
 from everystep.step.parts import Parts
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath, build_path
+from everystep.step.purity.step_reader import StrictWatch
+from everystep.step.stand_in import TakenByProgram
 from everystep.step.state import State, copy_of
 from everystep.step.step_watch import StepWatch
 from everystep.training.facts import circumstances, modules_of, optimizer_facts, schedule_facts
@@ -52,10 +55,15 @@ DIGESTED_A_SECOND = 2e9
 MOST_SAID = 3
 
 
-class StepUnderWay:
+#: Who knows what a step does.
+AnyWatch = StepWatch | StrictWatch | TakenByProgram
+W = TypeVar("W", bound=AnyWatch, covariant=True)
+
+
+class StepUnderWay(Generic[W]):
     """A step under way: who watches it, its batch, and what was logged."""
 
-    def __init__(self, watch: StepWatch) -> None:
+    def __init__(self, watch: W) -> None:
         self.watch = watch
         self.batch: dict[str, Tensor] = {}
         self.nesting: list[Any] = []
@@ -98,7 +106,8 @@ class LoopWriter:
         snapshot_budget, batch_budget: bytes that the run may keep.
         advanced: called with a step that was added, and the losses from it on.
 
-    step: the last step that was added.
+    step: the last step that was added; last_path: what it did; function: returns how the
+    steps of a function are taken.
     """
 
     def __init__(
@@ -112,6 +121,8 @@ class LoopWriter:
         self.step = 0
         self._advanced = advanced
         self._parts = parts
+        self.last_path: StepPath | None = None
+        self.function: Callable[[], FunctionFacts] | None = None
         self._programs: dict[StepPath, _Program | None] = {}
         self._program_count = 0
         self._copied = 0
@@ -155,22 +166,25 @@ class LoopWriter:
         if now == self._versions:
             return
         changed = {n: state[n] for n in now if self._versions.get(n) != now[n]}
-        if not changed:
+        gone = [name for name in self._versions.keys() - now.keys() if not name.startswith("gradient/")]
+        if not changed and not gone:
             return
-        self._recorder.change(self.step, {name: copy_of(tensor) for name, tensor in changed.items()})
+        copies = {name: copy_of(tensor) for name, tensor in changed.items()}
+        self._recorder.change(self.step, copies, gone)
         if self._versions and not self._has_said_between:
             self._has_said_between = True
-            name = next(iter(changed)).partition("/")[2]
+            name = next(iter((*changed, *gone))).partition("/")[2]
             say(
                 f"after step {self.step} the loop changes {name} outside of a step; what it is then is "
                 "kept, but no step shows how that came"
             )
 
-    def add(self, step: StepUnderWay, copied: int) -> None:
+    def add(self, step: StepUnderWay[AnyWatch], copied: int) -> None:
         """Add a step that is over. copied: bytes from elsewhere that were copied since the beginning."""
         self.step += 1
         after = self._parts.state()
         path = step.watch.end(after, step.loss)
+        self.last_path = path
         self._note_surprise(step, after)
         try:
             known = self._programs[path]
@@ -188,6 +202,15 @@ class LoopWriter:
         if time.perf_counter() >= self._flush_at:
             self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
+
+    def program_of(self, path: StepPath) -> BuiltPath | None:
+        """Return the program of a path, None where there is none."""
+        known = self._programs.get(path)
+        return None if known is None else known.built
+
+    def note_versions(self) -> None:
+        """The state is as it was after the last step, though tensors were written and written back."""
+        self._versions = _versions(self._parts.state())
 
     def forget_versions(self) -> None:
         """A step was not taken to its end: no snapshot claims the state as it is."""
@@ -221,7 +244,7 @@ class LoopWriter:
             | {"status": status, "reason": reason, "finished": now(), "seconds": seconds}
         )
 
-    def _build(self, path: StepPath, step: StepUnderWay) -> _Program | None:
+    def _build(self, path: StepPath, step: StepUnderWay[AnyWatch]) -> _Program | None:
         try:
             built = build_path(path, step.watch.numbers)
         except NotCapturableError as error:
@@ -232,7 +255,7 @@ class LoopWriter:
         return _Program(self._program_count, built)
 
     def _row(
-        self, step: StepUnderWay, state: dict[str, Tensor], known: _Program | None, copied: int
+        self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor], known: _Program | None, copied: int
     ) -> Taken:
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
         size = sum(tensor.nbytes for tensor in inputs.values()) + copied - self._copied
@@ -265,7 +288,7 @@ class LoopWriter:
             return {}
         return {name: digest_of(tensor) for name, tensor in kept.items()}
 
-    def _note_logged(self, step: StepUnderWay, path: StepPath) -> None:
+    def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
         self._losses.append(step.logged.pop("loss", math.nan))
         if step.loss is not None and not self._has_loss:
             self._has_loss = True
@@ -276,14 +299,14 @@ class LoopWriter:
         self._measured += [(n, self.step, v) for n, v in rates.items() if self._rates.get(n) != v]
         self._rates = rates
 
-    def _note_surprise(self, step: StepUnderWay, state: dict[str, Tensor]) -> None:
+    def _note_surprise(self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor]) -> None:
         if step.watch.changed_unseen:  # what the step did to these is not known: what they are is kept
             changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
             self._recorder.change(self.step, changed)
         if step.watch.surprise is not None:
             say(f"step {self.step}: {step.watch.surprise}; each step from here on is watched in full")
 
-    def _note_unseen(self, step: StepUnderWay) -> None:
+    def _note_unseen(self, step: StepUnderWay[AnyWatch]) -> None:
         for reason in step.watch.unseen:
             if reason in self._said or len(self._said) >= MOST_SAID:
                 continue
@@ -390,6 +413,7 @@ class LoopWriter:
             programs=self._program_count,
             unseen=tuple(sorted(self._said)),
             has_loss=self._has_loss,
+            function=None if self.function is None else self.function(),
         )
         return {"loop": loop, "steps": self.step}
 
@@ -405,5 +429,6 @@ def say(message: str) -> None:
     print(f"everystep: {message}", file=sys.stderr)
 
 
-def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None]]:
-    return {name: (id(tensor), version_of(tensor)) for name, tensor in state.items()}
+def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:
+    """Return what another number of a tensor has another of; `tensor.data = ...` counts nothing."""
+    return {n: (id(t), version_of(t), t.data_ptr()) for n, t in state.items()}

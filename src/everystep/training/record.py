@@ -12,15 +12,23 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RecordingError, UsageError
+from everystep.program.memory import copy_into
+from everystep.recording.facts import FunctionFacts
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
+from everystep.step.check import same_bits
+from everystep.step.checkpoint import PartsCheckpoint
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.parts import Parts
+from everystep.step.path import Path as StepPath
+from everystep.step.plain import BuiltPath
+from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.recognition.memory import Memory
+from everystep.step.stand_in import StandIn
 from everystep.step.step_watch import StepWatch
 from everystep.training.batch import tensors_of, text_of
-from everystep.training.loop_writer import LoopWriter, StepUnderWay, say
+from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay, say
 
 __all__ = ["Recording"]
 
@@ -32,6 +40,8 @@ class Recording(Generic[R]):
     """A recording under way: `steps` or `step` mark the steps, `log` names their losses.
 
     To be used as a context manager; `everystep.record` makes it.
+
+    parts: what is trained; follower: follows which module runs.
     """
 
     def __init__(
@@ -44,7 +54,7 @@ class Recording(Generic[R]):
         open_run: Callable[[Path], R],
         advanced: Callable[[int, Sequence[float]], None] | None = None,
     ) -> None:
-        self._parts = Parts(parts)
+        self.parts = Parts(parts)
         self._open_run = open_run
         self._advanced = advanced
         self._stopped: str | None = None
@@ -52,9 +62,9 @@ class Recording(Generic[R]):
         self._budgets = snapshot_budget, batch_budget
         self._directory: Path | None = None
         self._writer: LoopWriter | None = None
-        self._optimizer_names = self._parts.optimizer_names()
-        self._follower = Follower(
-            self._parts.module_paths(),
+        self._optimizer_names = self.parts.optimizer_names()
+        self.follower = Follower(
+            self.parts.module_paths(),
             self._optimizer_names,
             self._module_done,
             self._optimizer_begins,
@@ -62,9 +72,10 @@ class Recording(Generic[R]):
         )
         self._elsewhere = Elsewhere()
         self._memory = Memory()
-        self._under_way: StepUnderWay | None = None
+        self._under_way: StepUnderWay[StepWatch | StrictWatch] | None = None
         self._names: dict[Tensor, str] = {}
         self._left_at: int | None = None
+        self._last: AnyWatch | None = None
 
     @property
     def run(self) -> R:
@@ -86,11 +97,11 @@ class Recording(Generic[R]):
         if self._directory is not None:
             raise UsageError("this recording has begun already; everystep.record(...) makes another")
         _check_alone()
-        self._parts.check()
+        self.parts.check()
         directory = create_directory(self._place[0], "loop", self._place[1])
-        self._writer = LoopWriter(directory, self._parts, *self._budgets, self._advanced)
+        self._writer = LoopWriter(directory, self.parts, *self._budgets, self._advanced)
         self._directory = directory
-        self._follower.begin()
+        self.follower.begin()
         _recording.append(self)
         return self
 
@@ -111,7 +122,7 @@ class Recording(Generic[R]):
             elif error is not None and self._left_at == writer.step:
                 writer.take_back()
         finally:
-            self._follower.finish()
+            self.follower.finish()
             _recording.remove(self)
         try:
             writer.finish(*_status(error, self._stopped))
@@ -182,6 +193,8 @@ class Recording(Generic[R]):
         with self.paused():
             for name, value in values.items():
                 step.logged[name] = _number(name, value)
+                if name != "loss" and isinstance(value, Tensor):
+                    step.watch.logged(name, value)
         if "loss" in values:
             step.loss = values["loss"]
 
@@ -215,14 +228,17 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             raise UsageError("a step is under way; a recording has one loop at a time")
         writer.wait()
-        state = self._parts.state()
-        self._names = self._parts.parameter_names()
+        state = self.parts.state()
         writer.note_changes(state)
         watch = StepWatch(
-            writer.step + 1, self._memory, self._parts.device, self._follower, self._elsewhere
+            writer.step + 1, self._memory, self.parts.device, self.follower, self._elsewhere
         )
+        self._begin(watch, state, batch)
+
+    def _begin(self, watch: StepWatch | StrictWatch, state: dict[str, Tensor], batch: Any) -> None:
+        self._names = self.parts.parameter_names()
         watch.begin(state)
-        self._follower.step_begins()
+        self.follower.step_begins()
         watch.__enter__()
         self._under_way = StepUnderWay(watch)
         if batch is not None:
@@ -254,10 +270,79 @@ class Recording(Generic[R]):
         """End the step that `begin_step` began, and record it."""
         step = self._close()
         if step is not None:
+            self._last = step.watch
             if step.is_compiled:
                 self._memory.given_up = "torch.compile is at work"
             self._open().add(step, self._elsewhere.copied)
             self._elsewhere.clean()
+
+    @property
+    def step_count(self) -> int:
+        """How many steps were recorded."""
+        return self._open().step
+
+    @property
+    def last(self) -> tuple[StepPath, AnyWatch]:
+        """What the last step did, and who has watched it."""
+        path = self._open().last_path
+        assert path is not None and self._last is not None
+        return path, self._last
+
+    def program_of(self, path: StepPath) -> BuiltPath | None:
+        """Return the program of what a step did, None where there is none."""
+        return self._open().program_of(path)
+
+    def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
+        """Note how the steps of a function are taken. facts: returns that, as it is then."""
+        self._open().function = facts
+
+    def take(self, stand_in: StandIn, state: dict[str, Tensor] | None, *batch: Any) -> dict[str, Any]:
+        """Let a program take a step on a batch, or on none, and record it; return what it logs.
+
+        state: as it is now, None if nothing has run since the last step.
+
+        Raises:
+            NotProvenError: it cannot take this one; nothing was done yet.
+            RecordingError: writing the run failed.
+        """
+        writer = self._open()
+        writer.wait()
+        if state is not None:
+            writer.note_changes(state)
+        tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        watch, logged = stand_in.take(tensors)
+        step = StepUnderWay(watch)
+        step.batch, step.nesting = copies, [*map(text_of, batch)]
+        step.logged, step.loss = dict(logged), logged.get("loss")
+        writer.add(step, self._elsewhere.copied)
+        return logged
+
+    @contextmanager
+    def rehearsed(self, *batch: Any) -> Iterator[StrictWatch]:
+        """What runs within is a step that is not recorded; everything is then as it was before."""
+        writer, parts = self._open(), self.parts
+        watch = StrictWatch(parts.device, self.follower, Elsewhere())
+        writer.note_changes(parts.state())
+        checkpoint = PartsCheckpoint(parts)
+        tensors = [tensor for each in batch for tensor in tensors_of(each).values()]
+        copies = [tensor.detach().clone() for tensor in tensors]
+        try:
+            self._begin(watch, checkpoint.state, *(batch or (None,)))
+            yield watch
+        finally:
+            self._close()
+            checkpoint.restore()
+            with torch.no_grad():
+                for tensor, copy in zip(tensors, copies, strict=True):
+                    if not same_bits(tensor, copy):
+                        copy_into(tensor, copy)
+            writer.note_versions()
+
+    def path_of(self, watch: StrictWatch) -> StepPath:
+        """Return what a step has done that is rehearsed, and is over."""
+        step = self._close()
+        return watch.end(self.parts.state(), None if step is None else step.loss)
 
     def stop(self, reason: str) -> None:
         """Say why the loop ends before its last step; the run is then `stopped`, for this reason."""
@@ -267,7 +352,7 @@ class Recording(Generic[R]):
         """Hand what was recorded so far to the disk, as happens several times a second by itself."""
         self._open().flush()
 
-    def _close(self) -> StepUnderWay | None:
+    def _close(self) -> StepUnderWay[StepWatch | StrictWatch] | None:
         """The step under way is over; return it."""
         step, self._under_way = self._under_way, None
         if step is not None:

@@ -63,7 +63,8 @@ def summary_html(run: RecordedRun) -> str:
 
 def facts_in_order(facts: Facts) -> list[tuple[str, str]]:
     """Return what a run is as (label, text), in the words and the order of the terminal's header."""
-    how = f"\n{engine_text(facts)}" if facts.training.engine else ""
+    has_taken = facts.training.engine or facts.training.loop
+    how = f"\n{engine_text(facts)}" if has_taken else ""
     return [(label, f"{text}{how}" if label == "steps" else text) for label, text in header_rows(facts)]
 
 

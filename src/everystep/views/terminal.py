@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.table import Table
 from rich.text import Text
 
-from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
+from everystep.recording.facts import Facts, ForkFacts, FunctionFacts, TrainingFacts
 from everystep.recording.run import RecordedRun, Summary
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
 
@@ -103,7 +103,10 @@ def engine_text(facts: Facts) -> str:
     if loop is not None:
         lost = facts.batches_lost_to
         missing = f"; the batches of steps up to {lost:,} were given up for room" if lost else ""
-        return f"by your own loop, whose operations are in {loop.programs:,} programs{missing}"
+        kept = f"its operations are in {_counted(loop.programs, 'program')}{missing}"
+        if loop.function is None:
+            return f"by your own loop; {kept}"
+        return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
     if engine is None:
         return "taken eagerly"
     if engine.eager_from == 1:
@@ -123,6 +126,22 @@ def engine_text(facts: Facts) -> str:
     if engine.eager_from is None:
         return found
     return f"{found}; eagerly from step {engine.eager_from:,}: {engine.reason}"
+
+
+def _function_text(function: FunctionFacts, steps: int) -> str:
+    """Return who took the steps of a function of the user's own."""
+    if not function.by_program:
+        reason = f": {function.reason}" if function.reason else ""
+        return f"Python took every step{reason}"
+    text = (
+        f"a program took {function.by_program:,} of {steps:,} steps, checked against Python "
+        f"{function.checks:,} times, last at step {function.verified_to:,}"
+    )
+    return text if function.reason is None else f"{text}; then Python: {function.reason}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"]) -> str:

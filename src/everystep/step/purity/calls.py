@@ -9,6 +9,7 @@ import types
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from everystep.step.purity.attributes import (
@@ -62,7 +63,12 @@ _WALKED = (*(f"named_{name}" for name in _WALKS), "_named_members")
 
 
 class Calls(Values):
-    """What may be done with values, calls among it."""
+    """What may be done with values, calls among it.
+
+    contexts: what may stand after `with`.
+    """
+
+    contexts: tuple[Any, ...] = (torch.no_grad, torch.enable_grad)
 
     def call(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
         """Call something."""
@@ -315,6 +321,9 @@ class Calls(Values):
                 raise NotProvenError(f"calls {name_of(module)}, which has a {name} of its own")
         if own_attribute(module, "_compiled_call_impl", self.guards) not in (None, ABSENT):
             raise NotProvenError(f"calls {name_of(module)}, which is compiled (torch.compile)")
+        return self._forward(module, args, keywords)
+
+    def _forward(self, module: nn.Module, args: list[Any], keywords: dict[str, Any]) -> Any:
         return self.call(self.attribute(module, "forward"), args, keywords)
 
     def _check_tensors(self, module: nn.Module) -> None:

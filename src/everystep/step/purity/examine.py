@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from operator import is_
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,28 +11,22 @@ from torch import Tensor, nn
 
 from everystep.step.capture import Capture, begin_watching
 from everystep.step.eager import Training
-from everystep.step.hooks import has_hooks_on_node
 from everystep.step.purity.effects import ReadingRecorder
-from everystep.step.purity.guards import ABSENT, Guards, held, is_a
-from everystep.step.purity.process import (
-    functions_of_torch,
-    process_settings,
-    reason_against_process,
-)
+from everystep.step.purity.guards import is_a
 from everystep.step.purity.reader import Reader
+from everystep.step.purity.surroundings import Surroundings
 from everystep.step.purity.torchs_own import (
-    HOOKS,
     guard_module,
-    hook_on,
     is_torchs_optimizer,
     is_torchs_schedule,
-    own_modules,
     reason_against_loss,
     reason_against_module,
 )
 from everystep.step.recorder import CapturedOperation, CapturedTensor
 
 __all__ = ["Purity", "Shown", "forward_of"]
+
+_OPTIMIZER = "the optimizer"
 
 
 class Purity:
@@ -62,28 +55,24 @@ class Purity:
             or not is_torchs_schedule(training.schedule)
             or training.batch.runs_python
         )
-        self.reason = next(self._reasons(), None)
-        self._guards = Guards()
-        self._settings: dict[str, Any] = {}
-        self._functions: list[Any] = []
-        self._state: Mapping[str, Tensor] | None = None
+        parts = {"the model": training.model, "the loss": training.loss}
+        self._surroundings = Surroundings(
+            {name: part for name, part in parts.items() if isinstance(part, nn.Module)},
+            {_OPTIMIZER: training.optimizer},
+            training.named_state,
+            training.device,
+        )
+        self.reason = next(self._surroundings.reasons(), None)
 
     def begin(self) -> None:
         """Note all settings again: a program is about to be captured that holds for these."""
         training = self._training
-        guards = self._guards = Guards()
+        self._surroundings.begin()
         for part in (training.model, training.loss):
-            for _, module in own_modules(part) if isinstance(part, nn.Module) else ():
-                _guard_registered(module, guards)
             if isinstance(part, nn.Module) and not self.is_read and self.stands_behind == "proven":
-                guard_module(part, guards)
-        for name, tensor in training.named_state().items():
-            if not name.startswith("optimizer/"):
-                guards.tensor(tensor, name.partition("/")[2], is_state=True)
-        guards.read("storages", "which tensors share their memory", self._shared)
-        self._settings = process_settings(training.device)
-        self._functions = functions_of_torch()
-        self._guard_optimizer()
+                guard_module(part, self._surroundings.guards)
+        if self.has_known_optimizer:
+            self._surroundings.guard_optimizer(_OPTIMIZER)
         self._guard_loss()
 
     def read(self, x: Tensor, y: Tensor) -> list[Shown]:
@@ -95,17 +84,17 @@ class Purity:
             NotProvenError: a program may not stand in for them; says why.
         """
         training, recorder = self._training, ReadingRecorder(self._training.device)
+        guards = self._surroundings.guards
         x, y = _copies(x, y)
         state = {t.untyped_storage()._cdata for t in (*training.named_state().values(), x, y)}
-        reader = Reader(self._guards, lambda tensor: tensor.untyped_storage()._cdata in state)
+        reader = Reader(guards, lambda tensor: tensor.untyped_storage()._cdata in state)
         begin_watching(training, x, y, recorder)
         with recorder:
             prediction = reader.call(training.model, x)
             recorder.enter("loss")
             reader.call(training.loss, prediction, y)
         # A tensor from outside that lies on the memory of the state must go on to do so.
-        found = tuple(self._guards.state_tensors)
-        self._guards.read(("shared", len(found)), "which tensors share memory", self._shared, found)
+        self._surroundings.guard_shared(tuple(guards.state_tensors))
         return _shown(recorder.tensors, recorder.operations)
 
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
@@ -113,87 +102,18 @@ class Purity:
 
         state: of the training as it is now, if it is at hand.
         """
-        self._state = state
-        try:
-            return self._difference()
-        finally:
-            self._state = None
-
-    def _difference(self) -> str | None:
-        now = process_settings(self._training.device)
-        if not all(map(is_, functions_of_torch(), self._functions)):
-            return "a function of torch changes"
-        changed = (f"{name} changes" for name, value in self._settings.items() if now[name] != value)
-        return next(changed, None) or self._guards.difference() or self._hooked_node()
-
-    def _hooked_node(self) -> str | None:
-        """Return in words which parameter has a hook on its node in the graph, or None.
-
-        Only a backward pass shows such a hook. It stays as long as other code keeps a graph.
-        """
-        named = (self._state or self._training.named_state()).items()
-        with torch._C.DisableTorchFunctionSubclass():
-            hooked = (
-                name.partition("/")[2]
-                for name, tensor in named
-                if name.startswith("parameter/") and has_hooks_on_node(tensor)
-            )
-            found = next(hooked, None)
-        return None if found is None else f"a hook of other code is on the graph node of {found}"
+        return self._surroundings.difference(state)
 
     def guard_update(self, *, but_lr: bool) -> None:
         """Note the settings of the optimizer, which are among the operations of its update.
 
         but_lr: except for the learning rate, which they read at every step.
         """
-        optimizer = self._training.optimizer
-        for index, group in enumerate(optimizer.param_groups):
-            for key in group:
-                if key != "params" and not (key == "lr" and but_lr):
-                    where = f"{key} of param group {index}"
-                    self._guards.read(("group", index, key), where, _setting, optimizer, index, key)
-
-    def _reasons(self) -> Iterator[str]:
-        training = self._training
-        against = reason_against_process()
-        if against is not None:
-            yield against
-        for name, part in (("the model", training.model), ("the loss", training.loss)):
-            for path, module in own_modules(part) if isinstance(part, nn.Module) else ():
-                where = f"module {path}" if path and name == "the model" else name
-                kind = hook_on(module)
-                if kind is not None:
-                    yield f"{where} has {kind}"
-                if type(module).__module__.startswith("torch._dynamo"):
-                    yield f"{where} is compiled (torch.compile)"
-                if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-                    yield f"{where} is a {type(module).__name__}"
-        for name, tensor in training.named_state().items():
-            path = name.partition("/")[2]
-            if isinstance(tensor, nn.parameter.UninitializedParameter):
-                yield f"{path} has no shape before the first step (a lazy module)"
-            elif tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-                yield f"{path} has a hook on its gradient"
-        if any(getattr(training.optimizer, name, None) for name in _OPTIMIZER_HOOKS):
-            yield "the optimizer has a hook on its step"
-
-    def _guard_optimizer(self) -> None:
-        """Note what makes the optimizer torch's own, and which parameters it has."""
-        optimizer, guards = self._training.optimizer, self._guards
-        if not self.has_known_optimizer:
-            return
-        guards.read("optimizer", "the class of the optimizer", type, optimizer)
-        guards.read("groups", "the parameters of the optimizer", _parameters_of, optimizer)
-        for name in _OPTIMIZER_HOOKS:
-            guards.contents(getattr(optimizer, name, []), f"{name} of the optimizer")
-        for name in ("step", "zero_grad"):
-            where = f"{name} of the optimizer"
-            guards.read(("own", name), where, held, optimizer, name)
-            guards.read(("class", name), where, getattr, type(optimizer), name)
+        self._surroundings.guard_settings(_OPTIMIZER, but_lr=but_lr)
 
     def _guard_loss(self) -> None:
         """Note what a loss holds that is a function of torch with some of its arguments."""
-        loss, guards = self._training.loss, self._guards
+        loss, guards = self._training.loss, self._surroundings.guards
         if type(loss) is not functools.partial:
             return
         guards.read("loss", "the loss", getattr, loss, "func")
@@ -202,26 +122,6 @@ class Purity:
         for value in (*loss.args, *loss.keywords.values()):
             if is_a(value, Tensor):
                 guards.tensor(value, "a tensor of the loss", is_state=False)
-
-    def _shared(self, others: tuple[Tensor, ...] = ()) -> str:
-        """Return, of each tensor of the state and of others, the first that lies on the same memory."""
-        first: dict[int, int] = {}
-        state = (self._state or self._training.named_state()).items()
-        tensors = (*(t for n, t in state if not n.startswith("optimizer/")), *others)
-        places = (tensor.untyped_storage()._cdata for tensor in tensors)
-        return str([first.setdefault(place, index) for index, place in enumerate(places)])
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return which parameters are in which group."""
-    return str([list(map(id, group["params"])) for group in optimizer.param_groups])
-
-
-def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
-    """Return a setting of a param group as it is now."""
-    groups = optimizer.param_groups
-    found = groups[index].get(key, ABSENT) if index < len(groups) else ABSENT
-    return tuple(found) if type(found) is list else found
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -239,17 +139,6 @@ def _copies(x: Tensor, y: Tensor) -> list[Tensor]:
         empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         found.append(empty.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride()))
     return found
-
-
-_OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-
-
-def _guard_registered(module: nn.Module, guards: Guards) -> None:
-    own = vars(module)
-    where = f"a {type(module).__name__}"
-    for name in ("_parameters", "_buffers", "_modules", *HOOKS):
-        if name in own:
-            guards.contents(own[name], f"{name} of {where}")
 
 
 class Shown(NamedTuple):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ast
 import types
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from everystep.step.purity.attributes import NotProvenError, name_of
@@ -25,7 +25,6 @@ __all__ = ["Reader"]
 
 #: How many parts of the syntax tree are gone through at most.
 MOST_PARTS = 2_000_000
-_GRAD_MODES = (torch.no_grad, torch.enable_grad)
 
 
 class Reader:
@@ -37,7 +36,7 @@ class Reader:
     """
 
     def __init__(self, guards: Guards, is_state: Callable[[Tensor], bool]) -> None:
-        self.values = Calls(guards, is_state, self._call_function)
+        self.values: Calls = Calls(guards, is_state, self._call_function)
         self._guards = guards
         self._left = MOST_PARTS
         self._current: tuple[ast.stmt | ast.expr, str] | None = None
@@ -195,7 +194,7 @@ class Reader:
             new = self.values.in_place(operator, old, self._value(node.value, frame))
             self._at(node, frame)
             if new is not old or not self.values.is_buffer(owner, target.attr):
-                raise NotProvenError("sets an attribute, which outlives the step")
+                self.values.set_attribute(owner, target.attr, new)
 
     def _do_Assert(self, node: ast.Assert, frame: _Frame) -> None:  # noqa: N802
         if __debug__ and not self._truth(node.test, frame):
@@ -225,14 +224,22 @@ class Reader:
         return self._statements(node.orelse, frame)
 
     def _do_With(self, node: ast.With, frame: _Frame) -> _Ended | None:  # noqa: N802
-        if len(node.items) != 1 or node.items[0].optional_vars is not None:
-            raise NotProvenError("with may only stand with torch.no_grad() or torch.enable_grad()")
-        made = node.items[0].context_expr
-        mode = self._value(made.func, frame) if isinstance(made, ast.Call) else None
-        known = any(mode is each for each in _GRAD_MODES)
-        if not isinstance(made, ast.Call) or made.args or made.keywords or not known:
-            raise NotProvenError("with may only stand with torch.no_grad() or torch.enable_grad()")
-        with mode():  # type: ignore[misc]
+        contexts = self.values.contexts
+        names = [f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in contexts]
+        refused = NotProvenError(f"with may only stand with {' or '.join(dict.fromkeys(names))}")
+        with ExitStack() as entered:
+            for item in node.items:
+                made = item.context_expr
+                mode = self._value(made.func, frame) if isinstance(made, ast.Call) else None
+                if not isinstance(made, ast.Call) or item.optional_vars is not None:
+                    raise refused
+                if not any(mode is each for each in contexts):
+                    raise refused
+                args = [self._value(argument, frame) for argument in made.args]
+                keywords = {k.arg or "": self._value(k.value, frame) for k in made.keywords}
+                if "" in keywords or not all(map(is_plain, (*args, *keywords.values()))):
+                    raise refused
+                entered.enter_context(mode(*args, **keywords))  # type: ignore[misc]
             return self._statements(node.body, frame)
 
     def _do_FunctionDef(self, node: ast.FunctionDef, frame: _Frame) -> None:  # noqa: N802
@@ -254,8 +261,10 @@ class Reader:
         elif isinstance(target, ast.Subscript):
             owner = self._value(target.value, frame)
             self.values.set_item(owner, self._value(target.slice, frame), value)
+        elif isinstance(target, ast.Attribute):
+            self.values.set_attribute(self._value(target.value, frame), target.attr, value)
         else:
-            raise NotProvenError("sets an attribute, which outlives the step")
+            raise NotProvenError("assigns in a way that is not read")
 
     def _unpack(self, targets: list[ast.expr], items: list[Any], frame: _Frame) -> None:
         starred = [i for i, target in enumerate(targets) if isinstance(target, ast.Starred)]

@@ -60,6 +60,7 @@ __all__ = [
     "Bound",
     "Interpreted",
     "Method",
+    "Read",
     "SuperOf",
     "Values",
     "is_named_tuple",
@@ -100,6 +101,17 @@ class Interpreted:
         self.call = call
 
 
+class Read:
+    """A number that Python has read from a tensor: a step may return it, and do nothing else with it.
+
+    value: as it was read; place: among the numbers of the step.
+    """
+
+    def __init__(self, value: Any, place: int) -> None:
+        self.value = value
+        self.place = place
+
+
 class Values:
     """What may be done with values.
 
@@ -119,6 +131,7 @@ class Values:
         self._is_state = is_state
         self._interpret = interpret
         self._made: dict[int, Any] = {}
+        self._of_batch: dict[int, Any] = {}
         self._known: dict[int, nn.Module] = {}
 
     # Where values come from.
@@ -149,7 +162,9 @@ class Values:
 
     def _look_into(self, container: Any) -> None:
         """Note what a container from outside holds, unless the step has made it."""
-        if id(container) in self._made or kind_of(container) in (str, range, torch.Size):
+        if id(container) in self._made or id(container) in self._of_batch:
+            return
+        if kind_of(container) in (str, range, torch.Size):
             return
         if kind_of(container) in (list, *DICTS):
             self.guards.contents(container, f"a {type(container).__name__}")
@@ -307,6 +322,10 @@ class Values:
         is_own = own_attribute(owner, name, self.guards) is not ABSENT
         of_class = class_attribute(cls, name, self.guards) is not ABSENT
         return usual and not is_own and not of_class and name in buffers
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute."""
+        raise NotProvenError("sets an attribute, which outlives the step")
 
     # Truth, order, arithmetic.
 
@@ -469,7 +488,7 @@ class Values:
 
 #: What tensors may be computed with.
 _WITH_TENSORS = TENSOR_TYPES | {int, float, bool, complex}
-WRAPPERS = (Bound, SuperOf, Method, Interpreted)
+WRAPPERS = (Bound, SuperOf, Method, Interpreted, Read)
 _NOT_LOOKED_INTO = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.GeneratorType),
     *(types.ModuleType, functools.partial, property, staticmethod, classmethod),

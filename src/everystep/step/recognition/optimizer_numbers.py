@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -98,8 +99,14 @@ class OptimizerNumbers:
     def __init__(self) -> None:
         self._kept: dict[Any, tuple[_Operation, ...]] = {}
 
-    def predict(self, optimizer: torch.optim.Optimizer) -> Predicted | None:
-        """Return what the next step of an optimizer is made of, None where nothing is known of it."""
+    def predict(
+        self, optimizer: torch.optim.Optimizer, gradients: Mapping[int, torch.dtype] | None = None
+    ) -> Predicted | None:
+        """Return what the next step of an optimizer is made of, None where nothing is known of it.
+
+        gradients: the dtypes of those that there will be, by the id of their parameter; absent: those
+        that are there.
+        """
         kind = type(optimizer)
         if kind not in _ALIKE or any(getattr(optimizer, name) for name in _HOOKS):
             return None
@@ -114,12 +121,15 @@ class OptimizerNumbers:
             blocks: list[_Block] = []
             before: Any = None
             for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
+                if gradients is None:
+                    dtype = None if parameter.grad is None else parameter.grad.dtype
+                else:
+                    dtype = gradients.get(id(parameter))
+                if dtype is None:
                     continue
                 state = optimizer.state.get(parameter, {})
                 counts = [_count_in(value) for value in state.values()]
-                alike = parameter.dtype, gradient.dtype, parameter.device, [*state], counts
+                alike = parameter.dtype, dtype, parameter.device, [*state], counts
                 if alike == before:
                     blocks[-1] = blocks[-1]._replace(times=blocks[-1].times + 1)
                 else:
@@ -134,12 +144,12 @@ class OptimizerNumbers:
         settings = tuple((key, value) for key, value in group.items() if key != "params")
         has_count = any(count is not None for count in alike[-1])
         if has_count or any(isinstance(value, Tensor) for _, value in settings):
-            return _taken_alone(optimizer, group, parameter)
+            return _taken_alone(optimizer, group, parameter, alike[1])
         key = repr((type(optimizer), settings, alike))
         if key not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            self._kept[key] = _taken_alone(optimizer, group, parameter)
+            self._kept[key] = _taken_alone(optimizer, group, parameter, alike[1])
         return self._kept[key]
 
 
@@ -151,11 +161,11 @@ def _count_in(value: Any) -> Any:
 
 
 def _taken_alone(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, dtype: torch.dtype
 ) -> tuple[_Operation, ...]:
     """Return what an optimizer does to a parameter of one number with such settings and counts."""
     alone = torch.zeros(1, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
-    alone.grad = torch.zeros_like(alone, dtype=parameter.grad.dtype)  # type: ignore[union-attr]
+    alone.grad = torch.zeros_like(alone, dtype=dtype)
     other = object.__new__(type(optimizer))
     vars(other).update(vars(optimizer))
     other.param_groups = [{**group, "params": [alone]}]

@@ -11,7 +11,7 @@ none before it has made at that place.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,24 @@ from everystep.step.recognition.optimizer_numbers import Predicted
 from everystep.step.recognition.references import References
 from everystep.step.watch import Watch
 
-__all__ = ["Recognizer"]
+__all__ = ["OptimizerStep", "Recognizer"]
 
 Number = int | float
+
+
+class OptimizerStep(NamedTuple):
+    """The step of an optimizer, seen as a whole.
+
+    begin, end: where its numbers are among those of the step; way, structure: as `Predicted` has them;
+    gradients: the dtypes of those that it used, by the id of their parameter.
+    """
+
+    optimizer: torch.optim.Optimizer
+    begin: int
+    end: int
+    way: str
+    structure: Any
+    gradients: dict[int, torch.dtype]
 
 
 class Recognizer:
@@ -41,7 +56,8 @@ class Recognizer:
             anything else.
 
     numbers, generators, drawn: of the step, as `Watch` has them; contents: the bytes of what it brought
-    from elsewhere, by the number of the storage; references: of the step.
+    from elsewhere, by the number of the storage; references: of the step; optimizer_steps: those that
+    were seen as a whole.
     """
 
     def __init__(
@@ -51,6 +67,7 @@ class Recognizer:
         self.generators: dict[int, Tensor] = {}
         self.drawn: Tensor | None = None
         self.contents: dict[int, Tensor] = {}
+        self.optimizer_steps: list[OptimizerStep] = []
         self._node = root
         self.references = references
         self._elsewhere = elsewhere
@@ -134,7 +151,12 @@ class Recognizer:
         if node is None or node.way is None:
             self._diverged()
             return False
+        begin = len(self.numbers)
         self.numbers += [n for _, own in predicted.operators(node.way) for n in own]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = {id(p): p.grad.dtype for p in parameters if p.grad is not None}
+        seen = begin, len(self.numbers), node.way, predicted.structure, gradients
+        self.optimizer_steps.append(OptimizerStep(optimizer, *seen))
         self.contents |= node.constants
         self._changed.update(node.changed)
         self._go_to(node)

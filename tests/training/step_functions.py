@@ -1,0 +1,672 @@
+"""Steps as people write them, as functions: what programs may take, and what Python must.
+
+A case makes its parts, its step and its batches; it says whether programs take steps of it, or a part of
+the reason why not.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+__all__ = ["CASES", "Case"]
+
+CASES: dict[str, Callable[[], "Case"]] = {}
+BY_PROGRAM = None
+
+
+class Case(NamedTuple):
+    """A training.
+
+    reason: why Python takes every step, None where programs take some; least: how many of forty.
+    """
+
+    step: Callable[..., Any]
+    batches: Any
+    parts: dict[str, Any]
+    reason: str | None = BY_PROGRAM
+    least: int = 20
+
+
+def case(make):
+    """Add a case under its name."""
+    CASES[make.__name__] = make
+    return make
+
+
+def rows(count=64, width=4, batch=16, shuffle=True):
+    """Return a loader of (x, y)."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, width, generator=generator)
+    y = torch.randn(count, 1, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=shuffle)
+
+
+def network(*layers):
+    """Return a small network."""
+    return nn.Sequential(*(layers or (nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))))
+
+
+def usual(optimizer, model=None, before=lambda: None, after=lambda: None, batches=None, **parts):
+    """Return the case of a usual step."""
+    model = network() if model is None else model
+    updating = optimizer(model.parameters())
+
+    def step(batch):
+        x, y = batch
+        before()
+        loss = functional.mse_loss(model(x), y)
+        updating.zero_grad()
+        loss.backward()
+        updating.step()
+        after()
+        return loss
+
+    return Case(step, batches or rows(), {"model": model, "optimizer": updating, **parts})
+
+
+for _name, _make in {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adam_fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.01),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "lr_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
+    "groups": lambda p: torch.optim.SGD(
+        [{"params": [each], "lr": 0.1 / (i + 1)} for i, each in enumerate(p)], momentum=0.5
+    ),
+}.items():
+    CASES[_name] = lambda make=_make: usual(make)
+
+
+@case
+def asgd():
+    """Its parameters are not treated alike as far as is known."""
+    return usual(torch.optim.ASGD)._replace(reason="do not come again at each step")
+
+
+@case
+def zeroed_at_the_end():
+    """Gradients that are zeroed in place, after the update."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+
+
+@case
+def accumulated_gradients():
+    """Gradients that are never zeroed."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+
+
+@case
+def micro_batches():
+    """Several passes and one update, clipped."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(batch):
+        x, y = batch
+        total = 0.0
+        for part, target in zip(x.chunk(4), y.chunk(4), strict=True):
+            loss = functional.mse_loss(model(part), target) / 4
+            loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": total, "norm": norm}
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+
+
+@case
+def clipped_by_value():
+    """Clipping of each number."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = functional.mse_loss(model(batch[0]), batch[1])
+        loss.backward()
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+
+
+@case
+def by_hand_under_no_grad():
+    """The update of the chapter."""
+    model = network()
+
+    def step(batch):
+        x, y = batch
+        loss = (model(x) - y).pow(2).sum()
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter - parameter.grad * 1e-3)
+        return loss
+
+    return Case(step, rows(), {"model": model})
+
+
+@case
+def by_hand_on_data():
+    """The update of older loops."""
+    model = network()
+
+    def step(batch):
+        x, y = batch
+        loss = (model(x) - y).pow(2).sum()
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.data -= 1e-3 * parameter.grad.data
+            parameter.grad = None
+        return loss
+
+    return Case(step, rows(), {"model": model})
+
+
+@case
+def momentum_by_hand():
+    """Velocities in a list, which is a part."""
+    model = network()
+    velocities = [torch.zeros_like(p) for p in model.parameters()]
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model(x), y)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(model.parameters(), velocities, gradients, strict=True):
+                v.mul_(0.9).add_(g)
+                p.sub_(0.01 * v)
+        return loss
+
+    return Case(step, rows(), {"model": model, "velocities": velocities})
+
+
+@case
+def averaged_by_hand():
+    """An average of the weights, with batch norm."""
+    model = network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    average = network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 0.05)
+        return loss
+
+    return Case(step, rows(), {"model": model, "average": average, "optimizer": optimizer})
+
+
+@case
+def dropout_and_noise():
+    """Random numbers, also of the step's own."""
+    model = network(nn.Linear(4, 8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model(x + 0.1 * torch.randn_like(x)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+
+
+@case
+def autocast():
+    """In bfloat16."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def step(batch):
+        x, y = batch
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = functional.mse_loss(model(x).float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer})
+
+
+@case
+def gan():
+    """Two models, two optimizers, two schedules."""
+    generator, critic = network(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4)), network()
+    of_g = torch.optim.Adam(generator.parameters(), lr=0.01)
+    of_c = torch.optim.Adam(critic.parameters(), lr=0.02)
+    slower = torch.optim.lr_scheduler.StepLR(of_g, 7, 0.5)
+    cyclic = torch.optim.lr_scheduler.OneCycleLR(of_c, max_lr=0.05, total_steps=100)
+
+    def step(batch):
+        real = batch[0]
+        fake = generator(torch.randn(len(real), 2))
+        of_critic = functional.softplus(-critic(real)).mean()
+        of_critic = of_critic + functional.softplus(critic(fake.detach())).mean()
+        of_c.zero_grad()
+        of_critic.backward()
+        of_c.step()
+        cyclic.step()
+        loss = functional.softplus(-critic(fake)).mean()
+        of_g.zero_grad()
+        loss.backward()
+        of_g.step()
+        slower.step()
+        return {"loss": loss, "critic": of_critic, "weight": 2.5}
+
+    parts = {"generator": generator, "critic": critic, "of_g": of_g, "of_c": of_c}
+    return Case(step, rows(), parts | {"slower": slower, "cyclic": cyclic})
+
+
+@case
+def gradient_penalty():
+    """A gradient of a gradient."""
+    critic = network()
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.01)
+
+    def step(batch):
+        x = batch[0].clone().requires_grad_()
+        score = critic(x)
+        (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        loss = score.mean() + ((gradient.norm(dim=1) - 1) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"critic": critic, "optimizer": optimizer})._replace(
+        reason="requires_grad_"
+    )
+
+
+class Autoencoder(nn.Module):
+    """A variational autoencoder of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(4, 6)
+        self.decode = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        mean, log = self.encode(x).chunk(2, dim=1)
+        z = mean + torch.randn_like(mean) * (log / 2).exp()
+        return self.decode(z), mean, log
+
+
+@case
+def autoencoder():
+    """Batches that are dicts, and several losses."""
+    model = Autoencoder()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    batches = [{"x": x, "ids": torch.arange(len(x)), "scale": 0.5} for x, _ in rows(shuffle=False)]
+
+    def step(batch):
+        found, mean, log = model(batch["x"])
+        rebuilt = functional.mse_loss(found, batch["x"], reduction="sum") / len(found)
+        divergence = -0.5 * (1 + log - mean.pow(2) - log.exp()).sum(1).mean()
+        loss = rebuilt + batch["scale"] * divergence
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss, "rebuilt": rebuilt, "divergence": divergence}
+
+    return Case(step, batches, {"model": model, "optimizer": optimizer})
+
+
+@case
+def tied_and_frozen():
+    """Weights that are tied, a layer that is frozen, a buffer and a constant."""
+    embedding, frozen = nn.Embedding(11, 6), nn.Linear(6, 6).requires_grad_(False)
+    model = nn.ModuleDict({"embedding": embedding, "frozen": frozen})
+    weights = torch.linspace(0.5, 1.5, 11)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    batches = [torch.randint(0, 11, (8, 5)) for _ in range(4)]
+
+    def step(tokens):
+        hidden = frozen(embedding(tokens[:, :-1])).relu()
+        logits = hidden @ embedding.weight.T
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            accuracy = (logits.argmax(-1) == tokens[:, 1:]).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+    return Case(step, batches, {"model": model, "optimizer": optimizer})
+
+
+@case
+def attention():
+    """Layers of a transformer, in training mode."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.ModuleList([layer, nn.Linear(8, 1)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    batches = [(torch.randn(4, 5, 8), torch.randn(4, 1)) for _ in range(3)]
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model[1](model[0](x).mean(1)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, batches, {"model": model, "optimizer": optimizer})
+
+
+@case
+def short_last_batch():
+    """Two kinds of batches."""
+    return usual(lambda p: torch.optim.Adam(p, lr=0.01), batches=rows(count=40))
+
+
+@case
+def views_of_more():
+    """Batches that are parts of more data."""
+    x, y = torch.randn(64, 4), torch.randn(64, 1)
+    batches = [(x[i : i + 15], y[i : i + 15]) for i in range(0, 60, 15)]
+    return usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=batches)._replace(least=5)
+
+
+@case
+def changed_batch():
+    """A step that writes into its batch, which is met again."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        x, y = batch
+        x.mul_(0.9)
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    batches = [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(3)]
+    return Case(step, batches, {"model": model, "optimizer": optimizer})
+
+
+class Trainer:
+    """A step that is a method."""
+
+    def __init__(self):
+        self.model = network()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.loss = nn.SmoothL1Loss()
+
+    def compute(self, x, y):
+        return self.loss(self.model(x), y)
+
+    def step(self, batch):
+        self.optimizer.zero_grad()
+        loss = self.compute(*batch)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+
+@case
+def number_returned():
+    """A step that returns a number of Python's."""
+    made = usual(lambda p: torch.optim.Adam(p, lr=0.1))
+    return made._replace(step=lambda batch: made.step(batch).item())
+
+
+@case
+def number_in_a_dict():
+    """A step that returns its loss as a number, and the rate, and a tensor."""
+    made = usual(lambda p: torch.optim.Adam(p, lr=0.1))
+
+    def step(batch):
+        loss = made.step(batch)
+        return {"loss": float(loss.detach()), "half": loss.detach() / 2, "rate": 0.1}
+
+    return made._replace(step=step)
+
+
+@case
+def method():
+    """A step that is a method."""
+    trainer = Trainer()
+    return Case(trainer.step, rows(), {"model": trainer.model, "optimizer": trainer.optimizer})
+
+
+# What Python must take.
+
+
+@case
+def counted():
+    """A step that counts, and draws by it."""
+    seen = []
+    return usual(lambda p: torch.optim.SGD(p, lr=0.1), after=lambda: seen.append(1))._replace(
+        reason="changes a list that was there before"
+    )
+
+
+@case
+def printed():
+    """A step that prints."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), before=lambda: print(end=""))
+    return made._replace(reason="calls print")
+
+
+@case
+def branched_by_chance():
+    """A step that asks Python's generator."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        x, y = batch
+        if random.random() < 0.5:
+            x = -x
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "random")
+
+
+@case
+def branched_by_a_number():
+    """A step that decides by its loss."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        if loss > 1.0:
+            loss = loss * 2
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(
+        step, rows(), {"model": model, "optimizer": optimizer}, "decides by a number in a tensor"
+    )
+
+
+@case
+def number_computed():
+    """A step that computes with a number of Python's."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    return made._replace(step=lambda batch: made.step(batch).item() * 2, reason="computes with")
+
+
+@case
+def number_compared():
+    """A step that compares a number of Python's."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+
+    def step(batch):
+        loss = made.step(batch)
+        return {"loss": loss, f"loss {loss.item() > 0}": 1.0}
+
+    return made._replace(step=step, reason="compares")
+
+
+@case
+def branched_by_a_read_number():
+    """A step that decides by a number of Python's."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+
+    def step(batch):
+        loss = made.step(batch).item()
+        return loss if loss else 0.0
+
+    return made._replace(step=step, reason="decides by a number in a tensor")
+
+
+@case
+def other_number_returned():
+    """A step that returns another number than its loss as Python's."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    model = made.parts["model"]
+
+    def step(batch):
+        loss = made.step(batch)
+        return {"loss": loss.item(), "norm": float(model[0].weight.norm())}
+
+    return made._replace(step=step, reason="norm is returned as a number of Python's")
+
+
+@case
+def outside_of_parts():
+    """A step that keeps a sum in a tensor which is in no part."""
+    total = torch.zeros(())
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(model(x), y)
+        total.add_(loss.detach())
+        optimizer.zero_grad()
+        (loss + total * 0).backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is in no part")
+
+
+@case
+def second_model_in_no_part():
+    """A step that takes gradients of a model which nobody named."""
+    head = nn.Linear(1, 1)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(head(model(x)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is in no part")
+
+
+class OwnOptimizer(torch.optim.Optimizer):
+    """Counts its steps in an attribute."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.count += 1
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad, alpha=0.1 / math.sqrt(self.count))
+
+
+@case
+def own_optimizer():
+    """An optimizer of the user's own."""
+    return usual(OwnOptimizer)._replace(reason="which is not torch's")
+
+
+@case
+def averaged_by_torch():
+    """torch's averaged model, which reads a number."""
+    model = network()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    made = usual(
+        lambda p: torch.optim.SGD(p, lr=0.1), model, after=lambda: average.update_parameters(model)
+    )
+    return made._replace(
+        parts=made.parts | {"average": average}, reason="average.update_parameters(model)"
+    )
+
+
+@case
+def with_numpy():
+    """A step that draws from NumPy's generator."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), before=lambda: np.random.random_sample())
+    return made._replace(reason="random_sample")
+
+
+@case
+def hooked():
+    """A model with a forward hook."""
+    model = network()
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    return usual(lambda p: torch.optim.SGD(p, lr=0.1), model)._replace(reason="a forward hook")

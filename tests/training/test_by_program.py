@@ -1,0 +1,335 @@
+"""Steps of the user's own that programs take: the bits of the loop by hand, whatever changes between."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from tests.training.by_hand import bits
+from tests.training.step_functions import CASES, network, rows, usual
+from torch import nn
+
+import everystep
+from everystep.errors import TrainingError
+
+STEPS = 40
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    return make()
+
+
+def state_of(case):
+    modules = [part for part in case.parts.values() if isinstance(part, nn.Module)]
+    found = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    found += [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+    for part in case.parts.values():
+        if isinstance(part, torch.optim.Optimizer):
+            kept = [value for entries in part.state.values() for value in entries.values()]
+            found += [value for value in kept if isinstance(value, torch.Tensor)]
+    return list(map(bits, found)), torch.get_rng_state().tolist()
+
+
+def number(result, name="loss"):
+    value = result[name] if isinstance(result, dict) else result
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+def by_hand(case, steps=STEPS):
+    losses = []
+    while True:
+        for batch in case.batches() if callable(case.batches) else case.batches:
+            losses.append(number(case.step(batch)))
+            if len(losses) == steps:
+                return losses
+
+
+class Again:
+    """Batches of a generator function, which can be iterated over again."""
+
+    def __init__(self, make):
+        self._make = make
+
+    def __iter__(self):
+        return self._make()
+
+
+def trained(case, steps=STEPS, **others):
+    batches = Again(case.batches) if callable(case.batches) else case.batches
+    return everystep.train(case.step, batches, parts=case.parts, steps=steps, progress=False, **others)
+
+
+def function_of(run):
+    return run.facts.training.loop.function
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_loop_by_hand(name):
+    plain = seeded(CASES[name])
+    losses, state = by_hand(plain), state_of(plain)
+    case = seeded(CASES[name])
+    run = trained(case)
+    assert list(run.losses["loss"]) == losses
+    assert state_of(case) == state
+    function = function_of(run)
+    if case.reason is None:
+        assert function.by_program >= case.least, function
+        assert function.reason is None
+    else:
+        assert function.by_program == 0
+        assert case.reason in function.reason
+    assert run.verify(progress=False, processes=1).is_exact
+
+
+def test_what_is_logged_besides_is_kept():
+    plain = seeded(CASES["autoencoder"])
+    expected = [plain.step(batch) for _ in range(5) for batch in plain.batches]
+    run = trained(seeded(CASES["autoencoder"]), 20)
+    assert function_of(run).by_program > 5
+    for name in ("rebuilt", "divergence"):
+        assert [*run.measured(name).values()] == [number(each, name) for each in expected]
+
+
+def test_the_step_may_be_opened_as_any_other():
+    run = trained(seeded(CASES["gan"]))
+    step = run[33]
+    assert step.batch is not None
+    assert {"generator.0.weight", "critic.0.weight"} <= set(step.gradients)
+
+
+CHANGES = {}
+
+
+def change(make):
+    CHANGES[make.__name__] = make
+    return make
+
+
+def changing(what, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), model=None):
+    """Return a case in which `what(case, count)` runs before each batch is given."""
+    made = usual(optimizer, model)
+    loader = rows()
+    count = [0]
+
+    def batches():
+        for batch in loader:
+            count[0] += 1
+            what(made, count[0])
+            yield batch
+
+    return made._replace(batches=batches)
+
+
+@change
+def learning_rate():
+    def what(case, count):
+        case.parts["optimizer"].param_groups[0]["lr"] = 0.1 / count
+
+    return changing(what)
+
+
+@change
+def setting():
+    def what(case, count):
+        case.parts["optimizer"].param_groups[0]["weight_decay"] = 0.1 if count > 17 else 0
+
+    return changing(what)
+
+
+@change
+def layer_of_another_kind():
+    def what(case, count):
+        if count == 13:
+            case.parts["model"][1] = nn.ReLU()
+
+    return changing(what)
+
+
+@change
+def parameter_of_another_memory():
+    def what(case, count):
+        if count % 9 == 0:
+            weight = case.parts["model"][0].weight
+            weight.data = weight.data * 0.5
+
+    return changing(what)
+
+
+@change
+def parameter_written():
+    def what(case, count):
+        with torch.no_grad():
+            case.parts["model"][0].weight.mul_(0.99)
+
+    return changing(what)
+
+
+@change
+def parameter_exchanged():
+    def what(case, count):
+        if count == 21:
+            case.parts["model"][2].bias = nn.Parameter(torch.ones(1))
+
+    return changing(what)
+
+
+@change
+def frozen_layer():
+    def what(case, count):
+        case.parts["model"][0].weight.requires_grad_(count < 11 or count > 23)
+
+    return changing(what)
+
+
+@change
+def evaluation_mode():
+    def what(case, count):
+        case.parts["model"].train(count % 10 < 7)
+
+    return changing(what, model=network(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)))
+
+
+@change
+def hook():
+    def what(case, count):
+        if count == 15:
+            case.parts["model"][0].register_forward_hook(lambda m, i, o: o * 0.5)
+
+    return changing(what)
+
+
+@change
+def hook_on_a_gradient():
+    def what(case, count):
+        if count == 15:
+            case.parts["model"][0].weight.register_hook(lambda g: g * 0.5)
+
+    return changing(what)
+
+
+@change
+def hook_on_the_update():
+    def what(case, count):
+        if count == 15:
+            model = case.parts["model"]
+
+            def clip(*_):
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+            case.parts["optimizer"].register_step_pre_hook(clip)
+
+    return changing(what)
+
+
+@change
+def optimizer_forgets():
+    def what(case, count):
+        if count == 19:
+            case.parts["optimizer"].state.clear()
+
+    return changing(what, lambda p: torch.optim.Adam(p, lr=0.01))
+
+
+@change
+def optimizer_counts_from_elsewhere():
+    def what(case, count):
+        if count in (12, 20):
+            for entries in case.parts["optimizer"].state.values():
+                entries["step"].fill_(1.0)
+
+    return changing(what, lambda p: torch.optim.Adam(p, lr=0.01))
+
+
+@change
+def one_count_of_several():
+    def what(case, count):
+        if count == 12:
+            next(iter(case.parts["optimizer"].state.values()))["step"].fill_(1.0)
+
+    return changing(what, lambda p: torch.optim.Adam(p, lr=0.01))
+
+
+@change
+def more_parameters():
+    def what(case, count):
+        if count == 14:
+            extra = nn.Parameter(torch.ones(3))
+            extra.grad = torch.ones(3)
+            case.parts["optimizer"].add_param_group({"params": [extra], "lr": 0.5})
+
+    return changing(what)
+
+
+@change
+def gradient_given():
+    def what(case, count):
+        if count % 8 == 0:
+            case.parts["model"][0].weight.grad = torch.ones_like(case.parts["model"][0].weight)
+
+    return changing(what)
+
+
+@change
+def random_numbers_between():
+    def what(case, count):
+        if count % 5 == 0:
+            torch.randn(3)
+
+    return changing(what, model=network(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)))
+
+
+@change
+def function_of_torch():
+    def what(case, count):
+        case.parts["model"][1].forward = torch.sin if count > 13 else torch.cos
+
+    return changing(what)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_between_steps_holds(name):
+    plain = seeded(CHANGES[name])
+    losses, state = by_hand(plain), state_of(plain)
+    case = seeded(CHANGES[name])
+    run = trained(case)
+    assert list(run.losses["loss"]) == losses
+    assert state_of(case) == state
+    assert run.verify(progress=False, processes=1).is_exact
+
+
+def test_a_default_dtype_of_another_kind_holds():
+    def what(case, count):
+        torch.set_default_dtype(torch.float64 if count == 17 else torch.float32)
+
+    try:
+        plain = seeded(lambda: changing(what))
+        losses = by_hand(plain)
+        torch.set_default_dtype(torch.float32)
+        run = trained(seeded(lambda: changing(what)))
+        assert list(run.losses["loss"]) == losses
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_python_takes_every_step_if_asked_to():
+    run = trained(seeded(CASES["adam"]), 20, engine="eager")
+    assert function_of(run).by_program == 0
+    assert function_of(run).reason == "it was asked for"
+
+
+def test_a_program_that_is_demanded_must_be_there():
+    run = trained(seeded(CASES["adam"]), 20, engine="program")
+    assert function_of(run).by_program > 10
+    with pytest.raises(TrainingError, match=r"no program can take these steps: .*calls print"):
+        trained(seeded(CASES["printed"]), 20, engine="program", directory="refused")
+    run = everystep.open("refused")
+    assert run.facts.status == "failed"
+    assert len(run) == 2
+
+
+def test_a_summary_says_who_took_the_steps():
+    run = trained(seeded(CASES["adam"]), 20)
+    assert "a program took 14 of 20 steps, checked against Python 4 times" in run._repr_html_()
