@@ -2,6 +2,9 @@
 
 `python -m benchmarks.record [--rounds N]`. A step is what one waits for, from one batch to the next, the
 first ten left out; recorded steps are written to disk, snapshots among them. Medians over the rounds.
+
+The second table is of whole trainings, from the call to the closed run: the loop as it is, the same step
+as a function (`everystep.train(step, batches, parts=...)`), and `everystep.train(model, (x, y), ...)`.
 """
 
 from __future__ import annotations
@@ -112,6 +115,68 @@ def main() -> None:
     print("| --- | --: | --: | --: | --: |")
     for make in (chapter, digits, transformer, resnet):
         _print_row(make, rounds)
+    print("\n| | steps | plain, s | as a function | ratio | model and loss | ratio |")
+    print("| --- | --: | --: | --: | --: | --: | --: |")
+    for make in (chapter, digits, transformer, resnet):
+        _print_whole_row(make, rounds)
+
+
+def _print_whole_row(make: Callable[[], Loop], rounds: int) -> None:
+    ways = (_plainly, _as_function, _as_model)
+    seconds: list[list[float]] = [[] for _ in ways]
+    for round_ in range(rounds):
+        for place in (0, 1, 2) if round_ % 2 else (2, 1, 0):
+            torch.manual_seed(0)
+            loop = make()
+            with tempfile.TemporaryDirectory() as directory:
+                started = time.perf_counter()
+                ways[place](loop, Path(directory) / "run")
+                seconds[place].append(time.perf_counter() - started)
+    plain, *others = seconds
+    row = [f"{statistics.median(plain):.3g}"]
+    for other in others:
+        ratio = statistics.median(one / two for one, two in zip(other, plain, strict=True))
+        row += [f"{statistics.median(other):.3g}", f"{ratio:.2f}"]
+    name = (make.__doc__ or "").rstrip(".")
+    print(f"| {name} | {loop.steps:,} | {' | '.join(row)} |")
+
+
+def _plainly(loop: Loop, run: Path) -> None:
+    losses = [_step_of(loop)(loop.batch) for _ in range(loop.steps)]
+    [float(loss.detach()) for loss in losses]
+
+
+def _as_function(loop: Loop, run: Path) -> None:
+    parts = {"model": loop.model, "optimizer": loop.optimizer}
+    everystep.train(
+        _step_of(loop), [loop.batch], parts=parts, steps=loop.steps, directory=run, progress=False
+    )
+
+
+def _as_model(loop: Loop, run: Path) -> None:
+    everystep.train(
+        loop.model,
+        loop.batch,
+        loss=loop.loss,
+        optimizer=loop.optimizer,
+        steps=loop.steps,
+        directory=run,
+        progress=False,
+    )
+
+
+def _step_of(loop: Loop) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    model, optimizer, loss_of = loop.model, loop.optimizer, loop.loss
+
+    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        loss = loss_of(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss
+
+    return step
 
 
 def _print_row(make: Callable[[], Loop], rounds: int) -> None:

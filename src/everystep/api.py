@@ -113,8 +113,9 @@ def train(
         return loss
     run = everystep.train(step, loader, parts={"model": model, "optimizer": optimizer}, steps=1000)
 
-    Python then runs at every step, as in a loop that `everystep.record` records. The step returns the
-    loss, or numbers by name such as `{"loss": loss, "accuracy": accuracy}`, or None.
+    Each call is recorded, as in a loop that `everystep.record` records. The step returns the loss, or
+    numbers by name such as `{"loss": loss, "accuracy": accuracy}`, or None. Where its source can be read
+    and it does nothing but operations on tensors, a program takes most steps in place of Python.
 
     Args:
         model: any module, in the mode (`train()`, `eval()`) that it shall train in; or a step of your

@@ -582,7 +582,7 @@ def other_number_returned():
 
     def step(batch):
         loss = made.step(batch)
-        return {"loss": loss.item(), "norm": float(model[0].weight.norm())}
+        return {"loss": loss.item(), "norm": float(model[0].weight.detach().norm())}
 
     return made._replace(step=step, reason="norm is returned as a number of Python's")
 

@@ -106,7 +106,8 @@ class LoopWriter:
         snapshot_budget, batch_budget: bytes that the run may keep.
         advanced: called with a step that was added, and the losses from it on.
 
-    step: the last step that was added; last_path: what it did; function: returns how the
+    step: the last step that was added; last_path: what it did; state: the
+    live tensors after it; function: returns how the
     steps of a function are taken.
     """
 
@@ -122,6 +123,7 @@ class LoopWriter:
         self._advanced = advanced
         self._parts = parts
         self.last_path: StepPath | None = None
+        self.state: dict[str, Tensor] | None = None
         self.function: Callable[[], FunctionFacts] | None = None
         self._programs: dict[StepPath, _Program | None] = {}
         self._program_count = 0
@@ -184,7 +186,7 @@ class LoopWriter:
         self.step += 1
         after = self._parts.state()
         path = step.watch.end(after, step.loss)
-        self.last_path = path
+        self.last_path, self.state = path, after
         self._note_surprise(step, after)
         try:
             known = self._programs[path]

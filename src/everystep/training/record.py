@@ -288,6 +288,11 @@ class Recording(Generic[R]):
         assert path is not None and self._last is not None
         return path, self._last
 
+    def state_now(self, *, is_quiet: bool) -> dict[str, Tensor]:
+        """Return the live tensors of the parts. is_quiet: nothing has run since the last step."""
+        known = self._open().state
+        return known if is_quiet and known is not None else self.parts.state()
+
     def program_of(self, path: StepPath) -> BuiltPath | None:
         """Return the program of what a step did, None where there is none."""
         return self._open().program_of(path)

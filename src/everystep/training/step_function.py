@@ -115,7 +115,7 @@ class StepFunction:
         if stand_in is not None:
             if number >= self._plan.next or number == self._steps:
                 return self._check(number, key, stand_in, batch)
-            state = self._parts.state()
+            state = self._recording.state_now(is_quiet=self._is_quiet)
             if stand_in.is_ready(state):
                 return self._take(key, stand_in, state, batch)
         if self._reason is None and self._may_be_read(number, key):
