@@ -190,6 +190,13 @@ def test_thinned_snapshots_are_gone_from_disk_too(small):
         assert sum(row.bytes for row in database.snapshots()) <= 60_000 or len(on_disk) == 2
 
 
+def test_the_files_of_a_snapshot_are_readable_by_those_who_can_read_the_run(small):
+    model, x, y = small
+    run = train(model, (x, y), directory="run", steps=3)
+    modes = {path.stat().st_mode for path in run.directory.glob("snapshots/*/*")}
+    assert modes == {(run.directory / "run.sqlite").stat().st_mode}
+
+
 def test_equal_states_have_equal_digests(small):
     _, x, y = small
     digests = []
