@@ -33,7 +33,7 @@ __all__ = ["DEFAULT_BUDGET", "Recorder", "Taken", "create_directory"]
 #: Bytes of snapshots a run may keep, unless told otherwise.
 DEFAULT_BUDGET = 512_000_000
 #: Bytes of a snapshot from which on the time to write it counts, not that of the thread alone.
-LARGE_BYTES = 10_000_000
+LARGE_BYTES = 1_000_000
 
 
 class Taken(NamedTuple):
