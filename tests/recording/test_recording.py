@@ -16,6 +16,7 @@ from torch import nn
 
 import everystep
 from everystep.recording.database import Database, reading
+from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
 
 any_float32 = st.integers(0, 2**32 - 1).map(lambda bits: struct.unpack("f", struct.pack("I", bits))[0])
@@ -181,6 +182,17 @@ def test_snapshots_stay_within_the_budget_at_multiples_of_a_power_of_two(size, s
     assert plan.interval & (plan.interval - 1) == 0
 
 
+def test_the_interval_is_chosen_for_the_state_as_it_is_not_for_the_first():
+    recorder = Recorder.__new__(Recorder)
+    recorder.plan, recorder._snapshots_written = SnapshotPlan(10**9), 1
+    recorder._snapshot_bytes, recorder._snapshot_seconds = 2_000_000, 0.03
+    intervals = []
+    for size in (2_000_000, 6_000_000):  # Adam has two more tensors for each parameter
+        recorder.choose_interval(0.1, size)
+        intervals.append(recorder.plan.interval)
+    assert intervals == [16, 32]
+
+
 def test_thinned_snapshots_are_gone_from_disk_too(small):
     model, x, y = small
     run = train(model, (x, y), steps=400, snapshot_budget=60_000)
@@ -188,6 +200,13 @@ def test_thinned_snapshots_are_gone_from_disk_too(small):
     assert on_disk == run.snapshots
     with reading(run.directory / "run.sqlite") as database:
         assert sum(row.bytes for row in database.snapshots()) <= 60_000 or len(on_disk) == 2
+
+
+def test_the_files_of_a_snapshot_are_readable_by_those_who_can_read_the_run(small):
+    model, x, y = small
+    run = train(model, (x, y), directory="run", steps=3)
+    modes = {path.stat().st_mode for path in run.directory.glob("snapshots/*/*")}
+    assert modes == {(run.directory / "run.sqlite").stat().st_mode}
 
 
 def test_equal_states_have_equal_digests(small):

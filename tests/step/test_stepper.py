@@ -30,7 +30,7 @@ def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee
 
 def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart():
     plan = CheckPlan()
-    plan.captured(1)
+    plan.captured(1, seconds=0.003)
     plan.timed(1, 0.001)
     steps = []
     for _ in range(14):
@@ -43,12 +43,20 @@ def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart():
 
 def test_a_check_of_a_heavy_step_keeps_to_a_hundredth_of_the_time_from_the_first():
     plan = CheckPlan()
-    plan.captured(1)
+    plan.captured(1, seconds=0.03)
     plan.passed(2, seconds=0.05)  # no step was timed by itself: half a check is taken for one
     assert plan.next == 2 + 256
     plan.timed(100, 2.5)
     plan.passed(258, seconds=0.05)
     assert plan.next == 258 + 256
+
+
+def test_a_program_that_is_captured_at_a_check_counts_as_checked():
+    for seconds, expected in ((0.001, 4), (0.03, 2 + 256)):
+        plan = CheckPlan()
+        plan.captured(1, seconds)
+        plan.captured(2, seconds)
+        assert (plan.checked, plan.next) == ([1, 2], expected)
 
 
 def test_a_short_last_batch_has_a_program_of_its_own(small, make_trainee):

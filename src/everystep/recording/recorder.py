@@ -33,7 +33,7 @@ __all__ = ["DEFAULT_BUDGET", "Recorder", "Taken", "create_directory"]
 #: Bytes of snapshots a run may keep, unless told otherwise.
 DEFAULT_BUDGET = 512_000_000
 #: Bytes of a snapshot from which on the time to write it counts, not that of the thread alone.
-LARGE_BYTES = 10_000_000
+LARGE_BYTES = 1_000_000
 
 
 class Taken(NamedTuple):
@@ -116,6 +116,7 @@ class Recorder:
         self.directory = directory
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
+        self._snapshot_bytes = 0
         self._last_step = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._snapshots_asked = 0
@@ -203,10 +204,14 @@ class Recorder:
         """Whether it is settled how often to take snapshots: the first of a process is slow."""
         return self.plan.interval is not None and self._chosen_after >= min(self._snapshots_written, 2)
 
-    def choose_interval(self, step_seconds: float) -> None:
-        """Choose how often to take snapshots, knowing how long a step takes."""
+    def choose_interval(self, step_seconds: float, size: int) -> None:
+        """Choose how often to take snapshots, knowing how long a step takes.
+
+        size: bytes of the state as it is now: the first snapshot has nothing of the optimizer's.
+        """
         self._chosen_after = self._snapshots_written
-        self.plan.choose_interval(step_seconds, self._snapshot_seconds)
+        growth = size / self._snapshot_bytes if self._snapshot_bytes > LARGE_BYTES else 1.0
+        self.plan.choose_interval(step_seconds, self._snapshot_seconds * max(1.0, growth))
 
     @property
     def is_behind(self) -> bool:
@@ -328,6 +333,7 @@ class Recorder:
         self._snapshot_seconds = time.thread_time() - started
         if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = time.perf_counter() - began
+        self._snapshot_bytes = row.bytes
         self._snapshots_written += 1
 
     def _forget(self, steps: list[int]) -> None:

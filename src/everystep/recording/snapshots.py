@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from everystep.recording.database import SnapshotRow
 from everystep.recording.files import own_path
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from everystep.step.state import State
 
 __all__ = ["SnapshotPlan", "read_snapshot", "remove_snapshots", "write_snapshot"]
@@ -31,32 +34,38 @@ TIME_SHARE = 0.03
 
 def write_snapshot(folder: Path, state: State) -> SnapshotRow:
     """Write a state as `folder/000137/`: under a temporary name, synced, then renamed as a whole."""
-    from safetensors.torch import save
-
     name = f"{state.step:06d}"
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    # One key only: safetensors writes several in no fixed order, and the digest must hold.
+    settings = {"everystep": json.dumps(state.settings, sort_keys=True)}
+    digest = hashlib.sha256()
     try:
-        files = {
-            PARAMETERS: save(state.parameters),
-            # One key only: safetensors writes several in no fixed order, and the digest must hold.
-            REST: save(state.rest, metadata={"everystep": json.dumps(state.settings, sort_keys=True)}),
-        }
-        digest = hashlib.sha256()
-        for file_name, content in files.items():
-            digest.update(content)
-            with (temporary / file_name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        size = _write_file(temporary / PARAMETERS, state.parameters, None, digest)
+        size += _write_file(temporary / REST, state.rest, settings, digest)
         temporary.rename(folder / name)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return SnapshotRow(
-        state.step, f"{folder.name}/{name}", digest.hexdigest(), sum(map(len, files.values()))
-    )
+    return SnapshotRow(state.step, f"{folder.name}/{name}", digest.hexdigest(), size)
+
+
+def _write_file(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None, digest: hashlib._Hash
+) -> int:
+    """Write tensors into a file, synced, and add its bytes to a digest; return how many there are.
+
+    A training computes meanwhile: bytes are copied once, into the file, and Python's lock is released.
+    """
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        digest.update(content)
+        os.fsync(file.fileno())
+        return len(content)
 
 
 def read_snapshot(run: Path, row: SnapshotRow) -> State:

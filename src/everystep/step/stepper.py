@@ -285,9 +285,11 @@ class Stepper:
                 reads_rates = bool(built.program.of_kind("hyperparameter"))
                 self.purity.guard_update(but_lr=reads_rates or training.schedule is not None)
             self.programs.add(number, built)
+            started = time.perf_counter()
             reason = self._verifier.compare(
                 number, before, captured.loss, forget_new=True, held=captured.held
             )
+            seconds = time.perf_counter() - started
             if reason is not None:
                 self.programs.discard(number)
         except NotCapturableError as error:
@@ -296,7 +298,7 @@ class Stepper:
             self._eager.update()
         self._keep(number, captured.loss)
         if reason is None:
-            self._plan.captured(number)
+            self._plan.captured(number, seconds)
         else:
             self._go_on_eagerly(f"{reason} at step {number}", number)
 

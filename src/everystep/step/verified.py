@@ -181,11 +181,12 @@ class CheckPlan:
         """So many steps by program took so long."""
         self._step_seconds = seconds / steps if steps > 0 else 0.0
 
-    def captured(self, step: int) -> None:
-        """A program was captured at a step, and held."""
-        self.checked.append(step)
+    def captured(self, step: int, seconds: float) -> None:
+        """A program was captured at a step, and held; comparing the two took so long."""
         if step >= self.next:
-            self.next = 2 * step - self.start
+            self.passed(step, 2 * seconds)  # a check takes the step as Python besides
+        else:
+            self.checked.append(step)
 
     def passed(self, step: int, seconds: float) -> None:
         """A check has passed at a step; it took so long."""

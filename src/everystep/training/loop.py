@@ -204,7 +204,9 @@ class _Loop:
             seconds = (time.perf_counter() - started) / (self.step - before)
             self._step_seconds = min(self._step_seconds, seconds)
         if self.step >= self.job.start + TIMED_STEPS and not self.recorder.has_interval:
-            self.recorder.choose_interval(self._step_seconds)
+            state = self.job.training.named_state()
+            size = sum(tensor.nbytes for tensor in state.values())
+            self.recorder.choose_interval(self._step_seconds, size)
         self._keep_engine(stepper)
         return self.step > before
 

@@ -334,7 +334,8 @@ class LoopWriter:
     def _snapshot_if_due(self) -> None:
         recorder = self._recorder
         if self.step >= TIMED_STEPS and not recorder.has_interval:
-            recorder.choose_interval(self._step_seconds)
+            size = sum(tensor.nbytes for tensor in self._parts.state().values())
+            recorder.choose_interval(self._step_seconds, size)
         if recorder.lost_to > self._lost_to:
             # Batches were given up: everything from here on must open without them.
             self._lost_to = recorder.lost_to
