@@ -100,6 +100,18 @@ def test_the_step_may_be_opened_as_any_other():
     assert {"generator.0.weight", "critic.0.weight"} <= set(step.gradients)
 
 
+def test_an_error_of_torch_leaves_the_steps_before_it():
+    case = seeded(CASES["tied_and_frozen"])
+    wrong = [torch.full((8, 5), 99)]
+    with pytest.raises(IndexError, match="out of range"):
+        trained(case._replace(batches=case.batches * 5 + wrong), directory="run")
+    run = everystep.open("run")
+    assert run.facts.status == "failed"
+    assert len(run) == 20
+    assert function_of(run).by_program > 10
+    assert run.verify(progress=False, processes=1).is_exact
+
+
 CHANGES = {}
 
 

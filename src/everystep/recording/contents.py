@@ -112,7 +112,7 @@ class Contents:
         self._sizes: dict[int, int] = {}
         self._newest_step: dict[int, int] = {}
         self._rows: list[tuple[bytes, int, int, int]] = []
-        self._given: dict[int, tuple[Any, Given]] = {}
+        self._given: dict[int, tuple[Any, Given, set[int]]] = {}
 
     def add(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Given]:
         """Keep what a step was given (tensors on the CPU), as far as it is not there yet."""
@@ -138,14 +138,14 @@ class Contents:
 
     def _add_once(self, step: int, tensor: Tensor) -> Given:
         """Add a tensor; one that has been added before, and is still there, is not looked at again."""
-        reference, given = self._given.get(id(tensor), (None, None))
-        if reference is None or reference() is not tensor or given is None:
-            given = self._add_tensor(step, tensor)
-            self._given[id(tensor)] = weakref.ref(tensor), given
-        for digest in given.digests:
-            if digest not in self._known:  # it was given up in the meantime
-                return self._add_tensor(step, tensor)
-            self._newest_step[self._known[digest]] = step
+        known = self._given.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[2] <= self._sizes.keys():
+            for file in known[2]:
+                self._newest_step[file] = step
+            return known[1]
+        given = self._add_tensor(step, tensor)
+        files = {self._known[digest] for digest in given.digests}
+        self._given[id(tensor)] = weakref.ref(tensor), given, files
         return given
 
     def _add_tensor(self, step: int, tensor: Tensor) -> Given:

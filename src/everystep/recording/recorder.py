@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.changes import remove_changes, write_change
-from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Contents, packed
+from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Contents, Given, packed
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, LOCK_NAME, Database, Repeat
 from everystep.recording.facts import Facts
@@ -133,6 +133,8 @@ class Recorder:
         self._programs = 0
         self._batch_budget = batch_budget
         self._contents: Contents | None = None
+        self._packed_key: Any = None
+        self._packed = b""
         try:
             with self._database.transaction():
                 inherited = {} if parent is None else self._inherit(parent, at)
@@ -275,9 +277,8 @@ class Recorder:
         found = []
         for row in rows:
             given = self._contents.add(row.step, row.inputs)
-            listed = {name: each.to_json() for name, each in given.items()}
             digests = {"digests": row.digests} if row.digests else {}
-            inputs = packed({"nesting": row.nesting, "given": listed} | digests)
+            inputs = self._packed_inputs(row.nesting, given, digests)
             numbers = packed(row.numbers) if row.numbers else None
             found.append(Repeat(row.step, row.program, numbers, inputs))
         contents = self._contents
@@ -291,6 +292,15 @@ class Recorder:
 
         self._in_transaction(write)
         self._bytes_written += sum(row.bytes for row in rows)
+
+    def _packed_inputs(self, nesting: Any, given: dict[str, Given], digests: dict[str, Any]) -> bytes:
+        """Return what a step was given as the database holds it; packed once where it comes again."""
+        key = repr(nesting), given, digests
+        if key != self._packed_key:
+            listed = {name: each.to_json() for name, each in given.items()}
+            self._packed_key = key
+            self._packed = packed({"nesting": nesting, "given": listed} | digests)
+        return self._packed
 
     def _write_text(self, name: str, content: str) -> None:
         (self.directory / name).write_text(content, encoding="utf-8")

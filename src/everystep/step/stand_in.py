@@ -53,6 +53,16 @@ class TakenByProgram:
         self.changed_unseen: list[str] = []
         self._path = path
         self._contents = contents
+        self._ends: dict[str, Tensor] = {}
+
+    def ended(self, ends: Mapping[str, Tensor]) -> None:
+        """Note the tensors that names of the state stand for after the step."""
+        self._ends = dict(ends)
+
+    def after(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the live tensors of the state after the step. state: those before it."""
+        gone = set(self._path.gone)
+        return {name: t for name, t in state.items() if name not in gone} | self._ends
 
     def content(self, storage: int) -> Tensor | None:
         """Return the bytes of an input that is not in the batch."""
@@ -69,13 +79,13 @@ class StandIn:
     Args:
         parts: of the training.
         built: the program.
-        path: what each step does.
+        path: what each step does; writes_batch: whether that changes the batch.
         seen: who has recognised the step of Python's that it was made of.
         events: what happens in a step besides operations, in order.
         batch: the names of the tensors of the batch.
         plain: what each step logs that is no tensor: numbers that are always the same, or were read.
 
-    path: what each step does.
+    path: what each step does; writes_batch: whether that changes the batch.
 
     Raises:
         NotProvenError: something else may happen at the next step; says what.
@@ -115,6 +125,13 @@ class StandIn:
         reason = self._reason_against()
         if reason is not None:
             raise NotProvenError(reason)
+        self._replaced = [name for name in built.program.ends if name not in self._state]
+        self._has_fixed_numbers = not self._schedules and not any(
+            _counts(step.optimizer) for step in self._optimizer_steps
+        )
+        inputs = set(built.inputs.values())
+        of_batch = {place for place in inputs if place not in self._contents}
+        self.writes_batch = any(not of_batch.isdisjoint(each.writes) for each in path.operations)
 
     def _reason_against(self) -> str | None:
         path = self.path
@@ -153,15 +170,25 @@ class StandIn:
             self._places = places
         return True
 
-    def take(self, batch: Mapping[str, Tensor]) -> tuple[TakenByProgram, dict[str, Any]]:
+    def let_go(self, state: dict[str, Tensor]) -> None:
+        """Drop the gradients that the next step has others for, so that their memory is free."""
+        for name in self._replaced:
+            state.pop(name, None)
+            self._parameters[name.removeprefix("gradient/")].grad = None
+
+    def take(
+        self, batch: Mapping[str, Tensor], *, is_quiet: bool
+    ) -> tuple[TakenByProgram, dict[str, Any]]:
         """Take a step on the live tensors, as `is_ready` has found them; return it, and what it logs.
+
+        is_quiet: nothing has run since the last step.
 
         Raises:
             NotProvenError: an optimizer would take another step than before; nothing was done yet.
             RuntimeError: a kernel refuses what it is given.
         """
         assert self._live is not None
-        numbers = self.numbers()
+        numbers = [*self._numbers] if is_quiet and self._has_fixed_numbers else self.numbers()
         for schedule in self._schedules:
             schedule.step()
         taken = TakenByProgram(self.path, numbers, self._contents)
@@ -171,6 +198,7 @@ class StandIn:
             done = self._live.run(batch, self._built.numbers(numbers))
         if self._draws:
             taken.drawn = torch.get_rng_state()
+        taken.ended(done.ends)
         for name, tensor in done.ends.items():
             self._parameters[name.removeprefix("gradient/")].grad = tensor
         for name in self.path.gone:
@@ -272,6 +300,15 @@ class StandIn:
             own = predicted.operators(what.way)
             numbers[what.begin : what.end] = [n for _, each in own for n in each]
         return numbers
+
+
+def _counts(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer keeps numbers that may be others at the next step."""
+    kept = (value for entries in optimizer.state.values() for value in entries.values())
+    settings = (value for group in optimizer.param_groups for value in group.values())
+    return any(not isinstance(value, Tensor) or value.ndim == 0 for value in kept) or any(
+        isinstance(value, Tensor) for value in settings
+    )
 
 
 def _steps_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,15 +12,44 @@ import torch
 from torch import Tensor
 
 from everystep.program.memory import ALIGNMENT
+from everystep.step.check import same_bits
 
-__all__ = ["key_of", "nested_again", "tensors_of", "text_of"]
+__all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "text_of"]
 
 #: Dtypes that travel between processes, too.
 _HELD = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 }
+#: Copies that are kept to be compared; a loader that makes new tensors has no use for them.
+MOST_COPIES = 64
 _PLAIN = (bool, int, float, str, type(None))
+
+
+class BatchCopies:
+    """Copies of the tensors of batches, on the CPU; a tensor that stays as it is is copied once."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def of(self, tensors: Mapping[str, Tensor], *, are_as_before: bool = False) -> dict[str, Tensor]:
+        """Return copies of tensors, by name; nobody may change them.
+
+        are_as_before: nothing has written into those that were copied.
+        """
+        if len(self._copies) > MOST_COPIES:
+            alive = (item for item in self._copies.items() if item[1][0]() is not None)
+            self._copies = dict([*alive][-MOST_COPIES // 2 :])
+        return {name: self._copy(tensor, are_as_before) for name, tensor in tensors.items()}
+
+    def _copy(self, tensor: Tensor, is_as_before: bool) -> Tensor:
+        reference, copy = self._copies.get(id(tensor), (None, None))
+        is_known = reference is not None and reference() is tensor and tensor.device.type == "cpu"
+        if is_known and copy is not None and (is_as_before or same_bits(tensor, copy)):
+            return copy
+        copy = tensor.detach().cpu().clone()
+        self._copies[id(tensor)] = weakref.ref(tensor), copy
+        return copy
 
 
 def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:

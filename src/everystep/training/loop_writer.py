@@ -181,10 +181,14 @@ class LoopWriter:
                 "kept, but no step shows how that came"
             )
 
-    def add(self, step: StepUnderWay[AnyWatch], copied: int) -> None:
-        """Add a step that is over. copied: bytes from elsewhere that were copied since the beginning."""
+    def add(self, step: StepUnderWay[AnyWatch], copied: int, after: dict[str, Tensor]) -> None:
+        """Add a step that is over.
+
+        Args:
+            copied: bytes from elsewhere that were copied since the beginning.
+            after: the live tensors of the parts.
+        """
         self.step += 1
-        after = self._parts.state()
         path = step.watch.end(after, step.loss)
         self.last_path, self.state = path, after
         self._note_surprise(step, after)

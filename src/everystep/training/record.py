@@ -27,7 +27,7 @@ from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.recognition.memory import Memory
 from everystep.step.stand_in import StandIn
 from everystep.step.step_watch import StepWatch
-from everystep.training.batch import tensors_of, text_of
+from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay, say
 
 __all__ = ["Recording"]
@@ -72,6 +72,7 @@ class Recording(Generic[R]):
         )
         self._elsewhere = Elsewhere()
         self._memory = Memory()
+        self._copies = BatchCopies()
         self._under_way: StepUnderWay[StepWatch | StrictWatch] | None = None
         self._names: dict[Tensor, str] = {}
         self._left_at: int | None = None
@@ -263,7 +264,7 @@ class Recording(Generic[R]):
         tensors = tensors_of(batch, path)
         step.nesting.append(text_of(batch, path))
         with self.paused():
-            step.batch |= {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            step.batch |= self._copies.of(tensors)
             step.watch.add_batch(tensors)
 
     def end_step(self) -> None:
@@ -273,7 +274,7 @@ class Recording(Generic[R]):
             self._last = step.watch
             if step.is_compiled:
                 self._memory.given_up = "torch.compile is at work"
-            self._open().add(step, self._elsewhere.copied)
+            self._open().add(step, self._elsewhere.copied, self.parts.state())
             self._elsewhere.clean()
 
     @property
@@ -301,10 +302,12 @@ class Recording(Generic[R]):
         """Note how the steps of a function are taken. facts: returns that, as it is then."""
         self._open().function = facts
 
-    def take(self, stand_in: StandIn, state: dict[str, Tensor] | None, *batch: Any) -> dict[str, Any]:
+    def take(
+        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_quiet: bool
+    ) -> dict[str, Any]:
         """Let a program take a step on a batch, or on none, and record it; return what it logs.
 
-        state: as it is now, None if nothing has run since the last step.
+        state: as it is now; is_quiet: nothing has run since the last step.
 
         Raises:
             NotProvenError: it cannot take this one; nothing was done yet.
@@ -312,15 +315,21 @@ class Recording(Generic[R]):
         """
         writer = self._open()
         writer.wait()
-        if state is not None:
+        if not is_quiet:
             writer.note_changes(state)
         tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        watch, logged = stand_in.take(tensors)
+        are_as_before = is_quiet and not stand_in.writes_batch
+        copies = self._copies.of(tensors, are_as_before=are_as_before)
+        stand_in.let_go(state)
+        try:
+            watch, logged = stand_in.take(tensors, is_quiet=is_quiet)
+        except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
+            writer.forget_versions()
+            raise
         step = StepUnderWay(watch)
         step.batch, step.nesting = copies, [*map(text_of, batch)]
         step.logged, step.loss = dict(logged), logged.get("loss")
-        writer.add(step, self._elsewhere.copied)
+        writer.add(step, self._elsewhere.copied, watch.after(state))
         return logged
 
     @contextmanager

@@ -76,6 +76,7 @@ class StepFunction:
         self._stand_ins: dict[Any, StandIn] = {}
         self._readings: dict[Any, int] = {}
         self._renewals = 0
+        self._last_batch = self._last_key = None
         self._plan = CheckPlan(0)
         self._by_program = 0
         self._checked: list[int] = []
@@ -106,7 +107,7 @@ class StepFunction:
             TrainingError: a program was demanded, and there is none; or a check has failed.
         """
         number = self._recording.step_count + 1
-        key = key_of(batch) if self._reason is None else None
+        key = self._key_of(batch) if self._reason is None else None
         if key is None:
             return self._by_python(batch)
         if self._stand_ins and not self._is_quiet:
@@ -122,6 +123,12 @@ class StepFunction:
             return self._read(number, key, batch)
         return self._by_python(batch)
 
+    def _key_of(self, batch: tuple[Any, ...]) -> Any:
+        if not self._is_quiet or not batch or batch[0] is not self._last_batch:
+            self._last_key = key_of(batch)
+            self._last_batch = batch[0] if batch else None
+        return self._last_key
+
     # Who takes the step.
 
     def _by_python(self, batch: tuple[Any, ...]) -> dict[str, Any]:
@@ -135,7 +142,7 @@ class StepFunction:
     ) -> dict[str, Any]:
         started = time.perf_counter()
         try:
-            logged = self._recording.take(stand_in, None if self._is_quiet else state, *batch)
+            logged = self._recording.take(stand_in, state, *batch, is_quiet=self._is_quiet)
         except NotProvenError:
             del self._stand_ins[key]
             return self._by_python(batch)
@@ -215,6 +222,7 @@ class StepFunction:
 
     def _read(self, number: int, key: Any, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Read a step, take it back, and let Python take it; from then on a program may stand in."""
+        started = time.perf_counter()
         self._readings[key] = self._readings.get(key, 0) + 1
         if not self._stand_ins:
             self._surroundings.begin()
@@ -248,7 +256,7 @@ class StepFunction:
             return logged
         self._stand_ins[key] = stand_in
         self._checked.append(number)
-        self._plan.captured(number)
+        self._plan.passed(number, time.perf_counter() - started)
         return logged
 
     def _reading(self, batch: tuple[Any, ...]) -> _Reading:

@@ -97,7 +97,8 @@ class OptimizerNumbers:
     """Predicts the numbers of the steps of torch's optimizers."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[_Operation, ...]] = {}
+        self._kept: dict[str, tuple[_Operation, ...]] = {}
+        self._last: dict[Any, tuple[list[Any], tuple[_Operation, ...]]] = {}
 
     def predict(
         self, optimizer: torch.optim.Optimizer, gradients: Mapping[int, torch.dtype] | None = None
@@ -141,16 +142,29 @@ class OptimizerNumbers:
     def _operations(
         self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, alike: Any
     ) -> tuple[_Operation, ...]:
-        settings = tuple((key, value) for key, value in group.items() if key != "params")
+        settings = [each for item in group.items() if item[0] != "params" for each in item]
         has_count = any(count is not None for count in alike[-1])
-        if has_count or any(isinstance(value, Tensor) for _, value in settings):
+        if has_count or any(isinstance(value, Tensor) for value in settings):
             return _taken_alone(optimizer, group, parameter, alike[1])
+        # Settings are mostly the very objects that they were, which is quick to find.
+        place, given = (type(optimizer), id(group)), [alike, *settings]
+        known = self._last.get(place)
+        if known is not None and known[0][0] == alike and _are_the_objects(known[0], given):
+            return known[1]
         key = repr((type(optimizer), settings, alike))
         if key not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = _taken_alone(optimizer, group, parameter, alike[1])
+        self._last[place] = given, self._kept[key]
         return self._kept[key]
+
+
+def _are_the_objects(one: list[Any], two: list[Any]) -> bool:
+    """Tell whether two lists hold the same objects behind their first, none of which can change."""
+    return len(one) == len(two) and all(
+        a is b and type(a) is not list for a, b in zip(one[1:], two[1:], strict=True)
+    )
 
 
 def _count_in(value: Any) -> Any:
