@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.training.by_hand import bits
 from tests.training.loops import LOOPS, unrecorded
 from torch import nn
 
 import everystep
+from everystep.recording import snapshots
 from everystep.recording.contents import packed
 
 STEPS = 70
@@ -329,6 +331,25 @@ def test_two_recordings_that_part_are_told_apart_by_operation(made):
     assert found.operation.step == 8
     assert "mul_" in found.operation.one.operation.operator
     assert any("1.0000001" in cause for cause in found.operation.causes)
+
+
+def test_snapshots_have_no_gradients_that_the_next_step_drops(made, monkeypatch):
+    monkeypatch.setattr(snapshots, "TIME_SHARE", 100.0)
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps([batch] * 80):
+            optimizer.zero_grad()
+            loss = ((model(x) - y) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    *between, last = sorted((recording.run.directory / "snapshots").iterdir())
+    assert len(between) > 1
+    for snapshot in between:
+        rest = load_file(snapshot / "rest.safetensors")
+        assert not [name for name in rest if name.startswith("gradient/")]
+    assert "gradient/0.weight" in load_file(last / "rest.safetensors")
+    assert recording.run.verify(processes=1, progress=False).is_exact
 
 
 def test_hidden_writes_are_never_passed_off(made):

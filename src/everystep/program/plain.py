@@ -84,11 +84,8 @@ class PlainProgram:
         self.program = program
         self._device = device
         self._calls = [_Call(operation) for operation in program.operations]
-        self.state = {
-            name: spec
-            for name, spec in program.tensors.items()
-            if program.storages[spec.storage].kind == "state" and "~" not in name
-        }
+        needed = program.state_names
+        self.state = {name: spec for name, spec in program.tensors.items() if name in needed}
         self.inputs = {
             name: spec
             for name, spec in program.tensors.items()

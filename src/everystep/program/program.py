@@ -149,6 +149,11 @@ class Program(Model):
         """Return the storage that a tensor lies on."""
         return self.storages[self.tensors[tensor].storage]
 
+    @property
+    def state_names(self) -> set[str]:
+        """The names of the state that there must be before the step."""
+        return {n for n in self.tensors if self.storage_of(n).kind == "state" and "~" not in n}
+
     def of_kind(self, kind: str) -> list[str]:
         """Return the names of the storages of a kind."""
         return [name for name, storage in self.storages.items() if storage.kind == kind]

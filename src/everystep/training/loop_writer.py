@@ -355,11 +355,11 @@ class LoopWriter:
             return
         state, self._pending = self._pending, None
         if following is not None:
-            tensors = following.built.program.tensors
+            used = following.built.program.state_names
             rest = {
                 name: tensor
                 for name, tensor in state.rest.items()
-                if not name.startswith("gradient/") or name in tensors
+                if not name.startswith("gradient/") or name in used
             }
             state = State(state.step, state.parameters, rest, state.settings)
         self._recorder.snapshot(state)
