@@ -216,11 +216,11 @@ def _train_step(
     progress: bool,
 ) -> Run:
     from everystep.training.from_step import check_step, train_step
-    from everystep.training.record import Recording
+    from everystep.training.function_recording import FunctionRecording
 
     check_step(step, batches, parts, others)
     watcher = progress_of(progress)
-    recording = Recording(dict(parts), place, RUNS, *budgets, Run, watcher.advance)
+    recording = FunctionRecording(dict(parts), place, RUNS, *budgets, Run, watcher.advance)
     return run_of(train_step(step, batches, iteration, recording, watcher))
 
 

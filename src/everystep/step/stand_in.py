@@ -53,16 +53,6 @@ class TakenByProgram:
         self.changed_unseen: list[str] = []
         self._path = path
         self._contents = contents
-        self._ends: dict[str, Tensor] = {}
-
-    def ended(self, ends: Mapping[str, Tensor]) -> None:
-        """Note the tensors that names of the state stand for after the step."""
-        self._ends = dict(ends)
-
-    def after(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the live tensors of the state after the step. state: those before it."""
-        gone = set(self._path.gone)
-        return {name: t for name, t in state.items() if name not in gone} | self._ends
 
     def content(self, storage: int) -> Tensor | None:
         """Return the bytes of an input that is not in the batch."""
@@ -170,18 +160,15 @@ class StandIn:
             self._places = places
         return True
 
-    def let_go(self, state: dict[str, Tensor]) -> None:
-        """Drop the gradients that the next step has others for, so that their memory is free."""
-        for name in self._replaced:
-            state.pop(name, None)
-            self._parameters[name.removeprefix("gradient/")].grad = None
-
     def take(
-        self, batch: Mapping[str, Tensor], *, is_quiet: bool
+        self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_quiet: bool
     ) -> tuple[TakenByProgram, dict[str, Any]]:
         """Take a step on the live tensors, as `is_ready` has found them; return it, and what it logs.
 
-        is_quiet: nothing has run since the last step.
+        Args:
+            state: these tensors, which become those after the step.
+            batch: its tensors, by name.
+            is_quiet: nothing has run since the last step.
 
         Raises:
             NotProvenError: an optimizer would take another step than before; nothing was done yet.
@@ -191,6 +178,8 @@ class StandIn:
         numbers = [*self._numbers] if is_quiet and self._has_fixed_numbers else self.numbers()
         for schedule in self._schedules:
             schedule.step()
+        for name in self._replaced:  # so that their memory is free
+            self._set_gradient(state, name, None)
         taken = TakenByProgram(self.path, numbers, self._contents)
         if self._draws:
             taken.generators[0] = torch.get_rng_state()
@@ -198,11 +187,10 @@ class StandIn:
             done = self._live.run(batch, self._built.numbers(numbers))
         if self._draws:
             taken.drawn = torch.get_rng_state()
-        taken.ended(done.ends)
         for name, tensor in done.ends.items():
-            self._parameters[name.removeprefix("gradient/")].grad = tensor
+            self._set_gradient(state, name, tensor)
         for name in self.path.gone:
-            self._parameters[name.removeprefix("gradient/")].grad = None
+            self._set_gradient(state, name, None)
         read = {place: done.numbers[index] for place, index in self._read.items()}
         for place, number in read.items():
             numbers[place] = number
@@ -211,6 +199,13 @@ class StandIn:
             for name, value in self._plain.items()
         }
         return taken, done.given | logged
+
+    def _set_gradient(self, state: dict[str, Tensor], name: str, gradient: Tensor | None) -> None:
+        self._parameters[name.removeprefix("gradient/")].grad = gradient
+        if gradient is None:
+            state.pop(name, None)
+        else:
+            state[name] = gradient
 
     def difference(
         self,

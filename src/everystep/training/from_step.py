@@ -21,9 +21,9 @@ from torch.utils.data import (
 from everystep import numerics
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.specification import Iteration
+from everystep.training.function_recording import FunctionRecording
 from everystep.training.job import Outcome, Progress
 from everystep.training.loop import interrupt_deferred
-from everystep.training.record import Recording
 from everystep.training.rows import called
 from everystep.training.step_function import StepFunction
 
@@ -62,7 +62,7 @@ def train_step(
     step: Step,
     batches: Iterable[Any] | None,
     iteration: Iteration,
-    recording: Recording[Any],
+    recording: FunctionRecording[Any],
     progress: Progress,
 ) -> Outcome:
     """Call a step for each batch, and record each call.

@@ -12,20 +12,13 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RecordingError, UsageError
-from everystep.program.memory import copy_into
-from everystep.recording.facts import FunctionFacts
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
-from everystep.step.check import same_bits
-from everystep.step.checkpoint import PartsCheckpoint
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.parts import Parts
-from everystep.step.path import Path as StepPath
-from everystep.step.plain import BuiltPath
 from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.recognition.memory import Memory
-from everystep.step.stand_in import StandIn
 from everystep.step.step_watch import StepWatch
 from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay, say
@@ -40,8 +33,6 @@ class Recording(Generic[R]):
     """A recording under way: `steps` or `step` mark the steps, `log` names their losses.
 
     To be used as a context manager; `everystep.record` makes it.
-
-    parts: what is trained; follower: follows which module runs.
     """
 
     def __init__(
@@ -54,7 +45,7 @@ class Recording(Generic[R]):
         open_run: Callable[[Path], R],
         advanced: Callable[[int, Sequence[float]], None] | None = None,
     ) -> None:
-        self.parts = Parts(parts)
+        self._parts = Parts(parts)
         self._open_run = open_run
         self._advanced = advanced
         self._stopped: str | None = None
@@ -62,9 +53,9 @@ class Recording(Generic[R]):
         self._budgets = snapshot_budget, batch_budget
         self._directory: Path | None = None
         self._writer: LoopWriter | None = None
-        self._optimizer_names = self.parts.optimizer_names()
-        self.follower = Follower(
-            self.parts.module_paths(),
+        self._optimizer_names = self._parts.optimizer_names()
+        self._follower = Follower(
+            self._parts.module_paths(),
             self._optimizer_names,
             self._module_done,
             self._optimizer_begins,
@@ -98,11 +89,11 @@ class Recording(Generic[R]):
         if self._directory is not None:
             raise UsageError("this recording has begun already; everystep.record(...) makes another")
         _check_alone()
-        self.parts.check()
+        self._parts.check()
         directory = create_directory(self._place[0], "loop", self._place[1])
-        self._writer = LoopWriter(directory, self.parts, *self._budgets, self._advanced)
+        self._writer = LoopWriter(directory, self._parts, *self._budgets, self._advanced)
         self._directory = directory
-        self.follower.begin()
+        self._follower.begin()
         _recording.append(self)
         return self
 
@@ -123,7 +114,7 @@ class Recording(Generic[R]):
             elif error is not None and self._left_at == writer.step:
                 writer.take_back()
         finally:
-            self.follower.finish()
+            self._follower.finish()
             _recording.remove(self)
         try:
             writer.finish(*_status(error, self._stopped))
@@ -229,17 +220,17 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             raise UsageError("a step is under way; a recording has one loop at a time")
         writer.wait()
-        state = self.parts.state()
+        state = self._parts.state()
         writer.note_changes(state)
         watch = StepWatch(
-            writer.step + 1, self._memory, self.parts.device, self.follower, self._elsewhere
+            writer.step + 1, self._memory, self._parts.device, self._follower, self._elsewhere
         )
         self._begin(watch, state, batch)
 
     def _begin(self, watch: StepWatch | StrictWatch, state: dict[str, Tensor], batch: Any) -> None:
-        self._names = self.parts.parameter_names()
+        self._names = self._parts.parameter_names()
         watch.begin(state)
-        self.follower.step_begins()
+        self._follower.step_begins()
         watch.__enter__()
         self._under_way = StepUnderWay(watch)
         if batch is not None:
@@ -274,89 +265,8 @@ class Recording(Generic[R]):
             self._last = step.watch
             if step.is_compiled:
                 self._memory.given_up = "torch.compile is at work"
-            self._open().add(step, self._elsewhere.copied, self.parts.state())
+            self._open().add(step, self._elsewhere.copied, self._parts.state())
             self._elsewhere.clean()
-
-    @property
-    def step_count(self) -> int:
-        """How many steps were recorded."""
-        return self._open().step
-
-    @property
-    def last(self) -> tuple[StepPath, AnyWatch]:
-        """What the last step did, and who has watched it."""
-        path = self._open().last_path
-        assert path is not None and self._last is not None
-        return path, self._last
-
-    def state_now(self, *, is_quiet: bool) -> dict[str, Tensor]:
-        """Return the live tensors of the parts. is_quiet: nothing has run since the last step."""
-        known = self._open().state
-        return known if is_quiet and known is not None else self.parts.state()
-
-    def program_of(self, path: StepPath) -> BuiltPath | None:
-        """Return the program of what a step did, None where there is none."""
-        return self._open().program_of(path)
-
-    def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
-        """Note how the steps of a function are taken. facts: returns that, as it is then."""
-        self._open().function = facts
-
-    def take(
-        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_quiet: bool
-    ) -> dict[str, Any]:
-        """Let a program take a step on a batch, or on none, and record it; return what it logs.
-
-        state: as it is now; is_quiet: nothing has run since the last step.
-
-        Raises:
-            NotProvenError: it cannot take this one; nothing was done yet.
-            RecordingError: writing the run failed.
-        """
-        writer = self._open()
-        writer.wait()
-        if not is_quiet:
-            writer.note_changes(state)
-        tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
-        are_as_before = is_quiet and not stand_in.writes_batch
-        copies = self._copies.of(tensors, are_as_before=are_as_before)
-        stand_in.let_go(state)
-        try:
-            watch, logged = stand_in.take(tensors, is_quiet=is_quiet)
-        except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
-            writer.forget_versions()
-            raise
-        step = StepUnderWay(watch)
-        step.batch, step.nesting = copies, [*map(text_of, batch)]
-        step.logged, step.loss = dict(logged), logged.get("loss")
-        writer.add(step, self._elsewhere.copied, watch.after(state))
-        return logged
-
-    @contextmanager
-    def rehearsed(self, *batch: Any) -> Iterator[StrictWatch]:
-        """What runs within is a step that is not recorded; everything is then as it was before."""
-        writer, parts = self._open(), self.parts
-        watch = StrictWatch(parts.device, self.follower, Elsewhere())
-        writer.note_changes(parts.state())
-        checkpoint = PartsCheckpoint(parts)
-        tensors = [tensor for each in batch for tensor in tensors_of(each).values()]
-        copies = [tensor.detach().clone() for tensor in tensors]
-        try:
-            self._begin(watch, checkpoint.state, *(batch or (None,)))
-            yield watch
-        finally:
-            self._close()
-            checkpoint.restore()
-            with torch.no_grad():
-                for tensor, copy in zip(tensors, copies, strict=True):
-                    if not same_bits(tensor, copy):
-                        copy_into(tensor, copy)
-            writer.note_versions()
-
-    def path_of(self, watch: StrictWatch) -> StepPath:
-        """Return what a step has done that is rehearsed, and is over."""
-        step = self._close()
-        return watch.end(self.parts.state(), None if step is None else step.loss)
 
     def stop(self, reason: str) -> None:
         """Say why the loop ends before its last step; the run is then `stopped`, for this reason."""

@@ -20,7 +20,7 @@ from everystep.step.stand_in import StandIn
 from everystep.step.step_watch import StepWatch
 from everystep.step.verified import CheckPlan
 from everystep.training.batch import key_of, tensors_of
-from everystep.training.record import Recording
+from everystep.training.function_recording import FunctionRecording
 from everystep.training.rows import called
 
 __all__ = ["Engine", "StepFunction"]
@@ -59,7 +59,12 @@ class StepFunction:
     """
 
     def __init__(
-        self, step: Step, recording: Recording[Any], engine: Engine, steps: int | None, is_quiet: bool
+        self,
+        step: Step,
+        recording: FunctionRecording[Any],
+        engine: Engine,
+        steps: int | None,
+        is_quiet: bool,
     ) -> None:
         self._step = step
         self._recording = recording

@@ -1,0 +1,123 @@
+"""Function recording: a recording of the calls of a step function, and of steps by programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.memory import copy_into
+from everystep.recording.facts import FunctionFacts
+from everystep.step.check import same_bits
+from everystep.step.checkpoint import PartsCheckpoint
+from everystep.step.elsewhere import Elsewhere
+from everystep.step.follow import Follower
+from everystep.step.parts import Parts
+from everystep.step.path import Path
+from everystep.step.plain import BuiltPath
+from everystep.step.purity.step_reader import StrictWatch
+from everystep.step.stand_in import StandIn
+from everystep.training.batch import tensors_of, text_of
+from everystep.training.loop_writer import AnyWatch, StepUnderWay
+from everystep.training.record import R, Recording
+
+__all__ = ["FunctionRecording"]
+
+
+class FunctionRecording(Recording[R]):
+    """A recording of a step function: its calls, and the steps that a program takes."""
+
+    @property
+    def parts(self) -> Parts:
+        """What is trained."""
+        return self._parts
+
+    @property
+    def follower(self) -> Follower:
+        """Follows which module runs."""
+        return self._follower
+
+    @property
+    def step_count(self) -> int:
+        """How many steps were recorded."""
+        return self._open().step
+
+    @property
+    def last(self) -> tuple[Path, AnyWatch]:
+        """What the last step did, and who has watched it."""
+        path = self._open().last_path
+        assert path is not None and self._last is not None
+        return path, self._last
+
+    def state_now(self, *, is_quiet: bool) -> dict[str, Tensor]:
+        """Return the live tensors of the parts. is_quiet: nothing has run since the last step."""
+        known = self._open().state
+        return known if is_quiet and known is not None else self._parts.state()
+
+    def program_of(self, path: Path) -> BuiltPath | None:
+        """Return the program of what a step did, None where there is none."""
+        return self._open().program_of(path)
+
+    def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
+        """Note how the steps of a function are taken. facts: returns that, as it is then."""
+        self._open().function = facts
+
+    def take(
+        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_quiet: bool
+    ) -> dict[str, Any]:
+        """Let a program take a step on a batch, or on none, and record it; return what it logs.
+
+        Args:
+            state: the live tensors of the parts, which becomes what they are after the step.
+            is_quiet: nothing has run since the last step.
+
+        Raises:
+            NotProvenError: it cannot take this one; nothing was done yet.
+            RecordingError: writing the run failed.
+        """
+        writer = self._open()
+        writer.wait()
+        if not is_quiet:
+            writer.note_changes(state)
+        tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
+        are_as_before = is_quiet and not stand_in.writes_batch
+        copies = self._copies.of(tensors, are_as_before=are_as_before)
+        try:
+            watch, logged = stand_in.take(state, tensors, is_quiet=is_quiet)
+        except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
+            writer.forget_versions()
+            raise
+        step = StepUnderWay(watch)
+        step.batch, step.nesting = copies, [*map(text_of, batch)]
+        step.logged, step.loss = dict(logged), logged.get("loss")
+        writer.add(step, self._elsewhere.copied, state)
+        return logged
+
+    @contextmanager
+    def rehearsed(self, *batch: Any) -> Iterator[StrictWatch]:
+        """What runs within is a step that is not recorded; everything is then as it was before."""
+        writer, parts = self._open(), self._parts
+        watch = StrictWatch(parts.device, self._follower, Elsewhere())
+        writer.note_changes(parts.state())
+        checkpoint = PartsCheckpoint(parts)
+        tensors = [tensor for each in batch for tensor in tensors_of(each).values()]
+        copies = [tensor.detach().clone() for tensor in tensors]
+        try:
+            self._begin(watch, checkpoint.state, *(batch or (None,)))
+            yield watch
+        finally:
+            self._close()
+            checkpoint.restore()
+            with torch.no_grad():
+                for tensor, copy in zip(tensors, copies, strict=True):
+                    if not same_bits(tensor, copy):
+                        copy_into(tensor, copy)
+            writer.note_versions()
+
+    def path_of(self, watch: StrictWatch) -> Path:
+        """Return what a step has done that is rehearsed, and is over."""
+        step = self._close()
+        return watch.end(self._parts.state(), None if step is None else step.loss)
