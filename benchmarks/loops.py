@@ -2,7 +2,8 @@
 
 `python -m benchmarks.loops [--steps 1000]`. Prints for each whether losses and weights have the bits of
 the loop by itself, whether every step and snapshot comes back in a process that does not know the loop,
-how many programs there are, and how large the run is.
+how many programs there are, and how large the run is. The second table is of the steps of the tests that
+are functions: also, how many of them a program took.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ numerics.prepare()  # before torch computes, or bits depend on where tensors lie
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tests.training.loops import LOOPS, unrecorded  # noqa: E402
+from tests.training.step_functions import CASES  # noqa: E402
+from tests.training.test_by_program import by_hand, state_of, trained  # noqa: E402
 
 import everystep  # noqa: E402
 
@@ -44,6 +47,9 @@ def main() -> None:
     print("| loop | steps | same bits | every step again | snapshots | programs | MB |")
     print("| --- | --: | --- | --- | --: | --: | --: |")
     wrong = [name for name in LOOPS if not _print_row(name, steps)]
+    print("\n| step | steps | by program | same bits | every step again |")
+    print("| --- | --: | --: | --- | --- |")
+    wrong += [name for name in CASES if not _print_function_row(name, steps)]
     raise SystemExit(f"not as they should be: {', '.join(wrong)}" if wrong else 0)
 
 
@@ -55,10 +61,7 @@ def _print_row(name: str, steps: int) -> bool:
         _seed()
         found = LOOPS[name](steps, lambda **parts: everystep.record(run=directory, **parts))
         is_same = _bits(found) == _bits(expected)
-        output = subprocess.run(
-            [sys.executable, "-c", _REPLAY, str(directory)], capture_output=True, text=True, check=True
-        )
-        is_exact, snapshots, first, problems = json.loads(output.stdout)
+        is_exact, snapshots, first, problems = _replayed(directory)
         run = everystep.open(directory)
         size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e6
         again = "yes" if is_exact else f"no: {first} {problems}"
@@ -67,6 +70,31 @@ def _print_row(name: str, steps: int) -> bool:
         same = "yes" if is_same else "NO"
         print(f"| {name} | {len(run):,} | {same} | {again} | {snapshots} | {programs:,} | {size:.3g} |")
     return is_same and bool(is_exact)
+
+
+def _print_function_row(name: str, steps: int) -> bool:
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place) / "run"
+        _seed()
+        case = CASES[name]()
+        expected = by_hand(case, steps), state_of(case)
+        _seed()
+        case = CASES[name]()
+        run = trained(case, steps, directory=directory)
+        is_same = (list(run.losses["loss"]), state_of(case)) == expected
+        is_exact, _, first, problems = _replayed(directory)
+        again = "yes" if is_exact else f"no: {first} {problems}"
+        taken = run.facts.training.loop.function.by_program
+        same = "yes" if is_same else "NO"
+        print(f"| {name} | {len(run):,} | {taken:,} | {same} | {again} |")
+    return is_same and bool(is_exact)
+
+
+def _replayed(directory: Path) -> Any:
+    """Return what a process that does not know the loop makes of a run."""
+    command = [sys.executable, "-c", _REPLAY, str(directory)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(output.stdout)
 
 
 def _seed() -> None:

@@ -287,7 +287,7 @@ def gan():
     of_g = torch.optim.Adam(generator.parameters(), lr=0.01)
     of_c = torch.optim.Adam(critic.parameters(), lr=0.02)
     slower = torch.optim.lr_scheduler.StepLR(of_g, 7, 0.5)
-    cyclic = torch.optim.lr_scheduler.OneCycleLR(of_c, max_lr=0.05, total_steps=100)
+    cyclic = torch.optim.lr_scheduler.OneCycleLR(of_c, max_lr=0.05, total_steps=5000)
 
     def step(batch):
         real = batch[0]

@@ -51,6 +51,7 @@ class StepWatch(TorchFunctionMode):
         self.surprise: str | None = None
         self._number = number
         self._memory = memory
+        self._state: Mapping[str, Tensor] = {}
         self._device = device
         self._follower = follower
         self._elsewhere = elsewhere
@@ -134,6 +135,7 @@ class StepWatch(TorchFunctionMode):
         plan = self._memory.plan(self._number)
         references = None if plan == "watch" else self._references_of(state)
         root = self._memory.root(references.structure) if references is not None else None
+        self._state = state
         if plan == "recognize" and references is not None and root is not None:
             self._recognizer = Recognizer(root, references, self._elsewhere, self._go_on_watching)
             return
@@ -145,7 +147,7 @@ class StepWatch(TorchFunctionMode):
     def _references_of(self, state: Mapping[str, Tensor]) -> References | None:
         """Return references to the state, None where a step from it cannot be recognised."""
         is_quiet = self._memory.is_quiet or not any(map(has_hooks_on_node, state.values()))
-        if is_quiet and _are_torchs_own():
+        if is_quiet and _are_torchs_own(besides=self):
             self._memory.found_no_hooks()
             try:
                 return References(state)
@@ -193,13 +195,12 @@ class StepWatch(TorchFunctionMode):
             follower = self._learner or self._recognizer
             if follower is None:
                 return
-            try:
-                found = signature(follower.references)
-            except StrangeError as error:
-                found = error
+            found = _likeness(signature, follower.references)
             if not follower.happened(found):
                 assert self._watch is not None
                 note(self._watch)
+                if self._learner is not None:
+                    self._learner.happened(_likeness(signature, self._learner.references))
 
     def optimizer_begins(
         self,
@@ -270,14 +271,20 @@ class StepWatch(TorchFunctionMode):
         self.surprise = self._memory.given_up = surprise
 
     def _go_on_watching(self) -> None:
-        """Watch in full what comes: it is not known."""
+        """Watch in full what comes: it is not known. Before anything was done, it can be learned."""
         assert self._recognizer is not None
         watch = Watch(self._device, self._follower, self._elsewhere)
         with torch._C.DisableTorchFunction():
-            self._recognizer.resume(watch)
+            references = self._references_of(self._state) if self._recognizer.is_at_root else None
+            if references is not None:
+                self._memory.met_another()
+                watch.begin(self._state)
+                self._learner = Learner(watch, references)
+            else:
+                self._recognizer.resume(watch)
+                self._memory.failed()
         watch.is_paused = self._is_paused
         self._watch, self._recognizer = watch, None
-        self._memory.failed()
         if self._is_entered:
             above = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
             watch.__enter__()  # type: ignore[no-untyped-call]
@@ -321,7 +328,15 @@ class StepWatch(TorchFunctionMode):
             self.is_paused = False
 
 
-def _are_torchs_own() -> bool:
-    """Tell whether the modes around the step run no Python of somebody else's."""
+def _likeness(signature: Callable[[References], Any], references: References) -> Any:
+    """Return something that happened as what can be compared, or the error that says why it cannot."""
+    try:
+        return signature(references)
+    except StrangeError as error:
+        return error
+
+
+def _are_torchs_own(besides: StepWatch) -> bool:
+    """Tell whether the modes around a step run no Python of somebody else's."""
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return all(type(mode) is DeviceContext for mode in modes)
+    return all(type(mode) is DeviceContext or mode is besides for mode in modes)

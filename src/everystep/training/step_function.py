@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -28,8 +29,10 @@ __all__ = ["Engine", "StepFunction"]
 Step = Callable[..., Any]
 Engine = Literal["auto", "program", "eager"]
 
-#: So often a step is read before it is left to Python: for a kind of batch, and after guards failed.
+#: So often steps with a kind of batch are read, and guards renewed, before they are left to Python.
 MOST_READINGS = 3
+#: Steps in a row with a kind of batch that may be unlike those before, until it is left to Python.
+MOST_UNLIKE = 4
 #: Kinds of batches that programs are kept for.
 MOST_KINDS = 64
 
@@ -44,6 +47,21 @@ class _Reading(NamedTuple):
     numbers: list[int | float]
     events: list[Event]
     plain: dict[str, Any]
+
+
+@dataclass
+class _Kind:
+    """What is known of steps with one kind of batch.
+
+    is_recognized: whether Python's last was; unlike: how many in a row were not; readings: how often
+    such a step was read; is_left: to Python, for good.
+    """
+
+    stand_in: StandIn | None = None
+    is_recognized: bool = False
+    unlike: int = 0
+    readings: int = 0
+    is_left: bool = False
 
 
 class StepFunction:
@@ -78,8 +96,7 @@ class StepFunction:
         }
         modules = {("the model" if n == parts.main else n): m for n, m in parts.modules.items()}
         self._surroundings = Surroundings(modules, self._optimizers, self._carried, parts.device)
-        self._stand_ins: dict[Any, StandIn] = {}
-        self._readings: dict[Any, int] = {}
+        self._kinds: dict[Any, _Kind] = {}
         self._renewals = 0
         self._last_batch = self._last_key = None
         self._plan = CheckPlan(0)
@@ -112,21 +129,32 @@ class StepFunction:
             TrainingError: a program was demanded, and there is none; or a check has failed.
         """
         number = self._recording.step_count + 1
-        key = self._key_of(batch) if self._reason is None else None
-        if key is None:
-            return self._by_python(batch)
-        if self._stand_ins and not self._is_quiet:
+        if self._reason is None and not self._is_quiet and self._has_programs:
             self._compare_guards()
-        stand_in = self._stand_ins.get(key)
-        if stand_in is not None:
+        kind = None if self._reason is not None else self._kind_of(batch)
+        if kind is None:
+            return self._by_python(batch)
+        if kind.stand_in is not None:
             if number >= self._plan.next or number == self._steps:
-                return self._check(number, key, stand_in, batch)
+                return self._check(number, kind, kind.stand_in, batch)
             state = self._recording.state_now(is_quiet=self._is_quiet)
-            if stand_in.is_ready(state):
-                return self._take(key, stand_in, state, batch)
-        if self._reason is None and self._may_be_read(number, key):
-            return self._read(number, key, batch)
-        return self._by_python(batch)
+            if kind.stand_in.is_ready(state):
+                return self._take(kind, kind.stand_in, state, batch)
+        elif (kind.is_recognized or kind.unlike == MOST_UNLIKE) and not _is_watched(number):
+            return self._read(number, kind, batch)
+        return self._by_python_noted(number, kind, batch)
+
+    @property
+    def _has_programs(self) -> bool:
+        return any(kind.stand_in is not None for kind in self._kinds.values())
+
+    def _kind_of(self, batch: tuple[Any, ...]) -> _Kind | None:
+        """Return what is known of steps with such a batch, None where they are left to Python."""
+        key = self._key_of(batch)
+        if key not in self._kinds and len(self._kinds) < MOST_KINDS:
+            self._kinds[key] = _Kind()
+        kind = self._kinds.get(key)
+        return None if kind is None or kind.is_left else kind
 
     def _key_of(self, batch: tuple[Any, ...]) -> Any:
         if not self._is_quiet or not batch or batch[0] is not self._last_batch:
@@ -142,20 +170,32 @@ class StepFunction:
             self._recording.log(**logged)
         return logged
 
+    def _by_python_noted(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
+        """Let Python take a step, and note whether it is like those before."""
+        logged = self._by_python(batch)
+        _, watch = self._recording.last
+        if _is_watched(number):
+            return logged
+        kind.is_recognized = isinstance(watch, StepWatch) and watch.recognized is not None
+        kind.unlike = 0 if kind.is_recognized else kind.unlike + 1
+        return logged
+
     def _take(
-        self, key: Any, stand_in: StandIn, state: dict[str, Tensor], batch: tuple[Any, ...]
+        self, kind: _Kind, stand_in: StandIn, state: dict[str, Tensor], batch: tuple[Any, ...]
     ) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             logged = self._recording.take(stand_in, state, *batch, is_quiet=self._is_quiet)
         except NotProvenError:
-            del self._stand_ins[key]
+            kind.stand_in, kind.is_recognized = None, False
             return self._by_python(batch)
         self._by_program += 1
         self._plan.timed(1, time.perf_counter() - started)
         return logged
 
-    def _check(self, number: int, key: Any, stand_in: StandIn, batch: tuple[Any, ...]) -> dict[str, Any]:
+    def _check(
+        self, number: int, kind: _Kind, stand_in: StandIn, batch: tuple[Any, ...]
+    ) -> dict[str, Any]:
         """Let Python take a step, and compare the program's with it.
 
         Raises:
@@ -165,7 +205,7 @@ class StepFunction:
         try:
             numbers = stand_in.numbers()
         except NotProvenError:
-            del self._stand_ins[key]
+            kind.stand_in, kind.is_recognized = None, False
             return self._by_python(batch)
         before, copies = PartsCheckpoint(self._parts), _copies(batch)
         logged = self._by_python(batch)
@@ -194,72 +234,65 @@ class StepFunction:
         if reason is None:
             return
         self._reason = reason
-        self._stand_ins = {}
+        self._kinds = {}
         if self._engine == "program":
             raise TrainingError(
                 f'no program can take these steps: {reason}; engine="auto" lets Python take them'
             )
 
-    def _refuse(self, key: Any, reason: str) -> None:
-        """Leave steps with batches of a kind to Python; if no other kind is known, all steps."""
-        self._readings[key] = MOST_READINGS
-        if not self._stand_ins:
+    def _leave(self, kind: _Kind, reason: str) -> None:
+        """Leave steps with batches of a kind to Python; if programs take no others, all steps."""
+        kind.is_left = True
+        if not self._has_programs:
             self._give_up(reason)
 
     def _compare_guards(self) -> None:
         changed = self._surroundings.difference(self._carried())
         if changed is None:
             return
-        self._stand_ins, self._readings = {}, {}
+        self._kinds = {}
         self._renewals += 1
         if self._renewals > MOST_READINGS:
             self._give_up(f"{changed} again and again")
 
     # A step that is read.
 
-    def _may_be_read(self, number: int, key: Any) -> bool:
-        is_watched = number & (number - 1) == 0  # in full: nobody recognises it
-        has_room = key in self._readings or len(self._readings) < MOST_KINDS
-        is_known = key in self._stand_ins
-        return (
-            not is_watched and not is_known and has_room and self._readings.get(key, 0) < MOST_READINGS
-        )
-
-    def _read(self, number: int, key: Any, batch: tuple[Any, ...]) -> dict[str, Any]:
+    def _read(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Read a step, take it back, and let Python take it; from then on a program may stand in."""
         started = time.perf_counter()
-        self._readings[key] = self._readings.get(key, 0) + 1
-        if not self._stand_ins:
+        kind.readings += 1
+        if not self._has_programs:
             self._surroundings.begin()
         try:
             reading = self._reading(batch)
         except NotProvenError as error:
-            self._refuse(key, str(error))
+            self._leave(kind, str(error))
             return self._by_python(batch)
         before, copies = PartsCheckpoint(self._parts), _copies(batch)
         logged = self._by_python(batch)
         path, watch = self._recording.last
         seen = watch.recognized if isinstance(watch, StepWatch) else None
         if seen is None:  # it was another step than those before
-            if self._readings[key] == MOST_READINGS:
-                self._refuse(key, "the same calls of torch's functions do not come again at each step")
+            kind.is_recognized = False
+            if kind.readings == MOST_READINGS or kind.unlike == MOST_UNLIKE:
+                self._leave(kind, "the same calls of torch's functions do not come again at each step")
             return logged
         if path != reading.path or not _are_same(seen.numbers, reading.numbers):
-            self._refuse(key, "Python takes other operations than its source says")
+            self._leave(kind, "Python takes other operations than its source says")
             return logged
         built = self._recording.program_of(path)
         try:
             if built is None:
                 raise NotProvenError("no program can hold the step")
-            names = [*tensors_of_all(batch)]
+            names = [*_tensors_of(batch)]
             stand_in = StandIn(self._parts, built, path, seen, reading.events, names, reading.plain)
             reason = stand_in.difference(before, copies, seen.numbers, logged)
         except NotProvenError as error:
             reason = str(error)
         if reason is not None:
-            self._refuse(key, f"{reason} at step {number}")
+            self._leave(kind, f"{reason} at step {number}")
             return logged
-        self._stand_ins[key] = stand_in
+        kind.stand_in = stand_in
         self._checked.append(number)
         self._plan.passed(number, time.perf_counter() - started)
         return logged
@@ -271,7 +304,7 @@ class StepFunction:
             NotProvenError: it does something that is not known to be an operation.
         """
         surroundings, recording = self._surroundings, self._recording
-        tensors = tensors_of_all(batch)
+        tensors = _tensors_of(batch)
         carried = (*self._carried().values(), *tensors.values())
         places = {tensor.untyped_storage()._cdata for tensor in carried}
         reader = StepReader(
@@ -299,13 +332,18 @@ class StepFunction:
         return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
 
 
-def tensors_of_all(batch: tuple[Any, ...]) -> dict[str, Tensor]:
+def _is_watched(number: int) -> bool:
+    """Tell whether a step is watched in full anyway, so that nobody recognises it."""
+    return number & (number - 1) == 0
+
+
+def _tensors_of(batch: tuple[Any, ...]) -> dict[str, Tensor]:
     """Return the tensors of a batch, or of none."""
     return tensors_of(batch[0]) if batch else {}
 
 
 def _copies(batch: tuple[Any, ...]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors_of_all(batch).items()}
+    return {name: tensor.detach().clone() for name, tensor in _tensors_of(batch).items()}
 
 
 def _are_same(one: Sequence[Any], two: Sequence[Any]) -> bool:

@@ -160,6 +160,10 @@ class Memory:
     def failed(self) -> None:
         """A step was not recognised, or never can be."""
         self._must_learn = True
+        self.met_another()
+
+    def met_another(self) -> None:
+        """A step began as none before: where all do, it is of little use to learn each."""
         self._failures += 1
         if self._failures > _PATIENCE:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

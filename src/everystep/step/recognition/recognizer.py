@@ -68,7 +68,7 @@ class Recognizer:
         self.drawn: Tensor | None = None
         self.contents: dict[int, Tensor] = {}
         self.optimizer_steps: list[OptimizerStep] = []
-        self._node = root
+        self._root = self._node = root
         self.references = references
         self._elsewhere = elsewhere
         self._diverged = diverged
@@ -79,6 +79,11 @@ class Recognizer:
     def is_empty(self) -> bool:
         """Whether nothing was computed."""
         return not self._node.marks.operations
+
+    @property
+    def is_at_root(self) -> bool:
+        """Whether nothing has happened yet."""
+        return self._node is self._root
 
     def happened(self, signature: Any) -> bool:
         """Note something besides calls of torch's functions; return whether it was to be expected."""
