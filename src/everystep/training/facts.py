@@ -21,6 +21,7 @@ from everystep.numerics import Numerics
 from everystep.recording.facts import (
     BatchFacts,
     DataFacts,
+    LoopFacts,
     LossFacts,
     ModuleFacts,
     OptimizerFacts,
@@ -28,6 +29,7 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.step.eager import Training
+from everystep.step.parts import Parts
 from everystep.step.purity.guards import is_plain
 from everystep.step.purity.torchs_own import (
     is_torchs_module,
@@ -39,6 +41,7 @@ from everystep.step.purity.torchs_own import (
 __all__ = [
     "circumstances",
     "describe",
+    "facts_of_loop",
     "modules_of",
     "optimizer_facts",
     "schedule_facts",
@@ -116,6 +119,30 @@ def modules_of(module: nn.Module, path: str = "") -> dict[str, ModuleFacts]:
     path: of the module itself.
     """
     return dict(_modules_of(module, path, frozenset()))
+
+
+def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
+    """Return the facts of a loop that is not everystep's. loop: what is known of it before it begins."""
+    modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
+    for name in sorted(parts.modules, key=lambda name: name != parts.main):
+        modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
+    parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
+    schedules = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
+    return TrainingFacts(
+        device=str(parts.device),
+        seed=None,
+        data=DataFacts(rows=0, source="loop"),
+        batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
+        modules=modules,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        loss=None,
+        optimizers={name: optimizer_facts(each) for name, each in parts.optimizers.items()},
+        schedules={name: schedule_facts(each, None) for name, each in schedules.items()},
+        clip_norm=None,
+        evaluate_every=None,
+        loop=loop,
+        **circumstances(parts.device),
+    )
 
 
 def _modules_of(

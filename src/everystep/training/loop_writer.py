@@ -11,18 +11,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from everystep import numerics
 from everystep.recording.contents import digest_of
 from everystep.recording.facts import (
-    BatchFacts,
-    DataFacts,
     Facts,
     FunctionFacts,
     LoopFacts,
-    ModuleFacts,
-    TrainingFacts,
 )
 from everystep.recording.recorder import Recorder, Taken
 from everystep.step.build import NotCapturableError
@@ -34,10 +29,11 @@ from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.stand_in import TakenByProgram
 from everystep.step.state import State, copy_of
 from everystep.step.step_watch import StepWatch
-from everystep.training.facts import circumstances, modules_of, optimizer_facts, schedule_facts
+from everystep.training.facts import facts_of_loop
 from everystep.training.loop import now
+from everystep.training.notices import Notices, say
 
-__all__ = ["LoopWriter", "StepUnderWay", "say"]
+__all__ = ["LoopWriter", "StepUnderWay"]
 
 #: Seconds between two times that what was recorded is handed to the writing thread.
 FLUSH_SECONDS = 0.1
@@ -51,9 +47,6 @@ MOST_PATHS = 200
 #: bytes a second.
 DIGEST_SHARE = 0.01
 DIGESTED_A_SECOND = 2e9
-#: What is not seen is said so often; the rest is in the run's facts.
-MOST_SAID = 3
-
 
 #: Who knows what a step does.
 AnyWatch = StepWatch | StrictWatch | TakenByProgram
@@ -135,8 +128,7 @@ class LoopWriter:
         self._generator = torch.get_rng_state()
         self._pending: State | None = None
         self._lost_to = 0
-        self._said: set[str] = set()
-        self._has_said_elsewhere = self._has_said_between = self._has_said_compiled = False
+        self._notices = Notices()
         self._is_finite = True
         self._has_loss = False
         self._loss_dtype = "float64"
@@ -144,7 +136,12 @@ class LoopWriter:
         self._step_seconds = math.inf
         self._started = time.perf_counter()
         beginning = parts.snapshot(0)
-        facts = Facts(name=directory.name, started=now(), steps=0, trained=self._facts())
+        facts = Facts(
+            name=directory.name,
+            started=now(),
+            steps=0,
+            trained=facts_of_loop(parts, self._loop_facts()["loop"]),
+        )
         self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
         self._recorder.snapshot(beginning)
         self._versions = _versions(parts.state())
@@ -173,13 +170,9 @@ class LoopWriter:
             return
         copies = {name: copy_of(tensor) for name, tensor in changed.items()}
         self._recorder.change(self.step, copies, gone)
-        if self._versions and not self._has_said_between:
-            self._has_said_between = True
+        if self._versions:
             name = next(iter((*changed, *gone))).partition("/")[2]
-            say(
-                f"after step {self.step} the loop changes {name} outside of a step; what it is then is "
-                "kept, but no step shows how that came"
-            )
+            self._notices.changed_between(self.step, name)
 
     def add(self, step: StepUnderWay[AnyWatch], copied: int, after: dict[str, Tensor]) -> None:
         """Add a step that is over.
@@ -191,7 +184,7 @@ class LoopWriter:
         self.step += 1
         path = step.watch.end(after, step.loss)
         self.last_path, self.state = path, after
-        self._note_surprise(step, after)
+        self._keep_what_is_unknown(step, after)
         try:
             known = self._programs[path]
         except KeyError:
@@ -200,7 +193,7 @@ class LoopWriter:
                 del self._programs[next(iter(self._programs))]
         self._taken.append(self._row(step, after, known, copied))
         self._note_logged(step, path)
-        self._note_unseen(step)
+        self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
         self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
         self._keep_pending(known)
         self._snapshot_if_due()
@@ -305,35 +298,11 @@ class LoopWriter:
         self._measured += [(n, self.step, v) for n, v in rates.items() if self._rates.get(n) != v]
         self._rates = rates
 
-    def _note_surprise(self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor]) -> None:
-        if step.watch.changed_unseen:  # what the step did to these is not known: what they are is kept
+    def _keep_what_is_unknown(self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor]) -> None:
+        """Keep what the step has changed in a way that nobody knows."""
+        if step.watch.changed_unseen:
             changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
             self._recorder.change(self.step, changed)
-        if step.watch.surprise is not None:
-            say(f"step {self.step}: {step.watch.surprise}; each step from here on is watched in full")
-
-    def _note_unseen(self, step: StepUnderWay[AnyWatch]) -> None:
-        for reason in step.watch.unseen:
-            if reason in self._said or len(self._said) >= MOST_SAID:
-                continue
-            self._said.add(reason)
-            say(
-                f"step {self.step}: {reason}; what it gives is kept as numbers, and no view shows how "
-                "it was made"
-            )
-        if step.is_compiled and not self._has_said_compiled:
-            self._has_said_compiled = True
-            say(
-                f"step {self.step} calls a function of torch.compile, which torch runs uncompiled while "
-                "it is watched: the bits may differ from those of the loop without everystep; use the "
-                "function itself in the loop"
-            )
-        if step.watch.changed_elsewhere is not None and not self._has_said_elsewhere:
-            self._has_said_elsewhere = True
-            say(
-                f"step {self.step} changes {step.watch.changed_elsewhere} that is in no part; it is "
-                "kept again at every step, unless you give what holds it to everystep.record(...)"
-            )
 
     def _snapshot_if_due(self) -> None:
         recorder = self._recorder
@@ -391,34 +360,11 @@ class LoopWriter:
                 self._recorder.facts({"nonfinite_step": step})
                 return
 
-    def _facts(self) -> TrainingFacts:
-        parts = self._parts
-        modules = {} if parts.main else {"": ModuleFacts(class_name="ModuleDict")}
-        for name in sorted(parts.modules, key=lambda name: name != parts.main):
-            modules |= modules_of(parts.modules[name], parts.prefix(name).rstrip("."))
-        parameters = {p for p, name in parts.parameter_names().items() if "#" not in name}
-        schedules = {n: part for n, part in parts.named.items() if isinstance(part, LRScheduler)}
-        return TrainingFacts(
-            device=str(parts.device),
-            seed=None,
-            data=DataFacts(rows=0, source="loop"),
-            batches=BatchFacts(batch_size=None, drop_last=False, seed=0, steps_per_epoch=1),
-            modules=modules,
-            parameters=sum(parameter.numel() for parameter in parameters),
-            loss=None,
-            optimizers={name: optimizer_facts(each) for name, each in parts.optimizers.items()},
-            schedules={name: schedule_facts(each, None) for name, each in schedules.items()},
-            clip_norm=None,
-            evaluate_every=None,
-            loop=self._loop_facts()["loop"],
-            **circumstances(parts.device),
-        )
-
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(
             parts={name: type(part).__name__ for name, part in self._parts.named.items()},
             programs=self._program_count,
-            unseen=tuple(sorted(self._said)),
+            unseen=tuple(sorted(self._notices.unseen)),
             has_loss=self._has_loss,
             function=None if self.function is None else self.function(),
         )
@@ -429,11 +375,6 @@ def _compiled() -> int:
     """Return how many functions torch.compile has looked at in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0
-
-
-def say(message: str) -> None:
-    """Tell the user, on stderr."""
-    print(f"everystep: {message}", file=sys.stderr)
 
 
 def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:

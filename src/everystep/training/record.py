@@ -21,7 +21,8 @@ from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.recognition.memory import Memory
 from everystep.step.step_watch import StepWatch
 from everystep.training.batch import BatchCopies, tensors_of, text_of
-from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay, say
+from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay
+from everystep.training.notices import say
 
 __all__ = ["Recording"]
 

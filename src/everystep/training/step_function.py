@@ -190,6 +190,7 @@ class StepFunction:
             kind.stand_in, kind.is_recognized = None, False
             return self._by_python(batch)
         self._by_program += 1
+        self._renewals = 0
         self._plan.timed(1, time.perf_counter() - started)
         return logged
 
