@@ -436,7 +436,7 @@ def changed_batch():
         return loss
 
     batches = [(torch.randn(16, 4), torch.randn(16, 1)) for _ in range(3)]
-    return Case(step, batches, {"model": model, "optimizer": optimizer})
+    return Case(step, batches, {"model": model, "optimizer": optimizer}, "changes its batch")
 
 
 class Trainer:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from everystep.errors import ProgramError
 from everystep.program.execute import without_autograd
 from everystep.program.live import LiveProgram
+from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.program.plain import READ, PlainProgram, lay_inputs, lay_state, lies_as, tensor_on
 from everystep.step.check import same_bits
@@ -69,13 +70,14 @@ class StandIn:
     Args:
         parts: of the training.
         built: the program.
-        path: what each step does; writes_batch: whether that changes the batch.
+        path: what each step does; has_schedules: whether schedules go on in it.
         seen: who has recognised the step of Python's that it was made of.
         events: what happens in a step besides operations, in order.
         batch: the names of the tensors of the batch.
         plain: what each step logs that is no tensor: numbers that are always the same, or were read.
+        reads: the places of the numbers that a step reads and does nothing with but to log them.
 
-    path: what each step does; writes_batch: whether that changes the batch.
+    path: what each step does; has_schedules: whether schedules go on in it.
 
     Raises:
         NotProvenError: something else may happen at the next step; says what.
@@ -90,6 +92,7 @@ class StandIn:
         events: Sequence[Event],
         batch: Sequence[str],
         plain: Mapping[str, Any],
+        reads: set[int],
     ) -> None:
         self._parts = parts
         self._built = built
@@ -106,12 +109,11 @@ class StandIn:
         self._places: list[int] = []
         self._live: LiveProgram | None = None
         ranges = [(step.begin, step.end) for step in self._optimizer_steps]
+        outside = [p for p in path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
+        if not reads.issuperset(outside):
+            raise NotProvenError("a function of torch decides by a number in a tensor")
         #: Of the numbers that Python reads itself: the places among those that the program has.
-        self._read = {
-            place: built.kept.index(place)
-            for place in path.places_of_reads()
-            if place in built.kept and not any(begin <= place < end for begin, end in ranges)
-        }
+        self._read = {place: built.kept.index(place) for place in outside if place in built.kept}
         reason = self._reason_against()
         if reason is not None:
             raise NotProvenError(reason)
@@ -119,9 +121,7 @@ class StandIn:
         self._has_fixed_numbers = not self._schedules and not any(
             _counts(step.optimizer) for step in self._optimizer_steps
         )
-        inputs = set(built.inputs.values())
-        of_batch = {place for place in inputs if place not in self._contents}
-        self.writes_batch = any(not of_batch.isdisjoint(each.writes) for each in path.operations)
+        self.has_schedules = bool(self._schedules)
 
     def _reason_against(self) -> str | None:
         path = self.path
@@ -136,6 +136,9 @@ class StandIn:
         for name in self._batch:
             if name in tensors and storages[tensors[name].storage].kind != "input":
                 return f"{name} of the batch lies on memory of a part"
+        given = {p for p in self._built.inputs.values() if p not in self._contents}
+        if any(not given.isdisjoint(each.writes) for each in path.operations):
+            return "the step changes its batch"
         for seen in path.operations:
             if str(seen.operator) != READ and _is_shaped(seen, path):
                 return f"{seen.operator} gives shapes that depend on numbers"
@@ -143,15 +146,22 @@ class StandIn:
             return "random numbers are drawn on another device than the CPU"
         return None
 
-    def is_ready(self, state: Mapping[str, Tensor]) -> bool:
-        """Tell whether the tensors of the state lie as the program knows them; bind it to these."""
+    def is_ready(self, state: Mapping[str, Tensor], *, is_settled: bool) -> bool:
+        """Tell whether the tensors of the state lie as the program knows them; bind it to these.
+
+        is_settled: nothing has run since the last step, which a program took.
+        """
         tensors = [state.get(name) for name in self._state]
         if any(tensor is None for tensor in tensors):
             return False
         found = {n: t for n, t in zip(self._state, tensors, strict=True) if t is not None}
         places = [tensor.untyped_storage().data_ptr() for tensor in found.values()]
+        for name, tensor in found.items():
+            is_known = is_settled and not name.startswith("gradient/")
+            if not is_known and not lies_as(tensor, self._state[name]):
+                return False
         if self._live is None or places != self._places:
-            if not all(lies_as(tensor, self._state[name]) for name, tensor in found.items()):
+            if not _share_as(found, self._state):
                 return False
             try:
                 self._live = self._bind(found, self._inputs())
@@ -161,21 +171,21 @@ class StandIn:
         return True
 
     def take(
-        self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_quiet: bool
+        self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
     ) -> tuple[TakenByProgram, dict[str, Any]]:
         """Take a step on the live tensors, as `is_ready` has found them; return it, and what it logs.
 
         Args:
             state: these tensors, which become those after the step.
             batch: its tensors, by name.
-            is_quiet: nothing has run since the last step.
+            is_settled: nothing has run since the last step, which a program took.
 
         Raises:
             NotProvenError: an optimizer would take another step than before; nothing was done yet.
             RuntimeError: a kernel refuses what it is given.
         """
         assert self._live is not None
-        numbers = [*self._numbers] if is_quiet and self._has_fixed_numbers else self.numbers()
+        numbers = [*self._numbers] if is_settled and self._has_fixed_numbers else self.numbers()
         for schedule in self._schedules:
             schedule.step()
         for name in self._replaced:  # so that their memory is free
@@ -295,6 +305,13 @@ class StandIn:
             own = predicted.operators(what.way)
             numbers[what.begin : what.end] = [n for _, each in own for n in each]
         return numbers
+
+
+def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:
+    """Tell whether the tensors of a state share memory as a program says, and no others do."""
+    places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
+    storages, memories = zip(*places, strict=True) if places else ((), ())
+    return len(set(storages)) == len(set(memories)) == len(places)
 
 
 def _counts(optimizer: torch.optim.Optimizer) -> bool:

@@ -19,7 +19,7 @@ from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.hooks import has_hooks_on_node
 from everystep.step.path import Path
-from everystep.step.recognition.call import StrangeError, kind_of
+from everystep.step.recognition.call import StrangeError, are_methods_torchs_own, kind_of
 from everystep.step.recognition.learner import Learner
 from everystep.step.recognition.memory import Memory
 from everystep.step.recognition.recognizer import Recognizer
@@ -147,7 +147,7 @@ class StepWatch(TorchFunctionMode):
     def _references_of(self, state: Mapping[str, Tensor]) -> References | None:
         """Return references to the state, None where a step from it cannot be recognised."""
         is_quiet = self._memory.is_quiet or not any(map(has_hooks_on_node, state.values()))
-        if is_quiet and _are_torchs_own(besides=self):
+        if is_quiet and _are_torchs_own(besides=self) and are_methods_torchs_own():
             self._memory.found_no_hooks()
             try:
                 return References(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from everystep.program.memory import ALIGNMENT
 from everystep.step.check import same_bits
+from everystep.step.purity.guards import PLAIN_TYPES
 
 __all__ = ["BatchCopies", "key_of", "nested_again", "tensors_of", "text_of"]
 
@@ -44,10 +45,11 @@ class BatchCopies:
 
     def _copy(self, tensor: Tensor, is_as_before: bool) -> Tensor:
         reference, copy = self._copies.get(id(tensor), (None, None))
-        is_known = reference is not None and reference() is tensor and tensor.device.type == "cpu"
+        is_plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
+        is_known = is_plain and reference is not None and reference() is tensor
         if is_known and copy is not None and (is_as_before or same_bits(tensor, copy)):
             return copy
-        copy = tensor.detach().cpu().clone()
+        copy = tensor.detach().cpu().resolve_conj().resolve_neg().clone()
         self._copies[id(tensor)] = weakref.ref(tensor), copy
         return copy
 
@@ -64,25 +66,29 @@ def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
     return {each or "x": tensor for each, tensor in _walk(batch, path)}
 
 
-def key_of(batch: Any) -> Any:
+def key_of(batch: Any, taken: Container[int] = ()) -> Any:
     """Return what two batches have in common that are alike in all but the numbers of their tensors.
 
     Of memory, that is which tensors share it, how far they are apart on it, and its alignment. What
-    holds neither tensors nor plain values is like nothing but itself.
+    holds neither tensors nor plain values, or lies on memory that is `taken`, is like nothing else.
     """
     places: dict[int, tuple[int, int]] = {}
 
     def key(value: Any) -> Any:
-        if type(value) in (list, tuple):
-            return type(value), *map(key, value)
-        if type(value) is dict:
-            return dict, *((name, key(item)) for name, item in value.items())
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            return (type(value), repr(value)) if type(value) in _PLAIN else (type(value), id(value))
+        kind = type(value)
+        if kind in (list, tuple):
+            return kind, *map(key, value)
+        if kind is dict:
+            return dict, *((type(name), repr(name), key(item)) for name, item in value.items())
+        if kind is not Tensor or value.layout is not torch.strided or vars(value):
+            return (kind, repr(value)) if kind in PLAIN_TYPES else object()
+        if value.untyped_storage()._cdata in taken or value.is_conj() or value.is_neg():
+            return object()
         begin = int(value.storage_offset()) * value.itemsize
         place = places.setdefault(value.untyped_storage()._cdata, (len(places), begin))
         lies = value.stride(), begin % ALIGNMENT, place[0], begin - place[1]
-        return type(value), value.dtype, value.shape, lies, value.device, value.requires_grad
+        about = value.device, value.requires_grad, value.is_inference()
+        return kind, value.dtype, value.shape, lies, about
 
     return key(batch)
 

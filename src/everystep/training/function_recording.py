@@ -52,10 +52,10 @@ class FunctionRecording(Recording[R]):
         assert path is not None and self._last is not None
         return path, self._last
 
-    def state_now(self, *, is_quiet: bool) -> dict[str, Tensor]:
-        """Return the live tensors of the parts. is_quiet: nothing has run since the last step."""
+    def state_now(self, *, is_settled: bool) -> dict[str, Tensor]:
+        """Return the live tensors of the parts. is_settled: nothing has run since the last step."""
         known = self._open().state
-        return known if is_quiet and known is not None else self._parts.state()
+        return known if is_settled and known is not None else self._parts.state()
 
     def program_of(self, path: Path) -> BuiltPath | None:
         """Return the program of what a step did, None where there is none."""
@@ -66,13 +66,13 @@ class FunctionRecording(Recording[R]):
         self._open().function = facts
 
     def take(
-        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_quiet: bool
+        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_settled: bool
     ) -> dict[str, Any]:
         """Let a program take a step on a batch, or on none, and record it; return what it logs.
 
         Args:
             state: the live tensors of the parts, which becomes what they are after the step.
-            is_quiet: nothing has run since the last step.
+            is_settled: nothing has run since the last step, which a program took.
 
         Raises:
             NotProvenError: it cannot take this one; nothing was done yet.
@@ -80,13 +80,12 @@ class FunctionRecording(Recording[R]):
         """
         writer = self._open()
         writer.wait()
-        if not is_quiet:
+        if not is_settled:
             writer.note_changes(state)
         tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
-        are_as_before = is_quiet and not stand_in.writes_batch
-        copies = self._copies.of(tensors, are_as_before=are_as_before)
+        copies = self._copies.of(tensors, are_as_before=is_settled)
         try:
-            watch, logged = stand_in.take(state, tensors, is_quiet=is_quiet)
+            watch, logged = stand_in.take(state, tensors, is_settled=is_settled)
         except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
             writer.forget_versions()
             raise

@@ -40,13 +40,15 @@ MOST_KINDS = 64
 class _Reading(NamedTuple):
     """What a step that was read has done.
 
-    events: besides operations, in order; plain: what it logs that is no tensor.
+    events: besides operations, in order; plain: what it logs that is no tensor; reads: the places of
+    the numbers that it has read, and does nothing with but to log them.
     """
 
     path: Path
     numbers: list[int | float]
     events: list[Event]
     plain: dict[str, Any]
+    reads: set[int]
 
 
 @dataclass
@@ -99,6 +101,8 @@ class StepFunction:
         self._kinds: dict[Any, _Kind] = {}
         self._renewals = 0
         self._last_batch = self._last_key = None
+        #: Whether nothing but steps by programs has happened since the guards were compared.
+        self._is_settled = False
         self._plan = CheckPlan(0)
         self._by_program = 0
         self._checked: list[int] = []
@@ -129,17 +133,18 @@ class StepFunction:
             TrainingError: a program was demanded, and there is none; or a check has failed.
         """
         number = self._recording.step_count + 1
-        if self._reason is None and not self._is_quiet and self._has_programs:
+        is_settled, self._is_settled = self._is_settled and self._is_quiet, False
+        if self._reason is None and not is_settled and self._has_programs:
             self._compare_guards()
-        kind = None if self._reason is not None else self._kind_of(batch)
+        kind = None if self._reason is not None else self._kind_of(batch, is_settled)
         if kind is None:
             return self._by_python(batch)
         if kind.stand_in is not None:
             if number >= self._plan.next or number == self._steps:
                 return self._check(number, kind, kind.stand_in, batch)
-            state = self._recording.state_now(is_quiet=self._is_quiet)
-            if kind.stand_in.is_ready(state):
-                return self._take(kind, kind.stand_in, state, batch)
+            state = self._recording.state_now(is_settled=is_settled)
+            if kind.stand_in.is_ready(state, is_settled=is_settled):
+                return self._take(kind, kind.stand_in, state, batch, is_settled)
         elif (kind.is_recognized or kind.unlike == MOST_UNLIKE) and not _is_watched(number):
             return self._read(number, kind, batch)
         return self._by_python_noted(number, kind, batch)
@@ -148,17 +153,22 @@ class StepFunction:
     def _has_programs(self) -> bool:
         return any(kind.stand_in is not None for kind in self._kinds.values())
 
-    def _kind_of(self, batch: tuple[Any, ...]) -> _Kind | None:
-        """Return what is known of steps with such a batch, None where they are left to Python."""
-        key = self._key_of(batch)
+    def _kind_of(self, batch: tuple[Any, ...], is_settled: bool) -> _Kind | None:
+        """Return what is known of such steps, None where they are left to Python.
+
+        They are alike if their batches are, and the same gradients are pending.
+        """
+        pending = tuple([p.grad is None for p in self._parts.parameter_names()])
+        key = self._key_of(batch, is_settled), pending
         if key not in self._kinds and len(self._kinds) < MOST_KINDS:
             self._kinds[key] = _Kind()
         kind = self._kinds.get(key)
         return None if kind is None or kind.is_left else kind
 
-    def _key_of(self, batch: tuple[Any, ...]) -> Any:
-        if not self._is_quiet or not batch or batch[0] is not self._last_batch:
-            self._last_key = key_of(batch)
+    def _key_of(self, batch: tuple[Any, ...], is_settled: bool) -> Any:
+        if not is_settled or not batch or batch[0] is not self._last_batch:
+            places = {t.untyped_storage()._cdata for t in self._parts.state().values()}
+            self._last_key = key_of(batch, places)
             self._last_batch = batch[0] if batch else None
         return self._last_key
 
@@ -181,16 +191,22 @@ class StepFunction:
         return logged
 
     def _take(
-        self, kind: _Kind, stand_in: StandIn, state: dict[str, Tensor], batch: tuple[Any, ...]
+        self,
+        kind: _Kind,
+        stand_in: StandIn,
+        state: dict[str, Tensor],
+        batch: tuple[Any, ...],
+        is_settled: bool,
     ) -> dict[str, Any]:
         started = time.perf_counter()
         try:
-            logged = self._recording.take(stand_in, state, *batch, is_quiet=self._is_quiet)
+            logged = self._recording.take(stand_in, state, *batch, is_settled=is_settled)
         except NotProvenError:
             kind.stand_in, kind.is_recognized = None, False
             return self._by_python(batch)
         self._by_program += 1
         self._renewals = 0
+        self._is_settled = not stand_in.has_schedules
         self._plan.timed(1, time.perf_counter() - started)
         return logged
 
@@ -286,7 +302,8 @@ class StepFunction:
             if built is None:
                 raise NotProvenError("no program can hold the step")
             names = [*_tensors_of(batch)]
-            stand_in = StandIn(self._parts, built, path, seen, reading.events, names, reading.plain)
+            known = reading.events, names, reading.plain, reading.reads
+            stand_in = StandIn(self._parts, built, path, seen, *known)
             reason = stand_in.difference(before, copies, seen.numbers, logged)
         except NotProvenError as error:
             reason = str(error)
@@ -306,11 +323,12 @@ class StepFunction:
         """
         surroundings, recording = self._surroundings, self._recording
         tensors = _tensors_of(batch)
-        carried = (*self._carried().values(), *tensors.values())
-        places = {tensor.untyped_storage()._cdata for tensor in carried}
+        places = {tensor.untyped_storage()._cdata for tensor in self._carried().values()}
+        of_batch = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
         reader = StepReader(
             surroundings.guards,
             lambda tensor: tensor.untyped_storage()._cdata in places,
+            lambda tensor: tensor.untyped_storage()._cdata in of_batch,
             self._parts.parameter_names(),
             self._optimizers,
             recording.follower,
@@ -325,7 +343,7 @@ class StepFunction:
         unknown = logged.keys() - plain.keys() - {"loss", *dict(path.logged)}
         if unknown or ("loss" in logged and "loss" not in plain and path.loss is None):
             raise NotProvenError(f"returns {min(unknown, default='loss')}, which no operation gives")
-        return _Reading(path, watch.numbers, reader.events, plain)
+        return _Reading(path, watch.numbers, reader.events, plain, reader.reads)
 
     def _carried(self) -> dict[str, Tensor]:
         """Return what the parts carry, but for gradients, which come and go."""

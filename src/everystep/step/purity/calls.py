@@ -266,11 +266,11 @@ class Calls(Values):
         return self.made(self.iterate(values))
 
     def _call_enumerate(self, values: Any, start: int = 0) -> Any:
-        return self.made(enumerate(self.iterate(values), start))
+        return self.made(map(self.made, enumerate(self.iterate(values), start)))
 
     def _call_zip(self, *values: Any, strict: bool = False) -> Any:
         found = zip(*map(self.iterate, values), strict=strict)
-        return self.made(found)
+        return self.made(map(self.made, found))
 
     def _call_map(self, function: Any, *values: Any) -> Any:
         found = map(lambda *args: self.call(function, list(args), {}), *map(self.iterate, values))

@@ -59,7 +59,7 @@ class Purity:
         self._surroundings = Surroundings(
             {name: part for name, part in parts.items() if isinstance(part, nn.Module)},
             {_OPTIMIZER: training.optimizer},
-            training.named_state,
+            lambda: _but_optimizer(training.named_state()),
             training.device,
         )
         self.reason = next(self._surroundings.reasons(), None)
@@ -102,7 +102,7 @@ class Purity:
 
         state: of the training as it is now, if it is at hand.
         """
-        return self._surroundings.difference(state)
+        return self._surroundings.difference(None if state is None else _but_optimizer(state))
 
     def guard_update(self, *, but_lr: bool) -> None:
         """Note the settings of the optimizer, which are among the operations of its update.
@@ -122,6 +122,11 @@ class Purity:
         for value in (*loss.args, *loss.keywords.values()):
             if is_a(value, Tensor):
                 guards.tensor(value, "a tensor of the loss", is_state=False)
+
+
+def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a step carries but for what the optimizer makes and exchanges itself."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
 
 
 def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 _FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
-_PLACES = (torch, torch.nn.functional)
+_PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
 _OPTIMIZER_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
@@ -40,6 +40,7 @@ def process_settings(device: torch.device) -> dict[str, Any]:
         "the number of active dispatch modes": torch._C._len_torch_dispatch_stack(),
         "whether all modules have a hook": hooks_on_all(),
         "whether saved tensors have hooks": _has_tensor_hooks(),
+        "the number of methods of Tensor": len(vars(torch.Tensor)),
     }
     for kind in {"cpu", device.type}:
         found[f"autocast on {kind}"] = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -74,7 +75,11 @@ def functions_of_torch() -> list[Any]:
 def _names_of_functions() -> tuple[tuple[str, ...], ...]:
     kinds = (types.FunctionType, types.BuiltinFunctionType)
     return tuple(
-        tuple(name for name, value in vars(place).items() if isinstance(value, kinds))
+        tuple(
+            name
+            for name, value in vars(place).items()
+            if isinstance(value, kinds) or (place is torch.Tensor and callable(value))
+        )
         for place in _PLACES
     )
 

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.step.follow import Follower
-from everystep.step.purity.attributes import NotProvenError, class_attribute, class_of, name_of
+from everystep.step.purity.attributes import (
+    NotProvenError,
+    class_attribute,
+    class_of,
+    name_of,
+    own_attribute,
+)
 from everystep.step.purity.calls import Calls
 from everystep.step.purity.guards import Guards, held, is_a, is_plain, kind_of
 from everystep.step.purity.reader import Reader
@@ -23,6 +29,7 @@ from everystep.step.purity.torchs_own import (
     is_torchs_function,
     is_torchs_optimizer,
     is_torchs_schedule,
+    own_modules,
 )
 from everystep.step.purity.values import Bound, Method, Read
 from everystep.step.watch import Watch
@@ -45,19 +52,22 @@ class StepReader(Reader):
 
     Args:
         guards: where what was read is noted.
-        is_state: tells whether a tensor belongs to the state or the batch.
+        is_state: tells whether a tensor lies on memory of the parts.
+        is_batch: tells whether it lies on memory of the batch.
         parameters: of the parts.
         optimizers: among the parts, with what messages call them.
         follower: follows which module runs.
         guard_optimizer: notes what makes an optimizer torch's own, by what messages call it.
 
-    events: what happened besides operations, in order.
+    events: what happened besides operations, in order; reads: the places of the numbers that the step
+    has read, among those of the step.
     """
 
     def __init__(
         self,
         guards: Guards,
         is_state: Callable[[Tensor], bool],
+        is_batch: Callable[[Tensor], bool],
         parameters: Iterable[Tensor],
         optimizers: Mapping[str, torch.optim.Optimizer],
         follower: Follower,
@@ -68,7 +78,9 @@ class StepReader(Reader):
         self.values = self._calls = _StepCalls(
             guards, is_state, self._call_function, known, optimizers, follower, guard_optimizer
         )
+        self._calls.is_batch = is_batch
         self.events = self._calls.events
+        self.reads = self._calls.reads
 
     def step(self, step: Any, numbers: list[Any], *batch: Any) -> Any:
         """Take a step by its source, on a batch or on none; return what it returns.
@@ -101,7 +113,9 @@ class _StepCalls(Calls):
     ) -> None:
         super().__init__(guards, is_state, interpret)
         self.events: list[Event] = []
+        self.reads: set[int] = set()
         self.numbers: list[Any] = []
+        self.is_batch: Callable[[Tensor], bool] = lambda tensor: False
         self._parameters = parameters
         self._names = {id(optimizer): name for name, optimizer in optimizers.items()}
         self._follower = follower
@@ -127,6 +141,8 @@ class _StepCalls(Calls):
         """Note a value that was there before the step."""
         if is_a(value, Tensor) and value.requires_grad and id(value) not in self._parameters:
             raise NotProvenError("takes gradients of a tensor that is in no part")
+        if is_a(value, Tensor) and self.is_batch(value):
+            raise NotProvenError("reads a tensor from outside that lies on memory of the batch")
         return super().outside(value)
 
     def call(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
@@ -136,7 +152,7 @@ class _StepCalls(Calls):
         if any(function is each for each in _BACKWARD):
             return self._run(function, args, keywords)
         if function is float and len(args) == 1 and is_a(args[0], Tensor):
-            return Read(float(args[0]), len(self.numbers) - 1)
+            return self._read(float(args[0]))
         return super().call(function, args, keywords)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
@@ -158,8 +174,13 @@ class _StepCalls(Calls):
 
     def _call_method(self, method: Method, args: list[Any], keywords: dict[str, Any]) -> Any:
         if method.name == "item" and is_a(method.owner, Tensor) and not args and not keywords:
-            return Read(method.owner.item(), len(self.numbers) - 1)
+            return self._read(method.owner.item())
         return super()._call_method(method, args, keywords)
+
+    def _read(self, value: Any) -> Read:
+        place = len(self.numbers) - 1
+        self.reads.add(place)
+        return Read(value, place)
 
     def _attribute(self, value: Any, name: str) -> Any:
         if is_a(value, torch.optim.Optimizer) and name in ("step", "zero_grad"):
@@ -184,6 +205,8 @@ class _StepCalls(Calls):
             return self._call_optimizer(owner, name, args, keywords)
         if is_a(owner, LRScheduler) and name == "step":
             return self._step_schedule(owner, args, keywords)
+        if is_a(owner, nn.Module) and name in ("train", "eval"):
+            return self._set_mode(bound, args, keywords)
         if is_a(owner, nn.Module) and name == "zero_grad":
             cls = class_of(owner, self.guards)
             if class_attribute(cls, name, self.guards) is nn.Module.zero_grad:
@@ -220,6 +243,22 @@ class _StepCalls(Calls):
             raise NotProvenError(f"uses {name_of(schedule)} with a learning rate that is a tensor")
         self.events.append(Event("schedule", schedule))
         schedule.step()
+
+    def _set_mode(self, bound: Bound, args: list[Any], keywords: dict[str, Any]) -> Any:
+        """Set the mode of a module, which all within it are in already."""
+        module, name = bound.owner, bound.function.__name__
+        given = [*args, *keywords.values()]
+        mode = name == "train" and (given[0] if given else True)
+        for _, each in own_modules(module):
+            cls = class_of(each, self.guards)
+            for method in ("train", "eval", "__setattr__"):
+                if class_attribute(cls, method, self.guards) is not vars(nn.Module)[method]:
+                    raise NotProvenError(f"sets the mode of {name_of(each)}, which has its own {method}")
+            if own_attribute(each, "training", self.guards) is not mode:
+                raise NotProvenError(f"changes the mode of {name_of(each)}")
+            for kind in ("_modules",):
+                self._look_into(own_attribute(each, kind, self.guards))
+        return module
 
     def _zero_grad(self, module: nn.Module, args: list[Any], keywords: dict[str, Any]) -> None:
         parameters = [*self.iterate(self._call_bound(Bound(nn.Module.parameters, module), [], {}))]  # type: ignore[arg-type]

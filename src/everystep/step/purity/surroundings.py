@@ -29,7 +29,8 @@ class Surroundings:
     Args:
         modules: what is trained, and a loss that is a module; by what messages call it.
         optimizers: by what messages call them.
-        named_state: returns the live tensors that are carried from step to step, by name.
+        named_state: returns the live tensors that are carried from step to step, by name, as far as
+            code needs them as they are.
         device: of the training.
 
     guards: what must stay as it is, besides what is always compared.
@@ -83,8 +84,7 @@ class Surroundings:
             for _, module in own_modules(part):
                 _guard_registered(module, guards)
         for name, tensor in self._named_state().items():
-            if not name.startswith("optimizer/"):
-                guards.tensor(tensor, name.partition("/")[2], is_state=True)
+            guards.tensor(tensor, name.partition("/")[2], is_state=True)
         guards.read("storages", "which tensors share their memory", self._shared)
         self._settings = process_settings(self._device)
         self._functions = functions_of_torch()
@@ -156,8 +156,7 @@ class Surroundings:
         """Return, of each tensor of the state and of others, the first that lies on the same memory."""
         first: dict[int, int] = {}
         state = (self._state or self._named_state()).items()
-        kept = (tensor for name, tensor in state if not name.startswith("optimizer/"))
-        places = (tensor.untyped_storage()._cdata for tensor in (*kept, *others))
+        places = (tensor.untyped_storage()._cdata for tensor in (*(t for _, t in state), *others))
         return str([first.setdefault(place, index) for index, place in enumerate(places)])
 
 

@@ -215,7 +215,8 @@ class Values:
         if kind is OrderedDict and name in METHODS[dict]:
             return Method(name, value)
         if is_structure(value) and is_a(class_dict(kind).get(name), *_FIELDS):
-            return self.outside(getattr(value, name))
+            found = getattr(value, name)
+            return found if id(value) in self._made else self.outside(found)
         if kind is types.ModuleType:
             found = self.guards.read((id(value), name), f"{name} of {value.__name__}", held, value, name)
             if found is ABSENT:
@@ -437,7 +438,7 @@ class Values:
             self._look_into(value)
             return iter(value)
         if id(value) in self._made and (kind in (*_VIEWS, *_ODICT_VIEWS) or hasattr(kind, "__next__")):
-            return iter(value)
+            return map(self.made, value) if kind in (_VIEWS[-1], _ODICT_VIEWS[-1]) else iter(value)
         if kind in TENSOR_TYPES:
             return iter(value.unbind(0))
         method = self._special(value, "__iter__")

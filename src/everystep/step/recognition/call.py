@@ -6,7 +6,10 @@ read (grad mode, autocast, ...) is compared as well, and what cannot be compared
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator
+from operator import is_
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ __all__ = [
     "PLAIN_TENSORS",
     "Reference",
     "StrangeError",
+    "are_methods_torchs_own",
     "is_free",
     "is_readable",
     "kind_of",
@@ -76,6 +80,21 @@ _ASKED = (
 )
 _FLOAT = object()
 _TRUE, _FALSE = object(), object()
+
+
+_TORCH = str(Path(torch.__file__).parent)
+_METHODS = [*vars(Tensor).values()]
+_WERE_EXCHANGED = any(
+    type(value) is types.FunctionType and not value.__code__.co_filename.startswith(_TORCH)
+    for value in _METHODS
+)
+
+
+def are_methods_torchs_own() -> bool:
+    """Tell whether the methods of Tensor are torch's: under a mode, torch calls exchanged ones twice."""
+    now = vars(Tensor)
+    same = len(now) == len(_METHODS) and all(map(is_, now.values(), _METHODS))
+    return same and not _WERE_EXCHANGED
 
 
 class StrangeError(Exception):

@@ -178,7 +178,8 @@ def _taken_alone(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, dtype: torch.dtype
 ) -> tuple[_Operation, ...]:
     """Return what an optimizer does to a parameter of one number with such settings and counts."""
-    alone = torch.zeros(1, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+    shape = (1,) if parameter.ndim else ()
+    alone = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
     alone.grad = torch.zeros_like(alone, dtype=dtype)
     other = object.__new__(type(optimizer))
     vars(other).update(vars(optimizer))
