@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.gradient_descent import GradientDescent
-from everystep.step.watch import known_operator
+from everystep.step.known_operators import known_operator
 
 __all__ = ["OptimizerNumbers", "Predicted"]
 
