@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import leaves, parameters, writes
 from everystep.program.plain import READ
 from everystep.step.elsewhere import Elsewhere, version_of
@@ -29,7 +29,7 @@ __all__ = ["Watch"]
 _CONSTANTS = {bool, int, float, torch.dtype, torch.layout, torch.memory_format, torch.device}
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(OperatorMode):  # type: ignore[no-untyped-call]
     """Watches one step, from `begin` to `end`; in force while it is entered.
 
     Args:
@@ -43,7 +43,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, device: torch.device, follower: Follower, elsewhere: Elsewhere) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.numbers: list[int | float] = []
         self.unseen: dict[str, int] = {}
         self.changed_elsewhere: str | None = None
@@ -61,11 +61,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._activations: dict[str, tuple[int, ...]] = {}
         self._logged: dict[str, int] = {}
         self._marked: list[tuple[str, str, tuple[int, ...]]] = []
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch's compiler would be imported to be told to keep away: most of a second.
-        return False
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Note the tensors of the state as they are before the step."""
