@@ -1,39 +1,12 @@
-import shutil
-import sqlite3
 import xml.etree.ElementTree as ET
 
 import pytest
 
-import everystep
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
 from everystep.views.plot import loss_plot, save_plot
 
 NAN, INF = None, float("inf")  # NULL in a run's database means NaN
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("plot") / "run"
-    everystep.train_experiment("two-layer", {"steps": 50}, directory=directory, progress=False)
-    return directory
-
-
-@pytest.fixture
-def run_of(trained, tmp_path):
-    """Make a run with these losses and measurements (name, step, value)."""
-
-    def make(losses, measurements=(), name="changed"):
-        shutil.copytree(trained, tmp_path / name)
-        database = sqlite3.connect(tmp_path / name / "run.sqlite")
-        database.execute("DELETE FROM steps")
-        database.executemany("INSERT INTO steps VALUES (?, ?)", enumerate(losses, 1))
-        database.executemany("INSERT INTO measurements VALUES (?, ?, ?)", measurements)
-        database.commit()
-        database.close()
-        return RecordedRun(tmp_path / name)
-
-    return make
 
 
 def layers(plot):

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-import everystep
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import model_text
 from everystep.views.report import report_html
@@ -44,13 +43,6 @@ class Page(HTMLParser):
     @property
     def all_text(self):
         return "\n".join(text for tag, texts in self.texts.items() if tag != "style" for text in texts)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("report") / "run"
-    everystep.train_experiment("two-layer", {"steps": 50}, directory=directory, progress=False)
-    return directory
 
 
 @pytest.fixture

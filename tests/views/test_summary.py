@@ -5,19 +5,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-import everystep
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import optimizers_text
 from everystep.views.summary import summary_html
 
 HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("summary") / "run"
-    everystep.train_experiment("two-layer", {"steps": 50}, directory=directory, progress=False)
-    return directory
 
 
 @pytest.fixture

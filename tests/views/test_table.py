@@ -1,7 +1,5 @@
 import json
 import re
-import shutil
-import sqlite3
 import subprocess
 import sys
 
@@ -9,35 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-import everystep
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
 from everystep.views.table import loss_table, shortest_texts
 from everystep.views.terminal import shortest
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("table") / "run"
-    everystep.train_experiment("two-layer", {"steps": 50}, directory=directory, progress=False)
-    return directory
-
-
-@pytest.fixture
-def run_of(trained, tmp_path):
-    """Make a run with these losses and measurements (name, step, value)."""
-
-    def make(losses, measurements=(), name="changed"):
-        shutil.copytree(trained, tmp_path / name)
-        database = sqlite3.connect(tmp_path / name / "run.sqlite")
-        database.execute("DELETE FROM steps")
-        database.executemany("INSERT INTO steps VALUES (?, ?)", enumerate(losses, 1))
-        database.executemany("INSERT INTO measurements VALUES (?, ?, ?)", measurements)
-        database.commit()
-        database.close()
-        return RecordedRun(tmp_path / name)
-
-    return make
 
 
 def embedded(html):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.program.memory import copy_into, repeats
+from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import leaves, out_variant
 
 __all__ = ["ASK_FOR_GRADIENTS", "Call", "prebuilt_calls", "quickest"]
@@ -187,16 +187,11 @@ def _same(seen: dict[str, Any], wanted: dict[str, Any], name: str) -> bool:
     return bool(as_list[0] == as_list[1])
 
 
-class _Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Probe(OperatorMode):  # type: ignore[no-untyped-call]
     """Sees which operator is called, and runs nothing."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch's compiler would be imported to be told to keep away: most of a second.
-        return False
-
     def __init__(self, operator: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._operator = operator
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

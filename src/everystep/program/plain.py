@@ -28,6 +28,8 @@ __all__ = [
     "PlainStep",
     "is_number",
     "is_number_slot",
+    "lay_inputs",
+    "lay_state",
     "lies_as",
     "tensor_on",
 ]

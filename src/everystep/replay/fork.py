@@ -23,8 +23,9 @@ from everystep.replay.processes import Opener
 from everystep.replay.reopen import stored_data
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
+from everystep.step.generators import generators_preserved
 from everystep.step.hyperparameters import is_hyperparameter
-from everystep.step.state import State, generators_preserved, optimizer_settings
+from everystep.step.state import State, optimizer_settings
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job

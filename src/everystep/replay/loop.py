@@ -23,8 +23,9 @@ from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Setting
 from everystep.replay.step import Batch, ReplayStepper
+from everystep.step.generators import Generators
 from everystep.step.observe import Observation, PlainObserver
-from everystep.step.state import Generators, State
+from everystep.step.state import State
 from everystep.training.batch import nested_again
 
 __all__ = ["LoopCheckpoint", "LoopStepper"]

@@ -31,10 +31,10 @@ from everystep.replay.columns import Setting
 from everystep.replay.stepper import TrainingStepper
 from everystep.step.build import Built
 from everystep.step.eager import BatchSource, Training
+from everystep.step.generators import generators_preserved
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.programs import ProgramRule, Programs
 from everystep.step.skeleton import make_skeleton
-from everystep.step.state import generators_preserved
 from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.from_experiment import experiment_job

@@ -22,7 +22,8 @@ from everystep.recording.run import RecordedRun
 from everystep.replay.loop import LoopStepper
 from everystep.replay.reopen import reopen
 from everystep.replay.step import ReplayStepper, Step, Update
-from everystep.step.state import Generators, State, generators_preserved
+from everystep.step.generators import Generators, generators_preserved
+from everystep.step.state import State
 from everystep.training.objects import Objects
 
 __all__ = ["Replay", "no_such_step", "same_number"]

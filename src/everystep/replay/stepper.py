@@ -20,11 +20,12 @@ from everystep.step.advance import Hook, Losses, advance
 from everystep.step.check import bytes_of
 from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import EagerStep, Training
+from everystep.step.generators import Generators
 from everystep.step.hyperparameters import set_hyperparameter
 from everystep.step.observe import Observation, observe_eager, observe_program
 from everystep.step.programs import Programs
 from everystep.step.skeleton import Skeleton, load_into_skeleton
-from everystep.step.state import Generators, State
+from everystep.step.state import State
 from everystep.training.dataset_batches import DatasetBatches
 
 __all__ = ["TrainingStepper"]

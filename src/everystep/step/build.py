@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from everystep.gradient_descent import GradientDescent
 from everystep.program.operators import draws_random_numbers
 from everystep.program.program import (
     Operation,
@@ -19,19 +17,14 @@ from everystep.program.program import (
     Program,
     Storage,
     TensorSpec,
-    hyperparameter,
-    references,
 )
 from everystep.step.capture import Capture
-from everystep.step.eager import Training, changes_more_than_lr
+from everystep.step.eager import Training
 from everystep.step.recorder import CapturedOperation
-from everystep.step.state import optimizer_settings
+from everystep.step.unchanging import Effect, unchanging, unchanging_in
+from everystep.step.update import Update
 
 __all__ = ["Builder", "Built", "NotCapturableError", "build", "checked", "named_operations"]
-
-#: Settings that a schedule changes, and that some change: they belong to a step, not to the program.
-_SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr"}
-_SCHEDULED_BY_SOME = {"momentum", "betas", "base_momentum", "max_momentum"}
 
 
 class NotCapturableError(Exception):
@@ -53,17 +46,18 @@ def build(captured: Capture, training: Training, has_update: bool = True) -> Bui
     Raises:
         NotCapturableError: a part of it is no operation on tensors; says which.
     """
-    fixed = _unchanging_in(captured)
+    fixed = unchanging_in(captured)
     for where, reason, reads in captured.refusals:
         if where != "optimizer" and (reads is None or not reads <= fixed):
             raise NotCapturableError(f"in the {where} phase, {reason}")
     if not has_update:
         return Builder(captured, captured.operations, ("optimizer/", "group/")).program(None)
-    update = _Update(captured, training)
+    update = Update(captured, training)
+    if update.problem is not None:
+        raise NotCapturableError(update.problem)
     left_out = ("optimizer/",) if update.is_optimizer_step else ()
     builder = Builder(captured, update.operations(), left_out)
-    optimizer_step = update.optimizer_step() if update.is_optimizer_step else None
-    return builder.program(optimizer_step)
+    return builder.program(update.optimizer_step() if update.is_optimizer_step else None)
 
 
 def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]]:
@@ -73,137 +67,6 @@ def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]
     """
     builder = Builder(captured, captured.operations)
     return builder.named_operations()
-
-
-class _Effect(NamedTuple):
-    """What an operation does to storages: whose numbers it reads, and which it writes."""
-
-    reads: Collection[Any]
-    writes: Collection[Any]
-    is_random: bool
-
-
-def _unchanging(effects: Sequence[_Effect], candidates: set[Any]) -> set[Any]:
-    """Return those of the storages that hold the same at every step: made from such ones alone."""
-    fixed = set(candidates)
-    before = None
-    while before != len(fixed):
-        before = len(fixed)
-        for effect in effects:
-            if effect.is_random or not fixed.issuperset(effect.reads):
-                fixed.difference_update(effect.writes)
-    return fixed
-
-
-def _unchanging_in(captured: Capture) -> set[int]:
-    """Return the storages that hold the same at every step, unchanged state among them.
-
-    What Python reads from these (whether a mask is causal, say) it reads alike at every step.
-    """
-    written = {storage for each in captured.operations for storage in each.writes}
-    candidates = {
-        number
-        for number, storage in enumerate(captured.storages)
-        if storage.kind in ("constant", "temporary")
-        or (storage.kind == "state" and number not in written)
-    }
-    effects = [
-        _Effect(each.reads, each.writes, draws_random_numbers(each.operator))
-        for each in captured.operations
-    ]
-    return _unchanging(effects, candidates)
-
-
-class _Update:
-    """The update: operations with the lr as a tensor, or the step of an optimizer as a whole."""
-
-    def __init__(self, captured: Capture, training: Training) -> None:
-        self._captured = captured
-        self._training = training
-        self._settings = optimizer_settings(training.model, training.optimizer)
-        self._groups = {
-            name: index
-            for index, group in enumerate(self._settings["groups"])
-            for name in group["params"]
-        }
-        self._with_lr = [self._lr_as_tensor(each) for each in self._own_operations()]
-        self.is_optimizer_step = self._reason_against() is not None
-
-    def operations(self) -> list[CapturedOperation]:
-        """Return all operations of the step, the optimizer's where they can be used."""
-        before = self._captured.operations[: self._captured.update_from]
-        return before if self.is_optimizer_step else before + self._with_lr
-
-    def optimizer_step(self) -> OptimizerStep:
-        """Return the optimizer's step as one.
-
-        Raises:
-            NotCapturableError: the optimizer is not one of torch's.
-        """
-        optimizer = type(self._training.optimizer)
-        if getattr(torch.optim, optimizer.__name__, None) is not optimizer:
-            raise NotCapturableError(f"the step of {optimizer.__qualname__} {self._reason_against()}")
-        schedule = self._training.schedule
-        changing = set() if schedule is None else _SCHEDULED
-        if schedule is not None and changes_more_than_lr(schedule):
-            changing = changing | _SCHEDULED_BY_SOME
-        groups = [
-            {key: value for key, value in group.items() if key not in changing}
-            for group in self._settings["groups"]
-        ]
-        return OptimizerStep(name=optimizer.__name__, groups=tuple(groups))
-
-    def _own_operations(self) -> list[CapturedOperation]:
-        return self._captured.operations[self._captured.update_from :]
-
-    def _reason_against(self) -> str | None:
-        """Return why the optimizer's operations are not the same at every step."""
-        for refusal in self._captured.refusals:
-            if refusal.where == "optimizer":
-                return f"is no list of operations: {refusal.reason}"
-        if any(value is not None for value in self._settings["values"].values()):
-            return "keeps numbers that are no tensors"
-        schedule = self._training.schedule
-        if schedule is not None:
-            if changes_more_than_lr(schedule):
-                return "follows a schedule that may change more than the lr"
-            if all(own is new for own, new in zip(self._own_operations(), self._with_lr, strict=True)):
-                return "follows a schedule, and reads the lr as a number"
-        return None
-
-    def _lr_as_tensor(self, recorded: CapturedOperation) -> CapturedOperation:
-        """Return the operation reading the lr from a float64 tensor, where it has the lr as a number.
-
-        So the same operation serves every lr, and with the bits that the number gives.
-        """
-        name = recorded.operator.overloadpacket.__name__
-        if name.startswith("_fused_") and "lr" in recorded.keywords:
-            group = self._group_of(next(iter(references(recorded.arguments[0])), ""))
-            return replace(
-                recorded,
-                operator=recorded.operator.overloadpacket.tensor_lr,
-                keywords=recorded.keywords | {"lr": hyperparameter("lr", group, "float64")},
-            )
-        if name == "mul" and isinstance(self._training.optimizer, GradientDescent):
-            gradient, lr = recorded.arguments
-            if isinstance(lr, float | int) and isinstance(gradient, str):
-                # A kernel for float32 rounds a number to float32 before it multiplies; given one that
-                # is rounded already, it is three times as fast on a small tensor.
-                dtype = self._captured.tensors[int(gradient[1:])].dtype
-                kind = "float32" if dtype == torch.float32 else "float64"
-                name = hyperparameter("lr", self._group_of_gradient(gradient), kind)
-                return replace(recorded, arguments=(gradient, name))
-        return recorded
-
-    def _group_of(self, parameter: str) -> int:
-        number = int(parameter.removeprefix("%") or -1)
-        names = {n: name for name, n in self._captured.named.items()}
-        return self._groups.get(names.get(number, "").removeprefix("parameter/"), 0)
-
-    def _group_of_gradient(self, gradient: str) -> int:
-        number = int(gradient.removeprefix("%"))
-        names = {n: name for name, n in self._captured.gradients.items()}
-        return self._groups.get(names.get(number, ""), 0)
 
 
 class Builder:
@@ -402,17 +265,17 @@ class Builder:
         own = ("constant", "temporary")
         candidates = {name for name, storage in self._storages.items() if storage.kind in own}
         candidates -= {self._tensors[name].storage for name in every_step}
-        fixed = _unchanging(effects, candidates)
+        fixed = unchanging(effects, candidates)
         is_once = [bool(effect.writes) and fixed.issuperset(effect.writes) for effect in effects]
         once = [operation for operation, once in zip(operations, is_once, strict=True) if once]
         every = [operation for operation, once in zip(operations, is_once, strict=True) if not once]
         return once, every
 
-    def _effect(self, operation: Operation) -> _Effect:
+    def _effect(self, operation: Operation) -> Effect:
         only_shape = operation.operator.split(".")[1].endswith("_like")
         reads = [] if only_shape else operation.reads()
         writes = filter(None, (*operation.results, *operation.written()))
-        return _Effect(
+        return Effect(
             {self._tensors[name].storage for name in reads},
             {self._tensors[name].storage for name in writes},
             draws_random_numbers(operation.resolved),

@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from everystep.program.memory import copy_into
 from everystep.step.check import same_bits
 from everystep.step.eager import Training
+from everystep.step.generators import Generators
+from everystep.step.named_state import entries_of, parameter_names
 from everystep.step.own_state import captured, keeps_own_state, restore
 from everystep.step.parts import Parts
-from everystep.step.state import Generators, entries_of, parameter_names
 
 __all__ = ["Change", "ChangeLog", "Checkpoint", "PartsCheckpoint"]
 

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
 from everystep.step.hyperparameters import hyperparameters
-from everystep.step.state import State, first_names, named_state, parameter_names
+from everystep.step.named_state import first_names, named_state, parameter_names
+from everystep.step.state import State
 
 _OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from everystep.errors import ExperimentError, Fault
 from everystep.program.memory import copy_into
+from everystep.step.generators import generators_preserved
 from everystep.step.purity.torchs_own import reason_against_loss, reason_against_module
-from everystep.step.state import generators_preserved
 
 __all__ = ["Evaluation"]
 

@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.step.follow import is_compiled
+from everystep.step.generators import Generators
+from everystep.step.named_state import entries_of, registered, state_dict_of
 from everystep.step.own_state import keeps_own_state
-from everystep.step.state import (
-    Generators,
-    State,
-    copy_of,
-    entries_of,
-    plain,
-    registered,
-    state_dict_of,
-)
+from everystep.step.state import State, copy_of, plain
 
 __all__ = ["Parts"]
 

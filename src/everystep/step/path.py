@@ -11,7 +11,7 @@ from everystep.program.plain import READ
 from everystep.program.program import Phase
 from everystep.step.recorder import CapturedTensor
 
-__all__ = ["FLOAT", "INT", "Path", "SeenOperation", "StorageKind"]
+__all__ = ["FLOAT", "INT", "Marks", "Path", "SeenOperation", "StorageKind", "Tables"]
 
 
 class _Slot:
@@ -47,6 +47,32 @@ class StorageKind(NamedTuple):
     kind: str
     bytes: int
     host: bool
+
+
+class Marks(NamedTuple):
+    """How far a watch has come: how many operations, tensors, ... it has noted."""
+
+    operations: int
+    tensors: int
+    storages: int
+    numbers: int
+    draws: int
+    unseen: int
+    marked: int
+
+
+class Tables(NamedTuple):
+    """All that a watch has noted of a step, so that another watch can go on from any place in it.
+
+    marked: gradients, activations and what was logged, by kind and name, in the order in which they
+    were noted.
+    """
+
+    operations: tuple[SeenOperation, ...]
+    tensors: tuple[CapturedTensor, ...]
+    storages: tuple[StorageKind, ...]
+    named: tuple[tuple[str, int], ...]
+    marked: tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)

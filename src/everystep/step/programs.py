@@ -14,7 +14,7 @@ from everystep.program.fold import fold_updates
 from everystep.program.program import Program, TensorSpec, hyperparameter
 from everystep.step.build import Built
 from everystep.step.eager import EagerStep, Training
-from everystep.step.state import first_names, parameter_names
+from everystep.step.named_state import first_names, parameter_names
 
 __all__ = ["ProgramRule", "Programs"]
 

@@ -2,110 +2,26 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.program.memory import copy_into
+from everystep.step.generators import Generators
+from everystep.step.named_state import (
+    entries_of,
+    first_names,
+    named_state,
+    parameter_names,
+    state_dict_of,
+)
 from everystep.step.own_state import PREFIX, captured, keeps_own_state, restore
 
-__all__ = [
-    "Generators",
-    "State",
-    "copy_of",
-    "entries_of",
-    "first_names",
-    "generators_preserved",
-    "named_state",
-    "optimizer_settings",
-    "parameter_names",
-    "plain",
-    "registered",
-    "state_dict_of",
-]
-
-
-@dataclass(frozen=True)
-class Generators:
-    """The random generators that a step can draw from: torch's, Python's and NumPy's global ones."""
-
-    torch_cpu: Tensor
-    torch_device: Tensor | None
-    python: tuple[Any, ...]
-    numpy: tuple[Any, ...]
-
-    @classmethod
-    def capture(cls, device: torch.device) -> Generators:
-        """Read all of them; draws from none."""
-        return cls(
-            torch_cpu=torch.get_rng_state(),
-            torch_device=_device_generator_state(device),
-            python=random.getstate(),
-            numpy=np.random.get_state(),  # type: ignore[arg-type]  # the legacy tuple
-        )
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Generators:
-        """Return what `tensors` was made from."""
-        gauss = tensors["python.gauss"].tolist()
-        position, has_gauss = tensors["numpy.position"].tolist()
-        keys = tensors["numpy"].numpy().astype(np.uint32)
-        return cls(
-            torch_cpu=tensors["torch"].cpu(),
-            torch_device=tensors.get("device"),
-            python=(
-                random.Random.VERSION,
-                tuple(tensors["python"].tolist()),
-                gauss[0] if gauss else None,
-            ),
-            numpy=("MT19937", keys, position, has_gauss, tensors["numpy.gauss"].item()),
-        )
-
-    def restore(self, device: torch.device) -> None:
-        """Set all of them to what `capture` read; torch's own of another kind of device stays."""
-        torch.set_rng_state(self.torch_cpu)
-        if self.torch_device is not None and device.type != "cpu":
-            module = torch.cuda if device.type == "cuda" else torch.mps
-            module.set_rng_state(self.torch_device, *([device] if device.type == "cuda" else []))
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-
-    def same_as(self, other: Generators) -> bool:
-        """Tell whether torch's generators were the same when these were read."""
-        one, two = self.torch_device, other.torch_device
-        same_on_device = one is two or (one is not None and two is not None and torch.equal(one, two))
-        return same_on_device and torch.equal(self.torch_cpu, other.torch_cpu)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the states as tensors, by name."""
-        _, words, gauss = self.python
-        _, keys, position, has_gauss, cached = self.numpy
-        found = {
-            "torch": self.torch_cpu,
-            "python": torch.tensor(words, dtype=torch.int64),
-            "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-            "numpy": torch.tensor(keys.astype(np.int64)),
-            "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
-            "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
-        }
-        return found if self.torch_device is None else found | {"device": self.torch_device}
-
-
-@contextmanager
-def generators_preserved(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn within, the generators are afterwards as they were."""
-    before = Generators.capture(device)
-    try:
-        yield
-    finally:
-        before.restore(device)
+__all__ = ["State", "copy_of", "optimizer_settings", "plain"]
 
 
 @dataclass(frozen=True)
@@ -200,90 +116,6 @@ class State:
         if schedule is not None and "schedule" in self.settings:
             _restore_schedule(schedule, self.settings["schedule"])
         self.generators.restore(device)
-
-
-def named_state(
-    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer | None
-) -> dict[str, Tensor]:
-    """Return the live tensors that a training carries from one step to the next, by name.
-
-    `parameter/0.weight`, `buffer/1.running_mean`, `optimizer/0.weight/exp_avg`, `group/0/lr` where a
-    param group holds a tensor, and `loss/weight` of a loss that is a module. A gradient is state only
-    where nothing zeroes it: of a parameter that the optimizer does not have.
-    """
-    found = {f"parameter/{name}": each for name, each in registered(model, "_parameters")}
-    found |= {f"buffer/{name}": each for name, each in registered(model, "_buffers")}
-    if isinstance(loss, nn.Module):
-        own = (*registered(loss, "_parameters"), *registered(loss, "_buffers"))
-        found |= {f"loss/{name}": tensor for name, tensor in own}
-    if optimizer is None:
-        return found
-    names = parameter_names(model, optimizer)
-    in_model: set[Tensor] = {parameter for _, parameter in registered(model, "_parameters")}
-    found |= {f"parameter/{name}": p for p, name in names.items() if p not in in_model}
-    for parameter, entries in entries_of(optimizer):
-        place = names.get(parameter, "#")
-        tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-        found |= {f"optimizer/{place}/{key}": value for key, value in tensors.items()}
-    for index, group in enumerate(optimizer.param_groups):
-        found |= {f"group/{index}/{k}": v for k, v in group.items() if isinstance(v, Tensor)}
-    for parameter, name in first_names(model).items():
-        if parameter not in names and parameter.grad is not None:
-            found[f"gradient/{name}"] = parameter.grad
-    return found
-
-
-def registered(
-    module: nn.Module, kind: str, prefix: str = "", around: tuple[int, ...] = ()
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters or buffers of a module and all within it, each under every name.
-
-    As torch's `named_parameters` does, which a user may have overridden.
-    """
-    for name, tensor in vars(module)[kind].items():
-        if tensor is not None:
-            yield f"{prefix}{name}", tensor
-    for name, inner in vars(module)["_modules"].items():
-        if inner is not None and id(inner) not in around:
-            yield from registered(inner, kind, f"{prefix}{name}.", (*around, id(module)))
-
-
-def first_names(model: nn.Module) -> dict[Tensor, str]:
-    """Return each parameter of a model with the first of its names."""
-    found: dict[Tensor, str] = {}
-    for name, parameter in registered(model, "_parameters"):
-        found.setdefault(parameter, name)
-    return found
-
-
-def state_dict_of(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Return what torch's `state_dict` does, in its order, without the hooks of the user's."""
-    own = vars(module)
-    left_out = own["_non_persistent_buffers_set"]
-    found = {f"{prefix}{n}": t for n, t in own["_parameters"].items() if t is not None}
-    found |= {
-        f"{prefix}{name}": tensor
-        for name, tensor in own["_buffers"].items()
-        if tensor is not None and name not in left_out
-    }
-    for name, inner in own["_modules"].items():
-        if inner is not None:
-            found |= state_dict_of(inner, f"{prefix}{name}.")
-    return found
-
-
-def entries_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Yield what the optimizer keeps by parameter; some keep other things in the same place."""
-    for parameter, entries in optimizer.state.items():
-        if isinstance(parameter, Tensor) and isinstance(entries, Mapping):
-            yield parameter, entries
-
-
-def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
-    """Return the name of each parameter that the optimizer has; `#3` of one not in the model."""
-    names = first_names(model)
-    positions = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {parameter: names.get(parameter, f"#{i}") for i, parameter in enumerate(positions)}
 
 
 def optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -413,11 +245,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     return type(value).__name__  # an object of the user's may count how often it is printed
-
-
-def _device_generator_state(device: torch.device) -> Tensor | None:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        return torch.mps.get_rng_state()
-    return None

@@ -14,8 +14,8 @@ from everystep.step.advance import take
 from everystep.step.check import difference
 from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import EagerStep, Training
+from everystep.step.generators import Generators
 from everystep.step.programs import Programs
-from everystep.step.state import Generators
 
 __all__ = ["CheckPlan", "Verifier", "WayBack"]
 

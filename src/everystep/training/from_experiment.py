@@ -19,7 +19,7 @@ from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.specification import Experiment
 from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
-from everystep.step.state import generators_preserved
+from everystep.step.generators import generators_preserved
 from everystep.training.facts import describe
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job

@@ -18,9 +18,9 @@ from everystep.experiment.device import select
 from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
+from everystep.step.named_state import named_state
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.guards import Guards
-from everystep.step.state import named_state
 from everystep.training.arguments import is_dataset
 from everystep.training.dataset import length_of, read_once
 from everystep.training.dataset_batches import DatasetBatches

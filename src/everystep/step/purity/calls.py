@@ -35,6 +35,7 @@ from everystep.step.purity.guards import (
     kind_of,
     mro_of,
 )
+from everystep.step.purity.structures import is_named_tuple, is_structure
 from everystep.step.purity.torchs_own import (
     HOOKS,
     guard_module,
@@ -50,8 +51,6 @@ from everystep.step.purity.values import (
     Interpreted,
     Method,
     Values,
-    is_named_tuple,
-    is_structure,
 )
 
 __all__ = ["Calls"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import draws_random_numbers, writes
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.guards import Guards
@@ -47,7 +47,7 @@ class RowReader:
         Raises:
             NotProvenError: that does more than to return a row.
         """
-        with _NoEffects():  # type: ignore[no-untyped-call]
+        with _NoEffects():
             return self._reader.item(dataset, row)
 
 
@@ -62,13 +62,8 @@ def _refuse_parameters(tensor: Tensor) -> bool:
     return False
 
 
-class _NoEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NoEffects(OperatorMode):  # type: ignore[no-untyped-call]
     """Lets no operation write into a tensor or draw a random number."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch's compiler would be imported to be told to keep away: most of a second.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import (  # type: ignore[attr-defined]
-    OrderedDict,
-    _tuplegetter,
-    namedtuple,
-)
+from collections import OrderedDict, _tuplegetter  # type: ignore[attr-defined]
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,10 +44,8 @@ from everystep.step.purity.guards import (
     kind_of,
     mro_of,
 )
-from everystep.step.purity.torchs_own import (
-    guard_module,
-    is_torchs_function,
-)
+from everystep.step.purity.structures import is_structure
+from everystep.step.purity.torchs_own import guard_module, is_torchs_function
 
 __all__ = [
     "DICTS",
@@ -63,8 +57,6 @@ __all__ = [
     "Read",
     "SuperOf",
     "Values",
-    "is_named_tuple",
-    "is_structure",
 ]
 
 SEQUENCES = (list, tuple, str, range, torch.Size)
@@ -501,38 +493,6 @@ _IN_PLACE |= {"FloorDiv": "floordiv", "BitAnd": "and", "BitOr": "or", "BitXor": 
 
 def _has(value: Any, name: str) -> bool:
     return any(name in class_dict(base) for base in mro_of(type(value)))
-
-
-def is_structure(value: Any) -> bool:
-    """Tell whether a value is a tuple with names: of torch, or as `namedtuple` makes them."""
-    kind = kind_of(value)
-    if kind.__module__ == "torch.return_types":
-        return getattr(torch.return_types, kind.__name__, None) is kind
-    return is_a(value, tuple) and is_named_tuple(kind)
-
-
-def is_named_tuple(kind: type) -> bool:
-    """Tell whether a class is one that `collections.namedtuple` has made, with nothing of its own."""
-    return type(kind) is type and kind.__mro__ == (kind, tuple, object) and _is_as_made(kind)
-
-
-@functools.cache
-def _is_as_made(kind: type) -> bool:
-    fields, made = vars(kind).get("_fields"), vars(kind).get("__new__")
-    new = made.__func__ if type(made) is staticmethod else None
-    if type(fields) is not tuple or not is_plain(fields) or type(new) is not types.FunctionType:
-        return False
-    try:
-        usual = namedtuple("Usual", fields).__new__.__code__
-    except (ValueError, TypeError):
-        return False
-    code = new.__code__
-    return (
-        new.__globals__.get("_tuple_new") is tuple.__new__
-        and (code.co_code, code.co_names, code.co_varnames)
-        == (usual.co_code, usual.co_names, usual.co_varnames)
-        and all(type(vars(kind).get(name)) is _tuplegetter for name in fields)
-    )
 
 
 def _slot(descriptor: Any, owner: Any) -> Any:

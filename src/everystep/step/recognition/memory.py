@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from everystep.step.hooks import handles
-from everystep.step.path import Path
+from everystep.step.path import Marks, Path, Tables
 from everystep.step.recognition.call import Reference
 from everystep.step.recognition.optimizer_numbers import OptimizerNumbers
-from everystep.step.watch import Marks, Tables
 
 __all__ = ["Ending", "Learned", "Memory", "Node"]
 

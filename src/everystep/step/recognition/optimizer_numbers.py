@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from everystep.gradient_descent import GradientDescent
-from everystep.step.watch import known_operator
+from everystep.program.operator_mode import OperatorMode
+from everystep.step.known_operators import known_operator
 
 __all__ = ["OptimizerNumbers", "Predicted"]
 
@@ -199,16 +199,12 @@ def _small(value: Any) -> Any:
     return value.clone() if value.ndim == 0 else torch.zeros(1, dtype=value.dtype, device=value.device)
 
 
-class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Numbers(OperatorMode):  # type: ignore[no-untyped-call]
     """Notes the operators that compute, and their numbers, as `Watch` does."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operations: list[_Operation] = []
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,0 +1,1 @@
+"""Whether diff finds injected faults."""

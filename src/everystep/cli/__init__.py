@@ -1,0 +1,71 @@
+"""The command line: one thin command per public function.
+
+Data goes to stdout, progress and hints to stderr. Exit code 0: fine; 1: the answer is no, or writing
+failed; 2: wrong use; 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from everystep.cli.asking import diff, measure, verify, when
+from everystep.cli.making import experiments, fork, train
+from everystep.cli.output import hint
+from everystep.cli.showing import losses, plot, report, runs, step, table, view
+from everystep.errors import EverystepError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="everystep",
+    help="Train a neural network step by step, and keep every step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(train)
+app.command()(experiments)
+app.command()(runs)
+app.command()(losses)
+app.command()(table)
+app.command()(plot)
+app.command()(report)
+app.command(context_settings={"ignore_unknown_options": True})(step)  # -1 is a step
+app.command()(verify)
+app.command()(diff)
+app.command()(fork)
+app.command()(measure)
+app.command()(when)
+app.command()(view)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Train a neural network step by step, and keep every step."""
+    if show:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"everystep {version_of('everystep')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; what a user did wrong ends in one clear message."""
+    try:
+        app()
+    except EverystepError as error:
+        hint(f"everystep: {error}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`); there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,42 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "BudgetOption",
+    "JsonOption",
+    "PageOption",
+    "ProcessesOption",
+    "QuietOption",
+    "RunArgument",
+    "RunsArgument",
+    "SettingsOption",
+]
+
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's directory, or its name in runs/.")
+]
+RunsArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN...", help="Runs' directories, or their names in runs/.")
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a value: optimizer.lr=1e-3. Repeatable."),
+]
+BudgetOption = Annotated[
+    int, typer.Option(min=1, metavar="MB", help="Megabytes of snapshots the run may keep.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; nan and inf as strings.")]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Replay in N processes instead of one for each core."),
+]
+PageOption = Annotated[
+    Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write (.html).")
+]

@@ -1,0 +1,146 @@
+"""Commands that answer a question about runs by replaying them."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument
+from everystep.cli.output import hint
+from everystep.errors import UsageError
+
+if TYPE_CHECKING:
+    from everystep.run import Run
+
+__all__ = ["diff", "measure", "verify", "when"]
+
+
+def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
+    """Take every step again, and compare every loss and every snapshot, bit for bit.
+
+    This shows that the run replays as it was recorded; the line `recorded` says what stands behind the
+    recording itself. Exits with 1 if something differs.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json, verify_data, verify_text
+
+    opened = open(run)
+    found = opened.verify(processes=processes)
+    if json:
+        typer.echo(as_json(verify_data(opened.name, found)))
+    else:
+        typer.echo(verify_text(opened.name, opened.facts, found))
+    if not found.is_exact:
+        raise typer.Exit(1)
+
+
+def diff(
+    one: RunArgument,
+    other: RunArgument,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Go through every step, not only where they part.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show where two runs part: experiments, losses, states, down to the first operation.
+
+    Exits with 1 if they differ.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json
+    from everystep.views.difference import diff_data, diff_text
+
+    found = open(one).diff(open(other), thorough=thorough)
+    typer.echo(as_json(diff_data(found)) if json else diff_text(found))
+    if not found.is_same:
+        raise typer.Exit(1)
+
+
+def measure(
+    run: RunArgument,
+    expression: Annotated[
+        str, typer.Argument(metavar="EXPRESSION", help="norm(gradients['0.weight']), for example.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="The measurement's name; otherwise the expression.")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Measure every N steps.")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take the place of an earlier one of that name.")
+    ] = False,
+    processes: ProcessesOption = None,
+) -> None:
+    """Add a measurement to a finished run, as if it had been made while it was trained.
+
+    An expression is of loss, step, batch.x, batch.y, parameters['0.weight'], buffers[...],
+    gradients[...], activations['1'], updates[...], previous.loss (and so on), and measurements by name.
+    Ctrl-C keeps what is done; the same command goes on from there.
+    """
+    from everystep.api import open
+    from everystep.views.answers import measured_text
+
+    opened = open(run)
+    try:
+        found = opened.measure(
+            expression, name=name, every=every, overwrite=overwrite, processes=processes
+        )
+    except KeyboardInterrupt:
+        count = len(opened.measured(name or expression))
+        hint(f"stopped; {count:,} values are kept, and the same command goes on from there")
+        raise
+    typer.echo(measured_text(found))
+    hint(f"everystep plot {run} -m {shlex.quote(found.name)} -o measured.png")
+    if found.left_out:
+        raise typer.Exit(1)
+
+
+def when(
+    run: RunArgument,
+    condition: Annotated[
+        str, typer.Argument(metavar="EXPRESSION", help="isnan(loss), for example; or nonfinite.")
+    ],
+    last: Annotated[bool, typer.Option("--last", help="The last step instead of the first.")] = False,
+    all: Annotated[bool, typer.Option("--all", help="All steps instead of the first.")] = False,
+    processes: ProcessesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the first step at which an expression is true; print the step and its loss.
+
+    `nonfinite` finds the operation that made the first NaN or infinity. Exits with 1 if there is none.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json, when_text
+
+    if last and all:
+        raise UsageError("--last and --all exclude each other; choose one")
+    opened = open(run)
+    if condition.strip() == "nonfinite":
+        _first_nonfinite(opened, processes, json)
+        return
+    found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
+    if found.inexact:
+        steps = ", ".join(map(str, found.inexact))
+        hint(
+            "everystep: left out, because a replayed loss was not the recorded one, from step "
+            f"{steps} on; everystep verify says more"
+        )
+    losses = opened.losses_at(found.steps)
+    if json:
+        steps_data = [{"step": step, "loss": loss} for step, loss in losses.items()]
+        typer.echo(as_json({"steps": steps_data, "left_out_from": list(found.inexact)}))
+    else:
+        typer.echo(when_text(found, losses), nl=False)
+    if not found.steps:
+        hint("no step")
+        raise typer.Exit(1)
+
+
+def _first_nonfinite(run: Run, processes: int | None, json: bool) -> None:
+    from everystep.views.answers import as_json, nonfinite_data, nonfinite_text
+
+    made = run.first_nonfinite(processes=processes)
+    typer.echo(as_json(nonfinite_data(made)) if json else nonfinite_text(made))
+    if made is None:
+        raise typer.Exit(1)

@@ -1,0 +1,137 @@
+"""Commands that make runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from everystep.cli.arguments import BudgetOption, QuietOption, RunArgument, SettingsOption
+from everystep.cli.output import hint
+from everystep.errors import UsageError, did_you_mean
+
+__all__ = ["experiments", "fork", "train"]
+
+
+def train(
+    experiment: Annotated[
+        str,
+        typer.Argument(metavar="EXPERIMENT", help="A TOML file, or the name of a built-in experiment."),
+    ] = "two-layer",
+    settings: SettingsOption = None,
+    steps: Annotated[int | None, typer.Option(help="How many steps to take.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="How often to see all rows, instead of steps.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of data, model and batches.")] = None,
+    threads: Annotated[int | None, typer.Option(help="How many threads torch computes with.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="program, eager, or auto: by program where it gives the very bits."),
+    ] = None,
+    fold: Annotated[
+        bool | None,
+        typer.Option("--fold", help="Fold updates into matrix products: faster, other rounding."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="The run's directory; it must not exist.")
+    ] = None,
+    snapshot_budget: BudgetOption = 512,
+    quiet: QuietOption = False,
+) -> None:
+    """Train an experiment, recording every step.
+
+    In a terminal it shows what is trained and a progress bar; piped, a line of step<TAB>loss for
+    each step.
+    """
+    from everystep import numerics
+    from everystep.experiment.specification import load, parse_setting
+    from everystep.recording.run import RUNS
+
+    numerics.prepare()
+    overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
+    shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
+    shorthands |= {"engine": engine, "fold": fold}
+    overrides |= {key: value for key, value in shorthands.items() if value is not None}
+    loaded = load(experiment, overrides)
+
+    from everystep.training.from_experiment import train_experiment
+    from everystep.views.progress import Silent, TerminalProgress
+    from everystep.views.terminal import closing
+
+    piped = None if sys.stdout.isatty() else sys.stdout
+    progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
+    name = Path(experiment).stem
+    outcome = train_experiment(loaded, name, run, RUNS, snapshot_budget * 1_000_000, progress)
+    if not quiet:
+        hint(closing(outcome.directory, outcome.reason))
+    if outcome.reason is not None:
+        raise typer.Exit(130 if outcome.interrupted else 1)
+
+
+def experiments(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The one to print.")] = None,
+) -> None:
+    """List the built-in experiments, or print one, to be copied and changed."""
+    from everystep.experiment.specification import built_in
+
+    known = built_in()
+    if name is None:
+        width = max(map(len, known))
+        for each, path in known.items():
+            typer.echo(f"{each:<{width}}  {_first_sentence(path)}")
+        hint("everystep experiments NAME > my.toml; everystep train my.toml")
+        return
+    if name not in known:
+        raise UsageError(f"no built-in experiment {name!r}; {did_you_mean(name, list(known))}")
+    typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
+
+
+def fork(
+    run: RunArgument,
+    at: Annotated[
+        int, typer.Option("--at", metavar="STEP", help="The last step that is the parent's; 0: none.")
+    ],
+    settings: SettingsOption = None,
+    steps: Annotated[
+        int | None, typer.Option(help="The last step, counted from the parent's 1.")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="The fork's directory; must not exist.")
+    ] = None,
+    snapshot_budget: BudgetOption = 512,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a run that is its parent's up to a step, and goes on by other rules from there."""
+    from everystep import numerics
+    from everystep.experiment.specification import parse_setting
+    from everystep.views.terminal import closing
+
+    numerics.prepare()
+    from everystep.api import open
+
+    changes: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
+    made = open(run).fork(
+        at,
+        changes,
+        steps=steps,
+        directory=directory,
+        snapshot_budget=snapshot_budget * 1_000_000,
+        progress=not quiet,
+    )
+    if not quiet:
+        hint(closing(made.directory, made.facts.reason))
+    if made.status != "finished":
+        raise typer.Exit(1)
+
+
+def _first_sentence(path: Path) -> str:
+    comments = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comments.append(line.removeprefix("#").strip())
+    return " ".join(comments).partition(". ")[0].removesuffix(".")

@@ -1,0 +1,99 @@
+"""The random generators that a step can draw from, read and restored."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Generators", "generators_preserved"]
+
+
+@dataclass(frozen=True)
+class Generators:
+    """The random generators that a step can draw from: torch's, Python's and NumPy's global ones."""
+
+    torch_cpu: Tensor
+    torch_device: Tensor | None
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+
+    @classmethod
+    def capture(cls, device: torch.device) -> Generators:
+        """Read all of them; draws from none."""
+        return cls(
+            torch_cpu=torch.get_rng_state(),
+            torch_device=_device_generator_state(device),
+            python=random.getstate(),
+            numpy=np.random.get_state(),  # type: ignore[arg-type]  # the legacy tuple
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Generators:
+        """Return what `tensors` was made from."""
+        gauss = tensors["python.gauss"].tolist()
+        position, has_gauss = tensors["numpy.position"].tolist()
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        return cls(
+            torch_cpu=tensors["torch"].cpu(),
+            torch_device=tensors.get("device"),
+            python=(
+                random.Random.VERSION,
+                tuple(tensors["python"].tolist()),
+                gauss[0] if gauss else None,
+            ),
+            numpy=("MT19937", keys, position, has_gauss, tensors["numpy.gauss"].item()),
+        )
+
+    def restore(self, device: torch.device) -> None:
+        """Set all of them to what `capture` read; torch's own of another kind of device stays."""
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_device is not None and device.type != "cpu":
+            module = torch.cuda if device.type == "cuda" else torch.mps
+            module.set_rng_state(self.torch_device, *([device] if device.type == "cuda" else []))
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+    def same_as(self, other: Generators) -> bool:
+        """Tell whether torch's generators were the same when these were read."""
+        one, two = self.torch_device, other.torch_device
+        same_on_device = one is two or (one is not None and two is not None and torch.equal(one, two))
+        return same_on_device and torch.equal(self.torch_cpu, other.torch_cpu)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the states as tensors, by name."""
+        _, words, gauss = self.python
+        _, keys, position, has_gauss, cached = self.numpy
+        found = {
+            "torch": self.torch_cpu,
+            "python": torch.tensor(words, dtype=torch.int64),
+            "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+            "numpy": torch.tensor(keys.astype(np.int64)),
+            "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
+            "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
+        }
+        return found if self.torch_device is None else found | {"device": self.torch_device}
+
+
+@contextmanager
+def generators_preserved(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn within, the generators are afterwards as they were."""
+    before = Generators.capture(device)
+    try:
+        yield
+    finally:
+        before.restore(device)
+
+
+def _device_generator_state(device: torch.device) -> Tensor | None:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    return None

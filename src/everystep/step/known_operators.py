@@ -1,0 +1,104 @@
+"""What is known of an operator of torch, looked up once: whether and how a watch sees it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from everystep.program.operators import (
+    NotAllowedError,
+    computes,
+    draws_random_numbers,
+    parameters,
+    resolve,
+    writes,
+)
+from everystep.program.plain import READ, is_number_slot
+
+__all__ = ["KnownOperator", "known_operator"]
+
+#: They give a tensor another geometry, or other memory, which its next use shows.
+_OTHER_GEOMETRY = {
+    *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"),
+    *("unsqueeze_", "set_"),
+}
+_ZEROING = {"zero_", "_foreach_zero_"}
+
+
+class KnownOperator(NamedTuple):
+    """What is known of an operator, looked up once.
+
+    how: `pass` (it computes nothing), `make` (it only makes memory), `see`, `decompose` (what it is made
+    of is seen), or why it is not seen.
+    """
+
+    how: str
+    writes: tuple[str, ...] = ()
+    places: tuple[tuple[str, bool], ...] = ()
+    slots: frozenset[str] = frozenset()
+    gives: bool = True
+    draws: bool = False
+    makes_dtype: bool = False
+    has_out: bool = False
+    is_read: bool = False
+    is_zeroing: bool = False
+    writes_list: bool = False
+
+
+_known: dict[int, KnownOperator] = {}
+_kept_alive: list[Any] = []
+
+
+def known_operator(func: Any) -> KnownOperator:
+    """Return what is known of an operator."""
+    return _known.get(id(func)) or _learn(func)
+
+
+def _learn(func: Any) -> KnownOperator:
+    name = func.overloadpacket.__name__
+    how, text = "see", str(func)
+    if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
+        how = "pass"
+    else:
+        try:
+            resolve(text, is_plain=True)
+        except NotAllowedError as error:
+            how = str(error).removeprefix(f"{text} ")
+            if _is_composite(func):  # it arrives whole in inference mode alone
+                how = "decompose"
+        else:
+            if not computes(func):
+                is_view = any(r.alias_info for r in func._schema.returns) or "unsafe" in name
+                how = "pass" if is_view else "make"
+    try:
+        known = KnownOperator(
+            how,
+            tuple(writes(func)),
+            tuple((p.name, is_number_slot(func, p.name)) for p in parameters(func)),
+            frozenset(p.name for p in parameters(func) if is_number_slot(func, p.name)),
+            bool(func._schema.returns) and text != READ,
+            draws_random_numbers(func),
+            _makes_dtype(func),
+            any(argument.is_out for argument in func._schema.arguments),
+            text == READ,
+            name in _ZEROING,
+            "foreach" in name and bool(writes(func)),
+        )
+    except (AttributeError, RuntimeError):  # an operator without a schema that can be read
+        known = KnownOperator("has no schema" if how == "see" else how)
+    _known[id(func)] = known
+    _kept_alive.append(func)  # its id is a key
+    return known
+
+
+def _makes_dtype(func: Any) -> bool:
+    """Tell whether an operator makes a tensor of none, of the process's dtype where none is given."""
+    kinds = {p.name: p.kind for p in parameters(func)}
+    return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
+
+
+def _is_composite(func: Any) -> bool:
+    """Tell whether torch makes other operators of one before it runs."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))

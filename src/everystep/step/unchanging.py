@@ -1,0 +1,50 @@
+"""Which storages hold the same at every step, so that what makes them need run only once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from everystep.program.operators import draws_random_numbers
+from everystep.step.capture import Capture
+
+__all__ = ["Effect", "unchanging", "unchanging_in"]
+
+
+class Effect(NamedTuple):
+    """What an operation does to storages: whose numbers it reads, and which it writes."""
+
+    reads: Collection[Any]
+    writes: Collection[Any]
+    is_random: bool
+
+
+def unchanging(effects: Sequence[Effect], candidates: set[Any]) -> set[Any]:
+    """Return those of the storages that hold the same at every step: made from such ones alone."""
+    fixed = set(candidates)
+    before = None
+    while before != len(fixed):
+        before = len(fixed)
+        for effect in effects:
+            if effect.is_random or not fixed.issuperset(effect.reads):
+                fixed.difference_update(effect.writes)
+    return fixed
+
+
+def unchanging_in(captured: Capture) -> set[int]:
+    """Return the storages that hold the same at every step, unchanged state among them.
+
+    What Python reads from these (whether a mask is causal, say) it reads alike at every step.
+    """
+    written = {storage for each in captured.operations for storage in each.writes}
+    candidates = {
+        number
+        for number, storage in enumerate(captured.storages)
+        if storage.kind in ("constant", "temporary")
+        or (storage.kind == "state" and number not in written)
+    }
+    effects = [
+        Effect(each.reads, each.writes, draws_random_numbers(each.operator))
+        for each in captured.operations
+    ]
+    return unchanging(effects, candidates)
