@@ -670,3 +670,187 @@ def hooked():
     model = network()
     model[0].register_forward_hook(lambda module, inputs, output: output * 2)
     return usual(lambda p: torch.optim.SGD(p, lr=0.1), model)._replace(reason="a forward hook")
+
+
+# What makes two steps alike.
+
+
+def flagged(batches, name, flags):
+    """Return batches as dicts, each with a flag."""
+    return [{"x": x, "y": y, name: flag} for (x, y), flag in zip(batches, flags, strict=True)]
+
+
+def pairs(count, rows=16):
+    """Return batches of (x, y)."""
+    return [(torch.randn(rows, 4), torch.randn(rows, 1)) for _ in range(count)]
+
+
+@case
+def accumulated_over_batches():
+    """Gradients that are pending after some steps, and not after others."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(batch):
+        loss = functional.mse_loss(model(batch["x"]), batch["y"]) / 4
+        loss.backward()
+        if batch["last"]:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    batches = flagged(pairs(8), "last", [False, False, False, True] * 2)
+    return Case(step, batches, {"model": model, "optimizer": optimizer}, least=1)
+
+
+@case
+def several_heads():
+    """Gradients of a head stay while another is trained."""
+    body, heads = nn.Linear(4, 8), nn.ModuleDict({"a": nn.Linear(8, 1), "b": nn.Linear(8, 1)})
+    model = nn.ModuleList([body, heads])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = functional.mse_loss(heads[batch["task"]](body(batch["x"]).tanh()), batch["y"])
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return {"loss": loss, "norm": norm}
+
+    batches = flagged(pairs(10), "task", "aaaaabaabb")
+    return Case(step, batches, {"model": model, "optimizer": optimizer}, least=1)
+
+
+@case
+def schedule_at_the_end_of_an_epoch():
+    """A schedule that goes on in steps of one kind changes those of another."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+    def step(batch):
+        loss = functional.mse_loss(model(batch["x"]), batch["y"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if batch["last"]:
+            schedule.step()
+        return loss
+
+    batches = flagged(pairs(4), "last", [False, False, False, True])
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    return Case(step, batches, parts, least=5)
+
+
+@case
+def rate_that_is_logged():
+    """A number that the step's own schedule changes."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    optimizer = made.parts["optimizer"]
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+
+    def step(batch):
+        loss = made.step(batch)
+        schedule.step()
+        return {"loss": loss, "rate": optimizer.param_groups[0]["lr"]}
+
+    return made._replace(step=step, parts=made.parts | {"schedule": schedule}, least=0)
+
+
+@case
+def another_batch_at_hand():
+    """A tensor from outside that is a batch of its own at some steps."""
+    batches = pairs(5)
+    other = batches[4][0]
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(batch):
+        loss = functional.mse_loss(model(batch[0]), batch[1]) + model(other).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    order = [batches[i] for i in [4] * 6 + [0, 1] + [4] * 30]
+    parts = {"model": model, "optimizer": optimizer}
+    return Case(step, order, parts, "lies on memory of the batch")
+
+
+@case
+def attribute_of_a_batch():
+    """A number of Python's on the batch's tensor."""
+    batches = pairs(8)
+    for number, (x, _) in enumerate(batches):
+        x.scale = 3.0 if number == 6 else 1.0
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=batches)
+    return made._replace(step=lambda batch: made.step(batch) * batch[0].scale, least=0)
+
+
+@case
+def mask_that_torch_looks_at():
+    """torch's own Python decides by whether a mask is causal."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    other = causal.clone()
+    other[0, 1] = 0.0
+
+    def step(batch):
+        loss = model(batch[0], mask=batch[1]).pow(2)[:, :, :3].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    batches = [(torch.randn(2, 5, 8), other if number in (7, 10) else causal) for number in range(12)]
+    parts = {"model": model, "optimizer": optimizer}
+    return Case(step, batches, parts, "a function of torch decides by a number")
+
+
+@case
+def values_of_other_kinds():
+    """Ranges and keys of dicts that are equal, or at the same place in memory."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def step(batch):
+        (sign,) = batch["sign"]
+        factor = torch.copysign(torch.ones(()), torch.full((), float(sign))) * len(batch["count"])
+        loss = functional.mse_loss(model(batch["x"]), batch["y"]) * factor
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    batches = [
+        {"x": x, "y": y, "count": range(1 + number % 3), "sign": {-0.0 if number > 4 else 0.0: "a"}}
+        for number, (x, y) in enumerate(pairs(6))
+    ]
+    return Case(step, batches, {"model": model, "optimizer": optimizer}, least=1)
+
+
+@case
+def one_learned_number():
+    """A parameter without dimensions."""
+    temperature = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.Adam([temperature], lr=0.01)
+
+    def step(batch):
+        loss = (temperature * batch - 1).pow(2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    batches = [torch.tensor(1.0), torch.tensor(2.0)]
+    return Case(step, batches, {"temperature": temperature, "optimizer": optimizer}, least=0)
+
+
+@case
+def mode_that_is_set_already():
+    """A step that begins with `model.train()`."""
+    model = network(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+    return usual(lambda p: torch.optim.Adam(p, lr=0.01), model, before=model.train)

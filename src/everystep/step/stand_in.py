@@ -107,6 +107,7 @@ class StandIn:
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
         self._state = PlainProgram(built.program, parts.device).state
         self._places: list[int] = []
+        self._era: int | None = None
         self._live: LiveProgram | None = None
         ranges = [(step.begin, step.end) for step in self._optimizer_steps]
         outside = [p for p in path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
@@ -118,9 +119,10 @@ class StandIn:
         if reason is not None:
             raise NotProvenError(reason)
         self._replaced = [name for name in built.program.ends if name not in self._state]
-        self._has_fixed_numbers = not self._schedules and not any(
-            _counts(step.optimizer) for step in self._optimizer_steps
-        )
+        lying = {path.tensors[number].storage: name for name, number in path.named}
+        self._written = [
+            lying[storage] for each in path.operations for storage in each.writes if storage in lying
+        ]
         self.has_schedules = bool(self._schedules)
 
     def _reason_against(self) -> str | None:
@@ -146,10 +148,10 @@ class StandIn:
             return "random numbers are drawn on another device than the CPU"
         return None
 
-    def is_ready(self, state: Mapping[str, Tensor], *, is_settled: bool) -> bool:
+    def is_ready(self, state: Mapping[str, Tensor], era: int) -> bool:
         """Tell whether the tensors of the state lie as the program knows them; bind it to these.
 
-        is_settled: nothing has run since the last step, which a program took.
+        era: within the same, nothing but programs has run.
         """
         tensors = [state.get(name) for name in self._state]
         if any(tensor is None for tensor in tensors):
@@ -157,7 +159,7 @@ class StandIn:
         found = {n: t for n, t in zip(self._state, tensors, strict=True) if t is not None}
         places = [tensor.untyped_storage().data_ptr() for tensor in found.values()]
         for name, tensor in found.items():
-            is_known = is_settled and not name.startswith("gradient/")
+            is_known = era == self._era and not name.startswith("gradient/")
             if not is_known and not lies_as(tensor, self._state[name]):
                 return False
         if self._live is None or places != self._places:
@@ -168,6 +170,7 @@ class StandIn:
             except ProgramError:
                 return False
             self._places = places
+        self._era = era
         return True
 
     def take(
@@ -185,7 +188,7 @@ class StandIn:
             RuntimeError: a kernel refuses what it is given.
         """
         assert self._live is not None
-        numbers = [*self._numbers] if is_settled and self._has_fixed_numbers else self.numbers()
+        numbers = self.numbers()
         for schedule in self._schedules:
             schedule.step()
         for name in self._replaced:  # so that their memory is free
@@ -201,6 +204,9 @@ class StandIn:
             self._set_gradient(state, name, tensor)
         for name in self.path.gone:
             self._set_gradient(state, name, None)
+        if not is_settled:  # who keeps a graph of them is told that they were written
+            written = [state[name] for name in self._written if name in state]
+            torch.autograd.graph.increment_version(written)
         read = {place: done.numbers[index] for place, index in self._read.items()}
         for place, number in read.items():
             numbers[place] = number
@@ -312,15 +318,6 @@ def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> b
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)
-
-
-def _counts(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer keeps numbers that may be others at the next step."""
-    kept = (value for entries in optimizer.state.values() for value in entries.values())
-    settings = (value for group in optimizer.param_groups for value in group.values())
-    return any(not isinstance(value, Tensor) or value.ndim == 0 for value in kept) or any(
-        isinstance(value, Tensor) for value in settings
-    )
 
 
 def _steps_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,27 +31,41 @@ class BatchCopies:
     """Copies of the tensors of batches, on the CPU; a tensor that stays as it is is copied once."""
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._copies: dict[int, _Copy] = {}
 
-    def of(self, tensors: Mapping[str, Tensor], *, are_as_before: bool = False) -> dict[str, Tensor]:
+    def of(self, tensors: Mapping[str, Tensor], era: int | None = None) -> dict[str, Tensor]:
         """Return copies of tensors, by name; nobody may change them.
 
-        are_as_before: nothing has written into those that were copied.
+        era: within the same, nothing writes into tensors that were copied; None: something may.
         """
         if len(self._copies) > MOST_COPIES:
-            alive = (item for item in self._copies.items() if item[1][0]() is not None)
+            alive = (item for item in self._copies.items() if item[1].of() is not None)
             self._copies = dict([*alive][-MOST_COPIES // 2 :])
-        return {name: self._copy(tensor, are_as_before) for name, tensor in tensors.items()}
+        return {name: self._copy(tensor, era) for name, tensor in tensors.items()}
 
-    def _copy(self, tensor: Tensor, is_as_before: bool) -> Tensor:
-        reference, copy = self._copies.get(id(tensor), (None, None))
-        is_plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
-        is_known = is_plain and reference is not None and reference() is tensor
-        if is_known and copy is not None and (is_as_before or same_bits(tensor, copy)):
-            return copy
-        copy = tensor.detach().cpu().resolve_conj().resolve_neg().clone()
-        self._copies[id(tensor)] = weakref.ref(tensor), copy
+    def _copy(self, tensor: Tensor, era: int | None) -> Tensor:
+        known = self._copies.get(id(tensor))
+        if known is not None and known.of() is tensor and known.holds(tensor, era):
+            copy = known.copy
+        else:
+            copy = tensor.detach().cpu().resolve_conj().resolve_neg().clone()
+        self._copies[id(tensor)] = _Copy(weakref.ref(tensor), copy, era)
         return copy
+
+
+class _Copy(NamedTuple):
+    """A copy of a tensor. era: in which it was last known to be like it."""
+
+    of: weakref.ref[Tensor]
+    copy: Tensor
+    era: int | None
+
+    def holds(self, tensor: Tensor, era: int | None) -> bool:
+        """Tell whether the tensor still has the bits of the copy."""
+        if era is not None and era == self.era:
+            return True
+        is_plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
+        return is_plain and same_bits(tensor, self.copy)
 
 
 def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:

@@ -66,13 +66,14 @@ class FunctionRecording(Recording[R]):
         self._open().function = facts
 
     def take(
-        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_settled: bool
+        self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_settled: bool, era: int
     ) -> dict[str, Any]:
         """Let a program take a step on a batch, or on none, and record it; return what it logs.
 
         Args:
             state: the live tensors of the parts, which becomes what they are after the step.
             is_settled: nothing has run since the last step, which a program took.
+            era: the number of the stretch of such steps that this one is in.
 
         Raises:
             NotProvenError: it cannot take this one; nothing was done yet.
@@ -83,7 +84,7 @@ class FunctionRecording(Recording[R]):
         if not is_settled:
             writer.note_changes(state)
         tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
-        copies = self._copies.of(tensors, are_as_before=is_settled)
+        copies = self._copies.of(tensors, era)
         try:
             watch, logged = stand_in.take(state, tensors, is_settled=is_settled)
         except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end

@@ -101,8 +101,10 @@ class StepFunction:
         self._kinds: dict[Any, _Kind] = {}
         self._renewals = 0
         self._last_batch = self._last_key = None
-        #: Whether nothing but steps by programs has happened since the guards were compared.
+        #: Whether nothing but steps by programs has happened since the guards were compared, and in
+        #: which stretch of such steps this one is.
         self._is_settled = False
+        self._era = 0
         self._plan = CheckPlan(0)
         self._by_program = 0
         self._checked: list[int] = []
@@ -134,16 +136,18 @@ class StepFunction:
         """
         number = self._recording.step_count + 1
         is_settled, self._is_settled = self._is_settled and self._is_quiet, False
+        self._era += not is_settled
         if self._reason is None and not is_settled and self._has_programs:
             self._compare_guards()
         kind = None if self._reason is not None else self._kind_of(batch, is_settled)
         if kind is None:
             return self._by_python(batch)
         if kind.stand_in is not None:
-            if number >= self._plan.next or number == self._steps:
-                return self._check(number, kind, kind.stand_in, batch)
             state = self._recording.state_now(is_settled=is_settled)
-            if kind.stand_in.is_ready(state, is_settled=is_settled):
+            is_ready = kind.stand_in.is_ready(state, self._era)
+            if is_ready and (number >= self._plan.next or number == self._steps):
+                return self._check(number, kind, kind.stand_in, batch)
+            if is_ready:
                 return self._take(kind, kind.stand_in, state, batch, is_settled)
         elif (kind.is_recognized or kind.unlike == MOST_UNLIKE) and not _is_watched(number):
             return self._read(number, kind, batch)
@@ -200,7 +204,7 @@ class StepFunction:
     ) -> dict[str, Any]:
         started = time.perf_counter()
         try:
-            logged = self._recording.take(stand_in, state, *batch, is_settled=is_settled)
+            logged = self._recording.take(stand_in, state, *batch, is_settled=is_settled, era=self._era)
         except NotProvenError:
             kind.stand_in, kind.is_recognized = None, False
             return self._by_python(batch)

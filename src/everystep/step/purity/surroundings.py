@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from operator import is_
 from typing import Any
@@ -97,6 +99,8 @@ class Surroundings:
         guards.read((key, "groups"), f"the parameters of {name}", _parameters_of, optimizer)
         for hooks in _OPTIMIZER_HOOKS:
             guards.contents(getattr(optimizer, hooks, []), f"{hooks} of {name}")
+        module = sys.modules[type(optimizer).__module__]
+        guards.read((key, "functions"), f"a function behind {name}", _functions_in, module)
         for method in ("step", "zero_grad"):
             where = f"{method} of {name}"
             guards.read((key, "own", method), where, held, optimizer, method)
@@ -163,6 +167,11 @@ class Surroundings:
 def _parameters_of(optimizer: torch.optim.Optimizer) -> str:
     """Return which parameters are in which group."""
     return str([list(map(id, group["params"])) for group in optimizer.param_groups])
+
+
+def _functions_in(module: types.ModuleType) -> str:
+    """Return which functions a module of Python has."""
+    return str([id(value) for value in vars(module).values() if type(value) is types.FunctionType])
 
 
 def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
