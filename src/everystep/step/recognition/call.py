@@ -83,18 +83,29 @@ _TRUE, _FALSE = object(), object()
 
 
 _TORCH = str(Path(torch.__file__).parent)
-_METHODS = [*vars(Tensor).values()]
-_WERE_EXCHANGED = any(
-    type(value) is types.FunctionType and not value.__code__.co_filename.startswith(_TORCH)
-    for value in _METHODS
-)
+#: The methods of Tensor that were looked at last, and are torch's.
+_known_methods: dict[str, Any] = {}
 
 
 def are_methods_torchs_own() -> bool:
     """Tell whether the methods of Tensor are torch's: under a mode, torch calls exchanged ones twice."""
     now = vars(Tensor)
-    same = len(now) == len(_METHODS) and all(map(is_, now.values(), _METHODS))
-    return same and not _WERE_EXCHANGED
+    if len(now) == len(_known_methods) and all(
+        map(is_, map(now.get, _known_methods), _known_methods.values())
+    ):
+        return True
+    if not all(_is_torchs(name, value) for name, value in now.items()):
+        return False
+    _known_methods.clear()
+    _known_methods.update(now)
+    return True
+
+
+def _is_torchs(name: str, value: Any) -> bool:
+    if type(value) is types.FunctionType:
+        return value.__code__.co_filename.startswith(_TORCH)
+    inherited = vars(torch._C.TensorBase).get(name, value)
+    return inherited is value or not callable(value)
 
 
 class StrangeError(Exception):
