@@ -146,7 +146,8 @@ def train(
         engine: `auto`: take steps by a program where the Python that it stands in for is proven to do
             nothing else, and run Python otherwise, with the reason; `eager`: run Python at every step;
             `program`: as `auto`, but you answer for code that cannot be read, and it is an error where
-            no program can take a step.
+            no program can take a step. For a step of your own, it is an error where its source cannot
+            be read, too.
         fold: let the program fold updates into the matrix products that make their gradients: faster,
             but rounded otherwise than the eager step. Needs one of torch's optimizers and no schedule.
         directory: of the run, which must not exist; absent: the next free one under runs/.
