@@ -4,6 +4,7 @@ With one thread, though: the workers of the test run would wait for each other's
 several asks for them.
 """
 
+import math
 import os
 import sys
 
@@ -22,6 +23,7 @@ import everystep  # noqa: E402
 from everystep import cli  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.execute import allocate  # noqa: E402
+from everystep.step import verified  # noqa: E402
 from everystep.step.build import build  # noqa: E402
 from everystep.step.capture import take_watched  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
@@ -49,6 +51,13 @@ def small():
     torch.manual_seed(1)
     x, y = torch.randn(20, 4), torch.randn(20, 2)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), x, y
+
+
+@pytest.fixture
+def checks_at_powers_of_two(monkeypatch):
+    """Check programs at steps 2, 4, 8, ..., however long a check takes on a busy machine."""
+    monkeypatch.setattr(verified, "LIGHT_SECONDS", math.inf)
+    monkeypatch.setattr(verified, "CHECK_SHARE", 0.0)
 
 
 @pytest.fixture(autouse=True, scope="session")

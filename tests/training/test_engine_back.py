@@ -28,7 +28,7 @@ from everystep.training import loop
 
 
 @pytest.fixture
-def failing_check(monkeypatch):
+def failing_check(monkeypatch, checks_at_powers_of_two):
     """Let the first check at or after a step find other bits, as a faulty kernel would."""
 
     def fail_from(first):
