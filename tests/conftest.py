@@ -55,7 +55,7 @@ def small():
 
 @pytest.fixture
 def checks_at_powers_of_two(monkeypatch):
-    """Check programs at steps 2, 4, 8, ..., however long a check takes on a busy machine."""
+    """Check programs at steps 2, 4, 8, ... and the last, however long that takes on a busy machine."""
     monkeypatch.setattr(verified, "LIGHT_SECONDS", math.inf)
     monkeypatch.setattr(verified, "CHECK_SHARE", 0.0)
 

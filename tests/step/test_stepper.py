@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from everystep.errors import TrainingError
-from everystep.step import advance
+from everystep.step import advance, verified
 from everystep.step.stepper import Stepper
 from everystep.step.verified import CheckPlan
 
@@ -52,12 +52,34 @@ def test_a_check_of_a_heavy_step_keeps_to_a_hundredth_of_the_time_from_the_first
     assert plan.next == 258 + 256
 
 
+def test_the_last_step_is_checked_where_that_is_cheap():
+    plan = CheckPlan()
+    plan.passed(2, seconds=0.05)
+    plan.timed(1, 0.02)
+    assert not plan.is_due(100, last=100) and plan.until(100) == 101
+    assert plan.is_due(252, last=252) and plan.until(252) == 252  # a hundredth of 250 steps
+    plan = CheckPlan()
+    plan.passed(2, seconds=0.005)
+    assert plan.is_due(3, last=3) and not plan.is_due(3, last=100)
+
+
 def test_a_program_that_is_captured_at_a_check_counts_as_checked():
     for seconds, expected in ((0.001, 4), (0.03, 2 + 256)):
         plan = CheckPlan()
         plan.captured(1, seconds)
         plan.captured(2, seconds)
         assert (plan.checked, plan.next) == ([1, 2], expected)
+
+
+def test_the_program_of_a_heavy_first_step_is_not_compared(small, make_trainee, monkeypatch):
+    monkeypatch.setattr(verified, "LIGHT_SECONDS", 0.0)
+    stepper = Stepper(make_trainee(*small), 20)
+    take(stepper, 20)
+    assert stepper.checked == [2]
+    assert len(stepper.programs.built) == 1 and stepper.reason is None
+    stepper = Stepper(make_trainee(*small), 1)
+    take(stepper, 1)
+    assert stepper.checked == [1]  # the last
 
 
 def test_a_short_last_batch_has_a_program_of_its_own(small, make_trainee):

@@ -30,6 +30,8 @@ from torch.utils.data import Dataset
 import everystep
 from everystep.experiment.batches import Batches
 
+pytestmark = pytest.mark.usefixtures("checks_at_powers_of_two")
+
 # Schedules.
 
 
@@ -217,7 +219,7 @@ def test_stop_on_nan_stops_at_the_first_loss_that_is_not_finite():
     assert run.snapshots[-1] == first
 
 
-def test_ctrl_c_in_a_metric_ends_after_the_step(checks_at_powers_of_two):
+def test_ctrl_c_in_a_metric_ends_after_the_step():
     expected = new_training()
     losses = by_hand(expected, steps=70)
     trained = new_training()

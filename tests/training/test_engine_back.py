@@ -26,9 +26,11 @@ from everystep.recording.recorder import Recorder
 from everystep.step.verified import Verifier
 from everystep.training import loop
 
+pytestmark = pytest.mark.usefixtures("checks_at_powers_of_two")
+
 
 @pytest.fixture
-def failing_check(monkeypatch, checks_at_powers_of_two):
+def failing_check(monkeypatch):
     """Let the first check at or after a step find other bits, as a faulty kernel would."""
 
     def fail_from(first):

@@ -142,17 +142,17 @@ class _Compiler:
         """Return what is to be done at each step, in order; large memory is let go early."""
         kept = {self._storage(n) for n in (*self._program.ends.values(), *self._program.logged.values())}
         kept |= {self._storage(self._program.loss)} if self._program.loss else set()
-        done: dict[int, list[str]] = {}
-        for storage, index in self._last_use.items():
+        done: dict[int, list[int]] = {}
+        for name, place in self._places.items():
+            storage = self._storage(name)
             known = self._program.storages[storage]
             if known.kind == "temporary" and known.bytes >= LARGE_BYTES and storage not in kept:
-                done.setdefault(index, []).append(storage)
+                done.setdefault(self._last_use[storage], []).append(place)
         found = []
         for index, instruction in enumerate(self._code):
             found.append(instruction)
-            places = [p for n, p in self._places.items() if self._storage(n) in done.get(index, ())]
-            if places:
-                found.append(_forgetting(places))
+            if index in done:
+                found.append(_forgetting(done[index]))
         return found
 
     def temporary(self) -> list[int]:

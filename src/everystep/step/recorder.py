@@ -12,9 +12,10 @@ import gc
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import NotAllowedError, leaves, resolve, writes
 from everystep.program.program import Phase, encode
 
@@ -33,6 +34,8 @@ __all__ = ["CapturedOperation", "CapturedStorage", "CapturedTensor", "Refusal", 
 
 _EVERYSTEP = str(Path(__file__).parent.parent)
 _TORCH = str(Path(torch.__file__).parent)
+_PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
+_NONE: frozenset[int] = frozenset()
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 _TYPING = str(
     Path(typing_extensions.__file__)
@@ -66,8 +69,7 @@ class CapturedStorage:
     content: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class CapturedOperation:
+class CapturedOperation(NamedTuple):
     """An operation as it was seen; tensors in arguments are `%3`, the number of a CapturedTensor."""
 
     phase: Phase
@@ -92,11 +94,11 @@ class Refusal(NamedTuple):
     reads: frozenset[int] | None = None
 
 
-class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
     """Writes down every operation while it runs, and never gets in its way."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tensors: list[CapturedTensor] = []
         self.storages: list[CapturedStorage] = []
         self.operations: list[CapturedOperation] = []
@@ -110,6 +112,8 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storage_numbers: dict[int, int] = {}
         self._open_modules: list[str] = []
         self._module_of_node: dict[int, str | None] = {}
+        #: Sees which functions are called, while hooks are seen.
+        self._on_call: Callable[[types.FrameType, str, Any], None] | None = None
 
     def enter(self, phase: Phase) -> None:
         """The next phase begins."""
@@ -181,14 +185,16 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 name = frame.f_code.co_qualname
                 self.refusals.append(Refusal("backward", f"{name} is called: a hook on the graph"))
 
-        # What the garbage collector calls is no hook.
+        # What the garbage collector calls is not a hook.
         is_collecting = gc.isenabled()
         gc.disable()
+        self._on_call = called
         sys.setprofile(called)
         try:
             yield
         finally:
             sys.setprofile(None)
+            self._on_call = None
             if is_collecting:
                 gc.enable()
 
@@ -215,12 +221,13 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def number(self, tensor: Tensor, kind: str = "constant") -> int:
         """Return the number of a tensor; on memory not seen before, it is of that kind."""
         storage = tensor.untyped_storage()
-        key = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        number = self._storage_numbers.get(key.cdata)
+        number = self._storage_numbers.get(storage._cdata)
         if number is None:
-            number = self._storage_numbers[key.cdata] = len(self.storages)
+            # As long as there is a weak reference, no other storage gets the same place.
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            number = self._storage_numbers[storage._cdata] = len(self.storages)
             host = tensor.device.type == "cpu" and self._device.type != "cpu"
-            self.storages.append(CapturedStorage(kind, storage.nbytes(), host, key))
+            self.storages.append(CapturedStorage(kind, storage.nbytes(), host, reference))
             if kind == "constant":
                 self.storages[number].content = _copy_of_storage(tensor)
         seen = CapturedTensor(
@@ -230,37 +237,48 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tuple(tensor.stride()),
             int(tensor.storage_offset()),
         )
-        if seen not in self._tensor_numbers:
-            self._tensor_numbers[seen] = len(self.tensors)
+        known = self._tensor_numbers.setdefault(seen, len(self.tensors))
+        if known == len(self.tensors):
             self.tensors.append(seen)
-        return self._tensor_numbers[seen]
+        return known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        keywords = kwargs or {}
-        name = func.overloadpacket.__name__
-        if self.is_paused or func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
+        if self._on_call is None:
+            return self._see(func, args, kwargs or {})
+        sys.setprofile(None)  # no hook is called while an operation runs
+        try:
+            return self._see(func, args, kwargs or {})
+        finally:
+            sys.setprofile(self._on_call)
+
+    def _see(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Run an operation, and write it down."""
+        known = _known(func)
+        if self.is_paused or known.is_passed:
             return func(*args, **keywords)
         module = self._module()
         try:
-            arguments = self._encoded(func, args, keywords)
+            if known.reason is not None:
+                raise NotAllowedError(known.reason)
+            arguments = self._encoded(known, args, keywords)
         except (NotAllowedError, NotImplementedError, RuntimeError) as error:
             self._refuse(func, error, args)
             return func(*args, **keywords)
-        known = len(self.storages)
-        written = self._written(func, args, keywords)
+        count = len(self.storages)
+        written = self._written(known, args, keywords) if known.writes else _NONE
         result = func(*args, **keywords)
         try:
-            results = self._results(func, result)
+            results = self._results(result) if known.gives else []
         except (NotImplementedError, RuntimeError) as error:
             self._refuse(func, error)
             return result
-        new = {self.tensors[n].storage for n in results if n is not None} - set(range(known))
-        is_view = not new and not written
-        if not is_view and name not in _MEMORY_ONLY:
-            reads = frozenset(self.tensors[n].storage for n in arguments.reads)
-            names = tuple(None if n is None else f"%{n}" for n in results)
+        places = [self.tensors[n].storage for n in results if n is not None]
+        new = frozenset([place for place in places if place >= count])
+        if (new or written) and not known.is_memory:
+            reads = frozenset([self.tensors[n].storage for n in arguments.reads])
+            names = tuple([None if n is None else f"%{n}" for n in results])
             self.operations.append(
                 CapturedOperation(
                     self._phase,
@@ -270,7 +288,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     arguments.keywords,
                     names,
                     reads,
-                    frozenset(new | written),
+                    new | written,
                 )
             )
         return result
@@ -286,37 +304,41 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
         return module
 
-    def _encoded(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> _Encoded:
+    def _encoded(
+        self, known: _KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> _Encoded:
         reads: list[int] = []
 
         def name_of(tensor: Tensor) -> str:
             if tensor.is_conj() or tensor.is_neg():
                 raise NotAllowedError("takes a lazily conjugated tensor")
-            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            if type(tensor) not in _PLAIN_TENSORS:
                 raise NotAllowedError(f"takes a {type(tensor).__name__}, a tensor of its own kind")
-            reads.append(self.number(tensor))
-            return f"%{reads[-1]}"
+            number = self.number(tensor)
+            reads.append(number)
+            return f"%{number}"
 
-        resolve(str(func))
-        if func.overloadpacket.__name__ == "index" and any(
-            t.dtype in (torch.bool, torch.uint8) for t in leaves(args[1])
-        ):
+        if known.is_index and any(t.dtype in (torch.bool, torch.uint8) for t in leaves(args[1])):
             raise NotAllowedError("selects by a mask: the shape of the result depends on numbers")
-        positional = tuple(encode(value, name_of) for value in args)
+        positional = tuple([encode(value, name_of) for value in args])
         named = {key: encode(value, name_of) for key, value in keywords.items()}
         return _Encoded(positional, named, reads)
 
-    def _written(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> set[int]:
-        given = {p.name: v for p, v in zip(func._schema.arguments, args, strict=False)} | keywords
-        tensors = (t for name in writes(func) for t in leaves(given.get(name)))
-        return {self.tensors[self.number(tensor)].storage for tensor in tensors}
+    def _written(
+        self, known: _KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> frozenset[int]:
+        given = dict(zip(known.names, args, strict=False)) | keywords
+        tensors = [t for name in known.writes for t in leaves(given.get(name))]
+        return frozenset([self.tensors[self.number(tensor)].storage for tensor in tensors])
 
-    def _results(self, func: Any, result: Any) -> list[int | None]:
+    def _results(self, result: Any) -> list[int | None]:
+        if isinstance(result, Tensor):
+            return [self.number(result, "temporary")]
         flat: list[int | None] = []
         for item in result if isinstance(result, list | tuple) else [result]:
             for part in item if isinstance(item, list | tuple) else [item]:
                 flat.append(self.number(part, "temporary") if isinstance(part, Tensor) else None)
-        return [] if not func._schema.returns else flat
+        return flat
 
     def _refuse(self, func: Any, error: Exception, args: tuple[Any, ...] = ()) -> None:
         where = "optimizer" if self.in_optimizer else self._phase
@@ -331,6 +353,41 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.refusals.append(
             Refusal(where, f"{problem} (module {module})" if module else problem, reads)
         )
+
+
+class _KnownOperator(NamedTuple):
+    """What is known of an operator, looked up once.
+
+    is_passed: it computes nothing; is_memory: it only asks for memory; reason: why no program can have
+    it, or None; names: of its arguments, those that are written among `writes`.
+    """
+
+    is_passed: bool
+    is_memory: bool
+    is_index: bool
+    reason: str | None
+    names: tuple[str, ...]
+    writes: frozenset[str]
+    gives: bool
+
+
+@cache
+def _known(func: Any) -> _KnownOperator:
+    name, reason = func.overloadpacket.__name__, None
+    is_passed = func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY
+    try:
+        resolve(str(func))
+    except NotAllowedError as error:
+        reason = str(error)
+    return _KnownOperator(
+        is_passed,
+        name in _MEMORY_ONLY,
+        name == "index",
+        reason,
+        tuple(argument.name for argument in func._schema.arguments),
+        writes(func),
+        bool(func._schema.returns),
+    )
 
 
 def _is_known(frame: types.FrameType) -> bool:

@@ -23,8 +23,8 @@ from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.execute import BoundProgram
 from everystep.step.advance import Losses, advance, take
 from everystep.step.build import NotCapturableError, build
-from everystep.step.capture import take_watched
-from everystep.step.checkpoint import Change, ChangeLog
+from everystep.step.capture import Capture, take_watched
+from everystep.step.checkpoint import Change, ChangeLog, Checkpoint
 from everystep.step.eager import EagerStep, Training
 from everystep.step.programs import Programs
 from everystep.step.purity.attributes import NotProvenError
@@ -131,11 +131,11 @@ class Stepper:
             elif not self.programs.has(number):
                 self._capture(number)
                 self._after_python()
-            elif number >= self._plan.next or number == self._steps:
+            elif self._plan.is_due(number, self._steps):
                 self._check(number)
                 self._after_python()
             else:
-                last_unchecked = min(self._plan.next, self._steps) - 1
+                last_unchecked = self._plan.until(self._steps) - 1
                 self._run(number, min(last, last_unchecked, self.step + self._losses.room))
             if self.step < number:
                 return
@@ -276,7 +276,9 @@ class Stepper:
         if read is not None:
             before.restore(training, forget_new=False)
         self._note_hyperparameters(number)
+        started = time.perf_counter()
         captured = take_watched(self._eager, number, StepRecorder(training.device), has_update)
+        seconds = time.perf_counter() - started
         try:
             if read is not None and read != forward_of(captured):
                 raise NotCapturableError("Python takes other operations than its source says")
@@ -285,22 +287,30 @@ class Stepper:
                 reads_rates = bool(built.program.of_kind("hyperparameter"))
                 self.purity.guard_update(but_lr=reads_rates or training.schedule is not None)
             self.programs.add(number, built)
-            started = time.perf_counter()
-            reason = self._verifier.compare(
-                number, before, captured.loss, forget_new=True, held=captured.held
-            )
-            seconds = time.perf_counter() - started
-            if reason is not None:
-                self.programs.discard(number)
+            # The program of a first step takes no other: going back alone needs it.
+            takes_more = number > self.programs.since(number)
+            reason = None
+            if takes_more or number == self._steps or self._plan.is_light(seconds):
+                reason = self._compare_captured(number, before, captured)
         except NotCapturableError as error:
             reason = str(error)
         if not has_update:
             self._eager.update()
         self._keep(number, captured.loss)
-        if reason is None:
-            self._plan.captured(number, seconds)
-        else:
+        if reason is not None:
             self._go_on_eagerly(f"{reason} at step {number}", number)
+
+    def _compare_captured(self, number: int, before: Checkpoint, captured: Capture) -> str | None:
+        """Compare the new program of a step with the step; return in words what differs, or None."""
+        started = time.perf_counter()
+        reason = self._verifier.compare(
+            number, before, captured.loss, forget_new=True, held=captured.held
+        )
+        if reason is None:
+            self._plan.captured(number, time.perf_counter() - started)
+        else:
+            self.programs.discard(number)
+        return reason
 
     def _read_batch(self, number: int) -> None:
         """Let a Dataset make the batch of a step before anything else, as a loop does: it may draw."""

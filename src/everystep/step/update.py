@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from everystep.gradient_descent import GradientDescent
@@ -86,8 +84,7 @@ class Update:
         name = recorded.operator.overloadpacket.__name__
         if name.startswith("_fused_") and "lr" in recorded.keywords:
             group = self._group_of(next(iter(references(recorded.arguments[0])), ""))
-            return replace(
-                recorded,
+            return recorded._replace(
                 operator=recorded.operator.overloadpacket.tensor_lr,
                 keywords=recorded.keywords | {"lr": hyperparameter("lr", group, "float64")},
             )
@@ -99,7 +96,7 @@ class Update:
                 dtype = self._captured.tensors[int(gradient[1:])].dtype
                 kind = "float32" if dtype == torch.float32 else "float64"
                 name = hyperparameter("lr", self._group_of_gradient(gradient), kind)
-                return replace(recorded, arguments=(gradient, name))
+                return recorded._replace(arguments=(gradient, name))
         return recorded
 
     def _group_of(self, parameter: str) -> int:

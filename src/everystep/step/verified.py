@@ -19,8 +19,8 @@ from everystep.step.programs import Programs
 
 __all__ = ["CheckPlan", "Verifier", "WayBack"]
 
-#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart; a check that
-#: takes longer than so many seconds may not take more before either.
+#: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart. A check that
+#: takes longer than so many seconds may not take more before either, nor at the last step.
 CHECK_SHARE = 0.01
 LIGHT_SECONDS = 0.03
 
@@ -173,6 +173,7 @@ class CheckPlan:
     checked: list[int] = field(default_factory=list)
     next: int = 0
     _step_seconds: float = 0.0
+    _seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.next = self.start + 2
@@ -188,12 +189,31 @@ class CheckPlan:
         else:
             self.checked.append(step)
 
+    def is_due(self, step: int, last: int | None) -> bool:
+        """Tell whether to check at a step; the last step of a training is checked if that is cheap."""
+        return step >= self.next or (step == last and self._is_cheap(step))
+
+    def until(self, last: int) -> int:
+        """Return the next step that is to be checked, or the one after the last."""
+        ends = last if self._is_cheap(last) else last + 1
+        return min(self.next, ends)
+
+    def _is_cheap(self, step: int) -> bool:
+        since = step - (self.checked[-1] if self.checked else self.start)
+        allowed = since * self._step_seconds * CHECK_SHARE
+        return self.is_light(self._seconds) or allowed >= self._seconds
+
+    def is_light(self, seconds: float) -> bool:
+        """Tell whether something that takes so long need not be worth its time."""
+        return seconds < LIGHT_SECONDS
+
     def passed(self, step: int, seconds: float) -> None:
         """A check has passed at a step; it took so long."""
         self.checked.append(step)
+        self._seconds = seconds
         # A check takes a step twice, and at the first none was timed by itself.
         allowed = (self._step_seconds or seconds / 2) * CHECK_SHARE
-        is_light = seconds < LIGHT_SECONDS
+        is_light = self.is_light(seconds)
         interval = 1
         while interval * allowed < seconds and (interval < step - self.start or not is_light):
             interval *= 2

@@ -145,7 +145,7 @@ class StepFunction:
         if kind.stand_in is not None:
             state = self._recording.state_now(is_settled=is_settled)
             is_ready = kind.stand_in.is_ready(state, self._era)
-            if is_ready and (number >= self._plan.next or number == self._steps):
+            if is_ready and self._plan.is_due(number, self._steps):
                 return self._check(number, kind, kind.stand_in, batch)
             if is_ready:
                 return self._take(kind, kind.stand_in, state, batch, is_settled)

@@ -20,8 +20,8 @@ __all__ = ["ReadingRecorder", "RowReader"]
 class ReadingRecorder(StepRecorder):  # type: ignore[no-untyped-call]
     """Lets no operation change a tensor that is neither state nor the batch nor made in the step."""
 
-    def _written(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> set[int]:
-        found = super()._written(func, args, keywords)
+    def _written(self, known: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> frozenset[int]:
+        found = super()._written(known, args, keywords)
         if any(self.storages[number].kind == "constant" for number in found):
             raise NotProvenError("changes a tensor that belongs to neither model, loss nor optimizer")
         return found
