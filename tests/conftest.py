@@ -27,6 +27,7 @@ from everystep.step import verified  # noqa: E402
 from everystep.step.build import build  # noqa: E402
 from everystep.step.capture import take_watched  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
+from everystep.step.recognition import memory  # noqa: E402
 from everystep.step.recorder import StepRecorder  # noqa: E402
 
 # Its assertions shall tell what they compared, whoever imports it first.
@@ -53,11 +54,18 @@ def small():
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), x, y
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def checks_at_powers_of_two(monkeypatch):
-    """Check programs at steps 2, 4, 8, ... and the last, however long that takes on a busy machine."""
-    monkeypatch.setattr(verified, "LIGHT_SECONDS", math.inf)
-    monkeypatch.setattr(verified, "CHECK_SHARE", 0.0)
+    """Check steps 2, 4, 8, ... and the last, however long that takes on a busy machine."""
+    for module in (verified, memory):
+        monkeypatch.setattr(module, "LIGHT_SECONDS", math.inf)
+        monkeypatch.setattr(module, "CHECK_SHARE", 0.0)
+
+
+@pytest.fixture
+def checks_in_time(monkeypatch, checks_at_powers_of_two):
+    """Check when that is worth its time, as outside of tests."""
+    monkeypatch.undo()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,15 +21,13 @@ def take(stepper, steps, stretch=1000):
     return list(losses.values())
 
 
-def test_it_is_checked_at_powers_of_two_and_at_the_last_step(
-    small, make_trainee, checks_at_powers_of_two
-):
+def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee):
     stepper = Stepper(make_trainee(*small), 300)
     take(stepper, 300)
     assert stepper.checked == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
 
 
-def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart():
+def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart(checks_in_time):
     plan = CheckPlan()
     plan.captured(1, seconds=0.003)
     plan.timed(1, 0.001)
@@ -42,7 +40,7 @@ def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart():
     assert steps[9:] == [512 + n * interval for n in range(1, 6)]
 
 
-def test_a_check_of_a_heavy_step_keeps_to_a_hundredth_of_the_time_from_the_first():
+def test_a_check_of_a_heavy_step_keeps_to_a_hundredth_of_the_time_from_the_first(checks_in_time):
     plan = CheckPlan()
     plan.captured(1, seconds=0.03)
     plan.passed(2, seconds=0.05)  # no step was timed by itself: half a check is taken for one
@@ -52,7 +50,7 @@ def test_a_check_of_a_heavy_step_keeps_to_a_hundredth_of_the_time_from_the_first
     assert plan.next == 258 + 256
 
 
-def test_the_last_step_is_checked_where_that_is_cheap():
+def test_the_last_step_is_checked_where_that_is_cheap(checks_in_time):
     plan = CheckPlan()
     plan.passed(2, seconds=0.05)
     plan.timed(1, 0.02)
@@ -63,7 +61,7 @@ def test_the_last_step_is_checked_where_that_is_cheap():
     assert plan.is_due(3, last=3) and not plan.is_due(3, last=100)
 
 
-def test_a_program_that_is_captured_at_a_check_counts_as_checked():
+def test_a_program_that_is_captured_at_a_check_counts_as_checked(checks_in_time):
     for seconds, expected in ((0.001, 4), (0.03, 2 + 256)):
         plan = CheckPlan()
         plan.captured(1, seconds)
@@ -71,7 +69,9 @@ def test_a_program_that_is_captured_at_a_check_counts_as_checked():
         assert (plan.checked, plan.next) == ([1, 2], expected)
 
 
-def test_the_program_of_a_heavy_first_step_is_not_compared(small, make_trainee, monkeypatch):
+def test_the_program_of_a_heavy_first_step_is_not_compared(
+    small, make_trainee, checks_in_time, monkeypatch
+):
     monkeypatch.setattr(verified, "LIGHT_SECONDS", 0.0)
     stepper = Stepper(make_trainee(*small), 20)
     take(stepper, 20)

@@ -13,8 +13,6 @@ from torch.optim import lr_scheduler
 import everystep
 from everystep.program.program import Program
 
-pytestmark = pytest.mark.usefixtures("checks_at_powers_of_two")
-
 
 def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():
     kinds = {

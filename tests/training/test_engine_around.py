@@ -30,8 +30,6 @@ from torch.utils.data import Dataset
 import everystep
 from everystep.experiment.batches import Batches
 
-pytestmark = pytest.mark.usefixtures("checks_at_powers_of_two")
-
 # Schedules.
 
 

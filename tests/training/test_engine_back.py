@@ -26,8 +26,6 @@ from everystep.recording.recorder import Recorder
 from everystep.step.verified import Verifier
 from everystep.training import loop
 
-pytestmark = pytest.mark.usefixtures("checks_at_powers_of_two")
-
 
 @pytest.fixture
 def failing_check(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,6 +61,7 @@ class StepWatch(TorchFunctionMode):
         self._recognizer: Recognizer | None = None
         self._is_paused = self._is_entered = False
         self._made_before_pause = 0
+        self._began = 0.0
         # Within a step of an optimizer that is seen as a whole; out of torch's stack of modes.
         self._is_within = self._is_out = False
 
@@ -132,6 +134,7 @@ class StepWatch(TorchFunctionMode):
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Note the tensors of the state as they are before the step."""
+        self._began = time.perf_counter()
         plan = self._memory.plan(self._number)
         references = None if plan == "watch" else self._references_of(state)
         root = self._memory.root(references.structure) if references is not None else None
@@ -247,6 +250,12 @@ class StepWatch(TorchFunctionMode):
 
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
         """Return what the step did. state: as it is afterwards; loss: what was logged."""
+        path = self._end(state, loss)
+        is_recognized = self.recognized is not None
+        self._memory.timed(self._number, time.perf_counter() - self._began, is_recognized=is_recognized)
+        return path
+
+    def _end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
         if self._recognizer is not None:
             path = self._recognizer.path(state, loss)
             if path is not None:

@@ -61,6 +61,10 @@ class FunctionRecording(Recording[R]):
         """Return the program of what a step did, None where there is none."""
         return self._open().program_of(path)
 
+    def is_watched(self, number: int) -> bool:
+        """Tell whether Python's step is watched in full in any case, so that it is not recognised."""
+        return self._memory.is_watched(number)
+
     def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
         """Note how the steps of a function are taken. facts: returns that, as it is then."""
         self._open().function = facts

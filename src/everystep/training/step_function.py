@@ -149,7 +149,9 @@ class StepFunction:
                 return self._check(number, kind, kind.stand_in, batch)
             if is_ready:
                 return self._take(kind, kind.stand_in, state, batch, is_settled)
-        elif (kind.is_recognized or kind.unlike == MOST_UNLIKE) and not _is_watched(number):
+        elif (kind.is_recognized or kind.unlike == MOST_UNLIKE) and not self._recording.is_watched(
+            number
+        ):
             return self._read(number, kind, batch)
         return self._by_python_noted(number, kind, batch)
 
@@ -186,9 +188,10 @@ class StepFunction:
 
     def _by_python_noted(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Let Python take a step, and note whether it is like those before."""
+        is_watched = self._recording.is_watched(number)
         logged = self._by_python(batch)
         _, watch = self._recording.last
-        if _is_watched(number):
+        if is_watched:
             return logged
         kind.is_recognized = isinstance(watch, StepWatch) and watch.recognized is not None
         kind.unlike = 0 if kind.is_recognized else kind.unlike + 1
@@ -353,11 +356,6 @@ class StepFunction:
         """Return what the parts carry, but for gradients, which come and go."""
         state = self._parts.state()
         return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
-
-
-def _is_watched(number: int) -> bool:
-    """Tell whether a step is watched in full anyway, so that nobody recognises it."""
-    return number & (number - 1) == 0
 
 
 def _tensors_of(batch: tuple[Any, ...]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from everystep.step.hooks import handles
 from everystep.step.path import Marks, Path, Tables
 from everystep.step.recognition.call import Reference
 from everystep.step.recognition.optimizer_numbers import OptimizerNumbers
+from everystep.step.verified import CHECK_SHARE, LIGHT_SECONDS
 
 __all__ = ["Ending", "Learned", "Memory", "Node"]
 
@@ -95,6 +96,9 @@ class Node:
 class Memory:
     """The steps of a recording that can be recognised.
 
+    Some steps are watched in full to see whether what was learned still holds: steps 2, 4, 8, ..., as
+    long as that is quick, or takes under a hundredth of the time since the last of them.
+
     given_up: why none is any more, in words, or None.
     """
 
@@ -108,17 +112,34 @@ class Memory:
         self._next_rest = 1
         self._must_learn = True
         self._handles: int | None = None
+        self._next_watched = 1
+        self._recognized_seconds: float | None = None
 
     def plan(self, step: int) -> str:
         """Return how a step is watched: `recognize`, `learn` (in full, and remembered) or `watch`."""
         if self.given_up is not None:
             return "watch"
-        if step & (step - 1) == 0:  # 1, 2, 4, 8, ...: the tripwire
+        if self.is_watched(step):
             return "learn"
         if self._rest:
             self._rest -= 1
             return "watch"
         return "learn" if self._must_learn else "recognize"
+
+    def is_watched(self, step: int) -> bool:
+        """Tell whether a step is watched in full to see whether what was learned holds."""
+        return step >= self._next_watched
+
+    def timed(self, step: int, seconds: float, *, is_recognized: bool) -> None:
+        """A step took so long: one that was recognised to its end, or one that was watched in full."""
+        if is_recognized:
+            self._recognized_seconds = seconds
+        elif self.is_watched(step):
+            usual = self._recognized_seconds or seconds / 2
+            extra, interval = seconds - usual, step
+            while extra > LIGHT_SECONDS and extra > interval * usual * CHECK_SHARE:
+                interval *= 2
+            self._next_watched = step + interval
 
     def root(self, structure: Any) -> Node | None:
         """Return where the steps begin that have a state of this structure."""
