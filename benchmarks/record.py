@@ -73,7 +73,7 @@ def transformer() -> Loop:
     def loss(prediction: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(prediction.flatten(0, 1), target.flatten())
 
-    return Loop(model, optimizer, (ids[:, :-1], ids[:, 1:]), loss, 60)
+    return Loop(model, optimizer, (ids[:, :-1], ids[:, 1:]), loss, 100)
 
 
 class _Block(nn.Module):
@@ -103,7 +103,7 @@ def resnet() -> Loop:
     )
     batch = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    return Loop(model, optimizer, batch, functional.cross_entropy, 40)
+    return Loop(model, optimizer, batch, functional.cross_entropy, 100)
 
 
 def main() -> None:

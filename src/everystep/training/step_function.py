@@ -101,6 +101,7 @@ class StepFunction:
         self._kinds: dict[Any, _Kind] = {}
         self._renewals = 0
         self._last_batch = self._last_key = None
+        self._parameters: list[Tensor] = []
         #: Whether nothing but steps by programs has happened since the guards were compared, and in
         #: which stretch of such steps this one is.
         self._is_settled = False
@@ -164,7 +165,9 @@ class StepFunction:
 
         They are alike if their batches are, and the same gradients are pending.
         """
-        pending = tuple([p.grad is None for p in self._parts.parameter_names()])
+        if not is_settled:
+            self._parameters = [*self._parts.parameter_names()]
+        pending = tuple([parameter.grad is None for parameter in self._parameters])
         key = self._key_of(batch, is_settled), pending
         if key not in self._kinds and len(self._kinds) < MOST_KINDS:
             self._kinds[key] = _Kind()
