@@ -26,6 +26,11 @@ __all__ = ["about_data", "plain", "settings_of", "state_data", "summary_data"]
 #: What the classes of layers begin with that have a weight, and of activation functions.
 _WITH_WEIGHTS = ("Linear", "Bilinear", "Conv", "Embedding", "LazyLinear", "LazyConv")
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
+#: What the list of runs says of each.
+_SUMMARY = (
+    *("status", "steps", "planned", "first_loss", "last_loss", "nonfinite", "optimizer", "lr"),
+    *("batch", "validation", "seconds", "started", "parent"),
+)
 #: The learning rate and its like are recorded where they change.
 _RATE = re.compile(r"(lr|momentum|beta1)(\[\d+\])?")
 
@@ -40,8 +45,7 @@ def plain(value: float | None) -> float | str | None:
 def summary_data(name: str, summary: Summary | None, problem: str | None = None) -> dict[str, Any]:
     """Return a run in one line; None: it cannot be read, for the reason given."""
     if summary is None:
-        keys = ("status", "steps", "planned", "first_loss", "last_loss", "started", "parent")
-        return {"name": name, **dict.fromkeys(keys), "problem": problem}
+        return {"name": name, **dict.fromkeys(_SUMMARY), "problem": problem}
     return {
         "name": name,
         "status": summary.status,
@@ -49,6 +53,13 @@ def summary_data(name: str, summary: Summary | None, problem: str | None = None)
         "planned": summary.planned,
         "first_loss": plain(summary.first_loss),
         "last_loss": plain(summary.last_loss),
+        "nonfinite": summary.nonfinite_step,
+        "optimizer": summary.optimizer,
+        "lr": ", ".join(map(number, summary.lr)),
+        "batch": summary.batch_size,
+        "validation": summary.validation
+        and {"name": summary.validation[0], "value": plain(summary.validation[1])},
+        "seconds": summary.seconds,
         "started": summary.started.astimezone(UTC).isoformat(),
         "parent": summary.parent,
         "problem": None,

@@ -218,6 +218,11 @@ class Database:
             )
         return [MeasurementEnds(*row) for row in rows]
 
+    def last_measured(self, name: str) -> float | None:
+        """Return the newest value of one measurement; None where there is none, or it is NaN."""
+        query = "SELECT value FROM measurements WHERE name = ? ORDER BY step DESC LIMIT 1"
+        return next((value for (value,) in self._rows(query, name)), None)
+
     def measurement_names(self) -> list[str]:
         """Return what was measured."""
         return [name for (name,) in self._rows("SELECT DISTINCT name FROM measurements ORDER BY name")]

@@ -13,7 +13,14 @@ from filelock import FileLock, Timeout
 
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.contents import Given, read_contents
-from everystep.recording.database import FILE_NAME, LOCK_NAME, Repeat, SnapshotRow, reading
+from everystep.recording.database import (
+    FILE_NAME,
+    LOCK_NAME,
+    Database,
+    Repeat,
+    SnapshotRow,
+    reading,
+)
 from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.snapshots import read_snapshot
@@ -33,7 +40,10 @@ EXPERIMENT_FILE = "experiment.toml"
 class Summary(NamedTuple):
     """A run in one line. Losses are None where no step was taken.
 
-    parent: of a fork, the name of its parent and the last step that is the parent's.
+    nonfinite_step: the first whose loss is not finite; seconds: how long it took; optimizer: class
+    names; lr: the learning rates at the beginning; batch_size: rows of a step, None where nobody knows;
+    validation: the newest accuracy or loss on rows kept aside, with its name; parent: of a fork, the name
+    of its parent and the last step that is the parent's.
     """
 
     name: str
@@ -44,6 +54,12 @@ class Summary(NamedTuple):
     first_loss: float | None
     last_loss: float | None
     started: datetime
+    nonfinite_step: int | None = None
+    seconds: float | None = None
+    optimizer: str | None = None
+    lr: tuple[float, ...] = ()
+    batch_size: int | None = None
+    validation: tuple[str, float] | None = None
     parent: tuple[str, int] | None = None
 
 
@@ -230,7 +246,11 @@ class RecordedRun:
         with reading(self._database_path) as database:
             facts = database.facts()
             count, first, last = database.ends()
+            validation = _validation(database)
         nan = math.nan if count else None
+        trained = facts.trained
+        groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
+        rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
         return Summary(
             name=self.name,
             directory=self.directory,
@@ -240,6 +260,12 @@ class RecordedRun:
             first_loss=nan if first is None else first,
             last_loss=nan if last is None else last,
             started=facts.started or _time_of(self._database_path),
+            nonfinite_step=facts.nonfinite_step,
+            seconds=facts.seconds,
+            optimizer=", ".join(o.class_name for o in trained.optimizers.values()) if trained else None,
+            lr=tuple(dict.fromkeys(rates)),
+            batch_size=_batch_size(trained),
+            validation=validation,
             parent=(facts.fork.parent, facts.fork.at) if facts.fork else None,
         )
 
@@ -277,6 +303,22 @@ class RecordedRun:
     @property
     def _database_path(self) -> Path:
         return self.directory / FILE_NAME
+
+
+def _batch_size(trained: TrainingFacts | None) -> int | None:
+    """Return how many rows each step saw; a loop of the user's own decides that itself."""
+    if trained is None or trained.loop is not None:
+        return None
+    return trained.batches.batch_size or trained.data.rows
+
+
+def _validation(database: Database) -> tuple[str, float] | None:
+    """Return the newest measurement on rows kept aside, with its name: the accuracy before the loss."""
+    for name in ("validation_accuracy", "validation_r2", "validation_loss"):
+        value = database.last_measured(name)
+        if value is not None:
+            return name.removeprefix("validation_"), value
+    return None
 
 
 def _time_of(path: Path) -> datetime:

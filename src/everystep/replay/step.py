@@ -122,11 +122,17 @@ class Step:
     def segments(self, parts: Collection[str] = ()) -> list[Segment]:
         """Return the operations in the order in which they happened, those of a phase together.
 
+        What a loop computes before the first forward pass is not part of a loss.
+
         parts: names of models and optimizers to tell apart.
         """
         found: list[Segment] = []
+        phases = [seen.operation.phase for seen in self.operations]
+        forward = phases.index("forward") if "forward" in phases else 0
         for index, seen in enumerate(self.operations):
             phase, path = seen.operation.phase, seen.operation.module or ""
+            if phase == "loss" and index < forward:
+                phase = "other"
             own = path.partition(".")[0] if phase in ("forward", "update") else ""
             part = own if own in parts else None
             if found and (found[-1].phase, found[-1].part) == (phase, part):

@@ -161,7 +161,10 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
     """Return the same as plain data."""
     if found is None:
         return None
-    operation = found.operation and found.operation.operation
+    from everystep.views.mathematics import mathematics
+
+    seen = found.operation
+    operation = seen and seen.operation
     return {
         "step": found.step.number,
         "operation": found.index,
@@ -172,6 +175,24 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
         "nans": found.nans,
         "infinities": found.infinities,
         "rows": list(found.rows),
+        "mathematics": None
+        if found.index is None
+        else str(mathematics(found.step.operations)[found.index]),
+        "inputs": [_input(name, tensor) for name, tensor in seen.inputs.items()] if seen else [],
+    }
+
+
+def _input(name: str, tensor: Any) -> dict[str, Any]:
+    """Return what an operation was given, with the range of its finite numbers."""
+    from everystep.replay.step import statistics
+
+    found = statistics(tensor)
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "minimum": found.minimum,
+        "maximum": found.maximum,
+        "not_finite": found.nonfinite,
     }
 
 

@@ -210,9 +210,13 @@ def runs_table(runs: Iterable[Summary]) -> Table:
     for run in runs:
         steps = str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}"
         style = {"finished": "", "running": "green"}.get(run.status, "yellow")
+        status = Text(run.status, style=style)
+        if run.nonfinite_step is not None:
+            what = "NaN from" if math.isnan(run.last_loss or 0.0) else "not finite at"
+            status.append(f", {what} step {run.nonfinite_step:,}", style="red")
         table.add_row(
             Text(run.name),
-            Text(run.status, style=style),
+            status,
             steps,
             number(run.first_loss),
             number(run.last_loss),

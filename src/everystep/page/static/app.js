@@ -2,6 +2,7 @@
 
 import * as address from "./shared/address.js";
 import * as keys from "./shared/keys.js";
+import { applyAppearance, openAppearance } from "./shared/appearance.js";
 import { element } from "./shared/elements.js";
 
 const views = {
@@ -54,6 +55,8 @@ window.addEventListener("unhandledrejection", ({ reason }) => {
   main.prepend(element("p", { class: "alarm", role: "alert" }, reason?.message ?? String(reason)));
 });
 document.querySelector("#help").addEventListener("click", keys.help);
+document.querySelector("#appearance").addEventListener("click", openAppearance);
+applyAppearance();
 keys.bind([{ keys: ["?"], shown: "?", says: "this list", press: keys.help }]);
 keys.begin();
 address.begin();

@@ -21,11 +21,11 @@ export function loadUPlot() {
   return loading;
 }
 
-/** Return the width and the height of a plot in its place; the style sheet may say the height: --plot-height. */
+/** Return the width and the height of a plot: nearly half of the window's, unless the style sheet says --plot-height. */
 export function sizeOf(place) {
   const width = place.clientWidth;
   const given = Number.parseFloat(getComputedStyle(place).getPropertyValue("--plot-height"));
-  return { width, height: given || Math.round(Math.min(420, Math.max(260, width * 0.5))) };
+  return { width, height: given || Math.round(Math.max(260, innerHeight * 0.46)) };
 }
 
 /** Return a colour of the style sheet. */

@@ -1,5 +1,6 @@
 // The plot of the loss of one run, or of several over each other, by uPlot.
 
+import { watchAppearance } from "../shared/appearance.js";
 import { element } from "../shared/elements.js";
 import { fullText, whole } from "../shared/format.js";
 import { chartOptions, drawMarks, loadUPlot, sizeOf } from "./chart.js";
@@ -125,8 +126,7 @@ class LossPlot {
     listenToInput(this.plot, this);
     this.observer = new ResizeObserver(() => this.chart && this.chart.width !== this.plot.clientWidth && this.resize());
     this.observer.observe(this.plot);
-    const dark = window.matchMedia("(prefers-color-scheme: dark)");
-    dark.addEventListener("change", () => this.chart && this.#build(), { signal: this.#ended.signal });
+    this.#ended.signal.addEventListener("abort", watchAppearance(() => this.chart && this.#build()));
     this.#drawControls();
     this.#tell();
   }

@@ -26,18 +26,6 @@ export function statusLine(about, speed) {
   return [element("span", { class: `state ${status}` }, status), ` · ${words.join(" · ")}`];
 }
 
-/** Return what is to be known first: why it ended, where the loss ceased to be finite. */
-export function alarms(about, go) {
-  const { status, reason, nonfinite, name } = about;
-  const found = [];
-  if (reason) found.push(element("p", { class: "alarm" }, `${status}: ${reason}`));
-  if (nonfinite) {
-    const link = stepLink(name, nonfinite.step, go);
-    found.push(element("p", { class: "alarm" }, `The loss is ${nonfinite.loss} at `, link, ", the first that is not finite."));
-  }
-  return found;
-}
-
 /** Return where a run comes from and what was forked from it. */
 export function lineage({ name, parent, forks }) {
   const link = (run, beside = []) => element("a", { href: address.write({ view: "run", run, beside }) }, run);
@@ -73,9 +61,9 @@ export function factsList({ facts, details, times }) {
 }
 
 /** Return the facts in a line. */
-export function factsBrief({ facts }) {
+export function factsBrief({ facts, is_of_loop: isOfLoop }) {
   const of = new Map(facts);
-  return ["data", "loss", "update"].filter((label) => of.has(label)).map((label) => of.get(label).split("\n")[0]).join(" · ");
+  return (isOfLoop ? ["update"] : ["data", "loss", "update"]).filter((label) => of.has(label)).map((label) => of.get(label).split("\n")[0]).join(" · ");
 }
 
 /** Return the first, the last and the smallest loss. */

@@ -1,8 +1,9 @@
 // The places of the parts of a run's view, and where they stand on wide and on narrow screens.
 
 import { button, element } from "../shared/elements.js";
+import { banner } from "./banner.js";
 
-/** Make the places. `does`: {fork(), compare(), share(), stop()}. */
+/** Make the places. `does`: {fork(), compare(), share(), stop(), goTo(step)}. */
 export function runParts(name, does) {
   const stop = button("Stop", does.stop, { title: "stop the training of this fork; its steps are kept", hidden: true });
   const actions = element(
@@ -15,19 +16,17 @@ export function runParts(name, does) {
   );
   const state = element("p", { class: "lead" });
   const family = element("p", { class: "family muted small" });
-  const alarms = element("div");
+  const top = banner(does);
   const title = element("div", { class: "title" }, element("h1", {}, name), actions);
-  const header = element("header", { class: "run-head" }, title, state, family, alarms);
+  const header = element("header", { class: "run-head" }, title, state, family, top.host);
   const brief = element("summary");
-  const facts = element("details", { class: "facts-part", open: true }, brief);
-  const section = (heading, says, className, ...parts) =>
-    element("section", { class: className, "aria-label": says }, element("h2", {}, heading), ...parts);
+  const facts = element("details", { class: "facts-part" }, brief);
   const landmarks = element("div");
   const plot = element("div");
   const bar = element("div", { class: "bar" });
-  const loss = section("Loss", "loss of every step", "loss-part", landmarks, plot);
+  const loss = element("section", { class: "loss-part", "aria-label": "loss of every step" }, plot, landmarks);
   const questions = element("div", { class: "questions-part", hidden: true });
-  const table = section("Steps", "table of every step", "table-part");
+  const table = element("section", { class: "table-part", "aria-label": "table of every step" }, element("h2", {}, "Steps"));
   const problem = element("p", { class: "alarm", role: "alert", hidden: true });
   const waiting = element("p", { class: "muted", role: "status", hidden: true });
   const shown = element("div", { class: "step-host" });
@@ -37,17 +36,28 @@ export function runParts(name, does) {
   // What sticks within the step sticks beneath the bar.
   const measured = new ResizeObserver(() => step.style.setProperty("--step-top", `${bar.offsetHeight}px`));
   measured.observe(bar);
-  return { header, stop, state, family, alarms, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
+  return { header, stop, state, family, banner: top, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
 }
 
-/** Put the step beside the plot and the table where there is room, else between them. */
+/**
+ * Put the parts where they have room.
+ *
+ * An open step stands beside the plot and the table, or between them. The facts are a column at the right where there
+ * is one free, else a line that unfolds.
+ */
 export function arrange({ step, left, body, loss, facts }, main, { isOpen, isWide }) {
+  const isColumn = isWide && !isOpen;
   if (isOpen && isWide) body.append(step);
   else if (step.previousSibling !== loss) loss.after(step);
-  main.classList.toggle("wide", isOpen);
+  if (isColumn) body.append(facts);
+  else if (isOpen) body.before(facts);
+  else step.after(facts);
+  main.classList.toggle("wide", isOpen || isWide);
   body.classList.toggle("with-step", isOpen);
+  body.classList.toggle("with-facts", isColumn);
   left.toggleAttribute("data-beside", isOpen && isWide);
-  facts.classList.toggle("is-brief", isOpen);
+  if (facts.classList.contains("is-column") !== isColumn) facts.open = isColumn;
+  facts.classList.toggle("is-column", isColumn);
 }
 
 /** Ask which run to compare with, or to show beside: a dialog of links. `linksOf(name)`: of another run. */

@@ -12,7 +12,7 @@ import { stepper } from "./stepper.js";
 import { Player } from "./stepping.js";
 import { listenToRun, listenToThose, Speed } from "./live.js";
 import { arrange, chooseRun, runParts } from "./parts.js";
-import { alarms, factsBrief, factsList, landmarks, landmarksWith, lineage, statusLine } from "./head.js";
+import { factsBrief, factsList, landmarks, landmarksWith, lineage, statusLine } from "./head.js";
 import { runKeys } from "./keys.js";
 import { StepPlace } from "./place.js";
 
@@ -39,9 +39,9 @@ class RunView {
     this.name = about.name;
     this.place = { ...place, step: null, beside: [] };
     this.away = awayBanner();
-    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => this.#choose(), share: () => this.#share(), stop: () => this.#stop() });
-    const { header, facts, body, bar } = this.parts;
-    main.append(header, facts, body, this.away.host);
+    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => this.#choose(), share: () => this.#share(), stop: () => this.#stop(), goTo: (step) => this.jump(step) });
+    const { header, body, bar } = this.parts;
+    main.append(header, body, this.away.host);
     this.player = new Player(() => this.#advance(), () => this.#drawBar());
     this.bar = stepper({
       walk: (stride) => this.walk(stride),
@@ -54,7 +54,7 @@ class RunView {
     bar.append(this.bar.host);
     this.stepPlace = new StepPlace(this.name, this.parts);
     this.table = stepTable(this.parts.table, this.name, { step: place.step, goTo: (step) => this.jump(step) });
-    this.wide = window.matchMedia("(min-width: 75rem)");
+    this.wide = window.matchMedia("(min-width: 80rem)");
     this.arrange = () => this.#arrange();
     this.wide.addEventListener("change", this.arrange);
     this.free = keys.bind(runKeys(this));
@@ -107,6 +107,7 @@ class RunView {
     this.table.close();
     this.#questions?.close();
     this.stepPlace.close();
+    this.parts.banner.close();
     this.main.classList.remove("wide");
     document.querySelector("#trail").replaceChildren();
   }
@@ -186,12 +187,12 @@ class RunView {
   }
 
   #drawAbout() {
-    const { facts, brief, family, landmarks: place, alarms: top } = this.parts;
+    const { facts, brief, family, landmarks: place, banner } = this.parts;
     const go = (step) => this.jump(step);
     facts.replaceChildren(brief, factsList(this.about));
     brief.textContent = factsBrief(this.about);
     family.replaceChildren(...lineage(this.about).flatMap((part) => [part, " "]));
-    top.replaceChildren(...alarms(this.about, go));
+    banner.update(this.about);
     place.replaceChildren(landmarks(this.about, go));
     this.#drawState();
   }
@@ -213,10 +214,7 @@ class RunView {
   }
 
   #arrange() {
-    const isOpen = this.step !== null;
-    const { facts } = this.parts;
-    if (facts.classList.contains("is-brief") !== isOpen) facts.open = !isOpen;
-    arrange(this.parts, this.main, { isOpen, isWide: this.wide.matches });
+    arrange(this.parts, this.main, { isOpen: this.step !== null, isWide: this.wide.matches });
     this.plot.resize();
   }
 
@@ -236,7 +234,7 @@ class RunView {
   #drawLosses() {
     const go = (step) => this.jump(step);
     this.parts.landmarks.replaceChildren(landmarks(this.about, go));
-    this.parts.alarms.replaceChildren(...alarms(this.about, go));
+    this.parts.banner.update(this.about);
     this.#drawState();
   }
 
@@ -262,7 +260,7 @@ class RunView {
 
   #hearGone() {
     const says = "This run was deleted. What is on the screen stays until you leave it.";
-    this.parts.alarms.prepend(element("p", { class: "alarm", role: "alert" }, says));
+    this.parts.header.append(element("p", { class: "alarm", role: "alert" }, says));
   }
 
   #hearServer(isThere) {

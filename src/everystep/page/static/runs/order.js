@@ -2,14 +2,29 @@
 
 import { numberOf } from "../shared/format.js";
 
-/** Return runs that a text is in, sorted, as {name, depth}; by name, forks stand beneath their parents. */
+/** Settings that are marked where a run differs from most of the others. */
+const COMPARED = ["optimizer", "lr", "batch"];
+
+/** Return runs that a text is in, sorted, as {name, depth}; by name or time, forks stand beneath their parents. */
 export function arranged(runs, { key, direction }, text) {
   const wanted = text.trim().toLowerCase();
-  const found = runs.filter(({ name, status }) => `${name} ${status ?? ""}`.toLowerCase().includes(wanted));
+  const found = runs.filter(({ name, status, optimizer }) => [name, status, optimizer].join(" ").toLowerCase().includes(wanted));
   const sign = direction === "ascending" ? 1 : -1;
   const sorted = found.sort((a, b) => compared(valueOf(a, key), valueOf(b, key), sign) || byName(a.name, b.name));
-  if (key !== "name") return sorted.map(({ name }) => ({ name, depth: 0 }));
+  if (key !== "name" && key !== "started") return sorted.map(({ name }) => ({ name, depth: 0 }));
   return nested(sorted);
+}
+
+/** Return the value of each compared setting that more than half of the runs have, where there is one. */
+export function usualOf(runs) {
+  const usual = new Map();
+  for (const key of COMPARED) {
+    const counts = new Map();
+    const known = runs.filter((run) => run.optimizer !== null);
+    for (const run of known) counts.set(run[key], (counts.get(run[key]) ?? 0) + 1);
+    for (const [value, count] of counts) if (2 * count > known.length && count < known.length) usual.set(key, value);
+  }
+  return usual;
 }
 
 function nested(runs) {
@@ -35,7 +50,9 @@ function nested(runs) {
 }
 
 function valueOf(run, key) {
-  if (key === "last_loss" || key === "steps") return numberOf(run[key]);
+  if (["last_loss", "steps", "batch", "seconds"].includes(key)) return run[key] === null ? null : numberOf(run[key]);
+  if (key === "lr") return run.lr ? Number.parseFloat(run.lr) : null;
+  if (key === "validation") return run.validation ? numberOf(run.validation.value) : null;
   if (key === "started") return run.started === null ? null : Date.parse(run.started);
   return run[key];
 }

@@ -3,9 +3,10 @@
 import * as address from "../shared/address.js";
 import { drawing, element } from "../shared/elements.js";
 import { addressOf, ask } from "../shared/server.js";
-import { ago, short, whole } from "../shared/format.js";
+import { ago, duration, numberOf, percent, short, whole } from "../shared/format.js";
 
 const REST = 2000; // milliseconds between pictures of a run that is being trained
+const CELLS = ["status", "steps", "last_loss", "picture", "validation", "optimizer", "lr", "batch", "seconds", "started"];
 
 /** Make the row of a run; return {host, run, update(run), see(isSeen), indent(depth)}. `pick(isPicked)`: is called for its box. */
 export function runRow(run, pick) {
@@ -21,10 +22,10 @@ class RunRow {
     const cell = (name) => element("td", { class: name, role: "cell" });
     const box = element("input", { type: "checkbox", "aria-label": `pick ${run.name}`, onchange: () => pick(box.checked) });
     this.name = element("td", { class: "name", role: "cell" });
-    [this.status, this.steps, this.loss, this.picture, this.when] = ["status", "steps", "last_loss", "picture", "started"].map(cell);
+    this.cells = Object.fromEntries(CELLS.map((name) => [name, cell(name)]));
+    Object.assign(this, { status: this.cells.status, picture: this.cells.picture });
     const first = element("td", { class: "pick", role: "cell" }, box);
-    const cells = [first, this.name, this.status, this.steps, this.loss, this.picture, this.when];
-    this.host = element("tr", { role: "row", "data-name": run.name }, ...cells);
+    this.host = element("tr", { role: "row", "data-name": run.name }, first, this.name, ...Object.values(this.cells));
     this.indent = (depth) => this.host.style.setProperty("--depth", Math.min(depth, 4));
     this.box = box;
     this.update(run);
@@ -34,7 +35,7 @@ class RunRow {
     const isSame = (...keys) => keys.every((key) => JSON.stringify(run[key]) === JSON.stringify(this.run?.[key]));
     const isNamed = this.run && isSame("parent", "problem");
     this.run = run;
-    const { name, problem, status, steps, planned, last_loss: loss, started } = run;
+    const { name, problem, status } = run;
     this.host.classList.toggle("unreadable", problem !== null);
     this.box.disabled = problem !== null;
     if (!isNamed) {
@@ -43,13 +44,15 @@ class RunRow {
       this.name.replaceChildren(problem === null ? link : name, ...this.#lineage());
     }
     const state = problem === null ? [status, status] : ["failed", "cannot be read"];
-    this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]));
-    this.steps.textContent = steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`;
-    this.loss.textContent = short(loss);
-    this.loss.title = loss ?? "";
-    this.when.textContent = started ? ago(started) : "";
-    this.when.title = started ? new Date(started).toISOString().replace("T", " ").slice(0, 19) + " UTC" : "";
+    this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]), ...nonfinite(run));
+    for (const [key, [text, title]] of Object.entries(textsOf(run))) Object.assign(this.cells[key], { textContent: text, title });
     this.#draw();
+  }
+
+  /** Mark the settings that most runs have otherwise; `usual`: their values by key. */
+  tellUnusual(usual) {
+    const isOther = (key) => usual.has(key) && this.run.optimizer !== null && this.run[key] !== usual.get(key);
+    for (const key of ["optimizer", "lr", "batch"]) this.cells[key].classList.toggle("unusual", isOther(key));
   }
 
   see(isSeen) {
@@ -82,6 +85,27 @@ class RunRow {
       this.#draw();
     }, isFirst ? 0 : REST);
   }
+}
+
+// Return the text and the title of each cell that has no more than these.
+function textsOf({ problem, steps, planned, last_loss: loss, validation, optimizer, lr, batch, seconds, started }) {
+  const utc = (time) => `${new Date(time).toISOString().replace("T", " ").slice(0, 19)} UTC`;
+  const share = validation?.name === "accuracy" ? percent(numberOf(validation.value)) : validation ? short(validation.value) : "";
+  return {
+    steps: [steps === null ? "" : steps === planned ? whole(steps) : `${whole(steps)} of ${whole(planned)}`, ""],
+    last_loss: [short(loss), String(loss ?? "")],
+    validation: [share, validation ? `${validation.name} on the validation rows: ${validation.value}` : ""],
+    optimizer: [optimizer ?? "", ""],
+    lr: [lr ?? "", ""],
+    batch: [batch === null ? "" : whole(batch), "rows in each step"],
+    seconds: [seconds === null || seconds === undefined ? "" : duration(seconds), ""],
+    started: [started ? ago(started) : "", started ? utc(started) : ""],
+  };
+}
+
+function nonfinite({ nonfinite: step, last_loss: loss }) {
+  if (!step) return [];
+  return [element("span", { class: "nonfinite" }, `${loss === "nan" ? "NaN from" : "not finite at"} step ${whole(step)}`)];
 }
 
 function sparkline({ path, dot, marks, is_log: isLog, width, height }, name) {

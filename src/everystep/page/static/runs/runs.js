@@ -4,7 +4,7 @@ import * as address from "../shared/address.js";
 import { element, button } from "../shared/elements.js";
 import { awayBanner } from "../shared/away.js";
 import { ask, listen } from "../shared/server.js";
-import { arranged } from "./order.js";
+import { arranged, usualOf } from "./order.js";
 import { runRow } from "./row.js";
 
 const COLUMNS = [
@@ -13,6 +13,11 @@ const COLUMNS = [
   { key: "steps", title: "steps", first: "descending" },
   { key: "last_loss", title: "last loss", first: "ascending" },
   { key: null, title: "loss" },
+  { key: "validation", title: "validation", first: "descending" },
+  { key: "optimizer", title: "optimizer", first: "ascending" },
+  { key: "lr", title: "lr", first: "ascending" },
+  { key: "batch", title: "batch", first: "ascending" },
+  { key: "seconds", title: "duration", first: "descending" },
   { key: "started", title: "started", first: "descending" },
 ];
 
@@ -37,7 +42,7 @@ class Runs {
   constructor(main, directory, runs) {
     this.away = awayBanner();
     this.head = element("p", { class: "lead" });
-    this.search = element("input", { type: "search", placeholder: "name or status", "aria-label": "search the runs" });
+    this.search = element("input", { type: "search", placeholder: "name, status or optimizer", "aria-label": "search the runs" });
     this.search.addEventListener("input", () => this.#arrange());
     this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs: their losses over each other" });
     this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs: where they part" });
@@ -48,6 +53,7 @@ class Runs {
     this.tools = element("div", { class: "runs-tools" }, this.search, this.#sortField(), this.chosen, this.overlay, this.compare);
     const head = element("thead", { role: "rowgroup" }, this.headings);
     this.table = element("table", { class: "runs", role: "table", "aria-label": "runs" }, head, this.body);
+    main.classList.add("wide");
     this.watcher = new IntersectionObserver((entries) => this.#see(entries), { rootMargin: "200px" });
     main.append(element("header", { class: "runs-head" }, element("h1", {}, directory), this.head), this.tools, this.table, this.nothing, this.away.host);
     this.#take(runs, []);
@@ -108,6 +114,8 @@ class Runs {
       indent(depth);
       return host;
     });
+    const usual = usualOf(all);
+    this.#rows.forEach((row) => row.tellUnusual(usual));
     const isSame = hosts.length === this.body.children.length && hosts.every((host, index) => host === this.body.children[index]);
     if (!isSame) this.body.replaceChildren(...hosts);
     this.#drawHeadings();
@@ -121,8 +129,8 @@ class Runs {
     this.table.hidden = !shown;
     this.tools.hidden = !all.length;
     this.nothing.hidden = shown > 0;
-    const none = ["No run is here yet. This makes the first one: ", element("code", {}, "everystep train")];
-    this.nothing.replaceChildren(...(all.length ? [`No run is like “${this.search.value}”.`] : none));
+    const none = ["There are no runs here yet. Runs appear as soon as they start: ", element("code", {}, "everystep train")];
+    this.nothing.replaceChildren(...(all.length ? [`No run matches “${this.search.value}”.`] : none));
   }
 
   #drawHeadings() {

@@ -44,6 +44,14 @@ export function ago(iso) {
   return new Date(iso).toISOString().slice(0, 10);
 }
 
+/** Return seconds as a person says them. */
+export function duration(seconds) {
+  if (seconds < 10) return `${short(seconds, 2)} s`;
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return `${Math.round(seconds / 3600)} h`;
+}
+
 /** Return a number in the fewest digits that give it back; `isSingle`: as a float32, which it is. */
 export function fullText(value, isSingle = Math.fround(value) === value) {
   if (!Number.isFinite(value)) return String(value).replace("NaN", "nan").replace("Infinity", "inf");

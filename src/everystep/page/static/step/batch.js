@@ -1,10 +1,8 @@
 // The batch of a step: its rows of the data, and what is in them.
 
 import { button, element } from "../shared/elements.js";
-import { numberOf, whole } from "../shared/format.js";
-import { coloursOf, painter, rangeOf } from "../tensor/colours.js";
+import { whole } from "../shared/format.js";
 import { rebuilt, setText, show } from "../shared/part.js";
-import { Patch } from "../tensor/patch.js";
 import { tensorRow } from "../tensor/tensor.js";
 
 const ROWS_SHOWN = 12;
@@ -26,8 +24,8 @@ export function batch(view) {
     rowsOfData(),
     ...(batch.images ? [images(view)] : []),
     ...folded(
-      batch.tensors.map(({ name, tensor }, place) =>
-        tensorRow(view, { id: tensor, name, detail: batch.images && place === 0 ? null : thumbnail(view, tensor) }),
+      batch.tensors.map(({ name, tensor }) =>
+        tensorRow(view, { id: tensor, name }),
       ),
     ),
   ]);
@@ -70,19 +68,6 @@ function rowsOfData() {
       tell(isAll);
     },
   };
-}
-
-/** Return a picture of a tensor's numbers, as small as fits into its row. */
-function thumbnail(view, id) {
-  const canvas = element("canvas", { class: "thumbnail", width: 1, height: 1, "aria-hidden": "true" });
-  const drawing = latest(async (content, signal) => {
-    const patch = new Patch(await view.source.numbers(content.step, id, { index: 0, most: 160 }, { signal }));
-    if (signal.aborted || !patch.numbers.length) return;
-    patch.paint(painter(coloursOf(canvas), rangeOf(numberOf(patch.lowest), numberOf(patch.highest)), false));
-    Object.assign(canvas, { width: patch.width, height: patch.height });
-    canvas.getContext("2d").drawImage(patch.picture, 0, 0);
-  });
-  return { node: canvas, ...drawing };
 }
 
 function images(view) {

@@ -24,7 +24,7 @@ export function heading() {
     exactness.className = content.is_exact ? "exactness small muted" : "exactness alarm";
     setText(exactness, exactnessText(content));
     const told = Object.entries(hyperparameters).map(([name, value]) => `${name} ${short(value, 8)}`);
-    setText(settings, [...(batch.rows ? [`epoch ${whole(epoch)}, counted from 0`] : []), ...told].join(" · "));
+    setText(settings, [...(batch.rows ? [`Epoch ${whole(epoch + 1)}`] : []), ...told].join(" · "));
     problems.replaceChildren(...content.problems.map((text) => element("p", { class: "alarm" }, text)));
   });
 }
@@ -32,12 +32,12 @@ export function heading() {
 function exactnessText(content) {
   const { is_exact, is_by_program, is_of_loop, has_loss, departed_at, loss_text, recorded_loss_text } = content;
   const how = is_of_loop ? "without the code of your loop" : is_by_program ? "by program" : "eagerly";
-  if (is_exact && !has_loss) return `replayed ${how}; without losses, only Verify can tell whether it is as recorded`;
-  if (is_exact) return `replayed bit for bit as recorded, ${how}`;
+  if (is_exact && !has_loss) return `Replayed ${how}. Without losses, only Verify can tell whether it matches the recording.`;
+  if (is_exact) return `Replayed ${how}, bit-identical.`;
   const here = !has_loss
-    ? `step ${whole(departed_at)} was not`
+    ? `step ${whole(departed_at)} differs`
     : loss_text === recorded_loss_text
-      ? `this loss is the recorded one, but step ${whole(departed_at)} was not as recorded`
+      ? `this loss matches, but step ${whole(departed_at)} differs`
       : `replayed loss ${loss_text}, recorded ${recorded_loss_text}`;
-  return `Not as recorded (replayed ${how}): ${here}. Steps from ${whole(departed_at)} on are not the original.`;
+  return `Does not match the recording (replayed ${how}): ${here}. Steps from ${whole(departed_at)} on are not the original.`;
 }

@@ -5,6 +5,7 @@ import { fixed, rebuilt, setText, unfolding } from "../shared/part.js";
 import { statisticsLine } from "../tensor/statistics.js";
 import { typeset } from "./mathematics.js";
 import { tensorRow } from "../tensor/tensor.js";
+import { thumbnail } from "../tensor/thumbnail.js";
 
 /** How many operations stand in a block that the browser draws only near the screen. */
 const BLOCK = 40;
@@ -41,11 +42,12 @@ function operationRow(view, number) {
   const module = element("span", { class: "module" });
   const operator = element("span", { class: "operator" });
   const statistics = statisticsLine();
+  const picture = thumbnail(view, ({ operations }) => operations[number].results[0]?.tensor);
   let line = null;
   const part = unfolding(view, {
     key: `operation ${number}`,
     name: `#${number}`,
-    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node)],
+    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture.node],
     className: "operation",
     open: () => insides(view, number),
     changed: (isOpen) => view.chosen(number, isOpen),
@@ -64,6 +66,7 @@ function operationRow(view, number) {
         operator.title = operation.operator;
       }
       statistics.update(tensors[operation.results[0]?.tensor]);
+      picture.update(view.content);
     },
   });
   part.node.dataset.number = number;
@@ -71,6 +74,7 @@ function operationRow(view, number) {
   view.rows.set(number, part);
   const close = () => {
     if (view.rows.get(number) === part) view.rows.delete(number); // it may be in another list by now
+    picture.close();
     part.close();
   };
   return { ...part, close };

@@ -6,10 +6,20 @@ import { short, whole } from "../shared/format.js";
 import { network } from "./network.js";
 import { operationList } from "./operation.js";
 import { operationsOf } from "./outline.js";
+import { parameterName } from "./names.js";
 import { fixed, rebuilt, setText, show } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
 import { changes, formulas, scale, settingsText, update } from "./update.js";
 
+/** What a phase is, for those who see one for the first time. */
+const SAYS = {
+  batch: "The rows that this step learns from.",
+  forward: "What does the model predict for these rows, with its parameters as they are?",
+  loss: "How far are the predictions from the targets, as one number?",
+  zero_grad: "PyTorch adds new gradients to old ones, so each step first drops those of the step before.",
+  backward: "How much would the loss change if each number changed a little?",
+  update: "Each parameter moves a little against its gradient, which makes the loss smaller.",
+};
 const UPDATED_BEFORE = "This optimizer has updated before in this step: the changes are those of all its updates together.";
 
 /**
@@ -24,7 +34,8 @@ export function section(view, entry, level = 3) {
   const parts = [...settings, ...(entry.passes ? [...networksOf(view, entry.passes[0]), ...passes] : partsOf(view, entry))];
   const about = { class: "phase", id: `phase-${entry.key}`, "aria-label": entry.label };
   const title = element(`h${level}`, {}, link, ...settings.map((part) => part.node));
-  const node = element("section", about, title, ...parts.slice(settings.length).map((part) => part.node));
+  const says = entry.key === entry.phase && SAYS[entry.phase] ? element("p", { class: "says" }, SAYS[entry.phase]) : "";
+  const node = element("section", about, title, says, ...parts.slice(settings.length).map((part) => part.node));
   return {
     entry,
     node,
@@ -162,7 +173,7 @@ function tensors(view, kind, parameters = null, title = "") {
     return parameters.flatMap((parameter) => known.get(parameter) ?? []);
   };
   return rebuilt(element("div", { class: "tensors" }), of, (content) => {
-    const rows = of(content).map(({ parameter, tensor }) => tensorRow(view, { id: tensor, name: `${parameter}.grad` }));
+    const rows = of(content).map(({ parameter, tensor }) => tensorRow(view, { id: tensor, name: `${parameterName(content, parameter)} grad`, title: `${parameter}.grad` }));
     return title && rows.length ? [fixed(element("h4", {}, title)), ...rows] : rows;
   });
 }

@@ -4,7 +4,9 @@ import { button, element } from "../shared/elements.js";
 import { numberOf, percent, short } from "../shared/format.js";
 import { reference } from "./mathematics.js";
 import { fixed, rebuilt, setText, unfolding } from "../shared/part.js";
+import { parameterName } from "./names.js";
 import { tensorPanel } from "../tensor/tensor.js";
+import { thumbnail } from "../tensor/thumbnail.js";
 
 /** The bar of relative sizes begins at 10 to this power, and ends at 1. */
 const SMALLEST = -6;
@@ -90,13 +92,16 @@ function updateRow(view, { parameter, numbers }) {
   const by = element("span", { class: "by" }, ...references(numbers));
   const norms = Object.entries(told).map(([name, value]) => statistic(name, value));
   const quiet = element("span", { class: "quiet" }, element("span", { class: "statistics" }, ...norms, by));
-  return unfolding(view, {
+  const picture = thumbnail(view, () => `updates/${parameter}/change`);
+  const row = unfolding(view, {
     key: `updates/${parameter}`,
-    name: parameter,
+    name: parameterName(view.content, parameter),
     className: "update-row",
-    beside: [bar, element("span", { class: "relative" }, size), quiet],
+    beside: [bar, element("span", { class: "relative" }, size), quiet, picture.node],
     open: () => threePanels(view, parameter),
-    update({ updates, tensors }) {
+    update(content) {
+      const { updates, tensors } = content;
+      picture.update(content);
       const one = updates.find((each) => each.parameter === parameter);
       for (const [name, value] of Object.entries(told)) {
         const norm = tensors[one[name]]?.norm;
@@ -110,6 +115,12 @@ function updateRow(view, { parameter, numbers }) {
       bar.firstChild.style.width = `${100 * along(relative)}%`;
     },
   });
+  row.toggle.title = parameter;
+  const close = () => {
+    picture.close();
+    row.close();
+  };
+  return { ...row, close };
 }
 
 function references(numbers) {

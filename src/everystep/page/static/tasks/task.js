@@ -1,7 +1,7 @@
 // A task of the server on the page: how far it is, how long it takes still, and what comes of it.
 
 import { button, element } from "../shared/elements.js";
-import { whole } from "../shared/format.js";
+import { duration, whole } from "../shared/format.js";
 import { tell, withQuery } from "../shared/server.js";
 
 /**
@@ -87,14 +87,6 @@ class Task {
 export function errorText(message) {
   if (!message.includes("\n")) return element("p", { class: "alarm" }, message);
   return element("pre", { class: "alarm", tabIndex: 0, "aria-label": "error" }, message);
-}
-
-/** Return seconds as a person says them. */
-export function duration(seconds) {
-  if (seconds < 1.5) return "a second";
-  if (seconds < 90) return `${Math.round(seconds)} s`;
-  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
-  return `${Math.round(seconds / 3600)} h`;
 }
 
 // Follow a task's events, over breaks in the connection.

@@ -1,6 +1,7 @@
 // A heat map of a tensor: every number a cell, as near as one likes.
 
 import { coloursOf, isLight, painter, rangeOf } from "./colours.js";
+import { watchAppearance } from "../shared/appearance.js";
 import { element } from "../shared/elements.js";
 import { Extract } from "./extract.js";
 import { numberOf, shapeText, short } from "../shared/format.js";
@@ -156,13 +157,11 @@ class HeatMap {
       this.draw();
     });
     sized.observe(this.frame);
-    const scheme = matchMedia("(prefers-color-scheme: dark)");
     const recoloured = () => {
       this.colours = null;
       if (this.whole) this.paint();
     };
-    scheme.addEventListener("change", recoloured);
-    this.watching = [() => sized.disconnect(), () => scheme.removeEventListener("change", recoloured), handle(this)];
+    this.watching = [() => sized.disconnect(), watchAppearance(recoloured), handle(this)];
   }
 
   #size(isAnother) {

@@ -5,25 +5,28 @@ import { heatMap } from "./heatmap.js";
 import { histogram } from "./histogram.js";
 import { show, setText, unfolding } from "../shared/part.js";
 import { statisticsLine, statisticsText } from "./statistics.js";
+import { thumbnail } from "./thumbnail.js";
 
-/** Return the part of a tensor that unfolds to its panel. `detail`: a part that stands in its row. */
-export function tensorRow(view, { id, key = id, name, note = "", detail = null }) {
+/** Return the part of a tensor that unfolds to its panel. */
+export function tensorRow(view, { id, key = id, name, title = "", note = "" }) {
   const statistics = statisticsLine({ norm: true });
   const noted = note ? element("span", { class: "note-of-name" }, note) : null;
   const quiet = element("span", { class: "quiet" }, statistics.node);
+  const picture = thumbnail(view, () => id);
   const row = unfolding(view, {
     key,
     name,
     className: "tensor",
-    beside: [noted, detail?.node, quiet].filter(Boolean),
+    beside: [noted, quiet, picture.node].filter(Boolean),
     open: () => tensorPanel(view, id, name),
     update(content) {
       statistics.update(content.tensors[id]);
-      detail?.update(content);
+      picture.update(content);
     },
   });
+  row.toggle.title = title;
   const close = () => {
-    detail?.close?.();
+    picture.close();
     row.close();
   };
   return { ...row, close };

@@ -1,0 +1,92 @@
+// What a reader must know first: why a run ended, and where its loss stopped being finite.
+
+import * as address from "../shared/address.js";
+import { button, element } from "../shared/elements.js";
+import { shapeText, short, whole } from "../shared/format.js";
+import { addressOf, tell } from "../shared/server.js";
+import { stepLink } from "./head.js";
+
+/** Make the banner; return {host, update(about), close()}. `goTo(step)`: opens a step. */
+export function banner({ goTo }) {
+  return new Banner(goTo);
+}
+
+class Banner {
+  #task = null;
+  #isClosed = false;
+
+  constructor(goTo) {
+    this.goTo = goTo;
+    this.says = element("p");
+    this.why = button("Where did it come from?", () => this.#ask());
+    this.answer = element("div", { class: "answer" });
+    this.host = element("div", { class: "alarm banner", hidden: true }, element("div", { class: "line" }, this.says, this.why), this.answer);
+  }
+
+  update(about) {
+    const { status, reason, nonfinite } = about;
+    this.about = about;
+    this.host.hidden = !reason && !nonfinite;
+    this.why.hidden = !nonfinite || this.#task !== null;
+    const said = JSON.stringify([status, reason, nonfinite]);
+    if (this.said === said) return; // a link that is about to be clicked stays
+    this.said = said;
+    this.says.replaceChildren(...(reason ? [`${status}: ${reason}${nonfinite ? ". " : ""}`] : []), ...this.#nonfinite(nonfinite));
+  }
+
+  close() {
+    this.#isClosed = true;
+    this.#task?.leave();
+  }
+
+  #nonfinite(found) {
+    if (!found) return [];
+    const loss = found.loss === "nan" ? "NaN" : found.loss;
+    return [element("b", {}, `The loss is ${loss} at `, stepLink(this.about.name, found.step, this.goTo)), ", the first that is not finite."];
+  }
+
+  async #ask() {
+    this.why.hidden = true;
+    const { runTask } = await import("../tasks/task.js");
+    if (this.#isClosed) return;
+    this.#task = runTask(() => tell(addressOf(this.about.name, "when"), { condition: "nonfinite", which: "first" }), this.answer, {
+      label: "Where did it come from?",
+      done: (result) => this.#story(result),
+      over: (message) => {
+        this.#task = null;
+        this.why.hidden = !message;
+      },
+    });
+  }
+
+  #story({ nonfinite: found, text }) {
+    if (!found) return element("p", {}, text);
+    const { step, phase, operation, tensor, nans, infinities, rows, inputs, mathematics } = found;
+    const open = { view: "run", run: this.about.name, step, phase, operation, beside: address.read().beside };
+    const counts = [nans && `${whole(nans)} NaN`, infinities && `${whole(infinities)} infinite`].filter(Boolean).join(" and ");
+    const where = operation === null ? `Step ${whole(step)}, before any operation` : `Step ${whole(step)}, ${phase}, operation #${operation}`;
+    return [
+      element(
+        "p",
+        { class: "origin" },
+        `${where}: `,
+        mathematics ? element("span", { class: "mono" }, mathematics) : tensor,
+        ` has ${counts}. `,
+        element("a", { href: address.write(open) }, "Open"),
+      ),
+      element("ul", { class: "inputs" }, ...inputs.map(inputLine)),
+      rows.length ? element("p", {}, rowsText(rows)) : null,
+    ];
+  }
+}
+
+function inputLine({ name, shape, minimum, maximum, not_finite: bad }) {
+  const range = minimum === "nan" ? "no finite number" : `${short(minimum)} to ${short(maximum)}`;
+  return element("li", {}, element("span", { class: "mono" }, name), ` ${shapeText(shape)}: ${range}${bad ? `, ${whole(bad)} not finite` : ""}`);
+}
+
+function rowsText(rows) {
+  const first = rows.slice(0, 8).map(whole).join(", ");
+  const more = rows.length > 8 ? ` and ${whole(rows.length - 8)} more` : "";
+  return `${rows.length === 1 ? "Row" : "Rows"} of the data: ${first}${more}`;
+}
