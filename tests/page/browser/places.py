@@ -39,9 +39,11 @@ def part(page, name):
 
 
 def unfold(host, name):
-    """Unfold a tensor by its name; return its part."""
-    found = host.locator(".unfolding", has=host.page.get_by_role("button", name=name, exact=True)).last
-    found.get_by_role("button", name=name, exact=True).click()
+    """Unfold a tensor by its name, or by that of its parameter; return its part."""
+    by_name = host.page.get_by_role("button", name=name, exact=True)
+    button = host.page.locator(f".unfold[title='{name}']").or_(by_name)
+    found = host.locator(".unfolding", has=button).last
+    found.locator("> .head > .unfold").click()
     return found
 
 

@@ -90,7 +90,7 @@ def test_runs_are_searched_by_name_and_status(listed, open_page):
     expect(page.locator("tbody tr")).to_have_count(1)
     expect(row(page, "killed")).to_be_visible()
     search.fill("nothing like it")
-    expect(page.get_by_text("No run is like “nothing like it”.")).to_be_visible()
+    expect(page.get_by_text("No run matches “nothing like it”.")).to_be_visible()
     search.fill("")
     expect(page.locator("tbody tr")).to_have_count(7)
 

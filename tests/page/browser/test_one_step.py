@@ -37,12 +37,13 @@ def test_a_step_shows_the_very_numbers_that_python_gives(chapter, step):
     shown = page.locator(".step")
     [loss, exact] = [page.locator(f".step-heading {place}") for place in (".loss-full", ".exactness")]
     assert float(loss.inner_text()) == pytest.approx(step.loss, rel=1e-7)
-    expect(exact).to_have_text("replayed bit for bit as recorded, by program")
+    expect(exact).to_have_text("Replayed by program, bit-identical.")
     assert shown.get_by_role("heading", level=3).all_inner_texts() == [
         f"{number} {name}".strip() for number, name in zip(["", *range(1, 6)], PHASES, strict=True)
     ]
     gradients = part(page, "Backward").locator(".tensor")
-    names = gradients.locator(".unfold").all_inner_texts()
+    assert gradients.locator(".unfold").first.inner_text() == "Linear 2 · weight grad"
+    names = gradients.locator(".unfold").evaluate_all("all => all.map(one => one.title)")
     assert names[0] == "2.weight.grad" and set(names) == {f"{name}.grad" for name in step.gradients}
     for row, name in zip(gradients.all(), names, strict=True):
         gradient = step.gradients[name.removesuffix(".grad")]
@@ -62,7 +63,7 @@ def test_the_update_is_told_in_both_notations_with_its_relative_size(chapter, st
     expect(row).to_contain_text(
         re.compile(rf"before {one.before.norm():.4g}\s*after {one.after.norm():.4g}")
     )
-    row.get_by_role("button", name="0.weight").click()
+    row.get_by_role("button", name="Linear 0 · weight").click()
     for name in ("change", "before", "after"):
         row.get_by_role("button", name=name, exact=True).click()
         expect(
@@ -171,3 +172,33 @@ def test_what_is_unfolded_stays_so_from_step_to_step(chapter, recorded):
     expect(
         gradient.get_by_role("img", name=re.compile(f"^Heat map of 2.bias.grad:.*norm {norm:.4g}"))
     ).to_be_visible()
+
+
+def test_every_row_with_a_tensor_has_a_picture_of_it(chapter):
+    page = chapter()
+    for name, count in (("Batch", 2), ("Forward", 3), ("Zero grad", 4), ("Update", 4)):
+        shown = part(page, name)
+        shown.scroll_into_view_if_needed()
+        rows = shown.locator(".unfolding > .head:has(.thumbnail) canvas:not([width='1'])")
+        expect(rows).to_have_count(count)
+    expect(part(page, "Loss").locator(".thumbnail canvas")).to_be_hidden()  # of one number
+
+
+def test_how_the_page_looks_is_remembered(visit):
+    page = visit("/runs/chapter?step=137")
+    expect_step(page, 137)
+    operator = page.locator("[data-number='0'] .operator")
+    expect(operator).to_be_hidden()
+    before = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+    page.get_by_role("button", name="appearance").click()
+    for name in ("dark", "large, for a projector", "shown"):
+        page.get_by_role("dialog").get_by_role("button", name=name, exact=True).click()
+    page.keyboard.press("Escape")
+    expect(operator).to_have_text("aten.addmm.default")
+    page.reload()
+    expect_step(page, 137)
+    expect(operator).to_be_visible()
+    page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '20px'")
+    after = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+    assert before != after
+    page.evaluate("localStorage.clear()")  # the window is that of other tests, too

@@ -165,7 +165,7 @@ def test_a_run_that_ended_too_early_says_so(copied, visit, status, said):
         database.write_facts({"status": status, "reason": "no memory left"})
     page = visit(f"/runs/{run.name}")
     expect(page.locator(".run-head .state")).to_have_text(said)
-    expect(page.locator(".run-head .alarm").first).to_have_text(f"{said}: no memory left")
+    expect(page.locator(".banner p").first).to_contain_text(f"{said}: no memory left.")
     page.keyboard.press("Home")
     expect_step(page, 1, of=30)
 
@@ -180,15 +180,23 @@ def test_a_step_that_cannot_be_opened_says_why(copied, visit):
     expect(page.locator(".step")).to_be_hidden()
 
 
-def test_losses_that_are_not_finite_are_said(visit):
+def test_losses_that_are_not_finite_are_said(visit, recorded):
     page = visit("/runs/diverged")
     alarm = page.locator(".run-head .alarm")
     expect(alarm).to_contain_text(
-        re.compile("The loss is (inf|nan) at step [0-9]+, the first that is not finite.")
+        re.compile("The loss is (inf|NaN) at step [0-9]+, the first that is not finite.")
     )
     expect(page.get_by_text("Marked at the bottom: losses that are not finite.")).to_be_visible()
     step = int(re.search(r"step (\d+)", alarm.inner_text())[1])
-    alarm.get_by_role("link").click()
+    alarm.get_by_role("button", name="Where did it come from?").click()
+    found = everystep.open(recorded / "diverged").first_nonfinite()
+    origin = alarm.locator(".origin")
+    expect(origin).to_contain_text(f"Step {found.step.number}, {found.operation.operation.phase}")
+    expect(alarm.locator(".inputs li")).to_have_count(len(found.operation.inputs))
+    origin.get_by_role("link", name="Open").click()
+    expect_step(page, found.step.number, of=30)
+    expect(page.locator(f"[data-number='{found.index}'].marked")).to_be_visible()
+    alarm.get_by_role("link", name=f"step {step}").click()
     expect_step(page, step, of=30)
     expect(page.locator(".step-heading .loss-full")).to_have_text("not finite")
 

@@ -20,7 +20,7 @@ from everystep.page.share import shared_report
 
 GAN = [
     "Batch",
-    "1 Loss",
+    "1 Other",
     "2 Forward · generator",
     "3 Loss",
     "4 Forward · discriminator",
@@ -90,7 +90,9 @@ def toggle(page, number):
 
 
 def names(rows):
-    return rows.locator("> .head > .unfold").all_inner_texts()
+    """Return the names of parameters, or what stands where there is none."""
+    buttons = rows.locator("> .head > .unfold")
+    return buttons.evaluate_all("all => all.map(one => one.title || one.textContent)")
 
 
 def numbers_of(host):
@@ -103,7 +105,7 @@ def numbers_of(host):
 def test_a_step_is_its_segments_in_order_each_with_its_model_or_optimizer(show, loops):
     page = show("gan", 3)
     expect(page.locator(".exactness")).to_have_text(
-        "replayed bit for bit as recorded, without the code of your loop"
+        "Replayed without the code of your loop, bit-identical."
     )
     assert headings(page) == GAN
     phases = page.get_by_role("navigation", name="phases of the step")

@@ -18,7 +18,7 @@ export function tensorRow(view, { id, key = id, name, title = "", note = "" }) {
     name,
     className: "tensor",
     beside: [noted, quiet, picture.node].filter(Boolean),
-    open: () => tensorPanel(view, id, name),
+    open: () => tensorPanel(view, id, title || name),
     update(content) {
       statistics.update(content.tensors[id]);
       picture.update(content);
