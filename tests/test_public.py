@@ -61,17 +61,24 @@ def test_the_tree_of_exceptions_in_the_docstring_is_the_real_one():
         assert issubclass(getattr(errors, name), errors.UsageError)
 
 
-def test_the_readme_tells_of_every_command_and_every_option_has_a_help():
-    readme = (ROOT / "README.md").read_text()
+def test_the_reference_tells_of_every_command_and_every_option_has_a_help():
+    reference = (ROOT / "docs" / "reference.md").read_text()
     command = typer.main.get_command(cli.app)
     assert set(command.commands) == {
         "train", "experiments", "runs", "losses", "table", "plot", "report",
         "step", "verify", "diff", "fork", "measure", "when", "view",
     }  # fmt: skip
     for name, each in command.commands.items():
-        assert f"everystep {name}" in readme
+        assert f"everystep {name}" in reference
         assert each.help
         assert all(parameter.help for parameter in each.params if parameter.name != "help")
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) <= 900
+    links = re.findall(r"\]\(([^)#]+)\)", readme)
+    assert len(links) > 6 and all((ROOT / link).is_file() for link in links)
 
 
 def test_every_key_of_an_experiment_is_an_argument_of_train():

@@ -114,9 +114,27 @@ def test_the_last_digits_may_be_other_ones() -> None:
     assert_same_output("step      loss\n498  1.542e-05", "step       loss\n498  1.5423e-05")
 
 
-def test_the_python_of_the_readme_runs(tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(blocks) == 2
+#: What a reader of the README has already.
+OWN = """
+import everystep
+import torch
+from torch import nn
+
+x, y = torch.randn(64, 10), torch.randn(64, 2)
+model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 2))
+loss_function = nn.MSELoss()
+optimizer = torch.optim.AdamW(model.parameters())
+loader = [(x, y)] * 140
+"""
+
+
+@pytest.mark.parametrize(
+    ("page", "before", "count"), [("README.md", OWN, 2), ("docs/reference.md", "", 2)]
+)
+def test_the_python_of_the_readme_and_of_the_reference_runs(page, before, count, tmp_path):
+    text = (Path(__file__).parent.parent / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == count
     for block in blocks:
-        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
+        command = [sys.executable, "-c", before + block]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)

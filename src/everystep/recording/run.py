@@ -41,9 +41,9 @@ class Summary(NamedTuple):
     """A run in one line. Losses are None where no step was taken.
 
     nonfinite_step: the first whose loss is not finite; seconds: how long it took; optimizer: class
-    names; lr: the learning rates at the beginning; batch_size: rows of a step, None where nobody knows;
-    validation: the newest accuracy or loss on rows kept aside, with its name; parent: of a fork, the name
-    of its parent and the last step that is the parent's.
+    names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
+    validation: the newest accuracy or loss on validation rows, with its name; parent: of a fork, the
+    name of its parent and the last step that is the parent's.
     """
 
     name: str
