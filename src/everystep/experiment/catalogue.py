@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,10 +31,13 @@ __all__ = [
     "optimizer_class",
     "parse_layer",
     "schedule_class",
+    "without_compiler",
 ]
 
 _CONTAINERS = {"Module", "Sequential", "ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 _NEEDS_FUNCTIONS = {"LambdaLR", "MultiplicativeLR"}
+#: Where `torch._compile` keeps what it calls instead of a function.
+_LEFT_OUT = "__dynamo_disable"
 _NEEDS_SCHEDULES = {"SequentialLR", "ChainedScheduler"}
 
 
@@ -184,7 +189,25 @@ def _try_section(section: str, table: Mapping[str, Any], cls: type) -> None:
         _construct(table["name"], lambda: cls(**keywords | weights))
     elif section == "optimizer":
         parameter = nn.Parameter(torch.zeros(2, 2))
-        _construct(table["name"], lambda: cls([parameter], **_tuples(keywords)))
+        with without_compiler():
+            _construct(table["name"], lambda: cls([parameter], **_tuples(keywords)))
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Let optimizers be made without torch's compiler, which takes a second to import.
+
+    `add_param_group` imports it only to keep it away from itself; nothing is compiled within.
+    """
+    function = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
+    if function is None or "torch._dynamo" in sys.modules or _LEFT_OUT in vars(function):
+        yield
+        return
+    setattr(function, _LEFT_OUT, function)
+    try:
+        yield
+    finally:
+        delattr(function, _LEFT_OUT)
 
 
 def _check_reduction(reduction: Any) -> None:

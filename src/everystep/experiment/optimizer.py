@@ -10,7 +10,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.errors import ExperimentError, Fault
-from everystep.experiment.catalogue import keyword_parameters, optimizer_class, schedule_class
+from everystep.experiment.catalogue import (
+    keyword_parameters,
+    optimizer_class,
+    schedule_class,
+    without_compiler,
+)
 from everystep.experiment.specification import Experiment, Optimizer, Schedule
 
 __all__ = ["build_optimizer", "build_schedule", "with_fused"]
@@ -44,7 +49,8 @@ def build_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
     """
     cls: Any = optimizer_class(optimizer.name)
     try:
-        made: torch.optim.Optimizer = cls(list(parameters), **optimizer.keywords)
+        with without_compiler():
+            made: torch.optim.Optimizer = cls(list(parameters), **optimizer.keywords)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ExperimentError([Fault("optimizer", f"{optimizer.name}: {error}")]) from None
     return made
