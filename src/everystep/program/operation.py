@@ -186,7 +186,7 @@ class Operation(Model):
             value = given[parameter.name]
             is_none = value is None and may_be_none and parameter.kind == "Tensor"
             if not is_none and not fits(parameter.kind, value, parameter.size):
-                raise ValueError(f"{operator}: {parameter.name} is not a {parameter.kind}")
+                raise ValueError(f"{operator}: {parameter.name} must be of type {parameter.kind}")
 
 
 def usual_geometry(name: str, shape: tuple[int, ...] | list[int]) -> dict[str, Any]:
