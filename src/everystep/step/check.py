@@ -1,4 +1,4 @@
-"""Check: tensors and states compared, bit for bit."""
+"""Check: compares tensors and states, bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FOLD_TOLERANCE = {
 class StateDifference(NamedTuple):
     """A tensor of a snapshot that was another when its state was reached again.
 
-    elements: how many numbers differ; largest: by how many units in the last place at most, None where
+    elements: how many numbers differ; largest: by how many units in the last place at most, None if
     that cannot be said.
     """
 
@@ -47,7 +47,7 @@ class StateDifference(NamedTuple):
 def difference(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, folded: bool = False
 ) -> str | None:
-    """Return the name of the first tensor whose bits differ (or numbers, if `folded`), or None."""
+    """Return the name of the first tensor with different bits (values, if `folded`), or None."""
     for name in expected.keys() | found.keys():
         if name not in expected or name not in found:
             return name
@@ -66,7 +66,7 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """Return the bits of floats as integers of their size; what is no float stays as it is."""
+    """Return the bits of floats as integers of their size; others unchanged."""
     whole = tensor.detach()
     if whole.is_complex():
         whole = torch.view_as_real(whole)
@@ -81,9 +81,9 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def distance(one: Tensor, two: Tensor) -> int | None:
-    """Return how many floats of their kind lie between two numbers at most: units in the last place.
+    """Return the maximum distance between two tensors' elements in units in the last place.
 
-    None where that has no meaning: for integers, empty tensors and NaNs.
+    None if that has no meaning: for integers, empty tensors and NaNs.
     """
     if not (one.is_floating_point() and one.numel()) or bool((one.isnan() | two.isnan()).any()):
         return None

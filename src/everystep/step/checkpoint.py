@@ -1,4 +1,4 @@
-"""Checkpoint: the state of a training kept in memory, to go back to and to compare with."""
+"""Checkpoint: the state of a training kept in memory, to restore and to compare with."""
 
 from __future__ import annotations
 
@@ -146,8 +146,10 @@ class PartsCheckpoint:
 
 
 class Change(NamedTuple):
-    """What has changed. tensors: as they are now, by the names of a `State`; lost: what is no tensor, in
-    words, None if nothing.
+    """What changed.
+
+    tensors: their current values, by the names of a `State`; lost: what is not a tensor, in words, or
+    None.
     """
 
     tensors: dict[str, Tensor]
@@ -164,7 +166,7 @@ class _Contents:
         self._data = _data_versions(training)
 
     def change(self, training: Training) -> Change | None:
-        """Return what is not as it was, or None."""
+        """Return what differs from before, or None."""
         now, before = _tensors(training), self._tensors
         tensors = {
             name: tensor.detach().cpu().clone()
@@ -175,7 +177,7 @@ class _Contents:
         if _data_versions(training) != self._data:
             lost = "the data"
         elif _parameters(now) != self._parameters:
-            lost = "which parameters there are"
+            lost = "the set of parameters"
         else:
             # A gradient that is not there any more is as good as one that a loop has dropped.
             gone = [name for name in before if name not in now and not name.startswith("gradient/")]

@@ -1,4 +1,4 @@
-"""What is known of an operator of torch, looked up once: whether and how a watch sees it."""
+"""What is known about a torch operator, looked up once: whether and how a watch sees it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _learn(func: Any) -> KnownOperator:
 
 
 def _makes_dtype(func: Any) -> bool:
-    """Tell whether an operator makes a tensor of none, of the process's dtype where none is given."""
+    """Tell whether an operator creates a tensor from none, by default in the process's dtype."""
     kinds = {p.name: p.kind for p in parameters(func)}
     return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
 

@@ -1,4 +1,4 @@
-"""Observe: a step taken so that everything in it can be looked at, by a program or eagerly."""
+"""Observe: runs a step with everything in it observable, by a program or eagerly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Observation(NamedTuple):
 
 
 def observe_program(bound: BoundProgram) -> Observation:
-    """Take the step that a program is for, on what its memory holds, and look at everything."""
+    """Run the step of a program on the content of its memory, and observe everything."""
     program = bound.program
     due: dict[int, list[str]] = {}
     for path, index in program.given_after().items():
@@ -60,9 +60,9 @@ def observe_program(bound: BoundProgram) -> Observation:
 
 
 def observe_eager(step: EagerStep, number: int) -> Observation:
-    """Take step `number` as Python runs it, and look at everything.
+    """Run step `number` in Python, and observe everything.
 
-    Operations that a program could not hold are among them; what gives numbers to Python is not.
+    This includes operations that a program could not hold, but not those that return numbers to Python.
 
     Raises:
         whatever the step raises.

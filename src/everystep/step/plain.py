@@ -1,4 +1,4 @@
-"""Plain programs from paths: what a step of a loop was seen to do, as data with names."""
+"""Plain programs from paths: an observed step of a loop, as data with names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
     """Return the program of a path; it says the numbers of the first step that took it.
 
     Raises:
-        NotCapturableError: no program can hold it; says why.
+        NotCapturableError: a program cannot hold it; gives the reason.
     """
     left = iter(numbers)
     unused = path.unused_gradients()

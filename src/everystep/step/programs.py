@@ -20,10 +20,10 @@ __all__ = ["ProgramRule", "Programs"]
 
 
 class ProgramRule(NamedTuple):
-    """Which steps a program takes: from step `since` on, those whose batch has the shape of its x and y.
+    """Which steps a program runs: from step `since` on, those with a batch of the shape of its x and y.
 
-    Of these, it takes `every` one, only step `since` itself (`first`), or all `later` ones. Programs
-    with a later `since` replace all those before.
+    Of these, it runs `every` one, only step `since` itself (`first`), or all `later` ones. Programs with
+    a later `since` replace all those before.
     """
 
     number: int
@@ -32,7 +32,7 @@ class ProgramRule(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """What decides which program takes a step."""
+    """What decides which program runs a step."""
 
     since: int
     is_first: bool
@@ -43,11 +43,11 @@ class Programs:
     """The programs of a training, by rule.
 
     Args:
-        training: what is trained.
-        fold: whether updates shall be folded into matrix products.
-        first_step: the first that is taken; it may make state that later ones find.
+        training: the training.
+        fold: whether to fold updates into matrix products.
+        first_step: the first step; it may create state that later ones find.
 
-    is_folded: whether they may round otherwise than the eager step.
+    is_folded: whether they may round differently from the eager step.
     """
 
     def __init__(self, training: Training, fold: bool, first_step: int = 1) -> None:
@@ -86,7 +86,7 @@ class Programs:
         return self._since[bisect_right(self._since, step) - 1]
 
     def until(self, step: int) -> int | None:
-        """Return the last step that the programs of a step are for, None where it is not known yet."""
+        """Return the last step that the programs of a step are for, None if it is not known yet."""
         place = bisect_right(self._since, step)
         return self._since[place] - 1 if place < len(self._since) else None
 
@@ -136,11 +136,11 @@ class Programs:
         return self._bound[number]
 
     def refresh(self, state: Mapping[str, Tensor] | None = None) -> bool:
-        """Notice where Python has put other tensors in the place of those that programs are bound to.
+        """Detect state tensors that Python replaced since programs were bound.
 
-        state: of the training as it is now, if it is at hand.
+        state: of the training now, if already known.
 
-        Returns whether it has.
+        Returns whether it replaced any.
         """
         state = self._training.named_state() if state is None else state
         now = [t.untyped_storage().data_ptr() for n, t in state.items() if n in self._state_names]
@@ -154,21 +154,21 @@ class Programs:
         return has_moved
 
     def misfit(self, state: Mapping[str, Tensor], since: int, *, has_update: bool) -> str | None:
-        """Return what of the state does not lie as programs know it, in words, or None.
+        """Return in words what of the state has another geometry than programs expect, or None.
 
-        state: of the training as it is now; since: the programs with this `since`; has_update: whether
-        they take the update, too.
+        state: of the training now; since: the programs with this `since`; has_update: whether they run
+        the update, too.
         """
         numbers = {n for key, n in self._by_key.items() if key.since == since}
         for program in (self.built[number].program for number in numbers):
             for name in program.of_kind("state"):
                 tensor, spec = state.get(name), program.tensors.get(name)
                 if spec is not None and (tensor is None or not _is_as(tensor, spec)):
-                    return f"{name.partition('/')[2]} changes its shape, dtype or place"
+                    return f"{name.partition('/')[2]} changes its shape, dtype or memory"
             if has_update and program.optimizer_step is None:
                 known = {name for name in state if name.startswith("optimizer/")}
                 if not known <= set(program.of_kind("state")) | set(program.tensors):
-                    return "what the optimizer keeps changes"
+                    return "the state of the optimizer changes"
         return None
 
     def load_batch(self, step: int, bound: BoundProgram) -> None:
@@ -183,9 +183,9 @@ class Programs:
             tensor.fill_(float(groups[group]["lr"]))
 
     def hand_over_gradients(self, bound: BoundProgram, *, as_copies: bool = False) -> None:
-        """Give each parameter the gradient that a program has made, as eager steps do.
+        """Set each parameter's gradient to the one that a program computed, as eager steps do.
 
-        as_copies: for code that may keep them, while the program goes on to write into its own.
+        as_copies: for code that may keep them while the program continues to write into its own.
         """
         gradients: Mapping[str, Tensor] = bound.gradients
         if as_copies:
@@ -199,7 +199,7 @@ class Programs:
     def hand_over_copies(self, step: int) -> None:
         """Give each parameter a copy of its gradient, or add it to one that is there, as autograd does.
 
-        An optimizer that is not torch's may keep what it is given, or change it.
+        An optimizer that is not torch's may keep its arguments, or change them.
         """
         own = {p for group in self._training.optimizer.param_groups for p in group["params"]}
         gradients = self.bound(step).gradients

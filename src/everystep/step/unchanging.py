@@ -1,4 +1,4 @@
-"""Which storages hold the same at every step, so that what makes them need run only once."""
+"""Which storages hold the same at every step, so that the operations that fill them run only once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Effect", "unchanging", "unchanging_in"]
 
 
 class Effect(NamedTuple):
-    """What an operation does to storages: whose numbers it reads, and which it writes."""
+    """The effect of an operation on storages: those it reads, and those it writes."""
 
     reads: Collection[Any]
     writes: Collection[Any]

@@ -1,4 +1,4 @@
-"""The update of a captured step: operations that read the lr, or the step of an optimizer as a whole."""
+"""The update of a captured step: operations that read the lr, or an optimizer step as a whole."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Update:
         """Return why the optimizer's operations are not the same at every step."""
         for refusal in self._captured.refusals:
             if refusal.where == "optimizer":
-                return f"is no list of operations: {refusal.reason}"
+                return f"is not a list of operations: {refusal.reason}"
         if any(value is not None for value in self._settings["values"].values()):
-            return "keeps numbers that are no tensors"
+            return "holds numbers that are not tensors"
         schedule = self._training.schedule
         if schedule is not None:
             if changes_more_than_lr(schedule):

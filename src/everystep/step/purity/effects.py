@@ -1,4 +1,4 @@
-"""Effects: operations that code which is read must not take."""
+"""Effects: operations that code which is read must not run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ReadingRecorder(StepRecorder):  # type: ignore[no-untyped-call]
     def _written(self, known: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> frozenset[int]:
         found = super()._written(known, args, keywords)
         if any(self.storages[number].kind == "constant" for number in found):
-            raise NotProvenError("changes a tensor that belongs to neither model, loss nor optimizer")
+            raise NotProvenError("changes a tensor that does not belong to model, loss or optimizer")
         return found
 
     def _refuse(self, func: Any, error: Exception, args: tuple[Any, ...] = ()) -> None:
@@ -58,7 +58,7 @@ def _refuse_parameters(tensor: Tensor) -> bool:
         NotProvenError: it is learned.
     """
     if tensor.requires_grad:
-        raise NotProvenError("reads a tensor that is learned")
+        raise NotProvenError("reads a trainable tensor")
     return False
 
 

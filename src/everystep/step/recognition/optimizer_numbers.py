@@ -1,8 +1,8 @@
-"""Optimizer numbers: those that torch's optimizers hand to their operations, without watching them.
+"""Optimizer numbers: those that torch's optimizers pass to their operations, without watching them.
 
-Adam's bias corrections, say, are other numbers at every step. They depend on the settings of a param
-group and on how many steps were taken, not on the parameter: so torch's own code takes the step of a
-parameter of one number, which is watched in the place of all of the group.
+Adam's bias corrections, for example, differ at every step. They depend on the settings of a param group
+and on the number of steps, not on the parameter: so torch's own code runs the step of a parameter with
+one element, which is watched in place of the whole group.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class OptimizerNumbers:
     def predict(
         self, optimizer: torch.optim.Optimizer, gradients: Mapping[int, torch.dtype] | None = None
     ) -> Predicted | None:
-        """Return what the next step of an optimizer is made of, None where nothing is known of it.
+        """Return what the next step of an optimizer is made of, None if nothing is known of it.
 
         gradients: the dtypes of those that there will be, by the id of their parameter; absent: those
         that are there.
