@@ -124,8 +124,8 @@ def engine_text(facts: Facts) -> str:
     live = engine.live_optimizer
     update = f"; {live} runs in Python at every step" if live else ""
     found = (
-        f"by {program}, {stands_behind}{update}; checked against Python {engine.checks:,} times, "
-        f"last at step {engine.verified_to:,}"
+        f"by {program}, {stands_behind}{update}; "
+        f"checked against Python {_counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
     )
     if engine.eager_from is None:
         return found
@@ -139,7 +139,7 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
         return f"Python ran every step{reason}"
     text = (
         f"a program ran {function.by_program:,} of {steps:,} steps, checked against Python "
-        f"{function.checks:,} times, last at step {function.verified_to:,}"
+        f"{_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
     )
     return text if function.reason is None else f"{text}; then Python: {function.reason}"
 
