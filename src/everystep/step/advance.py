@@ -19,10 +19,10 @@ ROOM = 1024
 
 
 class Hook(Protocol):
-    """Looks at steps while programs run them. A step has the same bits with it and without."""
+    """Observes steps while programs run them. The bits of a step are the same with and without it."""
 
     def calls(self, bound: BoundProgram) -> list[Call]:
-        """Return the calls of a step, with others in between that look."""
+        """Return the calls of a step, with observing calls in between."""
 
     def after(self, number: int, bound: BoundProgram) -> bool:
         """Observe a step that just ran; return whether to continue."""
@@ -107,7 +107,7 @@ class Losses:
         return float(self._losses[(self.count or self._collected) - 1])
 
     def make_room(self, loss: Tensor) -> None:
-        """Make room for losses of the dtype of this one, or of a wider one that others had."""
+        """Make room for losses of the dtype of this one, or of an earlier wider one."""
         if self._slots and loss.dtype == self._losses.dtype:
             return
         dtype = torch.promote_types(loss.dtype, self._losses.dtype) if self._slots else loss.dtype

@@ -61,9 +61,9 @@ def build(captured: Capture, training: Training, has_update: bool = True) -> Bui
 
 
 def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]]:
-    """Return all operations that were seen, and the names of their tensors by number.
+    """Return all observed operations, and the names of their tensors by number.
 
-    They need not be the same at the next step, nor complete.
+    They may differ at the next step, and may be incomplete.
     """
     builder = Builder(captured, captured.operations)
     return builder.named_operations()
@@ -150,7 +150,7 @@ class Builder:
         }
 
     def _name_storages(self, operations: list[CapturedOperation]) -> None:
-        """Storages are named after state, gradients and the loss; others after their operator."""
+        """Name storages after state, gradients and the loss; others after their operator."""
         captured = self._captured
         known = self._state | {f"gradient/{name}": n for name, n in captured.gradients.items()}
         if captured.loss_tensor is not None:
@@ -227,7 +227,7 @@ class Builder:
         )
 
     def _first_values(self) -> list[Operation]:
-        """Return what gives state that the step makes out of nothing its first value."""
+        """Return the operations that initialize state which the step creates from nothing."""
         found = []
         for name, number in self._appeared.items():
             storage = self._captured.storages[self._captured.tensors[number].storage]

@@ -47,7 +47,7 @@ class Capture:
 
 
 def begin_watching(training: Training, x: Tensor, y: Tensor, recorder: StepRecorder) -> dict[str, int]:
-    """Give a recorder the tensors that have a name before a step; return their numbers by name."""
+    """Pass the named tensors before a step to a recorder; return their numbers by name."""
     named = {name: recorder.know(tensor, "state") for name, tensor in training.named_state().items()}
     return named | {name: recorder.know(t, "input") for name, t in (("x", x), ("y", y))}
 
@@ -55,10 +55,10 @@ def begin_watching(training: Training, x: Tensor, y: Tensor, recorder: StepRecor
 def take_watched(
     step: EagerStep, number: int, recorder: StepRecorder, has_update: bool = True
 ) -> Capture:
-    """Run step `number` eagerly while a recorder looks on, and return what it has seen.
+    """Run step `number` eagerly, observed by a recorder, and return the observations.
 
-    has_update: whether the update is taken and seen, too; without it, the optimizer's `zero_grad` is
-    not seen either.
+    has_update: whether to run and observe the update, too; without it, the optimizer's `zero_grad` is
+    not observed either.
 
     Raises:
         whatever the step raises.

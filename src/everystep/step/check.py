@@ -32,10 +32,10 @@ FOLD_TOLERANCE = {
 
 
 class StateDifference(NamedTuple):
-    """A tensor of a snapshot that was another when its state was reached again.
+    """A tensor of a snapshot that differs in the replay.
 
-    elements: how many numbers differ; largest: by how many units in the last place at most, None if
-    that cannot be said.
+    elements: the number of differing elements; largest: the largest distance in units in the last place,
+    None if undefined.
     """
 
     state: int
@@ -59,7 +59,7 @@ def difference(
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
-    """Tell whether two tensors are the same, bit for bit: NaN like NaN, -0.0 unlike 0.0."""
+    """Tell whether two tensors are bit-identical; NaN equals NaN, -0.0 differs from 0.0."""
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
     return torch.equal(as_integers(one), as_integers(two))
@@ -105,9 +105,9 @@ def _is_close(one: Tensor, two: Tensor) -> bool:
 def state_differences(
     recorded: State, replayed: State, *, only_model: bool = False
 ) -> list[StateDifference]:
-    """Return the tensors of two states that differ; Python's and NumPy's generators are left out.
+    """Return the tensors of two states that differ, except Python's and NumPy's generators.
 
-    only_model: compare parameters and buffers alone.
+    only_model: compare only parameters and buffers.
     """
     found = []
     both = _compared(recorded), _compared(replayed)

@@ -26,13 +26,13 @@ _OF_OPTIMIZER = ("optimizer/", "group/")
 
 
 class Checkpoint:
-    """A copy of all that a training carries from one step to the next, where it was made.
+    """A copy of everything that a training carries from one step to the next, in memory.
 
-    Unlike a `State`, which is for the disk, it holds objects as they are, on their device.
+    Unlike a `State`, which is for the disk, it holds objects unchanged, on their device.
 
     Args:
-        training: what is trained.
-        has_optimizer: whether to hold what the optimizer keeps, too.
+        training: the training.
+        has_optimizer: whether to include the state of the optimizer.
     """
 
     def __init__(self, training: Training, has_optimizer: bool = True) -> None:
@@ -55,10 +55,10 @@ class Checkpoint:
         self._schedules = [_plain_data(vars(each)) for each in _schedules(training.schedule)]
 
     def restore(self, training: Training, *, forget_new: bool, has_schedule: bool = False) -> None:
-        """Bring the training back to this state, in its own tensors where it has them.
+        """Restore this state, in the training's own tensors if it has them.
 
-        forget_new: whether to drop optimizer state created since; has_schedule: whether to bring the
-        schedule back, too.
+        forget_new: whether to drop optimizer state created since; has_schedule: whether to restore the
+        schedule, too.
         """
         if self._own is not None:
             own, data = self._own
@@ -98,10 +98,10 @@ class Checkpoint:
 
 
 class PartsCheckpoint:
-    """A copy of all that the parts of a training carry from one step to the next, to go back to once.
+    """A copy of everything that the parts of a training carry between steps, to restore once.
 
-    state: the live tensors by name, pending gradients among them; copies: of their numbers; generators:
-    as they are.
+    state: the live tensors by name, including pending gradients; copies: of their values; generators:
+    their state.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -226,7 +226,7 @@ def _data_versions(training: Training) -> list[int]:
 
 
 def _schedules(schedule: Any) -> list[Any]:
-    """Return a schedule, and those that it is made of."""
+    """Return a schedule and its inner schedules."""
     if schedule is None:
         return []
     inner = getattr(schedule, "_schedulers", ())
@@ -234,7 +234,7 @@ def _schedules(schedule: Any) -> list[Any]:
 
 
 def _plain_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of what is made of numbers and texts alone; other objects stay as they are."""
+    """Return a copy of data made only of numbers and strings; other objects are not copied."""
     return {key: copy.deepcopy(value) for key, value in settings.items() if _is_plain(value)}
 
 

@@ -45,10 +45,10 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """All that a step needs, alive.
+    """Everything that a step needs, live.
 
-    loss: of prediction and target, gives one number; clip_norm: the largest 2-norm of all gradients
-    together; steps_per_epoch: for a schedule that advances every epoch.
+    loss: a function of (prediction, target) that returns one number; clip_norm: the largest 2-norm of
+    all gradients together; steps_per_epoch: for a schedule that advances every epoch.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class Training:
         return {name: p.grad for p, name in named.items() if p.grad is not None}
 
     def rates(self) -> dict[int, float]:
-        """Return the learning rate of each param group that has one, as it is now, by its number."""
+        """Return the current learning rate of each param group that has one, by its number."""
         groups = enumerate(self.optimizer.param_groups)
         return {i: float(g["lr"]) for i, g in groups if isinstance(g.get("lr"), Tensor | int | float)}
 
@@ -86,7 +86,7 @@ class Training:
         return any(isinstance(v, Tensor) for group in groups for v in group.values())
 
     def hyperparameters(self) -> dict[str, float]:
-        """Return the numbers of the optimizer's param groups as they currently are, by name."""
+        """Return the current numbers of the optimizer's param groups, by name."""
         return hyperparameters(self.optimizer)
 
 

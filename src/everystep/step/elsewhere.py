@@ -20,9 +20,9 @@ LOOKED_AT_BYTES = 4_000_000
 class Elsewhere:
     """Bytes of storages from elsewhere, copied once as long as they stay the same.
 
-    A storage is known by its weak reference, and the version of the tensor that was seen.
+    A storage is identified by its weak reference, and the version of the observed tensor.
 
-    copied: bytes, altogether.
+    copied: total bytes.
     """
 
     copied: int = 0

@@ -24,11 +24,11 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured of a state, on rows x (N, ...) and targets y (N, ...).
+    """The measurements of a state, on rows x (N, ...) and targets y (N, ...).
 
-    standard: what everystep measures, by name, the loss that is trained by among it; metrics: the
-    user's own; each a function of all predictions and all targets, and a standard one gives None if
-    it does not fit the prediction. rows: how many rows go through the model at once.
+    standard: everystep's measurements, by name, including the training loss; metrics: the user's own;
+    each a function of all predictions and all targets, and a standard one returns None if it does not
+    fit the prediction. rows: the number of rows that go through the model at once.
     """
 
     model: nn.Module

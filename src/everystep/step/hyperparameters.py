@@ -27,7 +27,7 @@ _PLACES = {name: place for place, name in _SHORT.items()}
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the numbers as they currently are."""
+    """Return the current numbers."""
     found: dict[str, float] = {}
     for index, group in enumerate(optimizer.param_groups):
         for key, place, value in _numbers(group):
@@ -92,7 +92,7 @@ def _number(value: Any) -> float | None:
 
 
 def _set(target: Any, key: Any, value: float) -> None:
-    """Set a number, of the type that is there, unless it is that already."""
+    """Set a number, keeping its type, unless it has that value already."""
     from torch import Tensor
 
     there = target.get(key) if isinstance(target, dict) else target[key]

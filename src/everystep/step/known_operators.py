@@ -27,10 +27,10 @@ _ZEROING = {"zero_", "_foreach_zero_"}
 
 
 class KnownOperator(NamedTuple):
-    """What is known of an operator, looked up once.
+    """What is known about an operator, looked up once.
 
-    how: `pass` (it computes nothing), `make` (it only makes memory), `see`, `decompose` (what it is made
-    of is seen), or why it is not seen.
+    how: `pass` (it computes nothing), `make` (it only allocates memory), `see`, `decompose` (its parts
+    are seen), or why it is not seen.
     """
 
     how: str
@@ -99,6 +99,6 @@ def _makes_dtype(func: Any) -> bool:
 
 
 def _is_composite(func: Any) -> bool:
-    """Tell whether torch makes other operators of one before it runs."""
+    """Tell whether torch decomposes an operator before it runs."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))

@@ -56,10 +56,10 @@ class Parts:
         self._layout: _Layout | None = None
 
     def check(self) -> None:
-        """Check that a run can hold the parts as they are.
+        """Check that a run can hold the current parts.
 
         Raises:
-            UsageError: names each tensor that it cannot, with a fix.
+            UsageError: names each tensor that it cannot hold, with a fix.
         """
         faults = [
             Fault(
@@ -111,7 +111,7 @@ class Parts:
         return self._known_layout().names
 
     def _known_layout(self) -> _Layout:
-        """Return where the tensors of modules and optimizers are; looked up where it is another."""
+        """Return the layout of the tensors of modules and optimizers; look it up again if it changed."""
         if self._layout is None or not self._layout.holds():
             self._layout = _Layout(self._names_of_parameters(), {}, self.modules, self.optimizers)
             self._layout.tensors.update(self._of_modules_and_optimizers(self._layout.names))
@@ -177,7 +177,7 @@ class Parts:
         return State(step, parameters, rest, {"step": step, "names": [*live], "parts": self._settings()})
 
     def rates(self) -> dict[str, float]:
-        """Return the learning rates as they currently are: `lr`, `lr[1]`, or `optimizer_g.lr`."""
+        """Return the current learning rates: `lr`, `lr[1]`, or `optimizer_g.lr`."""
         found = {}
         for name, optimizer in self.optimizers.items():
             prefix = "" if len(self.optimizers) == 1 else f"{name}."
@@ -255,7 +255,7 @@ class _Layout:
         self._is_sure = not any(map(keeps_own_state, optimizers.values()))
 
     def holds(self) -> bool:
-        """Tell whether they are where they were."""
+        """Tell whether they are still in the same places."""
         return (
             self._is_sure
             and all(o.state is state and o.param_groups is g for o, state, g in self._optimizers)
@@ -271,7 +271,7 @@ def _objects(table: Mapping[Any, Any]) -> list[Any]:
 
 
 def _has_objects(table: Mapping[Any, Any], known: list[Any]) -> bool:
-    """Tell whether there are the same objects in a table as before."""
+    """Tell whether a table holds the same objects as before."""
     objects = _objects(table)
     return len(objects) == len(known) and all(map(is_, objects, known))
 

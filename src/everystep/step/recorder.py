@@ -166,7 +166,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def numbers_seen(self) -> Iterator[None]:
-        """Notice when Python takes numbers out of a tensor past the dispatcher."""
+        """Detect when Python reads numbers of a tensor bypassing the dispatcher."""
         with _NumbersTaken(self):
             yield
 
@@ -215,7 +215,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
             self.refusals.append(Refusal(where, reason, reads))
 
     def know(self, tensor: Tensor, kind: str) -> int:
-        """Note a tensor that is there before the step."""
+        """Note a tensor that exists before the step."""
         return self.number(tensor, kind)
 
     def number(self, tensor: Tensor, kind: str = "constant") -> int:
@@ -405,7 +405,7 @@ def _is_known(frame: types.FrameType) -> bool:
 
 
 class _NumbersTaken(TorchFunctionMode):
-    """Sees the methods of tensors that give numbers to Python without an operation."""
+    """Observes the methods of tensors that return numbers to Python without an operation."""
 
     def __init__(self, recorder: StepRecorder) -> None:
         super().__init__()

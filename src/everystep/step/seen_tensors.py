@@ -115,13 +115,13 @@ class SeenTensors:
         self._elsewhere.forget(self.storages[place].reference.cdata)
 
     def note_changed_unseen(self, tensor: Tensor) -> None:
-        """Note that a tensor was changed unseen: its memory is met as if it were another."""
+        """Note that a tensor was changed unseen: treat its memory as new."""
         place = tensor.untyped_storage()._cdata
         self._place_of.pop(place, None)
         self._elsewhere.forget(place)  # a kernel need not count what it changes
 
     def kinds(self) -> tuple[StorageKind, ...]:
-        """Return where each storage comes from."""
+        """Return the origin of each storage."""
         return tuple(StorageKind(s.kind, s.bytes, s.host) for s in self.storages)
 
     def with_batch_moved(
@@ -155,7 +155,7 @@ class SeenTensors:
         contents: Mapping[int, Tensor],
         batch_offsets: Mapping[str, int],
     ) -> None:
-        """Go on from a place in a step that another watch has seen whole; as `Watch.resume`."""
+        """Continue from a point in a step that another watch observed in full; as `Watch.resume`."""
         self.tensors = _with_batch_at(tables, batch_offsets, marks.tensors)
         self.names = [f"%{number}" for number in range(marks.tensors)]
         self._number_of = {
@@ -220,7 +220,7 @@ def _end_of(tensor: CapturedTensor) -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell whether a program can hold a tensor: dense, of torch's own kind, with numbers as they are."""
+    """Tell whether a program can hold a tensor: dense, not a subclass, with stored values."""
     return (
         type(tensor) in _PLAIN_TENSORS
         and tensor.layout == torch.strided

@@ -81,7 +81,7 @@ def make_skeleton(
 
 
 def load_into_skeleton(training: Training, state: State, *, has_step: bool) -> None:
-    """Bring a training that `make_skeleton` returned, and the random generators, to a state.
+    """Restore a state in a training that `make_skeleton` returned, and in the random generators.
 
     has_step: whether a program ends in the step of an optimizer.
 
@@ -135,7 +135,7 @@ def _state_tensors(programs: Sequence[Program], device: torch.device) -> dict[st
 
 
 def _parameter(tensor: Tensor, tied: dict[tuple[Any, ...], nn.Parameter]) -> nn.Parameter:
-    """Return the tensor as a parameter; the same one where two names have the same memory."""
+    """Return the tensor as a parameter; the same one if two names have the same memory."""
     place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel() > 0)
     if tensor.numel() == 0 or place not in tied:
         learns = tensor.is_floating_point() or tensor.is_complex()

@@ -38,9 +38,9 @@ Number = int | float
 
 
 class TakenByProgram:
-    """A step that a program ran, as a watch would have seen it.
+    """A step that a program ran, as a watch would have observed it.
 
-    numbers, generators, drawn: as `Watch` has them.
+    numbers, generators, drawn: as in `Watch`.
     """
 
     surprise = changed_elsewhere = None
@@ -314,7 +314,7 @@ class StandIn:
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:
-    """Tell whether the tensors of a state share memory as a program says, and no others do."""
+    """Tell whether the tensors of a state share memory exactly as a program says."""
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)
@@ -344,7 +344,7 @@ def _steps_of(
 
 
 def _is_shaped(seen: Any, path: Path) -> bool:
-    """Tell whether the shapes of what an operation returns depend on the numbers that it is given."""
+    """Tell whether the shapes of an operation's results depend on values."""
     tags = seen.operator.tags
     if torch.Tag.data_dependent_output in tags:
         return True

@@ -72,13 +72,13 @@ class State:
 
     @property
     def generators(self) -> Generators:
-        """The random generators, as they can be restored."""
+        """The random generators, ready to restore."""
         prefix = "generator/"
         named = {n.removeprefix(prefix): t for n, t in self.rest.items() if n.startswith(prefix)}
         return Generators.from_tensors(named)
 
     def named(self) -> dict[str, Tensor]:
-        """Return the tensors by the names that `named_state` gives; a state_dict's under both kinds."""
+        """Return the tensors by the names of `named_state`; those of a state_dict under both kinds."""
         kinds = ("parameter", "buffer")
         found = {f"{kind}/{name}": t for name, t in self.parameters.items() for kind in kinds}
         others = ("generator/", PREFIX)
@@ -138,7 +138,7 @@ def optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _restore_optimizer(
     state: State, saved: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Give the optimizer the settings and the entries that it had; tensors are filled in later."""
+    """Restore the settings and the entries of the optimizer; tensors are filled in later."""
     names = parameter_names(model, optimizer)
     settings = state.settings["optimizer"]
     if type(optimizer).__qualname__ != settings["class"]:
@@ -188,7 +188,7 @@ def _restore_optimizer(
 def _restore_gradients(
     saved: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """A gradient is state where nothing zeroes it."""
+    """Restore gradients that nothing zeroes, which are state."""
     names = parameter_names(model, optimizer)
     for parameter, name in first_names(model).items():
         gradient = saved.get(f"gradient/{name}")
@@ -199,7 +199,7 @@ def _restore_gradients(
 
 
 def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> None:
-    """Set the numbers of a schedule, and of those that it is made of."""
+    """Set the numbers of a schedule, and of its inner schedules."""
     inner = getattr(schedule, "_schedulers", ())
     for each, numbers in zip(inner, saved.get("_schedulers", ()), strict=False):
         _restore_schedule(each, numbers)
@@ -207,7 +207,7 @@ def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> None:
 
 
 def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Set what is a number, a text or a list of these; the rest was written as a text only."""
+    """Set numbers, strings and lists of these; everything else was written only as text."""
     for key, value in saved.items():
         there = target.get(key)
         if isinstance(there, Mapping | Tensor) or callable(there):

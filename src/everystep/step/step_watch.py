@@ -74,7 +74,7 @@ class StepWatch(TorchFunctionMode):
 
     @property
     def recognized(self) -> Recognizer | None:
-        """Who has recognized the step to its end, None if it was watched in full."""
+        """The recognizer of the step, None if it was watched in full."""
         return self._recognizer if self._watch is None else None
 
     @property
@@ -133,7 +133,7 @@ class StepWatch(TorchFunctionMode):
         return self._recognizer.contents.get(storage)
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the state as they are before the step."""
+        """Note the tensors of the state before the step."""
         self._began = time.perf_counter()
         plan = self._memory.plan(self._number)
         references = None if plan == "watch" else self._references_of(state)
@@ -249,7 +249,7 @@ class StepWatch(TorchFunctionMode):
         )
 
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
-        """Return what the step did. state: as it is afterwards; loss: what was logged."""
+        """Return what the step did. state: afterwards; loss: the logged loss."""
         path = self._end(state, loss)
         is_recognized = self.recognized is not None
         self._memory.timed(self._number, time.perf_counter() - self._began, is_recognized=is_recognized)

@@ -91,7 +91,7 @@ class Stepper:
 
     @property
     def is_full(self) -> bool:
-        """Whether losses must be collected before more steps can be taken."""
+        """Whether losses must be collected before more steps can run."""
         return self._losses.room <= 0
 
     def last_loss(self) -> float:

@@ -34,7 +34,7 @@ class Update:
         self.is_optimizer_step = self._reason_against() is not None
 
     def operations(self) -> list[CapturedOperation]:
-        """Return all operations of the step, the optimizer's where they can be used."""
+        """Return all operations of the step, including the optimizer's if usable."""
         before = self._captured.operations[: self._captured.update_from]
         return before if self.is_optimizer_step else before + self._with_lr
 
@@ -77,9 +77,9 @@ class Update:
         return None
 
     def _lr_as_tensor(self, recorded: CapturedOperation) -> CapturedOperation:
-        """Return the operation reading the lr from a float64 tensor, where it has the lr as a number.
+        """Return the operation reading the lr from a float64 tensor, if it has the lr as a number.
 
-        So the same operation serves every lr, and with the bits that the number gives.
+        So the same operation serves every lr, with the bits of the number.
         """
         name = recorded.operator.overloadpacket.__name__
         if name.startswith("_fused_") and "lr" in recorded.keywords:

@@ -26,12 +26,12 @@ LIGHT_SECONDS = 0.03
 
 
 class Verifier:
-    """Runs a step by its program and as Python, and compares the two; Python's step counts.
+    """Runs a step by its program and in Python, and compares the two; Python's step counts.
 
     Args:
-        training: what is trained.
-        programs: what is compared.
-        eager: the step as Python takes it.
+        training: the training.
+        programs: the programs to compare.
+        eager: the step in Python.
         has_update: whether programs run the update, too; without it, the optimizer itself does.
     """
 
@@ -69,10 +69,10 @@ class Verifier:
         forget_new: bool,
         held: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ) -> str | None:
-        """Run a step by its program that just ran eagerly, from the state before.
+        """Run the program of a step that just ran eagerly, from the state before, and compare.
 
-        forget_new: whether to drop optimizer state created since; held: copies of gradients that were
-        there before the backward pass, by parameter.
+        forget_new: whether to drop optimizer state created since; held: copies of gradients from before
+        the backward pass, by parameter.
 
         Returns what differs, in words, or None; the training is then as the eager step left it.
         """
@@ -96,7 +96,7 @@ class Verifier:
         held: Mapping[Tensor, Tensor],
         forget_new: bool,
     ) -> str | None:
-        """Run a step by its program, and say in words what is not as it should be, or None."""
+        """Run a step by its program, and return in words what differs, or None."""
         training, programs = self.training, self.programs
         programs.refresh()
         program = programs.bound(number).program
@@ -150,7 +150,7 @@ class Verifier:
         expected: Checkpoint,
         of_program: Checkpoint | None = None,
     ) -> str | None:
-        """Say in words what a program made otherwise than Python, or None."""
+        """Return in words what a program computed differently from Python, or None."""
         name = difference(wanted, found, folded=self.programs.is_folded)
         device = self.training.device
         generators = of_program.generators if of_program else Generators.capture(device)
@@ -160,7 +160,7 @@ class Verifier:
         return None if name is None else f"its program gives {kind} in {name}"
 
     def _given_by(self, bound: BoundProgram) -> dict[str, Tensor]:
-        """Return the loss and the gradients that a program has made."""
+        """Return the loss and the gradients of a program."""
         gradients = {f"gradient/{name}": gradient for name, gradient in bound.gradients.items()}
         return gradients | {"loss": bound.loss.reshape(())}
 

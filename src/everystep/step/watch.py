@@ -62,7 +62,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         self._marked: list[tuple[str, str, tuple[int, ...]]] = []
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the state as they are before the step."""
+        """Note the tensors of the state before the step."""
         for name, tensor in state.items():
             if is_plain(tensor):
                 number = self._named[name] = self._number(tensor, "state")
@@ -105,7 +105,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         return self._seen.place_of(tensor)
 
     def is_made(self, place: int) -> bool:
-        """Tell whether the step has made a storage."""
+        """Tell whether the step made a storage."""
         return self._seen.storages[place].kind == "temporary"
 
     def kept_places(self, begin: int, end: int) -> list[int]:
@@ -113,7 +113,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         return [p for p in range(begin, end) if self._seen.storages[p].content is not None]
 
     def operators(self, begin: int, end: int) -> list[tuple[Any, tuple[int | float, ...]]]:
-        """Return the operators from one place to another, each with the step's numbers that it has."""
+        """Return the operators from one place to another, each with its numbers of the step."""
         found, place = [], sum(each.numbers for each in self._operations[:begin])
         for seen in self._operations[begin:end]:
             found.append((seen.operator, tuple(self.numbers[place : place + seen.numbers])))
@@ -194,9 +194,9 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         return self._seen.storages[storage].content
 
     def optimizer_uses(self, gradients: Mapping[str, Tensor]) -> None:
-        """An optimizer takes a step, or has just taken one, with these gradients, by parameter.
+        """Note the gradients, by parameter, with which an optimizer starts or just ended a step.
 
-        What is still there from the step before is not what this one made.
+        This step did not make what remains from the step before.
         """
         made = {storage for operation in self._operations for storage in operation.writes}
         for name, gradient in gradients.items():

@@ -113,7 +113,7 @@ class Calls(Values):
         return self._given(function(*args, **keywords), passed)
 
     def _given(self, value: Any, passed: set[int]) -> Any:
-        """Note what a function of torch has given: it has just been made, unless it was passed."""
+        """Note the result of a torch function: it is new, unless it was passed in."""
         if id(value) in passed:
             return value
         if is_a(value, tuple, list):

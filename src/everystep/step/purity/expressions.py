@@ -24,10 +24,10 @@ MOST_PARTS = 2_000_000
 
 
 class Expressions:
-    """Evaluates expressions of the user's.
+    """Evaluates expressions of the user.
 
     Args:
-        guards: where what was read is noted.
+        guards: collects what was read.
         is_state: tells whether a tensor belongs to the state of the training.
     """
 
@@ -279,7 +279,7 @@ class Expressions:
         raise NotProvenError(f"reads {name}, which does not exist")
 
     def _at(self, node: ast.stmt | ast.expr, frame: Frame) -> None:
-        """Note where the reading is, for what it says when it ends."""
+        """Note the current position, for messages."""
         if frame.top.function is None or "/torch/" not in frame.file:
             self._current = node, frame.file
 
@@ -297,7 +297,7 @@ class Expressions:
     def _call_function(
         self, function: types.FunctionType, args: list[Any], keywords: dict[str, Any]
     ) -> Any:
-        """Call a function of Python; `Reader` says how."""
+        """Call a function of Python; see `Reader`."""
         raise NotImplementedError
 
     def _run(
@@ -308,7 +308,7 @@ class Expressions:
         args: list[Any],
         keywords: dict[str, Any],
     ) -> Any:
-        """Run the body of a function; `Reader` says how."""
+        """Run the body of a function; see `Reader`."""
         raise NotImplementedError
 
 

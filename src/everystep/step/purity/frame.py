@@ -49,9 +49,9 @@ class Frame:
         keywords: dict[str, Any],
         made: Callable[[Any], Any],
     ) -> None:
-        """Give the parameters of a function their values, as a call does.
+        """Bind arguments to the parameters of a function, as a call does.
 
-        made: notes that the step has made a container.
+        made: notes that the step made a container.
         """
         given, found, left = self.node.args, self.values, dict(keywords)
         positional = [parameter.arg for parameter in (*given.posonlyargs, *given.args)]

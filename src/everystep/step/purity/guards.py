@@ -57,7 +57,7 @@ ABSENT = _Absent()
 
 
 class _Read(NamedTuple):
-    """A value that was read. where: for people; again: reads it once more."""
+    """A value that was read. where: its name in messages; again: reads it once more."""
 
     where: str
     again: Callable[[], Any]
@@ -88,7 +88,7 @@ class _Geometry(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Geometry:
-        """Return the geometry of a tensor as it is now."""
+        """Return the current geometry of a tensor."""
         hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
         return cls(
             type(tensor),
@@ -115,7 +115,7 @@ class Guards:
         self._flat: tuple[list[Any], list[Any], list[int]] | None = None
 
     def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> Any:
-        """Read a value by `again(*given)`, and note it under a key of its place."""
+        """Read a value by `again(*given)`, and note it under a key for its place."""
         if key not in self._reads:
             self._reads[key] = _Read(where, partial(again, *given), again(*given))
         return self._reads[key].value

@@ -25,7 +25,7 @@ class Reader(Expressions):
     """Interprets functions of the user.
 
     Args:
-        guards: where what was read is noted.
+        guards: collects what was read.
         is_state: tells whether a tensor belongs to the state of the training.
     """
 
@@ -47,7 +47,7 @@ class Reader(Expressions):
         return self._told(self.values.item, value, index)
 
     def _told(self, read: Callable[..., Any], *given: Any) -> Any:
-        """Read, and say of what ends the reading where it stands."""
+        """Read, and add the position to the reason that ends the reading."""
         try:
             return read(*given)
         except NotProvenError as error:

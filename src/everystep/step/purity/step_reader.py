@@ -41,7 +41,7 @@ _BACKWARD = (torch.autograd.backward, torch.autograd.grad)
 
 
 class Event(NamedTuple):
-    """Something in a step that is not among its operations alone."""
+    """Something in a step besides its operations."""
 
     kind: Literal["optimizer", "schedule"]
     what: Any
@@ -83,9 +83,9 @@ class StepReader(Reader):
         self.reads = self._calls.reads
 
     def step(self, step: Any, numbers: list[Any], *batch: Any) -> Any:
-        """Run a step by its source, on a batch or on none; return what it returns.
+        """Run a step from its source, on a batch or without one; return its result.
 
-        numbers: of the step, as they are seen.
+        numbers: of the step, as they appear.
 
         Raises:
             NotProvenError: it does something that is not known to be an operation; says where and what.
@@ -156,7 +156,7 @@ class _StepCalls(Calls):
         return super().call(function, args, keywords)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set the gradient of a parameter, or put a tensor's own memory where it is."""
+        """Set the gradient of a parameter, or a tensor's data to its own memory."""
         if kind_of(owner) not in (Tensor, nn.Parameter) or name not in ("grad", "data"):
             super().set_attribute(owner, name, value)
         elif name == "grad" and id(owner) in self._parameters and (value is None or is_a(value, Tensor)):
@@ -288,10 +288,10 @@ class _StepCalls(Calls):
 
 
 class StrictWatch(Watch):  # type: ignore[no-untyped-call]
-    """Watches a step that is read: nothing may change what is neither state nor batch.
+    """Watches a step that is read: it may change only state and batch.
 
     Raises (where operations run):
-        NotProvenError: an operation does, or a program cannot hold it.
+        NotProvenError: an operation changes something else, or a program cannot hold it.
     """
 
     surprise: str | None = None
@@ -325,7 +325,7 @@ class StrictWatch(Watch):  # type: ignore[no-untyped-call]
 
 
 def _lies_as(one: Tensor, two: Tensor) -> bool:
-    """Tell whether two tensors are the same numbers of the same memory."""
+    """Tell whether two tensors are the same elements of the same memory."""
     return (
         one.untyped_storage()._cdata == two.untyped_storage()._cdata
         and one.shape == two.shape

@@ -175,7 +175,7 @@ def _functions_in(module: types.ModuleType) -> str:
 
 
 def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
-    """Return a setting of a param group as it is now."""
+    """Return the current value of a setting of a param group."""
     groups = optimizer.param_groups
     found = groups[index].get(key, ABSENT) if index < len(groups) else ABSENT
     return tuple(found) if type(found) is list else found

@@ -46,7 +46,7 @@ _LOOKED_UP = ("forward", "__call__", "_call_impl", "__getattr__", "__setattr__")
 
 
 def reason_against_module(module: nn.Module) -> str | None:
-    """Return why a module and all within it are not torch's own, as torch made them, or None."""
+    """Return why a module or a submodule is not torch's own and unmodified, or None."""
     for path, each in own_modules(module):
         problem = _problem(each)
         if problem is not None:
@@ -108,7 +108,7 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_torchs_module(module: nn.Module) -> bool:
-    """Tell whether a module is torch's own, as torch made it, whatever is within it."""
+    """Tell whether a module is torch's own and unmodified, whatever its submodules are."""
     return _problem(module) is None
 
 
@@ -131,7 +131,7 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def is_torchs_schedule(schedule: LRScheduler | None) -> bool:
-    """Tell whether a schedule and all that it is made of are torch's, and call no user's function."""
+    """Tell whether a schedule and its inner schedules are torch's, and call no user function."""
     if schedule is None:
         return True
     cls = type(schedule)
@@ -199,7 +199,7 @@ def _is_from(cls: type, package: str) -> bool:
 
 
 def _is_known(value: Any) -> bool:
-    """Tell whether an attribute of a module is plain, a tensor, a function of torch, or made of such."""
+    """Tell whether an attribute of a module is plain, a tensor, a torch function, or made of such."""
     kind = kind_of(value)
     if is_plain(value) or kind in TENSOR_TYPES:
         return True

@@ -73,7 +73,7 @@ class Bound(NamedTuple):
 
 
 class SuperOf(NamedTuple):
-    """What `super()` gives."""
+    """The result of `super()`."""
 
     cls: type
     owner: Any
@@ -108,7 +108,7 @@ class Values:
     """What may be done with values.
 
     Args:
-        guards: where what was read is noted.
+        guards: collects what was read.
         is_state: tells whether a tensor belongs to the state of the training.
         interpret: calls a function of Python by reading it.
     """
@@ -263,7 +263,7 @@ class Values:
         return self.outside(found)
 
     def _bound(self, found: Any, owner: Any, cls: type) -> Any:
-        """Return what a class holds as an object of it gives it."""
+        """Return an attribute of a class, bound to an object."""
         kind = kind_of(found)
         if kind is types.FunctionType:
             return Bound(found, owner)
@@ -462,7 +462,7 @@ class Values:
         return self.call(method, [index], {})
 
     def set_item(self, value: Any, index: Any, item: Any) -> None:
-        """Set an item of a container that the step has made, or a part of a tensor."""
+        """Set an item of a container that the step made, or a part of a tensor."""
         if kind_of(value) in TENSOR_TYPES:
             self.check_passed(index)
             self.check_passed(item)
@@ -475,7 +475,7 @@ class Values:
             raise NotProvenError(f"changes {name_of(value)} from before the step")
 
     def call(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
-        """Call something; `Calls` says how."""
+        """Call something; see `Calls`."""
         raise NotImplementedError
 
 

@@ -218,7 +218,7 @@ _LOOKS = {
 
 
 def moves(func: Any) -> bool:
-    """Tell whether a function gives a tensor other memory, or another place in it."""
+    """Tell whether a function moves a tensor to other memory, or to another offset in it."""
     name = getattr(func, "__name__", "")
     return name in _MOVES or (name == "__set__" and func.__self__.__name__ == "data")
 
@@ -229,7 +229,7 @@ def is_readable(value: Any) -> bool:
 
 
 def is_free(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    """Tell whether the floats that a function is given are those of one operation, and of no other."""
+    """Tell whether the float arguments of a function belong to exactly one operation."""
     if getattr(func, "__name__", "") not in FREE:
         return False
     return not _is_differentiated(args, keywords)
@@ -254,12 +254,12 @@ def _reads_out_of_sight(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def reads(func: Any) -> bool:
-    """Tell whether a function gives Python one number of its tensor, and does nothing else."""
+    """Tell whether a function only returns one number of its tensor to Python."""
     return func.__name__ in _READS
 
 
 def scalars(args: tuple[Any, ...], keywords: dict[str, Any]) -> list[int | float]:
-    """Return the numbers that a function was given, in order."""
+    """Return the number arguments of a function, in order."""
     return [value for value in (*args, *keywords.values()) if type(value) in (int, float)]
 
 

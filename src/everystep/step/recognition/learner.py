@@ -98,9 +98,9 @@ class Learner:
     def optimizer_begins(
         self, name: str | None, predicted: Predicted | None, optimizer: torch.optim.Optimizer
     ) -> bool:
-        """Note that an optimizer takes a step; return whether it is seen as a whole.
+        """Note that an optimizer starts a step; return whether it is seen as a whole.
 
-        predicted: what its step is made of, if that is known.
+        predicted: the prediction of its step, if there is one.
         """
         if self.strange is not None:
             return False
@@ -117,7 +117,7 @@ class Learner:
         return True
 
     def _optimizer_ends(self, name: str | None) -> None:
-        """Note that an optimizer has taken a step that is seen as a whole."""
+        """Note that an optimizer ended a step that is seen as a whole."""
         predicted, self._predicted = self._predicted, None
         assert predicted is not None
         before, marks = self._marks(), self._watch.marks()
@@ -139,9 +139,9 @@ class Learner:
         self._trail.append((self._optimizer, node))
 
     def remember(self, memory: Memory, state: Mapping[str, Tensor], loss: Any, path: Path) -> bool:
-        """The step is over; remember it, and return whether it is what was known of such steps.
+        """Remember the completed step; return whether it matches what was known of such steps.
 
-        state: afterwards; loss: what was logged; path: what the watch says.
+        state: afterwards; loss: the logged loss; path: from the watch.
         """
         if self.strange is None:
             try:
@@ -192,10 +192,10 @@ class Learner:
             raise StrangeError("something other than torch functions computes")
 
     def _node(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> Node:
-        """Return what is to be known of a call that was made.
+        """Return what to know about a call that was made.
 
         Raises:
-            StrangeError: another such call need not do the same.
+            StrangeError: an equal call need not do the same.
         """
         before, marks = self._marks(), self._watch.marks()
         if marks.unseen > before.unseen:
@@ -248,12 +248,12 @@ class Learner:
         raise StrangeError("a function reads tensors from elsewhere by itself")
 
     def _check_new(self, args: tuple[Any, ...], keywords: dict[str, Any], count: int) -> None:
-        """Check that what a call brought from elsewhere is not what the step has made out of sight.
+        """Check that the step did not make out of sight what a call brought from elsewhere.
 
-        count: of the references before it.
+        count: the number of references before it.
 
         Raises:
-            StrangeError: it is.
+            StrangeError: it did.
         """
         for tensor in tensors_in([args, keywords]):
             reference = self.references.lookup(tensor)
@@ -322,10 +322,10 @@ def _results(result: Any) -> list[Tensor]:
 
 
 def _places_of_floats(given: list[Any], numbers: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return which numbers of an operation are the floats that its function was given, in order.
+    """Return which numbers of an operation are the float arguments of its function, in order.
 
     Raises:
-        StrangeError: its numbers are not those that the function was given.
+        StrangeError: its numbers are not those passed to the function.
     """
     floats = tuple(place for place, number in enumerate(given) if type(number) is float)
     if floats and list(map(repr, given)) != list(map(repr, numbers)):
@@ -334,7 +334,7 @@ def _places_of_floats(given: list[Any], numbers: tuple[Any, ...]) -> tuple[int, 
 
 
 def _same(one: list[Any], two: list[Any]) -> bool:
-    """Tell whether operators and their numbers are the same, NaN among them."""
+    """Tell whether operators and their numbers are equal; NaN equals NaN."""
     return len(one) == len(two) and all(
         a is b and list(map(repr, m)) == list(map(repr, n))
         for (a, m), (b, n) in zip(one, two, strict=True)

@@ -24,9 +24,9 @@ _MOST_LEARNED = 200
 
 
 class Learned(NamedTuple):
-    """What a watch has noted of a whole step, and the number of the storage of each of its tensors.
+    """What a watch noted of a whole step, and the number of the storage of each of its tensors.
 
-    places: by the number of the reference, None if that is not known, or is another afterwards.
+    places: by the number of the reference, None if unknown, or if it changes.
     """
 
     tables: Tables
@@ -79,11 +79,11 @@ class Node:
 
     @property
     def is_variable(self) -> bool:
-        """Whether its numbers are of the step, and not always the same."""
+        """Whether its numbers vary between steps."""
         return self.reads or bool(self.floats) or self.way is not None
 
     def agrees(self, other: Node) -> bool:
-        """Tell whether another is the same call at the same place."""
+        """Tell whether another node is the same call at the same place."""
         numbers = self.is_variable or list(map(repr, self.numbers)) == list(map(repr, other.numbers))
         mine = self.marks, self.reads, self.floats, self.way, self.draws, self.contents, self.returns
         return numbers and mine == (
@@ -141,7 +141,7 @@ class Memory:
             self._next_watched = step + interval
 
     def root(self, structure: Any) -> Node | None:
-        """Return where the steps begin that have a state of this structure."""
+        """Return the start of the steps with a state of this structure."""
         return self._roots.get(structure)
 
     @property
@@ -182,7 +182,7 @@ class Memory:
         self.met_another()
 
     def met_another(self) -> None:
-        """A step began as none before: where all do, it is of little use to learn each."""
+        """Note that a step began like none before: if all do, learning each is of little use."""
         self._failures += 1
         if self._failures > _PATIENCE:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

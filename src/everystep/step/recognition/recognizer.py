@@ -33,7 +33,7 @@ Number = int | float
 class OptimizerStep(NamedTuple):
     """The step of an optimizer, seen as a whole.
 
-    begin, end: where its numbers are among those of the step; way, structure: as `Predicted` has them;
+    begin, end: the range of its numbers among those of the step; way, structure: as in `Predicted`;
     gradients: the dtypes of those that it used, by the id of their parameter.
     """
 
@@ -144,7 +144,7 @@ class Recognizer:
     def optimizer_begins(
         self, name: str | None, predicted: Predicted | None, optimizer: torch.optim.Optimizer
     ) -> bool:
-        """Note that an optimizer takes a step; return whether it is seen as a whole."""
+        """Note that an optimizer starts a step; return whether it is seen as a whole."""
         if predicted is None:
             self.happened(("optimizer begins", name))
             return False
@@ -168,9 +168,9 @@ class Recognizer:
         return True
 
     def path(self, state: Mapping[str, Tensor], loss: Any) -> Path | None:
-        """Return the path of the step, which is over, or None if it ended as none before.
+        """Return the path of the completed step, or None if it ended like none before.
 
-        state: afterwards; loss: what was logged.
+        state: afterwards; loss: the logged loss.
         """
         ending = self._node.ending
         if ending is None or ending.names != tuple(state):
@@ -188,7 +188,7 @@ class Recognizer:
         return ending.path
 
     def changed_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of what was changed more or less often than the operations say."""
+        """Return the names of tensors that were changed more or less often than the operations say."""
         ending = self._node.ending
         assert ending is not None
         changes = self.references.changes(state.values(), ending.bound)
