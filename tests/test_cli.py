@@ -70,18 +70,18 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["train", "--steps", "-1"], "steps: should be greater than or equal to 0, not -1"),
         (["train", "--set", "optimizer.lrr=1"], "did you mean lr"),
         (["train", "--set", "nonsense"], "path=value"),
-        (["train", "--device", "cuda:7"], "on this machine"),
-        (["train", "--set", "batch_size=65"], "65 rows a step of 64 rows"),
+        (["train", "--device", "cuda:7"], "this machine has: cpu"),
+        (["train", "--set", "batch_size=65"], "65 is out of range: there are 64 training rows"),
         (["train", "--set", "model.layers[2]=Linear(99, 10)"], "expects 99 features"),
         (["train", "--set", "loss.reduction=none"], "mean or sum"),
         (["train", "--threads", "100000"], "threads: should be less than or equal to 1024"),
         (["train", "--set", "optimizer.lr=abc"], "optimizer.lr: must be a number, not 'abc'"),
-        (["train", "--set", "data=3"], "data: must be a section of its own, [data], not 3"),
-        (["train", "--run", "."], "never overwritten"),
+        (["train", "--set", "data=3"], "data: must be a section [data], not 3"),
+        (["train", "--run", "."], "never overwrites a run"),
         (["train", "wine", "--set", "data.path=nothing.csv"], "does not exist"),
         (["experiments", "digit"], "did you mean digits"),
-        (["losses", "nothing"], "has no runs; everystep train"),
-        (["runs"], "is no directory; everystep train"),
+        (["losses", "nothing"], "has no runs; run `everystep train`"),
+        (["runs"], "is not a directory; `everystep train`"),
         (["plot", "nothing", "-o", "x.png"], "no run 'nothing'"),
         (["nonsense"], "No such command"),
         (["train", "--nonsense"], "No such option"),
@@ -140,14 +140,14 @@ def test_runs_that_cannot_be_read_are_named_and_the_others_listed(everystep_comm
     Path("runs/broken/run.sqlite").write_bytes(b"nothing of the kind" * 100)
     code, out, err = everystep_command("runs")
     assert (code, "two-layer-1" in out) == (0, True)
-    assert "left out: runs/broken/run.sqlite cannot be read" in err
+    assert "skipped: runs/broken/run.sqlite cannot be read" in err
 
 
 def test_stop_on_nan_exits_with_1(everystep_command):
     settings = ["--set", "optimizer.lr=10.0", "--set", "stop_on_nan=true"]
     code, _, err = everystep_command("train", *settings)
     assert code == 1
-    assert "stopped the loss is" in err
+    assert "stopped: the loss is" in err
 
 
 def test_runs_are_listed(everystep_command):
@@ -181,7 +181,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_a_readable_run():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped by the user (Ctrl-C)" in err
+    assert "stopped: by the user (Ctrl-C)" in err
     assert "Traceback" not in err
     run = everystep.open("two-layer-1")
     losses = run.losses

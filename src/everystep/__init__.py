@@ -1,4 +1,4 @@
-"""Train a neural network step by step, keep every step, and step back into any of them."""
+"""Train a neural network step by step, record every step, and open any step again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public face: train, and open."""
+"""The public functions: train, record, open and list runs."""
 
 from __future__ import annotations
 
@@ -34,21 +34,20 @@ def open(
     optimizer: torch.optim.Optimizer | None = None,
     data: tuple[Any, Any] | Dataset[Any] | None = None,
 ) -> Run:
-    """Open a run: its directory, or its name under runs/.
+    """Open a run by its directory, or by its name in runs/.
 
-    What the run was trained with is needed only to open steps that Python took, wholly or in part, or
-    whose data is not in the run. It is copied, and stays as it is.
+    Pass the objects that trained the run only to open steps that Python ran (wholly or in part), or if
+    the run does not hold its data. everystep copies them and leaves them unchanged.
 
     Args:
-        run: where it is.
-        model: as it was trained, in the mode that it trained in.
-        loss: of prediction and target.
-        optimizer: over the model's parameters.
-        data: x (N, ...) and y (N, ...), the rows that were trained on, or the Dataset that was read at
-            every step.
+        run: the directory, or a name in runs/.
+        model: the model as it was before training, in the same mode.
+        loss: a function of (prediction, target).
+        optimizer: the optimizer of the model's parameters.
+        data: x (N, ...) and y (N, ...), the training rows, or the Dataset that was read at every step.
 
     Raises:
-        RunError: there is no such run; names the nearest.
+        RunError: the run does not exist; the message names the most similar run.
     """
     objects = None
     if any(given is not None for given in (model, loss, optimizer, data)):
@@ -59,7 +58,7 @@ def open(
 
 
 def runs(directory: str | Path = RUNS) -> list[Run]:
-    """Return all runs directly in a directory, by name; one that cannot be read gives a warning.
+    """Return all runs directly in a directory, sorted by name; warn about unreadable ones.
 
     Raises:
         RunError: the directory does not exist.
@@ -69,7 +68,7 @@ def runs(directory: str | Path = RUNS) -> list[Run]:
         try:
             found.append(Run(path))
         except RunError as error:
-            warnings.warn(f"left out: {error}", stacklevel=2)
+            warnings.warn(f"skipped: {error}", stacklevel=2)
     return found
 
 
@@ -102,64 +101,63 @@ def train(
     dataset_limit: int | None = None,
     progress: bool = True,
 ) -> Run:
-    """Train a live model in place, recording every step, and return the run.
+    """Train a live model in place, record every step, and return the run.
 
-    When it returns, or is stopped, the same parameters, buffers and optimizer hold the last state.
+    When `train` returns or is stopped, the parameters, buffers and optimizer hold the last state.
 
-    Any other training is a step of your own, and its parts:
+    For any other kind of training, pass a step function and its parts:
 
     def step(batch):
         ...
         return loss
     run = everystep.train(step, loader, parts={"model": model, "optimizer": optimizer}, steps=1000)
 
-    Each call is recorded, as in a loop that `everystep.record` records. The step returns the loss, or
-    numbers by name such as `{"loss": loss, "accuracy": accuracy}`, or None. Where its source can be read
-    and it does nothing but operations on tensors, a program takes most steps in place of Python.
+    everystep records each call, as `everystep.record` records a loop. The step returns the loss, or a
+    dict of numbers such as `{"loss": loss, "accuracy": accuracy}`, or None. If everystep can read its
+    source and the step does nothing but tensor operations, a program runs most steps in place of Python.
 
     Args:
-        model: any module, in the mode (`train()`, `eval()`) that it shall train in; or a step of your
-            own: a function of the batch.
-        data: x (N, ...) and y (N, ...), tensors or NumPy arrays, or a map-style Dataset of pairs. A
-            Dataset of torch's, or one whose code is proven to return the same rows, is read once; any
-            other is read at every step. For a step of your own: a DataLoader, or whatever else gives
-            batches and can be iterated over once for each epoch; or None, and the step takes nothing.
-        parts: what a step of your own carries from call to call, by any names, as `record` has them.
-        loss: of prediction and target; gives one number.
-        optimizer: over the model's parameters: `everystep.GradientDescent`, or any torch optimizer
-            that needs no closure.
-        steps: how many steps to take; or `epochs`: how often to see all rows.
-        batch_size: rows a step, shuffled anew every epoch; absent: all rows at every step, in order.
-        drop_last: leave out an epoch's last batch where it is short.
-        seed: reseeds torch's global generator first. Absent: it goes on from where it is, and the
-            order of batches follows the seed it was last given (`torch.initial_seed()`).
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`; absent: where the model is.
-        threads: how many threads torch computes with.
-        schedule: of the optimizer's learning rate; advanced every `schedule_every`.
+        model: any module, in the mode (`train()`, `eval()`) to train in; or a step function of the
+            batch.
+        data: x (N, ...) and y (N, ...), tensors or NumPy arrays, or a map-style Dataset of pairs.
+            everystep reads a Dataset once if it is torch's own, or if its code is proven to return the
+            same rows, and at every step otherwise. For a step function: a DataLoader, or any other
+            iterable that yields the batches of one epoch each time; None: call the step without a batch.
+        parts: what a step function carries from call to call, by any names, as in `record`.
+        loss: a function of (prediction, target) that returns one number.
+        optimizer: the optimizer of the model's parameters: `everystep.GradientDescent`, or any torch
+            optimizer that needs no closure.
+        steps: the number of steps; or set `epochs`, the number of passes over all rows.
+        batch_size: rows per step, shuffled again every epoch; default: all rows at every step, in order.
+        drop_last: drop the last batch of an epoch if it is incomplete.
+        seed: reseed torch's global generator first. Default: keep its state, and derive the order of
+            batches from the seed it was last given (`torch.initial_seed()`).
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`; default: the device of the model.
+        threads: the number of threads that torch uses.
+        schedule: a schedule of the optimizer's learning rate; advanced every `schedule_every`.
         clip_norm: clip the 2-norm of all gradients together to this before the update.
-        validation: x and y to measure but not to train on, or the share of rows to keep out for it.
-        metrics: more to measure: name to a function of all predictions and targets of the
-            validation part, or of the data where there is none.
-        evaluate_every: steps between measurements; absent: an epoch, or a hundredth of the steps
-            where every step sees all rows. The last step is always measured.
-        stop_on_nan: stop at the first loss that is not finite; otherwise it is recorded and said.
-        engine: `auto`: take steps by a program where the Python that it stands in for is proven to do
-            nothing else, and run Python otherwise, with the reason; `eager`: run Python at every step;
-            `program`: as `auto`, but you answer for code that cannot be read, and it is an error where
-            no program can take a step. For a step of your own, it is an error where its source cannot
-            be read, too.
-        fold: let the program fold updates into the matrix products that make their gradients: faster,
-            but rounded otherwise than the eager step. Needs one of torch's optimizers and no schedule.
-        directory: of the run, which must not exist; absent: the next free one under runs/.
-        snapshot_budget: bytes of snapshots that the run may keep.
-        batch_budget: bytes of batches to keep of a step of your own, as `record` has it.
-        dataset_limit: bytes that a Dataset may take as tensors; absent: 2 GB.
-        progress: show a progress bar where stderr is a terminal.
+        validation: x and y to measure but not to train on, or the fraction of rows to hold out for it.
+        metrics: more measurements: name to a function of all predictions and targets of the validation
+            part, or of the data if there is none.
+        evaluate_every: steps between measurements; default: an epoch, or a hundredth of the steps if
+            every step sees all rows. The last step is always measured.
+        stop_on_nan: stop at the first loss that is not finite; otherwise record it and print a notice.
+        engine: `auto`: run steps by a program if the Python it replaces is proven to do nothing else,
+            and run Python otherwise, with the reason; `eager`: run Python at every step; `program`: like
+            `auto`, but trust code that everystep cannot read, and raise an error if no program can run a
+            step. For a step function, unreadable source is an error, too.
+        fold: let the program fold updates into the matrix products that compute their gradients: faster,
+            but rounded differently from the eager step. Needs a torch optimizer and no schedule.
+        directory: the run's directory, which must not exist; default: the next free one in runs/.
+        snapshot_budget: maximum bytes of snapshots.
+        batch_budget: maximum bytes of batches to keep for a step function, as in `record`.
+        dataset_limit: maximum bytes of a Dataset as tensors; default: 2 GB.
+        progress: show a progress bar if stderr is a terminal.
 
     Raises:
-        UsageError: something does not serve; lists everything, each with the cure.
-        RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
-        KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
+        UsageError: an argument is invalid; lists every error with a fix.
+        RecordingError: writing the run failed (disk full, ...); everything recorded before is kept.
+        KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import check_iteration
     from everystep.training.dataset import DEFAULT_DATASET_LIMIT
@@ -232,7 +230,7 @@ def record(
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     **parts: Any,
 ) -> Recording[Run]:
-    """Record a loop of your own while it runs, every step of it, and change nothing in it.
+    """Record your own training loop while it runs, every step, without changing it.
 
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for batch in recording.steps(loader):
@@ -240,20 +238,20 @@ def record(
             recording.log(loss=loss)
     recording.run[137].gradients
 
-    Python runs at every step. What it does to tensors is written down, so that each step opens again
-    without it.
+    Python runs at every step. everystep records its tensor operations, so that each step opens again
+    without your code.
 
     Args:
-        run: the run's directory, which must not exist; absent: the next free one, `runs/loop-1`.
-        snapshot_budget: bytes of snapshots to keep.
-        batch_budget: bytes of batches to keep; if more come, the oldest go, and their steps cannot be
-            opened any more.
+        run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
+        snapshot_budget: maximum bytes of snapshots.
+        batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
+            steps no longer open.
         parts: what the loop carries from step to step, by any names: models, optimizers, schedules,
-            scalers, averaged copies, tensors. The tensors of the one called `model` (or of the only
-            module) keep their names; those of others begin with that of the part.
+            scalers, averaged copies, tensors. The tensors of the part called `model` (or of the only
+            module) keep their names; the names of all others start with the name of their part.
 
     Raises:
-        UsageError: something is not a part of a training.
+        UsageError: an argument is not a part of a training.
     """
     from everystep.training.record import Recording
 
@@ -269,22 +267,23 @@ def train_experiment(
     snapshot_budget: int = DEFAULT_BUDGET,
     progress: bool = True,
 ) -> Run:
-    """Train an experiment, recording every step, and return the run.
+    """Train an experiment, record every step, and return the run.
 
-    The caller's random generators are left as they were.
+    The caller's random generators keep their state.
 
     Args:
-        experiment: the name of a built-in one, a TOML file, its content as a dict, or one loaded.
+        experiment: the name of a built-in experiment, a TOML file, its content as a dict, or a loaded
+            experiment.
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
-        directory: of the run, which must not exist; absent: the next free one under runs/.
-        snapshot_budget: bytes of snapshots that the run may keep.
-        progress: show a progress bar where stderr is a terminal.
+        directory: the run's directory, which must not exist; default: the next free one in runs/.
+        snapshot_budget: maximum bytes of snapshots.
+        progress: show a progress bar if stderr is a terminal.
 
     Raises:
-        UsageError: something does not serve; lists everything, each with the cure.
-        TrainingError: torch failed within a step; the steps before it are recorded.
-        RecordingError: writing the run failed (disk full, ...); what was recorded is kept.
-        KeyboardInterrupt: Ctrl-C, after the step is finished and the run is closed.
+        UsageError: the experiment is invalid; lists every error with a fix.
+        TrainingError: torch failed in a step; the steps before it are recorded.
+        RecordingError: writing the run failed (disk full, ...); everything recorded before is kept.
+        KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
     """
     from everystep.experiment.specification import Experiment, load
     from everystep.training.from_experiment import train_experiment as train_loaded

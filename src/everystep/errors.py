@@ -1,21 +1,21 @@
-"""The errors a user can meet.
+"""The errors that everystep raises.
 
     EverystepError
-    ├── UsageError (a ValueError): something was asked for that cannot be; exit code 2
-    │   ├── ExperimentError: an experiment file or the arguments of `train`
+    ├── UsageError (a ValueError): the request is invalid; exit code 2
+    │   ├── ExperimentError: an experiment file, or the arguments of `train`
     │   ├── DataError: the data set
     │   ├── ModelError: the model does not fit its data, or the data its loss
-    │   ├── DeviceError: the device is not there
-    │   ├── RunError: no run there, a run that is in the way, or one that cannot be read
-    │   │   ├── ProgramError: a program that cannot be read, or cannot be run here
-    │   │   └── StepError (an IndexError): a step that the run does not have
-    │   └── ExpressionError: an expression that cannot be read, or does not fit the run
+    │   ├── DeviceError: the device is not available
+    │   ├── RunError: the run is missing, unreadable, or already exists
+    │   │   ├── ProgramError: a program is invalid, or cannot run here
+    │   │   └── StepError (an IndexError): the run does not have this step
+    │   └── ExpressionError: an expression is invalid, or does not fit the run
     ├── TrainingError: a step failed, or cannot be trusted; exit code 1
-    │   └── DatasetChangedError: a Dataset that was read once gives other rows now
+    │   └── DatasetChangedError: a Dataset that was read once now returns other rows
     └── RecordingError: writing the run failed (disk full, read-only, ...); exit code 1
 
-Every message names the thing, says what is wrong and what to do about it. Where several things are
-wrong at once, all of them are in `faults`, and in the message.
+Every message reports what is wrong, where, and what to do. Where several things are wrong, one error
+reports all of them, in `faults` and in its message.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong: where (`model.layers[2]`, empty if it has no place), and what."""
+    """One error: its location (`model.layers[2]`; empty if it has none), and what is wrong."""
 
     path: str
     problem: str
@@ -54,13 +54,13 @@ class Fault(NamedTuple):
 
 
 class EverystepError(Exception):
-    """The root of all errors that everystep raises on purpose."""
+    """The base class of all errors that everystep raises on purpose."""
 
     exit_code = 1
 
 
 class UsageError(EverystepError, ValueError):
-    """Something was asked for that cannot be. `faults` lists everything that is wrong."""
+    """The request is invalid. `faults` lists every error."""
 
     exit_code = 2
 
@@ -72,12 +72,12 @@ class UsageError(EverystepError, ValueError):
     def _message(self) -> str:
         if len(self.faults) == 1:
             return f"{self.where}: {self.faults[0]}" if self.where else str(self.faults[0])
-        heading = f"{len(self.faults)} things are wrong" + (f" in {self.where}" if self.where else "")
+        heading = f"{len(self.faults)} errors" + (f" in {self.where}" if self.where else "")
         return "\n  ".join([heading + ":", *map(str, self.faults)])
 
 
 class ExperimentError(UsageError):
-    """An experiment file, or the arguments of `train`, cannot be used as they are."""
+    """An experiment file, or an argument of `train`, is invalid."""
 
 
 class DataError(UsageError):
@@ -89,23 +89,23 @@ class ModelError(UsageError):
 
 
 class DeviceError(UsageError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
 
 class RunError(UsageError):
-    """No run is there, one is in the way, or it cannot be read."""
+    """The run is missing, unreadable, or already exists."""
 
 
 class ProgramError(RunError):
-    """A program that is none, is of a newer everystep, or uses what is not allowed."""
+    """A program is invalid, needs a newer everystep, or uses an operator that is not allowed."""
 
 
 class StepError(RunError, IndexError):
-    """A step that the run does not have, or not yet."""
+    """The run does not have this step, or not yet."""
 
 
 class ExpressionError(UsageError):
-    """An expression that cannot be read, or that does not fit the run."""
+    """An expression is invalid, or does not fit the run."""
 
 
 class TrainingError(EverystepError):
@@ -113,26 +113,26 @@ class TrainingError(EverystepError):
 
 
 class DatasetChangedError(TrainingError):
-    """The rows that were trained on are not the Dataset's any more.
+    """The Dataset no longer returns the rows that the model was trained on.
 
     Args:
-        what: what has changed, in words.
-        step: after which step that was found.
+        what: what changed, in words.
+        step: the step after which everystep detected it.
     """
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(
-            f"{what} in the Dataset, which was read once, before training; this was found after step "
-            f"{step}. Pass the rows as tensors (x, y) if they are to stay the same"
+            f"{what} in the Dataset, although everystep read it once, before training; detected after "
+            f"step {step}. Pass the rows as tensors (x, y) to keep them fixed"
         )
 
 
 class RecordingError(EverystepError):
-    """Writing the run failed; what was recorded before is kept."""
+    """Writing the run failed; everything recorded before is kept."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return the cure for an unknown name: the nearest known ones, or all where they are few."""
+    """Return a fix for an unknown name: the most similar known names, or all if there are few."""
     folded = {candidate.lower(): candidate for candidate in known}
     near = [folded[match] for match in get_close_matches(name.lower(), folded, n=2, cutoff=0.6)]
     if near:

@@ -1,4 +1,4 @@
-"""The chapter's own update, as a torch optimizer."""
+"""The chapter's update as a torch optimizer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["GradientDescent"]
 class GradientDescent(torch.optim.Optimizer):
     """The chapter's update: `parameter - gradient * lr`.
 
-    A multiplication, then a subtraction, each rounded: not the fused multiply-add of
-    `torch.optim.SGD`, whose last bits differ.
+    It multiplies, then subtracts, and rounds after each. `torch.optim.SGD` uses a fused multiply-add
+    instead, so its last bits differ.
 
     Args:
-        params: parameters, or groups of them, as for every torch optimizer.
+        params: parameters or param groups, as for every torch optimizer.
         lr: the learning rate, a finite number >= 0.
 
     Raises:

@@ -19,17 +19,17 @@ __all__ = ["Record"]
 
 
 class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
-    """Records a fit: each training batch is a step, from its forward pass to the optimizer's.
+    """Record a fit: each training batch is a step, from its forward pass to the optimizer's update.
 
-    With `accumulate_grad_batches`, several steps have one update. Validation runs between two steps, and
-    is not recorded. Precision plugins, clipping and `automatic_optimization = False` work as ever.
+    With `accumulate_grad_batches`, several steps share one update. Validation runs between two steps and
+    is not recorded. Precision plugins, clipping and `automatic_optimization = False` work as usual.
 
     Args:
-        run: the run's directory, which must not exist; absent: the next free one, `runs/loop-1`.
-        options: as `everystep.record` takes them: `snapshot_budget`, `batch_budget`.
+        run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
+        options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
 
     Raises:
-        UsageError: when a fit begins in more than one process.
+        UsageError: the fit uses more than one process.
     """
 
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
@@ -41,17 +41,17 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
         """The run, during the fit and afterwards.
 
         Raises:
-            UsageError: no fit has begun.
+            UsageError: no fit has started.
         """
         if self._recording is None:
-            raise UsageError("nothing is recorded yet; the run is there when trainer.fit has begun")
+            raise UsageError("nothing is recorded yet; `run` is available once trainer.fit has started")
         return self._recording.run
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the run."""
         if trainer.world_size > 1:
             raise UsageError(
-                f"the fit has {trainer.world_size} processes, and a run is recorded from one; "
+                f"the fit uses {trainer.world_size} processes, but everystep records only one; use "
                 "Trainer(devices=1)"
             )
         several = len(trainer.optimizers) > 1
@@ -77,7 +77,7 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log the loss that `training_step` has returned, and end the step."""
+        """Log the loss that `training_step` returned, and end the step."""
         if self._recording is None:
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -93,6 +93,6 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Close the run of a fit that has failed or was interrupted."""
+        """Close the run of a fit that failed or was interrupted."""
         if self._recording is not None and self._recording.is_open:
             self._recording.__exit__(type(exception), exception, exception.__traceback__)

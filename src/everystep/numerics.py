@@ -1,8 +1,9 @@
-"""What bits depend on besides the seed: set before torch computes, recorded, compared.
+"""What bits depend on besides the seed: set before torch computes, recorded, and compared.
 
-The same program and the same seed give other bits under another CPU capability, thread count or
-matrix-product library setting. All of it belongs to the process, so it is set early (`prepare`),
-held during a training (`in_force`), written into the run (`Numerics`), and compared on replay.
+The same program and seed give other bits under another CPU capability, thread count or setting of the
+matrix-product library. All of these belong to the process, so everystep sets them early (`prepare`),
+holds them during a training (`in_force`), writes them into the run (`Numerics`), and compares them on
+replay.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO A
 
 
 class Numerics(BaseModel):
-    """Everything that the bits of a run depend on besides its experiment, as it was in force."""
+    """Everything that the bits of a run depend on besides its experiment, with the values in effect."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -84,7 +85,7 @@ class Numerics(BaseModel):
 
     @classmethod
     def read(cls, device: torch.device) -> Numerics:
-        """Read what is in force in this process for computing on `device`."""
+        """Read the values in effect in this process for computing on `device`."""
         import torch
 
         return cls(
@@ -119,7 +120,7 @@ class Numerics(BaseModel):
         return found
 
     def needs_other_process(self, other: Numerics) -> bool:
-        """Tell whether something differs that is settled when a process first computes."""
+        """Tell whether a difference can only be fixed in a new process."""
         settled = ("cpu_capability", "mkl_cbwr") + ("cublas_workspace_config",) * (self.device != "cpu")
         return any(getattr(self, name) != getattr(other, name) for name in settled)
 
@@ -132,20 +133,20 @@ class Numerics(BaseModel):
 def prepare() -> None:
     """Set the environment that the libraries below torch read when they first compute.
 
-    What the user has set stands. Without effect on a library that has computed already: `Numerics`
-    reads back and records what is really in force.
+    What the user has set stays. It has no effect on a library that already computed: `Numerics` reads
+    back and records the values in effect.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def warning() -> str | None:
-    """Return a sentence for the user where `prepare` came too late for the matrix products."""
+    """Return a warning for the user if `prepare` came too late for the matrix products."""
     asked = os.environ.get("MKL_CBWR") == ENVIRONMENT["MKL_CBWR"]
     if asked and _mkl_cbwr() == "off":
         return (
-            "torch had already computed in this process, so the bits of this run depend on the "
-            "thread count and on memory alignment; to avoid that, call "
+            "torch already computed something in this process, so the bits of this run may depend on "
+            "the thread count and on memory alignment; to avoid that, call "
             "everystep.numerics.prepare() first, or start Python with MKL_CBWR=AVX2,STRICT"
         )
     return None
@@ -159,20 +160,20 @@ def in_force(
     deterministic: bool = True,
     flush_denormal: bool = False,
 ) -> Iterator[None]:
-    """Hold deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
+    """Set deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
 
     All of these belong to the process: of trainings in several threads, the last to end restores them.
 
-    deterministic, flush_denormal: otherwise only to repeat what was recorded otherwise.
+    deterministic, flush_denormal: set these only to repeat a recording with other values.
 
     Raises:
-        UsageError: something is in force around the caller that changes what torch's functions do.
+        UsageError: the caller has an active mode that changes what torch functions do.
     """
     import torch
 
     mode = _active_mode()
     if mode is not None:
-        raise UsageError(f"{mode} is in force here, and would not be when a step is replayed; {_CURE}")
+        raise UsageError(f"{mode} is active here, but would not be during a replay; {_CURE}")
     threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
     _held.enter()
     try:
@@ -191,11 +192,11 @@ def in_force(
         _held.leave()
 
 
-_CURE = "end it before you call everystep, or put it into the model's forward or the loss"
+_CURE = "exit it before you call everystep, or move it into the model's forward or the loss"
 
 
 def _active_mode() -> str | None:
-    """Return what is in force around the caller and changes what torch's functions do, or None."""
+    """Return the caller's active mode that changes what torch functions do, or None."""
     import torch
     from torch.overrides import _get_current_function_mode_stack
 
@@ -214,7 +215,7 @@ def _active_mode() -> str | None:
 
 
 class _Held:
-    """The settings of torch that are held while a training goes on, and what they were before."""
+    """The settings of torch held during trainings, and their values before."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -222,7 +223,7 @@ class _Held:
         self._before: tuple[int, bool, bool] = (0, False, False)
 
     def enter(self) -> None:
-        """One more training holds them."""
+        """Register one more training."""
         import torch
         import torch.utils.deterministic as settings
 
@@ -238,7 +239,7 @@ class _Held:
             torch.set_flush_denormal(False)
 
     def leave(self) -> None:
-        """One training less holds them; after the last, they are as they were."""
+        """Unregister a training; after the last, restore the settings."""
         import torch
         import torch.utils.deterministic as settings
 
@@ -255,7 +256,7 @@ _held = _Held()
 
 
 def _flushes_denormals() -> bool:
-    """Find out by computing: torch has a setter for it, but no getter."""
+    """Find out by computing: torch has a setter for it but no getter."""
     import torch
 
     return (torch.tensor([1e-39]) * 1).item() == 0
@@ -271,7 +272,7 @@ def _float32_matmul_precision() -> str:
 
 
 def _mkl_cbwr() -> str:
-    """Return MKL's reproducibility mode as in force: 'AVX2,STRICT', 'off', ..., or 'absent'."""
+    """Return MKL's reproducibility mode in effect: 'AVX2,STRICT', 'off', ..., or 'absent'."""
     import torch
 
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]

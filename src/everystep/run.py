@@ -1,4 +1,4 @@
-"""A run, and all that can be done with it."""
+"""A run and everything you can do with it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ Counting = bool | Callable[[int], None]
 
 
 class Run(RecordedRun):
-    """A recorded training, read from its directory whenever something is asked for.
+    """A recorded training, read from its directory on demand.
 
-    `run[137]` opens step 137: everything that was in it. `run[-1]` is the newest step, `run[10:20]` the
-    steps 10 to 19, each opened when it is its turn; so it is when one iterates over the run.
+    `run[137]` opens step 137 with everything in it, and `run[-1]` the newest step. `run[10:20]` is a
+    sequence of the steps 10 to 19; it opens each step when you access it, as does iterating over the
+    run.
     """
 
     def __init__(self, directory: str | Path, objects: Objects | None = None) -> None:
@@ -72,28 +73,28 @@ class Run(RecordedRun):
 
     @property
     def problems(self) -> list[str]:
-        """What was noticed when steps were opened, such as a snapshot that cannot be read."""
+        """Problems found while opening steps, such as an unreadable snapshot."""
         return self._own_opener.problems if self._own_opener else []
 
     def parameters(self, step: int) -> dict[str, Tensor]:
-        """Return the model's state_dict after `step` (0: before the first).
+        """Return the model's state_dict after `step` (0: before the first step).
 
         Negative steps count from the newest: -1 is the newest state.
 
         Raises:
-            StepError: there is no such step.
-            RunError: something that is needed is missing or cannot be read.
+            StepError: the run has no such step.
+            RunError: a needed file is missing or unreadable.
         """
         number = self._number(step)
         return self._opener.state(number + len(self) + 1 if number < 0 else number).parameters
 
     def verify(self, *, processes: int | None = None, progress: Counting = True) -> Verification:
-        """Take every step again, and compare every loss and every snapshot, bit for bit.
+        """Replay every step, and compare every loss and every snapshot, bit for bit.
 
-        processes: how many at once; absent: one for each core, where that is worth their start.
+        processes: number of processes; default: one per core, if worth their start.
 
         Raises:
-            RunError: something that is needed is missing or cannot be read.
+            RunError: a needed file is missing or unreadable.
         """
         from everystep.replay.verify import verify
         from everystep.views.progress import counting
@@ -102,19 +103,19 @@ class Run(RecordedRun):
             return verify(self._opener, processes, on_progress)
 
     def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
-        """Return what differs between this run and another, down to the first operation.
+        """Return how this run differs from another, down to the first operation.
 
-        thorough: go through every step, not only those between the last common state and the first
-        difference: finds what shows in no loss and in no snapshot.
+        thorough: compare every step, not only those between the last common state and the first
+        difference. That also finds differences that no loss and no snapshot shows.
 
         Raises:
-            RunError: a run cannot be read.
+            RunError: a run is unreadable.
         """
         from everystep.replay.diff import diff
         from everystep.views.progress import counting
 
         if not isinstance(other, Run):
-            raise UsageError(f"a run is compared with another run, not {other!r:.80}")
+            raise UsageError(f"expected another run to compare with, not {other!r:.80}")
         objects = self._objects, other._objects
         with counting("comparing", min(len(self), len(other)), progress) as on_progress:
             return diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
@@ -129,21 +130,21 @@ class Run(RecordedRun):
         processes: int | None = None,
         progress: Counting = True,
     ) -> Measured:
-        """Add a measurement to the run, as if it had been made while it was trained.
+        """Add a measurement to the run, as if it had been made during training.
 
         Args:
             question: an expression, `"norm(gradients['0.weight'])"`, or a function of the opened step
-                that gives a number.
-            name: of the measurement; absent: the expression, or the function's name.
+                that returns a number.
+            name: the name of the measurement; default: the expression, or the function's name.
             every: steps between two measurements.
-            overwrite: take the place of an earlier measurement of that name.
-            processes: how many at once; absent: one for each core, where that is worth their start.
-            progress: show a progress bar where stderr is a terminal; or what is called with the number
-                of steps that were just replayed.
+            overwrite: replace an existing measurement of that name.
+            processes: number of processes; default: one per core, if worth their start.
+            progress: show a progress bar if stderr is a terminal; or a function, called with the number
+                of steps just replayed.
 
         Raises:
             UsageError: the question does not fit, or the name is taken.
-            RunError: something that is needed is missing, cannot be read, or is being written.
+            RunError: a needed file is missing, unreadable or being written.
         """
         from everystep.replay.query import measure
         from everystep.views.progress import counting
@@ -171,16 +172,16 @@ class Run(RecordedRun):
         """Find the first step at which a condition is true, the last, or all.
 
         Args:
-            condition: an expression, `"isnan(loss)"`, or a function of the opened step; `"nonfinite"`:
-                the step in which the first NaN or infinity was made, see `first_nonfinite`.
+            condition: an expression, `"isnan(loss)"`, or a function of the opened step; `"nonfinite"`
+                finds the step that made the first NaN or infinity, see `first_nonfinite`.
             which: steps to find.
-            processes: how many at once; absent: one for each core, where that is worth their start.
-            progress: show a progress bar where stderr is a terminal; or what is called with the number
-                of steps that were just replayed.
+            processes: number of processes; default: one per core, if worth their start.
+            progress: show a progress bar if stderr is a terminal; or a function, called with the number
+                of steps just replayed.
 
         Raises:
             UsageError: the condition does not fit.
-            RunError: something that is needed is missing or cannot be read.
+            RunError: a needed file is missing or unreadable.
         """
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
@@ -204,10 +205,10 @@ class Run(RecordedRun):
     def first_nonfinite(
         self, *, processes: int | None = None, progress: Counting = True
     ) -> NonFinite | None:
-        """Return which operation made the first NaN or infinity, or None if all is finite.
+        """Return the operation that made the first NaN or infinity, or None if all is finite.
 
         Raises:
-            RunError: something that is needed is missing or cannot be read.
+            RunError: a needed file is missing or unreadable.
         """
         from everystep.replay.hooks import find_nonfinite
         from everystep.views.progress import counting
@@ -236,36 +237,37 @@ class Run(RecordedRun):
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
     ) -> Run:
-        """Train a run that is this one up to a step, and goes on by other rules from there; return it.
+        """Train a new run that equals this one up to a step and continues with changes; return it.
 
-        Nothing up to that step is computed again, and the fork is a complete run of its own. One that
-        changes nothing has this run's very bits. The optimizer goes on with the state that it had;
-        another class of optimizer begins with none.
+        The fork reuses everything up to that step and is a complete run of its own. A fork without
+        changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
+        another class starts without state.
 
         Args:
-            at: the step after which the fork begins; 0: before the first.
-            settings: what changes, by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
-            lr, steps, batch_size, seed: the same, for what changes most often.
-            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: what a run from
-                Python objects goes on with, as in `train`: the model, loss and optimizer are needed,
-                unless the run has been trained in this process, and are trained in place.
-            directory: of the fork, which must not exist; absent: the next free one under runs/.
-            snapshot_budget: bytes of snapshots that the fork may keep.
-            progress: show a progress bar where stderr is a terminal; or who watches the training.
+            at: the step after which the fork starts; 0: before the first step.
+            settings: changes by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
+            lr, steps, batch_size, seed: shortcuts for the most common settings.
+            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects to
+                continue with, as in `train`, for a run from Python objects. Model, loss and optimizer
+                are required unless this process trained the run; `fork` trains them in place.
+            directory: the fork's directory, which must not exist; default: the next free one in runs/.
+            snapshot_budget: maximum bytes of snapshots.
+            progress: show a progress bar if stderr is a terminal; or an object that watches the
+                training.
 
         Raises:
-            StepError: there is no such step.
-            UsageError: a setting does not serve.
-            RunError: the state cannot be reached as it was.
-            RecordingError: writing the fork failed; what was recorded is kept.
-            KeyboardInterrupt: Ctrl-C, after the step is finished and the fork is closed.
+            StepError: the run has no such step.
+            UsageError: a setting is invalid.
+            RunError: the state cannot be restored bit for bit.
+            RecordingError: writing the fork failed; everything recorded before is kept.
+            KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
         """
         from everystep.replay.fork import Fork, fork_experiment, fork_objects
         from everystep.training.objects import Objects
 
         if self.facts.training.loop:
             raise RunError(
-                f"{self.name} was recorded from a loop of your own, which a fork would need; load "
+                f"{self.name} was recorded from your own loop, which a fork would need; load "
                 f"run.parameters({at}) into your model and record your loop from there"
             )
 
@@ -283,8 +285,8 @@ class Run(RecordedRun):
         objects = self._objects if is_own else Objects(model, loss, optimizer)
         if objects is None or objects.model is None:
             raise RunError(
-                f"{self.name} was trained from Python objects, which a run does not hold; give what the "
-                "fork goes on with: fork(..., model=..., loss=..., optimizer=...)"
+                f"{self.name} was trained from Python objects, which the run does not hold; pass "
+                "them: fork(..., model=..., loss=..., optimizer=...)"
             )
         changes: dict[str, Any] = {"data": data, "metrics": metrics, "schedule": schedule}
         if schedule is not None:
@@ -297,19 +299,17 @@ class Run(RecordedRun):
         try:
             return operator.index(step)
         except TypeError:
-            raise StepError(f"a step of {self.name} is a whole number, not {step!r:.80}") from None
+            raise StepError(f"a step of {self.name} must be an integer, not {step!r:.80}") from None
 
     def _question(self, question: str | Callable[[Step], Any]) -> tuple[Any, str]:
-        """Return a question as it can be put, and its name."""
+        """Return a question in the form that queries take, and its name."""
         from everystep import numerics
 
         numerics.prepare()
         if callable(question):
             return question, getattr(question, "__name__", "measurement")
         if not isinstance(question, str):
-            raise UsageError(
-                f"a question is an expression or a function of a step, not {question!r:.80}"
-            )
+            raise UsageError(f"expected an expression or a function of a step, not {question!r:.80}")
         from everystep.replay.columns import read_question
 
         expression = read_question(question, self)
@@ -335,25 +335,26 @@ class Run(RecordedRun):
         )
 
     def table(self, rows: int = 100_000) -> LossTable:
-        """Return the losses as a table to browse (DataTables): shows in a notebook, `save(path)`.
+        """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
 
-        rows: embed at most so many; of a longer run, an excerpt that says so.
+        rows: maximum number of rows to embed; a longer run is excerpted, and the table says so.
         """
         from everystep.views.table import loss_table
 
         return loss_table(self, rows)
 
     def plot(self, *others: RecordedRun, log: bool = False, measurements: Sequence[str] = ()) -> ggplot:
-        """Return a plot of the loss at each iteration: shows in a notebook, `save(path)`.
+        """Return a plot of the loss at each iteration; shows in a notebook; `save(path)`.
 
-        others: runs to lay over it; log: a logarithmic axis; measurements: names to draw as lines.
+        others: runs to draw in the same plot; log: a logarithmic loss axis; measurements: names to draw
+        as lines.
         """
         from everystep.views.plot import loss_plot
 
         return loss_plot([self, *others], log=log, measurements=measurements)
 
     def report(self) -> str:
-        """Return everything about the run as one HTML page that needs nothing else."""
+        """Return everything about the run as one self-contained HTML page."""
         from everystep.views.report import report_html
 
         return report_html(self)
@@ -365,7 +366,7 @@ class Run(RecordedRun):
 
 
 class Steps(Sequence["Step"]):
-    """Some steps of a run, each opened when it is asked for."""
+    """A sequence of steps of a run; each opens when you access it."""
 
     def __init__(self, run: Run, numbers: list[int]) -> None:
         self._run = run
@@ -391,20 +392,21 @@ class Steps(Sequence["Step"]):
 
 
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
-    """Return the run that a training has left, with the objects that it was trained with.
+    """Return the run that a training recorded, with the objects that trained it.
 
     Raises:
-        KeyboardInterrupt: it was stopped by Ctrl-C.
+        KeyboardInterrupt: Ctrl-C stopped the training.
     """
     if outcome.interrupted:
         raise KeyboardInterrupt(
-            f"training stopped by the user; what was recorded: everystep.open('{outcome.directory}')"
+            "training stopped by the user; the steps so far are recorded: "
+            f"everystep.open('{outcome.directory}')"
         )
     return Run(outcome.directory, objects)
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
-    """Return who watches a training: the one given, the terminal, or nobody."""
+    """Return what watches a training: the given object, the terminal, or nothing."""
     from everystep.views.progress import Silent, TerminalProgress
 
     if not isinstance(wanted, bool):

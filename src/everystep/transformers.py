@@ -19,18 +19,18 @@ __all__ = ["Record"]
 
 
 class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped there
-    """Records a training: each update is a step, with all forward passes that it accumulates.
+    """Record a training: each update is a step, with all forward passes that it accumulates.
 
-    The batch of a step is what the model is called with; its loss is that of the model's output, or the
-    mean of several. Evaluation runs between two steps, and is not recorded. A loop with Accelerate is
-    recorded by `everystep.record`.
+    The batch of a step is the input of the model. Its loss is the loss in the model's output, or the
+    mean of several. Evaluation runs between two steps and is not recorded. Use `everystep.record` for a
+    loop with Accelerate.
 
     Args:
-        run: the run's directory, which must not exist; absent: the next free one, `runs/loop-1`.
-        options: as `everystep.record` takes them: `snapshot_budget`, `batch_budget`.
+        run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
+        options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
 
     Raises:
-        UsageError: when a training begins in more than one process.
+        UsageError: the training uses more than one process.
     """
 
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
@@ -45,17 +45,19 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
         """The run, during the training and afterwards.
 
         Raises:
-            UsageError: no training has begun.
+            UsageError: no training has started.
         """
         if self._recording is None:
-            raise UsageError("nothing is recorded yet; the run is there when trainer.train has begun")
+            raise UsageError(
+                "nothing is recorded yet; `run` is available once trainer.train has started"
+            )
         return self._recording.run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin the run."""
         if args.world_size > 1:
             raise UsageError(
-                f"the training has {args.world_size} processes, and a run is recorded from one"
+                f"the training uses {args.world_size} processes, but everystep records only one"
             )
         model, optimizer = given["model"], given["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's around it

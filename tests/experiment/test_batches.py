@@ -54,7 +54,9 @@ def test_without_a_batch_size_every_step_sees_the_very_tensors():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(ExperimentError, match="batch_size: 11 rows a step of 10 rows"):
+    with pytest.raises(
+        ExperimentError, match="batch_size: 11 is out of range: there are 10 training rows"
+    ):
         Batches(10, 11)
-    with pytest.raises(ValueError, match="steps count from 1"):
+    with pytest.raises(ValueError, match="steps are numbered from 1"):
         Batches(10, 5).indices(0)

@@ -94,19 +94,19 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
     [
         ({"a": [1], "y": [1]}, {"target": "z"}, "no column 'z' in t.csv"),
         ({"age": [1], "y": [1]}, {"features": ["agee"]}, "did you mean age"),
-        ({"a": [1, 2], "y": [1, None]}, {}, "'y' has no value in 1 of 2 rows"),
+        ({"a": [1, 2], "y": [1, None]}, {}, "'y' is missing in 1 of 2 rows"),
         (
             {"a": ["1", "2", "x", "4"], "y": [1, 2, 3, 4]},
             {},
-            "text in a column of numbers .'x' in row 3",
+            "text in a numeric column .'x' in row 3",
         ),
         ({"a": [1, 2, 3], "y": ["u", "v", "w"]}, {}, "CrossEntropyLoss"),
         ({"a": [], "y": []}, {}, "no rows"),
         ({"y": [1, 2]}, {}, "no column besides the target"),
         ({"a": [1, 2], "y": [1, 2]}, {"features": ["a", "y"]}, "'y' is the target"),
-        ({"a": [1, 2], "y": [1, 2]}, {"validation": 0.1}, "both must have rows"),
-        ({"a": [None, None], "y": [1, 2]}, {"missing": "mean"}, "no value at all"),
-        ({"a": [None, 1], "y": [1, None]}, {"missing": "drop"}, "every row lacks some value"),
+        ({"a": [1, 2], "y": [1, 2]}, {"validation": 0.1}, "both need at least one row"),
+        ({"a": [None, None], "y": [1, 2]}, {"missing": "mean"}, "has no values"),
+        ({"a": [None, 1], "y": [1, None]}, {"missing": "drop"}, "every row has a missing value"),
         ({"a;b;y": ["1;2;3"]}, {}, "separator = ';'"),
     ],
 )
@@ -126,11 +126,11 @@ def test_words_and_classes_never_seen_in_training_are_an_error():
     seed = next(s for s in range(100) if 9 in split_rows(10, 0.2, s)[1].tolist())
     pl.DataFrame({"colour": colours, "y": range(10)}).write_csv("t.csv")
     source = {"source": "table", "path": "t.csv", "target": "y", "validation": 0.2}
-    with pytest.raises(DataError, match=r"'blue' was never seen .* data\.unseen"):
+    with pytest.raises(DataError, match=r"'blue' is not in the training rows.* data\.unseen"):
         make_data(experiment(source, seed=seed), "values")
     data = make_data(experiment(source | {"unseen": "zeros"}, seed=seed), "values")
     assert 0 in data.validation[0].sum(dim=1)
-    with pytest.raises(DataError, match="class 'blue' was never seen"):
+    with pytest.raises(DataError, match="class 'blue' is not in the training rows"):
         make_data(experiment(source | {"target": "colour"}, seed=seed), "classes")
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_missing_or_no_table_is_named(tmp_path):
     with pytest.raises(DataError, match="cannot be read as parquet"):
         make_data(experiment({"source": "table", "path": "t.parquet", "target": "y"}), "values")
     (tmp_path / "t.xlsx").write_text("")
-    with pytest.raises(DataError, match=r"is none of \.csv"):
+    with pytest.raises(DataError, match=r"has an unknown format; supported: \.csv"):
         make_data(experiment({"source": "table", "path": "t.xlsx", "target": "y"}), "values")
 
 

@@ -45,16 +45,20 @@ def test_lazy_layers_take_their_sizes_from_the_data():
             (2, 3),
             r"layers\[1\]: Linear\(5, 1\) expects 5 features in the",
         ),
-        (["Linear(3, 4)", "Linear(5, 1)"], (2, 3), r"layers\[0\] \(Linear\(3, 4\)\) gives \(2, 4\)"),
-        (["Conv2d(3, 4, 3)"], (2, 1, 8, 8), r"expects 3 channels in dimension 1, but the data gives"),
+        (["Linear(3, 4)", "Linear(5, 1)"], (2, 3), r"layers\[0\] \(Linear\(3, 4\)\) has shape \(2, 4\)"),
+        (
+            ["Conv2d(3, 4, 3)"],
+            (2, 1, 8, 8),
+            r"expects 3 channels in dimension 1, but the data has shape",
+        ),
         (
             ["Conv2d(1, 4, 3)"],
             (2, 1, 2, 2),
-            r"layers\[0\]: Conv2d\(1, 4, 3\) cannot take \(2, 1, 2, 2\)",
+            r"layers\[0\]: Conv2d\(1, 4, 3\) fails on \(2, 1, 2, 2\)",
         ),
-        (["LSTM(3, 4)"], (2, 3), "gives a tuple, not one tensor"),
+        (["LSTM(3, 4)"], (2, 3), "returns a tuple, not one tensor"),
         (["BatchNorm1d(3)"], (1, 3), "more than 1 value per channel"),
-        (["Unflatten(1, (2, 2))"], (2, 3), r"layers\[0\]: Unflatten\(1, \(2, 2\)\) cannot take"),
+        (["Unflatten(1, (2, 2))"], (2, 3), r"layers\[0\]: Unflatten\(1, \(2, 2\)\) fails on"),
     ],
 )
 def test_shape_errors_name_the_layer_and_what_it_gets(layers, shape, problem):
@@ -67,7 +71,7 @@ def check(name, prediction, y):
 
 
 def test_a_loss_that_does_not_fit_is_explained():
-    with pytest.raises(ModelError, match="give the last layer 10 outputs"):
+    with pytest.raises(ModelError, match="set the last layer to 10 outputs"):
         check("MSELoss", torch.zeros(2, 1), torch.zeros(5, 10))
     with pytest.raises(DataError, match="6 classes, but the model has 3 outputs"):
         check("CrossEntropyLoss", torch.zeros(2, 3), torch.tensor([1, 5, 2]))
@@ -82,7 +86,7 @@ def test_class_weights_are_a_list_of_numbers():
 
 def test_a_device_that_is_not_there_lists_those_that_are():
     assert select("cpu") == torch.device("cpu")
-    with pytest.raises(DeviceError, match=r"'cuda:99' is not there; on this machine: .*cpu"):
+    with pytest.raises(DeviceError, match=r"'cuda:99' is not available; this machine has: .*cpu"):
         select("cuda:99")
     with pytest.raises(DeviceError, match="did you mean cuda"):
         select("cudda")

@@ -9,7 +9,7 @@ from everystep.experiment.files import ONLY_OWN_FILES
 
 def test_a_table_is_not_read_where_only_own_files_are(monkeypatch, tmp_path):
     monkeypatch.setenv(ONLY_OWN_FILES, "1")
-    with pytest.raises(UsageError, match=r"lies outside the run, in .*wine\.csv, and is not read here"):
+    with pytest.raises(UsageError, match=r"is outside the run, in .*wine\.csv; it is not read here"):
         everystep.train_experiment("wine", {"epochs": 1}, progress=False)
     assert not list(tmp_path.iterdir())
 
@@ -17,7 +17,7 @@ def test_a_table_is_not_read_where_only_own_files_are(monkeypatch, tmp_path):
 def test_arrays_are_not_read_either(monkeypatch):
     settings = {"data": {"source": "arrays", "x": "/etc/x.npy", "y": "/etc/y.npy"}, "epochs": 1}
     monkeypatch.setenv(ONLY_OWN_FILES, "1")
-    with pytest.raises(UsageError, match=r"x\.npy, and is not read here"):
+    with pytest.raises(UsageError, match=r"x\.npy; it is not read here"):
         everystep.train_experiment("two-layer", settings, progress=False)
 
 

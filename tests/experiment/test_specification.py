@@ -41,7 +41,7 @@ def test_all_faults_are_told_at_once_each_with_its_path_and_cure():
     assert "integer, not 'zero'" in found["seed"]
     assert "did you mean table?" in found["data.source"]
     assert "did you mean ReLU" in found["model.layers[1]"]
-    assert 'wants parentheses: "ReLU()"' in found["model.layers[2]"]
+    assert 'parentheses are missing; write "ReLU()"' in found["model.layers[2]"]
     assert "missing a required argument: 'out_features'" in found["model.layers[3]"]
     assert "string, not 3" in found["model.layers[4]"]
     assert "between 0 and 1" in found["model.layers[5]"]
@@ -54,14 +54,14 @@ def test_all_faults_are_told_at_once_each_with_its_path_and_cure():
     ("settings", "path", "problem"),
     [
         ({"loss.reduction": "elementwise_mean"}, "loss", "old name; write 'mean'"),
-        ({"loss.name": "CTCLoss"}, "loss.name", "a prediction and a target"),
+        ({"loss.name": "CTCLoss"}, "loss.name", "use a loss of (prediction, target)"),
         ({"optimizer.name": "Adma"}, "optimizer.name", "did you mean Adam"),
         ({"optimizer.lr": -1.0}, "optimizer", "lr must be a finite number >= 0"),
-        ({"schedule.name": "LambdaLR"}, "schedule.name", "takes a function"),
-        ({"schedule.name": "StepLR"}, "schedule.step_size", "needs it"),
-        ({"data.batch_size": 5}, "data.batch_size", "stands at the top of the file"),
+        ({"schedule.name": "LambdaLR"}, "schedule.name", "needs a function"),
+        ({"schedule.name": "StepLR"}, "schedule.step_size", "is missing; StepLR requires it"),
+        ({"data.batch_size": 5}, "data.batch_size", "belongs at the top of the file"),
         ({"data.N": 0}, "data.N", "greater than 0"),
-        ({"steps": None}, "", "say either steps or epochs"),
+        ({"steps": None}, "", "set either steps or epochs"),
         ({"data.validation": 1.5}, "data.validation", "less than 1"),
         ({"model.layers": []}, "model.layers", "at least 1 item"),
         ({"model": None}, "model", "add [model]"),
@@ -80,7 +80,9 @@ def test_settings_override_and_steps_and_epochs_replace_each_other():
     assert experiment.optimizer.keywords["lr"] == 1e-3
     assert experiment.model.layers[1] == "Tanh()"
     assert (experiment.steps, experiment.epochs) == (None, 3)
-    assert "no such place" in faults("two-layer", {"model.layers[9]": "Tanh()"})["model.layers[9]"]
+    assert (
+        "no such key or index" in faults("two-layer", {"model.layers[9]": "Tanh()"})["model.layers[9]"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(ExperimentError, match="did you mean two-layer"):
         load("two-layers")
     (tmp_path / "broken.toml").write_text("steps = = 3")
-    with pytest.raises(ExperimentError, match=r"broken\.toml is no TOML"):
+    with pytest.raises(ExperimentError, match=r"broken\.toml is not valid TOML"):
         load(tmp_path / "broken.toml")
     (tmp_path / "latin.toml").write_bytes(b"# \xff")
     with pytest.raises(ExperimentError, match="not UTF-8"):
@@ -138,7 +140,7 @@ def test_no_text_of_a_layer_does_anything_but_parse_or_say_why_not(text):
     ],
 )
 def test_code_in_a_layer_is_refused(text):
-    with pytest.raises(ValueError, match=r"literal|bare name|no layer|cannot be read|\*\*"):
+    with pytest.raises(ValueError, match=r"literal|write only the name|not a layer|cannot be read|\*\*"):
         parse_layer(text)
 
 

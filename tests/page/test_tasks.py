@@ -126,8 +126,8 @@ def test_every_task(runs):
     loss = said.found["result"]["steps"][0]
     assert loss["step"] == step and np.float32(loss["loss"]) == run.losses["loss"][step - 1]
     assert said.found["result"]["nonfinite"] is None
-    assert said.verified["result"]["exact"] and "bit for bit" in said.verified["result"]["text"]
-    assert "every operation is finite" in said.finite["result"]["text"]
+    assert said.verified["result"]["exact"] and "replays bit for bit" in said.verified["result"]["text"]
+    assert "of all operations are finite" in said.finite["result"]["text"]
     assert said.never["result"]["steps"] == [] and said.never["result"]["text"] == "no step"
     assert "loss +" in said.wrong["error"]["error"] and "result" not in said.wrong
     check_comparison(said.compared["result"], runs)
@@ -135,8 +135,8 @@ def test_every_task(runs):
 
 def check_comparison(result, runs):
     assert result["sentence"] == (
-        "The losses part at step 2; the first operation to differ is #11 of step 1, aten.mul (update), "
-        "because lr is 0.0001 and 0.0002."
+        "The losses first differ at step 2; the first operation that differs is #11 of step 1, "
+        "aten.mul (update), because lr is 0.0001 and 0.0002."
     )
     assert result["runs"] == [HOSTILE, "other"] and not result["same"]
     one, other = result["sides"]

@@ -100,7 +100,7 @@ def test_memory_is_named_when_it_is_missing_or_too_small(training, program_of, m
     memory = memory_of(built, training)
     with pytest.raises(ProgramError, match=r"parameter/0\.bias"):
         bound(built, {name: m for name, m in memory.items() if name != "parameter/0.bias"})
-    with pytest.raises(ProgramError, match=r"bytes of x, which has 4"):
+    with pytest.raises(ProgramError, match=r"bytes of x, which has only 4"):
         bound(built, memory | {"x": torch.zeros(1)})
 
 

@@ -74,11 +74,11 @@ def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, m
     monkeypatch.setattr(trusting, "_ARGUMENTS", trusting._ARGUMENTS | changed)
     for each in CACHES:
         each.cache_clear()
-    with pytest.raises(ProgramError, match=r"_cdist_backward\.default takes other arguments in torch"):
+    with pytest.raises(ProgramError, match=r"_cdist_backward\.default has another signature in torch"):
         Program.from_json(text)
     run = train(Distances(), x, torch.zeros(20, 3))
     assert run.facts.training.engine.eager_from == 1
-    assert "takes other arguments in torch" in run.facts.training.engine.reason
+    assert "has another signature in torch" in run.facts.training.engine.reason
 
 
 @pytest.mark.usefixtures("without_caches")
@@ -94,5 +94,5 @@ def test_a_torch_without_what_programs_need_takes_steps_eagerly(small, monkeypat
     monkeypatch.setattr(operators, "_NEEDED", needed)
     run = train(*small)
     assert run.facts.training.engine.eager_from == 1
-    assert "has no torch._C._gone, which programs need" in run.facts.training.engine.reason
+    assert "has no torch._C._gone, which everystep needs" in run.facts.training.engine.reason
     assert len(run.losses) == 4

@@ -137,7 +137,7 @@ def test_written_by_hand_it_runs(tiny):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "update everystep"),
+        ({"version": 2}, "upgrade everystep"),
         ({"format": "another"}, "format"),
         ({"operations__0__operator": "aten.mul.Nothing"}, "mul has no overload Nothing"),
         ({"operations__0__operator": "aten.from_file.default"}, "from_file"),
@@ -156,11 +156,11 @@ def test_written_by_hand_it_runs(tiny):
         ({"operations__0__phase": "sideways"}, "phase"),
         ({"operations__0__results": ["loss"]}, "mul"),
         ({"tensors__w__dtype": "float31"}, "float31"),
-        ({"tensors__w__shape": [2, 3]}, "w needs 24 bytes of w, which has 16"),
+        ({"tensors__w__shape": [2, 3]}, "w needs 24 bytes of w, which has only 16"),
         ({"tensors__w~1__stride": [-1]}, "stride"),
         ({"tensors__w~1__offset": 1}, "w~1 needs 20 bytes"),
         ({"storages__w__bytes": 2**60}, "bytes"),
-        ({"loss": "mul"}, "one number"),
+        ({"loss": "mul"}, "single number"),
         ({"loss": "gone"}, "gone"),
         ({"optimizer_step": {"name": "Exec", "groups": []}}, "Exec"),
         ({"more": 1}, "more"),

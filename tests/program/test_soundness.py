@@ -123,7 +123,7 @@ def test_a_network_that_is_sound_is_read(convolutional):
 def test_the_backward_pass_of_nothing_is_refused(convolutional):
     index, _ = place_of(convolutional, "max_pool2d_with_indices")
     del convolutional["operations"][index]
-    refused(convolutional, "max_pool2d_with_indices_backward.*belongs to no max_pool2d_with_indices")
+    refused(convolutional, "max_pool2d_with_indices_backward.*has no matching max_pool2d_with_indices")
 
 
 def test_places_that_the_forward_pass_did_not_find_are_refused(convolutional):
@@ -133,7 +133,7 @@ def test_places_that_the_forward_pass_did_not_find_are_refused(convolutional):
     convolutional["tensors"]["other"] = copy.deepcopy(convolutional["tensors"][own])
     convolutional["storages"]["other"] = copy.deepcopy(convolutional["storages"][own])
     backward["arguments"] = ["other" if a == own else a for a in backward["arguments"]]
-    refused(convolutional, "belongs to no max_pool2d_with_indices before it")
+    refused(convolutional, "has no matching max_pool2d_with_indices before it")
 
 
 @pytest.mark.parametrize("where", ["after", "on the same storage"])
@@ -145,7 +145,7 @@ def test_places_that_were_changed_are_refused(convolutional, where):
         convolutional["operations"].insert(index + 1, number | {"arguments": [places, 10**12]})
     else:
         convolutional["tensors"][result]["storage"] = places
-    refused(convolutional, "belongs to no max_pool2d_with_indices before it")
+    refused(convolutional, "has no matching max_pool2d_with_indices before it")
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_tensors_of_a_fused_update_must_fit_each_other(convolutional):
     averages = update["arguments"][2]
     shorter = copy.deepcopy(convolutional)
     place_of(shorter, "_fused_adam_")[1]["arguments"][2].pop()
-    refused(shorter, "_fused_adam_.*do not fit each other")
+    refused(shorter, "_fused_adam_.*do not fit together")
     averages[0], averages[1] = averages[1], averages[0]
-    refused(convolutional, "_fused_adam_.*do not fit each other")
+    refused(convolutional, "_fused_adam_.*do not fit together")
 
 
 def one_operation(operator, arguments, shapes, results, **more):
@@ -198,24 +198,24 @@ A_LOT = 2**45
     [
         ("mm.default", ["a", "a"], "a and b must have same reduction dim|must"),
         ("mul.Tensor", ["a", "b"], "broadcast"),
-        ("neg.default", ["b"], r"gives float32 \[5\] as r, which is float32 \[2, 3\]"),
-        ("gt.Scalar", ["a", 0], r"gives bool \[2, 3\] as r, which is float32"),
-        ("zeros.default", [[A_LOT]], "more than all storages"),
+        ("neg.default", ["b"], r"returns float32 \[5\] as r, which should be float32 \[2, 3\]"),
+        ("gt.Scalar", ["a", 0], r"returns bool \[2, 3\] as r, which should be float32"),
+        ("zeros.default", [[A_LOT]], "more bytes than all storages"),
         ("ones.default", [[-1]], "nonnegative|negative"),
-        ("arange.default", [A_LOT], "more than all storages"),
-        ("repeat.default", ["a", [A_LOT, 1]], "more than all storages"),
-        ("constant_pad_nd.default", ["a", [0, A_LOT]], "more than all storages"),
-        ("upsample_nearest1d.default", ["c", [A_LOT]], "more than all storages"),
+        ("arange.default", [A_LOT], "more bytes than all storages"),
+        ("repeat.default", ["a", [A_LOT, 1]], "more bytes than all storages"),
+        ("constant_pad_nd.default", ["a", [0, A_LOT]], "more bytes than all storages"),
+        ("upsample_nearest1d.default", ["c", [A_LOT]], "more bytes than all storages"),
         ("repeat.default", [1.5, [A_LOT]], "has no tensor"),
         ("median.dim", ["a", 7], "median"),
-        ("softplus.default", [None], "self is no Tensor"),
+        ("softplus.default", [None], "self must be of type Tensor"),
         ("view.default", ["a", [6]], "computes nothing"),
         ("empty.memory_format", [[2, 3]], "computes nothing"),
-        ("clamp.default", ["a", "b"], "min is no Optional"),
-        ("clamp.default", ["a", {"float": "nine"}], "min is no Optional"),
-        ("sum.dim_IntList", ["a", [{"float": "nan"}]], "dim is no Optional"),
-        ("sum.dim_IntList", ["a", [2**63]], "dim is no Optional"),
-        ("cat.default", [["a", 1.0]], "tensors is no List"),
+        ("clamp.default", ["a", "b"], "min must be of type Optional"),
+        ("clamp.default", ["a", {"float": "nine"}], "min must be of type Optional"),
+        ("sum.dim_IntList", ["a", [{"float": "nan"}]], "dim must be of type Optional"),
+        ("sum.dim_IntList", ["a", [2**63]], "dim must be of type Optional"),
+        ("cat.default", [["a", 1.0]], "tensors must be of type List"),
         ("gelu.default", ["a"], "r, which"),
         ("index.Tensor", ["a", ["mask"]], "selects by a mask"),
         ("_fft_c2r.default", ["a", [-1], 0, 4], "do not fit"),
@@ -239,7 +239,7 @@ def test_numbers_that_json_does_not_have_are_written_as_such():
     again = Program.from_json(json.dumps(program))
     assert Program.from_json(again.to_json()) == again
     refused = json.dumps(program).replace('{"float": "inf"}', "Infinity")
-    with pytest.raises(ProgramError, match="Infinity is no number of JSON"):
+    with pytest.raises(ProgramError, match="Infinity is not a JSON number"):
         Program.from_json(refused)
 
 
@@ -326,5 +326,5 @@ def test_reading_says_nothing(recwarn):
     program = one_operation(
         "maximum.out", ["a", "a"], {"a": [2], "r": [3]}, ["r"], keywords={"out": "r"}
     )
-    refused(program, r"gives float32 \[2\] as r, which is float32 \[3\]")
+    refused(program, r"returns float32 \[2\] as r, which should be float32 \[3\]")
     assert not recwarn.list

@@ -85,7 +85,9 @@ def test_the_directory_is_that_of_the_design(small):
 def test_a_run_is_never_overwritten(small):
     model, x, y = small
     train(model, (x, y), directory="here")
-    with pytest.raises(everystep.RunError, match="here exists already, and a run is never overwritten"):
+    with pytest.raises(
+        everystep.RunError, match="here already exists, and everystep never overwrites a run"
+    ):
         train(model, (x, y), directory="here")
     names = [train(model, (x, y), steps=1).name for _ in range(2)]
     assert names == ["sequential-1", "sequential-2"]
@@ -108,7 +110,7 @@ def test_what_is_no_run_is_told(tmp_path):
     with pytest.raises(everystep.RunError, match="everystep train"):
         everystep.open("nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(everystep.RunError, match=r"is no run: it has no run\.sqlite"):
+    with pytest.raises(everystep.RunError, match=r"is not a run: run\.sqlite is missing"):
         everystep.open("empty")
     (tmp_path / "empty" / "run.sqlite").write_text("this is no database, but long enough to look at")
     with pytest.raises(everystep.RunError, match="cannot be read"):
@@ -117,9 +119,9 @@ def test_what_is_no_run_is_told(tmp_path):
     with sqlite3.connect(tmp_path / "other" / "run.sqlite") as connection:
         connection.execute("CREATE TABLE t (x)")
     connection.close()
-    with pytest.raises(everystep.RunError, match="not that of an everystep run"):
+    with pytest.raises(everystep.RunError, match="not of an everystep run"):
         everystep.open("other")
-    with pytest.raises(everystep.RunError, match="no directory"):
+    with pytest.raises(everystep.RunError, match="is not a directory"):
         everystep.runs("nowhere")
 
 
@@ -138,7 +140,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(small, tmp_path):
     train(model, (x, y))
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "run.sqlite").write_bytes(b"nothing of the kind" * 100)
-    with pytest.warns(UserWarning, match="left out: .*broken"):
+    with pytest.warns(UserWarning, match="skipped: .*broken"):
         assert [run.name for run in everystep.runs()] == ["sequential-1"]
 
 
@@ -245,7 +247,7 @@ except everystep.RecordingError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
     assert "writing the run run failed" in done.stdout
-    assert "are kept" in done.stdout
+    assert "are saved" in done.stdout
     run = everystep.open("run")
     assert len(run.losses) > 0
     assert run.status in ("failed", "interrupted")
@@ -254,7 +256,7 @@ except everystep.RecordingError as error:
 def test_a_place_that_cannot_be_written_is_named(small, tmp_path):
     model, x, y = small
     (tmp_path / "file").write_text("")
-    with pytest.raises(everystep.RecordingError, match="choose a place that can be written"):
+    with pytest.raises(everystep.RecordingError, match="choose a writable place"):
         train(model, (x, y), directory="file/run")
     with pytest.raises(everystep.RecordingError, match="cannot create the run's directory"):
         train(model, (x, y), directory="/proc/run")

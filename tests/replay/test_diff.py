@@ -382,7 +382,7 @@ def test_a_longer_run_of_the_same_is_not_the_same(thorough):
     found = train(steps=30).diff(train(steps=20), thorough=thorough, progress=False)
     assert not found.is_same
     assert (found.steps, found.loss, found.states, found.operation) == ((30, 20), None, (), None)
-    assert diff_text(found).endswith("the first 20 steps are the same; one run is longer")
+    assert diff_text(found).endswith("the first 20 steps are identical; one run is longer")
 
 
 def test_nan_is_the_same_as_nan():
@@ -457,7 +457,7 @@ def test_a_difference_that_is_rounded_away_everywhere_is_found_by_snapshots():
     assert not found.is_same
     assert found.loss is None and found.operation is None and found.common_state is None
     assert found.states == (StateDifference(0, "parameters/2.bias", 1, 1),)
-    assert "the same in all 30 steps that both have" in diff_text(found)
+    assert "identical in all 30 common steps" in diff_text(found)
     assert diff_text(found).endswith("the runs differ")
 
 
@@ -507,7 +507,7 @@ def test_what_shows_in_no_loss_and_no_snapshot_is_found_thoroughly(monkeypatch):
     quick, thorough = (one.diff(other, thorough=asked, progress=False) for asked in (False, True))
     assert quick.operation is None and not quick.is_thorough and not quick.is_same
     assert list(quick.experiments) == ["data.digest"]
-    assert diff_text(quick).endswith("; --thorough looks at every operation")
+    assert diff_text(quick).endswith("; --thorough compares every operation")
     step, rows = first_step_with(11)
     for found in (unasked, thorough):
         assert not found.is_same and found.loss is None and not found.states
@@ -542,7 +542,7 @@ def test_a_snapshot_that_cannot_be_read_is_named_and_the_rest_found():
     fork = one.fork(12, lr=0.04, progress=False)
     found = fork.diff(same, progress=False)
     assert found.operation.step == 13
-    assert any("000030 is not as it was written" in problem for problem in found.problems)
+    assert any("000030 was changed after recording" in problem for problem in found.problems)
 
 
 def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():
@@ -569,13 +569,13 @@ def test_the_command_says_where_runs_part_and_exits_with_1(everystep_command):
     assert lines[0].split() == ["runs", "sequential-1"] and lines[1].split() == ["sequential-2"]
     assert any(line.startswith("experiments data.digest: ") for line in lines)
     pair = [shortest(run.losses["loss"][step - 1]) for run in (one, other)]
-    assert f"losses      part at step {step}: {pair[0]} and {pair[1]}" in lines
-    where = lines.index(f"they part   in step {step}, at operation #0")
+    assert f"losses      differ from step {step} on: {pair[0]} and {pair[1]}" in lines
+    where = lines.index(f"operation   #0 of step {step}")
     assert lines[where + 1].strip() == "aten.addmm.default of module 0, forward"
-    assert lines[where + 2].startswith("result      addmm: 8 of 48 numbers, by ")
+    assert lines[where + 2].startswith("result      addmm: 8 of 48 elements differ, by at most ")
     assert lines[where + 3].strip().startswith(f"[{rows[0][0]}, 0]")
-    assert any(line.startswith("differs in  x: 4 of 24 numbers") for line in lines)
-    assert f"rows        {rows[0][1]} at place {rows[0][0]}" in lines
+    assert any(line.startswith("input       x: 4 of 24 elements differ") for line in lines)
+    assert f"rows        {rows[0][1]} at position {rows[0][0]}" in lines
     assert lines[-1] == "the runs differ"
 
 
@@ -584,8 +584,8 @@ def test_the_command_says_that_runs_are_the_same_and_exits_with_0(everystep_comm
     train()
     code, out, err = everystep_command("diff", "sequential-1", "sequential-2")
     assert (code, err) == (0, "")
-    assert out.endswith("the runs are the same, bit for bit\n")
-    assert "the same in all 30 steps that both have" in out
+    assert out.endswith("the runs are bit-identical\n")
+    assert "identical in all 30 common steps" in out
     train(steps=10)
     assert everystep_command("diff", "sequential-1", "sequential-3")[0] == 1
 

@@ -464,8 +464,8 @@ def test_the_command_forks_and_the_lineage_shows(everystep_command, monkeypatch)
     ("options", "said"),
     [
         (("--at", 11), "two-layer-1 has no step 11: it has steps 1 to 10"),
-        (("--at", 6, "--steps", 6), "the fork begins after step 6 and would end at step 6"),
-        (("--at", 10), "ask for more steps"),
+        (("--at", 6, "--steps", 6), "the fork starts after step 6 but would end at step 6"),
+        (("--at", 10), "set more steps"),
         (("--at", 6, "--set", "optimizer.lr=fast"), "optimizer"),
         (("--at", 6, "--set", "optimiser.lr=1"), "did you mean optimizer?"),
         (("--at", 6, "--run", "runs/two-layer-1"), "runs/two-layer-1"),
@@ -494,18 +494,18 @@ def test_a_fork_needs_steps_after_its_beginning():
     parent = by_train(new_training(), steps=10)
     for steps in (3, 6):
         with pytest.raises(
-            UsageError, match=rf"begins after step 6 and would end at step {steps};.*506"
+            UsageError, match=rf"starts after step 6 but would end at step {steps};.*506"
         ):
             parent.fork(6, steps=steps, progress=False)
-    with pytest.raises(UsageError, match="begins after step 10"):
+    with pytest.raises(UsageError, match="starts after step 10"):
         parent.fork(10, progress=False)
 
 
 def test_what_a_run_does_not_hold_must_be_given():
     parent = everystep.open(by_train(new_training(), steps=10).directory)
-    with pytest.raises(RunError, match=r"give what the fork goes on with: fork\(\.\.\., model=\.\.\."):
+    with pytest.raises(RunError, match=r"pass them: fork\(\.\.\., model=\.\.\."):
         parent.fork(6, progress=False)
-    with pytest.raises(RunError, match="give loss and optimizer as well"):
+    with pytest.raises(RunError, match="pass loss and optimizer as well"):
         parent.fork(6, model=mlp(), progress=False)
     new = new_training(lambda: nn.Linear(4, 2))
     with pytest.raises(RunError, match="do not fit the run's state"):
@@ -519,7 +519,7 @@ def test_a_state_that_cannot_be_reached_as_it_was_is_not_forked():
     with closing(sqlite3.connect(parent.directory / "run.sqlite")) as database:
         database.execute("UPDATE steps SET loss = 1.5 WHERE step = 5")
         database.commit()
-    with pytest.raises(RunError, match=r"state 6 .* the loss of step 5 is another"):
+    with pytest.raises(RunError, match=r"state 6 .* the loss of step 5 differs from the recording"):
         parent.fork(6, progress=False)
     assert parent.fork(4, progress=False).losses["loss"].len() == 10
 

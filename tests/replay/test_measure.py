@@ -264,13 +264,13 @@ def test_a_name_is_taken_by_something_else():
     run = by_train(made, steps=10, metrics={"mean": lambda prediction, target: prediction.mean()})
     recorded = run.measured("mean")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="has recorded 'mean' while it was trained; choose another"):
+        with pytest.raises(UsageError, match="already recorded 'mean' during training; choose another"):
             run.measure("loss", name="mean", overwrite=overwrite, progress=False)
     for name in ("loss", "step", "lr", "validation_loss"):
-        with pytest.raises(UsageError, match=f"cannot be called '{name}'"):
+        with pytest.raises(UsageError, match=f"'{name}' is not allowed as the name"):
             run.measure("loss * 2", name=name, progress=False)
     run.measure("loss * 2", name="it", progress=False)
-    with pytest.raises(UsageError, match=r"'it' of something else \(loss \* 2\).*or overwrite it"):
+    with pytest.raises(UsageError, match=r"'it' of another expression \(loss \* 2\).*or overwrite it"):
         run.measure("loss * 3", name="it", progress=False)
     twice = {step: 2 * loss for step, loss in run.losses.rows()}
     assert run.measured("it") == twice
@@ -465,7 +465,7 @@ def test_the_commands_measure_and_find(everystep_command):
     code, out, _ = everystep_command("when", "sequential-1", condition, "--all", "--json")
     steps = [{"step": step, "loss": loss} for step, loss in run.losses.rows() if loss <= low]
     assert json.loads(out) == {"steps": steps, "left_out_from": []}
-    assert everystep_command("when", "sequential-1", "isnan(loss)") == (1, "", "no step\n")
+    assert everystep_command("when", "sequential-1", "isnan(loss)") == (1, "", "no step matches\n")
     assert everystep_command("when", "sequential-1", "loss > 0", "--all", "--last")[0] == 2
     code, out, err = everystep_command("measure", "sequential-1", "loss", "--name", "size")
     assert (code, out) == (2, "") and "overwrite it" in err
@@ -640,7 +640,7 @@ def test_the_command_names_the_cause(everystep_command):
     step = first_step_with(13)
     code, out, _ = everystep_command("when", "sequential-1", "nonfinite")
     assert code == 0
-    assert out == f"step {step}: x has 1 NaN from the beginning\n  rows of the data: 13\n"
+    assert out == f"step {step}: x has 1 NaN from the start\n  rows of the data: 13\n"
     code, out, _ = everystep_command("when", "sequential-1", "nonfinite", "--json")
     assert json.loads(out) == {
         "step": step,
@@ -655,7 +655,7 @@ def test_the_command_names_the_cause(everystep_command):
     }
     train()
     code, out, _ = everystep_command("when", "sequential-2", "nonfinite")
-    assert (code, out) == (1, "every result of every operation is finite\n")
+    assert (code, out) == (1, "all results of all operations are finite\n")
 
 
 def test_a_question_that_fails_leaves_the_steps_as_they_are():

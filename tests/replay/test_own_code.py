@@ -317,7 +317,7 @@ def test_an_unchanged_fork_of_a_counting_model_is_exact_or_refused():
     try:
         fork = run.fork(10, steps=20, progress=False)
     except everystep.EverystepError as error:
-        assert "cannot be reached" in str(error)
+        assert "cannot be restored" in str(error)
     else:
         assert fork.losses.equals(run.losses)
 
@@ -345,7 +345,7 @@ def test_weights_that_a_metric_ties_are_said_when_it_happens_and_refused_with_th
 
     made.metrics = {"mine": metric}
     run = by_train(made, steps=20, evaluate_every=5)
-    assert "after step 5, your own code changed which parameters there are" in capsys.readouterr().err
+    assert "after step 5, your code changed the set of parameters" in capsys.readouterr().err
     with pytest.raises(everystep.RunError, match=r"does not fit the training.*as they were before"):
         run.verify(processes=1, progress=False)
 

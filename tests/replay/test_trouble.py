@@ -43,7 +43,7 @@ def test_an_altered_snapshot_is_named_by_its_digest_and_the_one_before_is_used(r
     assert opened[state + 3].is_exact
     assert bits(opened.parameters(state + 3)["0.weight"]) == expected
     [problem] = opened.problems
-    assert f"{state:06d} is not as it was written: its digest is" in problem
+    assert f"{state:06d} was changed after recording: its digest is" in problem
     found = opened.verify(processes=1, progress=False)
     assert not found.is_exact
     assert (found.snapshots, found.all_snapshots) == (len(between), len(between) + 1)
@@ -75,7 +75,9 @@ def test_altered_data_is_named(run):
 def test_a_program_of_a_newer_version_is_named(run):
     path = run.directory / "programs" / "1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
-    with pytest.raises(everystep.RunError, match=r"1\.json: the program has format 2.*update everystep"):
+    with pytest.raises(
+        everystep.RunError, match=r"1\.json: the program has format 2.*upgrade everystep"
+    ):
         everystep.open(run.directory)[3]
 
 
@@ -88,7 +90,7 @@ def test_an_altered_program_is_never_passed_off_as_the_original(run):
     found = opened.verify(processes=1, progress=False)
     assert found.first_loss.step == 1 and found.states
     assert opened.when("norm(parameters['0.bias']) > 0", progress=False).inexact
-    with pytest.raises(everystep.RunError, match="was not the same when it was taken again"):
+    with pytest.raises(everystep.RunError, match="differs from its recording"):
         opened.first_nonfinite(progress=False)
 
 
@@ -121,7 +123,7 @@ def test_a_loss_that_was_taken_out_is_named(run):
     with sqlite3.connect(run.directory / "run.sqlite") as database:
         database.execute("DELETE FROM steps WHERE step = 7")
     opened = everystep.open(run.directory)
-    with pytest.raises(everystep.RunError, match="has no loss of step 7, although"):
+    with pytest.raises(everystep.RunError, match="has no loss for step 7, but"):
         opened.verify(processes=1, progress=False)
 
 
@@ -158,16 +160,16 @@ def test_a_negative_step_on_the_command_line(run, everystep_command):
 @pytest.mark.parametrize(
     ("objects", "words"),
     [
-        ({"model": 5}, "give loss and optimizer as well"),
-        ({"model": 5, "loss": 6, "optimizer": 7}, "3 things are wrong"),
-        ({"model": torch.nn.Linear(4, 2)}, "give loss and optimizer as well"),
+        ({"model": 5}, "pass loss and optimizer as well"),
+        ({"model": 5, "loss": 6, "optimizer": 7}, "3 errors"),
+        ({"model": torch.nn.Linear(4, 2)}, "pass loss and optimizer as well"),
     ],
 )
 def test_wrong_objects_are_named(objects, words):
     run = by_train(new_training(), steps=5, engine="eager")
     with pytest.raises(everystep.UsageError, match=words):
         everystep.open(run.directory, **objects)[2]
-    with pytest.raises(everystep.RunError, match=r"taken eagerly.*everystep\.open\(run, model=\.\.\."):
+    with pytest.raises(everystep.RunError, match=r"Python ran.*everystep\.open\(run, model=\.\.\."):
         everystep.open(run.directory)[2]
 
 

@@ -308,7 +308,7 @@ def assert_eager(run, capfd, step, reason):
     assert engine.eager_from == step
     assert reason in engine.reason
     since = f" from step {step} on" if step > 1 else ""
-    message = f"steps are taken eagerly{since}: {engine.reason}"
+    message = f"Python runs the steps{since}: {engine.reason}"
     assert capfd.readouterr().err.count(message) == 1
 
 

@@ -19,7 +19,7 @@ from everystep import GradientDescent
 __all__ = ["CASES", "OPTIMIZERS", "Case"]
 
 #: Why spectral_norm is eager; how `_power_method` sets `no_grad` differs between versions of torch.
-SPECTRAL_NORM = "with may only" if torch.__version__ < "2.15" else "_power_method"
+SPECTRAL_NORM = "uses with, which is supported only" if torch.__version__ < "2.15" else "_power_method"
 
 
 @dataclass(frozen=True)
@@ -729,7 +729,11 @@ LOSSES = [
     row("l1", loss=nn.L1Loss),
     row("a loss of the user", loss=lambda: relative_error),
     row("loss with parameters", loss=Uncertain, optimizer=with_loss(AdamW, lr=0.01, fused=True)),
-    row("loss with parameters not optimized", loss=Uncertain, eager=(2, "belongs to neither")),
+    row(
+        "loss with parameters not optimized",
+        loss=Uncertain,
+        eager=(2, "does not belong to model, loss or optimizer"),
+    ),
 ]
 
 CASES = [*OPTIMIZERS, *SCHEDULES, *BATCHES, *MODELS, *LOSSES]

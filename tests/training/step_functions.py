@@ -95,7 +95,7 @@ for _name, _make in {
 @case
 def asgd():
     """Its parameters are not treated alike as far as is known."""
-    return usual(torch.optim.ASGD)._replace(reason="do not come again at each step")
+    return usual(torch.optim.ASGD)._replace(reason="do not recur at each step")
 
 
 @case
@@ -492,7 +492,7 @@ def counted():
     """A step that counts, and draws by it."""
     seen = []
     return usual(lambda p: torch.optim.SGD(p, lr=0.1), after=lambda: seen.append(1))._replace(
-        reason="changes a list that was there before"
+        reason="changes a list from before"
     )
 
 
@@ -539,7 +539,7 @@ def branched_by_a_number():
         return loss
 
     return Case(
-        step, rows(), {"model": model, "optimizer": optimizer}, "decides by a number in a tensor"
+        step, rows(), {"model": model, "optimizer": optimizer}, "branches on a number in a tensor"
     )
 
 
@@ -571,7 +571,7 @@ def branched_by_a_read_number():
         loss = made.step(batch).item()
         return loss if loss else 0.0
 
-    return made._replace(step=step, reason="decides by a number in a tensor")
+    return made._replace(step=step, reason="branches on a number in a tensor")
 
 
 @case
@@ -584,7 +584,7 @@ def other_number_returned():
         loss = made.step(batch)
         return {"loss": loss.item(), "norm": float(model[0].weight.detach().norm())}
 
-    return made._replace(step=step, reason="norm is returned as a number of Python's")
+    return made._replace(step=step, reason="norm is returned as a Python number")
 
 
 @case
@@ -603,7 +603,7 @@ def outside_of_parts():
         optimizer.step()
         return loss
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is in no part")
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is not in any part")
 
 
 @case
@@ -621,7 +621,7 @@ def second_model_in_no_part():
         optimizer.step()
         return loss
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is in no part")
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is not in any part")
 
 
 class OwnOptimizer(torch.optim.Optimizer):
@@ -641,7 +641,7 @@ class OwnOptimizer(torch.optim.Optimizer):
 @case
 def own_optimizer():
     """An optimizer of the user's own."""
-    return usual(OwnOptimizer)._replace(reason="which is not torch's")
+    return usual(OwnOptimizer)._replace(reason="which is not a torch optimizer")
 
 
 @case
@@ -775,7 +775,7 @@ def another_batch_at_hand():
 
     order = [batches[i] for i in [4] * 6 + [0, 1] + [4] * 30]
     parts = {"model": model, "optimizer": optimizer}
-    return Case(step, order, parts, "lies on memory of the batch")
+    return Case(step, order, parts, "shares memory with the batch")
 
 
 @case
@@ -807,7 +807,7 @@ def mask_that_torch_looks_at():
 
     batches = [(torch.randn(2, 5, 8), other if number in (7, 10) else causal) for number in range(12)]
     parts = {"model": model, "optimizer": optimizer}
-    return Case(step, batches, parts, "a function of torch decides by a number")
+    return Case(step, batches, parts, "a function of torch branches on a number")
 
 
 @case

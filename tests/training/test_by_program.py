@@ -378,13 +378,13 @@ def test_a_default_dtype_of_another_kind_holds():
 def test_python_takes_every_step_if_asked_to():
     run = trained(seeded(CASES["adam"]), 20, engine="eager")
     assert function_of(run).by_program == 0
-    assert function_of(run).reason == "it was asked for"
+    assert function_of(run).reason == 'engine="eager" is set'
 
 
 def test_a_program_that_is_demanded_must_be_there():
     run = trained(seeded(CASES["adam"]), 20, engine="program")
     assert function_of(run).by_program > 10
-    with pytest.raises(TrainingError, match=r"no program can take these steps: .*calls print"):
+    with pytest.raises(TrainingError, match=r"no program can run these steps: .*calls print"):
         trained(seeded(CASES["printed"]), 20, engine="program", directory="refused")
     run = everystep.open("refused")
     assert run.facts.status == "failed"
@@ -393,4 +393,4 @@ def test_a_program_that_is_demanded_must_be_there():
 
 def test_a_summary_says_who_took_the_steps():
     run = trained(seeded(CASES["adam"]), 20)
-    assert re.search(r"a program took 1\d of 20 steps, checked against Python \d", run._repr_html_())
+    assert re.search(r"a program ran 1\d of 20 steps, checked against Python \d", run._repr_html_())

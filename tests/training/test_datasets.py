@@ -117,7 +117,7 @@ def test_other_code_is_read_at_every_step_and_rows_that_stayed_the_same_are_in_t
 def test_a_dataset_that_draws_opens_its_steps_again_when_it_is_given(capfd):
     dataset = Noisy(*rows())
     run = train(dataset)
-    assert "give the Dataset" in capfd.readouterr().err
+    assert "pass the Dataset" in capfd.readouterr().err
     with pytest.raises(everystep.UsageError, match="data=dataset"):
         everystep.open(run.directory).verify()
     opened = everystep.open(run.directory, data=dataset)

@@ -267,9 +267,7 @@ def test_few_steps(steps, optimizer):
 def test_a_program_that_cannot_be_is_refused_where_it_is_demanded():
     trained = new_training()
     trained.model.register_forward_hook(lambda *_: None)
-    with pytest.raises(
-        everystep.TrainingError, match=r"the model has a forward hook; engine = \"auto\""
-    ):
+    with pytest.raises(everystep.TrainingError, match=r"the model has a forward hook; engine=\"auto\""):
         by_train(trained, steps=5, engine="program")
     deciding = new_training(lambda: Changed(lambda _, h: h if h.sum() > 0 else 2 * h))
     with pytest.raises(everystep.TrainingError, match=r"_local_scalar_dense.* at step 1"):
@@ -434,8 +432,8 @@ class Own(torch.optim.SGD):
 
 
 def test_fold_needs_an_update_that_a_program_can_have():
-    with pytest.raises(everystep.UsageError, match="fold: needs a fixed lr, and there is a schedule"):
+    with pytest.raises(everystep.UsageError, match="fold: needs a fixed lr, but a schedule is set"):
         everystep.train_experiment("wine", {"epochs": 2, "fold": True}, progress=False)
     made = new_training(optimizer=partial(Own, lr=0.1))
-    with pytest.raises(everystep.UsageError, match="fold: needs an optimizer of torch's, and Own is"):
+    with pytest.raises(everystep.UsageError, match="fold: needs a torch optimizer, but Own is"):
         by_train(made, steps=3, fold=True)

@@ -29,7 +29,7 @@ from everystep.training import loop
 
 @pytest.fixture
 def failing_check(monkeypatch):
-    """Let the first check at or after a step find other bits, as a faulty kernel would."""
+    """Let the first check at or after a step find different bits, as a faulty kernel would."""
 
     def fail_from(first):
         check = Verifier.check
@@ -37,7 +37,7 @@ def failing_check(monkeypatch):
         def failing(self, number):
             loss, reason = check(self, number)
             fails = number >= first
-            return loss, "its program gives other bits in parameter/0.weight" if fails else reason
+            return loss, "its program gives different bits in parameter/0.weight" if fails else reason
 
         monkeypatch.setattr(Verifier, "check", failing)
 
@@ -74,7 +74,7 @@ def test_a_check_that_fails_takes_back_what_was_not_verified(
     made = new_training()
     options = {} if evaluate_every is None else {"validation": (made.x, made.y)}
     run = by_train(made, steps=100, evaluate_every=evaluate_every, **options)
-    assert_eager(run, capfd, 33, "its program gives other bits in parameter/")
+    assert_eager(run, capfd, 33, "its program gives different bits in parameter/")
     engine = run.facts.training.engine
     assert engine.reason.endswith("at step 64")
     assert engine.verified_to == 32
@@ -137,11 +137,11 @@ def test_where_a_program_is_demanded_only_verified_steps_are_kept(
     monkeypatch.setattr(loop, "FLUSH_SECONDS", 0.0)
     _, losses, states, _ = states_by_hand(32)
     failing_check(64)
-    with pytest.raises(everystep.TrainingError, match=r"other bits in .* at step 64; engine"):
+    with pytest.raises(everystep.TrainingError, match=r"different bits in .* at step 64; engine"):
         by_train(new_training(), steps=100, engine="program")
     (run,) = everystep.runs()
     assert run.status == "failed"
-    assert "other bits" in run.facts.reason
+    assert "different bits" in run.facts.reason
     assert run.losses["loss"].to_list() == losses
     assert max(run.snapshots) <= 32
     for step in run.snapshots:
@@ -180,7 +180,7 @@ def test_a_step_that_fails_right_after_a_check_stands_as_python_took_it(failing_
     failing_check(5)
     made = new_training(**parts)
     run = by_train(made, steps=5)  # checked at step 4, and at the last
-    assert_eager(run, capfd, 5, "other bits")
+    assert_eager(run, capfd, 5, "different bits")
     assert run.losses["loss"].to_list() == losses
     assert contents(made) == contents(expected)
 

@@ -36,7 +36,7 @@ def counted(_, h):
 
 #: What a forward does to its module and to what it gives, and a part of the reason that is given for it.
 REASONS = {
-    "if": (lambda _, h: h if h.sum() > 0 else 2 * h, "`h.sum() > 0` decides by a number in a tensor"),
+    "if": (lambda _, h: h if h.sum() > 0 else 2 * h, "`h.sum() > 0` branches on a number in a tensor"),
     "item": (lambda _, h: h / h.detach().abs().max().item(), "calls Tensor.item"),
     "numpy": (lambda _, h: h * float(h.detach().numpy().max()), "calls Tensor.numpy"),
     "asarray": (lambda _, h: h * float(np.asarray(h.detach()).max()), "calls asarray"),
@@ -47,9 +47,9 @@ REASONS = {
     "random": (lambda _, h: h * random.random(), "`random.random()` calls random"),
     "attribute": (lambda m, h: h * m.__dict__.setdefault("a", 1), "reads __dict__"),
     "try": (tried, "uses try"),
-    "global": (counted, "sets a global"),
-    "list": (lambda _, h: h * len(CALLS.append(1) or CALLS), "changes a list that was there before"),
-    "generator": (lambda m, h: h + torch.randn(2, generator=m.generator), "gives a Generator"),
+    "global": (counted, "declares a global"),
+    "list": (lambda _, h: h * len(CALLS.append(1) or CALLS), "changes a list from before"),
+    "generator": (lambda m, h: h + torch.randn(2, generator=m.generator), "passes a Generator"),
 }
 
 
@@ -171,5 +171,5 @@ def test_a_forward_that_was_exchanged_runs_at_every_step(capfd):
         return model
 
     assert_eager(
-        assert_same(lambda: new_training(make), 50), capfd, 1, "a Linear, whose forward was exchanged"
+        assert_same(lambda: new_training(make), 50), capfd, 1, "a Linear, where forward was replaced"
     )

@@ -199,7 +199,7 @@ def test_what_a_batch_may_be(made):
     nested = found.nested
     assert nested["inputs"]["x"].equal(x) and nested["targets"][1] == "as text" and nested["n"] == 3
     assert nested["what"] == "<object>"
-    with pytest.raises(everystep.UsageError, match=r"no tensor 'x'; it has: inputs\.x, targets\.0"):
+    with pytest.raises(everystep.UsageError, match=r"no tensor 'x'; known: inputs\.x, targets\.0"):
         found.x  # noqa: B018
 
 
@@ -256,10 +256,10 @@ def test_beyond_the_budget_the_oldest_batches_go_and_later_steps_still_open(made
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({}, "give at least the model"),
-        ({"model": nn.Linear}, "model: is no part of a training: Linear"),
-        ({"model": 3}, "model: is no part of a training: int"),
-        ({"model": nn.Sequential(), "rate": None}, "rate: is no part"),
+        ({}, "pass at least the model"),
+        ({"model": nn.Linear}, "model: is not a part of a training: Linear"),
+        ({"model": 3}, "model: is not a part of a training: int"),
+        ({"model": nn.Sequential(), "rate": None}, "rate: is not a part"),
         ({"model": nn.ModuleDict({"head": nn.Linear(1, 1)}), "head": nn.Linear(1, 1)}, "head_part="),
     ],
 )
@@ -276,7 +276,7 @@ def test_calls_at_the_wrong_time_say_what_to_do(made):
     with recording:
         with pytest.raises(everystep.UsageError, match="outside of a step"):
             recording.log(loss=1.0)
-        with pytest.raises(everystep.UsageError, match="under way already"):
+        with pytest.raises(everystep.UsageError, match="another recording is in progress"):
             everystep.record(model=model).__enter__()
         with recording.step(batch):
             for wrong in (torch.zeros(2), "text", None):
@@ -284,11 +284,11 @@ def test_calls_at_the_wrong_time_say_what_to_do(made):
                     recording.log(loss=wrong)
             with pytest.raises(everystep.UsageError, match="one loop at a time"):
                 next(recording.steps([batch]))
-    with pytest.raises(everystep.UsageError, match="begun already"):
+    with pytest.raises(everystep.UsageError, match="already started"):
         recording.__enter__()
-    with pytest.raises(everystep.UsageError, match="the recording is over"):
+    with pytest.raises(everystep.UsageError, match="the recording has ended"):
         recording.begin_step(batch)
-    with pytest.raises(everystep.RunError, match="loop of your own"):
+    with pytest.raises(everystep.RunError, match="your own loop"):
         recording.run.fork(1)
 
 
@@ -297,7 +297,7 @@ def test_a_loader_that_is_empty_or_raises(made, capsys):
     with everystep.record(model=model) as recording:
         for _ in recording.steps([]):
             pass
-    assert "there was no batch" in capsys.readouterr().err
+    assert "there were no batches" in capsys.readouterr().err
     assert len(recording.run) == 0
 
     def broken():
@@ -390,10 +390,10 @@ def test_hidden_writes_are_found_by_the_next_digest_where_there_is_no_loss(
     found = run.verify(processes=1, progress=False)
     assert not found.is_exact
     (problem,) = found.problems
-    assert problem.startswith("after step 128, the recorded state is another: 0.weight, ")
+    assert problem.startswith("after step 128, the state differs from the recording: 0.weight, ")
     assert "something wrote after step 64 where torch does not see it" in problem
-    assert "only `everystep verify` can tell" in everystep_command("step", run.name, "110")[1]
-    assert "NOT as recorded" in everystep_command("step", run.name, "137")[1]
+    assert "only `everystep verify` can check it" in everystep_command("step", run.name, "110")[1]
+    assert "NOT bit-identical" in everystep_command("step", run.name, "137")[1]
 
 
 def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
@@ -406,7 +406,7 @@ def test_what_the_loop_changes_and_did_not_name_is_said(made, capsys):
             with torch.no_grad():
                 model[0].weight.add_(average, alpha=1e-3)
     said = capsys.readouterr().err
-    assert said.count("changes a tensor (8, 4) of torch.float32 that is in no part") == 1
+    assert said.count("changes a tensor (8, 4) of torch.float32 that is not in any part") == 1
     assert recording.run.verify(processes=1, progress=False).is_exact
 
 

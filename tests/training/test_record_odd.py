@@ -367,7 +367,7 @@ def test_a_step_without_a_program_is_a_problem_and_not_the_end_of_verifying(tmp_
             if number:
                 monkeypatch.setattr(loop_writer, "build_path", build)
     found = recording.run.verify(processes=1, progress=False)
-    assert not found.is_exact and "nothing repeats step 1" in found.problems[0]
+    assert not found.is_exact and "step 1 of run cannot be replayed: it did" in found.problems[0]
 
 
 def test_a_compiled_module_is_refused(tmp_path):
@@ -375,13 +375,13 @@ def test_a_compiled_module_is_refused(tmp_path):
     compiled = torch.compile(model, backend="eager")
     with (
         pytest.raises(
-            everystep.UsageError, match=r"model: is compiled \(torch\.compile\); give the module"
+            everystep.UsageError, match=r"model: is compiled \(torch\.compile\); pass the uncompiled"
         ),
         everystep.record(run=tmp_path / "one", model=compiled),
     ):
         pass
     with (
-        pytest.raises(everystep.UsageError, match="torch would run it uncompiled, with other bits"),
+        pytest.raises(everystep.UsageError, match="uncompiled while everystep watches, with other bits"),
         everystep.record(run=tmp_path / "two", model=model) as recording,
     ):
         for x, _ in recording.steps(batches()):
@@ -396,5 +396,5 @@ def test_a_compiled_function_is_said(tmp_path, capsys):
     with everystep.record(run=tmp_path / "run", model=model) as recording:
         for x, y in recording.steps(batches()):
             recording.log(loss=compiled(model(x), y))
-    assert capsys.readouterr().err.count("calls a function of torch.compile") == 1
+    assert capsys.readouterr().err.count("calls a torch.compile function") == 1
     assert recording.run.verify(processes=1, progress=False).is_exact

@@ -74,20 +74,32 @@ X, Y = torch.zeros(20, 4), torch.zeros(20, 2)
 @pytest.mark.parametrize(
     ("data", "what", "cure"),
     [
-        (((X, X), Y), "x must be a tensor with rows first, not a tuple of 2 tensors", "torch.cat"),
+        (
+            ((X, X), Y),
+            "x must be a tensor with rows along the first dimension, not a tuple of 2 tensors",
+            "torch.cat",
+        ),
         (({"a": X, "b": X}, Y), "not a dict of 'a', 'b'", "in the model's forward"),
-        ((["one", "two"], Y), "x must be a tensor with rows first, not a list of 2", "a number"),
-        ((np.array(["one", "two"]), Y), "not an array of text", "give each text or class a number"),
+        (
+            (["one", "two"], Y),
+            "x must be a tensor with rows along the first dimension, not a list of 2",
+            "a number",
+        ),
+        ((np.array(["one", "two"]), Y), "not an array of text", "map each text or class to a number"),
         ((np.array([None, 1]), Y), "not an array of object", "astype('float32')"),
-        ((X, X[0, 0]), "y must be a tensor with rows first, not a single number", ""),
+        (
+            (X, X[0, 0]),
+            "y must be a tensor with rows along the first dimension, not a single number",
+            "",
+        ),
         ((in_rows(X), Y), "x is sparse", "pass x.to_dense()"),
         ((X, Y.to_sparse()), "y is sparse", "pass y.to_dense()"),
-        ((X.to("meta"), Y), "not a tensor on the meta device", "it has no numbers"),
+        ((X.to("meta"), Y), "not a tensor on the meta device", "it has no values"),
         (("one", "two", "three"), "a pair of tensors (x, y) or a Dataset, not a tuple of 3", ""),
         ([(X[0], Y[0])] * 3, "not a list of 3", "torch.stack"),
         ({"x": X, "y": Y}, "not a dict of 'x', 'y'", "pass its tensors as (x, y)"),
-        (iter([(X, Y)]), "not a list_iterator", "gives its batches once"),
-        (RandomSampler(X), "not a RandomSampler", "gives numbers of rows, not rows"),
+        (iter([(X, Y)]), "not a list_iterator", "can be iterated only once"),
+        (RandomSampler(X), "not a RandomSampler", "yields row numbers, not rows"),
         (BatchSampler(RandomSampler(X), 5, False), "not a BatchSampler", "Dataset, batch_size=5"),
     ],
 )
@@ -149,7 +161,7 @@ def test_a_loader_is_refused_with_what_to_give_instead(small):
     assert "pass its Dataset instead: data=loader.dataset, batch_size=5, drop_last=True" in fault
     sampler = BatchSampler(RandomSampler(dataset), 4, False)
     (fault,) = refused(small, data=DataLoader(dataset, batch_sampler=sampler))
-    assert "batch_size=4 (without its batch sampler: rows are shuffled by the seed" in fault
+    assert "batch_size=4 (without its batch sampler: everystep shuffles rows by the seed" in fault
     (fault,) = refused(small, data=DataLoader(dataset, batch_size=2, collate_fn=lambda rows: rows))
     assert "without its collate_fn" in fault
     (fault,) = refused(small, validation=DataLoader(dataset))
@@ -162,23 +174,31 @@ def test_a_loader_is_refused_with_what_to_give_instead(small):
     ("name", "value", "what"),
     [
         ("model", None, "model: must be an nn.Module, not None"),
-        ("model", nn.Linear, "not the class Linear; make one: Linear(...)"),
-        ("model", [nn.Linear(4, 2)], "not a list of 1; layers one after the other are nn.Sequential"),
+        ("model", nn.Linear, "not the class Linear; create an instance: Linear(...)"),
+        ("model", [nn.Linear(4, 2)], "not a list of 1; wrap the layers: nn.Sequential"),
         ("model", torch.relu, "model: must be an nn.Module, not a builtin_function_or_method"),
-        ("model", nn.Sequential(nn.LazyLinear(2)), "0.weight, 0.bias: lazy layers take their sizes"),
+        ("model", nn.Sequential(nn.LazyLinear(2)), "0.weight, 0.bias: lazy layers infer their sizes"),
         ("loss", None, "loss: must be a callable of (prediction, target), not None"),
         ("loss", "mse", "not text; such as torch.nn.MSELoss()"),
         ("optimizer", None, "optimizer: must be an optimizer over the model's parameters"),
         (
             "optimizer",
             torch.optim.Adam,
-            "is the class Adam; make one: Adam(model.parameters(), lr=1e-3)",
+            "is the class Adam; create an instance: Adam(model.parameters(), lr=1e-3)",
         ),
-        ("optimizer", [1, 2], "must be one optimizer, not a list of 2; one with several param groups"),
-        ("schedule", [1, 2], "not a list of 2; SequentialLR and ChainedScheduler make one of several"),
+        (
+            "optimizer",
+            [1, 2],
+            "must be one optimizer, not a list of 2; for different settings per layer, use param groups",
+        ),
+        ("schedule", [1, 2], "not a list of 2; combine several with SequentialLR or ChainedScheduler"),
         ("metrics", 3, "metrics: must map names to callables"),
-        ("validation", 1.5, "or a share of the rows such as 0.2, not 1.5"),
-        ("validation", ((X, X), Y), "validation: x must be a tensor with rows first"),
+        ("validation", 1.5, "or a fraction of the rows such as 0.2, not 1.5"),
+        (
+            "validation",
+            ((X, X), Y),
+            "validation: x must be a tensor with rows along the first dimension",
+        ),
         ("dataset_limit", "1 GB", "dataset_limit: must be a number of bytes, not '1 GB'"),
     ],
 )
@@ -204,7 +224,7 @@ def test_an_optimizer_that_demands_a_closure(small):
         torch.optim.LBFGS(model.parameters()),
     ):
         (fault,) = refused(small, optimizer=optimizer)
-        assert f"the step of {type(optimizer).__name__} demands a closure" in fault
+        assert f"the step of {type(optimizer).__name__} requires a closure" in fault
 
 
 @pytest.mark.parametrize("key", ["count", torch.zeros(3)])
@@ -220,21 +240,24 @@ def test_state_of_the_optimizer_that_belongs_to_no_parameter_is_in_nobodys_way(s
 @pytest.mark.parametrize(
     ("value", "what"),
     [
-        (lambda loss: None, "None; does its function end with a return?"),
-        (lambda loss: {"data": loss, "more": loss}, "dict of 'data', 'more'; give the one to minimize"),
-        (lambda loss: (loss, loss), "tuple; give the one to minimize, or their sum"),
-        (lambda loss: loss.item(), "float; give a tensor, which gradients flow back from"),
-        (lambda loss: loss.detach().numpy(), "ndarray; give a tensor"),
-        (lambda loss: loss * 1j, "a complex one; take its .real or .abs()"),
-        (lambda loss: in_rows(loss[None, None]), "a sparse tensor; take its .to_dense()"),
-        (lambda loss: loss.expand(2), 'shape (2,); take reduction="mean" or "sum"'),
+        (lambda loss: None, "None; does the function end with a return?"),
+        (
+            lambda loss: {"data": loss, "more": loss},
+            "dict of 'data', 'more'; return the one to minimize",
+        ),
+        (lambda loss: (loss, loss), "tuple; return the one to minimize, or their sum"),
+        (lambda loss: loss.item(), "float; return a tensor with a gradient"),
+        (lambda loss: loss.detach().numpy(), "ndarray; return a tensor"),
+        (lambda loss: loss * 1j, "a complex one; use its .real or .abs()"),
+        (lambda loss: in_rows(loss[None, None]), "a sparse tensor; use its .to_dense()"),
+        (lambda loss: loss.expand(2), 'shape (2,); use reduction="mean" or "sum"'),
     ],
 )
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_a_loss_that_gives_no_number(small, engine, value, what):
     loss = nn.MSELoss()
     (fault,) = refused(small, loss=lambda p, t: value(loss(p, t)), engine=engine)
-    assert fault.startswith("loss: must give one ") and what in fault
+    assert fault.startswith("loss: must return one ") and what in fault
 
 
 def test_settings_of_an_optimizer_that_are_no_numbers(small):

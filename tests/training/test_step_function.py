@@ -118,7 +118,7 @@ def test_a_loader_without_batches_is_said(capsys):
     gan = Gan()
     run = everystep.train(gan.step, [], parts=gan.parts, steps=50, progress=False)
     assert len(run.losses) == 0
-    assert "the loader gives no batch" in capsys.readouterr().err
+    assert "the loader yields no batch" in capsys.readouterr().err
 
 
 def test_it_stops_at_a_loss_that_is_not_finite():
@@ -160,7 +160,7 @@ def test_all_wrong_arguments_are_reported_at_once():
 
 
 def test_a_step_without_parts_is_shown_the_way():
-    with pytest.raises(everystep.UsageError, match="name the parts= of your own step"):
+    with pytest.raises(everystep.UsageError, match="pass parts= to train your own step"):
         everystep.train(lambda batch: None, [], steps=2)
 
 

@@ -39,15 +39,15 @@ def parting(one=ADDMM, other=ADDMM, step=138, index=9, inputs=(), causes=()):
     return OperationDifference(step, index, one, other, [], given, [], list(causes))
 
 
-FIRST = "The losses part at step 138; the first operation to differ is #9"
+FIRST = "The losses first differ at step 138; the first operation that differs is #9"
 
 
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
-        ({}, "The runs are the same, bit for bit."),
-        ({"steps": (500, 400)}, "The first 400 steps are the same; one run is longer."),
-        ({"loss": LOSS}, "The losses part at step 138."),
+        ({}, "The runs are bit-identical."),
+        ({"steps": (500, 400)}, "The first 400 steps are identical; one run is longer."),
+        ({"loss": LOSS}, "The losses first differ at step 138."),
         (
             {
                 "loss": LOSS,
@@ -62,12 +62,12 @@ FIRST = "The losses part at step 138; the first operation to differ is #9"
         ),
         (
             {"loss": LOSS, "operation": parting(inputs=["parameter/0.weight~1"])},
-            f"{FIRST}, aten.addmm (forward, 0), because 0.weight differs already.",
+            f"{FIRST}, aten.addmm (forward, 0), because 0.weight already differs.",
         ),
         (
             {"loss": LOSS, "operation": parting(inputs=["x", "gradient/0.weight"])},
             f"{FIRST}, aten.addmm (forward, 0), because x of the batch and the gradient of 0.weight "
-            "differ already.",
+            "already differ.",
         ),
         (
             {
@@ -75,7 +75,7 @@ FIRST = "The losses part at step 138; the first operation to differ is #9"
                 "numerics": {"threads": (2, 1)},
                 "operation": parting(causes=[COMPUTED_OTHERWISE]),
             },
-            f"{FIRST}, aten.addmm (forward, 0), although it is given the same: threads 2 and 1.",
+            f"{FIRST}, aten.addmm (forward, 0), although its inputs are identical: threads 2 and 1.",
         ),
         (
             {"loss": LOSS, "operation": parting(causes=["another random draw"])},
@@ -101,12 +101,12 @@ FIRST = "The losses part at step 138; the first operation to differ is #9"
         ),
         (
             {"operation": parting(inputs=["parameter/0.bias"])},
-            "The losses of all 500 common steps are the same; the first operation to differ is #9 of "
-            "step 138, aten.addmm (forward, 0), because 0.bias differs already.",
+            "The losses of all 500 common steps are identical; the first operation that differs is #9 "
+            "of step 138, aten.addmm (forward, 0), because 0.bias already differs.",
         ),
         (
             {"states": (StateDifference(500, "0.weight", 3, 1),)},
-            "The losses of all 500 common steps are the same; 0.weight of state 500 is not.",
+            "The losses of all 500 common steps are identical; 0.weight of state 500 differs.",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def test_a_log_axis_leaves_out_what_is_not_positive_and_says_so(run_of):
     run = run_of([10.0, 0.0, -1.0, 0.1])
     plot = loss_plot([run], log=True)
     assert plot.data["value"].to_list() == pytest.approx([10.0, 0.1])
-    assert plot.labels.caption == "changed: 2 losses of 0 or less are left out of the log axis"
+    assert plot.labels.caption == "changed: the log axis omits 2 losses of 0 or less"
     assert len(loss_plot([run]).data) == 4
 
 
@@ -125,7 +125,7 @@ def test_another_suffix_is_refused_and_those_possible_are_named(trained, tmp_pat
 
 def test_a_place_that_cannot_be_written_is_named(trained, tmp_path):
     plot = loss_plot([RecordedRun(trained)])
-    with pytest.raises(UsageError, match="cannot be written: there is no directory"):
+    with pytest.raises(UsageError, match="cannot be written: the directory"):
         save_plot(plot, tmp_path / "nowhere" / "loss.png")
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(UsageError, match=r"loss\.png cannot be written: Is a directory"):

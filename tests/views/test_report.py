@@ -106,7 +106,7 @@ def test_a_run_of_one_strange_loss_over_and_over(changed, loss):
 
 def test_a_run_without_a_step(changed):
     html = report_html(changed(("DELETE FROM steps WHERE step > ?", [(0,)])))
-    assert "No step was taken." in Page(html).all_text
+    assert "No steps." in Page(html).all_text
 
 
 def test_no_name_is_markup(trained, changed):

@@ -1,7 +1,7 @@
 """The command line: one thin command per public function.
 
-Data goes to stdout, progress and hints to stderr. Exit code 0: fine; 1: the answer is no, or writing
-failed; 2: wrong use; 130: Ctrl-C.
+Data goes to stdout, progress and hints to stderr. Exit code 0: success; 1: the answer is no, or writing
+failed; 2: invalid use; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def version(
 
 
 def main() -> None:
-    """Run the command line; what a user did wrong ends in one clear message."""
+    """Run the command line; report a user's mistake in one clear message."""
     try:
         app()
     except EverystepError as error:

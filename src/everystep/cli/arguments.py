@@ -22,20 +22,20 @@ RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's directory, or its name in runs/.")
 ]
 RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN...", help="Runs' directories, or their names in runs/.")
+    list[str], typer.Argument(metavar="RUN...", help="Run directories, or their names in runs/.")
 ]
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a value: optimizer.lr=1e-3. Repeatable."),
 ]
 BudgetOption = Annotated[
-    int, typer.Option(min=1, metavar="MB", help="Megabytes of snapshots the run may keep.")
+    int, typer.Option(min=1, metavar="MB", help="Maximum size of all snapshots, in MB.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; nan and inf as strings.")]
 ProcessesOption = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Replay in N processes instead of one for each core."),
+    typer.Option(min=1, metavar="N", help="Number of processes that replay; default: one per core."),
 ]
 PageOption = Annotated[
     Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write (.html).")

@@ -1,4 +1,4 @@
-"""Commands that answer a question about runs by replaying them."""
+"""Commands that replay runs to answer a question."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["diff", "measure", "verify", "when"]
 
 
 def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
-    """Take every step again, and compare every loss and every snapshot, bit for bit.
+    """Replay every step, and compare every loss and every snapshot, bit for bit.
 
-    This shows that the run replays as it was recorded; the line `recorded` says what stands behind the
-    recording itself. Exits with 1 if something differs.
+    This shows that the replay matches the recording; the line `recorded` shows what backs the recording
+    itself. Exits with 1 if something differs.
     """
     from everystep.api import open
     from everystep.views.answers import as_json, verify_data, verify_text
@@ -40,11 +40,14 @@ def diff(
     one: RunArgument,
     other: RunArgument,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Go through every step, not only where they part.")
+        bool,
+        typer.Option(
+            "--thorough", help="Compare every step, not only those around the first difference."
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show where two runs part: experiments, losses, states, down to the first operation.
+    """Show where two runs differ: experiments, losses, states, down to the first operation.
 
     Exits with 1 if they differ.
     """
@@ -64,19 +67,19 @@ def measure(
         str, typer.Argument(metavar="EXPRESSION", help="norm(gradients['0.weight']), for example.")
     ],
     name: Annotated[
-        str | None, typer.Option(help="The measurement's name; otherwise the expression.")
+        str | None, typer.Option(help="Name of the measurement; default: the expression.")
     ] = None,
     every: Annotated[int, typer.Option(min=1, metavar="N", help="Measure every N steps.")] = 1,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Take the place of an earlier one of that name.")
+        bool, typer.Option("--overwrite", help="Replace an existing measurement of that name.")
     ] = False,
     processes: ProcessesOption = None,
 ) -> None:
-    """Add a measurement to a finished run, as if it had been made while it was trained.
+    """Add a measurement to a finished run, as if it had been made during training.
 
-    An expression is of loss, step, batch.x, batch.y, parameters['0.weight'], buffers[...],
+    An expression can use loss, step, batch.x, batch.y, parameters['0.weight'], buffers[...],
     gradients[...], activations['1'], updates[...], previous.loss (and so on), and measurements by name.
-    Ctrl-C keeps what is done; the same command goes on from there.
+    Ctrl-C keeps the values measured so far; run the same command again to continue.
     """
     from everystep.api import open
     from everystep.views.answers import measured_text
@@ -88,7 +91,7 @@ def measure(
         )
     except KeyboardInterrupt:
         count = len(opened.measured(name or expression))
-        hint(f"stopped; {count:,} values are kept, and the same command goes on from there")
+        hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
     typer.echo(measured_text(found))
     hint(f"everystep plot {run} -m {shlex.quote(found.name)} -o measured.png")
@@ -101,20 +104,22 @@ def when(
     condition: Annotated[
         str, typer.Argument(metavar="EXPRESSION", help="isnan(loss), for example; or nonfinite.")
     ],
-    last: Annotated[bool, typer.Option("--last", help="The last step instead of the first.")] = False,
-    all: Annotated[bool, typer.Option("--all", help="All steps instead of the first.")] = False,
+    last: Annotated[
+        bool, typer.Option("--last", help="Find the last step instead of the first.")
+    ] = False,
+    all: Annotated[bool, typer.Option("--all", help="Find all steps instead of the first.")] = False,
     processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Find the first step at which an expression is true; print the step and its loss.
 
-    `nonfinite` finds the operation that made the first NaN or infinity. Exits with 1 if there is none.
+    `nonfinite` finds the operation that made the first NaN or infinity. Exits with 1 if no step matches.
     """
     from everystep.api import open
     from everystep.views.answers import as_json, when_text
 
     if last and all:
-        raise UsageError("--last and --all exclude each other; choose one")
+        raise UsageError("--last and --all are mutually exclusive")
     opened = open(run)
     if condition.strip() == "nonfinite":
         _first_nonfinite(opened, processes, json)
@@ -123,8 +128,8 @@ def when(
     if found.inexact:
         steps = ", ".join(map(str, found.inexact))
         hint(
-            "everystep: left out, because a replayed loss was not the recorded one, from step "
-            f"{steps} on; everystep verify says more"
+            f"everystep: steps from {steps} on are skipped, because a replayed loss differs from the "
+            "recorded one; everystep verify says more"
         )
     losses = opened.losses_at(found.steps)
     if json:
@@ -133,7 +138,7 @@ def when(
     else:
         typer.echo(when_text(found, losses), nl=False)
     if not found.steps:
-        hint("no step")
+        hint("no step matches")
         raise typer.Exit(1)
 
 

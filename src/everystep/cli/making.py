@@ -1,4 +1,4 @@
-"""Commands that make runs."""
+"""Commands that create runs."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ __all__ = ["experiments", "fork", "train"]
 def train(
     experiment: Annotated[
         str,
-        typer.Argument(metavar="EXPERIMENT", help="A TOML file, or the name of a built-in experiment."),
+        typer.Argument(metavar="EXPERIMENT", help="TOML file, or name of a built-in experiment."),
     ] = "two-layer",
     settings: SettingsOption = None,
-    steps: Annotated[int | None, typer.Option(help="How many steps to take.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="How often to see all rows, instead of steps.")
+        int | None, typer.Option(help="Number of passes over all rows, instead of steps.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The seed of data, model and batches.")] = None,
-    threads: Annotated[int | None, typer.Option(help="How many threads torch computes with.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data, model and batches.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of threads that torch uses.")] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="program, eager, or auto: by program where it gives the very bits."),
+        typer.Option(help="program, eager, or auto: by program where the bits are identical."),
     ] = None,
     fold: Annotated[
         bool | None,
-        typer.Option("--fold", help="Fold updates into matrix products: faster, other rounding."),
+        typer.Option(
+            "--fold", help="Fold updates into matrix products: faster, but rounds differently."
+        ),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="The run's directory; it must not exist.")
+        Path | None, typer.Option("--run", metavar="DIR", help="Run directory; must not exist.")
     ] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
-    """Train an experiment, recording every step.
+    """Train an experiment, and record every step.
 
-    In a terminal it shows what is trained and a progress bar; piped, a line of step<TAB>loss for
-    each step.
+    In a terminal, it shows the experiment and a progress bar; if stdout is piped, it prints a line
+    step<TAB>loss for each step.
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
@@ -73,9 +75,9 @@ def train(
 
 
 def experiments(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The one to print.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The experiment to print.")] = None,
 ) -> None:
-    """List the built-in experiments, or print one, to be copied and changed."""
+    """List the built-in experiments, or print one to copy and change."""
     from everystep.experiment.specification import built_in
 
     known = built_in()
@@ -93,19 +95,19 @@ def experiments(
 def fork(
     run: RunArgument,
     at: Annotated[
-        int, typer.Option("--at", metavar="STEP", help="The last step that is the parent's; 0: none.")
+        int, typer.Option("--at", metavar="STEP", help="Last step to keep from the parent; 0: none.")
     ],
     settings: SettingsOption = None,
     steps: Annotated[
-        int | None, typer.Option(help="The last step, counted from the parent's 1.")
+        int | None, typer.Option(help="Last step of the fork, counted from the parent's step 1.")
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="The fork's directory; must not exist.")
+        Path | None, typer.Option("--run", metavar="DIR", help="Directory of the fork; must not exist.")
     ] = None,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a run that is its parent's up to a step, and goes on by other rules from there."""
+    """Train a new run that equals its parent up to a step and continues with changes."""
     from everystep import numerics
     from everystep.experiment.specification import parse_setting
     from everystep.views.terminal import closing

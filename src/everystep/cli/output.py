@@ -1,4 +1,4 @@
-"""What commands print besides data: hints and problems on stderr, and files they write."""
+"""Output of commands besides data: hints and problems on stderr, and files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["hint", "tell", "write"]
 
 
 def write(path: Path, make: Callable[[], object]) -> None:
-    """Let `make` write a file, and say where it is and how large.
+    """Let `make` write a file; print its path and size.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: the file cannot be written.
     """
     try:
         make()
@@ -26,7 +26,7 @@ def write(path: Path, make: Callable[[], object]) -> None:
 
 
 def tell(problems: list[str]) -> None:
-    """Print what is wrong with a run, but no error."""
+    """Print the problems of a run as hints, not as errors."""
     for problem in problems:
         hint(f"everystep: {problem}")
 

@@ -1,4 +1,4 @@
-"""Commands that show what is recorded: as text, as a page, as a plot, in the browser."""
+"""Commands that show recorded data: as text, page or plot, or in the browser."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["losses", "plot", "report", "runs", "step", "table", "view"]
 
 
 def runs(
-    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where the runs are.")] = Path(
-        "runs"
-    ),
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Directory that contains runs.")
+    ] = Path("runs"),
     json: JsonOption = False,
 ) -> None:
-    """List runs: name, status, steps, first and last loss, when."""
+    """List runs: name, status, steps, first and last loss, start time."""
     from rich.console import Console
 
     from everystep.recording.run import RecordedRun, find_runs
@@ -32,34 +32,35 @@ def runs(
         try:
             summaries.append(RecordedRun(path).summary())
         except RunError as error:
-            hint(f"everystep: left out: {error}")
+            hint(f"everystep: skipped: {error}")
     if json:
         typer.echo(runs_json(summaries))
     elif summaries:
         width = None if sys.stdout.isatty() else 200  # whoever reads it cuts lines as they like
         Console(highlight=False, width=width).print(runs_table(summaries))
     else:
-        hint(f"{directory} has no runs; everystep train makes the first")
+        hint(f"{directory} has no runs; everystep train creates the first")
 
 
 def losses(
     run: RunArgument,
-    csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     json: JsonOption = False,
-    parquet: Annotated[bool, typer.Option("--parquet", help="As Parquet; goes into --output.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write Parquet; needs --output.")] = False,
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N steps.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write here instead of stdout.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write to FILE instead of stdout."),
     ] = None,
 ) -> None:
-    """Print the table of losses, with a column for every measurement."""
+    """Print the table of losses, with a column for each measurement."""
     from everystep.api import open
     from everystep.views.terminal import losses_text
 
     if csv + json + parquet > 1:
-        raise UsageError("--csv, --json and --parquet exclude each other; choose one")
+        raise UsageError("--csv, --json and --parquet are mutually exclusive")
     if parquet and output is None:
-        raise UsageError("Parquet is no text; say where it goes: --parquet -o losses.parquet")
+        raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
     frame = open(run).table_frame(last)
     if parquet and output is not None:
         write(output, lambda: frame.write_parquet(output))
@@ -75,10 +76,10 @@ def table(
     run: RunArgument,
     output: PageOption,
     rows: Annotated[
-        int, typer.Option(min=1, help="Embed at most so many; of a longer run, an excerpt.")
+        int, typer.Option(min=1, help="Maximum number of rows to embed; a longer run is excerpted.")
     ] = 100_000,
 ) -> None:
-    """Write the losses as a page with a table to browse: sort, search, page, copy, CSV."""
+    """Write the losses as a page with a browsable table: sort, search, page, copy, CSV."""
     from everystep.api import open
 
     page = open(run).table(rows)
@@ -91,13 +92,18 @@ def plot(
         Path,
         typer.Option("-o", "--output", metavar="FILE", help="The plot to write (.png, .svg, .pdf)."),
     ],
-    log: Annotated[bool, typer.Option("--log", help="A logarithmic axis for the loss.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Use a logarithmic loss axis.")] = False,
     measurements: Annotated[
         list[str] | None,
-        typer.Option("--measurement", "-m", metavar="NAME", help="Draw this too: validation_loss."),
+        typer.Option(
+            "--measurement",
+            "-m",
+            metavar="NAME",
+            help="Also draw this measurement, such as validation_loss. Repeatable.",
+        ),
     ] = None,
 ) -> None:
-    """Plot the loss at each iteration; several runs are laid over each other."""
+    """Plot the loss at each iteration; several runs share one plot."""
     from everystep.api import open
     from everystep.views.plot import loss_plot, save_plot
 
@@ -110,10 +116,10 @@ def report(
     output: PageOption,
     steps: Annotated[
         list[int] | None,
-        typer.Option("--step", metavar="N", help="Open this step inside; -1: the newest. Repeatable."),
+        typer.Option("--step", metavar="N", help="Embed this step; -1: the newest. Repeatable."),
     ] = None,
 ) -> None:
-    """Write everything about a run as one page that needs nothing else."""
+    """Write everything about a run as one self-contained page."""
     from everystep.api import open
 
     opened = open(run)
@@ -129,21 +135,21 @@ def report(
 def step(
     run: RunArgument,
     number: Annotated[
-        int, typer.Argument(metavar="STEP", help="Which step: from 1, or from the end: -1.")
+        int, typer.Argument(metavar="STEP", help="Step to open, from 1, or from the end: -1.")
     ],
     phase: Annotated[
         str | None,
-        typer.Option(help="Only this: batch, forward, loss, zero_grad, backward, update."),
+        typer.Option(help="Show only this phase: batch, forward, loss, zero_grad, backward, update."),
     ] = None,
     operation: Annotated[
-        int | None, typer.Option("--op", metavar="N", help="Only this operation, whole.")
+        int | None, typer.Option("--op", metavar="N", help="Show only this operation, in full.")
     ] = None,
-    values: Annotated[bool, typer.Option("--values", help="Print the numbers of tensors.")] = False,
+    values: Annotated[bool, typer.Option("--values", help="Print the values of tensors.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Open a step: its batch, each operation with what it gives, gradients and updates.
+    """Open a step: its batch, each operation with its results, gradients and updates.
 
-    The step is taken again from the nearest state on disk, and its loss compared with the recorded one.
+    everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
     """
     from rich.console import Console
 
@@ -152,7 +158,7 @@ def step(
     from everystep.views.step_json import step_json
 
     if phase is not None and operation is not None:
-        raise UsageError("--phase and --op exclude each other; choose one")
+        raise UsageError("--phase and --op are mutually exclusive")
     opened = open(run)
     found = opened[number]
     tell(opened.problems)
@@ -177,26 +183,30 @@ def view(
         str,
         typer.Argument(
             metavar="RUN|DIRECTORY",
-            help="A run (its directory, or its name in runs/) to open at, or a directory of runs.",
+            help="Run to open (its directory, or its name in runs/), or a directory of runs.",
         ),
     ] = "runs",
     host: Annotated[
-        str, typer.Option(help="Listen here; beyond this machine, the page is open to others.")
+        str,
+        typer.Option(
+            help="Address to listen on; any other than the default exposes the page to the network."
+        ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Listen on this port; if it is taken, on the next.")
+        int, typer.Option(min=1, max=65535, help="Port to listen on; if taken, the next free one.")
     ] = 8137,
     browser: Annotated[
         bool | None,
         typer.Option(
-            "--browser/--no-browser", help="Open a browser; otherwise where there is one to be seen."
+            "--browser/--no-browser",
+            help="Open a browser, or do not; default: only if one is available.",
         ),
     ] = None,
 ) -> None:
     """Open runs as a local web page: watch a training, walk through its steps, compare, measure, fork.
 
-    Prints the address, which lets in whoever has it, and serves until Ctrl-C. Runs that begin
-    meanwhile appear by themselves.
+    Prints the address, which gives access to anyone who has it, and serves until Ctrl-C. New runs appear
+    automatically.
     """
     from everystep.page.server import place_of, serve
 

@@ -1,4 +1,4 @@
-"""Which rows each step sees: a pure function of seed and step, known without iterating."""
+"""Which rows each step sees: a pure function of seed and step, without iterating."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Batches:
     """The rows of each step: all of them at every step, or shuffled epochs.
 
     Args:
-        rows: how many rows there are.
-        batch_size: rows a step, or None for all of them, in order.
+        rows: the number of rows.
+        batch_size: rows per step, or None for all of them, in order.
         seed: decides the order of every epoch.
-        drop_last: leave out an epoch's last batch where it is short.
+        drop_last: drop an epoch's last batch if it is incomplete.
 
     Raises:
-        ExperimentError: no rows, or a batch larger than the data.
+        ExperimentError: there are no rows, or a batch is larger than the data.
     """
 
     rows: int
@@ -36,9 +36,11 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise ExperimentError("the data has no rows to train on")
+            raise ExperimentError("the training set has no rows")
         if self.batch_size is not None and not 1 <= self.batch_size <= self.rows:
-            problem = f"{self.batch_size} rows a step of {self.rows} rows to train on; take 1 to "
+            problem = (
+                f"{self.batch_size} is out of range: there are {self.rows} training rows; use 1 to "
+            )
             raise ExperimentError([Fault("batch_size", f"{problem}{self.rows}")])
 
     @property
@@ -75,14 +77,14 @@ class Batches:
             ValueError: the step is below 1.
         """
         if step < 1:
-            raise ValueError(f"steps count from 1, not {step}")
+            raise ValueError(f"steps are numbered from 1, not {step}")
         if self.batch_size is None:
             return None
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         return self._epoch_order(self.epoch(step))[start : start + self.batch_size]
 
     def of(self, x: Tensor, y: Tensor, *, is_read: bool = False, guards: Any = None) -> RowsOf:
-        """Return what gives the batch of a step, from tensors (rows, ...) on any device.
+        """Return the batch source for tensors (rows, ...) on any device.
 
         is_read: whether the rows come from a Dataset; guards: what must then stay the same.
         """
@@ -97,10 +99,10 @@ class Batches:
 
 
 class RowsOf:
-    """The batches of two tensors x and y (rows, ...): which rows, and the rows themselves.
+    """The batches of two tensors x and y (rows, ...): their row numbers, and the rows themselves.
 
-    is_fixed: whether every step sees x and y as they are; of a Dataset, each sees new tensors, as in a
-    loop that reads it. guards: what must stay the same for the rows to be those of their Dataset.
+    is_fixed: whether every step sees x and y themselves; for a Dataset, each step sees new tensors, as
+    in a loop that reads it. guards: what must stay the same for the rows to be those of their Dataset.
     """
 
     runs_python = False

@@ -1,7 +1,7 @@
-"""torch's layers, losses, optimizers and schedules by name, with arguments checked before use.
+"""torch's layers, losses, optimizers and schedules by name; arguments are checked before use.
 
-Names come from experiment files, so nothing here evaluates them: a layer is parsed with `ast`, its
-arguments are literals, and the class is looked up among those that torch exports.
+Names come from experiment files, so nothing here evaluates them: `ast` parses a layer, its arguments
+must be literals, and the class must be one that torch exports.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _NEEDS_SCHEDULES = {"SequentialLR", "ChainedScheduler"}
 
 
 class LayerCall(NamedTuple):
-    """A layer as written in an experiment: `Linear(1000, 100, bias=False)`, taken apart."""
+    """A parsed layer of an experiment: `Linear(1000, 100, bias=False)`."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -50,18 +50,18 @@ class LayerCall(NamedTuple):
 
 
 def parse_layer(text: str) -> LayerCall:
-    """Take a layer's text apart; raises ValueError that says what is wrong and the cure."""
+    """Parse the text of a layer; raises ValueError with the problem and a fix."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f'{text!r} cannot be read; write a layer as "Linear(1000, 100)"') from None
     if isinstance(call, ast.Name):
-        raise ValueError(f'{text!r} wants parentheses: "{call.id}()"')
+        raise ValueError(f'{text!r}: parentheses are missing; write "{call.id}()"')
     if not isinstance(call, ast.Call):
-        raise ValueError(f'{text!r} is no layer; write one as "Linear(1000, 100)"')
+        raise ValueError(f'{text!r} is not a layer; write one as "Linear(1000, 100)"')
     if not isinstance(call.func, ast.Name):
         written = ast.unparse(call.func)
-        raise ValueError(f'{written!r}: write the bare name of a torch.nn class, as in "ReLU()"')
+        raise ValueError(f'{written!r}: write only the name of a torch.nn class, as in "ReLU()"')
     try:
         arguments = tuple(ast.literal_eval(argument) for argument in call.args)
         keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
@@ -70,52 +70,50 @@ def parse_layer(text: str) -> LayerCall:
             f"{text!r}: arguments must be literal values (numbers, strings, True, None, tuples)"
         ) from None
     if len(keywords) != len(call.keywords):
-        raise ValueError(f"{text!r}: ** is not allowed; write each argument out")
+        raise ValueError(f"{text!r}: ** is not supported; write out each argument")
     return LayerCall(call.func.id, arguments, keywords)
 
 
 def layer_class(name: str) -> type[nn.Module]:
     """Return the `torch.nn` module class of that name; raises ValueError with the nearest names."""
-    found: type[nn.Module] = _look_up(name, _LAYERS, "layer of torch.nn")
+    found: type[nn.Module] = _look_up(name, _LAYERS, "torch.nn layer")
     return found
 
 
 def loss_class(name: str) -> type[nn.Module]:
-    """Return the `torch.nn` loss class of that name; raises ValueError where it does not serve."""
-    found: type[nn.Module] = _look_up(name, _LOSSES, "loss of torch.nn")
+    """Return the `torch.nn` loss class of that name; raises ValueError if it is unsuitable."""
+    found: type[nn.Module] = _look_up(name, _LOSSES, "torch.nn loss")
     wanted = [
         parameter.name
         for parameter in list(inspect.signature(found.forward).parameters.values())[1:]
         if parameter.default is parameter.empty
     ]
     if len(wanted) != 2:
-        raise ValueError(
-            f"{name} takes {', '.join(wanted)}; a loss of a prediction and a target is needed"
-        )
+        raise ValueError(f"{name} takes {', '.join(wanted)}; use a loss of (prediction, target)")
     if name in ("AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss"):
-        raise ValueError(f"{name} has parameters of its own; give the model a last layer instead")
+        raise ValueError(f"{name} has parameters of its own; add a last layer to the model instead")
     return found
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Return the optimizer of that name; raises ValueError where it needs a closure."""
+    """Return the optimizer of that name; raises ValueError if it needs a closure."""
     found: type[torch.optim.Optimizer] = _look_up(name, _OPTIMIZERS, "optimizer")
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(
-            f"{name} evaluates the loss several times in one step (it needs a closure), and a step "
-            "here has one forward and one backward pass; Adam or SGD with momentum do without"
+            f"{name} needs a closure that evaluates the loss several times per step, but everystep "
+            "runs one forward and one backward pass per step; use Adam, or SGD with momentum"
         )
     return found
 
 
 def schedule_class(name: str) -> type[lr_scheduler.LRScheduler]:
-    """Return the schedule of that name; raises ValueError where a file cannot express it."""
-    found: type[lr_scheduler.LRScheduler] = _look_up(name, _SCHEDULES, "schedule of lr_scheduler")
+    """Return the schedule of that name; raises ValueError if a file cannot express it."""
+    found: type[lr_scheduler.LRScheduler] = _look_up(name, _SCHEDULES, "lr_scheduler schedule")
     if name in _NEEDS_FUNCTIONS:
-        raise ValueError(f"{name} takes a function, which a file cannot hold; use it from Python")
+        raise ValueError(f"{name} needs a function, which a TOML file cannot hold; use it from Python")
     if name in _NEEDS_SCHEDULES:
-        raise ValueError(f"{name} is made of other schedules; use it from Python")
+        raise ValueError(f"{name} combines other schedules; use it from Python")
     return found
 
 
@@ -154,14 +152,16 @@ def _section_faults(section: str, table: Mapping[str, Any], find: Callable[[str]
     if isinstance(table.get("lr", 0.0), bool | str):
         faults.append(Fault(f"{section}.lr", f"must be a number, not {table['lr']!r}"))
     missing = [name for name, needed in parameters.items() if needed and name not in given]
-    faults += [Fault(f"{section}.{name}", f"{table['name']} needs it") for name in missing]
+    faults += [
+        Fault(f"{section}.{name}", f"is missing; {table['name']} requires it") for name in missing
+    ]
     if faults:
         return faults
     return _faults_of(section, lambda: _try_section(section, table, find(table["name"])))
 
 
 def keyword_parameters(cls: type) -> dict[str, bool]:
-    """Return what `cls` can be given by keyword, each with whether it must be."""
+    """Return the keyword arguments of `cls`, each with whether it is required."""
     parameters = list(inspect.signature(cls).parameters.values())
     return {
         p.name: p.default is p.empty
@@ -177,7 +177,9 @@ def _check_layer(text: str) -> None:
         inspect.signature(cls).bind(*call.arguments, **call.keywords)
     except TypeError as error:
         known = [name for name in inspect.signature(cls).parameters if name not in ("device",)]
-        raise ValueError(f"{text}: {error}; {call.name} takes ({', '.join(known)})") from None
+        raise ValueError(
+            f"{text}: {error}; the arguments of {call.name} are ({', '.join(known)})"
+        ) from None
     _construct(text, lambda: cls(*call.arguments, **call.keywords))
 
 
@@ -213,9 +215,11 @@ def without_compiler() -> Iterator[None]:
 def _check_reduction(reduction: Any) -> None:
     """Check what torch looks at only when the loss is computed."""
     if reduction == "none":
-        raise ValueError("reduction 'none' gives a loss for each row; a step needs one: mean or sum")
+        raise ValueError(
+            "reduction 'none' gives one loss per row, but a step needs a single number; use mean or sum"
+        )
     if reduction not in ("mean", "sum", "batchmean"):
-        raise ValueError(f"{reduction!r} is no reduction; take 'mean' or 'sum'")
+        raise ValueError(f"{reduction!r} is not a reduction; use 'mean' or 'sum'")
 
 
 def _construct(what: str, make: Callable[[], Any]) -> None:
@@ -248,12 +252,12 @@ def _faults_of(path: str, check: Callable[[], Any]) -> list[Fault]:
 def _look_up(name: str, known: Mapping[str, Any], what: str) -> Any:
     if name not in known:
         cure = did_you_mean(name, list(known))
-        raise ValueError(f"{name!r} is no {what}" + (f"; {cure}" if cure else ""))
+        raise ValueError(f"unknown {what} {name!r}" + (f"; {cure}" if cure else ""))
     return known[name]
 
 
 def _cure(key: str, parameters: Mapping[str, bool]) -> str:
-    return did_you_mean(key, list(parameters)) or f"it takes {', '.join(parameters)}"
+    return did_you_mean(key, list(parameters)) or f"known arguments: {', '.join(parameters)}"
 
 
 def _classes(namespace: Any, base: type) -> dict[str, Any]:

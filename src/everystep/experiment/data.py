@@ -1,4 +1,4 @@
-"""The data set: drawn, bundled with scikit-learn, or the user's own arrays and tables."""
+"""The data set: random, bundled with scikit-learn, or the user's own arrays and tables."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Target = Literal["classes", "values"]
 class Data:
     """A data set: rows along the first dimension.
 
-    x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the rows
-    that are kept out of training, or None; preparation: how they were made from what was read.
+    x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the held-out
+    rows, or None; preparation: how they were made from the source.
     """
 
     x: Tensor
@@ -53,14 +53,14 @@ class Data:
 
 
 def make_data(experiment: Experiment, target: Target) -> Data:
-    """Make the data of an experiment, on the CPU; `random` draws from torch's global generator.
+    """Create the data of an experiment, on the CPU; `random` draws from torch's global generator.
 
     Args:
-        experiment: the experiment; its seed decides which rows are kept for validation.
-        target: what the loss wants.
+        experiment: the experiment; its seed decides which rows are held out for validation.
+        target: the kind of target that the loss needs.
 
     Raises:
-        DataError: says what is wrong with the data and what to do about it.
+        DataError: the data is invalid; reports what is wrong and what to do.
     """
     data = experiment.data
     if isinstance(data, TableData):
@@ -77,7 +77,7 @@ def make_data(experiment: Experiment, target: Target) -> Data:
 
 
 def derived_generator(seed: int, *purpose: Any) -> torch.Generator:
-    """Return a CPU generator of its own for one purpose: a pure function of seed and purpose."""
+    """Return a separate CPU generator for one purpose: a pure function of seed and purpose."""
     text = " ".join(["everystep", str(seed), *map(str, purpose)])
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -94,8 +94,8 @@ def split_rows(count: int, validation: float | None, seed: int) -> tuple[Tensor,
     kept_out = round(count * validation)
     if not 0 < kept_out < count:
         raise DataError(
-            f"validation = {validation} of {count} rows leaves {count - kept_out} to train on and "
-            f"{kept_out} to validate on; both must have rows"
+            f"validation = {validation} splits {count} rows into {count - kept_out} for training and "
+            f"{kept_out} for validation; both need at least one row"
         )
     order = torch.randperm(count, generator=derived_generator(seed, "validation"))
     return order[kept_out:].sort().values, order[:kept_out].sort().values
@@ -155,11 +155,11 @@ def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
     for name, array in (("x", x), ("y", y)):
         if array.ndim == 0 or array.dtype.kind not in "fiub":
             raise DataError(
-                f"data.{name}: numbers with rows along the first dimension are needed, not "
+                f"data.{name}: expected numbers with rows along the first dimension, not "
                 f"{array.dtype} of shape {array.shape}"
             )
     if len(x) != len(y):
-        raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must have the same number")
+        raise DataError(f"x has {len(x)} rows and y has {len(y)}; they must match")
     if len(x) == 0:
         raise DataError(f"{data.path or data.x} has no rows")
     return x, y
@@ -168,8 +168,8 @@ def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:
 def _load_npy(path: Path) -> np.ndarray:
     if path.suffix != ".npy":
         raise DataError(
-            f"{path} is no .npy file; for .npz or .safetensors, give the file as data.path and the "
-            "names in it as data.x and data.y"
+            f"{path} is not a .npy file; for .npz or .safetensors, set data.path to the file and "
+            "data.x and data.y to the array names in it"
         )
     array: np.ndarray = _read_file(path, lambda: np.load(path, allow_pickle=False))
     return array
@@ -183,13 +183,13 @@ def _archive_reader(path: Path) -> Callable[[], dict[str, np.ndarray]]:
             from safetensors.numpy import load_file
 
             return lambda: load_file(path)
-    raise DataError(f"{path}: a .npz or .safetensors file is needed here")
+    raise DataError(f"{path}: expected a .npz or .safetensors file")
 
 
 def _read_file(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; data.path is relative to the experiment") from None
+        raise DataError(f"{path} does not exist; data.path is relative to the experiment file") from None
     except Exception as error:  # each format has its own
         raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None

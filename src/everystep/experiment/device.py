@@ -1,4 +1,4 @@
-"""The device: the one that is named, or the best that is there."""
+"""The device: the named one, or the best available."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def select(name: str) -> torch.device:
     """Return the device of that name: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the best.
 
     Raises:
-        DeviceError: the name is none, or the device is not there; lists those that are.
+        DeviceError: the name is unknown, or the device is not available; lists those that are.
     """
     there = available()
     if name == "auto":
@@ -29,11 +29,11 @@ def select(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and (kind != "cuda" or not index.isdecimal())):
         cure = did_you_mean(name, ["auto", "cpu", "cuda", "cuda:0", "mps"])
-        raise DeviceError(f"device {name!r} is none that everystep knows; {cure}".rstrip("; "))
+        raise DeviceError(f"unknown device {name!r}; {cure}".rstrip("; "))
     wanted = f"cuda:{index or 0}" if kind == "cuda" else name
     if wanted not in there:
         raise DeviceError(
-            f"device {name!r} is not there; on this machine: {', '.join(there)} "
-            '(device = "auto" takes the first)'
+            f"device {name!r} is not available; this machine has: {', '.join(there)} (device = "
+            '"auto" uses the first)'
         )
     return torch.device(wanted)

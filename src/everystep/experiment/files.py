@@ -1,4 +1,4 @@
-"""Files that an experiment names: whether they may be read."""
+"""Files named in an experiment: whether reading them is allowed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def check_may_be_read(path: str) -> None:
     """
     if ONLY_OWN_FILES in os.environ:
         raise DataError(
-            f"the data lies outside the run, in {path}, and is not read here, since a run may come from "
-            "a stranger; everystep step RUN STEP in a terminal reads it"
+            f"the data is outside the run, in {path}; it is not read here, because a run may come "
+            "from an untrusted source. Run `everystep step RUN STEP` in a terminal to read it"
         )

@@ -19,7 +19,7 @@ _WEIGHTS = ("weight", "pos_weight")
 
 
 def target_of(loss: Loss) -> Target:
-    """Return what the loss wants of a target: class indices, or values."""
+    """Return the kind of target that the loss needs: class indices, or values."""
     return "classes" if loss.name in _OF_CLASSES else "values"
 
 
@@ -47,12 +47,12 @@ def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:
         if classes <= int(data.y.max()):
             raise DataError(
                 f"the data has {int(data.y.max()) + 1} classes, but the model has {classes} outputs "
-                f"(it gives {tuple(prediction.shape)}); {name} needs one output for each class"
+                f"(shape {tuple(prediction.shape)}); {name} needs one output per class"
             )
     elif name not in _OF_CLASSES and prediction.shape != target.shape:
         raise ModelError(
             f"{name} compares the model's output {tuple(prediction.shape)} with a target of shape "
-            f"{tuple(target.shape)}; give the last layer {target.shape[-1]} outputs"
+            f"{tuple(target.shape)}; set the last layer to {target.shape[-1]} outputs"
         )
     try:
         value = loss(prediction, target)
@@ -63,8 +63,8 @@ def check_loss(loss: nn.Module, prediction: Tensor, data: Data) -> None:
             [
                 Fault(
                     "loss.reduction",
-                    f"the loss must be one number, not {tuple(value.shape)}; "
-                    'take reduction = "mean" or "sum"',
+                    f'the loss must be one number, not {tuple(value.shape)}; use reduction = "mean" '
+                    'or "sum"',
                 )
             ]
         )

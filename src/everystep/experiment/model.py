@@ -1,4 +1,4 @@
-"""The model: a sequence of layers, built and tried before training."""
+"""The model: a sequence of layers, built and tested before training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["build_model", "try_model"]
 
 
 def build_model(model: Model, x: Tensor) -> nn.Sequential:
-    """Make the layers, drawing their first parameters from torch's global generator (CPU).
+    """Create the layers, drawing their parameters from torch's global generator (CPU).
 
-    x: a few rows (n, ...): lazy layers take their sizes from them.
+    x: a few rows (n, ...): lazy layers infer their sizes from them.
 
     Raises:
-        ModelError: a layer refuses its arguments.
+        ModelError: a layer rejects its arguments.
     """
     layers = []
     for index, text in enumerate(model.layers):
@@ -41,7 +41,7 @@ def build_model(model: Model, x: Tensor) -> nn.Sequential:
 def try_model(model: nn.Sequential, x: Tensor, layers: list[str], origin: str = "the data") -> Tensor:
     """Run rows x (n, ...) through a copy, as in training, and return its output (n, ...).
 
-    Neither the model nor any random generator is touched. origin: names where x comes from.
+    It changes neither the model nor any random generator. origin: the name of the source of x.
 
     Raises:
         ModelError: names the first layer that does not fit: what it expects, what it gets.
@@ -55,7 +55,7 @@ def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str 
     for index, layer in enumerate(model):
         place = f"model.layers[{index}]: {layers[index]}"
         if _expected(layer) is not None and (wrong := _mismatch(layer, x)):
-            raise ModelError(f"{place} expects {wrong}, but {given} gives {tuple(x.shape)}")
+            raise ModelError(f"{place} expects {wrong}, but {given} has shape {tuple(x.shape)}")
         try:
             x = layer(x)
         except (
@@ -68,12 +68,12 @@ def _run_through(model: nn.Sequential, x: Tensor, layers: list[str], given: str 
         ) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(
-                f"{place} cannot take {tuple(x.shape)} {x.dtype} from {given}: {reason}"
+                f"{place} fails on {tuple(x.shape)} {x.dtype} from {given}: {reason}"
             ) from None
         if not isinstance(x, Tensor):
             raise ModelError(
-                f"{place} gives a {type(x).__name__}, not one tensor, so no layer can follow it in "
-                "a sequence; train such a model from Python with everystep.train"
+                f"{place} returns a {type(x).__name__}, not one tensor, so no layer can follow it; "
+                "train such a model from Python with everystep.train"
             )
         given = f"layers[{index}] ({layers[index]})"
     return x

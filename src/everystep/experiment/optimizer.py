@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, made from their specification."""
+"""The optimizer and its schedule, created from their specification."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _FUSED_ON_CPU_ONLY = {"Adagrad"}
 
 
 def with_fused(experiment: Experiment, device: torch.device) -> Experiment:
-    """Return the experiment with `fused = true` where the optimizer has it and nothing is said.
+    """Return the experiment with `fused = true` if the optimizer supports it and nothing is set.
 
-    torch's fused, foreach and for-loop implementations differ in their last bits, and which one is
-    the default differs by device: what is written down is what is used.
+    torch's fused, foreach and for-loop implementations differ in their last bits, and the default
+    differs by device: so the experiment records which one it uses.
     """
     optimizer = experiment.optimizer
     said = {"fused", "foreach", "differentiable", "maximize"} & set(optimizer.keywords)
@@ -42,10 +42,10 @@ def with_fused(experiment: Experiment, device: torch.device) -> Experiment:
 
 
 def build_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the optimizer over these parameters.
+    """Create the optimizer of these parameters.
 
     Raises:
-        ExperimentError: torch refuses an argument, or there are no parameters.
+        ExperimentError: torch rejects an argument, or there are no parameters.
     """
     cls: Any = optimizer_class(optimizer.name)
     try:

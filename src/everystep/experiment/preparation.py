@@ -1,7 +1,7 @@
-"""What is done to data before training, fitted on the training rows and kept with the run.
+"""Preparation of the data before training, fitted on the training rows and stored with the run.
 
-Plain numbers and names, so that a run can store them as JSON and apply them to new rows without
-unpickling anything; that is why scikit-learn's transformers do not serve here.
+It consists of plain numbers and names, so that a run can store it as JSON and apply it to new rows
+without unpickling anything. That is why it does not use scikit-learn's transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Class = str | int | float
 
 
 class Fitted(BaseModel):
-    """Frozen and of exact fields, so that JSON both ways gives an equal one."""
+    """Frozen, with exact fields, so that a JSON round trip gives an equal object."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,17 +67,17 @@ class ArrayPreparation(Fitted):
     ) -> ArrayPreparation:
         """Fit to training rows x (n, ...) and all targets y (N, ...).
 
-        `classes`: the loss wants class indices; `indices`: the model looks x up (an embedding).
+        `classes`: the loss needs class indices; `indices`: the model uses x as indices (an embedding).
         """
         _refuse_non_finite("x", x)
         _refuse_non_finite("y", y)
         counted = None
         if classes and not (y.ndim > 1 and y.dtype.kind == "f"):
             if y.dtype.kind == "f" and not np.equal(y, np.round(y)).all():
-                raise DataError("data.y: a classification loss needs whole numbers as classes")
+                raise DataError("data.y: a classification loss needs integer classes")
             counted = [int(value) for value in np.unique(y)]
         if indices and scale:
-            raise DataError("data.scale: an embedding looks x up by whole numbers; leave scale out")
+            raise DataError("data.scale: an embedding needs integer inputs; remove scale")
         return cls(scaling=Scaling.fit(x) if scale else None, classes=counted, indices=indices)
 
     def apply(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ class ArrayPreparation(Fitted):
 
 
 class NumericColumn(Fitted):
-    """A column of numbers: what stands in for a missing one, and the scaling."""
+    """A column of numbers: the replacement for missing values, and the scaling."""
 
     kind: Literal["numeric"] = "numeric"
     name: str
@@ -124,8 +124,8 @@ class CategoricalColumn(Fitted):
         new = sorted(set(words.drop_nulls()) - set(self.categories))
         if new and self.unseen == "error":
             raise DataError(
-                f"column {self.name!r}: {_listed(new)} never seen in the training rows; set "
-                'data.unseen = "zeros", take another seed, or leave the column out of data.features'
+                f"column {self.name!r}: {_listed(new)} not in the training rows; set data.unseen = "
+                '"zeros", use another seed, or leave the column out of data.features'
             )
         flags = [(words == category).fill_null(False).to_numpy() for category in self.categories]
         return np.stack(flags, axis=1).astype(np.float64)
@@ -170,8 +170,8 @@ class TablePreparation(Fitted):
         new = sorted({str(value) for value in values if value not in index})
         if new:
             raise DataError(
-                f"target {self.target[0]!r}: class {_listed(new)} never seen in the training rows; "
-                "take another seed or a smaller data.validation, or leave those rows out"
+                f"target {self.target[0]!r}: class {_listed(new)} not in the training rows; use "
+                "another seed or a smaller data.validation, or remove those rows"
             )
         indices = np.array([index[value] for value in values], dtype=np.int64)
         return indices if self.class_indices else indices.astype(np.float32)[:, np.newaxis]
@@ -192,7 +192,7 @@ def _refuse_non_finite(name: str, values: np.ndarray) -> None:
                 Fault(
                     f"data.{name}",
                     f"{len(rows)} of {len(values)} rows have NaN or infinity (first: row {rows[0]}); "
-                    "take them out",
+                    "remove them",
                 )
             ]
         )
@@ -200,4 +200,5 @@ def _refuse_non_finite(name: str, values: np.ndarray) -> None:
 
 def _listed(names: list[Any]) -> str:
     shown = ", ".join(repr(name) for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "") + " was"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return shown + more + (" is" if len(names) == 1 else " are")

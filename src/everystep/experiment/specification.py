@@ -1,6 +1,6 @@
-"""An experiment as data: TOML to validated, frozen models, and back.
+"""An experiment as data: from TOML to validated, frozen models, and back.
 
-Imports no torch: names of layers, losses and optimizers are checked in `load`, which does.
+Imports no torch; `load` does, to check the names of layers, losses and optimizers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BundledName = Literal["digits", "diabetes", "wine", "iris", "breast_cancer"]
 
 
 class Section(BaseModel):
-    """What all parts of an experiment share: no unknown keys, no conversions, no changes."""
+    """The base of all sections: no unknown keys, no conversions, no changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -64,13 +64,13 @@ class NamedSection(Section):
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of the class; a TOML list stands for a tuple."""
+        """The keyword arguments of the class; TOML lists become tuples."""
         extra = self.model_extra or {}
         return {key: tuple(v) if isinstance(v, list) else v for key, v in extra.items()}
 
 
 class DataSpecification(Section):
-    """What every source of data has."""
+    """The keys of every data source."""
 
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
     scale: Literal["standard"] | None = None
@@ -86,7 +86,7 @@ class RandomData(DataSpecification):
 
 
 class BundledData(DataSpecification):
-    """A real data set that comes with scikit-learn."""
+    """A real data set bundled with scikit-learn."""
 
     source: Literal["bundled"]
     name: BundledName
@@ -114,7 +114,7 @@ class ArrayData(DataSpecification):
 
 
 class Model(Section):
-    """The model: the layers of an `nn.Sequential`, each written as it would be in Python."""
+    """The model: the layers of an `nn.Sequential`, each written as in Python."""
 
     layers: Annotated[list[str], Field(min_length=1)]
 
@@ -143,7 +143,7 @@ class Schedule(NamedSection):
 
 
 class Iteration(Section):
-    """How to iterate: what an experiment file and the arguments of `train` have in common."""
+    """How to iterate: what experiment files and the arguments of `train` share."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     device: str | None = None
@@ -161,12 +161,12 @@ class Iteration(Section):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            raise PydanticCustomError("steps", "say either steps or epochs (one of the two)")
+            raise PydanticCustomError("steps", "set either steps or epochs, not both or neither")
         return self
 
 
 class Experiment(Iteration):
-    """All that determines a run."""
+    """Everything that determines a run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
@@ -185,7 +185,7 @@ def check_iteration(**arguments: Any) -> Iteration:
     """Check the arguments of `train` by the rules of the experiment file.
 
     Raises:
-        ExperimentError: lists everything that is wrong.
+        ExperimentError: lists every error.
     """
     try:
         return Iteration.model_validate(arguments)
@@ -194,7 +194,7 @@ def check_iteration(**arguments: Any) -> Iteration:
 
 
 def built_in() -> dict[str, Path]:
-    """Return the experiments that come with everystep: name to file."""
+    """Return the built-in experiments: name to file."""
     folder = Path(str(resources.files("everystep.experiment") / "builtin"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
@@ -202,15 +202,15 @@ def built_in() -> dict[str, Path]:
 def load(
     source: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | None = None
 ) -> Experiment:
-    """Read an experiment, put `settings` over it, and check all of it, names and arguments too.
+    """Read an experiment, apply `settings`, and check all of it, including names and arguments.
 
     Args:
         source: the name of a built-in experiment, the path of a TOML file, or its content as a dict.
         settings: values to override, by path: `{"optimizer.lr": 1e-3, "model.layers[1]": "Tanh()"}`.
-            None takes a value away. Setting one of steps and epochs takes the other away.
+            None removes a value. Setting one of steps and epochs removes the other.
 
     Raises:
-        ExperimentError: lists everything that is wrong, each with its path and the cure.
+        ExperimentError: lists every error with its location and a fix.
     """
     raw, where, folder = _read(source)
     for path, value in (settings or {}).items():
@@ -233,7 +233,7 @@ def load(
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Take `optimizer.lr=1e-3` apart; the value is TOML, or else a bare string.
+    """Split `optimizer.lr=1e-3`; the value is TOML, or else a bare string.
 
     Raises:
         ExperimentError: there is no `=`, or no path before it.
@@ -248,7 +248,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; raises ExperimentError where it is missing or no TOML."""
+    """Read a TOML file; raises ExperimentError if it is missing or invalid."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -256,11 +256,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ExperimentError(f"{path} is not UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
-        raise ExperimentError(f"{path} is no TOML: {error}") from None
+        raise ExperimentError(f"{path} is not valid TOML: {error}") from None
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path]:
-    """Return what an experiment says, its name for messages, and the folder of its file."""
+    """Return the content of an experiment, its name for messages, and the folder of its file."""
     if isinstance(source, Mapping):
         return _copied(source), "the experiment", Path.cwd()
     if isinstance(source, str) and source in built_in():
@@ -270,7 +270,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, 
         cure = did_you_mean(str(source), list(built_in()))
         raise ExperimentError(
             f"{str(source)!r} is neither a file nor a built-in experiment; "
-            f"{cure or 'everystep experiments lists those'}"
+            f"{cure or 'run `everystep experiments` to list those'}"
         )
     return _read_toml(path), str(path), path.parent
 
@@ -292,7 +292,7 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
         elif isinstance(place, list) and isinstance(key, int) and key < len(place):
             place = place[key]
         else:
-            raise ExperimentError([Fault(path, "there is no such place in the experiment")])
+            raise ExperimentError([Fault(path, "the experiment has no such key or index")])
     last = keys[-1]
     if isinstance(place, list) and isinstance(last, int) and last < len(place):
         place[last] = value
@@ -302,13 +302,13 @@ def _override(raw: dict[str, Any], path: str, value: Any) -> None:
         else:
             place[last] = value
     else:
-        raise ExperimentError([Fault(path, "there is no such place in the experiment")])
+        raise ExperimentError([Fault(path, "the experiment has no such key or index")])
     if path in ("steps", "epochs") and value is not None:
         raw.pop("epochs" if path == "steps" else "steps", None)
 
 
 def _resolve_paths(experiment: Experiment, folder: Path) -> Experiment:
-    """Make the paths of the data absolute, so that the experiment means the same from anywhere."""
+    """Make the paths of the data absolute, so that the experiment works from anywhere."""
     data = experiment.data
     changes: dict[str, str] = {}
     if isinstance(data, TableData) or (isinstance(data, ArrayData) and data.path):
@@ -325,7 +325,7 @@ def _absolute(path: str, folder: Path) -> str:
 
 
 def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
-    """Say in our words what pydantic found."""
+    """Convert an error of pydantic to everystep's words."""
     location = _without_tags(detail["loc"])
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     key = str(location[-1]) if location else ""
@@ -338,17 +338,17 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         case "union_tag_invalid":
             tag = str(context["tag"])
             path = f"{path}.source"
-            problem = f"{tag!r} is no source of data; {did_you_mean(tag, _SOURCES)}"
+            problem = f"{tag!r} is not a data source; {did_you_mean(tag, _SOURCES)}"
         case "extra_forbidden":
             cure = _elsewhere(key, location) or did_you_mean(key, _known_keys(location[:-1], raw))
             problem = f"unknown key; {cure}".removesuffix("; ")
         case "literal_error":
             allowed = re.findall(r"'([^']*)'", str(context["expected"]))
-            problem = f"{detail['input']!r} is not possible; take one of {', '.join(allowed)}"
+            problem = f"{detail['input']!r} is not supported; use one of {', '.join(allowed)}"
         case "too_short":
             problem = f"should have at least {context['min_length']} item"
         case "model_type" | "model_attributes_type" | "dict_type":
-            problem = f"must be a section of its own, [{path}], not {detail['input']!r}"
+            problem = f"must be a section [{path}], not {detail['input']!r}"
         case _:
             problem = detail["msg"].replace("Input should", "should")
             if not isinstance(detail["input"], dict | list):
@@ -357,7 +357,7 @@ def _fault(detail: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it was written; of an object, its kind."""
+    """Return a value as written in the file; for an object, its kind."""
     is_written = isinstance(value, str | bool | int | float | None)
     return repr(value) if is_written else f"a {type(value).__name__}"
 
@@ -378,7 +378,7 @@ _CURES = {
 
 
 def _without_tags(location: tuple[str | int, ...]) -> list[str | int]:
-    """Drop what pydantic puts between: the source of the data, the branch of a target."""
+    """Drop path elements that pydantic inserts: the source of the data, the branch of a target."""
     parts = list(location)
     if parts[0:1] == ["data"] and parts[1:2] and parts[1] in _DATA:
         del parts[1]
@@ -396,6 +396,6 @@ def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> list[s
 
 
 def _elsewhere(key: str, location: list[Any]) -> str:
-    """Return where the key belongs, if it is a key of the experiment's top that stands too low."""
+    """Return where the key belongs, if it is a top-level key inside a section."""
     belongs = key in Experiment.model_fields and len(location) > 1
-    return f"{key} stands at the top of the file, before the first [section]" if belongs else ""
+    return f"{key} belongs at the top of the file, before the first [section]" if belongs else ""

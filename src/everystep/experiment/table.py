@@ -1,4 +1,4 @@
-"""Tables: read through polars, checked, and made into numbers."""
+"""Tables: read with polars, checked, and converted to numbers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Table:
         if self.specification.missing == "mean":
             known = values.fill_nan(None).drop_nulls().to_numpy()
             if not len(known):
-                raise DataError(f"column {column.name!r} has no value in the training rows")
+                raise DataError(f"column {column.name!r} has no values in the training rows")
             fill = float(known.mean())
             values = values.fill_nan(None).fill_null(fill)
         scaling = Scaling.fit(values.to_numpy()[:, np.newaxis]) if self.specification.scale else None
@@ -68,14 +68,14 @@ class Table:
 
 
 def read_table(data: TableData, *, classes: bool) -> Table:
-    """Read the file, choose its columns, and check that they can be trained on.
+    """Read the file, choose its columns, and check that a model can train on them.
 
     Args:
         data: the `[data]` section; its path is absolute.
-        classes: whether the loss wants class indices.
+        classes: whether the loss needs class indices.
 
     Raises:
-        DataError: lists everything that is wrong.
+        DataError: lists every error.
     """
     frame = _read(Path(data.path), data.separator)
     target = [data.target] if isinstance(data.target, str) else list(data.target)
@@ -87,17 +87,17 @@ def read_table(data: TableData, *, classes: bool) -> Table:
         if name not in frame.columns and (cure := did_you_mean(name, frame.columns)) is not None
     ]
     faults += [
-        Fault("data.features", f"{name!r} is the target; a model that sees it has nothing to learn")
+        Fault("data.features", f"{name!r} is the target; remove it from the features")
         for name in features
         if name in target
     ]
     if faults and len(frame.columns) == 1 and (separator := _likely_separator(frame.columns[0])):
-        problem = f"the file seems to be separated by {separator!r}; say so: separator = {separator!r}"
+        problem = f"the file seems to use the separator {separator!r}; set separator = {separator!r}"
         faults.append(Fault("data.separator", problem))
     if faults:
         raise DataError(faults)
     if not features:
-        raise DataError(f"{data.path} has no column besides the target; features are needed")
+        raise DataError(f"{data.path} has no column besides the target; at least one feature is needed")
     frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")
@@ -122,10 +122,10 @@ def _read(path: Path, separator: str | None) -> pl.DataFrame:
     }
     if not path.is_file():
         raise DataError(
-            f"data.path: {path} does not exist; a relative path is relative to the experiment's file"
+            f"data.path: {path} does not exist; a relative path is relative to the experiment file"
         )
     if path.suffix.lower() not in readers:
-        raise DataError(f"data.path: {path.name} is none of {', '.join(readers)}")
+        raise DataError(f"data.path: {path.name} has an unknown format; supported: {', '.join(readers)}")
     try:
         return readers[path.suffix.lower()]()
     except pl.exceptions.NoDataError:
@@ -157,7 +157,9 @@ def _missing(column: pl.Series) -> pl.Series:
 def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> list[Fault]:
     faults = []
     if classes and len(target) > 1:
-        faults.append(Fault("data.target", "a classification loss takes one column of classes"))
+        faults.append(
+            Fault("data.target", "a classification loss needs a single target column of classes")
+        )
     for name in target:
         column = frame[name]
         missing = int(_missing(column).sum())
@@ -165,8 +167,8 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> lis
             faults.append(
                 Fault(
                     "data.target",
-                    f"{name!r} has no value in {missing} of {frame.height} rows; a row without a "
-                    'target teaches nothing: data.missing = "drop" leaves such rows out',
+                    f"{name!r} is missing in {missing} of {frame.height} rows; set data.missing = "
+                    '"drop" to drop them',
                 )
             )
         elif column.dtype.is_float() and column.is_infinite().any():
@@ -175,8 +177,8 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> lis
             faults.append(
                 Fault(
                     "data.target",
-                    f"{name!r} is text in a place for numbers{_first_word(column)}; for classes "
-                    'take a loss of classes: name = "CrossEntropyLoss"',
+                    f"{name!r} contains text, but the loss needs numbers{_first_word(column)}; for "
+                    'classes, use a classification loss: name = "CrossEntropyLoss"',
                 )
             )
     return faults
@@ -192,22 +194,22 @@ def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> l
         column = frame[name]
         absent = int(_missing(column).sum())
         if absent == frame.height:
-            faults.append(Fault(f"column {name!r}", "has no value at all; leave it out"))
+            faults.append(Fault(f"column {name!r}", "has no values; leave it out"))
         elif absent and missing == "error":
             faults.append(
                 Fault(
                     f"column {name!r}",
-                    f"{absent} of {frame.height} values are missing; set data.missing to "
-                    '"drop" (leaves out those rows) or "mean", or leave the column out',
+                    f'{absent} of {frame.height} values are missing; set data.missing to "drop" '
+                    '(drops those rows) or "mean", or leave the column out',
                 )
             )
         elif column.dtype.is_float() and column.drop_nulls().is_infinite().any():
-            faults.append(Fault(f"column {name!r}", "has infinite values; take those rows out"))
+            faults.append(Fault(f"column {name!r}", "has infinite values; remove those rows"))
         elif not (_is_numeric(column) or column.dtype in (pl.String, pl.Categorical, pl.Enum)):
             faults.append(
                 Fault(
                     f"column {name!r}",
-                    f"is {column.dtype}, neither numbers nor words; leave it out of data.features",
+                    f"is {column.dtype}, neither numbers nor text; leave it out of data.features",
                 )
             )
         elif not _is_numeric(column):
@@ -224,8 +226,8 @@ def _mostly_numbers(column: pl.Series) -> list[Fault]:
     return [
         Fault(
             f"column {column.name!r}",
-            f"text in a column of numbers{_first_word(column)}; correct it, leave the value empty, "
-            "or leave the column out of data.features",
+            f"text in a numeric column{_first_word(column)}; correct it, leave the value empty, or "
+            "leave the column out of data.features",
         )
     ]
 
@@ -240,5 +242,5 @@ def _first_word(column: pl.Series) -> str:
 def _without_missing(frame: pl.DataFrame, path: str) -> pl.DataFrame:
     complete = frame.filter(~pl.any_horizontal([_missing(column) for column in frame]))
     if complete.height == 0:
-        raise DataError(f'{path}: every row lacks some value; set data.missing = "mean"')
+        raise DataError(f'{path}: every row has a missing value; set data.missing = "mean"')
     return complete

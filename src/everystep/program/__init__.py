@@ -1,1 +1,1 @@
-"""The step as data: what a program is, how it is read, bound to memory and run."""
+"""The step as data: the program, how to read it, bind it to memory and run it."""

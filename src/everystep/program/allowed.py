@@ -1,11 +1,12 @@
-"""The operators of ATen that a step captured as a program may call, by name, of torch 2.9 to 2.15.
+"""The ATen operators that a program may call, by name, for torch 2.9 to 2.15.
 
-An operator that is not here is refused, so one that a later torch brings is not used before somebody has
-read what it does. (torch 2.15 brought `shallow_copy_data_`, which gives a tensor the memory of another.)
+An operator that is not listed is refused, so that a new operator of a later torch is not used before
+somebody has reviewed it. (torch 2.15 added `shallow_copy_data_`, which gives a tensor the memory of
+another.)
 
-Left out are operators that compute on tensors which programs do not have (sparse, quantized, nested);
-that read numbers of a tensor as places in memory, or as a duration, without checking them; that write to
-memory besides what they are given; and kernels that only other operators call.
+The list omits operators on tensors that programs do not have (sparse, quantized, nested); operators that
+use values of a tensor as memory offsets, or as a duration, without checking them; operators that write
+to memory other than their arguments; and kernels that only other operators call.
 """
 
 from __future__ import annotations

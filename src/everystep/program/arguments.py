@@ -1,7 +1,7 @@
-"""Arguments of operators as JSON holds them.
+"""Arguments of operators in JSON.
 
-A text is the name of a tensor; numbers, truth values, null and lists are themselves; everything else is
-an object with one key that says what it is: `{"dtype": "float32"}`, `{"float": "inf"}`.
+A string is the name of a tensor; numbers, booleans, null and lists are themselves; everything else is an
+object with one key that names its kind: `{"dtype": "float32"}`, `{"float": "inf"}`.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def encode(value: Any, name_of: Callable[[torch.Tensor], str]) -> Any:
 
 
 def decode(value: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
-    """Return the argument that `encode` was given.
+    """Return the argument that `encode` encoded.
 
     Raises:
-        ValueError: it is nothing that `encode` writes.
+        ValueError: `encode` does not write this.
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -87,7 +87,7 @@ def decode(value: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
         return [decode(item, tensor_of) for item in value]
     key = _key(value)
     if key is None:
-        raise ValueError(f"{value!r:.80} is no argument")
+        raise ValueError(f"{value!r:.80} is not an argument")
     name = value[key]
     if key == "text":
         return name
@@ -134,7 +134,7 @@ def json_floats(value: Any) -> Any:
 
 
 def python_floats(value: Any) -> Any:
-    """Return what `json_floats` was given."""
+    """Return the argument of `json_floats`."""
     if isinstance(value, dict):
         if _key(value) == "float":
             return _ENUMERATIONS["float"][value["float"]]
@@ -143,7 +143,7 @@ def python_floats(value: Any) -> Any:
 
 
 def _key(value: Any) -> str | None:
-    """Return the key of an object that says what it is, None of anything else."""
+    """Return the key of an object that names its kind, None for anything else."""
     if not isinstance(value, dict) or len(value) != 1:
         return None
     [(key, name)] = value.items()

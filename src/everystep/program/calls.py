@@ -1,7 +1,7 @@
-"""Calls: an operation as a function without arguments that writes into memory which is there already.
+"""Calls: an operation as a function without arguments that writes into existing memory.
 
-Three ways lead there, the first that fits is taken: the operator writes in place anyway; it has an
-overload that writes into given tensors (`out=`); or its results are copied to their place.
+There are three ways, tried in order: the operator writes in place anyway; it has an overload that writes
+into given tensors (`out=`); or its results are copied into place.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ def _into_results(
 
 
 def _can_be_split(operator: Any) -> bool:
-    """Tell whether this torch has the loss as a function of its own, with a reduction to choose."""
+    """Tell whether this torch has the loss as a separate function, with a choice of reduction."""
     has_reduction = any(p.name == "reduction" for p in operator._schema.arguments)
     return has_reduction and hasattr(torch._C._nn, operator.overloadpacket.__name__)
 
 
 def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Call]:
-    """Return a loss as ATen computes it: of each element, then their mean or sum.
+    """Return a loss as ATen computes it: per element, then their mean or sum.
 
-    Asked for both at once, ATen resizes the tensor that the result shall go into, twice.
+    If asked for both at once, ATen resizes the result tensor twice.
     """
     parameters = operator._schema.arguments
     given = [*arguments, *(p.default_value for p in parameters[len(arguments) :])]
@@ -134,15 +134,15 @@ def _flat(value: Any) -> list[Any]:
 
 
 def _fastest(operator: Any, arguments: list[Any], keywords: dict[str, Any]) -> Call:
-    """Return the call that takes the least time."""
+    """Return the fastest call."""
     return partial(quickest(operator, arguments, keywords), *arguments, **keywords)
 
 
 def quickest(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Callable[..., Any]:
-    """Return what calls an operator with such arguments in the least time.
+    """Return the fastest callable for an operator with such arguments.
 
-    torch's own Python binding, if there is one that calls this very operator, takes about a microsecond
-    less than the call by `torch.ops`.
+    torch's own Python binding, if one calls exactly this operator, is about a microsecond faster than
+    the call through `torch.ops`.
     """
     for function in _bindings(operator):
         if _calls_only(function, operator, arguments, keywords):

@@ -1,7 +1,7 @@
-"""Which programs have been found sound on this machine, so that they need not be checked again.
+"""A cache of programs that passed the soundness check on this machine.
 
-The check imports torch's compiler for its kernels of shapes, which takes a second. What is kept is an
-empty file for each program, named by a digest of its text and of what checks it, in the user's cache.
+The check imports torch's compiler for its shape kernels, which takes a second. The cache is an empty
+file per program in the user's cache directory, named by a digest of the program and of the checker.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["is_known_sound", "note_sound"]
 
 
 def is_known_sound(text: bytes) -> bool:
-    """Tell whether a program of this text has been found sound before, by the same check."""
+    """Tell whether a program with this text passed the same check before."""
     with suppress(OSError):
         return _mark(text).is_file()
     return False
 
 
 def note_sound(text: bytes) -> None:
-    """Note that a program of this text is sound; where no cache can be written, nothing is kept."""
+    """Note that a program with this text is sound; do nothing if the cache is not writable."""
     with suppress(OSError):
         mark = _mark(text)
         mark.parent.mkdir(parents=True, exist_ok=True)

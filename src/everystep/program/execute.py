@@ -1,8 +1,8 @@
-"""Execute: a program bound to memory, run as it is or so that every value can be looked at.
+"""Execute: a program bound to memory, run as is or with every value observable.
 
-Binding does all that is the same at every step: the tensors on their storages, the operators looked
-up, the arguments put in place. What is left is a list of calls without arguments, each of which
-writes into memory that is there already.
+Binding does everything that is the same at every step: place the tensors on their storages, look up the
+operators, fill in the arguments. What remains is a list of calls without arguments, each of which writes
+into existing memory.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["BoundProgram", "Copies", "Observed", "allocate", "without_autograd"]
 
 
 class Observed(NamedTuple):
-    """An operation that has just run: its inputs as they were before it, and its results, by name.
+    """An operation that just ran: its inputs before it ran, and its results, by name.
 
-    The tensors are copies and stay as they are. What several operations see is copied once.
+    The tensors are copies and do not change. What several operations use is copied once.
     """
 
     operation: Operation
@@ -53,18 +53,18 @@ class BoundProgram:
     """A program and its memory.
 
     Args:
-        program: what to run.
+        program: the program to run.
         memory: a tensor on each storage that is not temporary, by the storage's name. State is
             changed in place.
-        device: where temporary tensors lie.
-        optimizer_step: called where the program has an optimizer's step; the gradients lie in
-            `gradients` by then.
+        device: the device of temporary tensors.
+        optimizer_step: called if the program has an optimizer step; the gradients are in `gradients` by
+            then.
 
     `loss` and `gradients` are the live tensors that hold them after each step; `temporary_bytes` is the
-    memory that the program has for itself.
+    memory that the program itself uses.
 
     Raises:
-        ProgramError: memory is missing, too small or of another kind, or there is not enough of it.
+        ProgramError: memory is missing, too small, of another kind, or exhausted.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class BoundProgram:
         optimizer_step: Callable[[], Any] | None = None,
     ) -> None:
         if program.is_plain or program.loss is None:
-            raise ProgramError("a plain program is not bound to memory: the plain interpreter runs it")
+            raise ProgramError("a plain program does not bind to memory; use the plain interpreter")
         self.program = program
         temporary = _temporary_memory(program, device)
         self._places = _given_memory(program, memory) | temporary
@@ -104,15 +104,15 @@ class BoundProgram:
             self.calls.append(optimizer_step)
 
     def run(self) -> None:
-        """Take the step on what the memory holds; to be called within `without_autograd`.
+        """Run the step on what the memory holds; call it inside `without_autograd`.
 
         Raises:
-            RuntimeError: a kernel refuses what it is given (or IndexError, ValueError, TypeError).
+            RuntimeError: a kernel refuses its arguments (or IndexError, ValueError, TypeError).
         """
         _run(self.calls)
 
     def run_forward(self) -> None:
-        """Run the forward pass and the loss alone; to be called within `without_autograd`, on a CPU."""
+        """Run the forward pass and the loss alone; call it inside `without_autograd`, on a CPU."""
         _run(list(chain.from_iterable(self._calls_of[: self._forward_until])))
 
     def run_backward(self) -> None:
@@ -129,10 +129,10 @@ class BoundProgram:
         return Copies(self.program, self._places)
 
     def observe(self, copies: Copies | None = None) -> Iterator[Observed]:
-        """Take the step, and yield each operation when it has run, with inputs and results.
+        """Run the step, and yield each operation after it ran, with inputs and results.
 
-        copies: where other tensors can be asked for meanwhile. Bit for bit the same step as `run`, and
-        to be called within `without_autograd`.
+        copies: provides other tensors meanwhile. The step is bit-identical to `run`; call it inside
+        `without_autograd`.
         """
         copies = copies or self.copies()
         for operation, calls in zip(self.program.operations, self._calls_of, strict=True):
@@ -146,9 +146,9 @@ class BoundProgram:
             yield self._observe_optimizer(copies)
 
     def calls_with(self, after: Mapping[int, Sequence[Call]]) -> list[Call]:
-        """Return the calls of a step that is looked at in places: `after` operation i (-1: before all).
+        """Return the calls of an observed step: `after` runs after operation i (-1: before all).
 
-        Gradients that other operations do without are made, too.
+        They also compute gradients that the folded program skips.
         """
         found = list(after.get(-1, ()))
         for index, calls in enumerate(self._calls_of):
@@ -190,7 +190,7 @@ class BoundProgram:
 
 
 class Copies:
-    """Copies of what the memory of a program holds, each made when it is first asked for."""
+    """Copies of the memory of a program, each made on first access."""
 
     def __init__(self, program: Program, places: Mapping[str, _Memory]) -> None:
         self._program = program
@@ -199,7 +199,7 @@ class Copies:
         self._tensors: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor as it is now, or was when its memory was last written."""
+        """Return a tensor as it is now, or as it was when its memory was last written."""
         spec = self._program.tensors[name]
         if spec.storage not in self._storages:
             self._storages[spec.storage] = self._copy(spec.storage)
@@ -209,7 +209,7 @@ class Copies:
         return self._tensors[name]
 
     def forget(self, names: Collection[str]) -> None:
-        """The memory of these has just been written."""
+        """Drop the copies of memory that was just written."""
         for storage in {self._on(name) for name in names}:
             self._storages.pop(storage, None)
 
@@ -229,13 +229,13 @@ def _run(calls: list[Call]) -> None:
 
 
 def allocate(program: Program, values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return memory of its own for everything that a program is given, by the storage's name.
+    """Return new memory for everything that a program reads from outside, by the storage's name.
 
     Args:
-        program: what is to be bound.
-        values: what tensors of the program hold at first, by name: state as a snapshot has it, or the
-            bytes of a constant. What is missing is zero.
-        device: where the program shall run.
+        program: the program to bind.
+        values: initial values of tensors, by name: state from a snapshot, or the bytes of a constant.
+            Missing values are zero.
+        device: where the program will run.
 
     Raises:
         ProgramError: there is not enough memory.
@@ -247,7 +247,7 @@ def allocate(program: Program, values: Mapping[str, Tensor], device: torch.devic
             try:
                 memory[name] = torch.zeros(storage.bytes, dtype=torch.uint8, device=place)
             except RuntimeError as error:
-                raise ProgramError(f"there is no memory for {name}: {error}") from None
+                raise ProgramError(f"not enough memory for {name}: {error}") from None
             if storage.kind == "constant" and name in values:
                 memory[name].copy_(values[name][: storage.bytes])
     for name, spec in program.tensors.items():
@@ -258,7 +258,7 @@ def allocate(program: Program, values: Mapping[str, Tensor], device: torch.devic
 
 
 def _as_graph(calls: list[Call]) -> list[Call]:
-    """Return the calls as one, which replays them as a CUDA graph; as they are where that cannot be."""
+    """Return the calls as one that replays a CUDA graph; unchanged if that is not possible."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
@@ -282,18 +282,18 @@ def _given_memory(program: Program, memory: Mapping[str, Tensor]) -> dict[str, _
         if storage.kind == "temporary":
             continue
         if name not in memory:
-            raise ProgramError(f"the program needs {name}, and it is not there")
+            raise ProgramError(f"{name} is missing, but the program needs it")
         given = memory[name].untyped_storage()
         if given.nbytes() < storage.bytes:
             raise ProgramError(
-                f"the program needs {storage.bytes} bytes of {name}, which has {given.nbytes()}"
+                f"the program needs {storage.bytes} bytes of {name}, which has only {given.nbytes()}"
             )
         found[name] = _Memory(given)
     return found
 
 
 def _temporary_memory(program: Program, device: torch.device) -> dict[str, _Memory]:
-    """Return memory for the temporary storages: one piece for all whose content may be lost."""
+    """Return memory for the temporary storages: one block for all that need not persist."""
     names = program.of_kind("temporary")
     shown = filter(None, (program.loss, *program.gradients.values()))
     kept = {program.tensors[name].storage for name in shown}
@@ -309,7 +309,7 @@ def _temporary_memory(program: Program, device: torch.device) -> dict[str, _Memo
             for storage in [program.storages[name]]
         }
     except RuntimeError as error:
-        raise ProgramError(f"there is no memory for the program: {error}") from None
+        raise ProgramError(f"not enough memory for the program: {error}") from None
     return own | {name: _Memory(shared, start) for name, start in plan.offsets.items()}
 
 

@@ -1,10 +1,9 @@
-"""Fold: a program that does the same with fewer operations, and rounds otherwise.
+"""Fold: an equivalent program with fewer operations that rounds differently.
 
-A plain update multiplies a gradient by a number and subtracts it from its parameter. Where a matrix
-product has made that gradient, both are one product that adds to the parameter (`addmm_`); where it
-is a sum over rows, one product with a vector of ones (`addmv_`); and where neither, one `add_` with a
-factor. What made the gradient stays in the program, marked as derived: it runs when the step is looked
-at, and not when it is taken.
+A plain update multiplies a gradient by a number and subtracts it from its parameter. If a matrix product
+made that gradient, both become one product that adds to the parameter (`addmm_`); if a sum over rows
+made it, one product with a vector of ones (`addmv_`); otherwise, one `add_` with a factor. The operation
+that made the gradient stays in the program, marked as derived: it runs only when someone opens the step.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ __all__ = ["fold_updates"]
 
 
 def fold_updates(program: Program, rates: Mapping[int, float]) -> Program:
-    """Return the program with plain gradient updates folded into what makes their gradients.
+    """Return the program with plain gradient updates folded into what computes the gradients.
 
     Args:
-        program: of a step whose update is `parameter - gradient * lr`, or SGD without momentum; of
-            others nothing is folded.
+        program: of a step with the update `parameter - gradient * lr`, or SGD without momentum; any
+            other program is returned unchanged.
         rates: the lr of each param group, which must be the same at every step.
     """
     return _Folding(program, rates).folded()
@@ -114,9 +113,9 @@ class _Folding:
         return name in self.program.gradients.values()
 
     def _maker(self, update: _Update) -> int | None:
-        """Return the place of the operation that makes the gradient, if nothing else has to do with it.
+        """Return the place of the operation that makes the gradient, if nothing else uses the gradient.
 
-        What that operation reads must be the same at the update as it was then.
+        Its inputs must be the same at the update as they were then.
         """
         storage = self.program.tensors[update.gradient].storage
         makers = []
@@ -155,7 +154,7 @@ class _Folding:
         return None
 
     def _view_of_parameter(self, update: _Update, maker: Operation) -> str | None:
-        """Return the parameter in the shape in which the maker gives the gradient."""
+        """Return the parameter in the shape in which the operation returns the gradient."""
         parameter, gradient = self.tensors[update.parameter], self.tensors[update.gradient]
         (result,) = maker.results
         made = self.tensors[result or ""]
@@ -194,7 +193,7 @@ class _Folding:
         return name
 
     def _add(self, spec: TensorSpec) -> str:
-        """Return the name of the tensor of this geometry, new if there is none."""
+        """Return the name of the tensor of this geometry; add it if there is none."""
         for name, known in self.tensors.items():
             if known == spec:
                 return name

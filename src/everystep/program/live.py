@@ -1,7 +1,7 @@
-"""Live: a plain program that takes steps of a training in the place of the Python that it was seen in.
+"""Live: a plain program that runs steps of a training in place of the recorded Python.
 
-It is compiled once, for tensors that stay where they are, into functions that read their arguments from
-one list and put their results there: tensors, numbers and constants each have a place in it.
+It is compiled once, for tensors at fixed addresses, into functions that read their arguments from one
+list and write their results to it: each tensor, number and constant has a slot there.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ LARGE_BYTES = 65_536
 
 
 class LiveStep(NamedTuple):
-    """What a step has given.
+    """The results of a step.
 
-    given: the loss, if the program has one, and other numbers that are logged, by name; ends: the
-    tensors that names of the state stand for from now on; numbers: of the step, with those that it read.
+    given: the loss, if the program has one, and other logged numbers, by name; ends: the tensors of
+    state names from now on; numbers: of the step, including those that it read.
     """
 
     given: dict[str, Tensor]
@@ -45,14 +45,14 @@ class LiveProgram:
     """A plain program, compiled for the live tensors of a training.
 
     Args:
-        program: what to run.
-        state: the tensors of the training by name, which stay where they are.
-        inputs: bytes of each input storage that is not of the batch, by the storage's name.
+        program: the program to run.
+        state: the tensors of the training by name; their memory must not move.
+        inputs: bytes of each input storage that does not belong to the batch, by the storage's name.
         batch: the names of the tensors of the batch.
-        device: where memory lies that the program makes.
+        device: the device of memory that the program allocates.
 
     Raises:
-        ProgramError: the program cannot be compiled for these; says why.
+        ProgramError: the program cannot be compiled for these tensors; gives the reason.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class LiveProgram:
         self._temporary = compiler.temporary()
 
     def run(self, batch: Mapping[str, Tensor], numbers: Sequence[Number]) -> LiveStep:
-        """Take a step; to be called within `without_autograd`.
+        """Run a step; call it inside `without_autograd`.
 
         Args:
-            batch: its tensors by name, of the geometry that the program knows; they may be changed.
+            batch: its tensors by name, of the geometry of the program; the step may change them.
             numbers: of the step, in the order of its operations.
 
         Raises:
-            RuntimeError: a kernel refuses what it is given (or IndexError, ValueError, TypeError).
+            RuntimeError: a kernel rejects its arguments (or IndexError, ValueError, TypeError).
         """
         values = self._values
         for place, number in zip(self._numbers, numbers, strict=True):
@@ -102,10 +102,10 @@ class LiveProgram:
 
 
 class _Compiler:
-    """Gives everything a place in the list of values, and makes instructions of operations.
+    """Assigns a slot in the list of values to everything, and converts operations to instructions.
 
-    values: the list, with what is the same at every step in its place; numbers, batch: the places of
-    what belongs to a step.
+    values: the list, filled with what is the same at every step; numbers, batch: the slots of what
+    belongs to a step.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class _Compiler:
         return [p for n, p in self._places.items() if kinds[n] != "state" and n not in fixed]
 
     def read(self, name: str) -> int:
-        """Return the place of a tensor, which is put there first if it is not there yet."""
+        """Return the slot of a tensor; fill it first if necessary."""
         place = self._place_of(name)
         spec = self._program.tensors[name]
         there = self._there.setdefault(spec.storage, [])
@@ -199,10 +199,10 @@ class _Compiler:
             self._last_use[self._storage(name)] = len(self._code) - 1
 
     def _made(self, name: str) -> int:
-        """Return the place of a result on memory of its own, where nothing else is from now on."""
+        """Return the slot of a result on new memory that nothing else uses from now on."""
         storage = self._storage(name)
         if storage in self._memory:
-            raise ProgramError(f"{name} is made on memory that is there before the step")
+            raise ProgramError(f"{name} is created on memory that exists before the step")
         self._there[storage] = [name]
         return self._place_of(name)
 
@@ -218,7 +218,7 @@ class _Compiler:
         return self._new(decode(value, _no_tensor))
 
     def _listed(self, places: list[int]) -> int:
-        """Return the place of a list of what is in other places."""
+        """Return the slot of a list of the values in other slots."""
         place = self._new(None)
         if not places:
             self.values[place] = []
@@ -227,7 +227,7 @@ class _Compiler:
         return place
 
     def _view(self, name: str, spec: TensorSpec, there: list[str]) -> _Instruction:
-        """Return what puts a tensor in its place that lies on the memory of others."""
+        """Return the instruction that fills the slot of a tensor on memory of others."""
         tensors, place = self._program.tensors, self._places[name]
         shape, stride = spec.shape, spec.stride
         base = next((n for n in there if tensors[n].dtype == spec.dtype), None)
@@ -241,7 +241,7 @@ class _Compiler:
 
             return beside
         if self._program.storages[spec.storage].kind == "input":
-            raise ProgramError(f"{name} looks at the bytes of the batch as another dtype")
+            raise ProgramError(f"{name} reinterprets the bytes of the batch as another dtype")
         if base is not None:
             source, offset = self._places[base], spec.offset
 
@@ -318,7 +318,7 @@ def _function(operator: Any, args: Sequence[Any], keywords: dict[str, Any]) -> C
 
 
 def _gathering(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Return what takes the values in some places out of the list."""
+    """Return a function that picks the values in some slots."""
     if not places:
         return lambda values: ()
     if len(places) == 1:

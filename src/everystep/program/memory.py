@@ -1,7 +1,7 @@
-"""Where temporary tensors lie: one piece of memory, used again as soon as a tensor is not needed.
+"""Placement of temporary tensors in one block of memory, reused as soon as a tensor is dead.
 
 The plan is "greedy by size" of Y. Pisarchyk and J. Lee, "Efficient Memory Management for Deep Neural Net
-Inference" (2020): the largest storage first, each at the lowest place that is free while it lives.
+Inference" (2020): the largest storage first, each at the lowest offset that is free during its lifetime.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
 
 
 def repeats(tensor: Tensor) -> bool:
-    """Tell whether a tensor has the same number in several places (stride 0)."""
+    """Tell whether a tensor has the same element at several positions (stride 0)."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return any(stride == 0 and size > 1 for stride, size in pairs)
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor of the same shape, each number once where the target repeats it."""
+    """Copy a tensor of the same shape; write each element once if the target repeats it."""
     if repeats(target):
         for dimension, stride in enumerate(target.stride()):
             if stride == 0 and target.shape[dimension] > 1:

@@ -77,33 +77,33 @@ class TensorSpec(Model):
         return (self.offset + last + 1) * self.torch_dtype.itemsize
 
     def check(self, name: str, storages: Mapping[str, Storage]) -> None:
-        """Check that it can be, and that it lies within its storage.
+        """Check that the tensor is valid and fits its storage.
 
         Raises:
-            ValueError: says what is wrong.
+            ValueError: reports what is wrong.
         """
         if self.dtype not in DTYPES:
-            raise ValueError(f"{name}: {self.dtype!r:.80} is no dtype")
+            raise ValueError(f"{name}: {self.dtype!r:.80} is not a dtype")
         if len(self.shape) != len(self.stride) or len(self.shape) > DIMENSIONS:
-            raise ValueError(f"{name}: {len(self.shape)} sizes and {len(self.stride)} strides")
+            raise ValueError(f"{name} has {len(self.shape)} sizes but {len(self.stride)} strides")
         if math.prod(max(size, 1) for size in self.shape) > LIMIT:
-            raise ValueError(f"{name} has more numbers than any machine")
+            raise ValueError(f"{name} has too many elements for any machine")
         storage = storages.get(self.storage)
         if storage is None:
-            raise ValueError(f"{name}: there is no storage {self.storage!r}")
+            raise ValueError(f"{name}: unknown storage {self.storage!r}")
         if self.end > storage.bytes:
             raise ValueError(
-                f"{name} needs {self.end} bytes of {self.storage}, which has {storage.bytes}"
+                f"{name} needs {self.end} bytes of {self.storage}, which has only {storage.bytes}"
             )
 
 
 class Operation(Model):
     """An operator applied to tensors.
 
-    operator: `aten.name.overload`; arguments and keywords: as `encode` writes them; results: names
-    of the tensors it gives, in order, null where it gives none; module: the path of the module that it
-    belongs to, also in the backward phase; derived: runs only when the step is looked at, because
-    another operation does its work in the update.
+    operator: `aten.name.overload`; arguments and keywords: as `encode` writes them; results: names of
+    the result tensors, in order, null for a result that is no tensor; module: the path of its module,
+    also in the backward phase; derived: runs only when someone observes the step, because another
+    operation does its work in the update.
     """
 
     phase: Phase
@@ -140,31 +140,31 @@ class Operation(Model):
         return [n for name in writes(self.resolved) for n in references(given.get(name))]
 
     def check(self, tensors: Mapping[str, TensorSpec], *, is_plain: bool = False) -> None:
-        """Check that the operator is allowed, and takes arguments of such kinds.
+        """Check that the operator is allowed, and that its arguments have the right kinds.
 
         is_plain: whether it belongs to a plain program, which may read numbers as well.
 
         Raises:
-            ValueError: says what is wrong.
+            ValueError: reports what is wrong.
         """
         operator = self.resolved
         if self.operator in PLAIN_ONLY and not is_plain:
-            raise ValueError(f"{operator} is for plain programs alone")
+            raise ValueError(f"{operator} is allowed only in plain programs")
         if not computes(operator):
-            raise ValueError(f"{operator} computes nothing: tensors are written with their shapes")
+            raise ValueError(f"{operator} computes nothing: tensors already have their shapes")
         self._check_arguments()
         missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
         if missing is not None:
-            raise ValueError(f"{operator}: there is no tensor {missing!r}")
+            raise ValueError(f"{operator}: unknown tensor {missing!r}")
         kinds = [str(result.type) for result in operator._schema.returns]
         kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
-            raise ValueError(f"{operator} gives {len(kinds)} results, not {len(self.results)}")
+            raise ValueError(f"{operator} returns {len(kinds)} results, not {len(self.results)}")
         by_mask = self.name == "index" and any(
             tensors[name].dtype in ("bool", "uint8") for name in references(self.given()["indices"])
         )
         if by_mask and not is_plain:
-            raise ValueError(f"{operator} selects by a mask: the result's shape depends on numbers")
+            raise ValueError(f"{operator} selects by a mask: the shape of the result depends on values")
 
     def _check_arguments(self) -> None:
         operator = self.resolved
@@ -175,22 +175,22 @@ class Operation(Model):
         given = self.given()
         unknown = self.keywords.keys() - {p.name for p in known}
         if unknown or len(given) < len(self.arguments) + len(self.keywords):
-            raise ValueError(f"{operator} does not take {sorted(self.keywords)} so")
+            raise ValueError(f"{operator} does not accept the keywords {sorted(self.keywords)} here")
         # Kernels of the backward pass take no tensor where nothing was kept in the forward pass.
         may_be_none = "backward" in self.name
         for parameter in known:
             if parameter.name not in given:
                 if parameter.is_required:
-                    raise ValueError(f"{operator} lacks {parameter.name}")
+                    raise ValueError(f"{operator} is missing its argument {parameter.name}")
                 continue
             value = given[parameter.name]
             is_none = value is None and may_be_none and parameter.kind == "Tensor"
             if not is_none and not fits(parameter.kind, value, parameter.size):
-                raise ValueError(f"{operator}: {parameter.name} is no {parameter.kind}")
+                raise ValueError(f"{operator}: {parameter.name} must be of type {parameter.kind}")
 
 
 def usual_geometry(name: str, shape: tuple[int, ...] | list[int]) -> dict[str, Any]:
-    """Return the storage and the strides of a tensor that lies alone, row after row."""
+    """Return the storage and the strides of a contiguous tensor with a storage of its own."""
     stride, product = [], 1
     for size in reversed(shape):
         stride.append(product)

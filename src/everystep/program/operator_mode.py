@@ -1,4 +1,4 @@
-"""A mode of torch's dispatcher, in which each operator is seen; those of everystep are made from it."""
+"""A torch dispatch mode that sees each operator; the base class of everystep's modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["OperatorMode"]
 
 
 class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Is entered without torch's compiler, which takes most of a second to import."""
+    """Enters without torch's compiler, which takes most of a second to import."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Which of torch's operators a step and its program may use, and what their schemas say."""
+"""Which torch operators a step and its program may use, and what their schemas say."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _UNDECLARED_WRITES = {
 
 
 class NotAllowedError(ValueError):
-    """An operator that is no operation on tensors, or one that a program cannot use."""
+    """An operator that is not an operation on tensors, or that a program may not use."""
 
 
 class Parameter(NamedTuple):
@@ -111,11 +111,11 @@ def resolve(name: str, *, is_plain: bool = False) -> Any:
     """
     missing = next(_missing(), None)
     if missing is not None:
-        raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which programs need")
+        raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which everystep needs")
     match = _NAME.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
     if match is None or not isinstance(packet, _Packet):
-        raise NotAllowedError(f"{name:.80} is no operator of this torch ({torch.__version__})")
+        raise NotAllowedError(f"{name:.80} is not an operator of this torch ({torch.__version__})")
     if match[2] not in packet.overloads():
         raise NotAllowedError(f"{name:.80}: {match[1]} has no overload {match[2]:.80}")
     operator = getattr(packet, match[2])
@@ -136,35 +136,35 @@ def _reason_against(name: str, operator: Any) -> str | None:
     if torch.Tag.data_dependent_output in tags or any(
         not _RESULT_TYPES.fullmatch(str(result.type)) for result in schema.returns
     ):
-        return "gives a number to Python, which may decide by it what to do"
+        return "returns a number to Python, which may branch on it"
     if name != "index" and _has_dynamic_shape(operator.overloadpacket):
-        return "gives a result whose shape depends on numbers"
+        return "returns a result of a shape that depends on values"
     if torch.Tag.inplace_view in tags:
-        return "changes the shape or the memory of a tensor that is there already"
+        return "changes the shape or the memory of an existing tensor"
     for argument in schema.arguments:
         kind = str(argument.real_type)
         is_text = "str" in kind and argument.name not in _TEXT_ARGUMENTS
         if is_text or not _ARGUMENT_TYPES.fullmatch(kind):
-            return f"takes {argument.name}, a {kind}, and so is not an operation on tensors alone"
+            return f"takes {argument.name}, a {kind}, so it is not an operation on tensors only"
     if name not in ALLOWED or torch.Tag.view_copy in tags or _is_taken_apart(schema):
-        return "is not on the list of operators that a program may use"
+        return "is not on the list of allowed operators"
     unsaid = set(_UNDECLARED_WRITES.get(name, ())) - {argument.name for argument in schema.arguments}
     if unsaid:
-        return f"takes other arguments in torch {torch.__version__} than this everystep knows"
+        return f"has another signature in torch {torch.__version__} than this everystep supports"
     return what_is_unknown(operator)
 
 
 @cache
 def _has_dynamic_shape(packet: Any) -> bool:
-    """Tell whether the shape of a result depends on numbers; overloads with `out=` do not all say so."""
+    """Tell whether the shape of a result depends on values; not all overloads with `out=` declare it."""
     overloads = (getattr(packet, name) for name in packet.overloads())
     return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
 
 
 def _is_taken_apart(schema: Any) -> bool:
-    """Tell whether torch makes other operators of this one before it runs, so that no step has it.
+    """Tell whether torch decomposes this operator before it runs, so that no step contains it.
 
-    Not of one for which it knows a derivative: that has a kernel of its own on some device.
+    Operators with a known derivative are not decomposed: some device has a kernel for them.
     """
     name = f"{schema.name}.{schema.overload_name}".rstrip(".")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

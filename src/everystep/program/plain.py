@@ -1,7 +1,7 @@
 """Plain: an interpreter of plain programs, which calls operators one after the other as a loop did.
 
-A plain program is what one step of a loop was seen to do. Its numbers (`Scalar` and `float` arguments)
-belong to the step: torch's Adam has other bias corrections at every step, and one program.
+A plain program describes one observed step of a loop. Its numbers (`Scalar` and `float` arguments)
+belong to the step: torch's Adam has other bias corrections at every step, but one program.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ Number = int | float
 
 
 class PlainStep(NamedTuple):
-    """What running a program has given.
+    """The result of running a program.
 
-    loss: None where the program has none; differs: the first thing that was not as the program says,
-    in words, or None.
+    loss: None if the program has none; differs: the first deviation from the program, in words, or None.
     """
 
     loss: Tensor | None
@@ -55,7 +54,7 @@ class PlainStep(NamedTuple):
 
 @cache
 def _slots(operator: Any) -> frozenset[str]:
-    """Return the arguments of an operator that hold numbers which may be others at each step."""
+    """Return the arguments of an operator that hold numbers which may differ at each step."""
     if operator.overloadpacket.__name__ in _SHAPED_BY_NUMBERS:
         return frozenset()
     # A number may stand in the place of a tensor, too.
@@ -97,7 +96,7 @@ class PlainProgram:
     def _iterated(self, numbers: Sequence[Number]) -> Iterator[Number]:
         wanted = sum(call.numbers for call in self._calls)
         if len(numbers) != wanted:
-            raise ProgramError(f"the step has {len(numbers)} numbers, and its program needs {wanted}")
+            raise ProgramError(f"the step has {len(numbers)} numbers, but its program needs {wanted}")
         return iter(numbers)
 
     def operations_with(self, numbers: Sequence[Number]) -> list[Operation]:
@@ -113,13 +112,13 @@ class PlainProgram:
         generators: Mapping[int, Tensor],
         look: Callable[[int, Environment], None] | None = None,
     ) -> PlainStep:
-        """Take the step; to be called within `without_autograd`.
+        """Run the step; call this inside `without_autograd`.
 
         Args:
-            state: tensors by name, which are changed in place, exchanged, added and taken away.
-            inputs: bytes of each input storage, by its name; they may be changed.
-            numbers: of the step, in the order of its operations, and what Python read.
-            generators: states to give torch's generator before a draw, by the draw's number from 0.
+            state: tensors by name; the step changes them in place, replaces, adds and removes them.
+            inputs: bytes of each input storage, by its name; the step may change them.
+            numbers: of the step, in the order of its operations, including those that Python read.
+            generators: states to set in torch's generator before a draw, by the draw's number from 0.
             look: called before each operation with its number, and with their count at the end.
 
         Raises:
@@ -191,7 +190,7 @@ class _Call:
         return self.operation.model_copy(update={"arguments": arguments, "keywords": keywords})
 
     def run(self, environment: Environment, numbers: Iterator[Number]) -> str | None:
-        """Call the operator; return in words what is not as the program says, or None."""
+        """Call the operator; return the deviation from the program in words, or None."""
 
         def put(value: Any, is_slot: bool) -> Any:
             if isinstance(value, list | tuple):
@@ -205,7 +204,7 @@ class _Call:
         if self._reads_number:
             known = next(numbers)
             same = known == result or (known != known and result != result)
-            return None if same else f"gives Python {result}, which was {known}"
+            return None if same else f"returns {result} to Python, but the recording has {known}"
         flat = _flat(result) if self.operation.results else []
         for name, tensor in zip(self.operation.results, flat, strict=False):
             if name is not None:
@@ -218,7 +217,7 @@ def _count(value: Any) -> int:
 
 
 def _next(numbers: Iterator[Number], value: Any) -> Number:
-    """Return the number of a step that takes the place of one in its program."""
+    """Return the step's number for a slot in its program."""
     return (int if isinstance(value, int) else float)(next(numbers))
 
 
@@ -251,7 +250,7 @@ class Environment:
                 continue
             given = inputs.get(name)
             if given is None or given.nbytes < storage.bytes:
-                raise ProgramError(f"there is no input {name} of {storage.bytes} bytes")
+                raise ProgramError(f"the input {name} of {storage.bytes} bytes is missing")
             self._memory[name] = given.to(
                 torch.device("cpu") if storage.host else device
             ).untyped_storage()
@@ -266,19 +265,19 @@ class Environment:
         return self._tensors[name]
 
     def is_there(self, name: str) -> bool:
-        """Tell whether a tensor's memory has been made yet."""
+        """Tell whether a tensor's memory exists yet."""
         return self._program.tensors[name].storage in self._memory
 
     def put(self, name: str, tensor: Any) -> None:
-        """An operation has given a tensor.
+        """Store a tensor that an operation returned.
 
         Raises:
-            ValueError: it lies otherwise than the program says.
+            ValueError: its geometry differs from the program's.
         """
         spec = self._program.tensors[name]
         if not isinstance(tensor, Tensor) or not lies_as(tensor, spec):
             what = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else "nothing"
-            raise ValueError(f"gives {what} as {name}, which is {spec.shape} {spec.dtype}")
+            raise ValueError(f"returns {what} as {name}, which should be {spec.shape} {spec.dtype}")
         storage = tensor.untyped_storage()
         known = self._memory.get(spec.storage)
         if known is not None and known.data_ptr() == storage.data_ptr():
@@ -295,7 +294,7 @@ class Environment:
 
 
 def lay_state(plain: PlainProgram, state: dict[str, Tensor], device: torch.device) -> None:
-    """Let the tensors of a state lie in memory as a program knows them, with the same numbers.
+    """Lay out the tensors of a state in memory as the program expects, with the same values.
 
     Raises:
         ProgramError: one is missing, or of another shape or dtype.
@@ -306,7 +305,7 @@ def lay_state(plain: PlainProgram, state: dict[str, Tensor], device: torch.devic
         if given is None or tuple(given.shape) != spec.shape or given.dtype != spec.torch_dtype:
             what = "missing" if given is None else f"{tuple(given.shape)} {given.dtype}"
             raise ProgramError(
-                f"{name} of the state is {what}, and the step needs {spec.shape} {spec.dtype}"
+                f"{name} of the state is {what}, but the step needs {spec.shape} {spec.dtype}"
             )
         on.setdefault(spec.storage, []).append(name)
     for storage, names in on.items():
@@ -340,7 +339,7 @@ def lay_inputs(plain: PlainProgram, given: Mapping[str, Tensor]) -> dict[str, Te
             found[spec.storage] = torch.zeros(size, dtype=torch.uint8)
         target = tensor_on(found[spec.storage].untyped_storage(), spec)
         if target.shape != leaf.shape or target.dtype != leaf.dtype:
-            raise ProgramError(f"the batch has another {name} than its program")
+            raise ProgramError(f"{name} of the batch does not match the program")
         copy_into(target, leaf)
     return found
 
@@ -361,9 +360,9 @@ def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec) -> Tensor:
     """Return a tensor on memory.
 
     Raises:
-        ProgramError: it would lie beyond its end.
+        ProgramError: it would exceed the memory.
     """
     if spec.end > storage.nbytes():
-        raise ProgramError(f"a tensor needs {spec.end} bytes of {storage.nbytes()}")
+        raise ProgramError(f"a tensor needs {spec.end} bytes, but the storage has {storage.nbytes()}")
     empty = torch.empty(0, dtype=spec.torch_dtype, device=storage.device)
     return empty.set_(storage, spec.offset, spec.shape, spec.stride)

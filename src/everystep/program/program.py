@@ -1,9 +1,8 @@
-"""The program of a step: its operations as data, read from JSON and written to it.
+"""The program of a step: its operations as data, read from and written to JSON.
 
-A program says which tensors there are (`tensors`, each on a `storage`, so that a view costs nothing),
-and which operators are applied to them in which order. Nothing in it is code: operators are looked up
-in an allow-list of torch's own. It may come from a stranger, so that everything is checked when it is
-read.
+A program lists its tensors (`tensors`, each on a `storage`, so that a view is free), and the operators
+applied to them in order. It contains no code: operators are looked up in an allow-list of torch's. It
+may come from an untrusted source, so reading it checks everything.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ FORMAT_VERSION = 1
 
 
 class OptimizerStep(Model):
-    """The step of an optimizer of `torch.optim`, which reads numbers and so is no list of operations.
+    """The step of a `torch.optim` optimizer that reads numbers, and so is not a list of operations.
 
     groups: the settings of each param group, with the names of its parameters under `params`.
     """
@@ -64,37 +63,36 @@ class OptimizerStep(Model):
         return tuple(map(python_floats, groups))
 
     def check(self, tensors: Mapping[str, TensorSpec]) -> None:
-        """Check that torch has such an optimizer, and the program its parameters.
+        """Check that torch has the optimizer, and the program its parameters.
 
         Raises:
-            ValueError: says what is wrong.
+            ValueError: reports what is wrong.
         """
         optimizer = getattr(torch.optim, self.name, None)
         is_optimizer = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
         if not is_optimizer or optimizer in (torch.optim.Optimizer, torch.optim.LBFGS):
-            raise ValueError(f"torch.optim has no optimizer {self.name!r:.80} that steps by itself")
+            raise ValueError(f"torch.optim has no optimizer {self.name!r:.80} with a step of its own")
         for group in self.groups:
             names = group.get("params")
             if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-                raise ValueError(f"{self.name}: a group without the names of its params")
+                raise ValueError(f"{self.name}: a param group has no names for its parameters")
             missing = next((name for name in names if f"parameter/{name}" not in tensors), None)
             if missing is not None:
-                raise ValueError(f"{self.name}: there is no tensor {f'parameter/{missing}'!r}")
+                raise ValueError(f"{self.name}: unknown tensor {f'parameter/{missing}'!r}")
 
 
 class Program(Model):
-    """The operations of a step, in order, and the tensors that they are applied to.
+    """The operations of a step, in order, and their tensors.
 
-    once: operations whose results are the same at every step; they run when the program is bound.
+    once: operations with the same results at every step; they run when the program is bound.
     loss: the name of the loss; gradients: of each parameter's gradient; activations: of each module's
-    output, by the module's path; optimizer_step: takes the place of operations of the update.
+    output, by the module's path; optimizer_step: replaces operations of the update.
 
-    is_plain: whether it repeats one step of a loop, by the plain interpreter (`plain.py`), which calls
-    operators as the loop did. Such a program may have no loss, and other numbers that were `logged`. It
-    may read numbers, and shapes of its
-    results may depend on numbers: what Python did with them is in what came next. ends: the tensor
-    that a name of the state stands for after the step, where it is another than before; gone: names of
-    the state that the step took away.
+    is_plain: whether it repeats one step of a loop with the plain interpreter (`plain.py`), which calls
+    operators as the loop did. Such a program may have no loss, and other `logged` numbers. It may read
+    numbers, and the shapes of its results may depend on values: what Python did with them shows in the
+    operations that follow. ends: the tensor of a state name after the step, if it differs from before;
+    gone: names of the state that the step removed.
     """
 
     format: Literal["everystep program"] = "everystep program"
@@ -115,15 +113,15 @@ class Program(Model):
 
     @property
     def derived_gradients(self) -> set[str]:
-        """The parameters whose gradient is computed only when the step is looked at."""
+        """The parameters with a gradient that is computed only when someone observes the step."""
         derived = {n for o in self.operations if o.derived for n in o.results if n}
         storages = {self.tensors[name].storage for name in derived}
         return {p for p, name in self.gradients.items() if self.tensors[name].storage in storages}
 
     def given_after(self) -> dict[str, int]:
-        """Return after which operation each module's output is there (-1: before all), by its path.
+        """Return the operation after which each module's output exists (-1: before all), by its path.
 
-        Until then and no longer: another module may change it in place.
+        The output is valid only until then: another module may change it in place.
         """
         first: dict[str, int] = {}
         last: dict[str, int] = {}
@@ -146,7 +144,7 @@ class Program(Model):
         return next(in_update, len(self.operations)) - 1
 
     def storage_of(self, tensor: str) -> Storage:
-        """Return the storage that a tensor lies on."""
+        """Return the storage of a tensor."""
         return self.storages[self.tensors[tensor].storage]
 
     @property
@@ -173,19 +171,19 @@ class Program(Model):
         """Read a program.
 
         Raises:
-            ProgramError: it is no program, one of a newer everystep, one that uses an operator which
-                is not allowed, or one whose operators do not fit its tensors; names what is wrong.
+            ProgramError: it is not a program, needs a newer everystep, uses an operator that is not
+                allowed, or its operators do not fit its tensors; names the problem.
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
             completed = json.dumps(_completed(data))
         except (ValueError, RecursionError) as error:
-            raise ProgramError(f"this is no program: not JSON ({error!s:.200})") from None
+            raise ProgramError(f"not a program: invalid JSON ({error!s:.200})") from None
         version = data.get("version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ProgramError(
-                f"the program has format {version}, and this everystep reads {FORMAT_VERSION}; "
-                "update everystep"
+                f"the program has format {version}, but this everystep reads format {FORMAT_VERSION}; "
+                "upgrade everystep"
             )
         try:
             program = cls.model_validate_json(completed)
@@ -202,7 +200,7 @@ class Program(Model):
             problem = f"{error!s:.400}"
         else:
             return program
-        raise ProgramError(f"this is no program that can be run: {problem}")
+        raise ProgramError(f"not a valid program: {problem}")
 
     def placed_operations(self) -> Iterator[tuple[str, Operation]]:
         """Yield all operations in the order in which they run, with their place: `operations.3`."""
@@ -213,7 +211,7 @@ class Program(Model):
     @model_validator(mode="after")
     def _check(self) -> Program:
         if sum(storage.bytes for storage in self.storages.values()) > LIMIT:
-            raise ValueError("the storages have more bytes than any machine")
+            raise ValueError("the storages are too large for any machine")
         for name, tensor in self.tensors.items():
             tensor.check(name, self.storages)
         for place, operation in self.placed_operations():
@@ -226,14 +224,14 @@ class Program(Model):
         logged = self.logged.values()
         for name in (*loss, *logged, *self.gradients.values(), *shown, *self.ends.values()):
             if name not in self.tensors:
-                raise ValueError(f"there is no tensor {name!r}")
+                raise ValueError(f"unknown tensor {name!r}")
         for name in (*loss, *logged):
             if math.prod(self.tensors[name].shape) != 1:
-                raise ValueError(f"{name!r} is logged, and is not one number")
+                raise ValueError(f"{name!r} is logged, but is not a single number")
         if not self.is_plain and (self.loss is None or self.logged or self.ends or self.gone):
-            raise ValueError("only a plain program has no loss, or exchanges tensors of the state")
+            raise ValueError("only a plain program may omit the loss or exchange tensors of the state")
         if self.is_plain and (self.once or self.optimizer_step is not None):
-            raise ValueError("a plain program has nothing but operations")
+            raise ValueError("a plain program may have only operations")
         if self.optimizer_step is not None:
             self.optimizer_step.check(self.tensors)
         return self
@@ -245,7 +243,7 @@ def hyperparameter(name: str, group: int, dtype: str) -> str:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _completed(data: Any) -> Any:

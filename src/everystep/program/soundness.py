@@ -1,13 +1,13 @@
-"""Soundness: whether torch's kernels may be let loose on the tensors that a program gives them.
+"""Soundness: whether torch's kernels may run on the tensors that a program passes to them.
 
-The operations run on torch's meta device first, which has shapes but neither memory nor numbers. What
-an operator says there of its arguments, and the shapes of its results, must agree with the program.
-Most kernels check the rest themselves. Some trust, and would read and write anywhere:
+First, the operations run on torch's meta device, which has shapes but neither memory nor values. Shapes
+and dtypes of the results must agree with the program. Most kernels check the rest themselves. Some trust
+their arguments, and would read and write anywhere:
 
-- Kernels of the backward pass trust that they get what the forward pass got and kept: shapes that
-  fit, and numbers that are places in a tensor. So an operation of that kind must come before them,
-  and nobody may have changed what it kept.
-- Some others trust that shapes fit each other; what they need is written down here.
+- Kernels of the backward pass trust that their arguments come from the forward pass: matching shapes,
+  and values that are positions in a tensor. So a matching forward operation must come before them, and
+  nothing may have changed what it saved.
+- Some others trust that shapes match; their requirements are listed here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_soundness(
     """Check operations, each with its place in the program, in the order in which they run.
 
     Raises:
-        ValueError: an operator does not take what it is given, or does not give what is named.
+        ValueError: an operator rejects its arguments, or does not return what the program declares.
     """
     check = _Check([operation for _, operation in operations], tensors, storages)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), warnings.catch_warnings():
@@ -102,7 +102,7 @@ class _Check:
             self._check_factorization(index)
         fits = _SHAPES.get(operation.name)
         if fits is not None and not fits(self._as_known(index)):
-            raise ValueError("its tensors do not fit each other")
+            raise ValueError("its tensors do not fit together")
         try:
             found = _results_on_meta(operation, self._meta)
         except NotImplementedError:  # a kernel that has none for shapes alone
@@ -110,7 +110,7 @@ class _Check:
         self._check_results(operation, found)
 
     def _as_known(self, index: int) -> Given:
-        """Return the specs and numbers that an operation is given, by the names that are known here."""
+        """Return the specs and numbers that an operation receives, by the names that are known here."""
         names = known_names(self._operations[index].resolved) or {}
         given = self._given[index].items()
         return {names.get(name, name): self._spec(value) for name, value in given}
@@ -122,23 +122,23 @@ class _Check:
 
     def _check_results(self, operation: Operation, found: list[Any]) -> None:
         if len(found) != len(operation.results):
-            raise ValueError(f"gives {len(found)} results, not {len(operation.results)}")
+            raise ValueError(f"returns {len(found)} results, not {len(operation.results)}")
         is_vague = _VAGUE.fullmatch(operation.name)
         for name, tensor in zip(operation.results, found, strict=True):
             if tensor is None:
                 if name is not None:
-                    raise ValueError(f"gives nothing as {name}")
+                    raise ValueError(f"returns nothing as {name}")
                 continue
             if tensor.numel() * tensor.itemsize > self._bytes:
-                raise ValueError("gives more than all storages of the program together")
+                raise ValueError("returns more bytes than all storages of the program have")
             if name is None or is_vague:
                 continue
             wanted = self._specs[name]
             if (tensor.dtype, tuple(tensor.shape)) != (wanted.torch_dtype, wanted.shape):
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"gives {dtype} {list(tensor.shape)} as {name}, which is "
-                    f"{wanted.dtype} {list(wanted.shape)}"
+                    f"returns {dtype} {list(tensor.shape)} as {name}, which should be {wanted.dtype} "
+                    f"{list(wanted.shape)}"
                 )
 
     def _check_forward(self, index: int) -> None:
@@ -146,7 +146,7 @@ class _Check:
         base, _ = FORWARD[self._operations[index].name]
         places = (*self._by_name.get(base, ()), *self._by_name.get(f"{base}_forward", ()))
         if not any(place < index and self._is_forward(place, index) for place in places):
-            raise ValueError(f"belongs to no {base} before it")
+            raise ValueError(f"has no matching {base} before it")
 
     def _is_forward(self, place: int, index: int) -> bool:
         """Tell whether the operation at `index` is of the backward pass of that at `place`."""
@@ -198,7 +198,7 @@ class _Check:
                 and not self._is_changed([pivots], place, index)
             ):
                 return
-        raise ValueError("belongs to no factorization before it")
+        raise ValueError("has no matching factorization before it")
 
     def _is_gradient(self, gradient: str | None, result: str | None) -> bool:
         if gradient is None or result is None:
@@ -209,13 +209,13 @@ class _Check:
         return [n for n in references(value) if not DTYPES[self._specs[n].dtype].is_floating_point]
 
     def _is_changed(self, names: list[str], place: int, index: int) -> bool:
-        """Tell whether an operation between two places writes where these tensors lie."""
+        """Tell whether an operation between two places writes to the memory of these tensors."""
         writers = (w for name in names for w in self._writers.get(self._specs[name].storage, ()))
         return any(place < writer < index for writer in writers)
 
 
 def _listed(value: Any, size: int | None) -> Any:
-    """Return a list in place of the number that stands for it."""
+    """Return a list instead of the number that abbreviates it."""
     return [value] * size if size and isinstance(value, int) else value
 
 
@@ -226,7 +226,7 @@ def _results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> lis
     known = parameters(operator)
     devices = [place for place, p in enumerate(known) if p.kind == "Optional[Device]"]
     if not devices and not any(True for _ in operation.reads()):
-        raise ValueError("has no tensor")
+        raise ValueError("has no tensor argument")
     for place in devices:
         if place < len(arguments):
             arguments[place] = META
@@ -246,7 +246,7 @@ def _is_dense(spec: TensorSpec) -> bool:
 
 
 def _are_dense(given: Given, *but: str) -> bool:
-    """Tell whether all tensors lie in their memory without gaps, each number once."""
+    """Tell whether all tensors fill their memory without gaps or overlaps."""
     specs = (value for name, value in given.items() if name not in but)
     return all(_is_dense(spec) for spec in specs if isinstance(spec, TensorSpec))
 

@@ -1,8 +1,8 @@
-"""Kernels of torch that trust what they are given, and the arguments that each is known to take.
+"""Torch kernels that trust their arguments, and the signatures that everystep knows.
 
-`soundness` checks in their place. It knows their arguments by position and kind, and by the names given
-here, which torch may change: `aten._cdist_backward` calls its first `grad` up to torch 2.14, and
-`grad_output` since. A kernel whose arguments are of other kinds is refused: nothing is known of it.
+`soundness` checks on their behalf. It knows their arguments by position and kind, and by the names
+listed here, which torch may change: `aten._cdist_backward` calls its first argument `grad` up to torch
+2.14, and `grad_output` since. A kernel with arguments of other kinds is refused.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ _ARGUMENTS: dict[str, list[str]] = {
 
 
 def what_is_unknown(operator: Any) -> str | None:
-    """Return what this everystep does not know of a kernel that trusts, None where it knows enough."""
+    """Return what everystep does not know about a trusting kernel, None if it knows enough."""
     name = operator.overloadpacket.__name__
     if name in _ARGUMENTS and known_names(operator) is None:
-        return f"takes other arguments in torch {torch.__version__} than this everystep knows"
+        return f"has another signature in torch {torch.__version__} than this everystep supports"
     if name in FORWARD:
         base, renamed = FORWARD[name][0], RENAMED.get(name, {})
         known = {each for packet in (base, f"{base}_forward") for each in _names_of(packet)}
@@ -124,18 +124,18 @@ def what_is_unknown(operator: Any) -> str | None:
             own = renamed.get(argument.name, argument.name)
             if not is_tensor and own not in known | OF_BACKWARD_ALONE:
                 return (
-                    f"takes {argument.name} in torch {torch.__version__}, of which this everystep "
-                    f"knows nothing: {base} has no such argument"
+                    f"takes {argument.name} in torch {torch.__version__}, which this everystep does "
+                    f"not support: {base} has no such argument"
                 )
     return None
 
 
 @cache
 def known_names(operator: Any) -> dict[str, str] | None:
-    """Return what everystep calls each argument of a kernel, by torch's name for it.
+    """Return everystep's names for the arguments of a kernel, by torch's names.
 
-    None where the arguments are not those that are known; the names are torch's own where it is not a
-    kernel that trusts shapes.
+    None if the arguments are unknown; for a kernel that does not trust shapes, the names are torch's
+    own.
     """
     given = _given(operator)
     signatures = _ARGUMENTS.get(operator.overloadpacket.__name__)
@@ -150,7 +150,7 @@ def known_names(operator: Any) -> dict[str, str] | None:
 
 
 def _given(operator: Any) -> list[Any]:
-    """Return the arguments of an operator in the order of its schema, but for those of `out=`."""
+    """Return the arguments of an operator in the order of its schema, without those of `out=`."""
     return [argument for argument in operator._schema.arguments if not argument.is_out]
 
 

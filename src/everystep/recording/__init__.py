@@ -1,1 +1,1 @@
-"""What is kept: the only code that knows a run's SQLite and safetensors."""
+"""What is stored: the only code that reads and writes a run's SQLite and safetensors files."""

@@ -1,4 +1,4 @@
-"""Additions: measurements of a finished run, written as if they had been made while it was trained."""
+"""Additions: measurements of a finished run, written as if they had been made during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Additions", "adding"]
 
 
 class Additions:
-    """Writes measurements into a run that nobody else is writing."""
+    """Writes measurements into a run that no other process is writing."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -31,7 +31,7 @@ class Additions:
             self._database.write_measurements(rows)
 
     def begin_measurement(self, name: str, meaning: MeasuredFacts, *, anew: bool) -> None:
-        """Note what a measurement means; `anew`: take out what there was of that name.
+        """Note what a measurement means; `anew`: delete existing values of that name.
 
         Raises:
             RecordingError: it cannot be written.
@@ -48,7 +48,7 @@ def adding(directory: Path) -> Iterator[Additions]:
     """Open a run to add to it.
 
     Raises:
-        RunError: it is still being trained, or somebody else adds to it.
+        RunError: it is still being trained, or another process is adding to it.
         RecordingError: it cannot be written to.
     """
     lock = FileLock(directory / LOCK_NAME)
@@ -56,8 +56,8 @@ def adding(directory: Path) -> Iterator[Additions]:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(
-            f"{directory} is being written (still trained, or measured by another process); wait until "
-            "that is done"
+            f"{directory} is being written (by its training, or by a measurement in another process); "
+            "wait until that ends"
         ) from None
     except OSError as error:
         raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Changes: tensors that code between two steps has changed, one file for each such step."""
+"""Changes: tensors that code between two steps changed, one file per such step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NAME = re.compile(r"(\d{1,18})\.safetensors")
 def write_change(
     directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
 ) -> None:
-    """Write tensors (on the CPU) as they were after `step` and what followed it.
+    """Write tensors (on the CPU) as they are after `step` and the code that followed it.
 
-    gone: the names of those that were taken away.
+    gone: the names of removed tensors.
     """
     from safetensors.torch import save
 
@@ -51,7 +51,7 @@ def read_change(directory: Path, name: str) -> dict[str, Tensor]:
     """Read what changed.
 
     Raises:
-        RunError: it is not there, or cannot be read.
+        RunError: the file is missing or unreadable.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -64,7 +64,7 @@ def read_change(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 def gone_in(directory: Path, name: str) -> list[str]:
-    """Return the names of the tensors that were taken away.
+    """Return the names of removed tensors.
 
     Raises:
         RunError: as `read_change`.

@@ -1,7 +1,7 @@
-"""Connections to a run's database: its schema, and how one is begun or opened to be read.
+"""Connections to a run's database: its schema, and how to create or open one.
 
-A database may come from a stranger. It is read only if its tables are the very ones that are written
-here: a view in the place of a table could compute for ever.
+A database may come from an untrusted source. everystep reads it only if its tables are exactly those
+that it creates: a view in place of a table could compute forever.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def begin_database(path: Path) -> None:
 
 
 def connect_reading(path: Path) -> sqlite3.Connection:
-    """Return a connection to a run's database that can only read.
+    """Return a read-only connection to a run's database.
 
     Raises:
-        RunError: there is none, or it is not one of ours, or of a newer everystep.
+        RunError: it is missing, is not an everystep database, or needs a newer everystep.
     """
     _check_files(path)
     connection = _connect(path)
@@ -115,7 +115,7 @@ def connect_reading(path: Path) -> sqlite3.Connection:
 
 def _check_files(path: Path) -> None:
     if not path.is_file():
-        raise RunError(f"{path.parent} is no run: it has no {path.name}")
+        raise RunError(f"{path.parent} is not a run: {path.name} is missing")
     for suffix in ("-wal", "-shm", "-journal"):  # SQLite would wait for the other end of a pipe
         beside = Path(f"{path}{suffix}")
         try:
@@ -123,7 +123,7 @@ def _check_files(path: Path) -> None:
         except FileNotFoundError:
             continue
         if not is_file:
-            raise RunError(f"{beside} is no file: it was not written by everystep")
+            raise RunError(f"{beside} is not a regular file: everystep did not write it")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -140,7 +140,9 @@ def _connect(path: Path) -> sqlite3.Connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                raise RunError(f"{path} is locked by another program; close it there") from None
+                raise RunError(
+                    f"{path} is locked by another program; close that program first"
+                ) from None
             last_error = error
         else:
             return connection
@@ -151,19 +153,19 @@ def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
-        raise RunError(f"{path} is a SQLite database, but not that of an everystep run")
+        raise RunError(f"{path} is a SQLite database, but not of an everystep run")
     if version > SCHEMA_VERSION:
         raise RunError(
-            f"{path} was written by a newer everystep (format {version}; this one reads up to "
-            f"{SCHEMA_VERSION}); pip install --upgrade everystep"
+            f"{path} has format {version}, written by a newer everystep; this one reads up to format "
+            f"{SCHEMA_VERSION}: pip install --upgrade everystep"
         )
     if version < SCHEMA_VERSION:
         raise RunError(
-            f"{path} was written by an earlier everystep, in format {version}; this one reads format "
+            f"{path} has format {version}, written by an earlier everystep; this one reads format "
             f"{SCHEMA_VERSION}, and everystep 0.1 reads format 1"
         )
     if _tables(connection) != _own_tables():
-        raise RunError(f"{path} has other tables than everystep makes: the database was changed")
+        raise RunError(f"{path} has tables that everystep does not create: the database was changed")
 
 
 def _tables(connection: sqlite3.Connection) -> set[tuple[str, str, str | None]]:

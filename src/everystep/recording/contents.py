@@ -1,8 +1,8 @@
-"""Contents: what the steps of a loop were given, kept once by a digest of its bytes.
+"""Contents: the inputs of a loop's steps, stored once by a digest of their bytes.
 
-A tensor with rows is kept row by row, so that an epoch that shuffles its rows costs 16 bytes for each.
-Files hold the bytes one after the other. When they take more than a budget, the oldest file goes, and
-the steps that need it cannot be repeated any more.
+A tensor with rows is stored row by row, so that an epoch that shuffles its rows costs 16 bytes per row.
+Files hold the bytes one after the other. If they exceed a budget, the oldest file is deleted, and the
+steps that need it can no longer be replayed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SMALLEST_ROW = 64
 
 
 class Given(NamedTuple):
-    """A tensor that a step was given: dtype, shape, and the digests of its bytes, or of each row's."""
+    """An input of a step: dtype, shape, and the digests of its bytes, or of each row's."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -75,10 +75,10 @@ def packed(value: Any) -> bytes:
 
 
 def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
-    """Return what `packed` was given; None for None.
+    """Return the argument of `packed`; None for None.
 
     Raises:
-        RunError: it is nothing that `packed` returns.
+        RunError: `packed` does not return this.
     """
     if content is None:
         return None
@@ -97,9 +97,9 @@ class Contents:
 
     Args:
         directory: of the run.
-        budget: bytes to keep.
+        budget: maximum number of bytes.
 
-    lost_to: the last step that needs what was given up.
+    lost_to: the last step that needs dropped contents.
     """
 
     def __init__(self, directory: Path, budget: float) -> None:
@@ -115,7 +115,7 @@ class Contents:
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
 
     def add(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Given]:
-        """Keep what a step was given (tensors on the CPU), as far as it is not there yet."""
+        """Store the inputs of a step (tensors on the CPU), unless already stored."""
         return {name: self._add_once(step, tensor) for name, tensor in tensors.items()}
 
     def commit(self, database: Database) -> None:
@@ -137,7 +137,7 @@ class Contents:
             self._file.close()
 
     def _add_once(self, step: int, tensor: Tensor) -> Given:
-        """Add a tensor; one that has been added before, and is still there, is not looked at again."""
+        """Add a tensor; skip one that was added before and is still alive."""
         known = self._given.get(id(tensor))
         if known is not None and known[0]() is tensor and known[2] <= self._sizes.keys():
             for file in known[2]:
@@ -185,7 +185,7 @@ class Contents:
 
 
 def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
-    """Tell whether a tensor of so many bytes is kept row by row."""
+    """Tell whether to store a tensor of this many bytes row by row."""
     return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
 
 
@@ -217,10 +217,10 @@ def _bytes_of(tensor: Tensor) -> Any:
 def read_contents(
     directory: Path, places: Mapping[bytes, tuple[int, int, int]], given: Given
 ) -> Tensor | None:
-    """Return a tensor that a step was given, on the CPU; None where it was given up.
+    """Return an input of a step, on the CPU; None if it was dropped.
 
     Raises:
-        RunError: its file is not as it was written.
+        RunError: its file was changed.
     """
     import torch
 
@@ -231,11 +231,11 @@ def read_contents(
     dtype = DTYPES.get(given.dtype)
     if dtype is None:
         raise RunError(
-            f"{directory} has an input of dtype {given.dtype!r:.40}: the database was changed"
+            f"{directory} has an input of unknown dtype {given.dtype!r:.40}: the database was changed"
         )
     size = math.prod(given.shape) * dtype.itemsize
     if sum(places[digest][2] for digest in given.digests) != size:
-        raise RunError(f"{directory / FOLDER} is not as it was written: an input has another size")
+        raise RunError(f"{directory / FOLDER} was changed after recording: an input has another size")
     kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
     content = b"".join(_piece(directory, digest, kind, *places[digest]) for digest in given.digests)
     if not content:
@@ -252,6 +252,7 @@ def _piece(directory: Path, digest: bytes, kind: bytes, file: int, place: int, s
         raise RunError(f"{directory / FOLDER}/{file}.bin cannot be read: {error}") from None
     if _digest(kind, content) != digest:
         raise RunError(
-            f"{directory / FOLDER}/{file}.bin is not as it was written: the digest of an input differs"
+            f"{directory / FOLDER}/{file}.bin was changed after recording: the digest of an input "
+            "differs"
         )
     return content

@@ -1,4 +1,4 @@
-"""The data set in a run: the tensors themselves while they are small, else what they must be like."""
+"""The data set in a run: the tensors themselves if small, else only their digest and shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA_LIMIT = 256_000_000
 
 
 def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE) -> DataFileFacts:
-    """Write data (CPU tensors) into a run while it is small; return the fact that says what it is."""
+    """Write small data (CPU tensors) into a run; return the fact that describes the data."""
     from safetensors.torch import save
 
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -36,10 +36,10 @@ def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FIL
 
 
 def read_data(directory: Path, fact: DataFileFacts) -> dict[str, Tensor]:
-    """Read the data of a run: x, y, and validation_x and validation_y where there are any.
+    """Read the data of a run: x, y, and validation_x and validation_y if it has them.
 
     Raises:
-        RunError: the file is not there, or not as it was written.
+        RunError: the file is missing, or was changed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -62,8 +62,8 @@ def check_data(tensors: dict[str, Tensor], fact: DataFileFacts, place: str) -> N
     digest = _digest(tensors)
     if digest != fact.digest:
         raise RunError(
-            f"{place} is not the data that the run was trained on: its digest is {digest[:12]}..., the "
-            f"run's {fact.digest[:12]}...; put the original back"
+            f"{place} is not the data that the run was trained on: its digest is {digest[:12]}..., "
+            f"but the run recorded {fact.digest[:12]}...; restore the original file"
         )
 
 
@@ -85,7 +85,7 @@ def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors contiguous, each in memory of its own, as safetensors wants them."""
+    """Return the tensors contiguous and with separate memory, as safetensors requires."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         taken = {other.untyped_storage().data_ptr() for other in found.values()}
@@ -95,7 +95,7 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a CPU tensor of any dtype, as hashlib takes them, without a copy."""
+    """Return the bytes of a CPU tensor of any dtype for hashlib, without a copy."""
     import torch
 
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""A run's SQLite database. The only module that speaks SQL."""
+"""A run's SQLite database. The only module that contains SQL."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class MeasurementEnds(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """What repeats a step of a loop that is not everystep's.
+    """The data that repeats a step of a user's loop.
 
-    program: its number, None where nothing repeats the step; numbers, inputs: as they were written.
+    program: its number, None if nothing repeats the step; numbers, inputs: as written.
     """
 
     step: int
@@ -62,7 +62,7 @@ class Repeat(NamedTuple):
 class Database:
     """An open connection; made by `create` for the one writer, by `reading` for readers.
 
-    Every call may raise RecordingError (writer) or RunError (reader) with what SQLite says.
+    Every call may raise RecordingError (writer) or RunError (reader) with SQLite's message.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
@@ -71,7 +71,7 @@ class Database:
 
     @classmethod
     def create(cls, path: Path) -> Database:
-        """Create the database; it may be used by another thread afterwards, one at a time."""
+        """Create the database; other threads may use it afterwards, one at a time."""
         with _writing(path):
             begin_database(path)
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -107,7 +107,7 @@ class Database:
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
-        """All that is read within is as it was at one moment, whatever the writer does meanwhile."""
+        """Read a consistent view of the database inside, whatever the writer does meanwhile."""
         self._connection.execute("BEGIN")
         try:
             yield
@@ -129,11 +129,11 @@ class Database:
         self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
 
     def add_snapshot(self, row: SnapshotRow) -> None:
-        """Enter a snapshot whose directory is complete."""
+        """Enter a snapshot with a complete directory."""
         self._connection.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", row)
 
     def remove_snapshots(self, steps: Iterable[int]) -> None:
-        """Take snapshots out, before their directories are removed."""
+        """Delete snapshots, before their directories are removed."""
         self._connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
 
     def write_repeats(self, rows: Iterable[Repeat]) -> None:
@@ -141,15 +141,15 @@ class Database:
         self._connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?)", rows)
 
     def write_contents(self, rows: Iterable[tuple[bytes, int, int, int]]) -> None:
-        """Write where contents lie (digest, file, place, bytes)."""
+        """Write the locations of contents (digest, file, place, bytes)."""
         self._connection.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", rows)
 
     def remove_contents(self, file: int) -> None:
-        """Take out all contents of a file, before it is removed."""
+        """Delete all contents of a file, before it is removed."""
         self._connection.execute("DELETE FROM contents WHERE file = ?", (file,))
 
     def forget_after(self, step: int) -> None:
-        """Take out losses and measurements of later steps."""
+        """Delete losses and measurements of later steps."""
         for table in ("steps", "measurements", "repeats"):
             self._connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
@@ -175,7 +175,7 @@ class Database:
         return self._numbers("SELECT loss FROM steps WHERE step > ? ORDER BY step", step)
 
     def newest_step(self) -> int:
-        """Return the number of the newest step, 0 where there is none."""
+        """Return the number of the newest step, 0 if there is none."""
         newest: int = self._numbers("SELECT coalesce(max(step), 0) FROM steps")[0]
         return newest
 
@@ -214,7 +214,7 @@ class Database:
         are_names = all(isinstance(row[0], str) and len(row[0]) <= LONGEST_NAME for row in rows)
         if not are_names or any(isinstance(value, str | bytes) for row in rows for value in row[2:]):
             raise RunError(
-                f"{self._path} has measurements that everystep does not write: the database was changed"
+                f"{self._path} has measurements that everystep did not write: the database was changed"
             )
         return [MeasurementEnds(*row) for row in rows]
 
@@ -228,7 +228,7 @@ class Database:
         return [name for (name,) in self._rows("SELECT DISTINCT name FROM measurements ORDER BY name")]
 
     def remove_measurement(self, name: str) -> None:
-        """Take a measurement out."""
+        """Delete a measurement."""
         self._connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
 
     def measurements(self) -> list[tuple[str, int, float | None]]:
@@ -245,7 +245,7 @@ class Database:
         return [Repeat(*row) for row in self._rows(query, first, last)]
 
     def contents(self, digests: Iterable[bytes]) -> dict[bytes, tuple[int, int, int]]:
-        """Return where contents lie (file, place, bytes), as far as they are there."""
+        """Return the locations of contents (file, place, bytes), as far as known."""
         query = "SELECT file, place, bytes FROM contents WHERE digest = ?"
         found = ((digest, self._rows(query, digest)) for digest in digests)
         return {digest: rows[0] for digest, rows in found if rows}
@@ -257,7 +257,7 @@ class Database:
             raise RunError(f"{self._path} cannot be read: {error}") from None
 
     def _numbers(self, query: str, *arguments: Any) -> list[Any]:
-        """Return the only column of a query; quick, where there are millions of rows."""
+        """Return the only column of a query; fast for millions of rows."""
         try:
             return list(chain.from_iterable(self._connection.execute(query, arguments)))
         except sqlite3.Error as error:
@@ -274,10 +274,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Database]:
-    """Open a run's database to read, also while it is being written or lies read-only.
+    """Open a run's database to read, even if it is being written or is read-only.
 
     Raises:
-        RunError: there is none, or it is not one of ours, or of a newer everystep.
+        RunError: it is missing, is not an everystep database, or needs a newer everystep.
     """
     connection = connect_reading(path)
     try:

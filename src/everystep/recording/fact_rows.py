@@ -1,4 +1,4 @@
-"""Facts as rows of a run's database; those that are read are checked."""
+"""Facts as rows of a run's database; reading checks them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,4 @@ def _member(key: str, text: str) -> str:
 
 
 def _changed(path: Path, key: Any) -> RunError:
-    return RunError(
-        f"{path} says of {str(key)[:80]!r} what everystep never writes there: the database was changed"
-    )
+    return RunError(f"{path} has an invalid value for {str(key)[:80]!r}: the database was changed")

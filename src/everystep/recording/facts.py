@@ -1,8 +1,7 @@
-"""Facts: what is known of a run besides its numbers by step.
+"""Facts: everything known about a run besides its numbers per step.
 
-One model, through which they are written and read. Each field is a row of the table `facts`; the version
-of a run's format is that of the model, too. A stranger may have written the database, so every fact that
-is read is checked.
+One model writes and reads them. Each field is a row of the table `facts`; the format version of a run is
+that of the model, too. A database may come from an untrusted source, so reading checks every fact.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ class _Fact(BaseModel):
 
 
 class DataFacts(_Fact):
-    """The data: where it is from, and its size. An experiment's settings of it are further fields.
+    """The data: its source and size. An experiment's settings of it are further fields.
 
-    x, y: shapes; rows: to train on; lazy: a Dataset was read at every step, and its rows are not known.
+    x, y: shapes; rows: to train on; lazy: a Dataset was read at every step, and its rows are unknown.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -74,9 +73,9 @@ class DataFacts(_Fact):
 
 
 class DataFileFacts(_Fact):
-    """The file of the data: its name, whether the data is in it, its size and its SHA-256.
+    """The file of the data: its name, whether it contains the data, its size and its SHA-256.
 
-    strides: of tensors that lay otherwise than row after row.
+    strides: of tensors that were not contiguous.
     """
 
     file: str
@@ -87,7 +86,7 @@ class DataFileFacts(_Fact):
 
 
 class BatchFacts(_Fact):
-    """The rule that says which rows each step saw. batch_size: None where each step saw all."""
+    """The rule that decides which rows each step sees. batch_size: None if each step sees all."""
 
     batch_size: Whole | None
     drop_last: bool
@@ -103,7 +102,7 @@ class ModuleFacts(_Fact):
 
 
 class OptimizerFacts(_Fact):
-    """An optimizer: its class, whether that is torch's own, and the settings of each param group."""
+    """An optimizer: its class, whether it is torch's own, and the settings of each param group."""
 
     class_name: str
     is_torchs: bool
@@ -111,9 +110,9 @@ class OptimizerFacts(_Fact):
 
 
 class ScheduleFacts(_Fact):
-    """A schedule: its class, whether that is torch's own, and its settings.
+    """A schedule: its class, whether it is torch's own, and its settings.
 
-    every: `step` or `epoch`; None where a loop of the user's own decides.
+    every: `step` or `epoch`; None if a user's loop decides.
     """
 
     class_name: str
@@ -123,9 +122,9 @@ class ScheduleFacts(_Fact):
 
 
 class LossFacts(_Fact):
-    """A loss: its class (of a function, its name), whether that is torch's own, and its settings.
+    """A loss: its class (for a function, its name), whether it is torch's own, and its settings.
 
-    settings: attributes that are not tensors; modules: by path, where the loss is a module.
+    settings: attributes that are not tensors; modules: by path, if the loss is a module.
     """
 
     class_name: str
@@ -135,7 +134,7 @@ class LossFacts(_Fact):
 
 
 class ProgramFacts(_Fact):
-    """A program's file, and which steps it takes: `first`, `later` or `every`, from `since` on."""
+    """A program's file, and which steps it runs: `first`, `later` or `every`, from `since` on."""
 
     file: str
     steps: Literal["first", "later", "every"]
@@ -143,12 +142,12 @@ class ProgramFacts(_Fact):
 
 
 class EngineFacts(_Fact):
-    """How the steps were taken.
+    """How the steps ran.
 
-    asked, fold: what was asked for; folded: whether loss and update are folded into the program;
-    stands_behind: `proven` or `vouched`; live_optimizer: the class of an optimizer that ran as Python at
+    asked, fold: as requested; folded: whether loss and update are folded into the program;
+    stands_behind: `proven` or `vouched`; live_optimizer: the class of an optimizer that ran in Python at
     every step; checks: how often programs were compared with Python, last at step `verified_to`;
-    eager_from: the first step that Python took, for that `reason`.
+    eager_from: the first step that Python ran, for that `reason`.
     """
 
     asked: str
@@ -179,10 +178,11 @@ EAGERLY = EngineFacts(
 
 
 class FunctionFacts(_Fact):
-    """How the steps of a function of the user's own were taken.
+    """How the steps of a user's step function ran.
 
-    by_program: how many a program took; checks: how often programs were compared with Python, last at
-    step `verified_to`; reason: why Python took the others, None where it only did to compare.
+    by_program: the number of steps that a program ran; checks: how often programs were compared with
+    Python, last at step `verified_to`; reason: why Python ran the others, None if it ran them only to
+    compare.
     """
 
     by_program: Whole
@@ -192,9 +192,9 @@ class FunctionFacts(_Fact):
 
 
 class LoopFacts(_Fact):
-    """A loop of the user's own: the class of each part, how many programs, what no program holds.
+    """A user's loop: the class of each part, the number of programs, and what programs cannot hold.
 
-    function: where its step is a function, how that was taken.
+    function: how its step function ran, if it has one.
     """
 
     parts: dict[str, str]
@@ -205,12 +205,12 @@ class LoopFacts(_Fact):
 
 
 class TrainingFacts(_Fact):
-    """How steps were trained: all that is the same from one step to the next.
+    """How steps were trained: everything that stays the same between steps.
 
-    modules: of the model, by path, each before those within it; of several models, those of each begin
-    with its name. parameters: how many numbers the models have. optimizers, schedules: by name.
-    loss: None in a loop of the user's own. seed: None where torch's generator was taken as it was.
-    preparation: what was done to the data, as `experiment.preparation` says it.
+    modules: of the model, by path, each before its submodules; with several models, paths begin with the
+    name of the model. parameters: the number of elements of all parameters. optimizers, schedules: by
+    name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
+    preparation: what was done to the data, as in `experiment.preparation`.
     experiment_file, experiment_digest: the file of the experiment, and its SHA-256.
     """
 
@@ -243,7 +243,7 @@ class EarlierFacts(_Fact):
 
 
 class ForkFacts(_Fact):
-    """Where a fork begins: after step `at` of its parent, with what changed."""
+    """Where a fork starts: after step `at` of its parent, with what changed."""
 
     parent: str
     directory: str
@@ -259,11 +259,11 @@ class MeasuredFacts(_Fact):
 
 
 class Facts(_Fact):
-    """All facts of a run; one that has just begun has but few.
+    """All facts of a run; a new run has only a few.
 
-    steps: planned; nonfinite_step: the first whose loss is not finite; loss_dtype: that of the losses;
-    batches_lost_to: the last step with inputs that were given up for room; measured: in hindsight, by
-    name; earlier: of a fork, in the order of the steps; trained: see `training`.
+    steps: planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
+    batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; earlier: of a
+    fork, in the order of the steps; trained: see `training`.
     """
 
     name: str | None = None
@@ -286,17 +286,17 @@ class Facts(_Fact):
         """How the newest steps were trained.
 
         Raises:
-            RunError: the run does not say that.
+            RunError: the run has no record of it.
         """
         if self.trained is None:
             raise RunError(
-                "the run does not say how it was trained: it was stopped before it had begun, or its "
-                "database was changed"
+                "the run has no record of how it was trained: it stopped before training started, or "
+                "its database was changed"
             )
         return self.trained
 
     def rows(self) -> dict[str, Any]:
-        """Return the facts that are known, each as a row of the database."""
+        """Return the known facts, each as a row of the database."""
         known = {name: value for name, value in self if name in self.model_fields_set}
         known.pop("trained", None)
         trained = self.trained.model_fields_set if self.trained else ()

@@ -1,4 +1,4 @@
-"""Files of a run, by the names that its database has for them: a stranger's run leads nowhere else."""
+"""Files of a run, by their names in the database: a name cannot refer to a file outside the run."""
 
 from __future__ import annotations
 
@@ -23,5 +23,7 @@ def own_path(directory: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # links that go in circles, a NUL in it
         is_within = is_readable = False
     if not (is_within and is_readable):
-        raise RunError(f"{directory} names a file that is none of its own: {name!r:.200}")
+        raise RunError(
+            f"{directory} refers to a file that is outside the run or not a regular file: {name!r:.200}"
+        )
     return path

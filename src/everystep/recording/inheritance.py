@@ -1,4 +1,4 @@
-"""Inheritance: what a fork takes over from its parent, so that it is a complete run of its own."""
+"""Inheritance: what a fork takes from its parent to be a complete run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class Inherited(NamedTuple):
 
 
 def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -> Inherited:
-    """Take over what a parent was up to state `at`; files are hard-linked where that can be.
+    """Take over a parent's recording up to state `at`; hard-link files if possible.
 
-    The state itself is not: the fork begins with its own. Within a transaction of the database.
+    The state itself is not taken over: the fork starts with its own. Runs in a transaction of the
+    database.
 
     Raises:
         OSError: a file cannot be linked or copied.
-        RunError: the parent names files that are not its own.
+        RunError: the parent refers to files that are not its own.
         RecordingError: the database cannot be written.
     """
     with reading(parent.directory / FILE_NAME) as known:
@@ -82,7 +83,7 @@ def _link_folder(source: Path, target: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Files of a run never change, so that two runs can have the same."""
+    """Link a file: files of a run never change, so two runs can share them."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

@@ -1,4 +1,4 @@
-"""A run's losses and measurements as arrays, for whoever keeps them and reads only what is new."""
+"""A run's losses and measurements as arrays, read incrementally."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TICK = 50_000_000  # nanoseconds
 
 
 class Numbers(NamedTuple):
-    """What a run has by step, at one moment.
+    """The numbers of a run by step, at one moment.
 
-    steps: how many were taken; losses: those that were asked for; ends: of each measurement;
-    series: steps and values of the measurements that were asked for.
+    steps: the number of steps; losses: those requested; ends: of each measurement; series: steps and
+    values of the requested measurements.
     """
 
     facts: Facts
@@ -45,7 +45,7 @@ def fingerprint(directory: Path) -> tuple[int, ...]:
             stat = (directory / name).stat()
         except OSError:
             if name == FILE_NAME:
-                raise RunError(f"{directory} is no run any more: it has no {FILE_NAME}") from None
+                raise RunError(f"{directory} is not a run any more: {FILE_NAME} is missing") from None
             continue
         found += [stat.st_ino, stat.st_mtime_ns, stat.st_size]
     # Two changes within a tick of the file system's clock have the same time: of what changed just now,
@@ -57,17 +57,17 @@ def fingerprint(directory: Path) -> tuple[int, ...]:
 
 
 def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | None = None) -> Numbers:
-    """Read the losses after a step and, of the measurements in `series`, the values after theirs.
+    """Read the losses after a step, and the values after a step each of the measurements in `series`.
 
     Raises:
-        RunError: the run cannot be read, or its database was changed by somebody else.
+        RunError: the run is unreadable, or another program changed its database.
     """
     with reading(directory / FILE_NAME) as database, database.one_moment():
         losses, newest = database.losses_after(after), database.newest_step()
         if len(losses) != max(0, newest - after):
             raise RunError(
-                f"{directory} has {len(losses):,} losses after step {after:,}, although its newest step "
-                f"is {newest:,}: its database was changed"
+                f"{directory} has {len(losses):,} losses after step {after:,}, but its newest step is "
+                f"{newest:,}: the database was changed"
             )
         return Numbers(
             facts=database.facts(),
@@ -86,4 +86,6 @@ def _array(values: list[float | None], directory: Path) -> NDArray[np.float64]:
     try:
         return np.array(values, np.float64)  # None becomes NaN
     except (TypeError, ValueError):
-        raise RunError(f"{directory} has losses that are no numbers: its database was changed") from None
+        raise RunError(
+            f"{directory} has losses that are not numbers: the database was changed"
+        ) from None

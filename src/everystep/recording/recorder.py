@@ -1,4 +1,4 @@
-"""Writes a run while it is being trained, in the background."""
+"""Writes a run during training, in the background."""
 
 from __future__ import annotations
 
@@ -37,12 +37,11 @@ LARGE_BYTES = 1_000_000
 
 
 class Taken(NamedTuple):
-    """A step of a loop that is not everystep's, as it is written.
+    """A step of a user's loop, as it is written.
 
-    program: its number, None where nothing repeats the step; numbers: of its operators, and those that
-    Python read; inputs: what it was given, on the CPU, by name; nesting: how its batch was nested;
-    bytes: of inputs that were not there before; digests: of the state afterwards, by name, if they were
-    taken.
+    program: its number, None if nothing repeats the step; numbers: of its operators, and those that
+    Python read; inputs: on the CPU, by name; nesting: the nesting of its batch; bytes: of new inputs;
+    digests: of the state afterwards, by name, if computed.
     """
 
     step: int
@@ -69,12 +68,12 @@ def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
         except FileExistsError:
             if directory is not None and directory.exists():
                 raise RunError(
-                    f"{directory} exists already, and a run is never overwritten; choose another "
-                    "directory, or leave it out and the next free one is taken"
+                    f"{directory} already exists, and everystep never overwrites a run; choose "
+                    "another directory, or omit it to use the next free one"
                 ) from None
             if candidate.parent.is_dir():
                 continue
-            raise _cannot_create(candidate, f"{candidate.parent} is no directory") from None
+            raise _cannot_create(candidate, f"{candidate.parent} is not a directory") from None
         except OSError as error:
             raise _cannot_create(candidate, error.strerror) from None
         return candidate
@@ -83,8 +82,8 @@ def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
 
 def _cannot_create(directory: Path, reason: str | None) -> RecordingError:
     return RecordingError(
-        f"cannot create the run's directory {directory}: {reason}; choose a place that can be written "
-        "to (--run, or directory= in Python)"
+        f"cannot create the run's directory {directory}: {reason}; choose a writable place (--run, or "
+        "directory= in Python)"
     )
 
 
@@ -93,14 +92,14 @@ class Recorder:
 
     Args:
         directory: of the run; empty.
-        facts: what is known before the first step; of a fork, without what it takes over.
-        budget: bytes of snapshots that the run may keep.
-        parent: the run that this one is a fork of.
-        at: the parent's state that it begins with.
-        batch_budget: bytes of batches, and other inputs of steps, that the run may keep.
+        facts: what is known before the first step; for a fork, without what it inherits.
+        budget: maximum bytes of snapshots.
+        parent: the parent run, if this is a fork.
+        at: the parent's state that it starts from.
+        batch_budget: maximum bytes of batches and other inputs of steps.
 
-    lost_to: the last step that needs inputs which were given up.
-    What goes wrong in the thread is raised by the next `check`, and by `finish`.
+    lost_to: the last step that needs dropped inputs.
+    The next `check`, and `finish`, raise errors of the thread.
     """
 
     def __init__(
@@ -164,9 +163,9 @@ class Recorder:
         self._put(lambda: self._write_program(number, program, constants))
 
     def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
-        """Write tensors (on the CPU) that code between two steps has changed after `step`.
+        """Write tensors (on the CPU) that code between two steps changed after `step`.
 
-        gone: the names of those that it has taken away.
+        gone: the names of removed tensors.
         """
         self._put(lambda: write_change(self.directory, step, tensors, gone))
 
@@ -176,7 +175,7 @@ class Recorder:
         self._put(lambda: self._write_repeats(rows))
 
     def forget_after(self, step: int) -> None:
-        """Take out losses, measurements and snapshots of later steps: they are taken again."""
+        """Delete losses, measurements and snapshots of later steps, which will run again."""
         self._put(lambda: self._forget_after(step))
 
     def facts(self, facts: dict[str, Any]) -> None:
@@ -203,13 +202,13 @@ class Recorder:
 
     @property
     def has_interval(self) -> bool:
-        """Whether it is settled how often to take snapshots: the first of a process is slow."""
+        """Whether the snapshot interval is chosen: the first step of a process is slow."""
         return self.plan.interval is not None and self._chosen_after >= min(self._snapshots_written, 2)
 
     def choose_interval(self, step_seconds: float, size: int) -> None:
-        """Choose how often to take snapshots, knowing how long a step takes.
+        """Choose the snapshot interval from the time of a step.
 
-        size: bytes of the state as it is now: the first snapshot has nothing of the optimizer's.
+        size: bytes of the current state: the first snapshot has no optimizer state.
         """
         self._chosen_after = self._snapshots_written
         growth = size / self._snapshot_bytes if self._snapshot_bytes > LARGE_BYTES else 1.0
@@ -217,7 +216,7 @@ class Recorder:
 
     @property
     def is_behind(self) -> bool:
-        """Whether a snapshot is still being written, so that another had better wait."""
+        """Whether a snapshot is still being written, so that the next one should wait."""
         return self._snapshots_asked > self._snapshots_written
 
     def check(self) -> None:
@@ -229,7 +228,7 @@ class Recorder:
         """Write what is left and the last facts, and close the run.
 
         Raises:
-            RecordingError: writing failed, now or before; the run is closed all the same.
+            RecordingError: writing failed, now or before; the run is closed anyway.
         """
         self.facts(facts)
         self._queue.put(None)
@@ -248,7 +247,7 @@ class Recorder:
         return inherited.facts
 
     def program_file(self, number: int) -> str:
-        """Return where program `number` (from 1) of this training lies; a parent's come before."""
+        """Return the file of program `number` (from 1) of this training; a parent's come before."""
         return f"programs/{self._programs + number}.json"
 
     def _put(self, job: Callable[[], None]) -> None:
@@ -294,7 +293,7 @@ class Recorder:
         self._bytes_written += sum(row.bytes for row in rows)
 
     def _packed_inputs(self, nesting: Any, given: dict[str, Given], digests: dict[str, Any]) -> bytes:
-        """Return what a step was given as the database holds it; packed once where it comes again."""
+        """Return the inputs of a step in database form; pack repeated ones only once."""
         key = repr(nesting), given, digests
         if key != self._packed_key:
             listed = {name: each.to_json() for name, each in given.items()}
@@ -350,9 +349,9 @@ class Recorder:
         self._in_transaction(lambda: self._database.remove_snapshots(steps))
 
     def _translated(self, error: BaseException) -> RecordingError:
-        kept = f"steps 1 to {self._last_step} are kept" if self._last_step else "no step is kept"
+        kept = f"steps 1 to {self._last_step} are saved" if self._last_step else "no step is saved"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return RecordingError(
-            f"writing the run {self.directory} failed: {reason}; {kept}. "
-            "Make room or choose another place, and train again"
+            f"writing the run {self.directory} failed: {reason}; {kept}. Free some space or choose "
+            "another place, and train again"
         )

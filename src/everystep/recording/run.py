@@ -1,4 +1,4 @@
-"""Reads a run. Imports no torch, unless parameters are asked for."""
+"""Reads a run. Imports no torch, except to read parameters."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ EXPERIMENT_FILE = "experiment.toml"
 
 
 class Summary(NamedTuple):
-    """A run in one line. Losses are None where no step was taken.
+    """A run in one line. Losses are None if the run has no steps.
 
     nonfinite_step: the first whose loss is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
-    validation: the newest accuracy or loss on validation rows, with its name; parent: of a fork, the
-    name of its parent and the last step that is the parent's.
+    validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
+    name of its parent and the last step taken from it.
     """
 
     name: str
@@ -64,9 +64,9 @@ class Summary(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Steps `first` to `last` (None: the newest) of a run, which were trained by the same rules.
+    """Steps `first` to `last` (None: the newest) of a run, trained by the same rules.
 
-    facts: of that training; where it belongs to a parent, they are the parent's.
+    facts: of that training; for steps of a parent, the parent's.
     """
 
     first: int
@@ -75,10 +75,10 @@ class Stretch(NamedTuple):
 
 
 class RecordedRun:
-    """A run on disk. Everything is read when it is asked for, also while training goes on.
+    """A run on disk. It reads everything on demand, also during training.
 
     Raises:
-        RunError: the directory is no run, or one that cannot be read.
+        RunError: the directory is not a run, or is unreadable.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -88,12 +88,12 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
-        """The name of the run's directory; bytes in it that are no text are replaced."""
+        """The name of the run's directory; undecodable bytes are replaced."""
         return self.directory.resolve().name.encode("utf-8", "replace").decode()
 
     @property
     def facts(self) -> Facts:
-        """Everything that is known besides numbers by step: status, times, how it was trained."""
+        """Everything known besides numbers per step: status, times, how it was trained."""
         with reading(self._database_path) as database:
             return database.facts()
 
@@ -103,7 +103,7 @@ class RecordedRun:
         return self.status_by(self.facts)
 
     def status_by(self, facts: Facts) -> str:
-        """Return the status where the facts have been read already."""
+        """Return the status, given facts already read."""
         is_killed = facts.status == "running" and not self._is_being_written()
         return "interrupted" if is_killed else facts.status
 
@@ -124,14 +124,14 @@ class RecordedRun:
             frame = pl.DataFrame(rows, schema=schema, orient="row")
         except (TypeError, pl.exceptions.PolarsError):
             raise RunError(
-                f"{self.name} has losses that are no numbers: its database was changed"
+                f"{self.name} has losses that are not numbers: the database was changed"
             ) from None
         frame = frame.with_columns(pl.col("loss").fill_null(math.nan))
         return frame if dtype == "float64" else frame.cast({"loss": pl.Float32})
 
     @property
     def measurements(self) -> polars.DataFrame:
-        """What was measured besides the loss: columns name, step and value (Float64)."""
+        """All measurements besides the loss: columns name, step and value (Float64)."""
         import polars as pl
 
         with reading(self._database_path) as database:
@@ -142,21 +142,21 @@ class RecordedRun:
 
     @property
     def measurement_names(self) -> list[str]:
-        """The names of what was measured besides the loss."""
+        """The names of all measurements besides the loss."""
         with reading(self._database_path) as database:
             return database.measurement_names()
 
     def measured(self, name: str) -> dict[int, float]:
-        """Return the values of one measurement by step, in their order."""
+        """Return the values of one measurement by step, in order."""
         with reading(self._database_path) as database:
             rows = database.measured(name)
         return {step: math.nan if value is None else value for step, value in rows.items()}
 
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
-        """Return the losses of all or the last steps with a column for each measurement.
+        """Return the losses of all or the last steps, with a column for each measurement.
 
-        A step without that measurement has null there. What was measured of state 0, before the
-        first step, has no row.
+        A step without a measurement has null there. Measurements of state 0, before the first step, have
+        no row.
         """
         import polars as pl
 
@@ -169,15 +169,15 @@ class RecordedRun:
 
     @property
     def snapshots(self) -> list[int]:
-        """The steps (0 is before the first) whose state is on disk."""
+        """The steps with a state on disk (0: before the first step)."""
         return [row.step for row in self.snapshot_rows()]
 
     def state_near(
         self, step: int, *, after: int = -1, on_problem: Callable[[str], None] = lambda problem: None
     ) -> State | None:
-        """Return the newest state on disk that is not after `step` and can be read, or None.
+        """Return the newest readable state on disk up to `step`, or None.
 
-        after: it must be later than this; on_problem: called with the reason why one cannot be read.
+        after: it must be later than this; on_problem: called with the reason if one is unreadable.
         """
         for row in reversed([row for row in self.snapshot_rows() if after < row.step <= step]):
             try:
@@ -187,23 +187,23 @@ class RecordedRun:
         return None
 
     def losses_between(self, first: int, last: int) -> list[float]:
-        """Return the losses of these steps, as far as they are there.
+        """Return the losses of these steps, as far as recorded.
 
         Raises:
-            RunError: one is missing, although a later one is there.
+            RunError: a loss is missing, but a later one exists.
         """
         with reading(self._database_path) as database:
             rows = database.losses_between(first, last)
         for expected, (step, _) in enumerate(rows, start=max(first, 1)):
             if step != expected:
                 raise RunError(
-                    f"{self.name} has no loss of step {expected}, although there is one of step {step}: "
-                    "its database was changed"
+                    f"{self.name} has no loss for step {expected}, but one for step {step}: the "
+                    "database was changed"
                 )
         return [math.nan if loss is None else loss for _, loss in rows]
 
     def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
-        """Return the losses of some steps, which are there.
+        """Return the losses of existing steps.
 
         Raises:
             RunError: losses are missing.
@@ -215,10 +215,10 @@ class RecordedRun:
         return {step: losses[step - first] for step in steps}
 
     def experiment_file(self, facts: TrainingFacts) -> Path | None:
-        """Return the file of the experiment of a stretch with these facts, if it has one.
+        """Return the experiment file of a stretch with these facts, if it has one.
 
         Raises:
-            RunError: the file is not as it was written.
+            RunError: the file was changed.
         """
         path = own_path(self.directory, facts.experiment_file or EXPERIMENT_FILE)
         if not path.is_file():
@@ -226,14 +226,14 @@ class RecordedRun:
         digest = facts.experiment_digest
         if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise RunError(
-                f"{path} was changed after the training, as its digest says: it does not tell how the "
-                "run was trained; put the original back"
+                f"{path} was changed after the training (its digest differs), so it does not describe "
+                "the run; restore the original file"
             )
         return path
 
     @property
     def stretches(self) -> list[Stretch]:
-        """The parts of the run that were trained by the same rules: one, and more where it is a fork."""
+        """The parts of the run that were trained by the same rules: one, or more for a fork."""
         facts = self.facts
         found, first = [], 1
         for earlier in facts.earlier:
@@ -281,20 +281,20 @@ class RecordedRun:
         return False
 
     def snapshot_rows(self) -> list[SnapshotRow]:
-        """Return the snapshots as the database knows them, in order of their steps."""
+        """Return the database rows of the snapshots, in order."""
         with reading(self._database_path) as database:
             return database.snapshots()
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
-        """Return what repeats steps of a loop that is not everystep's, in their order."""
+        """Return the data that replays steps of a user's loop, in order."""
         with reading(self._database_path) as database:
             return database.repeats(first, last)
 
     def contents(self, given: Mapping[str, Given]) -> dict[str, Tensor | None]:
-        """Return what a step was given, on the CPU; None for what was given up to make room.
+        """Return the inputs of a step, on the CPU; None for dropped ones.
 
         Raises:
-            RunError: a file is not as it was written.
+            RunError: a file was changed.
         """
         with reading(self._database_path) as database:
             places = database.contents({d for each in given.values() for d in each.digests})
@@ -306,14 +306,14 @@ class RecordedRun:
 
 
 def _batch_size(trained: TrainingFacts | None) -> int | None:
-    """Return how many rows each step saw; a loop of the user's own decides that itself."""
+    """Return how many rows each step saw; unknown for your own loop."""
     if trained is None or trained.loop is not None:
         return None
     return trained.batches.batch_size or trained.data.rows
 
 
 def _validation(database: Database) -> tuple[str, float] | None:
-    """Return the newest measurement on rows kept aside, with its name: the accuracy before the loss."""
+    """Return the newest measurement on validation rows, with its name; accuracy before loss."""
     for name in ("validation_accuracy", "validation_r2", "validation_loss"):
         value = database.last_measured(name)
         if value is not None:
@@ -322,7 +322,7 @@ def _validation(database: Database) -> tuple[str, float] | None:
 
 
 def _time_of(path: Path) -> datetime:
-    """Return the time of a file: a run that is just being created says none."""
+    """Return the time of a file: a run that is just being created has no start time yet."""
     return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
@@ -330,16 +330,18 @@ def find_run(name: str | Path, runs: Path = RUNS) -> Path:
     """Return the directory of a run: a path, or a name under `runs`.
 
     Raises:
-        RunError: there is none; names the nearest.
+        RunError: the run does not exist; the message names the most similar one.
     """
     for candidate in (Path(name), runs / name):
         if (candidate / FILE_NAME).is_file():
             return candidate
     if Path(name).exists():
-        raise RunError(f"{name} is no run: it has no {FILE_NAME}")
+        raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
     known = [path.parent.name for path in runs.glob(f"*/{FILE_NAME}")]
-    cure = did_you_mean(str(name), known) if known else f"{runs}/ has no runs; everystep train"
-    raise RunError(f"no run {str(name)!r}; {cure or 'everystep runs lists them'}")
+    cure = (
+        did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
+    )
+    raise RunError(f"no run {str(name)!r}; {cure or 'run `everystep runs` to list them'}")
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
@@ -349,5 +351,5 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
         RunError: the directory does not exist.
     """
     if not Path(directory).is_dir():
-        raise RunError(f"{directory} is no directory; everystep train makes the first run")
+        raise RunError(f"{directory} is not a directory; `everystep train` creates the first run")
     yield from sorted(path.parent for path in Path(directory).glob(f"*/{FILE_NAME}"))

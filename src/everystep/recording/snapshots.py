@@ -1,4 +1,4 @@
-"""Snapshots: states on disk, and when to take and to thin them."""
+"""Snapshots: states on disk, and when to write and to thin them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     """Read a state of a run.
 
     Raises:
-        RunError: it is not there, or not as it was written.
+        RunError: it is missing, or was changed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -88,8 +88,8 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     digest = hashlib.sha256(parameters + rest).hexdigest()
     if digest != row.digest:
         raise RunError(
-            f"snapshot {directory} is not as it was written: its digest is {digest[:12]}..., and "
-            f"{row.digest[:12]}... was recorded"
+            f"snapshot {directory} was changed after recording: its digest is {digest[:12]}..., but "
+            f"the run recorded {row.digest[:12]}..."
         )
     try:
         return State(row.step, load(parameters), load(rest), _settings(rest))
@@ -107,12 +107,12 @@ def _settings(content: bytes) -> dict[str, Any]:
 
 @dataclass
 class SnapshotPlan:
-    """When to take a snapshot, and which to give up when the budget is full.
+    """When to take a snapshot, and which to delete when the budget is full.
 
-    Snapshots lie at multiples of the interval, a power of two, so that any two runs share the steps
-    of the sparser one. The interval starts where a jump costs up to `REPLAY_SECONDS`, or more where
-    taking snapshots would cost more than `TIME_SHARE` of the training, and doubles whenever the budget
-    is full. State 0, the newest, and those in `pinned` are always kept.
+    Snapshots are at multiples of the interval, a power of two, so that any two runs share the steps of
+    the sparser one. The interval starts where a jump costs up to `REPLAY_SECONDS`, or more if snapshots
+    would cost more than `TIME_SHARE` of the training, and doubles whenever the budget is full. State 0,
+    the newest, and those in `pinned` are always kept.
     """
 
     budget: int
@@ -134,7 +134,7 @@ class SnapshotPlan:
         return self.interval is not None and step % self.interval == 0
 
     def add(self, step: int, size: int) -> list[int]:
-        """Count a snapshot of `size` bytes in; return the steps of those to give up for it."""
+        """Add a snapshot of `size` bytes; return the steps of those to delete for it."""
         self.kept[step] = size
         given_up = self._take_out_between()
         while sum(self.kept.values()) > self.budget and self.kept.keys() - self.pinned - {
@@ -145,7 +145,7 @@ class SnapshotPlan:
         return given_up
 
     def _take_out_between(self) -> list[int]:
-        """Take out what lies off the interval and is not always kept."""
+        """Remove snapshots off the interval, except those that are always kept."""
         newest, interval = max(self.kept), self.interval or 1
         off = [s for s in self.kept if s != newest and s not in self.pinned and s % interval]
         for step in off:

@@ -1,4 +1,4 @@
-"""The texts that people see of facts: a model as torch prints it, a loss, optimizers, schedules."""
+"""Facts as text: a model as torch prints it, a loss, optimizers, schedules."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _lines(module: ModuleFacts, inner: list[tuple[str, list[_Line]]], depth: int
 
 
 def _together(inner: list[tuple[str, list[_Line]]]) -> list[tuple[str, list[_Line]]]:
-    """Return modules of a list with titles, those that are alike and next to each other as one."""
+    """Merge adjacent equal modules of a list, and return them with titles."""
     found, first = [], 0
     for last, (name, lines) in enumerate(inner):
         if last + 1 == len(inner) or inner[last + 1][1] != lines:
@@ -93,7 +93,7 @@ def _optimizer_text(optimizer: OptimizerFacts) -> str:
 
 
 def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
-    """Return what the first param group says, but not what is off (None, False or 0)."""
+    """Return the settings of the first param group, except those that are off (None, False or 0)."""
     group = optimizer.groups[0] if optimizer.groups else {}
     return {key: _setting_text(value) for key, value in group.items() if value not in (None, False, 0)}
 
@@ -103,6 +103,6 @@ def _setting_text(value: Any) -> str:
 
 
 def schedule_text(schedules: Mapping[str, ScheduleFacts]) -> str | None:
-    """Return the schedule and how often it steps; None where there is none, or a loop decides."""
+    """Return the schedule and how often it steps; None without a schedule, or if a loop decides."""
     texts = [f"{each.class_name}, every {each.every}" for each in schedules.values() if each.every]
     return "\n".join(texts) or None

@@ -1,1 +1,1 @@
-"""Going back: any step of a run again, bit for bit."""
+"""Going back: replay any step of a run, bit for bit."""

@@ -1,4 +1,4 @@
-"""Questions that recorded columns answer: losses and measurements. Imports no torch."""
+"""Questions that recorded columns (losses and measurements) answer. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Which = Literal["first", "last", "all"]
 
 @dataclass(frozen=True)
 class Found:
-    """The steps at which a condition is true; inexact: steps from which on a replay was not exact."""
+    """Steps at which a condition is true; inexact: steps from which on a replay was not exact."""
 
     steps: tuple[int, ...]
     inexact: tuple[int, ...] = ()
@@ -32,7 +32,7 @@ def read_question(text: str, run: RecordedRun) -> Expression:
     """Read an expression about the steps of a run.
 
     Raises:
-        ExpressionError: it cannot be read, or names a measurement that is not there.
+        ExpressionError: the expression is invalid, or names an unknown measurement.
     """
     names = run.measurement_names
     expression = parse(text, names)
@@ -43,7 +43,7 @@ def read_question(text: str, run: RecordedRun) -> Expression:
 def ask_columns(
     expression: Expression, run: RecordedRun, wanted: tuple[int, int], *, as_condition: bool = False
 ) -> Answers:
-    """Answer from recorded columns alone.
+    """Answer from recorded columns only.
 
     Raises:
         ExpressionError: the expression does not fit.
@@ -67,9 +67,9 @@ def chosen(steps: list[int], which: Which) -> tuple[int, ...]:
 
 
 class Setting:
-    """A number that is recorded where it changes, such as a learning rate.
+    """A number that is recorded when it changes, such as a learning rate.
 
-    values: by the step from which on it holds, in order.
+    values: by the first step that uses it, in order.
     """
 
     def __init__(self, values: Mapping[int, float]) -> None:
@@ -77,7 +77,7 @@ class Setting:
         self._values = [*values.values()]
 
     def at(self, step: int) -> float | None:
-        """Return the number as it is at a step, None before it is recorded."""
+        """Return the number at a step, None before it is recorded."""
         index = bisect_right(self._steps, step) - 1
         return self._values[index] if index >= 0 else None
 
@@ -99,7 +99,7 @@ class Evaluator:
         self.previous_loss: float | None = None
 
     def answer(self, number: int, loss: float, probe: Probe | None) -> float | None:
-        """Return the answer at a step, or None where something that it takes is not there."""
+        """Return the answer at a step, or None if a value that it needs does not exist."""
 
         def value_of(reference: Reference) -> Any:
             found: Any = None

@@ -1,7 +1,7 @@
-"""Diff: where two runs part, down to the first operation whose result differs.
+"""Diff: where two runs differ, down to the first operation with another result.
 
-Losses and snapshots say between which two states the runs part; from the last common state on, both
-are replayed, and compared step by step, then operation by operation, bit by bit.
+Losses and snapshots show between which two states the runs start to differ. From the last common state
+on, everystep replays both, and compares them step by step, then operation by operation, bit by bit.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ STRIDE = 64
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between two runs.
+    """How two runs differ.
 
-    experiments, numerics: what was asked for, and what bits depend on besides, by name, in both; steps:
-    how many each took; loss: the first that differs (recorded: of the first run, replayed: of the
-    second), None if none does; common_state: the last snapshot that both have and that is the same;
-    states: tensors of the first common snapshot that differs; operation: where they part; is_thorough:
-    whether every step was replayed; problems: why something could not be said.
+    experiments, numerics: settings, and other things that bits depend on, by name, in both; steps: the
+    number of steps of each; loss: the first that differs (recorded: of the first run, replayed: of the
+    second), None if all match; common_state: the last snapshot that both have and that is identical;
+    states: tensors of the first common snapshot that differs; operation: the first that differs;
+    is_thorough: whether every step was replayed; problems: why something could not be compared.
     """
 
     names: tuple[str, str]
@@ -61,7 +61,7 @@ class Difference:
 
     @property
     def is_same(self) -> bool:
-        """Whether the same was asked for, and all that was compared is the same."""
+        """Whether the settings and everything compared are identical."""
         parts = (self.loss, self.states, self.operation, self.experiments)
         return not any(parts) and self.steps[0] == self.steps[1]
 
@@ -74,19 +74,19 @@ def diff(
     objects: tuple[Objects | None, Objects | None] = (None, None),
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Difference:
-    """Return what differs between two runs.
+    """Return how two runs differ.
 
     Args:
         one: the first run.
         other: the second run.
         thorough: replay every step, not only those between the last common state and the first
-            difference: finds what shows in no loss and in no snapshot. That is done unasked where it
-            takes a few seconds, and the experiments or the numerics differ.
-        objects: what the user trained each with, for steps that no program takes.
-        on_progress: called with the number of steps that were just replayed.
+            difference. That also finds differences that no loss and no snapshot shows. `diff` does it
+            anyway if it takes only seconds, and the experiments or the numerics differ.
+        objects: the objects that trained each run, for steps that no program runs.
+        on_progress: called with the number of steps just replayed.
 
     Raises:
-        RunError: a run cannot be read.
+        RunError: a run is unreadable.
     """
     loss = _first_loss(one, other)
     common, states, problems = _snapshots(one, other)
@@ -191,7 +191,7 @@ def _asked(facts: TrainingFacts) -> dict[str, Any]:
 
 
 def _unsaid(facts: TrainingFacts) -> Iterator[tuple[str, Any]]:
-    """Yield settings of torch's own losses, schedules and optimizers that the texts leave out."""
+    """Yield settings of torch's own losses, schedules and optimizers that the texts omit."""
     if facts.loss and facts.loss.is_torchs:
         yield from ((f"loss.{k}", v) for k, v in facts.loss.settings.items() if k != "reduction")
     for name, schedule in facts.schedules.items():
@@ -233,7 +233,7 @@ class Lockstep:
         self._is_random = _draws_at_random(one) or _draws_at_random(other)
 
     def first(self, first: int, last: int) -> OperationDifference | None:
-        """Return the first operation, of steps `first` to `last`, whose result differs."""
+        """Return the first operation, of steps `first` to `last`, with another result."""
         for step in self._suspicious(first, last):
             found = compare_steps(*(opener.step(step) for opener in self._openers))
             if found is not None and found.causes == [COMPUTED_OTHERWISE] and self._numerics:
@@ -244,17 +244,17 @@ class Lockstep:
         return None
 
     def departures(self) -> list[str]:
-        """Return in words which run was not the same when it was taken again."""
+        """Report in words which replays differ from their recording."""
         departed = [opener.departed_at for opener in self._openers]
         return [
-            f"{run.name} was not the same when it was taken again, from step {step} on: what is said of "
-            "later steps is not of the original"
+            f"the replay of {run.name} differs from its recording from step {step} on; results for "
+            "later steps are not those of the original run"
             for run, step in zip(self._runs, departed, strict=True)
             if step is not None
         ]
 
     def _suspicious(self, first: int, last: int) -> Iterator[int]:
-        """Yield steps that are not the same in both runs, in order."""
+        """Yield steps that differ between both runs, in order."""
         for begin in range(first, last + 1, STRIDE):
             end = min(last, begin + STRIDE - 1)
             pair = [
@@ -268,7 +268,7 @@ class Lockstep:
 
 
 def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_random: bool) -> list[str]:
-    """Take steps again; return for each a digest of what it took and gave."""
+    """Replay steps; return a digest of the inputs and results of each."""
     found = []
     at = -1
     with replay.in_force(first):
@@ -304,7 +304,7 @@ def _add_state(digest: Any, stepper: ReplayStepper) -> None:
 
 
 def _draws_at_random(run: RecordedRun) -> bool:
-    """Tell whether a step of the run draws random numbers, as far as programs say; else it may."""
+    """Tell whether a step of the run draws random numbers, if programs show it; otherwise it may."""
     engine = run.facts.training.engine or EAGERLY
     if engine.eager_from is not None:
         return True

@@ -1,4 +1,4 @@
-"""Fork: a run that is its parent's up to a step, and goes on by other rules from there."""
+"""Fork: a run that equals its parent up to a step and continues with changes."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Fork:
     budget: int = 0
 
     def check(self) -> None:
-        """Check that there is such a state.
+        """Check that the state exists.
 
         Raises:
-            StepError: there is none.
+            StepError: it does not.
         """
         if not 0 <= self.at <= self.run.summary().steps:
             raise no_such_step(self.run, self.at)
@@ -76,8 +76,9 @@ class Fork:
         departed = opener.departed_at
         if departed is not None and departed <= self.at:
             raise RunError(
-                f"state {self.at} of {self.run.name} cannot be reached as it was: taken again, the loss "
-                f"of step {departed} is another (everystep verify says more); states on disk: "
+                f"state {self.at} of {self.run.name} cannot be restored bit for bit: in the replay, "
+                f"the loss of step {departed} differs from the recording (everystep verify says "
+                "more); snapshots: "
                 + ", ".join(map(str, self.run.snapshots))
                 + "".join(f"; {problem}" for problem in opener.problems)
             )
@@ -86,13 +87,13 @@ class Fork:
     def train(
         self, job: Job, hyperparameters: dict[str, float], new_data: bool, progress: Progress
     ) -> Outcome:
-        """Train on from the state that the job's training is in.
+        """Continue training from the state of the job's training.
 
-        hyperparameters: the lr and its like as the parent's state has them.
+        hyperparameters: the lr and similar settings in the parent's state.
         """
         if job.steps <= self.at:
             raise UsageError(
-                f"the fork begins after step {self.at} and would end at step {job.steps}; ask for more "
+                f"the fork starts after step {self.at} but would end at step {job.steps}; set more "
                 f"steps (steps={self.at + 500})"
             )
         fork = ForkFacts(
@@ -111,7 +112,7 @@ class Fork:
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
     def _recorded(self) -> dict[str, float]:
-        """Return the lr and its like as they were last recorded."""
+        """Return the lr and similar settings as last recorded."""
         names = [name for name in self.run.measurement_names if is_hyperparameter(name)]
         found: dict[str, float] = {}
         for name in names:
@@ -121,9 +122,9 @@ class Fork:
         return found
 
     def with_schedule(self, training: Training, state: State) -> State:
-        """Bring a training's schedule to the parent's state; return the state with what it has set.
+        """Bring a schedule to the parent's state; return the state with what the schedule set.
 
-        A state that was replayed knows nothing of the schedule: it goes on from the snapshot before.
+        A replayed state has no schedule: it continues from the snapshot before.
         """
         schedule, settings = training.schedule, state.settings
         known = self.run.state_near(self.at, after=self.stretch.first - 2)
@@ -149,19 +150,19 @@ class Fork:
 
 
 def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
-    """Fork a run of an experiment; everything is made from the experiment with its changes.
+    """Fork a run of an experiment; create everything from the experiment with its changes.
 
     Raises:
-        UsageError: there is no such state, or a setting does not serve.
-        RunError: the state cannot be reached as it was.
-        TrainingError: torch failed within a step.
+        UsageError: the state does not exist, or a setting is invalid.
+        RunError: the state cannot be restored bit for bit.
+        TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
     asked.check()
     facts = asked.stretch.facts
     path = asked.run.experiment_file(facts)
     if path is None:
-        raise RunError(f"{asked.run.name} has no experiment any more: {EXPERIMENT_FILE} is not there")
+        raise RunError(f"{asked.run.name} has no experiment: {EXPERIMENT_FILE} is missing")
     old, new = load(path), load(path, asked.settings)
     device = select(new.device)
     old, new = with_fused(old, device), with_fused(new, device)
@@ -201,17 +202,17 @@ def fork_objects(
     """Fork a run from Python objects.
 
     Args:
-        asked: what is asked for.
-        objects: the model, loss, optimizer, ... to go on with; trained in place, unless they are
-            `is_own`: what the run itself was trained with. Of others, the optimizer's settings hold.
-        validation: x and y to measure, in the place of the parent's.
+        asked: the fork to make.
+        objects: the model, loss, optimizer, ... to continue with; trained in place, unless they are
+            `is_own`: those that trained the run itself. Otherwise, the optimizer's settings apply.
+        validation: x and y to measure, instead of the parent's.
         is_own: see objects.
         opener: opens the parent's states.
-        progress: who watches.
+        progress: watches the training.
 
     Raises:
-        UsageError: there is no such state, or an argument does not serve.
-        RunError: the state cannot be reached as it was.
+        UsageError: the state does not exist, or an argument is invalid.
+        RunError: the state cannot be restored bit for bit.
         RecordingError: writing the run failed.
     """
     asked.check()
@@ -225,7 +226,7 @@ def fork_objects(
     known = stored_data(asked.run, facts) if own.data is None else None
     if own.data is None and known is None:
         raise RunError(
-            f"the data of {asked.run.name} is not in the run; give it: fork(..., data=(x, y))"
+            f"the data of {asked.run.name} is not in the run; pass it: fork(..., data=(x, y))"
         )
     trained = replace(
         own,
@@ -255,7 +256,7 @@ def fork_objects(
 
 
 def _bring_to(training: Training, state: State, old: Experiment, new: Experiment) -> dict[str, float]:
-    """Bring a training to the parent's state, but for what changes; return the lr as it was there."""
+    """Bring a training to the parent's state, except for the changes; return the parent's lr."""
     optimizer, schedule = training.optimizer, training.schedule
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     same_optimizer = old.optimizer.name == new.optimizer.name
@@ -287,7 +288,7 @@ def _bring_to(training: Training, state: State, old: Experiment, new: Experiment
 
 
 def _set_rate(training: Training, lr: float) -> None:
-    """Set the learning rate; a schedule goes on from it."""
+    """Set the learning rate; a schedule continues from it."""
     for group in training.optimizer.param_groups:
         group["lr"] = lr
         if "initial_lr" in group:

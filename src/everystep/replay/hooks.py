@@ -1,8 +1,8 @@
-"""Hooks: what looks at steps while programs take them.
+"""Hooks: observe steps while programs run them.
 
-A probe copies the tensors that an expression names when they are there: activations when their module is
-done, gradients when the backward phase ends. The search for the first value that is not finite looks at
-the results of all operations. All else runs as fast as ever.
+A probe copies the tensors that an expression names as soon as they exist: activations when their module
+ends, gradients when the backward phase ends. The search for the first value that is not finite checks
+the results of all operations. Everything else runs at full speed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Values = dict[Reference, Tensor]
 
 
 class Probe:
-    """Looks at the steps of a training, and knows after each what some references stood for.
+    """Observes the steps of a training, and knows the values of some references after each.
 
     Args:
         stepper: the training, at any state.
         references: tensors of the step itself or of the one before.
-        answer: called after each step with its number and its loss; returns whether to go on.
+        answer: called after each step with its number and its loss; returns whether to continue.
     """
 
     def __init__(
@@ -58,21 +58,21 @@ class Probe:
         self._live: dict[str, Tensor] = {}
 
     def calls(self, bound: BoundProgram) -> list[Any]:
-        """Return the calls of a step, with copies made in between."""
+        """Return the calls of a step, with copies in between."""
         if bound not in self._plans:
             self._plans[bound] = self._plan(bound)
         calls, self._copies = self._plans[bound]
         return calls
 
     def after(self, number: int, bound: BoundProgram) -> bool:
-        """Answer what is asked of a step; return whether to go on."""
+        """Answer the question at a step; return whether to continue."""
         return self._finish(number, bound.loss.item())
 
     def observe(self) -> float:
-        """Take a step that no program takes, and look at it; return its loss.
+        """Run a step that no program runs, and observe it; return its loss.
 
         Raises:
-            RunError: neither a program nor a model takes it.
+            RunError: there is neither a program nor a model to run it.
         """
         stepper = self._stepper
         assert stepper.state is not None
@@ -96,13 +96,13 @@ class Probe:
         return loss
 
     def has(self, reference: Reference) -> bool:
-        """Tell whether something was there: not before the first step, nor of a module left out."""
+        """Tell whether a value exists: not before the first step, nor for a module that did not run."""
         if reference.is_previous:
             return reference in self._before
         return reference.kind == "updates" or reference in self._copies
 
     def value_of(self, reference: Reference) -> Tensor:
-        """Return what a reference stood for in the last step; valid until the next is taken."""
+        """Return the value of a reference in the last step; valid until the next step."""
         if reference.is_previous:
             return self._before[reference]
         if reference.kind != "updates":
@@ -114,7 +114,7 @@ class Probe:
         return after if reference.part == "after" else after - before
 
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
-        """Return the calls of a step with copies made in between, and where the copies are."""
+        """Return the calls of a step with copies in between, and where the copies are."""
         program, given_after = bound.program, bound.program.given_after()
         self._live = self._stepper.named_state()
         copies: Values = {}
@@ -137,7 +137,7 @@ class Probe:
         return bound.calls_with(after), copies
 
     def _finish(self, number: int, loss: float) -> bool:
-        """Let a step be answered, and keep what the next one asks of it; return whether to go on."""
+        """Answer a step, and keep what the next one needs of it; return whether to continue."""
         goes_on = self._answer(number, loss)
         self._before = {
             reference: self.value_of(own).clone()
@@ -156,11 +156,11 @@ def _name_of_state(reference: Reference) -> str:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Where the first NaN or infinity of a run came from.
+    """The origin of the first NaN or infinity of a run.
 
-    step: the opened step; index: of the operation that made it, None where it came in with the batch or
-    the state; name: of the tensor; nans, infinities: how many there are in it; rows: the rows of the
-    data that it belongs to, where the tensor has a row for each of the batch.
+    step: the opened step; index: of the operation that made it, None if it came with the batch or the
+    state; name: of the tensor; nans, infinities: their number in it; rows: the affected rows of the
+    data, if the tensor has a row for each row of the batch.
     """
 
     step: Step
@@ -182,9 +182,9 @@ class _Counts(NamedTuple):
 
 
 class FiniteCheck(Visitor):
-    """Takes steps, and stops at the first in which something is not finite that was not meant to be.
+    """Runs steps, and stops at the first with a value that is unintentionally not finite.
 
-    meant: the operations whose infinities are meant, such as those of a causal mask: there, only NaNs
+    meant: operations with intentional infinities, such as those of a causal mask: there, only NaNs
     count.
     """
 
@@ -198,7 +198,7 @@ class FiniteCheck(Visitor):
 
     @property
     def is_done(self) -> bool:  # type: ignore[override]
-        """Whether one has been found."""
+        """Whether it has found one."""
         return self._found is not None
 
     def begin(self, replay: Replay, span: Span) -> int:
@@ -207,7 +207,7 @@ class FiniteCheck(Visitor):
         return span.first - 1
 
     def take(self, replay: Replay, last: int, span: Span) -> Tensor:
-        """Take steps up to `last`, or to the first that is not finite; return their losses."""
+        """Run steps up to `last`, or to the first that is not finite; return their losses."""
         stepper, losses = replay.stepper, []
         assert stepper.state is not None
         self._training = stepper
@@ -222,7 +222,7 @@ class FiniteCheck(Visitor):
         return torch.cat(losses) if losses else torch.empty(0)
 
     def calls(self, bound: BoundProgram) -> list[Any]:
-        """Return the calls of a step with a look at each result."""
+        """Return the calls of a step with a check of each result."""
         if bound not in self._plans:
             self._plans[bound] = self._plan(bound)
         return self._plans[bound][0]
@@ -244,7 +244,7 @@ class FiniteCheck(Visitor):
         return self._found
 
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Tensor]:
-        """Return the calls of a step with a look at each result, and where the answers are."""
+        """Return the calls of a step with a check of each result, and where the answers are."""
         operations = bound.program.operations
         flags = torch.ones(len(operations), dtype=torch.bool, device=bound.loss.device)
         after: dict[int, list[Any]] = {}
@@ -269,14 +269,14 @@ def find_nonfinite(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> NonFinite | None:
-    """Return where the first NaN or infinity of a run came from, or None if all is finite.
+    """Return the origin of the first NaN or infinity of a run, or None if all is finite.
 
-    Every result of every operation is looked at. Infinities that are among the arguments of an operation
-    (a causal mask) do not count, and what is made of them only where it is a NaN.
+    It checks every result of every operation. Infinities among the arguments of an operation (a causal
+    mask) do not count; results computed from them count only if they are NaN.
 
     Raises:
-        RunError: something that is needed is missing or cannot be read, or a step was not the same when
-            it was taken again, so that nothing can be said of it.
+        RunError: a needed file is missing or unreadable, or the replay of a step differs from the
+            recording, so that the origin cannot be determined.
     """
     run, last = opener.run, opener.run.summary().steps
     if not last:
@@ -302,8 +302,8 @@ def find_nonfinite(
     candidates = sorted(step for step in steps.values() if step is not None)
     if departed and (not candidates or min(departed) <= candidates[0]):
         raise RunError(
-            f"step {min(departed)} of {run.name} was not the same when it was taken again, so that "
-            "nothing can be said of what was finite in it; everystep verify says more"
+            f"the replay of {run.name} differs from its recording at step {min(departed)}, so its "
+            "first NaN or infinity cannot be determined; everystep verify says more"
         )
     found = (_first_made(opener.step(step)) for step in candidates)
     return next((made for made in found if made is not None), None)
@@ -315,7 +315,7 @@ def _covers(steps: dict[int, int | None], run: RecordedRun, last: int, found: in
 
 
 def _first_made(step: Step) -> NonFinite | None:
-    """Return what first made a NaN or an infinity in a step, if anything did."""
+    """Return what made the first NaN or infinity in a step, if anything did."""
     for name, tensor in (*step.batch.tensors.items(), *step.parameters.items()):
         counts = _count([tensor])
         if counts != (0, 0):

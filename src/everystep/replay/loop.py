@@ -1,4 +1,4 @@
-"""Loop: a recorded loop of a user's own. Plain programs alone take its steps again."""
+"""Loop: replays a user's recorded loop with plain programs alone."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class LoopCheckpoint(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What a step was given: tensors by `batch/name` and `input/name`, and how the batch was nested.
+    """The inputs of a step: tensors by `batch/name` and `input/name`, and the nesting of the batch.
 
-    digests: of the state after the step, by name, where there are any.
+    digests: of the state after the step, by name, if it has any.
     """
 
     tensors: dict[str, Tensor]
@@ -57,14 +57,14 @@ class _Inputs(NamedTuple):
 
 
 class LoopStepper(ReplayStepper):
-    """A recorded loop: takes its steps again, in any order of loading and going on.
+    """Replays a recorded loop, in any order of loading and running.
 
     Args:
-        run: which run.
+        run: the run.
         facts: of its training.
-        departed: called with a step that did something else than recorded, and what, in words.
+        departed: called with a step that differs from the recording, and how, in words.
 
-    state: the number of the step after which the state is, None before one is loaded.
+    state: the step after which the current state is, None before one is loaded.
     """
 
     has_gradients_in_state = True
@@ -87,14 +87,14 @@ class LoopStepper(ReplayStepper):
         self._rates = {name: Setting(run.measured(name)) for name in names}
 
     def load(self, state: State) -> None:
-        """Bring everything to a state from disk.
+        """Restore a state from disk.
 
         Raises:
-            RunError: it is not the state of a loop.
+            RunError: it is not a state of a loop.
         """
         names, named = state.settings.get("names"), state.named()
         if not isinstance(names, list):
-            raise RunError(f"state {state.step} of {self._run.name} does not belong to a loop")
+            raise RunError(f"state {state.step} of {self._run.name} is not a state of a recorded loop")
         self._tensors = {n: named[n].to(self._device, copy=True) for n in names if n in named}
         self._loaded = state
         self._settled = None
@@ -103,7 +103,7 @@ class LoopStepper(ReplayStepper):
         state.generators.restore(self._device)
 
     def save(self) -> LoopCheckpoint:
-        """Return a copy of the state as it is now."""
+        """Return a copy of the current state."""
         return LoopCheckpoint(_copies(self._tensors), Generators.capture(self._device))
 
     def restore(self, step: int, saved: LoopCheckpoint) -> None:
@@ -114,7 +114,7 @@ class LoopStepper(ReplayStepper):
         self.state = step
 
     def capture(self) -> State:
-        """Return the state as it is now, as it is written to disk."""
+        """Return the current state in the form that is written to disk."""
         assert self.state is not None and self._loaded is not None
         copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors.items()}
         known = self._loaded.parameters
@@ -142,7 +142,7 @@ class LoopStepper(ReplayStepper):
         return State(self.state, parameters, rest, settings)
 
     def settle(self) -> None:
-        """Let what the loop changed after the last step, and outside of any, be so."""
+        """Apply what the loop changed after the last step, outside of any step."""
         if self.state is None or self.state == self._settled or self.state not in self._between:
             return
         self._settled = self.state
@@ -153,12 +153,12 @@ class LoopStepper(ReplayStepper):
         self._tensors |= {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def run(self, last: int) -> Tensor:
-        """Take the steps up to `last`; return their losses (steps), on the CPU.
+        """Run the steps up to `last`; return their losses (steps), on the CPU.
 
-        A step that logged no loss, or none that its operations give, has the one that was recorded.
+        If a step logged no loss, or one that no operation returns, this returns the recorded one.
 
         Raises:
-            RunError: nothing repeats a step, or what it was given is not there any more.
+            RunError: nothing repeats a step, or its inputs were dropped.
         """
         losses = []
         while self.state is not None and self.state < last:
@@ -166,7 +166,7 @@ class LoopStepper(ReplayStepper):
         return torch.tensor(losses, dtype=torch.float64)
 
     def observe(self) -> Observation:
-        """Take the next step, and return all that is in it.
+        """Run the next step, and return everything in it.
 
         Raises:
             RunError: as `run`.
@@ -192,16 +192,16 @@ class LoopStepper(ReplayStepper):
         }
 
     def hyperparameters(self) -> dict[str, float]:
-        """Return the learning rates of the step that was taken last."""
+        """Return the learning rates of the last step."""
         assert self.state is not None
         found = {name: rate.at(self.state) for name, rate in self._rates.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def batch(self, number: int) -> Batch:
-        """Return the batch of a step, as it was nested.
+        """Return the batch of a step in its original nesting.
 
         Raises:
-            RunError: it is not there any more.
+            RunError: it was dropped.
         """
         inputs = self._inputs(self._row(number))
         prefix = "batch/"
@@ -213,7 +213,7 @@ class LoopStepper(ReplayStepper):
         return Batch(tensors, None, nested_again(inputs.nesting, tensors))
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what the next step is given besides its state: numbers and inputs."""
+        """Return a fingerprint of the next step's inputs besides its state: numbers and inputs."""
         row = self._row(number)
         return (row.numbers or b"") + (row.inputs or b"")
 
@@ -238,10 +238,10 @@ class LoopStepper(ReplayStepper):
                 given = lay_inputs(plain, inputs.tensors)
                 taken = plain.run(self._tensors, given, numbers, generators, look)
         except (ProgramError, ValueError) as error:
-            raise RunError(f"step {number} of {self._run.name} cannot be taken again: {error}") from None
+            raise RunError(f"step {number} of {self._run.name} cannot be replayed: {error}") from None
         self.state = number
         if taken.differs is not None:
-            self._departed(number, f"step {number} is not as recorded: {taken.differs}")
+            self._departed(number, f"step {number} differs from the recording: {taken.differs}")
         self._compare_digests(number, inputs.digests)
         if taken.loss is None:
             (recorded,) = self._run.losses_between(number, number) or [float("nan")]
@@ -261,13 +261,13 @@ class LoopStepper(ReplayStepper):
         more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
         self._departed(
             number,
-            f"after step {number}, the recorded state is another: {names}{more}. Either the numerics "
-            f"differ, or something wrote after step {self._digested_before(number)} where torch does "
-            "not see it (NumPy, a thread, a compiled graph)",
+            f"after step {number}, the state differs from the recording: {names}{more}. Either the "
+            f"numerics differ, or something wrote after step {self._digested_before(number)} where "
+            "torch does not see it (NumPy, a thread, a compiled graph)",
         )
 
     def _digested_before(self, number: int) -> int:
-        """Return the last step before one with digests of the state, 0 where there is none."""
+        """Return the last step before one with digests of the state, 0 if there is none."""
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
         rows = (row for step in reversed(earlier) for row in self._run.repeats(step, step))
         return next((row.step for row in rows if self._inputs(row).digests), 0)
@@ -277,20 +277,22 @@ class LoopStepper(ReplayStepper):
             self._rows = {row.step: row for row in self._run.repeats(number, number + BLOCK - 1)}
         row = self._rows.get(number)
         if row is None:
-            raise RunError(f"{self._run.name} says nothing of step {number}: its database was changed")
+            raise RunError(f"{self._run.name} has no record of step {number}: the database was changed")
         return row
 
     def _numbers(self, row: Repeat) -> list[int | float]:
         found = unpacked(row.numbers, f"step {row.step} of {self._run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
-            raise RunError(f"step {row.step} of {self._run.name} has numbers that are none")
+            raise RunError(
+                f"step {row.step} of {self._run.name} has invalid numbers: the database was changed"
+            )
         return found
 
     def _program(self, row: Repeat) -> PlainProgram:
         if row.program is None:
             raise RunError(
-                f"nothing repeats step {row.step} of {self._run.name}: it did what no program holds, as "
-                "was said when it was recorded"
+                f"step {row.step} of {self._run.name} cannot be replayed: it did something that a "
+                "program cannot hold, as a notice said when it was recorded"
             )
         if row.program not in self._programs:
             path = own_path(self._run.directory, f"programs/{row.program}.json")
@@ -298,7 +300,7 @@ class LoopStepper(ReplayStepper):
         return self._programs[row.program]
 
     def _inputs(self, row: Repeat) -> _Inputs:
-        what = f"what step {row.step} of {self._run.name} was given"
+        what = f"the input of step {row.step} of {self._run.name}"
         content = unpacked(row.inputs, what) or {"nesting": None, "given": {}}
         try:
             given = {name: Given.from_json(each) for name, each in content["given"].items()}
@@ -309,8 +311,8 @@ class LoopStepper(ReplayStepper):
         missing = next((name for name, tensor in found.items() if tensor is None), None)
         if missing is not None:
             raise RunError(
-                f"{what} is not there any more ({missing}): the batches took more room than the run was "
-                "given (batch_budget of everystep.record); a later step may open"
+                f"{what} was dropped ({missing}), because the batches exceeded the budget "
+                "(batch_budget of everystep.record); later steps may still open"
             )
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
         return _Inputs(tensors, content.get("nesting"), digests)
@@ -338,5 +340,5 @@ def _read(path: Path) -> Program:
     except ProgramError as error:
         raise ProgramError(f"{path}: {error}") from None
     if not program.is_plain:
-        raise RunError(f"{path} is not a program of a loop: the run was changed")
+        raise RunError(f"{path} is not the program of a loop: the run was changed")
     return program

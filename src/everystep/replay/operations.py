@@ -1,4 +1,4 @@
-"""Two steps compared operation by operation, down to the numbers that differ."""
+"""Compares two steps operation by operation, down to the numbers that differ."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ NAMED = 10
 class TensorDifference(NamedTuple):
     """How two tensors of the same name differ.
 
-    elements: how many numbers differ, of how many; positions: of the first of them; values: there, in
-    both; largest: the largest distance in units in the last place, None where that has no meaning.
+    elements: the number of differing elements, of how many; positions: of the first of them; values:
+    there, in both; largest: the largest distance in units in the last place, None if that has no
+    meaning.
     """
 
     name: str
@@ -44,11 +45,12 @@ class TensorDifference(NamedTuple):
 
 @dataclass(frozen=True)
 class OperationDifference:
-    """The first operation whose result differs, and why.
+    """The first operation with another result, and why.
 
-    step, index: where; one, other: as both runs have it (None where one has no such operation);
-    results: those that differ; inputs: of what it takes, what differed already; rows: of the batch, as
-    (place, row in the first run, row in the second); causes: in words, what of its own made it differ.
+    step, index: its position; one, other: the operation in each run (None if one run has no such
+    operation); results: those that differ; inputs: those that already differ; rows: of the batch, as
+    (position, row in the first run, row in the second); causes: in words, differences in the operation
+    itself.
     """
 
     step: int
@@ -62,7 +64,7 @@ class OperationDifference:
 
 
 def compare_steps(one: Step, other: Step) -> OperationDifference | None:
-    """Return the first operation of a step whose result differs, or which only one of them has."""
+    """Return the first operation of a step with another result, or which only one of them has."""
     for index in range(max(len(one.operations), len(other.operations))):
         pair = [s.operations[index] if index < len(s.operations) else None for s in (one, other)]
         a, b = pair
@@ -86,7 +88,7 @@ def _explained(
 
 
 def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
-    """Return the places of a batch that differ, with the rows of the data that lie there."""
+    """Return the positions of a batch that differ, with their row numbers in the data."""
     tensors = one.batch.tensors, other.batch.tensors
     if not tensors[0] or tensors[0].keys() != tensors[1].keys():
         return []
@@ -104,7 +106,7 @@ def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
 
 
 def _causes(one: Step, other: Step, a: Observed, b: Observed, inputs: set[str]) -> list[str]:
-    """Return what of the operation's own made its result differ."""
+    """Return differences of the operation itself that explain its result."""
     changed = [
         f"{name} {value!r} and {other.hyperparameters.get(name)!r}"
         for name, value in one.hyperparameters.items()

@@ -1,8 +1,8 @@
-"""Parallel: replay many steps of a run, in spans that processes share.
+"""Parallel: replays many steps of a run, in spans shared by processes.
 
 The spans lie between snapshots. Each process computes with one thread, which is the fastest way to use
-all cores; where that gives other losses or another closing state than were recorded, the span is
-replayed once more with as many threads as when the run was trained.
+all cores. If that gives other losses or another final state than recorded, the span is replayed once
+more with as many threads as in the training.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Span(NamedTuple):
 
 
 class LossDifference(NamedTuple):
-    """A step whose loss was another when it was taken again."""
+    """A step with another loss in the replay."""
 
     step: int
     recorded: float
@@ -62,11 +62,11 @@ class LossDifference(NamedTuple):
 
 @dataclass
 class Replayed:
-    """What replaying a span has shown.
+    """The result of replaying a span.
 
-    losses: how many losses differed, and the first of them; states: tensors of the closing state that
-    differ; compared: whether there was a closing state to compare; threads: with how many it was
-    replayed, and under which numerics; result: what the visitor made of it.
+    losses: the number of differing losses, and the first of them; states: tensors of the final state
+    that differ; compared: whether there was a final state to compare; threads: the number of threads,
+    and the numerics; result: of the visitor.
     """
 
     span: Span
@@ -86,10 +86,10 @@ class Replayed:
 
 
 class Visitor:
-    """Takes the steps of a span; a subclass makes something of them. Travels to other processes.
+    """Runs the steps of a span; a subclass uses them. It is sent to other processes.
 
-    may_share: whether it may use the replay that opens steps: not if code of the user runs meanwhile, or
-    if everything shall be read from disk again; is_done: whether no more steps need be taken.
+    may_share: whether it may use the replay that opens steps: not if user code runs meanwhile, or if
+    everything must be read from disk again; is_done: whether it needs no more steps.
     """
 
     may_share = False
@@ -100,11 +100,11 @@ class Visitor:
         return span.first - 1
 
     def take(self, replay: Replay, last: int, span: Span) -> Tensor:
-        """Take the steps from where the replay stands up to `last`; return their losses."""
+        """Run the steps from the replay's current state up to `last`; return their losses."""
         return replay.stepper.run(last)
 
     def result(self) -> Any:
-        """Return what was made of the span."""
+        """Return the result for the span."""
 
 
 def spans(run: RecordedRun, first: int, last: int) -> list[Span]:
@@ -146,18 +146,17 @@ def parallel(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Iterator[Replayed]:
-    """Replay spans of a run, and yield each when it is done, not in their order.
+    """Replay spans of a run, and yield each when it is done, in any order.
 
     Args:
         opener: of the run.
-        wanted: which spans.
-        visitor: takes the steps.
-        processes: how many processes there shall be; 1: this one alone; absent: one for each core,
-            where that is worth their start.
-        on_progress: called with the number of steps that were just replayed.
+        wanted: the spans.
+        visitor: runs the steps.
+        processes: number of processes; 1: only this one; default: one per core, if worth their start.
+        on_progress: called with the number of steps just replayed.
 
     Raises:
-        RunError: something that is needed is missing or cannot be read.
+        RunError: a needed file is missing or unreadable.
     """
     run, objects, facts = opener.run, opener.objects, opener.run.facts
     threads = facts.training.numerics.threads
@@ -203,7 +202,7 @@ def parallel(
 
 
 def _groups(wanted: list[Span], count: int) -> Iterator[list[Span]]:
-    """Yield neighbours together: where one span ends, the next can go on."""
+    """Yield neighboring spans together: one continues where the other ends."""
     size = max(1, min(GROUP, len(wanted) // (4 * count)))
     for begin in range(0, len(wanted), size):
         yield wanted[begin : begin + size]
@@ -262,7 +261,7 @@ def _numerics(device: str) -> Numerics:
 
 def _compare_losses(found: Replayed, first: int, losses: list[float], recorded: list[float]) -> None:
     if len(recorded) < len(losses):
-        raise RunError(f"the run has no loss of step {first + len(recorded)}: its database was changed")
+        raise RunError(f"the run has no loss for step {first + len(recorded)}: the database was changed")
     for step, (loss, known) in enumerate(zip(losses, recorded, strict=True), start=first):
         if not same_number(loss, known) and step >= found.span.first:
             found.different_losses += 1

@@ -1,7 +1,7 @@
-"""Processes: where a run is replayed, so that it computes as it did when it was trained.
+"""Processes: where a run is replayed, so that it computes as in the training.
 
-That is in this process if its numerics are those of the run, and otherwise in workers started with
-them. What cannot be set (another processor, another torch) stays as it is, and each loss is compared.
+That is this process if its numerics match those of the run, and otherwise workers started with them.
+What cannot be set (another processor, another torch) stays different, and each loss is compared.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def recorded_numerics(facts: Facts) -> Numerics:
     """
     known = facts.training.numerics
     if not 1 <= known.threads <= MOST_THREADS:
-        raise RunError(f"the run says that it was trained with {known.threads} threads: it was altered")
+        raise RunError(f"the run claims {known.threads} threads: the database was changed")
     return known
 
 
 def needs_worker(facts: Facts) -> bool:
-    """Tell whether this process cannot compute as the run did, and another one could."""
+    """Tell whether this process cannot compute as the run did, but another one could."""
     here = Numerics.read(torch.device(facts.training.device))
     return recorded_numerics(facts).needs_other_process(here)
 
@@ -66,7 +66,7 @@ def cores() -> int:
 
 @contextmanager
 def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """Return processes that compute as the run did, with so many threads each; gone at the end."""
+    """Return processes that compute as the run did, with `threads` threads each; they end afterwards."""
     from loky import ProcessPoolExecutor
 
     environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
@@ -103,13 +103,13 @@ def _begin(threads: int) -> None:
 
 
 class Opener:
-    """Opens steps and states of a run; what was replayed once is quick the next time.
+    """Opens steps and states of a run; caches what was replayed.
 
     Args:
-        run: which run.
-        objects: what the user trained with.
+        run: the run.
+        objects: the objects that trained it.
 
-    objects: the same, None where the run is all that a replay needs.
+    objects: the same, None if a replay needs only the run.
     """
 
     def __init__(self, run: RecordedRun, objects: Objects | None = None) -> None:
@@ -129,7 +129,7 @@ class Opener:
 
     @property
     def departed_at(self) -> int | None:
-        """The first step whose loss was another when it was taken again, None if there was none."""
+        """The first step with another loss in the replay, None if there was none."""
         found: int | None = self.call(getattr, "departed_at")
         return found
 
@@ -137,8 +137,8 @@ class Opener:
         """Open a step.
 
         Raises:
-            StepError: it was not taken, or not yet.
-            RunError: something that is needed is missing or cannot be read.
+            StepError: the run has no such step, or not yet.
+            RunError: a needed file is missing or unreadable.
         """
         return self.call(Replay.step, number)
 
@@ -146,13 +146,13 @@ class Opener:
         """Return the state after a step (0: before the first).
 
         Raises:
-            StepError: it was not taken, or not yet.
-            RunError: something that is needed is missing or cannot be read.
+            StepError: the run has no such step, or not yet.
+            RunError: a needed file is missing or unreadable.
         """
         return self.call(Replay.state, number)
 
     def call(self, task: Callable[Concatenate[Replay, P], T], *given: P.args, **named: P.kwargs) -> T:
-        """Do something with the replay of the run, where it can be computed as it was.
+        """Do something with the replay of the run, where it can compute as in the training.
 
         Raises:
             whatever the task raises.
@@ -165,9 +165,10 @@ class Opener:
         return result
 
     def replay_here(self, *, may_share: bool = True) -> Replay:
-        """Return a replay in this process, the one that opens steps if that may be.
+        """Return a replay in this process, shared with the one that opens steps if possible.
 
-        It may not where it needs the user's objects: what they carry besides tensors must be as it was.
+        It cannot be shared if it needs the user's objects: their state besides tensors must be
+        unchanged.
         """
         self._prepare()
         if may_share and self.objects is None and self._replay is not None:
@@ -175,7 +176,7 @@ class Opener:
         return Replay(self.run, self.objects)
 
     def _prepare(self) -> None:
-        """Choose where to replay; begin again where a run that is being trained has gone on."""
+        """Choose where to replay; start again if a run that is being trained has new steps."""
         if self._is_over and (self._replay is not None or self._worker is not None):
             return
         facts = self.run.facts

@@ -1,6 +1,6 @@
-"""Query: puts a question to every step of a run.
+"""Query: asks a question at every step of a run.
 
-A measurement in hindsight is one, and a search for the steps at which a condition is true.
+A measurement in hindsight is a query, and so is a search for steps at which a condition is true.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Question = Expression | Callable[[Step], Any]
 
 
 class Query(Visitor):
-    """Takes the steps of a span, and puts a question to those that are due.
+    """Runs the steps of a span, and asks a question at those that are due.
 
     Args:
-        question: what to ask.
-        run: of which run.
+        question: the question.
+        run: the run.
         every: steps between two that are due.
-        as_condition: whether the answer is a yes, kept as 1, or a no, which is not kept.
+        as_condition: whether the answer is yes, stored as 1, or no, which is not stored.
         only_first: stop at the first yes.
-        skipped: steps whose answer is known.
+        skipped: steps with a known answer.
 
-    looks_back: whether tensors of the step before are wanted; may_share: see `Visitor`.
+    looks_back: whether it needs tensors of the step before; may_share: see `Visitor`.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Query(Visitor):
 
     @property
     def is_done(self) -> bool:  # type: ignore[override]
-        """Whether no more steps need be taken."""
+        """Whether it needs no more steps."""
         return self._only_first and bool(self._answers)
 
     def begin(self, replay: Replay, span: Span) -> int:
-        """Begin with the state before the span; a step earlier where tensors of that step count."""
+        """Begin with the state before the span; a step earlier if it needs tensors of that step."""
         self._answers, self._probe, self._first = [], None, span.first
         earlier = self.looks_back and span.first > replay.stretches[span.at].first
         start = span.first - 1 - earlier
@@ -86,7 +86,7 @@ class Query(Visitor):
         return start
 
     def take(self, replay: Replay, last: int, span: Span) -> Tensor:
-        """Take the steps up to `last`, asking; return their losses."""
+        """Run the steps up to `last`, and ask; return their losses."""
         stepper = replay.stepper
         losses: list[float] = []
         assert stepper.state is not None
@@ -108,14 +108,14 @@ class Query(Visitor):
         return self._answers
 
     def _open(self, replay: Replay, number: int) -> float:
-        """Open a step, and put the question to it; return its loss."""
+        """Open a step, and ask the question; return its loss."""
         assert not isinstance(self._question, Expression)
         step = replay.next_step()
         self._keep(number, self._number_of(self._question(step)))
         return step.loss
 
     def _look(self, replay: Replay, number: int, last: int) -> list[float]:
-        """Take steps with a look at what the expression names; return their losses."""
+        """Run steps, and observe what the expression names; return their losses."""
         if self._probe is None:
             self._probe = Probe(replay.stepper, self._tensors(), self._answer)
         if not replay.stepper.is_by_program(number):
@@ -125,7 +125,7 @@ class Query(Visitor):
         return replay.stepper.watch(number, self._probe).tolist()
 
     def _answer(self, number: int, loss: float) -> bool:
-        """Answer at a step that has just been taken, if it is due; return whether to go on."""
+        """Answer at a step that just ran, if it is due; return whether to continue."""
         assert self._evaluator is not None
         if self._is_due(number):
             self._keep(number, self._evaluator.answer(number, loss, self._probe))
@@ -147,7 +147,7 @@ class Query(Visitor):
                 if isinstance(answer, Tensor)
                 else f"{answer!r:.80}"
             )
-            raise ExpressionError(f"the function must give one number, not {got}") from None
+            raise ExpressionError(f"the function must return one number, not {got}") from None
 
     def _tensors(self) -> set[Reference]:
         if not isinstance(self._question, Expression):
@@ -179,10 +179,10 @@ class Query(Visitor):
 
 
 def check_question(expression: Expression, opener: Opener) -> None:
-    """Check what an expression names against the first step of a run.
+    """Check the names in an expression against the first step of a run.
 
     Raises:
-        ExpressionError: it names what is not there.
+        ExpressionError: a name does not exist.
         RunError: the run has no step, or it cannot be opened.
     """
     replay = opener.replay_here()
@@ -201,7 +201,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """What measuring has shown: values by step; left_out: steps from which on a replay was not exact."""
+    """The result of measuring: values by step; left_out: steps from which on a replay was not exact."""
 
     name: str
     values: dict[int, float]
@@ -218,25 +218,25 @@ def measure(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Measured:
-    """Add a measurement to a run, as if it had been made while it was trained.
+    """Add a measurement to a run, as if it had been made during training.
 
-    What was measured before it was stopped is kept, and not measured again.
+    It keeps the values of an interrupted measurement, and continues after them.
 
     Args:
-        opener: of the run; nothing else in it is changed.
-        question: an expression, or a function of the opened step that gives a number.
+        opener: of the run; nothing else in it changes.
+        question: an expression, or a function of the opened step that returns a number.
         name: of the measurement.
         every: steps between two measurements.
-        overwrite: take the place of an earlier measurement in hindsight of that name.
-        processes: how many at once; absent: one for each core, where that is worth their start.
-        on_progress: called with the number of steps that were just replayed.
+        overwrite: replace an existing measurement in hindsight of that name.
+        processes: number of processes; default: one per core, if worth their start.
+        on_progress: called with the number of steps just replayed.
 
     Raises:
         UsageError: the name is taken, or the question does not fit.
-        RunError: something that is needed is missing, cannot be read, or is being written.
+        RunError: a needed file is missing, unreadable or being written.
     """
     if not isinstance(every, int) or every < 1:
-        raise UsageError(f"every must be a whole number of steps, 1 or more, not {every!r:.80}")
+        raise UsageError(f"every must be an integer of at least 1, not {every!r:.80}")
     run = opener.run
     meaning = MeasuredFacts(expression=getattr(question, "text", None) or repr(question), every=every)
     left_out: list[int] = []
@@ -273,7 +273,7 @@ def when(
 
     Raises:
         UsageError: the condition does not fit.
-        RunError: something that is needed is missing or cannot be read.
+        RunError: a needed file is missing or unreadable.
     """
     run = opener.run
     last = run.summary().steps
@@ -313,19 +313,19 @@ def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:
 
 
 def _check_name(run: RecordedRun, name: str, meaning: MeasuredFacts, overwrite: bool) -> bool:
-    """Return whether to begin from the first step; raise where the name is taken."""
+    """Return whether to begin from the first step; raise if the name is taken."""
     if not name or name in RESERVED_NAMES:
-        raise UsageError(f"a measurement cannot be called {name!r}; choose another name")
+        raise UsageError(f"{name!r} is not allowed as the name of a measurement; choose another name")
     known = run.facts.measured
     if name not in run.measurement_names:
         return True
     if name not in known:
-        raise UsageError(f"{run.name} has recorded {name!r} while it was trained; choose another name")
+        raise UsageError(f"{run.name} already recorded {name!r} during training; choose another name")
     if overwrite:
         return True
     if known[name].expression == meaning.expression:
         return False
     raise UsageError(
-        f"{run.name} has a measurement {name!r} of something else ({known[name].expression}); choose "
-        "another name, or overwrite it"
+        f"{run.name} already has a measurement {name!r} of another expression "
+        f"({known[name].expression}); choose another name, or overwrite it"
     )

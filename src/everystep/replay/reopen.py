@@ -1,8 +1,7 @@
-"""Reopen: bring a recorded training back, so that any of its steps can be taken again.
+"""Reopen: restores a recorded training, so that any of its steps can be replayed.
 
-By its programs, none of the run's code is needed: there is a skeleton of the training, and nothing
-more. Steps that were taken eagerly need the model, the loss and the optimizer themselves: from the
-run's experiment, or from the user.
+With programs, none of the run's code is needed: a skeleton of the training is enough. Steps that Python
+ran need the model, the loss and the optimizer themselves: from the run's experiment, or from the user.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ __all__ = ["reopen", "stored_data"]
 
 
 def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
-    """Bring the training of a stretch of a run back; no state is loaded yet.
+    """Restore the training of a stretch of a run, without loading a state.
 
-    Torch's random generators are as they were.
+    Torch's random generators keep their state.
 
     Raises:
-        RunError: something of the run is missing or cannot be read; says what, and the cure.
+        RunError: a file of the run is missing or unreadable; reports which, and a fix.
     """
     facts = stretch.facts
     device = select(facts.device)
@@ -87,19 +86,21 @@ def _batch(
     batches: Batches,
     device: torch.device,
 ) -> BatchSource:
-    """Return what gives the batch of each step: rows of the run's data, or a Dataset that is read."""
+    """Return the batch source: rows of the run's data, or a Dataset that is read."""
     if not facts.data.lazy:
         x, y = (part.to(device) for part in _data(run, facts, objects))
         count = len(x)
     elif objects.data is None or isinstance(objects.data, tuple | list):
         raise RunError(
-            f"{run.name} was trained on a Dataset that was read at every step, and holds no rows; open "
-            "it with everystep.open(run, data=dataset)"
+            f"{run.name} was trained on a Dataset that everystep read at every step, so the run has "
+            "no rows; open it with everystep.open(run, data=dataset)"
         )
     else:
         count = length_of(objects.data)
     if count != batches.rows:
-        raise RunError(f"{run.name} says that its data has {batches.rows:,} rows; it has {count:,}")
+        raise RunError(
+            f"{run.name} was trained on {batches.rows:,} rows of data, but the data has {count:,}"
+        )
     if facts.data.lazy:
         return DatasetBatches(objects.data, batches, device)
     return batches.of(x, y, is_read=facts.data.source == "dataset")
@@ -108,7 +109,7 @@ def _batch(
 def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Tensor, Tensor]:
     fact = facts.data_file
     if fact is None:
-        raise RunError(f"{run.name} has no data yet; training has only just begun")
+        raise RunError(f"{run.name} has no data yet; training has only just started")
     if (stored := stored_data(run, facts)) is not None:
         return stored.x, stored.y
     if objects.data is not None:
@@ -116,12 +117,12 @@ def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Ten
         if not isinstance(given, tuple | list):
             given = read_rows(given, given.__getitem__, sys.maxsize, lambda done, total: None)
         x, y = (torch.as_tensor(part) for part in given)
-        check_data({"x": x, "y": y}, fact, "the data given")
+        check_data({"x": x, "y": y}, fact, "the given data")
         return x, y
     size = f"{fact.bytes / 1e6:,.0f} MB"
     if (path := run.experiment_file(facts)) is None:
         raise RunError(
-            f"the data of {run.name} ({size}) was too large to be kept in the run; open it with "
+            f"the data of {run.name} ({size}) was too large to store in the run; open it with "
             "everystep.open(run, data=(x, y))"
         )
     data = experiment_job(load(path), run.name, torch.device("cpu")).data
@@ -129,7 +130,7 @@ def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Ten
     tensors = {"x": data.x, "y": data.y}
     if data.validation is not None:
         tensors["validation_x"], tensors["validation_y"] = data.validation
-    check_data(tensors, fact, f"what {path} says of the data")
+    check_data(tensors, fact, f"the data described in {path}")
     return data.x, data.y
 
 
@@ -149,7 +150,7 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
 
 
 def _kind_of(program: Program, batch: BatchSource) -> Hashable:
-    """Return the kind of batch that a program is for, as the source of batches says it."""
+    """Return the kind of batch of a program, in the terms of the batch source."""
     if not isinstance(batch, DatasetBatches):
         shape = program.tensors["x"].shape
         return shape[0] if shape else 0
@@ -204,13 +205,13 @@ def _skeleton(
     if not programs:
         live = (stretch.facts.engine or EAGERLY).live_optimizer
         why = (
-            f"{live}, an optimizer of yours, made every update of {run.name}"
+            f"{live}, a custom optimizer, made every update of {run.name}"
             if live
-            else f"the steps of {run.name} were taken eagerly, and no program repeats them"
+            else f"Python ran the steps of {run.name}, and no program can repeat them"
         )
         raise RunError(
-            f"{why}; open the run with what it was trained with: "
-            "everystep.open(run, model=..., loss=..., optimizer=...)"
+            f"{why}; open the run with the objects that trained it: everystep.open(run, model=..., "
+            "loss=..., optimizer=...)"
         )
     problems: list[str] = []
     # Any state says what the optimizer is like; from the first of the stretch it is quickest to go on.
@@ -220,7 +221,8 @@ def _skeleton(
             state = run.state_near(row.step, after=row.step - 1, on_problem=problems.append)
     if state is None:
         raise RunError(
-            f"{run.name} has no state to begin with: {'; '.join(problems) or 'none is there'}"
+            f"{run.name} has no readable snapshot to start from: "
+            f"{'; '.join(problems) or 'the run has none'}"
         )
     return make_skeleton(programs, state, batch, device, stretch.facts.clip_norm)
 

@@ -1,7 +1,7 @@
-"""Replay: go to any state of a run, and open any step; states on the way are kept in memory.
+"""Replay: go to any state of a run, and open any step; states on the way stay in memory.
 
-The way to a state begins at the nearest one that is there: on disk, in memory, or where the replay
-stands already. Each loss on the way is compared with the recorded one, bit for bit.
+The way to a state starts at the nearest available one: on disk, in memory, or the current one. Each loss
+on the way is compared with the recorded one, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ BLOCK = 1024
 
 
 class Replay:
-    """A run whose steps can be taken again. One thread of the program at a time.
+    """A run with replayable steps. Only one thread may use it at a time.
 
     Args:
-        run: which run.
-        objects: what the user trained with, for steps that no program takes.
-        threads: how many threads torch computes with; absent: as many as when the run was trained.
+        run: the run.
+        objects: the objects that trained it, for steps that no program runs.
+        threads: number of threads that torch uses; default: as many as in the training.
 
-    problems: what was noticed on the way, such as a snapshot that cannot be read; departed_at: the first
-    step whose loss was another when it was taken again, None if there was none.
+    problems: found on the way, such as an unreadable snapshot; departed_at: the first step with another
+    loss in the replay, None if there was none.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Replay:
         """Open a step.
 
         Raises:
-            StepError: it was not taken, or not yet.
-            RunError: something that is needed is missing or cannot be read.
+            StepError: the run has no such step, or not yet.
+            RunError: a needed file is missing or unreadable.
         """
         if number in self._opened:
             self._opened.move_to_end(number)
@@ -91,8 +91,8 @@ class Replay:
         """Return the state after a step (0: before the first).
 
         Raises:
-            StepError: it was not taken, or not yet.
-            RunError: something that is needed is missing or cannot be read.
+            StepError: the run has no such step, or not yet.
+            RunError: a needed file is missing or unreadable.
         """
         if number in {row.step for row in self.snapshot_rows()}:
             state = self.run.state_near(number, on_problem=self._note, after=number - 1)
@@ -105,11 +105,11 @@ class Replay:
 
     @property
     def stepper(self) -> ReplayStepper:
-        """What takes the steps, at the state that the replay stands at."""
+        """The stepper, at the current state of the replay."""
         return self._stepper_of(self._at)
 
     def go_to(self, state: int, at: int | None = None) -> ReplayStepper:
-        """Take the steps up to a state, in the stretch `at`; to be called within `in_force`."""
+        """Run the steps up to a state, in the stretch `at`; call it inside `in_force`."""
         at = self.stretch_of(state) if at is None else at
         stepper = self._stepper_of(at)
         self._start_near(stepper, at, state)
@@ -121,7 +121,7 @@ class Replay:
         return stepper
 
     def next_step(self) -> Step:
-        """Open the step after the state that the replay stands at; to be called within `in_force`."""
+        """Open the step after the state that the replay stands at; call it inside `in_force`."""
         stepper = self.stepper
         assert stepper.state is not None
         stepper.settle()
@@ -163,7 +163,7 @@ class Replay:
         """Return the recorded loss of a step.
 
         Raises:
-            StepError: it was not taken, or not yet.
+            StepError: the run has no such step, or not yet.
         """
         found = self.recorded_losses(number, number)
         if number < 1 or not found:
@@ -171,7 +171,7 @@ class Replay:
         return found[0]
 
     def recorded_losses(self, first: int, last: int) -> list[float]:
-        """Return the recorded losses of steps, as far as they are there."""
+        """Return the recorded losses of steps, as far as they exist."""
         if not self._is_over or first < 1 or last - first >= BLOCK:
             return self.run.losses_between(first, last)
         found: list[float] = []
@@ -190,7 +190,7 @@ class Replay:
 
     @contextmanager
     def in_force(self, step: int) -> Iterator[None]:
-        """Hold the numerics of a step; the caller's random generators are left as they were."""
+        """Hold the numerics of a step; the caller's random generators keep their state."""
         facts = self.stretches[self.stretch_of(step)].facts
         device, known = torch.device(facts.device), facts.numerics
         held = numerics.in_force(
@@ -211,7 +211,7 @@ class Replay:
                 self._generators = Generators.capture(device)
 
     def _forget_where(self) -> None:
-        """A step may have been taken by half: go on from a state that was kept."""
+        """After a step that may be incomplete: continue from a stored state."""
         for stepper in self._steppers.values():
             stepper.state = None
 
@@ -227,7 +227,7 @@ class Replay:
         self.go_to(number - 1, at)
 
     def _start_near(self, stepper: ReplayStepper, at: int, state: int) -> None:
-        """Bring the training to the nearest state that is there, not after the one wanted."""
+        """Restore the nearest available state up to the wanted one."""
         lowest = self.stretches[at].first - 1
         here = -1
         if self._at == at and stepper.state is not None and lowest <= stepper.state <= state:
@@ -255,7 +255,7 @@ class Replay:
         if state is None and at:
             state = self.go_to(boundary, at - 1).capture()
         if state is None:
-            problems = "; ".join(self.problems) or "it is not there"
+            problems = "; ".join(self.problems) or "it is missing"
             raise RunError(f"{self.run.name} cannot be replayed from its first state: {problems}")
         stepper.load(state)
         self._at = at
@@ -269,7 +269,7 @@ class Replay:
         self.compare(first, losses.tolist(), self.recorded_losses(first, last))
 
     def compare(self, first: int, losses: list[float], recorded: list[float]) -> None:
-        """Compare losses of consecutive steps with the recorded ones, and note where they depart."""
+        """Compare losses of consecutive steps with the recorded ones, and note the first difference."""
         for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
             if not same_number(loss, known):
                 if self.departed_at is None or step < self.departed_at:
@@ -283,18 +283,18 @@ class Replay:
         return departed if departed is not None and departed <= number else None
 
     def note_departure(self, step: int) -> None:
-        """Note why a step may have other bits than recorded, if Python took it again."""
+        """Note why the bits of a step may differ from the recording, if Python replayed it."""
         engine = self.stretches[self.stretch_of(step)].facts.engine
         if engine is None:
             return
         live, eager_from = engine.live_optimizer, engine.eager_from
         if self._objects.model is None or not (live or (eager_from is not None and eager_from <= step)):
             return
-        reason = f"{live} is an optimizer of yours" if live else engine.reason
+        reason = f"{live} is a custom optimizer" if live else engine.reason
         self._note(
-            f"Python takes the steps ({reason}), and your model, loss or optimizer may carry something "
-            "that no run holds, such as a count; open the run with new ones, as they were before "
-            "training: everystep.open(run, model=..., loss=..., optimizer=...)"
+            f"Python runs the steps ({reason}), and your model, loss or optimizer may hold something "
+            "that the run does not, such as a counter; open the run with new objects, as they were "
+            "before training: everystep.open(run, model=..., loss=..., optimizer=...)"
         )
 
     def _spacing(self) -> int:
@@ -326,7 +326,7 @@ class Replay:
         self._note(problem)
 
     def stretch_of(self, step: int) -> int:
-        """Return in which stretch a step was taken, or a state reached."""
+        """Return the stretch of a step or state."""
         return max(i for i, stretch in enumerate(self.stretches) if stretch.first <= max(step, 1))
 
     def _note(self, problem: str) -> None:
@@ -335,18 +335,18 @@ class Replay:
 
 
 def no_such_step(run: RecordedRun, number: int) -> StepError:
-    """Return the error that says which steps there are."""
+    """Return the error that lists the existing steps."""
     count = run.summary().steps
     known = f"it has steps 1 to {count}" if count else "it has none yet"
     if number == 0:
-        known += "; the state before the first is run.parameters(0)"
+        known += "; use run.parameters(0) for the state before the first step"
     elif run.status == "running":
-        known += ", and is still being trained"
+        known += ", and is still training"
     return StepError(f"{run.name} has no step {number}: {known}")
 
 
 def same_number(one: float, two: float) -> bool:
-    """Tell whether two losses are the same, NaN like NaN."""
+    """Tell whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
 
 

@@ -1,4 +1,4 @@
-"""A step opened: everything in it, in the chapter's order, as tensors; and what takes it again."""
+"""An opened step: everything in it, as tensors, in the chapter's order; and the protocol of replays."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Batch", "ReplayStepper", "Segment", "Statistics", "Step", "Update", 
 class Batch:
     """The batch of a step.
 
-    tensors: by their path in the batch (N, ...); the two of a pair are called `x` and `y`; rows: which
-    rows of the data these are (N), None where they are all, in order, or where nobody knows; nested: the
-    batch as it was nested, with the tensors in it.
+    tensors: by their path in the batch (N, ...); those of a pair are called `x` and `y`; rows: the row
+    numbers in the data (N), None if they are all rows in order, or unknown; nested: the batch in its
+    original nesting, with its tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -36,25 +36,25 @@ class Batch:
 
     @property
     def x(self) -> Tensor:
-        """The first of a pair."""
+        """The first tensor of a pair."""
         return self["x"]
 
     @property
     def y(self) -> Tensor:
-        """The second of a pair."""
+        """The second tensor of a pair."""
         return self["y"]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
             known = ", ".join(self.tensors) or "none"
-            raise UsageError(f"the batch of this step has no tensor {name!r}; it has: {known}")
+            raise UsageError(f"the batch of this step has no tensor {name!r}; known: {known}")
         return self.tensors[name]
 
 
 class Segment(NamedTuple):
-    """Operations `first` to `last` of a step, which belong together.
+    """Consecutive operations of a step, from `first` to `last`.
 
-    part: the model whose forward pass it is, or the optimizer whose update, where there are several.
+    part: the model that runs its forward pass, or the optimizer that updates, if there are several.
     """
 
     phase: Phase
@@ -64,38 +64,37 @@ class Segment(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A parameter before the update and after it."""
+    """A parameter before and after the update."""
 
     before: Tensor
     after: Tensor
 
     @property
     def change(self) -> Tensor:
-        """What was added to the parameter."""
+        """The difference, after - before."""
         return self.after - self.before
 
     @property
     def relative_size(self) -> float:
-        """The 2-norm of the change over that of the parameter before it; infinite where that is 0."""
+        """The 2-norm of the change divided by that of the parameter before it; infinite if that is 0."""
         change, before = (_norm(tensor) for tensor in (self.change, self.before))
         return change / before if before else (math.inf if change else 0.0)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Step `number` of a run, which takes state `number - 1` to state `number`.
+    """Step `number` of a run; it takes state `number - 1` to state `number`.
 
-    Everything but `updates` is what the forward and the backward pass saw, on state `number - 1`. All
-    tensors are copies, on the device that the step was taken on.
+    Everything except `updates` is what the forward and the backward pass saw, on state `number - 1`. All
+    tensors are copies, on the device that replayed the step.
 
-    loss: as it was taken again; recorded_loss: as the run has it; departed_at: the first step, up to
-    this one, whose loss was another than the recorded one when it was taken again, None if there was
-    none; batch; parameters, buffers: by name; activations: what each module gave, by its path (a tuple
-    where it gave several tensors); dropped: gradients of the step before, which zero_grad drops;
-    gradients: by parameter, as backward left them (clipping is the first part of the update);
-    updates: by parameter; operations: in order, with inputs and results; hyperparameters: the lr and
-    its like, `lr[1]` of the second param group; is_by_program: whether a program took it, or Python;
-    epoch: from 0.
+    loss: from the replay; recorded_loss: from the recording; departed_at: the first step, up to this
+    one, whose replay differs from the recording, None if there is none; batch; parameters, buffers: by
+    name; activations: the output of each module, by its path (a tuple if it returned several tensors);
+    dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
+    backward pass left them (clipping is the first part of the update); updates: by parameter;
+    operations: in order, with inputs and results; hyperparameters: the lr and similar settings, `lr[1]`
+    for the second param group; is_by_program: whether a program replayed it, or Python; epoch: from 0.
     """
 
     number: int
@@ -116,15 +115,15 @@ class Step:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every step taken again on the way here, and this one, had the recorded loss."""
+        """Whether the replay of this step, and of all steps on the way here, matches the recording."""
         return self.departed_at is None
 
     def segments(self, parts: Collection[str] = ()) -> list[Segment]:
-        """Return the operations in the order in which they happened, those of a phase together.
+        """Return the operations in order, grouped by phase.
 
-        What a loop computes before the first forward pass is not part of a loss.
+        Operations before the first forward pass of a loop are `other`, not part of a loss.
 
-        parts: names of models and optimizers to tell apart.
+        parts: names of models and optimizers to keep apart.
         """
         found: list[Segment] = []
         phases = [seen.operation.phase for seen in self.operations]
@@ -143,7 +142,7 @@ class Step:
 
     @cached_property
     def bytes(self) -> int:
-        """How much memory its tensors take."""
+        """The memory that its tensors use, in bytes."""
         tensors = [*self.batch.tensors.values(), *self.parameters.values(), *self.buffers.values()]
         tensors += [*self.dropped.values(), *(update.after for update in self.updates.values())]
         for seen in self.operations:
@@ -152,7 +151,11 @@ class Step:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def __repr__(self) -> str:
-        exact = "bit for bit" if self.is_exact else f"not as recorded from step {self.departed_at} on"
+        exact = (
+            "bit-identical"
+            if self.is_exact
+            else f"differs from the recording from step {self.departed_at} on"
+        )
         return (
             f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "
             f"{len(self.operations)} operations, {len(self.updates)} updates>"
@@ -160,9 +163,9 @@ class Step:
 
 
 class ReplayStepper(Protocol):
-    """What a replay needs of a recorded training, one of everystep or a loop of the user.
+    """What a replay needs from a recorded training, of everystep or of a user's loop.
 
-    state: the number of the step after which the state is, None before one is loaded.
+    state: the step after which the current state is, None before one is loaded.
     """
 
     state: int | None
@@ -171,69 +174,70 @@ class ReplayStepper(Protocol):
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the gradients that the last step left are there."""
+        """Whether the gradients of the last step are available."""
         return True
 
     def load(self, state: State) -> None:
-        """Bring everything to a state from disk."""
+        """Restore a state from disk."""
 
     def save(self) -> Any:
-        """Return a copy of the state as it is now, which has `tensors`."""
+        """Return a copy of the current state; it has `tensors`."""
 
     def restore(self, step: int, saved: Any) -> None:
-        """Bring everything back to what `save` returned after `step`."""
+        """Restore what `save` returned after `step`."""
 
     def capture(self) -> State:
-        """Return the state as it is now, as it is written to disk."""
+        """Return the current state in the form that is written to disk."""
 
     def settle(self) -> None:
-        """Let what happened after the last step be so, before anything else is done."""
+        """Apply the recorded changes after the last step, before anything else runs."""
 
     def run(self, last: int) -> Tensor:
-        """Take the steps up to `last`; return their losses (steps), on the CPU."""
+        """Run the steps up to `last`; return their losses (steps), on the CPU."""
 
     def watch(self, last: int, hook: Hook) -> Tensor:
-        """Take the steps up to `last` while a hook looks; return their losses (steps), on the CPU.
+        """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
 
-        The next step is by program; the first that is not ends the way, and so may the hook.
+        A program must run the next step. `watch` ends at the first step that no program runs, or when
+        the hook says so.
         """
-        raise AssertionError("no program takes its steps in the place of Python")
+        raise AssertionError("no program runs its steps in place of Python")
 
     def observe(self) -> Observation:
-        """Take the next step, and return all that is in it."""
+        """Run the next step, and return everything in it."""
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return copies of the gradients that the last step has left, by parameter."""
+        """Return copies of the gradients that the last step left, by parameter."""
 
     def hyperparameters(self) -> dict[str, float]:
-        """Return the learning rates, and what else is worth a word."""
+        """Return the learning rates and similar settings."""
 
     def module_paths(self) -> list[str]:
-        """Return the paths of modules, of which not each need run at each step."""
+        """Return the paths of all modules; a step need not run each of them."""
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what the next step is given besides its state: settings and batch."""
+        """Return a fingerprint of the next step's inputs besides its state: settings and batch."""
 
     def batch(self, number: int) -> Batch:
         """Return the batch of a step."""
 
     def epoch(self, number: int) -> int:
-        """Return the epoch of a step, from 0; a loop of the user says nothing of epochs."""
+        """Return the epoch of a step, from 0; a user's loop has no epochs."""
         return 0
 
     def is_by_program(self, number: int) -> bool:
-        """Tell whether a program takes a step in the place of Python; none does in a user's loop."""
+        """Tell whether a program runs a step in place of Python; never in a user's loop."""
         return False
 
 
 class Statistics(NamedTuple):
-    """What the numbers of a tensor are like, computed in float64 from those that are finite.
+    """Summary statistics of a tensor, computed in float64 from its finite elements.
 
-    zeros: the share of numbers equal to 0; nonfinite: how many are NaN or infinite. Of an empty tensor
-    all are NaN, and of one without finite numbers the first four.
+    zeros: the fraction of elements equal to 0; nonfinite: the number of NaN or infinite elements. For an
+    empty tensor all are NaN; without finite elements, the first four are.
     """
 
     mean: float
@@ -245,7 +249,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(tensor: Tensor) -> Statistics:
-    """Return what the numbers of a tensor are like; of complex ones, of their absolute values."""
+    """Return the summary statistics of a tensor; for complex elements, of their absolute values."""
     numbers = _as_they_lie(tensor.abs() if tensor.is_complex() else tensor.detach())
     count = len(numbers)
     if not count:
@@ -271,7 +275,7 @@ def statistics(tensor: Tensor) -> Statistics:
 
 
 def _as_they_lie(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor in a row, in the order of the memory: a view where that can be."""
+    """Return the elements of a tensor as a vector in memory order: a view if possible."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).flatten()
 

@@ -1,4 +1,4 @@
-"""Stepper: takes the steps of a recorded training again."""
+"""Stepper: replays the steps of a recorded training."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from everystep.training.dataset_batches import DatasetBatches
 __all__ = ["TrainingStepper"]
 
 _CURE = (
-    "; open the run with objects as they were before training: "
-    "everystep.open(run, model=..., loss=..., optimizer=...)"
+    "; open the run with objects as they were before training: everystep.open(run, model=..., "
+    "loss=..., optimizer=...)"
 )
 
 
 class TrainingStepper(ReplayStepper):
-    """Takes the steps of a training again, in any order of loading and going on.
+    """Replays the steps of a training, in any order of loading and running.
 
     Args:
-        training: what is trained.
-        programs: what takes its steps.
-        eager_from: the first step that Python takes, None if there is none.
+        training: the training.
+        programs: the programs that run its steps.
+        eager_from: the first step that Python runs, None if there is none.
         batches: which rows each step sees.
         settings: the numbers of the optimizer that changed, by name.
         between: reads the tensors that other code changed after a step, by that step.
 
-    state: the step whose state it holds, None before anything is loaded.
+    state: the step after which its current state is, None before one is loaded.
     """
 
     has_gradients_in_state = False
@@ -94,7 +94,7 @@ class TrainingStepper(ReplayStepper):
         self._moved(state.step)
 
     def save(self) -> Checkpoint:
-        """Return a copy of the state as it is now."""
+        """Return a copy of the current state."""
         self.settle()
         return Checkpoint(self._training)
 
@@ -104,7 +104,7 @@ class TrainingStepper(ReplayStepper):
         self._moved(step)
 
     def capture(self) -> State:
-        """Return the state as it is now, as it is written to disk."""
+        """Return the current state in the form that is written to disk."""
         assert self.state is not None
         self.settle()
         if self._training.has_tensor_settings:
@@ -112,10 +112,10 @@ class TrainingStepper(ReplayStepper):
         return self._training.state(self.state)
 
     def run(self, last: int) -> Tensor:
-        """Take the steps up to `last`; return their losses (steps), on the CPU.
+        """Run the steps up to `last`; return their losses (steps), on the CPU.
 
         Raises:
-            RunError: a step that neither a program nor a model takes.
+            RunError: there is neither a program nor a model to run a step.
         """
         assert self.state is not None
         losses: list[Tensor] = []
@@ -131,14 +131,15 @@ class TrainingStepper(ReplayStepper):
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
     def watch(self, last: int, hook: Hook) -> Tensor:
-        """Take the steps up to `last` while a hook looks; return their losses (steps), on the CPU.
+        """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
 
-        The next step is by program; the first that is not ends the way, and so may the hook.
+        A program must run the next step. `watch` ends at the first step that no program runs, or when
+        the hook says so.
         """
         return self._run_by_program(last, hook).cpu()
 
     def _run_by_program(self, last: int, hook: Hook | None = None) -> Tensor:
-        """Take steps up to `last` that programs take; return their losses, on the device."""
+        """Run steps by programs up to `last`; return their losses, on the device."""
         assert self.state is not None
         first = self.state + 1
         self._losses.drop(self._losses.count)  # of steps that were interrupted
@@ -159,15 +160,15 @@ class TrainingStepper(ReplayStepper):
         self.state = number
 
     def _is_steady(self, first: int) -> bool:
-        """Tell whether one program takes the steps from `first` on, and finds everything in place."""
+        """Tell whether one program runs the steps from `first` on without preparation in between."""
         is_alike = self._training.batch.is_fixed and not self._settings and not self._between
         return is_alike and first > self._programs.since(first)
 
     def observe(self) -> Observation:
-        """Take the next step, and return all that is in it.
+        """Run the next step, and return everything in it.
 
         Raises:
-            RunError: a step that neither a program nor a model takes.
+            RunError: there is neither a program nor a model to run it.
         """
         assert self.state is not None
         number = self.state + 1
@@ -181,7 +182,7 @@ class TrainingStepper(ReplayStepper):
         return observation
 
     def _begin(self, number: int) -> BoundProgram:
-        """Put everything in place for a step; return the program that takes it."""
+        """Prepare a step; return the program that runs it."""
         self.settle()
         self._set_hyperparameters(number)
         bound = self._programs.bound(number)
@@ -190,7 +191,7 @@ class TrainingStepper(ReplayStepper):
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the gradients of the last step are there: not where a state has just been loaded."""
+        """Whether the gradients of the last step are available: not right after loading a state."""
         return self.state is not None and self._loaded != self.state
 
     def named_state(self) -> dict[str, Tensor]:
@@ -205,7 +206,7 @@ class TrainingStepper(ReplayStepper):
         return Batch(tensors, self._batches.indices(number), tuple(tensors.values()))
 
     def given(self, number: int) -> bytes:
-        """Return what tells apart what the next step is given besides its state: settings and batch."""
+        """Return a fingerprint of the next step's inputs besides its state: settings and batch."""
         self.settle()
         self._set_hyperparameters(number)
         settings = json.dumps(self._training.hyperparameters()).encode()
@@ -234,12 +235,12 @@ class TrainingStepper(ReplayStepper):
         return {name: gradient.detach().clone() for name, gradient in found.items()}
 
     def hyperparameters(self) -> dict[str, float]:
-        """Return the learning rates as they are now, and the other numbers that ever changed."""
+        """Return the current learning rates, and the other numbers that ever changed."""
         now = self._training.hyperparameters()
         return {n: value for n, value in now.items() if n.startswith("lr") or n in self._settings}
 
     def is_by_program(self, number: int) -> bool:
-        """Tell whether a step is taken by a program."""
+        """Tell whether a program runs a step."""
         if self._eager_from is not None and number >= self._eager_from:
             return False
         # The first program may make state that only the optimizer itself knows where to keep.
@@ -249,21 +250,21 @@ class TrainingStepper(ReplayStepper):
         return not makes_state and self._programs.has(number)
 
     def _begin_eagerly(self, number: int) -> None:
-        """Put everything in place for a step that Python takes.
+        """Prepare for a step that Python runs.
 
         Raises:
-            RunError: there is no model to take it.
+            RunError: there is no model to run it.
         """
         self.settle()
         self._set_hyperparameters(number)
         if isinstance(self._training.model, Skeleton):
             raise RunError(
-                f"step {number} was taken eagerly, and no program repeats it; open the run with what "
-                "it was trained with: everystep.open(run, model=..., loss=..., optimizer=...)"
+                f"Python ran step {number}, and no program can repeat it; open the run with the "
+                "objects that trained it: everystep.open(run, model=..., loss=..., optimizer=...)"
             )
 
     def settle(self) -> None:
-        """Let what other code changed after the last step be so, before anything else is done."""
+        """Apply what other code changed after the last step, before anything else runs."""
         assert self.state is not None
         if self.state not in self._between or self._settled == self.state:
             return
@@ -299,11 +300,11 @@ class TrainingStepper(ReplayStepper):
 
 @contextmanager
 def _named(number: int) -> Iterator[None]:
-    """Say which step it was in which the user's code, or torch, raised."""
+    """Name the step in which user code or torch raised."""
     try:
         yield
     except EverystepError:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RunError(f"step {number} fails when it is taken again: {reason}") from error
+        raise RunError(f"step {number} fails during the replay: {reason}") from error

@@ -1,4 +1,4 @@
-"""Verify: take every step of a run again, and say exactly what is as recorded and what is not."""
+"""Verify: replays every step of a run, and reports exactly what matches the recording."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Verification", "verify"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What taking every step of a run again has shown.
+    """The result of replaying every step of a run.
 
-    steps: how many were taken again; different_steps: of how many the loss was another; first_loss:
-    the first of these, None if there is none; loss_distance: how far it is off, in units in the last
-    place; snapshots: how many states after state 0 were compared, of `all_snapshots`; states: what
-    differed in them, in their order;
-    numerics: what bits depend on and is another here, with the recorded value and the one here;
-    problems: what could not be read; threads: with how many threads which number of steps was taken.
+    steps: the number of replayed steps; different_steps: the number with another loss; first_loss: the
+    first of these, None if all match; loss_distance: its distance in units in the last place; snapshots:
+    the number of states after state 0 that were compared, of `all_snapshots`; states: how they differ,
+    in order;
+    numerics: what bits depend on and differs here, with the recorded and the current value; problems:
+    what was unreadable; threads: the number of steps replayed by number of threads.
     """
 
     steps: int
@@ -42,7 +42,7 @@ class Verification:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every loss and every snapshot was as recorded, bit for bit, and all could be read."""
+        """Whether every loss and every snapshot is bit-identical, and all were readable."""
         return not (self.different_steps or self.states or self.problems)
 
 
@@ -51,15 +51,15 @@ def verify(
     processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> Verification:
-    """Take every step of a run again, and compare every loss and every snapshot, bit for bit.
+    """Replay every step of a run, and compare every loss and every snapshot, bit for bit.
 
     Args:
         opener: of the run.
-        processes: how many at once; absent: one for each core, where that is worth their start.
-        on_progress: called with the number of steps that were just replayed.
+        processes: number of processes; default: one per core, if worth their start.
+        on_progress: called with the number of steps just replayed.
 
     Raises:
-        RunError: something that is needed is missing or cannot be read.
+        RunError: a needed file is missing or unreadable.
     """
     run = opener.run
     steps = run.summary().steps
@@ -86,7 +86,7 @@ def verify(
 
 
 def _other_numerics(run: RecordedRun, here: Numerics | None) -> dict[str, tuple[Any, Any]]:
-    """Return what could not be made as it was; without the number of threads, which `threads` has."""
+    """Return the numerics that differ and could not be set, except the threads: see `threads`."""
     if here is None:
         return {}
     differences = recorded_numerics(run.facts).differences(here)

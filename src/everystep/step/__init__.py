@@ -1,1 +1,1 @@
-"""How one step runs: torch only, knows neither experiments nor disks."""
+"""How one step runs: uses only torch, knows neither experiments nor disks."""

@@ -1,4 +1,4 @@
-"""Advance: takes steps by their programs. Nothing else does; a hook looks at what they compute."""
+"""Advance: runs steps by their programs. Nothing else does; a hook can observe them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOM = 1024
 
 
 class Hook(Protocol):
-    """Looks at steps while programs take them. A step has the same bits with it and without."""
+    """Observes steps while programs run them. The bits of a step are the same with and without it."""
 
     def calls(self, bound: BoundProgram) -> list[Call]:
-        """Return the calls of a step, with others in between that look."""
+        """Return the calls of a step, with observing calls in between."""
 
     def after(self, number: int, bound: BoundProgram) -> bool:
-        """Look at a step that has just been taken; return whether to go on."""
+        """Observe a step that just ran; return whether to continue."""
 
 
 def advance(
@@ -37,18 +37,18 @@ def advance(
     is_steady: bool = False,
     hook: Hook | None = None,
 ) -> None:
-    """Take the steps `first` to `last` by their programs, up to one that has none.
+    """Run the steps `first` to `last` by their programs, up to one that has none.
 
     Args:
         first: the first step.
         last: the last step.
-        begin: puts everything in place for a step and returns its program, None where it has none.
-        keep: called with each step that was taken, and its program.
+        begin: puts everything in place for a step and returns its program, None if it has none.
+        keep: called with each step that ran, and its program.
         is_steady: the program of the first step takes all of them, and finds everything in place.
         hook: looks at the steps, and may end them early.
 
     Raises:
-        RuntimeError: a kernel refuses what it is given (or IndexError, ValueError, TypeError).
+        RuntimeError: a kernel refuses its arguments (or IndexError, ValueError, TypeError).
     """
     bound = begin(first)
     if bound is None:
@@ -69,7 +69,7 @@ def advance(
 
 
 def take(programs: Programs, number: int, *, between: Callable[[], None] | None = None) -> BoundProgram:
-    """Take one step by its program, with the learning rates as they are; return the program.
+    """Run one step by its program, with the learning rates as they are; return the program.
 
     between: called between the forward and the backward pass, on a CPU.
     """
@@ -107,7 +107,7 @@ class Losses:
         return float(self._losses[(self.count or self._collected) - 1])
 
     def make_room(self, loss: Tensor) -> None:
-        """Make room for losses of the dtype of this one, or of a wider one that others had."""
+        """Make room for losses of the dtype of this one, or of an earlier wider one."""
         if self._slots and loss.dtype == self._losses.dtype:
             return
         dtype = torch.promote_types(loss.dtype, self._losses.dtype) if self._slots else loss.dtype
@@ -123,7 +123,7 @@ class Losses:
         self.count += 1
 
     def drop(self, count: int) -> None:
-        """Drop the newest, as far as they were not collected."""
+        """Drop the newest losses, unless already collected."""
         self.count = max(0, self.count - count)
 
     def collect(self) -> Tensor:

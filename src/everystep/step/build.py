@@ -1,4 +1,4 @@
-"""Build: a program from what was seen of a step, with names a person can read."""
+"""Build: a program from a captured step, with readable names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Builder", "Built", "NotCapturableError", "build", "checked", "named_
 
 
 class NotCapturableError(Exception):
-    """A step that is no program; the message says why."""
+    """A step that is not a program; the message gives the reason."""
 
 
 class Built(NamedTuple):
@@ -44,7 +44,7 @@ def build(captured: Capture, training: Training, has_update: bool = True) -> Bui
     has_update: whether the update was captured, too; without it, the program ends with the gradients.
 
     Raises:
-        NotCapturableError: a part of it is no operation on tensors; says which.
+        NotCapturableError: a part of it is not an operation on tensors; names the part.
     """
     fixed = unchanging_in(captured)
     for where, reason, reads in captured.refusals:
@@ -61,9 +61,9 @@ def build(captured: Capture, training: Training, has_update: bool = True) -> Bui
 
 
 def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]]:
-    """Return all operations that were seen, and the names of their tensors by number.
+    """Return all observed operations, and the names of their tensors by number.
 
-    They need not be the same at the next step, nor complete.
+    They may differ at the next step, and may be incomplete.
     """
     builder = Builder(captured, captured.operations)
     return builder.named_operations()
@@ -137,7 +137,7 @@ class Builder:
         return [self._operation(recorded) for recorded in self._recorded], self._tensor_names
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
-        """Return the storages that tensors lie on; of a batch that is a part of more, that part."""
+        """Return the storages of tensors; for a batch that is a slice of more data, that slice."""
         ends: dict[str, int] = {}
         for spec in tensors.values():
             ends[spec.storage] = max(ends.get(spec.storage, 0), spec.end)
@@ -150,7 +150,7 @@ class Builder:
         }
 
     def _name_storages(self, operations: list[CapturedOperation]) -> None:
-        """Storages are named after state, gradients and the loss; others after their operator."""
+        """Name storages after state, gradients and the loss; others after their operator."""
         captured = self._captured
         known = self._state | {f"gradient/{name}": n for name, n in captured.gradients.items()}
         if captured.loss_tensor is not None:
@@ -172,7 +172,7 @@ class Builder:
         return base if count == 1 else f"{base}_{count}"
 
     def _named(self, number: int, name: str) -> str:
-        """Return the name of a tensor that shall be known by `name`, unless it has one already."""
+        """Return the name of a tensor; name it `name` unless it already has one."""
         if number not in self._tensor_names:
             self._add_tensor(name, number)
         return self._tensor_names[number]
@@ -227,7 +227,7 @@ class Builder:
         )
 
     def _first_values(self) -> list[Operation]:
-        """Return what gives state that the step makes out of nothing its first value."""
+        """Return the operations that initialize state which the step creates from nothing."""
         found = []
         for name, number in self._appeared.items():
             storage = self._captured.storages[self._captured.tensors[number].storage]
@@ -242,11 +242,11 @@ class Builder:
         return found
 
     def _exchanges(self) -> list[Operation]:
-        """Return what puts a value into state whose tensor the step exchanged for another."""
+        """Return copies into the state for tensors that the step replaced."""
         return [_copy_operation(name, self._tensor(number)) for name, number in self._replaced.items()]
 
     def _with_effect(self, operations: list[Operation], wanted: set[str]) -> list[Operation]:
-        """Leave out operations whose results nobody sees; one that draws random numbers stays."""
+        """Drop operations with unused results, except those that draw random numbers."""
         needed = {self._tensors[name].storage for name in wanted}
         needed |= {name for name, storage in self._storages.items() if storage.kind == "state"}
         kept = []
@@ -260,7 +260,7 @@ class Builder:
     def _split(
         self, operations: list[Operation], every_step: set[str]
     ) -> tuple[list[Operation], list[Operation]]:
-        """Part the operations whose results are the same at every step from the others."""
+        """Separate the operations with the same results at every step from the others."""
         effects = [self._effect(operation) for operation in operations]
         own = ("constant", "temporary")
         candidates = {name for name, storage in self._storages.items() if storage.kind in own}
@@ -286,12 +286,12 @@ def checked(**parts: Any) -> Program:
     """Return a program of these parts.
 
     Raises:
-        NotCapturableError: they are none.
+        NotCapturableError: they are not a valid program.
     """
     try:
         return Program(**parts)
     except ValidationError as error:
-        raise NotCapturableError(f"no program can hold it: {error.errors()[0]['msg']}") from None
+        raise NotCapturableError(f"a program cannot hold it: {error.errors()[0]['msg']}") from None
 
 
 def _copy_operation(target: str, source: str) -> Operation:

@@ -1,4 +1,4 @@
-"""Capture: watch one eager step, and write down its operations."""
+"""Capture: runs one eager step, and records its operations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["Capture", "begin_watching", "take_watched"]
 
 @dataclass
 class Capture:
-    """What was seen of one eager step.
+    """The observations of one eager step.
 
-    loss: its value; refusals: what cannot be in a program; update_from: how many operations come
-    before the optimizer's; named: the tensors that have a name (state, inputs) before the step;
-    appeared: state that it made; replaced: state whose tensor it exchanged for another; held: copies of
-    gradients that the optimizer had not dropped, by parameter.
+    loss: its value; refusals: what cannot be in a program; update_from: the number of operations before
+    the optimizer's; named: the tensors with a name (state, inputs) before the step; appeared: state that
+    it created; replaced: state with a tensor that it replaced by another; held: copies of gradients that
+    the optimizer had not dropped, by parameter.
     """
 
     loss: Tensor
@@ -47,7 +47,7 @@ class Capture:
 
 
 def begin_watching(training: Training, x: Tensor, y: Tensor, recorder: StepRecorder) -> dict[str, int]:
-    """Give a recorder the tensors that have a name before a step; return their numbers by name."""
+    """Pass the named tensors before a step to a recorder; return their numbers by name."""
     named = {name: recorder.know(tensor, "state") for name, tensor in training.named_state().items()}
     return named | {name: recorder.know(t, "input") for name, t in (("x", x), ("y", y))}
 
@@ -55,10 +55,10 @@ def begin_watching(training: Training, x: Tensor, y: Tensor, recorder: StepRecor
 def take_watched(
     step: EagerStep, number: int, recorder: StepRecorder, has_update: bool = True
 ) -> Capture:
-    """Take step `number` eagerly while a recorder looks on, and return what it has seen.
+    """Run step `number` eagerly, observed by a recorder, and return the observations.
 
-    has_update: whether the update is taken and seen, too; without it, the optimizer's `zero_grad` is
-    not seen either.
+    has_update: whether to run and observe the update, too; without it, the optimizer's `zero_grad` is
+    not observed either.
 
     Raises:
         whatever the step raises.
@@ -135,7 +135,7 @@ def _held_back(
 def _compare_state(
     found: Capture, recorder: StepRecorder, before: dict[str, Tensor], after: dict[str, Tensor]
 ) -> None:
-    """Note which state the step made, and which it put another tensor in the place of."""
+    """Note the state that the step created, and the state tensors that it replaced."""
     for name, tensor in after.items():
         number = recorder.number(tensor)
         if name not in before:
@@ -145,18 +145,18 @@ def _compare_state(
 
 
 def _note_changed_constants(found: Capture) -> None:
-    """A step that changes a tensor from elsewhere has a state that nobody knows of."""
+    """Refuse a step that changes a tensor from elsewhere: it has unknown state."""
     appeared = {found.tensors[number].storage for number in found.appeared.values()}
     written = {storage for operation in found.operations for storage in operation.writes}
     for storage in written - appeared:
         if found.storages[storage].kind == "constant":
-            problem = "the step changes a tensor that belongs to neither model, loss nor optimizer"
+            problem = "the step changes a tensor that does not belong to model, loss or optimizer"
             found.refusals.append(Refusal("forward", problem))
             return
 
 
 def _note_changed_inputs(found: Capture, is_fixed: bool) -> None:
-    """A batch that is changed in place is another one at the next step; so may be a loss within it."""
+    """Refuse a step that changes its batch in place, or with a loss that is a view of another tensor."""
     for operation in found.operations:
         if is_fixed and any(found.storages[s].kind == "input" for s in operation.writes):
             found.refusals.append(Refusal(operation.phase, "the step changes its batch in place"))

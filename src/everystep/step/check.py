@@ -1,4 +1,4 @@
-"""Check: tensors and states compared, bit for bit."""
+"""Check: compares tensors and states, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FOLD_TOLERANCE = {
 
 
 class StateDifference(NamedTuple):
-    """A tensor of a snapshot that was another when its state was reached again.
+    """A tensor of a snapshot that differs in the replay.
 
-    elements: how many numbers differ; largest: by how many units in the last place at most, None where
-    that cannot be said.
+    elements: the number of differing elements; largest: the largest distance in units in the last place,
+    None if undefined.
     """
 
     state: int
@@ -47,7 +47,7 @@ class StateDifference(NamedTuple):
 def difference(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, folded: bool = False
 ) -> str | None:
-    """Return the name of the first tensor whose bits differ (or numbers, if `folded`), or None."""
+    """Return the name of the first tensor with different bits (values, if `folded`), or None."""
     for name in expected.keys() | found.keys():
         if name not in expected or name not in found:
             return name
@@ -59,14 +59,14 @@ def difference(
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
-    """Tell whether two tensors are the same, bit for bit: NaN like NaN, -0.0 unlike 0.0."""
+    """Tell whether two tensors are bit-identical; NaN equals NaN, -0.0 differs from 0.0."""
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
     return torch.equal(as_integers(one), as_integers(two))
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """Return the bits of floats as integers of their size; what is no float stays as it is."""
+    """Return the bits of floats as integers of their size; others unchanged."""
     whole = tensor.detach()
     if whole.is_complex():
         whole = torch.view_as_real(whole)
@@ -81,9 +81,9 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def distance(one: Tensor, two: Tensor) -> int | None:
-    """Return how many floats of their kind lie between two numbers at most: units in the last place.
+    """Return the maximum distance between two tensors' elements in units in the last place.
 
-    None where that has no meaning: for integers, empty tensors and NaNs.
+    None if that has no meaning: for integers, empty tensors and NaNs.
     """
     if not (one.is_floating_point() and one.numel()) or bool((one.isnan() | two.isnan()).any()):
         return None
@@ -105,9 +105,9 @@ def _is_close(one: Tensor, two: Tensor) -> bool:
 def state_differences(
     recorded: State, replayed: State, *, only_model: bool = False
 ) -> list[StateDifference]:
-    """Return the tensors of two states that differ; Python's and NumPy's generators are left out.
+    """Return the tensors of two states that differ, except Python's and NumPy's generators.
 
-    only_model: compare parameters and buffers alone.
+    only_model: compare only parameters and buffers.
     """
     found = []
     both = _compared(recorded), _compared(replayed)

@@ -1,4 +1,4 @@
-"""Checkpoint: the state of a training kept in memory, to go back to and to compare with."""
+"""Checkpoint: the state of a training kept in memory, to restore and to compare with."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _OF_OPTIMIZER = ("optimizer/", "group/")
 
 
 class Checkpoint:
-    """A copy of all that a training carries from one step to the next, where it was made.
+    """A copy of everything that a training carries from one step to the next, in memory.
 
-    Unlike a `State`, which is for the disk, it holds objects as they are, on their device.
+    Unlike a `State`, which is for the disk, it holds objects unchanged, on their device.
 
     Args:
-        training: what is trained.
-        has_optimizer: whether to hold what the optimizer keeps, too.
+        training: the training.
+        has_optimizer: whether to include the state of the optimizer.
     """
 
     def __init__(self, training: Training, has_optimizer: bool = True) -> None:
@@ -55,10 +55,10 @@ class Checkpoint:
         self._schedules = [_plain_data(vars(each)) for each in _schedules(training.schedule)]
 
     def restore(self, training: Training, *, forget_new: bool, has_schedule: bool = False) -> None:
-        """Bring the training back to this state, in its own tensors where it has them.
+        """Restore this state, in the training's own tensors if it has them.
 
-        forget_new: whether to drop optimizer state created since; has_schedule: whether to bring the
-        schedule back, too.
+        forget_new: whether to drop optimizer state created since; has_schedule: whether to restore the
+        schedule, too.
         """
         if self._own is not None:
             own, data = self._own
@@ -98,10 +98,10 @@ class Checkpoint:
 
 
 class PartsCheckpoint:
-    """A copy of all that the parts of a training carry from one step to the next, to go back to once.
+    """A copy of everything that the parts of a training carry between steps, to restore once.
 
-    state: the live tensors by name, pending gradients among them; copies: of their numbers; generators:
-    as they are.
+    state: the live tensors by name, including pending gradients; copies: of their values; generators:
+    their state.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -146,8 +146,10 @@ class PartsCheckpoint:
 
 
 class Change(NamedTuple):
-    """What has changed. tensors: as they are now, by the names of a `State`; lost: what is no tensor, in
-    words, None if nothing.
+    """What changed.
+
+    tensors: their current values, by the names of a `State`; lost: what is not a tensor, in words, or
+    None.
     """
 
     tensors: dict[str, Tensor]
@@ -164,7 +166,7 @@ class _Contents:
         self._data = _data_versions(training)
 
     def change(self, training: Training) -> Change | None:
-        """Return what is not as it was, or None."""
+        """Return what differs from before, or None."""
         now, before = _tensors(training), self._tensors
         tensors = {
             name: tensor.detach().cpu().clone()
@@ -175,7 +177,7 @@ class _Contents:
         if _data_versions(training) != self._data:
             lost = "the data"
         elif _parameters(now) != self._parameters:
-            lost = "which parameters there are"
+            lost = "the set of parameters"
         else:
             # A gradient that is not there any more is as good as one that a loop has dropped.
             gone = [name for name in before if name not in now and not name.startswith("gradient/")]
@@ -224,7 +226,7 @@ def _data_versions(training: Training) -> list[int]:
 
 
 def _schedules(schedule: Any) -> list[Any]:
-    """Return a schedule, and those that it is made of."""
+    """Return a schedule and its inner schedules."""
     if schedule is None:
         return []
     inner = getattr(schedule, "_schedulers", ())
@@ -232,7 +234,7 @@ def _schedules(schedule: Any) -> list[Any]:
 
 
 def _plain_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of what is made of numbers and texts alone; other objects stay as they are."""
+    """Return a copy of data made only of numbers and strings; other objects are not copied."""
     return {key: copy.deepcopy(value) for key, value in settings.items() if _is_plain(value)}
 
 

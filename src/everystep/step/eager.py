@@ -23,11 +23,10 @@ __all__ = ["BatchSource", "EagerStep", "Training", "changes_more_than_lr", "chec
 
 
 class BatchSource(Protocol):
-    """Gives the batch of each step (from 1).
+    """Provides the batch of each step (from 1).
 
-    is_fixed: whether every step sees the very same two tensors; runs_python: whether the user's code
-    runs to make a batch; guards: what must stay the same where the rows of a Dataset were read once, or
-    None.
+    is_fixed: whether every step sees the same two tensors; runs_python: whether user code runs to make a
+    batch; guards: what must stay the same if the rows of a Dataset were read once, or None.
     """
 
     is_fixed: bool
@@ -38,7 +37,7 @@ class BatchSource(Protocol):
         """Return x and y of a step."""
 
     def shape(self, step: int) -> Hashable:
-        """Return what is equal for two steps whose batches are of the same shape and dtype."""
+        """Return a key that is equal for steps with batches of the same shape and dtype."""
 
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
         """Write the batch of a step into tensors of its shape."""
@@ -46,10 +45,10 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """All that a step needs, alive.
+    """Everything that a step needs, live.
 
-    loss: of prediction and target, gives one number; clip_norm: the largest 2-norm of all gradients
-    together; steps_per_epoch: for a schedule that advances every epoch.
+    loss: a function of (prediction, target) that returns one number; clip_norm: the largest 2-norm of
+    all gradients together; steps_per_epoch: for a schedule that advances every epoch.
     """
 
     model: nn.Module
@@ -76,7 +75,7 @@ class Training:
         return {name: p.grad for p, name in named.items() if p.grad is not None}
 
     def rates(self) -> dict[int, float]:
-        """Return the learning rate of each param group that has one, as it is now, by its number."""
+        """Return the current learning rate of each param group that has one, by its number."""
         groups = enumerate(self.optimizer.param_groups)
         return {i: float(g["lr"]) for i, g in groups if isinstance(g.get("lr"), Tensor | int | float)}
 
@@ -87,7 +86,7 @@ class Training:
         return any(isinstance(v, Tensor) for group in groups for v in group.values())
 
     def hyperparameters(self) -> dict[str, float]:
-        """Return the numbers of the optimizer's param groups as they are now, by name."""
+        """Return the current numbers of the optimizer's param groups, by name."""
         return hyperparameters(self.optimizer)
 
 
@@ -99,7 +98,7 @@ class EagerStep:
         self.advance = _advancing(training)
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take a whole step on a batch, but for the schedule; return the loss, still on the device.
+        """Run a whole step on a batch, except the schedule; return the loss, still on the device.
 
         Raises:
             ExperimentError: the loss is not one number.
@@ -110,7 +109,7 @@ class EagerStep:
         return value
 
     def differentiate(self, x: Tensor, y: Tensor, held: dict[Tensor, Tensor] | None = None) -> Tensor:
-        """Take a step up to its update: forward, loss, zero the gradients, backward, clip.
+        """Run a step up to its update: forward, loss, zero the gradients, backward, clip.
 
         held: is given copies of the gradients that the optimizer did not drop, by parameter.
 
@@ -130,7 +129,7 @@ class EagerStep:
 
     @property
     def has_own_zero_grad(self) -> bool:
-        """Whether the optimizer zeroes gradients in a way of its own."""
+        """Whether the optimizer has a custom zero_grad."""
         optimizer = self.training.optimizer
         usual = torch.optim.Optimizer.zero_grad
         return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
@@ -155,13 +154,12 @@ class EagerStep:
             nn.utils.clip_grad_norm_(clipped, self.training.clip_norm)
 
     def update(self) -> None:
-        """Do what `optimizer.step()` does, without what torch wraps around it where that has no effect.
+        """Do what `optimizer.step()` does, without torch's wrapper if that has no effect.
 
-        Where there are hooks, or something (a schedule) has put a step of its own in place, it is taken
-        as it is.
+        With hooks, or if something (a schedule) replaced the step, call it as it is.
 
         Raises:
-            ExperimentError: an optimizer that is not torch's raises.
+            ExperimentError: a custom optimizer raises.
         """
         optimizer = self.training.optimizer
         step = type(optimizer).step
@@ -199,38 +197,38 @@ def _step_hooks(optimizer: torch.optim.Optimizer) -> list[tuple[Any, str]]:
 
 
 def check_loss_value(loss: Any) -> None:
-    """Check what a loss has given.
+    """Check the result of a loss.
 
     Raises:
         ExperimentError: it is not one number.
         ModelError: it does not depend on any parameter.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ExperimentError([Fault("loss", f"must give one number, not {_not_one_number(loss)}")])
+        raise ExperimentError([Fault("loss", f"must return one number, not {_not_one_number(loss)}")])
     if loss.is_complex():
-        problem = "must give one real number, not a complex one; take its .real or .abs()"
+        problem = "must return one real number, not a complex one; use its .real or .abs()"
         raise ExperimentError([Fault("loss", problem)])
     if loss.layout != torch.strided:
-        problem = "must give one number, not a sparse tensor; take its .to_dense()"
+        problem = "must return one number, not a sparse tensor; use its .to_dense()"
         raise ExperimentError([Fault("loss", problem)])
     if not loss.requires_grad:
         raise ModelError(
             "the loss does not depend on any parameter that requires a gradient, so nothing can be "
-            "learned; is the model frozen, or the loss computed without it?"
+            "learned; check whether the model is frozen, or the loss is computed without it"
         )
 
 
 def _not_one_number(loss: Any) -> str:
-    """Return what a loss has given, and the cure."""
+    """Return what a loss returned, and the fix."""
     if isinstance(loss, Tensor):
-        return f'shape {tuple(loss.shape)}; take reduction="mean" or "sum"'
+        return f'shape {tuple(loss.shape)}; use reduction="mean" or "sum"'
     if loss is None:
-        return "None; does its function end with a return?"
+        return "None; does the function end with a return?"
     kind = type(loss).__name__
     if isinstance(loss, dict | list | tuple):
         names = f" of {', '.join(map(repr, loss))}" if isinstance(loss, dict) and loss else ""
-        return f"{kind}{names}; give the one to minimize, or their sum"
-    return f"{kind}; give a tensor, which gradients flow back from (without .item() or float())"
+        return f"{kind}{names}; return the one to minimize, or their sum"
+    return f"{kind}; return a tensor with a gradient (without .item() or float())"
 
 
 def _advancing(training: Training) -> Callable[[int], None] | None:

@@ -1,4 +1,4 @@
-"""Elsewhere: tensors that a loop brings from outside of its parts and its batch, kept by content."""
+"""Elsewhere: tensors that a loop uses from outside its parts and its batch, kept by content."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ LOOKED_AT_BYTES = 4_000_000
 class Elsewhere:
     """Bytes of storages from elsewhere, copied once as long as they stay the same.
 
-    A storage is known by its weak reference, and the version of the tensor that was seen.
+    A storage is identified by its weak reference, and the version of the observed tensor.
 
-    copied: bytes, altogether.
+    copied: total bytes.
     """
 
     copied: int = 0
     _copies: dict[int, tuple[Any, int, Tensor]] = field(default_factory=dict)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return a copy, on the CPU, of all bytes of the storage that a tensor lies on."""
+        """Return a copy, on the CPU, of all bytes of a tensor's storage."""
         storage, version = tensor.untyped_storage(), version_of(tensor)
         known = self._copies.get(storage._cdata)
         with torch._C._DisableTorchDispatch():
@@ -51,12 +51,12 @@ class Elsewhere:
         self._copies.pop(place, None)
 
     def clean(self) -> None:
-        """Let go of what is not there any more."""
+        """Drop the copies of deleted tensors."""
         self._copies = {place: known for place, known in self._copies.items() if not known[0].expired()}
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int | None]:
-    """Return how often each tensor was changed, None where torch does not count."""
+    """Return how often each tensor was changed, None if torch does not count."""
     tensors = list(tensors)
     try:
         return [tensor._version for tensor in tensors]
@@ -65,5 +65,5 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int | None]:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """Return how often a tensor was changed, None where torch does not count."""
+    """Return how often a tensor was changed, None if torch does not count."""
     return None if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""Evaluation: measurements of a state that leave the training as if nothing had been asked."""
+"""Evaluation: measurements of a state that leave the training unchanged."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured of a state, on rows x (N, ...) and targets y (N, ...).
+    """The measurements of a state, on rows x (N, ...) and targets y (N, ...).
 
-    standard: what everystep measures, by name, the loss that is trained by among it; metrics: the
-    user's own; each a function of all predictions and all targets, and a standard one gives None where
-    it does not fit the prediction. rows: how many rows go through the model at once.
+    standard: everystep's measurements, by name, including the training loss; metrics: the user's own;
+    each a function of all predictions and all targets, and a standard one returns None if it does not
+    fit the prediction. rows: the number of rows that go through the model at once.
     """
 
     model: nn.Module
@@ -51,8 +51,8 @@ class Evaluation:
     def measure(self) -> dict[str, float]:
         """Return each measurement as a number.
 
-        The model predicts in evaluation mode; the mode of every module, the buffers and the random
-        generators are then as they were, before a metric is called: what that changes, holds.
+        The model predicts in evaluation mode. The mode of every module, the buffers and the random
+        generators are restored before a metric is called: what a metric changes, stays.
         """
         with torch.no_grad(), generators_preserved(self.device), _evaluating(self.model, self.standard):
             parts = [self.model(part) for part in torch.split(self.x, self.rows)]
@@ -74,7 +74,10 @@ def _joined(parts: list[Any]) -> Any:
         return {name: _joined([part[name] for part in parts]) for name in first}
     if isinstance(first, list | tuple):
         return tuple(map(_joined, map(list, zip(*parts, strict=True))))
-    problem = f"predictions of several groups of rows cannot be joined: they are {type(first).__name__}"
+    problem = (
+        f"predictions of several groups of rows are {type(first).__name__}, which everystep cannot "
+        "concatenate"
+    )
     raise ExperimentError([Fault("validation", f"{problem}; pass at most {ROWS} rows")])
 
 
@@ -84,13 +87,13 @@ def _one_number(name: str, value: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ExperimentError(
-            [Fault(f"metrics[{name!r}]", f"must give one number, not {got}")]
+            [Fault(f"metrics[{name!r}]", f"must return one number, not {got}")]
         ) from None
 
 
 @contextmanager
 def _evaluating(model: nn.Module, functions: Mapping[str, Any]) -> Iterator[None]:
-    """Let a model and the modules among functions be evaluated, and leave them as they were."""
+    """Put a model and the modules among functions into evaluation mode, and restore them."""
     modes = [(module, module.training) for module in model.modules()]
     others = [function for function in functions.values() if isinstance(function, nn.Module)]
     buffers = [(buffer, buffer.clone()) for module in (model, *others) for buffer in module.buffers()]

@@ -1,4 +1,4 @@
-"""Follow: which module, which backward pass and which optimizer runs at the moment, by torch's hooks."""
+"""Follow: which module, backward pass and optimizer is running, by torch's hooks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Follower:
         ]
 
     def finish(self) -> None:
-        """Take the hooks down."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -84,7 +84,7 @@ class Follower:
         self.where = (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:])
 
     def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
-        """Return the phase, and the module or optimizer, that the operation at hand belongs to.
+        """Return the phase, and the module or optimizer, of the current operation.
 
         is_zeroing: whether it sets gradients to zero.
         """
@@ -115,8 +115,9 @@ class Follower:
         if self._is_ours():
             if is_compiled(module):
                 raise UsageError(
-                    f"{type(module).__name__} is compiled (torch.compile); while it is watched, torch "
-                    "would run it uncompiled, with other bits; use the module itself in the loop"
+                    f"{type(module).__name__} is compiled (torch.compile); torch would run it "
+                    "uncompiled while everystep watches, with other bits; use the uncompiled module "
+                    "in the loop"
                 )
             # A module that is not a part, such as a loss, belongs to what is around it.
             around = self._open[-1] if self._open else None

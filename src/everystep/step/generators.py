@@ -1,4 +1,4 @@
-"""The random generators that a step can draw from, read and restored."""
+"""The random generators that a step can draw from: read and restore them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Generators:
 
 @contextmanager
 def generators_preserved(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn within, the generators are afterwards as they were."""
+    """Restore the generators afterwards, whatever is drawn inside."""
     before = Generators.capture(device)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Hooks: how many there are in this process, and whether one is on a node of autograd's."""
+"""Hooks: count those in this process, and find those on autograd nodes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["handles", "has_hooks_on_node"]
 
 
 def handles() -> int:
-    """Return how many hooks were hung up on tensors, nodes and modules in this process."""
+    """Return the number of hooks registered on tensors, nodes and modules in this process."""
     return RemovableHandle.next_id
 
 
 def has_hooks_on_node(tensor: Tensor) -> bool:
-    """Tell whether Python runs when autograd adds up a parameter's gradient.
+    """Tell whether Python runs when autograd accumulates a parameter's gradient.
 
-    The node that does so lives as long as somebody keeps a graph that it is in. A hook that is hung up
-    shows which others there are.
+    The node that does so lives as long as somebody keeps a graph with it. Registering a hook shows which
+    others exist.
     """
     if not tensor.requires_grad or not tensor.is_leaf or tensor.is_inference():
         return False

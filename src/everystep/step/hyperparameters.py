@@ -1,7 +1,7 @@
-"""The numbers of an optimizer's param groups that may change from step to step, by recorded name.
+"""The numbers in an optimizer's param groups that may change between steps, by recorded name.
 
-`lr`, `momentum` and `beta1` are those of the first param group, `lr[1]` that of the second; any other
-setting is named after its key: `optimizer.weight_decay`, `optimizer.betas.1[1]`.
+`lr`, `momentum` and `beta1` belong to the first param group, `lr[1]` to the second; any other setting
+has the name of its key: `optimizer.weight_decay`, `optimizer.betas.1[1]`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PLACES = {name: place for place, name in _SHORT.items()}
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the numbers as they are now."""
+    """Return the current numbers."""
     found: dict[str, float] = {}
     for index, group in enumerate(optimizer.param_groups):
         for key, place, value in _numbers(group):
@@ -53,7 +53,7 @@ def is_hyperparameter(name: str) -> bool:
 
 
 def set_hyperparameter(optimizer: torch.optim.Optimizer, name: str, value: float) -> None:
-    """Set a number that `hyperparameters` gave that name; a param group that is not there has none."""
+    """Set a number by its name in `hyperparameters`; ignore a param group that does not exist."""
     match = _NAME.fullmatch(name)
     index = int(match[4] or 0) if match else 0
     if match is None or index >= len(optimizer.param_groups):
@@ -84,7 +84,7 @@ def _numbers(group: dict[str, Any]) -> Iterator[tuple[str, int | None, float]]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a setting of a param group as a number, None where it is absent or something else."""
+    """Return a setting of a param group as a number, None if it is absent or something else."""
     from torch import Tensor
 
     is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
@@ -92,7 +92,7 @@ def _number(value: Any) -> float | None:
 
 
 def _set(target: Any, key: Any, value: float) -> None:
-    """Set a number, of the type that is there, unless it is that already."""
+    """Set a number, keeping its type, unless it has that value already."""
     from torch import Tensor
 
     there = target.get(key) if isinstance(target, dict) else target[key]

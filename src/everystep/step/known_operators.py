@@ -1,4 +1,4 @@
-"""What is known of an operator of torch, looked up once: whether and how a watch sees it."""
+"""What is known about a torch operator, looked up once: whether and how a watch sees it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _ZEROING = {"zero_", "_foreach_zero_"}
 
 
 class KnownOperator(NamedTuple):
-    """What is known of an operator, looked up once.
+    """What is known about an operator, looked up once.
 
-    how: `pass` (it computes nothing), `make` (it only makes memory), `see`, `decompose` (what it is made
-    of is seen), or why it is not seen.
+    how: `pass` (it computes nothing), `make` (it only allocates memory), `see`, `decompose` (its parts
+    are seen), or why it is not seen.
     """
 
     how: str
@@ -93,12 +93,12 @@ def _learn(func: Any) -> KnownOperator:
 
 
 def _makes_dtype(func: Any) -> bool:
-    """Tell whether an operator makes a tensor of none, of the process's dtype where none is given."""
+    """Tell whether an operator creates a tensor from none, by default in the process's dtype."""
     kinds = {p.name: p.kind for p in parameters(func)}
     return "dtype" in kinds and not any("Tensor" in kind for kind in kinds.values())
 
 
 def _is_composite(func: Any) -> bool:
-    """Tell whether torch makes other operators of one before it runs."""
+    """Tell whether torch decomposes an operator before it runs."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return bool(has_kernel(func.name(), "CompositeImplicitAutograd"))

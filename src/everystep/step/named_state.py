@@ -1,4 +1,4 @@
-"""The live tensors of a training by name, found without what a user may have overridden or hooked."""
+"""The live tensors of a training by name, independent of what a user overrides or hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observe: a step taken so that everything in it can be looked at, by a program or eagerly."""
+"""Observe: runs a step with everything in it observable, by a program or eagerly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Observation(NamedTuple):
 
 
 def observe_program(bound: BoundProgram) -> Observation:
-    """Take the step that a program is for, on what its memory holds, and look at everything."""
+    """Run the step of a program on the content of its memory, and observe everything."""
     program = bound.program
     due: dict[int, list[str]] = {}
     for path, index in program.given_after().items():
@@ -60,9 +60,9 @@ def observe_program(bound: BoundProgram) -> Observation:
 
 
 def observe_eager(step: EagerStep, number: int) -> Observation:
-    """Take step `number` as Python runs it, and look at everything.
+    """Run step `number` in Python, and observe everything.
 
-    Operations that a program could not hold are among them; what gives numbers to Python is not.
+    This includes operations that a program could not hold, but not those that return numbers to Python.
 
     Raises:
         whatever the step raises.
@@ -78,13 +78,13 @@ def observe_eager(step: EagerStep, number: int) -> Observation:
 
 
 class PlainObserver:
-    """Looks at everything in a step that the interpreter of plain programs takes.
+    """Observes everything in a step of the interpreter of plain programs.
 
     Args:
         plain: the program.
-        numbers: those of the step.
+        numbers: of the step.
 
-    `look` is called by the interpreter; `observation` returns what was seen.
+    The interpreter calls `look`; `observation` returns the observations.
     """
 
     def __init__(self, plain: PlainProgram, numbers: list[int | float]) -> None:
@@ -142,7 +142,7 @@ def _named(tensors: Mapping[int, Tensor], names: Mapping[int, str]) -> dict[str,
 
 
 class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
-    """Keeps copies of what operations are given and give, of activations and of gradients.
+    """Keeps copies of inputs and results of operations, of activations and of gradients.
 
     values: of each operation, its inputs and its results by the number of the tensor.
     """
@@ -154,7 +154,7 @@ class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
         self.backward_left: dict[str, Tensor] = {}
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
-        """Copy what a module has given."""
+        """Copy the output of a module."""
         super().module_done(path, outputs)
         self.outputs.pop(path, None)
         self.outputs[path] = tuple(tensor.detach().clone() for tensor in outputs)

@@ -1,8 +1,8 @@
-"""Own state: everything that an optimizer which is not torch's keeps, as named tensors and plain data.
+"""Own state: everything that a custom optimizer keeps, as named tensors and plain data.
 
 torch's optimizers keep tensors by parameter, and settings by param group. Others keep lists of tensors,
-counts, generators, another optimizer within, in attributes of their own. All of it is written down by
-its place, so that a state can be brought back into an optimizer of the same class.
+counters, generators or another optimizer in their attributes. All of it is stored by its path, so that a
+state can be restored into an optimizer of the same class.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def restore(
 
 
 def _pending(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Return the gradients that an optimizer with a `zero_grad` of its own may not drop."""
+    """Return the gradients that a custom `zero_grad` may not drop."""
     if type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad:
         return {}
     return {f"{PREFIX}gradient/{n}": p.grad for p, n in names.items() if p.grad is not None}
@@ -156,7 +156,7 @@ class _Restoring:
         self._made: dict[str, Any] = {}
 
     def decoded(self, node: Any, there: Any, place: str) -> Any:
-        """Return what a node stands for; `there`: what is in its place now."""
+        """Return the value of a node; `there`: the current value in its place."""
         if not isinstance(node, dict):
             return node
         found = self._decoded(*next(iter(node.items())), there, place)

@@ -56,13 +56,15 @@ class Parts:
         self._layout: _Layout | None = None
 
     def check(self) -> None:
-        """Check that a run can hold the parts as they are.
+        """Check that a run can hold the current parts.
 
         Raises:
-            UsageError: names each tensor that it cannot, with the cure.
+            UsageError: names each tensor that it cannot hold, with a fix.
         """
         faults = [
-            Fault(name, "is compiled (torch.compile); give the module itself, and use that in the loop")
+            Fault(
+                name, "is compiled (torch.compile); pass the uncompiled module, and use it in the loop"
+            )
             for name, module in self.modules.items()
             if any(map(is_compiled, module.modules()))
         ]
@@ -71,16 +73,18 @@ class Parts:
             if isinstance(
                 tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer
             ):
-                faults.append(Fault(path, "has no shape yet (a lazy module); call the model once first"))
+                faults.append(
+                    Fault(path, "has no shape yet (a lazy module); call the model once before")
+                )
             elif tensor.device.type == "meta":
                 faults.append(
-                    Fault(path, "is on the meta device and has no numbers; to_empty(...) first")
+                    Fault(path, "is on the meta device and has no values; call to_empty(...) before")
                 )
             elif tensor.layout != torch.strided or tensor.is_nested:
-                faults.append(Fault(path, "is sparse or nested; a run holds dense tensors alone"))
+                faults.append(Fault(path, "is sparse or nested; a run can hold only dense tensors"))
             elif tensor.dtype not in _HELD:
                 kind = str(tensor.dtype).removeprefix("torch.")
-                faults.append(Fault(path, f"is {kind}, which the files of a run do not hold"))
+                faults.append(Fault(path, f"is {kind}, which a run cannot hold"))
         if faults:
             raise UsageError(faults, "the parts of the training")
 
@@ -98,7 +102,7 @@ class Parts:
         return found
 
     def optimizer_names(self) -> dict[int, str | None]:
-        """Return the name of each optimizer, by its id; None where there is only one."""
+        """Return the name of each optimizer, by its id; None if there is only one."""
         alone = len(self.optimizers) == 1
         return {id(part): None if alone else name for name, part in self.optimizers.items()}
 
@@ -107,7 +111,7 @@ class Parts:
         return self._known_layout().names
 
     def _known_layout(self) -> _Layout:
-        """Return where the tensors of modules and optimizers are; looked up where it is another."""
+        """Return the layout of the tensors of modules and optimizers; look it up again if it changed."""
         if self._layout is None or not self._layout.holds():
             self._layout = _Layout(self._names_of_parameters(), {}, self.modules, self.optimizers)
             self._layout.tensors.update(self._of_modules_and_optimizers(self._layout.names))
@@ -173,7 +177,7 @@ class Parts:
         return State(step, parameters, rest, {"step": step, "names": [*live], "parts": self._settings()})
 
     def rates(self) -> dict[str, float]:
-        """Return the learning rates as they are now: `lr`, `lr[1]`, or `optimizer_g.lr`."""
+        """Return the current learning rates: `lr`, `lr[1]`, or `optimizer_g.lr`."""
         found = {}
         for name, optimizer in self.optimizers.items():
             prefix = "" if len(self.optimizers) == 1 else f"{name}."
@@ -251,7 +255,7 @@ class _Layout:
         self._is_sure = not any(map(keeps_own_state, optimizers.values()))
 
     def holds(self) -> bool:
-        """Tell whether they are where they were."""
+        """Tell whether they are still in the same places."""
         return (
             self._is_sure
             and all(o.state is state and o.param_groups is g for o, state, g in self._optimizers)
@@ -267,7 +271,7 @@ def _objects(table: Mapping[Any, Any]) -> list[Any]:
 
 
 def _has_objects(table: Mapping[Any, Any], known: list[Any]) -> bool:
-    """Tell whether there are the same objects in a table as before."""
+    """Tell whether a table holds the same objects as before."""
     objects = _objects(table)
     return len(objects) == len(known) and all(map(is_, objects, known))
 
@@ -275,22 +279,24 @@ def _has_objects(table: Mapping[Any, Any], known: list[Any]) -> bool:
 def _check(named: Mapping[str, Any]) -> None:
     faults = []
     if not named:
-        faults.append(Fault("parts", "give at least the model: everystep.record(model=model)"))
+        faults.append(Fault("parts", "pass at least the model: everystep.record(model=model)"))
     for name, part in named.items():
         if not name.isidentifier():
-            faults.append(Fault(name, "a name of a part must be a name of Python's"))
+            faults.append(Fault(name, "the name of a part must be a Python identifier"))
         holds = isinstance(part, nn.Module | torch.optim.Optimizer | Tensor | dict | list | tuple)
         if isinstance(part, type) or part is None or not (holds or hasattr(part, "__dict__")):
             kind = part.__name__ if isinstance(part, type) else type(part).__name__
             faults.append(
                 Fault(
-                    name, f"is no part of a training: {kind}; parts are modules, optimizers and the like"
+                    name,
+                    f"is not a part of a training: {kind}; parts are modules, optimizers and "
+                    "similar objects",
                 )
             )
     main = named.get("model")
     if isinstance(main, nn.Module):
         faults += [
-            Fault(name, f"model has a module of that name; give the part another: {name}_part=...")
+            Fault(name, f"model has a module of that name; rename the part: {name}_part=...")
             for name in named
             if name != "model" and name in main._modules
         ]

@@ -1,4 +1,4 @@
-"""Paths: what one step of a loop was seen to do, but for its numbers and the content of its inputs."""
+"""Paths: one observed step of a loop, without its numbers and the content of its inputs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ INT, FLOAT = _Slot(int), _Slot(float)
 
 
 class SeenOperation(NamedTuple):
-    """An operation as it was seen.
+    """An observed operation.
 
     arguments, keywords: tensors are `%3`, the number of a CapturedTensor; numbers of the step are slots;
-    results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it has.
+    results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it uses.
     """
 
     phase: Phase
@@ -62,10 +62,10 @@ class Marks(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """All that a watch has noted of a step, so that another watch can go on from any place in it.
+    """Everything that a watch noted about a step, so that another watch can continue from any point.
 
-    marked: gradients, activations and what was logged, by kind and name, in the order in which they
-    were noted.
+    marked: gradients, activations and logged values, by kind and name, in the order in which they were
+    noted.
     """
 
     operations: tuple[SeenOperation, ...]
@@ -77,12 +77,12 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True)
 class Path:
-    """What one step did, but for its numbers and the content of its inputs.
+    """What one step did, without its numbers and the content of its inputs.
 
-    named: the tensors of the state and of the batch, by name; ends: the tensor that each name of the
-    state stands for after the step, where that is another; gone: names that are not there any more;
-    gradients: as an optimizer found them; loss: the tensor that was logged as the loss; activations:
-    what each module gave; logged: other tensors of one number that were logged.
+    named: the tensors of the state and of the batch, by name; ends: the tensor of each state name after
+    the step, if it is another; gone: names that no longer exist; gradients: as an optimizer found them;
+    loss: the tensor logged as the loss; activations: the output of each module; logged: other logged
+    tensors with one element.
     """
 
     operations: tuple[SeenOperation, ...]

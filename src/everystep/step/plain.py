@@ -1,4 +1,4 @@
-"""Plain programs from paths: what a step of a loop was seen to do, as data with names."""
+"""Plain programs from paths: an observed step of a loop, as data with names."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class BuiltPath(NamedTuple):
 
 
 def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
-    """Return the program of a path; it says the numbers of the first step that took it.
+    """Return the program of a path; it contains the numbers of the first step with this path.
 
     Raises:
-        NotCapturableError: no program can hold it; says why.
+        NotCapturableError: a program cannot hold it; gives the reason.
     """
     left = iter(numbers)
     unused = path.unused_gradients()
@@ -97,7 +97,7 @@ def _no_tensor(tensor: torch.Tensor) -> str:
 
 
 class _PlainBuilder(Builder):
-    """Builds a plain program: nothing is taken apart, and nothing happens but what was seen."""
+    """Builds a plain program: exactly the observed operations."""
 
     def __init__(self, captured: Capture, path: Path) -> None:
         super().__init__(captured, captured.operations)

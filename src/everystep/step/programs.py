@@ -20,10 +20,10 @@ __all__ = ["ProgramRule", "Programs"]
 
 
 class ProgramRule(NamedTuple):
-    """Which steps a program takes: from step `since` on, those whose batch has the shape of its x and y.
+    """Which steps a program runs: from step `since` on, those with a batch of the shape of its x and y.
 
-    Of these, it takes `every` one, only step `since` itself (`first`), or all `later` ones. Programs
-    with a later `since` replace all those before.
+    Of these, it runs `every` one, only step `since` itself (`first`), or all `later` ones. Programs with
+    a later `since` replace all those before.
     """
 
     number: int
@@ -32,7 +32,7 @@ class ProgramRule(NamedTuple):
 
 
 class _Key(NamedTuple):
-    """What decides which program takes a step."""
+    """What decides which program runs a step."""
 
     since: int
     is_first: bool
@@ -43,11 +43,11 @@ class Programs:
     """The programs of a training, by rule.
 
     Args:
-        training: what is trained.
-        fold: whether updates shall be folded into matrix products.
-        first_step: the first that is taken; it may make state that later ones find.
+        training: the training.
+        fold: whether to fold updates into matrix products.
+        first_step: the first step; it may create state that later ones find.
 
-    is_folded: whether they may round otherwise than the eager step.
+    is_folded: whether they may round differently from the eager step.
     """
 
     def __init__(self, training: Training, fold: bool, first_step: int = 1) -> None:
@@ -74,7 +74,7 @@ class Programs:
         return self._key(step) in self._by_key
 
     def renew(self, step: int) -> None:
-        """Use none of these programs from `step` on."""
+        """Stop using these programs from `step` on."""
         if step > self._since[-1]:
             self._since.append(step)
         self._bound.clear()
@@ -86,7 +86,7 @@ class Programs:
         return self._since[bisect_right(self._since, step) - 1]
 
     def until(self, step: int) -> int | None:
-        """Return the last step that the programs of a step are for, None where it is not known yet."""
+        """Return the last step that the programs of a step apply to, None if unknown."""
         place = bisect_right(self._since, step)
         return self._since[place] - 1 if place < len(self._since) else None
 
@@ -103,7 +103,7 @@ class Programs:
         self._by_key[self._key(step)] = number
 
     def use(self, built: Built, rule: ProgramRule, batch: Hashable) -> None:
-        """Use a recorded program for the steps that a rule says, and batches of that shape."""
+        """Use a recorded program for the steps of a rule, and batches of that shape."""
         self._append(built)
         if rule.since not in self._since:
             insort(self._since, rule.since)
@@ -111,13 +111,13 @@ class Programs:
             self._by_key[_Key(rule.since, is_first, batch)] = len(self.built) - 1
 
     def discard(self, step: int) -> None:
-        """Give up the program of a step, which was added last."""
+        """Drop the program of a step, which was added last."""
         number = self._by_key.pop(self._key(step))
         if number not in self._by_key.values():
             del self.built[number]
 
     def rules(self) -> list[ProgramRule]:
-        """Return which steps each program (by its place in `built`) takes."""
+        """Return which steps each program (by its place in `built`) runs."""
         firsts: dict[tuple[int, int], set[bool]] = {}
         for key, number in self._by_key.items():
             firsts.setdefault((number, key.since), set()).add(key.is_first)
@@ -129,18 +129,18 @@ class Programs:
         ]
 
     def bound(self, step: int) -> BoundProgram:
-        """Return the program of a step, bound to the tensors of the training as they are."""
+        """Return the program of a step, bound to the current tensors of the training."""
         number = self._by_key[self._key(step)]
         if number not in self._bound:
             self._bound[number] = self._bind(self.built[number])
         return self._bound[number]
 
     def refresh(self, state: Mapping[str, Tensor] | None = None) -> bool:
-        """Notice where Python has put other tensors in the place of those that programs are bound to.
+        """Detect state tensors that Python replaced since programs were bound.
 
-        state: of the training as it is now, if it is at hand.
+        state: of the training now, if already known.
 
-        Returns whether it has.
+        Returns whether it replaced any.
         """
         state = self._training.named_state() if state is None else state
         now = [t.untyped_storage().data_ptr() for n, t in state.items() if n in self._state_names]
@@ -154,38 +154,38 @@ class Programs:
         return has_moved
 
     def misfit(self, state: Mapping[str, Tensor], since: int, *, has_update: bool) -> str | None:
-        """Return what of the state does not lie as programs know it, in words, or None.
+        """Return in words what of the state has another geometry than programs expect, or None.
 
-        state: of the training as it is now; since: the programs with this `since`; has_update: whether
-        they take the update, too.
+        state: of the training now; since: the programs with this `since`; has_update: whether they run
+        the update, too.
         """
         numbers = {n for key, n in self._by_key.items() if key.since == since}
         for program in (self.built[number].program for number in numbers):
             for name in program.of_kind("state"):
                 tensor, spec = state.get(name), program.tensors.get(name)
                 if spec is not None and (tensor is None or not _is_as(tensor, spec)):
-                    return f"{name.partition('/')[2]} changes its shape, dtype or place"
+                    return f"{name.partition('/')[2]} changes its shape, dtype or memory"
             if has_update and program.optimizer_step is None:
                 known = {name for name in state if name.startswith("optimizer/")}
                 if not known <= set(program.of_kind("state")) | set(program.tensors):
-                    return "what the optimizer keeps changes"
+                    return "the state of the optimizer changes"
         return None
 
     def load_batch(self, step: int, bound: BoundProgram) -> None:
-        """Put the batch of a step where its program reads it."""
+        """Copy the batch of a step to where its program reads it."""
         if not self._training.batch.is_fixed:
             self._training.batch.into(step, bound.tensor("x"), bound.tensor("y"))
 
     def load_rates(self) -> None:
-        """Put the learning rates of the optimizer where programs read them."""
+        """Copy the learning rates of the optimizer to where programs read them."""
         groups = self._training.optimizer.param_groups
         for group, tensor in self._rates.values():
             tensor.fill_(float(groups[group]["lr"]))
 
     def hand_over_gradients(self, bound: BoundProgram, *, as_copies: bool = False) -> None:
-        """Give each parameter the gradient that a program has made, as eager steps do.
+        """Set each parameter's gradient to the one that a program computed, as eager steps do.
 
-        as_copies: for code that may keep them, while the program goes on to write into its own.
+        as_copies: for code that may keep them while the program continues to write into its own.
         """
         gradients: Mapping[str, Tensor] = bound.gradients
         if as_copies:
@@ -197,9 +197,9 @@ class Programs:
         self._hand_over(gradients)
 
     def hand_over_copies(self, step: int) -> None:
-        """Give each parameter a copy of its gradient, or add it to one that is there, as autograd does.
+        """Set each parameter's gradient to a copy, or add it to an existing one, as autograd does.
 
-        An optimizer that is not torch's may keep what it is given, or change it.
+        A custom optimizer may keep or change it.
         """
         own = {p for group in self._training.optimizer.param_groups for p in group["params"]}
         gradients = self.bound(step).gradients
@@ -227,7 +227,7 @@ class Programs:
                 parameter.grad = gradient
 
     def _look_at_optimizer(self) -> None:
-        """Note which parameters it has, and make the tensors that programs read its lr from."""
+        """Note the optimizer's parameters, and create the tensors that programs read its lr from."""
         training = self._training
         names = first_names(training.model)
         self._parameters = list((names | parameter_names(training.model, training.optimizer)).items())
@@ -278,7 +278,7 @@ def _is_as(tensor: Tensor, spec: TensorSpec) -> bool:
 
 
 def _are_equal(one: Built, two: Built) -> bool:
-    """Tell whether two programs are the same, and so are their constants."""
+    """Tell whether two programs and their constants are equal."""
     return (
         one.program == two.program
         and one.constants.keys() == two.constants.keys()
@@ -287,7 +287,7 @@ def _are_equal(one: Built, two: Built) -> bool:
 
 
 def _lies_as(tensor: Tensor, spec: TensorSpec | None, program: Program) -> bool:
-    """Tell whether a program can read a tensor of the batch where it is."""
+    """Tell whether a program can read a tensor of the batch in place."""
     if spec is None:
         return True
     size = tensor.untyped_storage().nbytes()

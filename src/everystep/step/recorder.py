@@ -1,9 +1,9 @@
-"""The recorder of a step: writes down the operations that reach torch's dispatcher, as they run.
+"""The recorder of a step: records the operations that reach torch's dispatcher, as they run.
 
-A tensor is known by the memory that it lies on: views are other shapes of the same memory and need no
-operation, and nothing is held while the step runs, since autograd clones a gradient that somebody else
-holds. Which module a backward operation belongs to is told by autograd's sequence numbers: the node
-that runs carries the number of the forward operation that made it.
+It identifies a tensor by its memory: views are other shapes of the same memory and need no operation. It
+holds no references while the step runs, since autograd clones a gradient that somebody else holds.
+Autograd's sequence numbers tell which module a backward operation belongs to: the running node has the
+number of the forward operation that made it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _OTHER_GEOMETRY = {
 
 
 class CapturedTensor(NamedTuple):
-    """A tensor as it was seen: which storage, and its geometry in elements."""
+    """An observed tensor: its storage, and its geometry in elements."""
 
     storage: int
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class CapturedTensor(NamedTuple):
 
 @dataclass
 class CapturedStorage:
-    """A storage as it was seen. content: of one that came from elsewhere, when it was first read."""
+    """An observed storage. content: of one from elsewhere, when it was first read."""
 
     kind: str
     bytes: int
@@ -70,7 +70,7 @@ class CapturedStorage:
 
 
 class CapturedOperation(NamedTuple):
-    """An operation as it was seen; tensors in arguments are `%3`, the number of a CapturedTensor."""
+    """An observed operation; tensors in arguments are `%3`, the number of a CapturedTensor."""
 
     phase: Phase
     module: str | None
@@ -85,8 +85,8 @@ class CapturedOperation(NamedTuple):
 class Refusal(NamedTuple):
     """Something that cannot be in a program.
 
-    where: the phase, or `optimizer`; reads: the storages whose numbers Python looked at, None where it
-    is something else.
+    where: the phase, or `optimizer`; reads: the storages with values that Python read, None if the
+    reason is another.
     """
 
     where: str
@@ -159,22 +159,22 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
                 hook.remove()
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
-        """Note what a module has given; of several calls, the last."""
+        """Note the output of a module; of several calls, the last."""
         numbers = tuple(map(self.number, outputs))
         self.activations.pop(path, None)
         self.activations[path] = numbers
 
     @contextmanager
     def numbers_seen(self) -> Iterator[None]:
-        """Notice when Python takes numbers out of a tensor past the dispatcher."""
+        """Detect when Python reads numbers of a tensor bypassing the dispatcher."""
         with _NumbersTaken(self):
             yield
 
     @contextmanager
     def hooks_seen(self) -> Iterator[None]:
-        """Notice when backward calls functions of Python that are neither torch's nor everystep's.
+        """Detect functions of Python in the backward pass that are neither torch's nor everystep's.
 
-        Such is a hook that somebody has hung on a node of the graph, where nobody else can see it.
+        Such a function is a hook on a node of the graph, which is not visible otherwise.
         """
         if sys.getprofile() is not None:  # there is but one, and somebody profiles
             yield
@@ -183,7 +183,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
         def called(frame: types.FrameType, event: str, argument: Any) -> None:
             if event == "call" and not _is_known(frame):
                 name = frame.f_code.co_qualname
-                self.refusals.append(Refusal("backward", f"{name} is called: a hook on the graph"))
+                self.refusals.append(Refusal("backward", f"calls {name}, a hook on the graph"))
 
         # What the garbage collector calls is not a hook.
         is_collecting = gc.isenabled()
@@ -211,11 +211,11 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
         if not self.is_paused:
             where = "optimizer" if self.in_optimizer else self._phase
             reads = frozenset({self.tensors[self.number(tensor)].storage})
-            reason = f"{how} gives numbers to Python, which may decide by them what to do"
+            reason = f"{how} returns numbers to Python, which may branch on them"
             self.refusals.append(Refusal(where, reason, reads))
 
     def know(self, tensor: Tensor, kind: str) -> int:
-        """Note a tensor that is there before the step."""
+        """Note a tensor that exists before the step."""
         return self.number(tensor, kind)
 
     def number(self, tensor: Tensor, kind: str = "constant") -> int:
@@ -294,7 +294,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
         return result
 
     def _module(self) -> str | None:
-        """Return the path of the module that the operation at hand belongs to."""
+        """Return the path of the module of the current operation."""
         node = torch._C._current_autograd_node()
         if self._phase == "backward":
             return self._module_of_node.get(node._sequence_nr()) if node is not None else None
@@ -313,13 +313,13 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
             if tensor.is_conj() or tensor.is_neg():
                 raise NotAllowedError("takes a lazily conjugated tensor")
             if type(tensor) not in _PLAIN_TENSORS:
-                raise NotAllowedError(f"takes a {type(tensor).__name__}, a tensor of its own kind")
+                raise NotAllowedError(f"takes a {type(tensor).__name__}, a tensor subclass")
             number = self.number(tensor)
             reads.append(number)
             return f"%{number}"
 
         if known.is_index and any(t.dtype in (torch.bool, torch.uint8) for t in leaves(args[1])):
-            raise NotAllowedError("selects by a mask: the shape of the result depends on numbers")
+            raise NotAllowedError("selects by a mask: the shape of the result depends on values")
         positional = tuple([encode(value, name_of) for value in args])
         named = {key: encode(value, name_of) for key, value in keywords.items()}
         return _Encoded(positional, named, reads)
@@ -405,7 +405,7 @@ def _is_known(frame: types.FrameType) -> bool:
 
 
 class _NumbersTaken(TorchFunctionMode):
-    """Sees the methods of tensors that give numbers to Python without an operation."""
+    """Observes the methods of tensors that return numbers to Python without an operation."""
 
     def __init__(self, recorder: StepRecorder) -> None:
         super().__init__()
@@ -427,6 +427,6 @@ class _Encoded(NamedTuple):
 
 
 def _copy_of_storage(tensor: Tensor) -> Tensor:
-    """Return all bytes of the storage that a tensor lies on."""
+    """Return all bytes of a tensor's storage."""
     whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return whole.set_(tensor.untyped_storage()).clone()

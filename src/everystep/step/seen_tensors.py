@@ -1,4 +1,4 @@
-"""Seen tensors: those that a step has used, by number, and the memory that they lie on."""
+"""Seen tensors: those that a step used, by number, and their memory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ MOST_BYTES = 100_000_000
 
 
 class UnseenError(Exception):
-    """An operation that no program can hold; the message says why."""
+    """An operation that a program cannot hold; the message gives the reason."""
 
 
 class SeenTensors:
-    """The tensors that a step has used, by number, and the storages that they lie on, by place.
+    """The tensors that a step used, by number, and their storages, by place.
 
     Args:
         device: of the training.
-        elsewhere: copies of what steps before brought from elsewhere.
+        elsewhere: copies of what earlier steps used from elsewhere.
 
-    names: as arguments have them; tensors, by number; storages, by place.
+    names: as in arguments; tensors, by number; storages, by place.
     """
 
     def __init__(self, device: torch.device, elsewhere: Elsewhere) -> None:
@@ -61,7 +61,7 @@ class SeenTensors:
         if place is None:
             if kind == "argument":
                 if storage.nbytes() > MOST_BYTES:
-                    raise UnseenError(f"takes a part of {storage.nbytes() / 1e6:,.0f} MB from elsewhere")
+                    raise UnseenError(f"uses a slice of {storage.nbytes() / 1e6:,.0f} MB from elsewhere")
                 kind = "input"
             place = self._meet(tensor, storage, kind)
         seen = (place, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -73,17 +73,17 @@ class SeenTensors:
         return number
 
     def number_of_argument(self, tensor: Tensor) -> int:
-        """Return the number of a tensor that an operation is given.
+        """Return the number of a tensor that an operation receives.
 
         Raises:
-            UnseenError: no program can hold it; says why.
+            UnseenError: a program cannot hold it; gives the reason.
         """
         if not self.is_plain(tensor):
             raise UnseenError(_what_is_special(tensor))
         number = self.number(tensor, "argument")
         place = self.tensors[number].storage
         if place in self._extents and not self._is_within(number, place):
-            raise UnseenError("takes memory beside a tensor of the batch or the state")
+            raise UnseenError("uses memory next to a tensor of the batch or the state")
         return number
 
     def keep_extent(self, number: int) -> None:
@@ -92,13 +92,13 @@ class SeenTensors:
         self._extents.setdefault(seen.storage, []).append(_extent(seen))
 
     def place_of(self, tensor: Tensor) -> int | None:
-        """Return the place of the storage that a tensor lies on, None where it was not seen yet."""
+        """Return the place of a tensor's storage, None if it was not seen yet."""
         if tensor.layout is not torch.strided:
             return None
         return self._place_of.get(tensor.untyped_storage()._cdata)
 
     def is_input(self, number: int) -> bool:
-        """Tell whether a tensor lies on memory of the batch or from elsewhere."""
+        """Tell whether a tensor uses memory of the batch or from elsewhere."""
         return self.storages[self.tensors[number].storage].kind == "input"
 
     def is_plain(self, tensor: Tensor) -> bool:
@@ -115,13 +115,13 @@ class SeenTensors:
         self._elsewhere.forget(self.storages[place].reference.cdata)
 
     def note_changed_unseen(self, tensor: Tensor) -> None:
-        """Note that a tensor was changed unseen: its memory is met as if it were another."""
+        """Note that a tensor was changed unseen: treat its memory as new."""
         place = tensor.untyped_storage()._cdata
         self._place_of.pop(place, None)
         self._elsewhere.forget(place)  # a kernel need not count what it changes
 
     def kinds(self) -> tuple[StorageKind, ...]:
-        """Return where each storage comes from."""
+        """Return the origin of each storage."""
         return tuple(StorageKind(s.kind, s.bytes, s.host) for s in self.storages)
 
     def with_batch_moved(
@@ -155,7 +155,7 @@ class SeenTensors:
         contents: Mapping[int, Tensor],
         batch_offsets: Mapping[str, int],
     ) -> None:
-        """Go on from a place in a step that another watch has seen whole; as `Watch.resume`."""
+        """Continue from a point in a step that another watch observed in full; as `Watch.resume`."""
         self.tensors = _with_batch_at(tables, batch_offsets, marks.tensors)
         self.names = [f"%{number}" for number in range(marks.tensors)]
         self._number_of = {
@@ -192,7 +192,7 @@ class SeenTensors:
 
 
 def _with_batch_at(tables: Tables, offsets: Mapping[str, int], count: int) -> list[CapturedTensor]:
-    """Return the first tensors of a step, as they lie where the batch begins elsewhere in its memory."""
+    """Return the first tensors of a step, for another offset of the batch in its memory."""
     moved: dict[int, int] = {}
     for name, number in tables.named:
         if number >= count:
@@ -207,7 +207,7 @@ def _with_batch_at(tables: Tables, offsets: Mapping[str, int], count: int) -> li
 
 
 def _extent(tensor: CapturedTensor) -> tuple[int, int]:
-    """Return from which byte of its storage to which a tensor lies."""
+    """Return the first byte of a tensor in its storage, and the one after its last."""
     return tensor.offset * tensor.dtype.itemsize, _end_of(tensor)
 
 
@@ -220,7 +220,7 @@ def _end_of(tensor: CapturedTensor) -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell whether a program can hold a tensor: dense, of torch's own kind, with numbers as they are."""
+    """Tell whether a program can hold a tensor: dense, not a subclass, with stored values."""
     return (
         type(tensor) in _PLAIN_TENSORS
         and tensor.layout == torch.strided
@@ -238,5 +238,5 @@ def _what_is_special(tensor: Tensor) -> str:
     if tensor.layout != torch.strided:
         return "takes a sparse tensor"
     if type(tensor) not in _PLAIN_TENSORS:
-        return f"takes a {type(tensor).__name__}, a tensor of its own kind"
-    return f"takes a {tensor.dtype} tensor that is nested, conjugated or without numbers of its own"
+        return f"takes a {type(tensor).__name__}, a tensor subclass"
+    return f"takes a {tensor.dtype} tensor that is nested, conjugated or has no storage"

@@ -23,7 +23,7 @@ class Skeleton(nn.Module):
 
 
 class _RecordedOptimizer(torch.optim.Optimizer):
-    """Param groups and tensors of an optimizer whose step is among a program's operations."""
+    """Param groups and tensors of an optimizer with its step among a program's operations."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         # Not the base's own: it imports torch's compiler, which takes most of a second.
@@ -39,17 +39,17 @@ def make_skeleton(
     device: torch.device,
     clip_norm: float | None,
 ) -> Training:
-    """Return a training that programs can be bound to, with the settings of a state and no numbers yet.
+    """Return a training that programs can be bound to, with the settings of a state but no values yet.
 
     Args:
-        programs: all of the training's; they say which tensors there are, and how they lie.
+        programs: all of the training's; they define its tensors and their layout.
         state: any state of the training, for the settings of its optimizer.
-        batch: gives the batch of each step.
-        device: where it shall run.
-        clip_norm: as the training had it; programs hold the operations.
+        batch: provides the batch of each step.
+        device: where it will run.
+        clip_norm: of the training; programs hold the operations.
 
     Raises:
-        ProgramError: the programs and the state do not belong together, or there is no memory.
+        ProgramError: the programs and the state do not belong together, or memory is exhausted.
     """
     tensors = _state_tensors(programs, device)
     tied: dict[tuple[Any, ...], nn.Parameter] = {}
@@ -81,7 +81,7 @@ def make_skeleton(
 
 
 def load_into_skeleton(training: Training, state: State, *, has_step: bool) -> None:
-    """Bring a training that `make_skeleton` returned, and the random generators, to a state.
+    """Restore a state in a training that `make_skeleton` returned, and in the random generators.
 
     has_step: whether a program ends in the step of an optimizer.
 
@@ -102,7 +102,7 @@ def load_into_skeleton(training: Training, state: State, *, has_step: bool) -> N
             elif name.startswith(("optimizer/", "gradient/")):  # the first step makes it
                 tensor.zero_()
             else:
-                raise ValueError(f"it has no {name}")
+                raise ValueError(f"the state has no {name}")
     for group, known in zip(
         training.optimizer.param_groups, state.settings["optimizer"]["groups"], strict=True
     ):
@@ -123,7 +123,7 @@ def _state_tensors(programs: Sequence[Program], device: torch.device) -> dict[st
             for name, size in sizes.items()
         }
     except RuntimeError as error:
-        raise ProgramError(f"there is no memory for the state: {error}") from None
+        raise ProgramError(f"not enough memory for the state: {error}") from None
     found: dict[str, Tensor] = {}
     for program in programs:
         for name, spec in program.tensors.items():
@@ -135,7 +135,7 @@ def _state_tensors(programs: Sequence[Program], device: torch.device) -> dict[st
 
 
 def _parameter(tensor: Tensor, tied: dict[tuple[Any, ...], nn.Parameter]) -> nn.Parameter:
-    """Return the tensor as a parameter; the same one where two names have the same memory."""
+    """Return the tensor as a parameter; the same one if two names have the same memory."""
     place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.numel() > 0)
     if tensor.numel() == 0 or place not in tied:
         learns = tensor.is_floating_point() or tensor.is_complex()
@@ -165,7 +165,9 @@ def _optimizer(
     settings = state.settings["optimizer"]
     unknown = {n for group in settings["groups"] for n in group["params"]} - parameters.keys()
     if unknown:
-        raise ProgramError(f"the programs have no parameter {min(unknown)!r}, which the state has")
+        raise ProgramError(
+            f"the state has the parameter {min(unknown)!r}, which the programs do not have"
+        )
     groups = [
         dict(group) | {"params": [parameters[name] for name in group["params"]]}
         for group in settings["groups"]
@@ -189,7 +191,7 @@ def _optimizer(
     try:
         optimizer = kind(plain)
     except (TypeError, ValueError) as error:
-        raise ProgramError(f"the step of {step.name} does not take its settings: {error}") from None
+        raise ProgramError(f"the step of {step.name} rejects its settings: {error}") from None
     for made, group in zip(optimizer.param_groups, groups, strict=True):
         made.update({key: value for key, value in group.items() if key != "params"})
     return optimizer

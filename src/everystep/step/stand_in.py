@@ -1,9 +1,9 @@
-"""Stand-in: a program that takes a step of the user's own in the place of its Python.
+"""Stand-in: a program that runs a user's step in place of its Python.
 
-Two things together show that it may. The step was *read*: as long as what it takes from outside is as it
-was, its source makes the same calls of torch's functions. And it was *recognised*: the same calls, on
-such a state and such a batch, run the same operations. What a program computes is compared with Python's
-step on a copy of the state, at first and at steps 2, 4, 8, ..., bit for bit.
+Two facts together allow it. The step was *read*: as long as what it uses from outside stays the same,
+its source makes the same calls of torch functions. And it was *recognized*: the same calls, on such a
+state and such a batch, run the same operations. The result of the program is compared with Python's step
+on a copy of the state, at first and at steps 2, 4, 8, ..., bit for bit.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Number = int | float
 
 
 class TakenByProgram:
-    """A step that a program has taken, as a watch would have seen it.
+    """A step that a program ran, as a watch would have observed it.
 
-    numbers, generators, drawn: as `Watch` has them.
+    numbers, generators, drawn: as in `Watch`.
     """
 
     surprise = changed_elsewhere = None
@@ -65,22 +65,22 @@ class TakenByProgram:
 
 
 class StandIn:
-    """Takes the steps that have a batch of one kind.
+    """Runs the steps with a batch of one kind.
 
     Args:
         parts: of the training.
         built: the program.
-        path: what each step does; has_schedules: whether schedules go on in it.
-        seen: who has recognised the step of Python's that it was made of.
+        path: what each step does; has_schedules: whether it advances schedules.
+        seen: the recognizer of the Python step that it was built from.
         events: what happens in a step besides operations, in order.
         batch: the names of the tensors of the batch.
-        plain: what each step logs that is no tensor: numbers that are always the same, or were read.
-        reads: the places of the numbers that a step reads and does nothing with but to log them.
+        plain: logged values of each step that are not tensors: numbers that never change, or were read.
+        reads: the places of the numbers that a step reads and only logs.
 
-    path: what each step does; has_schedules: whether schedules go on in it.
+    path: what each step does; has_schedules: whether it advances schedules.
 
     Raises:
-        NotProvenError: something else may happen at the next step; says what.
+        NotProvenError: the next step may do something else; says what.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class StandIn:
         ranges = [(step.begin, step.end) for step in self._optimizer_steps]
         outside = [p for p in path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
         if not reads.issuperset(outside):
-            raise NotProvenError("a function of torch decides by a number in a tensor")
+            raise NotProvenError("a function of torch branches on a number in a tensor")
         #: Of the numbers that Python reads itself: the places among those that the program has.
         self._read = {place: built.kept.index(place) for place in outside if place in built.kept}
         reason = self._reason_against()
@@ -130,28 +130,28 @@ class StandIn:
         other = [name for name, _ in path.ends if not name.startswith("gradient/")]
         other += [name for name in path.gone if not name.startswith("gradient/")]
         if other:
-            return f"each step has another tensor for {other[0].partition('/')[2]}"
+            return f"{other[0].partition('/')[2]} is another tensor after each step"
         for name, value in self._plain.items():
             if isinstance(value, Read) and value.place not in self._built.kept:
-                return f"{name} is returned as a number of Python's; return the tensor"
+                return f"{name} is returned as a Python number; return the tensor"
         tensors, storages = self._built.program.tensors, self._built.program.storages
         for name in self._batch:
             if name in tensors and storages[tensors[name].storage].kind != "input":
-                return f"{name} of the batch lies on memory of a part"
+                return f"{name} of the batch shares memory with a part"
         given = {p for p in self._built.inputs.values() if p not in self._contents}
         if any(not given.isdisjoint(each.writes) for each in path.operations):
             return "the step changes its batch"
         for seen in path.operations:
             if str(seen.operator) != READ and _is_shaped(seen, path):
-                return f"{seen.operator} gives shapes that depend on numbers"
+                return f"{seen.operator} returns shapes that depend on values"
         if self._draws and self._parts.device.type != "cpu":
-            return "random numbers are drawn on another device than the CPU"
+            return "random numbers are drawn on a device other than the CPU"
         return None
 
     def is_ready(self, state: Mapping[str, Tensor], era: int) -> bool:
-        """Tell whether the tensors of the state lie as the program knows them; bind it to these.
+        """Tell whether the tensors of the state have the layout of the program; bind it to them.
 
-        era: within the same, nothing but programs has run.
+        era: within the same era, only programs have run.
         """
         tensors = [state.get(name) for name in self._state]
         if any(tensor is None for tensor in tensors):
@@ -176,16 +176,16 @@ class StandIn:
     def take(
         self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
     ) -> tuple[TakenByProgram, dict[str, Any]]:
-        """Take a step on the live tensors, as `is_ready` has found them; return it, and what it logs.
+        """Run a step on the live tensors, as `is_ready` has found them; return it, and what it logs.
 
         Args:
             state: these tensors, which become those after the step.
             batch: its tensors, by name.
-            is_settled: nothing has run since the last step, which a program took.
+            is_settled: nothing has run since the last step, which a program ran.
 
         Raises:
             NotProvenError: an optimizer would take another step than before; nothing was done yet.
-            RuntimeError: a kernel refuses what it is given.
+            RuntimeError: a kernel refuses its arguments.
         """
         assert self._live is not None
         numbers = self.numbers()
@@ -230,7 +230,7 @@ class StandIn:
         numbers: Sequence[Number],
         logged: Mapping[str, Any],
     ) -> str | None:
-        """Take a step that Python has just taken on a copy; return in words what differs, or None.
+        """Run a step that Python just ran, on a copy; return in words what differs, or None.
 
         Args:
             before: the parts before the step.
@@ -263,7 +263,7 @@ class StandIn:
         other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
         name = next(other, None)
         if name is not None:
-            return f"the program computes other numbers of {name.partition('/')[2]} than Python"
+            return f"the program computes other values of {name.partition('/')[2]} than Python"
         for place, index in self._read.items():
             if repr(done.numbers[index]) != repr(numbers[place]):
                 return "the program reads another number than Python"
@@ -290,7 +290,7 @@ class StandIn:
         return found
 
     def foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
-        """Tell whether the numbers of a step of Python's were foreseen, but for those that it reads."""
+        """Tell whether the numbers of a Python step were predicted, except those that it reads."""
         return len(numbers) == len(seen) and all(
             repr(one) == repr(two)
             for place, (one, two) in enumerate(zip(numbers, seen, strict=True))
@@ -301,20 +301,20 @@ class StandIn:
         """Return the numbers of the next step.
 
         Raises:
-            NotProvenError: an optimizer takes another step than before.
+            NotProvenError: an optimizer runs another step than before.
         """
         numbers = self._numbers.copy()
         for what in self._optimizer_steps:
             predicted = self._optimizer_numbers.predict(what.optimizer, what.gradients)
             if predicted is None or predicted.structure != what.structure:
-                raise NotProvenError("the optimizer takes another step than before")
+                raise NotProvenError("the optimizer runs another step than before")
             own = predicted.operators(what.way)
             numbers[what.begin : what.end] = [n for _, each in own for n in each]
         return numbers
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:
-    """Tell whether the tensors of a state share memory as a program says, and no others do."""
+    """Tell whether the tensors of a state share memory exactly as a program says."""
     places = {(specs[name].storage, t.untyped_storage()._cdata) for name, t in state.items()}
     storages, memories = zip(*places, strict=True) if places else ((), ())
     return len(set(storages)) == len(set(memories)) == len(places)
@@ -323,10 +323,10 @@ def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> b
 def _steps_of(
     optimizer_steps: Sequence[OptimizerStep], events: Sequence[Event]
 ) -> tuple[list[OptimizerStep], list[LRScheduler]]:
-    """Return the steps of optimizers and the schedules that go on, each in order.
+    """Return the optimizer steps and the advancing schedules, each in order.
 
     Raises:
-        NotProvenError: an optimizer's step was not seen as a whole, or its schedule goes on before it.
+        NotProvenError: an optimizer's step was not seen as a whole, or its schedule advances before it.
     """
     seen = {id(step.optimizer): step for step in optimizer_steps}
     steps: list[OptimizerStep] = []
@@ -335,16 +335,16 @@ def _steps_of(
         if event.kind == "schedule":
             schedules.append(event.what)
         elif id(event.what) not in seen:
-            raise NotProvenError(f"{type(event.what).__name__} does not treat its parameters alike")
+            raise NotProvenError(f"{type(event.what).__name__} does not treat all its parameters alike")
         elif any(schedule.optimizer is event.what for schedule in schedules):
-            raise NotProvenError("a schedule goes on before its optimizer takes its step")
+            raise NotProvenError("a schedule advances before its optimizer steps")
         else:
             steps.append(seen[id(event.what)])
     return steps, schedules
 
 
 def _is_shaped(seen: Any, path: Path) -> bool:
-    """Tell whether the shapes of what an operation gives depend on the numbers that it is given."""
+    """Tell whether the shapes of an operation's results depend on values."""
     tags = seen.operator.tags
     if torch.Tag.data_dependent_output in tags:
         return True

@@ -26,11 +26,11 @@ __all__ = ["State", "copy_of", "optimizer_settings", "plain"]
 
 @dataclass(frozen=True)
 class State:
-    """A copy, on the CPU, of all that a training carries from one step to the next.
+    """A copy, on the CPU, of everything that a training carries from one step to the next.
 
-    step: 0 before the first step; parameters: exactly `model.state_dict()`; rest: buffers outside
-    it, optimizer tensors and generators, by `kind/name`; settings: what is no tensor (param groups,
-    schedule), as JSON would hold it.
+    step: 0 before the first step; parameters: exactly `model.state_dict()`; rest: buffers outside it,
+    optimizer tensors and generators, by `kind/name`; settings: everything that is not a tensor (param
+    groups, schedule), in JSON form.
     """
 
     step: int
@@ -72,13 +72,13 @@ class State:
 
     @property
     def generators(self) -> Generators:
-        """The random generators, as they can be restored."""
+        """The random generators, ready to restore."""
         prefix = "generator/"
         named = {n.removeprefix(prefix): t for n, t in self.rest.items() if n.startswith(prefix)}
         return Generators.from_tensors(named)
 
     def named(self) -> dict[str, Tensor]:
-        """Return the tensors by the names that `named_state` gives; a state_dict's under both kinds."""
+        """Return the tensors by the names of `named_state`; those of a state_dict under both kinds."""
         kinds = ("parameter", "buffer")
         found = {f"{kind}/{name}": t for name, t in self.parameters.items() for kind in kinds}
         others = ("generator/", PREFIX)
@@ -92,10 +92,10 @@ class State:
         schedule: LRScheduler | None,
         device: torch.device,
     ) -> None:
-        """Bring a training and the random generators to this state, in the training's own tensors.
+        """Restore this state in a training's own tensors and in the random generators.
 
-        Settings of the optimizer and the schedule that are no plain numbers stay as they are. Without an
-        optimizer, the model and the loss alone are brought to it.
+        Settings of the optimizer and the schedule that are not plain numbers stay unchanged. Without an
+        optimizer, only the model and the loss are restored.
 
         Raises:
             ValueError: it is the state of another training; names the first tensor that does not fit.
@@ -108,8 +108,8 @@ class State:
         for name, tensor in live.items():
             given = saved.get(name)
             if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                kind = "lacks it" if given is None else f"has {_geometry(given)}"
-                raise ValueError(f"{name} is {_geometry(tensor)} here, and the state {kind}")
+                kind = "does not have it" if given is None else f"has {_geometry(given)}"
+                raise ValueError(f"{name} is {_geometry(tensor)} here, but the state {kind}")
         with torch.no_grad():
             for name, tensor in live.items():
                 copy_into(tensor, saved[name])
@@ -138,11 +138,11 @@ def optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _restore_optimizer(
     state: State, saved: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Give the optimizer the settings and the entries that it had; tensors are filled in later."""
+    """Restore the settings and the entries of the optimizer; tensors are filled in later."""
     names = parameter_names(model, optimizer)
     settings = state.settings["optimizer"]
     if type(optimizer).__qualname__ != settings["class"]:
-        kinds = f"{type(optimizer).__qualname__}, and the state is of {settings['class']}"
+        kinds = f"{type(optimizer).__qualname__}, but the state belongs to {settings['class']}"
         raise ValueError(f"the optimizer is {kinds}")
     if "own" in state.settings:
         restore(optimizer, names, state.rest | dict(saved), state.settings["own"])
@@ -153,7 +153,7 @@ def _restore_optimizer(
     if [len(g["params"]) for g in settings["groups"]] != [
         len(g["params"]) for g in optimizer.param_groups
     ]:
-        raise ValueError("the optimizer has other param groups")
+        raise ValueError("the optimizer has different param groups")
     for group, known in zip(optimizer.param_groups, settings["groups"], strict=True):
         _update_plain(group, {key: value for key, value in known.items() if key != "params"})
     for parameter, name in names.items():
@@ -188,7 +188,7 @@ def _restore_optimizer(
 def _restore_gradients(
     saved: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """A gradient is state where nothing zeroes it."""
+    """Restore gradients that nothing zeroes, which are state."""
     names = parameter_names(model, optimizer)
     for parameter, name in first_names(model).items():
         gradient = saved.get(f"gradient/{name}")
@@ -199,7 +199,7 @@ def _restore_gradients(
 
 
 def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> None:
-    """Set the numbers of a schedule, and of those that it is made of."""
+    """Set the numbers of a schedule, and of its inner schedules."""
     inner = getattr(schedule, "_schedulers", ())
     for each, numbers in zip(inner, saved.get("_schedulers", ()), strict=False):
         _restore_schedule(each, numbers)
@@ -207,7 +207,7 @@ def _restore_schedule(schedule: LRScheduler, saved: Mapping[str, Any]) -> None:
 
 
 def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Set what is a number, a text or a list of these; the rest was written as a text only."""
+    """Set numbers, strings and lists of these; everything else was written only as text."""
     for key, value in saved.items():
         there = target.get(key)
         if isinstance(there, Mapping | Tensor) or callable(there):

@@ -1,4 +1,4 @@
-"""Step watch: sees what one step of a loop does, by its calls where they are known, else in full."""
+"""Step watch: observes one step of a loop, by its calls if they are known, else in full."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StepWatch(TorchFunctionMode):
         device, follower, elsewhere: as `Watch` has them.
 
     changed_unseen: names of the state that something has changed which torch's functions do not do;
-    surprise: why no step is recognised any more, in words, where this one has shown it.
+    surprise: why no step is recognized any more, in words, where this one has shown it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class StepWatch(TorchFunctionMode):
 
     @property
     def recognized(self) -> Recognizer | None:
-        """Who has recognised the step to its end, None where it was watched in full."""
+        """The recognizer of the step, None if it was watched in full."""
         return self._recognizer if self._watch is None else None
 
     @property
@@ -89,7 +89,7 @@ class StepWatch(TorchFunctionMode):
 
     @property
     def drawn(self) -> Tensor | None:
-        """The state of torch's generator after the last draw, None where there was none."""
+        """The state of torch's generator after the last draw, None if there was none."""
         return self._source.drawn
 
     @property
@@ -126,14 +126,14 @@ class StepWatch(TorchFunctionMode):
             self._watch.is_paused = is_paused
 
     def content(self, storage: int) -> Tensor | None:
-        """Return the bytes of an input that is not in the batch, as it was first seen."""
+        """Return the bytes of an input that is not in the batch, as first seen."""
         if self._watch is not None:
             return self._watch.content(storage)
         assert self._recognizer is not None
         return self._recognizer.contents.get(storage)
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the state as they are before the step."""
+        """Note the tensors of the state before the step."""
         self._began = time.perf_counter()
         plan = self._memory.plan(self._number)
         references = None if plan == "watch" else self._references_of(state)
@@ -148,7 +148,7 @@ class StepWatch(TorchFunctionMode):
             self._learner = Learner(self._watch, references)
 
     def _references_of(self, state: Mapping[str, Tensor]) -> References | None:
-        """Return references to the state, None where a step from it cannot be recognised."""
+        """Return references to the state, None if a step from it cannot be recognized."""
         is_quiet = self._memory.is_quiet or not any(map(has_hooks_on_node, state.values()))
         if is_quiet and _are_torchs_own(besides=self) and are_methods_torchs_own():
             self._memory.found_no_hooks()
@@ -168,7 +168,7 @@ class StepWatch(TorchFunctionMode):
         self._happened(signature, lambda watch: watch.add_batch(tensors))
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
-        """Note what a module has given."""
+        """Note the output of a module."""
 
         if self._recognizer is not None:
             known = tuple(map(self._recognizer.references.lookup, outputs))
@@ -178,7 +178,7 @@ class StepWatch(TorchFunctionMode):
         def signature(references: References) -> Any:
             known = tuple(map(references.lookup, outputs))
             if None in known:
-                raise StrangeError("a module gives what no call has given")
+                raise StrangeError("a module returns a tensor that no call returned")
             return "module", path, *known
 
         self._happened(signature, lambda watch: watch.module_done(path, outputs))
@@ -212,7 +212,7 @@ class StepWatch(TorchFunctionMode):
         has_arguments: bool,
         gradients: Callable[[], Mapping[str, Tensor]],
     ) -> None:
-        """An optimizer takes a step.
+        """An optimizer starts a step.
 
         Args:
             name: of the optimizer.
@@ -236,7 +236,7 @@ class StepWatch(TorchFunctionMode):
             self._is_out = True
 
     def optimizer_ends(self, name: str | None, gradients: Callable[[], Mapping[str, Tensor]]) -> None:
-        """An optimizer has taken a step."""
+        """An optimizer ended a step."""
         if self._is_out:
             super().__enter__()  # type: ignore[no-untyped-call]
             self._is_out = False
@@ -249,7 +249,7 @@ class StepWatch(TorchFunctionMode):
         )
 
     def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
-        """Return what the step did. state: as it is afterwards; loss: what was logged."""
+        """Return what the step did. state: afterwards; loss: the logged loss."""
         path = self._end(state, loss)
         is_recognized = self.recognized is not None
         self._memory.timed(self._number, time.perf_counter() - self._began, is_recognized=is_recognized)
@@ -263,7 +263,7 @@ class StepWatch(TorchFunctionMode):
                 self.changed_unseen = self._recognizer.changed_unseen(state)
                 if self.changed_unseen:
                     name = self.changed_unseen[0].partition("/")[2]
-                    self._be_surprised(f"something besides torch's functions changes {name}")
+                    self._be_surprised(f"something other than torch functions changes {name}")
                 return path
             self._go_on_watching()
         assert self._watch is not None
@@ -271,9 +271,7 @@ class StepWatch(TorchFunctionMode):
         if self._learner is not None:
             is_fine = self._learner.remember(self._memory, state, loss, path)
             if not is_fine:
-                self._be_surprised(
-                    "the same calls of torch's functions run other operations than before"
-                )
+                self._be_surprised("the same calls of torch functions run other operations than before")
         return path
 
     def _be_surprised(self, surprise: str) -> None:
@@ -338,7 +336,7 @@ class StepWatch(TorchFunctionMode):
 
 
 def _likeness(signature: Callable[[References], Any], references: References) -> Any:
-    """Return something that happened as what can be compared, or the error that says why it cannot."""
+    """Return an event in comparable form, or the error with the reason why there is none."""
     try:
         return signature(references)
     except StrangeError as error:
@@ -346,6 +344,6 @@ def _likeness(signature: Callable[[References], Any], references: References) ->
 
 
 def _are_torchs_own(besides: StepWatch) -> bool:
-    """Tell whether the modes around a step run no Python of somebody else's."""
+    """Tell whether the modes around a step run no custom Python."""
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return all(type(mode) is DeviceContext or mode is besides for mode in modes)

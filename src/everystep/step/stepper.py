@@ -1,13 +1,12 @@
-"""The stepper: takes the steps of a training, by a program where one may stand in, else as Python.
+"""The stepper: runs the steps of a training, by a program if one may stand in, else as Python.
 
-A step is taken by its program where there is one. A step of a kind not met before (the first one,
-another batch shape) is taken eagerly and captured, and its program is used from then on if it gives
-the very bits. At steps 2, 4, 8, ..., then at an interval that costs under a hundredth of the time,
-and at the last step, the program is checked against the eager step again.
+A step of a new kind (the first one, another batch shape) runs eagerly and is captured; its program runs
+later steps if it gives identical bits. At steps 2, 4, 8, ..., then at an interval that costs less than a
+hundredth of the time, and at the last step, the program is checked against the eager step again.
 
-That a program may stand in at all is decided by `purity`. Code that is neither torch's nor read (an
-optimizer, a schedule, a Dataset, a metric of the user's) runs at every step, once; after it has run,
-what programs rely on is compared.
+`purity` decides whether a program may stand in at all. Code that is neither torch's nor read (a custom
+optimizer, schedule, Dataset or metric) runs at every step, once; after it has run, everystep compares
+what programs rely on.
 """
 
 from __future__ import annotations
@@ -42,23 +41,23 @@ MOST_CAPTURES = 3
 
 
 class Stepper:
-    """Takes the steps of a training, and keeps their losses until they are collected.
+    """Runs the steps of a training, and keeps their losses until they are collected.
 
     Args:
-        training: what is trained, in place.
-        steps: the last step that there will be.
-        engine: `eager`; `program`, for which the user answers for code that cannot be read, and which
-            raises where there is no program; or `auto`.
-        fold: fold updates into the operations that make their gradients, which changes rounding.
-        start: the state that the training is in; steps are counted on from there.
+        training: the training; modified in place.
+        steps: the last step.
+        engine: `eager`; `program`, which trusts code that cannot be read, and raises if no program can
+            run a step; or `auto`.
+        fold: fold updates into the operations that compute their gradients, which changes rounding.
+        start: the initial state of the training; steps are counted from there.
 
-    step: the last step taken; reason: why steps are taken eagerly, or None; eager_from: the first of
-    these; checked: the steps at which a program was checked, and held; programs: those captured;
-    hyperparameters: (step, the lr and its like by name) of each step since the last `collect` before
-    which they may have changed.
+    step: the last step that ran; reason: why steps run eagerly, or None; eager_from: the first of these;
+    checked: the steps at which a program passed a check; programs: those captured; hyperparameters:
+    (step, the lr and similar settings by name) of each step since the last `collect` before which they
+    may have changed.
 
     Raises:
-        TrainingError: a program was demanded, and there is none.
+        TrainingError: `engine="program"`, and no program can run a step.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Stepper:
 
     @property
     def is_full(self) -> bool:
-        """Whether losses must be collected before more steps can be taken."""
+        """Whether losses must be collected before more steps can run."""
         return self._losses.room <= 0
 
     def last_loss(self) -> float:
@@ -111,14 +110,14 @@ class Stepper:
         return type(self.training.optimizer).__qualname__ if is_live else None
 
     def advance(self, last: int) -> None:
-        """Take steps up to `last`, or until so many losses are kept that they must be collected.
+        """Run steps up to `last`, or until there are enough losses to collect.
 
-        A failed check may bring `step` back to the last step that was checked: what was collected of
-        later steps is void.
+        A failed check may move `step` back to the last checked step; what was collected of later steps
+        is then void.
 
         Raises:
-            TrainingError: a program was demanded, and there is none; or a check failed, and there is no
-                way back.
+            TrainingError: `engine="program"`, and no program can run a step; or a check failed, and
+                training cannot go back.
         """
         while self.step < last and not self.is_full:
             number = self.step + 1
@@ -142,9 +141,9 @@ class Stepper:
 
     @contextmanager
     def foreign_code(self) -> Iterator[None]:
-        """What runs within may change the training; what it changes is noted, and holds.
+        """Run code that may change the training; note its changes, which stay.
 
-        Programs go on with changed numbers of tensors. Where something else changes that they rely on,
+        Programs continue with changed values of tensors. If something else changes that they depend on,
         they are captured again.
         """
         self._hand_over_gradients()
@@ -154,15 +153,15 @@ class Stepper:
         self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
         self._check_dataset()
         if self.reason is None:
-            self._compare_guards("in an evaluation")
+            self._compare_guards("during an evaluation")
 
     def _hand_over_gradients(self) -> None:
-        """Let other code find the gradients of the last step where it looks for them, to keep."""
+        """Set the gradients of the last step where other code looks for them."""
         if self._last is not None and self.purity.has_known_optimizer:
             self.programs.hand_over_gradients(self._last, as_copies=True)
 
     def _check_dataset(self) -> None:
-        """Check that a Dataset that was read once would still give the same rows, as far as is quick.
+        """Check that a Dataset read once would still return the same rows, as far as that is fast.
 
         Raises:
             TrainingError: it would not.
@@ -173,17 +172,17 @@ class Stepper:
             raise DatasetChangedError(changed, self.step)
 
     def collect_changes(self) -> list[tuple[int, Change]]:
-        """Return what other code has changed after which step, as far as not collected before."""
+        """Return the changes by other code, with their steps, since the last call."""
         return self._changes.collect()
 
     def collect(self) -> tuple[int, Tensor]:
-        """Return the step of the first loss not collected before, and the losses from there on."""
+        """Return the step of the first loss not yet collected, and the losses from there on."""
         first = self.step - self._losses.count + 1
         self.hyperparameters = []
         return first, self._losses.collect()
 
     def finish(self) -> None:
-        """Leave the gradients of the last step where a user looks for them."""
+        """Set the gradients of the last step where a user looks for them."""
         if self.training.schedule is not None and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
             self._note_hyperparameters(self.step + 1)
@@ -193,37 +192,37 @@ class Stepper:
     # Who takes the steps.
 
     def _look_again(self) -> None:
-        """Examine what is trained: at first, and after something that programs rely on has changed."""
+        """Examine the training: at first, and after a change to something that programs depend on."""
         was_known = self.purity.has_known_optimizer
         self.purity = Purity(self.training, is_vouched=self._engine == "program")
         self._eager = EagerStep(self.training)
         self._verifier = Verifier(
             self.training, self.programs, self._eager, self.purity.has_known_optimizer
         )
-        reason = "it was asked for" if self._engine == "eager" else self.purity.reason
+        reason = 'engine="eager" is set' if self._engine == "eager" else self.purity.reason
         if reason is None and was_known and self.programs.built and not self.purity.has_known_optimizer:
-            reason = "the optimizer's step was exchanged"
+            reason = "the optimizer's step was replaced"
         if (
             reason is None
             and self._eager.has_own_zero_grad
             and (self.training.device.type != "cpu" or self.training.clip_norm is not None)
         ):
-            reason = "the optimizer has a zero_grad of its own"
+            reason = "the optimizer has a custom zero_grad"
         if reason is not None:
             self._go_on_eagerly(reason)
 
     def _after_python(self) -> None:
-        """A step was taken as Python: compare what programs rely on, where that may have changed it."""
+        """After a Python step: compare what programs depend on, if the step may have changed it."""
         self._check_dataset()
         if self.reason is None and self.purity.has_foreign_code:
             self._compare_guards()
 
     def _compare_guards(self, when: str = "") -> bool:
-        """Compare what programs rely on after other code has run; return whether it still holds."""
+        """Compare what programs depend on after other code has run; return whether it still holds."""
         state, has_update = self.training.named_state(), self.purity.has_known_optimizer
         self._moved = self._moved + 1 if self.programs.refresh(state) else 0
         if self._moved > MOST_CAPTURES:
-            self._go_on_eagerly("parameters get other memory at every step")
+            self._go_on_eagerly("parameters move to other memory at every step")
             return False
         if has_update:
             self.programs.load_rates()
@@ -235,7 +234,7 @@ class Stepper:
             return True
         self._captures += 1
         if self._captures > MOST_CAPTURES:
-            self._go_on_eagerly(f"{changed} {when}".strip() + " again and again")
+            self._go_on_eagerly(f"{changed} {when}".strip() + " repeatedly")
             return False
         self.programs.renew(self.step + 1)
         self._last = None
@@ -243,10 +242,10 @@ class Stepper:
         return False
 
     def _go_on_eagerly(self, reason: str, first: int | None = None) -> None:
-        """Take all steps from `first` on (or the next) as Python."""
+        """Run all steps from `first` on (or the next) in Python."""
         if self._engine == "program":
             raise TrainingError(
-                f'no program can take these steps: {reason}; engine = "auto" takes them eagerly'
+                f'no program can run these steps: {reason}; engine="auto" runs them in Python'
             )
         self.reason = reason
         self.eager_from = self.step + 1 if first is None else first
@@ -260,7 +259,7 @@ class Stepper:
         self._keep(number, self._eager.take(x, y))
 
     def _capture(self, number: int) -> None:
-        """Take a step eagerly, capture it, and use its program from now on if it gives the same."""
+        """Run a step eagerly, capture it, and use its program from now on if its result is identical."""
         training, has_update = self.training, self.purity.has_known_optimizer
         self._read_batch(number)
         if self.programs.since(number) == number:
@@ -281,7 +280,7 @@ class Stepper:
         seconds = time.perf_counter() - started
         try:
             if read is not None and read != forward_of(captured):
-                raise NotCapturableError("Python takes other operations than its source says")
+                raise NotCapturableError("Python runs other operations than its source says")
             built = build(captured, training, has_update)
             if has_update and built.program.optimizer_step is None:
                 reads_rates = bool(built.program.of_kind("hyperparameter"))
@@ -313,14 +312,14 @@ class Stepper:
         return reason
 
     def _read_batch(self, number: int) -> None:
-        """Let a Dataset make the batch of a step before anything else, as a loop does: it may draw."""
+        """Read the batch from a Dataset before anything else, as a loop does: it may draw."""
         if self.training.batch.runs_python:
             self._hand_over_gradients()
             self.training.batch(number)
         self._last = None
 
     def _check(self, number: int) -> None:
-        """Take a step by its program and eagerly, and compare; the eager step counts."""
+        """Run a step by its program and eagerly, and compare; the eager step counts."""
         started = time.perf_counter()
         self._read_batch(number)
         self._note_hyperparameters(number)
@@ -332,7 +331,7 @@ class Stepper:
             self._fail(number, reason)
 
     def _run(self, first: int, last: int) -> None:
-        """Take steps by their programs, without a look to the left or right."""
+        """Run steps by their programs, without checks."""
         started = time.perf_counter()
         if self.training.schedule is None and not self.purity.has_foreign_code:
             advance(
@@ -345,7 +344,7 @@ class Stepper:
         self._plan.timed(self.step - first + 1, time.perf_counter() - started)
 
     def _begin(self, number: int) -> BoundProgram | None:
-        """Put everything in place for a step that no code of the user comes before."""
+        """Prepare a step that no user code runs before."""
         if not self.programs.has(number):
             return None
         self._last = bound = self.programs.bound(number)
@@ -358,7 +357,7 @@ class Stepper:
         self.step = number
 
     def _run_with_python(self, first: int, last: int) -> None:
-        """Take steps between which a schedule, a Dataset or the user's optimizer runs."""
+        """Run steps with a schedule, a Dataset or the user's optimizer between them."""
         programs, training = self.programs, self.training
         for number in range(first, last + 1):
             if training.batch.runs_python:
@@ -385,7 +384,7 @@ class Stepper:
                     return
 
     def _run_with_optimizer(self, number: int) -> BoundProgram:
-        """Take a step by its program up to the update, and let the user's own optimizer make that."""
+        """Run a step by its program up to the update, and the update by the user's own optimizer."""
         if self._eager.has_own_zero_grad:
             bound = take(self.programs, number, between=lambda: self._zero_grad(number))
         else:
@@ -396,21 +395,21 @@ class Stepper:
         return bound
 
     def _zero_grad(self, number: int) -> None:
-        """Let the user's own optimizer zero the gradients in its way, in the middle of a step.
+        """Call the user's own zero_grad in the middle of a step.
 
         Raises:
-            TrainingError: it changes what the rest of the program relies on.
+            TrainingError: it changes what the rest of the program depends on.
         """
         self._eager.zero_grad()
         changed = self.purity.difference()
         if changed is not None:
             raise TrainingError(
                 f"{changed} in the optimizer's zero_grad, between forward and backward of step "
-                f'{number}; engine="eager" trains such an optimizer'
+                f'{number}; use engine="eager" for such an optimizer'
             )
 
     def _keep(self, number: int, loss: Tensor) -> None:
-        """A step has been taken: keep its loss, and let the schedule go on."""
+        """After a step: keep its loss, and advance the schedule."""
         self._losses.make_room(loss)
         self._losses.keep(loss.detach())
         self.step = number
@@ -424,23 +423,23 @@ class Stepper:
             self._eager.advance(number)
 
     def _note_hyperparameters(self, number: int) -> None:
-        """Note the lr and its like before a step, where something may have changed them."""
+        """Note the lr and similar settings before a step, if something may have changed them."""
         if self.training.schedule is not None or self.reason is not None:
             self.hyperparameters.append((number, self.training.hyperparameters()))
 
     def _keep_way_back(self) -> None:
-        """The state is good; keep a copy of it, if it may be needed."""
+        """Keep a copy of the verified state, if it may be needed."""
         is_possible = not self.purity.has_foreign_code
         self._way_back.keep(self.training, self.step, is_possible=is_possible)
 
     def _fail(self, number: int, reason: str) -> None:
-        """A check failed: there is no program from here on.
+        """Handle a failed check: no program runs from here on.
 
-        The step itself stands where no step was taken by program since the last good check. Otherwise
-        training goes back to that check, or ends where that is not possible.
+        The step itself counts if no program ran since the last good check. Otherwise training goes back
+        to that check, or ends if that is not possible.
 
         Raises:
-            TrainingError: other code has run since the last good check, and cannot be taken back.
+            TrainingError: other code has run since the last good check, and cannot be undone.
         """
         verified = self._way_back.step
         if verified >= number - 1:

@@ -1,4 +1,4 @@
-"""Which storages hold the same at every step, so that what makes them need run only once."""
+"""Which storages hold the same at every step, so that the operations that fill them run only once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Effect", "unchanging", "unchanging_in"]
 
 
 class Effect(NamedTuple):
-    """What an operation does to storages: whose numbers it reads, and which it writes."""
+    """The effect of an operation on storages: those it reads, and those it writes."""
 
     reads: Collection[Any]
     writes: Collection[Any]
@@ -20,7 +20,7 @@ class Effect(NamedTuple):
 
 
 def unchanging(effects: Sequence[Effect], candidates: set[Any]) -> set[Any]:
-    """Return those of the storages that hold the same at every step: made from such ones alone."""
+    """Return the storages that hold the same at every step: those made only from such storages."""
     fixed = set(candidates)
     before = None
     while before != len(fixed):
@@ -32,9 +32,9 @@ def unchanging(effects: Sequence[Effect], candidates: set[Any]) -> set[Any]:
 
 
 def unchanging_in(captured: Capture) -> set[int]:
-    """Return the storages that hold the same at every step, unchanged state among them.
+    """Return the storages that hold the same at every step, including unchanged state.
 
-    What Python reads from these (whether a mask is causal, say) it reads alike at every step.
+    What Python reads from these (whether a mask is causal, say) is the same at every step.
     """
     written = {storage for each in captured.operations for storage in each.writes}
     candidates = {

@@ -1,4 +1,4 @@
-"""The update of a captured step: operations that read the lr, or the step of an optimizer as a whole."""
+"""The update of a captured step: operations that read the lr, or an optimizer step as a whole."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Update:
         self.is_optimizer_step = self._reason_against() is not None
 
     def operations(self) -> list[CapturedOperation]:
-        """Return all operations of the step, the optimizer's where they can be used."""
+        """Return all operations of the step, including the optimizer's if usable."""
         before = self._captured.operations[: self._captured.update_from]
         return before if self.is_optimizer_step else before + self._with_lr
 
@@ -65,9 +65,9 @@ class Update:
         """Return why the optimizer's operations are not the same at every step."""
         for refusal in self._captured.refusals:
             if refusal.where == "optimizer":
-                return f"is no list of operations: {refusal.reason}"
+                return f"is not a list of operations: {refusal.reason}"
         if any(value is not None for value in self._settings["values"].values()):
-            return "keeps numbers that are no tensors"
+            return "holds numbers that are not tensors"
         schedule = self._training.schedule
         if schedule is not None:
             if changes_more_than_lr(schedule):
@@ -77,9 +77,9 @@ class Update:
         return None
 
     def _lr_as_tensor(self, recorded: CapturedOperation) -> CapturedOperation:
-        """Return the operation reading the lr from a float64 tensor, where it has the lr as a number.
+        """Return the operation reading the lr from a float64 tensor, if it has the lr as a number.
 
-        So the same operation serves every lr, and with the bits that the number gives.
+        So the same operation serves every lr, with the bits of the number.
         """
         name = recorded.operator.overloadpacket.__name__
         if name.startswith("_fused_") and "lr" in recorded.keywords:

@@ -1,4 +1,4 @@
-"""Verified: programs compared with the eager step, and when."""
+"""Verified: compares programs with the eager step, and decides when."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LIGHT_SECONDS = 0.03
 
 
 class Verifier:
-    """Takes a step by its program and as Python, and compares the two; Python's step counts.
+    """Runs a step by its program and in Python, and compares the two; Python's step counts.
 
     Args:
-        training: what is trained.
-        programs: what is compared.
-        eager: the step as Python takes it.
-        has_update: whether programs take the update, too; without it, the optimizer itself does.
+        training: the training.
+        programs: the programs to compare.
+        eager: the step in Python.
+        has_update: whether programs run the update, too; without it, the optimizer itself does.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Verifier:
         self._eager = eager
 
     def check(self, number: int) -> tuple[Tensor, str | None]:
-        """Take a whole step both ways.
+        """Run a whole step both ways.
 
         Returns the loss, and what differs, in words, or None.
         """
@@ -69,10 +69,10 @@ class Verifier:
         forget_new: bool,
         held: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ) -> str | None:
-        """Take a step by its program that has just been taken eagerly, from the state before.
+        """Run the program of a step that just ran eagerly, from the state before, and compare.
 
-        forget_new: whether to drop optimizer state created since; held: copies of gradients that were
-        there before the backward pass, by parameter.
+        forget_new: whether to drop optimizer state created since; held: copies of gradients from before
+        the backward pass, by parameter.
 
         Returns what differs, in words, or None; the training is then as the eager step left it.
         """
@@ -96,7 +96,7 @@ class Verifier:
         held: Mapping[Tensor, Tensor],
         forget_new: bool,
     ) -> str | None:
-        """Take a step by its program, and say in words what is not as it should be, or None."""
+        """Run a step by its program, and return in words what differs, or None."""
         training, programs = self.training, self.programs
         programs.refresh()
         program = programs.bound(number).program
@@ -110,7 +110,7 @@ class Verifier:
         return self._what_differs(compared, found, expected)
 
     def _check_until_update(self, number: int, before: Checkpoint) -> tuple[Tensor, str | None]:
-        """Take a step by its program and eagerly up to its update, and compare; the eager step counts.
+        """Run a step by its program and eagerly up to its update, and compare; the eager step counts.
 
         Returns the loss, and in words what differs, or None.
         """
@@ -150,17 +150,17 @@ class Verifier:
         expected: Checkpoint,
         of_program: Checkpoint | None = None,
     ) -> str | None:
-        """Say in words what a program made otherwise than Python, or None."""
+        """Return in words what a program computed differently from Python, or None."""
         name = difference(wanted, found, folded=self.programs.is_folded)
         device = self.training.device
         generators = of_program.generators if of_program else Generators.capture(device)
         if name is None and not expected.generators.same_as(generators):
             name = "the random generator"
-        kind = "numbers too far off" if self.programs.is_folded else "other bits"
+        kind = "values beyond the tolerance" if self.programs.is_folded else "different bits"
         return None if name is None else f"its program gives {kind} in {name}"
 
     def _given_by(self, bound: BoundProgram) -> dict[str, Tensor]:
-        """Return the loss and the gradients that a program has made."""
+        """Return the loss and the gradients of a program."""
         gradients = {f"gradient/{name}": gradient for name, gradient in bound.gradients.items()}
         return gradients | {"loss": bound.loss.reshape(())}
 
@@ -179,11 +179,11 @@ class CheckPlan:
         self.next = self.start + 2
 
     def timed(self, steps: int, seconds: float) -> None:
-        """So many steps by program took so long."""
+        """Note the time of steps by program."""
         self._step_seconds = seconds / steps if steps > 0 else 0.0
 
     def captured(self, step: int, seconds: float) -> None:
-        """A program was captured at a step, and held; comparing the two took so long."""
+        """Note that a program was captured at a step and passed, and the time of comparing the two."""
         if step >= self.next:
             self.passed(step, 2 * seconds)  # a check takes the step as Python besides
         else:
@@ -194,7 +194,7 @@ class CheckPlan:
         return step >= self.next or (step == last and self._is_cheap(step))
 
     def until(self, last: int) -> int:
-        """Return the next step that is to be checked, or the one after the last."""
+        """Return the next step to check, or the one after the last."""
         ends = last if self._is_cheap(last) else last + 1
         return min(self.next, ends)
 
@@ -204,11 +204,11 @@ class CheckPlan:
         return self.is_light(self._seconds) or allowed >= self._seconds
 
     def is_light(self, seconds: float) -> bool:
-        """Tell whether something that takes so long need not be worth its time."""
+        """Tell whether something takes too little time to matter."""
         return seconds < LIGHT_SECONDS
 
     def passed(self, step: int, seconds: float) -> None:
-        """A check has passed at a step; it took so long."""
+        """Note that a check passed at a step, and its time."""
         self.checked.append(step)
         self._seconds = seconds
         # A check takes a step twice, and at the first none was timed by itself.
@@ -221,7 +221,7 @@ class CheckPlan:
 
 
 class WayBack:
-    """The last state that is known to be good, which training can go back to unless that is closed.
+    """The last verified state, which training can go back to unless that is closed.
 
     step: the step after which it is.
     """
@@ -231,24 +231,24 @@ class WayBack:
         self._checkpoint: Checkpoint | None = None
 
     def keep(self, training: Training, step: int, *, is_possible: bool) -> None:
-        """The state is good; keep a copy of it, if there may be a way back to it."""
+        """Keep a copy of the verified state, if going back to it may be possible."""
         self.step = step
         self._checkpoint = Checkpoint(training) if is_possible else None
 
     def close(self) -> None:
-        """Code that is not known has run: what it did cannot be taken back."""
+        """Close the way back: unknown code has run, and cannot be undone."""
         self._checkpoint = None
 
     def go(self, training: Training, number: int, reason: str) -> None:
-        """Bring the training back to the state, since step `number` cannot be trusted.
+        """Restore the state, because step `number` cannot be trusted.
 
         Raises:
             TrainingError: there is no way back.
         """
         if self._checkpoint is None:
             raise TrainingError(
-                f"step {number} cannot be trusted: {reason}. Your own code has run since the last "
-                f"check, at step {self.step}, so training cannot go back. Steps up to {self.step} are "
+                f"step {number} cannot be trusted: {reason}. Your code has run since the last check, "
+                f"at step {self.step}, so training cannot go back. Steps up to {self.step} are "
                 'verified, later ones are not; engine="eager" trains without programs'
             )
         self._checkpoint.restore(training, forget_new=True, has_schedule=True)

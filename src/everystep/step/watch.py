@@ -1,10 +1,9 @@
-"""Watch: sees every operation of one step of a loop that is not everystep's, and changes nothing of it.
+"""Watch: observes every operation of one step of a user's loop, without changing it.
 
-What was seen is a *path*: operators, their arguments but for the step's own numbers, and for each tensor
-on which memory it lies, and how. Steps with equal paths share a program. What no program can hold (an
-operator of somebody else's, a sparse tensor, an explicit generator) runs unseen, and the tensors that it
-gives or changes are *inputs* of the step, kept by content. So are all tensors that the loop brings from
-elsewhere.
+It records a *path*: operators, their arguments except the step's own numbers, and the memory and layout
+of each tensor. Steps with equal paths share a program. What a program cannot hold (a custom operator, a
+sparse tensor, an explicit generator) runs unseen, and the tensors that it returns or changes are
+*inputs* of the step, kept by content. So are all tensors that the loop uses from elsewhere.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         self._marked: list[tuple[str, str, tuple[int, ...]]] = []
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Note the tensors of the state as they are before the step."""
+        """Note the tensors of the state before the step."""
         for name, tensor in state.items():
             if is_plain(tensor):
                 number = self._named[name] = self._number(tensor, "state")
@@ -102,11 +101,11 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         )
 
     def place_of(self, tensor: Tensor) -> int | None:
-        """Return the number of the storage that a tensor lies on, None where it was not seen yet."""
+        """Return the number of a tensor's storage, None if it was not seen yet."""
         return self._seen.place_of(tensor)
 
     def is_made(self, place: int) -> bool:
-        """Tell whether the step has made a storage."""
+        """Tell whether the step made a storage."""
         return self._seen.storages[place].kind == "temporary"
 
     def kept_places(self, begin: int, end: int) -> list[int]:
@@ -114,7 +113,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         return [p for p in range(begin, end) if self._seen.storages[p].content is not None]
 
     def operators(self, begin: int, end: int) -> list[tuple[Any, tuple[int | float, ...]]]:
-        """Return the operators from one place to another, each with the step's numbers that it has."""
+        """Return the operators from one place to another, each with its numbers of the step."""
         found, place = [], sum(each.numbers for each in self._operations[:begin])
         for seen in self._operations[begin:end]:
             found.append((seen.operator, tuple(self.numbers[place : place + seen.numbers])))
@@ -130,12 +129,12 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         batch_offsets: Mapping[str, int],
         drawn: Tensor | None,
     ) -> None:
-        """Go on from a place in a step that another watch has seen whole, instead of `begin`.
+        """Continue from a point in a step that another watch observed in full, instead of `begin`.
 
         Args:
-            tables, marks: what it noted, and up to where.
-            lying: a tensor that is alive on each storage by number, as far as there are any; of the
-                others it is not known what they were, so that what lies on them is from elsewhere.
+            tables, marks: what that watch noted, and up to where.
+            lying: a live tensor on each storage by number, as far as there are any; the origin of the
+                others is unknown, so that tensors on them are from elsewhere.
             contents: the bytes of inputs, by number of the storage.
             batch_offsets: the storage offsets of the tensors of this step's batch, in elements.
             drawn: the state of torch's generator after the last draw.
@@ -191,13 +190,13 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         return None
 
     def content(self, storage: int) -> Tensor | None:
-        """Return the bytes of an input that is not in the batch, as it was first seen."""
+        """Return the bytes of an input that is not in the batch, as first seen."""
         return self._seen.storages[storage].content
 
     def optimizer_uses(self, gradients: Mapping[str, Tensor]) -> None:
-        """An optimizer takes a step, or has just taken one, with these gradients, by parameter.
+        """Note the gradients, by parameter, with which an optimizer starts or just ended a step.
 
-        What is still there from the step before is not what this one made.
+        This step did not make what remains from the step before.
         """
         made = {storage for operation in self._operations for storage in operation.writes}
         for name, gradient in gradients.items():
@@ -212,7 +211,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
             self._mark("logged", name, (self._number(tensor),))
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
-        """Note what a module has given; of several calls, the last that gradients flow through."""
+        """Note the output of a module; of several calls, the last that gradients flow through."""
         dense = [each for each in outputs if is_plain(each)]
         if dense and (torch.is_grad_enabled() or path not in self._activations):
             self._mark("activation", path, tuple(map(self._number, dense)))
@@ -247,7 +246,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
     def _see(
         self, func: Any, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Run an operation and note it; one that no program can hold runs unseen."""
+        """Run an operation and note it; one that a program cannot hold runs unseen."""
         count = len(self.numbers)
         try:
             if known.how != "see":
@@ -255,7 +254,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
             arguments, named = self._encoded(known, args, keywords)
             written = self._written(known, args, keywords)
             if known.has_out and any(not self._seen.storages[place].bytes for place in written):
-                raise UnseenError("gives memory to an empty tensor")
+                raise UnseenError("allocates memory for an empty tensor")
         except UnseenError as error:
             del self.numbers[count:]
             return self._run_unseen(func, known, args, keywords, str(error))
@@ -311,7 +310,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
 
     @property
     def drawn(self) -> Tensor | None:
-        """The state of torch's generator after the last draw, None where there was none."""
+        """The state of torch's generator after the last draw, None if there was none."""
         return self._drawn
 
     def _written(
@@ -330,7 +329,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         return found
 
     def _results(self, result: Any) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
-        """Return the results by name, and the storages that they lie on."""
+        """Return the results by name, and their storages."""
         if isinstance(result, Tensor):
             flat: list[Any] = [result]
         else:
@@ -356,7 +355,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         keywords: dict[str, Any],
         reason: str,
     ) -> Any:
-        """Run an operation that no program can hold; what it gives or changes is an input then."""
+        """Run an operation that a program cannot hold; its results and changes become inputs."""
         self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
         # What is read for the first time, and changed at once, is noted as it was.
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if is_plain(tensor)]
@@ -382,9 +381,9 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
 
 
 def _run_counted(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Run an operator on lists; torch counts what it writes as it does where nothing is watched.
+    """Run an operator on lists; torch counts its writes as it does without a watch.
 
-    Its kernel may write each tensor by an operator of its own, which torch does not count below a mode.
+    Its kernel may write each tensor by a separate operator, which torch does not count below a mode.
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return func(*args, **keywords)

@@ -1,4 +1,4 @@
-"""What `train` is given, looked at before anything is computed: every fault with its cure."""
+"""Checks the arguments of `train` before computing anything; every error has a fix."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ def model_faults(model: Any) -> Faults:
     if not isinstance(model, nn.Module):
         cure = ""
         if inspect.isclass(model):
-            cure = f"; make one: {model.__name__}(...)"
+            cure = f"; create an instance: {model.__name__}(...)"
         elif isinstance(model, list | tuple):
-            cure = "; layers one after the other are nn.Sequential(*layers)"
+            cure = "; wrap the layers: nn.Sequential(*layers)"
         elif callable(model):
-            cure = "; write a function as the forward of a module, or name the parts= of your own step"
+            cure = (
+                "; write the function as the forward of a module, or pass parts= to train your own step"
+            )
         yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
         return
     lazy = [
@@ -68,14 +70,14 @@ def model_faults(model: Any) -> Faults:
         if nn.parameter.is_lazy(tensor)
     ]
     if lazy:
-        problem = f"{', '.join(lazy)}: lazy layers take their sizes from the first batch"
-        yield Fault("model", f"{problem}; run one through the model first: model(x[:1])")
+        problem = f"{', '.join(lazy)}: lazy layers infer their sizes from the first batch"
+        yield Fault("model", f"{problem}; run a batch through the model first: model(x[:1])")
 
 
 def loss_faults(loss: Any) -> Faults:
     """Yield what is wrong with the loss."""
     if inspect.isclass(loss):
-        yield Fault("loss", f"is the class {loss.__name__}; write it with parentheses")
+        yield Fault("loss", f"is the class {loss.__name__}; create an instance: add parentheses")
     elif not callable(loss):
         problem = f"must be a callable of (prediction, target), not {called(loss)}"
         yield Fault("loss", f"{problem}; such as torch.nn.MSELoss()")
@@ -91,25 +93,27 @@ def optimizer_faults(optimizer: Any, model: Any) -> Faults:
     if demanded:
         yield Fault(
             "optimizer",
-            f"the step of {name} demands {' and '.join(demanded)}, and a step here has one forward and "
-            "one backward pass, and then calls optimizer.step() (an optimizer that needs a closure "
-            "evaluates the loss itself); Adam or SGD with momentum do without",
+            f"the step of {name} requires {' and '.join(demanded)}, but everystep runs one forward "
+            "and one backward pass per step and then calls optimizer.step() (an optimizer that needs "
+            "a closure evaluates the loss itself); use Adam, or SGD with momentum",
         )
     if not isinstance(model, nn.Module):
         return
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in own for parameter in model.parameters()):
-        yield Fault("optimizer", "has none of the model's parameters, so the model would never change")
+        yield Fault(
+            "optimizer", "has none of the model's parameters, so it would never update the model"
+        )
 
 
 def schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
     """Yield what is wrong with the schedule, and with when it advances."""
     if not isinstance(schedule, LRScheduler | None):
-        cure = "; SequentialLR and ChainedScheduler make one of several"
+        cure = "; combine several with SequentialLR or ChainedScheduler"
         problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(schedule)}"
         yield Fault("schedule", problem + cure * isinstance(schedule, list | tuple))
     if isinstance(schedule, ReduceLROnPlateau) and not has_validation:
-        problem = "ReduceLROnPlateau follows the validation loss; pass validation=(x, y)"
+        problem = "ReduceLROnPlateau needs a validation loss; pass validation=(x, y)"
         yield Fault("schedule", problem)
     if every not in ("step", "epoch"):
         yield Fault("schedule_every", f"must be 'step' or 'epoch', not {every!r}")
@@ -125,7 +129,7 @@ def metrics_faults(metrics: Any) -> Faults:
         return
     taken = ", ".join(sorted(RESERVED_NAMES & set(metrics)))
     if taken:
-        problem = f"{taken}: the table of losses has columns of that name; choose another"
+        problem = f"{taken}: reserved for columns of the loss table; choose other names"
         yield Fault("metrics", problem)
 
 
@@ -144,7 +148,7 @@ def validation_faults(validation: Any) -> Faults:
         yield from pair_faults("validation", validation)
     elif validation is not None and not (isinstance(validation, float) and 0 < validation < 1):
         what = str(validation) if isinstance(validation, int | float) else called(validation)
-        problem = f"must be a pair of tensors (x, y) or a share of the rows such as 0.2, not {what}"
+        problem = f"must be a pair of tensors (x, y) or a fraction of the rows such as 0.2, not {what}"
         yield Fault("validation", problem + _instead_of(validation, "validation"))
 
 
@@ -157,26 +161,32 @@ def pair_faults(name: str, pair: Any) -> Faults:
         if wrong is not None and "sparse" in wrong.what:
             yield Fault(name, f"{letter} is sparse; {wrong.cure}")
         elif wrong is not None:
-            what = f"{letter} must be a tensor with rows first, not {wrong.what}"
+            what = f"{letter} must be a tensor with rows along the first dimension, not {wrong.what}"
             yield Fault(name, f"{what}; {wrong.cure}")
         elif not has_rows or part.ndim == 0:
-            yield Fault(name, f"{letter} must be a tensor with rows first, not a single number")
+            yield Fault(
+                name,
+                f"{letter} must be a tensor with rows along the first dimension, not a single number",
+            )
         else:
             sizes.append(len(part))
     if len(sizes) == 2 and sizes[0] != sizes[1]:
         counts = f"x has {sizes[0]} rows and y has {sizes[1]}"
-        yield Fault(name, f"{counts}; they must have the same number")
+        yield Fault(name, f"{counts}; they must match")
     elif sizes == [0, 0]:
         yield Fault(name, "has no rows")
 
 
 def _no_optimizer(given: Any) -> str:
     if inspect.isclass(given) and issubclass(given, torch.optim.Optimizer):
-        return f"is the class {given.__name__}; make one: {given.__name__}(model.parameters(), lr=1e-3)"
+        return (
+            f"is the class {given.__name__}; create an instance: {given.__name__}(model.parameters(), "
+            "lr=1e-3)"
+        )
     if isinstance(given, list | tuple | Mapping):
         return (
-            f"must be one optimizer, not {called(given)}; one with several param groups has settings "
-            "for each: torch.optim.SGD([{'params': ..., 'lr': ...}, {'params': ..., 'lr': ...}])"
+            f"must be one optimizer, not {called(given)}; for different settings per layer, use param "
+            "groups: torch.optim.SGD([{'params': ..., 'lr': ...}, {'params': ..., 'lr': ...}])"
         )
     return (
         "must be an optimizer over the model's parameters, such as "
@@ -185,9 +195,9 @@ def _no_optimizer(given: Any) -> str:
 
 
 def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return the arguments without which `step` cannot be called, within what torch wraps it in.
+    """Return the required arguments of `step`, without torch's wrapper.
 
-    Looked up in the class: a schedule puts a wrapper of its own on the object.
+    They are looked up in the class: a schedule puts a wrapper on the object.
     """
     try:
         _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
@@ -199,18 +209,18 @@ def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _instead_of(given: Any, name: str) -> str:
-    """Return the cure where something that gives batches or rows stands in the place of data."""
+    """Return the fix if something that yields batches or rows was passed as data."""
     if name == "validation" and (isinstance(given, DataLoader) or is_dataset(given)):
         return "; stack its rows: x, y = next(iter(DataLoader(dataset, batch_size=len(dataset))))"
     if isinstance(given, DataLoader):
         return _instead_of_loader(given)
     if isinstance(given, Sampler):
         size = getattr(given, "batch_size", None)
-        return "; it gives numbers of rows, not rows: pass the Dataset" + _batch_size(size)
+        return "; it yields row numbers, not rows: pass the Dataset" + _batch_size(size)
     if isinstance(given, Iterator):
-        return "; it gives its batches once: pass the tensors or the Dataset that it reads"
+        return "; it can be iterated only once: pass the tensors or the Dataset that it reads"
     if isinstance(given, list | tuple) and given and isinstance(given[0], list | tuple):
-        return "; stack the rows: x = torch.stack([x for x, y in rows]), and y likewise"
+        return "; stack the rows: x = torch.stack([x for x, y in rows]), and likewise for y"
     if isinstance(given, Mapping):
         return "; pass its tensors as (x, y)"
     return ""
@@ -218,7 +228,7 @@ def _instead_of(given: Any, name: str) -> str:
 
 def _instead_of_loader(loader: DataLoader[Any]) -> str:
     if isinstance(loader.dataset, IterableDataset):
-        return "; pass a Dataset with rows by number (__len__ and __getitem__), and batch_size="
+        return "; pass a map-style Dataset (__len__ and __getitem__), and batch_size="
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     drop_last = getattr(loader.batch_sampler, "drop_last", False)
     cure = f"; pass its Dataset instead: data=loader.dataset{_batch_size(size)}"
@@ -231,7 +241,10 @@ def _instead_of_loader(loader: DataLoader[Any]) -> str:
     if loader.collate_fn is not default_collate and loader.batch_sampler is not None:
         unused.append("collate_fn")
     if unused:
-        cure += f" (without its {' and '.join(unused)}: rows are shuffled by the seed, and stacked)"
+        cure += (
+            f" (without its {' and '.join(unused)}: everystep shuffles rows by the seed, and stacks "
+            "them)"
+        )
     return cure
 
 

@@ -36,7 +36,7 @@ class BatchCopies:
     def of(self, tensors: Mapping[str, Tensor], era: int | None = None) -> dict[str, Tensor]:
         """Return copies of tensors, by name; nobody may change them.
 
-        era: within the same, nothing writes into tensors that were copied; None: something may.
+        era: within the same era, nothing writes into copied tensors; None: something may.
         """
         if len(self._copies) > MOST_COPIES:
             alive = (item for item in self._copies.items() if item[1].of() is not None)
@@ -81,10 +81,10 @@ def tensors_of(batch: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def key_of(batch: Any, taken: Container[int] = ()) -> Any:
-    """Return what two batches have in common that are alike in all but the numbers of their tensors.
+    """Return a key that is equal for two batches that differ only in the values of their tensors.
 
-    Of memory, that is which tensors share it, how far they are apart on it, and its alignment. What
-    holds neither tensors nor plain values, or lies on memory that is `taken`, is like nothing else.
+    For memory, it has which tensors share it, their distance on it, and its alignment. A batch that
+    holds anything but tensors and plain values, or uses memory in `taken`, equals no other.
     """
     places: dict[int, tuple[int, int]] = {}
 
@@ -116,9 +116,9 @@ def text_of(batch: Any, path: str = "") -> Any:
 
 
 def nested_again(text: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return a batch as it was nested. Named tuples and objects come back as dicts.
+    """Return a batch in its original nesting. Named tuples and objects come back as dicts.
 
-    tensors: by path, as `tensors_of` gave them.
+    tensors: by path, as `tensors_of` returned them.
     """
     if not isinstance(text, dict):
         return text
@@ -151,7 +151,7 @@ def _as_tensor(part: Tensor | np.ndarray[Any, Any]) -> Tensor:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """Return the items of what holds others, with their names, else None."""
+    """Return the items of a container with their names, else None."""
     if isinstance(value, Mapping):
         return ((str(key), item) for key, item in value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):

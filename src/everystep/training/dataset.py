@@ -1,4 +1,4 @@
-"""A map-style Dataset: read once where that is proven to be the same as reading it at every step."""
+"""A map-style Dataset: read once if that is proven to equal reading it at every step."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _ROWS_AT_ONCE = 256
 def read_once(
     dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
 ) -> tuple[tuple[Tensor, Tensor], Guards]:
-    """Read all rows of a Dataset whose code is proven to have no effect and to draw nothing.
+    """Read all rows of a Dataset if its code is proven to have no effect and to draw nothing.
 
-    progress: called with the number of rows that are read, and of all rows.
+    progress: called with the number of rows read, and of all rows.
 
     Returns x and y, and what must stay the same for the rows to stay the same.
 
     Raises:
-        NotProvenError: it must be read at every step; says why.
+        NotProvenError: it must be read at every step; gives the reason.
         DataError: it has no length, no rows, rows that are not pairs, or more than `limit` bytes.
     """
     guards = Guards()
@@ -61,7 +61,7 @@ def read_rows(
     """Read rows, or all, into two tensors x and y.
 
     Raises:
-        DataError: the rows would take more than `limit` bytes, or have not all the same shape.
+        DataError: the rows exceed `limit` bytes, or differ in shape.
     """
     wanted = range(length_of(dataset)) if rows is None else rows
     parts: list[tuple[Tensor, Tensor]] = []
@@ -94,8 +94,8 @@ def length_of(dataset: Dataset[Any]) -> int:
         count = None
     if isinstance(dataset, IterableDataset) or count is None:
         raise DataError(
-            f"{type(dataset).__name__} has no length and no rows by number; a map-style Dataset "
-            "(__len__ and __getitem__) is needed, so that the rows of any step can be found again"
+            f"{type(dataset).__name__} has no length or no indexed rows; pass a map-style Dataset "
+            "(__len__ and __getitem__), so that everystep can find the rows of any step again"
         )
     if count == 0:
         raise DataError(f"{type(dataset).__name__} has no rows")
@@ -114,7 +114,7 @@ def _is_torchs(dataset: Any) -> bool:
 
 
 def _guard(dataset: Any, guards: Guards) -> None:
-    """Note what one of torch's Datasets is made of."""
+    """Note the content of one of torch's Datasets."""
     guards.contents(vars(dataset), f"a {type(dataset).__name__}")
     for tensor in getattr(dataset, "tensors", ()):
         guards.tensor(tensor, f"a tensor of a {type(dataset).__name__}", is_state=False)
@@ -131,8 +131,8 @@ def _guard(dataset: Any, guards: Guards) -> None:
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
         raise DataError(
-            f"the Dataset would take {size / 1e9:.3g} GB as tensors, more than the limit of "
-            f"{limit / 1e9:.3g} GB; pass dataset_limit={size} if there is memory for it"
+            f"the Dataset would need {size / 1e9:.3g} GB as tensors, but the limit is "
+            f"{limit / 1e9:.3g} GB; if memory allows, pass dataset_limit={size}"
         )
 
 
@@ -141,8 +141,7 @@ def _pair(dataset: Dataset[Any], row: int, read: Callable[[int], Any]) -> tuple[
     place = f"row {row} of {type(dataset).__name__}"
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(
-            f"{place} is {called(item)}; each row must be a pair (x, y): wrap it in a Dataset that "
-            "returns such pairs"
+            f"{place} is {called(item)}, not a pair (x, y); wrap it in a Dataset that returns such pairs"
         )
     found = [(letter, unfit(part, letter)) for letter, part in zip("xy", item, strict=True)]
     faults = [
@@ -159,5 +158,5 @@ def _collated(pairs: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     try:
         x, y = default_collate(pairs)  # of tensors, arrays and numbers: `_pair` has looked
     except (RuntimeError, TypeError) as error:
-        raise DataError(f"the rows of the Dataset make no batch: {error}") from None
+        raise DataError(f"the rows of the Dataset cannot be stacked: {error}") from None
     return x, y

@@ -1,4 +1,4 @@
-"""Batches of a Dataset that is read at every step, as a loop of one's own does."""
+"""Batches of a Dataset that is read at every step, as in a user's loop."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["DatasetBatches"]
 
 
 class DatasetBatches:
-    """Gives the batch of each step, and keeps what it gave: rows that stay the same can be in the run.
+    """Provides the batch of each step, and keeps its rows: rows that stay the same can go into the run.
 
     Args:
         dataset: the rows.
         batches: which of them each step sees.
-        device: where batches are needed.
-        limit: bytes of rows to keep.
+        device: of the batches.
+        limit: maximum bytes of rows to keep.
 
-    draws: whether reading has drawn from a global random generator; differs: whether a row was another
-    when it was read again.
+    draws: whether reading drew from a global random generator; differs: whether a row changed between
+    two reads.
     """
 
     is_fixed = False
@@ -50,7 +50,7 @@ class DatasetBatches:
         self._is_kept = torch.zeros(batches.rows, dtype=torch.bool)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return x and y of a step; asked for the same step again, the same."""
+        """Return x and y of a step; the same objects if asked for the same step again."""
         if self._pair is None or step != self._step:
             indices = self._batches.indices(step)
             rows = range(self._batches.rows) if indices is None else indices.tolist()
@@ -62,7 +62,7 @@ class DatasetBatches:
         return self._pair
 
     def shape(self, step: int) -> Hashable:
-        """Return what decides which operations a step takes: all of a step's batch but its numbers."""
+        """Return what decides which operations a step runs: everything in its batch except values."""
         return tuple((t.shape, t.dtype, t.stride(), t.requires_grad) for t in self(step))
 
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
@@ -71,7 +71,7 @@ class DatasetBatches:
             target.copy_(source)
 
     def forget(self) -> None:
-        """Read the next batch again, even if it is that of the same step."""
+        """Read the next batch again, even if it is of the same step."""
         self._pair = None
 
     def rows(self) -> tuple[Tensor, Tensor] | None:

@@ -1,4 +1,4 @@
-"""The facts of a training before it starts, read off its objects; runs none of the user's code."""
+"""The facts of a training before it starts, read from its objects; runs no user code."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def describe(
 ) -> TrainingFacts:
     """Return the facts of a training before it starts.
 
-    seed: what torch's generator was seeded with, or None where it was taken as it was.
+    seed: the seed of torch's generator, or None if it was not reseeded.
     """
     about_data: dict[str, Any] = source | {"rows": batches.rows}
     if data is not None:
@@ -157,7 +157,7 @@ def _modules_of(
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
-    """Return the facts of an optimizer; what a schedule makes of its lr is another thing."""
+    """Return the facts of an optimizer, without what a schedule does to its lr."""
     groups = [
         {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
         | ({"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {})
@@ -192,7 +192,7 @@ def _loss_facts(loss: Any) -> LossFacts:
 
 
 def _settings(thing: Any) -> dict[str, Any]:
-    """Return the attributes of an object that are numbers, texts or the like, without private ones."""
+    """Return the public attributes of an object that are numbers, strings or the like."""
     try:
         held = thing.keywords if type(thing) is partial else object.__getattribute__(thing, "__dict__")
     except AttributeError:  # it has slots
@@ -205,7 +205,7 @@ def _settings(thing: Any) -> dict[str, Any]:
 
 
 def _is_simple(value: Any) -> bool:
-    """Tell whether a value is a number, a text or nothing, or a short collection of these."""
+    """Tell whether a value is a number, a string or None, or a short collection of these."""
     if type(value) in (list, tuple):
         return len(value) <= _MOST_ITEMS and all(map(_is_simple, value))
     if type(value) in (dict, Counter):

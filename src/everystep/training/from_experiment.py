@@ -36,11 +36,11 @@ def train_experiment(
     budget: int,
     progress: Progress,
 ) -> Outcome:
-    """Train an experiment, recording every step; the caller's random generators stay as they are.
+    """Train an experiment, and record every step; the caller's random generators keep their state.
 
     Raises:
-        UsageError: the device, the data or the model do not serve; says why and the cure.
-        TrainingError: torch failed within a step.
+        UsageError: the device, the data or the model is invalid; gives the reason and a fix.
+        TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
     numerics.prepare()
@@ -54,29 +54,29 @@ def train_experiment(
         except Exception as error:  # no code but torch's has run: whatever it makes of the experiment
             reason = str(error).strip() or type(error).__name__
             raise TrainingError(
-                f"{name} failed: {reason}\n(everystep runs lists what was recorded before)"
+                f"{name} failed: {reason}\n(run `everystep runs` to list what was recorded before)"
             ) from error
 
 
 def total_steps(steps: int | None, epochs: int | None, batches: Batches) -> int:
-    """Return the number of steps, which may be said in epochs."""
+    """Return the number of steps, which may be set in epochs."""
     return steps if steps is not None else (epochs or 0) * batches.steps_per_epoch
 
 
 def default_evaluate_every(steps: int, batches: Batches) -> int:
-    """Return an epoch, or a hundredth of the steps where each step is an epoch."""
+    """Return the steps of an epoch, or a hundredth of all steps if each step is an epoch."""
     return batches.steps_per_epoch if batches.batch_size else max(1, steps // 100)
 
 
 def experiment_job(
     experiment: Experiment, name: str, device: torch.device, data: Data | None = None
 ) -> Job:
-    """Make everything that an experiment names, in the chapter's order; seeds torch's generator.
+    """Create everything that an experiment names, in the chapter's order; seeds torch's generator.
 
-    data: takes the place of the experiment's.
+    data: replaces the experiment's.
 
     Raises:
-        UsageError: the data or the model do not serve; says why and the cure.
+        UsageError: the data or the model is invalid; gives the reason and a fix.
     """
     experiment = with_fused(experiment, device)
     torch.manual_seed(experiment.seed)
@@ -130,9 +130,9 @@ def experiment_job(
 
 
 def _origin(data: Data) -> str:
-    """Return what a layer that does not fit is told of the data: which columns became several."""
+    """Return the source of the data for messages about layers: which columns became several."""
     words = [
-        f"{column.name} makes {len(column.categories)} columns"
+        f"{column.name} becomes {len(column.categories)} columns"
         for column in (
             data.preparation.columns if isinstance(data.preparation, TablePreparation) else ()
         )
@@ -144,5 +144,5 @@ def _origin(data: Data) -> str:
 def _check_schedule(experiment: Experiment) -> None:
     schedule = experiment.schedule
     if schedule and schedule.name == "ReduceLROnPlateau" and not experiment.data.validation:
-        problem = "ReduceLROnPlateau follows the validation loss; add validation = 0.2 to [data]"
+        problem = "ReduceLROnPlateau needs a validation loss; add validation = 0.2 to [data]"
         raise ExperimentError([Fault("schedule", problem)])

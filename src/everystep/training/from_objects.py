@@ -1,4 +1,4 @@
-"""A job from the user's own live model, loss and optimizer."""
+"""A job from the user's live model, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def train_objects(
     budget: int,
     progress: Progress,
 ) -> Outcome:
-    """Train the live model in place, recording every step.
+    """Train the live model in place, and record every step.
 
     Raises:
-        UsageError: an object, the data, the device or the settings do not serve; says why and the cure.
+        UsageError: an object, the data, the device or a setting is invalid; gives the reason and a fix.
         RecordingError: writing the run failed; the model holds the last state.
     """
     objects.check()
@@ -61,18 +61,18 @@ def train_objects(
 
 
 def objects_job(objects: Objects, iteration: Iteration, device: torch.device, progress: Progress) -> Job:
-    """Make everything else that a training of live objects needs.
+    """Create everything else that a training of live objects needs.
 
     Raises:
-        UsageError: the data or the settings do not serve; says why and the cure.
+        UsageError: the data or a setting is invalid; gives the reason and a fix.
     """
     # Without a seed, the order of the batches follows the one that torch was last seeded with.
     seed = torch.initial_seed() if iteration.seed is None else iteration.seed
     notices = [message] if (message := numerics.warning()) else []
     if not objects.model.training:
         notices.append(
-            "the model is in evaluation mode, so dropout and batch norm train as they evaluate; "
-            "call model.train() first if that is not meant"
+            "the model is in evaluation mode, so dropout and batch norm behave as in evaluation; to "
+            "train in training mode, call model.train() first"
         )
     _check_dense(objects)
     read = _read(objects, seed, progress)
@@ -120,16 +120,16 @@ def _check_dense(objects: Objects) -> None:
     sparse = [name for name, tensor in state.items() if tensor.layout != torch.strided]
     if sparse:
         raise ModelError(
-            f"{', '.join(sparse)}: snapshots hold no sparse tensors; keep it as a plain attribute of "
-            "the module instead of a buffer, or dense (to_dense())"
+            f"{', '.join(sparse)}: snapshots cannot hold sparse tensors; make it dense (to_dense()), "
+            "or a plain attribute of the module instead of a buffer"
         )
 
 
 class _Read(NamedTuple):
     """The data as far as it could be read before training.
 
-    data: None where it must be read at every step, for the reason `against`; rows: those to train on;
-    guards: what must stay the same for data that was read from a Dataset.
+    data: None if it must be read at every step, for the reason `against`; rows: to train on; guards:
+    what must stay the same for data read from a Dataset.
     """
 
     data: Data | None
@@ -155,8 +155,8 @@ def _read(objects: Objects, seed: int, progress: Progress) -> _Read:
         return _Read(data, len(training), guards=guards)
     validation = objects.validation and _tensors(objects.validation)
     if validation and validation[0].shape[1:] != x.shape[1:]:
-        shapes = f"{tuple(validation[0].shape)}, where the data's x is {tuple(x.shape)}"
-        raise DataError(f"validation: x is {shapes}; rows must have the same shape")
+        shapes = f"{tuple(validation[0].shape)}, but the data's x is {tuple(x.shape)}"
+        raise DataError(f"validation: x is {shapes}; the rows must have the same shape")
     return _Read(Data(x, y, validation or None), len(x), guards=guards)
 
 
@@ -166,19 +166,19 @@ def _read_lazily(objects: Objects, against: str) -> _Read:
     if isinstance(objects.validation, float):
         raise DataError(f"{problem}, so its rows cannot be split; pass validation=(x, y)")
     if objects.metrics and objects.validation is None:
-        raise DataError(f"{problem}, so metrics need rows of their own; pass validation=(x, y)")
+        raise DataError(f"{problem}, so metrics need separate rows; pass validation=(x, y)")
     validation = objects.validation and _tensors(objects.validation)
     return _Read(None, length_of(cast("Dataset[Any]", objects.data)), validation or None, against)
 
 
 def _tensors(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Return x and y as tensors, the very ones where they are; `Objects` has looked at them."""
+    """Return x and y as tensors, the same objects if they already are; `Objects` has checked them."""
     x, y = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in pair)
     return x, y
 
 
 def _evaluation(objects: Objects, read: _Read, device: torch.device) -> Evaluation | None:
-    """Measure the validation part; metrics alone are measured on the data itself."""
+    """Measure the validation part; without one, metrics are measured on the data itself."""
     data = read.data
     validation = read.validation if data is None else data.validation
     if validation is None and (data is None or not objects.metrics):
@@ -195,15 +195,15 @@ def _device(objects: Objects, name: str | None) -> torch.device:
     here = parameter.device if parameter is not None else torch.device("cpu")
     if here.type == "meta":
         raise DeviceError(
-            "the model is on the meta device and has no numbers; model.to_empty(...) first"
+            "the model is on the meta device and has no values; call model.to_empty(...) first"
         )
     if name is None:
         return here
     device = select(name)
     if device != here and objects.optimizer.state:
         raise DeviceError(
-            f"the model is on {here} and its optimizer has already taken steps there; move both to "
-            f"{device} before training, or leave device out"
+            f"the model is on {here}, and its optimizer already has state there; move both to "
+            f"{device} before training, or omit device"
         )
     objects.model.to(device)
     return device

@@ -1,4 +1,4 @@
-"""Train by a step of the user's own: a function that is called for each batch, and recorded."""
+"""Trains with a user's step function: calls it for each batch, and records it."""
 
 from __future__ import annotations
 
@@ -33,24 +33,29 @@ Step = Callable[..., Any]
 
 
 def check_step(step: Any, batches: Any, parts: Any, others: Mapping[str, Any]) -> None:
-    """Check the arguments of `train` with a step of the user's own.
+    """Check the arguments of `train` for a user's step function.
 
     Args:
-        others: those that only a training of a model and a loss has; each must be None or False.
+        others: those for a training of a model and a loss only; each must be None or False.
 
     Raises:
-        ExperimentError: lists everything that does not serve, with the cure.
+        ExperimentError: lists every invalid argument, with a fix.
     """
     faults = []
     if isinstance(step, nn.Module) or inspect.isclass(step) or not callable(step):
         faults.append(Fault("step", f"must be a function of the batch, not {called(step)}"))
     if not isinstance(parts, Mapping) or not parts:
         example = 'parts={"model": model, "optimizer": optimizer}'
-        faults.append(Fault("parts", f"name what the step carries on, by name: {example}"))
+        faults.append(Fault("parts", f"must name what the step carries from call to call: {example}"))
     if batches is not None and not isinstance(batches, Iterable):
-        faults.append(Fault("batches", f"must be a DataLoader or the like, not {called(batches)}"))
+        faults.append(
+            Fault("batches", f"must be a DataLoader or another iterable, not {called(batches)}")
+        )
     faults += [
-        Fault(name, "is up to the step; do it in its body, or name what it needs among the parts")
+        Fault(
+            name,
+            "does not apply to a step of your own; do it in the step, or pass what it needs in parts",
+        )
         for name, value in others.items()
         if value is not None and value is not False
     ]
@@ -68,15 +73,15 @@ def train_step(
     """Call a step for each batch, and record each call.
 
     Args:
-        step: returns the loss, or numbers by name with `loss` among them, or None.
-        batches: iterated over again for each epoch; None: the step is called without a batch.
+        step: returns the loss, or numbers by name including `loss`, or None.
+        batches: iterated again for each epoch; None: call the step without a batch.
         iteration: steps or epochs, seed, threads and stop_on_nan.
-        recording: has not begun.
+        recording: not started yet.
 
     Raises:
         UsageError: the step returns something else.
-        TrainingError: a program was demanded, and there is none; or a check has failed.
-        RecordingError: writing the run failed; what was recorded before is kept.
+        TrainingError: `engine="program"`, and no program can run a step; or a check failed.
+        RecordingError: writing the run failed; everything recorded before is kept.
     """
     numerics.prepare()
     with numerics.in_force(iteration.threads), interrupt_deferred() as interrupted:
@@ -104,7 +109,7 @@ def train_step(
 
 
 def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int]:
-    """Return how many steps there will be, 0 where nobody knows."""
+    """Return the number of steps, 0 if unknown."""
     if iteration.steps is not None:
         return {"steps": iteration.steps}
     return {"steps": (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0}
@@ -128,12 +133,12 @@ def _batches(batches: Iterable[Any] | None, iteration: Iteration, progress: Prog
         epoch += 1
         if count == before:
             what = "no batch" if epoch == 1 else f"no more batches after step {count}"
-            progress.notice(f"the loader gives {what}; a generator can be iterated over only once")
+            progress.notice(f"the loader yields {what}; a generator can be iterated only once")
             return
 
 
 def _is_quiet(batches: Any) -> bool:
-    """Tell whether no code but torch's runs to make a batch."""
+    """Tell whether making a batch runs only torch's code."""
     if batches is None or type(batches) in (list, tuple):
         return True
     return (

@@ -1,4 +1,4 @@
-"""Function recording: a recording of the calls of a step function, and of steps by programs."""
+"""Function recording: records the calls of a step function, and steps by programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["FunctionRecording"]
 
 
 class FunctionRecording(Recording[R]):
-    """A recording of a step function: its calls, and the steps that a program takes."""
+    """A recording of a step function: its calls, and the steps by programs."""
 
     @property
     def parts(self) -> Parts:
@@ -47,7 +47,7 @@ class FunctionRecording(Recording[R]):
 
     @property
     def last(self) -> tuple[Path, AnyWatch]:
-        """What the last step did, and who has watched it."""
+        """The path of the last step, and its watch."""
         path = self._open().last_path
         assert path is not None and self._last is not None
         return path, self._last
@@ -58,29 +58,29 @@ class FunctionRecording(Recording[R]):
         return known if is_settled and known is not None else self._parts.state()
 
     def program_of(self, path: Path) -> BuiltPath | None:
-        """Return the program of what a step did, None where there is none."""
+        """Return the program of an observed step, None if it has none."""
         return self._open().program_of(path)
 
     def is_watched(self, number: int) -> bool:
-        """Tell whether Python's step is watched in full in any case, so that it is not recognised."""
+        """Tell whether Python's step is watched in full in any case, so that it is not recognized."""
         return self._memory.is_watched(number)
 
     def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
-        """Note how the steps of a function are taken. facts: returns that, as it is then."""
+        """Note how the steps of a function run. facts: returns the current facts."""
         self._open().function = facts
 
     def take(
         self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_settled: bool, era: int
     ) -> dict[str, Any]:
-        """Let a program take a step on a batch, or on none, and record it; return what it logs.
+        """Run a step by a program, on a batch or without one, and record it; return what it logs.
 
         Args:
-            state: the live tensors of the parts, which becomes what they are after the step.
-            is_settled: nothing has run since the last step, which a program took.
-            era: the number of the stretch of such steps that this one is in.
+            state: the live tensors of the parts; updated to those after the step.
+            is_settled: nothing has run since the last step, which a program ran.
+            era: the number of the current stretch of such steps.
 
         Raises:
-            NotProvenError: it cannot take this one; nothing was done yet.
+            NotProvenError: the program cannot run this step; nothing has happened yet.
             RecordingError: writing the run failed.
         """
         writer = self._open()
@@ -102,7 +102,7 @@ class FunctionRecording(Recording[R]):
 
     @contextmanager
     def rehearsed(self, *batch: Any) -> Iterator[StrictWatch]:
-        """What runs within is a step that is not recorded; everything is then as it was before."""
+        """Run a step inside without recording it; restore everything afterwards."""
         writer, parts = self._open(), self._parts
         watch = StrictWatch(parts.device, self._follower, Elsewhere())
         writer.note_changes(parts.state())

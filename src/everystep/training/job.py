@@ -1,4 +1,4 @@
-"""A training that is ready to start, wherever it came from."""
+"""A training that is ready to start, from any source."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["Job", "Origin", "Outcome", "Progress"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a fork begins: in a state of its parent.
+    """Where a fork starts: a state of its parent.
 
-    fork: what the run says of it; hyperparameters: the lr and its like as the parent had them there;
+    fork: the facts about it; hyperparameters: the lr and similar settings of the parent there;
     has_new_data: whether the data is not the parent's.
     """
 
@@ -37,11 +37,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Job:
-    """All that the training loop needs.
+    """Everything that the training loop needs.
 
-    name: names the run's directory; facts: what is known before training, for the run and for the
-    eyes; data: what to store, on the CPU, or None where the run cannot hold it; evaluation: what is
-    measured every `evaluate_every` steps and at the last; origin: of a fork.
+    name: of the run's directory; facts: known before training, for the run and the display; data: to
+    store, on the CPU, or None if the run cannot hold it; evaluation: measured every `evaluate_every`
+    steps and at the last; origin: of a fork.
     """
 
     name: str
@@ -59,21 +59,21 @@ class Job:
     origin: Origin | None = None
 
     def check(self) -> None:
-        """Check what no program and no eager step can do, before anything is written.
+        """Check what neither a program nor an eager step can do, before writing anything.
 
         Raises:
-            ExperimentError: lists everything that does not serve, with the cure.
+            ExperimentError: lists every invalid argument, with a fix.
         """
         training, faults = self.training, []
         if self.fold and self.engine != "eager":
             if training.schedule is not None:
-                faults.append(Fault("fold", "needs a fixed lr, and there is a schedule; leave one out"))
+                faults.append(
+                    Fault("fold", "needs a fixed lr, but a schedule is set; remove one of them")
+                )
             if not is_torchs_optimizer(training.optimizer):
                 name = type(training.optimizer).__name__
                 faults.append(
-                    Fault(
-                        "fold", f"needs an optimizer of torch's, and {name} is not one; leave fold out"
-                    )
+                    Fault("fold", f"needs a torch optimizer, but {name} is not one; remove fold")
                 )
         if not torch.is_grad_enabled():
             faults.append(Fault("train", "is called within torch.no_grad(); call it outside"))
@@ -99,13 +99,13 @@ class Progress(Protocol):
     """Whoever watches a training."""
 
     def reading(self, done: int, total: int) -> None:
-        """A Dataset is being read: so many of its rows are."""
+        """A Dataset is being read: `done` of `total` rows."""
 
     def begin(self, directory: Path, facts: Facts) -> None:
         """Training is about to start."""
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
-        """These consecutive steps have been taken."""
+        """These consecutive steps have run."""
 
     def notice(self, message: str) -> None:
         """Something the user should know."""

@@ -1,4 +1,4 @@
-"""The training loop: takes the steps, and hands what they give to the recorder and the eyes."""
+"""The training loop: runs the steps, and passes their results to the recorder and the display."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ STRETCH_SECONDS = 0.02
 
 
 def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress: Progress) -> Outcome:
-    """Train, recording every step.
+    """Train, and record every step.
 
     Args:
-        job: what to train.
-        directory: the run's directory, which must not exist; None takes the next free one in `runs`.
-        runs: where runs are kept.
-        budget: bytes of snapshots to keep.
-        progress: who watches.
+        job: the job.
+        directory: the run's directory, which must not exist; None: the next free one in `runs`.
+        runs: the directory of runs.
+        budget: maximum bytes of snapshots.
+        progress: watches the training.
 
     Raises:
-        ExperimentError: what is asked for cannot be done; says why.
+        ExperimentError: the job is impossible; gives the reason.
         RunError: the directory exists already.
-        RecordingError: writing failed; what was written before is kept.
+        RecordingError: writing the run failed.
     """
     job.check()
     place = create_directory(directory, job.name, runs)
@@ -102,7 +102,7 @@ class _Loop:
         self._engine: EngineFacts | None = None
 
     def run(self, interrupted: Callable[[], bool]) -> str | None:
-        """Take all steps; returns None, or why it stopped before the last."""
+        """Run all steps; return None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
         stepper = self._stepper = Stepper(job.training, job.steps, job.engine, job.fold, job.start)
@@ -129,10 +129,10 @@ class _Loop:
         return None
 
     def finish(self) -> None:
-        """Leave the live training as its last step left it, and take a snapshot of it.
+        """Leave the live training in its last state, and take a snapshot of it.
 
         Raises:
-            TrainingError: the rows that were trained on are not the Dataset's any more.
+            TrainingError: the Dataset no longer returns the rows that the model was trained on.
         """
         guards = self.job.training.batch.guards
         changed = guards.difference() if guards is not None else None
@@ -147,7 +147,7 @@ class _Loop:
         self._keep_rows()
 
     def forget_void_steps(self) -> None:
-        """Take back what was recorded of steps that a failed check has led back over."""
+        """Delete what was recorded of steps that a failed check made void."""
         if self._stepper is not None and self._stepper.step < self.step:
             self.recorder.forget_after(self._stepper.step)
 
@@ -193,9 +193,9 @@ class _Loop:
             recorder.data(named, name)
 
     def _advance(self, stepper: Stepper) -> bool:
-        """Take steps up to the next one at which there is something to do.
+        """Run steps up to the next one with something to do.
 
-        Returns whether a step was taken; if not, a failed check has led back to an earlier one.
+        Returns whether a step ran; if not, a failed check went back to an earlier one.
         """
         before, started = self.step, time.perf_counter()
         stepper.advance(self._next_stop())
@@ -224,26 +224,26 @@ class _Loop:
             return
         if batch.differs and not batch.draws:
             self.progress.notice(
-                "the run holds no data, and its steps cannot be opened again: the Dataset gives other "
-                "rows each time, and draws from no generator that a run holds"
+                "the run holds no data, so its steps cannot be opened again: the Dataset returns "
+                "other rows each time, and draws from no generator that the run holds"
             )
             return
-        reason = "draws random numbers" if batch.draws else "was not read to its end"
+        reason = "draws random numbers" if batch.draws else "was not read completely"
         self.progress.notice(
-            f"the run holds no data, since the Dataset {reason}; to open its steps, give the Dataset: "
-            "everystep.open(run, data=dataset)"
+            f"the run holds no data, because the Dataset {reason}; to open its steps, pass the "
+            "Dataset: everystep.open(run, data=dataset)"
         )
 
     def _keep_changes(self, stepper: Stepper) -> None:
-        """Record what other code has changed between two steps."""
+        """Record changes by other code between two steps."""
         for step, change in stepper.collect_changes():
             if change.tensors:
                 self.recorder.change(step, change.tensors)
             if change.lost and not self._has_lost:
                 self._has_lost = True
                 self.progress.notice(
-                    f"after step {step}, your own code changed {change.lost}, which a run does not "
-                    f"hold: steps after {step} may not replay as they were trained"
+                    f"after step {step}, your code changed {change.lost}, which the run does not "
+                    f"hold; replays may differ after step {step}"
                 )
 
     def _next_stop(self) -> int:
@@ -291,7 +291,7 @@ class _Loop:
         self._engine = engine
 
     def _go_back(self, stepper: Stepper) -> None:
-        """Steps are taken eagerly from here on; what was recorded of later ones does not count."""
+        """Switch to eager steps; discard what was recorded of later steps."""
         last = stepper.step
         self.recorder.forget_after(last)
         self._measurements = [row for row in self._measurements if row[1] <= last]
@@ -299,15 +299,15 @@ class _Loop:
         first = stepper.eager_from or 1
         since = f" from step {first} on" if first > self.job.start + 1 else ""
         is_read = "`" in (stepper.reason or "")
-        cure = '; with engine="program" you answer for such code' if is_read else ""
-        self.progress.notice(f"steps are taken eagerly{since}: {stepper.reason}{cure}")
+        cure = '; engine="program" trusts such code without proof' if is_read else ""
+        self.progress.notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
 
     def _snapshot(self) -> None:
         self.recorder.snapshot(self.job.training.state(self.step))
         self._snapshot_step = self.step
 
     def _expected(self) -> dict[str, float]:
-        """Return the numbers of the optimizer that are worth a word only where they change.
+        """Return the numbers of the optimizer that are recorded only when they change.
 
         What a schedule changes is recorded from the first step on.
         """
@@ -350,8 +350,8 @@ class _Loop:
                 self._nonfinite_step = step
                 self.recorder.facts({"nonfinite_step": step})
                 self.progress.notice(
-                    f"the loss is {loss} at step {step}; it is recorded and training goes on "
-                    "(stop_on_nan = true stops there); a smaller lr is the usual cure"
+                    f"the loss is {loss} at step {step}; everystep records it and continues training "
+                    "(stop_on_nan = true stops there); try a smaller lr"
                 )
                 return
 
@@ -386,9 +386,9 @@ def now() -> datetime:
 
 @contextmanager
 def interrupt_deferred() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait for the end of the step, so that the state is one of a whole step.
+    """Defer Ctrl-C to the end of the step, so that the state is that of a whole step.
 
-    A second Ctrl-C does not wait.
+    A second Ctrl-C is not deferred.
     """
     asked = threading.Event()
     before = signal.getsignal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What is kept of a loop that is recorded: programs, rows of steps, snapshots, facts."""
+"""Writes the recording of a loop: programs, rows of steps, snapshots, facts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ W = TypeVar("W", bound=AnyWatch, covariant=True)
 
 
 class StepUnderWay(Generic[W]):
-    """A step under way: who watches it, its batch, and what was logged."""
+    """A step in progress: its watch, its batch, and logged values."""
 
     def __init__(self, watch: W) -> None:
         self.watch = watch
@@ -149,7 +149,7 @@ class LoopWriter:
             say(message)
 
     def wait(self) -> None:
-        """Wait for the disk where too much waits for it.
+        """Wait for the disk if too much is queued.
 
         Raises:
             RecordingError: writing the run failed.
@@ -160,7 +160,7 @@ class LoopWriter:
             self._recorder.check()
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
-        """Keep what the loop has changed since the last step, outside of any. state: as it is now."""
+        """Store what the loop changed since the last step, outside of any. state: the current one."""
         now = _versions(state)
         if now == self._versions:
             return
@@ -203,16 +203,16 @@ class LoopWriter:
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
 
     def program_of(self, path: StepPath) -> BuiltPath | None:
-        """Return the program of a path, None where there is none."""
+        """Return the program of a path, None if it has none."""
         known = self._programs.get(path)
         return None if known is None else known.built
 
     def note_versions(self) -> None:
-        """The state is as it was after the last step, though tensors were written and written back."""
+        """Note that the state equals that after the last step, although tensors were written since."""
         self._versions = _versions(self._parts.state())
 
     def forget_versions(self) -> None:
-        """A step was not taken to its end: no snapshot claims the state as it is."""
+        """Discard an incomplete step: no snapshot may hold the current state."""
         self._versions = {}
 
     def take_back(self) -> None:
@@ -247,7 +247,7 @@ class LoopWriter:
         try:
             built = build_path(path, step.watch.numbers)
         except NotCapturableError as error:
-            say(f"step {self.step} cannot be repeated without your code: {error}")
+            say(f"step {self.step} cannot be replayed without your code: {error}")
             return None
         self._program_count += 1
         self._recorder.program(self._program_count, built.program, {})
@@ -275,9 +275,9 @@ class LoopWriter:
         return Taken(self.step, known.number, numbers, inputs, step.nested, size, digests)
 
     def _digests(self, state: dict[str, Tensor]) -> dict[str, str]:
-        """Return digests of the state after step 1, 2, 4, 8, ..., but for gradients, which may be gone.
+        """Return digests of the state after step 1, 2, 4, 8, ..., except gradients, which may be gone.
 
-        They say between which steps something has written where torch does not see it.
+        They show between which steps something wrote where torch does not see it.
         """
         if self.step & (self.step - 1):
             return {}
@@ -299,7 +299,7 @@ class LoopWriter:
         self._rates = rates
 
     def _keep_what_is_unknown(self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor]) -> None:
-        """Keep what the step has changed in a way that nobody knows."""
+        """Store what the step changed unseen."""
         if step.watch.changed_unseen:
             changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
             self._recorder.change(self.step, changed)
@@ -372,11 +372,11 @@ class LoopWriter:
 
 
 def _compiled() -> int:
-    """Return how many functions torch.compile has looked at in this process."""
+    """Return the number of functions that torch.compile has processed in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0
 
 
 def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:
-    """Return what another number of a tensor has another of; `tensor.data = ...` counts nothing."""
+    """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
     return {n: (id(t), version_of(t), t.data_ptr()) for n, t in state.items()}

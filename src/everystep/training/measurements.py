@@ -1,4 +1,4 @@
-"""What is measured of a validation part unless told otherwise: the loss, and accuracy or R²."""
+"""The default measurements of a validation part: the loss, and accuracy or R²."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Measurement = Callable[[Tensor, Tensor], Any]
 def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Measurement]:
     """Return the measurements that fit a loss and its targets (N, ...), named `validation_...`.
 
-    Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in
-    columns (N, k); both by torchmetrics, and None where the prediction has another shape.
+    Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in columns
+    (N, k); both by torchmetrics, and None if the prediction has another shape.
     """
     found: dict[str, Measurement] = {"validation_loss": loss}
     if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):

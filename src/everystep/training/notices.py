@@ -1,4 +1,4 @@
-"""Notices: what a person should know of a loop that is recorded, on stderr, each kind once or so."""
+"""Notices about a recorded loop, on stderr, each kind once or a few times."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Seen(Protocol):
 
 
 class Notices:
-    """Says what of a loop is lost, or may be another than without everystep.
+    """Reports what the recording of a loop loses, or what may differ from the loop without everystep.
 
     unseen: what was not seen, in words.
     """
@@ -34,36 +34,37 @@ class Notices:
         self._said: set[str] = set()
 
     def changed_between(self, step: int, name: str) -> None:
-        """The loop has changed a tensor after a step, outside of any."""
+        """Report that the loop changed a tensor outside of a step."""
         self._once(
             "between",
-            f"after step {step} the loop changes {name} outside of a step; what it is then is "
-            "kept, but no step shows how that came",
+            f"after step {step}, the loop changes {name} outside of a step; everystep keeps its "
+            "values, but no step shows how they came about",
         )
 
     def of_step(self, step: int, seen: _Seen, *, is_compiled: bool) -> None:
-        """Say what is lost of a step. is_compiled: torch.compile was at work in it."""
+        """Report what is lost of a step. is_compiled: torch.compile ran in it."""
         if seen.surprise is not None:
-            say(f"step {step}: {seen.surprise}; each step from here on is watched in full")
+            say(f"step {step}: {seen.surprise}; everystep fully watches each step from here on")
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:
                 self.unseen.add(reason)
                 say(
-                    f"step {step}: {reason}; what it gives is kept as numbers, and no view shows how "
-                    "it was made"
+                    f"step {step}: {reason}; everystep keeps its results as numbers, and no view "
+                    "shows how they were computed"
                 )
         if is_compiled:
             self._once(
                 "compiled",
-                f"step {step} calls a function of torch.compile, which torch runs uncompiled while "
-                "it is watched: the bits may differ from those of the loop without everystep; use the "
-                "function itself in the loop",
+                f"step {step} calls a torch.compile function, which torch runs uncompiled while "
+                "everystep watches: the bits may differ from those of the loop without everystep; use "
+                "the uncompiled function in the loop",
             )
         if seen.changed_elsewhere is not None:
             self._once(
                 "elsewhere",
-                f"step {step} changes {seen.changed_elsewhere} that is in no part; it is "
-                "kept again at every step, unless you give what holds it to everystep.record(...)",
+                f"step {step} changes {seen.changed_elsewhere} that is not in any part; everystep "
+                "stores it again at every step, unless you pass the object that holds it to "
+                "everystep.record(...)",
             )
 
     def _once(self, kind: str, message: str) -> None:
@@ -73,5 +74,5 @@ class Notices:
 
 
 def say(message: str) -> None:
-    """Tell the user, on stderr."""
+    """Print a notice on stderr."""
     print(f"everystep: {message}", file=sys.stderr)

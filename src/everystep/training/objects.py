@@ -48,7 +48,7 @@ class Objects:
     dataset_limit: int = DEFAULT_DATASET_LIMIT
 
     def copied(self) -> Objects:
-        """Return copies that belong to each other as these do.
+        """Return copies that belong to each other as the originals do.
 
         Raises:
             RunError: they cannot be copied.
@@ -60,8 +60,8 @@ class Objects:
                 )
         except Exception as error:  # whatever the user's objects make of being copied
             raise RunError(
-                f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); "
-                "give new ones: model=..., loss=..., optimizer=..."
+                f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); pass new "
+                "ones: model=..., loss=..., optimizer=..."
             ) from None
         return replace(self, model=model, loss=loss, optimizer=optimizer, schedule=schedule)
 
@@ -76,11 +76,11 @@ class Objects:
         }
 
     def check(self) -> None:
-        """Check what a training of them needs.
+        """Check what a training of these objects needs.
 
         Raises:
-            ExperimentError: lists everything that does not serve.
-            DataError: only the data does not.
+            ExperimentError: lists every error.
+            DataError: only the data is invalid.
         """
         faults = list(self._faults())
         if faults:
@@ -100,7 +100,7 @@ class Objects:
             yield Fault("dataset_limit", f"must be a number of bytes, not {self.dataset_limit!r}")
 
     def check_complete(self) -> None:
-        """Check that a step can be taken with them.
+        """Check that a step can run with these objects.
 
         Raises:
             RunError: names what is missing.
@@ -109,7 +109,7 @@ class Objects:
         missing = [n for n in ("model", "loss", "optimizer") if getattr(self, n) is None]
         if missing:
             raise RunError(
-                f"give {' and '.join(missing)} as well: a step takes a model, a loss and an optimizer"
+                f"pass {' and '.join(missing)} as well: a step needs a model, a loss and an optimizer"
             )
         faults = [
             *model_faults(self.model),
@@ -117,7 +117,7 @@ class Objects:
             *optimizer_faults(self.optimizer, self.model),
         ]
         if faults:
-            raise UsageError(faults, "what the run is opened with")
+            raise UsageError(faults, "the given objects")
 
 
 _COPYING = threading.Lock()
@@ -125,7 +125,7 @@ _COPYING = threading.Lock()
 
 @contextmanager
 def _whole_optimizers() -> Iterator[None]:
-    """Let `copy.deepcopy` copy the attributes of an optimizer, which torch drops."""
+    """Make `copy.deepcopy` copy the attributes of an optimizer, which torch drops."""
 
     def copied(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
         new = memo[id(optimizer)] = type(optimizer).__new__(type(optimizer))

@@ -1,4 +1,4 @@
-"""Record: a loop that is not everystep's, recorded step by step while it runs as it would without."""
+"""Record: records a user's own loop step by step while it runs, without changing it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ R = TypeVar("R", bound=RecordedRun)
 
 
 class Recording(Generic[R]):
-    """A recording under way: `steps` or `step` mark the steps, `log` names their losses.
+    """A recording in progress: `steps` or `step` mark the steps, `log` records their losses.
 
-    To be used as a context manager; `everystep.record` makes it.
+    Use it as a context manager; `everystep.record` creates it.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Recording(Generic[R]):
 
     @property
     def run(self) -> R:
-        """The run, while it is recorded and afterwards.
+        """The run, during the recording and afterwards.
 
         Raises:
-            UsageError: the recording has not begun.
+            UsageError: the recording has not started.
         """
         if self._directory is None:
             raise _not_begun()
@@ -83,12 +83,14 @@ class Recording(Generic[R]):
 
     @property
     def is_open(self) -> bool:
-        """Whether it has begun and is not over."""
+        """Whether the recording has started and not ended."""
         return self in _recording
 
     def __enter__(self) -> Self:
         if self._directory is not None:
-            raise UsageError("this recording has begun already; everystep.record(...) makes another")
+            raise UsageError(
+                "this recording has already started; create another with everystep.record(...)"
+            )
         _check_alone()
         self._parts.check()
         directory = create_directory(self._place[0], "loop", self._place[1])
@@ -124,15 +126,15 @@ class Recording(Generic[R]):
                 raise
 
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield batches; each turn of the loop around it is a step, from a batch to the next.
+        """Yield batches; each iteration of the loop is a step, from one batch to the next.
 
         `break` ends a step; an exception discards it.
 
         Args:
-            batches: anything that can be iterated over: a DataLoader, a list, a generator.
+            batches: any iterable: a DataLoader, a list, a generator.
 
         Raises:
-            UsageError: the recording has not begun, or is over.
+            UsageError: the recording has not started, or has ended.
             RecordingError: writing the run failed.
         """
         self._open()
@@ -151,14 +153,14 @@ class Recording(Generic[R]):
                 raise
             self.end_step()
         if not count:
-            say("there was no batch, so no step was recorded")
+            say("there were no batches, so no step was recorded")
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
-        """What runs within is a step.
+        """Record the body of the `with` statement as a step.
 
         Args:
-            batch: what it is taken on, if there is such a thing.
+            batch: the batch of the step, if it has one.
         """
         self.begin_step(batch)
         try:
@@ -169,19 +171,19 @@ class Recording(Generic[R]):
         self.end_step()
 
     def log(self, **values: Any) -> None:
-        """Note numbers of the step under way, by name. `loss` is the loss of the step.
+        """Record numbers of the current step, by name. `loss` is the loss of the step.
 
         Args:
-            values: numbers, or tensors of one number; they are detached and copied.
+            values: numbers, or tensors with one element; they are detached and copied.
 
         Raises:
-            UsageError: there is no step under way, or something is not one number.
+            UsageError: no step is in progress, or a value is not one number.
         """
         step = self._under_way
         if step is None:
             raise UsageError(
                 "log is called outside of a step; call it in the body of the loop over "
-                "recording.steps(...), or within recording.step(batch)"
+                "recording.steps(...), or inside recording.step(batch)"
             )
         with self.paused():
             for name, value in values.items():
@@ -193,9 +195,9 @@ class Recording(Generic[R]):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs within is not part of the step: an evaluation, say.
+        """Exclude the body of the `with` statement from the step, such as an evaluation.
 
-        It must change nothing that the loop carries; otherwise replays depart from there on.
+        It must not change anything that the loop carries; otherwise replays differ from there on.
         """
         watch = self._under_way.watch if self._under_way is not None else None
         if watch is None or watch.is_paused:
@@ -208,18 +210,18 @@ class Recording(Generic[R]):
             watch.is_paused = False
 
     def begin_step(self, batch: Any = None) -> None:
-        """Begin a step where neither `steps` nor `step` can be used; `end_step` ends it.
+        """Begin a step if you can use neither `steps` nor `step`; `end_step` ends it.
 
         Args:
-            batch: what it is taken on, if that is known already; `add_batch` tells it later.
+            batch: the batch of the step, if already known; otherwise pass it to `add_batch`.
 
         Raises:
-            UsageError: a step is under way, or the recording is not.
+            UsageError: a step is already in progress, or the recording has not started or has ended.
             RecordingError: writing the run failed.
         """
         writer = self._open()
         if self._under_way is not None:
-            raise UsageError("a step is under way; a recording has one loop at a time")
+            raise UsageError("a step is already in progress; a recording has one loop at a time")
         writer.wait()
         state = self._parts.state()
         writer.note_changes(state)
@@ -242,12 +244,12 @@ class Recording(Generic[R]):
                 raise
 
     def add_batch(self, batch: Any) -> None:
-        """Say what the step under way is taken on, before it is used; of several, each is kept.
+        """Set the batch of the current step before the step uses it; call it again to add another batch.
 
-        Without it, the step has the same tensors, and nobody knows that they are its batch.
+        Without it, the step has the same tensors, but they are not known as its batch.
 
         Raises:
-            UsageError: there is no step under way.
+            UsageError: no step is in progress.
         """
         step = self._under_way
         if step is None:
@@ -265,27 +267,27 @@ class Recording(Generic[R]):
         if step is not None:
             self._last = step.watch
             if step.is_compiled:
-                self._memory.given_up = "torch.compile is at work"
+                self._memory.given_up = "torch.compile is in use"
             self._open().add(step, self._elsewhere.copied, self._parts.state())
             self._elsewhere.clean()
 
     def stop(self, reason: str) -> None:
-        """Say why the loop ends before its last step; the run is then `stopped`, for this reason."""
+        """Set the reason why the loop ends before its last step; the run gets the status `stopped`."""
         self._stopped = reason
 
     def flush(self) -> None:
-        """Hand what was recorded so far to the disk, as happens several times a second by itself."""
+        """Write everything recorded so far to disk; this also happens several times a second."""
         self._open().flush()
 
     def _close(self) -> StepUnderWay[StepWatch | StrictWatch] | None:
-        """The step under way is over; return it."""
+        """End the current step without recording it; return it."""
         step, self._under_way = self._under_way, None
         if step is not None:
             step.watch.__exit__(None, None, None)
         return step
 
     def _abandon(self) -> None:
-        """A step was not taken to its end: it is not recorded, and no snapshot claims its state."""
+        """Discard an incomplete step: record neither it nor a snapshot of its state."""
         self._close()
         self._open().forget_versions()
 
@@ -313,15 +315,15 @@ class Recording(Generic[R]):
         return {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
 
     def _open(self) -> LoopWriter:
-        """Return who writes.
+        """Return the writer.
 
         Raises:
-            UsageError: the recording has not begun, or is over.
+            UsageError: the recording has not started, or has ended.
         """
         if self._writer is None:
             raise _not_begun()
         if not self.is_open:
-            raise UsageError("the recording is over; everystep.record(...) makes another")
+            raise UsageError("the recording has ended; create another with everystep.record(...)")
         return self._writer
 
 
@@ -330,19 +332,19 @@ _recording: list[Recording[Any]] = []
 
 
 def _not_begun() -> UsageError:
-    return UsageError("the recording has not begun; write: with everystep.record(...) as recording:")
+    return UsageError("the recording has not started; write: with everystep.record(...) as recording:")
 
 
 def _check_alone() -> None:
     if _recording:
         raise UsageError(
-            f"a recording is under way already ({_recording[-1].run.name}); end it first: one loop is "
-            "recorded at a time"
+            f"another recording is in progress ({_recording[-1].run.name}); end it first: everystep "
+            "records one loop at a time"
         )
 
 
 def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str | None]:
-    """Return how a recording ended, and why. stopped: what `stop` was called with."""
+    """Return how a recording ended, and why. stopped: the argument of `stop`."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped", "by the user (Ctrl-C)"
     if isinstance(error, Exception):
@@ -351,10 +353,10 @@ def _status(error: BaseException | None, stopped: str | None) -> tuple[str, str 
 
 
 def _number(name: str, value: Any) -> float | Tensor:
-    """Return a number, or a copy of a tensor of one.
+    """Return a number, or a copy of a tensor with one element.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the value is neither.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
@@ -365,4 +367,6 @@ def _number(name: str, value: Any) -> float | Tensor:
     with suppress(TypeError, ValueError):
         if not isinstance(value, str):
             return float(value)
-    raise UsageError(f"log: {name} is a {type(value).__name__}; log a number, or a tensor of one")
+    raise UsageError(
+        f"log: {name} is a {type(value).__name__}; log a number, or a tensor with one element"
+    )

@@ -1,4 +1,4 @@
-"""What x and y may be, of a whole data set and of one row; and of anything else, the cure."""
+"""What x and y may be, for a whole data set and for one row; and the fix for anything else."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 __all__ = ["Unfit", "called", "unfit"]
 
 
-_TEXT = "give each text or class a number"
+_TEXT = "map each text or class to a number"
 
 
 class Unfit(NamedTuple):
-    """Something that is no tensor to train on. what: `a tuple of 2 tensors`; cure: what to give."""
+    """Something that cannot be trained on. what: `a tuple of 2 tensors`; cure: what to pass instead."""
 
     what: str
     cure: str
 
 
 def unfit(value: Any, name: str) -> Unfit | None:
-    """Return what is wrong with x or y (`name`), of all rows or of one; None where it serves."""
+    """Return what is wrong with x or y (`name`), of all rows or of one; None if it is valid."""
     if isinstance(value, Tensor):
         return _unfit_tensor(value, name)
     if isinstance(value, np.ndarray | np.generic) and not isinstance(value, str | bytes):
@@ -34,7 +34,7 @@ def unfit(value: Any, name: str) -> Unfit | None:
 
 
 def called(value: Any) -> str:
-    """Return what a value is, as a message says it: `None`, `a list of 3`, `the class SGD`."""
+    """Return what a value is, in words: `None`, `a list of 3`, `the class SGD`."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -63,7 +63,7 @@ def _unfit_tensor(value: Tensor, name: str) -> Unfit | None:
     if value.requires_grad:
         return Unfit("a tensor that requires a gradient", f"pass {name}.detach()")
     if value.device.type == "meta":
-        return Unfit("a tensor on the meta device", "it has no numbers; make it on a real device")
+        return Unfit("a tensor on the meta device", "it has no values; create it on a real device")
     return None
 
 
@@ -73,7 +73,7 @@ def _unfit_array(value: np.ndarray[Any, Any] | np.generic, name: str) -> Unfit |
     except TypeError:
         if value.dtype.kind in "SU":
             return Unfit("an array of text", _TEXT)
-        cure = f"torch has no such tensors; pass {name}.astype('float32')"
+        cure = f"torch has no such dtype; pass {name}.astype('float32')"
         return Unfit(f"an array of {value.dtype}", cure)
     return None
 
@@ -87,11 +87,11 @@ def _cure(value: Any, name: str) -> str:
         return f"pass torch.tensor({name})"
     if is_list or is_mapping:
         return (
-            f"a step takes one tensor as {name}: join them (torch.cat, torch.stack), and take them "
-            "apart in the model's forward or in the loss"
+            f"a step takes one tensor as {name}: join them (torch.cat, torch.stack), and split them "
+            "in the model's forward or in the loss"
         )
     if type(value).__module__.partition(".")[0] == "PIL":
-        return f"turn it into a tensor: torch.from_numpy(numpy.array({name}))"
+        return f"convert it to a tensor: torch.from_numpy(numpy.array({name}))"
     if hasattr(value, "to_numpy"):
         return f"pass {name}.to_numpy()"
-    return "a step takes both x and y" if value is None else "turn it into a tensor of numbers"
+    return "a step needs both x and y" if value is None else "convert it to a tensor of numbers"

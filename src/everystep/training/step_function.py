@@ -1,4 +1,4 @@
-"""Step function: a step of the user's own, called for each batch or taken by a program, and recorded."""
+"""Step function: a user's step, called for each batch or run by a program, and recorded."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ MOST_KINDS = 64
 
 
 class _Reading(NamedTuple):
-    """What a step that was read has done.
+    """The result of reading a step.
 
-    events: besides operations, in order; plain: what it logs that is no tensor; reads: the places of
-    the numbers that it has read, and does nothing with but to log them.
+    events: besides operations, in order; plain: logged values that are not tensors; reads: the places of
+    the numbers that it reads, and only logs.
     """
 
     path: Path
@@ -67,15 +67,15 @@ class _Kind:
 
 
 class StepFunction:
-    """A step of the user's own, and the recording of its calls.
+    """A user's step function, and the recording of its calls.
 
     Args:
-        step: returns the loss, or numbers by name with `loss` among them, or None.
-        recording: is open.
-        engine: `eager`: Python takes each step; `auto`: programs take those that they may; `program`:
-            it is an error where none may.
-        steps: the last step that there will be, None where nobody knows.
-        is_quiet: whether no code but torch's runs between two steps.
+        step: returns the loss, or numbers by name including `loss`, or None.
+        recording: open.
+        engine: `eager`: Python runs each step; `auto`: programs run those that they may; `program`:
+            raise an error if no program may.
+        steps: the last step, None if unknown.
+        is_quiet: whether only torch's code runs between two steps.
     """
 
     def __init__(
@@ -111,13 +111,13 @@ class StepFunction:
         self._checked: list[int] = []
         self._reason: str | None = None
         if engine == "eager":
-            self._reason = "it was asked for"
+            self._reason = 'engine="eager" is set'
         else:
             self._give_up(next(self._surroundings.reasons(), None))
 
     @property
     def facts(self) -> FunctionFacts:
-        """How the steps were taken."""
+        """How the steps ran."""
         return FunctionFacts(
             by_program=self._by_program,
             checks=len(self._checked),
@@ -126,14 +126,14 @@ class StepFunction:
         )
 
     def take(self, *batch: Any) -> dict[str, Any]:
-        """Take a step; return what it logs.
+        """Run a step; return what it logs.
 
         Args:
             batch: one, or none.
 
         Raises:
             UsageError: the step returns something that cannot be logged.
-            TrainingError: a program was demanded, and there is none; or a check has failed.
+            TrainingError: `engine="program"`, and no program can run a step; or a check failed.
         """
         number = self._recording.step_count + 1
         is_settled, self._is_settled = self._is_settled and self._is_quiet, False
@@ -161,7 +161,7 @@ class StepFunction:
         return any(kind.stand_in is not None for kind in self._kinds.values())
 
     def _kind_of(self, batch: tuple[Any, ...], is_settled: bool) -> _Kind | None:
-        """Return what is known of such steps, None where they are left to Python.
+        """Return what is known of such steps, None if Python runs them.
 
         They are alike if their batches are, and the same gradients are pending.
         """
@@ -190,7 +190,7 @@ class StepFunction:
         return logged
 
     def _by_python_noted(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
-        """Let Python take a step, and note whether it is like those before."""
+        """Run a step in Python, and note whether it is like those before."""
         is_watched = self._recording.is_watched(number)
         logged = self._by_python(batch)
         _, watch = self._recording.last
@@ -223,7 +223,7 @@ class StepFunction:
     def _check(
         self, number: int, kind: _Kind, stand_in: StandIn, batch: tuple[Any, ...]
     ) -> dict[str, Any]:
-        """Let Python take a step, and compare the program's with it.
+        """Run a step in Python, and compare the program with it.
 
         Raises:
             TrainingError: they differ.
@@ -238,25 +238,25 @@ class StepFunction:
         logged = self._by_python(batch)
         path, watch = self._recording.last
         if path != stand_in.path or not stand_in.foresees(numbers, watch.numbers):
-            reason = f"Python takes other operations at step {number} than before"
+            reason = f"Python runs other operations at step {number} than before"
         else:
             reason = stand_in.difference(before, copies, watch.numbers, logged) or ""
         if reason:
             verified = max(self._checked)
             self._give_up(reason)
             raise TrainingError(
-                f"step {number} cannot be trusted: {reason}. Steps up to {verified} are verified, later "
-                'ones are not; engine="eager" trains without programs'
+                f"step {number} cannot be trusted: {reason}. Steps up to {verified} are verified, "
+                'later ones are not; engine="eager" trains without programs'
             )
         self._checked.append(number)
         self._plan.passed(number, time.perf_counter() - started)
         return logged
 
     def _give_up(self, reason: str | None) -> None:
-        """Leave the steps to Python from here on, if there is a reason.
+        """Run all steps in Python from here on, if there is a reason.
 
         Raises:
-            TrainingError: a program was demanded.
+            TrainingError: `engine="program"`.
         """
         if reason is None:
             return
@@ -264,11 +264,11 @@ class StepFunction:
         self._kinds = {}
         if self._engine == "program":
             raise TrainingError(
-                f'no program can take these steps: {reason}; engine="auto" lets Python take them'
+                f'no program can run these steps: {reason}; engine="auto" runs them in Python'
             )
 
     def _leave(self, kind: _Kind, reason: str) -> None:
-        """Leave steps with batches of a kind to Python; if programs take no others, all steps."""
+        """Run steps with batches of a kind in Python; if programs run no others, all steps."""
         kind.is_left = True
         if not self._has_programs:
             self._give_up(reason)
@@ -280,12 +280,12 @@ class StepFunction:
         self._kinds = {}
         self._renewals += 1
         if self._renewals > MOST_READINGS:
-            self._give_up(f"{changed} again and again")
+            self._give_up(f"{changed} repeatedly")
 
     # A step that is read.
 
     def _read(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
-        """Read a step, take it back, and let Python take it; from then on a program may stand in."""
+        """Read a step, undo it, and run it in Python; from then on a program may stand in."""
         started = time.perf_counter()
         kind.readings += 1
         if not self._has_programs:
@@ -302,15 +302,15 @@ class StepFunction:
         if seen is None:  # it was another step than those before
             kind.is_recognized = False
             if kind.readings == MOST_READINGS or kind.unlike == MOST_UNLIKE:
-                self._leave(kind, "the same calls of torch's functions do not come again at each step")
+                self._leave(kind, "the same calls of torch functions do not recur at each step")
             return logged
         if path != reading.path or not _are_same(seen.numbers, reading.numbers):
-            self._leave(kind, "Python takes other operations than its source says")
+            self._leave(kind, "Python runs other operations than its source says")
             return logged
         built = self._recording.program_of(path)
         try:
             if built is None:
-                raise NotProvenError("no program can hold the step")
+                raise NotProvenError("a program cannot hold the step")
             names = [*_tensors_of(batch)]
             known = reading.events, names, reading.plain, reading.reads
             stand_in = StandIn(self._parts, built, path, seen, *known)
@@ -326,7 +326,7 @@ class StepFunction:
         return logged
 
     def _reading(self, batch: tuple[Any, ...]) -> _Reading:
-        """Take a step by its source, and bring everything back.
+        """Run a step from its source, and restore everything.
 
         Raises:
             NotProvenError: it does something that is not known to be an operation.
@@ -352,11 +352,13 @@ class StepFunction:
         plain = {name: value for name, value in logged.items() if not isinstance(value, Tensor)}
         unknown = logged.keys() - plain.keys() - {"loss", *dict(path.logged)}
         if unknown or ("loss" in logged and "loss" not in plain and path.loss is None):
-            raise NotProvenError(f"returns {min(unknown, default='loss')}, which no operation gives")
+            raise NotProvenError(
+                f"returns {min(unknown, default='loss')}, which is not the result of an operation"
+            )
         return _Reading(path, watch.numbers, reader.events, plain, reader.reads)
 
     def _carried(self) -> dict[str, Tensor]:
-        """Return what the parts carry, but for gradients, which come and go."""
+        """Return what the parts carry, except gradients."""
         state = self._parts.state()
         return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
 
@@ -371,15 +373,15 @@ def _copies(batch: tuple[Any, ...]) -> dict[str, Tensor]:
 
 
 def _are_same(one: Sequence[Any], two: Sequence[Any]) -> bool:
-    """Tell whether numbers are the same, NaN among them."""
+    """Tell whether numbers are equal; NaN equals NaN."""
     return list(map(repr, one)) == list(map(repr, two))
 
 
 def _logged(result: Any) -> dict[str, Any]:
-    """Return what a step gives to be recorded, by name.
+    """Return the values that a step logs, by name.
 
     Raises:
-        UsageError: it is neither a number, nor numbers by name.
+        UsageError: it returned neither a number nor numbers by name.
     """
     if result is None:
         return {}
@@ -388,6 +390,6 @@ def _logged(result: Any) -> dict[str, Any]:
     if isinstance(result, Mapping) and all(isinstance(name, str) for name in result):
         return dict(result)
     raise UsageError(
-        f"the step returns {called(result)}; return the loss, or numbers by name: "
-        '{"loss": loss, "accuracy": accuracy}'
+        f'the step returns {called(result)}; return the loss, or numbers by name: {{"loss": loss, '
+        '"accuracy": accuracy}'
     )

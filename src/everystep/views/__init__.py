@@ -1,4 +1,4 @@
-"""A run as what a person looks at. Computes nothing about training."""
+"""A run as shown to people. Computes nothing about training."""
 
 import random
 

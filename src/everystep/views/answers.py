@@ -1,4 +1,4 @@
-"""Answers as text and as JSON: what verifying, measuring and finding has shown."""
+"""Answers as text and as JSON: the results of verify, measure and when."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _WIDTH = 12
 
 
 def as_json(data: Any) -> str:
-    """Return data as JSON, which has no nan and no infinity: they become texts."""
+    """Return data as JSON; nan and infinities become strings."""
     return json.dumps(plain(data), indent=1, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:
-    """Return data as JSON can hold it: nan and infinities are texts."""
+    """Return data that JSON can hold: nan and infinities become strings."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -54,39 +54,37 @@ def plain(value: Any) -> Any:
 
 
 def verify_text(name: str, facts: Facts, found: Verification) -> str:
-    """Return what held and what did not, in lines, and what that shows.
+    """Return what matches and what does not, in lines, and the conclusion.
 
-    facts: of the run; they say what stands behind the recorded steps themselves.
+    facts: of the run; they show what backs the recorded steps themselves.
     """
     lines = [labelled("recorded", engine_text(facts))]
     if found.numerics:
-        pairs = (f"{key} {one}, here {two}" for key, (one, two) in found.numerics.items())
+        pairs = (f"{key} {one}, now {two}" for key, (one, two) in found.numerics.items())
         lines.append(labelled("numerics", "recorded with " + "; ".join(pairs)))
     threads = ", ".join(
         f"{steps:,} steps with {count} thread{'s' if count > 1 else ''}"
         for count, steps in sorted(found.threads.items())
     )
-    lines.append(labelled("replayed", threads or "nothing: there is no step"))
+    lines.append(labelled("replayed", threads or "nothing: the run has no steps"))
     loop = facts.training.loop
     if loop is not None and not loop.has_loss:
-        lines.append(labelled("losses", "not logged; the states alone are compared"))
+        lines.append(labelled("losses", "not logged; only the states are compared"))
     elif found.first_loss is None:
-        lines.append(labelled("losses", f"all {found.steps:,} as recorded, bit for bit"))
+        lines.append(labelled("losses", f"all {found.steps:,} bit-identical"))
     else:
         step, recorded, replayed = found.first_loss
-        far = f", {found.loss_distance:,} units in the last place" if found.loss_distance else ""
+        far = f", {found.loss_distance:,} units in the last place apart" if found.loss_distance else ""
         lines.append(
             labelled(
                 "losses",
-                f"{found.different_steps:,} of {found.steps:,} are not as recorded, the first at step "
-                f"{step:,}:\n{shortest(recorded)} recorded, {shortest(replayed)} replayed{far}",
+                f"{found.different_steps:,} of {found.steps:,} differ, first at step "
+                f"{step:,}:\nrecorded {shortest(recorded)}, replayed {shortest(replayed)}{far}",
             )
         )
     lines.append(labelled("snapshots", _snapshots_text(found)))
     lines += [labelled("problem", problem) for problem in found.problems]
-    verdict = (
-        "replays as it was recorded, bit for bit" if found.is_exact else "does not replay as recorded"
-    )
+    verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
     return "\n".join([*lines, "", f"{name} {verdict}"])
 
 
@@ -110,10 +108,10 @@ def verify_data(name: str, found: Verification) -> dict[str, Any]:
 
 
 def measured_text(found: Measured) -> str:
-    """Return what measuring has given, in a line or two."""
+    """Return the result of measuring, in a line or two."""
     values = list(found.values.items())
     if not values:
-        return f"{found.name}: no step has a value"
+        return f"{found.name}: no values"
     (first, begin), (last, end) = values[0], values[-1]
     finite = [value for value in found.values.values() if math.isfinite(value)]
     span = f", from {number(min(finite))} to {number(max(finite))}" if finite else ""
@@ -123,26 +121,28 @@ def measured_text(found: Measured) -> str:
     )
     if found.left_out:
         steps = ", ".join(f"{step:,}" for step in found.left_out[:NAMED])
-        text += f"\nleft out, because a replayed loss was not the recorded one, from: step {steps}"
+        text += (
+            f"\nsteps from {steps} on are skipped, because a replayed loss differs from the recorded one"
+        )
     return text
 
 
 def when_text(found: Found, losses: dict[int, float]) -> str:
-    """Return the steps, a line each, with their losses."""
+    """Return the steps, one per line, with their losses."""
     return "".join(f"{step}\t{shortest(losses[step])}\n" for step in found.steps)
 
 
 def nonfinite_text(found: NonFinite | None) -> str:
     """Return what made the first NaN or infinity."""
     if found is None:
-        return "every result of every operation is finite"
+        return "all results of all operations are finite"
     parts = [f"{found.nans:,} NaN"] * bool(found.nans) + [f"{found.infinities:,} infinite"] * bool(
         found.infinities
     )
     what = " and ".join(parts)
     step = found.step.number
     if found.operation is None:
-        lines = [f"step {step:,}: {found.name} has {what} from the beginning"]
+        lines = [f"step {step:,}: {found.name} has {what} from the start"]
     else:
         operation = found.operation.operation
         module = f" of module {operation.module}" if operation.module else ""
@@ -201,13 +201,11 @@ def _snapshots_text(found: Verification) -> str:
         count = f"all {found.snapshots:,}"
         if found.snapshots < found.all_snapshots:
             count = f"{found.snapshots:,} of {found.all_snapshots:,}"
-        return f"{count} after state 0 as recorded, bit for bit"
+        return f"{count} after state 0 bit-identical"
     states = sorted({each.state for each in found.states})
     first = [each for each in found.states if each.state == states[0]]
-    return (
-        f"{len(states):,} of {found.snapshots:,} are not as recorded, first state {states[0]:,}:\n"
-        + tensors_text(first)
-    )
+    text = f"{len(states):,} of {found.snapshots:,} differ, first state {states[0]:,}:\n"
+    return text + tensors_text(first)
 
 
 def tensors_text(differences: Sequence[StateDifference]) -> str:
@@ -215,10 +213,10 @@ def tensors_text(differences: Sequence[StateDifference]) -> str:
     lines = []
     for each in differences[:NAMED]:
         if not each.elements:
-            lines.append(f"{each.tensor}: another shape, or only one has it")
+            lines.append(f"{each.tensor}: different shape, or missing on one side")
             continue
-        far = f", by {each.largest:,} units in the last place at most" if each.largest else ""
-        lines.append(f"{each.tensor}: {each.elements:,} numbers{far}")
+        far = f", by at most {each.largest:,} units in the last place" if each.largest else ""
+        lines.append(f"{each.tensor}: {each.elements:,} elements differ{far}")
     if len(differences) > NAMED:
         lines.append(f"and {len(differences) - NAMED:,} more tensors")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Where two runs part: as text, as a sentence, and as plain data."""
+"""Where two runs differ: as text, as a sentence, and as plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHER_HYPERPARAMETER = "another hyperparameter: "
 
 
 def diff_text(found: Difference) -> str:
-    """Return where two runs part, in lines."""
+    """Return where two runs differ, in lines."""
     one, other = found.names
     lines = [labelled("runs", f"{one}\n{other}")]
     for label, pairs in (("experiments", found.experiments), ("numerics", found.numerics)):
@@ -31,12 +31,12 @@ def diff_text(found: Difference) -> str:
         lines.append(labelled("steps", f"{found.steps[0]:,} and {found.steps[1]:,}"))
     common = min(found.steps)
     if found.loss is None:
-        lines.append(labelled("losses", f"the same in all {common:,} steps that both have"))
+        lines.append(labelled("losses", f"identical in all {common:,} common steps"))
     else:
         lines.append(
             labelled(
                 "losses",
-                f"part at step {found.loss.step:,}: {shortest(found.loss.recorded)} and "
+                f"differ from step {found.loss.step:,} on: {shortest(found.loss.recorded)} and "
                 f"{shortest(found.loss.replayed)}",
             )
         )
@@ -48,11 +48,11 @@ def diff_text(found: Difference) -> str:
 
 
 def diff_sentence(found: Difference) -> str:
-    """Return the same in one sentence: where they part, at which operation, and why."""
+    """Return the same in one sentence: where they differ, at which operation, and why."""
     if found.loss is not None:
-        parts = [f"The losses part at step {found.loss.step:,}"]
+        parts = [f"The losses first differ at step {found.loss.step:,}"]
     elif found.operation is not None or found.states:
-        parts = [f"The losses of all {min(found.steps):,} common steps are the same"]
+        parts = [f"The losses of all {min(found.steps):,} common steps are identical"]
     else:
         verdict = _verdict(found)
         return f"{verdict[0].upper()}{verdict[1:]}."
@@ -60,11 +60,11 @@ def diff_sentence(found: Difference) -> str:
     if operation is not None:
         at = "" if found.loss and found.loss.step == operation.step else f" of step {operation.step:,}"
         parts.append(
-            f"the first operation to differ is #{operation.index}{at}" + _what(found, operation)
+            f"the first operation that differs is #{operation.index}{at}" + _what(found, operation)
         )
     elif found.states and found.loss is None:
         first = found.states[0]
-        parts.append(f"{first.tensor} of state {first.state:,} is not")
+        parts.append(f"{first.tensor} of state {first.state:,} differs")
     return "; ".join(parts) + "."
 
 
@@ -89,10 +89,10 @@ def diff_data(found: Difference) -> dict[str, Any]:
 
 def _states_text(found: Difference) -> str:
     common = found.common_state
-    same = "no snapshot is the same" if common is None else f"the same up to state {common:,}"
+    same = "no snapshot is identical" if common is None else f"identical up to state {common:,}"
     if not found.states:
-        return same if common is not None else "no snapshots of the same state can be compared"
-    return f"{same}; state {found.states[0].state:,} is not:\n" + tensors_text(list(found.states))
+        return same if common is not None else "the runs have no snapshot of the same state"
+    return f"{same}; state {found.states[0].state:,} differs:\n" + tensors_text(list(found.states))
 
 
 def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list[str]:
@@ -105,21 +105,21 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
         for each in (found.one, found.other)
     ]
     where = sides[0] if sides[0] == sides[1] else f"{names[0]}: {sides[0]}\n{names[1]}: {sides[1]}"
-    lines = [labelled("they part", f"in step {found.step:,}, at operation #{found.index}\n{where}")]
+    lines = [labelled("operation", f"#{found.index} of step {found.step:,}\n{where}")]
     lines += [labelled("result", _tensor_text(each)) for each in found.results]
-    lines += [labelled("differs in", _tensor_text(each)) for each in found.inputs]
+    lines += [labelled("input", _tensor_text(each)) for each in found.inputs]
     if found.rows:
         rows = ", ".join(
-            f"{a} at place {place}" if a == b else f"{a} and {b} at place {place}"
+            f"{a} at position {place}" if a == b else f"{a} and {b} at position {place}"
             for place, a, b in found.rows[:NAMED]
         )
         lines.append(labelled("rows", rows + (", ..." if len(found.rows) > NAMED else "")))
-    lines += [labelled("because of", cause) for cause in found.causes]
+    lines += [labelled("cause", cause) for cause in found.causes]
     return lines
 
 
 def _what(found: Difference, operation: OperationDifference) -> str:
-    """Return what the operation is, of both runs if it is another one, and why it differs."""
+    """Return the operation, of both runs if it differs, and why the result differs."""
     one, other = operation.one, operation.other
     names = [None if each is None else _operation_name(each) for each in (one, other)]
     if None not in names and names[0] != names[1]:
@@ -128,7 +128,7 @@ def _what(found: Difference, operation: OperationDifference) -> str:
 
 
 def _operation_name(observed: Observed) -> str:
-    """Return the operator without its overload, and where it is: `aten.addmm (forward, 0)`."""
+    """Return the operator without its overload, and its location: `aten.addmm (forward, 0)`."""
     operation = observed.operation
     name = operation.operator
     if name.startswith("aten."):
@@ -148,18 +148,18 @@ def _reason(found: Difference, operation: OperationDifference) -> str:
         return f"because {what} is {values}"
     if cause == COMPUTED_OTHERWISE:
         pairs = [f"{key} {one} and {other}" for key, (one, other) in found.numerics.items()]
-        return "although it is given the same" + (f": {', '.join(pairs)}" if pairs else "")
+        return "although its inputs are identical" + (f": {', '.join(pairs)}" if pairs else "")
     if cause:
         return f"because of {cause}"
     names = list(dict.fromkeys(_input_name(each.name) for each in operation.inputs))
     if not names:
-        return "and nothing that it is given"
+        return "with identical inputs"
     verb = "differs" if len(names) == 1 else "differ"
-    return f"because {' and '.join(names[:2])} {verb} already"
+    return f"because {' and '.join(names[:2])} already {verb}"
 
 
 def _input_name(name: str) -> str:
-    """Return what an operation is given, in words."""
+    """Return what an operation receives, in words."""
     kind, _, rest = name.partition("~")[0].partition("/")
     if kind in ("x", "y"):
         return f"{kind} of the batch"
@@ -170,9 +170,9 @@ def _input_name(name: str) -> str:
 
 def _tensor_text(found: TensorDifference) -> str:
     if not found.positions:
-        return f"{found.name}: another shape or dtype"
-    far = f", by {found.largest:,} units in the last place at most" if found.largest else ""
-    lines = [f"{found.name}: {found.elements:,} of {found.of:,} numbers{far}"]
+        return f"{found.name}: different shape or dtype"
+    far = f", by at most {found.largest:,} units in the last place" if found.largest else ""
+    lines = [f"{found.name}: {found.elements:,} of {found.of:,} elements differ{far}"]
     for position, (one, two) in zip(found.positions[:3], found.values, strict=False):
         place = "[" + ", ".join(map(str, position)) + "]" if position else ""
         lines.append(f"  {place}  {one!r} and {two!r}" if place else f"  {one!r} and {two!r}")
@@ -206,14 +206,14 @@ def _verdict(found: Difference) -> str:
     if found.loss is not None or found.states or found.operation is not None:
         return "the runs differ"
     if found.is_same and not found.numerics:
-        return "the runs are the same, bit for bit"
+        return "the runs are bit-identical"
     if found.steps[0] != found.steps[1] and not found.experiments:
-        return f"the first {min(found.steps):,} steps are the same; one run is longer"
-    same = f"every loss and every common snapshot of the first {min(found.steps):,} steps is the same"
+        return f"the first {min(found.steps):,} steps are identical; one run is longer"
+    same = f"every loss and every common snapshot of the first {min(found.steps):,} steps is identical"
     if found.is_thorough:
-        same = f"every operation of the first {min(found.steps):,} steps gives the same"
+        same = f"every result of every operation of the first {min(found.steps):,} steps is identical"
     elif found.experiments or found.numerics:
-        same += "; --thorough looks at every operation"
+        same += "; --thorough compares every operation"
     return f"{same}, bit for bit" if found.is_same or found.is_thorough else same
 
 

@@ -1,8 +1,8 @@
-"""The update of a parameter as a formula, put together from the operations that were really run.
+"""The update of a parameter as a formula, built from the operations that ran.
 
-In two notations, as the chapter has them: operators, `param - param.grad * 0.0001`, and the operations
-behind them, `torch.sub(param, torch.mul(param.grad, 0.0001))`. Where one kernel does it all (`fused`, or
-an optimizer's step as a whole), the formula is the one that torch documents, if it is known for sure.
+It has two notations, as in the chapter: operators, `param - param.grad * 0.0001`, and function calls,
+`torch.sub(param, torch.mul(param.grad, 0.0001))`. If one kernel does it all (`fused`, or an optimizer
+step as a whole), the formula is the one in torch's documentation, if it certainly applies.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Term(NamedTuple):
     parameters: frozenset[str] = frozenset()
 
     def within(self, strength: int) -> str:
-        """Return it in operators, in parentheses where it binds less than what is around it."""
+        """Return the term as operators, in parentheses if it binds less than its surroundings."""
         return self.operators if self.strength >= strength else f"({self.operators})"
 
 
@@ -70,7 +70,7 @@ class _Composer:
         self._known: dict[str, Formula] = {}
 
     def apply(self, number: int, seen: Observed) -> None:
-        """Take an operation into account."""
+        """Add an operation."""
         kind = kind_of(seen.operation)
         if seen.operation.operator.startswith("torch.optim.") or kind.startswith("fused_"):
             self._as_a_whole(number, seen)
@@ -141,7 +141,7 @@ def _own_name(name: str) -> str:
 
 
 def _parameter_of(name: str) -> frozenset[str]:
-    """Return whose tensor it is, of parameters."""
+    """Return the parameter that a tensor belongs to."""
     kind, _, rest = name.partition("/")
     if kind == "optimizer":
         rest = rest.rpartition("/")[0]
@@ -149,7 +149,7 @@ def _parameter_of(name: str) -> frozenset[str]:
 
 
 def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
-    """Return what an operation gives, in both notations."""
+    """Return what an operation returns, in both notations."""
     terms: list[_Term] = [
         term for value in arguments.values() for term in (value if isinstance(value, list) else [value])
     ]

@@ -1,4 +1,4 @@
-"""A page of text for the terminal: lines, aligned tables, and tensors as numbers that sum them up."""
+"""A page of text for the terminal: lines, aligned tables, and tensor summaries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Cell = tuple[str, str, bool]
 
 
 class Page:
-    """Text that grows line by line; whatever is in it is taken literally."""
+    """Text that grows line by line; its content is literal."""
 
     def __init__(self, width: int, values: bool) -> None:
         self.text = Text()
@@ -69,7 +69,7 @@ class Page:
             self.line((f"{'' if place else label:<{_LABEL}}", "dim"), (each, style))
 
     def wrapped(self, text: str, style: str, *, indent: int) -> None:
-        """Add a text, on several lines where it is wider than the page."""
+        """Add a text, wrapped if it is wider than the page."""
         whole = textwrap.wrap(_printable(text), self.width - indent, subsequent_indent="    ")
         for line in whole if cell_len(text) > self.width - indent else [text]:
             self.line((line, style), indent=indent)
@@ -107,7 +107,7 @@ def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
 
 
 def table_width(rows: Sequence[Sequence[Cell]]) -> int:
-    """Return how wide a table of these rows is."""
+    """Return the width of a table of these rows."""
     widths = [max(cell_len(cell[0]) for cell in c) for c in zip(*_used(rows), strict=True)]
     return sum(widths) + 2 * (len(widths) - 1)
 
@@ -131,13 +131,13 @@ def shape_text(tensor: Tensor) -> str:
 
 
 def number_headings() -> list[Cell]:
-    """Return the headings of what `number_cells` gives."""
+    """Return the headings for `number_cells`."""
     names = ("shape", "mean", "std", "min", "max", "zeros", "not finite")
     return [(name, "dim", name != "shape") for name in names]
 
 
 def number_cells(tensor: Tensor | None) -> list[Cell]:
-    """Return the shape of a tensor and what its numbers are like; of a single number, that."""
+    """Return the shape of a tensor and its statistics; for a single number, the number."""
     if tensor is None:
         return [("", "", False), *[_EMPTY] * 6]
     seen = statistics(tensor)
@@ -155,7 +155,7 @@ def number_cells(tensor: Tensor | None) -> list[Cell]:
 
 
 def statistics_text(tensor: Tensor) -> list[tuple[str, str]]:
-    """Return what a tensor is like as a line of texts with their styles."""
+    """Return the statistics of a tensor as a line of texts with their styles."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     parts = [(f"{shape_text(tensor)} {dtype}", "")]
     cells = number_cells(tensor)[1:]

@@ -1,7 +1,7 @@
-"""What an operation computes, in a line of mathematics.
+"""An operation as a line of mathematics.
 
-`#3` is what operation 3 gives, `∂#3` the gradient of the loss with respect to it, `·` the product of
-matrices, `*` that of numbers. A view is written as what it is a view of: transposed `#3ᵀ`, or
+`#3` is the result of operation 3, `∂#3` the gradient of the loss with respect to it, `·` the matrix
+product, `*` the product of numbers. A view is written as what it is a view of: transposed `#3ᵀ`, or
 `permute(#3)`, or `part(#3)`; reshaped or broadcast, it is `#3` itself.
 """
 
@@ -33,8 +33,8 @@ _ATTENTION = re.compile(r"scaled_dot_product_\w*attention(_for_cpu)?")
 class Line(NamedTuple):
     """An operation as mathematics.
 
-    left: what it gives, empty where that is called by the operation's number alone; right: what it
-    computes; given, made: what each tensor is called that it is given, or gives.
+    left: its result, empty if that is named by the operation's number only; right: what it computes;
+    given, made: the names of its input and result tensors.
     """
 
     left: str
@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The line with only the first of what it gives."""
+        """The line with only the first of its results."""
         first, _, others = self.left.partition(", ")
         return f"{first}, ... = {self.right}" if others else str(self)
 
@@ -66,9 +66,9 @@ def kind_of(operation: Operation) -> str:
 
 
 def all_arguments(operation: Operation) -> dict[str, tuple[Any, bool]]:
-    """Return the arguments of an operation by name, and whether each was given or is the default.
+    """Return the arguments of an operation by name, and whether each was passed or is the default.
 
-    By position where the schema is not known: what is seen in an eager step may be anything.
+    By position if the schema is unknown: an eager step may contain any operator.
     """
     try:
         known, given = parameters(operation.resolved), operation.given()
@@ -204,7 +204,7 @@ def _base(name: str) -> str:
 
 
 def _lasting_name(base: str) -> str | None:
-    """Return what a tensor is called that outlives the operation, or is given to the step."""
+    """Return the name of a tensor that outlives the operation, or is an input of the step."""
     kind, _, rest = base.partition("/")
     if kind in ("parameter", "buffer") and rest:
         return rest

@@ -42,19 +42,19 @@ def loss_plot(
 ) -> p9.ggplot:
     """Return the losses of one run or several as points, and measurements as lines.
 
-    Of a long run, a few thousand points are drawn, among them the extremes of every stretch of it.
+    For a long run, it draws a few thousand points, among them the extremes of every stretch.
     Losses that are not finite are marked at the bottom, and counted in the caption.
 
     Args:
-        runs: at least one; several are told apart by colour.
-        log: a log10 axis; values that are not positive are left out, as the caption then says.
-        measurements: names of what to draw besides the loss; a run that lacks one goes without.
+        runs: at least one; colors distinguish several.
+        log: a log10 axis; it omits values that are not positive, and the caption says so.
+        measurements: names of what to draw besides the loss; a run without one is drawn without it.
 
     Raises:
-        UsageError: there is no run, or a measurement that none of them has.
+        UsageError: there are no runs, or none of them has a measurement.
     """
     if not runs:
-        raise UsageError("there is nothing to plot; give at least one run")
+        raise UsageError("nothing to plot; pass at least one run")
     names = _names(runs)
     notes: list[str] = []
     points, marks = [], []
@@ -88,13 +88,13 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
     """Write a plot as .png, .svg or .pdf, by the path's suffix.
 
     Raises:
-        UsageError: the suffix is another, or nothing can be written there.
+        UsageError: the suffix is unknown, or the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"{path}: a plot is written as {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise UsageError(f"{path}: plots are saved as {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
+        raise UsageError(f"{path} cannot be written: the directory {Path(path).parent} does not exist")
     with _quiet():
         try:
             plot.save(path, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False)
@@ -103,7 +103,7 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
 
 
 def _names(runs: Sequence[RecordedRun]) -> list[str]:
-    """Return what to call each run: its name, or its directory where the name is not the only one."""
+    """Return the name of each run, or its directory if the name is not unique."""
     count = Counter(run.name for run in runs)
     named = [run.name if count[run.name] == 1 else str(run.directory) for run in runs]
     seen: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: lis
         left_out = len(finite) - len(positive)
         if left_out:
             what = "losses" if column == "loss" else "values"
-            notes.append(f"{name}: {left_out:,} {what} of 0 or less are left out of the log axis")
+            notes.append(f"{name}: the log axis omits {left_out:,} {what} of 0 or less")
         finite = positive
     if len(finite) > MOST:
         extremes = reduce(finite, BUCKETS, value=column)
@@ -132,7 +132,7 @@ def _drawable(frame: pl.DataFrame, name: str, column: str, log: bool, notes: lis
 
 
 def _nonfinite(frame: pl.DataFrame, name: str, notes: list[str]) -> pd.DataFrame:
-    """Return where the loss is not finite; notes how often, and since when."""
+    """Return where the loss is not finite; adds a note with their number and the first step."""
     wrong = frame.filter(~pl.col("loss").is_finite())
     if len(wrong):
         notes.append(
@@ -157,7 +157,7 @@ def _measured(
     lines = []
     for wanted in dict.fromkeys(measurements):
         if wanted not in known:
-            cure = did_you_mean(wanted, known) if known else "only the loss was recorded"
+            cure = did_you_mean(wanted, known) if known else "the runs recorded only losses"
             raise UsageError(f"no measurement {wanted!r}; {cure}")
         for frame, name in zip(frames, names, strict=True):
             of_run = frame.filter(pl.col("name") == wanted)
@@ -172,7 +172,7 @@ def _pandas(frame: pl.DataFrame, name: str, column: str) -> pd.DataFrame:
 
 
 def _layers(several: bool, points: pd.DataFrame, marks: pd.DataFrame, lines: pd.DataFrame) -> list[Any]:
-    """Return points, lines and marks; colour tells runs apart, or else measurements."""
+    """Return points, lines and marks; color distinguishes runs, or else measurements."""
     size = 1.4 if len(points) <= MOST / 2 else 0.9
     if several:
         layers = [p9.geom_point(p9.aes(colour="run"), size=size, stroke=0)]
@@ -212,7 +212,7 @@ def _look() -> p9.theme:
 
 
 def _plain(text: str) -> str:
-    """Return text that matplotlib draws as it is: a dollar sign would begin a formula."""
+    """Return text that matplotlib draws literally: a dollar sign would start a formula."""
     return text.replace("$", r"\$")
 
 
@@ -226,7 +226,7 @@ def _repeated(values: Sequence[str], count: int) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep plotnine's and matplotlib's remarks from the user: what matters stands in the caption."""
+    """Hide remarks of plotnine and matplotlib from the user: the caption says what matters."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)

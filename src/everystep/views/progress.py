@@ -1,4 +1,4 @@
-"""Progress in the terminal: of a training, and of anything that goes through steps. All on stderr."""
+"""Progress in the terminal: of a training, and of anything that iterates over steps. All on stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Silent", "TerminalProgress", "counting"]
 
 
 class Silent:
-    """Watches a training without a word, but for what the user should know."""
+    """Watches a training, and prints only notices."""
 
     def reading(self, done: int, total: int) -> None:
         """Say nothing."""
@@ -32,7 +32,7 @@ class Silent:
         """Say nothing."""
 
     def notice(self, message: str) -> None:
-        """Tell the user on stderr."""
+        """Print a notice on stderr."""
         print(f"everystep: {message}", file=sys.stderr)
 
     def end(self) -> None:
@@ -40,7 +40,7 @@ class Silent:
 
 
 class TerminalProgress(Silent):
-    """Watches a training: the header, then a bar; lines of `step<TAB>loss` where piped.
+    """Watches a training: the header, then a bar; lines of `step<TAB>loss` if piped.
 
     Data goes to stdout, everything else to stderr.
     """
@@ -80,7 +80,7 @@ class TerminalProgress(Silent):
         self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
 
     def notice(self, message: str) -> None:
-        """Tell the user, above the bar."""
+        """Print a notice above the bar."""
         self._console.print(Text(f"everystep: {message}", style="yellow"))
 
     def end(self) -> None:
@@ -114,9 +114,9 @@ class _Speed(ProgressColumn):
 def counting(
     what: str, total: int, wanted: bool | Callable[[int], None] = True
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar while something is done with `total` steps; gives what is told how many more are.
+    """Show a bar for `total` steps; yield the function to call with the number of new steps.
 
-    wanted: whether to show one; or who is told instead.
+    wanted: whether to show a bar; or the function to call instead.
     """
     if callable(wanted):
         yield wanted

@@ -1,4 +1,4 @@
-"""Fewer points that look the same: the smallest and the largest value of every bucket of steps."""
+"""Fewer points with the same look: the smallest and the largest value of every bucket of steps."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["reduce"]
 def reduce(
     frame: polars.DataFrame, buckets: int, step: str = "step", value: str = "loss"
 ) -> polars.DataFrame:
-    """Return the rows of `frame` that a plot of it needs, so that no spike is lost.
+    """Return the rows of `frame` that a plot needs so that no spike is lost.
 
-    The range of steps is cut into buckets of equal width. Kept are, of each bucket, the first row
+    The range of steps is divided into buckets of equal width. For each bucket, it keeps the first row
     with its smallest and with its largest finite value and its first row that is not finite; and the
-    first and the last row of all. Rows come back unaltered, with all their columns, in their order.
+    first and the last row of all. Rows are returned unchanged, with all their columns, in order.
 
     Args:
         frame: in ascending order of its steps; a missing value counts as NaN.
-        buckets: how many, at least 1. A frame of up to twice as many rows is returned as it is; of a
-            longer one, at most three rows a bucket and two more are kept.
+        buckets: their number, at least 1. A frame of up to twice as many rows is returned unchanged; of
+            a longer one, at most three rows per bucket and two more are kept.
         step: the column of the steps, integers.
         value: the column of the values, numbers.
     """

@@ -1,4 +1,4 @@
-"""A run as one page that can be sent to somebody: facts, plot and table, nothing to fetch."""
+"""A run as one self-contained page to share: facts, plot and table."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:
 def seed(facts: Facts) -> str:
     """Return what the run's random numbers begin with, in words."""
     seed = facts.training.seed
-    return "torch's generator as it was" if seed is None else str(seed)
+    return "the state of torch's generator" if seed is None else str(seed)
 
 
 def times(facts: Facts) -> str:

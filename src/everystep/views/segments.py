@@ -1,4 +1,4 @@
-"""The segments of a step of a user's loop; an update has its settings, and what it has changed."""
+"""The segments of a step of a user's loop; an update has its settings and what it changed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Happened", "SegmentSeen", "as_it_happened"]
 class SegmentSeen(NamedTuple):
     """A segment of a step.
 
-    optimizer: the name of the optimizer that updates in it; None where it is not an update, or where
-    nobody knows. settings: the optimizer's learning rates and the like at this step. formulas: of the
-    parameters that it has changed, in the order of the step; a parameter that several segments change is
-    of the last of them, which leaves it as it is after the step.
+    optimizer: the name of the optimizer that updates in it; None if it is not an update, or unknown.
+    settings: the optimizer's learning rates and similar settings at this step. formulas: of the
+    parameters that it changed, in the order of the step; a parameter that several segments change
+    belongs to the last of them.
     """
 
     segment: Segment

@@ -1,4 +1,4 @@
-"""A step opened, as a page for the terminal: what happened in it, in the chapter's order."""
+"""An opened step as a page for the terminal: what happened in it, in the chapter's order."""
 
 from __future__ import annotations
 
@@ -53,26 +53,26 @@ def step_text(
     values: bool = False,
     width: int = 100,
 ) -> Text:
-    """Return a step as a page to read, to be printed with `soft_wrap=True`.
+    """Return a step as text, to print with `soft_wrap=True`.
 
     Args:
         step: the step.
         facts: of the run.
         name: of the run.
-        phase: show this one alone, with all there is to say; one of `PHASES`.
-        operation: show this one alone, counted from 0 as in `Step.operations`.
-        values: show the numbers of the tensors, too; of those with over 1,000 elements, the edges.
-        width: columns of the terminal; what does not fit is left out of the tables of operations.
+        phase: show only this one, in full; one of `PHASES`.
+        operation: show only this one, counted from 0 as in `Step.operations`.
+        values: show the values of the tensors, too; for more than 1,000 elements, only the edges.
+        width: columns of the terminal; tables of operations omit what does not fit.
 
     Raises:
-        UsageError: there is no such phase, or no such operation.
+        UsageError: the phase or the operation does not exist.
     """
     if phase is not None and phase not in PHASES:
         cure = did_you_mean(phase, PHASES)
         raise UsageError(f"a step has no phase {phase!r}" + (f"; {cure}" if cure else ""))
     last = len(step.operations) - 1
     if operation is not None and not 0 <= operation <= last:
-        known = f"they are numbered from 0 to {last}" if last >= 0 else "it has none"
+        known = f"operations are numbered from 0 to {last}" if last >= 0 else "it has none"
         raise UsageError(f"step {step.number} has no operation {operation}: {known}")
     opened = _Opened(step, facts, Page(width, values))
     if operation is not None:
@@ -156,7 +156,7 @@ class _Opened:
             width = max(map(len, arguments))
             for key, (value, is_given) in arguments.items():
                 text = value_text(value, lambda name: line.given.get(name, name))
-                unsaid = [] if is_given else [("  by default", "dim")]
+                unsaid = [] if is_given else [("  default", "dim")]
                 page.line((f"{key:<{width}}  ", "dim"), (text, ""), *unsaid, indent=_INDENT)
         for label, tensors, names in (
             ("inputs", seen.inputs, line.given),
@@ -189,18 +189,21 @@ class _Opened:
         step = self.step
         how = "by program" if step.is_by_program else "eagerly"
         if self.training.loop is not None:
-            how = "without the code of your loop"
+            how = "without your loop code"
         if step.is_exact and not self._has_loss:
-            return f"{how}; without losses, only `everystep verify` can tell whether it is as recorded"
+            return f"{how}; no loss was logged, so only `everystep verify` can check it"
         if step.is_exact:
-            return f"bit for bit as recorded, {how}"
+            return f"bit-identical, {how}"
         losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]
         here = f"replayed loss {losses[0]}, recorded {losses[1]}"
         if losses[0] == losses[1]:
-            here = f"this loss is the recorded one, but step {step.departed_at:,} was not as recorded"
+            here = f"this loss matches, but step {step.departed_at:,} differs"
         if not self._has_loss:
-            here = f"step {step.departed_at:,} was not"
-        return f"NOT as recorded, {how}: {here}\nsteps from {step.departed_at:,} on are not the original"
+            here = f"step {step.departed_at:,} differs"
+        return (
+            f"NOT bit-identical, {how}: {here}\nsteps from {step.departed_at:,} on differ from the "
+            "recording"
+        )
 
     def _batch(self, alone: bool) -> None:
         self.page.heading("batch", self._rows_text(whole=alone and self.page.values))
@@ -227,7 +230,7 @@ class _Opened:
     def _zero_grad(self, alone: bool) -> None:
         before, dropped = self.step.number - 1, self.step.dropped
         if not dropped:
-            self.page.heading("zero_grad", "no gradients to drop: there are none yet")
+            self.page.heading("zero_grad", "no gradients to drop yet")
             return
         self.page.heading("zero_grad", f"drops the gradients of step {before:,}")
         if alone:
@@ -285,8 +288,8 @@ class _Opened:
 
     def _clipping(self, limit: float) -> str:
         whole = sum(norm(gradient) ** 2 for gradient in self.step.gradients.values()) ** 0.5
-        effect = "are left as they are" if whole + 1e-6 <= limit else "are clipped"  # as torch does
-        return f"first, the gradients, of norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"
+        effect = "are not clipped" if whole + 1e-6 <= limit else "are clipped"  # as torch does
+        return f"first, the gradients, with norm {grouped(whole)}, {effect}: clip_norm = {limit:g}"
 
     def _updates_in_full(self) -> None:
         for title in ("before", "after", "change"):

@@ -1,4 +1,4 @@
-"""A step opened, as JSON: for programs, with every number in full precision."""
+"""An opened step as JSON: for programs, with every number in full precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run in a few lines, as a notebook shows it: the facts, and a small picture of the loss."""
+"""A run in a few lines for a notebook: the facts, and a small picture of the loss."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ DECADES = 100.0
 
 
 class Sparkline(NamedTuple):
-    """A small picture of the loss, as SVG draws it.
+    """A small picture of the loss for SVG.
 
-    path: of the finite losses; dot: x and y of the last of them, or None where there is none;
+    path: of the finite losses; dot: x and y of the last of them, or None if there is none;
     marks: x of losses that are not finite; is_log: whether the axis is logarithmic.
     """
 

@@ -1,7 +1,7 @@
-"""The losses as a table to browse, by DataTables; complete in itself, with nothing to fetch.
+"""The losses as a browsable table, with DataTables; self-contained.
 
-DataTables comes with itables. The page talks to DataTables directly, because itables' own page is
-three times as large and cannot sort blanks, NaN and infinities apart from numbers.
+DataTables comes with itables. The page uses DataTables directly, because itables' own page is three
+times as large and cannot sort blanks, NaN and infinities apart from numbers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ FEWEST_ROWS = 100
 
 
 class LossTable:
-    """The losses and measurements of a run, as a table; notebooks show it by themselves.
+    """The losses and measurements of a run, as a table; it shows in a notebook.
 
-    frame: the rows of the table: step, loss, and a column for each measurement, null where there is
-        none.
+    frame: the rows of the table: step, loss, and a column for each measurement, null if it has none.
     """
 
     def __init__(self, name: str, frame: pl.DataFrame, total: int, stride: int | None) -> None:
@@ -52,13 +51,13 @@ class LossTable:
         return self.fragment()
 
     def caption(self) -> str:
-        """Return in a sentence what the rows are, and how to get all where they are an excerpt."""
+        """Return a sentence about the rows, and how to get all if they are an excerpt."""
         if self._stride is None:
-            return f"{self._total:,} rows, all there are"
+            return f"{self._total:,} rows, complete"
         return f"{self._excerpt_text()}; all: {self._command()}"
 
     def fragment(self) -> str:
-        """Return the table as a piece of HTML that can stand in another page, more than once."""
+        """Return the table as HTML to embed in another page, more than once if needed."""
         titles = self.frame.columns
         steps, *numbers = self.frame.get_columns()
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
@@ -82,7 +81,7 @@ class LossTable:
         """Write a complete page.
 
         Raises:
-            UsageError: nothing can be written there.
+            UsageError: the file cannot be written.
         """
         try:
             Path(path).write_text(self.html(), encoding="utf-8")
@@ -92,7 +91,7 @@ class LossTable:
     def _excerpt_text(self) -> str:
         return (
             f"{len(self.frame):,} of {self._total:,} rows: every {self._stride:,}th step; of each "
-            f"{self._stride:,} steps the smallest and the largest value and the first that is not "
+            f"{self._stride:,} steps the smallest and the largest value, and the first that is not "
             "finite; the first and the last step"
         )
 
@@ -105,14 +104,14 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
 
     Args:
         run: the run.
-        rows: how many the table may have, at least 100. Of a longer run it holds an excerpt, and
-            says so: steps evenly spread, all minima and maxima between them, the first, the last.
+        rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, and says
+            so: evenly spaced steps, all minima and maxima between them, the first, the last.
 
     Raises:
-        UsageError: there are too few `rows`.
+        UsageError: `rows` is too small.
     """
     if rows < FEWEST_ROWS:
-        raise UsageError(f"a table of {rows} rows is too short; rows must be at least {FEWEST_ROWS}")
+        raise UsageError(f"rows must be at least {FEWEST_ROWS}, not {rows}")
     losses = run.losses
     measured = {
         _title(str(name)): part.select("step", pl.col("value").alias(_title(str(name))))
@@ -160,7 +159,7 @@ def shortest_texts(values: pl.Series) -> list[str]:
 
 @cache
 def environment() -> Environment:
-    """Return what renders the templates: all that they are given is escaped."""
+    """Return the renderer of the templates; it escapes everything passed to them."""
     found = Environment(
         loader=PackageLoader("everystep.views"),
         autoescape=True,
@@ -179,7 +178,7 @@ def _rendered(template: str, **values: Any) -> str:
 
 
 def _asset(name: str) -> Markup:
-    """Return a style sheet or script of ours, or one that is vendored."""
+    """Return one of everystep's style sheets or scripts, or a vendored one."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows: quiet, aligned, in the order of the chapter."""
+"""Output for the terminal: quiet, aligned, in the order of the chapter."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
 
 
 def closing(directory: Path, reason: str | None) -> str:
-    """Return the last words of a training: how it ended, where the run is, what to type next."""
+    """Return the final message of a training: how it ended, where the run is, what to type next."""
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
     seconds = math.nan if facts.seconds is None else facts.seconds
-    lines = [] if reason is None else [f"stopped {reason}", ""]
+    lines = [] if reason is None else [f"stopped: {reason}", ""]
     measured = "".join(
         f", {name} {number(value)}" for name, value in _latest_measurements(run).items() if name != "lr"
     )
@@ -98,30 +98,34 @@ def closing(directory: Path, reason: str | None) -> str:
 
 
 def engine_text(facts: Facts) -> str:
-    """Return how the steps of a run were taken, and what stands behind that."""
+    """Return how the steps of a run ran, and what backs that."""
     loop, engine = facts.training.loop, facts.training.engine
     if loop is not None:
         lost = facts.batches_lost_to
-        missing = f"; the batches of steps up to {lost:,} were given up for room" if lost else ""
+        missing = (
+            f"; the batches of steps up to {lost:,} were dropped to stay within the budget"
+            if lost
+            else ""
+        )
         kept = f"its operations are in {_counted(loop.programs, 'program')}{missing}"
         if loop.function is None:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
     if engine is None:
-        return "taken eagerly"
+        return "eagerly"
     if engine.eager_from == 1:
-        return f"taken eagerly: {engine.reason}"
+        return f"eagerly: {engine.reason}"
     program = "folded program" if engine.folded else "program"
     stands_behind = (
-        "for code that the user vouches for"
+        'trusted by engine="program"'
         if engine.stands_behind == "vouched"
-        else "proven to do what Python does"
+        else "proven equivalent to Python"
     )
     live = engine.live_optimizer
-    update = f"; {live} runs as Python at every step" if live else ""
+    update = f"; {live} runs in Python at every step" if live else ""
     found = (
-        f"by {program}, {stands_behind}{update}; checked against Python {engine.checks:,} times, "
-        f"last at step {engine.verified_to:,}"
+        f"by {program}, {stands_behind}{update}; "
+        f"checked against Python {_counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
     )
     if engine.eager_from is None:
         return found
@@ -129,13 +133,13 @@ def engine_text(facts: Facts) -> str:
 
 
 def _function_text(function: FunctionFacts, steps: int) -> str:
-    """Return who took the steps of a function of the user's own."""
+    """Return how the steps of a step function ran."""
     if not function.by_program:
         reason = f": {function.reason}" if function.reason else ""
-        return f"Python took every step{reason}"
+        return f"Python ran every step{reason}"
     text = (
-        f"a program took {function.by_program:,} of {steps:,} steps, checked against Python "
-        f"{function.checks:,} times, last at step {function.verified_to:,}"
+        f"a program ran {function.by_program:,} of {steps:,} steps, checked against Python "
+        f"{_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
     )
     return text if function.reason is None else f"{text}; then Python: {function.reason}"
 
@@ -228,7 +232,7 @@ def runs_table(runs: Iterable[Summary]) -> Table:
 
 def _fork_text(fork: ForkFacts) -> str:
     changed = ", ".join(f"{path} = {value}" for path, value in fork.changed.items())
-    return f"{fork.parent}, whose steps up to {fork.at:,} it has" + (
+    return f"{fork.parent}, with its steps up to {fork.at:,}" + (
         f"; from there on {changed}" if changed else ""
     )
 

@@ -20,9 +20,9 @@ import everystep
 
 def test_two_runs_are_compared_down_to_the_operation(visit):
     page = visit("/compare?one=chapter&other=fork")
-    verdict = page.locator("main").get_by_role("status").filter(has_text="part at step")
+    verdict = page.locator("main").get_by_role("status").filter(has_text="first differ at step")
     expect(verdict).to_contain_text(
-        "The losses part at step 139; the first operation to differ is #11 of step 138"
+        "The losses first differ at step 139; the first operation that differs is #11 of step 138"
     )
     expect(verdict).to_contain_text("because lr is 0.0001 and 0.0002")
     plot(page)
@@ -60,7 +60,7 @@ def test_a_run_and_itself_are_the_same(visit):
 def test_a_copy_is_the_same_bit_for_bit(copied, visit):
     copy = copied("diverged")
     page = visit(f"/compare?one=diverged&other={copy.name}")
-    expect(page.locator("p.verdict")).to_contain_text(re.compile("the same", re.I))
+    expect(page.locator("p.verdict")).to_contain_text(re.compile("bit-identical", re.I))
     expect(page.get_by_text("The losses of all 30 common steps are the same.")).to_be_visible()
 
 

@@ -6,16 +6,18 @@
     previous.loss  previous.gradients['0.weight']               (of the step before: any of the above)
     + - * / // % ** @   < <= > >= == !=   and or not   a if c else b   parameters['0.weight'][0, :3]
 
-Functions of each element: abs sqrt exp log log10 sign isnan isinf isfinite. Of all elements, giving one
-number: sum mean min max numel any all; std, var (unbiased, as torch's); median (the lower of two);
-quantile(x, q); norm (the root of the sum of squares), rms (of their mean); zeros (the share equal to 0);
-nonfinite (how many are NaN or infinite); dot(a, b), cosine(a, b). min, max also take several numbers.
+Functions of each element: abs sqrt exp log log10 sign isnan isinf isfinite. Functions of all elements,
+which return one number: sum mean min max numel any all; std, var (unbiased, as torch's); median (the
+lower of two); quantile(x, q); norm (the root of the sum of squares), rms (of their mean); zeros (the
+fraction equal to 0); nonfinite (the number of NaN or infinite elements); dot(a, b), cosine(a, b). min
+and max also take several numbers.
 
-It is read with `ast`; only what stands here becomes a closure, and nothing is executed as Python. Torch
-is not imported: a plain number is treated as a tensor of one element would be, so that 1 / 0 is inf and
-log(-1) nan. Functions of all elements compute in the tensor's own dtype (float16, bfloat16 and, where
-needed, integers in float32), and their result is a plain number. Of no elements, the mean and its like
-are nan, min and max an error. and, or, not are as in Python; chains of comparisons too, but elementwise.
+`ast` parses it; each supported node becomes a closure, and nothing is executed as Python. It does not
+import torch: it treats a plain number like a tensor of one element, so that 1 / 0 is inf and log(-1)
+nan. Functions of all elements compute in the tensor's own dtype (float16, bfloat16 and, where needed,
+integers in float32), and return a plain number. For no elements, the mean and similar functions return
+nan, and min and max are an error. and, or, not work as in Python; chained comparisons, too, but
+elementwise.
 """
 
 from everystep.replay.expression.question import Expression, Reference

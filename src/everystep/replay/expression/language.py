@@ -1,7 +1,7 @@
-"""What operators and functions do with plain numbers and with tensors, and the constants.
+"""The operators and functions, for plain numbers and for tensors, and the constants.
 
-A plain number is as a tensor of one element. What is not a plain number is taken for a tensor; so torch
-is not needed for plain numbers.
+A plain number acts like a tensor of one element. Everything else is assumed to be a tensor, so plain
+numbers do not need torch.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def plain(value: Any) -> Any:
     if value.numel() != 1:
         shape = tuple(value.shape)
         raise ValueError(
-            f"one number is needed, not a tensor of shape {shape}; take its mean, norm, max, ..."
+            f"expected one number, not a tensor of shape {shape}; use its mean, norm, max, ..."
         )
     if value.is_complex():
-        raise ValueError("this is a complex number; take its abs(...)")
+        raise ValueError("this is a complex number; use abs(...) of it")
     return value.item()
 
 
@@ -58,9 +58,7 @@ def truth(value: Any) -> bool:
     """Tell whether a number, or the one element of a tensor, is not 0."""
     if not is_number(value) and value.numel() != 1:
         shape = tuple(value.shape)
-        raise ValueError(
-            f"a tensor of shape {shape} is no condition; write any(...) or all(...) around it"
-        )
+        raise ValueError(f"a tensor of shape {shape} is not a condition; use any(...) or all(...) of it")
     return bool(value)
 
 
@@ -149,7 +147,7 @@ def _norm(x: Any) -> Any:
 
 
 def _floating(x: Any) -> Any:
-    """Return a tensor with a dtype that means and norms can be computed in; a number as it is."""
+    """Return a tensor with a dtype that supports means and norms; a number unchanged."""
     if is_number(x):
         return x
     return x if x.is_complex() or (x.is_floating_point() and x.element_size() >= 4) else x.float()
@@ -168,7 +166,7 @@ def _extreme(choose: Callable[[list[Any]], Any], values: tuple[Any, ...]) -> Any
     if len(values) == 1 and not is_number(values[0]):
         name, shape = choose.__name__, tuple(values[0].shape)
         if not values[0].numel():
-            raise ValueError(f"a tensor of shape {shape} is empty, it has no {name}")
+            raise ValueError(f"a tensor of shape {shape} is empty and has no {name}")
         return plain(getattr(values[0], name)())
     numbers = [plain(value) for value in values]
     return math.nan if any(map(math.isnan, numbers)) else choose(numbers)
@@ -176,7 +174,7 @@ def _extreme(choose: Callable[[list[Any]], Any], values: tuple[Any, ...]) -> Any
 
 def _quantile(x: Any, q: Any) -> Any:
     if not 0 <= q <= 1:
-        raise ValueError(f"quantile takes a share between 0 and 1, not {q}")
+        raise ValueError(f"quantile needs a fraction between 0 and 1, not {q}")
     if is_number(x):
         return float(x)
     return plain(_floating(x).quantile(q)) if x.numel() else math.nan
@@ -189,7 +187,7 @@ def _share_of_zeros(x: Any) -> float:
 def _dot(a: Any, b: Any) -> Any:
     shapes = [() if is_number(x) else tuple(x.shape) for x in (a, b)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"the shapes {shapes[0]} and {shapes[1]} differ")
+        raise ValueError(f"the shapes {shapes[0]} and {shapes[1]} do not match")
     product = _floating(a) * _floating(b)
     return bounded(product) if is_number(product) else plain(product.sum())
 

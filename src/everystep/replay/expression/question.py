@@ -1,4 +1,4 @@
-"""A question about a step, as it was read; what is refused, and how the messages show the place."""
+"""A parsed question about a step; what is refused; and error messages that show the position."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ Evaluate = Callable[[ValueOf], Any]
 class Expression:
     """A question about a step, as `parse` reads it.
 
-    `value_of` gives what a reference stands for: a plain number, or a tensor, which is never changed. It
-    is asked only for what is needed (`step > 1 and loss > previous.loss` needs nothing previous at step
-    1), and what it raises passes through.
+    `value_of` returns the value of a reference: a plain number, or a tensor, which is never changed. It
+    is called only for what is needed (`step > 1 and loss > previous.loss` needs nothing previous at step
+    1), and its exceptions pass through.
     """
 
     text: str
@@ -94,17 +94,17 @@ class Expression:
         return bool(self._as(truth, value_of))
 
     def check(self, known: Mapping[str, Collection[str]]) -> None:
-        """Look up what it names among the names that there are, by kind. Kinds not in `known` pass.
+        """Check that the names in the expression exist, by kind. Kinds not in `known` pass.
 
         Raises:
-            ExpressionError: some are not there; all of these are in its faults.
+            ExpressionError: some do not exist; lists all of them in its faults.
         """
         faults = []
         for reference in sorted(self.references):
             names = known.get(reference.kind)
             if reference.name and names is not None and reference.name not in names:
-                cure = did_you_mean(reference.name, list(names)) if names else "there are none of these"
-                faults.append(Fault(str(reference), f"no such name; {cure}".removesuffix("; ")))
+                cure = did_you_mean(reference.name, list(names)) if names else "the run has none"
+                faults.append(Fault(str(reference), f"unknown name; {cure}".removesuffix("; ")))
         if faults:
             raise ExpressionError(faults, where=excerpt(self.text)[0])
 
@@ -140,65 +140,65 @@ def syntax_error(text: str, error: SyntaxError) -> ExpressionError:
     start = max((error.offset or 1) - 1, 0)
     message = re.split("[.;] ", error.msg)[0]
     if not text:
-        message = "it is empty; write for example loss > 1"
+        message = "the expression is empty; write, for example, loss > 1"
     elif text[start : start + 1] == "=" or "'=='" in error.msg:
-        message = "to compare, write == (nothing is assigned here)"
+        message = "expressions cannot assign; to compare, write =="
     elif text[start : start + 1] in ("&", "|", "!"):
-        message = "conditions are joined by and, or, not"
+        message = "combine conditions with and, or, not"
     elif message == "invalid syntax":
-        message = "it cannot be read from here on"
+        message = "the expression is invalid from here on"
     return error_at(text, message, start, start + 1)
 
 
 def why_refused(node: ast.AST) -> str:
-    """Tell why something that Python has is not of this language."""
+    """Explain why the language does not support a Python construct."""
     match node:
         case ast.Lambda():
-            return "lambda is not of this language; write the value itself"
+            return "lambda is not supported; write the value itself"
         case ast.NamedExpr():
-            return "nothing is assigned here; to compare, write =="
+            return "expressions cannot assign; to compare, write =="
         case ast.JoinedStr():
-            return "an f-string is not of this language; write the name itself, in quotes"
+            return "f-strings are not supported; write the name itself, in quotes"
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            return "a comprehension is not of this language; sum(...) and the like take all elements"
+            return "comprehensions are not supported; sum(...) and similar functions cover all elements"
         case ast.Tuple() | ast.List() | ast.Set() | ast.Dict():
-            return "an expression is one value; ask for each by itself"
+            return "an expression is a single value; use one expression per value"
         case ast.Invert():
-            return "~ is not of this language; a condition is turned round by not"
+            return "~ is not supported; negate a condition with not"
         case ast.Is() | ast.IsNot() | ast.In() | ast.NotIn():
-            return "is and in are not of this language; to compare, write == or !="
+            return "is and in are not supported; to compare, write == or !="
         case ast.operator():
-            return "the operators are + - * / // % ** @; conditions are joined by and, or"
-    return f"{type(node).__name__} is not of this language"
+            return "supported operators: + - * / // % ** @; combine conditions with and, or"
+    return f"{type(node).__name__} is not supported"
 
 
 def why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[str]) -> str:
-    """Tell why a name, given without its `previous.`, stands for nothing. `bare` are measurements."""
+    """Explain why a name, without its `previous.`, means nothing. `bare` are measurements."""
     if name in _INCOMPLETE:
-        return f"{name} alone is no value; write {_INCOMPLETE[name]}"
+        return f"{name} alone is not a value; write {_INCOMPLETE[name]}"
     if is_previous and name.split(".")[0] == "previous":
-        return "there is no previous of previous: an expression sees a step and the one before"
+        return "previous.previous is not supported: an expression sees a step and the one before it"
     if name in FUNCTIONS:
         return f"{name} is a function; write {name}(...)"
     if isinstance(node, ast.Attribute) and (not name or "." in name):
         if node.attr in FUNCTIONS:
-            return f".{node.attr} is not of this language; write {node.attr}(...) around it"
+            return f".{node.attr} is not supported; write {node.attr}(...) around the value"
         return (
-            f"there is no .{node.attr} here; there are batch.x, batch.y, updates[...].before and .after"
+            f"unknown attribute .{node.attr}; known are batch.x, batch.y, updates[...].before and .after"
         )
     known = sorted((LANGUAGE - {*CONSTANTS} if is_previous else LANGUAGE) | {*bare})
     return f"unknown name {name}; " + (
-        did_you_mean(name, known) or "tensors are written as gradients['0.weight']"
+        did_you_mean(name, known) or "write tensors as gradients['0.weight']"
     )
 
 
 def why_no_function(node: ast.expr) -> str:
-    """Tell why this cannot be called."""
+    """Explain why this cannot be called."""
     if isinstance(node, ast.Attribute) and node.attr in FUNCTIONS:
-        return f"values have no methods; write {node.attr}(...) around it"
+        return f"values have no methods; write {node.attr}(...) around the value"
     name = node.id if isinstance(node, ast.Name) else "this"
-    cure = did_you_mean(name, [*FUNCTIONS]) or "there are " + " ".join(FUNCTIONS)
-    return f"{name} is no function; {cure}"
+    cure = did_you_mean(name, [*FUNCTIONS]) or "known functions: " + " ".join(FUNCTIONS)
+    return f"{name} is not a function; {cure}"
 
 
 def excerpt(text: str, start: int = 0) -> tuple[str, int]:
@@ -210,5 +210,5 @@ def excerpt(text: str, start: int = 0) -> tuple[str, int]:
 
 
 def column(text: str, offset: int | None) -> int:
-    """Return which character of a line it is that `ast` gives as an offset in bytes."""
+    """Return the character position of a byte offset from `ast`."""
     return len(text.encode()[:offset].decode(errors="ignore"))

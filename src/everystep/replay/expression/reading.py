@@ -1,4 +1,4 @@
-"""Reading an expression: of its text, `ast` makes nodes, and each node becomes a closure."""
+"""Reading an expression: `ast` parses the text, and each node becomes a closure."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
 
 
 def parse(text: str, measurements: Collection[str] = ()) -> Expression:
-    """Read an expression.
+    """Parse an expression.
 
-    measurements: names that are recorded. They may be written bare (`lr` for `measurements['lr']`) where
-    they are identifiers and mean nothing else here.
+    measurements: recorded names. They may be written bare (`lr` for `measurements['lr']`) if they are
+    identifiers and mean nothing else here.
 
     Raises:
-        ExpressionError: it is none.
+        ExpressionError: the expression is invalid.
     """
     text = re.sub(r"\s", " ", text).strip()
     if len(text) > _LONGEST:
-        raise error_at(text, f"an expression has at most {_LONGEST:,} characters; ask in parts")
+        raise error_at(text, f"an expression has at most {_LONGEST:,} characters; split it")
     try:
         with warnings.catch_warnings(action="ignore"):  # about escapes that are none
             body = ast.parse(text, mode="eval").body
     except SyntaxError as error:
         raise syntax_error(text, error) from None
     except (RecursionError, MemoryError):
-        raise error_at(text, "it is nested too deeply; ask in parts") from None
+        raise error_at(text, "the expression is nested too deeply; split it") from None
     except ValueError as error:  # half a character
-        raise error_at(text, f"it cannot be read: {error}") from None
+        raise error_at(text, f"the expression is invalid: {error}") from None
     end = column(text, body.end_col_offset)
     if "#" in text[end:]:
-        raise error_at(text, "an expression has no comments", text.index("#", end), len(text))
+        raise error_at(text, "comments are not supported", text.index("#", end), len(text))
     reader = _Reader(text, frozenset(measurements) - LANGUAGE)
     evaluate = reader.read(body)
     return Expression(text, frozenset(reader.references), evaluate)
@@ -85,7 +85,7 @@ class _Reader:
             raise self.error(node, why_refused(node))
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise self.error(node, "it is nested too deeply; ask in parts")
+            raise self.error(node, "the expression is nested too deeply; split it")
         evaluate = _NODES[type(node)](self, node)
         self.depth -= 1
         return evaluate
@@ -113,10 +113,10 @@ class _Reader:
 
     def constant(self, node: ast.Constant) -> Evaluate:
         if isinstance(node.value, str):
-            raise self.error(node, "a text stands only in brackets, as a name: gradients['0.weight']")
+            raise self.error(node, "text is only supported as a name in brackets: gradients['0.weight']")
         if not is_number(node.value):
             raise self.error(
-                node, "this is no number; there are real ones, True, False, nan, inf and pi"
+                node, "not a supported number; use real numbers, True, False, nan, inf or pi"
             )
         number = bounded(node.value)
         return lambda value_of: number
@@ -160,7 +160,7 @@ class _Reader:
         if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
             return node.slice.value
         example = MAPPINGS[_dotted(node.value)[0]]
-        raise self.error(node.slice, f"a name in quotes belongs in these brackets: {example}")
+        raise self.error(node.slice, f"expected a name in quotes in these brackets: {example}")
 
     def index(self, node: ast.expr | None) -> int | slice | None:
         match node:
@@ -172,7 +172,7 @@ class _Reader:
                 return value
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value))) if value < 2**63:
                 return -value
-        raise self.error(node, "elements are picked by integers and slices: [0], [-1, :3]")
+        raise self.error(node, "index with integers and slices: [0], [-1, :3]")
 
     def call(self, node: ast.Call) -> Evaluate:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
@@ -180,12 +180,12 @@ class _Reader:
             raise self.error(node.func, why_no_function(node.func))
         if node.keywords:
             raise self.error(
-                node.keywords[0].value, f"{name} takes no arguments by name; give the value alone"
+                node.keywords[0].value, f"{name} takes no keyword arguments; pass only the value"
             )
         wanted = ARGUMENTS.get(name, 1)
         if len(node.args) != wanted and not (name in ("min", "max") and node.args):
             these = f"{wanted} argument" + "s" * (wanted > 1)
-            raise self.error(node, f"{name} takes {these}, and has {len(node.args)} here")
+            raise self.error(node, f"{name} takes {these}, not {len(node.args)}")
         return self.apply(node, FUNCTIONS[name], *node.args)
 
     def binary(self, node: ast.BinOp) -> Evaluate:
@@ -238,7 +238,7 @@ class _Reader:
 
 
 def _dotted(node: ast.expr) -> tuple[str, bool]:
-    """Return a dotted name without its `previous.`, and whether it had one; empty if it is none."""
+    """Return a dotted name without its `previous.`, and whether it had one; empty if it is no name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
@@ -251,7 +251,7 @@ def _dotted(node: ast.expr) -> tuple[str, bool]:
 
 def _elements(value: Any, index: tuple[int | slice | None, ...]) -> Any:
     if is_number(value):
-        raise ValueError("this is one number, it has no elements to pick from")
+        raise ValueError("this is a single number and has no elements to index")
     return value[index]
 
 

@@ -1,4 +1,4 @@
-"""Attributes looked up as Python does, without running anything: no property, no descriptor, no hook."""
+"""Looks up attributes as Python does, without running anything: no property, descriptor or hook."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _HEAP_TYPE = 1 << 9
 
 
 class NotProvenError(Exception):
-    """Python that a program may not stand in for; the message says why."""
+    """Python that a program may not stand in for; the message gives the reason."""
 
 
 def class_of(value: Any, guards: Guards) -> type:
-    """Return the class of an object, which must be one that is looked up in the usual way."""
+    """Return the class of an object; its attributes must be looked up in the usual way."""
     cls = type(value)
     guards.read((id(value), "*class"), f"the class of {name_of(value)}", type, value)
     check_class(cls, guards)
@@ -56,7 +56,7 @@ def check_class(cls: type, guards: Guards) -> None:
         NotProvenError: they are not.
     """
     if not any(type(cls) is known for known in _METACLASSES):
-        raise NotProvenError(f"the class {class_name(cls)} has a metaclass of its own")
+        raise NotProvenError(f"the class {class_name(cls)} has a custom metaclass")
     if not cls.__flags__ & _HEAP_TYPE and cls is not types.SimpleNamespace:
         raise NotProvenError(f"uses a {cls.__name__}")
     guards.read((id(cls), "*mro"), f"the bases of {cls.__name__}", getattr, cls, "__mro__")
@@ -65,14 +65,14 @@ def check_class(cls: type, guards: Guards) -> None:
             if base is types.SimpleNamespace:
                 continue
             if not any(type(base) is known for known in _METACLASSES):
-                raise NotProvenError(f"the class {base.__name__} has a metaclass of its own")
+                raise NotProvenError(f"the class {base.__name__} has a custom metaclass")
             found = _class_item(base, name, guards)
             if found is not ABSENT and found is not usual:
-                raise NotProvenError(f"the class {base.__name__} has a {name} of its own")
+                raise NotProvenError(f"the class {base.__name__} has a custom {name}")
 
 
 def class_attribute(cls: type, name: str, guards: Guards, after: type | None = None) -> Any:
-    """Return what the classes of a class hold under a name, as it lies there, or ABSENT.
+    """Return what the classes of a class hold under a name, unbound, or ABSENT.
 
     after: only bases behind this one, as `super()` does.
     """
@@ -85,10 +85,10 @@ def class_attribute(cls: type, name: str, guards: Guards, after: type | None = N
 
 
 def attribute_of(value: Any, name: str, guards: Guards) -> tuple[Any, Any]:
-    """Look an attribute of an object up.
+    """Look up an attribute of an object.
 
     Returns what the object itself holds, and what its classes hold, as `(own, of_class)`; either is
-    ABSENT where the other takes precedence, or where there is nothing.
+    ABSENT if the other takes precedence, or if there is nothing.
     """
     cls = class_of(value, guards)
     of_class = class_attribute(cls, name, guards)
@@ -100,10 +100,10 @@ def attribute_of(value: Any, name: str, guards: Guards) -> tuple[Any, Any]:
     if of_class is ABSENT and is_a(value, nn.Module):
         getter = class_attribute(cls, "__getattr__", guards)
         if getter is not nn.Module.__getattr__:
-            raise NotProvenError(f"{name_of(value)} has a __getattr__ of its own")
+            raise NotProvenError(f"{name_of(value)} has a custom __getattr__")
         return _registered(value, name, guards), ABSENT
     if of_class is ABSENT and class_attribute(cls, "__getattr__", guards) is not ABSENT:
-        raise NotProvenError(f"{name_of(value)} has a __getattr__ of its own")
+        raise NotProvenError(f"{name_of(value)} has a custom __getattr__")
     return ABSENT, of_class
 
 
@@ -120,10 +120,10 @@ def _own(value: Any, name: str) -> Any:
 
 
 def instance_dict(value: Any) -> dict[str, Any] | None:
-    """Return an object's dict without asking the object, or None where it has none.
+    """Return an object's dict without asking the object, or None if it has none.
 
     Raises:
-        NotProvenError: its class has a `__dict__` of its own.
+        NotProvenError: its class has a custom `__dict__`.
     """
     for base in mro_of(type(value)):
         descriptor = class_dict(base).get("__dict__", _NO_INSTANCE_DICT)
@@ -131,10 +131,10 @@ def instance_dict(value: Any) -> dict[str, Any] | None:
             continue
         kind = type(descriptor)
         if kind is not types.GetSetDescriptorType and kind is not types.MemberDescriptorType:
-            raise NotProvenError(f"the class {base.__name__} has a __dict__ of its own")
+            raise NotProvenError(f"the class {base.__name__} has a custom __dict__")
         found = descriptor.__get__(value, type(value))
         if type(found) is not dict:
-            raise NotProvenError(f"the __dict__ of {name_of(value)} is no plain dict")
+            raise NotProvenError(f"the __dict__ of {name_of(value)} is not a plain dict")
         return found
     return None
 
@@ -156,7 +156,7 @@ def _registered(module: nn.Module, name: str, guards: Guards) -> Any:
     for kind in ("_parameters", "_buffers", "_modules"):
         held = own_attribute(module, kind, guards)
         if type(held) is not dict and type(held) is not OrderedDict:
-            raise NotProvenError(f"{kind} of {name_of(module)} is no plain dict")
+            raise NotProvenError(f"{kind} of {name_of(module)} is not a plain dict")
         guards.contents(held, f"{kind} of {name_of(module)}")
         if name in held:
             return held[name]

@@ -1,6 +1,6 @@
-"""What a reader may call, and which attributes it may take: known to have no effect but operations.
+"""What a reader may call, and which attributes it may read: known to have no effect but operations.
 
-Everything is found by identity: a function of the user under the name of one of these is not one.
+Everything is matched by identity: a user's function with the name of one of these does not count.
 """
 
 from __future__ import annotations

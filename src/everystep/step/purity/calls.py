@@ -1,4 +1,4 @@
-"""Calls: what a reader may call, and what then happens: torch's functions run, the user's are read."""
+"""Calls: what a reader may call, and how: it runs torch functions, and reads user functions."""
 
 from __future__ import annotations
 
@@ -107,13 +107,13 @@ class Calls(Values):
             if type(value) is not np.ndarray or not any(function is each for each in FROM_ARRAYS):
                 self.check_passed(value)
         if "out" in keywords:
-            raise NotProvenError("writes into a tensor that is given as out")
+            raise NotProvenError("writes into a tensor passed as out")
         passed: set[int] = set()
         _collect((*args, *keywords.values()), passed)
         return self._given(function(*args, **keywords), passed)
 
     def _given(self, value: Any, passed: set[int]) -> Any:
-        """Note what a function of torch has given: it has just been made, unless it was passed."""
+        """Note the result of a torch function: it is new, unless it was passed in."""
         if id(value) in passed:
             return value
         if is_a(value, tuple, list):
@@ -121,7 +121,7 @@ class Calls(Values):
             for item in value:
                 self._given(item, passed)
         elif not is_plain(value) and kind_of(value) not in TENSOR_TYPES:
-            raise NotProvenError(f"is given {name_of(value)} by a function of torch")
+            raise NotProvenError(f"gets {name_of(value)} from a function of torch")
         return value
 
     def _call_bound(self, bound: Bound, args: list[Any], keywords: dict[str, Any]) -> Any:
@@ -147,7 +147,7 @@ class Calls(Values):
         self, owner: Any, name: str, args: list[Any], keywords: dict[str, Any]
     ) -> Any:
         if name in CHANGING and id(owner) not in self._made:
-            raise NotProvenError(f"changes a {type(owner).__name__} that was there before the step")
+            raise NotProvenError(f"changes a {type(owner).__name__} from before the step")
         self._look_into(owner)
         if name == "extend" and len(args) == 1:
             args = [self.iterate(args[0])]
@@ -157,7 +157,7 @@ class Calls(Values):
             needs_plain = type(owner) is not list or name == "pop"
             is_plain_call = name != "update" and not keywords and all(map(is_plain, args[:1]))
             if needs_plain and not is_plain_call:
-                raise NotProvenError(f"calls {name} with what is not plain")
+                raise NotProvenError(f"calls {name} with an argument that is not plain data")
         found = getattr(owner, name)(*args, **keywords)
         return self.made(found) if name in ("copy", "items", "keys", "values") else found
 
@@ -167,7 +167,7 @@ class Calls(Values):
         if function in (min, max, sorted) and len(args) == 1:
             args = [tuple(self.iterate(args[0]))]
         if not all(map(is_plain, (*args, *keywords.values()))):
-            raise NotProvenError(f"gives a tensor or an object to {function.__name__}")
+            raise NotProvenError(f"passes a tensor or an object to {function.__name__}")
         found = function(*args, **keywords)
         return found if is_plain(found) else self.made(found)
 
@@ -179,7 +179,7 @@ class Calls(Values):
         return getattr(self, f"_call_{name}")(*args, **keywords)
 
     def _make_named_tuple(self, kind: type, args: list[Any], keywords: dict[str, Any]) -> Any:
-        where, new = f"how a {kind.__name__} is made", vars(kind)["__new__"].__func__
+        where, new = f"the constructor of {kind.__name__}", vars(kind)["__new__"].__func__
         self.guards.read((id(kind), "__new__"), where, held, kind, "__new__")
         self.guards.read((id(new), "*code"), where, getattr, new, "__code__")
         defaults = self.guards.read((id(new), "*defaults"), where, getattr, new, "__defaults__") or ()
@@ -195,10 +195,10 @@ class Calls(Values):
             return len(value)
         method = self._special(value, "__len__")
         if method is ABSENT:
-            raise NotProvenError(f"asks for the length of {name_of(value)}")
+            raise NotProvenError(f"reads the length of {name_of(value)}")
         found = self.call(method, [], {})
         if type(found) is not int:
-            raise NotProvenError("has a length that is no int")
+            raise NotProvenError("has a length that is not an int")
         return found
 
     def _call_bool(self, value: Any = False) -> bool:
@@ -211,7 +211,7 @@ class Calls(Values):
 
     def _is_of(self, value: Any, kind: Any) -> bool:
         if is_a(value, *WRAPPERS) or not is_a(kind, type):
-            raise NotProvenError("asks for the class of a function")
+            raise NotProvenError("checks the type of a function")
         builtin = self._is_builtin(value)
         if not builtin:
             class_of(value, self.guards)
@@ -222,12 +222,12 @@ class Calls(Values):
         if kind is nn.Parameter and "_is_param" not in getattr(value, "__dict__", {}):
             return False
         if type(kind) is not type and kind is not Tensor:
-            raise NotProvenError(f"asks whether something is a {class_name(kind)}")
+            raise NotProvenError(f"checks whether something is a {class_name(kind)}")
         return False
 
     def _call_getattr(self, value: Any, name: str, default: Any = NotProvenError) -> Any:
         if type(name) is not str:
-            raise NotProvenError("reads an attribute under a name that is no text")
+            raise NotProvenError("reads an attribute with a name that is not a string")
         return self.attribute(value, name, default)
 
     def _call_hasattr(self, value: Any, name: str) -> bool:
@@ -235,7 +235,7 @@ class Calls(Values):
 
     def _call_type(self, value: Any) -> type:
         if is_a(value, *WRAPPERS):
-            raise NotProvenError("asks for the class of a function")
+            raise NotProvenError("reads the type of a function")
         return type(value) if self._is_builtin(value) else class_of(value, self.guards)
 
     def _call_sum(self, values: Any, start: Any = 0) -> Any:
@@ -281,7 +281,7 @@ class Calls(Values):
             if method is not ABSENT:
                 return self.call(method, [], {})
             if self._special(value, "__getitem__") is ABSENT:
-                raise NotProvenError(f"goes back through {name_of(value)}")
+                raise NotProvenError(f"iterates backward over {name_of(value)}")
             places = range(self._call_len(value) - 1, -1, -1)
             return self.made(self.item(value, place) for place in places)
         self._look_into(value)
@@ -289,12 +289,12 @@ class Calls(Values):
 
     def _call_islice(self, values: Any, *limits: Any) -> Any:
         if not all(map(is_plain, limits)):
-            raise NotProvenError("takes a slice with limits that are not plain")
+            raise NotProvenError("slices with bounds that are not plain data")
         return self.made(itertools.islice(self.iterate(values), *limits))
 
     def _call_next(self, iterator: Any) -> Any:
         if id(iterator) not in self._made:
-            raise NotProvenError("takes the next of an iterator that was there before the step")
+            raise NotProvenError("advances an iterator from before the step")
         return next(iterator)
 
     # Modules.
@@ -314,10 +314,10 @@ class Calls(Values):
             self._look_into(own_attribute(module, name, self.guards))
         for name in (*_CALLED, "forward"):
             if own_attribute(module, name, self.guards) is not ABSENT:
-                raise NotProvenError(f"calls {name_of(module)}, whose {name} was exchanged")
+                raise NotProvenError(f"calls {name_of(module)}, where {name} was replaced")
         for name in _CALLED:
             if class_attribute(cls, name, self.guards) is not vars(nn.Module).get(name):
-                raise NotProvenError(f"calls {name_of(module)}, which has a {name} of its own")
+                raise NotProvenError(f"calls {name_of(module)}, which has a custom {name}")
         if own_attribute(module, "_compiled_call_impl", self.guards) not in (None, ABSENT):
             raise NotProvenError(f"calls {name_of(module)}, which is compiled (torch.compile)")
         return self._forward(module, args, keywords)
@@ -333,13 +333,13 @@ class Calls(Values):
     def _walk(self, bound: Bound, args: list[Any], keywords: dict[str, Any]) -> Any:
         """Go through the parameters or submodules of a module, as torch does."""
         if not all(map(is_plain, (*args, *keywords.values()))):
-            raise NotProvenError("goes through a module's parameters in a way of its own")
+            raise NotProvenError("iterates over a module's parameters in a custom way")
         for _, each in own_modules(bound.owner):
             cls = class_of(each, self.guards)
             for name in (*_WALKS, *_WALKED):
                 usual = class_attribute(cls, name, self.guards) is vars(nn.Module).get(name)
                 if not usual or own_attribute(each, name, self.guards) is not ABSENT:
-                    raise NotProvenError(f"goes through {name_of(each)}, which has its own {name}")
+                    raise NotProvenError(f"iterates over {name_of(each)}, which has a custom {name}")
             for kind in ("_parameters", "_buffers", "_modules"):
                 self._look_into(own_attribute(each, kind, self.guards))
         return self.made(iter(list(bound.function(bound.owner, *args, **keywords))))

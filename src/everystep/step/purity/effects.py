@@ -1,4 +1,4 @@
-"""Effects: operations that code which is read must not take."""
+"""Effects: operations that code which is read must not run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["ReadingRecorder", "RowReader"]
 
 
 class ReadingRecorder(StepRecorder):  # type: ignore[no-untyped-call]
-    """Lets no operation change a tensor that is neither state nor the batch nor made in the step."""
+    """Forbids operations that change a tensor other than state, batch or tensors made in the step."""
 
     def _written(self, known: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> frozenset[int]:
         found = super()._written(known, args, keywords)
         if any(self.storages[number].kind == "constant" for number in found):
-            raise NotProvenError("changes a tensor that belongs to neither model, loss nor optimizer")
+            raise NotProvenError("changes a tensor that does not belong to model, loss or optimizer")
         return found
 
     def _refuse(self, func: Any, error: Exception, args: tuple[Any, ...] = ()) -> None:
@@ -33,9 +33,9 @@ class ReadingRecorder(StepRecorder):  # type: ignore[no-untyped-call]
 
 
 class RowReader:
-    """Reads rows of a Dataset by its source: without an effect, and without a random number.
+    """Reads rows of a Dataset from its source, if that has no effect and draws no random number.
 
-    guards: where what was read is noted.
+    guards: collects what was read.
     """
 
     def __init__(self, guards: Guards) -> None:
@@ -45,25 +45,25 @@ class RowReader:
         """Return `dataset[row]`.
 
         Raises:
-            NotProvenError: that does more than to return a row.
+            NotProvenError: it does more than return a row.
         """
         with _NoEffects():
             return self._reader.item(dataset, row)
 
 
 def _refuse_parameters(tensor: Tensor) -> bool:
-    """Tell that a tensor is not state; one that is learned changes at every step.
+    """Tell that a tensor is not state; a trainable one changes at every step.
 
     Raises:
-        NotProvenError: it is learned.
+        NotProvenError: it is trainable.
     """
     if tensor.requires_grad:
-        raise NotProvenError("reads a tensor that is learned")
+        raise NotProvenError("reads a trainable tensor")
     return False
 
 
 class _NoEffects(OperatorMode):  # type: ignore[no-untyped-call]
-    """Lets no operation write into a tensor or draw a random number."""
+    """Forbids operations that write into a tensor or draw a random number."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

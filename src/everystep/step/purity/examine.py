@@ -1,4 +1,4 @@
-"""Examine: who takes the steps of a training, programs or Python, and until when a program may."""
+"""Examine: whether programs or Python run the steps of a training, and until when."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ class Purity:
         """Read the forward pass and the loss on a batch; return their operations.
 
         The state changes as in a step, or not at all: a batch of the same kind is read once, as long as
-        everything that was read is as it was. The batch, and all other tensors, do not change.
+        everything that was read stays the same. The batch and all other tensors do not change.
 
         Raises:
-            NotProvenError: a program may not stand in for them; says why.
+            NotProvenError: a program may not stand in for them; gives the reason.
         """
         kind = _kind_of(x), _kind_of(y), x.untyped_storage()._cdata == y.untyped_storage()._cdata
         if kind not in self._readings or self.difference() is not None:
@@ -107,9 +107,9 @@ class Purity:
         return _shown(recorder.tensors, recorder.operations)
 
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
-        """Return in words what is not as it was when programs were captured, or None.
+        """Return in words what changed since programs were captured, or None.
 
-        state: of the training as it is now, if it is at hand.
+        state: of the training now, if already known.
         """
         return self._surroundings.difference(None if state is None else _but_optimizer(state))
 
@@ -134,7 +134,7 @@ class Purity:
 
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a step carries but for what the optimizer makes and exchanges itself."""
+    """Return what a step carries, without what the optimizer creates and replaces itself."""
     return {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
 
 
@@ -150,7 +150,7 @@ def _kind_of(tensor: Tensor) -> Hashable:
 
 
 def _copies(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Return copies of a batch that lie as it does: two that share memory still do."""
+    """Return copies of a batch with the same layout: two tensors that share memory still do."""
     memory: dict[int, torch.UntypedStorage] = {}
     found = []
     for tensor in (x, y):

@@ -1,4 +1,4 @@
-"""Expressions: their values, as Python gives them, and the names and targets that they stand in."""
+"""Expressions: their values, as in Python, and their names and targets."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MOST_PARTS = 2_000_000
 
 
 class Expressions:
-    """Evaluates expressions of the user's.
+    """Evaluates expressions of the user.
 
     Args:
-        guards: where what was read is noted.
+        guards: collects what was read.
         is_state: tells whether a tensor belongs to the state of the training.
     """
 
@@ -40,10 +40,10 @@ class Expressions:
     def _value(self, node: ast.expr, frame: Frame) -> Any:
         self._left -= 1
         if self._left < 0:
-            raise NotProvenError("takes too long to read")
+            raise NotProvenError("is too long to analyze")
         evaluate = getattr(self, f"_of_{type(node).__name__}", None)
         if evaluate is None:
-            raise NotProvenError("is an expression that is not read")
+            raise NotProvenError("is an unsupported expression")
         self._at(node, frame)
         found: Any = evaluate(node, frame)
         return found
@@ -87,12 +87,12 @@ class Expressions:
             if key is None:
                 within = self._value(value, frame)
                 if type(within) is not dict:
-                    raise NotProvenError("takes a dict apart that is none")
+                    raise NotProvenError("unpacks with ** something that is not a dict")
                 found |= dict(zip(self.values.iterate(within), within.values(), strict=True))
                 continue
             name = self._value(key, frame)
             if not is_plain(name):
-                raise NotProvenError("makes a dict with a key that is not plain")
+                raise NotProvenError("makes a dict with a key that is not plain data")
             found[name] = self._value(value, frame)
         return self.values.made(found)
 
@@ -134,7 +134,7 @@ class Expressions:
 
     def _of_NamedExpr(self, node: ast.NamedExpr, frame: Frame) -> Any:  # noqa: N802
         if frame.is_comprehension:
-            raise NotProvenError("assigns within a comprehension")
+            raise NotProvenError("assigns inside a comprehension")
         value = self._value(node.value, frame)
         self._assign(node.target, value, frame)
         return value
@@ -145,7 +145,7 @@ class Expressions:
     def _of_FormattedValue(self, node: ast.FormattedValue, frame: Frame) -> str:  # noqa: N802
         value = self._value(node.value, frame)
         if not is_plain(value):
-            raise NotProvenError(f"makes a text of {name_of(value)}")
+            raise NotProvenError(f"formats {name_of(value)} as text")
         spec = "" if node.format_spec is None else self._value(node.format_spec, frame)
         if node.conversion == ord("r"):
             value = repr(value)
@@ -182,7 +182,7 @@ class Expressions:
             elif type(value) is dict:
                 keywords |= dict(zip(self.values.iterate(value), value.values(), strict=True))
             else:
-                raise NotProvenError("takes keywords apart that are no dict")
+                raise NotProvenError("unpacks with ** something that is not a dict")
         self._at(node, frame)
         return self.values.call(function, args, keywords)
 
@@ -194,7 +194,7 @@ class Expressions:
             first = next(iter([*top.node.args.posonlyargs, *top.node.args.args]))
             given = [top.free("__class__", self.free_value), top.values[first.arg]]
         if len(given) != 2 or not is_a(given[0], type) or given[0] not in mro_of(kind_of(given[1])):
-            raise NotProvenError("calls super in a way that is not read")
+            raise NotProvenError("calls super in an unsupported way")
         return SuperOf(given[0], given[1])
 
     def _of_ListComp(self, node: ast.ListComp, frame: Frame) -> Any:  # noqa: N802
@@ -207,7 +207,7 @@ class Expressions:
         found = {}
         for key, value in self._comprehended(node, frame):
             if not is_plain(key):
-                raise NotProvenError("makes a dict with a key that is not plain")
+                raise NotProvenError("makes a dict with a key that is not plain data")
             found[key] = value
         return self.values.made(found)
 
@@ -248,7 +248,7 @@ class Expressions:
         elif isinstance(target, ast.Attribute):
             self.values.set_attribute(self._value(target.value, frame), target.attr, value)
         else:
-            raise NotProvenError("assigns in a way that is not read")
+            raise NotProvenError("assigns in an unsupported way")
 
     def _unpack(self, targets: list[ast.expr], items: list[Any], frame: Frame) -> None:
         starred = [i for i, target in enumerate(targets) if isinstance(target, ast.Starred)]
@@ -272,14 +272,14 @@ class Expressions:
         places = (function.__globals__, getattr(function, "__builtins__", {}))
         for place in places:
             if type(place) is not dict:
-                raise NotProvenError("has globals of its own kind")
+                raise NotProvenError("has custom globals")
             found = read((id(place), name), f"the global {name}", place.get, name, ABSENT)
             if found is not ABSENT:
                 return self.values.outside(found)
-        raise NotProvenError(f"reads {name}, which is not there")
+        raise NotProvenError(f"reads {name}, which does not exist")
 
     def _at(self, node: ast.stmt | ast.expr, frame: Frame) -> None:
-        """Note where the reading is, for what it says when it ends."""
+        """Note the current position, for messages."""
         if frame.top.function is None or "/torch/" not in frame.file:
             self._current = node, frame.file
 
@@ -297,7 +297,7 @@ class Expressions:
     def _call_function(
         self, function: types.FunctionType, args: list[Any], keywords: dict[str, Any]
     ) -> Any:
-        """Call a function of Python; `Reader` says how."""
+        """Call a function of Python; see `Reader`."""
         raise NotImplementedError
 
     def _run(
@@ -308,7 +308,7 @@ class Expressions:
         args: list[Any],
         keywords: dict[str, Any],
     ) -> Any:
-        """Run the body of a function; `Reader` says how."""
+        """Run the body of a function; see `Reader`."""
         raise NotImplementedError
 
 

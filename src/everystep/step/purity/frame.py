@@ -1,4 +1,4 @@
-"""Frames: the local names of a call that is read, and the values that its parameters get."""
+"""Frames: the local names of a call that is read, and the values of its parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Frame:
 
     @property
     def top(self) -> Frame:
-        """The frame of the function that has a code object of its own."""
+        """The frame of the function with its own code object."""
         return self if self.parent is None else self.parent.top
 
     def bind(
@@ -49,9 +49,9 @@ class Frame:
         keywords: dict[str, Any],
         made: Callable[[Any], Any],
     ) -> None:
-        """Give the parameters of a function their values, as a call does.
+        """Bind arguments to the parameters of a function, as a call does.
 
-        made: notes that the step has made a container.
+        made: notes that the step made a container.
         """
         given, found, left = self.node.args, self.values, dict(keywords)
         positional = [parameter.arg for parameter in (*given.posonlyargs, *given.args)]
@@ -74,10 +74,10 @@ class Frame:
         if given.kwarg is not None:
             found[given.kwarg.arg] = made(left)
         elif left:
-            raise TypeError(f"takes no argument {min(left)}")
+            raise TypeError(f"has no argument {min(left)}")
         missing = [name for name in (*positional, *by_name) if name not in found]
         if missing:
-            raise TypeError(f"misses {missing[0]}")
+            raise TypeError(f"is missing the argument {missing[0]}")
 
     def set(self, name: str, value: Any) -> None:
         """Set a local name."""
@@ -88,7 +88,7 @@ class Frame:
         if name in self.values:
             return self.values[name]
         if name in self.names:
-            raise NotProvenError(f"reads {name} before it is set")
+            raise NotProvenError(f"reads {name} before it is assigned")
         if self.parent is not None:
             return self.parent.lookup(name, free_value)
         return self.free(name, free_value)

@@ -1,4 +1,4 @@
-"""Guards: the values that a step took from outside, to be compared after other code has run."""
+"""Guards: the values that a step used from outside, to compare after other code has run."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ _METACLASSES = (type, ABCMeta, type(Tensor), type(torch.nn.Parameter))
 
 
 class Unknown:
-    """Stands for a class that has a metaclass of its own."""
+    """Represents a class with a custom metaclass."""
 
 
 class _Absent:
-    """Stands for a name that is not there."""
+    """Represents a name that does not exist."""
 
 
 ABSENT = _Absent()
 
 
 class _Read(NamedTuple):
-    """A value that was read. where: for people; again: reads it once more."""
+    """A value that was read. where: its name in messages; again: reads it once more."""
 
     where: str
     again: Callable[[], Any]
@@ -88,7 +88,7 @@ class _Geometry(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Geometry:
-        """Return the geometry of a tensor as it is now."""
+        """Return the current geometry of a tensor."""
         hooks = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
         return cls(
             type(tensor),
@@ -115,7 +115,7 @@ class Guards:
         self._flat: tuple[list[Any], list[Any], list[int]] | None = None
 
     def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> Any:
-        """Read a value by `again(*given)`, and note it under a key of its place."""
+        """Read a value by `again(*given)`, and note it under a key for its place."""
         if key not in self._reads:
             self._reads[key] = _Read(where, partial(again, *given), again(*given))
         return self._reads[key].value
@@ -148,9 +148,9 @@ class Guards:
         return [tensor for _, tensor, _, numbers in self._tensors.values() if numbers is None]
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
-        """Return in words what is not as it was, or None.
+        """Return in words what changed, or None.
 
-        is_thorough: compare the numbers of tensors that are not state, and not their versions alone.
+        is_thorough: compare the values of tensors that are not state, and not only their versions.
         """
         return next(self._differences(is_thorough), None)
 
@@ -171,7 +171,7 @@ class Guards:
             elif tensor._version != self._versions[id(tensor)] or (
                 is_thorough and not _same_numbers(tensor, numbers)
             ):
-                yield f"the numbers of {where} change"
+                yield f"the values of {where} change"
         if not is_thorough:
             return
         for where, array, layout, digest in self._arrays.values():
@@ -179,7 +179,7 @@ class Guards:
                 yield f"{where} changes"
 
     def _same_contents(self) -> bool:
-        """Compare all contents at once, by identity alone: that is quick, and runs nobody's code."""
+        """Compare all contents at once, by identity: that is fast, and runs no user code."""
         if self._flat is None:
             each = self._contents.values()
             self._flat = (
@@ -196,7 +196,7 @@ class Guards:
         return all(map(is_, now, values)) and all(map(is_, names, keys))
 
     def _renew(self) -> None:
-        """Take equal values in the place of those noted, so that the next comparison is quick again."""
+        """Replace noted values by equal current ones, so that the next comparison is fast again."""
         for place, old in self._contents.items():
             keys, values = _keys_and_values(old.container)
             self._contents[place] = old._replace(keys=keys, values=values)
@@ -235,7 +235,7 @@ def _keys_and_values(container: Any) -> tuple[list[Any], list[Any]]:
 def _changes(old: _Contents) -> Iterator[str]:
     keys, values = _keys_and_values(old.container)
     if len(values) != len(old.values) or not all(map(same_value, keys, old.keys)):
-        yield f"what {old.where} holds changes"
+        yield f"the content of {old.where} changes"
         return
     names = [f"{key} of {old.where}" for key in keys] or [old.where] * len(values)
     for name, value, before in zip(names, values, old.values, strict=True):
@@ -244,7 +244,7 @@ def _changes(old: _Contents) -> Iterator[str]:
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether a value is a number, a text or the like, or a tuple or slice of such."""
+    """Tell whether a value is a number, a string or the like, or a tuple or slice of such."""
     kind = kind_of(value)
     if kind is tuple:
         return all(map(is_plain, value))
@@ -254,7 +254,7 @@ def is_plain(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> type:
-    """Return the class of a value, or `Unknown` where even to hash the class may run the user's code."""
+    """Return the class of a value, or `Unknown` if hashing the class may run user code."""
     cls = type(value)
     return cls if any(type(cls) is known for known in _METACLASSES) else Unknown
 
@@ -287,7 +287,7 @@ def held(holder: Any, name: str) -> Any:
 
 
 def same_value(one: Any, two: Any) -> bool:
-    """Tell whether two values are one object, or equal plain values: 0.0 is not -0.0, nor 1 or True."""
+    """Tell whether two values are one object, or equal plain values (0.0 is not -0.0, nor 1 True)."""
     if one is two:
         return True
     if type(one) is str and type(two) is str:

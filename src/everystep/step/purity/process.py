@@ -1,4 +1,4 @@
-"""The process: settings of torch that decide which operations the same Python takes."""
+"""The process: settings of torch that decide which operations the same Python runs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def process_settings(device: torch.device) -> dict[str, Any]:
         "the fast path of attention": torch.backends.mha.get_fastpath_enabled(),
         "the number of active function modes": torch._C._len_torch_function_stack(),
         "the number of active dispatch modes": torch._C._len_torch_dispatch_stack(),
-        "whether all modules have a hook": hooks_on_all(),
-        "whether saved tensors have hooks": _has_tensor_hooks(),
+        "hooks on all modules": hooks_on_all(),
+        "hooks on saved tensors": _has_tensor_hooks(),
         "the number of methods of Tensor": len(vars(torch.Tensor)),
     }
     for kind in {"cpu", device.type}:
@@ -63,7 +63,7 @@ def _flags() -> tuple[str, ...]:
 
 
 def functions_of_torch() -> list[Any]:
-    """Return what torch's own modules find as functions: somebody may exchange them."""
+    """Return the functions in torch's own modules, which somebody may replace."""
     return [
         value
         for place, names in zip(_PLACES, _names_of_functions(), strict=True)
@@ -87,25 +87,25 @@ def _names_of_functions() -> tuple[tuple[str, ...], ...]:
 def reason_against_process() -> str | None:
     """Return why Python must run at every step, whatever the model, or None."""
     if hooks_on_all():
-        return "there is a hook on all modules or optimizers of the process"
+        return "the process has a hook on all modules or optimizers"
     if torch.is_anomaly_enabled():
         return "anomaly detection is on"
     if _has_tensor_hooks():
-        return "torch.autograd.graph.saved_tensors_hooks are in force"
+        return "torch.autograd.graph.saved_tensors_hooks are active"
     for name, value in vars(torch.nn.functional).items():
         if type(value) is types.FunctionType and not is_torchs_function(value):
-            return f"torch.nn.functional.{name} was exchanged"
+            return f"torch.nn.functional.{name} was replaced"
     return None
 
 
 def _has_tensor_hooks() -> bool:
-    """Tell whether tensors that autograd saves go through functions of somebody."""
+    """Tell whether hooks on saved tensors are active."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(False) is not None
 
 
 def hooks_on_all() -> bool:
-    """Tell whether somebody has hung a hook on all modules or all optimizers; torch itself may."""
+    """Tell whether there is a hook on all modules or all optimizers; torch's own do not count."""
     modules, optimizers = vars(nn.modules.module), vars(sys.modules[torch.optim.Optimizer.__module__])
     found = [hook for name in HOOKS for hook in modules[f"_global{name}"].values()]
     found += [hook for name in _OPTIMIZER_HOOKS for hook in optimizers.get(name, {}).values()]

@@ -1,7 +1,7 @@
-"""Reader: takes one step of the user's Python by its source, and notes all that it takes from outside.
+"""Reader: interprets one step of the user's Python from its source, and notes everything it uses.
 
-The syntax tree is gone through on the real batch, value by value. Whatever is not known to have no
-effect besides operations on tensors ends the reading: it is strict rather than clever.
+It evaluates the syntax tree on the real batch, value by value. Anything that is not known to be free of
+effects other than tensor operations ends the reading: it is strict rather than clever.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Reader(Expressions):
     """Interprets functions of the user.
 
     Args:
-        guards: where what was read is noted.
+        guards: collects what was read.
         is_state: tells whether a tensor belongs to the state of the training.
     """
 
@@ -47,7 +47,7 @@ class Reader(Expressions):
         return self._told(self.values.item, value, index)
 
     def _told(self, read: Callable[..., Any], *given: Any) -> Any:
-        """Read, and say of what ends the reading where it stands."""
+        """Read, and add the position to the reason that ends the reading."""
         try:
             return read(*given)
         except NotProvenError as error:
@@ -100,7 +100,7 @@ class Reader(Expressions):
             self._at(statement, frame)
             run = getattr(self, f"_do_{type(statement).__name__}", None)
             if run is None:
-                raise NotProvenError(f"{_SAID.get(type(statement), 'is a statement that is not read')}")
+                raise NotProvenError(_SAID.get(type(statement), "is an unsupported statement"))
             ended = run(statement, frame)
             if ended is not None:
                 return ended  # type: ignore[no-any-return]
@@ -179,7 +179,9 @@ class Reader(Expressions):
     def _do_With(self, node: ast.With, frame: Frame) -> _Ended | None:  # noqa: N802
         contexts = self.values.contexts
         names = [f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in contexts]
-        refused = NotProvenError(f"with may only stand with {' or '.join(dict.fromkeys(names))}")
+        refused = NotProvenError(
+            f"uses with, which is supported only for {' or '.join(dict.fromkeys(names))}"
+        )
         with ExitStack() as entered:
             for item in node.items:
                 made = item.context_expr
@@ -225,7 +227,7 @@ class _Continue(_Ended):
 
 
 _SAID: dict[type, str] = {
-    ast.Try: "uses try, which may hide an effect",
+    ast.Try: "uses try, which may hide a side effect",
     ast.Raise: "raises an exception",
     ast.Import: "imports a module",
     ast.ImportFrom: "imports a module",

@@ -1,4 +1,4 @@
-"""The source of a function: its syntax tree, if the function was compiled from that very text."""
+"""The source of a function: its syntax tree, if the function was compiled from exactly that text."""
 
 from __future__ import annotations
 import __future__
@@ -19,8 +19,8 @@ _FUTURE = __future__.annotations.compiler_flag
 
 #: What a function that is read must not have anywhere, since it holds wherever it stands.
 _PROBLEMS: dict[type[ast.AST], str] = {
-    ast.Global: "sets a global",
-    ast.Nonlocal: "sets a variable of the function around it",
+    ast.Global: "declares a global",
+    ast.Nonlocal: "declares a nonlocal variable",
     ast.Yield: "is a generator",
     ast.YieldFrom: "is a generator",
     ast.Await: "is a coroutine",
@@ -29,7 +29,7 @@ _PROBLEMS: dict[type[ast.AST], str] = {
 
 
 class Source(NamedTuple):
-    """A function's node in the syntax tree of its file, or why there is none that can be trusted."""
+    """A function's node in the syntax tree of its file, or why no such node can be trusted."""
 
     node: FunctionNode | None
     problem: str = ""
@@ -44,7 +44,7 @@ def source_of(code: types.CodeType) -> Source:
     found = _functions_of(code.co_filename, text, code.co_flags & _FUTURE)
     nodes = [node for other, node in found if other == code]
     if len(nodes) != 1 or nodes[0] is None:
-        return Source(None, "does not come from its source file as it is now")
+        return Source(None, "does not match its source file any more")
     for kind, problem in _PROBLEMS.items():
         if any(isinstance(each, kind) for each in ast.walk(nodes[0])):
             return Source(None, problem)

@@ -1,7 +1,7 @@
-"""Step reader: reads a whole step of the user's own, with its backward passes and updates.
+"""Step reader: reads a whole user step, with its backward passes and updates.
 
-Besides what a forward pass may do, a step may run backward passes, let torch's optimizers and schedules
-take their steps, and set or drop the gradients of what is trained.
+In addition to a forward pass, a step may run backward passes, run torch's optimizers and schedules, and
+set or drop the gradients of trained parameters.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _BACKWARD = (torch.autograd.backward, torch.autograd.grad)
 
 
 class Event(NamedTuple):
-    """Something in a step that is not among its operations alone."""
+    """Something in a step besides its operations."""
 
     kind: Literal["optimizer", "schedule"]
     what: Any
@@ -51,16 +51,16 @@ class StepReader(Reader):
     """Reads a step.
 
     Args:
-        guards: where what was read is noted.
-        is_state: tells whether a tensor lies on memory of the parts.
-        is_batch: tells whether it lies on memory of the batch.
+        guards: collects what was read.
+        is_state: tells whether a tensor uses memory of the parts.
+        is_batch: tells whether it uses memory of the batch.
         parameters: of the parts.
-        optimizers: among the parts, with what messages call them.
+        optimizers: among the parts, with their names in messages.
         follower: follows which module runs.
-        guard_optimizer: notes what makes an optimizer torch's own, by what messages call it.
+        guard_optimizer: notes what makes an optimizer torch's own, by its name in messages.
 
     events: what happened besides operations, in order; reads: the places of the numbers that the step
-    has read, among those of the step.
+    read, among those of the step.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class StepReader(Reader):
         self.reads = self._calls.reads
 
     def step(self, step: Any, numbers: list[Any], *batch: Any) -> Any:
-        """Take a step by its source, on a batch or on none; return what it returns.
+        """Run a step from its source, on a batch or without one; return its result.
 
-        numbers: of the step, as they are seen.
+        numbers: of the step, as they appear.
 
         Raises:
             NotProvenError: it does something that is not known to be an operation; says where and what.
@@ -122,7 +122,7 @@ class _StepCalls(Calls):
         self._guard_optimizer = guard_optimizer
 
     def given(self, batch: Any) -> None:
-        """Note the batch: another is of the same kind, so that its containers are no guards.
+        """Note the batch: the next one is of the same kind, so its containers are not guards.
 
         Raises:
             NotProvenError: it holds more than tensors and plain values in dicts, lists and tuples.
@@ -133,16 +133,16 @@ class _StepCalls(Calls):
                 self.given(item)
         elif is_a(batch, Tensor):
             if batch.requires_grad:
-                raise NotProvenError("is given a batch that gradients are taken of")
+                raise NotProvenError("gets a batch that requires gradients")
         elif not is_plain(batch):
-            raise NotProvenError(f"is given {name_of(batch)} as a batch, or as a part of one")
+            raise NotProvenError(f"gets {name_of(batch)} as a batch, or as a part of one")
 
     def outside(self, value: Any) -> Any:
         """Note a value that was there before the step."""
         if is_a(value, Tensor) and value.requires_grad and id(value) not in self._parameters:
-            raise NotProvenError("takes gradients of a tensor that is in no part")
+            raise NotProvenError("uses gradients of a tensor that is not in any part")
         if is_a(value, Tensor) and self.is_batch(value):
-            raise NotProvenError("reads a tensor from outside that lies on memory of the batch")
+            raise NotProvenError("reads an outside tensor that shares memory with the batch")
         return super().outside(value)
 
     def call(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
@@ -156,7 +156,7 @@ class _StepCalls(Calls):
         return super().call(function, args, keywords)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set the gradient of a parameter, or put a tensor's own memory where it is."""
+        """Set the gradient of a parameter, or a tensor's data to its own memory."""
         if kind_of(owner) not in (Tensor, nn.Parameter) or name not in ("grad", "data"):
             super().set_attribute(owner, name, value)
         elif name == "grad" and id(owner) in self._parameters and (value is None or is_a(value, Tensor)):
@@ -169,7 +169,7 @@ class _StepCalls(Calls):
     def truth(self, value: Any) -> bool:
         """Tell whether a value is true."""
         if is_a(value, Read):
-            raise NotProvenError("decides by a number in a tensor")
+            raise NotProvenError("branches on a number in a tensor")
         return super().truth(value)
 
     def _call_method(self, method: Method, args: list[Any], keywords: dict[str, Any]) -> Any:
@@ -218,16 +218,16 @@ class _StepCalls(Calls):
     ) -> Any:
         place = self._names.get(id(optimizer))
         if place is None:
-            raise NotProvenError(f"uses {name_of(optimizer)} that is in no part")
+            raise NotProvenError(f"uses {name_of(optimizer)} that is not in any part")
         if not is_torchs_optimizer(optimizer):
-            raise NotProvenError(f"uses {place}, which is not torch's")
+            raise NotProvenError(f"uses {place}, which is not a torch optimizer")
         self._guard_optimizer(place)
         if name == "zero_grad" and all(map(is_plain, (*args, *keywords.values()))):
             return optimizer.zero_grad(*args, **keywords)
         if name != "step" or args or keywords:
-            raise NotProvenError(f"calls {name} of {place} with arguments that are not read")
+            raise NotProvenError(f"calls {name} of {place} with unsupported arguments")
         if any(event.what is optimizer for event in self.events):
-            raise NotProvenError(f"lets {place} take two steps")
+            raise NotProvenError(f"steps {place} twice")
         self.events.append(Event("optimizer", optimizer))
         return optimizer.step()
 
@@ -235,10 +235,10 @@ class _StepCalls(Calls):
         if args or keywords or is_a(schedule, ReduceLROnPlateau):
             raise NotProvenError(f"calls the step of {name_of(schedule)} with arguments")
         if not is_torchs_schedule(schedule):
-            raise NotProvenError(f"uses {name_of(schedule)}, which is not torch's")
+            raise NotProvenError(f"uses {name_of(schedule)}, which is not a torch schedule")
         groups = schedule.optimizer.param_groups
         if id(schedule.optimizer) not in self._names:
-            raise NotProvenError(f"uses {name_of(schedule)} of an optimizer that is in no part")
+            raise NotProvenError(f"uses {name_of(schedule)} of an optimizer that is not in any part")
         if any(is_a(value, Tensor) for group in groups for value in group.values()):
             raise NotProvenError(f"uses {name_of(schedule)} with a learning rate that is a tensor")
         self.events.append(Event("schedule", schedule))
@@ -253,7 +253,9 @@ class _StepCalls(Calls):
             cls = class_of(each, self.guards)
             for method in ("train", "eval", "__setattr__"):
                 if class_attribute(cls, method, self.guards) is not vars(nn.Module)[method]:
-                    raise NotProvenError(f"sets the mode of {name_of(each)}, which has its own {method}")
+                    raise NotProvenError(
+                        f"sets the mode of {name_of(each)}, which has a custom {method}"
+                    )
             if own_attribute(each, "training", self.guards) is not mode:
                 raise NotProvenError(f"changes the mode of {name_of(each)}")
             for kind in ("_modules",):
@@ -267,7 +269,7 @@ class _StepCalls(Calls):
 
     def _clip(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
         if not args or not all(map(is_plain, (*args[1:], *keywords.values()))):
-            raise NotProvenError("clips gradients with arguments that are not read")
+            raise NotProvenError("clips gradients with unsupported arguments")
         first = args[0]
         parameters = [first] if is_a(first, Tensor) else [*self.iterate(first)]
         self._check_trained(parameters)
@@ -276,7 +278,7 @@ class _StepCalls(Calls):
     def _check_trained(self, parameters: list[Any]) -> None:
         for parameter in parameters:
             if id(parameter) not in self._parameters:
-                raise NotProvenError("changes the gradient of a tensor that is in no part")
+                raise NotProvenError("changes the gradient of a tensor that is not in any part")
 
     def _forward(self, module: nn.Module, args: list[Any], keywords: dict[str, Any]) -> Any:
         self._follower.opened(module, args)
@@ -286,10 +288,10 @@ class _StepCalls(Calls):
 
 
 class StrictWatch(Watch):  # type: ignore[no-untyped-call]
-    """Watches a step that is read: nothing may change what is neither state nor batch.
+    """Watches a step that is read: it may change only state and batch.
 
     Raises (where operations run):
-        NotProvenError: an operation does, or no program can hold it.
+        NotProvenError: an operation changes something else, or a program cannot hold it.
     """
 
     surprise: str | None = None
@@ -302,18 +304,18 @@ class StrictWatch(Watch):  # type: ignore[no-untyped-call]
         has_arguments: bool,
         gradients: Callable[[], Mapping[str, Tensor]],
     ) -> None:
-        """An optimizer takes a step."""
+        """An optimizer starts a step."""
         self.optimizer_uses(gradients())
 
     def optimizer_ends(self, name: str | None, gradients: Callable[[], Mapping[str, Tensor]]) -> None:
-        """An optimizer has taken a step."""
+        """An optimizer ended a step."""
         self.optimizer_uses(gradients())
 
     def _written(self, known: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[int, ...]:
         found = super()._written(known, args, keywords)
         if self._written_elsewhere:
             what = next(iter(self._written_elsewhere.values()))
-            raise NotProvenError(f"changes {what} that is in no part")
+            raise NotProvenError(f"changes {what} that is not in any part")
         return found
 
     def _run_unseen(
@@ -323,7 +325,7 @@ class StrictWatch(Watch):  # type: ignore[no-untyped-call]
 
 
 def _lies_as(one: Tensor, two: Tensor) -> bool:
-    """Tell whether two tensors are the same numbers of the same memory."""
+    """Tell whether two tensors are the same elements of the same memory."""
     return (
         one.untyped_storage()._cdata == two.untyped_storage()._cdata
         and one.shape == two.shape

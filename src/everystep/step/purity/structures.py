@@ -1,4 +1,4 @@
-"""Tuples with names, of torch's and of `namedtuple`: to take them apart runs no code of the user's."""
+"""Named tuples of torch and of `namedtuple`: unpacking them runs no user code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_structure(value: Any) -> bool:
 
 
 def is_named_tuple(kind: type) -> bool:
-    """Tell whether a class is one that `collections.namedtuple` has made, with nothing of its own."""
+    """Tell whether `collections.namedtuple` made a class, without additions."""
     return type(kind) is type and kind.__mro__ == (kind, tuple, object) and _is_as_made(kind)
 
 

@@ -80,14 +80,14 @@ class Surroundings:
                 yield f"{name} has a hook on its step"
 
     def begin(self) -> None:
-        """Note everything again: a program is about to be captured that holds for it."""
+        """Note everything again, before capturing a program that depends on it."""
         guards = self.guards = Guards()
         for part in self._modules.values():
             for _, module in own_modules(part):
                 _guard_registered(module, guards)
         for name, tensor in self._named_state().items():
             guards.tensor(tensor, name.partition("/")[2], is_state=True)
-        guards.read("storages", "which tensors share their memory", self._shared)
+        guards.read("storages", "the sharing of memory between tensors", self._shared)
         self._settings = process_settings(self._device)
         self._functions = functions_of_torch()
 
@@ -100,7 +100,7 @@ class Surroundings:
         for hooks in _OPTIMIZER_HOOKS:
             guards.contents(getattr(optimizer, hooks, []), f"{hooks} of {name}")
         module = sys.modules[type(optimizer).__module__]
-        guards.read((key, "functions"), f"a function behind {name}", _functions_in, module)
+        guards.read((key, "functions"), f"a function used by {name}", _functions_in, module)
         for method in ("step", "zero_grad"):
             where = f"{method} of {name}"
             guards.read((key, "own", method), where, held, optimizer, method)
@@ -119,14 +119,14 @@ class Surroundings:
                     self.guards.read((id(optimizer), index, key), where, _setting, optimizer, index, key)
 
     def guard_shared(self, others: tuple[Tensor, ...]) -> None:
-        """Note which tensors, also of others from outside, lie on the same memory."""
-        where = "which tensors share memory"
+        """Note which tensors, including other ones from outside, share memory."""
+        where = "the sharing of memory between tensors"
         self.guards.read(("shared", len(others)), where, self._shared, others)
 
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
-        """Return in words what is not as it was when programs were captured, or None.
+        """Return in words what changed since programs were captured, or None.
 
-        state: of the training as it is now, if it is at hand.
+        state: of the training now, if already known.
         """
         self._state = state
         try:
@@ -154,10 +154,10 @@ class Surroundings:
                 if name.startswith("parameter/") and has_hooks_on_node(tensor)
             )
             found = next(hooked, None)
-        return None if found is None else f"a hook of other code is on the graph node of {found}"
+        return None if found is None else f"other code has a hook on the graph node of {found}"
 
     def _shared(self, others: tuple[Tensor, ...] = ()) -> str:
-        """Return, of each tensor of the state and of others, the first that lies on the same memory."""
+        """Return, for each tensor of the state and of others, the first that uses the same memory."""
         first: dict[int, int] = {}
         state = (self._state or self._named_state()).items()
         places = (tensor.untyped_storage()._cdata for tensor in (*(t for _, t in state), *others))
@@ -175,7 +175,7 @@ def _functions_in(module: types.ModuleType) -> str:
 
 
 def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
-    """Return a setting of a param group as it is now."""
+    """Return the current value of a setting of a param group."""
     groups = optimizer.param_groups
     found = groups[index].get(key, ABSENT) if index < len(groups) else ABSENT
     return tuple(found) if type(found) is list else found

@@ -1,4 +1,4 @@
-"""torch's own: the modules, functions, losses, optimizers and schedules that are known, by identity."""
+"""torch's own modules, functions, losses, optimizers and schedules, matched by identity."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _LOOKED_UP = ("forward", "__call__", "_call_impl", "__getattr__", "__setattr__")
 
 
 def reason_against_module(module: nn.Module) -> str | None:
-    """Return why a module and all within it are not torch's own, as torch made them, or None."""
+    """Return why a module or a submodule is not torch's own and unmodified, or None."""
     for path, each in own_modules(module):
         problem = _problem(each)
         if problem is not None:
@@ -64,7 +64,7 @@ def reason_against_loss(loss: Any) -> str | None:
         given = (*loss.args, *loss.keywords.values())
         if all(is_plain(value) or type(value) in TENSOR_TYPES for value in given):
             return None
-    return "the loss is no function of torch"
+    return "the loss is not a torch function"
 
 
 def hook_on(module: nn.Module) -> str | None:
@@ -74,7 +74,7 @@ def hook_on(module: nn.Module) -> str | None:
 
 
 def guard_module(module: nn.Module, guards: Guards, path: str = "") -> None:
-    """Note all that torch's own modules hold: settings, tensors, and that they have no hooks."""
+    """Note everything that torch's own modules hold: settings, tensors, and the absence of hooks."""
     for place, each in own_modules(module):
         where = ".".join(filter(None, (path, place)))
         where = f"module {where}" if where else "the module"
@@ -108,12 +108,12 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_torchs_module(module: nn.Module) -> bool:
-    """Tell whether a module is torch's own, as torch made it, whatever is within it."""
+    """Tell whether a module is torch's own and unmodified, whatever its submodules are."""
     return _problem(module) is None
 
 
 def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer's class is torch's, or the chapter's, and nobody exchanged a method."""
+    """Tell whether an optimizer's class is torch's, or the chapter's, with no method replaced."""
     cls, own = type(optimizer), vars(optimizer)
     if cls is not GradientDescent and (
         getattr(torch.optim, cls.__name__, None) is not cls
@@ -131,7 +131,7 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def is_torchs_schedule(schedule: LRScheduler | None) -> bool:
-    """Tell whether a schedule and all that it is made of are torch's, and call no user's function."""
+    """Tell whether a schedule and its inner schedules are torch's, and call no user function."""
     if schedule is None:
         return True
     cls = type(schedule)
@@ -143,7 +143,7 @@ def is_torchs_schedule(schedule: LRScheduler | None) -> bool:
 
 
 def _exchanged(value: Any, but: str = "") -> bool:
-    """Tell whether an object has a method of its own in the place of its class's."""
+    """Tell whether an object replaces a method of its class."""
     own = vars(value).items()
     return any(callable(each) and name != but and hasattr(type(value), name) for name, each in own)
 
@@ -156,21 +156,21 @@ def is_torchs_function(function: Any) -> bool:
 def _problem(module: nn.Module) -> str | None:
     cls, own = type(module), _own_dict(module)
     if not _is_from(cls, "torch.nn.modules."):
-        return f"is a {class_name(cls)}, which is not torch's"
+        return f"is a {class_name(cls)}, which is not a torch module"
     if (kind := hook_on(module)) is not None:
         return f"has {kind}"
     for name, value in own.items():
         if name == "forward" or (callable(value) and hasattr(cls, name)):
-            return f"has another {name} than its class"
+            return f"has a {name} that differs from its class"
         if not _is_known(value) and not is_a(value, nn.Module):
             return f"has {name}, a {class_name(type(value))} that is not torch's"
     for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             return "has no shape before the first step (a lazy module)"
         if tensor is not None and kind_of(tensor) not in TENSOR_TYPES:
-            return f"has a {class_name(type(tensor))}, a tensor of its own kind"
+            return f"has a {class_name(type(tensor))}, a tensor subclass"
     exchanged = [name for name in _LOOKED_UP if not is_torchs_function(getattr(cls, name))]
-    return f"has another {exchanged[0]} than torch gave its class" if exchanged else None
+    return f"has a {exchanged[0]} that differs from torch's" if exchanged else None
 
 
 def _methods_of(cls: type) -> str:
@@ -199,7 +199,7 @@ def _is_from(cls: type, package: str) -> bool:
 
 
 def _is_known(value: Any) -> bool:
-    """Tell whether an attribute of a module is plain, a tensor, a function of torch, or made of such."""
+    """Tell whether an attribute of a module is plain, a tensor, a torch function, or made of such."""
     kind = kind_of(value)
     if is_plain(value) or kind in TENSOR_TYPES:
         return True

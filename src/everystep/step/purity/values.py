@@ -1,7 +1,7 @@
-"""Values: what a reader may do with the values of a step, each as Python does it, or not at all.
+"""Values: what a reader may do with the values of a step, as Python does it, or not at all.
 
-A value comes from outside (it was there before the step) or the step has made it. What is read of an
-object from outside is noted as a guard; only what the step has made may be changed.
+A value comes from outside (it existed before the step), or the step made it. Whatever is read from an
+outside object becomes a guard; only what the step made may be changed.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Bound(NamedTuple):
 
 
 class SuperOf(NamedTuple):
-    """What `super()` gives."""
+    """The result of `super()`."""
 
     cls: type
     owner: Any
@@ -94,9 +94,9 @@ class Interpreted:
 
 
 class Read:
-    """A number that Python has read from a tensor: a step may return it, and do nothing else with it.
+    """A number that Python read from a tensor: a step may return it, but not use it otherwise.
 
-    value: as it was read; place: among the numbers of the step.
+    value: the number; place: among the numbers of the step.
     """
 
     def __init__(self, value: Any, place: int) -> None:
@@ -108,7 +108,7 @@ class Values:
     """What may be done with values.
 
     Args:
-        guards: where what was read is noted.
+        guards: collects what was read.
         is_state: tells whether a tensor belongs to the state of the training.
         interpret: calls a function of Python by reading it.
     """
@@ -129,20 +129,20 @@ class Values:
     # Where values come from.
 
     def made(self, value: Any) -> Any:
-        """Note that the step has made a container or an iterator; what is in it may be older."""
+        """Note that the step made a container or an iterator; its content may be older."""
         self._made[id(value)] = value
         return value
 
     def outside(self, value: Any) -> Any:
-        """Note a value that was there before the step."""
+        """Note a value from before the step."""
         if type(value) is np.ndarray:
             if value.dtype.hasobject:
-                raise NotProvenError("reads an array of objects")
+                raise NotProvenError("reads an object array")
             self.guards.array(value, "an array")
         if not is_a(value, Tensor):
             return value
         if kind_of(value) not in TENSOR_TYPES:
-            raise NotProvenError(f"reads a {type(value).__name__}, a tensor of its own kind")
+            raise NotProvenError(f"reads a {type(value).__name__}, a tensor subclass")
         if value.layout != torch.strided:
             raise NotProvenError("reads a sparse tensor")
         if value.grad_fn is not None:
@@ -153,7 +153,7 @@ class Values:
         return value
 
     def _look_into(self, container: Any) -> None:
-        """Note what a container from outside holds, unless the step has made it."""
+        """Note the content of a container from outside, unless the step made it."""
         if id(container) in self._made or id(container) in self._of_batch:
             return
         if kind_of(container) in (str, range, torch.Size):
@@ -165,7 +165,7 @@ class Values:
             self.outside(item)
 
     def check_passed(self, value: Any) -> None:
-        """Check that a value may be given to a function of torch, and note all that is in it."""
+        """Check that a value may be passed to a torch function, and note its content."""
         kind = kind_of(value)
         if is_plain(value) or kind in TENSOR_TYPES:
             return
@@ -174,7 +174,7 @@ class Values:
                 self.check_passed(part)
             return
         if kind not in (list, tuple, dict) and not is_structure(value):
-            raise NotProvenError(f"gives {name_of(value)} to a function of torch")
+            raise NotProvenError(f"passes {name_of(value)} to a function of torch")
         self._look_into(value)
         for item in value.values() if kind is dict else value:
             self.check_passed(item)
@@ -182,12 +182,12 @@ class Values:
     # Attributes.
 
     def attribute(self, value: Any, name: str, default: Any = NotProvenError) -> Any:
-        """Return an attribute; where there is none, the default."""
+        """Return an attribute; if there is none, the default."""
         found = self._attribute(value, name)
         if found is not ABSENT:
             return found
         if default is NotProvenError:
-            raise NotProvenError(f"reads {name} of {name_of(value)}, which is not there")
+            raise NotProvenError(f"reads {name} of {name_of(value)}, which does not exist")
         return default
 
     def _attribute(self, value: Any, name: str) -> Any:
@@ -212,7 +212,7 @@ class Values:
         if kind is types.ModuleType:
             found = self.guards.read((id(value), name), f"{name} of {value.__name__}", held, value, name)
             if found is ABSENT:
-                raise NotProvenError(f"reads {name} of a module that makes it when asked")
+                raise NotProvenError(f"reads {name} of a module that creates it on demand")
             return self.outside(found)
         if kind is SuperOf:
             cls = class_of(value.owner, self.guards)
@@ -239,14 +239,14 @@ class Values:
             if own is not ABSENT:
                 return self.outside(own)
         if not is_allowed_method(name):
-            raise NotProvenError(f"calls Tensor.{name}, which is more than an operation")
+            raise NotProvenError(f"calls Tensor.{name}, which is more than one operation")
         found: Any = ABSENT
         for base in type(tensor).__mro__[:-1]:
             found = self.guards.read((id(base), name), f"Tensor.{name}", held, base, name)
             if found is not ABSENT:
                 break
         if not is_a(found, types.MethodDescriptorType) and not is_torchs_function(found):
-            raise NotProvenError(f"calls Tensor.{name}, which is not torch's")
+            raise NotProvenError(f"calls Tensor.{name}, which was replaced")
         return Method(name, tensor)
 
     def _of_class(self, cls: type, name: str) -> Any:
@@ -263,7 +263,7 @@ class Values:
         return self.outside(found)
 
     def _bound(self, found: Any, owner: Any, cls: type) -> Any:
-        """Return what a class holds as an object of it gives it."""
+        """Return an attribute of a class, bound to an object."""
         kind = kind_of(found)
         if kind is types.FunctionType:
             return Bound(found, owner)
@@ -325,7 +325,7 @@ class Values:
     def truth(self, value: Any) -> bool:
         """Tell whether a value is true."""
         if is_a(value, Tensor):
-            raise NotProvenError("decides by a number in a tensor")
+            raise NotProvenError("branches on a number in a tensor")
         if is_plain(value):
             return bool(value)
         if kind_of(value) in (list, tuple, *DICTS):
@@ -338,7 +338,7 @@ class Values:
             if method is not ABSENT:
                 return self.truth(self.call(method, [], {}))
         if self._is_builtin(value):
-            raise NotProvenError(f"asks whether {name_of(value)} is true")
+            raise NotProvenError(f"checks whether {name_of(value)} is true")
         return True
 
     def unary(self, operator: str, value: Any) -> Any:
@@ -372,7 +372,7 @@ class Values:
         """Apply an operator that may change its first operand."""
         if type(one) is list:
             if operator != "Add" or id(one) not in self._made:
-                raise NotProvenError("changes a list that was there before the step")
+                raise NotProvenError("changes a list from before the step")
             one.extend(self.iterate(two))
             return one
         if kind_of(one) in TENSOR_TYPES:
@@ -406,7 +406,7 @@ class Values:
         if kind_of(one) in single or kind_of(two) in single:
             return one is two
         if is_plain(one) or is_plain(two) or is_a(one, *WRAPPERS) or is_a(two, *WRAPPERS):
-            raise NotProvenError("asks whether two values are one object")
+            raise NotProvenError("checks whether two values are the same object")
         return one is two
 
     def _is_in(self, one: Any, container: Any) -> bool:
@@ -418,7 +418,7 @@ class Values:
                 return one in container
         method = self._special(container, "__contains__")
         if method is ABSENT:
-            raise NotProvenError(f"asks what is in {name_of(container)}")
+            raise NotProvenError(f"checks what is in {name_of(container)}")
         return self.truth(self.call(method, [one], {}))
 
     # Containers.
@@ -435,7 +435,7 @@ class Values:
             return iter(value.unbind(0))
         method = self._special(value, "__iter__")
         if method is ABSENT:
-            raise NotProvenError(f"goes through {name_of(value)}")
+            raise NotProvenError(f"iterates over {name_of(value)}")
         return self.iterate(self.call(method, [], {}))
 
     def item(self, value: Any, index: Any) -> Any:
@@ -458,24 +458,24 @@ class Values:
             return value[index]
         method = self._special(value, "__getitem__")
         if method is ABSENT:
-            raise NotProvenError(f"takes an item of {name_of(value)}")
+            raise NotProvenError(f"indexes {name_of(value)}")
         return self.call(method, [index], {})
 
     def set_item(self, value: Any, index: Any, item: Any) -> None:
-        """Set an item of a container that the step has made, or a part of a tensor."""
+        """Set an item of a container that the step made, or a part of a tensor."""
         if kind_of(value) in TENSOR_TYPES:
             self.check_passed(index)
             self.check_passed(item)
             value[index] = item
         elif kind_of(value) in (list, dict) and id(value) in self._made and is_plain(index):
             if type(index) is slice or (type(value) is list and type(index) is not int):
-                raise NotProvenError("sets a slice of a list")
+                raise NotProvenError("assigns to a slice of a list")
             value[index] = item
         else:
-            raise NotProvenError(f"changes {name_of(value)} that was there before the step")
+            raise NotProvenError(f"changes {name_of(value)} from before the step")
 
     def call(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
-        """Call something; `Calls` says how."""
+        """Call something; see `Calls`."""
         raise NotImplementedError
 
 

@@ -1,1 +1,1 @@
-"""Steps of a loop that are recognised by their calls of torch's functions."""
+"""Recognizes steps of a loop by their calls of torch functions."""

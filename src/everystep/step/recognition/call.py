@@ -1,7 +1,7 @@
-"""Calls of torch's functions, as something that two steps can be compared by.
+"""Calls of torch functions in a form in which two steps can be compared.
 
-Equal calls, on tensors that stand for each other, are the same operations: what else torch's functions
-read (grad mode, autocast, ...) is compared as well, and what cannot be compared is strange.
+Equal calls, on corresponding tensors, run the same operations: the other inputs of torch functions (grad
+mode, autocast, ...) are compared as well, and what cannot be compared is strange.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ _known_methods: dict[str, Any] = {}
 
 
 def are_methods_torchs_own() -> bool:
-    """Tell whether the methods of Tensor are torch's: under a mode, torch calls exchanged ones twice."""
+    """Tell whether the methods of Tensor are torch's: under a mode, torch calls replaced ones twice."""
     now = vars(Tensor)
     if len(now) == len(_known_methods) and all(
         map(is_, map(now.get, _known_methods), _known_methods.values())
@@ -109,7 +109,7 @@ def _is_torchs(name: str, value: Any) -> bool:
 
 
 class StrangeError(Exception):
-    """A call that cannot be compared with another; the message says why."""
+    """A call that cannot be compared with another; the message gives the reason."""
 
 
 class Reference:
@@ -130,21 +130,21 @@ def signature_of(
     nodes: int,
     modes: int,
 ) -> Any:
-    """Return a call of one of torch's functions as something that can be compared and hashed.
+    """Return a call of a torch function in comparable and hashable form.
 
     Args:
         place: of the call in the modules.
-        refer: returns what stands for a tensor.
-        nodes: how many nodes autograd has made in the step so far.
-        modes: how many modes of torch's dispatcher are everystep's own.
+        refer: returns the reference of a tensor.
+        nodes: the number of nodes that autograd has made in the step so far.
+        modes: the number of everystep's own dispatch modes.
 
     Raises:
         StrangeError: it cannot be compared.
     """
     if _reads_out_of_sight(func, args):
-        raise StrangeError("a function takes numbers from a tensor out of sight")
+        raise StrangeError("a function reads numbers from a tensor out of sight")
     if _is_other_when_watched(func, args, keywords):
-        raise StrangeError("a function does other things where it is watched")
+        raise StrangeError("a function behaves differently while everystep watches")
     free = is_free(func, args, keywords)
     positional = [_encoded(value, refer, free) for value in args]
     if not keywords:
@@ -154,15 +154,15 @@ def signature_of(
 
 
 def mode_of(modes: int) -> tuple[Any, ...]:
-    """Return what torch's functions read of the thread and the process, besides their arguments.
+    """Return what torch functions read from the thread and the process, besides their arguments.
 
     Raises:
-        StrangeError: something takes part that cannot be compared.
+        StrangeError: something is active that cannot be compared.
     """
     if _dispatch_modes() != modes or _has_transforms():
-        raise StrangeError("another mode, or a transform of torch.func, is in force")
+        raise StrangeError("another mode, or a torch.func transform, is active")
     if _saved_tensor_hooks(False) is not None:
-        raise StrangeError("hooks on saved tensors are in force (a checkpoint)")
+        raise StrangeError("hooks on saved tensors are active (a checkpoint)")
     autocast: Any = _has_autocast()
     if autocast:
         enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
@@ -193,8 +193,8 @@ def _encoded(value: Any, refer: Callable[[Tensor], Any], free: bool = False) -> 
 def kind_of(func: Any) -> str:
     """Return what a function is to a step: `look`, `text` (of a tensor) or `call`.
 
-    A look computes nothing: Python reads at most what a tensor is like, or gets the gradient of one,
-    which is known by whose it is where it is used.
+    A look computes nothing: Python reads at most the properties of a tensor, or gets its gradient, which
+    is identified by its owner where it is used.
     """
     name = getattr(func, "__name__", "")
     if name == "__get__":
@@ -218,7 +218,7 @@ _LOOKS = {
 
 
 def moves(func: Any) -> bool:
-    """Tell whether a function gives a tensor other memory, or another place in it."""
+    """Tell whether a function moves a tensor to other memory, or to another offset in it."""
     name = getattr(func, "__name__", "")
     return name in _MOVES or (name == "__set__" and func.__self__.__name__ == "data")
 
@@ -229,7 +229,7 @@ def is_readable(value: Any) -> bool:
 
 
 def is_free(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    """Tell whether the floats that a function is given are those of one operation, and of no other."""
+    """Tell whether the float arguments of a function belong to exactly one operation."""
     if getattr(func, "__name__", "") not in FREE:
         return False
     return not _is_differentiated(args, keywords)
@@ -254,12 +254,12 @@ def _reads_out_of_sight(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def reads(func: Any) -> bool:
-    """Tell whether a function gives Python one number of its tensor, and does nothing else."""
+    """Tell whether a function only returns one number of its tensor to Python."""
     return func.__name__ in _READS
 
 
 def scalars(args: tuple[Any, ...], keywords: dict[str, Any]) -> list[int | float]:
-    """Return the numbers that a function was given, in order."""
+    """Return the number arguments of a function, in order."""
     return [value for value in (*args, *keywords.values()) if type(value) in (int, float)]
 
 

@@ -1,4 +1,4 @@
-"""Learner: notes the calls of a step that is watched in full, so that others are recognised by them."""
+"""Learner: notes the calls of a fully watched step, so that later steps can be recognized by them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Learner:
         watch: has begun.
         references: of the step.
 
-    strange: why the step cannot be recognised by its calls, in words, or None; references: of the step.
+    strange: why the step cannot be recognized by its calls, in words, or None; references: of the step.
     """
 
     def __init__(self, watch: Watch, references: References) -> None:
@@ -98,9 +98,9 @@ class Learner:
     def optimizer_begins(
         self, name: str | None, predicted: Predicted | None, optimizer: torch.optim.Optimizer
     ) -> bool:
-        """Note that an optimizer takes a step; return whether it is seen as a whole.
+        """Note that an optimizer starts a step; return whether it is seen as a whole.
 
-        predicted: what its step is made of, if that is known.
+        predicted: the prediction of its step, if there is one.
         """
         if self.strange is not None:
             return False
@@ -117,14 +117,16 @@ class Learner:
         return True
 
     def _optimizer_ends(self, name: str | None) -> None:
-        """Note that an optimizer has taken a step that is seen as a whole."""
+        """Note that an optimizer ended a step that is seen as a whole."""
         predicted, self._predicted = self._predicted, None
         assert predicted is not None
         before, marks = self._marks(), self._watch.marks()
         seen = self._watch.operators(before.operations, marks.operations)
         way = next((w for w in ("loop", "list") if _same(predicted.operators(w), seen)), None)
         if way is None or marks.unseen > before.unseen or marks.draws > before.draws:
-            self._give_up(StrangeError(f"the numbers of {name or 'the optimizer'} are not as predicted"))
+            self._give_up(
+                StrangeError(f"the numbers of {name or 'the optimizer'} differ from the prediction")
+            )
             return
         constants = {
             place: self._watch.content(place)
@@ -137,9 +139,9 @@ class Learner:
         self._trail.append((self._optimizer, node))
 
     def remember(self, memory: Memory, state: Mapping[str, Tensor], loss: Any, path: Path) -> bool:
-        """The step is over; remember it, and return whether it is what was known of such steps.
+        """Remember the completed step; return whether it matches what was known of such steps.
 
-        state: afterwards; loss: what was logged; path: what the watch says.
+        state: afterwards; loss: the logged loss; path: from the watch.
         """
         if self.strange is None:
             try:
@@ -158,7 +160,7 @@ class Learner:
         return memory.learned(self.references.structure, self._root, self._trail)
 
     def _ending(self, state: Mapping[str, Tensor], loss: Any, path: Path) -> Ending | None:
-        """Return how the step ended, None where that cannot be compared."""
+        """Return how the step ended, None if that cannot be compared."""
         bound = self.references.bound(state.values())
         unknown = [name for name, each in zip(state, bound, strict=True) if each is None]
         if not all(name.startswith("gradient/") for name in unknown):
@@ -183,21 +185,21 @@ class Learner:
         """Check that nothing was computed since the last call.
 
         Raises:
-            StrangeError: something was, so that it is no call of torch's functions.
+            StrangeError: something was, outside a call of a torch function.
         """
         before, now = self._marks(), self._watch.marks()
         if (now.operations, now.unseen, now.draws) != (before.operations, before.unseen, before.draws):
-            raise StrangeError("something computes that is no function of torch's")
+            raise StrangeError("something other than torch functions computes")
 
     def _node(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> Node:
-        """Return what is to be known of a call that was made.
+        """Return what to know about a call that was made.
 
         Raises:
-            StrangeError: another such call need not do the same.
+            StrangeError: an equal call need not do the same.
         """
         before, marks = self._marks(), self._watch.marks()
         if marks.unseen > before.unseen:
-            raise StrangeError("an operator runs that no program holds")
+            raise StrangeError("an operator runs that a program cannot hold")
         seen = self._watch.operators(before.operations, marks.operations)
         given = [*tensors_in([args, keywords])]
         node = Node(marks, tuple(self._watch.numbers[before.numbers : marks.numbers]))
@@ -209,7 +211,7 @@ class Learner:
                 raise StrangeError("a function reads numbers")
             node.reads = True
         elif len(seen) > 1 and (is_shaped or torch.Tag.data_dependent_output in tags):
-            raise StrangeError("what a function does depends on numbers")
+            raise StrangeError("a function depends on values of tensors")
         elif is_free(func, args, keywords):
             node.floats = _places_of_floats(scalars(args, keywords), node.numbers)
         results = _results(result)
@@ -233,25 +235,25 @@ class Learner:
         return found
 
     def _brought(self, place: int, given: Iterable[Tensor]) -> Any:
-        """Return what stands for the argument that has brought a storage from elsewhere.
+        """Return the reference of the argument that brought a storage from elsewhere.
 
         Raises:
-            StrangeError: none has.
+            StrangeError: no argument did.
         """
         for tensor in given:
             reference = self.references.lookup(tensor)
             if reference is not None and self._watch.place_of(tensor) == place:
                 self._note_places()
                 return reference, place
-        raise StrangeError("a function takes numbers from elsewhere by itself")
+        raise StrangeError("a function reads tensors from elsewhere by itself")
 
     def _check_new(self, args: tuple[Any, ...], keywords: dict[str, Any], count: int) -> None:
-        """Check that what a call brought from elsewhere is not what the step has made out of sight.
+        """Check that the step did not make out of sight what a call brought from elsewhere.
 
-        count: of the references before it.
+        count: the number of references before it.
 
         Raises:
-            StrangeError: it is.
+            StrangeError: it did.
         """
         for tensor in tensors_in([args, keywords]):
             reference = self.references.lookup(tensor)
@@ -259,10 +261,10 @@ class Learner:
                 continue
             place = self._watch.place_of(tensor)
             if place is not None and self._watch.is_made(place):
-                raise StrangeError("a function takes a tensor that no function has given")
+                raise StrangeError("a function uses a tensor that no function returned")
 
     def _note_places(self) -> None:
-        """Note on which storages the tensors lie that were met since the last time."""
+        """Note the storages of tensors met since the last time."""
         count = self.references.count
         if len(self._places) == count:
             return
@@ -277,7 +279,7 @@ class Learner:
 
 
 def likeness_of(tensor: Tensor) -> Any:
-    """Return what a result is like, but for its numbers."""
+    """Return the properties of a result, without its values."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
@@ -315,24 +317,24 @@ def _results(result: Any) -> list[Tensor]:
     if isinstance(result, list | tuple | dict) and any(True for _ in tensors_in(result)):
         return [*tensors_in(result)]
     if not is_readable(result):
-        raise StrangeError(f"a function gives a {type(result).__name__}")
+        raise StrangeError(f"a function returns a {type(result).__name__}")
     return []
 
 
 def _places_of_floats(given: list[Any], numbers: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return which numbers of an operation are the floats that its function was given, in order.
+    """Return which numbers of an operation are the float arguments of its function, in order.
 
     Raises:
-        StrangeError: its numbers are not those that the function was given.
+        StrangeError: its numbers are not those passed to the function.
     """
     floats = tuple(place for place, number in enumerate(given) if type(number) is float)
     if floats and list(map(repr, given)) != list(map(repr, numbers)):
-        raise StrangeError("a function changes the numbers that it is given")
+        raise StrangeError("a function changes the numbers passed to it")
     return floats
 
 
 def _same(one: list[Any], two: list[Any]) -> bool:
-    """Tell whether operators and their numbers are the same, NaN among them."""
+    """Tell whether operators and their numbers are equal; NaN equals NaN."""
     return len(one) == len(two) and all(
         a is b and list(map(repr, m)) == list(map(repr, n))
         for (a, m), (b, n) in zip(one, two, strict=True)
@@ -340,10 +342,10 @@ def _same(one: list[Any], two: list[Any]) -> bool:
 
 
 def _check_graph(tensors: Iterable[Tensor]) -> None:
-    """Check that no Python of somebody else's runs in a backward pass.
+    """Check that a backward pass runs no custom Python.
 
     Raises:
-        StrangeError: an autograd function written in Python is in the graph.
+        StrangeError: the graph contains an autograd function written in Python.
     """
     with torch._C.DisableTorchFunction():
         waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
@@ -351,7 +353,7 @@ def _check_graph(tensors: Iterable[Tensor]) -> None:
         while waiting:
             node = waiting.pop()
             if hasattr(node, "_forward_cls"):
-                raise StrangeError(f"{type(node).__name__} takes part in the backward pass")
+                raise StrangeError(f"the backward pass uses {type(node).__name__}")
             following = {each for each, _ in node.next_functions if each is not None} - met
             met |= following
             waiting += following

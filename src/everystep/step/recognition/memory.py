@@ -1,4 +1,4 @@
-"""Memory: the steps of a loop that can be recognised, and when a step is watched in full."""
+"""Memory: the steps of a loop that can be recognized, and when to watch a step in full."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _MOST_LEARNED = 200
 
 
 class Learned(NamedTuple):
-    """What a watch has noted of a whole step, and the number of the storage of each of its tensors.
+    """What a watch noted of a whole step, and the number of the storage of each of its tensors.
 
-    places: by the number of the reference, None where that is not known, or is another afterwards.
+    places: by the number of the reference, None if unknown, or if it changes.
     """
 
     tables: Tables
@@ -36,10 +36,10 @@ class Learned(NamedTuple):
 class Ending(NamedTuple):
     """How a step ended.
 
-    names, bound: of the state afterwards, and what stands for each tensor, None for a gradient that
-    the step has made; changes: how often each was changed, None where it was not there before; loss:
-    what stands for the tensor that was logged, or the place among the numbers of that which was read,
-    or None; reads: the places of all numbers that were read.
+    names, bound: of the state afterwards, and the reference of each tensor, None for a gradient that the
+    step made; changes: how often each was changed, None if it is new; loss: the reference of the logged
+    tensor, or the place of the number that was read, or None; reads: the places of all numbers that were
+    read.
     """
 
     path: Path
@@ -54,13 +54,12 @@ class Ending(NamedTuple):
 class Node:
     """What is known of a call at its place in a step.
 
-    marks: how far a watch was after it; numbers: those of the step that it has, as they were; reads:
-    whether they are what it reads from its argument; floats: which of them are floats of its own, in
-    order; way: how an optimizer takes its step, where it is one; draws: whether it draws random numbers;
-    contents: tensors from elsewhere that it was the first to use, and their storages; constants: the
-    content of storages that it has made; returns: what stands for its results; likeness: what these must
-    be like, where that is not sure; changed: how often tensors were changed after it, where that is
-    another count than before it, by the number of the reference.
+    marks: the position of the watch after it; numbers: its numbers of the step; reads: whether it reads
+    them from its argument; floats: which of them are its own float arguments, in order; way: how an
+    optimizer steps, if it is one; draws: whether it draws random numbers; contents: tensors from
+    elsewhere that it used first, and their storages; constants: the content of storages that it made;
+    returns: references of its results; likeness: their expected properties, if not certain; changed: how
+    often tensors were changed after it, if that differs from before it, by the number of the reference.
     """
 
     marks: Marks
@@ -80,11 +79,11 @@ class Node:
 
     @property
     def is_variable(self) -> bool:
-        """Whether its numbers are of the step, and not always the same."""
+        """Whether its numbers vary between steps."""
         return self.reads or bool(self.floats) or self.way is not None
 
     def agrees(self, other: Node) -> bool:
-        """Tell whether another is the same call at the same place."""
+        """Tell whether another node is the same call at the same place."""
         numbers = self.is_variable or list(map(repr, self.numbers)) == list(map(repr, other.numbers))
         mine = self.marks, self.reads, self.floats, self.way, self.draws, self.contents, self.returns
         return numbers and mine == (
@@ -94,12 +93,12 @@ class Node:
 
 
 class Memory:
-    """The steps of a recording that can be recognised.
+    """The steps of a recording that can be recognized.
 
-    Some steps are watched in full to see whether what was learned still holds: steps 2, 4, 8, ..., as
-    long as that is quick, or takes under a hundredth of the time since the last of them.
+    Some steps are watched in full to check whether what was learned still holds: steps 2, 4, 8, ..., as
+    long as that is fast, or takes less than a hundredth of the time since the last of them.
 
-    given_up: why none is any more, in words, or None.
+    given_up: why it recognizes no more steps, in words, or None.
     """
 
     def __init__(self) -> None:
@@ -131,7 +130,7 @@ class Memory:
         return step >= self._next_watched
 
     def timed(self, step: int, seconds: float, *, is_recognized: bool) -> None:
-        """A step took so long: one that was recognised to its end, or one that was watched in full."""
+        """A step took so long: one that was recognized to its end, or one that was watched in full."""
         if is_recognized:
             self._recognized_seconds = seconds
         elif self.is_watched(step):
@@ -142,16 +141,16 @@ class Memory:
             self._next_watched = step + interval
 
     def root(self, structure: Any) -> Node | None:
-        """Return where the steps begin that have a state of this structure."""
+        """Return the start of the steps with a state of this structure."""
         return self._roots.get(structure)
 
     @property
     def is_quiet(self) -> bool:
-        """Whether no hook was hung up since it was seen last that none takes part."""
+        """Whether no hook was registered since the last check that none takes part."""
         return self._handles == handles()
 
     def found_no_hooks(self) -> None:
-        """No hook takes part in a step from here on, unless it is hung up later."""
+        """Note that no hook takes part in a step from here on, unless registered later."""
         self._handles = handles()
 
     def learned(self, structure: Any, root: Node, trail: list[tuple[Any, Node]]) -> bool:
@@ -174,16 +173,16 @@ class Memory:
         return is_fine
 
     def recognized(self) -> None:
-        """A step was recognised."""
+        """A step was recognized."""
         self._failures, self._next_rest = 0, 1
 
     def failed(self) -> None:
-        """A step was not recognised, or never can be."""
+        """A step was not recognized, or never can be."""
         self._must_learn = True
         self.met_another()
 
     def met_another(self) -> None:
-        """A step began as none before: where all do, it is of little use to learn each."""
+        """Note that a step began like none before: if all do, learning each is of little use."""
         self._failures += 1
         if self._failures > _PATIENCE:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

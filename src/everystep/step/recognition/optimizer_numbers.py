@@ -1,8 +1,8 @@
-"""Optimizer numbers: those that torch's optimizers hand to their operations, without watching them.
+"""Optimizer numbers: those that torch's optimizers pass to their operations, without watching them.
 
-Adam's bias corrections, say, are other numbers at every step. They depend on the settings of a param
-group and on how many steps were taken, not on the parameter: so torch's own code takes the step of a
-parameter of one number, which is watched in the place of all of the group.
+Adam's bias corrections, for example, differ at every step. They depend on the settings of a param group
+and on the number of steps, not on the parameter: so torch's own code runs the step of a parameter with
+one element, which is watched in place of the whole group.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class _Operation(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What an optimizer does to each of some parameters of a group, next to each other."""
+    """What an optimizer does to each of several adjacent parameters of a group."""
 
     operations: tuple[_Operation, ...]
     times: int
 
 
 class Predicted(NamedTuple):
-    """What a step of an optimizer is made of, group by group."""
+    """The predicted step of an optimizer, group by group."""
 
     groups: tuple[tuple[_Block, ...], ...]
 
@@ -103,10 +103,10 @@ class OptimizerNumbers:
     def predict(
         self, optimizer: torch.optim.Optimizer, gradients: Mapping[int, torch.dtype] | None = None
     ) -> Predicted | None:
-        """Return what the next step of an optimizer is made of, None where nothing is known of it.
+        """Predict the next step of an optimizer, None if nothing is known of it.
 
-        gradients: the dtypes of those that there will be, by the id of their parameter; absent: those
-        that are there.
+        gradients: the dtypes of the expected gradients, by the id of their parameter; default: those of
+        the current ones.
         """
         kind = type(optimizer)
         if kind not in _ALIKE or any(getattr(optimizer, name) for name in _HOOKS):
@@ -161,7 +161,7 @@ class OptimizerNumbers:
 
 
 def _are_the_objects(one: list[Any], two: list[Any]) -> bool:
-    """Tell whether two lists hold the same objects behind their first, none of which can change."""
+    """Tell whether two lists hold the same objects after their first, all immutable."""
     return len(one) == len(two) and all(
         a is b and type(a) is not list for a, b in zip(one[1:], two[1:], strict=True)
     )

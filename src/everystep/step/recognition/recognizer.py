@@ -1,11 +1,11 @@
-"""Recognizer: follows the calls of a step along those of steps before, which it does the same as.
+"""Recognizer: matches the calls of a step with those of earlier steps.
 
-To watch every operation of a step costs more than some steps do. A step that makes the very calls that a
-step before has made, on tensors that stand for each other, from a state of the same structure, runs the
-same operations: all that torch's own functions depend on is compared (see `call` and `references`), and
-none of the user's Python runs within them, for steps with hooks in the backward pass, autograd functions
-of somebody's own or checkpoints are not learned. A step is watched in full from the first call on that
-none before it has made at that place.
+Watching every operation of a step costs more than some steps do. A step that makes exactly the calls of
+an earlier step, on corresponding tensors, from a state of the same structure, runs the same operations:
+everything that torch's own functions depend on is compared (see `call` and `references`), and none of
+the user's Python runs within them, because steps with hooks in the backward pass, custom autograd
+functions or checkpoints are not learned. A step is watched in full from the first call that no earlier
+step made at that point.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Number = int | float
 class OptimizerStep(NamedTuple):
     """The step of an optimizer, seen as a whole.
 
-    begin, end: where its numbers are among those of the step; way, structure: as `Predicted` has them;
+    begin, end: the range of its numbers among those of the step; way, structure: as in `Predicted`;
     gradients: the dtypes of those that it used, by the id of their parameter.
     """
 
@@ -144,7 +144,7 @@ class Recognizer:
     def optimizer_begins(
         self, name: str | None, predicted: Predicted | None, optimizer: torch.optim.Optimizer
     ) -> bool:
-        """Note that an optimizer takes a step; return whether it is seen as a whole."""
+        """Note that an optimizer starts a step; return whether it is seen as a whole."""
         if predicted is None:
             self.happened(("optimizer begins", name))
             return False
@@ -168,9 +168,9 @@ class Recognizer:
         return True
 
     def path(self, state: Mapping[str, Tensor], loss: Any) -> Path | None:
-        """Return the path of the step, which is over, or None where it ended as none before.
+        """Return the path of the completed step, or None if it ended like none before.
 
-        state: afterwards; loss: what was logged.
+        state: afterwards; loss: the logged loss.
         """
         ending = self._node.ending
         if ending is None or ending.names != tuple(state):
@@ -188,7 +188,7 @@ class Recognizer:
         return ending.path
 
     def changed_unseen(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of what was changed more or less often than the operations say."""
+        """Return the names of tensors that were changed more or less often than the operations say."""
         ending = self._node.ending
         assert ending is not None
         changes = self.references.changes(state.values(), ending.bound)
@@ -197,7 +197,7 @@ class Recognizer:
         return [n for n, one, two in zip(state, changes, ending.changes, strict=True) if one != two]
 
     def resume(self, watch: Watch) -> None:
-        """Let a watch go on from where the step is."""
+        """Continue with a watch from the current point of the step."""
         learned = self._node.learned
         assert learned is not None
         lying, changed_unseen = {}, set()

@@ -1,4 +1,4 @@
-"""References: what stands for each tensor of a step, by the order in which the step meets it."""
+"""References: identify the tensors of a step by the order in which the step meets them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _nodes_made = torch._C._autograd._get_sequence_nr
 class References:
     """The tensors of one step.
 
-    structure: all that the operations of a step depend on in the state at its beginning, but for the
-    numbers: comparable; batch_offsets: where the tensors of the batch begin in their storages, in
-    elements, by name; count: how many there are so far.
+    structure: everything in the initial state that the operations of a step depend on, except values:
+    comparable; batch_offsets: the storage offsets of the tensors of the batch, in elements, by name;
+    count: the number of references so far.
 
     Args:
         state: the live tensors at the beginning, by name.
 
     Raises:
-        StrangeError: one of them is such that what a step does with it cannot be foreseen.
+        StrangeError: the effect of a step on one of them cannot be predicted.
     """
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
@@ -59,17 +59,17 @@ class References:
         self.structure = self._names, tuple(likeness), tuple(shared), tuple(sizes), tuple(gradients)
 
     def nodes(self) -> int:
-        """Return how many nodes autograd has made in the step.
+        """Return the number of nodes that autograd has made in the step.
 
         Raises:
-            StrangeError: somebody has hung up a hook in the step, on what nobody knows.
+            StrangeError: a hook was registered in the step, on an unknown object.
         """
         if handles() != self._handles_before:
-            raise StrangeError("a hook was hung up in the step")
+            raise StrangeError("a hook was registered during the step")
         return _nodes_made() - self._nodes_before
 
     def skip_nodes(self, count: int) -> None:
-        """So many nodes were made that are not of the step."""
+        """Ignore this many nodes that do not belong to the step."""
         self._nodes_before += count
 
     def add_batch(self, tensors: Mapping[str, Tensor]) -> Any:
@@ -100,10 +100,9 @@ class References:
         return ("batch", *found)
 
     def of(self, tensor: Tensor) -> Any:
-        """Return what stands for an argument of a call.
+        """Return the reference of an argument of a call.
 
-        That is a reference, with how often the tensor was changed if it was, and what a tensor from
-        elsewhere is like.
+        It includes how often the tensor was changed, and the properties of a tensor from elsewhere.
 
         Raises:
             StrangeError: as for the state.
@@ -127,12 +126,12 @@ class References:
         return (*likeness, shared, gradient, reference)
 
     def lookup(self, tensor: Tensor) -> Reference | None:
-        """Return what stands for a tensor, None where the step has not met it."""
+        """Return the reference of a tensor, None if the step has not met it."""
         known = self._of.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
     def results(self, tensors: Iterable[Tensor]) -> tuple[Reference, ...]:
-        """Return what stands for the results of a call."""
+        """Return the references of the results of a call."""
         found = []
         for tensor in tensors:
             known = self._of.get(id(tensor))
@@ -145,14 +144,14 @@ class References:
         return tuple(found)
 
     def alive(self) -> Iterable[tuple[Reference, Tensor]]:
-        """Yield the tensors of the step that are still there, with what stands for them."""
+        """Yield the tensors of the step that still exist, with their references."""
         for weak, reference, _ in self._of.values():
             tensor = weak()
             if tensor is not None:
                 yield reference, tensor
 
     def changed(self) -> dict[int, int]:
-        """Return how often the tensors that are still there were changed since the step met them.
+        """Return how often the existing tensors were changed since the step met them.
 
         By the number of the reference, for those that were.
         """
@@ -164,7 +163,7 @@ class References:
         return found
 
     def bound(self, tensors: Iterable[Tensor]) -> tuple[Reference | None, ...]:
-        """Return what stands for each of some tensors, None where the step has not met it."""
+        """Return the reference of each tensor, None if the step has not met it."""
         get = self._of.get
         known: list[tuple[Any, Tensor]] = [(get(id(tensor), _NOT_MET), tensor) for tensor in tensors]
         return tuple([found[1] if found[0]() is tensor else None for found, tensor in known])
@@ -174,7 +173,7 @@ class References:
     ) -> tuple[int | None, ...]:
         """Return how often each tensor was changed that was in the state at the beginning.
 
-        bound: what stands for each.
+        bound: the reference of each.
         """
         before, count = self._versions, len(self._versions)
         return tuple(
@@ -195,22 +194,24 @@ class References:
         return reference.number in self._made
 
     def _sharing(self, tensor: Tensor) -> Reference | None:
-        """Return the first tensor that has its memory in common with one from elsewhere.
+        """Return the first tensor that shares memory with one from elsewhere.
 
         Raises:
-            StrangeError: that is one which the step has made.
+            StrangeError: the step made that tensor.
         """
         place = tensor.untyped_storage()._cdata
         for reference, other in self.alive():
             if other.layout is torch.strided and other.untyped_storage()._cdata == place:
                 if reference.number in self._made:
-                    raise StrangeError("something else gives tensors that the step has made")
+                    raise StrangeError(
+                        "something other than torch functions returns tensors that the step made"
+                    )
                 return reference
         known = self._elsewhere.get(place)
         return None if known is None else known[0]
 
     def note_gradients(self) -> None:
-        """Note the gradients that are there, so that each is known by whose it is."""
+        """Note the existing gradients, so that each is identified by its owner."""
         for _, tensor in sorted(self.alive(), key=lambda known: known[0].number):
             if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):
                 gradient = tensor.grad
@@ -220,9 +221,9 @@ class References:
                     self._made.add(self._add(gradient, 0).number)
 
     def _gradient(self, tensor: Tensor, is_new: bool = False) -> Any:
-        """Return what stands for the gradient that a tensor has before the step uses it.
+        """Return the reference of a tensor's gradient before the step uses it.
 
-        is_new: whether it is none of the state, and has not been looked at for hooks.
+        is_new: whether it is not in the state, and was not checked for hooks.
 
         Raises:
             StrangeError: as for the state.
@@ -232,14 +233,14 @@ class References:
         if is_new:
             before, hung_up = _nodes_made(), handles()
             if has_hooks_on_node(tensor):
-                raise StrangeError("hooks on the nodes of tensors take part")
+                raise StrangeError("the step uses hooks on graph nodes")
             self.skip_nodes(_nodes_made() - before)
             self._handles_before += handles() - hung_up
         gradient = tensor.grad
         return None if gradient is None else self.of(gradient)
 
     def _add(self, tensor: Tensor, version: int | None = None) -> Reference:
-        """Note a tensor. version: from which on its changes are counted; None: as it is now."""
+        """Add a tensor. version: count its changes from there on; None: from its current version."""
         if self.count == len(_references):
             _references.append(Reference(self.count))
         reference = _references[self.count]
@@ -252,21 +253,21 @@ class References:
         return reference
 
     def _likeness(self, tensor: Tensor) -> tuple[Any, ...]:
-        """Return what the operations on a tensor depend on, but for what it shares its memory with.
+        """Return what the operations on a tensor depend on, except shared memory.
 
         Raises:
-            StrangeError: it is of a kind of its own, has hooks, or a graph from before the step.
+            StrangeError: it is a subclass, has hooks, or a graph from before the step.
         """
         kind = type(tensor)
         if kind not in PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
-            raise StrangeError("tensors of their own kind, or sparse ones, take part")
+            raise StrangeError("the step uses tensor subclasses or sparse tensors")
         needs = tensor.requires_grad
         if needs and not tensor.is_leaf:
-            raise StrangeError("a tensor with a graph from before the step takes part")
+            raise StrangeError("the step uses a tensor with a graph from before the step")
         if needs and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
-            raise StrangeError("hooks on tensors take part")
+            raise StrangeError("the step uses hooks on tensors")
         if tensor.dtype.is_complex and (tensor.is_conj() or tensor.is_neg()):
-            raise StrangeError("conjugated tensors take part")
+            raise StrangeError("the step uses conjugated tensors")
         shape, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
         return kind, tensor.dtype, shape, stride, offset, needs, tensor.device
 

@@ -101,10 +101,10 @@
   };
 
   const hint = () => {
-    const said = ["Drag to zoom, double click to see the whole run; arrow keys walk from step to step."];
+    const said = ["Drag to zoom, double-click to reset; arrow keys move between steps."];
     const left = isLog ? series[0].numbers.filter((number) => number !== null && number <= 0).length : 0;
-    if (left) said.push(`Of 0 or less, with no place on a log axis: ${left.toLocaleString("en")}.`);
-    if (nonfinite.length) said.push("Marked at the bottom: losses that are not finite.");
+    if (left) said.push(`The log axis omits ${left.toLocaleString("en")} values of 0 or less.`);
+    if (nonfinite.length) said.push("Losses that are not finite are marked at the bottom.");
     readout.textContent = said.join(" ");
   };
 

@@ -63,12 +63,12 @@
       language: {
         search: "Search",
         searchPlaceholder: "step or digits",
-        lengthMenu: "_MENU_ a page",
+        lengthMenu: "_MENU_ per page",
         info: "_START_ to _END_ of _TOTAL_",
         infoEmpty: "no rows",
         infoFiltered: "(filtered from _MAX_)",
-        zeroRecords: "no row has these digits",
-        emptyTable: "no step was taken",
+        zeroRecords: "no matching rows",
+        emptyTable: "no steps",
         paginate: { previous: "←", next: "→" },
       },
     });
@@ -77,6 +77,6 @@
 
   for (const root of document.querySelectorAll(".everystep-table:not([data-ready])")) {
     root.dataset.ready = "";
-    enhance(root).catch((error) => console.error("everystep: the table stays as it is:", error));
+    enhance(root).catch((error) => console.error("everystep: the interactive table failed to load:", error));
   }
 })();
