@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import random
 import sqlite3
 import subprocess
@@ -331,6 +332,17 @@ def test_two_recordings_that_part_are_told_apart_by_operation(made):
     assert found.operation.step == 8
     assert "mul_" in found.operation.one.operation.operator
     assert any("1.0000001" in cause for cause in found.operation.causes)
+
+
+def test_rows_that_are_not_finite_are_those_of_the_batch(made):
+    model, optimizer, (x, y) = made
+    worse = x.clone()
+    worse[5, 0] = math.inf
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for batch in recording.steps([(x, y), (worse, y), (x, y)]):
+            recording.log(loss=take(model, optimizer, batch))
+    found = recording.run.first_nonfinite(progress=False)
+    assert (found.step.number, found.rows, found.are_rows_of_batch) == (2, (5,), True)
 
 
 def test_snapshots_have_no_gradients_that_the_next_step_drops(made, monkeypatch):

@@ -32,6 +32,14 @@ class Observed(NamedTuple):
     inputs: dict[str, Tensor]
     results: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        given, made = (
+            ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
+            for named in (self.inputs, self.results)
+        )
+        module = f" of {self.operation.module}" if self.operation.module else ""
+        return f"<{self.operation.operator}, {self.operation.phase}{module}: {given} -> {made}>"
+
 
 class without_autograd:  # noqa: N801  # used as a function, and much faster than a generator
     """Calls within go past autograd: programs hold its operations already."""

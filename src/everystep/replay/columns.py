@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers", "Evaluator", "Found", "Setting", "Which", "ask_columns", "chosen", "read_question"]
 
+#: Steps in the `repr` of an answer.
+SHOWN = 10
 Answers = list[tuple[int, float]]
 Which = Literal["first", "last", "all"]
 
@@ -26,6 +28,12 @@ class Found:
 
     steps: tuple[int, ...]
     inexact: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        first = ", ".join(f"{step:,}" for step in self.steps[:SHOWN])
+        more = f" and {len(self.steps) - SHOWN:,} more" if len(self.steps) > SHOWN else ""
+        inexact = f"; not exact from step {self.inexact[0]:,}" if self.inexact else ""
+        return f"<found at {f'steps {first}{more}' if self.steps else 'no step'}{inexact}>"
 
 
 def read_question(text: str, run: RecordedRun) -> Expression:

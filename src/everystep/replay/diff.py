@@ -59,6 +59,21 @@ class Difference:
     problems: tuple[str, ...]
     is_thorough: bool = False
 
+    def __repr__(self) -> str:
+        if self.is_same:
+            found = "all that was compared is the same"
+        elif self.operation is not None:
+            one = self.operation.one or self.operation.other
+            name = f", {one.operation.operator}" if one is not None else ""
+            found = (
+                f"they part in step {self.operation.step:,} at operation #{self.operation.index}{name}"
+            )
+        elif self.loss is not None:
+            found = f"losses differ from step {self.loss.step:,} on"
+        else:
+            found = "they differ in their settings or states"
+        return f"<difference of {self.names[0]} and {self.names[1]}: {found}>"
+
     @property
     def is_same(self) -> bool:
         """Whether the settings and everything compared are identical."""

@@ -159,8 +159,8 @@ class NonFinite:
     """The origin of the first NaN or infinity of a run.
 
     step: the opened step; index: of the operation that made it, None if it came with the batch or the
-    state; name: of the tensor; nans, infinities: their number in it; rows: the affected rows of the
-    data, if the tensor has a row for each row of the batch.
+    state; name: of the tensor; nans, infinities: their number in it; rows: the affected rows, if the
+    tensor has a row for each row of the batch: of the data, or of the batch where your own loop made it.
     """
 
     step: Step
@@ -170,10 +170,20 @@ class NonFinite:
     infinities: int
     rows: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        what = f"{self.nans:,} NaN and {self.infinities:,} infinite in {self.name}"
+        where = "from the start" if self.index is None else f"by operation #{self.index}"
+        return f"<step {self.step.number:,}: {what}, {where}>"
+
     @property
     def operation(self) -> Observed | None:
         """The operation that made it, with its inputs."""
         return None if self.index is None else self.step.operations[self.index]
+
+    @property
+    def are_rows_of_batch(self) -> bool:
+        """Whether `rows` are rows of the batch, since the rows of the data are unknown."""
+        return self.step.batch.rows is None and self.step.batch.nested is not None
 
 
 class _Counts(NamedTuple):

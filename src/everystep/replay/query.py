@@ -207,6 +207,15 @@ class Measured:
     values: dict[int, float]
     left_out: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        steps = [*self.values]
+        ends = [
+            f", {self.values[step]:.4g} at step {step:,}"
+            for step in dict.fromkeys(steps[:1] + steps[-1:])
+        ]
+        shown = "".join(ends)
+        return f"<measured {self.name}: {len(self.values):,} values{shown}>"
+
 
 def measure(
     opener: Opener,

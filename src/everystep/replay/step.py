@@ -34,6 +34,10 @@ class Batch:
     rows: Tensor | None = None
     nested: Any = None
 
+    def __repr__(self) -> str:
+        tensors = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in self.tensors.items())
+        return f"<batch: {tensors or 'no tensors'}>"
+
     @property
     def x(self) -> Tensor:
         """The first tensor of a pair."""
@@ -68,6 +72,10 @@ class Update(NamedTuple):
 
     before: Tensor
     after: Tensor
+
+    def __repr__(self) -> str:
+        shape, size = tuple(self.before.shape), self.relative_size
+        return f"<update of {shape} {self.before.dtype}, relative size {size:.4g}>"
 
     @property
     def change(self) -> Tensor:

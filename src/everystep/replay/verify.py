@@ -40,6 +40,18 @@ class Verification:
     problems: tuple[str, ...]
     threads: dict[int, int]
 
+    def __repr__(self) -> str:
+        if self.is_exact:
+            found = f"{self.steps:,} steps and {self.snapshots:,} snapshots replay bit-identical"
+        elif self.first_loss is not None:
+            step = self.first_loss.step
+            found = f"{self.different_steps:,} of {self.steps:,} losses differ, first at step {step:,}"
+        elif self.states:
+            found = f"the losses match, but state {self.states[0].state:,} differs"
+        else:
+            found = "; ".join(self.problems)
+        return f"<verification: {found}>"
+
     @property
     def is_exact(self) -> bool:
         """Whether every loss and every snapshot is bit-identical, and all were readable."""

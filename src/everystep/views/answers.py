@@ -153,7 +153,8 @@ def nonfinite_text(found: NonFinite | None) -> str:
         ]
     if found.rows:
         more = f" and {len(found.rows) - NAMED:,} more" if len(found.rows) > NAMED else ""
-        lines.append("  rows of the data: " + ", ".join(map(str, found.rows[:NAMED])) + more)
+        whole = "batch" if found.are_rows_of_batch else "data"
+        lines.append(f"  rows of the {whole}: " + ", ".join(map(str, found.rows[:NAMED])) + more)
     return "\n".join(lines)
 
 
@@ -175,6 +176,7 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
         "nans": found.nans,
         "infinities": found.infinities,
         "rows": list(found.rows),
+        "rows_of": "batch" if found.are_rows_of_batch else "data",
         "mathematics": None
         if found.index is None
         else str(mathematics(found.step.operations)[found.index]),

@@ -75,7 +75,7 @@ class Banner {
         element("a", { href: address.write(open) }, "Open"),
       ),
       element("ul", { class: "inputs" }, ...inputs.map(inputLine)),
-      rows.length ? element("p", {}, rowsText(rows)) : null,
+      rows.length ? element("p", {}, rowsText(found)) : null,
     ];
   }
 }
@@ -85,8 +85,8 @@ function inputLine({ name, shape, minimum, maximum, not_finite: bad }) {
   return element("li", {}, element("span", { class: "mono" }, name), ` ${shapeText(shape)}: ${range}${bad ? `, ${whole(bad)} not finite` : ""}`);
 }
 
-function rowsText(rows) {
+function rowsText({ rows, rows_of: of }) {
   const first = rows.slice(0, 8).map(whole).join(", ");
   const more = rows.length > 8 ? ` and ${whole(rows.length - 8)} more` : "";
-  return `${rows.length === 1 ? "Row" : "Rows"} of the data: ${first}${more}`;
+  return `${rows.length === 1 ? "Row" : "Rows"} of the ${of}: ${first}${more}`;
 }
