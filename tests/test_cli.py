@@ -83,7 +83,7 @@ def test_every_built_in_experiment_is_listed_printed_and_trains_from_its_print(e
         (["losses", "nothing"], "has no runs; run `everystep train`"),
         (["runs"], "is not a directory; `everystep train`"),
         (["plot", "nothing", "-o", "x.png"], "no run 'nothing'"),
-        (["nonsense"], "No such command"),
+        (["nonsense"], "no command 'nonsense'"),
         (["train", "--nonsense"], "No such option"),
     ],
 )
@@ -262,3 +262,41 @@ def test_training_from_the_command_line_does_not_import_the_compiler(tmp_path):
     # Where torch does not import it any more, nothing has to be stepped around.
     made = "import torch\ntorch.optim.SGD([torch.zeros(1, requires_grad=True)])"
     assert imports_compiler(made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resume", "x"], "no command 'resume'; everystep fork RUN --at STEP"),
+        (["tensorboard"], "no command 'tensorboard'; everystep view"),
+        (["plto"], "no command 'plto'; did you mean plot?"),
+        (["zzz"], "no command 'zzz'; everystep -h lists the commands"),
+        (["train", "--steps", "5", "--epochs", "2"], "--steps and --epochs are mutually exclusive"),
+        (["train", "--device", "gpu"], "unknown device 'gpu'; did you mean cuda"),
+        (
+            ["train", "--set", "lr=1"],
+            "experiment two-layer: lr: unknown key; did you mean optimizer.lr?",
+        ),
+    ],
+)
+def test_wrong_use_is_answered_by_what_to_do(everystep_command, arguments, message):
+    code, _, err = everystep_command(*arguments)
+    assert code == 2 and message in err
+
+
+def test_what_is_missing_and_where_files_cannot_be_is_said(everystep_command):
+    everystep_command("train", "--steps", 3, "-q")
+    for condition, message in (("loss <", "after <"), ("loss > 1 and", "after and")):
+        code, _, err = everystep_command("when", "two-layer-1", condition)
+        assert code == 2 and f"something is missing {message}" in err
+    for command, file in (("losses", "x.csv"), ("table", "x.html"), ("plot", "x.png")):
+        code, _, err = everystep_command(command, "two-layer-1", "-o", f"nowhere/{file}")
+        assert code == 2 and "the directory nowhere does not exist" in err
+
+
+def test_a_loss_that_is_not_finite_leads_to_its_origin(everystep_command):
+    _, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--steps", 20)
+    assert "training continues (stop_on_nan = true stops it)" in err
+    assert "everystep when two-layer-1 nonfinite finds where it came from" in err
+    code, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--set", "stop_on_nan=true")
+    assert code == 1 and "training stops" in err and "continues" not in err

@@ -434,7 +434,7 @@ def test_all_unknown_names_are_said_at_once():
         ("(a := 3)", "to compare, write ==", "a := 3"),
         ("loss > 1 && step", "and, or, not", "&"),
         ("!loss", "and, or, not", "!"),
-        ("loss > ", "the expression is invalid", None),
+        ("loss > ", "something is missing after >", ">"),
         ("(loss", "'(' was never closed", "("),
         ("loss)", "unmatched ')'", ")"),
         ("import os", "the expression is invalid", "i"),

@@ -652,6 +652,9 @@ def test_the_command_names_the_cause(everystep_command):
         "nans": 1,
         "infinities": 0,
         "rows": [13],
+        "rows_of": "data",
+        "mathematics": None,
+        "inputs": [],
     }
     train()
     code, out, _ = everystep_command("when", "sequential-2", "nonfinite")

@@ -8,19 +8,48 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from everystep.cli.asking import diff, measure, verify, when
 from everystep.cli.making import experiments, fork, train
 from everystep.cli.output import hint
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
-from everystep.errors import EverystepError
+from everystep.errors import EverystepError, UsageError, did_you_mean
 
 __all__ = ["app", "main"]
 
+#: What other tools call a command, or may one day be one, and what there is.
+_INSTEAD = {
+    "list": "everystep runs",
+    "ls": "everystep runs",
+    "show": "everystep step RUN STEP, or everystep view",
+    "open": "everystep step RUN STEP, or everystep view",
+    "serve": "everystep view",
+    "tensorboard": "everystep view",
+    "compare": "everystep diff RUN RUN",
+    "resume": "everystep fork RUN --at STEP, which continues in a new run",
+    "export": "everystep losses RUN --csv, or snapshots/*/parameters.safetensors",
+    "predict": "everystep.open(run).predict(x), in Python",
+}
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; an unknown one is answered by what there is."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
+            cure = _INSTEAD.get(name) or did_you_mean(name, self.list_commands(ctx))
+            raise UsageError(f"no command {name!r}; {cure or 'everystep -h lists the commands'}")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     name="everystep",
     help="Train a neural network step by step, and keep every step.",
     no_args_is_help=True,

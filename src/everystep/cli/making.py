@@ -53,6 +53,8 @@ def train(
     from everystep.experiment.specification import load, parse_setting
     from everystep.recording.run import RUNS
 
+    if steps is not None and epochs is not None:
+        raise UsageError("--steps and --epochs are mutually exclusive")
     numerics.prepare()
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}

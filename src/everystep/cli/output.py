@@ -21,7 +21,9 @@ def write(path: Path, make: Callable[[], object]) -> None:
     try:
         make()
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+        is_nowhere = isinstance(error, FileNotFoundError) and not path.parent.exists()
+        reason = f"the directory {path.parent} does not exist" if is_nowhere else error.strerror
+        raise UsageError(f"{path} cannot be written: {reason or error}") from None
     hint(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
 
 

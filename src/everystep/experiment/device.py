@@ -28,7 +28,8 @@ def select(name: str) -> torch.device:
         return torch.device(there[0])
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and (kind != "cuda" or not index.isdecimal())):
-        cure = did_you_mean(name, ["auto", "cpu", "cuda", "cuda:0", "mps"])
+        is_gpu = kind.lower() in ("gpu", "nvidia", "rocm")
+        cure = did_you_mean("cuda" if is_gpu else name, ["auto", "cpu", "cuda", "cuda:0", "mps"])
         raise DeviceError(f"unknown device {name!r}; {cure}".rstrip("; "))
     wanted = f"cuda:{index or 0}" if kind == "cuda" else name
     if wanted not in there:

@@ -264,7 +264,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, 
     if isinstance(source, Mapping):
         return _copied(source), "the experiment", Path.cwd()
     if isinstance(source, str) and source in built_in():
-        source = built_in()[source]
+        path = built_in()[source]
+        return _read_toml(path), f"experiment {source}", path.parent
     path = Path(source)
     if not path.exists():
         cure = did_you_mean(str(source), list(built_in()))
@@ -397,5 +398,7 @@ def _known_keys(location: Iterable[str | int], raw: Mapping[str, Any]) -> list[s
 
 def _elsewhere(key: str, location: list[Any]) -> str:
     """Return where the key belongs, if it is a top-level key inside a section."""
-    belongs = key in Experiment.model_fields and len(location) > 1
-    return f"{key} belongs at the top of the file, before the first [section]" if belongs else ""
+    if len(location) > 1:
+        belongs = key in Experiment.model_fields
+        return f"{key} belongs at the top of the file, before the first [section]" if belongs else ""
+    return "did you mean optimizer.lr?" if key in ("lr", "learning_rate") else ""

@@ -349,9 +349,12 @@ class _Loop:
             if not math.isfinite(loss):
                 self._nonfinite_step = step
                 self.recorder.facts({"nonfinite_step": step})
+                goes_on = "training continues (stop_on_nan = true stops it)"
                 self.progress.notice(
-                    f"the loss is {loss} at step {step}; everystep records it and continues training "
-                    "(stop_on_nan = true stops there); try a smaller lr"
+                    f"the loss is {loss} at step {step}; "
+                    f"{'training stops' if self.job.stop_on_nan else goes_on}. "
+                    f"everystep when {self.recorder.directory.name} nonfinite finds where it came from; "
+                    "a smaller lr often helps"
                 )
                 return
 

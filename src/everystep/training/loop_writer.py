@@ -358,6 +358,11 @@ class LoopWriter:
             if not math.isfinite(loss):
                 self._is_finite = False
                 self._recorder.facts({"nonfinite_step": step})
+                name = self._recorder.directory.name
+                say(
+                    f"the loss is {loss} at step {step}; everystep when {name} nonfinite finds where it "
+                    "came from"
+                )
                 return
 
     def _loop_facts(self) -> dict[str, Any]:

@@ -86,7 +86,11 @@ class LossTable:
         try:
             Path(path).write_text(self.html(), encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+            is_nowhere = isinstance(error, FileNotFoundError) and not Path(path).parent.exists()
+            reason = (
+                f"the directory {Path(path).parent} does not exist" if is_nowhere else error.strerror
+            )
+            raise UsageError(f"{path} cannot be written: {reason}") from None
 
     def _excerpt_text(self) -> str:
         return (

@@ -124,6 +124,8 @@ MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
 }
 #: What is no value by itself, and how it becomes one.
 _INCOMPLETE = MAPPINGS | {"batch": "batch.x or batch.y", "previous": "previous.loss"}
+#: What an expression cannot end with.
+_UNFINISHED = re.compile(r"([-+*/%@<>=,.(\[]+|\b(and|or|not))\s*$")
 #: The names that mean something in any expression.
 LANGUAGE = frozenset({"loss", "step", *CONSTANTS, *_INCOMPLETE, *FUNCTIONS})
 
@@ -145,6 +147,8 @@ def syntax_error(text: str, error: SyntaxError) -> ExpressionError:
         message = "expressions cannot assign; to compare, write =="
     elif text[start : start + 1] in ("&", "|", "!"):
         message = "combine conditions with and, or, not"
+    elif message == "invalid syntax" and (last := _UNFINISHED.search(text)) is not None:
+        return error_at(text, f"something is missing after {last[0].strip()}", last.start(), last.end())
     elif message == "invalid syntax":
         message = "the expression is invalid from here on"
     return error_at(text, message, start, start + 1)
