@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from everystep.errors import UsageError
 
-__all__ = ["MOST", "Region", "histogram", "matrix", "region", "regions"]
+__all__ = ["MOST", "Region", "histogram", "matrix", "npy", "region", "regions"]
 
 #: Rows and columns that a region has at most.
 MOST = 2048
@@ -29,6 +30,14 @@ class Region(NamedTuple):
 
     about: dict[str, Any]
     numbers: bytes
+
+
+def npy(tensor: Tensor) -> bytes:
+    """Return a tensor as a file of NumPy's; bfloat16, which NumPy does not have, as float32."""
+    numbers = tensor.detach().cpu().resolve_conj().resolve_neg()
+    content = io.BytesIO()
+    np.save(content, (numbers.float() if numbers.dtype == torch.bfloat16 else numbers).numpy())
+    return content.getvalue()
 
 
 def matrix(tensor: Tensor, index: int = 0) -> tuple[Tensor, int]:

@@ -21,7 +21,7 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, UsageError
 from everystep.page.opened import step_json
 from everystep.page.processes import own_stdout
-from everystep.page.regions import histogram, regions
+from everystep.page.regions import histogram, npy, regions
 from everystep.page.tensors import tensor_of
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import Facts
@@ -170,6 +170,11 @@ def _histogram(openers: Openers, request: dict[str, Any]) -> Found:
     return {}, json.dumps(histogram(tensor_of(step, request["id"], openers.facts))).encode()
 
 
+def _file(openers: Openers, request: dict[str, Any]) -> Found:
+    _, step = openers.step(request["run"], request["step"])
+    return {}, npy(tensor_of(step, request["id"], openers.facts))
+
+
 def _report(openers: Openers, request: dict[str, Any]) -> Found:
     from everystep.page.share import shared_report  # imports much that steps do without
 
@@ -180,6 +185,7 @@ _KINDS: dict[str, Callable[[Openers, dict[str, Any]], Found]] = {
     "content": _content,
     "numbers": _numbers,
     "histogram": _histogram,
+    "file": _file,
     "report": _report,
 }
 

@@ -1,8 +1,10 @@
 """A tensor in the browser: the heat map with the number under the pointer, and the histogram."""
 
+import io
 import re
 from math import isfinite
 
+import numpy as np
 import pytest
 import torch
 from playwright.sync_api import expect
@@ -190,3 +192,26 @@ def test_the_histogram_counts_each_number(tensor, recorded):
     histogram.get_by_role("button", name="log").click()
     expect(histogram.get_by_role("button", name="log")).to_have_attribute("aria-pressed", "true")
     assert float(bars.evaluate(heights)) > before
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "python"),
+    [
+        ("Batch", "x", "batch.x"),
+        ("Backward", "2.weight.grad", 'gradients["2.weight"]'),
+        ("Update", "0.bias", 'updates["0.bias"].change'),
+    ],
+)
+def test_a_tensor_is_taken_along_as_python_and_as_a_file(visit, recorded, phase, name, python):
+    page = visit("/runs/chapter?step=137", permissions=["clipboard-read", "clipboard-write"])
+    expect_step(page, 137)
+    panel = unfold(part(page, phase), name).locator(".panel")
+    panel.get_by_role("button", name="Copy as Python").click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == f'everystep.open("chapter")[137].{python}'
+    link = panel.get_by_role("link", name=".npy")
+    assert link.get_attribute("download").endswith(".npy")
+    content = page.request.get(f"{page.url.partition('/runs')[0]}{link.get_attribute('href')}").body()
+    step = everystep.open(recorded / "chapter")[137]
+    expected = eval(f"step.{python}", {"step": step})
+    assert torch.equal(torch.from_numpy(np.load(io.BytesIO(content))), expected)

@@ -45,6 +45,11 @@ async def histogram(request: Request) -> Response:
     return await _asked(request, "histogram", step=_step(request), id=_id(request))
 
 
+async def file(request: Request) -> Response:
+    """Answer with a tensor as a file of NumPy's."""
+    return await _asked(request, "file", step=_step(request), id=_id(request))
+
+
 async def report(request: Request) -> Response:
     """Answer with a page to keep that needs no server, with the chosen steps inside."""
     texts = [text for text in request.query_params.get("steps", "").split(",") if text.strip()]
@@ -83,6 +88,8 @@ def _response(kind: str, answer: Answer, name: str) -> Response:
     if kind == "numbers":
         headers = {"Everystep-Tensor": json.dumps(answer.about)}
         return Response(answer.content, media_type="application/octet-stream", headers=headers)
+    if kind == "file":
+        return Response(answer.content, media_type="application/octet-stream")
     if kind == "report":
         plain = re.sub(r"[^\w. -]", "_", name, flags=re.ASCII)
         headers = {"Content-Disposition": f'attachment; filename="{plain}.html"'}
@@ -120,5 +127,6 @@ routes = [
     Route("/api/runs/{name}/steps/{step}", content),
     Route("/api/runs/{name}/steps/{step}/tensor", tensor),
     Route("/api/runs/{name}/steps/{step}/histogram", histogram),
+    Route("/api/runs/{name}/steps/{step}/file", file),
     Route("/api/runs/{name}/report", report),
 ]

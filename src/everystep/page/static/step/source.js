@@ -11,6 +11,7 @@ export function serverSource(run) {
   return {
     ...lookingAhead((step, options) => ask(of(step), options)),
     numbers: (step, id, region, options) => askNumbers(withQuery(of(step, "tensor"), { id, ...asTexts(region) }), options),
+    file: (step, id) => withQuery(of(step, "file"), { id }),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };
 }

@@ -5,6 +5,7 @@ import { heatMap } from "./heatmap.js";
 import { histogram } from "./histogram.js";
 import { show, setText, unfolding } from "../shared/part.js";
 import { statisticsLine, statisticsText } from "./statistics.js";
+import { takeAlong } from "./take.js";
 import { thumbnail } from "./thumbnail.js";
 
 /** Return the part of a tensor that unfolds to its panel. */
@@ -43,7 +44,8 @@ class TensorPanel {
     this.map = heatMap();
     this.bars = histogram();
     this.trouble = element("p", { class: "alarm small", role: "alert", hidden: true });
-    this.node = element("div", { class: "panel" }, this.map.node, this.bars.node, this.trouble);
+    this.along = takeAlong(view.source);
+    this.node = element("div", { class: "panel" }, this.map.node, this.bars.node, this.along.node, this.trouble);
     this.content = null;
     this.asked = new AbortController();
   }
@@ -72,6 +74,8 @@ class TensorPanel {
     const seen = this.content.tensors[this.id];
     const isDrawn = Boolean(seen) && !seen.unset && seen.shape.every((size) => size > 0);
     show(this.map.node, isDrawn);
+    show(this.along.node, isDrawn && this.id !== "batch.images");
+    this.along.update(this.content, this.id);
     show(this.bars.node, isDrawn && seen.shape.some((size) => size > 1));
     const empty = seen?.unset ? "no numbers: nothing is written to it yet" : "no numbers: its shape has a 0";
     if (!isDrawn) return this.#tell(seen ? empty : "not at this step");
