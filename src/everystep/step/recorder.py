@@ -260,8 +260,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
             return func(*args, **keywords)
         module = self._module()
         try:
-            if known.reason is not None:
-                raise NotAllowedError(known.reason)
+            resolve(known.text)
             arguments = self._encoded(known, args, keywords)
         except (NotAllowedError, NotImplementedError, RuntimeError) as error:
             self._refuse(func, error, args)
@@ -358,14 +357,14 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
 class _KnownOperator(NamedTuple):
     """What is known of an operator, looked up once.
 
-    is_passed: it computes nothing; is_memory: it only asks for memory; reason: why no program can have
-    it, or None; names: of its arguments, those that are written among `writes`.
+    is_passed: it computes nothing; is_memory: it only allocates memory; text: its name with its
+    overload; names: of its arguments; writes: those that it writes to; gives: whether it has results.
     """
 
     is_passed: bool
     is_memory: bool
     is_index: bool
-    reason: str | None
+    text: str
     names: tuple[str, ...]
     writes: frozenset[str]
     gives: bool
@@ -373,17 +372,12 @@ class _KnownOperator(NamedTuple):
 
 @cache
 def _known(func: Any) -> _KnownOperator:
-    name, reason = func.overloadpacket.__name__, None
-    is_passed = func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY
-    try:
-        resolve(str(func))
-    except NotAllowedError as error:
-        reason = str(error)
+    name = func.overloadpacket.__name__
     return _KnownOperator(
-        is_passed,
+        func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY,
         name in _MEMORY_ONLY,
         name == "index",
-        reason,
+        str(func),
         tuple(argument.name for argument in func._schema.arguments),
         writes(func),
         bool(func._schema.returns),
