@@ -168,7 +168,9 @@ def test_a_run_may_have_any_name(write_run, page, name):
     assert page.json("/api/runs")["runs"][0]["name"] == name
 
 
-@pytest.mark.parametrize("path", ["/", "/runs/x", "/runs/%3Cb%3E", "/compare", "/?step=3"])
+@pytest.mark.parametrize(
+    "path", ["/", "/runs/x", "/runs/%3Cb%3E", "/compare", "/overlay?run=x", "/?step=3"]
+)
 def test_every_place_is_the_same_page(page, path):
     answer = page.ask(path)
     assert answer.status_code == 200

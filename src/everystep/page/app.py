@@ -25,7 +25,7 @@ from everystep.page.tasks import Tasks
 
 __all__ = ["UntilEnd", "application"]
 
-_PAGES = [Route(path, index) for path in ("/", "/runs/{name}", "/compare")]
+_PAGES = [Route(path, index) for path in ("/", "/runs/{name}", "/overlay", "/compare")]
 _ASSETS = [Route("/static/{path:path}", asset)]
 
 

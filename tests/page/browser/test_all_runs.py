@@ -2,6 +2,7 @@
 
 import math
 import re
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright.sync_api import expect
@@ -107,14 +108,22 @@ def test_several_runs_are_laid_over_each_other_and_taken_away_again(visit):
     expect(compare).to_be_enabled()
     overlay.click()
     plot(page)
-    first = page.locator("h1").inner_text()
-    other = {"chapter": "fork", "fork": "chapter"}[first]
-    assert page.url.endswith(f"/runs/{first}?beside={other}")
+    expect(page.locator("h1")).to_have_text("2 runs")
+    first, other = parse_qs(urlsplit(page.url).query)["run"]
+    assert {first, other} == {"chapter", "fork"}
+    table = page.get_by_role("table")
+    expect(table.get_by_role("columnheader", name="optimizer.lr")).to_be_visible()
+    expect(table.get_by_role("row", name=re.compile("^fork"))).to_contain_text("0.0002")
+    expect(table.get_by_role("row", name=re.compile("^chapter"))).to_contain_text("628.3 at 1")
     shown = page.get_by_role("group", name="what the plot shows")
     expect(shown.get_by_role("button", name=other, exact=True)).to_have_attribute("aria-pressed", "true")
     page.get_by_role("button", name=f"take {other} out of the plot").click()
-    expect(shown.get_by_role("button", name=other, exact=True)).to_have_count(0)
-    assert page.url.endswith(f"/runs/{first}")
+    expect(page.locator("h1")).to_have_text("1 run")
+    assert page.url.endswith(f"/overlay?run={first}")
+    page.go_back()
+    expect(page.locator("h1")).to_have_text("2 runs")
+    table.get_by_role("link", name="fork").click()
+    expect(page.locator("h1")).to_have_text("fork")
 
 
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):

@@ -8,6 +8,7 @@ import { element } from "./shared/elements.js";
 const views = {
   runs: () => import("./runs/runs.js"),
   run: () => import("./run/run.js"),
+  overlay: () => import("./runs/overlay.js"),
   compare: () => import("./tasks/compare.js"),
 };
 

@@ -2,6 +2,8 @@
 
 import { short, whole } from "../shared/format.js";
 
+/** Lines that a log axis has at most. */
+const MOST_DECADES = 12;
 const FONT = "12px system-ui, sans-serif";
 
 let loading = null;
@@ -100,9 +102,11 @@ function plainAxis(scale, label, side) {
   return { scale, label, side, stroke: colour("--muted"), font: FONT, labelFont: FONT, labelSize: 20, gap: 6, ticks: { show: false } };
 }
 
-// Over many decades a log axis has a line for each of them, and no more.
+// Over many decades a log axis has a line for each of them, or for every second, third, ...
 function gridLines(chart, splits, isLog) {
   const { min, max } = chart.scales.loss;
   if (!isLog || max < 1000 * min) return splits;
-  return splits.map((split) => (split !== null && Math.abs(Math.log10(split) % 1) < 1e-6 ? split : null));
+  const every = Math.ceil(Math.log10(max / min) / MOST_DECADES);
+  const isShown = (split) => Math.abs(Math.round(Math.log10(split)) - Math.log10(split)) < 1e-6 && Math.round(Math.log10(split)) % every === 0;
+  return splits.map((split) => (split !== null && isShown(split) ? split : null));
 }

@@ -88,6 +88,7 @@ class RunView {
     document.title = `${this.name}${place.step === null ? "" : ` · step ${place.step}`} – everystep`;
     this.#drawBar();
     if (isFirst || (before.step === null) !== (place.step === null)) this.#arrange();
+    if (!isFirst && before.step !== null && place.step === null) window.scrollTo({ top: 0 });
     if (before.step !== place.step) {
       this.plot.setStep(place.step);
       this.table.setStep(place.step);

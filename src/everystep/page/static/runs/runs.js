@@ -179,8 +179,7 @@ class Runs {
   }
 
   #overlay() {
-    const [run, ...beside] = this.#names();
-    address.go({ view: "run", run, beside });
+    address.go({ view: "overlay", runs: this.#names() });
   }
 
   #compare() {

@@ -1,7 +1,7 @@
 // The address of what is looked at, and going there: Back and Forward work.
 //
-// A place: {view: "runs"}, {view: "run", run, step, phase, operation, beside: [names]} or
-// {view: "compare", one, other}.
+// A place: {view: "runs"}, {view: "run", run, step, phase, operation, beside: [names]},
+// {view: "overlay", runs: [names]} or {view: "compare", one, other}.
 
 const watchers = new Set();
 
@@ -20,6 +20,7 @@ export function read(address = location.href) {
       beside: searchParams.getAll("beside"),
     };
   }
+  if (first === "overlay") return { view: "overlay", runs: searchParams.getAll("run") };
   if (first === "compare") return { view: "compare", one: searchParams.get("one"), other: searchParams.get("other") };
   return { view: "runs" };
 }
@@ -34,14 +35,15 @@ function decoded(name) {
 }
 
 /** Return the address of a place. */
-export function write({ view, run, step, phase, operation, beside = [], one, other }) {
+export function write({ view, run, runs = [], step, phase, operation, beside = [], one, other }) {
   const query = new URLSearchParams();
-  const given = view === "compare" ? { one, other } : { step, phase, operation };
+  const given = { compare: { one, other }, run: { step, phase, operation } }[view] ?? {};
   for (const [key, value] of Object.entries(given)) {
     if (value !== null && value !== undefined) query.set(key, value);
   }
   if (view === "run") beside.forEach((name) => query.append("beside", name));
-  const path = { runs: "/", run: `/runs/${encodeURIComponent(run)}`, compare: "/compare" }[view];
+  runs.forEach((name) => query.append("run", name));
+  const path = { runs: "/", overlay: "/overlay", run: `/runs/${encodeURIComponent(run)}`, compare: "/compare" }[view];
   return query.size ? `${path}?${query}` : path;
 }
 

@@ -14,12 +14,19 @@ export function index(sections) {
   const watching = new IntersectionObserver(
     (entries) => {
       for (const { target, isIntersecting } of entries) seen[isIntersecting ? "add" : "delete"](target);
-      const now = sections.find(({ node }) => seen.has(node))?.node;
-      if (now !== current) mark(links.get(current), links.get((current = now)));
+      choose();
     },
     { rootMargin: "-20% 0px -60% 0px" },
   );
   sections.forEach((section) => watching.observe(section.node));
+  addEventListener("scroll", choose, { passive: true });
+
+  // At the end of the page, the last section is read, however low it stands.
+  function choose() {
+    const isAtEnd = scrollY > 0 && innerHeight + scrollY >= document.documentElement.scrollHeight - 2;
+    const now = isAtEnd ? sections.at(-1).node : sections.find(({ node }) => seen.has(node))?.node;
+    if (now !== current) mark(links.get(current), links.get((current = now)));
+  }
 
   function mark(before, link) {
     before?.removeAttribute("aria-current");
@@ -29,5 +36,9 @@ export function index(sections) {
     node.scrollLeft = link.offsetLeft - node.offsetLeft - (node.clientWidth - link.offsetWidth) / 2;
   }
 
-  return { ...fixed(node), close: () => watching.disconnect() };
+  const close = () => {
+    watching.disconnect();
+    removeEventListener("scroll", choose);
+  };
+  return { ...fixed(node), close };
 }

@@ -1,0 +1,109 @@
+// Several runs over each other: their losses in one plot, and what they differ in.
+
+import * as address from "../shared/address.js";
+import { element } from "../shared/elements.js";
+import { addressOf, ask } from "../shared/server.js";
+import { duration, short, whole } from "../shared/format.js";
+import { lossPlot } from "../plot/plot.js";
+import { listenToThose } from "../run/live.js";
+
+/** What the list of runs knows of each: all there is to compare where not all are experiments. */
+const LISTED = [["optimizer", "optimizer"], ["lr", "lr"], ["batch", "batch"]];
+/** What people change most comes first. */
+const FIRST = ["optimizer", "schedule", "batch_size", "seed", "model", "loss"];
+/** More settings than this are told by Compare. */
+const MOST = 5;
+
+/** Show runs over each other. */
+export async function open(place, main) {
+  document.title = "Overlay – everystep";
+  document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Overlay");
+  main.classList.add("wide");
+  const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
+  main.append(waiting);
+  const { runs } = await ask("/api/runs").finally(() => waiting.remove());
+  const view = new Overlay(main, runs);
+  await view.update(place);
+  return { update: (next) => view.update(next), close: () => view.close() };
+}
+
+class Overlay {
+  constructor(main, runs) {
+    this.summaries = new Map(runs.map((run) => [run.name, run]));
+    this.title = element("h1");
+    this.problem = element("p", { class: "alarm", hidden: true });
+    this.place = element("section", { class: "loss-part", "aria-label": "losses of the runs" });
+    this.body = element("div", { class: "overlay-table" });
+    main.append(this.title, this.problem, this.place, this.body);
+  }
+
+  async update({ runs }) {
+    const names = runs.filter((name) => this.summaries.get(name)?.problem === null);
+    const missing = runs.filter((name) => !names.includes(name));
+    this.title.textContent = names.length === 1 ? "1 run" : `${names.length} runs`;
+    this.problem.hidden = !missing.length;
+    this.problem.textContent = `Not here, or unreadable: ${missing.join(", ")}.`;
+    this.close();
+    if (!names.length) return this.body.replaceChildren();
+    const remove = (name) => address.go({ view: "overlay", runs: runs.filter((other) => other !== name) });
+    const goTo = (step) => address.go({ view: "run", run: names[0], step, beside: names.slice(1) });
+    this.plot = lossPlot(this.place, names, { goTo, remove });
+    this.end = listenToThose(names, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
+    const about = await Promise.all(names.map((name) => ask(addressOf(name)).catch(() => null)));
+    this.body.replaceChildren(this.#table(names, about));
+  }
+
+  close() {
+    this.plot?.close();
+    this.end?.();
+    this.plot = this.end = null;
+  }
+
+  #table(names, about) {
+    const areExperiments = about.every((one) => one?.has_experiment);
+    const settings = names.map((name, place) => (areExperiments ? settingsOf(about[place]) : listed(this.summaries.get(name))));
+    const differing = settingsThatDiffer(settings);
+    const head = ["run", ...differing.map(([key]) => key), "first loss", "last loss", "smallest loss", "steps", "duration"];
+    const rows = names.map((name, place) => {
+      const of = (what) => about[place]?.landmarks.find((mark) => mark.what === what);
+      const { steps, seconds } = this.summaries.get(name);
+      const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
+      link.style.setProperty("--swatch", `var(--series-${place % 5})`);
+      const texts = [
+        ...differing.map(([, values]) => values[place]),
+        ...["first", "last", "smallest"].map((what) => (of(what) ? `${of(what).short} at ${whole(of(what).step)}` : "")),
+        whole(steps ?? 0),
+        seconds === null ? "" : duration(seconds),
+      ];
+      return element("tr", {}, element("th", { scope: "row" }, link), ...texts.map((text) => element("td", {}, text)));
+    });
+    const headings = head.map((text) => element("th", { scope: "col" }, text));
+    return element("table", { class: "overlaid" }, element("thead", {}, element("tr", {}, ...headings)), element("tbody", {}, ...rows));
+  }
+}
+
+function settingsOf({ settings }) {
+  return new Map(Object.entries(settings).map(([key, value]) => [key, String(value)]));
+}
+
+function listed(summary) {
+  return new Map(LISTED.map(([key, title]) => [title, summary[key] === null ? "" : String(summary[key])]));
+}
+
+function settingsThatDiffer(all) {
+  const keys = [...new Set(all.flatMap((settings) => [...settings.keys()]))];
+  const rows = keys.map((key) => [key, all.map((settings) => settings.get(key) ?? "")]);
+  const told = rows.filter(([key, values]) => new Set(values).size > 1 && !["steps", "epochs"].includes(key));
+  const differing = told.sort(([one], [other]) => rank(one) - rank(other));
+  return differing.slice(0, MOST).map(([key, values]) => [key, values.map(brief)]);
+}
+
+function rank(key) {
+  const place = FIRST.indexOf(key.split(/[.[]/)[0]);
+  return place < 0 ? FIRST.length : place;
+}
+
+function brief(text) {
+  const number = Number(text);
+  return text !== "" && Number.isFinite(number) ? short(number) : text;
+}
