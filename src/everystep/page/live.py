@@ -1,4 +1,4 @@
-"""What changes on disk, told to the page as it happens, by server-sent events.
+"""What changes on disk, sent to the page as it happens, by server-sent events.
 
 The file system says when something has changed; then it is looked at once, for all who listen.
 """
@@ -80,24 +80,24 @@ class Live:
 
         Losses that begin at a step that was sent before take the place of what was sent from there on.
         """
-        told: Any = None
+        sent: Any = None
         before: RunColumns | None = None
         yield "retry: 1000\n\n"
         feed = self._feed(name, lambda: self._look_at(name), RUN_PAUSE)
         with feed.listening() as changes:
             async for sight in changes:
                 if sight is None:
-                    if told != "gone":
+                    if sent != "gone":
                         yield event("gone", {}, 0)
-                    told, before, after = "gone", None, 0
+                    sent, before, after = "gone", None, 0
                     continue
                 columns: RunColumns = sight.columns
                 after = _agreed(before, columns, after)
                 before = columns
                 state = state_data(columns, sight.status)
-                if state != told:
+                if state != sent:
                     yield event("state", state, after)
-                    told = state
+                    sent = state
                 if after < columns.steps:
                     steps = np.arange(after + 1, columns.steps + 1)
                     losses = reduced(steps, columns.losses[after:], MOST_LOSSES)
@@ -110,18 +110,18 @@ class Live:
 
         `all` says that a run which is not among them is gone.
         """
-        told: dict[str, Any] | None = None
+        sent: dict[str, Any] | None = None
         yield "retry: 1000\n\n"
         feed = self._feed(None, self._look_at_all, LIST_PAUSE)
         with feed.listening() as changes:
             async for runs in changes:
-                known = told or {}
+                known = sent or {}
                 changed = [run for name, run in runs.items() if run != known.get(name)]
                 gone = [name for name in known if name not in runs]
-                if changed or gone or told is None:
-                    content = {"runs": changed, "gone": gone, "all": told is None}
+                if changed or gone or sent is None:
+                    content = {"runs": changed, "gone": gone, "all": sent is None}
                     yield event("runs", content)
-                told = runs
+                sent = runs
 
     def close(self) -> None:
         """Watch nothing any more."""
@@ -238,7 +238,7 @@ class Feed(Generic[Content]):
 
 
 def _agreed(before: RunColumns | None, now: RunColumns, after: int) -> int:
-    """Return up to which step what was told still holds."""
+    """Return up to which step what was sent still holds."""
     after = after if after <= now.steps else 0 if before is None else now.steps
     if before is None or before.edition == now.edition:
         return after

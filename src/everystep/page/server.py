@@ -160,7 +160,7 @@ def _say(host: str, port: int) -> None:
     lines = []
     if not is_loopback(host):
         lines.append(
-            f"this listens on {host}: whoever has this address, and can reach this machine, sees all "
+            f"this listens on {host}: anyone with this address who can reach this machine sees all "
             "runs here, and can measure and train in your name; what passes is not encrypted"
         )
     elif connection := os.environ.get("SSH_CONNECTION", "").split():

@@ -100,8 +100,8 @@ class _Kept:
     def step(self, step: Step, run: Run) -> dict[str, Any]:
         """Return a step as the page holds it."""
         content = step_content(step, run)
-        told = {id for id, seen in content["tensors"].items() if "unset" not in seen}
-        tensors = {id: tensor_of(step, id, run.facts) for id in told}
+        shown = {id for id, seen in content["tensors"].items() if "unset" not in seen}
+        tensors = {id: tensor_of(step, id, run.facts) for id in shown}
         return {
             "content": content,
             "regions": {id: self._slices(tensor) for id, tensor in tensors.items()},

@@ -63,23 +63,23 @@ class Voice:
             self._out = None
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Tell how far it is, unless that has been told just now."""
+        """Tell how far it is, unless it was said just now."""
         now = time.monotonic()
         if now - self._said >= _PAUSE or done >= total:
             self._said = now
             self.say("progress", {"done": min(done, total), "total": total, "what": what})
 
     def counting(self, what: str, total: int) -> Callable[[int], None]:
-        """Return what is told how many more steps are done."""
+        """Return a function to call with the number of completed steps."""
         done = 0
         self.progress(done, total, what)
 
-        def told(steps: int) -> None:
+        def on_steps(steps: int) -> None:
             nonlocal done
             done += steps
             self.progress(done, total, what)
 
-        return told
+        return on_steps
 
 
 def do(request: dict[str, Any], voice: Voice) -> None:
@@ -127,13 +127,13 @@ def _measure(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
 
 def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     run, condition = Run(asked["run"]), asked["condition"]
-    told = voice.counting("looking", len(run))
+    on_steps = voice.counting("looking", len(run))
     if condition.strip() == "nonfinite":
-        made = run.first_nonfinite(progress=told)
+        made = run.first_nonfinite(progress=on_steps)
         found = Found(() if made is None else (made.step.number,))
     else:
         made = None
-        found = run.when(condition, asked["which"], progress=told)
+        found = run.when(condition, asked["which"], progress=on_steps)
     losses = run.losses_at(found.steps[:_LISTED])
     listed = Found(tuple(losses))
     is_origin = condition.strip() == "nonfinite"
@@ -154,8 +154,8 @@ def _verify(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
 
 def _compare(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     one, other = Run(asked["run"]), Run(asked["other"])
-    told = voice.counting("comparing", min(len(one), len(other)))
-    found = one.diff(other, thorough=asked["thorough"], progress=told)
+    on_steps = voice.counting("comparing", min(len(one), len(other)))
+    found = one.diff(other, thorough=asked["thorough"], progress=on_steps)
     return diff_data(found) | {
         "text": diff_text(found),
         "sentence": diff_sentence(found),

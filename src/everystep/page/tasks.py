@@ -60,11 +60,11 @@ class Task:
         text = "it ended without answer"
         try:
             while line := await self._process.stdout.readline():
-                told = json.loads(line)
-                if told["event"] == "ready":
+                said = json.loads(line)
+                if said["event"] == "ready":
                     self._is_ready = True
                 else:
-                    self._keep(told["event"], told["content"])
+                    self._keep(said["event"], said["content"])
         except ValueError:  # a line that is too long, or that is not ours
             text = "its answer cannot be read"
             await self.kill()

@@ -134,8 +134,8 @@ def answers(
         except Exception as error:  # it must not end: the next question may be another
             reason = f"{type(error).__name__}: {error}".strip(": ").partition("\n")[0]
             status, about = 500, {"error": f"the step cannot be shown: {reason}"}
-        told = {"status": status, "about": about, "bytes": len(content)}
-        yield json.dumps(told).encode() + b"\n" + content
+        answer = {"status": status, "about": about, "bytes": len(content)}
+        yield json.dumps(answer).encode() + b"\n" + content
 
 
 def main() -> None:

@@ -172,3 +172,19 @@ def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
     expect(page).to_have_url(re.compile("/runs/fork.*beside=chapter"))
     toggle(page, "fork").click()
     expect(toggle(page, "fork")).to_have_attribute("aria-pressed", "false")
+
+
+def test_how_the_plot_is_drawn_is_in_the_address(visit):
+    page = visit("/runs/chapter")
+    plot(page)
+    for name in ("line", "log axis"):
+        page.get_by_role("button", name=name, exact=True).click()
+    page.get_by_role("slider", name="smoothing").fill("0.5")
+    page.wait_for_url(re.compile(r"\?line=1&log=1&smooth=0\.5$"))
+    page.keyboard.press("End")
+    page.reload()
+    plot(page)
+    for name in ("line", "log axis"):
+        button = page.get_by_role("button", name=name, exact=True)
+        expect(button).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("slider", name="smoothing")).to_have_value("0.5")

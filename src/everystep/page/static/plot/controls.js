@@ -9,7 +9,7 @@ import { element, button } from "../shared/elements.js";
  */
 export function plotControls(does) {
   const host = element("div", { class: "toggles", role: "group", "aria-label": "what the plot shows" });
-  const smoothing = smoothingSlider(does.weight);
+  const smoothing = smoothingSlider(does.weight, does.smooth);
   const toggle = (text, isOn, press, title) => button(text, press, { "aria-pressed": String(isOn), title });
   const series = (line, index) => {
     const made = toggle(line.title, line.isShown, () => does.line(line));
@@ -36,13 +36,13 @@ export function plotControls(does) {
   return { host, draw };
 }
 
-function smoothingSlider(changed) {
+function smoothingSlider(changed, first) {
   const says = "Exponential moving average of the points drawn, corrected for its start; 0: none";
-  const said = element("output", {}, "0");
+  const said = element("output", {}, String(first));
   const change = ({ target }) => {
     said.textContent = target.value;
     changed(Number(target.value));
   };
-  const range = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "data-own-keys": "", oninput: change });
+  const range = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: first, "data-own-keys": "", oninput: change });
   return element("label", { class: "smoothing", title: says }, "smoothing", range, said);
 }

@@ -18,10 +18,11 @@ const DOUBLE = 300; // milliseconds in which a second click makes a double one
  * Draw the loss of runs, named, into `host`; return {setStep, extend, setMeasurements, toggleLog, resize, close}.
  *
  * `step`: the one that is looked at; `goTo(step)`: is called for a click; `controls`: with buttons above;
- * `remove(name)`: takes a run but the first out of the plot, where that can be.
+ * `remove(name)`: takes a run but the first out of the plot, where that can be; `look`: {line, log, smooth} as the reader
+ * chose before, null where not; `looked(look)`: is called when the reader chooses.
  */
-export function lossPlot(host, names, { step = null, goTo = () => {}, controls = true, remove = null } = {}) {
-  return new LossPlot(host, names, { step, goTo, controls, remove });
+export function lossPlot(host, names, { step = null, goTo = () => {}, controls = true, remove = null, look = {}, looked = () => {} } = {}) {
+  return new LossPlot(host, names, { step, goTo, controls, remove, look, looked });
 }
 
 class LossPlot {
@@ -40,9 +41,9 @@ class LossPlot {
   #ended = new AbortController();
   #refining = new AbortController();
 
-  constructor(host, names, { step, goTo, controls, remove }) {
-    this.names = names;
-    this.goTo = goTo;
+  constructor(host, names, { step, goTo, controls, remove, look, looked }) {
+    Object.assign(this, { names, goTo, look, looked });
+    this.#weight = look.smooth ?? 0;
     this.#lines = names.map((name, index) => lossLine(name, index, names.length === 1));
     this.#mark = new StepMark(this.#lines[0].curve, step, () => this.#drawMark());
     this.#furnish(host, controls, remove);
@@ -82,6 +83,7 @@ class LossPlot {
   toggleLog() {
     this.#isLog = !this.#isLog;
     this.#build();
+    this.#tellLook({ log: Number(this.#isLog) });
   }
 
   /** Fit the plot into its place. */
@@ -114,7 +116,8 @@ class LossPlot {
     this.controls = plotControls({
       line: (line) => this.#toggle(line),
       remove,
-      isLine: () => this.#build((this.#isLine = !this.#isLine)),
+      isLine: () => this.#toggleLine(),
+      smooth: this.#weight,
       isLog: () => this.toggleLog(),
       weight: (weight) => this.#smooth(weight),
       whole: () => this.zoom(null),
@@ -138,8 +141,9 @@ class LossPlot {
       await Promise.all([loadUPlot(), first.curve.load(signal), ...others.map((line) => loadOther(line, signal))]);
       if (signal.aborted) return;
       // Points of several runs would hide each other, as would losses near zero.
-      this.#isLine = this.names.length > 1;
-      this.#isLog = this.#isLine && spanDecades(this.#lines);
+      const { line, log } = this.look;
+      this.#isLine = line === null || line === undefined ? this.names.length > 1 : Boolean(line);
+      this.#isLog = log === null || log === undefined ? this.names.length > 1 && spanDecades(this.#lines) : Boolean(log);
       this.#build();
       await this.#load(this.#lines.filter((line) => line.isShown && line.curve.measurement !== null));
     } catch (error) {
@@ -161,11 +165,23 @@ class LossPlot {
     else this.#build();
   }
 
+  #toggleLine() {
+    this.#isLine = !this.#isLine;
+    this.#build();
+    this.#tellLook({ line: Number(this.#isLine) });
+  }
+
+  #tellLook(changed) {
+    this.look = { ...this.look, ...changed };
+    this.looked(this.look);
+  }
+
   #smooth(weight) {
     const isRedrawn = this.#weight > 0 === weight > 0;
     this.#weight = weight;
     if (isRedrawn) this.#refresh();
     else this.#build();
+    this.#timers.rest("look", () => this.#tellLook({ smooth: weight || null }));
   }
 
   #drawControls() {

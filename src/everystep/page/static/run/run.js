@@ -148,8 +148,12 @@ class RunView {
     if (step === this.step) return this.#drawBar();
     const replace = isWalk && this.#isWalking;
     this.#isWalking = isWalk;
+    this.#goOwn({ ...this.place, step }, replace);
+  }
+
+  #goOwn(place, replace) {
     this.#isOwn = true;
-    address.go({ ...this.place, step }, { replace });
+    address.go(place, { replace });
     this.#isOwn = false;
   }
 
@@ -177,7 +181,9 @@ class RunView {
     this.plot?.close();
     this.endBeside?.();
     const remove = (name) => address.go({ ...this.place, beside: beside.filter((other) => other !== name) });
-    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { step: this.step, goTo: (step) => this.jump(step), remove });
+    const { line, log, smooth } = this.place;
+    const looked = (look) => this.#goOwn({ ...this.place, ...look }, true);
+    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked });
     this.plot.setMeasurements(this.about.measurements);
     this.endBeside = listenToThose(beside, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
   }

@@ -11,7 +11,7 @@ import { listenToThose } from "../run/live.js";
 const LISTED = [["optimizer", "optimizer"], ["lr", "lr"], ["batch", "batch"]];
 /** What people change most comes first. */
 const FIRST = ["optimizer", "schedule", "batch_size", "seed", "model", "loss"];
-/** More settings than this are told by Compare. */
+/** Compare shows more settings than this. */
 const MOST = 5;
 
 /** Show runs over each other. */
@@ -93,8 +93,8 @@ function listed(summary) {
 function settingsThatDiffer(all) {
   const keys = [...new Set(all.flatMap((settings) => [...settings.keys()]))];
   const rows = keys.map((key) => [key, all.map((settings) => settings.get(key) ?? "")]);
-  const told = rows.filter(([key, values]) => new Set(values).size > 1 && !["steps", "epochs"].includes(key));
-  const differing = told.sort(([one], [other]) => rank(one) - rank(other));
+  const found = rows.filter(([key, values]) => new Set(values).size > 1 && !["steps", "epochs"].includes(key));
+  const differing = found.sort(([one], [other]) => rank(one) - rank(other));
   return differing.slice(0, MOST).map(([key, values]) => [key, values.map(brief)]);
 }
 

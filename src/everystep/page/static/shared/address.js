@@ -1,6 +1,7 @@
 // The address of what is looked at, and going there: Back and Forward work.
 //
-// A place: {view: "runs"}, {view: "run", run, step, phase, operation, beside: [names]},
+// A place: {view: "runs"}, {view: "run", run, step, phase, operation, line, log, smooth, beside: [names]} (how the plot
+// is drawn; null: as it is by itself),
 // {view: "overlay", runs: [names]} or {view: "compare", one, other}.
 
 const watchers = new Set();
@@ -17,6 +18,9 @@ export function read(address = location.href) {
       step: whole("step"),
       phase: searchParams.get("phase"),
       operation: whole("operation"),
+      line: whole("line"),
+      log: whole("log"),
+      smooth: Number(searchParams.get("smooth")) || null,
       beside: searchParams.getAll("beside"),
     };
   }
@@ -35,9 +39,9 @@ function decoded(name) {
 }
 
 /** Return the address of a place. */
-export function write({ view, run, runs = [], step, phase, operation, beside = [], one, other }) {
+export function write({ view, run, runs = [], step, phase, operation, line, log, smooth, beside = [], one, other }) {
   const query = new URLSearchParams();
-  const given = { compare: { one, other }, run: { step, phase, operation } }[view] ?? {};
+  const given = { compare: { one, other }, run: { step, phase, operation, line, log, smooth } }[view] ?? {};
   for (const [key, value] of Object.entries(given)) {
     if (value !== null && value !== undefined) query.set(key, value);
   }

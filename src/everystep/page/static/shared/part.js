@@ -41,7 +41,7 @@ export function fixed(node, update = () => {}) {
 /**
  * Return a part whose button, or a click beside it, unfolds more beneath it.
  *
- * view: what is open stays open by its key from step to step; open(): the part beneath; changed: told
+ * view: what is open stays open by its key from step to step; open(): the part beneath; changed: called
  * when the reader, not the address, has opened or closed it.
  */
 export function unfolding(view, { key, name, beside, className, open, update, changed = () => {} }) {

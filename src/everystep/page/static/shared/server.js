@@ -56,7 +56,7 @@ export function withQuery(address, query) {
  *
  * After a break the stream goes on after the event that was seen last, or `after`. While the page is
  * hidden it rests: a browser holds but few connections to a server. `heard`: a function by name of
- * event; `changed`: is told whether the server is there.
+ * event; `changed`: is called with whether the server is there.
  */
 export function listen(address, heard, changed = () => {}, { after = "" } = {}) {
   let source = null;

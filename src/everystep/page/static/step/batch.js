@@ -54,8 +54,8 @@ function rowsOfData() {
   function tell(all) {
     isAll = all;
     if (!rows) return setText(text, isOfLoop ? "as your loop had it" : "all rows of the data, in order");
-    const told = isAll ? rows : rows.slice(0, ROWS_SHOWN);
-    setText(text, `${whole(rows.length)} rows of the data: ${told.join(", ")}${told.length < rows.length ? ", …" : ""}`);
+    const listed = isAll ? rows : rows.slice(0, ROWS_SHOWN);
+    setText(text, `${whole(rows.length)} rows of the data: ${listed.join(", ")}${listed.length < rows.length ? ", …" : ""}`);
     setText(more, isAll ? "fewer" : "all");
   }
 

@@ -23,8 +23,8 @@ export function heading() {
     loss.classList.toggle("nonfinite", !isFinite);
     exactness.className = content.is_exact ? "exactness small muted" : "exactness alarm";
     setText(exactness, exactnessText(content));
-    const told = Object.entries(hyperparameters).map(([name, value]) => `${name} ${short(value, 8)}`);
-    setText(settings, [...(batch.rows ? [`Epoch ${whole(epoch + 1)}`] : []), ...told].join(" · "));
+    const listed = Object.entries(hyperparameters).map(([name, value]) => `${name} ${short(value, 8)}`);
+    setText(settings, [...(batch.rows ? [`Epoch ${whole(epoch + 1)}`] : []), ...listed].join(" · "));
     problems.replaceChildren(...content.problems.map((text) => element("p", { class: "alarm" }, text)));
   });
 }

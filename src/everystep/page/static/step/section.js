@@ -134,7 +134,7 @@ function lossFunction() {
 function dropping() {
   const node = element("p", { class: "settings-line" });
   return fixed(node, ({ step, dropped }) =>
-    setText(node, dropped.length ? `drops the gradients of step ${whole(step - 1)}` : "no gradients to drop: there are none yet"),
+    setText(node, dropped.length ? `drops the gradients of step ${whole(step - 1)}` : "no gradients yet"),
   );
 }
 

@@ -47,7 +47,7 @@ function clipping() {
     if (clip_norm === null) return;
     const squares = gradients.map(({ tensor }) => numberOf(tensors[tensor]?.norm) ** 2);
     const norm = Math.sqrt(squares.reduce((sum, square) => sum + square, 0));
-    const effect = norm + 1e-6 <= clip_norm ? "are left as they are" : "are clipped";
+    const effect = norm + 1e-6 <= clip_norm ? "are not clipped" : "are clipped";
     setText(node, `First, the gradients, of norm ${short(norm)}, ${effect}: clip_norm = ${short(clip_norm)}.`);
   });
 }
@@ -85,12 +85,12 @@ function named(parameters) {
 }
 
 function updateRow(view, { parameter, numbers }) {
-  const told = Object.fromEntries(["before", "after", "change"].map((name) => [name, element("span", { class: "value" })]));
+  const values = Object.fromEntries(["before", "after", "change"].map((name) => [name, element("span", { class: "value" })]));
   const size = element("span", { class: "value" });
   const bar = element("span", { class: "relative-bar", "aria-hidden": "true" }, element("span"));
   const statistic = (name, value) => element("span", { class: "statistic" }, element("span", { class: "what" }, name), " ", value);
   const by = element("span", { class: "by" }, ...references(numbers));
-  const norms = Object.entries(told).map(([name, value]) => statistic(name, value));
+  const norms = Object.entries(values).map(([name, value]) => statistic(name, value));
   const quiet = element("span", { class: "quiet" }, element("span", { class: "statistics" }, ...norms, by));
   const picture = thumbnail(view, () => `updates/${parameter}/change`);
   const row = unfolding(view, {
@@ -103,7 +103,7 @@ function updateRow(view, { parameter, numbers }) {
       const { updates, tensors } = content;
       picture.update(content);
       const one = updates.find((each) => each.parameter === parameter);
-      for (const [name, value] of Object.entries(told)) {
+      for (const [name, value] of Object.entries(values)) {
         const norm = tensors[one[name]]?.norm;
         setText(value, short(norm));
         value.title = String(norm);

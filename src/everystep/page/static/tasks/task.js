@@ -8,7 +8,7 @@ import { tell, withQuery } from "../shared/server.js";
  * Start a task and show it in `host`; return the Task.
  *
  * `start` asks the server to begin, and gives its {task}. `done(result)` returns what is shown of the result; `begun(content)`
- * is told what a task announces; `over(message)` that it has ended, with the error if there was one.
+ * is called with what a task announces; `over(message)` that it has ended, with the error if there was one.
  */
 export function runTask(start, host, options = {}) {
   const task = new Task(host, options);
@@ -108,7 +108,7 @@ function follow(address, heard, view, fail) {
   const broken = async () => {
     view.waiting(true);
     if (source.readyState !== EventSource.CLOSED) return;
-    if (await isForgotten(address)) fail("the server has been started anew and no longer knows of this; ask again");
+    if (await isForgotten(address)) fail("the server was restarted and no longer knows this task; ask again");
     else again = setTimeout(begin, 2000);
   };
   begin();

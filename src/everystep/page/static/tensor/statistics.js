@@ -4,7 +4,7 @@ import { element } from "../shared/elements.js";
 import { numberOf, percent, shapeText, short, whole } from "../shared/format.js";
 import { setText, show } from "../shared/part.js";
 
-const TOLD = [
+const ENTRIES = [
   ["mean", "mean"],
   ["std", "std"],
   ["min", "minimum"],
@@ -15,24 +15,24 @@ const TOLD = [
 /** Return a line of statistics: {node, update(statistics)}; `norm`: with the 2-norm. */
 export function statisticsLine({ norm = false } = {}) {
   const shape = element("span", { class: "shape" });
-  const told = TOLD.filter(([name]) => norm || name !== "norm").map(([name, key]) => ({ key, ...statistic(name) }));
+  const entries = ENTRIES.filter(([name]) => norm || name !== "norm").map(([name, key]) => ({ key, ...statistic(name) }));
   const zeros = statistic("zeros");
   const alarm = element("span", { class: "nonfinite" });
   const unset = element("span", { class: "what" });
-  const node = element("span", { class: "statistics" }, shape, ...told.map((one) => one.node), zeros.node, alarm, unset);
+  const node = element("span", { class: "statistics" }, shape, ...entries.map((one) => one.node), zeros.node, alarm, unset);
   return {
     node,
     update(seen) {
       show(node, Boolean(seen));
       if (!seen) return;
-      // Nearly everything is float32: only another type is told.
+      // Nearly everything is float32: only another type is named.
       setText(shape, shapeText(seen.shape) + (seen.dtype === "float32" ? "" : ` ${seen.dtype}`));
       shape.title = seen.dtype;
       setText(alarm, seen.nonfinite ? `${whole(seen.nonfinite)} not finite` : "");
       show(alarm, Boolean(seen.nonfinite));
       setText(unset, seen.unset ? "nothing is written to it yet" : "");
       const isNumber = seen.shape.every((size) => size === 1);
-      for (const { key, tell } of told) {
+      for (const { key, tell } of entries) {
         const isTold = isNumber ? key === "mean" : true;
         tell(isTold ? numberOf(seen[key]) : null, isNumber ? "value" : null);
       }
@@ -45,7 +45,7 @@ export function statisticsLine({ norm = false } = {}) {
 export function statisticsText(seen) {
   if (!seen) return "not at this step";
   if (seen.unset) return `${shapeText(seen.shape)} ${seen.dtype}, nothing is written to it yet`;
-  const numbers = TOLD.map(([name, key]) => `${name} ${short(seen[key])}`);
+  const numbers = ENTRIES.map(([name, key]) => `${name} ${short(seen[key])}`);
   const bad = seen.nonfinite ? [`${whole(seen.nonfinite)} not finite`] : [];
   return [`${shapeText(seen.shape)} ${seen.dtype}`, ...numbers, ...bad].join(", ");
 }
