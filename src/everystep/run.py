@@ -66,7 +66,13 @@ class Run(RecordedRun):
             first, *others = slice(begin, step.stop, step.step).indices(count + 1)
             return Steps(self, [number for number in range(first, *others) if number > 0])
         number = self._number(step)
-        return self._opener.step(number + len(self) + 1 if number < 0 else number)
+        opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
+        return replace(opened, to_html=self._step_html)
+
+    def _step_html(self, step: Step) -> str:
+        from everystep.views.step import step_html
+
+        return step_html(step, self.facts, self.name)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])

@@ -23,6 +23,14 @@ def test_a_step_and_what_is_in_it_are_shown_in_a_line_each(run):
     assert repr(step.updates["2.bias"]).startswith("<update of (10,) torch.float32, relative size ")
 
 
+def test_a_notebook_shows_a_step_as_the_terminal_does(run):
+    shown = run[7]._repr_html_()
+    assert shown.startswith("<pre") and "relu(#0)" in shown and "step 7 of 20" in shown
+    assert "bit-identical" in shown
+    steps = list(run[3:5])
+    assert [step._repr_html_().count("step 3 of 20") for step in steps] == [1, 0]
+
+
 def test_answers_are_shown_in_a_line(run):
     verified = run.verify(processes=1, progress=False)
     assert repr(verified) == (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -102,7 +102,8 @@ class Step:
     dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
     backward pass left them (clipping is the first part of the update); updates: by parameter;
     operations: in order, with inputs and results; hyperparameters: the lr and similar settings, `lr[1]`
-    for the second param group; is_by_program: whether a program replayed it, or Python; epoch: from 0.
+    for the second param group; is_by_program: whether a program replayed it, or Python; epoch: from 0;
+    to_html: writes it as a notebook shows it.
     """
 
     number: int
@@ -120,6 +121,7 @@ class Step:
     hyperparameters: dict[str, float]
     is_by_program: bool
     epoch: int
+    to_html: Callable[[Step], str] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_exact(self) -> bool:
@@ -157,6 +159,9 @@ class Step:
             tensors += [*seen.inputs.values(), *seen.results.values()]
         storages = (tensor.untyped_storage() for tensor in tensors)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def _repr_html_(self) -> str | None:
+        return None if self.to_html is None else self.to_html(self)
 
     def __repr__(self) -> str:
         exact = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -32,12 +33,17 @@ from everystep.views.segments import SegmentSeen, as_it_happened
 from everystep.views.step_json import step_json
 from everystep.views.terminal import shortest
 
-__all__ = ["PHASES", "step_json", "step_text"]
+__all__ = ["PHASES", "step_html", "step_json", "step_text"]
 
 #: What can be looked at alone.
 PHASES = ("batch", *get_args(Phase))
 #: An operation looked at alone shows the numbers of tensors with at most so many elements unasked.
 FEW_VALUES = 64
+
+#: Columns of a step in a notebook.
+HTML_WIDTH = 110
+#: Colours are those of the notebook, and only emphasis is added.
+_HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{code}</pre>'
 
 _ROWS_SHOWN = 3
 _INDENT = 2
@@ -80,6 +86,15 @@ def step_text(
     else:
         opened.whole(name, phase)
     return opened.page.text
+
+
+def step_html(step: Step, facts: Facts, name: str) -> str:
+    """Return a step as a notebook shows it: the page of the terminal."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), record=True, width=HTML_WIDTH, color_system="truecolor")
+    console.print(step_text(step, facts, name=name, width=HTML_WIDTH), soft_wrap=True)
+    return console.export_html(inline_styles=True, code_format=_HTML)
 
 
 class _Opened:
