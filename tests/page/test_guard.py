@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import re
 from itertools import product
 
 import pytest
 from tests.page.serving import PORT
 
 from everystep.page.guard import Guard, cookie_of, host_without_port
+from everystep.page.problem import STYLE_SOURCE
 
 OURS = f"127.0.0.1:{PORT}"
 EVERY_ADDRESS = ["/", "/runs/x", "/compare", "/static/app.js", "/api/runs", "/api/nothing", "/nothing"]
@@ -114,7 +116,9 @@ def test_every_answer_forbids_what_a_page_does_not_need(page, path, known):
     answer = page.ask(path, headers=page.headers if known else {})
     policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
-    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert policy["style-src"] == f"'self' {STYLE_SOURCE}"
+    assert re.fullmatch(r"'sha256-[A-Za-z0-9+/=]{44}'", STYLE_SOURCE)
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert answer.headers["cross-origin-opener-policy"] == "same-origin"
@@ -128,8 +132,14 @@ def test_refusals_say_what_to_do(page):
         text := page.ask("/", headers=page.headers | {"Host": "<b>.example"}).text
     )
     assert "&lt;b&gt;.example" in text
-    assert "the address that `everystep view` has printed" in text
-    assert "printed" in page.ask("/api/runs", headers={}).json()["error"]
+    assert "the address that everystep view prints" in text
+    assert "prints" in page.ask("/api/runs", headers={}).json()["error"]
+
+
+def test_an_address_that_is_not_there_leads_to_all_runs(page):
+    answer = page.ask("/nowhere/x")
+    assert answer.status_code == 404
+    assert "There is nothing at /nowhere/x" in answer.text and 'href="/"' in answer.text
 
 
 def test_a_failure_tells_no_details_and_is_guarded_too(page):

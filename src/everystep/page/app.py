@@ -10,7 +10,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -19,6 +19,7 @@ from everystep.page.assets import asset, index
 from everystep.page.columns import Columns
 from everystep.page.desk import Desk
 from everystep.page.live import Live
+from everystep.page.problem import problem_page
 from everystep.page.routes import runs, steps, tasks
 from everystep.page.shelf import Shelf
 from everystep.page.tasks import Tasks
@@ -108,7 +109,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     text = f"there is nothing at {request.url.path}" if is_missing else error.detail
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": text}, error.status_code, headers=error.headers)
-    return PlainTextResponse(text, error.status_code, headers=error.headers)
+    title = "Nothing here" if is_missing else "This did not work"
+    page = problem_page(title, text, has_link=True)
+    return HTMLResponse(page, error.status_code, headers=error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import html
 import ipaddress
 import json
 import re
@@ -20,13 +19,15 @@ from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from everystep.page.problem import STYLE_SOURCE, problem_page
+
 __all__ = ["Guard", "cookie_of", "host_without_port", "is_loopback"]
 
 _POLICY = "; ".join(
     [
         "default-src 'none'",
         "script-src 'self'",
-        "style-src 'self'",
+        f"style-src 'self' {STYLE_SOURCE}",
         "img-src 'self' data:",
         "connect-src 'self'",
         "base-uri 'none'",
@@ -79,8 +80,8 @@ class Guard:
             reason = "what is asked for must be JSON (Content-Type: application/json)"
         if reason is None and not (has_token or self._has_cookie(headers)):
             reason = (
-                "this page opens only by the address that `everystep view` has printed: it ends in "
-                "?token=..."
+                "this page opens only with the address that everystep view prints in its terminal; that "
+                "ends in ?token=..."
             )
 
         async def send_guarded(message: Message) -> None:
@@ -107,8 +108,8 @@ class Guard:
         if host is None or not self._is_ours(host):
             shown = ", ".join(hosts) or "no host"
             return (
-                f"this server is not {shown}; use the address that `everystep view` has printed "
-                "(everystep view --host says how to serve other machines)"
+                f"this server is not {shown}; use the address that everystep view prints "
+                "(with --host, it serves other machines)"
             )
         origins = headers.getlist("origin")
         if origins and origins != [f"http://{hosts[0]}"]:
@@ -124,7 +125,7 @@ class Guard:
             return True
         if self._host not in ("0.0.0.0", "::", ""):
             return False
-        # Every name of this machine: an address in digits can be none that somebody else resolves anew.
+        # Every name of this machine: nobody else can make an address in digits resolve to another.
         return _is_address(host) or host == socket.gethostname().lower()
 
     def _has_cookie(self, headers: Headers) -> bool:
@@ -173,21 +174,5 @@ def _refusal(scope: Scope, reason: str) -> Response:
     if scope["path"].startswith("/api/"):
         content, media_type = json.dumps({"error": reason}, ensure_ascii=False), "application/json"
     else:
-        content, media_type = _REFUSED.format(reason=html.escape(reason)), "text/html"
+        content, media_type = problem_page("This does not open from here", reason), "text/html"
     return Response(content, 403, media_type=media_type)
-
-
-_REFUSED = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>everystep: not from here</title>
-</head>
-<body>
-<h1>This is not open from here</h1>
-<p>{reason}</p>
-</body>
-</html>
-"""
