@@ -132,7 +132,7 @@ def test_a_host_beyond_loopback_says_what_it_opens(started, shelf, capfd):
     page_server.serve(shelf, host="0.0.0.0", browser=False)
     out, err = capfd.readouterr()
     assert out.startswith("http://127.0.0.1:")
-    assert "this listens on 0.0.0.0: whoever has this address" in err
+    assert "this listens on 0.0.0.0: anyone with this address" in err
     assert "not encrypted" in err
 
 
