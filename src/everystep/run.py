@@ -335,7 +335,9 @@ class Run(RecordedRun):
 
     def __repr__(self) -> str:
         summary = self.summary()
-        losses = f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}" if summary.steps else ""
+        losses = ""
+        if summary.first_loss is not None and summary.last_loss is not None:
+            losses = f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}"
         return (
             f"<everystep run {str(self.directory)!r}: {summary.status}, {summary.steps} steps{losses}>"
         )

@@ -8,8 +8,11 @@ from torch import nn
 
 import everystep
 from everystep.errors import UsageError
+from everystep.page.about import about_data
+from everystep.page.columns import Columns
 from everystep.page.opened import step_content
 from everystep.page.tensors import tensor_of
+from everystep.recording.run import RecordedRun
 from everystep.replay.step import statistics
 from everystep.views.formula import update_formulas
 from everystep.views.mathematics import mathematics
@@ -217,3 +220,55 @@ def test_a_model_that_is_a_layer_is_a_network_of_one(tmp_path):
     [layer] = step_content(run[2], run)["network"]
     assert (layer["type"], layer["path"], layer["operations"]) == ("Linear", "", [0])
     assert layer["parameters"] == {"weight": "parameters/weight", "bias": "parameters/bias"}
+
+
+class Branches(nn.Module):
+    """Two layers read the input, a third what both give; the first is used once more at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.one(self.both(torch.cat([self.one(x), self.other(x)], 1)))
+
+
+def test_a_layer_follows_the_one_before_only_where_it_uses_it(tmp_path, runs):
+    model = Branches()
+    run = everystep.train(
+        model,
+        (torch.randn(5, 4), torch.randn(5, 4)),
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        steps=2,
+        directory=tmp_path / "branches",
+        progress=False,
+    )
+    layers = step_content(run[2], run)["network"]
+    assert [(layer["path"], layer.get("follows")) for layer in layers] == [
+        ("one", None),
+        ("other", False),
+        ("both", True),
+    ]
+    for name in ("chapter", "digits"):
+        _, *later = step_content(runs[name][3], runs[name])["network"]
+        assert all(layer["follows"] for layer in later)
+
+
+def test_a_loop_that_logs_no_loss_has_none(tmp_path, capsys):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = tmp_path / "silent"
+    with everystep.record(run=run, model=model, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.randn(4, 3)] * 3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    summary = everystep.open(run).summary()
+    assert (summary.first_loss, summary.last_loss, summary.nonfinite_step) == (None, None, None)
+    assert repr(everystep.open(run)).endswith(": finished, 3 steps>")
+    columns = Columns().of(RecordedRun(run))
+    about = about_data("silent", RecordedRun(run), columns, [])
+    assert (about["has_loss"], about["landmarks"], about["nonfinite"]) == (False, [], None)
+    x, *others = everystep.open(run)[2].batch
+    assert x.shape == (4, 3) and not others

@@ -640,7 +640,7 @@ def test_the_command_names_the_cause(everystep_command):
     step = first_step_with(13)
     code, out, _ = everystep_command("when", "sequential-1", "nonfinite")
     assert code == 0
-    assert out == f"step {step}: x has 1 NaN from the start\n  rows of the data: 13\n"
+    assert out == f"step {step}: x has 1 NaN from the start\n  row 13 of the data\n"
     code, out, _ = everystep_command("when", "sequential-1", "nonfinite", "--json")
     assert json.loads(out) == {
         "step": step,

@@ -55,7 +55,7 @@ def summary_data(name: str, summary: Summary | None, problem: str | None = None)
         "last_loss": plain(summary.last_loss),
         "nonfinite": summary.nonfinite_step,
         "optimizer": summary.optimizer,
-        "lr": ", ".join(map(number, summary.lr)),
+        "lr": ", ".join(f"{rate:.8g}" for rate in summary.lr),
         "batch": summary.batch_size,
         "validation": summary.validation
         and {"name": summary.validation[0], "value": plain(summary.validation[1])},
@@ -90,6 +90,7 @@ def about_data(
     """
     facts, training = columns.facts, columns.facts.training
     settings = settings_of(run, training)
+    has_loss = training.loop is None or training.loop.has_loss
     return {
         "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
         "details": report.details(facts),
@@ -97,7 +98,8 @@ def about_data(
         "name": name,
         **state_data(columns, run.status_by(facts)),
         "dtype": str(columns.losses.dtype),
-        **_landmarks(columns),
+        "has_loss": has_loss,
+        **(_landmarks(columns) if has_loss else {"landmarks": [], "nonfinite": None}),
         "directory": _argument(run.directory),
         "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
         "forks": forks,

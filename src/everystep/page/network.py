@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from everystep.page.tensors import first_of
@@ -38,12 +39,30 @@ def network(step: Step, modules: Mapping[str, ModuleFacts]) -> list[dict[str, An
             by_module = operations if phase == "forward" else backward
             by_module.setdefault(module, []).append(number)
     parents = {path.rpartition(".")[0] for path in (*step.activations, *operations) if path}
-    return [
+    layers = [
         _layer(step, path, operations.get(path, []), backward.get(path, []))
         | _described(modules.get(path), path in containers)
         for path in _in_order(step, operations)
         if path in operations or path not in parents | containers
     ]
+    for before, layer in pairwise(layers):
+        layer["follows"] = _follows(step, before["operations"], layer["operations"])
+    return layers
+
+
+def _follows(step: Step, before: list[int], operations: list[int]) -> bool:
+    """Tell whether a layer uses what the layer before it gives; without operations, it counts as if."""
+    if not before or not operations:
+        return True
+    reached: set[str] = set()
+    for number in range(before[0], operations[-1] + 1):
+        seen = step.operations[number]
+        uses = any(_VIEW.sub("", name) in reached for name in seen.inputs)
+        if uses and number in operations:
+            return True
+        if uses or number in before:
+            reached |= {_VIEW.sub("", name) for name in seen.results}
+    return False
 
 
 def _in_order(step: Step, operations: dict[str, list[int]]) -> list[str]:

@@ -38,7 +38,7 @@ EXPERIMENT_FILE = "experiment.toml"
 
 
 class Summary(NamedTuple):
-    """A run in one line. Losses are None if the run has no steps.
+    """A run in one line. Losses are None if the run has no steps, or its loop logs no loss.
 
     nonfinite_step: the first whose loss is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
@@ -247,8 +247,9 @@ class RecordedRun:
             facts = database.facts()
             count, first, last = database.ends()
             validation = _validation(database)
-        nan = math.nan if count else None
         trained = facts.trained
+        is_logged = trained is None or trained.loop is None or trained.loop.has_loss
+        nan = math.nan if count and is_logged else None
         groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
         rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
         return Summary(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -47,6 +47,13 @@ class Batch:
     def y(self) -> Tensor:
         """The second tensor of a pair."""
         return self["y"]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the tensors: `x, y = step.batch`."""
+        return iter(self.tensors.values())
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -131,16 +138,18 @@ class Step:
     def segments(self, parts: Collection[str] = ()) -> list[Segment]:
         """Return the operations in order, grouped by phase.
 
-        Operations before the first forward pass of a loop are `other`, not part of a loss.
+        Operations of a loop before its first forward pass, or after its last backward pass, are `other`,
+        not part of a loss.
 
         parts: names of models and optimizers to keep apart.
         """
         found: list[Segment] = []
         phases = [seen.operation.phase for seen in self.operations]
         forward = phases.index("forward") if "forward" in phases else 0
+        backward = max((i for i, p in enumerate(phases) if p == "backward"), default=len(phases))
         for index, seen in enumerate(self.operations):
             phase, path = seen.operation.phase, seen.operation.module or ""
-            if phase == "loss" and index < forward:
+            if phase == "loss" and not forward <= index <= backward:
                 phase = "other"
             own = path.partition(".")[0] if phase in ("forward", "update") else ""
             part = own if own in parts else None

@@ -154,7 +154,8 @@ def nonfinite_text(found: NonFinite | None) -> str:
     if found.rows:
         more = f" and {len(found.rows) - NAMED:,} more" if len(found.rows) > NAMED else ""
         whole = "batch" if found.are_rows_of_batch else "data"
-        lines.append(f"  rows of the {whole}: " + ", ".join(map(str, found.rows[:NAMED])) + more)
+        numbers = ", ".join(map(str, found.rows[:NAMED])) + more
+        lines.append(f"  row{'s' * (len(found.rows) > 1)} {numbers} of the {whole}")
     return "\n".join(lines)
 
 

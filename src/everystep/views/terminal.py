@@ -75,7 +75,8 @@ def closing(directory: Path, reason: str | None) -> str:
     measured = "".join(
         f", {name} {number(value)}" for name, value in _latest_measurements(run).items() if name != "lr"
     )
-    loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if summary.steps else ""
+    has_loss = summary.first_loss is not None
+    loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if has_loss else ""
     taken = f"{summary.steps:,} steps"
     if summary.parent is not None:
         at = summary.parent[1]

@@ -33,7 +33,7 @@ GAN = [
     "11 Loss",
     "12 Backward",
     "13 Update · optimizer_g",
-    "14 Loss",
+    "14 Other",
 ]
 PASSES = 4
 

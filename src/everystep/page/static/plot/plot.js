@@ -19,10 +19,10 @@ const DOUBLE = 300; // milliseconds in which a second click makes a double one
  *
  * `step`: the one that is looked at; `goTo(step)`: is called for a click; `controls`: with buttons above;
  * `remove(name)`: takes a run but the first out of the plot, where that can be; `look`: {line, log, smooth} as the reader
- * chose before, null where not; `looked(look)`: is called when the reader chooses.
+ * chose before, null where not; `looked(look)`: is called when the reader chooses; `hasLoss`: whether the first run logs a loss at all.
  */
-export function lossPlot(host, names, { step = null, goTo = () => {}, controls = true, remove = null, look = {}, looked = () => {} } = {}) {
-  return new LossPlot(host, names, { step, goTo, controls, remove, look, looked });
+export function lossPlot(host, names, { step = null, goTo = () => {}, controls = true, remove = null, look = {}, looked = () => {}, hasLoss = true } = {}) {
+  return new LossPlot(host, names, { step, goTo, controls, remove, look, looked, hasLoss });
 }
 
 class LossPlot {
@@ -41,8 +41,8 @@ class LossPlot {
   #ended = new AbortController();
   #refining = new AbortController();
 
-  constructor(host, names, { step, goTo, controls, remove, look, looked }) {
-    Object.assign(this, { names, goTo, look, looked });
+  constructor(host, names, { step, goTo, controls, remove, look, looked, hasLoss }) {
+    Object.assign(this, { names, goTo, look, looked, hasLoss });
     this.#weight = look.smooth ?? 0;
     this.#lines = names.map((name, index) => lossLine(name, index, names.length === 1));
     this.#mark = new StepMark(this.#lines[0].curve, step, () => this.#drawMark());
@@ -225,7 +225,7 @@ class LossPlot {
 
   #data() {
     const { data, nonfinite } = columnsOf(stacked(this.#drawn), { weight: this.#weight, isLog: this.#isLog });
-    this.#nonfinite = nonfinite;
+    this.#nonfinite = this.hasLoss ? nonfinite : [];
     return data;
   }
 
@@ -292,7 +292,7 @@ class LossPlot {
     this.plot.setAttribute("aria-valuenow", this.at ?? this.#mark.step ?? 1);
     this.plot.setAttribute("aria-valuetext", parts.map((part) => part.join(" ")).join(", ") || "no step chosen");
     const spans = parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
-    this.readout.replaceChildren(...(spans.length ? spans : [this.chart ? hint(this.#lines[0].curve, this.#isLog, this.#nonfinite) : ""]));
+    this.readout.replaceChildren(...(spans.length ? spans : [!this.hasLoss ? "This loop logs no loss. Click to open a step." : this.chart ? hint(this.#lines[0].curve, this.#isLog, this.#nonfinite) : ""]));
   }
 
   #partsOfStep() {

@@ -183,7 +183,7 @@ class RunView {
     const remove = (name) => address.go({ ...this.place, beside: beside.filter((other) => other !== name) });
     const { line, log, smooth } = this.place;
     const looked = (look) => this.#goOwn({ ...this.place, ...look }, true);
-    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked });
+    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
     this.plot.setMeasurements(this.about.measurements);
     this.endBeside = listenToThose(beside, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
   }
@@ -230,8 +230,8 @@ class RunView {
     this.plot.extend(this.name, { steps, losses });
     this.about.steps = steps.at(-1);
     if (isAgain) return this.#askAgain();
-    this.about.landmarks = landmarksWith(this.about.landmarks, steps, losses, fullText);
-    const bad = losses.findIndex((loss) => !Number.isFinite(loss));
+    if (this.about.has_loss) this.about.landmarks = landmarksWith(this.about.landmarks, steps, losses, fullText);
+    const bad = this.about.has_loss ? losses.findIndex((loss) => !Number.isFinite(loss)) : -1;
     if (bad >= 0) this.about.nonfinite ??= { step: steps[bad], loss: fullText(losses[bad]) };
     this.#drawLosses();
     this.table.refresh();

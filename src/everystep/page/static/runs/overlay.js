@@ -105,5 +105,5 @@ function rank(key) {
 
 function brief(text) {
   const number = Number(text);
-  return text !== "" && Number.isFinite(number) ? short(number) : text;
+  return text !== "" && Number.isFinite(number) ? short(number, 8) : text;
 }

@@ -168,7 +168,7 @@ class Runs {
   }
 
   #names() {
-    return [...this.body.children].map(({ dataset }) => dataset.name).filter((name) => this.#picked.has(name));
+    return [...this.#picked]; // in the order in which they were picked
   }
 
   #tellPicked() {

@@ -25,7 +25,10 @@ export function read(address = location.href) {
     };
   }
   if (first === "overlay") return { view: "overlay", runs: searchParams.getAll("run") };
-  if (first === "compare") return { view: "compare", one: searchParams.get("one"), other: searchParams.get("other") };
+  if (first === "compare") {
+    const [one = null, other = null] = searchParams.getAll("run");
+    return { view: "compare", one: searchParams.get("one") ?? one, other: searchParams.get("other") ?? other };
+  }
   return { view: "runs" };
 }
 

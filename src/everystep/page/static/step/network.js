@@ -54,7 +54,8 @@ function diagram(view, content, part) {
       button.addEventListener(name, () => view.highlight(isOver ? [...layer.operations, ...layer.backward] : []));
     }
     buttons.set(key, button);
-    const item = element("li", { class: "layer" }, button, flow(layer.output));
+    const isFollowed = shown[place + 1]?.follows ?? true;
+    const item = element("li", { class: "layer" }, button, isFollowed ? flow(layer.output) : apart());
     item.style.setProperty("--depth", layer.depth);
     return item;
   });
@@ -95,6 +96,11 @@ function layerButton({ path, type, text, arguments: settingsAsPrinted }, press) 
     element("span", {}, element("span", { class: "type" }, type), " ", element("span", { class: "path" }, path)),
     settings ? element("span", { class: "settings" }, settings) : null,
   );
+}
+
+// The next layer does not use what this one gives: it begins another branch.
+function apart() {
+  return element("span", { class: "apart", title: "the next layer does not use this one's output" });
 }
 
 function flow(shape) {

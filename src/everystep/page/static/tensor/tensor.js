@@ -78,6 +78,7 @@ class TensorPanel {
     this.along.update(this.content, this.id);
     show(this.bars.node, isDrawn && seen.shape.some((size) => size > 1));
     const empty = seen?.unset ? "no numbers: nothing is written to it yet" : "no numbers: its shape has a 0";
+    this.trouble.className = isDrawn ? "alarm small" : "muted small";
     if (!isDrawn) return this.#tell(seen ? empty : "not at this step");
     this.node.setAttribute("aria-busy", "true");
     try {
