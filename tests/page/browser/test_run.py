@@ -101,7 +101,7 @@ def test_a_question_mark_shows_the_keys(visit):
 def test_a_run_has_two_ends(visit):
     page = visit("/runs/chapter?step=1")
     expect_step(page, 1)
-    expect(part(page, "Zero grad")).to_contain_text("no gradients to drop: there are none yet")
+    expect(part(page, "Zero grad")).to_contain_text("no gradients yet")
     for name in ("first step (Home)", "\N{MINUS SIGN}10", "the step before (←)"):
         expect(page.get_by_role("button", name=name)).to_be_disabled()
     page.keyboard.press("Shift+ArrowLeft")
