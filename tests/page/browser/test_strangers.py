@@ -60,7 +60,7 @@ def test_without_the_token_there_is_a_page_that_says_so(shared, open_page):
     for path in ("/", "/runs/chapter", "/?token=" + "0" * 40, "/api/runs"):
         answer = page.goto(shared.origin + path)
         assert answer.status == 403
-        expect(page.locator("body")).to_contain_text("the address that `everystep view` has printed")
+        expect(page.locator("body")).to_contain_text("the address that everystep view prints")
         expect(page.locator("body")).not_to_contain_text("chapter")
 
 
@@ -69,7 +69,7 @@ def test_another_name_for_this_machine_is_refused(shared, open_page):
     page = open_page(expected=["403"])
     answer = page.goto(at(shared, "/").replace("127.0.0.1", "attacker.localhost"))
     assert answer.status == 403
-    expect(page.locator("body")).to_contain_text("this server is not attacker.localhost")
+    expect(page.locator("body")).to_contain_text("This server is not attacker.localhost")
 
 
 def test_through_a_forwarded_port_the_printed_address_works(shared, open_page):
