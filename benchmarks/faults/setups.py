@@ -52,7 +52,7 @@ class Setup:
         return model, x, y
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the optimizer, whose every operation is known."""
+        """Return the optimizer; all its operations are known."""
         if self.optimizer == "GradientDescent":
             return everystep.GradientDescent(model.parameters(), lr=self.lr)
         kind = getattr(torch.optim, self.optimizer)

@@ -36,7 +36,7 @@ def runs(
     if json:
         typer.echo(runs_json(summaries))
     elif summaries:
-        width = None if sys.stdout.isatty() else 200  # whoever reads it cuts lines as they like
+        width = None if sys.stdout.isatty() else 200  # the reader of the pipe cuts lines
         Console(highlight=False, width=width).print(runs_table(summaries))
     else:
         hint(f"{directory} has no runs; everystep train creates the first")

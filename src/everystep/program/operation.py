@@ -101,7 +101,7 @@ class Operation(Model):
     """An operator applied to tensors.
 
     operator: `aten.name.overload`; arguments and keywords: as `encode` writes them; results: names of
-    the result tensors, in order, null for a result that is no tensor; module: the path of its module,
+    the result tensors, in order, null for a result that is not a tensor; module: the path of its module,
     also in the backward phase; derived: runs only when someone observes the step, because another
     operation does its work in the update.
     """

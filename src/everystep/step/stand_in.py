@@ -204,7 +204,7 @@ class StandIn:
             self._set_gradient(state, name, tensor)
         for name in self.path.gone:
             self._set_gradient(state, name, None)
-        if not is_settled:  # who keeps a graph of them is told that they were written
+        if not is_settled:  # a graph that somebody keeps must notice the writes
             written = [state[name] for name in self._written if name in state]
             torch.autograd.graph.increment_version(written)
         read = {place: done.numbers[index] for place, index in self._read.items()}

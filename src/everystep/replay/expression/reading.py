@@ -238,7 +238,7 @@ class _Reader:
 
 
 def _dotted(node: ast.expr) -> tuple[str, bool]:
-    """Return a dotted name without its `previous.`, and whether it had one; empty if it is no name."""
+    """Return a dotted name without its `previous.`, and whether it had one; empty if not a name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
