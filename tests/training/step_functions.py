@@ -421,6 +421,55 @@ def views_of_more():
 
 
 @case
+def views_of_a_batch_with_gaps():
+    data = torch.randn(40, 9)
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(made.parts["model"](x[:, 1:] * x[:1, 0]), y[: len(x)])
+        made.parts["optimizer"].zero_grad()
+        loss.backward()
+        made.parts["optimizer"].step()
+        return loss
+
+    batches = [(data[i : i + 8, 2:7], data[i, 8].expand(9, 1)) for i in (0, 8, 16, 24)]
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=batches)
+    return made._replace(step=step)
+
+
+@case
+def gradients_that_are_added_to():
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.01))
+
+    def step(batch):
+        x, y = batch
+        loss = functional.mse_loss(made.parts["model"](x), y)
+        loss.backward()
+        made.parts["optimizer"].step()
+        for parameter in made.parts["model"].parameters():
+            parameter.grad.mul_(0.5)
+        return loss
+
+    return made._replace(step=step)
+
+
+@case
+def gradients_kept_at_short_batches():
+    """Python takes the short batches, and keeps the gradients of a program."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), batches=rows(count=72))
+    kept = []
+
+    def step(batch):
+        if len(batch[0]) < 16:
+            kept.append(made.parts["model"][0].weight.grad)
+            with torch.no_grad():
+                made.parts["model"][0].weight.add_(torch.stack(kept).sum(0), alpha=0.01)
+        return made.step(batch)
+
+    return made._replace(step=step)
+
+
+@case
 def changed_batch():
     """A step that writes into its batch, which is met again."""
     model = network()

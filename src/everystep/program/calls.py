@@ -18,7 +18,7 @@ from everystep.program.memory import copy_into, repeats
 from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import leaves, out_variant
 
-__all__ = ["ASK_FOR_GRADIENTS", "Call", "prebuilt_calls", "quickest"]
+__all__ = ["ASK_FOR_GRADIENTS", "Call", "late_calls", "prebuilt_calls", "quickest"]
 
 Call = Callable[[], Any]
 
@@ -56,19 +56,43 @@ def prebuilt_calls(
 
     To be made, and called, below autograd.
     """
-    if all(r.alias_info and r.alias_info.is_write for r in operator._schema.returns):
+    if _writes_in_place(operator):
         return [_fastest(operator, arguments, keywords)]
     if len(results) == 1 and results[0] is not None and not keywords:
         if str(operator) in _SAME_AS:
             return [_SAME_AS[str(operator)](arguments, results[0])]
         if str(operator) in _ELEMENTWISE_LOSSES and _can_be_split(operator):
             return _loss_calls(operator, arguments, results[0])
-    return [_into_results(operator, arguments, keywords, results)]
+    function, given = _into_results(operator, arguments, keywords, results)
+    return [partial(function, *arguments, **given)]
+
+
+def late_calls(
+    operator: Any,
+    arguments: list[Any],
+    keywords: dict[str, Any],
+    results: Sequence[Tensor | None],
+) -> list[Call]:
+    """Return what `prebuilt_calls` returns; the arguments may be exchanged for others of their type."""
+    if _writes_in_place(operator):
+        function = quickest(operator, arguments, keywords)
+    else:
+        function, keywords = _into_results(operator, arguments, keywords, results)
+
+    def call() -> None:
+        function(*arguments, **keywords)
+
+    return [call]
+
+
+def _writes_in_place(operator: Any) -> bool:
+    return all(r.alias_info and r.alias_info.is_write for r in operator._schema.returns)
 
 
 def _into_results(
     operator: Any, arguments: list[Any], keywords: dict[str, Any], results: Sequence[Tensor | None]
-) -> Call:
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return what computes the results into their place, and the keywords that it needs."""
     variant = out_variant(operator)
     can_be_given = all(r is not None and not repeats(r) for r in results)
     if str(operator) == "aten.native_batch_norm.default":
@@ -80,8 +104,9 @@ def _into_results(
             given: dict[str, Any] = {names[0]: list(results)}
         else:
             given = dict(zip(names, results, strict=True))
-        return _fastest(overload, arguments, keywords | given)
-    return _copying(operator, arguments, keywords, results)
+        keywords |= given
+        return quickest(overload, arguments, keywords), keywords
+    return _copying(operator, results), keywords
 
 
 def _can_be_split(operator: Any) -> bool:
@@ -109,17 +134,14 @@ def _loss_calls(operator: Any, arguments: list[Any], result: Tensor) -> list[Cal
     return [partial(function, *given, out=elements), partial(reduce, elements, [], out=result)]
 
 
-def _copying(
-    operator: Any, arguments: list[Any], keywords: dict[str, Any], results: Sequence[Tensor | None]
-) -> Call:
+def _copying(operator: Any, results: Sequence[Tensor | None]) -> Callable[..., None]:
     targets = [(index, target) for index, target in enumerate(results) if target is not None]
-    compute = partial(operator._op, *arguments, **keywords)
+    compute = operator._op
     if str(operator) in ASK_FOR_GRADIENTS:
         compute = torch.enable_grad()(compute)
 
-    def call() -> None:
-        value = compute()
-        flat = _flat(value)
+    def call(*arguments: Any, **keywords: Any) -> None:
+        flat = _flat(compute(*arguments, **keywords))
         for index, target in targets:
             copy_into(target, flat[index])
 
@@ -142,12 +164,25 @@ def quickest(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) 
     """Return the fastest callable for an operator with such arguments.
 
     torch's own Python binding, if one calls exactly this operator, is about a microsecond faster than
-    the call through `torch.ops`.
+    the call through `torch.ops`. Which overload a binding calls depends on the kinds of its arguments.
     """
-    for function in _bindings(operator):
-        if _calls_only(function, operator, arguments, keywords):
-            return function
-    return operator._op  # type: ignore[no-any-return]
+    kinds = str(operator), _kinds_of(arguments), *((k, _kinds_of(v)) for k, v in keywords.items())
+    if kinds not in _chosen:
+        bindings = (f for f in _bindings(operator) if _calls_only(f, operator, arguments, keywords))
+        _chosen[kinds] = next(bindings, operator._op)
+    return _chosen[kinds]
+
+
+_chosen: dict[Any, Callable[..., Any]] = {}
+
+
+def _kinds_of(value: Any) -> Any:
+    """Return what torch's bindings tell arguments apart by."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_kinds_of, value))
+    if isinstance(value, Tensor):  # one without dimensions may stand for a number
+        return Tensor, None if value.ndim else (value.dtype, value.requires_grad)
+    return type(value)
 
 
 def _bindings(operator: Any) -> list[Callable[..., Any]]:

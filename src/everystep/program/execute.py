@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from everystep.program.calls import Call, prebuilt_calls
 from everystep.program.memory import copy_into, plan_memory
 from everystep.program.program import Operation, Program, TensorSpec, decode
 
-__all__ = ["BoundProgram", "Copies", "Observed", "allocate", "without_autograd"]
+__all__ = ["BoundProgram", "Copies", "Memory", "Observed", "allocate", "without_autograd"]
 
 
 class Observed(NamedTuple):
@@ -67,6 +68,7 @@ class BoundProgram:
         device: the device of temporary tensors.
         optimizer_step: called if the program has an optimizer step; the gradients are in `gradients` by
             then.
+        own: other memory of storages that are not temporary, by name.
 
     `loss` and `gradients` are the live tensors that hold them after each step; `temporary_bytes` is the
     memory that the program itself uses.
@@ -75,24 +77,28 @@ class BoundProgram:
         ProgramError: memory is missing, too small, of another kind, or exhausted.
     """
 
+    is_plain = False
+
     def __init__(
         self,
         program: Program,
         memory: Mapping[str, Tensor],
         device: torch.device,
         optimizer_step: Callable[[], Any] | None = None,
+        *,
+        own: Mapping[str, Memory] = MappingProxyType({}),
     ) -> None:
-        if program.is_plain or program.loss is None:
-            raise ProgramError("a plain program does not bind to memory; use the plain interpreter")
+        if program.is_plain is not self.is_plain:
+            raise ProgramError("a plain program has numbers of its steps; bind it as a LiveProgram")
         self.program = program
         temporary = _temporary_memory(program, device)
-        self._places = _given_memory(program, memory) | temporary
+        self._places = _given_memory(program, memory, own) | temporary
         self._tensors = {
             name: _tensor_on(self._places[spec.storage], spec) for name, spec in program.tensors.items()
         }
         sizes = {place.storage.data_ptr(): place.storage.nbytes() for place in temporary.values()}
         self.temporary_bytes = sum(sizes.values())
-        self.loss = self._tensors[program.loss]
+        self.loss = torch.empty(0) if program.loss is None else self._tensors[program.loss]
         derived = program.derived_gradients
         self.gradients = {
             name: self._tensors[tensor]
@@ -200,10 +206,10 @@ class BoundProgram:
 class Copies:
     """Copies of the memory of a program, each made on first access."""
 
-    def __init__(self, program: Program, places: Mapping[str, _Memory]) -> None:
+    def __init__(self, program: Program, places: Mapping[str, Memory]) -> None:
         self._program = program
         self._places = places
-        self._storages: dict[str, _Memory] = {}
+        self._storages: dict[str, Memory] = {}
         self._tensors: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -224,11 +230,11 @@ class Copies:
     def _on(self, name: str) -> str:
         return self._program.tensors[name].storage
 
-    def _copy(self, storage: str) -> _Memory:
+    def _copy(self, storage: str) -> Memory:
         place = self._places[storage]
         whole = torch.empty(0, dtype=torch.uint8, device=place.storage.device)
         whole.set_(place.storage, place.start, (self._program.storages[storage].bytes,), (1,))
-        return _Memory(whole.clone().untyped_storage())
+        return Memory(whole.clone().untyped_storage())
 
 
 def _run(calls: list[Call]) -> None:
@@ -260,7 +266,7 @@ def allocate(program: Program, values: Mapping[str, Tensor], device: torch.devic
                 memory[name].copy_(values[name][: storage.bytes])
     for name, spec in program.tensors.items():
         if name in values and program.storages[spec.storage].kind not in ("temporary", "constant"):
-            given = _Memory(memory[spec.storage].untyped_storage())
+            given = Memory(memory[spec.storage].untyped_storage())
             copy_into(_tensor_on(given, spec), values[name])
     return memory
 
@@ -277,17 +283,19 @@ def _as_graph(calls: list[Call]) -> list[Call]:
     return [graph.replay]
 
 
-class _Memory(NamedTuple):
-    """Where a storage of the program begins (in bytes) on a storage of torch."""
+class Memory(NamedTuple):
+    """Where a storage of the program begins (in bytes) on a storage of torch, perhaps before it."""
 
     storage: torch.UntypedStorage
     start: int = 0
 
 
-def _given_memory(program: Program, memory: Mapping[str, Tensor]) -> dict[str, _Memory]:
-    found = {}
+def _given_memory(
+    program: Program, memory: Mapping[str, Tensor], own: Mapping[str, Memory]
+) -> dict[str, Memory]:
+    found = dict(own)
     for name, storage in program.storages.items():
-        if storage.kind == "temporary":
+        if storage.kind == "temporary" or name in own:
             continue
         if name not in memory:
             raise ProgramError(f"{name} is missing, but the program needs it")
@@ -296,14 +304,17 @@ def _given_memory(program: Program, memory: Mapping[str, Tensor]) -> dict[str, _
             raise ProgramError(
                 f"the program needs {storage.bytes} bytes of {name}, which has only {given.nbytes()}"
             )
-        found[name] = _Memory(given)
+        found[name] = Memory(given)
     return found
 
 
-def _temporary_memory(program: Program, device: torch.device) -> dict[str, _Memory]:
+def _temporary_memory(program: Program, device: torch.device) -> dict[str, Memory]:
     """Return memory for the temporary storages: one block for all that need not persist."""
     names = program.of_kind("temporary")
-    shown = filter(None, (program.loss, *program.gradients.values()))
+    shown = filter(
+        None,
+        (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values()),
+    )
     kept = {program.tensors[name].storage for name in shown}
     kept |= {program.tensors[n].storage for operation in program.once for n in operation.results if n}
     alone = {name for name in names if name in kept or program.storages[name].host}
@@ -312,20 +323,20 @@ def _temporary_memory(program: Program, device: torch.device) -> dict[str, _Memo
     try:
         shared = _allocate(plan.size, device)
         own = {
-            name: _Memory(_allocate(storage.bytes, cpu if storage.host else device))
+            name: Memory(_allocate(storage.bytes, cpu if storage.host else device))
             for name in alone
             for storage in [program.storages[name]]
         }
     except RuntimeError as error:
         raise ProgramError(f"not enough memory for the program: {error}") from None
-    return own | {name: _Memory(shared, start) for name, start in plan.offsets.items()}
+    return own | {name: Memory(shared, start) for name, start in plan.offsets.items()}
 
 
 def _allocate(size: int, device: torch.device) -> torch.UntypedStorage:
     return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
 
 
-def _tensor_on(memory: _Memory, spec: TensorSpec) -> Tensor:
+def _tensor_on(memory: Memory, spec: TensorSpec) -> Tensor:
     dtype = spec.torch_dtype
     offset = spec.offset + memory.start // dtype.itemsize
     tensor = torch.empty(0, dtype=dtype, device=memory.storage.device)

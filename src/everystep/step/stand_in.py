@@ -40,13 +40,17 @@ Number = int | float
 class TakenByProgram:
     """A step that a program ran, as a watch would have observed it.
 
-    numbers, generators, drawn: as in `Watch`.
+    numbers, generators, drawn: as in `Watch`; is_still: no tensor of the parts was exchanged, or has
+    another version than before, although it may have other values.
     """
 
     surprise = changed_elsewhere = None
     is_paused = is_empty = False
 
-    def __init__(self, path: Path, numbers: Sequence[Number], contents: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self, path: Path, numbers: Sequence[Number], contents: Mapping[int, Tensor], *, is_still: bool
+    ) -> None:
+        self.is_still = is_still
         self.numbers = numbers
         self.generators: dict[int, Tensor] = {}
         self.drawn: Tensor | None = None
@@ -76,6 +80,7 @@ class StandIn:
         batch: the names of the tensors of the batch.
         plain: logged values of each step that are not tensors: numbers that never change, or were read.
         reads: the places of the numbers that a step reads and only logs.
+        is_quiet: whether only torch's code runs between two steps.
 
     path: what each step does; has_schedules: whether it advances schedules.
 
@@ -93,6 +98,8 @@ class StandIn:
         batch: Sequence[str],
         plain: Mapping[str, Any],
         reads: set[int],
+        *,
+        is_quiet: bool,
     ) -> None:
         self._parts = parts
         self._built = built
@@ -106,9 +113,14 @@ class StandIn:
         self._optimizer_numbers = OptimizerNumbers()
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
         self._state = PlainProgram(built.program, parts.device).state
+        self._moves = [name for name in self._state if name.startswith("gradient/")]
+        self._is_quiet = is_quiet
         self._places: list[int] = []
         self._era: int | None = None
         self._live: LiveProgram | None = None
+        #: The batch that the program holds, and the numbers of the next step, until something else runs.
+        self._loaded: list[Tensor] = []
+        self._predicted: list[Number] | None = None
         ranges = [(step.begin, step.end) for step in self._optimizer_steps]
         outside = [p for p in path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
         if not reads.issuperset(outside):
@@ -118,7 +130,6 @@ class StandIn:
         reason = self._reason_against()
         if reason is not None:
             raise NotProvenError(reason)
-        self._replaced = [name for name in built.program.ends if name not in self._state]
         lying = {path.tensors[number].storage: name for name, number in path.named}
         self._written = [
             lying[storage] for each in path.operations for storage in each.writes if storage in lying
@@ -138,6 +149,9 @@ class StandIn:
         for name in self._batch:
             if name in tensors and storages[tensors[name].storage].kind != "input":
                 return f"{name} of the batch shares memory with a part"
+        for name, tensor in self._built.program.ends.items():
+            if storages[tensors[tensor].storage].kind != "temporary":
+                return f"the gradient of {name.partition('/')[2]} shares memory with something else"
         given = {p for p in self._built.inputs.values() if p not in self._contents}
         if any(not given.isdisjoint(each.writes) for each in path.operations):
             return "the step changes its batch"
@@ -153,10 +167,13 @@ class StandIn:
 
         era: within the same era, only programs have run.
         """
-        tensors = [state.get(name) for name in self._state]
-        if any(tensor is None for tensor in tensors):
+        if era != self._era:
+            self._loaded, self._predicted = [], None
+        elif self._live is not None and not self._moves:
+            return True
+        found = {name: state[name] for name in self._state if name in state}
+        if len(found) < len(self._state):
             return False
-        found = {n: t for n, t in zip(self._state, tensors, strict=True) if t is not None}
         places = [tensor.untyped_storage().data_ptr() for tensor in found.values()]
         for name, tensor in found.items():
             is_known = era == self._era and not name.startswith("gradient/")
@@ -169,7 +186,7 @@ class StandIn:
                 self._live = self._bind(found, self._inputs())
             except ProgramError:
                 return False
-            self._places = places
+            self._places, self._loaded = places, []
         self._era = era
         return True
 
@@ -187,23 +204,30 @@ class StandIn:
             NotProvenError: an optimizer would take another step than before; nothing was done yet.
             RuntimeError: a kernel refuses its arguments.
         """
-        assert self._live is not None
+        live = self._live
+        assert live is not None
         numbers = self.numbers()
         for schedule in self._schedules:
             schedule.step()
-        for name in self._replaced:  # so that their memory is free
-            self._set_gradient(state, name, None)
-        taken = TakenByProgram(self.path, numbers, self._contents)
+        tensors = [*batch.values()]
+        is_loaded = [*map(id, tensors)] == [*map(id, self._loaded)]
+        taken = TakenByProgram(self.path, numbers, self._contents, is_still=is_settled)
         if self._draws:
             taken.generators[0] = torch.get_rng_state()
         with without_autograd():
-            done = self._live.run(batch, self._built.numbers(numbers))
+            if not is_loaded:
+                live.load(batch)
+                self._loaded = tensors
+            done = live.take(self._built.numbers(numbers))
         if self._draws:
             taken.drawn = torch.get_rng_state()
-        for name, tensor in done.ends.items():
-            self._set_gradient(state, name, tensor)
+        if any(state.get(name) is not tensor for name, tensor in live.ends.items()):
+            self._hand_out(state, live.ends)
+            taken.is_still = False
         for name in self.path.gone:
-            self._set_gradient(state, name, None)
+            if name in state:
+                self._set_gradient(state, name, None)
+                taken.is_still = False
         if not is_settled:  # a graph that somebody keeps must notice the writes
             written = [state[name] for name in self._written if name in state]
             torch.autograd.graph.increment_version(written)
@@ -215,6 +239,27 @@ class StandIn:
             for name, value in self._plain.items()
         }
         return taken, done.given | logged
+
+    def release(self, state: dict[str, Tensor]) -> bool:
+        """Give the parts copies of the gradients that the program writes into; return whether it did.
+
+        To be called before other code runs, which may keep them.
+        """
+        ends = {} if self._live is None else self._live.ends
+        lent = {name: tensor for name, tensor in ends.items() if state.get(name) is tensor}
+        for name, tensor in _copies(lent).items():
+            self._set_gradient(state, name, tensor)
+        return bool(lent)
+
+    def _hand_out(self, state: dict[str, Tensor], ends: Mapping[str, Tensor]) -> None:
+        """Set the gradients to those that the program made.
+
+        Other code may keep them, and a step that begins with them must not write into them: both get
+        copies.
+        """
+        own = ends if self._is_quiet and not self._moves else _copies(ends)
+        for name, tensor in own.items():
+            self._set_gradient(state, name, tensor)
 
     def _set_gradient(self, state: dict[str, Tensor], name: str, gradient: Tensor | None) -> None:
         self._parameters[name.removeprefix("gradient/")].grad = gradient
@@ -245,7 +290,7 @@ class StandIn:
         inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
         laid = lay_inputs(plain, inputs)
         given = {
-            name: tensor_on(laid[spec.storage].to(device).untyped_storage(), spec)
+            name: tensor_on(laid[spec.storage].untyped_storage(), spec)
             for name, spec in plain.inputs.items()
             if name in batch
         }
@@ -254,12 +299,13 @@ class StandIn:
         torch.set_rng_state(before.generators.torch_cpu)
         try:
             with without_autograd():
-                done = live.run(given, self._built.numbers(numbers))
+                live.load(given)
+                done = live.take(self._built.numbers(numbers))
             is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
         finally:
             torch.set_rng_state(after)
         state = self._parts.state()
-        now = {name: copies[name] for name in self._state if name in state} | done.ends
+        now = {name: copies[name] for name in self._state if name in state} | live.ends
         other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
         name = next(other, None)
         if name is not None:
@@ -303,14 +349,34 @@ class StandIn:
         Raises:
             NotProvenError: an optimizer runs another step than before.
         """
+        if self._predicted is not None:
+            return self._predicted.copy()
         numbers = self._numbers.copy()
+        is_constant = True
         for what in self._optimizer_steps:
             predicted = self._optimizer_numbers.predict(what.optimizer, what.gradients)
             if predicted is None or predicted.structure != what.structure:
                 raise NotProvenError("the optimizer runs another step than before")
             own = predicted.operators(what.way)
             numbers[what.begin : what.end] = [n for _, each in own for n in each]
+            is_constant &= predicted.is_constant
+        self._predicted = numbers.copy() if is_constant else None
         return numbers
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors of a program; what shares memory still does."""
+    memory: dict[int, torch.UntypedStorage] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage._cdata not in memory:
+            memory[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        found[name] = copy.set_(
+            memory[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+    return found
 
 
 def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> bool:

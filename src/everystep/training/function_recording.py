@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,20 @@ from everystep.training.record import R, Recording
 __all__ = ["FunctionRecording"]
 
 
+class _SeenBatch(NamedTuple):
+    """What is kept of a batch. era: in which nothing changes it."""
+
+    batch: tuple[Any, ...]
+    era: int
+    tensors: dict[str, Tensor]
+    copies: dict[str, Tensor]
+    nesting: list[Any]
+
+
 class FunctionRecording(Recording[R]):
     """A recording of a step function: its calls, and the steps by programs."""
+
+    _seen: _SeenBatch | None = None
 
     @property
     def parts(self) -> Parts:
@@ -87,18 +99,32 @@ class FunctionRecording(Recording[R]):
         writer.wait()
         if not is_settled:
             writer.note_changes(state)
-        tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
-        copies = self._copies.of(tensors, era)
+        seen = self._batch_of(batch, era)
         try:
-            watch, logged = stand_in.take(state, tensors, is_settled=is_settled)
+            watch, logged = stand_in.take(state, seen.tensors, is_settled=is_settled)
         except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
             writer.forget_versions()
             raise
         step = StepUnderWay(watch)
-        step.batch, step.nesting = copies, [*map(text_of, batch)]
+        step.batch, step.nesting = seen.copies, seen.nesting
         step.logged, step.loss = dict(logged), logged.get("loss")
         writer.add(step, self._elsewhere.copied, state)
         return logged
+
+    def _batch_of(self, batch: tuple[Any, ...], era: int) -> _SeenBatch:
+        """Return what is kept of a batch; of the last one again if it is the same, in the same era."""
+        seen = self._seen
+        if seen is None or seen.era != era or [*map(id, seen.batch)] != [*map(id, batch)]:
+            tensors = {name: t for each in batch for name, t in tensors_of(each).items()}
+            copies = self._copies.of(tensors, era)
+            seen = self._seen = _SeenBatch(batch, era, tensors, copies, [*map(text_of, batch)])
+        return seen
+
+    def release(self, stand_in: StandIn) -> None:
+        """Before Python runs a step: give the parts gradients that no program writes into."""
+        writer = self._open()
+        if writer.state is not None and stand_in.release(writer.state):
+            writer.note_versions()
 
     @contextmanager
     def rehearsed(self, *batch: Any) -> Iterator[StrictWatch]:

@@ -197,7 +197,8 @@ class LoopWriter:
         self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
         self._keep_pending(known)
         self._snapshot_if_due()
-        self._versions = _versions(after)
+        if not (isinstance(step.watch, TakenByProgram) and step.watch.is_still):
+            self._versions = _versions(after)
         if time.perf_counter() >= self._flush_at:
             self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS

@@ -176,14 +176,22 @@ class StepFunction:
 
     def _key_of(self, batch: tuple[Any, ...], is_settled: bool) -> Any:
         if not is_settled or not batch or batch[0] is not self._last_batch:
-            places = {t.untyped_storage()._cdata for t in self._parts.state().values()}
+            state = self._recording.state_now(is_settled=is_settled)
+            places = {tensor.untyped_storage()._cdata for tensor in state.values()}
             self._last_key = key_of(batch, places)
             self._last_batch = batch[0] if batch else None
         return self._last_key
 
+    def _release(self) -> None:
+        """Before Python runs a step: give the parts gradients that no program writes into."""
+        for kind in self._kinds.values():
+            if kind.stand_in is not None:
+                self._recording.release(kind.stand_in)
+
     # Who takes the step.
 
     def _by_python(self, batch: tuple[Any, ...]) -> dict[str, Any]:
+        self._release()
         with self._recording.step(*batch):
             logged = _logged(self._step(*batch))
             self._recording.log(**logged)
@@ -286,6 +294,7 @@ class StepFunction:
 
     def _read(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Read a step, undo it, and run it in Python; from then on a program may stand in."""
+        self._release()
         started = time.perf_counter()
         kind.readings += 1
         if not self._has_programs:
@@ -313,7 +322,7 @@ class StepFunction:
                 raise NotProvenError("a program cannot hold the step")
             names = [*_tensors_of(batch)]
             known = reading.events, names, reading.plain, reading.reads
-            stand_in = StandIn(self._parts, built, path, seen, *known)
+            stand_in = StandIn(self._parts, built, path, seen, *known, is_quiet=self._is_quiet)
             reason = stand_in.difference(before, copies, seen.numbers, logged)
         except NotProvenError as error:
             reason = str(error)

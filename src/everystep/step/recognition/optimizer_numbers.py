@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +62,13 @@ class _Block(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """The predicted step of an optimizer, group by group."""
+    """The predicted step of an optimizer, group by group.
+
+    is_constant: the next step has the same numbers as long as the settings stay as they are.
+    """
 
     groups: tuple[tuple[_Block, ...], ...]
+    is_constant: bool
 
     @property
     def structure(self) -> Any:
@@ -99,6 +103,7 @@ class OptimizerNumbers:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[_Operation, ...]] = {}
         self._last: dict[Any, tuple[list[Any], tuple[_Operation, ...]]] = {}
+        self._alone: dict[Any, _Alone] = {}
 
     def predict(
         self, optimizer: torch.optim.Optimizer, gradients: Mapping[int, torch.dtype] | None = None
@@ -116,6 +121,7 @@ class OptimizerNumbers:
         if any(key not in _OWN and not key.startswith("_optimizer_") for key in vars(optimizer)):
             return None
         groups = []
+        is_constant = True
         for group in optimizer.param_groups:
             if group.get("differentiable"):
                 return None
@@ -130,6 +136,7 @@ class OptimizerNumbers:
                     continue
                 state = optimizer.state.get(parameter, {})
                 counts = [_count_in(value) for value in state.values()]
+                is_constant &= _depends_on_settings_alone(group, counts)
                 alike = parameter.dtype, dtype, parameter.device, [*state], counts
                 if alike == before:
                     blocks[-1] = blocks[-1]._replace(times=blocks[-1].times + 1)
@@ -137,15 +144,14 @@ class OptimizerNumbers:
                     blocks.append(_Block(self._operations(optimizer, group, parameter, alike), 1))
                 before = alike
             groups.append(tuple(blocks))
-        return Predicted(tuple(groups))
+        return Predicted(tuple(groups), is_constant)
 
     def _operations(
         self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, alike: Any
     ) -> tuple[_Operation, ...]:
         settings = [each for item in group.items() if item[0] != "params" for each in item]
-        has_count = any(count is not None for count in alike[-1])
-        if has_count or any(isinstance(value, Tensor) for value in settings):
-            return _taken_alone(optimizer, group, parameter, alike[1])
+        if not _depends_on_settings_alone(group, alike[-1]):
+            return self._taken_alone(optimizer, group, parameter, alike[1])
         # Settings are mostly the very objects that they were, which is quick to find.
         place, given = (type(optimizer), id(group)), [alike, *settings]
         known = self._last.get(place)
@@ -155,9 +161,27 @@ class OptimizerNumbers:
         if key not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            self._kept[key] = _taken_alone(optimizer, group, parameter, alike[1])
+            self._kept[key] = self._taken_alone(optimizer, group, parameter, alike[1])
         self._last[place] = given, self._kept[key]
         return self._kept[key]
+
+    def _taken_alone(
+        self,
+        optimizer: torch.optim.Optimizer,
+        group: dict[str, Any],
+        parameter: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[_Operation, ...]:
+        key = type(optimizer), parameter.dtype, parameter.device, parameter.ndim == 0, dtype
+        if key not in self._alone:
+            self._alone[key] = _Alone(optimizer, parameter, dtype)
+        return self._alone[key].take(optimizer, group, parameter)
+
+
+def _depends_on_settings_alone(group: Mapping[str, Any], counts: Sequence[Any]) -> bool:
+    """Tell whether an optimizer keeps no number for a parameter, and reads none from its settings."""
+    is_counting = any(count is not None for count in counts)
+    return not is_counting and not any(isinstance(value, Tensor) for value in group.values())
 
 
 def _are_the_objects(one: list[Any], two: list[Any]) -> bool:
@@ -174,23 +198,49 @@ def _count_in(value: Any) -> Any:
     return repr(value)
 
 
-def _taken_alone(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, dtype: torch.dtype
-) -> tuple[_Operation, ...]:
-    """Return what an optimizer does to a parameter of one number with such settings and counts."""
-    shape = (1,) if parameter.ndim else ()
-    alone = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
-    alone.grad = torch.zeros_like(alone, dtype=dtype)
-    other = object.__new__(type(optimizer))
-    vars(other).update(vars(optimizer))
-    other.param_groups = [{**group, "params": [alone]}]
-    other.state = defaultdict(dict)
-    known = optimizer.state.get(parameter)
-    if known is not None:
-        other.state[alone] = {key: _small(value) for key, value in known.items()}
-    with torch.no_grad(), _Numbers() as numbers:
-        inspect.unwrap(type(optimizer).step)(other)
-    return tuple(numbers.operations)
+class _Alone:
+    """A parameter of one number, in place of those of a group that an optimizer treats alike.
+
+    Args:
+        optimizer: the optimizer; it is not touched.
+        parameter: any of them.
+        dtype: of their gradients.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor, dtype: torch.dtype) -> None:
+        shape = (1,) if parameter.ndim else ()
+        alone = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+        alone.grad = torch.zeros_like(alone, dtype=dtype)
+        self._parameter = alone
+        self._optimizer = object.__new__(type(optimizer))
+        self._step = inspect.unwrap(type(optimizer).step)
+        self._state: dict[str, Any] = {}
+
+    def take(
+        self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
+    ) -> tuple[_Operation, ...]:
+        """Return what the optimizer does to a parameter with the counts of the given one."""
+        self._set_state(optimizer.state.get(parameter, {}))
+        other = self._optimizer
+        vars(other).update(vars(optimizer))
+        other.param_groups = [{**group, "params": [self._parameter]}]
+        other.state = defaultdict(dict)
+        if self._state:
+            other.state[self._parameter] = self._state
+        with torch.no_grad(), _Numbers() as numbers:
+            self._step(other)
+        return tuple(numbers.operations)
+
+    def _set_state(self, known: Mapping[str, Any]) -> None:
+        """Set counts; a tensor of more numbers stays, since none of them is read."""
+        if known.keys() != self._state.keys():
+            self._state = {key: _small(value) for key, value in known.items()}
+        for key, value in known.items():
+            own = self._state[key]
+            if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+                self._state[key] = _small(value)
+            elif value.ndim == 0:
+                own.copy_(value)
 
 
 def _small(value: Any) -> Any:
@@ -215,20 +265,22 @@ class _Numbers(OperatorMode):  # type: ignore[no-untyped-call]
         if known.how not in ("pass", "make"):
             numbers: list[tuple[Number, bool]] = []
             for value, (_, is_slot) in zip(args, known.places, strict=False):
-                _collect(value, is_slot, False, numbers)
+                if is_slot:
+                    _collect(value, False, numbers)
             for key, value in keywords.items():
-                _collect(value, key in known.slots, False, numbers)
+                if key in known.slots:
+                    _collect(value, False, numbers)
             if known.is_read:
                 numbers.append((result, False))
             self.operations.append(_Operation(func, tuple(numbers), known.is_read))
         return result
 
 
-def _collect(value: Any, is_slot: bool, is_listed: bool, numbers: list[tuple[Number, bool]]) -> None:
+def _collect(value: Any, is_listed: bool, numbers: list[tuple[Number, bool]]) -> None:
     if isinstance(value, list | tuple):
         for item in value:
-            _collect(item, is_slot, True, numbers)
-    elif is_slot and type(value) in (int, float):
+            _collect(item, True, numbers)
+    elif type(value) in (int, float):
         numbers.append((value, is_listed))
 
 
