@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -325,9 +326,7 @@ def gradient_penalty():
         optimizer.step()
         return loss
 
-    return Case(step, rows(), {"critic": critic, "optimizer": optimizer})._replace(
-        reason="requires_grad_"
-    )
+    return Case(step, rows(), {"critic": critic, "optimizer": optimizer})
 
 
 class Autoencoder(nn.Module):
@@ -790,6 +789,146 @@ def schedule_at_the_end_of_an_epoch():
     batches = flagged(pairs(4), "last", [False, False, False, True])
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     return Case(step, batches, parts, least=5)
+
+
+def scheduled(factor):
+    """Return a case with a schedule that calls a function."""
+    case = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(case.parts["optimizer"], factor)
+
+    def step(batch):
+        loss = case.step(batch)
+        schedule.step()
+        return loss
+
+    return case._replace(step=step, parts=case.parts | {"schedule": schedule})
+
+
+@case
+def schedule_by_arithmetic():
+    warm_up = 7
+
+    def decay(done, total=40):
+        """Fall like a cosine."""
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done / total)))
+
+    def factor(step):
+        if step < warm_up:
+            return step / max(1, warm_up)
+        return decay(step - warm_up)
+
+    return scheduled(factor)
+
+
+@case
+def schedule_of_another_package():
+    case = usual(lambda p: torch.optim.AdamW(p, lr=0.1))
+    schedule = transformers.get_cosine_schedule_with_warmup(case.parts["optimizer"], 5, 40)
+
+    def step(batch):
+        loss = case.step(batch)
+        schedule.step()
+        return loss
+
+    return case._replace(step=step, parts=case.parts | {"schedule": schedule})
+
+
+@case
+def schedule_with_an_effect():
+    """Only on a branch that is not taken while the step is read."""
+    seen = []
+
+    def factor(step):
+        return 0.9**step if step < 20 else len(seen) or seen.append(step) or 1.0
+
+    return scheduled(factor)._replace(reason="calls a function that does more than arithmetic")
+
+
+@case
+def recurrent():
+    """Weights that are used several times."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.GRU(1, 8, batch_first=True), nn.Linear(8, 1)
+
+        def forward(self, x):
+            _, hidden = self.first(x.unsqueeze(-1))
+            return self.last(hidden[-1])
+
+    return usual(lambda p: torch.optim.SGD(p, lr=0.1), Net())
+
+
+@case
+def helper_without_gradients():
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    average = [p.detach().clone() for p in made.parts["model"].parameters()]
+
+    @torch.no_grad()
+    def follow(weight):
+        for slow, parameter in zip(average, made.parts["model"].parameters(), strict=True):
+            slow.lerp_(parameter, weight)
+
+    def step(batch):
+        loss = made.step(batch)
+        follow(0.1)
+        return loss
+
+    named = {f"average{place}": tensor for place, tensor in enumerate(average)}
+    return made._replace(step=step, parts=made.parts | named)
+
+
+@case
+def critic_frozen_meanwhile():
+    critic = network(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+
+    def step(batch):
+        x, _ = batch
+        critic.requires_grad_(False)
+        noise = torch.zeros_like(x).requires_grad_()
+        loss = critic(made.parts["model"](x + noise)).mean()
+        made.parts["optimizer"].zero_grad()
+        loss.backward()
+        made.parts["optimizer"].step()
+        for parameter in critic.parameters():
+            parameter.requires_grad_()
+        return {"loss": loss, "slope": noise.grad.norm()}
+
+    return made._replace(step=step, parts=made.parts | {"critic": critic})
+
+
+@case
+def layer_frozen_every_other_time():
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+
+    def step(batch):
+        first = made.parts["model"][0].weight
+        first.requires_grad_(not first.requires_grad)
+        return made.step(batch)
+
+    return made._replace(step=step, reason="changes requires_grad of a parameter")
+
+
+@case
+def tensor_that_asks_for_gradients():
+    """It is what `float` returns."""
+    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
+    scale = torch.ones(4)
+
+    def step(batch):
+        x, y = batch
+        scale.requires_grad_(False)
+        loss = made.step((x * scale, y))
+        scale.float().requires_grad_()
+        return loss
+
+    return made._replace(
+        step=step,
+        parts=made.parts | {"scale": scale},
+        reason="uses gradients of a tensor that is not in any part",
+    )
 
 
 @case

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.training.by_hand import bits
-from tests.training.step_functions import CASES, network, rows, usual
+from tests.training.step_functions import CASES, network, rows, scheduled, usual
 from torch import nn
 
 import everystep
@@ -121,9 +121,9 @@ def change(make):
     return make
 
 
-def changing(what, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), model=None):
+def changing(what, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), model=None, made=None):
     """Return a case in which `what(case, count)` runs before each batch is given."""
-    made = usual(optimizer, model)
+    made = made or usual(optimizer, model)
     loader = rows()
     count = [0]
 
@@ -332,6 +332,16 @@ def gradients_kept():
             kept.clear()
 
     return changing(what)
+
+
+@change
+def function_of_a_schedule():
+    def what(case, count):
+        if count == 17:
+            weight, [function] = case.parts["model"][0].weight, case.parts["schedule"].lr_lambdas
+            case.parts["schedule"].lr_lambdas[0] = lambda step: function(step) + float(weight.mean())
+
+    return changing(what, made=scheduled(lambda step: 0.98**step))
 
 
 @change

@@ -109,7 +109,7 @@ class Calls(Values):
         if "out" in keywords:
             raise NotProvenError("writes into a tensor passed as out")
         passed: set[int] = set()
-        _collect((*args, *keywords.values()), passed)
+        _collect((*args, *keywords.values(), getattr(function, "__self__", None)), passed)
         return self._given(function(*args, **keywords), passed)
 
     def _given(self, value: Any, passed: set[int]) -> Any:

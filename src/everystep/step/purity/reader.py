@@ -12,13 +12,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+from torch.utils._contextlib import _DecoratorContextManager
+
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.expressions import Expressions
 from everystep.step.purity.frame import Frame
-from everystep.step.purity.guards import is_plain
+from everystep.step.purity.guards import is_plain, kind_of
 from everystep.step.purity.source import source_of
 
 __all__ = ["Reader"]
+
+#: Modes without settings.
+_MODES = (torch.no_grad, torch.enable_grad)
 
 
 class Reader(Expressions):
@@ -185,7 +191,7 @@ class Reader(Expressions):
         with ExitStack() as entered:
             for item in node.items:
                 made = item.context_expr
-                mode = self._value(made.func, frame) if isinstance(made, ast.Call) else None
+                mode = self._mode(made.func, frame) if isinstance(made, ast.Call) else None
                 if not isinstance(made, ast.Call) or item.optional_vars is not None:
                     raise refused
                 if not any(mode is each for each in contexts):
@@ -196,6 +202,14 @@ class Reader(Expressions):
                     raise refused
                 entered.enter_context(mode(*args, **keywords))  # type: ignore[misc]
             return self._statements(node.body, frame)
+
+    def _mode(self, node: ast.expr, frame: Frame) -> Any:
+        """Return what a context is made with; a decorator makes its own by its method `clone`."""
+        found = self._value(node, frame)
+        is_clone = (
+            kind_of(found) is types.MethodType and found.__func__ is _DecoratorContextManager.clone
+        )
+        return type(found.__self__) if is_clone and kind_of(found.__self__) in _MODES else found
 
     def _do_FunctionDef(self, node: ast.FunctionDef, frame: Frame) -> None:  # noqa: N802
         if node.decorator_list:

@@ -7,7 +7,8 @@ set or drop the gradients of trained parameters.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.step.follow import Follower
+from everystep.step.purity.arithmetic import is_arithmetic
 from everystep.step.purity.attributes import (
     NotProvenError,
     class_attribute,
@@ -78,6 +80,7 @@ class StepReader(Reader):
         self.values = self._calls = _StepCalls(
             guards, is_state, self._call_function, known, optimizers, follower, guard_optimizer
         )
+        self._calls.free_value = self.free_value
         self._calls.is_batch = is_batch
         self.events = self._calls.events
         self.reads = self._calls.reads
@@ -93,7 +96,8 @@ class StepReader(Reader):
         self._calls.numbers = numbers
         for given in batch:
             self._calls.given(given)
-        return self.call(step, *batch)
+        with self._calls.flags_restored():
+            return self.call(step, *batch)
 
 
 class _StepCalls(Calls):
@@ -116,6 +120,9 @@ class _StepCalls(Calls):
         self.reads: set[int] = set()
         self.numbers: list[Any] = []
         self.is_batch: Callable[[Tensor], bool] = lambda tensor: False
+        self.free_value: Callable[[types.FunctionType, str], Any]
+        self._new: dict[int, Tensor] = {}
+        self._flags: dict[int, tuple[Tensor, bool]] = {}
         self._parameters = parameters
         self._names = {id(optimizer): name for name, optimizer in optimizers.items()}
         self._follower = follower
@@ -188,16 +195,41 @@ class _StepCalls(Calls):
         return super()._attribute(value, name)
 
     def _of_tensor(self, tensor: Tensor, name: str) -> Any:
-        if name == "grad" and (id(tensor) in self._parameters or not tensor.is_leaf):
+        is_own = id(tensor) in self._parameters or id(tensor) in self._new
+        if name == "grad" and (is_own or not tensor.is_leaf):
             return tensor.grad
         if name == "data":
             return tensor.data
-        if name in ("backward", "item"):
+        if name == "requires_grad_" and id(tensor) not in self._new:
+            if id(tensor) not in self._parameters:
+                raise NotProvenError("calls requires_grad_ of a tensor that is not in any part")
+            self._flags.setdefault(id(tensor), (tensor, tensor.requires_grad))
+        if name in ("backward", "item", "requires_grad_"):
             owner = Tensor if name == "backward" else torch._C.TensorBase
             found = self.guards.read((id(owner), name), f"Tensor.{name}", held, owner, name)
             if is_torchs_function(found) or is_a(found, types.MethodDescriptorType):
                 return Method(name, tensor)
         return super()._of_tensor(tensor, name)
+
+    def _given(self, value: Any, passed: set[int]) -> Any:
+        if kind_of(value) is Tensor and id(value) not in passed:
+            self._new[id(value)] = value
+        return super()._given(value, passed)
+
+    @contextmanager
+    def flags_restored(self) -> Iterator[None]:
+        """Let a step freeze parameters while it runs: they must be as before when it ends.
+
+        Raises:
+            NotProvenError: they are not.
+        """
+        try:
+            yield
+            if any(tensor.requires_grad is not before for tensor, before in self._flags.values()):
+                raise NotProvenError("the step changes requires_grad of a parameter")
+        finally:
+            for tensor, before in self._flags.values():
+                tensor.requires_grad_(before)
 
     def _call_bound(self, bound: Bound, args: list[Any], keywords: dict[str, Any]) -> Any:
         owner, name = bound.owner, bound.function.__name__
@@ -234,13 +266,19 @@ class _StepCalls(Calls):
     def _step_schedule(self, schedule: LRScheduler, args: list[Any], keywords: dict[str, Any]) -> None:
         if args or keywords or is_a(schedule, ReduceLROnPlateau):
             raise NotProvenError(f"calls the step of {name_of(schedule)} with arguments")
-        if not is_torchs_schedule(schedule):
-            raise NotProvenError(f"uses {name_of(schedule)}, which is not a torch schedule")
+        if not is_torchs_schedule(schedule, lambda each: is_arithmetic(each, self.free_value)):
+            raise NotProvenError(
+                f"uses {name_of(schedule)}, which is not a torch schedule, or calls a function that "
+                "does more than arithmetic"
+            )
         groups = schedule.optimizer.param_groups
         if id(schedule.optimizer) not in self._names:
             raise NotProvenError(f"uses {name_of(schedule)} of an optimizer that is not in any part")
         if any(is_a(value, Tensor) for group in groups for value in group.values()):
             raise NotProvenError(f"uses {name_of(schedule)} with a learning rate that is a tensor")
+        for each in (schedule, *getattr(schedule, "_schedulers", ())):
+            if kind_of(functions := getattr(each, "lr_lambdas", None)) is list:
+                self.guards.contents(functions, f"the functions of {name_of(each)}")
         self.events.append(Event("schedule", schedule))
         schedule.step()
 

@@ -8,7 +8,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +130,26 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     return is_wrapped and not _exchanged(optimizer, but="step") and all(map(_is_known, settings))
 
 
-def is_torchs_schedule(schedule: LRScheduler | None) -> bool:
-    """Tell whether a schedule and its inner schedules are torch's, and call no user function."""
+def is_torchs_schedule(
+    schedule: LRScheduler | None, may_call: Callable[[Any], bool] = lambda function: False
+) -> bool:
+    """Tell whether a schedule and its inner schedules are torch's, and call no user function.
+
+    may_call: tells which functions of the user they may call.
+    """
     if schedule is None:
         return True
     cls = type(schedule)
     known = getattr(torch.optim.lr_scheduler, cls.__name__, None) is cls
     functions = [*getattr(schedule, "lr_lambdas", ()), getattr(schedule, "_scale_fn_custom", None)]
-    no_functions = all(function is None for function in functions)
+    is_fine = all(function is None or may_call(function) for function in functions)
     inner = getattr(schedule, "_schedulers", ())
-    return known and no_functions and not _exchanged(schedule) and all(map(is_torchs_schedule, inner))
+    return (
+        known
+        and is_fine
+        and not _exchanged(schedule)
+        and all(is_torchs_schedule(each, may_call) for each in inner)
+    )
 
 
 def _exchanged(value: Any, but: str = "") -> bool:

@@ -110,7 +110,7 @@ class References:
         known = self._of.get(id(tensor))
         if known is None or known[0]() is not tensor:
             if not tensor.requires_grad:
-                self.note_gradients()
+                self._note_gradients(0)
             known = self._of.get(id(tensor))
         if known is not None and known[0]() is tensor:
             changes = _version(tensor) - known[2]
@@ -211,14 +211,22 @@ class References:
         return None if known is None else known[0]
 
     def note_gradients(self) -> None:
-        """Note the existing gradients, so that each is identified by its owner."""
+        """Note the gradients that a backward pass just made, so that each is identified by its owner.
+
+        How often autograd itself wrote into them does not count: it adds gradients up in place only
+        where nothing else, such as a watch, holds them.
+        """
+        self._note_gradients(None)
+
+    def _note_gradients(self, version: int | None) -> None:
+        """Note new gradients. version: count their changes from there on; None: from the current one."""
         for _, tensor in sorted(self.alive(), key=lambda known: known[0].number):
             if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad):
                 gradient = tensor.grad
                 if gradient is None or gradient.layout is not torch.strided:
                     continue
                 if self.lookup(gradient) is None:
-                    self._made.add(self._add(gradient, 0).number)
+                    self._made.add(self._add(gradient, version).number)
 
     def _gradient(self, tensor: Tensor, is_new: bool = False) -> Any:
         """Return the reference of a tensor's gradient before the step uses it.
