@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from everystep.errors import ProgramError
 from everystep.program.execute import without_autograd
 from everystep.program.live import LiveProgram
+from everystep.program.memory import copy_into
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.program.plain import READ, PlainProgram, lay_inputs, lay_state, lies_as, tensor_on
@@ -35,6 +36,8 @@ from everystep.step.recognition.recognizer import OptimizerStep, Recognizer
 __all__ = ["StandIn", "TakenByProgram"]
 
 Number = int | float
+#: A copy of a state of so many bytes is kept from one comparison to the next.
+SMALL_BYTES = 16_000_000
 
 
 class TakenByProgram:
@@ -112,7 +115,8 @@ class StandIn:
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._optimizer_numbers = OptimizerNumbers()
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
-        self._state = PlainProgram(built.program, parts.device).state
+        self._plain_program = PlainProgram(built.program, parts.device)
+        self._state = self._plain_program.state
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         self._is_quiet = is_quiet
         self._places: list[int] = []
@@ -121,6 +125,8 @@ class StandIn:
         #: The batch that the program holds, and the numbers of the next step, until something else runs.
         self._loaded: list[Tensor] = []
         self._predicted: list[Number] | None = None
+        #: The program on a copy of the state, for the next comparison.
+        self._copy: tuple[LiveProgram, dict[str, Tensor]] | None = None
         ranges = [(step.begin, step.end) for step in self._optimizer_steps]
         outside = [p for p in path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
         if not reads.issuperset(outside):
@@ -283,10 +289,8 @@ class StandIn:
             numbers: of the step.
             logged: what Python's step has given.
         """
-        device = self._parts.device
-        plain = PlainProgram(self._built.program, device)
-        copies = dict(before.copies)
-        lay_state(plain, copies, device)
+        plain = self._plain_program
+        live, copies = self._bound_to_copies(before.copies)
         inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
         laid = lay_inputs(plain, inputs)
         given = {
@@ -294,7 +298,6 @@ class StandIn:
             for name, spec in plain.inputs.items()
             if name in batch
         }
-        live = self._bind({name: copies[name] for name in self._state}, self._inputs())
         after = torch.get_rng_state()
         torch.set_rng_state(before.generators.torch_cpu)
         try:
@@ -320,6 +323,20 @@ class StandIn:
             ):
                 return f"the program computes another {name} than Python"
         return None if is_drawn_alike else "the program draws other random numbers than Python"
+
+    def _bound_to_copies(self, state: Mapping[str, Tensor]) -> tuple[LiveProgram, dict[str, Tensor]]:
+        """Return the program on a copy of a state, and the copy; a small one serves again."""
+        if self._copy is not None:
+            with torch.no_grad():
+                for name, copy in self._copy[1].items():
+                    copy_into(copy, state[name])
+            return self._copy
+        copies = {name: state[name] for name in self._state}
+        lay_state(self._plain_program, copies, self._parts.device)
+        bound = self._bind(copies, self._inputs()), copies
+        if sum(tensor.nbytes for tensor in copies.values()) <= SMALL_BYTES:
+            self._copy = bound
+        return bound
 
     def _bind(self, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> LiveProgram:
         contents = {name.removeprefix("input/"): tensor for name, tensor in inputs.items()}
