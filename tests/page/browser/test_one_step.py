@@ -202,3 +202,48 @@ def test_how_the_page_looks_is_remembered(visit):
     after = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
     assert before != after
     page.evaluate("localStorage.clear()")  # the window is that of other tests, too
+
+
+def test_a_link_shows_the_same_tensors_unfolded(chapter, visit):
+    page = chapter()
+    page.locator(".layers").get_by_role("button").first.click()
+    weight = unfold(part(page, "Forward").locator(".layer-detail"), "weight")
+    expect(weight.locator(".panel canvas").first).to_be_visible()
+    unfold(part(page, "Backward"), "2.weight.grad")
+    operation(page, 3).locator("> .head .unfold").click()
+    expect(operation(page, 3).locator(".panel")).to_have_count(1)
+    expect(page).to_have_url(re.compile("operation=3"))
+    shown = page.locator(".unfold[aria-expanded=true], .box[aria-expanded=true]")
+    names = shown.all_inner_texts()
+    assert len(names) == 5
+    address = page.url
+    assert "results" not in address  # the first result of an operation is always there
+    visit("/runs/digits")
+    linked = visit(address[address.index("/runs/") :])
+    expect(shown).to_have_text([re.compile(re.escape(name.split("\n")[0])) for name in names])
+    expect(operation(linked, 3)).to_be_in_viewport()
+    page.keyboard.press("ArrowRight")
+    expect_step(page, 138)
+    expect(shown).to_have_count(5)
+    page.go_back()
+    expect_step(page, 137)
+
+
+def test_back_folds_what_was_unfolded(chapter):
+    page = chapter()
+    first = unfold(part(page, "Backward"), "2.weight.grad")
+    second = unfold(part(page, "Backward"), "0.weight.grad")
+    expect(second.locator(".panel")).to_be_visible()
+    operation(page, 3).locator("> .head .unfold").click()
+    operation(page, 4).locator("> .head .unfold").click()
+    expect(page).to_have_url(re.compile("operation=4"))
+    page.go_back()
+    expect(operation(page, 4).locator(".insides")).to_have_count(0)
+    expect(operation(page, 3).locator(".insides")).to_have_count(1)
+    page.go_back()
+    expect(operation(page, 3).locator(".insides")).to_have_count(0)
+    page.go_back()
+    expect(second.locator(".panel")).to_have_count(0)
+    expect(first.locator(".panel")).to_have_count(1)
+    page.go_forward()
+    expect(second.locator(".panel")).to_have_count(1)

@@ -12,6 +12,11 @@ const BLOCK = 40;
 /** A module of more characters stands beneath the mathematics where there is little room. */
 const BESIDE = 14;
 
+/** Return the key by which an operation that is unfolded is known. */
+export function keyOfOperation(number) {
+  return `operation ${number}`;
+}
+
 /** Return the part that lists operations; of(content): which. */
 export function operationList(view, of) {
   const node = element("div", { class: "operations" });
@@ -45,7 +50,7 @@ function operationRow(view, number) {
   const picture = thumbnail(view, ({ operations }) => operations[number].results[0]?.tensor);
   let line = null;
   const part = unfolding(view, {
-    key: `operation ${number}`,
+    key: keyOfOperation(number),
     name: `#${number}`,
     beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture.node],
     className: "operation",
