@@ -240,7 +240,7 @@ class Run(RecordedRun):
         from everystep.replay.hooks import find_nonfinite
         from everystep.views.progress import counting
 
-        with counting("looking", len(self), progress) as on_progress:
+        with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
             return find_nonfinite(self._opener, processes, on_progress)
 
     def fork(

@@ -53,5 +53,8 @@ def test_what_is_no_note_is_refused(page, run):
     assert "at most 1,000" in write(page, "x" * 1001).json()["error"]
     for wrong in (None, 3, ["a"], "x" * 100_000):
         assert write(page, wrong).status_code == 400
-    assert write(page, "text", name="two").status_code == 404
+    run.rename(run.parent.parent / "secret")
+    for name in ("two", "one", "..%2fsecret", "%2e%2e", "secret"):
+        assert write(page, "text", name=name).status_code == 404
+    run = run.parent.parent / "secret"
     assert RecordedRun(run).facts.note is None

@@ -247,3 +247,54 @@ def test_back_folds_what_was_unfolded(chapter):
     expect(first.locator(".panel")).to_have_count(1)
     page.go_forward()
     expect(second.locator(".panel")).to_have_count(1)
+
+
+CLIPBOARD = ["clipboard-read", "clipboard-write"]
+
+
+def test_formula_and_link_of_an_operation_and_the_loss_are_copied(visit, step):
+    page = visit("/runs/chapter?step=137", permissions=CLIPBOARD)
+    expect_step(page, 137)
+    row = operation(page, 0)
+    formula, link = (
+        row.get_by_role("button", name=f"copy the {what} #0") for what in ("formula of", "link to")
+    )
+    expect(formula).to_be_hidden()
+    row.hover()
+    formula.click()
+    expect(row.get_by_role("status").first).to_have_text("Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert f"operation #0: {copied}" == row.locator("> .head .unfold").get_attribute("aria-label")
+    expect(row.locator(".insides")).to_have_count(0)  # the row is not unfolded by that
+    page.mouse.move(0, 0)
+    row.locator("> .head .unfold").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    expect(link).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(row.get_by_role("status").last).to_have_text("Copied")
+    address = page.evaluate("navigator.clipboard.readText()")
+    page.get_by_role("button", name="copy the loss in full precision").click()
+    assert float(page.evaluate("navigator.clipboard.readText()")) == pytest.approx(step.loss, rel=1e-7)
+    linked = visit(address[address.index("/runs/") :], permissions=CLIPBOARD)
+    expect(operation(linked, 0).locator(".insides")).to_be_visible()
+
+
+@pytest.mark.parametrize(("query", "says"), [
+    ("operation=99", "Step 137 has no operation #99; it has #0 to #"),
+    ("phase=sleeping", "Step 137 has no phase “sleeping”"),
+])  # fmt: skip
+def test_an_address_with_what_is_not_there_says_so(chapter, query, says):
+    page = chapter(f"&{query}")
+    alert = page.locator(".step").get_by_role("alert").first
+    expect(alert).to_contain_text(says)
+    operation(page, 3).locator("> .head .unfold").click()
+    expect(alert).to_be_hidden()
+
+
+def test_a_phone_has_the_pictures_too(chapter):
+    page = chapter("&phase=backward", viewport={"width": 390, "height": 844})
+    pictures = part(page, "Backward").locator(".thumbnail canvas:not([width='1'])")
+    expect(pictures.first).to_be_visible()
+    box, beside = pictures.first.bounding_box(), part(page, "Backward").bounding_box()
+    assert box["x"] + box["width"] <= beside["x"] + beside["width"]

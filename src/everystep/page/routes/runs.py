@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
 from urllib.parse import quote
@@ -11,14 +10,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from everystep.errors import RecordingError, RunError, UsageError
+from everystep.errors import UsageError
 from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
 from everystep.page.live import EventStream, Live
-from everystep.page.routes.asked import Asked
 from everystep.page.rows import frame_of, page_of, rows_of, wanted_of
 from everystep.page.shelf import Shelf, shown_name
-from everystep.recording.additions import write_note
 from everystep.views.terminal import losses_text
 
 __all__ = ["routes"]
@@ -41,17 +38,6 @@ def about(request: Request) -> Response:
     name = request.path_params["name"]
     found = about_data(name, shelf.run(name), _columns(request), shelf.forks(name))
     return JSONResponse(found | {"task": request.app.state.tasks.training(name)})
-
-
-async def note(request: Request) -> Response:
-    """Write the note of a run, and answer with it as written."""
-    text = (await Asked.of(request)).line("note")
-    run = request.app.state.shelf.run(request.path_params["name"])
-    try:
-        written = await asyncio.to_thread(write_note, run.directory, text)
-    except (RecordingError, RunError) as error:
-        return JSONResponse({"error": str(error)}, 409)
-    return JSONResponse({"note": written})
 
 
 def sparkline(request: Request) -> Response:
@@ -128,7 +114,6 @@ routes = [
     Route("/api/runs", all_runs),
     Route("/api/events", list_events),
     Route("/api/runs/{name}", about),
-    Route("/api/runs/{name}/note", note, methods=["POST"]),
     Route("/api/runs/{name}/sparkline", sparkline),
     Route("/api/runs/{name}/curve", curve),
     Route("/api/runs/{name}/table", table),

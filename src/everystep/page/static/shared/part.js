@@ -76,8 +76,8 @@ export function unfolding(view, { key, name, beside, className, open, update, ch
     }
   };
   head.addEventListener("click", (event) => {
-    // A click that ends the selection of a text, or is on a link, is not meant for the row.
-    if (event.target.closest("a") || !getSelection().isCollapsed) return;
+    // A click that ends the selection of a text, or is on a link or another button, is not meant for the row.
+    if (event.target.closest("a, .copying") || !getSelection().isCollapsed) return;
     set(!inner);
     changed(Boolean(inner));
   });

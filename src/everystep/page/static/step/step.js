@@ -5,7 +5,8 @@ import { heading } from "./heading.js";
 import { index } from "./index.js";
 import { keyOfOperation } from "./operation.js";
 import { operationsOf, outline } from "./outline.js";
-import { rebuilt, unfoldAround } from "../shared/part.js";
+import { whole } from "../shared/format.js";
+import { rebuilt, setText, show, unfoldAround } from "../shared/part.js";
 import { section } from "./section.js";
 
 /** So long the step before stays as it is; then it is drawn as one that is about to change. */
@@ -35,7 +36,8 @@ class StepView {
     this.asked = new AbortController();
     this.heading = heading();
     this.body = rebuilt(element("div"), outline, (content) => this.#build(content));
-    this.node = element("div", { class: "step", hidden: true }, this.heading.node, this.body.node);
+    this.missing = element("p", { class: "alarm", role: "alert", hidden: true });
+    this.node = element("div", { class: "step", hidden: true }, this.heading.node, this.missing, this.body.node);
     this.node.addEventListener("click", (event) => this.#follow(event));
     for (const name of ["pointerover", "focusin"]) {
       this.node.addEventListener(name, ({ target }) => this.#point(target.closest?.(".reference")));
@@ -123,12 +125,26 @@ class StepView {
     const before = this.place;
     this.place = { phase, operation, open };
     if (before.operation !== operation) this.#open(before.operation, operation);
+    this.#tellMissing();
     const chosen = this.#keyOf(operation) ?? phase;
     this.sections.forEach(({ node }, key) => node.classList.toggle("marked", key === chosen));
     if (phase === null || phase === before.phase || operation !== null) return;
     const node = this.sections.get(phase)?.node;
     unfoldAround(node);
     node?.scrollIntoView();
+  }
+
+  // A link may name what this step does not have.
+  #tellMissing() {
+    const { phase, operation } = this.place;
+    const { step, operations } = this.content;
+    const all = operations.length ? `it has #0 to #${operations.length - 1}` : "it has none";
+    const says = {
+      operation: operation !== null && !operations[operation] && `Step ${whole(step)} has no operation #${operation}; ${all}.`,
+      phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; those it has are listed here.`,
+    };
+    setText(this.missing, says.operation || says.phase || "");
+    show(this.missing, Boolean(this.missing.textContent));
   }
 
   // Return the key of the section that an operation is in.
