@@ -173,6 +173,18 @@ def test_several_runs_are_laid_over_each_other_and_taken_away_again(visit):
     expect(page.locator("h1")).to_have_text("fork")
 
 
+def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
+    page = visit("/overlay?run=chapter&run=diverged")
+    step = everystep.open(recorded / "diverged").summary().nonfinite_step
+    of_run = page.get_by_role("table").get_by_role("row", name=re.compile("^diverged"))
+    expect(
+        page.get_by_role("table").get_by_role("row", name=re.compile("^chapter"))
+    ).not_to_contain_text("step")
+    of_run.get_by_role("link", name=re.compile(f"step {step}$")).click()
+    expect(page.locator("h1")).to_have_text("diverged")
+    assert re.search(rf"/runs/diverged\?step={step}&beside=chapter$", page.url)
+
+
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):
     shelf = tmp_path / "runs"
     shelf.mkdir()

@@ -107,9 +107,13 @@ function textsOf({ problem, steps, planned, last_loss: loss, validation, optimiz
   };
 }
 
-function nonfinite({ nonfinite: step, last_loss: loss }) {
-  if (!step) return [];
-  return [element("span", { class: "nonfinite" }, `${loss === "nan" ? "NaN from" : "not finite at"} step ${whole(step)}`)];
+function nonfinite(run) {
+  return run.nonfinite ? [element("span", { class: "nonfinite" }, nonfiniteText(run))] : [];
+}
+
+/** Return from which step on the loss of a run is not finite, in words. */
+export function nonfiniteText({ nonfinite: step, last_loss: loss }) {
+  return `${loss === "nan" ? "NaN from" : "not finite at"} step ${whole(step)}`;
 }
 
 function sparkline({ path, dot, marks, is_log: isLog, width, height }, name) {

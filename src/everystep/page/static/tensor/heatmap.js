@@ -34,6 +34,7 @@ class HeatMap {
     this.buttons = zoomButtons({ zoom: (factor) => this.zoom(factor), reset: () => this.reset() });
     this.frame = element("div", { class: "frame" }, this.canvas);
     this.copying = copyMark(() => this.#patchAt(this.cursor).text(this.cursor), "copy this number in full precision");
+    show(this.copying, false);
     const told = element("div", { class: "told" }, this.readout, this.copying);
     const beneath = element("div", { class: "beneath" }, this.legend.node, this.buttons.node, told);
     this.node = element("figure", { class: "heat-map" }, this.slices.node, this.frame, beneath);
