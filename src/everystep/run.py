@@ -78,6 +78,27 @@ class Run(RecordedRun):
         return iter(self[:])
 
     @property
+    def note(self) -> str | None:
+        """Your own words on the run, in one line; None if there are none.
+
+        Set it to a text of up to 1,000 characters (line breaks become spaces), or to None to remove it.
+
+        Raises:
+            UsageError: the text is too long.
+            RunError: the run is still being trained, or another process is adding to it.
+            RecordingError: it cannot be written to.
+        """
+        return self.facts.note
+
+    @note.setter
+    def note(self, text: str | None) -> None:
+        from everystep.recording.additions import write_note
+
+        if not isinstance(text, str | None):
+            raise UsageError(f"a note is a text, or None to remove it; this is {type(text).__name__}")
+        write_note(self.directory, text)
+
+    @property
     def problems(self) -> list[str]:
         """Problems found while opening steps, such as an unreadable snapshot."""
         return self._own_opener.problems if self._own_opener else []
@@ -219,7 +240,7 @@ class Run(RecordedRun):
         from everystep.replay.hooks import find_nonfinite
         from everystep.views.progress import counting
 
-        with counting("looking", len(self), progress) as on_progress:
+        with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
             return find_nonfinite(self._opener, processes, on_progress)
 
     def fork(

@@ -21,7 +21,7 @@ def runs(
     ] = Path("runs"),
     json: JsonOption = False,
 ) -> None:
-    """List runs: name, status, steps, first and last loss, start time."""
+    """List runs: name, status, steps, first and last loss, start time, note."""
     from rich.console import Console
 
     from everystep.recording.run import RecordedRun, find_runs
@@ -37,7 +37,8 @@ def runs(
         typer.echo(runs_json(summaries))
     elif summaries:
         width = None if sys.stdout.isatty() else 200  # the reader of the pipe cuts lines
-        Console(highlight=False, width=width).print(runs_table(summaries))
+        console = Console(highlight=False, width=width)
+        console.print(runs_table(summaries, console))
     else:
         hint(f"{directory} has no runs; everystep train creates the first")
 

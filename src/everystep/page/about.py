@@ -29,7 +29,7 @@ _ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
 #: What the list of runs says of each.
 _SUMMARY = (
     *("status", "steps", "planned", "first_loss", "last_loss", "nonfinite", "optimizer", "lr"),
-    *("batch", "validation", "seconds", "started", "parent"),
+    *("batch", "validation", "seconds", "started", "parent", "note"),
 )
 #: The learning rate and its like are recorded where they change.
 _RATE = re.compile(r"(lr|momentum|beta1)(\[\d+\])?")
@@ -62,6 +62,7 @@ def summary_data(name: str, summary: Summary | None, problem: str | None = None)
         "seconds": summary.seconds,
         "started": summary.started.astimezone(UTC).isoformat(),
         "parent": summary.parent,
+        "note": summary.note,
         "problem": None,
     }
 
@@ -72,6 +73,7 @@ def state_data(columns: RunColumns, status: str) -> dict[str, Any]:
     return {
         "status": status,
         "reason": facts.reason,
+        "note": facts.note,
         "steps": columns.steps,
         "planned": columns.steps if facts.steps is None else facts.steps,
         "last_loss": plain(float(columns.losses[-1])) if columns.steps else None,

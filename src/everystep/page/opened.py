@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from everystep.page.batch import class_names, of_classes, plain_values, targets
 from everystep.page.network import network
 from everystep.page.tensors import first_of, id_of_batch, images_of, unset_ids
 from everystep.program.operation import Operation
@@ -46,7 +46,7 @@ def step_content(step: Step, run: Run) -> dict[str, Any]:
 
 
 def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
-    tensors = _Tensors(unset_ids(step))
+    tensors = _Tensors(unset_ids(step), of_classes(step, class_names(facts), facts.training.modules))
     training = facts.training
     optimizer, settings = optimizer_parts(training.optimizers)
     loss = loss_text(training.loss)
@@ -89,8 +89,9 @@ class _Tensors:
     Many ids are of the same memory, and are looked at once.
     """
 
-    def __init__(self, unset: frozenset[str]) -> None:
+    def __init__(self, unset: frozenset[str], of_classes: Mapping[str, str]) -> None:
         self._unset = unset
+        self._of_classes = of_classes
         self.known: dict[str, dict[str, Any]] = {}
         self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
         # As long as they are held, no other tensor can come to lie in their memory.
@@ -102,6 +103,8 @@ class _Tensors:
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
         }
+        if about := self._of_classes.get(id):
+            own["classes"] = about
         self.known[id] = own | ({"unset": True} if id in self._unset else self._look(tensor))
         return id
 
@@ -130,7 +133,7 @@ class _Tensors:
 
 def _batch(batch: Batch, facts: Facts, tensors: _Tensors) -> dict[str, Any]:
     images = images_of(next(iter(batch.tensors.values())), facts) if batch.tensors else None
-    classes = (facts.training.preparation or {}).get("classes")
+    names = class_names(facts)
     return {
         "tensors": [
             {"name": name, "tensor": tensors.add(id_of_batch(name), tensor)}
@@ -138,17 +141,10 @@ def _batch(batch: Batch, facts: Facts, tensors: _Tensors) -> dict[str, Any]:
         ],
         "rows": None if batch.rows is None else batch.rows.tolist(),
         "images": None if images is None else tensors.add("batch.images", images),
-        "targets": _targets(batch.tensors["y"], classes) if "y" in batch.tensors else None,
+        "targets": targets(batch, names),
+        "classes": names,
+        "values": plain_values(batch.nested),
     }
-
-
-def _targets(y: Tensor, classes: Sequence[Any] | None) -> list[str] | None:
-    """Return the class of each row as a text, where y is classes."""
-    if y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        return None
-    numbers: list[int] = y.tolist()
-    known = classes or []
-    return [str(known[n]) if 0 <= n < len(known) else str(n) for n in numbers]
 
 
 def _network(step: Step, modules: Mapping[str, ModuleFacts], tensors: _Tensors) -> list[dict[str, Any]]:

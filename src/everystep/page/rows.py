@@ -47,7 +47,7 @@ def wanted_of(query: Mapping[str, str]) -> Wanted:
     direction = query.get("direction") or "asc"
     if direction not in ("asc", "desc"):
         raise UsageError(f"direction {direction!r} is none; write asc or desc")
-    low, high = (_bound(name, query.get(name, "")) for name in ("low", "high"))
+    low, high = (_bound(word, query.get(name, "")) for name, word in (("low", "from"), ("high", "to")))
     first, last = _searched(query.get("search", "").strip())
     return Wanted(query.get("sort") or "step", direction == "desc", first, last, low, high)
 
@@ -154,7 +154,7 @@ def _argsort(values: NDArray[Any], descending: bool) -> Rows:
     return len(values) - 1 - backwards
 
 
-def _bound(name: str, text: str) -> float | None:
+def _bound(word: str, text: str) -> float | None:
     if not text.strip():
         return None
     try:
@@ -162,7 +162,7 @@ def _bound(name: str, text: str) -> float | None:
     except ValueError:
         value = np.nan
     if np.isnan(value):
-        raise UsageError(f"{name} {text!r} is no number; write 0.25 or 1e-3")
+        raise UsageError(f"losses {word} {text[:80]!r}: not a number; write 0.25 or 1e-3")
     return value
 
 

@@ -127,8 +127,11 @@ def _measure(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
 
 def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     run, condition = Run(asked["run"]), asked["condition"]
-    on_steps = voice.counting("looking", len(run))
-    if condition.strip() == "nonfinite":
+    is_origin = condition.strip() == "nonfinite"
+    # The first NaN or infinity was made in the first step with such a loss, or before.
+    last = run.facts.nonfinite_step if is_origin else None
+    on_steps = voice.counting("looking", last or len(run))
+    if is_origin:
         made = run.first_nonfinite(progress=on_steps)
         found = Found(() if made is None else (made.step.number,))
     else:
@@ -136,7 +139,6 @@ def _when(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
         found = run.when(condition, asked["which"], progress=on_steps)
     losses = run.losses_at(found.steps[:_LISTED])
     listed = Found(tuple(losses))
-    is_origin = condition.strip() == "nonfinite"
     return {
         "count": len(found.steps),
         "steps": [{"step": step, "loss": shortest(loss)} for step, loss in losses.items()],

@@ -1,4 +1,4 @@
-"""Additions: measurements of a finished run, written as if they had been made during training."""
+"""Additions to a finished run: its note, and measurements, as if they had been made during training."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from everystep.errors import RecordingError, RunError
+from everystep.errors import RecordingError, RunError, UsageError
 from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
-from everystep.recording.facts import MeasuredFacts
+from everystep.recording.facts import LONGEST_NOTE, MeasuredFacts
 
-__all__ = ["Additions", "adding"]
+__all__ = ["Additions", "adding", "write_note"]
 
 
 class Additions:
-    """Writes measurements into a run that no other process is writing."""
+    """Writes into a run that no other process is writing."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -42,6 +42,33 @@ class Additions:
             known = self._database.facts().measured
             self._database.write_facts({"measured": known | {name: meaning}})
 
+    def note(self, text: str | None) -> None:
+        """Write the note; None: the run has none any more.
+
+        Raises:
+            RecordingError: it cannot be written.
+        """
+        with self._database.transaction():
+            self._database.write_facts({"note": text})
+
+
+def write_note(directory: Path, text: str | None) -> str | None:
+    """Write the note of a run, and return it as written: one line. None, or a blank text, removes it.
+
+    Raises:
+        UsageError: it is too long.
+        RunError: the run is still being trained, or another process is adding to it.
+        RecordingError: it cannot be written to.
+    """
+    line = " ".join((text or "").split()) or None
+    if line is not None and len(line) > LONGEST_NOTE:
+        raise UsageError(
+            f"the note has {len(line):,} characters; write at most {LONGEST_NOTE:,} characters"
+        )
+    with adding(directory) as additions:
+        additions.note(line)
+    return line
+
 
 @contextmanager
 def adding(directory: Path) -> Iterator[Additions]:
@@ -56,7 +83,7 @@ def adding(directory: Path) -> Iterator[Additions]:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunError(
-            f"{directory} is being written (by its training, or by a measurement in another process); "
+            f"{directory} is being written (by its training, or by another process that adds to it); "
             "wait until that ends"
         ) from None
     except OSError as error:

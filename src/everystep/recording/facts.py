@@ -15,6 +15,7 @@ from everystep.numerics import Numerics
 
 __all__ = [
     "EAGERLY",
+    "LONGEST_NOTE",
     "BatchFacts",
     "DataFacts",
     "DataFileFacts",
@@ -33,6 +34,8 @@ __all__ = [
     "TrainingFacts",
 ]
 
+#: Characters of a note.
+LONGEST_NOTE = 1000
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
 #: Plain values by name, as JSON holds them; what it cannot hold is a description.
@@ -262,8 +265,8 @@ class Facts(_Fact):
     """All facts of a run; a new run has only a few.
 
     steps: planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
-    batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; earlier: of a
-    fork, in the order of the steps; trained: see `training`.
+    batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: the user's
+    own words, in one line; earlier: of a fork, in the order of the steps; trained: see `training`.
     """
 
     name: str | None = None
@@ -277,6 +280,7 @@ class Facts(_Fact):
     nonfinite_step: Whole | None = None
     batches_lost_to: Whole | None = None
     measured: dict[str, MeasuredFacts] = {}
+    note: Annotated[str, Field(max_length=LONGEST_NOTE)] | None = None
     fork: ForkFacts | None = None
     earlier: tuple[EarlierFacts, ...] = ()
     trained: TrainingFacts | None = None

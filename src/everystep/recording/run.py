@@ -43,7 +43,7 @@ class Summary(NamedTuple):
     nonfinite_step: the first whose loss is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
     validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
-    name of its parent and the last step taken from it.
+    name of its parent and the last step taken from it; note: the user's own words.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Summary(NamedTuple):
     batch_size: int | None = None
     validation: tuple[str, float] | None = None
     parent: tuple[str, int] | None = None
+    note: str | None = None
 
 
 class Stretch(NamedTuple):
@@ -270,6 +271,7 @@ class RecordedRun:
             batch_size=_batch_size(trained),
             validation=validation,
             parent=(facts.fork.parent, facts.fork.at) if facts.fork else None,
+            note=facts.note,
         )
 
     def _check_whole(self, database: Database) -> None:

@@ -221,7 +221,8 @@ def tensors_text(differences: Sequence[StateDifference]) -> str:
         far = f", by at most {each.largest:,} units in the last place" if each.largest else ""
         lines.append(f"{each.tensor}: {each.elements:,} elements differ{far}")
     if len(differences) > NAMED:
-        lines.append(f"and {len(differences) - NAMED:,} more tensors")
+        more = len(differences) - NAMED
+        lines.append(f"and {more:,} more tensor{'s' * (more > 1)}")
     return "\n".join(lines)
 
 

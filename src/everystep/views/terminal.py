@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 _LABEL_WIDTH = 8
+#: A column of notes has at least so many characters, or it is left out.
+_NARROWEST_NOTES = 16
 
 
 def number(value: float | None) -> str:
@@ -184,6 +188,7 @@ def runs_json(runs: Iterable[Summary]) -> str:
                 "last_loss": _json_number(run.last_loss),
                 "started": run.started.isoformat(),
                 "parent": None if run.parent is None else {"run": run.parent[0], "at": run.parent[1]},
+                "note": run.note,
             }
             for run in runs
         ],
@@ -200,9 +205,20 @@ def shortest(loss: float) -> str:
     return str(single) if float(single) == loss or loss != loss else repr(loss)
 
 
-def runs_table(runs: Iterable[Summary]) -> Table:
-    """Return the runs as a table: name, status, steps, first and last loss, when, and of what a fork."""
+def runs_table(runs: Iterable[Summary], console: Console) -> Table:
+    """Return the runs as a table: name, status, steps, first and last loss, when, and of what a fork.
+
+    Their notes stand at the end of the lines if the console is wide enough.
+    """
     runs = list(runs)
+    table = _runs_table(runs, 0)
+    width = console.width - Measurement.get(console, console.options, table).maximum - 1
+    has_notes = any(run.note for run in runs)
+    return _runs_table(runs, width) if has_notes and width >= _NARROWEST_NOTES else table
+
+
+def _runs_table(runs: list[Summary], notes: int) -> Table:
+    """Return the table; notes: the width of the column of the notes, 0 for none."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("run")
     table.add_column("status")
@@ -212,6 +228,8 @@ def runs_table(runs: Iterable[Summary]) -> Table:
     has_forks = any(run.parent is not None for run in runs)
     if has_forks:
         table.add_column("fork of")
+    if notes:
+        table.add_column("note", no_wrap=True, overflow="ellipsis", max_width=notes)
     for run in runs:
         steps = str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}"
         style = {"finished": "", "running": "green"}.get(run.status, "yellow")
@@ -227,6 +245,7 @@ def runs_table(runs: Iterable[Summary]) -> Table:
             number(run.last_loss),
             f"{run.started.astimezone():%Y-%m-%d %H:%M}",
             *([_parent_text(run)] if has_forks else []),
+            *([_note_text(run)] if notes else []),
         )
     return table
 
@@ -240,6 +259,11 @@ def _fork_text(fork: ForkFacts) -> str:
 
 def _parent_text(run: Summary) -> Text:
     return Text("" if run.parent is None else f"{run.parent[0]}, step {run.parent[1]}")
+
+
+def _note_text(run: Summary) -> Text:
+    # A run may be a stranger's: its note must not steer the terminal.
+    return Text("".join(c if c.isprintable() else " " for c in run.note or ""), style="dim")
 
 
 def _labelled(label: str, text: str) -> str:

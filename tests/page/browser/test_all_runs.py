@@ -5,10 +5,13 @@ import re
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from filelock import FileLock
 from playwright.sync_api import expect
 from tests.page.browser.conftest import start_view
 from tests.page.browser.places import at, plot, row
 from tests.page.serving import remove, written
+
+import everystep
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,50 @@ def test_runs_are_sorted_whatever_is_missing(listed, open_page):
     assert names(page) == sorted(names(page), key=lambda name: (name[:3], len(name), name))
 
 
+def test_the_address_says_how_runs_are_sorted(listed, open_page):
+    page = open_page(listed.address)
+    page.get_by_role("columnheader", name="last loss").get_by_role("button").click()
+    expect(page).to_have_url(re.compile(r"/\?sort=last_loss&direction=ascending$"))
+    order = names(page)
+    other = open_page(f"{listed.address}&sort=last_loss&direction=ascending")
+    expect(other.locator("tbody tr")).to_have_count(7)
+    assert names(other) == order
+    strange = open_page(f"{listed.address}&sort=nothing&direction=upwards")
+    heading = strange.get_by_role("columnheader", name="started")
+    expect(heading).to_have_attribute("aria-sort", "descending")
+
+
+def test_a_note_is_written_where_it_is_read(visit, copied):
+    run = copied("digits")
+    page = visit("/", expected=["409"])
+    of_run = row(page, run.name)
+    of_run.hover()
+    of_run.get_by_role("button", name=f"add a note on {run.name}").click()
+    field = of_run.get_by_role("textbox", name=f"note on {run.name}")
+    field.fill("the first that works")
+    field.press("Enter")
+    expect(of_run.locator(".words")).to_have_text("the first that works")
+    expect(of_run.get_by_role("button", name=f"change the note on {run.name}")).to_be_focused()
+    assert everystep.open(run).note == "the first that works"
+    of_run.get_by_role("link", name=run.name, exact=True).click()
+    head = page.locator(".run-head")
+    expect(head).to_contain_text("the first that works")
+    head.get_by_role("button", name="change the note").click()
+    field = head.get_by_role("textbox")
+    field.fill("not this")
+    field.press("Escape")
+    expect(head.locator(".words")).to_have_text("the first that works")
+    with FileLock(run / "run.lock"):
+        head.get_by_role("button", name="change the note").click()
+        field.fill("not now")
+        head.get_by_role("button", name="Save", exact=True).click()
+        expect(head.get_by_role("alert")).to_contain_text("is being written")
+        expect(field).to_have_value("not now")
+    everystep.open(run).note = "from Python"  # the open page hears of it
+    head.get_by_role("button", name="Cancel").click()
+    expect(head.locator(".words")).to_have_text("from Python")
+
+
 def test_forks_stand_beneath_their_parents(visit):
     page = visit("/")
     page.get_by_role("columnheader", name="name").get_by_role("button").click()
@@ -124,6 +171,18 @@ def test_several_runs_are_laid_over_each_other_and_taken_away_again(visit):
     expect(page.locator("h1")).to_have_text("2 runs")
     table.get_by_role("link", name="fork").click()
     expect(page.locator("h1")).to_have_text("fork")
+
+
+def test_the_overlay_says_where_a_run_explodes_and_leads_there(visit, recorded):
+    page = visit("/overlay?run=chapter&run=diverged")
+    step = everystep.open(recorded / "diverged").summary().nonfinite_step
+    of_run = page.get_by_role("table").get_by_role("row", name=re.compile("^diverged"))
+    expect(
+        page.get_by_role("table").get_by_role("row", name=re.compile("^chapter"))
+    ).not_to_contain_text("step")
+    of_run.get_by_role("link", name=re.compile(f"step {step}$")).click()
+    expect(page.locator("h1")).to_have_text("diverged")
+    assert re.search(rf"/runs/diverged\?step={step}&beside=chapter$", page.url)
 
 
 def test_an_empty_directory_says_how_a_run_is_made_and_the_list_follows(view, tmp_path, open_page):

@@ -134,3 +134,15 @@ def test_the_title_and_a_status_tell_what_is_shown(visit):
     expect(page.locator("#status")).to_have_text(re.compile("^chapter .* everystep$"))
     page.get_by_role("link", name="All runs").click()
     expect(page.locator("#status")).to_have_text("everystep")
+
+
+@pytest.mark.parametrize("path", ["/", "/runs/chapter", "/runs/chapter?step=137", "/compare"])
+def test_the_bar_begins_and_ends_with_the_content(visit, path):
+    page = visit(path, viewport={"width": 1920, "height": 1080})
+    content = page.locator("main > div > :not(.unseen)").first
+    expect(content).to_be_visible()
+    brand, help_, box = (
+        page.locator(selector).first.bounding_box() for selector in (".brand", "#help", "main")
+    )
+    assert brand["x"] == pytest.approx(content.bounding_box()["x"], abs=1)
+    assert help_["x"] + help_["width"] == pytest.approx(box["x"] + box["width"] - 20, abs=1)

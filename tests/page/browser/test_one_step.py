@@ -202,3 +202,99 @@ def test_how_the_page_looks_is_remembered(visit):
     after = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
     assert before != after
     page.evaluate("localStorage.clear()")  # the window is that of other tests, too
+
+
+def test_a_link_shows_the_same_tensors_unfolded(chapter, visit):
+    page = chapter()
+    page.locator(".layers").get_by_role("button").first.click()
+    weight = unfold(part(page, "Forward").locator(".layer-detail"), "weight")
+    expect(weight.locator(".panel canvas").first).to_be_visible()
+    unfold(part(page, "Backward"), "2.weight.grad")
+    operation(page, 3).locator("> .head .unfold").click()
+    expect(operation(page, 3).locator(".panel")).to_have_count(1)
+    expect(page).to_have_url(re.compile("operation=3"))
+    shown = page.locator(".unfold[aria-expanded=true], .box[aria-expanded=true]")
+    names = shown.all_inner_texts()
+    assert len(names) == 5
+    address = page.url
+    assert "results" not in address  # the first result of an operation is always there
+    visit("/runs/digits")
+    linked = visit(address[address.index("/runs/") :])
+    expect(shown).to_have_text([re.compile(re.escape(name.split("\n")[0])) for name in names])
+    expect(operation(linked, 3)).to_be_in_viewport()
+    page.keyboard.press("ArrowRight")
+    expect_step(page, 138)
+    expect(shown).to_have_count(5)
+    page.go_back()
+    expect_step(page, 137)
+
+
+def test_back_folds_what_was_unfolded(chapter):
+    page = chapter()
+    first = unfold(part(page, "Backward"), "2.weight.grad")
+    second = unfold(part(page, "Backward"), "0.weight.grad")
+    expect(second.locator(".panel")).to_be_visible()
+    operation(page, 3).locator("> .head .unfold").click()
+    operation(page, 4).locator("> .head .unfold").click()
+    expect(page).to_have_url(re.compile("operation=4"))
+    page.go_back()
+    expect(operation(page, 4).locator(".insides")).to_have_count(0)
+    expect(operation(page, 3).locator(".insides")).to_have_count(1)
+    page.go_back()
+    expect(operation(page, 3).locator(".insides")).to_have_count(0)
+    page.go_back()
+    expect(second.locator(".panel")).to_have_count(0)
+    expect(first.locator(".panel")).to_have_count(1)
+    page.go_forward()
+    expect(second.locator(".panel")).to_have_count(1)
+
+
+CLIPBOARD = ["clipboard-read", "clipboard-write"]
+
+
+def test_formula_and_link_of_an_operation_and_the_loss_are_copied(visit, step):
+    page = visit("/runs/chapter?step=137", permissions=CLIPBOARD)
+    expect_step(page, 137)
+    row = operation(page, 0)
+    formula, link = (
+        row.get_by_role("button", name=f"copy the {what} #0") for what in ("formula of", "link to")
+    )
+    expect(formula).to_be_hidden()
+    row.hover()
+    formula.click()
+    expect(row.get_by_role("status").first).to_have_text("Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert f"operation #0: {copied}" == row.locator("> .head .unfold").get_attribute("aria-label")
+    expect(row.locator(".insides")).to_have_count(0)  # the row is not unfolded by that
+    page.mouse.move(0, 0)
+    row.locator("> .head .unfold").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    expect(link).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(row.get_by_role("status").last).to_have_text("Copied")
+    address = page.evaluate("navigator.clipboard.readText()")
+    page.get_by_role("button", name="copy the loss in full precision").click()
+    assert float(page.evaluate("navigator.clipboard.readText()")) == pytest.approx(step.loss, rel=1e-7)
+    linked = visit(address[address.index("/runs/") :], permissions=CLIPBOARD)
+    expect(operation(linked, 0).locator(".insides")).to_be_visible()
+
+
+@pytest.mark.parametrize(("query", "says"), [
+    ("operation=99", "Step 137 has no operation #99; it has #0 to #"),
+    ("phase=sleeping", "Step 137 has no phase “sleeping”"),
+])  # fmt: skip
+def test_an_address_with_what_is_not_there_says_so(chapter, query, says):
+    page = chapter(f"&{query}")
+    alert = page.locator(".step").get_by_role("alert").first
+    expect(alert).to_contain_text(says)
+    operation(page, 3).locator("> .head .unfold").click()
+    expect(alert).to_be_hidden()
+
+
+def test_a_phone_has_the_pictures_too(chapter):
+    page = chapter("&phase=backward", viewport={"width": 390, "height": 844})
+    pictures = part(page, "Backward").locator(".thumbnail canvas:not([width='1'])")
+    expect(pictures.first).to_be_visible()
+    box, beside = pictures.first.bounding_box(), part(page, "Backward").bounding_box()
+    assert box["x"] + box["width"] <= beside["x"] + beside["width"]

@@ -215,3 +215,32 @@ def test_a_tensor_is_taken_along_as_python_and_as_a_file(visit, recorded, phase,
     step = everystep.open(recorded / "chapter")[137]
     expected = eval(f"step.{python}", {"step": step})
     assert torch.equal(torch.from_numpy(np.load(io.BytesIO(content))), expected)
+
+
+def test_the_number_that_is_pointed_at_is_copied(visit, recorded):
+    page = visit(
+        "/runs/chapter?step=137&open=gradients/2.weight",
+        permissions=["clipboard-read", "clipboard-write"],
+    )
+    panel = part(page, "Backward").locator(".panel")
+    heat = panel.get_by_role("img", name=re.compile("^Heat map of"))
+    expect(heat).to_be_visible()
+    copying = panel.get_by_role("button", name="copy this number in full precision")
+    expect(copying).to_be_hidden()
+    expected = everystep.open(recorded / "chapter")[137].gradients["2.weight"]
+    heat.focus()
+    heat.press("Home")
+    heat.press("ArrowDown")
+    copying.focus()  # the cell stays
+    page.keyboard.press("Enter")
+    expect(panel.get_by_role("status").filter(has_text="Copied")).to_have_count(1)
+    assert page.evaluate("navigator.clipboard.readText()") == str(expected[1, 0].numpy())
+    page.evaluate("document.activeElement.blur()")
+    expect(copying).to_be_hidden()
+    page.mouse.move(*across(heat, 0.5))
+    copying.click()
+    expect(panel.locator(".readout").first).to_have_text(re.compile(r"^\["))
+    told = panel.locator(".readout").first.inner_text()
+    page.wait_for_function(
+        "text => navigator.clipboard.readText().then((copied) => text.endsWith(copied))", arg=told
+    )

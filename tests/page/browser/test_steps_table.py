@@ -147,3 +147,25 @@ def test_a_long_table_has_all_its_pages(copied, visit):
     expect(page.locator("tr[aria-selected=true]")).to_have_attribute("data-step", "500")
     turn_to(page, "2,050")
     expect(column(page, 1).last).to_have_text("20,500")
+
+
+def test_the_address_says_how_it_is_sorted(table, visit, recorded):
+    page = table("digits")
+    sort(page, "loss")
+    sort(page, "loss")
+    expect(page).to_have_url(re.compile(r"\?sort=loss&direction=desc$"))
+    expect(column(page, 2).first).to_have_text(re.compile("^2"))
+    largest = column(page, 1).all_inner_texts()
+    rows(page).first.click()
+    expect_step(page, int(largest[0]), of=everystep.open(recorded / "digits").summary().steps)
+    assert re.search(r"step=\d+&sort=loss&direction=desc$", page.url)
+    page.go_back()
+    expect(column(page, 1)).to_have_text(largest)
+    linked = visit("/runs/digits?sort=loss&direction=desc")
+    expect(column(linked, 1)).to_have_text(largest)
+
+
+def test_a_link_that_sorts_by_what_is_not_there_says_so(visit):
+    page = visit("/runs/chapter?sort=nothing", expected=["400"])
+    expect(column(page, 1).first).to_have_text("1")
+    expect(page.get_by_text("no column 'nothing' to sort by")).to_be_visible()

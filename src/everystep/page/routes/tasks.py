@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,12 +12,11 @@ from starlette.routing import Route
 
 from everystep.errors import UsageError
 from everystep.page.event_stream import SILENCE, EventStream, event, last_seen
+from everystep.page.routes.asked import Asked
 from everystep.page.tasks import Busy, Task
 
 __all__ = ["routes"]
 
-#: Characters of an expression, or of a value.
-_LONGEST_TEXT = 10_000
 #: Characters of a name.
 _LONGEST_NAME = 200
 #: Seconds of silence after which a comment is sent, so that nothing on the way closes the stream.
@@ -28,7 +25,7 @@ _SILENCE = 20.0
 
 async def measure(request: Request) -> Response:
     """Add a measurement to a run."""
-    asked = await _Asked.of(request)
+    asked = await Asked.of(request)
     task = {
         "expression": asked.text("expression"),
         "name": asked.text("name", None, longest=_LONGEST_NAME),
@@ -40,20 +37,20 @@ async def measure(request: Request) -> Response:
 
 async def when(request: Request) -> Response:
     """Find the steps at which a condition is true."""
-    asked = await _Asked.of(request)
+    asked = await Asked.of(request)
     task = {"condition": asked.text("condition"), "which": asked.text("which", "first")}
     return await _begun(request, "when", task)
 
 
 async def verify(request: Request) -> Response:
     """Take every step of a run again."""
-    await _Asked.of(request)
+    await Asked.of(request)
     return await _begun(request, "verify", {})
 
 
 async def fork(request: Request) -> Response:
     """Train a run that is its parent's up to a step."""
-    asked = await _Asked.of(request)
+    asked = await Asked.of(request)
     name = asked.text("name", None, longest=_LONGEST_NAME)
     if name is not None:
         _check_new(name, request)
@@ -68,7 +65,7 @@ async def fork(request: Request) -> Response:
 
 async def compare(request: Request) -> Response:
     """Find where two runs part."""
-    asked = await _Asked.of(request)
+    asked = await Asked.of(request)
     shelf = request.app.state.shelf
     one, other = (shelf.run(asked.text(side)) for side in ("one", "other"))
     task = {"other": str(other.directory.absolute()), "thorough": asked.flag("thorough")}
@@ -127,69 +124,6 @@ def _check_new(name: str, request: Request) -> None:
         raise UsageError(f"{name!r:.80} cannot be a run's name; write a short one, without / and \\")
     if (request.app.state.shelf.directory / name).exists():
         raise UsageError(f"{name!r:.80} is there already, and no run is overwritten; choose another")
-
-
-class _Asked:
-    """What a request asks for, field by field; each raises UsageError where it does not serve."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self._fields = fields
-
-    @classmethod
-    async def of(cls, request: Request) -> _Asked:
-        """Read the body of a request."""
-        try:
-            fields = json.loads(await request.body() or b"{}")
-        except (ValueError, RecursionError):
-            raise UsageError("the request is no JSON") from None
-        if not isinstance(fields, dict):
-            raise UsageError("the request is no JSON object")
-        return cls(fields)
-
-    def text(self, name: str, absent: Any = ..., longest: int = _LONGEST_TEXT) -> Any:
-        """Return a text."""
-        value = self._fields.get(name)
-        if value is None and absent is not ...:
-            return absent
-        if not isinstance(value, str) or not value.strip():
-            raise UsageError(f"{name} is missing; write it as a text")
-        if len(value) > longest:
-            raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
-        return value
-
-    def whole(self, name: str, absent: Any = ..., least: int = 0) -> Any:
-        """Return a whole number."""
-        value = self._fields.get(name)
-        if value is None and absent is not ...:
-            return absent
-        if type(value) is not int or not least <= value < 2**53:
-            raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
-        return value
-
-    def flag(self, name: str) -> bool:
-        """Return true or false, false where it is missing."""
-        value = self._fields.get(name, False)
-        if not isinstance(value, bool):
-            raise UsageError(f"{name} is {value!r:.80}; write true or false")
-        return value
-
-    def settings(self, name: str) -> dict[str, str]:
-        """Return texts by path, none of which reads a file."""
-        value = self._fields.get(name) or {}
-        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-            raise UsageError(f"{name} must be texts by path, as after --set")
-        if not all(text.isprintable() for text in value.values()):
-            raise UsageError(f"{name} must be texts of one line, as after --set")
-        for path in value:
-            keys = re.findall(r"[^.\[\]]+", path)
-            if not keys or "=" in path:
-                raise UsageError(f"{path!r:.80} is no setting; write a path: optimizer.lr")
-            if keys[0].strip() == "data":
-                raise UsageError(
-                    f"{path!r:.80} cannot be changed on the page, which reads no files; "
-                    "everystep fork RUN --at STEP --set does it"
-                )
-        return value
 
 
 routes = [

@@ -1,6 +1,7 @@
 // What a run is: its name, how it stands, the facts in the chapter's order, its most telling losses.
 
 import * as address from "../shared/address.js";
+import { copyMark } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
 
@@ -71,7 +72,8 @@ export function landmarks({ name, landmarks: found }, go) {
   const one = ({ what, step, short: brief, full }) => {
     const number = element("span", { class: "number", title: full }, brief);
     const at = element("span", { class: "at" }, stepLink(name, step, go));
-    return element("div", {}, element("dt", {}, what), element("dd", {}, number, " ", at));
+    const copying = copyMark(() => full, `copy the ${what} loss in full precision`);
+    return element("div", {}, element("dt", {}, what), element("dd", {}, number, " ", at, copying));
   };
   return element("dl", { class: "landmarks" }, ...found.map(one));
 }

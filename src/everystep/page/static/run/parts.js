@@ -1,6 +1,7 @@
 // The places of the parts of a run's view, and where they stand on wide and on narrow screens.
 
 import { button, element } from "../shared/elements.js";
+import { noteOf } from "../shared/note.js";
 import { banner } from "./banner.js";
 
 /** Make the places. `does`: {fork(), compare(), share(), stop(), goTo(step)}. */
@@ -15,10 +16,11 @@ export function runParts(name, does) {
     button("Save this view", does.share, { title: "as one file that opens without a server" }),
   );
   const state = element("p", { class: "lead" });
+  const note = noteOf(name, { says: "Add a note" });
   const family = element("p", { class: "family muted small" });
   const top = banner(does);
   const title = element("div", { class: "title" }, element("h1", {}, name), actions);
-  const header = element("header", { class: "run-head" }, title, state, family, top.host);
+  const header = element("header", { class: "run-head" }, title, state, note.host, family, top.host);
   const brief = element("summary");
   const facts = element("details", { class: "facts-part" }, brief);
   const landmarks = element("div");
@@ -36,7 +38,7 @@ export function runParts(name, does) {
   // What sticks within the step sticks beneath the bar.
   const measured = new ResizeObserver(() => step.style.setProperty("--step-top", `${bar.offsetHeight}px`));
   measured.observe(bar);
-  return { header, stop, state, family, banner: top, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
+  return { header, stop, state, note, family, banner: top, facts, brief, landmarks, plot, bar, loss, questions, table, problem, waiting, shown, step, left, body };
 }
 
 /**

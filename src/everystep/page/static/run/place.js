@@ -25,7 +25,7 @@ export class StepPlace {
     this.#view?.then((view) => view.close(), () => {});
   }
 
-  // `target`: {step, phase, operation}; a step of null: none.
+  // `target`: {step, phase, operation, open}; a step of null: none.
   async #draw(target) {
     const isThere = JSON.stringify(target) === this.#shown && !this.isFailed;
     if (isThere || this.#isClosed || (target.step === null && !this.#view)) return;
@@ -63,7 +63,7 @@ export class StepPlace {
   async #open() {
     try {
       const [{ stepView }, { serverSource }] = await Promise.all([import("../step/step.js"), import("../step/source.js")]);
-      const go = ({ phase, operation }) => address.go({ ...address.read(), phase, operation });
+      const go = (place) => address.go({ ...address.read(), ...place });
       return stepView(this.run, this.host, { go, source: serverSource(this.run) });
     } catch (error) {
       this.#view = null;

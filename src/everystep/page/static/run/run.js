@@ -39,6 +39,7 @@ class RunView {
     this.about = about;
     this.name = about.name;
     this.place = { ...place, step: null, beside: [] };
+    this.leftOpen = []; // what was unfolded in the step that was left
     this.away = awayBanner();
     this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => this.#choose(), share: () => this.#share(), stop: () => this.#stop(), goTo: (step) => this.jump(step) });
     const { header, body, bar } = this.parts;
@@ -54,7 +55,8 @@ class RunView {
     });
     bar.append(this.bar.host);
     this.stepPlace = new StepPlace(this.name, this.parts);
-    this.table = stepTable(this.parts.table, this.name, { step: place.step, goTo: (step) => this.jump(step) });
+    const sortedBy = (sorted) => this.#goOwn({ ...this.place, ...sorted }, true);
+    this.table = stepTable(this.parts.table, this.name, { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
     this.wide = window.matchMedia("(min-width: 80rem)");
     this.arrange = () => this.#arrange();
     this.wide.addEventListener("change", this.arrange);
@@ -79,8 +81,8 @@ class RunView {
   update(place) {
     const before = this.place;
     this.place = place;
-    if (!this.#isOwn) {
-      this.#isWalking = false;
+    if (!this.#isOwn) this.#isWalking = false;
+    if (!this.#isOwn && place.step !== before.step) {
       this.#isFollowing = false;
       this.player.stop();
     }
@@ -94,6 +96,7 @@ class RunView {
       this.plot.setStep(place.step);
       this.table.setStep(place.step);
     }
+    this.table.setSort(place);
     this.stepPlace.show(this.#target());
   }
 
@@ -136,7 +139,10 @@ class RunView {
   /** Close the step, or stop playing. */
   leave() {
     if (this.player.isPlaying) this.player.stop();
-    else if (this.step !== null) address.go({ ...this.place, step: null, phase: null, operation: null });
+    else if (this.step !== null) {
+      this.leftOpen = this.place.open;
+      address.go({ ...this.place, step: null, phase: null, operation: null, open: [] });
+    }
   }
 
   togglePlay() {
@@ -149,7 +155,8 @@ class RunView {
     if (step === this.step) return this.#drawBar();
     const replace = isWalk && this.#isWalking;
     this.#isWalking = isWalk;
-    this.#goOwn({ ...this.place, step }, replace);
+    const { open } = this.place;
+    this.#goOwn({ ...this.place, step, open: this.step === null && !open.length ? this.leftOpen : open }, replace);
   }
 
   #goOwn(place, replace) {
@@ -173,8 +180,8 @@ class RunView {
   }
 
   #target() {
-    const { step, phase, operation } = this.place;
-    return { step, phase, operation };
+    const { step, phase, operation, open } = this.place;
+    return { step, phase, operation, open };
   }
 
   #drawPlot() {
@@ -195,12 +202,13 @@ class RunView {
   }
 
   #drawAbout() {
-    const { facts, brief, family, landmarks: place, banner } = this.parts;
+    const { facts, brief, family, landmarks: place, banner, note } = this.parts;
     const go = (step) => this.jump(step);
     facts.replaceChildren(brief, factsList(this.about));
     brief.textContent = factsBrief(this.about);
     family.replaceChildren(...lineage(this.about).flatMap((part) => [part, " "]));
     banner.update(this.about);
+    note.update(this.about);
     place.replaceChildren(landmarks(this.about, go));
     this.#drawState();
   }
@@ -246,9 +254,10 @@ class RunView {
     this.#drawState();
   }
 
-  #hearState({ status, reason, planned, steps, measurements }) {
+  #hearState({ status, reason, planned, steps, measurements, note }) {
     const isOther = status !== this.about.status;
-    Object.assign(this.about, { status, reason, planned, measurements });
+    Object.assign(this.about, { status, reason, planned, measurements, note });
+    this.parts.note.update(this.about);
     this.plot.setMeasurements(measurements);
     this.#speed.take(steps);
     this.#drawState();

@@ -9,9 +9,14 @@ const COPIED = 10000; // rows, at most
 
 let loading = null;
 
-/** Show the table of a run's steps in `host`; return {setStep(step), refresh(), close()}. `goTo(step)`: is called for a row. */
-export function stepTable(host, name, { step = null, goTo = () => {} } = {}) {
-  return new StepTable(host, name, step, goTo);
+/**
+ * Show the table of a run's steps in `host`; return {setStep(step), setSort(sorted), refresh(), close()}.
+ *
+ * `sorted`: {sort, direction}, the title of a column, and `asc` or `desc`; null: by the steps. `goTo(step)`: is called for
+ * a row; `sortedBy(sorted)`: when the reader sorts.
+ */
+export function stepTable(host, name, { step = null, sorted = {}, goTo = () => {}, sortedBy = () => {} } = {}) {
+  return new StepTable(host, name, { step, sorted, goTo, sortedBy });
 }
 
 async function dataTables() {
@@ -32,9 +37,9 @@ class StepTable {
   #ended = new AbortController();
   #timers = new Timers();
 
-  constructor(host, name, step, goTo) {
-    this.name = name;
-    this.goTo = goTo;
+  constructor(host, name, { step, sorted, goTo, sortedBy }) {
+    Object.assign(this, { name, goTo, sortedBy });
+    this.sorted = sortOf(sorted);
     this.#step = step;
     const draw = () => this.#table?.search(this.search.value).draw();
     this.search = element("input", { type: "search", placeholder: "137 or 100-200", "aria-label": "steps: one, or a range" });
@@ -67,6 +72,14 @@ class StepTable {
     this.#find();
   }
 
+  /** Sort as the address says. */
+  setSort(sorted) {
+    const wanted = sortOf(sorted);
+    if (isSame(wanted, this.sorted)) return;
+    this.sorted = wanted;
+    this.#table?.order(this.#order()).draw();
+  }
+
   /** Read anew what is shown: there may be more steps, and more that was measured. */
   refresh() {
     this.#timers.soon("refresh", () => this.#table?.ajax.reload(null, false));
@@ -84,18 +97,31 @@ class StepTable {
 
   async #begin() {
     try {
-      const query = { start: 0, length: 10, around: this.#step };
-      const [DataTable, answer] = await Promise.all([dataTables(), ask(this.#address("table", query), this.#ended)]);
+      const [DataTable, [answer, problem]] = await Promise.all([dataTables(), this.#first()]);
       if (this.#ended.signal.aborted) return;
       this.#build(DataTable, answer, 10);
       this.#sayLeftOut(answer);
+      if (problem) this.#say(problem);
     } catch (error) {
       if (!this.#ended.signal.aborted) this.#say(`The table cannot be shown: ${error.message}`);
     }
   }
 
+  // The first page, and what is wrong with the order that the address asks for: then it is that of the steps.
+  async #first() {
+    const query = { start: 0, length: 10, around: this.#step };
+    try {
+      return [await ask(this.#address("table", { ...query, ...this.sorted }), this.#ended), null];
+    } catch (error) {
+      if (error.status !== 400 || this.sorted.sort === null) throw error;
+      this.sorted = sortOf({});
+      return [await ask(this.#address("table", query), this.#ended), error.message];
+    }
+  }
+
   #build(DataTable, answer, length) {
     this.#table?.destroy();
+    this.#table = null;
     this.#columns = answer.columns;
     this.#answer = answer;
     const head = element("tr", {}, ...this.#columns.map((title) => element("th", { scope: "col" }, title)));
@@ -105,16 +131,33 @@ class StepTable {
       processing: false,
       ajax: (asked, done) => this.#answerTo(DataTable, asked, done),
       columns: this.#columns.map(() => ({ render: DataTable.render.text() })),
-      order: [],
+      order: this.#order(),
       autoWidth: false,
       displayStart: answer.start,
       pageLength: length,
       lengthMenu: [10, 25, 100, 1000],
       createdRow: (row, cells) => this.#furnish(row, cells),
-      drawCallback: () => this.#mark(),
+      drawCallback: () => {
+        this.#mark();
+        this.#tellSorted();
+      },
       layout: LAYOUT,
       language: WORDS,
     });
+  }
+
+  // As DataTables has it.
+  #order() {
+    const column = this.#columns.indexOf(this.sorted.sort);
+    return column < 0 ? [] : [[column, this.sorted.direction]];
+  }
+
+  #tellSorted() {
+    const [first] = this.#table?.order() ?? [];
+    const now = sortOf(first?.[1] ? { sort: this.#columns[first[0]], direction: first[1] } : {});
+    if (!this.#table || isSame(now, this.sorted)) return;
+    this.sorted = now;
+    this.sortedBy(now);
   }
 
   async #answerTo(DataTable, asked, done) {
@@ -233,6 +276,14 @@ class StepTable {
     this.note.textContent = text;
     this.note.hidden = !text;
   }
+}
+
+function sortOf({ sort, direction }) {
+  return sort ? { sort, direction: direction === "desc" ? "desc" : "asc" } : { sort: null, direction: null };
+}
+
+function isSame(one, other) {
+  return one.sort === other.sort && one.direction === other.direction;
 }
 
 const LAYOUT = {

@@ -8,7 +8,7 @@ const COMPARED = ["optimizer", "lr", "batch"];
 /** Return runs that a text is in, sorted, as {name, depth}; by name or time, forks stand beneath their parents. */
 export function arranged(runs, { key, direction }, text) {
   const wanted = text.trim().toLowerCase();
-  const found = runs.filter(({ name, status, optimizer }) => [name, status, optimizer].join(" ").toLowerCase().includes(wanted));
+  const found = runs.filter(({ name, status, optimizer, note }) => [name, status, optimizer, note].join(" ").toLowerCase().includes(wanted));
   const sign = direction === "ascending" ? 1 : -1;
   const sorted = found.sort((a, b) => compared(valueOf(a, key), valueOf(b, key), sign) || byName(a.name, b.name));
   if (key !== "name" && key !== "started") return sorted.map(({ name }) => ({ name, depth: 0 }));

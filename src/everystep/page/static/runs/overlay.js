@@ -7,6 +7,7 @@ import { duration, short, whole } from "../shared/format.js";
 import { lossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
 import { listenToThose } from "../run/live.js";
+import { nonfiniteText } from "./row.js";
 
 /** What the list of runs knows of each: all there is to compare where not all are experiments. */
 const LISTED = [["optimizer", "optimizer"], ["lr", "lr"], ["batch", "batch"]];
@@ -67,7 +68,11 @@ class Overlay {
     const head = ["run", ...differing.map(([key]) => key), "first loss", "last loss", "smallest loss", "steps", "duration"];
     const rows = names.map((name, place) => {
       const of = (what) => about[place]?.landmarks.find((mark) => mark.what === what);
-      const { steps, seconds } = this.summaries.get(name);
+      const summary = this.summaries.get(name);
+      const { steps, seconds, nonfinite: step } = summary;
+      const beside = names.filter((other) => other !== name);
+      const where = { view: "run", run: name, step, beside };
+      const exploded = step ? element("a", { class: "nonfinite", href: address.write(where) }, nonfiniteText(summary)) : null;
       const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
       link.style.setProperty("--swatch", `var(--series-${place % 5})`);
       const texts = [
@@ -76,7 +81,7 @@ class Overlay {
         whole(steps ?? 0),
         seconds === null ? "" : duration(seconds),
       ];
-      return element("tr", {}, element("th", { scope: "row" }, link), ...texts.map((text) => element("td", {}, text)));
+      return element("tr", {}, element("th", { scope: "row" }, link, exploded), ...texts.map((text) => element("td", {}, text)));
     });
     const headings = head.map((text) => element("th", { scope: "col" }, text));
     return element("table", { class: "overlaid" }, element("thead", {}, element("tr", {}, ...headings)), element("tbody", {}, ...rows));

@@ -3,6 +3,7 @@
 import * as address from "../shared/address.js";
 import { drawing, element } from "../shared/elements.js";
 import { addressOf, ask } from "../shared/server.js";
+import { noteOf } from "../shared/note.js";
 import { ago, duration, numberOf, percent, short, whole } from "../shared/format.js";
 
 const REST = 2000; // milliseconds between pictures of a run that is being trained
@@ -22,6 +23,7 @@ class RunRow {
     const cell = (name) => element("td", { class: name, role: "cell" });
     const box = element("input", { type: "checkbox", "aria-label": `pick ${run.name}`, onchange: () => pick(box.checked) });
     this.name = element("td", { class: "name", role: "cell" });
+    this.note = noteOf(run.name);
     this.cells = Object.fromEntries(CELLS.map((name) => [name, cell(name)]));
     Object.assign(this, { status: this.cells.status, picture: this.cells.picture });
     const first = element("td", { class: "pick", role: "cell" }, box);
@@ -41,8 +43,10 @@ class RunRow {
     if (!isNamed) {
       // A link that is about to be clicked, or has the focus, stays.
       const link = element("a", { href: address.write({ view: "run", run: name }) }, name);
-      this.name.replaceChildren(problem === null ? link : name, ...this.#lineage());
+      const own = problem === null ? [this.note.host] : [];
+      this.name.replaceChildren(problem === null ? link : name, ...own, ...this.#lineage());
     }
+    this.note.update(run);
     const state = problem === null ? [status, status] : ["failed", "cannot be read"];
     this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]), ...nonfinite(run));
     for (const [key, [text, title]] of Object.entries(textsOf(run))) Object.assign(this.cells[key], { textContent: text, title });
@@ -103,9 +107,13 @@ function textsOf({ problem, steps, planned, last_loss: loss, validation, optimiz
   };
 }
 
-function nonfinite({ nonfinite: step, last_loss: loss }) {
-  if (!step) return [];
-  return [element("span", { class: "nonfinite" }, `${loss === "nan" ? "NaN from" : "not finite at"} step ${whole(step)}`)];
+function nonfinite(run) {
+  return run.nonfinite ? [element("span", { class: "nonfinite" }, nonfiniteText(run))] : [];
+}
+
+/** Return from which step on the loss of a run is not finite, in words. */
+export function nonfiniteText({ nonfinite: step, last_loss: loss }) {
+  return `${loss === "nan" ? "NaN from" : "not finite at"} step ${whole(step)}`;
 }
 
 function sparkline({ path, dot, marks, is_log: isLog, width, height }, name) {

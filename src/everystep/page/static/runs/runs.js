@@ -21,7 +21,7 @@ const COLUMNS = [
   { key: "started", title: "started", first: "descending" },
 ];
 
-// Stays as it was when one comes back from a run.
+// Where the address does not say otherwise it stays as it was: one comes back from a run.
 const sorting = { key: "started", direction: "descending" };
 
 /** Show all runs. */
@@ -31,18 +31,19 @@ export async function open(place, main) {
   const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
   main.append(waiting);
   const { directory, runs } = await ask("/api/runs").finally(() => waiting.remove());
-  const view = new Runs(main, directory, runs);
-  return { update: () => {}, close: () => view.close() };
+  const view = new Runs(main, directory, runs, place);
+  return { update: (next) => view.update(next), close: () => view.close() };
 }
 
 class Runs {
   #rows = new Map(); // by name
   #picked = new Set();
 
-  constructor(main, directory, runs) {
+  constructor(main, directory, runs, place) {
+    take(place);
     this.away = awayBanner();
     this.head = element("p", { class: "lead" });
-    this.search = element("input", { type: "search", placeholder: "name, status or optimizer", "aria-label": "search the runs" });
+    this.search = element("input", { type: "search", placeholder: "search", "aria-label": "search the runs", title: "in name, status, optimizer and note" });
     this.search.addEventListener("input", () => this.#arrange());
     this.overlay = button("Overlay", () => this.#overlay(), { title: "pick two or more runs: their losses over each other" });
     this.compare = button("Compare", () => this.#compare(), { title: "pick exactly two runs: where they part" });
@@ -59,6 +60,12 @@ class Runs {
     this.#take(runs, []);
     const hear = ({ runs: known, gone, all }) => this.#take(known, all ? this.#missing(known) : gone);
     this.end = listen("/api/events", { runs: hear }, (isThere) => this.away.tell(isThere));
+  }
+
+  /** Sort as the address says. */
+  update(place) {
+    take(place);
+    this.#arrange();
   }
 
   close() {
@@ -163,8 +170,7 @@ class Runs {
   }
 
   #sort(key, direction) {
-    Object.assign(sorting, { key, direction });
-    this.#arrange();
+    address.go({ view: "runs", sort: key, direction }, { replace: true });
   }
 
   #names() {
@@ -186,6 +192,11 @@ class Runs {
     const [one, other] = this.#names();
     address.go({ view: "compare", one, other });
   }
+}
+
+function take({ sort, direction }) {
+  const column = COLUMNS.find(({ key }) => key !== null && key === sort);
+  if (column) Object.assign(sorting, { key: sort, direction: direction in OTHER ? direction : column.first });
 }
 
 const ARROWS = { ascending: "↑", descending: "↓" };

@@ -1,8 +1,11 @@
 // The address of what is looked at, and going there: Back and Forward work.
 //
-// A place: {view: "runs"}, {view: "run", run, step, phase, operation, line, log, smooth, beside: [names]} (how the plot
-// is drawn; null: as it is by itself),
-// {view: "overlay", runs: [names]} or {view: "compare", one, other}.
+// A place: {view: "runs", sort, direction}, {view: "run", run, step, phase, operation, open: [keys], sort, direction, line,
+// log, smooth, beside: [names]} (`open`: what is unfolded in the step; how the table is sorted and the plot is drawn; null:
+// as it is by itself), {view: "overlay", runs: [names]} or {view: "compare", one, other}.
+
+/** Servers refuse longer addresses than those of some hundred open tensors. */
+const MOST_OPEN = 200;
 
 const watchers = new Set();
 
@@ -10,6 +13,7 @@ const watchers = new Set();
 export function read(address = location.href) {
   const { pathname, searchParams } = new URL(address, location.origin);
   const whole = (name) => (/^\d+$/.test(searchParams.get(name) ?? "") ? Number(searchParams.get(name)) : null);
+  const sorted = { sort: searchParams.get("sort"), direction: searchParams.get("direction") };
   const [, first, name] = pathname.split("/");
   if (first === "runs" && name) {
     return {
@@ -18,6 +22,8 @@ export function read(address = location.href) {
       step: whole("step"),
       phase: searchParams.get("phase"),
       operation: whole("operation"),
+      open: searchParams.getAll("open"),
+      ...sorted,
       line: whole("line"),
       log: whole("log"),
       smooth: Number(searchParams.get("smooth")) || null,
@@ -29,7 +35,7 @@ export function read(address = location.href) {
     const [one = null, other = null] = searchParams.getAll("run");
     return { view: "compare", one: searchParams.get("one") ?? one, other: searchParams.get("other") ?? other };
   }
-  return { view: "runs" };
+  return { view: "runs", ...sorted };
 }
 
 // A name that is badly written stays as it is: there is no such run, and the server says so.
@@ -42,12 +48,15 @@ function decoded(name) {
 }
 
 /** Return the address of a place. */
-export function write({ view, run, runs = [], step, phase, operation, line, log, smooth, beside = [], one, other }) {
+export function write(place) {
+  const { view, run, runs = [], step, phase, operation, open = [], sort, direction, line, log, smooth, beside = [], one, other } = place;
   const query = new URLSearchParams();
-  const given = { compare: { one, other }, run: { step, phase, operation, line, log, smooth } }[view] ?? {};
+  const sorted = { sort, direction };
+  const given = { compare: { one, other }, run: { step, phase, operation, ...sorted, line, log, smooth }, runs: sorted }[view] ?? {};
   for (const [key, value] of Object.entries(given)) {
     if (value !== null && value !== undefined) query.set(key, value);
   }
+  if (view === "run") open.slice(-MOST_OPEN).forEach((key) => query.append("open", key));
   if (view === "run") beside.forEach((name) => query.append("beside", name));
   runs.forEach((name) => query.append("run", name));
   const path = { runs: "/", overlay: "/overlay", run: `/runs/${encodeURIComponent(run)}`, compare: "/compare" }[view];

@@ -1,6 +1,7 @@
-// Dialogs, and texts to copy.
+// Dialogs, and command lines to copy.
 
-import { button, element } from "./elements.js";
+import { copyButton } from "./copy.js";
+import { element } from "./elements.js";
 
 let count = 0;
 
@@ -20,23 +21,6 @@ export function openDialog(title, content, { closed = () => {} } = {}) {
   return dialog;
 }
 
-/** Return a button that copies the text that `text()` gives, and says so. */
-export function copyButton(text, says = "Copy", properties = {}) {
-  const made = button(says, async () => {
-    const isCopied = await copy(text(), made);
-    made.textContent = isCopied ? "Copied" : "Select it, and press Ctrl+C";
-    said.textContent = made.textContent;
-    clearTimeout(back);
-    back = setTimeout(() => {
-      made.textContent = says;
-      said.textContent = "";
-    }, 2000);
-  }, properties);
-  const said = element("span", { class: "unseen", role: "status" });
-  let back = null;
-  return element("span", { class: "copying" }, made, said);
-}
-
 /** Return a command line, or lines of Python, to be copied; `set(text)` changes it. */
 export function commandLine(label, text = "") {
   const shown = element("code", {}, text);
@@ -49,24 +33,4 @@ export function commandLine(label, text = "") {
 /** Return a word as a shell takes it. */
 export function quoted(word) {
   return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
-}
-
-async function copy(text, beside) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    return copyBySelecting(text, beside);
-  }
-}
-
-// On another host than this one, without encryption, browsers have no clipboard to write to.
-function copyBySelecting(text, beside) {
-  const field = element("textarea", { value: text, class: "unseen", readOnly: true });
-  beside.after(field);
-  field.select();
-  const isCopied = document.execCommand("copy");
-  field.remove();
-  beside.focus();
-  return isCopied;
 }

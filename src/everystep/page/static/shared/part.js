@@ -15,6 +15,11 @@ export function show(node, isShown) {
   if (node.hidden === isShown) node.hidden = !isShown;
 }
 
+/** Unfold everything that a node is folded away in. */
+export function unfoldAround(node) {
+  for (let fold = node?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+}
+
 /** Return a part that is built anew only where the structure of what it shows is another. */
 export function rebuilt(node, structureOf, build) {
   let structure = null;
@@ -44,7 +49,7 @@ export function fixed(node, update = () => {}) {
  * view: what is open stays open by its key from step to step; open(): the part beneath; changed: called
  * when the reader, not the address, has opened or closed it.
  */
-export function unfolding(view, { key, name, beside, className, open, update, changed = () => {} }) {
+export function unfolding(view, { key, name, beside, className, open, update, changed = () => view.unfolded() }) {
   const id = `unfolding-${++unfoldings}`;
   const toggle = element("button", { type: "button", class: "unfold", "aria-expanded": "false" }, name);
   const head = element("div", { class: "head" }, toggle, ...beside);
@@ -71,8 +76,8 @@ export function unfolding(view, { key, name, beside, className, open, update, ch
     }
   };
   head.addEventListener("click", (event) => {
-    // A click that ends the selection of a text, or is on a link, is not meant for the row.
-    if (event.target.closest("a") || !getSelection().isCollapsed) return;
+    // A click that ends the selection of a text, or is on a link or another button, is not meant for the row.
+    if (event.target.closest("a, .copying") || !getSelection().isCollapsed) return;
     set(!inner);
     changed(Boolean(inner));
   });
@@ -84,8 +89,10 @@ export function unfolding(view, { key, name, beside, className, open, update, ch
     update(next) {
       content = next;
       update?.(next);
-      if (!inner && view.opened.has(key)) set(true);
-      else inner?.update(next);
+      const isWanted = view.opened.has(key);
+      if (isWanted === Boolean(inner)) return inner?.update(next);
+      set(isWanted);
+      if (isWanted) unfoldAround(node);
     },
     close: () => inner?.close?.(),
   };

@@ -2,7 +2,7 @@
 
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { rebuilt, setText, show } from "../shared/part.js";
+import { fixed, rebuilt, setText, show } from "../shared/part.js";
 import { tensorRow } from "../tensor/tensor.js";
 
 const ROWS_SHOWN = 12;
@@ -19,10 +19,12 @@ export function batch(view) {
     batch.images !== null,
     batch.tensors.map(({ name, tensor }) => [name, tensors[tensor].shape.slice(1)]),
     batch.targets === null,
+    batch.values.map(({ name }) => name),
   ];
   return rebuilt(element("div", { class: "batch" }), structureOf, ({ batch }) => [
     rowsOfData(),
-    ...(batch.images ? [images(view)] : []),
+    ...(batch.images ? [images(view)] : batch.targets ? [targets()] : []),
+    ...(batch.values.length ? [values()] : []),
     ...folded(
       batch.tensors.map(({ name, tensor }) =>
         tensorRow(view, { id: tensor, name }),
@@ -68,6 +70,25 @@ function rowsOfData() {
       tell(isAll);
     },
   };
+}
+
+// Images have their targets beneath them; of other rows they are a list.
+function targets() {
+  const node = element("p", { class: "rows small muted" });
+  return fixed(node, ({ batch }) => setText(node, `targets: ${listed(batch.targets, batch.targets.length)}`));
+}
+
+// What a loop's batch has besides tensors: names, texts, numbers.
+function values() {
+  const node = element("dl", { class: "arguments values" });
+  return fixed(node, ({ batch }) => {
+    node.replaceChildren(...batch.values.flatMap(({ name, texts, count }) => [element("dt", {}, name), element("dd", {}, listed(texts, count))]));
+  });
+}
+
+function listed(texts, count) {
+  const shown = texts.slice(0, ROWS_SHOWN);
+  return shown.join(", ") + (shown.length < count ? `, … (${whole(count)})` : "");
 }
 
 function images(view) {

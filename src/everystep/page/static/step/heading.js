@@ -1,8 +1,9 @@
 // The heading of an open step.
 
+import { copyMark } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
 import { numberOf, short, whole } from "../shared/format.js";
-import { fixed, setText } from "../shared/part.js";
+import { fixed, setText, show } from "../shared/part.js";
 
 /** Return the part that says which step it is, its loss, and whether it is the recorded one. */
 export function heading() {
@@ -12,7 +13,8 @@ export function heading() {
   const exactness = element("p", { class: "exactness" });
   const settings = element("p", { class: "small muted" });
   const problems = element("div");
-  const line = element("p", { class: "loss-line" }, element("span", { class: "what" }, "loss"), " ", loss, " ", full);
+  const copying = copyMark(() => full.textContent, "copy the loss in full precision");
+  const line = element("p", { class: "loss-line" }, element("span", { class: "what" }, "loss"), " ", loss, " ", full, copying);
   const node = element("header", { class: "step-heading" }, title, line, exactness, settings, problems);
   return fixed(node, (content) => {
     const { step, steps, loss_text, epoch, hyperparameters, batch } = content;
@@ -20,6 +22,7 @@ export function heading() {
     const isFinite = !content.has_loss || Number.isFinite(numberOf(content.loss));
     setText(loss, content.has_loss ? short(content.loss) : "not logged");
     setText(full, content.has_loss ? (isFinite ? loss_text : "not finite") : "");
+    show(copying, content.has_loss && isFinite);
     loss.classList.toggle("nonfinite", !isFinite);
     exactness.className = content.is_exact ? "exactness small muted" : "exactness alarm";
     setText(exactness, exactnessText(content));

@@ -38,18 +38,19 @@ function layersOf({ network }, part) {
 }
 
 function diagram(view, content, part) {
-  const detail = layerDetail(view, part);
   const buttons = new Map();
+  const detail = layerDetail(view, part, buttons);
   const choose = (key) => {
-    view.layers.set(part, view.layers.get(part) === key ? null : key);
-    buttons.forEach((button, of) => button.setAttribute("aria-expanded", String(of === view.layers.get(part))));
+    const isOpen = isChosen(view, part, key);
+    for (const of of buttons.keys()) view.opened.delete(keyOfLayer(part, of));
+    if (!isOpen) view.opened.add(keyOfLayer(part, key));
     detail.update(view.content);
+    view.unfolded();
   };
   const shown = layersOf(content, part);
   const layers = shown.map((layer, place) => {
     const key = `${place} ${layer.path}`;
     const button = layerButton(layer, () => choose(key));
-    button.setAttribute("aria-expanded", String(view.layers.get(part) === key));
     for (const [name, isOver] of Object.entries({ pointerenter: true, focus: true, pointerleave: false, blur: false })) {
       button.addEventListener(name, () => view.highlight(isOver ? [...layer.operations, ...layer.backward] : []));
     }
@@ -122,13 +123,27 @@ function fromTo(_, from, to) {
   return `${whole(Number(from))} → ${whole(Number(to))}`;
 }
 
-function layerDetail(view, part) {
+// `buttons`: of the layers, by their keys.
+function layerDetail(view, part, buttons) {
   const node = element("div", { class: "layer-detail" });
-  const layerOf = (content) => layersOf(content, part).find(({ path }, place) => `${place} ${path}` === view.layers.get(part));
-  return rebuilt(node, (content) => layerOf(content) ?? null, (content) => {
+  const layerOf = (content) => layersOf(content, part).find(({ path }, place) => isChosen(view, part, `${place} ${path}`));
+  const detail = rebuilt(node, (content) => layerOf(content) ?? null, (content) => {
     const layer = layerOf(content);
     return layer ? detailParts(view, layer, content) : [];
   });
+  const update = (content) => {
+    buttons.forEach((button, key) => button.setAttribute("aria-expanded", String(isChosen(view, part, key))));
+    detail.update(content);
+  };
+  return { ...detail, update };
+}
+
+function isChosen(view, part, key) {
+  return view.opened.has(keyOfLayer(part, key));
+}
+
+function keyOfLayer(part, key) {
+  return `layer ${part ?? ""}/${key}`;
 }
 
 function detailParts(view, layer, { gradients }) {

@@ -1,5 +1,6 @@
 // The operations of a step: each a line of mathematics that unfolds to its arguments and tensors.
 
+import { copyMark } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
 import { fixed, rebuilt, setText, unfolding } from "../shared/part.js";
 import { statisticsLine } from "../tensor/statistics.js";
@@ -11,6 +12,11 @@ import { thumbnail } from "../tensor/thumbnail.js";
 const BLOCK = 40;
 /** A module of more characters stands beneath the mathematics where there is little room. */
 const BESIDE = 14;
+
+/** Return the key by which an operation that is unfolded is known. */
+export function keyOfOperation(number) {
+  return `operation ${number}`;
+}
 
 /** Return the part that lists operations; of(content): which. */
 export function operationList(view, of) {
@@ -44,10 +50,17 @@ function operationRow(view, number) {
   const statistics = statisticsLine();
   const picture = thumbnail(view, ({ operations }) => operations[number].results[0]?.tensor);
   let line = null;
+  const { source } = view;
+  const copies = element(
+    "span",
+    { class: "copies" },
+    copyMark(() => line, `copy the formula of #${number}`),
+    source.link ? copyMark(() => source.link(view.content.step, number), `copy the link to #${number}`, "link") : null,
+  );
   const part = unfolding(view, {
-    key: `operation ${number}`,
+    key: keyOfOperation(number),
     name: `#${number}`,
-    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture.node],
+    beside: [mathematics, module, element("span", { class: "quiet" }, operator, statistics.node), picture.node, copies],
     className: "operation",
     open: () => insides(view, number),
     changed: (isOpen) => view.chosen(number, isOpen),

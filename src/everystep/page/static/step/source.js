@@ -1,5 +1,6 @@
 // Where an open step's content comes from when a server is there.
 
+import * as address from "../shared/address.js";
 import { addressOf, ask, askNumbers, withQuery } from "../shared/server.js";
 
 /** So long after a step, in which its own tensors are asked for, the next one is asked for. */
@@ -11,6 +12,7 @@ export function serverSource(run) {
   return {
     ...lookingAhead((step, options) => ask(of(step), options)),
     numbers: (step, id, region, options) => askNumbers(withQuery(of(step, "tensor"), { id, ...asTexts(region) }), options),
+    link: (step, operation) => location.origin + address.write({ view: "run", run, step, operation }),
     file: (step, id) => withQuery(of(step, "file"), { id }),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };

@@ -3,17 +3,20 @@
 import { element } from "../shared/elements.js";
 import { heading } from "./heading.js";
 import { index } from "./index.js";
+import { keyOfOperation } from "./operation.js";
 import { operationsOf, outline } from "./outline.js";
-import { rebuilt } from "../shared/part.js";
+import { whole } from "../shared/format.js";
+import { rebuilt, setText, show, unfoldAround } from "../shared/part.js";
 import { section } from "./section.js";
 
 /** So long the step before stays as it is; then it is drawn as one that is about to change. */
 const PATIENCE = 300;
 
 /**
- * Open the view of a run's steps in `host`; return {show(step, {phase, operation}), clear(), close()}.
+ * Open the view of a run's steps in `host`; return {show(step, {phase, operation, open}), clear(), close()}.
  *
- * go({phase, operation}): asked to change the address, and to call show again; source: gives
+ * open: the keys of what is unfolded besides the operation and its first result. go({phase, operation, open}): asked to
+ * change the address, and to call show again; source: gives
  * content(step), numbers(step, id, region) and histogram(step, id), each with {signal}; leave(), if it
  * has that, when no step is looked at any more.
  */
@@ -28,13 +31,13 @@ class StepView {
     this.opened = new Set(); // keys of what is unfolded
     this.rows = new Map(); // operations by number
     this.pointedAt = [];
-    this.layers = new Map(); // which one the network of a part shows more of
     this.sections = new Map(); // by key
-    this.place = { phase: null, operation: null };
+    this.place = { phase: null, operation: null, open: [] };
     this.asked = new AbortController();
     this.heading = heading();
     this.body = rebuilt(element("div"), outline, (content) => this.#build(content));
-    this.node = element("div", { class: "step", hidden: true }, this.heading.node, this.body.node);
+    this.missing = element("p", { class: "alarm", role: "alert", hidden: true });
+    this.node = element("div", { class: "step", hidden: true }, this.heading.node, this.missing, this.body.node);
     this.node.addEventListener("click", (event) => this.#follow(event));
     for (const name of ["pointerover", "focusin"]) {
       this.node.addEventListener(name, ({ target }) => this.#point(target.closest?.(".reference")));
@@ -43,11 +46,14 @@ class StepView {
   }
 
   /** Show a step; the promise is kept when it is drawn. */
-  async show(step, { phase = null, operation = null } = {}) {
+  async show(step, { phase = null, operation = null, open = this.place.open } = {}) {
     this.asked.abort();
     this.asked = new AbortController();
-    if (this.content?.step !== step) this.#draw(await this.#ask(step, this.asked.signal));
-    this.#goTo({ phase, operation });
+    const content = this.content?.step === step ? this.content : await this.#ask(step, this.asked.signal);
+    const isOther = open.join("\n") !== this.place.open.join("\n");
+    if (isOther) this.opened = new Set([...open, ...impliedBy(content, operation, open)]);
+    if (isOther || content !== this.content) this.#draw(content);
+    this.#goTo({ phase, operation, open });
   }
 
   /** Show nothing. */
@@ -76,6 +82,12 @@ class StepView {
   chosen(number, isOpen) {
     if (isOpen) this.#choose(number);
     else if (this.place.operation === number) this.#choose(null);
+    else this.unfolded();
+  }
+
+  /** Something else was opened, or closed, by the reader: the address follows. */
+  unfolded() {
+    this.#go(this.place);
   }
 
   async #ask(step, signal) {
@@ -109,16 +121,30 @@ class StepView {
     return [listed, ...outer];
   }
 
-  #goTo({ phase, operation }) {
+  #goTo({ phase, operation, open }) {
     const before = this.place;
-    this.place = { phase, operation };
+    this.place = { phase, operation, open };
     if (before.operation !== operation) this.#open(before.operation, operation);
+    this.#tellMissing();
     const chosen = this.#keyOf(operation) ?? phase;
     this.sections.forEach(({ node }, key) => node.classList.toggle("marked", key === chosen));
     if (phase === null || phase === before.phase || operation !== null) return;
     const node = this.sections.get(phase)?.node;
     unfoldAround(node);
     node?.scrollIntoView();
+  }
+
+  // A link may name what this step does not have.
+  #tellMissing() {
+    const { phase, operation } = this.place;
+    const { step, operations } = this.content;
+    const all = operations.length ? `it has #0 to #${operations.length - 1}` : "it has none";
+    const says = {
+      operation: operation !== null && !operations[operation] && `Step ${whole(step)} has no operation #${operation}; ${all}.`,
+      phase: phase !== null && !this.sections.has(phase) && `Step ${whole(step)} has no phase “${phase}”; those it has are listed here.`,
+    };
+    setText(this.missing, says.operation || says.phase || "");
+    show(this.missing, Boolean(this.missing.textContent));
   }
 
   // Return the key of the section that an operation is in.
@@ -141,7 +167,21 @@ class StepView {
   }
 
   #choose(operation) {
-    this.go({ phase: operation === null ? this.place.phase : this.#keyOf(operation), operation });
+    this.#go({ phase: operation === null ? this.place.phase : this.#keyOf(operation), operation });
+  }
+
+  // The place that is gone to says what is open: nothing is to be opened or closed for it.
+  #go({ phase, operation }) {
+    const implied = new Set(impliedBy(this.content, operation, [...this.opened]));
+    const open = [...this.opened].filter((key) => !implied.has(key) && this.#isSeen(key));
+    this.place.open = open;
+    this.go({ phase, operation, open });
+  }
+
+  // The tensors of an operation that is folded are remembered, but not seen.
+  #isSeen(key) {
+    const [, number] = /^operations\/(\d+)\//.exec(key) ?? [];
+    return number === undefined || this.opened.has(keyOfOperation(number));
   }
 
   #follow(event) {
@@ -155,8 +195,9 @@ class StepView {
 
   // Where one is already, a link still leads there: one may have scrolled away.
   #again(place) {
-    if (place.phase === this.place.phase && place.operation === this.place.operation) this.place = { phase: null, operation: null };
-    this.go(place);
+    const isThere = place.phase === this.place.phase && place.operation === this.place.operation;
+    if (isThere) this.place = { phase: null, operation: null, open: this.place.open };
+    this.#go(place);
   }
 
   #point(link) {
@@ -164,6 +205,9 @@ class StepView {
   }
 }
 
-function unfoldAround(node) {
-  for (let fold = node?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+// The operation of the address is open, and with each operation its first result.
+function impliedBy({ operations }, operation, open) {
+  const numbers = [operation, ...open.map((key) => Number(/^operation (\d+)$/.exec(key)?.[1] ?? NaN))];
+  const results = numbers.flatMap((number) => operations[number]?.results[0]?.tensor ?? []);
+  return [...(operation === null ? [] : [keyOfOperation(operation)]), ...results];
 }

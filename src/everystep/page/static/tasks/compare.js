@@ -18,6 +18,7 @@ export async function open({ one, other }, main) {
   document.querySelector("#trail").replaceChildren(element("a", { href: "/" }, "All runs"), " / Compare");
   const { directory, runs } = await ask("/api/runs");
   const found = names.map((name) => runs.find((run) => run.name === name));
+  main.classList.add("wide");
   main.append(element("h1", { class: "unseen" }, document.title), headOf(names, found, runs));
   const view = { names, found, main, directory, closing: [] };
   const reason = unready(names, found);

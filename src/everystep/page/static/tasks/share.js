@@ -1,7 +1,8 @@
 // The dialog that saves a view: the self-contained report with the chosen steps inside, or a link.
 
 import { write } from "../shared/address.js";
-import { commandLine, copyButton, openDialog, quoted } from "../shared/dialog.js";
+import { copyButton } from "../shared/copy.js";
+import { commandLine, openDialog, quoted } from "../shared/dialog.js";
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
 import { addressOf, withQuery } from "../shared/server.js";

@@ -62,6 +62,7 @@ class Task {
   /** Look no longer; the task goes on. */
   leave() {
     this.#isOver = true;
+    this.#view.end();
     this.#stop();
   }
 
@@ -135,6 +136,12 @@ function progressView(label, cancel) {
   const stopping = button("Cancel", cancel);
   const begin = { time: null, done: 0 };
   let said = "starting";
+  const started = performance.now();
+  // Where there is nothing to count yet, the seconds say that it goes on.
+  const ticking = setInterval(() => begin.done || tellSeconds(), 1000);
+  const tellSeconds = () => {
+    if (!stopping.disabled && !bar.hasAttribute("value")) text.textContent = `${said}, ${duration(Math.floor((performance.now() - started) / 1000))}`;
+  };
   const advance = ({ done, total, what }) => {
     const now = performance.now();
     if (begin.time === null) Object.assign(begin, { time: now, done });
@@ -148,6 +155,7 @@ function progressView(label, cancel) {
   };
   return {
     line: element("div", { class: "task" }, bar, text, stopping),
+    end: () => clearInterval(ticking),
     advance,
     waiting(isWaiting) {
       if (!stopping.disabled) text.textContent = isWaiting ? "waiting for the server" : said;

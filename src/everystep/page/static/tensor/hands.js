@@ -8,7 +8,7 @@ export function handle(map) {
   const listeners = {
     ...pointerListeners(map),
     dblclick: () => map.reset(),
-    blur: () => map.point(null),
+    blur: ({ relatedTarget }) => isAway(map, relatedTarget) && map.point(null),
     wheel(event) {
       // The wheel scrolls the page until the map has been clicked, or two fingers pinch it.
       if (document.activeElement !== canvas && !event.ctrlKey) return;
@@ -27,7 +27,15 @@ export function handle(map) {
     const hear = (event) => map.extract && listener(event); // there is nothing to move before there are numbers
     canvas.addEventListener(name, hear, { passive: false, signal: ended.signal });
   }
+  // On the way to the button that copies the number of a cell, the cell stays.
+  const left = (event) => map.extract && event.pointerType === "mouse" && !map.node.contains(document.activeElement) && map.point(null);
+  map.node.addEventListener("pointerleave", left, { signal: ended.signal });
+  map.node.addEventListener("focusout", ({ relatedTarget }) => map.extract && isAway(map, relatedTarget) && map.point(null), { signal: ended.signal });
   return () => ended.abort();
+}
+
+function isAway(map, target) {
+  return !map.node.contains(target);
 }
 
 function pointerListeners(map) {
@@ -56,7 +64,7 @@ function pointerListeners(map) {
     pointercancel: (event) => pointers.delete(event.pointerId),
     pointerleave(event) {
       if (!canvas.hasPointerCapture(event.pointerId)) pointers.delete(event.pointerId);
-      if (event.pointerType === "mouse" && document.activeElement !== canvas) map.point(null);
+      if (event.pointerType === "mouse" && isAway(map, event.relatedTarget) && document.activeElement !== canvas) map.point(null);
     },
   };
 }

@@ -2,20 +2,22 @@
 
 import { coloursOf, isLight, painter, rangeOf } from "./colours.js";
 import { watchAppearance } from "../shared/appearance.js";
+import { copyMark } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
 import { Extract } from "./extract.js";
 import { numberOf, shapeText, short } from "../shared/format.js";
 import { handle } from "./hands.js";
 import { legend, slices, zoomButtons } from "./controls.js";
-import { setText } from "../shared/part.js";
+import { setText, show } from "../shared/part.js";
 import { Patch } from "./patch.js";
+import { isComplex } from "./statistics.js";
 
 const HIGHEST = 320;
 const MOST = 1024;
 /** Cells at least so large have their numbers written in them. */
 const READABLE = { width: 50, height: 15 };
 
-/** Return a heat map: {node, load(ask, {seen, label, signal}), close()}. */
+/** Return a heat map: {node, load(ask, {seen, label, classes, signal}), close()}; `classes`: their names, or null. */
 export function heatMap() {
   return new HeatMap();
 }
@@ -31,7 +33,10 @@ class HeatMap {
     this.slices = slices((index) => this.turnTo(index));
     this.buttons = zoomButtons({ zoom: (factor) => this.zoom(factor), reset: () => this.reset() });
     this.frame = element("div", { class: "frame" }, this.canvas);
-    const beneath = element("div", { class: "beneath" }, this.legend.node, this.buttons.node, this.readout);
+    this.copying = copyMark(() => this.#patchAt(this.cursor).text(this.cursor), "copy this number in full precision");
+    show(this.copying, false);
+    const told = element("div", { class: "told" }, this.readout, this.copying);
+    const beneath = element("div", { class: "beneath" }, this.legend.node, this.buttons.node, told);
     this.node = element("figure", { class: "heat-map" }, this.slices.node, this.frame, beneath);
     this.isRooted = false;
     this.index = 0;
@@ -42,7 +47,7 @@ class HeatMap {
   }
 
   /** Ask for the numbers; the promise gives a function that shows them. */
-  async load(ask, { seen, label, signal }) {
+  async load(ask, { seen, label, classes = null, signal }) {
     const isAnother = String(seen.shape) !== String(this.shape);
     const index = isAnother ? 0 : this.index;
     const region = isAnother || this.extract?.isWhole !== false ? null : this.#wanted();
@@ -51,7 +56,7 @@ class HeatMap {
       region ? ask({ index, ...region, most: MOST }, { signal }) : null,
     ]);
     return () => {
-      Object.assign(this, { ask, signal, index, shape: seen.shape });
+      Object.assign(this, { ask, signal, index, shape: seen.shape, seen, classes });
       this.whole = new Patch(whole);
       this.fine = fine && new Patch(fine);
       this.canvas.setAttribute("aria-label", `Heat map of ${label}`);
@@ -244,6 +249,7 @@ class HeatMap {
   }
 
   #say() {
+    show(this.copying, this.cursor !== null);
     setText(this.readout, this.cursor ? this.#sentence(this.cursor) : this.#hint());
   }
 
@@ -252,15 +258,27 @@ class HeatMap {
     const value = patch.text(cell);
     const before = this.slices.indices(this.index);
     const own = this.shape.length > 1 ? cell : this.shape.length ? [cell[1]] : [];
-    if (patch.isFine) return own.length ? `[${[...before, ...own].join(", ")}] = ${value}` : value;
+    const about = this.#classAt(cell, patch);
+    if (patch.isFine) return (own.length ? `[${[...before, ...own].join(", ")}] = ${value}` : value) + about;
     const [first, last] = patch.blockOf(cell);
     const spans = [0, 1].map((axis) => (first[axis] === last[axis] ? first[axis] : `${first[axis]}–${last[axis]}`));
     return `[${[...before, ...(this.shape.length > 1 ? spans : spans.slice(1))].join(", ")}]: the largest is ${value}`;
   }
 
+  // The name of a class: of the number itself, or of its column.
+  #classAt(cell, patch) {
+    const kind = this.classes && this.seen.classes;
+    if (!kind) return "";
+    const number = kind === "columns" ? cell[1] : patch.at(cell);
+    const name = this.classes[number];
+    if (name === undefined || name === String(number)) return "";
+    return kind === "columns" ? `, class ${name}` : `, ${name}`;
+  }
+
   #hint() {
-    if (this.whole.isFine || this.fine?.isFine) return "";
-    return `each cell shows the largest of ${shapeText((this.fine ?? this.whole).block)}`;
+    const isAbsolute = isComplex(this.seen) ? "absolute values" : "";
+    if (this.whole.isFine || this.fine?.isFine) return isAbsolute;
+    return [isAbsolute, `each cell shows the largest of ${shapeText((this.fine ?? this.whole).block)}`].filter(Boolean).join("; ");
   }
 }
 

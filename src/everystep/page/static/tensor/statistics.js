@@ -30,7 +30,7 @@ export function statisticsLine({ norm = false } = {}) {
       shape.title = seen.dtype;
       setText(alarm, seen.nonfinite ? `${whole(seen.nonfinite)} not finite` : "");
       show(alarm, Boolean(seen.nonfinite));
-      setText(unset, seen.unset ? "nothing is written to it yet" : "");
+      setText(unset, seen.unset ? "nothing is written to it yet" : isComplex(seen) ? "of absolute values" : "");
       const isNumber = seen.shape.every((size) => size === 1);
       for (const { key, tell } of entries) {
         const isTold = isNumber ? key === "mean" : true;
@@ -46,8 +46,14 @@ export function statisticsText(seen) {
   if (!seen) return "not at this step";
   if (seen.unset) return `${shapeText(seen.shape)} ${seen.dtype}, nothing is written to it yet`;
   const numbers = ENTRIES.map(([name, key]) => `${name} ${short(seen[key])}`);
+  if (isComplex(seen)) numbers.push("of absolute values");
   const bad = seen.nonfinite ? [`${whole(seen.nonfinite)} not finite`] : [];
   return [`${shapeText(seen.shape)} ${seen.dtype}`, ...numbers, ...bad].join(", ");
+}
+
+/** Return whether what is shown of numbers is their absolute values. */
+export function isComplex({ dtype }) {
+  return dtype.startsWith("complex");
 }
 
 function statistic(name) {

@@ -1,6 +1,6 @@
 // Taking a tensor along: as a line of Python that gives it, or as a file of NumPy's.
 
-import { copyButton } from "../shared/dialog.js";
+import { copyButton } from "../shared/copy.js";
 import { element } from "../shared/elements.js";
 
 /** Return the part: {node, update({run, step}, id)}; the file only where there is a server. */

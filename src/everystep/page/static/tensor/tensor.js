@@ -99,7 +99,7 @@ class TensorPanel {
     const { step } = this.content;
     const numbers = (region, options) => source.numbers(step, id, region, options);
     return Promise.all([
-      this.map.load(numbers, { seen, label: `${name}: ${statisticsText(seen)}`, signal }),
+      this.map.load(numbers, { seen, label: `${name}: ${statisticsText(seen)}`, classes: this.content.batch.classes, signal }),
       this.bars.node.hidden ? null : source.histogram(step, id, { signal }),
     ]);
   }

@@ -1,0 +1,86 @@
+"""What the body of a request asks for."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from starlette.requests import Request
+
+from everystep.errors import UsageError
+
+__all__ = ["Asked"]
+
+#: Characters of an expression, or of a value.
+LONGEST_TEXT = 10_000
+
+
+class Asked:
+    """What a request asks for, field by field; each raises UsageError where it does not serve."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._fields = fields
+
+    @classmethod
+    async def of(cls, request: Request) -> Asked:
+        """Read the body of a request."""
+        try:
+            fields = json.loads(await request.body() or b"{}")
+        except (ValueError, RecursionError):
+            raise UsageError("the request is no JSON") from None
+        if not isinstance(fields, dict):
+            raise UsageError("the request is no JSON object")
+        return cls(fields)
+
+    def text(self, name: str, absent: Any = ..., longest: int = LONGEST_TEXT) -> Any:
+        """Return a text."""
+        value = self._fields.get(name)
+        if value is None and absent is not ...:
+            return absent
+        if not isinstance(value, str) or not value.strip():
+            raise UsageError(f"{name} is missing; write it as a text")
+        if len(value) > longest:
+            raise UsageError(f"{name} is longer than {longest:,} characters; write it shorter")
+        return value
+
+    def whole(self, name: str, absent: Any = ..., least: int = 0) -> Any:
+        """Return a whole number."""
+        value = self._fields.get(name)
+        if value is None and absent is not ...:
+            return absent
+        if type(value) is not int or not least <= value < 2**53:
+            raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
+        return value
+
+    def line(self, name: str) -> str:
+        """Return a text that may be blank."""
+        value = self._fields.get(name)
+        if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+            raise UsageError(f"{name} must be a text of at most {LONGEST_TEXT:,} characters")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """Return true or false, false where it is missing."""
+        value = self._fields.get(name, False)
+        if not isinstance(value, bool):
+            raise UsageError(f"{name} is {value!r:.80}; write true or false")
+        return value
+
+    def settings(self, name: str) -> dict[str, str]:
+        """Return texts by path, none of which reads a file."""
+        value = self._fields.get(name) or {}
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            raise UsageError(f"{name} must be texts by path, as after --set")
+        if not all(text.isprintable() for text in value.values()):
+            raise UsageError(f"{name} must be texts of one line, as after --set")
+        for path in value:
+            keys = re.findall(r"[^.\[\]]+", path)
+            if not keys or "=" in path:
+                raise UsageError(f"{path!r:.80} is no setting; write a path: optimizer.lr")
+            if keys[0].strip() == "data":
+                raise UsageError(
+                    f"{path!r:.80} cannot be changed on the page, which reads no files; "
+                    "everystep fork RUN --at STEP --set does it"
+                )
+        return value

@@ -1,0 +1,74 @@
+// Texts to copy: buttons that do it, and say so.
+
+import { button, drawing, element } from "./elements.js";
+
+const FAILED = "Select it, and press Ctrl+C";
+/** So long a button says that it has copied. */
+const SAID = 2000;
+const SIGNS = {
+  copy: "M6 6V3.5h6.5V10H10M3.5 6H10v6.5H3.5z",
+  link: "M7 9a2.5 2.5 0 0 0 3.6 0l2-2A2.5 2.5 0 0 0 9 3.4L8 4.4M9 7a2.5 2.5 0 0 0-3.6 0l-2 2A2.5 2.5 0 0 0 7 12.6l1-1",
+  done: "M3.5 8.5l3 3 6-7",
+};
+
+/** Return a button that copies the text that `text()` gives, and says so. */
+export function copyButton(text, says = "Copy", properties = {}) {
+  const made = button(says, async () => {
+    const isCopied = await copy(text(), made);
+    made.textContent = isCopied ? "Copied" : FAILED;
+    said.textContent = made.textContent;
+    clearTimeout(back);
+    back = setTimeout(() => {
+      made.textContent = says;
+      said.textContent = "";
+    }, SAID);
+  }, properties);
+  const said = element("span", { class: "unseen", role: "status" });
+  let back = null;
+  return element("span", { class: "copying" }, made, said);
+}
+
+/** Return a small sign that copies the text that `text()` gives; `label`: what it copies, `sign`: `copy` or `link`. */
+export function copyMark(text, label, sign = "copy") {
+  const said = element("span", { class: "unseen", role: "status" });
+  const made = button("", press, { class: "copy-mark", title: label, "aria-label": label });
+  made.replaceChildren(signOf(sign));
+  let back = null;
+
+  async function press() {
+    const isCopied = await copy(text(), made);
+    made.replaceChildren(isCopied ? signOf("done") : FAILED);
+    said.textContent = isCopied ? "Copied" : FAILED;
+    clearTimeout(back);
+    back = setTimeout(() => {
+      made.replaceChildren(signOf(sign));
+      said.textContent = "";
+    }, SAID);
+  }
+
+  return element("span", { class: "copying" }, made, said);
+}
+
+function signOf(name) {
+  return drawing("svg", { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" }, drawing("path", { d: SIGNS[name] }));
+}
+
+async function copy(text, beside) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return copyBySelecting(text, beside);
+  }
+}
+
+// On another host than this one, without encryption, browsers have no clipboard to write to.
+function copyBySelecting(text, beside) {
+  const field = element("textarea", { value: text, class: "unseen", readOnly: true });
+  beside.after(field);
+  field.select();
+  const isCopied = document.execCommand("copy");
+  field.remove();
+  beside.focus();
+  return isCopied;
+}

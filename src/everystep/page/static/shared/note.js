@@ -1,0 +1,91 @@
+// A note of one's own on a run: a line of text that can be changed where it is read.
+
+import { button, drawing, element } from "./elements.js";
+import { setText, show } from "./part.js";
+import { addressOf, tell } from "./server.js";
+
+const LONGEST = 1000; // characters, as in facts.py
+const PENCIL = "3,13 3.6,10.4 11,3 13,5 5.6,12.4";
+const IN_TRAINING = "The note of a run can be written when its training has ended.";
+
+/** Return the part of a run's note: {host, update({note, status})}; `says`: the text of its button where there is none yet. */
+export function noteOf(name, { says = null } = {}) {
+  return new Note(name, says);
+}
+
+class Note {
+  #note = null;
+  #isInTraining = false;
+
+  constructor(name, says) {
+    this.name = name;
+    this.says = says;
+    this.words = element("span", { class: "words" });
+    this.pen = button("", () => this.#edit(), { class: "pen", title: "change the note" });
+    this.line = element("span", { class: "line" }, this.words, this.pen);
+    this.field = element("input", { type: "text", maxLength: LONGEST, "aria-label": `note on ${name}`, placeholder: "a note of your own" });
+    const keep = element("button", { type: "submit" }, "Save");
+    const form = { class: "edit", hidden: true, onsubmit: (event) => this.#save(event), onkeydown: (event) => this.#press(event) };
+    this.form = element("form", form, this.field, keep, button("Cancel", () => this.#close()));
+    this.problem = element("span", { class: "problem", role: "alert", hidden: true });
+    this.host = element("div", { class: "own-note" }, this.line, this.form, this.problem);
+  }
+
+  update({ note, status }) {
+    this.#note = note;
+    this.#isInTraining = status === "running";
+    setText(this.words, note ?? "");
+    this.host.classList.toggle("is-empty", !note);
+    const label = note ? `change the note on ${this.name}` : `add a note on ${this.name}`;
+    if (this.pen.getAttribute("aria-label") === label) return;
+    this.pen.setAttribute("aria-label", label);
+    this.pen.title = note ? "change the note" : "add a note";
+    this.pen.replaceChildren(pencil(), ...(this.says && !note ? [` ${this.says}`] : []));
+  }
+
+  #edit() {
+    if (this.#isInTraining) return this.#tell(IN_TRAINING);
+    this.#tell("");
+    this.field.value = this.#note ?? "";
+    this.#open(true);
+    this.field.focus();
+  }
+
+  #open(isOpen) {
+    show(this.form, isOpen);
+    show(this.line, !isOpen);
+  }
+
+  #close() {
+    this.#open(false);
+    this.#tell("");
+    this.pen.focus();
+  }
+
+  async #save(event) {
+    event.preventDefault();
+    try {
+      const { note } = await tell(addressOf(this.name, "note"), { note: this.field.value });
+      this.update({ note, status: null });
+      this.#close();
+    } catch (error) {
+      this.#tell(error.message); // what was written stays, to be copied
+    }
+  }
+
+  #press(event) {
+    if (event.key !== "Escape") return;
+    event.stopPropagation();
+    this.#close();
+  }
+
+  #tell(text) {
+    setText(this.problem, text);
+    show(this.problem, Boolean(text));
+  }
+}
+
+function pencil() {
+  const looks = { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" };
+  return drawing("svg", looks, drawing("polygon", { points: PENCIL }));
+}

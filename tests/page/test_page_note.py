@@ -1,0 +1,60 @@
+"""A note on a run, written by the page."""
+
+import pytest
+from filelock import FileLock
+
+from everystep.recording.run import RecordedRun
+
+
+@pytest.fixture
+def run(write_run):
+    return write_run("one", [1.0, 0.5])
+
+
+def write(page, note, name="one", **options):
+    return page.ask(f"/api/runs/{name}/note", "POST", json={"note": note}, **options)
+
+
+def test_a_note_is_written_and_told(page, run):
+    answer = write(page, " half\nthe rate ")
+    assert (answer.status_code, answer.json()) == (200, {"note": "half the rate"})
+    assert RecordedRun(run).facts.note == "half the rate"
+    [listed] = page.json("/api/runs")["runs"]
+    assert listed["note"] == "half the rate"
+    assert write(page, "").json() == {"note": None}
+    assert RecordedRun(run).facts.note is None
+
+
+@pytest.mark.parametrize("foreign", [{"Cookie": ""}, {"Origin": "http://evil.example"}])
+def test_nobody_else_writes_one(page, run, foreign):
+    assert write(page, "mine", headers=page.headers | foreign).status_code == 403
+    text = page.headers | {"Content-Type": "text/plain"}
+    assert (
+        page.ask("/api/runs/one/note", "POST", headers=text, content='{"note": "mine"}').status_code
+        == 403
+    )
+    assert page.ask("/api/runs/one/note", params={"note": "mine"}).status_code == 405
+    assert RecordedRun(run).facts.note is None
+
+
+def test_a_run_that_cannot_be_written_says_so(page, run):
+    with FileLock(run / "run.lock"):
+        answer = write(page, "while it trains")
+    assert answer.status_code == 409
+    assert "is being written (by its training" in answer.json()["error"]
+    (run / "run.lock").unlink()
+    (run / "run.lock").mkdir()  # as in a place that can only be read, which root could write to
+    answer = write(page, "in a strange place")
+    assert answer.status_code == 409
+    assert "cannot be written to" in answer.json()["error"]
+
+
+def test_what_is_no_note_is_refused(page, run):
+    assert "at most 1,000" in write(page, "x" * 1001).json()["error"]
+    for wrong in (None, 3, ["a"], "x" * 100_000):
+        assert write(page, wrong).status_code == 400
+    run.rename(run.parent.parent / "secret")
+    for name in ("two", "one", "..%2fsecret", "%2e%2e", "secret"):
+        assert write(page, "text", name=name).status_code == 404
+    run = run.parent.parent / "secret"
+    assert RecordedRun(run).facts.note is None
