@@ -40,7 +40,7 @@ class _Commands(typer.core.TyperGroup):
     """The commands; an unknown one is answered by what there is."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = args[0] if args else ""
+        name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
             cure = _INSTEAD.get(name) or did_you_mean(name, self.list_commands(ctx))
             raise UsageError(f"no command {name!r}; {cure or 'everystep -h lists the commands'}")
@@ -53,7 +53,6 @@ app = typer.Typer(
     name="everystep",
     help="Train a neural network step by step, and keep every step.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

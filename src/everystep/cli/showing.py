@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument
+from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
 from everystep.cli.output import hint, tell, write
 from everystep.errors import RunError, UsageError
 
@@ -100,6 +101,7 @@ def plot(
             "-m",
             metavar="NAME",
             help="Also draw this measurement, such as validation_loss. Repeatable.",
+            autocompletion=measurement_names,
         ),
     ] = None,
 ) -> None:
@@ -139,10 +141,19 @@ def step(
     ],
     phase: Annotated[
         str | None,
-        typer.Option(help="Show only this phase: batch, forward, loss, zero_grad, backward, update."),
+        typer.Option(
+            help="Show only this phase: batch, forward, loss, zero_grad, backward, update.",
+            autocompletion=phase_names,
+        ),
     ] = None,
     operation: Annotated[
-        int | None, typer.Option("--op", metavar="N", help="Show only this operation, in full.")
+        int | None,
+        typer.Option(
+            "--op",
+            metavar="N",
+            help="Show only this operation, in full.",
+            autocompletion=operation_numbers,
+        ),
     ] = None,
     values: Annotated[bool, typer.Option("--values", help="Print the values of tensors.")] = False,
     json: JsonOption = False,
@@ -184,6 +195,7 @@ def view(
         typer.Argument(
             metavar="RUN|DIRECTORY",
             help="Run to open (its directory, or its name in runs/), or a directory of runs.",
+            autocompletion=run_names,
         ),
     ] = "runs",
     host: Annotated[
