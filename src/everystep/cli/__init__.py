@@ -15,7 +15,7 @@ import typer.core
 
 from everystep.cli.asking import diff, measure, verify, when
 from everystep.cli.making import experiments, fork, train
-from everystep.cli.output import hint
+from everystep.cli.output import hint, print_in_any_encoding
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError, UsageError, did_you_mean
 
@@ -86,13 +86,14 @@ def version(
 
 def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
+    print_in_any_encoding()
     try:
         app()
     except EverystepError as error:
         hint(f"everystep: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`); there is nobody to tell.
+        # The reader of our output has gone (`| head`); the rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:

@@ -11,8 +11,6 @@ from pathlib import Path
 import typer
 
 from everystep.errors import RunError
-from everystep.recording.database import FILE_NAME
-from everystep.recording.run import RUNS, RecordedRun, find_run
 
 __all__ = [
     "device_names",
@@ -28,6 +26,9 @@ __all__ = [
 
 def run_names() -> list[str]:
     """Return the names of the runs in runs/ and of those in the current directory."""
+    from everystep.recording.database import FILE_NAME
+    from everystep.recording.run import RUNS
+
     found = [path.parent.name for place in (RUNS, Path()) for path in place.glob(f"*/{FILE_NAME}")]
     return sorted(set(found))
 
@@ -55,6 +56,8 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
 
     Each with its operator, which zsh and fish show.
     """
+    from everystep.recording.run import find_run
+
     try:
         programs = list((find_run(_arguments(ctx, "run")[0]) / "programs").glob("*.json"))
         if len(programs) != 1:
@@ -67,6 +70,8 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
 
 def measurement_names(ctx: typer.Context) -> list[str]:
     """Return what can be drawn besides the loss of the runs typed so far."""
+    from everystep.recording.run import RecordedRun, find_run
+
     found: set[str] = set()
     for run in _arguments(ctx, "runs"):
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,33 @@ import typer
 
 from everystep.errors import UsageError
 
-__all__ = ["hint", "tell", "write"]
+__all__ = ["hint", "print_in_any_encoding", "tell", "write"]
+
+#: What stands for a character that the terminal's encoding lacks.
+_PLAIN = {
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{MIDDLE DOT}": "*",
+    "\N{PARTIAL DIFFERENTIAL}": "d",
+    "\N{MODIFIER LETTER CAPITAL T}": "^T",
+    "\N{SUPERSCRIPT TWO}": "^2",
+    "\N{HORIZONTAL ELLIPSIS}": ".",
+}
+
+
+def print_in_any_encoding() -> None:
+    """Let stdout and stderr replace the characters that their encoding lacks, in place of an error."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        lacking = error.object[error.start : error.end]
+        plain = (_PLAIN.get(each, each) for each in lacking)
+        return "".join(plain).encode("ascii", "backslashreplace").decode(), error.end
+
+    codecs.register_error("everystep", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="everystep")
 
 
 def write(path: Path, make: Callable[[], object]) -> None:

@@ -37,8 +37,11 @@ def runs(
     if json:
         typer.echo(runs_json(summaries))
     elif summaries:
-        width = None if sys.stdout.isatty() else 200  # the reader of the pipe cuts lines
-        Console(highlight=False, width=width).print(runs_table(summaries))
+        if sys.stdout.isatty():
+            console = Console(highlight=False)
+            console.print(runs_table(summaries, console.width))
+        else:  # the reader of the pipe cuts lines
+            Console(highlight=False, width=1000).print(runs_table(summaries))
     else:
         hint(f"{directory} has no runs; everystep train creates the first")
 
@@ -223,4 +226,6 @@ def view(
     from everystep.page.server import place_of, serve
 
     directory, run = place_of(what)
+    if not directory.exists():
+        hint(f"{what}/ does not exist yet; the page shows runs as soon as they start")
     serve(directory, run, host=host, port=port, browser=browser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -346,11 +347,17 @@ def find_run(name: str | Path, runs: Path = RUNS) -> Path:
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
-    """Yield the directories of all runs directly in `directory`, sorted by name.
+    """Yield the directories of all runs directly in `directory`, by name: digits-2 before digits-10.
 
     Raises:
         RunError: the directory does not exist.
     """
     if not Path(directory).is_dir():
         raise RunError(f"{directory} is not a directory; `everystep train` creates the first run")
-    yield from sorted(path.parent for path in Path(directory).glob(f"*/{FILE_NAME}"))
+    found = [path.parent for path in Path(directory).glob(f"*/{FILE_NAME}")]
+    yield from sorted(found, key=lambda path: _in_order(path.name))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names by their words, and numbers within them by value."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
