@@ -45,6 +45,15 @@ def test_train_prints_lines_where_piped_and_says_what_is_next(everystep_command)
         assert everystep_command(*line.split()[1:])[0] == 0
 
 
+@pytest.mark.parametrize("steps", [500, 45, 7])
+def test_a_cell_of_a_notebook_shows_few_lines(everystep_command, monkeypatch, steps):
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    _, out, _ = everystep_command("train", "--steps", steps)
+    shown = [int(line.split("\t")[0]) for line in out.splitlines()]
+    assert shown[0] == 1 and shown[-1] == steps and len(shown) in (7, 21, 24)
+    assert shown == sorted(set(shown))
+
+
 def test_settings_and_shorthands(everystep_command):
     code, _, _ = everystep_command(
         "train", "two-layer", "--steps", 3, "--seed", 7, "--device", "cpu", "--threads", 1,

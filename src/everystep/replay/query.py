@@ -23,6 +23,7 @@ from everystep.replay.hooks import Probe
 from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
+from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.training.measurements import RESERVED_NAMES
 
@@ -200,7 +201,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Shown):
     """The result of measuring: values by step; left_out: steps from which on a replay was not exact."""
 
     name: str
