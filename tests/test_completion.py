@@ -14,7 +14,7 @@ from everystep.views.step import PHASES
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A directory with runs/, whose runs no test changes."""
+    """A directory with runs/; no test changes its runs."""
     place = tmp_path_factory.mktemp("completion")
     settings = {"steps": 4, "seed": 1}
     everystep.train_experiment("two-layer", settings, directory=place / "runs/first-1", progress=False)

@@ -41,7 +41,7 @@ EXPERIMENT_FILE = "experiment.toml"
 class Summary(NamedTuple):
     """A run in one line. Losses are None if the run has no steps, or its loop logs no loss.
 
-    nonfinite_step: the first whose loss is not finite; seconds: how long it took; optimizer: class
+    nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
     validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
     name of its parent and the last step taken from it.

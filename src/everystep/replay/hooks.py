@@ -33,7 +33,7 @@ Values = dict[Reference, Tensor]
 
 
 class Probe:
-    """Observes the steps of a training, and knows the values of some references after each.
+    """Observes the steps of a training, and provides the values of some references after each.
 
     Args:
         stepper: the training, at any state.
