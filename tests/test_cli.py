@@ -214,6 +214,13 @@ def test_the_list_of_runs_fits_a_narrow_terminal(everystep_command):
         ]  # fmt: skip
 
 
+def test_a_run_in_place_of_a_directory_of_runs_is_said(everystep_command):
+    everystep_command("train", "--steps", 0, "-q")
+    code, out, err = everystep_command("runs", "runs/two-layer-1")
+    assert (code, out) == (2, "")
+    assert "runs/two-layer-1 is a run; `everystep runs runs` lists the runs beside it" in err
+
+
 def test_runs_are_listed_by_number(everystep_command):
     for number in (10, 2, 1):
         everystep_command("train", "--steps", 0, "--run", f"runs/r{number}", "-q")
@@ -359,6 +366,7 @@ def test_training_from_the_command_line_does_not_import_the_compiler(tmp_path):
         (["resume", "x"], "no command 'resume'; everystep fork RUN --at STEP"),
         (["tensorboard"], "no command 'tensorboard'; everystep view"),
         (["plto"], "no command 'plto'; did you mean plot?"),
+        (["exp"], "no command 'exp'; did you mean experiments?"),
         (["zzz"], "no command 'zzz'; everystep -h lists the commands"),
         (["train", "--steps", "5", "--epochs", "2"], "--steps and --epochs are mutually exclusive"),
         (["train", "--device", "gpu"], "unknown device 'gpu'; did you mean cuda"),

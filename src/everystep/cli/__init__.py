@@ -42,7 +42,9 @@ class _Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
-            cure = _INSTEAD.get(name) or did_you_mean(name, self.list_commands(ctx))
+            known = self.list_commands(ctx)
+            begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
+            cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
             raise UsageError(f"no command {name!r}; {cure or 'everystep -h lists the commands'}")
         return super().resolve_command(ctx, args)
 

@@ -53,7 +53,8 @@ def write(path: Path, make: Callable[[], object]) -> None:
         is_nowhere = isinstance(error, FileNotFoundError) and not path.parent.exists()
         reason = f"the directory {path.parent} does not exist" if is_nowhere else error.strerror
         raise UsageError(f"{path} cannot be written: {reason or error}") from None
-    hint(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+    size = path.stat().st_size
+    hint(f"{path} ({size / 1000:,.0f} kB)" if size >= 1000 else f"{path} ({size} bytes)")
 
 
 def tell(problems: list[str]) -> None:

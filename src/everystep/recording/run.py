@@ -350,10 +350,14 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
     """Yield the directories of all runs directly in `directory`, by name: digits-2 before digits-10.
 
     Raises:
-        RunError: the directory does not exist.
+        RunError: the directory does not exist, or is a run itself.
     """
     if not Path(directory).is_dir():
         raise RunError(f"{directory} is not a directory; `everystep train` creates the first run")
+    if (Path(directory) / FILE_NAME).is_file():
+        here = Path(directory)
+        around = here / ".." if here.name in ("", "..") else here.parent
+        raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs beside it")
     found = [path.parent for path in Path(directory).glob(f"*/{FILE_NAME}")]
     yield from sorted(found, key=lambda path: _in_order(path.name))
 
