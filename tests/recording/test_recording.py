@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import everystep
+from everystep.errors import RunError
 from everystep.recording.database import Database, reading
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
@@ -294,3 +295,33 @@ def test_a_run_that_can_only_be_read_is_read(small):
         path.chmod(0o555 if path.is_dir() else 0o444)
     assert len(everystep.open(run.directory).losses) == 5
     run.directory.chmod(0o755)
+
+
+@pytest.mark.parametrize("missing", [1, 100, 4096, 9000])
+@pytest.mark.parametrize("ask", [lambda run: run.losses, lambda run: run.verify(progress=False)])
+def test_a_database_that_is_cut_off_is_not_read(tmp_path, missing, ask):
+    everystep.train_experiment("two-layer", {"steps": 30}, directory=tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "run.sqlite"
+    os.truncate(path, path.stat().st_size - missing)
+    with pytest.raises(RunError, match=r"run.sqlite is cut off: it has [\d,]+ of [\d,]+ bytes"):
+        ask(everystep.open(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        (
+            "DELETE FROM steps WHERE step > 20",
+            "finished with 30 steps, but its database ends at step 20",
+        ),
+        ("DELETE FROM steps", "finished with 30 steps, but its database ends at step 0"),
+        ("DELETE FROM steps WHERE step = 7", "has no loss for step 7, but one for step 8"),
+        ("UPDATE steps SET step = 0 WHERE step = 7", "has no loss for step 1, but one for step 0"),
+    ],
+)
+def test_losses_that_are_missing_are_named(tmp_path, statement, message):
+    everystep.train_experiment("two-layer", {"steps": 30}, directory=tmp_path / "run", progress=False)
+    with sqlite3.connect(tmp_path / "run" / "run.sqlite") as database:
+        database.execute(statement)
+    with pytest.raises(RunError, match=message):
+        everystep.open(tmp_path / "run").losses  # noqa: B018

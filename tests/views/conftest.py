@@ -26,6 +26,7 @@ def run_of(trained, tmp_path):
         database = sqlite3.connect(tmp_path / name / "run.sqlite")
         database.execute("DELETE FROM steps")
         database.executemany("INSERT INTO steps VALUES (?, ?)", enumerate(losses, 1))
+        database.execute("UPDATE facts SET value = ? WHERE key = 'steps'", [str(len(losses))])
         database.executemany("INSERT INTO measurements VALUES (?, ?, ?)", measurements)
         database.commit()
         database.close()

@@ -105,7 +105,8 @@ def test_a_run_of_one_strange_loss_over_and_over(changed, loss):
 
 
 def test_a_run_without_a_step(changed):
-    html = report_html(changed(("DELETE FROM steps WHERE step > ?", [(0,)])))
+    none = ("UPDATE facts SET value = ? WHERE key = 'steps'", [("0",)])
+    html = report_html(changed(("DELETE FROM steps WHERE step > ?", [(0,)]), none))
     assert "No steps." in Page(html).all_text
 
 

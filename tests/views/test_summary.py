@@ -21,6 +21,10 @@ def summary_of(trained, tmp_path):
         database = sqlite3.connect(tmp_path / name / "run.sqlite")
         database.execute("DELETE FROM steps")
         database.executemany("INSERT INTO steps VALUES (?, ?)", enumerate(losses, 1))
+        if losses:
+            database.execute("UPDATE facts SET value = ? WHERE key = 'steps'", [str(len(losses))])
+        else:
+            database.execute("UPDATE facts SET value = ? WHERE key = 'status'", ['"stopped"'])
         database.executemany("INSERT INTO measurements VALUES (?, 1, 1.5)", [(one,) for one in measured])
         if reason:
             database.execute("INSERT OR REPLACE INTO facts VALUES ('reason', json_quote(?))", [reason])

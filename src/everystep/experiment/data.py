@@ -22,7 +22,6 @@ from everystep.experiment.specification import (
     RandomData,
     TableData,
 )
-from everystep.experiment.table import read_table
 
 __all__ = ["Data", "Target", "derived_generator", "make_data", "split_rows"]
 
@@ -102,6 +101,8 @@ def split_rows(count: int, validation: float | None, seed: int) -> tuple[Tensor,
 
 
 def _from_table(data: TableData, target: Target, seed: int) -> Data:
+    from everystep.experiment.table import read_table
+
     table = read_table(data, classes=target == "classes")
     training, validation = split_rows(table.frame.height, data.validation, seed)
     preparation = table.fit(training.numpy())

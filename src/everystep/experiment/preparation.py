@@ -6,13 +6,15 @@ without unpickling anything. That is why it does not use scikit-learn's transfor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
 from everystep.errors import DataError, Fault
+
+if TYPE_CHECKING:
+    import polars
 
 __all__ = [
     "ArrayPreparation",
@@ -98,8 +100,10 @@ class NumericColumn(Fitted):
     fill: float | None
     scaling: Scaling | None
 
-    def apply(self, column: pl.Series) -> np.ndarray:
+    def apply(self, column: polars.Series) -> np.ndarray:
         """Return (N, 1) float64."""
+        import polars as pl
+
         filled = column.cast(pl.Float64)
         if self.fill is not None:
             filled = filled.fill_nan(None).fill_null(self.fill)
@@ -118,8 +122,10 @@ class CategoricalColumn(Fitted):
     categories: list[str]
     unseen: Literal["error", "zeros"]
 
-    def apply(self, column: pl.Series) -> np.ndarray:
+    def apply(self, column: polars.Series) -> np.ndarray:
         """Return (N, categories) float64; raises DataError for a category never seen."""
+        import polars as pl
+
         words = column.cast(pl.String)
         new = sorted(set(words.drop_nulls()) - set(self.categories))
         if new and self.unseen == "error":
@@ -156,13 +162,15 @@ class TablePreparation(Fitted):
             )
         ]
 
-    def features(self, frame: pl.DataFrame) -> np.ndarray:
+    def features(self, frame: polars.DataFrame) -> np.ndarray:
         """Return x (N, len(x_names)) in float32."""
         parts = [column.apply(frame[column.name]) for column in self.columns]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
-    def targets(self, frame: pl.DataFrame) -> np.ndarray:
+    def targets(self, frame: polars.DataFrame) -> np.ndarray:
         """Return y: (N,) int64 class indices, or (N, targets) float32."""
+        import polars as pl
+
         if self.classes is None:
             return frame.select(pl.col(self.target).cast(pl.Float32)).to_numpy(writable=True)
         index = {value: position for position, value in enumerate(self.classes)}
@@ -176,7 +184,7 @@ class TablePreparation(Fitted):
         indices = np.array([index[value] for value in values], dtype=np.int64)
         return indices if self.class_indices else indices.astype(np.float32)[:, np.newaxis]
 
-    def apply(self, frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    def apply(self, frame: polars.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         """Return x and y of these rows."""
         return self.features(frame), self.targets(frame)
 

@@ -6,23 +6,21 @@ The file system says when something has changed; then it is looked at once, for 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from starlette.responses import StreamingResponse
-from starlette.types import Send
 
 from everystep.errors import RunError
 from everystep.page.about import state_data
 from everystep.page.columns import Columns, RunColumns, reduced
+from everystep.page.event_stream import event
 from everystep.page.shelf import Shelf
 from everystep.page.watches import Watches
 
-__all__ = ["EventStream", "Live", "event"]
+__all__ = ["Live"]
 
 #: Seconds from one look to the next, where changes come faster.
 RUN_PAUSE, LIST_PAUSE = 0.125, 0.5
@@ -32,23 +30,6 @@ AGAIN = 2.0
 MOST_LOSSES = 2000
 
 Content = TypeVar("Content")
-
-
-class EventStream(StreamingResponse):
-    """An answer of server-sent events; whoever made them is closed when the browser has gone."""
-
-    media_type = "text/event-stream"
-
-    async def stream_response(self, send: Send) -> None:
-        """Send the events as they come."""
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
-            await super().stream_response(send)
-
-
-def event(name: str, content: Any, number: int | None = None) -> str:
-    """Return an event as it is sent; `number`: what the browser tells when it connects again."""
-    id = "" if number is None else f"id: {number}\n"
-    return f"event: {name}\n{id}data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 class Sight(NamedTuple, Generic[Content]):

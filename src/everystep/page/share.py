@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import posixpath
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,8 @@ WHOLE = 4096
 SIDE = 96
 
 _STATIC = Path(__file__).parent / "static"
-#: The module that begins, and how modules name each other.
+#: The module that begins.
 _FIRST = "step/saved.js"
-_IMPORT = re.compile(r'(?<=")\.{1,2}/[\w/.-]+\.js(?=")')
 
 
 def shared_report(run: Run, steps: Sequence[int]) -> str:
@@ -49,7 +46,7 @@ def shared_report(run: Run, steps: Sequence[int]) -> str:
         RunError: something that is needed is missing or cannot be read.
     """
     numbers = _numbers(run, steps)
-    return report_html(run, _section(run, numbers)) if numbers else report_html(run)
+    return report_html(run, _section(run, numbers), (_FIRST,)) if numbers else report_html(run)
 
 
 def _numbers(run: Run, steps: Sequence[int]) -> list[int]:
@@ -80,7 +77,6 @@ def _section(run: Run, numbers: list[int]) -> Markup:
             megabytes=len(json.dumps(data)) / 1e6,
             style=Markup((_STATIC / "page.css").read_text(encoding="utf-8")),
             step_style=Markup((_STATIC / "step" / "step.css").read_text(encoding="utf-8")),
-            modules={"imports": _modules()},
             first=_FIRST,
             data=data,
         )
@@ -137,24 +133,3 @@ class _Kept:
             self._places[key] = len(self.histograms)
             self.histograms.append(counted)
         return self._places[key]
-
-
-def _modules() -> dict[str, str]:
-    """Return the modules that the view consists of, by bare names, each as an address of its content."""
-    found: dict[str, str] = {}
-    due = [_FIRST]
-    while due:
-        name = due.pop()
-        if name in found:
-            continue
-        source = (_STATIC / name).read_text(encoding="utf-8")
-        due += [_bare(name, each[0]) for each in _IMPORT.finditer(source)]
-        inlined = _IMPORT.sub(lambda each, of=name: _bare(of, each[0]), source)  # type: ignore[misc]
-        content = base64.b64encode(inlined.encode()).decode("ascii")
-        found[name] = f"data:text/javascript;charset=utf-8;base64,{content}"
-    return found
-
-
-def _bare(module: str, imported: str) -> str:
-    """Return the name of a module that another imports: in a data: address, "./" means nothing."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(module), imported))

@@ -6,6 +6,7 @@ that it creates: a view in place of a table could compute forever.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
 from functools import cache
@@ -124,6 +125,28 @@ def _check_files(path: Path) -> None:
             continue
         if not is_file:
             raise RunError(f"{beside} is not a regular file: everystep did not write it")
+    _check_size(path)
+
+
+def _check_size(path: Path) -> None:
+    """Check that a database is not cut off; SQLite reads the rest of its last page as zeros.
+
+    Its header has the number of its pages (SQLite's file format, section 1.3). Where a write-ahead log
+    has content, a checkpoint may be under way.
+    """
+    log = Path(f"{path}-wal")
+    if log.exists() and log.stat().st_size:
+        return
+    with path.open("rb") as file:
+        header = file.read(100)
+        size = file.seek(0, os.SEEK_END)
+    page, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
+    expected = (65_536 if page == 1 else page) * pages
+    is_known = header[24:28] == header[92:96]
+    if is_known and size < expected:
+        raise RunError(
+            f"{path} is cut off: it has {size:,} of {expected:,} bytes; restore it from a copy"
+        )
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -84,8 +84,8 @@ class RecordedRun:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        with reading(self._database_path):
-            pass
+        with reading(self._database_path) as database:
+            self._check_whole(database)
 
     @property
     def name(self) -> str:
@@ -127,6 +127,11 @@ class RecordedRun:
             raise RunError(
                 f"{self.name} has losses that are not numbers: the database was changed"
             ) from None
+        begin = frame["step"].first() if count is not None and rows else 1
+        expected = pl.int_range(len(rows), dtype=pl.Int64, eager=True) + begin
+        gaps = (frame["step"] != expected).arg_true()
+        if len(gaps):
+            raise self._gap(expected[gaps[0]], frame["step"][gaps[0]])
         frame = frame.with_columns(pl.col("loss").fill_null(math.nan))
         return frame if dtype == "float64" else frame.cast({"loss": pl.Float32})
 
@@ -197,10 +202,7 @@ class RecordedRun:
             rows = database.losses_between(first, last)
         for expected, (step, _) in enumerate(rows, start=max(first, 1)):
             if step != expected:
-                raise RunError(
-                    f"{self.name} has no loss for step {expected}, but one for step {step}: the "
-                    "database was changed"
-                )
+                raise self._gap(expected, step)
         return [math.nan if loss is None else loss for _, loss in rows]
 
     def losses_at(self, steps: Sequence[int]) -> dict[int, float]:
@@ -269,6 +271,25 @@ class RecordedRun:
             batch_size=_batch_size(trained),
             validation=validation,
             parent=(facts.fork.parent, facts.fork.at) if facts.fork else None,
+        )
+
+    def _check_whole(self, database: Database) -> None:
+        """Check that the steps of a finished run are there.
+
+        Raises:
+            RunError: some are missing.
+        """
+        facts, newest = database.facts(), database.newest_step()
+        if facts.status == "finished" and facts.steps is not None and newest < facts.steps:
+            raise RunError(
+                f"{self.name} is damaged: it finished with {facts.steps:,} steps, but its database "
+                f"ends at step {newest:,}; restore {FILE_NAME} from a copy"
+            )
+
+    def _gap(self, expected: int, step: int) -> RunError:
+        return RunError(
+            f"{self.name} has no loss for step {expected}, but one for step {step}: the database was "
+            "changed"
         )
 
     def _is_being_written(self) -> bool:

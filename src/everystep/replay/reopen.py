@@ -36,7 +36,6 @@ from everystep.step.programs import ProgramRule, Programs
 from everystep.step.skeleton import make_skeleton
 from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
-from everystep.training.from_experiment import experiment_job
 from everystep.training.objects import Objects
 
 __all__ = ["reopen", "stored_data"]
@@ -125,6 +124,8 @@ def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Ten
             f"the data of {run.name} ({size}) was too large to store in the run; open it with "
             "everystep.open(run, data=(x, y))"
         )
+    from everystep.training.from_experiment import experiment_job
+
     data = experiment_job(load(path), run.name, torch.device("cpu")).data
     assert data is not None
     tensors = {"x": data.x, "y": data.y}
@@ -182,6 +183,8 @@ def _living(
     path = run.experiment_file(facts)
     if path is None:
         return None
+    from everystep.training.from_experiment import experiment_job
+
     try:
         training = experiment_job(load(path), run.name, device).training
     except ExperimentError as error:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import typing_extensions
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -37,9 +36,8 @@ _TORCH = str(Path(torch.__file__).parent)
 _PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
 _NONE: frozenset[int] = frozenset()
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
-_TYPING = str(
-    Path(typing_extensions.__file__)
-)  # puts functions of its own into the standard library's typing
+#: It puts functions of its own into the standard library's typing; torch imports it.
+_TYPING = str(sys.modules["typing_extensions"].__file__)
 #: They only allocate memory, which a program has already.
 _MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 #: They change a tensor's geometry on the same memory, which its next use shows.

@@ -20,9 +20,8 @@ from everystep.program.execute import without_autograd
 from everystep.program.live import LiveProgram
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
-from everystep.program.plain import READ, PlainProgram, lay_inputs, lay_state, lies_as, tensor_on
-from everystep.step.check import same_bits
-from everystep.step.checkpoint import PartsCheckpoint
+from everystep.program.plain import READ, PlainProgram, lies_as
+from everystep.step.comparison import Comparison
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
@@ -31,41 +30,11 @@ from everystep.step.purity.step_reader import Event
 from everystep.step.purity.values import Read
 from everystep.step.recognition.optimizer_numbers import OptimizerNumbers
 from everystep.step.recognition.recognizer import OptimizerStep, Recognizer
+from everystep.step.taken import TakenByProgram
 
-__all__ = ["StandIn", "TakenByProgram"]
+__all__ = ["StandIn"]
 
 Number = int | float
-
-
-class TakenByProgram:
-    """A step that a program ran, as a watch would have observed it.
-
-    numbers, generators, drawn: as in `Watch`; is_still: no tensor of the parts was exchanged, or has
-    another version than before, although it may have other values.
-    """
-
-    surprise = changed_elsewhere = None
-    is_paused = is_empty = False
-
-    def __init__(
-        self, path: Path, numbers: Sequence[Number], contents: Mapping[int, Tensor], *, is_still: bool
-    ) -> None:
-        self.is_still = is_still
-        self.numbers = numbers
-        self.generators: dict[int, Tensor] = {}
-        self.drawn: Tensor | None = None
-        self.unseen: dict[str, int] = {}
-        self.changed_unseen: list[str] = []
-        self._path = path
-        self._contents = contents
-
-    def content(self, storage: int) -> Tensor | None:
-        """Return the bytes of an input that is not in the batch."""
-        return self._contents.get(storage)
-
-    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
-        """Return what the step did."""
-        return self._path
 
 
 class StandIn:
@@ -74,7 +43,7 @@ class StandIn:
     Args:
         parts: of the training.
         built: the program.
-        path: what each step does; has_schedules: whether it advances schedules.
+        path: what each step does.
         seen: the recognizer of the Python step that it was built from.
         events: what happens in a step besides operations, in order.
         batch: the names of the tensors of the batch.
@@ -82,7 +51,8 @@ class StandIn:
         reads: the places of the numbers that a step reads and only logs.
         is_quiet: whether only torch's code runs between two steps.
 
-    path: what each step does; has_schedules: whether it advances schedules.
+    path: what each step does; has_schedules: whether it advances schedules; difference: compares a step
+    of Python with the program, as `Comparison` has it.
 
     Raises:
         NotProvenError: the next step may do something else; says what.
@@ -112,7 +82,8 @@ class StandIn:
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._optimizer_numbers = OptimizerNumbers()
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
-        self._state = PlainProgram(built.program, parts.device).state
+        plain_program = PlainProgram(built.program, parts.device)
+        self._state = plain_program.state
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         self._is_quiet = is_quiet
         self._places: list[int] = []
@@ -130,6 +101,8 @@ class StandIn:
         reason = self._reason_against()
         if reason is not None:
             raise NotProvenError(reason)
+        compared = plain_program, self._bind, self._inputs, self._read
+        self.difference = Comparison(parts, built, *compared, draws=self._draws).difference
         lying = {path.tensors[number].storage: name for name, number in path.named}
         self._written = [
             lying[storage] for each in path.operations for storage in each.writes if storage in lying
@@ -183,7 +156,7 @@ class StandIn:
             if not _share_as(found, self._state):
                 return False
             try:
-                self._live = self._bind(found, self._inputs())
+                self._live = self._bind(found)
             except ProgramError:
                 return False
             self._places, self._loaded = places, []
@@ -268,61 +241,8 @@ class StandIn:
         else:
             state[name] = gradient
 
-    def difference(
-        self,
-        before: PartsCheckpoint,
-        batch: Mapping[str, Tensor],
-        numbers: Sequence[Number],
-        logged: Mapping[str, Any],
-    ) -> str | None:
-        """Run a step that Python just ran, on a copy; return in words what differs, or None.
-
-        Args:
-            before: the parts before the step.
-            batch: copies of its tensors.
-            numbers: of the step.
-            logged: what Python's step has given.
-        """
-        device = self._parts.device
-        plain = PlainProgram(self._built.program, device)
-        copies = dict(before.copies)
-        lay_state(plain, copies, device)
-        inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
-        laid = lay_inputs(plain, inputs)
-        given = {
-            name: tensor_on(laid[spec.storage].untyped_storage(), spec)
-            for name, spec in plain.inputs.items()
-            if name in batch
-        }
-        live = self._bind({name: copies[name] for name in self._state}, self._inputs())
-        after = torch.get_rng_state()
-        torch.set_rng_state(before.generators.torch_cpu)
-        try:
-            with without_autograd():
-                live.load(given)
-                done = live.take(self._built.numbers(numbers))
-            is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
-        finally:
-            torch.set_rng_state(after)
-        state = self._parts.state()
-        now = {name: copies[name] for name in self._state if name in state} | live.ends
-        other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
-        name = next(other, None)
-        if name is not None:
-            return f"the program computes other values of {name.partition('/')[2]} than Python"
-        for place, index in self._read.items():
-            if repr(done.numbers[index]) != repr(numbers[place]):
-                return "the program reads another number than Python"
-        for name, tensor in done.given.items():
-            value = logged.get(name)
-            if isinstance(value, Tensor) and not same_bits(
-                value.detach().reshape(()), tensor.reshape(())
-            ):
-                return f"the program computes another {name} than Python"
-        return None if is_drawn_alike else "the program draws other random numbers than Python"
-
-    def _bind(self, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> LiveProgram:
-        contents = {name.removeprefix("input/"): tensor for name, tensor in inputs.items()}
+    def _bind(self, state: Mapping[str, Tensor]) -> LiveProgram:
+        contents = {name.removeprefix("input/"): tensor for name, tensor in self._inputs().items()}
         return LiveProgram(self._built.program, state, contents, self._batch, self._parts.device)
 
     def _inputs(self) -> dict[str, Tensor]:

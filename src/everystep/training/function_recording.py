@@ -77,6 +77,10 @@ class FunctionRecording(Recording[R]):
         """Tell whether Python's step is watched in full in any case, so that it is not recognized."""
         return self._memory.is_watched(number)
 
+    def will_be_compared(self, number: int) -> None:
+        """Note that Python's step is compared with a program, so that it need not be watched in full."""
+        self._memory.compared(number)
+
     def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
         """Note how the steps of a function run. facts: returns the current facts."""
         self._open().function = facts

@@ -26,9 +26,9 @@ from everystep.step.parts import Parts
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath, build_path
 from everystep.step.purity.step_reader import StrictWatch
-from everystep.step.stand_in import TakenByProgram
 from everystep.step.state import State, copy_of
 from everystep.step.step_watch import StepWatch
+from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop
 from everystep.training.loop import now
 from everystep.training.notices import Notices, say

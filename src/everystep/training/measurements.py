@@ -20,7 +20,7 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
     """Return the measurements that fit a loss and its targets (N, ...), named `validation_...`.
 
     Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in columns
-    (N, k); both by torchmetrics, and None if the prediction has another shape.
+    (N, k), each None if the prediction has another shape.
     """
     found: dict[str, Measurement] = {"validation_loss": loss}
     if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
@@ -33,8 +33,6 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
 
 
 def _accuracy(prediction: Any, target: Tensor) -> Tensor | None:
-    from torchmetrics.functional.classification import multiclass_accuracy
-
     # (N, C, ...) for (N, ...), as CrossEntropyLoss has it.
     if not isinstance(prediction, Tensor) or prediction.ndim != target.ndim + 1:
         return None
@@ -43,25 +41,32 @@ def _accuracy(prediction: Any, target: Tensor) -> Tensor | None:
         return None
     if not bool(((target >= 0) & (target < classes)).all()):
         return None
-    accuracy: Tensor = multiclass_accuracy(prediction, target, num_classes=classes, average="micro")
-    return accuracy
+    return _share(prediction.argmax(1) == target)
 
 
 def _binary_accuracy(threshold: float) -> Measurement:
     def accuracy(prediction: Any, target: Tensor) -> Any:
-        from torchmetrics.functional.classification import binary_accuracy
-
         if not isinstance(prediction, Tensor) or prediction.shape != target.shape:
             return None
-        # torchmetrics would guess from their range whether predictions are logits.
-        return binary_accuracy((prediction > threshold).int(), (target > 0.5).int())
+        return _share((prediction > threshold) == (target > 0.5))
 
     return accuracy
 
 
-def _r2(prediction: Any, target: Tensor) -> Any:
-    from torchmetrics.functional.regression import r2_score
+def _share(right: Tensor) -> Tensor:
+    """Return the share of true values."""
+    return right.sum() / right.numel()
 
+
+def _r2(prediction: Any, target: Tensor) -> Any:
+    """Return the coefficient of determination, the mean over the columns: 1 - residual / total.
+
+    A column with equal targets has 1 if each is predicted exactly, else 0.
+    """
     if not isinstance(prediction, Tensor) or prediction.shape != target.shape:
         return None
-    return r2_score(prediction.float(), target.float())
+    target, prediction = target.cpu().double(), prediction.cpu().double()
+    residual = (target - prediction).square().sum(0)
+    total = (target - target.mean(0)).square().sum(0)
+    score = torch.where(total > 0, 1 - residual / total, (residual == 0).double())
+    return score.mean().float()

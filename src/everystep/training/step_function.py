@@ -243,6 +243,7 @@ class StepFunction:
             kind.stand_in, kind.is_recognized = None, False
             return self._by_python(batch)
         before, copies = PartsCheckpoint(self._parts), _copies(batch)
+        self._recording.will_be_compared(number)
         logged = self._by_python(batch)
         path, watch = self._recording.last
         if path != stand_in.path or not stand_in.foresees(numbers, watch.numbers):

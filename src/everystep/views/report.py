@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import posixpath
+import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -22,6 +26,11 @@ __all__ = ["Report", "details", "report_html", "seed", "times"]
 
 #: Rows of the table, which are also the points of the plot.
 ROWS = 50_000
+
+#: The page's modules; the one that draws the plot of a report; how modules name each other.
+_STATIC = Path(__file__).parent.parent / "page" / "static"
+_PLOT = "plot/saved.js"
+_IMPORT = re.compile(r'(?<=")\.{1,2}/[\w/.-]+\.js(?=")')
 
 
 class Report(str):
@@ -54,12 +63,14 @@ class Report(str):
         write_page(path, self)
 
 
-def report_html(run: RecordedRun, opened: Markup | None = None) -> str:
+def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequence[str] = ()) -> str:
     """Return a run as a complete page: its facts, a plot to zoom into, and the table of its losses.
 
     Of a run of more than 50,000 steps it holds the excerpt that `loss_table` makes, and says so.
 
-    opened: a section of opened steps.
+    Args:
+        opened: a section of opened steps.
+        modules: of the page that the section begins with.
     """
     table = loss_table(run, rows=ROWS)
     losses = table.frame.select("step", "loss").drop_nulls()
@@ -79,6 +90,9 @@ def report_html(run: RecordedRun, opened: Markup | None = None) -> str:
             details=details(facts),
             times=times(facts),
             opened=opened,
+            first=_PLOT,
+            modules={"imports": _inlined((_PLOT, *modules))},
+            plot_style=Markup((_STATIC / "plot" / "plot.css").read_text(encoding="utf-8")),
             table=Markup(table.fragment()),
         )
     )
@@ -144,3 +158,24 @@ def _word(value: object) -> str:
 def _time(time: datetime) -> str:
     """Return a time in UTC, to the second: the page may be read anywhere."""
     return f"{time.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _inlined(first: Sequence[str]) -> dict[str, str]:
+    """Return modules of the page and all that they import, by bare names, each as a data: address."""
+    found: dict[str, str] = {}
+    due = [*first]
+    while due:
+        name = due.pop()
+        if name in found:
+            continue
+        source = (_STATIC / name).read_text(encoding="utf-8")
+        due += [_bare(name, each[0]) for each in _IMPORT.finditer(source)]
+        inlined = _IMPORT.sub(lambda each, of=name: _bare(of, each[0]), source)  # type: ignore[misc]
+        content = base64.b64encode(inlined.encode()).decode("ascii")
+        found[name] = f"data:text/javascript;charset=utf-8;base64,{content}"
+    return found
+
+
+def _bare(module: str, imported: str) -> str:
+    """Return the name of a module that another imports: in a data: address, "./" means nothing."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(module), imported))

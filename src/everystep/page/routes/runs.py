@@ -13,7 +13,8 @@ from starlette.routing import Route
 from everystep.errors import UsageError
 from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
-from everystep.page.live import EventStream, Live
+from everystep.page.event_stream import EventStream, last_seen
+from everystep.page.live import Live
 from everystep.page.rows import frame_of, page_of, rows_of, wanted_of
 from everystep.page.shelf import Shelf, shown_name
 from everystep.views.terminal import losses_text
@@ -80,9 +81,7 @@ def csv(request: Request) -> Response:
 async def run_events(request: Request) -> Response:
     """Answer with what happens to a run, as it happens."""
     live: Live = request.app.state.live
-    said = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
-    after = int(said) if said.isascii() and said.isdigit() and len(said) < 19 else 0
-    return _stream(request, live.run_events(request.path_params["name"], after))
+    return _stream(request, live.run_events(request.path_params["name"], last_seen(request)))
 
 
 async def list_events(request: Request) -> Response:

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from everystep.errors import UsageError
+from everystep.page.event_stream import SILENCE, EventStream, event, last_seen
 from everystep.page.tasks import Busy, Task
 
 __all__ = ["routes"]
@@ -79,9 +80,7 @@ async def events(request: Request) -> Response:
     task = _task(request)
     if task is None:
         return _unknown()
-    last = request.headers.get("last-event-id") or request.query_params.get("after", "")
-    after = int(last) if last.isascii() and last.isdecimal() and len(last) < 10 else 0
-    return StreamingResponse(_stream(task, after), media_type="text/event-stream")
+    return EventStream(_stream(task, last_seen(request)))
 
 
 async def cancel(request: Request) -> Response:
@@ -104,12 +103,8 @@ async def _begun(request: Request, kind: str, task: dict[str, Any]) -> Response:
 
 
 async def _stream(task: Task, after: int) -> AsyncIterator[str]:
-    async for event in task.events(after, _SILENCE):
-        if event is None:
-            yield ": still there\n\n"
-        else:
-            content = json.dumps(event.content)
-            yield f"id: {event.number}\nevent: {event.name}\ndata: {content}\n\n"
+    async for each in task.events(after, _SILENCE):
+        yield SILENCE if each is None else event(each.name, each.content, each.number)
 
 
 def _task(request: Request) -> Task | None:

@@ -129,6 +129,11 @@ class Memory:
         """Tell whether a step is watched in full to see whether what was learned holds."""
         return step >= self._next_watched
 
+    def compared(self, step: int) -> None:
+        """A step is compared with a program, in all its bits: it need not be watched in full as well."""
+        if self.is_watched(step):
+            self._next_watched = 2 * step
+
     def timed(self, step: int, seconds: float, *, is_recognized: bool) -> None:
         """Note the time of a step that was recognized to its end, or watched in full."""
         if is_recognized:

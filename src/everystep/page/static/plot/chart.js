@@ -4,12 +4,15 @@ import { short, whole } from "../shared/format.js";
 
 /** Lines that a log axis has at most. */
 const MOST_DECADES = 12;
+/** A measurement has points, too, where it has no more than these: one alone makes no line. */
+const FEW = 40;
 const FONT = "12px system-ui, sans-serif";
 
 let loading = null;
 
 /** Load uPlot, a classic script that makes `window.uPlot`, once. */
 export function loadUPlot() {
+  if (window.uPlot) return Promise.resolve(window.uPlot);
   loading ??= new Promise((resolve, reject) => {
     const script = document.createElement("script");
     script.src = "/static/uPlot.js";
@@ -70,12 +73,12 @@ export function drawMarks(chart, steps) {
   }
 }
 
-function seriesOptions({ title, colour: token, scale, kind }, { isLine, isDense }) {
+function seriesOptions({ title, colour: token, scale, kind, curve }, { isLine, isDense }) {
   const stroke = colour(token);
   const common = { label: title, scale, stroke };
   if (kind === "average") return { ...common, width: 2, points: { show: false } };
   // A learning rate stays until it is changed; between other measurements a line is but a guide.
-  const guide = { ...common, width: 2, spanGaps: true, points: { show: false } };
+  const guide = { ...common, width: 2, spanGaps: true, points: { show: curve.points()[0].length <= FEW, size: 6, fill: stroke } };
   if (kind === "rate") return { ...guide, paths: window.uPlot.paths.stepped({ align: 1 }) };
   if (kind === "measured") return guide;
   const alpha = kind === "faint" ? 0.28 : 1;

@@ -1,18 +1,29 @@
 // The points that a plot draws: of a whole run few enough to draw at once, finer ones where it is zoomed to.
 
-import { addressOf, ask, withQuery } from "../shared/server.js";
 import { numberOf } from "../shared/format.js";
 
 const POINTS = 2000;
 
-/** One series: the loss of a run, or a measurement of it. */
+/**
+ * One series: the loss of a run, or a measurement of it.
+ *
+ * `source(run, {measurement, first, last, points}, {signal})`: returns {steps, values, total}.
+ */
 export class Curve {
   #whole = { steps: [], values: [], isReduced: false };
   #part = null; // {first, last, steps, values}
+  #source;
 
-  constructor(run, measurement = null) {
+  constructor(run, source, measurement = null) {
     this.run = run;
     this.measurement = measurement;
+    this.#source = source;
+  }
+
+  /** Return the loss of one step in full precision. */
+  async lossAt(step, signal) {
+    const { values } = await this.#source(this.run, { first: step, last: step, points: POINTS }, { signal });
+    return numberOf(values[0]);
   }
 
   /** Fetch the whole run's curve. */
@@ -71,15 +82,9 @@ export class Curve {
 
   async #fetch(first, last, signal) {
     const query = { first, last, points: POINTS, measurement: this.measurement };
-    const { steps, values, total } = await ask(withQuery(addressOf(this.run, "curve"), query), { signal });
+    const { steps, values, total } = await this.#source(this.run, query, { signal });
     return { steps, values: values.map(numberOf), isReduced: total > steps.length };
   }
-}
-
-/** Return the loss of one step in full precision. */
-export async function lossAt(run, step, signal) {
-  const { values } = await ask(withQuery(addressOf(run, "curve"), { first: step, last: step, points: POINTS }), { signal });
-  return numberOf(values[0]);
 }
 
 /**

@@ -17,7 +17,7 @@ function press(plot, event) {
   if (!plot.chart || event.altKey || event.ctrlKey || event.metaKey) return;
   const stride = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
   if (event.key === "Escape" && plot.isZoomed) plot.zoom(null);
-  else if (event.key === "Enter" && plot.at !== null) plot.goTo(plot.at);
+  else if (event.key === "Enter" && plot.at !== null) plot.goTo?.(plot.at);
   else if (plot.isWalked && stride) walk(plot, stride * (event.shiftKey ? 10 : 1));
   else return;
   event.preventDefault();

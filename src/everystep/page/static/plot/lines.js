@@ -3,13 +3,13 @@
 import { Curve, smoothed } from "./curves.js";
 
 /** Return the line of the loss of a run: {title, curve, colour, scale, kind, isShown, count}. */
-export function lossLine(name, index, isAlone) {
+export function lossLine(name, index, isAlone, source) {
   const title = isAlone ? "loss" : name;
-  return { title, curve: new Curve(name), colour: `--series-${index % 5}`, scale: "loss", kind: "raw", isShown: true, count: 0 };
+  return { title, curve: new Curve(name, source), colour: `--series-${index % 5}`, scale: "loss", kind: "raw", isShown: true, count: 0 };
 }
 
 /** Return the line of a measurement that comes after other lines. */
-export function measuredLine(run, name, isRate, lines) {
+export function measuredLine(run, name, isRate, lines, source) {
   // What is a loss shares the axis of the loss; everything else has one of its own, on the right.
   const isLoss = name.endsWith("loss");
   const isAlone = lines.filter(({ curve }) => curve.measurement === null).length === 1;
@@ -17,7 +17,7 @@ export function measuredLine(run, name, isRate, lines) {
   const isFirst = !lines.some((line) => line.isShown && line.scale !== "loss");
   return {
     title: name,
-    curve: new Curve(run, name),
+    curve: new Curve(run, source, name),
     colour: `--series-${lines.length % 5}`,
     scale: isLoss ? "loss" : `measured ${name}`,
     kind: isRate ? "rate" : "measured",

@@ -2,7 +2,6 @@
 
 import { element } from "../shared/elements.js";
 import { short, whole } from "../shared/format.js";
-import { lossAt } from "./curves.js";
 import { rowOf } from "./readout.js";
 
 const REST = 150; // milliseconds that a step is looked at before its loss is asked for, where no point has it
@@ -50,7 +49,7 @@ export class StepMark {
 
   async #find() {
     const { step } = this;
-    const loss = await lossAt(this.curve.run, step, this.#ended.signal).catch(() => null);
+    const loss = await this.curve.lossAt(step, this.#ended.signal).catch(() => null);
     if (loss === null || step !== this.step) return;
     this.#known = [step, loss];
     this.found();

@@ -17,12 +17,12 @@ const DOUBLE = 300; // milliseconds in which a second click makes a double one
 /**
  * Draw the loss of runs, named, into `host`; return {setStep, extend, setMeasurements, toggleLog, resize, close}.
  *
- * `step`: the one that is looked at; `goTo(step)`: is called for a click; `controls`: with buttons above;
+ * `source`: of the curves, as `Curve` has it; `step`: the one that is looked at; `goTo(step)`: is called for a click, where one is; `controls`: with buttons above;
  * `remove(name)`: takes a run but the first out of the plot, where that can be; `look`: {line, log, smooth} as the reader
  * chose before, null where not; `looked(look)`: is called when the reader chooses; `hasLoss`: whether the first run logs a loss at all.
  */
-export function lossPlot(host, names, { step = null, goTo = () => {}, controls = true, remove = null, look = {}, looked = () => {}, hasLoss = true } = {}) {
-  return new LossPlot(host, names, { step, goTo, controls, remove, look, looked, hasLoss });
+export function lossPlot(host, names, { source, step = null, goTo = null, controls = true, remove = null, look = {}, looked = () => {}, hasLoss = true }) {
+  return new LossPlot(host, names, { step, goTo, controls, remove, look, looked, hasLoss, source });
 }
 
 class LossPlot {
@@ -41,10 +41,10 @@ class LossPlot {
   #ended = new AbortController();
   #refining = new AbortController();
 
-  constructor(host, names, { step, goTo, controls, remove, look, looked, hasLoss }) {
-    Object.assign(this, { names, goTo, look, looked, hasLoss });
+  constructor(host, names, { step, goTo, controls, remove, look, looked, hasLoss, source }) {
+    Object.assign(this, { names, goTo, look, looked, hasLoss, source });
     this.#weight = look.smooth ?? 0;
-    this.#lines = names.map((name, index) => lossLine(name, index, names.length === 1));
+    this.#lines = names.map((name, index) => lossLine(name, index, names.length === 1, source));
     this.#mark = new StepMark(this.#lines[0].curve, step, () => this.#drawMark());
     this.#furnish(host, controls, remove);
     this.#begin();
@@ -70,7 +70,7 @@ class LossPlot {
     const changed = [];
     for (const { name, count, is_rate: isRate } of measurements) {
       let line = this.#lines.find(({ curve }) => curve.measurement === name);
-      if (!line) this.#lines.push((line = measuredLine(this.names[0], name, isRate, this.#lines)));
+      if (!line) this.#lines.push((line = measuredLine(this.names[0], name, isRate, this.#lines, this.source)));
       if (line.count !== count) changed.push(line);
       line.count = count;
     }
@@ -218,7 +218,7 @@ class LossPlot {
   // Where the plot is zoomed, the first of two clicks is not yet a click: two show the whole run.
   #click(count) {
     const step = this.at;
-    const isFirst = step !== null && count < 2;
+    const isFirst = this.goTo && step !== null && count < 2;
     if (this.isZoomed) this.#timers.rest("click", () => isFirst && this.goTo(step), DOUBLE);
     else if (isFirst) this.goTo(step);
   }
@@ -292,7 +292,7 @@ class LossPlot {
     this.plot.setAttribute("aria-valuenow", this.at ?? this.#mark.step ?? 1);
     this.plot.setAttribute("aria-valuetext", parts.map((part) => part.join(" ")).join(", ") || "no step chosen");
     const spans = parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
-    this.readout.replaceChildren(...(spans.length ? spans : [!this.hasLoss ? "This loop logs no loss. Click to open a step." : this.chart ? hint(this.#lines[0].curve, this.#isLog, this.#nonfinite) : ""]));
+    this.readout.replaceChildren(...(spans.length ? spans : [this.chart ? hint(this, this.#lines[0].curve, this.#isLog, this.#nonfinite) : ""]));
   }
 
   #partsOfStep() {

@@ -34,8 +34,10 @@ export function partsAt(lines, step, weight) {
 }
 
 /** Return what can be done with a plot that nothing is pointed at in, and what is not to be seen in it. */
-export function hint(curve, isLog, nonfinite) {
-  const said = ["Click to open a step; drag to zoom, double click to see the whole run."];
+export function hint({ goTo, hasLoss }, curve, isLog, nonfinite) {
+  const opens = goTo ? "Click to open a step; drag" : "Drag";
+  if (!hasLoss) return `This loop logs no loss.${goTo ? " Click to open a step." : ""}`;
+  const said = [`${opens} to zoom, double click to see the whole run.`];
   const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
   if (left) said.push(`Of 0 or less, with no place on a log axis: ${whole(left)}.`);
   if (nonfinite.length) said.push("Marked at the bottom: losses that are not finite.");

@@ -7,6 +7,7 @@ import { addressOf, ask, tell } from "../shared/server.js";
 import { awayBanner } from "../shared/away.js";
 import { fullText } from "../shared/format.js";
 import { lossPlot } from "../plot/plot.js";
+import { serverCurves } from "../plot/source.js";
 import { stepTable } from "./table.js";
 import { stepper } from "./stepper.js";
 import { Player } from "./stepping.js";
@@ -183,7 +184,7 @@ class RunView {
     const remove = (name) => address.go({ ...this.place, beside: beside.filter((other) => other !== name) });
     const { line, log, smooth } = this.place;
     const looked = (look) => this.#goOwn({ ...this.place, ...look }, true);
-    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
+    this.plot = lossPlot(this.parts.plot, [this.name, ...beside], { source: serverCurves, step: this.step, goTo: (step) => this.jump(step), remove, look: { line, log, smooth }, looked, hasLoss: this.about.has_loss });
     this.plot.setMeasurements(this.about.measurements);
     this.endBeside = listenToThose(beside, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
   }

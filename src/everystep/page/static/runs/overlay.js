@@ -5,6 +5,7 @@ import { element } from "../shared/elements.js";
 import { addressOf, ask } from "../shared/server.js";
 import { duration, short, whole } from "../shared/format.js";
 import { lossPlot } from "../plot/plot.js";
+import { serverCurves } from "../plot/source.js";
 import { listenToThose } from "../run/live.js";
 
 /** What the list of runs knows of each: all there is to compare where not all are experiments. */
@@ -47,7 +48,7 @@ class Overlay {
     if (!names.length) return this.body.replaceChildren();
     const remove = (name) => address.go({ view: "overlay", runs: runs.filter((other) => other !== name) });
     const goTo = (step) => address.go({ view: "run", run: names[0], step, beside: names.slice(1) });
-    this.plot = lossPlot(this.place, names, { goTo, remove });
+    this.plot = lossPlot(this.place, names, { source: serverCurves, goTo, remove });
     this.end = listenToThose(names, (name, steps, losses) => this.plot.extend(name, { steps, losses }));
     const about = await Promise.all(names.map((name) => ask(addressOf(name)).catch(() => null)));
     this.body.replaceChildren(this.#table(names, about));

@@ -103,10 +103,10 @@ async function overlay(view, host) {
   let isClosed = false;
   view.closing.push(() => (isClosed = true));
   try {
-    const { lossPlot } = await import("../plot/plot.js");
+    const [{ lossPlot }, { serverCurves }] = await Promise.all([import("../plot/plot.js"), import("../plot/source.js")]);
     if (isClosed) return;
     const goTo = (step) => go({ view: "run", run: view.names[0], step, beside: [view.names[1]] });
-    const plot = lossPlot(host, view.names, { goTo });
+    const plot = lossPlot(host, view.names, { source: serverCurves, goTo });
     view.closing.push(() => plot.close());
   } catch (error) {
     host.replaceChildren(errorText(`the losses cannot be drawn: ${error.message}`));

@@ -1,0 +1,122 @@
+"""Comparison: a step that Python just ran, run by its program on a copy of the state before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.program.execute import without_autograd
+from everystep.program.live import LiveProgram
+from everystep.program.memory import copy_into
+from everystep.program.plain import PlainProgram, lay_inputs, lay_state, tensor_on
+from everystep.step.check import same_bits
+from everystep.step.checkpoint import PartsCheckpoint
+from everystep.step.parts import Parts
+from everystep.step.plain import BuiltPath
+
+__all__ = ["Comparison"]
+
+Number = int | float
+#: A copy of a state of so many bytes is kept from one comparison to the next.
+SMALL_BYTES = 16_000_000
+
+
+class Comparison:
+    """Compares steps of Python with a program.
+
+    Args:
+        parts: of the training.
+        built: the program.
+        plain: the same, for the plain interpreter.
+        bind: binds it to a state.
+        inputs: returns the bytes of inputs that are not in the batch, by `input/storage`.
+        read: the places, among the numbers of the program, of those that Python reads.
+        draws: whether it draws random numbers.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        built: BuiltPath,
+        plain: PlainProgram,
+        bind: Callable[[Mapping[str, Tensor]], LiveProgram],
+        inputs: Callable[[], dict[str, Tensor]],
+        read: Mapping[int, int],
+        *,
+        draws: bool,
+    ) -> None:
+        self._parts = parts
+        self._built = built
+        self._plain_program = plain
+        self._bind = bind
+        self._inputs = inputs
+        self._read = read
+        self._draws = draws
+        self._copy: tuple[LiveProgram, dict[str, Tensor]] | None = None
+
+    def difference(
+        self,
+        before: PartsCheckpoint,
+        batch: Mapping[str, Tensor],
+        numbers: Sequence[Number],
+        logged: Mapping[str, Any],
+    ) -> str | None:
+        """Run a step that Python just ran, on a copy; return in words what differs, or None.
+
+        Args:
+            before: the parts before the step.
+            batch: copies of its tensors.
+            numbers: of the step.
+            logged: what Python's step has given.
+        """
+        plain = self._plain_program
+        live, copies = self._bound_to_copies(before.copies)
+        inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
+        laid = lay_inputs(plain, inputs)
+        given = {
+            name: tensor_on(laid[spec.storage].untyped_storage(), spec)
+            for name, spec in plain.inputs.items()
+            if name in batch
+        }
+        after = torch.get_rng_state()
+        torch.set_rng_state(before.generators.torch_cpu)
+        try:
+            with without_autograd():
+                live.load(given)
+                done = live.take(self._built.numbers(numbers))
+            is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
+        finally:
+            torch.set_rng_state(after)
+        state = self._parts.state()
+        now = {name: copies[name] for name in plain.state if name in state} | live.ends
+        other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
+        name = next(other, None)
+        if name is not None:
+            return f"the program computes other values of {name.partition('/')[2]} than Python"
+        for place, index in self._read.items():
+            if repr(done.numbers[index]) != repr(numbers[place]):
+                return "the program reads another number than Python"
+        for name, tensor in done.given.items():
+            value = logged.get(name)
+            if isinstance(value, Tensor) and not same_bits(
+                value.detach().reshape(()), tensor.reshape(())
+            ):
+                return f"the program computes another {name} than Python"
+        return None if is_drawn_alike else "the program draws other random numbers than Python"
+
+    def _bound_to_copies(self, state: Mapping[str, Tensor]) -> tuple[LiveProgram, dict[str, Tensor]]:
+        """Return the program on a copy of a state, and the copy; a small one serves again."""
+        if self._copy is not None:
+            with torch.no_grad():
+                for name, copy in self._copy[1].items():
+                    copy_into(copy, state[name])
+            return self._copy
+        copies = {name: state[name] for name in self._plain_program.state}
+        lay_state(self._plain_program, copies, self._parts.device)
+        bound = self._bind(copies), copies
+        if sum(tensor.nbytes for tensor in copies.values()) <= SMALL_BYTES:
+            self._copy = bound
+        return bound

@@ -1,0 +1,48 @@
+"""Taken: a step that a program ran in place of Python, in the form in which a watch sees steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from everystep.step.path import Path
+
+__all__ = ["TakenByProgram"]
+
+
+class TakenByProgram:
+    """A step that a program ran, as a watch would have observed it.
+
+    numbers, generators, drawn: as in `Watch`; is_still: no tensor of the parts was exchanged, or has
+    another version than before, although it may have other values.
+    """
+
+    surprise = changed_elsewhere = None
+    is_paused = is_empty = False
+
+    def __init__(
+        self,
+        path: Path,
+        numbers: Sequence[int | float],
+        contents: Mapping[int, Tensor],
+        *,
+        is_still: bool,
+    ) -> None:
+        self.is_still = is_still
+        self.numbers = numbers
+        self.generators: dict[int, Tensor] = {}
+        self.drawn: Tensor | None = None
+        self.unseen: dict[str, int] = {}
+        self.changed_unseen: list[str] = []
+        self._path = path
+        self._contents = contents
+
+    def content(self, storage: int) -> Tensor | None:
+        """Return the bytes of an input that is not in the batch."""
+        return self._contents.get(storage)
+
+    def end(self, state: Mapping[str, Tensor], loss: Any) -> Path:
+        """Return what the step did."""
+        return self._path
