@@ -28,7 +28,7 @@ def main() -> int:
     """Print the machine, a table that grows by workload, and the footnotes; 1 if a peer failed."""
     arguments = _arguments()
     date = datetime.datetime.now().astimezone()
-    # Ratios are to the plain loop, so it runs whoever is chosen.
+    # Ratios are to the plain loop, so it always runs.
     chosen = [peer for peer in PEERS if peer is PLAIN or peer.key in arguments.peers]
     peers = [peer for peer in chosen if not peer.missing]
     workloads = [workload for workload in WORKLOADS if workload.key in arguments.workloads]

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _chosen(count: int) -> list[Any]:
-    """Return configurations whose steps programs take, those that are wanted first."""
+    """Return configurations with steps that run as programs, the wanted ones first."""
     # OneCycleLR is made for a number of steps.
     known = [case for case in CASES if case.eager is None and "OneCycle" not in case.name]
     first = [case for case in known if any(word in case.name for word in WANTED)]

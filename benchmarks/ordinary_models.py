@@ -4,7 +4,7 @@
 architecture of each family of torchvision, and some of Hugging Face, with weights drawn here: each is
 trained by everystep and by a loop written out by hand, and must have the same bits. A library that is
 not installed is left out, by name; `pip install -e ".[bench]"` installs them all. With names, only
-models whose names have one of them as a part.
+models with one of them in their name.
 """
 
 from __future__ import annotations

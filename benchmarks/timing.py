@@ -78,7 +78,7 @@ def time_workload(
 ) -> list[Outcome]:
     """Return the outcome of each peer, among which must be the plain loop.
 
-    tell: is told before each run what comes, and "" at the end.
+    tell: called before each run with what comes, and with "" at the end.
     """
     outcomes = [Outcome(peer) for peer in sorted(peers, key=lambda peer: peer is not PLAIN)]
     reference: list[float] = []

@@ -30,7 +30,7 @@ from everystep.step.eager import EagerStep, Training  # noqa: E402
 from everystep.step.recognition import memory  # noqa: E402
 from everystep.step.recorder import StepRecorder  # noqa: E402
 
-# Its assertions shall tell what they compared, whoever imports it first.
+# Its assertions report what they compared, whichever test imports it first.
 pytest.register_assert_rewrite("tests.training.by_hand")
 
 settings.register_profile("everystep", deadline=None, max_examples=50)

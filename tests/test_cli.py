@@ -1,5 +1,6 @@
 """The commands, as typed."""
 
+import io
 import json
 import os
 import re
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from rich.console import Console
 
 import everystep
 from everystep.experiment.specification import built_in
+from everystep.recording.run import RecordedRun, find_runs
 from everystep.recording.texts import model_text, optimizers_text
+from everystep.views.terminal import runs_table
 
 
 def start(*arguments, **options):
@@ -39,6 +43,15 @@ def test_train_prints_lines_where_piped_and_says_what_is_next(everystep_command)
     assert view.split() == ["everystep", "view", "two-layer-1"]  # it serves until it is stopped
     for line in others:
         assert everystep_command(*line.split()[1:])[0] == 0
+
+
+@pytest.mark.parametrize("steps", [500, 45, 7])
+def test_a_cell_of_a_notebook_shows_few_lines(everystep_command, monkeypatch, steps):
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    _, out, _ = everystep_command("train", "--steps", steps)
+    shown = [int(line.split("\t")[0]) for line in out.splitlines()]
+    assert shown[0] == 1 and shown[-1] == steps and len(shown) in (7, 21, 24)
+    assert shown == sorted(set(shown))
 
 
 def test_settings_and_shorthands(everystep_command):
@@ -150,6 +163,72 @@ def test_stop_on_nan_exits_with_1(everystep_command):
     assert "stopped: the loss is" in err
 
 
+def test_an_encoding_without_mathematical_signs_is_no_error():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    everystep.train_experiment("two-layer", {"steps": 3}, directory="r\xfcn", progress=False)
+    for arguments, shown in (
+        (["step", "r\xfcn", "2"], "0.weight.grad = d#0^T * x    100x1,000"),
+        (["step", "r\xfcn", "2", "--op", "4"], "d#2 = 2 * (#2 - y)"),
+        (["runs", "."], "finished"),
+        (["losses", "r\xfcn"], "546.72797"),
+        (["diff", "r\xfcn", "r\xfcn"], "the runs are bit-identical"),
+        (["when", "r\xfcn", "loss < 600"], "2"),
+        (["train", "--steps", "2", "--run", "\u0142"], "584.9593"),
+    ):
+        process = start(*arguments, env=environment)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, shown in out, "Error" in err) == (0, True, False), (out, err)
+
+
+def test_a_run_without_steps_says_what_it_holds_and_how_to_go_on(everystep_command):
+    code, out, err = everystep_command("train", "--steps", 0)
+    assert (code, out) == (0, "")
+    assert "only the initial state, state 0, is recorded" in err
+    view, fork = err.partition("next:\n")[2].splitlines()
+    assert view.split() == ["everystep", "view", "two-layer-1"]
+    assert everystep_command(*fork.split()[1:], "-q")[0] == 0
+    everystep_command("train", "-q")
+    assert everystep.open("two-layer-1-fork-1").losses.equals(everystep.open("two-layer-2").losses)
+
+
+def test_the_list_of_runs_fits_a_narrow_terminal(everystep_command):
+    for settings in ([], ["--set", "optimizer.lr=10.0"]):
+        everystep_command(
+            "train", "--steps", 8, *settings, "--run", f"runs/a-long-name-{len(settings)}", "-q"
+        )
+    everystep_command("fork", "a-long-name-0", "--at", 2, "--run", "runs/part", "-q")
+    summaries = [RecordedRun(path).summary() for path in find_runs()]
+    for width, headings in (
+        (130, ["run", "status", "steps", "first", "loss", "last", "loss", "started", "fork", "of"]),
+        (80, ["run", "status", "steps", "last", "loss", "started"]),
+        (60, ["run", "status", "steps", "last", "loss"]),
+        (40, ["run", "status"]),
+    ):
+        file = io.StringIO()
+        Console(file=file, width=width).print(runs_table(summaries, width))
+        lines = file.getvalue().splitlines()
+        assert lines[0].split() == headings
+        assert max(map(len, lines)) <= width
+        assert [line.split()[0] for line in lines if "finished" in line] == [
+            "a-long-name-0", "a-long-name-2", "part",
+        ]  # fmt: skip
+
+
+def test_a_run_in_place_of_a_directory_of_runs_is_said(everystep_command):
+    everystep_command("train", "--steps", 0, "-q")
+    code, out, err = everystep_command("runs", "runs/two-layer-1")
+    assert (code, out) == (2, "")
+    assert "runs/two-layer-1 is a run; `everystep runs runs` lists the runs beside it" in err
+
+
+def test_runs_are_listed_by_number(everystep_command):
+    for number in (10, 2, 1):
+        everystep_command("train", "--steps", 0, "--run", f"runs/r{number}", "-q")
+    assert [run.name for run in everystep.runs()] == ["r1", "r2", "r10"]
+    _, out, _ = everystep_command("runs")
+    assert [line.split()[0] for line in out.splitlines()] == ["run", "r1", "r2", "r10"]
+
+
 def test_runs_are_listed(everystep_command):
     for _ in range(2):
         everystep_command("train", "--steps", 3, "-q")
@@ -188,6 +267,23 @@ def test_ctrl_c_stops_cleanly_and_leaves_a_readable_run():
     assert run.status == "stopped"
     assert losses["step"].to_list() == list(range(1, len(losses) + 1))
     assert run.snapshots[-1] == len(losses)
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "numpy.linalg"])
+def test_ctrl_c_while_modules_are_imported_ends_at_once(module):
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from everystep.__main__ import main\n"
+        "sys.argv = ['everystep', 'train', '--steps', '3']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
+    assert not Path("runs").exists()
 
 
 def test_who_reads_only_the_first_lines_does_not_stop_the_training():
@@ -270,6 +366,7 @@ def test_training_from_the_command_line_does_not_import_the_compiler(tmp_path):
         (["resume", "x"], "no command 'resume'; everystep fork RUN --at STEP"),
         (["tensorboard"], "no command 'tensorboard'; everystep view"),
         (["plto"], "no command 'plto'; did you mean plot?"),
+        (["exp"], "no command 'exp'; did you mean experiments?"),
         (["zzz"], "no command 'zzz'; everystep -h lists the commands"),
         (["train", "--steps", "5", "--epochs", "2"], "--steps and --epochs are mutually exclusive"),
         (["train", "--device", "gpu"], "unknown device 'gpu'; did you mean cuda"),

@@ -18,7 +18,7 @@ PUBLISHED = Path(__file__).parent / "golden" / "published_losses.tsv"
 
 END_OF_BLOCK = "<<end of block>>"
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-#: Numbers with the blanks around them, whose count depends on how many digits a number has.
+#: Numbers with the blanks around them; the number of blanks depends on the number of digits.
 PADDED_NUMBER = re.compile(rf" *{NUMBER.pattern} *")
 #: Blanks within a line: a table's columns are as wide as the numbers in them.
 GAP = re.compile(r"(?<=\S) +")

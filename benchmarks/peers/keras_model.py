@@ -94,7 +94,7 @@ def _layers(network: Network) -> Iterator[Any]:
 
 
 def _encoder_layer(network: Transformer, x: Any) -> Any:
-    """Apply the parts of nn.TransformerEncoderLayer, whose epsilon is 1e-5."""
+    """Apply the parts of nn.TransformerEncoderLayer, with its epsilon of 1e-5."""
     attention = keras.layers.MultiHeadAttention(network.heads, network.width // network.heads)
     x = keras.layers.LayerNormalization(epsilon=1e-5)(x + attention(x, x))
     inner = keras.layers.Dense(network.feedforward, activation="relu")(x)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from everystep.api import open, record, runs, train, train_experiment
 from everystep.errors import (
     DataError,
     DeviceError,
@@ -18,10 +18,14 @@ from everystep.errors import (
     TrainingError,
     UsageError,
 )
-from everystep.run import Run
 
 if TYPE_CHECKING:
+    from everystep import lightning as lightning
+    from everystep import numerics as numerics
+    from everystep import transformers as transformers
+    from everystep.api import open, record, runs, train, train_experiment
     from everystep.gradient_descent import GradientDescent
+    from everystep.run import Run
 
 __all__ = [
     "DataError",
@@ -45,10 +49,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # An optimizer is a torch class, and importing everystep must not import torch.
-    if name == "GradientDescent":
-        from everystep.gradient_descent import GradientDescent
+#: Imported at first use: importing everystep is quick, and does not import torch.
+_MODULES = {
+    **dict.fromkeys(("open", "record", "runs", "train", "train_experiment"), "everystep.api"),
+    "GradientDescent": "everystep.gradient_descent",
+    "Run": "everystep.run",
+}
 
-        return GradientDescent
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    if name in ("lightning", "numerics", "transformers"):
+        return import_module(f"everystep.{name}")
     raise AttributeError(f"module 'everystep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -58,7 +58,7 @@ def open(
 
 
 def runs(directory: str | Path = RUNS) -> list[Run]:
-    """Return all runs directly in a directory, sorted by name; warn about unreadable ones.
+    """Return all runs directly in a directory, in the order of their names; warn about unreadable ones.
 
     Raises:
         RunError: the directory does not exist.

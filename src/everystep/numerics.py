@@ -266,7 +266,7 @@ def _float32_matmul_precision() -> str:
     import torch
 
     with warnings.catch_warnings():
-        # torch 2.9 with CUDA warns whoever reads it, and later ones do not.
+        # torch 2.9 with CUDA warns about reading it, and later versions do not.
         warnings.simplefilter("ignore")
         return torch.get_float32_matmul_precision()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from everystep.replay.verify import Verification
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
+    from everystep.views.report import Report
     from everystep.views.table import LossTable
 
 __all__ = ["Run", "Steps", "progress_of", "run_of"]
@@ -124,10 +126,12 @@ class Run(RecordedRun):
             RunError: a needed file is missing or unreadable.
         """
         from everystep.replay.verify import verify
+        from everystep.views.answers import verify_text
         from everystep.views.progress import counting
 
         with counting("replaying", len(self), progress) as on_progress:
-            return verify(self._opener, processes, on_progress)
+            found = verify(self._opener, processes, on_progress)
+        return replace(found, to_text=partial(verify_text, self.name, self.facts, found))
 
     def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
         """Return how this run differs from another, down to the first operation.
@@ -139,13 +143,15 @@ class Run(RecordedRun):
             RunError: a run is unreadable.
         """
         from everystep.replay.diff import diff
+        from everystep.views.difference import diff_text
         from everystep.views.progress import counting
 
         if not isinstance(other, Run):
             raise UsageError(f"expected another run to compare with, not {other!r:.80}")
         objects = self._objects, other._objects
         with counting("comparing", min(len(self), len(other)), progress) as on_progress:
-            return diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
+            found = diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
+        return replace(found, to_text=partial(diff_text, found))
 
     def measure(
         self,
@@ -174,11 +180,12 @@ class Run(RecordedRun):
             RunError: a needed file is missing, unreadable or being written.
         """
         from everystep.replay.query import measure
+        from everystep.views.answers import measured_text
         from everystep.views.progress import counting
 
         asked, called = self._question(question)
         with counting("measuring", len(self), progress) as on_progress:
-            return measure(
+            found = measure(
                 self._opener,
                 asked,
                 name or called,
@@ -187,6 +194,7 @@ class Run(RecordedRun):
                 processes=processes,
                 on_progress=on_progress,
             )
+        return replace(found, to_text=partial(measured_text, found))
 
     def when(
         self,
@@ -210,8 +218,20 @@ class Run(RecordedRun):
             UsageError: the condition does not fit.
             RunError: a needed file is missing or unreadable.
         """
+        from everystep.views.answers import found_text
+
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
+        found = self._find(condition, which, processes, progress)
+        return replace(found, to_text=partial(found_text, found, self.losses_at(found.steps)))
+
+    def _find(
+        self,
+        condition: str | Callable[[Step], Any],
+        which: Literal["first", "last", "all"],
+        processes: int | None,
+        progress: Counting,
+    ) -> Found:
         if isinstance(condition, str) and condition.strip() == "nonfinite":
             from everystep.replay.columns import Found
 
@@ -238,10 +258,12 @@ class Run(RecordedRun):
             RunError: a needed file is missing or unreadable.
         """
         from everystep.replay.hooks import find_nonfinite
+        from everystep.views.answers import nonfinite_text
         from everystep.views.progress import counting
 
         with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
-            return find_nonfinite(self._opener, processes, on_progress)
+            found = find_nonfinite(self._opener, processes, on_progress)
+        return found and replace(found, to_text=partial(nonfinite_text, found))
 
     def fork(
         self,
@@ -382,11 +404,14 @@ class Run(RecordedRun):
 
         return loss_plot([self, *others], log=log, measurements=measurements)
 
-    def report(self) -> str:
-        """Return everything about the run as one self-contained HTML page."""
-        from everystep.views.report import report_html
+    def report(self) -> Report:
+        """Return everything about the run as one self-contained HTML page.
 
-        return report_html(self)
+        The page is a str; it shows in a notebook, and `save(path)` writes it.
+        """
+        from everystep.views.report import Report, report_html
+
+        return Report(report_html(self), self.name)
 
     def _repr_html_(self) -> str:
         from everystep.views.summary import summary_html

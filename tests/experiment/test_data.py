@@ -108,6 +108,19 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ({"a": [None, None], "y": [1, 2]}, {"missing": "mean"}, "has no values"),
         ({"a": [None, 1], "y": [1, None]}, {"missing": "drop"}, "every row has a missing value"),
         ({"a;b;y": ["1;2;3"]}, {}, "separator = ';'"),
+        ({"age": [1], "y": [1]}, {"target": "aeg"}, "did you mean age. the columns are age, y"),
+        (
+            {f"c{n}": [1] for n in range(30)},
+            {},
+            r"no column 'y' .*; the columns are c0, .*c19, and 10 more",
+        ),
+        (
+            {"on": ["2024-03-17", "2024-03-18 10:00"], "y": [1, 2]},
+            {},
+            "days since the first date, or leave",
+        ),
+        ({"on": ["17.3.24", "3/18/2024"], "y": [1, 2]}, {}, "column 'on': contains dates .'17.3.24'"),
+        ({"a": [1, 2], "y": ["2024-03-17", None]}, {"missing": "drop"}, "'y' contains dates"),
     ],
 )
 def test_bad_tables_are_told_with_the_cure(frame, options, problem):

@@ -1,4 +1,4 @@
-"""Whoever does not come from the page itself is refused."""
+"""Requests that do not come from the page itself are refused."""
 
 import asyncio
 import os

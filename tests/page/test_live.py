@@ -1,4 +1,4 @@
-"""What changes on disk reaches whoever listens, by a real server, and nothing is lost between."""
+"""What changes on disk reaches all listeners of a real server, and nothing is lost on the way."""
 
 import asyncio
 import re

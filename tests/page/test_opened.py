@@ -43,16 +43,16 @@ def test_it_is_json(opened):
 def test_every_tensor_is_there_with_its_own_statistics(opened):
     run, step, content = opened
     assert len(content["tensors"]) > 40
-    for id, told in content["tensors"].items():
-        if "unset" in told:
+    for id, given in content["tensors"].items():
+        if "unset" in given:
             continue
         tensor = tensor_of(step, id, run.facts)
-        assert told["shape"] == list(tensor.shape), id
-        assert f"torch.{told['dtype']}" == str(tensor.dtype)
+        assert given["shape"] == list(tensor.shape), id
+        assert f"torch.{given['dtype']}" == str(tensor.dtype)
         expected = statistics(tensor)._asdict()
-        assert {name: told[name] for name in expected} == expected, id
+        assert {name: given[name] for name in expected} == expected, id
         norm = torch.linalg.vector_norm(tensor.double())
-        assert told["norm"] == pytest.approx(float(norm), rel=1e-12)
+        assert given["norm"] == pytest.approx(float(norm), rel=1e-12)
 
 
 def test_every_id_that_is_spoken_of_is_there(opened):
@@ -78,10 +78,10 @@ def test_operations_are_those_of_the_step(opened):
         (line.left, line.right) for line in lines
     ]
     formulas = update_formulas(step.operations, run.facts.training.optimizers)
-    for told in content["updates"]:
-        formula, update = formulas[told["parameter"]], step.updates[told["parameter"]]
-        assert (told["operators"], told["calls"]) == (list(formula.operators), list(formula.calls))
-        assert told["relative_size"] == update.relative_size
+    for given in content["updates"]:
+        formula, update = formulas[given["parameter"]], step.updates[given["parameter"]]
+        assert (given["operators"], given["calls"]) == (list(formula.operators), list(formula.calls))
+        assert given["relative_size"] == update.relative_size
 
 
 def test_the_chapter(runs):
@@ -140,8 +140,8 @@ def test_what_is_not_finite_is_text(tmp_path):
     )
     content = step_content(run[12], run)
     assert content["loss"] == "nan"
-    told = content["tensors"]["parameters/0.weight"]
-    assert told["nonfinite"] > 0 and told["norm"] == "nan"
+    given = content["tensors"]["parameters/0.weight"]
+    assert given["nonfinite"] > 0 and given["norm"] == "nan"
     json.dumps(content, allow_nan=False)
 
 

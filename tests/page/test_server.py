@@ -33,9 +33,6 @@ def test_a_run_is_found_from_within(write_run, monkeypatch, shelf):
 
 
 def test_nothing_to_serve_is_said(everystep_command):
-    code, out, err = everystep_command("view")
-    assert (code, out) == (2, "")
-    assert "runs/ does not exist; everystep train makes the first run there" in err
     assert "no run 'twolayer'" in everystep_command("view", "twolayer")[2]
     Path("file").write_text("")
     assert everystep_command("view", "file")[0] == 2
@@ -43,6 +40,16 @@ def test_nothing_to_serve_is_said(everystep_command):
     written(Path("runs/two-layer"))
     with pytest.raises(RunError, match="did you mean two-layer"):
         place_of("twolayer")
+
+
+def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts():
+    with served("runs") as server, events(server.client, "/api/events") as stream:
+        assert next(stream)[1] == {"runs": [], "gone": [], "all": True}
+        assert not Path("runs").exists()
+        Path("runs").mkdir()
+        written(Path("runs/first"), [1.0])
+        found = next(content for _, content, _ in stream if content["runs"])
+        assert [run["name"] for run in found["runs"]] == ["first"]
 
 
 def test_a_host_that_is_none_of_ours(shelf):

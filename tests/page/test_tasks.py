@@ -40,7 +40,7 @@ def runs(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "runs")
 
 
-async def told(request, error):
+async def answered(request, error):
     return JSONResponse({"error": str(error)}, 404 if isinstance(error, RunError) else 400)
 
 
@@ -73,7 +73,7 @@ def asked_of(directory, use, tasks_of=Here):
     """Use the routes of the page."""
 
     async def main():
-        app = Starlette(routes=[*steps.routes, *tasks.routes], exception_handlers={UsageError: told})
+        app = Starlette(routes=[*steps.routes, *tasks.routes], exception_handlers={UsageError: answered})
         app.state.shelf, app.state.tasks = Shelf(directory), tasks_of()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
@@ -179,7 +179,7 @@ def test_tasks_that_are_cancelled(runs):
             if event.name == "progress":
                 for _ in range(3):  # asked again, it still ends in its own way
                     assert (await client.delete(f"/api/tasks/{id}")).json() == {}
-        # Whoever comes late, or again, gets what matters.
+        # A listener that comes late, or again, gets what matters.
         late = [event.name async for event in tasks.find(id).events()]
         again = [event.name async for event in tasks.find(id).events(after=said[-1].number - 1)]
         return said[-1], late, again

@@ -34,10 +34,10 @@ def answered(*requests, openers=None):
     found = []
     for answer in answers(openers or Openers(), lines):
         stream = io.BytesIO(answer)
-        told = json.loads(stream.readline())
+        head = json.loads(stream.readline())
         content = stream.read()
-        assert len(content) == told["bytes"]
-        found.append((told["status"], told["about"], content))
+        assert len(content) == head["bytes"]
+        found.append((head["status"], head["about"], content))
     return found
 
 
@@ -144,7 +144,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
             await desk.ask("report", trained, steps=list(range(1, 20)), gone=soon)
         assert await desk.ask("content", trained, step=3) == first
         assert desk._process.pid == pid
-        # Whoever is waiting when it is killed is told; the next one does not notice.
+        # A request that waits when it is killed gets an error; the next one does not notice.
         killed = desk._process
         asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
         await asyncio.sleep(0.05)

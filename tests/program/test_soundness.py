@@ -96,7 +96,7 @@ def test_the_program_of_a_function_is_read_as_it_was_written(name, make_trainee,
 
 @pytest.fixture
 def convolutional(make_trainee, program_of):
-    """The program of a network whose backward pass trusts what the forward pass kept, as JSON data."""
+    """A program as JSON data; its backward pass uses what the forward pass kept."""
     layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(18, 3))
     optimizer = {"optimizer": lambda p: torch.optim.Adam(p, fused=True)}

@@ -113,7 +113,7 @@ def test_what_is_no_run_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(everystep.RunError, match=r"is not a run: run\.sqlite is missing"):
         everystep.open("empty")
-    (tmp_path / "empty" / "run.sqlite").write_text("this is no database, but long enough to look at")
+    (tmp_path / "empty" / "run.sqlite").write_text("this is not a database, but long enough to look at")
     with pytest.raises(everystep.RunError, match="cannot be read"):
         everystep.open("empty")
     (tmp_path / "other").mkdir()

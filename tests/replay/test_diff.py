@@ -79,7 +79,7 @@ def draw(made):
 
 
 def first_step_with(*rows):
-    """Return the first step whose batch of 6 has one of the rows, and where, as diff says it."""
+    """Return the first step with one of the rows in its batch of 6, and where, as diff reports it."""
     batches = Batches(20, 6, SEED)
     for step in range(1, 5):
         seen = batches.indices(step).tolist()
@@ -640,7 +640,7 @@ def test_json_has_texts_where_numbers_are_not_finite(everystep_command):
     train()
     train(infinite)
     code, out, _ = everystep_command("diff", "sequential-1", "sequential-2", "--json")
-    said = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    said = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
     assert code == 1 and said["loss"]["values"][1] == "inf"
     assert said["operation"]["inputs"][0]["values"] == [[float(new_training().y[0, 0]), "inf"]]
 

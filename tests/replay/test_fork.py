@@ -1,4 +1,4 @@
-"""A fork is its parent up to a step, bit for bit, and a loop by hand whose rules change there after."""
+"""A fork is its parent up to a step, bit for bit, and then a loop by hand with the changed rules."""
 
 import json
 import os
@@ -435,7 +435,7 @@ def mean_of(prediction, target):
     return prediction.mean()
 
 
-# What a user is told.
+# What a user reads.
 
 
 def test_the_command_forks_and_the_lineage_shows(everystep_command, monkeypatch):

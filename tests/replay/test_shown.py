@@ -1,8 +1,13 @@
 """What results look like where Python shows them: short, whatever they hold."""
 
+import pickle
+import re
+from html import escape, unescape
+
 import pytest
 
 import everystep
+from everystep.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +51,49 @@ def test_answers_are_shown_in_a_line(run):
     assert "they part in step 6 at operation #11, aten.mul.Tensor" in repr(
         run.diff(fork, progress=False)
     )
+
+
+def test_a_notebook_shows_answers_as_the_terminal_prints_them(run, everystep_command):
+    fork = run.fork(5, lr=1e-3, directory="fork", progress=False)
+    names = [str(run.directory), str(fork.directory)]
+    answers = {
+        ("verify", names[0]): run.verify(processes=1, progress=False),
+        ("diff", *names): run.diff(fork, progress=False),
+        ("when", names[0], "loss > 9", "--all"): run.when("loss > 9", "all", progress=False),
+        ("when", names[1], "nonfinite"): fork.first_nonfinite(progress=False),
+        ("measure", names[0], "loss * 3", "--name", "a<b"): run.measure(
+            "loss * 3", name="a<b", overwrite=True, progress=False
+        ),
+    }
+    assert answers.pop(("when", names[1], "nonfinite")) is None
+    for command, answer in answers.items():
+        overwrite = ["--overwrite"] if command[0] == "measure" else []
+        _, printed, _ = everystep_command(*command, *overwrite)
+        shown = answer._repr_html_()
+        text = re.fullmatch(r"<pre style=[^>]*>(.*)</pre>", shown, re.DOTALL)[1]
+        assert unescape(text) == printed.rstrip("\n"), command
+        assert "<b" not in text
+    assert "no step matches" in run.when("loss < 0", progress=False)._repr_html_()
+    again = pickle.loads(pickle.dumps(answers["diff", *names]))
+    assert again._repr_html_() == answers["diff", *names]._repr_html_()
+
+
+def test_the_origin_of_a_nan_is_shown_in_a_notebook(everystep_command):
+    run = everystep.train_experiment("two-layer", {"steps": 12, "optimizer.lr": 10.0}, progress=False)
+    _, printed, _ = everystep_command("when", run.name, "nonfinite")
+    assert escape(printed.rstrip("\n")) in run.first_nonfinite(progress=False)._repr_html_()
+
+
+def test_the_report_is_a_page_that_a_notebook_shows_and_a_table_has_later_measurements(run, tmp_path):
+    report = run.report()
+    assert re.fullmatch("<report of run: [0-9]+ kB of HTML; save.path. writes it>", repr(report))
+    page = re.fullmatch(r'<iframe srcdoc="([^"]*)" [^<]*></iframe>', report._repr_html_())[1]
+    assert unescape(page) == report
+    report.save(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == report
+    with pytest.raises(UsageError, match=r"the directory .*nowhere does not exist"):
+        report.save(tmp_path / "nowhere" / "report.html")
+    run.measure("step / 2", name="half", overwrite=True, progress=False)
+    table = run.table()
+    assert table.frame["half"].to_list() == [step / 2 for step in range(1, 21)]
+    assert ">half</th>" in table._repr_html_() or '"half"' in table._repr_html_()

@@ -22,7 +22,7 @@ from everystep.replay.processes import needs_worker
 
 @pytest.fixture
 def run(monkeypatch):
-    """A run of 40 steps with a snapshot at every eighth, however slow the disk is, opened anew."""
+    """A run of 40 steps with a snapshot at every eighth, however slow the disk is, newly opened."""
     monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
     monkeypatch.setattr(Recorder, "is_behind", False)
     return everystep.open(by_train(new_training(), steps=40).directory)

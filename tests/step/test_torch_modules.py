@@ -9,7 +9,7 @@ from everystep.step.stepper import Stepper
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
-#: Cases whose step is no program: name to what says so.
+#: Cases with a step that cannot be a program: name to the message.
 EAGER = {
     # A cumulative average (momentum=None) divides by the number of batches, as a Python number.
     "BatchNorm2d-1": "_local_scalar_dense",

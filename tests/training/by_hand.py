@@ -155,7 +155,7 @@ def validation_loss(made: Made) -> float:
 
 
 def by_train(made: Made, **options: Any) -> everystep.Run:
-    """Train by `everystep.train`, with one thread unless told otherwise."""
+    """Train by `everystep.train`, with one thread by default."""
     if isinstance(made.schedule, ReduceLROnPlateau):
         options = {"validation": (made.x, made.y), "evaluate_every": EVALUATE_EVERY} | options
     if made.metrics:
@@ -303,7 +303,7 @@ def assert_same(make, steps, **options):
 
 
 def assert_eager(run, capfd, step, reason):
-    """Assert from which step on Python ran, and that the user was told why."""
+    """Assert from which step on Python ran, and that stderr says why."""
     engine = run.facts.training.engine
     assert engine.eager_from == step
     assert reason in engine.reason

@@ -1,4 +1,4 @@
-"""Trainings as rows of one table (`CASES`): what is handed to `train`, made anew each time."""
+"""Trainings as rows of one table (`CASES`): what `train` gets, new objects each time."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ class Noise(nn.Module):
 
 
 def flat() -> nn.Module:
-    """A model whose parameters all lie in one tensor."""
+    """A model with all parameters in one tensor."""
     model = mlp()
     whole = torch.cat([p.detach().flatten() for p in model.parameters()])
     start = 0

@@ -3,6 +3,7 @@ from torch import nn
 
 import everystep
 from everystep.views.segments import as_it_happened
+from everystep.views.step import step_text
 
 
 def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_path):
@@ -31,6 +32,30 @@ def test_an_update_has_its_own_parameters_and_the_last_of_several_has_them(tmp_p
         ("optimizer_actor", ["actor.weight", "actor.bias"]),
     ]
     assert all(seen.settings == {"lr": 0.1} for seen in updates)
+    page = step_text(run[2], run.facts).plain.splitlines()
+    headings = [line for line in page if line.startswith("update")]
+    critic, actor = (f"update    optimizer_{name}: SGD, lr = 0.1" for name in ("critic", "actor"))
+    assert headings == [critic, critic, actor]
     firsts = [seen.segment.first for seen in happened.segments]
     assert firsts == sorted(firsts)
     assert happened.changed_otherwise in ([], ["scale"])
+
+
+def test_the_only_optimizer_is_named_and_statistics_of_complex_numbers_say_what_they_are_of(tmp_path):
+    weight = nn.Parameter(torch.tensor([3 + 4j, 1j, 0j]))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    with everystep.record(run=tmp_path / "run", weight=weight, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.tensor([1.0, 2.0, 3.0])] * 2):
+            optimizer.zero_grad()
+            loss = (weight * x).abs().sum()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    run = everystep.open(tmp_path / "run")
+    page = step_text(run[1], run.facts).plain
+    assert "update    SGD, lr = 0.5\n  #" in page
+    product = next(line.split() for line in page.splitlines() if line.split()[:1] == ["#0"])
+    assert product[4:7] == ["3,", "|z|", "2.333"]  # the mean of 5, 2 and 0
+    alone = step_text(run[1], run.facts, operation=0).plain
+    assert "3 complex64  absolute values:  mean 2.333" in alone
+    assert "[                3+4j                 0+2j                 0+0j]" in alone

@@ -131,7 +131,7 @@ def test_what_is_embedded_as_json_is_json(changed):
     html = report_html(changed(("UPDATE steps SET loss = ? WHERE step = ?", [(None, 7), (9e999, 9)])))
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     pieces = html.split('<script type="application/json"')[1:]
     assert pieces

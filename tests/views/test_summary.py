@@ -46,8 +46,8 @@ def test_tells_the_run_in_a_few_lines(trained):
     html = summary_html(run)
     text = "".join(ElementTree.fromstring(html).itertext())
     update = optimizers_text(run.facts.training.optimizers)
-    for told in ("run", "finished", "MSELoss(reduction='sum')", update, "50"):
-        assert told in text
+    for shown in ("run", "finished", "MSELoss(reduction='sum')", update, "50"):
+        assert shown in text
     assert len(html) < 10_000
 
 

@@ -15,7 +15,7 @@ import typer.core
 
 from everystep.cli.asking import diff, measure, verify, when
 from everystep.cli.making import experiments, fork, train
-from everystep.cli.output import hint
+from everystep.cli.output import hint, print_in_any_encoding
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError, UsageError, did_you_mean
 
@@ -40,9 +40,11 @@ class _Commands(typer.core.TyperGroup):
     """The commands; an unknown one is answered by what there is."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = args[0] if args else ""
+        name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
-            cure = _INSTEAD.get(name) or did_you_mean(name, self.list_commands(ctx))
+            known = self.list_commands(ctx)
+            begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
+            cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
             raise UsageError(f"no command {name!r}; {cure or 'everystep -h lists the commands'}")
         return super().resolve_command(ctx, args)
 
@@ -53,7 +55,6 @@ app = typer.Typer(
     name="everystep",
     help="Train a neural network step by step, and keep every step.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -87,13 +88,14 @@ def version(
 
 def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
+    print_in_any_encoding()
     try:
         app()
     except EverystepError as error:
         hint(f"everystep: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`); there is nobody to tell.
+        # The reader of our output has gone (`| head`); the rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from everystep.cli.completing import run_names
+
 __all__ = [
     "BudgetOption",
     "JsonOption",
@@ -19,10 +21,16 @@ __all__ = [
 ]
 
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's directory, or its name in runs/.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run's directory, or its name in runs/.", autocompletion=run_names
+    ),
 ]
 RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN...", help="Run directories, or their names in runs/.")
+    list[str],
+    typer.Argument(
+        metavar="RUN...", help="Run directories, or their names in runs/.", autocompletion=run_names
+    ),
 ]
 SettingsOption = Annotated[
     list[str] | None,

@@ -9,6 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from everystep.cli.arguments import BudgetOption, QuietOption, RunArgument, SettingsOption
+from everystep.cli.completing import (
+    device_names,
+    engine_names,
+    experiment_names,
+    experiments_and_files,
+)
 from everystep.cli.output import hint
 from everystep.errors import UsageError, did_you_mean
 
@@ -18,19 +24,29 @@ __all__ = ["experiments", "fork", "train"]
 def train(
     experiment: Annotated[
         str,
-        typer.Argument(metavar="EXPERIMENT", help="TOML file, or name of a built-in experiment."),
+        typer.Argument(
+            metavar="EXPERIMENT",
+            help="TOML file, or name of a built-in experiment.",
+            autocompletion=experiments_and_files,
+        ),
     ] = "two-layer",
     settings: SettingsOption = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Number of passes over all rows, instead of steps.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps, or auto.", autocompletion=device_names),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data, model and batches.")] = None,
     threads: Annotated[int | None, typer.Option(help="Number of threads that torch uses.")] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="program, eager, or auto: by program where the bits are identical."),
+        typer.Option(
+            help="program, eager, or auto: by program where the bits are identical.",
+            autocompletion=engine_names,
+        ),
     ] = None,
     fold: Annotated[
         bool | None,
@@ -77,7 +93,10 @@ def train(
 
 
 def experiments(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The experiment to print.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="The experiment to print.", autocompletion=experiment_names),
+    ] = None,
 ) -> None:
     """List the built-in experiments, or print one to copy and change."""
     from everystep.experiment.specification import built_in

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,33 @@ import typer
 
 from everystep.errors import UsageError
 
-__all__ = ["hint", "tell", "write"]
+__all__ = ["hint", "print_in_any_encoding", "tell", "write"]
+
+#: What stands for a character that the terminal's encoding lacks.
+_PLAIN = {
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{MIDDLE DOT}": "*",
+    "\N{PARTIAL DIFFERENTIAL}": "d",
+    "\N{MODIFIER LETTER CAPITAL T}": "^T",
+    "\N{SUPERSCRIPT TWO}": "^2",
+    "\N{HORIZONTAL ELLIPSIS}": ".",
+}
+
+
+def print_in_any_encoding() -> None:
+    """Let stdout and stderr replace the characters that their encoding lacks, in place of an error."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        lacking = error.object[error.start : error.end]
+        plain = (_PLAIN.get(each, each) for each in lacking)
+        return "".join(plain).encode("ascii", "backslashreplace").decode(), error.end
+
+    codecs.register_error("everystep", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="everystep")
 
 
 def write(path: Path, make: Callable[[], object]) -> None:
@@ -24,7 +53,8 @@ def write(path: Path, make: Callable[[], object]) -> None:
         is_nowhere = isinstance(error, FileNotFoundError) and not path.parent.exists()
         reason = f"the directory {path.parent} does not exist" if is_nowhere else error.strerror
         raise UsageError(f"{path} cannot be written: {reason or error}") from None
-    hint(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+    size = path.stat().st_size
+    hint(f"{path} ({size / 1000:,.0f} kB)" if size >= 1000 else f"{path} ({size} bytes)")
 
 
 def tell(problems: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument
+from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
 from everystep.cli.output import hint, tell, write
 from everystep.errors import RunError, UsageError
 
@@ -36,9 +37,11 @@ def runs(
     if json:
         typer.echo(runs_json(summaries))
     elif summaries:
-        width = None if sys.stdout.isatty() else 200  # the reader of the pipe cuts lines
-        console = Console(highlight=False, width=width)
-        console.print(runs_table(summaries, console))
+        if sys.stdout.isatty():
+            console = Console(highlight=False)
+            console.print(runs_table(summaries, console.width))
+        else:  # the reader of the pipe cuts lines
+            Console(highlight=False, width=1000).print(runs_table(summaries))
     else:
         hint(f"{directory} has no runs; everystep train creates the first")
 
@@ -101,6 +104,7 @@ def plot(
             "-m",
             metavar="NAME",
             help="Also draw this measurement, such as validation_loss. Repeatable.",
+            autocompletion=measurement_names,
         ),
     ] = None,
 ) -> None:
@@ -140,10 +144,19 @@ def step(
     ],
     phase: Annotated[
         str | None,
-        typer.Option(help="Show only this phase: batch, forward, loss, zero_grad, backward, update."),
+        typer.Option(
+            help="Show only this phase: batch, forward, loss, zero_grad, backward, update.",
+            autocompletion=phase_names,
+        ),
     ] = None,
     operation: Annotated[
-        int | None, typer.Option("--op", metavar="N", help="Show only this operation, in full.")
+        int | None,
+        typer.Option(
+            "--op",
+            metavar="N",
+            help="Show only this operation, in full.",
+            autocompletion=operation_numbers,
+        ),
     ] = None,
     values: Annotated[bool, typer.Option("--values", help="Print the values of tensors.")] = False,
     json: JsonOption = False,
@@ -185,6 +198,7 @@ def view(
         typer.Argument(
             metavar="RUN|DIRECTORY",
             help="Run to open (its directory, or its name in runs/), or a directory of runs.",
+            autocompletion=run_names,
         ),
     ] = "runs",
     host: Annotated[
@@ -212,4 +226,6 @@ def view(
     from everystep.page.server import place_of, serve
 
     directory, run = place_of(what)
+    if not directory.exists():
+        hint(f"{what}/ does not exist yet; the page shows runs as soon as they start")
     serve(directory, run, host=host, port=port, browser=browser)

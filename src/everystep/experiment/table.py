@@ -20,6 +20,11 @@ from everystep.experiment.specification import TableData
 
 __all__ = ["Table", "read_table"]
 
+#: Of a table with more columns, so many are named in a message.
+_COLUMNS_NAMED = 20
+#: 2024-03-17, 2024/3/17, 17.3.2024, 3/17/24; with or without a time.
+_DAY = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
+_DATE = r"^\s*" + _DAY + r"([T ]\d{1,2}:\d{2}.*)?\s*$"
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
 
 
@@ -81,10 +86,10 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     target = [data.target] if isinstance(data.target, str) else list(data.target)
     features = data.features or [name for name in frame.columns if name not in target]
     faults = [
-        Fault(f"data.{key}", f"no column {name!r} in {Path(data.path).name}; {cure}".rstrip("; "))
+        Fault(f"data.{key}", f"no column {name!r} in {Path(data.path).name}; {_known(name, frame)}")
         for key, names in (("target", target), ("features", features))
         for name in names
-        if name not in frame.columns and (cure := did_you_mean(name, frame.columns)) is not None
+        if name not in frame.columns
     ]
     faults += [
         Fault("data.features", f"{name!r} is the target; remove it from the features")
@@ -142,12 +147,28 @@ def _read_text(path: Path, separator: str) -> pl.DataFrame:
     return named.filter(~pl.all_horizontal(pl.all().is_null()))  # empty lines are no rows
 
 
+def _known(name: str, frame: pl.DataFrame) -> str:
+    """Return the most similar columns, and all, as far as they fit in a message."""
+    near = [cure] if (cure := did_you_mean(name, frame.columns)).endswith("?") else []
+    shown = ", ".join(frame.columns[:_COLUMNS_NAMED])
+    more = f", and {len(frame.columns) - _COLUMNS_NAMED} more" * (len(frame.columns) > _COLUMNS_NAMED)
+    return " ".join([*near, f"the columns are {shown}{more}"])
+
+
 def _likely_separator(heading: str) -> str:
     return next((separator for separator in ";\t|," if separator in heading), "")
 
 
 def _is_numeric(column: pl.Series) -> bool:
     return column.dtype.is_numeric() or column.dtype == pl.Boolean
+
+
+def _is_date(column: pl.Series) -> bool:
+    """Tell whether all values are dates or times, as such or as text."""
+    if column.dtype in (pl.Date, pl.Datetime):
+        return True
+    words = column.drop_nulls()
+    return words.dtype == pl.String and len(words) > 0 and bool(words.str.contains(_DATE).all())
 
 
 def _missing(column: pl.Series) -> pl.Series:
@@ -173,6 +194,8 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> lis
             )
         elif column.dtype.is_float() and column.is_infinite().any():
             faults.append(Fault("data.target", f"{name!r} has infinite values"))
+        elif not classes and _is_date(column):
+            faults.append(Fault("data.target", f"{name!r} contains {_dates_text(column)}"))
         elif not classes and not _is_numeric(column) and not _is_yes_or_no(column, target):
             faults.append(
                 Fault(
@@ -205,6 +228,9 @@ def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> l
             )
         elif column.dtype.is_float() and column.drop_nulls().is_infinite().any():
             faults.append(Fault(f"column {name!r}", "has infinite values; remove those rows"))
+        elif _is_date(column):
+            cure = f"{_dates_text(column)}, or leave the column out of data.features"
+            faults.append(Fault(f"column {name!r}", f"contains {cure}"))
         elif not (_is_numeric(column) or column.dtype in (pl.String, pl.Categorical, pl.Enum)):
             faults.append(
                 Fault(
@@ -230,6 +256,11 @@ def _mostly_numbers(column: pl.Series) -> list[Fault]:
             "leave the column out of data.features",
         )
     ]
+
+
+def _dates_text(column: pl.Series) -> str:
+    first = str(column.drop_nulls()[0])
+    return f"dates ({first!r}), not numbers; write them as numbers, such as days since the first date"
 
 
 def _first_word(column: pl.Series) -> str:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import uvicorn
 
-from everystep.errors import RunError, UsageError
+from everystep.errors import UsageError
 from everystep.page.app import UntilEnd, application
 from everystep.page.guard import Guard, is_loopback
 from everystep.page.secret import token_of
@@ -36,13 +36,13 @@ def place_of(what: str | Path) -> tuple[Path, str | None]:
     """Return the directory of runs to serve, and the run to open at, if one was named.
 
     Raises:
-        RunError: there is neither.
+        RunError: there is neither. runs/ need not exist yet.
     """
     path = Path(what)
     if path.is_dir() and not (path / FILE_NAME).is_file():
         return path.resolve(), None
-    if path == RUNS:
-        raise RunError(f"{RUNS}/ does not exist; everystep train makes the first run there")
+    if path == RUNS and not path.exists():
+        return path.resolve(), None
     found = find_run(what)
     # A link to a run stays where it lies, among its neighbours.
     run = found.resolve() if found.name in ("", "..") else found.absolute()

@@ -38,7 +38,7 @@ _ENUMERATIONS: dict[str, dict[str, Any]] = {
     "float": {"nan": math.nan, "inf": math.inf, "-inf": -math.inf},
 }
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
-#: Kinds of parameters, as schemas write them, and the key of what they take.
+#: Kinds of parameters, as schemas write them, and the key of their arguments.
 _KEYS = {
     "str": "text",
     "ScalarType": "dtype",

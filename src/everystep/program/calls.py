@@ -22,7 +22,7 @@ __all__ = ["ASK_FOR_GRADIENTS", "Call", "late_calls", "prebuilt_calls", "quickes
 
 Call = Callable[[], Any]
 
-#: Operators without kernels of their own for given tensors, and what they are made of in ATen.
+#: Operators without kernels that write into given tensors, and the ATen operators that they call.
 _SAME_AS: dict[str, Callable[[list[Any], Tensor], Call]] = {
     # ATen's relu is clamp_min(x, 0).
     "aten.relu.default": lambda arguments, result: partial(torch.clamp_min, arguments[0], 0, out=result),
@@ -42,7 +42,7 @@ _ELEMENTWISE_LOSSES = {
     "aten.smooth_l1_loss.default",
     "aten.soft_margin_loss.default",
 }
-#: Kernels that ask whether gradients are wanted, although they are called below autograd.
+#: Kernels that check whether gradients are wanted, although they are called below autograd.
 ASK_FOR_GRADIENTS = {"aten.mkldnn_rnn_layer.default"}
 
 
@@ -54,7 +54,7 @@ def prebuilt_calls(
 ) -> list[Call]:
     """Return functions that, called in order, apply the operator and write its results into `results`.
 
-    To be made, and called, below autograd.
+    Make and call them below autograd.
     """
     if _writes_in_place(operator):
         return [_fastest(operator, arguments, keywords)]
@@ -239,7 +239,7 @@ class _Probe(OperatorMode):  # type: ignore[no-untyped-call]
         self.calls.append((args, keywords))
         parameters = func._schema.arguments
         given = {p.name: v for p, v in zip(parameters, args, strict=False)} | keywords
-        # An operator that writes gives back what it wrote into.
+        # An operator that writes returns the tensor that it wrote into.
         written = [given[p.name] for p in parameters if p.alias_info and p.alias_info.is_write]
         count = len(func._schema.returns)
         return None if count == 0 else written[0] if count == 1 else tuple(written[:count])

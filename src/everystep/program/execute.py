@@ -43,7 +43,7 @@ class Observed(NamedTuple):
 
 
 class without_autograd:  # noqa: N801  # used as a function, and much faster than a generator
-    """Calls within go past autograd: programs hold its operations already."""
+    """Bypass autograd within: programs hold its operations already."""
 
     __slots__ = ("_before", "_guard")
 
@@ -130,7 +130,7 @@ class BoundProgram:
         _run(list(chain.from_iterable(self._calls_of[: self._forward_until])))
 
     def run_backward(self) -> None:
-        """Run what `run_forward` leaves."""
+        """Run the rest of the step after `run_forward`."""
         _run(list(chain.from_iterable(self._calls_of[self._forward_until :])))
 
     @property

@@ -176,7 +176,7 @@ class Operation(Model):
         unknown = self.keywords.keys() - {p.name for p in known}
         if unknown or len(given) < len(self.arguments) + len(self.keywords):
             raise ValueError(f"{operator} does not accept the keywords {sorted(self.keywords)} here")
-        # Kernels of the backward pass take no tensor where nothing was kept in the forward pass.
+        # Kernels of the backward pass get no tensor if the forward pass kept nothing.
         may_be_none = "backward" in self.name
         for parameter in known:
             if parameter.name not in given:

@@ -15,5 +15,5 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # The compiler would be imported to be told to keep away.
+        # Skipping the compiler would import it.
         return False

@@ -44,13 +44,13 @@ _ARGUMENT_TYPES = re.compile(
 )
 _RESULT_TYPES = re.compile(r"(List\[)?Tensor\]?")
 
-#: A text is the name of a variant of the computation in these, and might be a file's in others.
+#: In these, a text names a variant of the computation; in others, it might name a file.
 _TEXT_ARGUMENTS = {
     *("approximate", "rounding_mode", "reduce", "indexing", "side", "norm"),
     *("mode", "driver", "UPLO"),
 }
 
-#: What of torch's inside programs need to be captured, checked and run.
+#: The internals of torch that programs need to be captured, checked and run.
 _NEEDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     (
         "torch._C",
@@ -67,7 +67,7 @@ _NEEDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ),
 )
 
-#: Besides those whose schema says that they give a view: they give memory, or a view of it.
+#: They return memory, or a view of it, although their schema does not say that they return a view.
 _MEMORY_ONLY = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"),
@@ -100,14 +100,14 @@ class Parameter(NamedTuple):
 def resolve(name: str, *, is_plain: bool = False) -> Any:
     """Return the operator `aten.name.overload` of `torch.ops`, if a step that is captured may call it.
 
-    Allowed is what computes tensors from tensors and numbers alone: it reads no file, starts
+    An allowed operator computes tensors from tensors and numbers alone: it reads no file, starts
     nothing, changes no tensor's shape or memory, and its results' shapes do not depend on the numbers
-    in its tensors. A program has of these what `computes`.
+    in its tensors. A program contains those that compute, see `computes`.
 
     is_plain: whether it is for a plain program, which may use `PLAIN_ONLY`, too.
 
     Raises:
-        NotAllowedError: it is unknown, or no such operation.
+        NotAllowedError: it is unknown, or not such an operation.
     """
     missing = next(_missing(), None)
     if missing is not None:
@@ -126,7 +126,7 @@ def resolve(name: str, *, is_plain: bool = False) -> Any:
 
 
 def _missing() -> Iterator[str]:
-    """Yield what programs need of torch's inside and this torch does not have."""
+    """Yield what programs need of torch's internals and this torch does not have."""
     for place, owner, names in _NEEDED:
         yield from (f"{place}.{name}" for name in names if not hasattr(owner, name))
 

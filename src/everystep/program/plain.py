@@ -57,7 +57,7 @@ def _slots(operator: Any) -> frozenset[str]:
     """Return the arguments of an operator that hold numbers which may differ at each step."""
     if operator.overloadpacket.__name__ in _SHAPED_BY_NUMBERS:
         return frozenset()
-    # A number may stand in the place of a tensor, too.
+    # A number may replace a tensor, too.
     kinds = ("number", "float", "Tensor")
     held = [f"{holder}[{kind}]" for holder in ("Optional", "List") for kind in kinds]
     return frozenset(p.name for p in parameters(operator) if p.kind in (*kinds, *held))
@@ -69,7 +69,7 @@ def is_number_slot(operator: Any, name: str) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether an argument, as a program holds it, is a number and no truth value."""
+    """Tell whether an argument, as a program holds it, is a number, not a truth value."""
     is_special = isinstance(value, dict) and "float" in value
     return is_special or (isinstance(value, int | float) and not isinstance(value, bool))
 
@@ -78,7 +78,7 @@ class PlainProgram:
     """A plain program, ready to be run.
 
     Raises:
-        ProgramError: an argument is nothing that a program holds.
+        ProgramError: an argument is not of a kind that a program holds.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
@@ -345,7 +345,7 @@ def lay_inputs(plain: PlainProgram, given: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
-    """Tell whether a tensor has the geometry that a program has for it."""
+    """Tell whether a tensor has the geometry that a program expects."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
         return False
     if tensor.layout != torch.strided or tensor.storage_offset() != spec.offset:

@@ -31,7 +31,7 @@ __all__ = ["check_soundness"]
 META = torch.device("meta")
 Given = dict[str, Any]
 
-#: Kernels whose results besides the first depend on the device, or of which meta knows too little.
+#: Kernels with results, besides the first, that depend on the device or that meta does not know.
 _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
 
 #: They trust the numbers in their second argument, which goes with the first: how rows were swapped.
@@ -54,7 +54,7 @@ def check_soundness(
         for index, (place, operation) in enumerate(operations):
             try:
                 check.operation(index)
-            except Exception as error:  # whatever torch makes of what it is given
+            except Exception as error:  # torch may raise anything
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ValueError(f"{place}: {operation.operator}: {reason:.200}") from None
 
@@ -94,7 +94,7 @@ class _Check:
             Exception: whatever torch raises; ValueError for what is found here.
         """
         operation = self._operations[index]
-        if operation.operator in PLAIN_ONLY:  # shapes alone do not say what they give
+        if operation.operator in PLAIN_ONLY:  # their results do not depend on shapes alone
             return
         if operation.name in FORWARD:
             self._check_forward(index)
@@ -105,7 +105,7 @@ class _Check:
             raise ValueError("its tensors do not fit together")
         try:
             found = _results_on_meta(operation, self._meta)
-        except NotImplementedError:  # a kernel that has none for shapes alone
+        except NotImplementedError:  # an operator without a kernel for shapes alone
             return
         self._check_results(operation, found)
 
@@ -142,7 +142,7 @@ class _Check:
                 )
 
     def _check_forward(self, index: int) -> None:
-        """Check that the operation comes before that a kernel of the backward pass belongs to."""
+        """Check that the forward operation of a kernel of the backward pass comes before it."""
         base, _ = FORWARD[self._operations[index].name]
         places = (*self._by_name.get(base, ()), *self._by_name.get(f"{base}_forward", ()))
         if not any(place < index and self._is_forward(place, index) for place in places):

@@ -30,14 +30,14 @@ class Additions:
         with self._database.transaction():
             self._database.write_measurements(rows)
 
-    def begin_measurement(self, name: str, meaning: MeasuredFacts, *, anew: bool) -> None:
-        """Note what a measurement means; `anew`: delete existing values of that name.
+    def begin_measurement(self, name: str, meaning: MeasuredFacts, *, replacing: bool) -> None:
+        """Note what a measurement means; `replacing`: delete existing values of that name.
 
         Raises:
             RecordingError: it cannot be written.
         """
         with self._database.transaction():
-            if anew:
+            if replacing:
                 self._database.remove_measurement(name)
             known = self._database.facts().measured
             self._database.write_facts({"measured": known | {name: meaning}})

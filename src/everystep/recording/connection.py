@@ -82,7 +82,7 @@ _LONGEST_VALUE = 64_000_000
 
 
 def begin_database(path: Path) -> None:
-    """Create the database of a run: from the first moment that it is there, it is one.
+    """Create the database of a run; it is complete from the moment it exists.
 
     Raises:
         OSError, sqlite3.Error: it cannot be written.

@@ -35,7 +35,7 @@ __all__ = [
     "unpacked",
 ]
 
-#: Bytes of batches and other inputs that a run may keep, unless told otherwise.
+#: Bytes of batches and other inputs that a run may keep, by default.
 DEFAULT_BATCH_BUDGET = 2_000_000_000
 FOLDER = "batches"
 #: The budget is kept in so many files.
@@ -57,10 +57,10 @@ class Given(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Any) -> Given:
-        """Return what `to_json` was called of.
+        """Return the input that `to_json` wrote.
 
         Raises:
-            ValueError: it is nothing that `to_json` returns.
+            ValueError: `to_json` does not return this.
         """
         dtype, shape, digests = data
         if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in shape):

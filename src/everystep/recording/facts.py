@@ -165,7 +165,7 @@ class EngineFacts(_Fact):
     reason: str | None
 
 
-#: Where a run says nothing else, Python took the steps.
+#: Unless a run says otherwise, Python ran the steps.
 EAGERLY = EngineFacts(
     asked="auto",
     fold=False,

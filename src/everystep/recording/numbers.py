@@ -48,8 +48,8 @@ def fingerprint(directory: Path) -> tuple[int, ...]:
                 raise RunError(f"{directory} is not a run any more: {FILE_NAME} is missing") from None
             continue
         found += [stat.st_ino, stat.st_mtime_ns, stat.st_size]
-    # Two changes within a tick of the file system's clock have the same time: of what changed just now,
-    # no two fingerprints are equal.
+    # Two changes within a tick of the file system's clock have the same time, so fingerprints of a
+    # file that just changed all differ.
     now = time.time_ns()
     if abs(now - max(found[1::3])) < _TICK:
         found.append(now)

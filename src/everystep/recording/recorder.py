@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_BUDGET", "Recorder", "Taken", "create_directory"]
 
-#: Bytes of snapshots a run may keep, unless told otherwise.
+#: Bytes of snapshots a run may keep, by default.
 DEFAULT_BUDGET = 512_000_000
-#: Bytes of a snapshot from which on the time to write it counts, not that of the thread alone.
+#: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
 
 
@@ -259,7 +259,7 @@ class Recorder:
                 continue
             try:
                 job()
-            except BaseException as error:  # handed to the training thread by `check`
+            except BaseException as error:  # `check` raises it in the training thread
                 self._error = error
 
     def _in_transaction(self, write: Callable[[], None]) -> None:
@@ -332,7 +332,7 @@ class Recorder:
         self._in_transaction(lambda: self._database.write_facts({"data_file": fact}))
 
     def _write_snapshot(self, state: State) -> None:
-        import safetensors.torch  # noqa: F401  # the first snapshot shall not seem slow for this
+        import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
 
         started, began = time.thread_time(), time.perf_counter()
         row = write_snapshot(self.directory / "snapshots", state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +41,7 @@ EXPERIMENT_FILE = "experiment.toml"
 class Summary(NamedTuple):
     """A run in one line. Losses are None if the run has no steps, or its loop logs no loss.
 
-    nonfinite_step: the first whose loss is not finite; seconds: how long it took; optimizer: class
+    nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
     validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
     name of its parent and the last step taken from it; note: the user's own words.
@@ -369,11 +370,21 @@ def find_run(name: str | Path, runs: Path = RUNS) -> Path:
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
-    """Yield the directories of all runs directly in `directory`, sorted by name.
+    """Yield the directories of all runs directly in `directory`, by name: digits-2 before digits-10.
 
     Raises:
-        RunError: the directory does not exist.
+        RunError: the directory does not exist, or is a run itself.
     """
     if not Path(directory).is_dir():
         raise RunError(f"{directory} is not a directory; `everystep train` creates the first run")
-    yield from sorted(path.parent for path in Path(directory).glob(f"*/{FILE_NAME}"))
+    if (Path(directory) / FILE_NAME).is_file():
+        here = Path(directory)
+        around = here / ".." if here.name in ("", "..") else here.parent
+        raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs beside it")
+    found = [path.parent for path in Path(directory).glob(f"*/{FILE_NAME}")]
+    yield from sorted(found, key=lambda path: _in_order(path.name))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names by their words, and numbers within them by value."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]

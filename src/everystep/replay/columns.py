@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.recording.run import RecordedRun
 from everystep.replay.expression import Expression, Reference, parse
+from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Which = Literal["first", "last", "all"]
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Shown):
     """Steps at which a condition is true; inexact: steps from which on a replay was not exact."""
 
     steps: tuple[int, ...]

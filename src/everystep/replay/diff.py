@@ -25,6 +25,7 @@ from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference,
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.replay import Replay
+from everystep.replay.shown import Shown
 from everystep.replay.step import ReplayStepper
 from everystep.step.check import StateDifference, bytes_of, state_differences
 from everystep.training.objects import Objects
@@ -38,7 +39,7 @@ STRIDE = 64
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Shown):
     """How two runs differ.
 
     experiments, numerics: settings, and other things that bits depend on, by name, in both; steps: the

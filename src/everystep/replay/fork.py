@@ -102,7 +102,7 @@ class Fork:
             at=self.at,
             changed={path: value for path, value in self.settings.items() if _is_plain(value)},
         )
-        # With a schedule, all is recorded; otherwise, what is not as it was.
+        # With a schedule, all is recorded; otherwise, only what changed.
         known = {} if job.training.schedule else hyperparameters
         job = replace(
             job,
@@ -136,7 +136,7 @@ class Fork:
         advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
         followed = self.run.measured("validation_loss")
         with warnings.catch_warnings():
-            # It says that the optimizer has taken no step, which is so.
+            # It says that the optimizer has not stepped, which is true.
             warnings.simplefilter("ignore", UserWarning)
             for number in range(known.step + 1, self.at + 1):
                 if isinstance(schedule, ReduceLROnPlateau):

@@ -24,6 +24,7 @@ from everystep.replay.expression import Reference
 from everystep.replay.parallel import Span, Visitor, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
+from everystep.replay.shown import Shown
 from everystep.replay.step import ReplayStepper, Step
 
 __all__ = ["NonFinite", "Probe", "find_nonfinite"]
@@ -32,7 +33,7 @@ Values = dict[Reference, Tensor]
 
 
 class Probe:
-    """Observes the steps of a training, and knows the values of some references after each.
+    """Observes the steps of a training, and provides the values of some references after each.
 
     Args:
         stepper: the training, at any state.
@@ -155,7 +156,7 @@ def _name_of_state(reference: Reference) -> str:
 
 
 @dataclass(frozen=True)
-class NonFinite:
+class NonFinite(Shown):
     """The origin of the first NaN or infinity of a run.
 
     step: the opened step; index: of the operation that made it, None if it came with the batch or the

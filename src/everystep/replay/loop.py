@@ -155,7 +155,7 @@ class LoopStepper(ReplayStepper):
     def run(self, last: int) -> Tensor:
         """Run the steps up to `last`; return their losses (steps), on the CPU.
 
-        If a step logged no loss, or one that no operation returns, this returns the recorded one.
+        If a step logged no loss, or a loss that no operation returned, this is the recorded one.
 
         Raises:
             RunError: nothing repeats a step, or its inputs were dropped.
@@ -249,7 +249,7 @@ class LoopStepper(ReplayStepper):
         return float(taken.loss)
 
     def _compare_digests(self, number: int, digests: dict[str, Any]) -> None:
-        """Compare the state after a step with what was recorded of it, until something differs."""
+        """Compare the state after a step with its recorded digests, until one differs."""
         if self._has_departed:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)

@@ -34,9 +34,9 @@ __all__ = [
     "spans",
 ]
 
-#: Where the training took less than this, this process replays it alone: others must start first.
+#: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
-#: Steps that are taken between two looks at the losses.
+#: Steps that run between two looks at the losses.
 STRIDE = 256
 #: Neighbouring spans that a process is given at once, if there are enough.
 GROUP = 8
@@ -81,7 +81,7 @@ class Replayed:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all was as recorded."""
+        """Whether all losses and states match the recording."""
         return self.different_losses == 0 and not self.states
 
 
@@ -96,7 +96,7 @@ class Visitor:
     is_done = False
 
     def begin(self, replay: Replay, span: Span) -> int:
-        """Return the state that the way begins with: that before the span, or an earlier one."""
+        """Return the state to start from: that before the span, or an earlier one."""
         return span.first - 1
 
     def take(self, replay: Replay, last: int, span: Span) -> Tensor:
@@ -120,9 +120,9 @@ def spans(run: RecordedRun, first: int, last: int) -> list[Span]:
 
 
 def coarser(wanted: list[Span], is_wanted: bool) -> list[Span]:
-    """Return fewer, longer spans, `SPANS_EACH` for each core, if that is wanted.
+    """Return fewer, longer spans, `SPANS_EACH` for each core, if wanted: for visitors that need the
 
-    That is for what must go back a step from each span, which means through the span before.
+    step before each span, and so must replay the span before.
     """
     if not is_wanted:
         return wanted
@@ -187,7 +187,7 @@ def parallel(
                 else:
                     again.append(replayed.span)
             if again:
-                # One thread is not what the run was trained with, and it matters: no use in going on so.
+                # The run was trained with more threads, and that matters: do not continue with one.
                 for other, group in futures.items():
                     if not other.cancelled() and other.cancel():
                         again += group

@@ -43,7 +43,7 @@ def recorded_numerics(facts: Facts) -> Numerics:
     """Return the numerics that a run was trained under.
 
     Raises:
-        RunError: it was never begun, or was altered.
+        RunError: it never started, or was changed.
     """
     known = facts.training.numerics
     if not 1 <= known.threads <= MOST_THREADS:
@@ -123,7 +123,7 @@ class Opener:
 
     @property
     def problems(self) -> list[str]:
-        """What was noticed, such as a snapshot that cannot be read."""
+        """Problems found, such as an unreadable snapshot."""
         found: list[str] = self.call(getattr, "problems")
         return found
 

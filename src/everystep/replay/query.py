@@ -23,6 +23,7 @@ from everystep.replay.hooks import Probe
 from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
+from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.training.measurements import RESERVED_NAMES
 
@@ -200,7 +201,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Shown):
     """The result of measuring: values by step; left_out: steps from which on a replay was not exact."""
 
     name: str
@@ -251,7 +252,7 @@ def measure(
     left_out: list[int] = []
     with adding(run.directory) as additions:
         is_new = _check_name(run, name, meaning, overwrite)
-        additions.begin_measurement(name, meaning, anew=is_new)
+        additions.begin_measurement(name, meaning, replacing=is_new)
         values = {} if is_new else run.measured(name)
         if isinstance(question, Expression) and question.is_recorded:
             last = run.summary().steps
@@ -316,7 +317,7 @@ def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:
     """Return the answers of steps that are the original, and the first of those that are not."""
     if replayed.is_exact:
         return replayed.result, []
-    # Where only the closing state tells, nobody knows from which step of the span on.
+    # If only the final state differs, the first differing step of the span is unknown.
     departed = replayed.first_loss.step if replayed.first_loss else replayed.span.first
     return [(step, value) for step, value in replayed.result if step < departed], [departed]
 

@@ -54,7 +54,7 @@ class Replay:
         self.run = run
         self.problems: list[str] = []
         self.departed_at: int | None = None
-        # Of a run that nobody trains any more, what was read once need not be read again.
+        # A run that is no longer trained need not be read again.
         self._is_over = run.status != "running"
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None
@@ -121,7 +121,7 @@ class Replay:
         return stepper
 
     def next_step(self) -> Step:
-        """Open the step after the state that the replay stands at; call it inside `in_force`."""
+        """Open the step after the current state; call it inside `in_force`."""
         stepper = self.stepper
         assert stepper.state is not None
         stepper.settle()
@@ -190,7 +190,7 @@ class Replay:
 
     @contextmanager
     def in_force(self, step: int) -> Iterator[None]:
-        """Hold the numerics of a step; the caller's random generators keep their state."""
+        """Apply the numerics of a step; the caller's random generators keep their state."""
         facts = self.stretches[self.stretch_of(step)].facts
         device, known = torch.device(facts.device), facts.numerics
         held = numerics.in_force(
@@ -321,7 +321,7 @@ class Replay:
         return self._steppers[at]
 
     def _depart(self, step: int, problem: str) -> None:
-        """A step has done something else than was recorded."""
+        """Note that a step did something other than recorded."""
         self.departed_at = step if self.departed_at is None else min(step, self.departed_at)
         self._note(problem)
 

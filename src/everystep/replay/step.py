@@ -104,7 +104,7 @@ class Step:
     tensors are copies, on the device that replayed the step.
 
     loss: from the replay; recorded_loss: from the recording; departed_at: the first step, up to this
-    one, whose replay differs from the recording, None if there is none; batch; parameters, buffers: by
+    one, with a replay that differs from the recording, or None; batch; parameters, buffers: by
     name; activations: the output of each module, by its path (a tuple if it returned several tensors);
     dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
     backward pass left them (clipping is the first part of the update); updates: by parameter;

@@ -12,13 +12,14 @@ from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
 from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.shown import Shown
 from everystep.step.check import StateDifference, distance
 
 __all__ = ["Verification", "verify"]
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """The result of replaying every step of a run.
 
     steps: the number of replayed steps; different_steps: the number with another loss; first_loss: the

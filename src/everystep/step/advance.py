@@ -44,7 +44,7 @@ def advance(
         last: the last step.
         begin: puts everything in place for a step and returns its program, None if it has none.
         keep: called with each step that ran, and its program.
-        is_steady: the program of the first step takes all of them, and finds everything in place.
+        is_steady: the program of the first step runs all of them, with everything in place.
         hook: looks at the steps, and may end them early.
 
     Raises:

@@ -77,7 +77,7 @@ class Builder:
     ) -> None:
         self._captured = captured
 
-        # What the optimizer makes and exchanges is its own affair where its step is one operation.
+        # If the optimizer step is one operation, what it creates and replaces is not in the program.
         def ours(tensors: dict[str, int]) -> dict[str, int]:
             return {n: number for n, number in tensors.items() if not n.startswith(left_out)}
 
@@ -85,7 +85,7 @@ class Builder:
         self._appeared = ours(captured.appeared)
         self._replaced = ours(captured.replaced)
         self._names: dict[int, str] = {}
-        self._taken = Counter([*captured.named])  # a part of the batch may be called like an operator
+        self._taken = Counter([*captured.named])  # a part of the batch may have the name of an operator
         self._views: dict[str, int] = {}
         self._storages: dict[str, Storage] = {}
         self._tensors: dict[str, TensorSpec] = {}

@@ -127,12 +127,12 @@ def state_differences(
 
 
 def _compared(state: State) -> set[str]:
-    # What a loop of the user's draws besides its steps is not repeated, but given to those that draw.
+    # Draws of a user's loop between its steps are not repeated; steps get the recorded generators.
     is_own_loop = "parts" in state.settings
     left_out = ("generator/",) if is_own_loop else ("generator/python", "generator/numpy")
     own = {n for n in state.rest if not n.startswith(left_out)}
     found = own | {f"parameters/{name}" for name in state.parameters}
-    # Which are in a state_dict may change on the way, as layers come and go.
+    # The tensors of a state_dict may change meanwhile, as layers are added and removed.
     return {_OF_MODEL.sub("parameters/", name) for name in found} if is_own_loop else found
 
 

@@ -123,7 +123,7 @@ class PartsCheckpoint:
         self._schedules = [(each, _plain_data(vars(each))) for each in inner]
 
     def restore(self) -> None:
-        """Bring the parts back, after a step that was read."""
+        """Restore the parts after a step was read."""
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         for optimizer, groups, known in self._optimizers:
@@ -179,7 +179,7 @@ class _Contents:
         elif _parameters(now) != self._parameters:
             lost = "the set of parameters"
         else:
-            # A gradient that is not there any more is as good as one that a loop has dropped.
+            # A gradient that no longer exists is like one that a loop dropped.
             gone = [name for name in before if name not in now and not name.startswith("gradient/")]
             other = [n for n, t in now.items() if n in before and t.shape != before[n].shape]
             lost = next((name.partition("/")[2] for name in (*gone, *other)), None)

@@ -147,7 +147,7 @@ class EagerStep:
                 parameter.grad = None
 
     def clip(self) -> None:
-        """Clip the gradients, if that is asked for."""
+        """Clip the gradients if the training does."""
         if self.training.clip_norm is not None:
             groups = self.training.optimizer.param_groups
             clipped = [parameter for group in groups for parameter in group["params"]]
@@ -175,7 +175,7 @@ class EagerStep:
 
 @contextmanager
 def _named(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Say of what the user's optimizer raises that it does, and how it was called."""
+    """Report an error of the user's optimizer with its name, and with how it was called."""
     try:
         yield
     except EverystepError:

@@ -35,7 +35,7 @@ class Elsewhere:
         with torch._C._DisableTorchDispatch():
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             if known is not None and known[1] == version and not known[0].expired():
-                # NumPy changes memory without torch's counting it.
+                # NumPy changes memory, and torch does not count that.
                 is_looked_at = tensor.device.type == "cpu" and storage.nbytes() <= LOOKED_AT_BYTES
                 if not is_looked_at or torch.equal(whole, known[2]):
                     return known[2]

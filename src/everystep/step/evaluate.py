@@ -18,7 +18,7 @@ from everystep.step.purity.torchs_own import reason_against_loss, reason_against
 __all__ = ["Evaluation"]
 
 
-#: Rows that go through the model at once, unless told otherwise.
+#: Rows that go through the model at once, by default.
 ROWS = 1024
 
 

@@ -35,7 +35,7 @@ class Follower:
     Args:
         modules: paths of modules, by id.
         optimizers: names of optimizers, by id; they are the module of what they do.
-        module_done: called with the path of a module and the tensors that it has given.
+        module_done: called with the path of a module and the tensors that it returned.
         optimizer_begins: called with an optimizer before its step, and whether that has arguments.
         optimizer_ends: called with an optimizer after its step.
     """
@@ -61,7 +61,7 @@ class Follower:
         self.where: tuple[Any, ...] = ()
 
     def begin(self) -> None:
-        """Hang up the hooks."""
+        """Register the hooks."""
         self._hooks = [
             register_module_forward_pre_hook(self.opened),
             register_module_forward_hook(self.closed, always_call=True),
@@ -76,7 +76,7 @@ class Follower:
         self._hooks = []
 
     def step_begins(self) -> None:
-        """Another step begins: nothing is under way."""
+        """Begin another step: nothing runs."""
         self._open, self._optimizer, self._module_of_node = [], [], {}
         self._moved()
 
@@ -119,7 +119,7 @@ class Follower:
                     "uncompiled while everystep watches, with other bits; use the uncompiled module "
                     "in the loop"
                 )
-            # A module that is not a part, such as a loss, belongs to what is around it.
+            # A module that is not a part, such as a loss, belongs to the module around it.
             around = self._open[-1] if self._open else None
             self._open.append(self.modules.get(id(module), around))
             self._moved()

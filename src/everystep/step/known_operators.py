@@ -18,7 +18,7 @@ from everystep.program.plain import READ, is_number_slot
 
 __all__ = ["KnownOperator", "known_operator"]
 
-#: They give a tensor another geometry, or other memory, which its next use shows.
+#: They change a tensor's geometry or memory, which its next use shows.
 _OTHER_GEOMETRY = {
     *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_"),
     *("unsqueeze_", "set_"),

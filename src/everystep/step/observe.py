@@ -22,7 +22,7 @@ __all__ = ["Observation", "PlainObserver", "observe_eager", "observe_program"]
 class Observation(NamedTuple):
     """What was seen of a step; all tensors are copies.
 
-    activations: what each module gave, by its path; gradients: by parameter, as backward left them.
+    activations: what each module returned, by its path; gradients: by parameter, as backward left them.
     """
 
     loss: Tensor
@@ -101,11 +101,11 @@ class PlainObserver:
         self._inputs: dict[str, Tensor] = {}
 
     def observation(self, loss: Tensor) -> Observation:
-        """Return what was seen of the step that gave this loss."""
+        """Return the observation of the step with this loss."""
         return Observation(loss, self._operations, self._activations, self._gradients)
 
     def look(self, index: int, environment: Environment) -> None:
-        """Look at the memory before an operation, which is that after the one before."""
+        """Look at the memory before an operation, that is, after the previous one."""
         operations = self._program.operations
         if index:
             self._look_after(index - 1, environment)

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 __all__ = ["PREFIX", "captured", "keeps_own_state", "restore"]
 
-#: What the names of tensors begin with that only this module knows.
+#: Prefix of the names of tensors that only this module knows.
 PREFIX = "own/"
 _DICTS = (dict, OrderedDict, defaultdict)
 _LISTS: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple}
-#: What torch's base class and its schedules keep there: nothing that a step depends on.
+#: Attributes of torch's base class and its schedules; no step depends on them.
 _OF_TORCH = {
     *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_zero_grad_profile_name"),
     *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks", "_patch_step_function"),
     *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks", "step"),
     *("_warned_capturable_if_run_uncaptured", "_opt_called"),
 }
-#: Objects that are left as they are: code, modules, and what nobody but itself can copy.
+#: Objects that stay as they are: code, modules, and objects that cannot be copied.
 _LEFT_ALONE = (type, nn.Module, torch.device, torch.dtype)
 
 
@@ -61,7 +61,7 @@ def restore(
     tensors: Mapping[str, Tensor],
     data: Mapping[str, Any],
 ) -> None:
-    """Bring an optimizer to what `captured` returned, in its own containers and tensors."""
+    """Restore in an optimizer what `captured` returned, in its own containers and tensors."""
     walk = _Restoring({name: parameter for parameter, name in names.items()}, tensors)
     own = vars(optimizer)
     for name in own.keys() - data.keys() - _OF_TORCH:
@@ -194,7 +194,7 @@ class _Restoring:
         if fits:
             with torch.no_grad():
                 return there.copy_(saved)  # type: ignore[no-any-return]
-        # What has the shape of a parameter lies where it does; a count of steps stays on the CPU.
+        # What has the shape of a parameter is on its device; a count of steps stays on the CPU.
         like = next((p for p in self._parameters.values() if p.shape == saved.shape), None)
         if like is None or saved.ndim == 0:
             return saved.clone()

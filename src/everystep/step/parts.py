@@ -39,7 +39,7 @@ class Parts:
             or dicts, lists and objects that hold tensors.
 
     Raises:
-        UsageError: one is nothing that a step could carry, or two have the same names.
+        UsageError: one cannot be carried from step to step, or two have the same names.
     """
 
     def __init__(self, named: Mapping[str, Any]) -> None:

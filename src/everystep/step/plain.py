@@ -148,7 +148,7 @@ class _PlainBuilder(Builder):
     def _checkable_reads(self, operations: list[Operation], kept: set[int]) -> set[int]:
         """Return the reads of numbers that are computed anyway: they check a replay.
 
-        What Python did with a number that nothing else needs is in what came next.
+        What Python did with a number that no operation needs shows in the operations after it.
         """
         left_out: set[str] = set()
         found: set[int] = set()

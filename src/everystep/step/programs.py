@@ -52,7 +52,7 @@ class Programs:
 
     def __init__(self, training: Training, fold: bool, first_step: int = 1) -> None:
         self.built: list[Built] = []
-        # What is folded has the lr as a number in it, so the lr must stay as it is.
+        # A folded program contains the lr as a number, so the lr must not change.
         self._may_fold = fold and training.schedule is None
         self.is_folded = False
         self._training = training
@@ -145,7 +145,7 @@ class Programs:
         state = self._training.named_state() if state is None else state
         now = [t.untyped_storage().data_ptr() for n, t in state.items() if n in self._state_names]
         if self._training.batch.is_fixed:
-            # A program may have a copy of it, which lies otherwise.
+            # A program may have a copy of it with another layout.
             now += [n for t in self._training.batch(1) for n in (t.data_ptr(), t._version)]
         has_moved = now != self._bound_to
         if has_moved:
@@ -268,7 +268,7 @@ class Programs:
 
 
 def _is_as(tensor: Tensor, spec: TensorSpec) -> bool:
-    """Tell whether a tensor has the geometry that a program has for it."""
+    """Tell whether a tensor has the geometry that a program expects."""
     return (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()) == (
         spec.torch_dtype,
         spec.shape,

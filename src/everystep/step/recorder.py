@@ -38,9 +38,9 @@ _NONE: frozenset[int] = frozenset()
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 #: It puts functions of its own into the standard library's typing; torch imports it.
 _TYPING = str(sys.modules["typing_extensions"].__file__)
-#: They only ask for memory, which a program has already.
+#: They only allocate memory, which a program has already.
 _MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-#: They give a tensor another geometry on the same memory, which its next use shows.
+#: They change a tensor's geometry on the same memory, which its next use shows.
 _OTHER_GEOMETRY = {
     *("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
 }
@@ -93,7 +93,7 @@ class Refusal(NamedTuple):
 
 
 class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
-    """Writes down every operation while it runs, and never gets in its way."""
+    """Records every operation while it runs, without changing what it does."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -114,12 +114,12 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
         self._on_call: Callable[[types.FrameType, str, Any], None] | None = None
 
     def enter(self, phase: Phase) -> None:
-        """The next phase begins."""
+        """Begin the next phase."""
         self._phase = phase
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing within is written down."""
+        """Record nothing within."""
         self.is_paused = True
         try:
             yield
@@ -142,7 +142,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
             path = self._open_modules.pop()
             if path and self._phase == "forward":
                 outputs = list(leaves(list(output.values()) if isinstance(output, dict) else output))
-                # What torch.vmap and its like pass around lies on no memory of its own.
+                # The tensors of torch.vmap and the like have no memory of their own.
                 with self.paused(), suppress(NotImplementedError):
                     self.module_done(path, outputs)
 
@@ -174,7 +174,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
 
         Such a function is a hook on a node of the graph, which is not visible otherwise.
         """
-        if sys.getprofile() is not None:  # there is but one, and somebody profiles
+        if sys.getprofile() is not None:  # there is only one, and a profiler uses it
             yield
             return
 
@@ -252,7 +252,7 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
             sys.setprofile(self._on_call)
 
     def _see(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Run an operation, and write it down."""
+        """Run an operation, and record it."""
         known = _known(func)
         if self.is_paused or known.is_passed:
             return func(*args, **keywords)

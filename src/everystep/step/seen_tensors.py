@@ -20,7 +20,7 @@ __all__ = ["SeenTensors", "UnseenError", "is_plain"]
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = frozenset(DTYPES.values())
 _REAL = frozenset(dtype for dtype in _DTYPES if not dtype.is_complex)
-#: Memory from elsewhere of more bytes than this is not kept: what is computed of it is.
+#: Memory from elsewhere of more bytes than this is not kept; what is computed from it is.
 MOST_BYTES = 100_000_000
 
 
@@ -102,7 +102,7 @@ class SeenTensors:
         return self.storages[self.tensors[number].storage].kind == "input"
 
     def is_plain(self, tensor: Tensor) -> bool:
-        """Tell what `is_plain` does, in less time: only of complex numbers are there negated views."""
+        """Return what `is_plain` returns, faster: only complex tensors have negated views."""
         if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided:
             return False
         if tensor.dtype in _REAL and not self._has_complex:
@@ -118,7 +118,7 @@ class SeenTensors:
         """Note that a tensor was changed unseen: treat its memory as new."""
         place = tensor.untyped_storage()._cdata
         self._place_of.pop(place, None)
-        self._elsewhere.forget(place)  # a kernel need not count what it changes
+        self._elsewhere.forget(place)  # a kernel may not count its changes
 
     def kinds(self) -> tuple[StorageKind, ...]:
         """Return the origin of each storage."""

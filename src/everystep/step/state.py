@@ -244,4 +244,4 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
-    return type(value).__name__  # an object of the user's may count how often it is printed
+    return type(value).__name__  # a user's object may count how often it is printed

@@ -62,12 +62,12 @@ class StepWatch(TorchFunctionMode):
         self._is_paused = self._is_entered = False
         self._made_before_pause = 0
         self._began = 0.0
-        # Within a step of an optimizer that is seen as a whole; out of torch's stack of modes.
+        # Within an optimizer's step that is seen as a whole, and not among torch's modes.
         self._is_within = self._is_out = False
 
     @property
     def _source(self) -> Watch | Recognizer:
-        """Who knows of the numbers and generators of the step."""
+        """What knows the numbers and generators of the step."""
         source = self._recognizer if self._watch is None else self._watch
         assert source is not None, "the step has not begun"
         return source
@@ -109,7 +109,7 @@ class StepWatch(TorchFunctionMode):
 
     @property
     def is_paused(self) -> bool:
-        """Whether what runs is not of the step."""
+        """Whether what runs does not belong to the step."""
         return self._is_paused
 
     @is_paused.setter
@@ -184,7 +184,7 @@ class StepWatch(TorchFunctionMode):
         self._happened(signature, lambda watch: watch.module_done(path, outputs))
 
     def logged(self, name: str, tensor: Tensor) -> None:
-        """A number of the step besides its loss was logged."""
+        """Note that a number besides the loss was logged."""
         self._happened(
             lambda references: ("logged", name, references.lookup(tensor)),
             lambda watch: watch.logged(name, tensor),
@@ -212,7 +212,7 @@ class StepWatch(TorchFunctionMode):
         has_arguments: bool,
         gradients: Callable[[], Mapping[str, Tensor]],
     ) -> None:
-        """An optimizer starts a step.
+        """Note that an optimizer starts a step.
 
         Args:
             name: of the optimizer.
@@ -236,7 +236,7 @@ class StepWatch(TorchFunctionMode):
             self._is_out = True
 
     def optimizer_ends(self, name: str | None, gradients: Callable[[], Mapping[str, Tensor]]) -> None:
-        """An optimizer ended a step."""
+        """Note that an optimizer ended a step."""
         if self._is_out:
             super().__enter__()  # type: ignore[no-untyped-call]
             self._is_out = False
@@ -278,7 +278,10 @@ class StepWatch(TorchFunctionMode):
         self.surprise = self._memory.given_up = surprise
 
     def _go_on_watching(self) -> None:
-        """Watch in full what comes: it is not known. Before anything was done, it can be learned."""
+        """Watch the rest of the step in full, because it is unknown.
+
+        If nothing was computed before, learn it.
+        """
         assert self._recognizer is not None
         watch = Watch(self._device, self._follower, self._elsewhere)
         with torch._C.DisableTorchFunction():
@@ -328,7 +331,7 @@ class StepWatch(TorchFunctionMode):
             return func(*args, **keywords)
         if kind == "call":
             return follower.call(func, args, keywords, self._follower.where)
-        self.is_paused = True  # it gives Python a text
+        self.is_paused = True  # it returns a text to Python
         try:
             return func(*args, **keywords)
         finally:

@@ -36,7 +36,7 @@ __all__ = ["Engine", "Stepper"]
 
 Engine = Literal["auto", "program", "eager"]
 
-#: Programs may be captured again so often in a row without one taking a step.
+#: How often in a row programs may be captured again without one running a step.
 MOST_CAPTURES = 3
 
 
@@ -79,7 +79,7 @@ class Stepper:
         self._plan = CheckPlan(start)
         self._losses = Losses()
         self._changes = ChangeLog()
-        #: The program that took the last step, None where Python did.
+        #: The program that ran the last step, None if Python did.
         self._last: BoundProgram | None = None
         self._captures = 0
         self._moved = 0
@@ -100,7 +100,7 @@ class Stepper:
 
     @property
     def checked(self) -> list[int]:
-        """The steps at which a program was checked against the eager step, and held."""
+        """The steps at which a program was checked against the eager step, and passed."""
         return self._plan.checked
 
     @property
@@ -189,7 +189,7 @@ class Stepper:
         if self._last is not None and self.purity.has_known_optimizer:
             self.programs.hand_over_gradients(self._last)
 
-    # Who takes the steps.
+    # What runs the steps.
 
     def _look_again(self) -> None:
         """Examine the training: at first, and after a change to something that programs depend on."""

@@ -1,4 +1,4 @@
-"""Which storages hold the same at every step, so that the operations that fill them run only once."""
+"""Which storages hold the same values at every step: the operations that fill them run only once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Effect(NamedTuple):
 
 
 def unchanging(effects: Sequence[Effect], candidates: set[Any]) -> set[Any]:
-    """Return the storages that hold the same at every step: those made only from such storages."""
+    """Return the storages with the same values at every step: those made only from such storages."""
     fixed = set(candidates)
     before = None
     while before != len(fixed):

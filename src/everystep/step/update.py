@@ -13,7 +13,7 @@ from everystep.step.state import optimizer_settings
 
 __all__ = ["Update"]
 
-#: Settings that a schedule changes, and that some change: they belong to a step, not to the program.
+#: Settings that schedules change, all or some of them: they belong to a step, not to the program.
 _SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr"}
 _SCHEDULED_BY_SOME = {"momentum", "betas", "base_momentum", "max_momentum"}
 

@@ -185,7 +185,7 @@ class CheckPlan:
     def captured(self, step: int, seconds: float) -> None:
         """Note that a program was captured at a step and passed, and the time of comparing the two."""
         if step >= self.next:
-            self.passed(step, 2 * seconds)  # a check takes the step as Python besides
+            self.passed(step, 2 * seconds)  # a check also runs the step in Python
         else:
             self.checked.append(step)
 
@@ -211,7 +211,7 @@ class CheckPlan:
         """Note that a check passed at a step, and its time."""
         self.checked.append(step)
         self._seconds = seconds
-        # A check takes a step twice, and at the first none was timed by itself.
+        # A check runs a step twice, and at the first check no step was timed alone.
         allowed = (self._step_seconds or seconds / 2) * CHECK_SHARE
         is_light = self.is_light(seconds)
         interval = 1

@@ -37,8 +37,9 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         elsewhere: copies of what steps before brought from elsewhere.
 
     numbers: of the step; generators: states of torch's generator before draws, by their number from 0,
-    where they are not as the draw before left them; unseen: what was not seen, in words, and how often;
-    changed_elsewhere: a tensor that the step has changed and that is in no part, in words, or None.
+    where they differ from what the previous draw left; unseen: what was not seen, in words, and how
+    often; changed_elsewhere: a tensor that the step has changed and that is in no part, in words, or
+    None.
     """
 
     def __init__(self, device: torch.device, follower: Follower, elsewhere: Elsewhere) -> None:
@@ -206,7 +207,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
                     self._mark("gradient", name, (number,))
 
     def logged(self, name: str, tensor: Tensor) -> None:
-        """A number of the step besides its loss was logged."""
+        """Note that a number besides the loss was logged."""
         if tensor.numel() == 1 and is_plain(tensor) and self.place_of(tensor) is not None:
             self._mark("logged", name, (self._number(tensor),))
 
@@ -268,7 +269,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         results, made = self._results(result) if known.gives else ((), ())
         writes = tuple(dict.fromkeys((*written, *made))) if written else made
         if known.makes_dtype and not any(name == "dtype" for name, _ in named):
-            named = (*named, ("dtype", result.dtype))  # not that of the process, which may be another
+            named = (*named, ("dtype", result.dtype))  # not that of the process, which may differ
         phase, module = self._follower.place(known.is_zeroing and self._are_gradients(written))
         numbers = len(self.numbers) - count
         self._operations.append(
@@ -357,7 +358,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation that a program cannot hold; its results and changes become inputs."""
         self.unseen[f"{func} {reason}"] = self.unseen.get(f"{func} {reason}", 0) + 1
-        # What is read for the first time, and changed at once, is noted as it was.
+        # What an operation both reads for the first time and changes is noted as it was before.
         before = [tensor for tensor in leaves([*args, *keywords.values()]) if is_plain(tensor)]
         versions = [(tensor, version_of(tensor)) for tensor in before]
         result = func(*args, **keywords)

@@ -134,7 +134,7 @@ def metrics_faults(metrics: Any) -> Faults:
 
 
 def data_faults(data: Any) -> Faults:
-    """Yield what is wrong with the data, as far as no row of a Dataset is read."""
+    """Yield what is wrong with the data, without reading rows of a Dataset."""
     if isinstance(data, tuple | list) and len(data) == 2:
         yield from pair_faults("data", data)
     elif not is_dataset(data):

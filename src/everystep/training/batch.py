@@ -54,7 +54,7 @@ class BatchCopies:
 
 
 class _Copy(NamedTuple):
-    """A copy of a tensor. era: in which it was last known to be like it."""
+    """A copy of a tensor. era: in which it last equalled the tensor."""
 
     of: weakref.ref[Tensor]
     copy: Tensor

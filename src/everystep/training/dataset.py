@@ -24,7 +24,7 @@ from everystep.training.rows import called, unfit
 
 __all__ = ["DEFAULT_DATASET_LIMIT", "collate_rows", "length_of", "read_once", "read_rows"]
 
-#: Bytes that a Dataset may take as tensors, unless told otherwise.
+#: Bytes that a Dataset may take as tensors, by default.
 DEFAULT_DATASET_LIMIT = 2_000_000_000
 _ROWS_AT_ONCE = 256
 

@@ -47,7 +47,7 @@ __all__ = [
     "schedule_facts",
 ]
 
-#: Items of a list that are kept as a setting; a longer one is data.
+#: Maximum number of items of a list that is a setting; a longer one is data.
 _MOST_ITEMS = 100
 #: What a schedule counts, or holds besides its settings.
 _COUNTED = {
@@ -228,5 +228,5 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if _is_simple(value):
         return value
-    # Another object may count how often it is printed.
+    # Other objects may count how often they are printed.
     return str(value) if is_plain(value) else type(value).__name__

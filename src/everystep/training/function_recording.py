@@ -125,7 +125,7 @@ class FunctionRecording(Recording[R]):
         return seen
 
     def release(self, stand_in: StandIn) -> None:
-        """Before Python runs a step: give the parts gradients that no program writes into."""
+        """Give the parts gradients that no program writes into, before Python runs a step."""
         writer = self._open()
         if writer.state is not None and stand_in.release(writer.state):
             writer.note_versions()
@@ -152,6 +152,6 @@ class FunctionRecording(Recording[R]):
             writer.note_versions()
 
     def path_of(self, watch: StrictWatch) -> Path:
-        """Return what a step has done that is rehearsed, and is over."""
+        """Return the path of a rehearsed step that has ended."""
         step = self._close()
         return watch.end(self._parts.state(), None if step is None else step.loss)

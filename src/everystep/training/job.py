@@ -96,7 +96,7 @@ class Outcome(NamedTuple):
 
 
 class Progress(Protocol):
-    """Whoever watches a training."""
+    """What watches a training."""
 
     def reading(self, done: int, total: int) -> None:
         """A Dataset is being read: `done` of `total` rows."""

@@ -33,7 +33,7 @@ __all__ = ["interrupt_deferred", "now", "run_job"]
 FLUSH_SECONDS = 0.1
 #: Steps that are timed, one by one, before the snapshots' interval is chosen.
 TIMED_STEPS = 8
-#: Steps are taken in stretches of about so many seconds; Ctrl-C waits for the end of one.
+#: Steps run in stretches of about so many seconds; Ctrl-C waits for the end of one.
 STRETCH_SECONDS = 0.02
 
 
@@ -59,7 +59,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     try:
         recorder = Recorder(place, facts, budget, parent, job.start)
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)  # made just now, and never begun
+        shutil.rmtree(place, ignore_errors=True)  # made just now, and not started
         raise
     started = time.perf_counter()
     progress.begin(place, facts)
@@ -80,7 +80,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
 
 
 class _Loop:
-    """One training under way: what is due next, and what has not been handed over yet."""
+    """One training under way: what is due next, and what was not passed on yet."""
 
     def __init__(self, job: Job, recorder: Recorder, progress: Progress) -> None:
         self.job = job

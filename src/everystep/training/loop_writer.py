@@ -35,7 +35,7 @@ from everystep.training.notices import Notices, say
 
 __all__ = ["LoopWriter", "StepUnderWay"]
 
-#: Seconds between two times that what was recorded is handed to the writing thread.
+#: Seconds from one time that the recording is passed to the writing thread to the next.
 FLUSH_SECONDS = 0.1
 #: Steps that are timed before the snapshots' interval is chosen.
 TIMED_STEPS = 8
@@ -48,7 +48,7 @@ MOST_PATHS = 200
 DIGEST_SHARE = 0.01
 DIGESTED_A_SECOND = 2e9
 
-#: Who knows what a step does.
+#: What knows what a step does.
 AnyWatch = StepWatch | StrictWatch | TakenByProgram
 W = TypeVar("W", bound=AnyWatch, covariant=True)
 
@@ -67,7 +67,7 @@ class StepUnderWay(Generic[W]):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether torch.compile was at work in it."""
+        """Whether torch.compile compiled a function in it."""
         return _compiled() > self._compiled
 
     @property
@@ -91,7 +91,7 @@ class _Program(NamedTuple):
 
 
 class LoopWriter:
-    """Makes of steps that were watched what a run holds of them, and hands it to the recorder.
+    """Turns watched steps into what a run stores, and passes it to the recorder.
 
     Args:
         directory: of the run; empty.
@@ -100,8 +100,7 @@ class LoopWriter:
         advanced: called with a step that was added, and the losses from it on.
 
     step: the last step that was added; last_path: what it did; state: the
-    live tensors after it; function: returns how the
-    steps of a function are taken.
+    live tensors after it; function: returns how the steps of a function ran.
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class LoopWriter:
             known = self._programs[path]
         except KeyError:
             known = self._programs[path] = self._build(path, step)
-            if len(self._programs) > MOST_PATHS:  # a path that comes again then has two programs
+            if len(self._programs) > MOST_PATHS:  # a path that occurs again then has two programs
                 del self._programs[next(iter(self._programs))]
         self._taken.append(self._row(step, after, known, copied))
         self._note_logged(step, path)
@@ -217,7 +216,7 @@ class LoopWriter:
         self._versions = {}
 
     def take_back(self) -> None:
-        """The last step was left by an exception: it is not recorded."""
+        """Discard the last step, which an exception left."""
         self.step -= 1
         self._recorder.forget_after(self.step)
         self._taken = [row for row in self._taken if row.step <= self.step]
@@ -311,7 +310,7 @@ class LoopWriter:
             size = sum(tensor.nbytes for tensor in self._parts.state().values())
             recorder.choose_interval(self._step_seconds, size)
         if recorder.lost_to > self._lost_to:
-            # Batches were given up: everything from here on must open without them.
+            # Old batches were dropped: everything from here on must open without them.
             self._lost_to = recorder.lost_to
             recorder.plan.pinned = {0, self.step}
             self._keep_pending()
@@ -335,7 +334,7 @@ class LoopWriter:
         self._recorder.snapshot(state)
 
     def flush(self) -> None:
-        """Hand what was recorded so far to the writer, as happens several times a second by itself."""
+        """Pass what was recorded so far to the writer; this also happens several times a second."""
         recorder = self._recorder
         if not self._taken:
             return

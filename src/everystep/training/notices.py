@@ -24,7 +24,7 @@ class _Seen(Protocol):
 
 
 class Notices:
-    """Reports what the recording of a loop loses, or what may differ from the loop without everystep.
+    """Reports what the recording of a loop lacks, or what may differ from the loop without everystep.
 
     unseen: what was not seen, in words.
     """
@@ -42,7 +42,7 @@ class Notices:
         )
 
     def of_step(self, step: int, seen: _Seen, *, is_compiled: bool) -> None:
-        """Report what is lost of a step. is_compiled: torch.compile ran in it."""
+        """Report what the recording of a step lacks. is_compiled: torch.compile ran in it."""
         if seen.surprise is not None:
             say(f"step {step}: {seen.surprise}; everystep fully watches each step from here on")
         for reason in seen.unseen:

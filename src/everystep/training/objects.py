@@ -58,7 +58,7 @@ class Objects:
                 model, loss, optimizer, schedule = copy.deepcopy(
                     (self.model, self.loss, self.optimizer, self.schedule), self._without_graphs()
                 )
-        except Exception as error:  # whatever the user's objects make of being copied
+        except Exception as error:  # copying a user's object may raise anything
             raise RunError(
                 f"the model, loss and optimizer cannot be copied ({_first_sentence(error)}); pass new "
                 "ones: model=..., loss=..., optimizer=..."
@@ -129,7 +129,7 @@ def _whole_optimizers() -> Iterator[None]:
 
     def copied(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
         new = memo[id(optimizer)] = type(optimizer).__new__(type(optimizer))
-        # A schedule puts a step of its own there, which would go on to update the original.
+        # A schedule puts its own step there, which would continue to update the original.
         own = {name: value for name, value in vars(optimizer).items() if name != "step"}
         vars(new).update(copy.deepcopy(own, memo))
         return new

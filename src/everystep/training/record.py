@@ -111,7 +111,7 @@ class Recording(Generic[R]):
         writer = self._open()
         try:
             if self._under_way is not None and error is None:
-                self.end_step()  # the batch was asked for by `next`, and no other came
+                self.end_step()  # `next` asked for the batch, and not for another
             elif self._under_way is not None:
                 self._abandon()
             elif error is not None and self._left_at == writer.step:
@@ -144,9 +144,9 @@ class Recording(Generic[R]):
             self.begin_step(batch)
             try:
                 yield batch
-            except GeneratorExit:  # the loop was left, by `break` or by an exception: __exit__ knows
+            except GeneratorExit:  # `break` or an exception left the loop: __exit__ knows which
                 if self._under_way is not None and self._under_way.is_untouched:
-                    self._close()  # it was asked for by `zip`, which then had nothing to go with it
+                    self._close()  # `zip` asked for it, but another iterable had ended
                 else:
                     self.end_step()
                     self._left_at = self._open().step

@@ -29,9 +29,9 @@ __all__ = ["Engine", "StepFunction"]
 Step = Callable[..., Any]
 Engine = Literal["auto", "program", "eager"]
 
-#: So often steps with a kind of batch are read, and guards renewed, before they are left to Python.
+#: How often steps with a kind of batch are read, and guards renewed, before Python runs all of them.
 MOST_READINGS = 3
-#: Steps in a row with a kind of batch that may be unlike those before, until it is left to Python.
+#: Steps in a row with a kind of batch that may differ from those before, until Python runs all.
 MOST_UNLIKE = 4
 #: Kinds of batches that programs are kept for.
 MOST_KINDS = 64
@@ -183,12 +183,12 @@ class StepFunction:
         return self._last_key
 
     def _release(self) -> None:
-        """Before Python runs a step: give the parts gradients that no program writes into."""
+        """Give the parts gradients that no program writes into, before Python runs a step."""
         for kind in self._kinds.values():
             if kind.stand_in is not None:
                 self._recording.release(kind.stand_in)
 
-    # Who takes the step.
+    # What runs the step.
 
     def _by_python(self, batch: tuple[Any, ...]) -> dict[str, Any]:
         self._release()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NAMED",
     "as_json",
+    "found_text",
     "labelled",
     "measured_text",
     "nonfinite_data",
@@ -121,15 +122,26 @@ def measured_text(found: Measured) -> str:
     )
     if found.left_out:
         steps = ", ".join(f"{step:,}" for step in found.left_out[:NAMED])
-        text += (
-            f"\nsteps from {steps} on are skipped, because a replayed loss differs from the recorded one"
-        )
+        text += f"\n{_skipped(steps)}"
     return text
+
+
+def _skipped(steps: str) -> str:
+    return f"steps from {steps} on are skipped, because a replayed loss differs from the recorded one"
 
 
 def when_text(found: Found, losses: dict[int, float]) -> str:
     """Return the steps, one per line, with their losses."""
     return "".join(f"{step}\t{shortest(losses[step])}\n" for step in found.steps)
+
+
+def found_text(found: Found, losses: dict[int, float]) -> str:
+    """Return the steps as `when_text` does, or that there is none, and which were skipped."""
+    text = when_text(found, losses).rstrip("\n") or "no step matches"
+    if found.inexact:
+        steps = ", ".join(f"{step:,}" for step in found.inexact[:NAMED])
+        text += f"\n{_skipped(steps)}"
+    return text
 
 
 def nonfinite_text(found: NonFinite | None) -> str:

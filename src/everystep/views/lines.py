@@ -130,6 +130,11 @@ def shape_text(tensor: Tensor) -> str:
     return TIMES.join(f"{size:,}" for size in tensor.shape) if tensor.dim() else "number"
 
 
+def _shape_of_numbers(tensor: Tensor) -> str:
+    """Return a shape; for complex elements, with a sign that statistics are of absolute values."""
+    return shape_text(tensor) + (", |z|" if tensor.is_complex() else "")
+
+
 def number_headings() -> list[Cell]:
     """Return the headings for `number_cells`."""
     names = ("shape", "mean", "std", "min", "max", "zeros", "not finite")
@@ -137,11 +142,14 @@ def number_headings() -> list[Cell]:
 
 
 def number_cells(tensor: Tensor | None) -> list[Cell]:
-    """Return the shape of a tensor and its statistics; for a single number, the number."""
+    """Return the shape of a tensor and its statistics; for a single number, the number.
+
+    For complex elements, these are of their absolute values, and the shape says so.
+    """
     if tensor is None:
         return [("", "", False), *[_EMPTY] * 6]
     seen = statistics(tensor)
-    shape: Cell = (shape_text(tensor), "", False)
+    shape: Cell = (_shape_of_numbers(tensor), "", False)
     bad: Cell = (f"{seen.nonfinite:,}" if seen.nonfinite else "", "bold red", True)
     if tensor.numel() == 1:
         value = "" if seen.nonfinite else grouped(seen.mean)
@@ -158,6 +166,8 @@ def statistics_text(tensor: Tensor) -> list[tuple[str, str]]:
     """Return the statistics of a tensor as a line of texts with their styles."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     parts = [(f"{shape_text(tensor)} {dtype}", "")]
+    if tensor.is_complex():
+        parts.append(("  absolute values:", "dim"))
     cells = number_cells(tensor)[1:]
     for (heading, *_), (text, style, _) in zip(number_headings()[1:], cells, strict=True):
         if text:
@@ -183,7 +193,10 @@ def _numbers_text(tensor: Tensor, width: int) -> str:
         max_line_width=max(width, 20),
         threshold=ALL_VALUES,
         separator=" ",
-        formatter={"float_kind": lambda value: f"{value:>12.6g}"},
+        formatter={
+            "float_kind": lambda value: f"{value:>12.6g}",
+            "complex_kind": lambda value: f"{value:>20.6g}",
+        },
     )
 
 

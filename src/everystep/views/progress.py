@@ -19,6 +19,10 @@ from everystep.views.terminal import header, number, shortest
 __all__ = ["Silent", "TerminalProgress", "counting"]
 
 
+#: Set by Jupyter for all that a cell starts; the lines that a training prints there.
+_IN_NOTEBOOK, _LINES_IN_NOTEBOOK = "JPY_PARENT_PID", 20
+
+
 class Silent:
     """Watches a training, and prints only notices."""
 
@@ -50,7 +54,7 @@ class TerminalProgress(Silent):
         self._show_header = show_header
         self._lines = lines
         self._bar: Progress | None = None
-        self._dtype = "float32"
+        self._every, self._last = 1, 0
 
     def reading(self, done: int, total: int) -> None:
         """Show how much of a Dataset has been read."""
@@ -66,15 +70,22 @@ class TerminalProgress(Silent):
             self._console.print(header(facts), markup=False)
             self._console.print()
         self._start("training", facts.steps or 0, "")
+        if _IN_NOTEBOOK in os.environ:  # nobody reads hundreds of lines below a cell
+            self._last = facts.steps or 0
+            self._every = max(self._last // _LINES_IN_NOTEBOOK, 1)
 
     def advance(self, first_step: int, losses: Sequence[float]) -> None:
         """Move the bar; write the lines."""
         if self._lines is not None:
-            text = "".join(f"{step}\t{shortest(loss)}\n" for step, loss in enumerate(losses, first_step))
+            text = "".join(
+                f"{step}\t{shortest(loss)}\n"
+                for step, loss in enumerate(losses, first_step)
+                if step in (1, self._last) or step % self._every == 0
+            )
             try:
                 self._lines.write(text)
                 self._lines.flush()
-            except BrokenPipeError:  # whoever read them has gone (`| head`); the training goes on
+            except BrokenPipeError:  # the reader has gone (`| head`); the training goes on
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._lines.fileno())
                 self._lines = None
         self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")

@@ -7,6 +7,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,14 @@ import polars as pl
 from markupsafe import Markup
 
 from everystep.views.summary import facts_in_order
-from everystep.views.table import environment, loss_table, shortest_texts
+from everystep.views.table import environment, loss_table, shortest_texts, write_page
 from everystep.views.terminal import number
 
 if TYPE_CHECKING:
     from everystep.recording.facts import Facts
     from everystep.recording.run import RecordedRun
 
-__all__ = ["details", "report_html", "seed", "times"]
+__all__ = ["Report", "details", "report_html", "seed", "times"]
 
 #: Rows of the table, which are also the points of the plot.
 ROWS = 50_000
@@ -30,6 +31,36 @@ ROWS = 50_000
 _STATIC = Path(__file__).parent.parent / "page" / "static"
 _PLOT = "plot/saved.js"
 _IMPORT = re.compile(r'(?<=")\.{1,2}/[\w/.-]+\.js(?=")')
+
+
+class Report(str):
+    """A run as a complete page of HTML; it shows in a notebook."""
+
+    _name: str
+
+    def __new__(cls, html: str, name: str) -> Report:
+        """Return the page of the run of that name."""
+        report = super().__new__(cls, html)
+        report._name = name
+        return report
+
+    def __repr__(self) -> str:
+        return f"<report of {self._name}: {len(self) / 1000:,.0f} kB of HTML; save(path) writes it>"
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe srcdoc="{escape(str(self))}" sandbox="allow-scripts allow-downloads" '
+            f'title="{escape(f"report of {self._name}")}" '
+            'style="width: 100%; height: 45rem; border: 1px solid #8886"></iframe>'
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the page.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        write_page(path, self)
 
 
 def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequence[str] = ()) -> str:

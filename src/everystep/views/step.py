@@ -127,7 +127,8 @@ class _Opened:
             if seen.formulas:
                 self._segment_of_update(seen)
                 continue
-            page.heading(segment.phase.replace("_", " "), segment.part or "")
+            title = self._title_of_update(seen) if segment.phase == "update" else segment.part or ""
+            page.heading(segment.phase.replace("_", " "), title)
             numbers = range(segment.first, segment.last + 1)
             for place in numbers if number else (-1, *numbers):
                 page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
@@ -142,16 +143,21 @@ class _Opened:
     def _segment_of_update(self, seen: SegmentSeen) -> None:
         """Write what an optimizer did: its formulas, and how far each parameter went."""
         segment, formulas = seen.segment, seen.formulas
-        settings = [f"{name} = {shortest(value)}" for name, value in seen.settings.items()]
-        self.page.heading("update", ", ".join([*([segment.part] if segment.part else []), *settings]))
+        self.page.heading("update", self._title_of_update(seen))
         count = segment.last - segment.first + 1
-        self.page.line(
-            (f"#{segment.first} to #{segment.last}, {count:,} operations", "dim"), indent=_INDENT
-        )
+        several = f" to #{segment.last}, {count:,} operations" if count > 1 else ""
+        self.page.line((f"#{segment.first}{several}", "dim"), indent=_INDENT)
         self._formulas(formulas)
         self.page.blank()
         rows = [_update_row(n, self.step.updates[n], formula) for n, formula in formulas.items()]
         self.page.table([_update_headings(), *rows])
+
+    def _title_of_update(self, seen: SegmentSeen) -> str:
+        """Return the optimizer, its class and its settings."""
+        optimizer = self.training.optimizers.get(seen.optimizer or "")
+        names = [seen.segment.part or "", optimizer.class_name if optimizer else ""]
+        settings = [f"{name} = {shortest(value)}" for name, value in seen.settings.items()]
+        return ", ".join(filter(None, [": ".join(filter(None, names)), *settings]))
 
     def operation(self, name: str, place: int) -> None:
         """Write one operation."""
@@ -268,9 +274,9 @@ class _Opened:
     def _update(self, alone: bool) -> None:
         step, page = self.step, self.page
         name, settings = optimizer_parts(self.training.optimizers)
-        told = {key: repr(float(shortest(value))) for key, value in step.hyperparameters.items()}
-        told |= {k: v for k, v in settings.items() if k not in (*told, "decoupled_weight_decay")}
-        page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in told.items())]))
+        shown = {key: repr(float(shortest(value))) for key, value in step.hyperparameters.items()}
+        shown |= {k: v for k, v in settings.items() if k not in (*shown, "decoupled_weight_decay")}
+        page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in shown.items())]))
         if self.training.clip_norm is not None:
             page.line((self._clipping(self.training.clip_norm), ""), indent=_INDENT)
         formulas = update_formulas(step.operations, self.training.optimizers)

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +35,16 @@ __all__ = [
 _LABEL_WIDTH = 8
 #: A column of notes has at least so many characters, or it is left out.
 _NARROWEST_NOTES = 16
+
+#: Columns of the list of runs.
+_HEADINGS = tuple(
+    Text(name) for name in ("run", "status", "steps", "first loss", "last loss", "started", "fork of")
+)
+_STATUS = 1
+#: The status is wrapped to this width before a column is left out.
+_STATUS_WIDTH = len("finished, NaN from")
+#: What a narrow terminal does without, in this order: fork of, first loss, started, steps, last loss.
+_UNNEEDED = (6, 3, 5, 2, 4)
 
 
 def number(value: float | None) -> str:
@@ -81,24 +89,28 @@ def closing(directory: Path, reason: str | None) -> str:
     )
     has_loss = summary.first_loss is not None
     loss = f", loss {number(summary.first_loss)} to {number(summary.last_loss)}" if has_loss else ""
-    taken = f"{summary.steps:,} steps"
+    taken = _counted(summary.steps, "step")
     if summary.parent is not None:
         at = summary.parent[1]
-        taken = f"{summary.steps - at:,} steps after the parent's {at:,},"
+        taken = f"{_counted(summary.steps - at, 'step')} after the parent's {at:,},"
     lines.append(f"{taken} in {seconds:.3g} s{loss}{measured}")
-    if summary.steps:
-        lines.append(engine_text(facts))
+    lines.append(engine_text(facts) if summary.steps else "only the initial state, state 0, is recorded")
     lines.append(f"recorded in {directory}")
     argument = shlex.quote(shortest_name(directory))
     lines += [
         "",
         "next:",
         f"  everystep view {argument}",
-        *([f"  everystep step {argument} {summary.steps}"] if summary.steps else []),
-        f"  everystep table {argument} -o losses.html",
-        f"  everystep plot {argument} -o loss.png",
-        f"  everystep report {argument} -o report.html",
     ]
+    if summary.steps:
+        lines += [
+            f"  everystep step {argument} {summary.steps}",
+            f"  everystep table {argument} -o losses.html",
+            f"  everystep plot {argument} -o loss.png",
+            f"  everystep report {argument} -o report.html",
+        ]
+    else:
+        lines.append(f"  everystep fork {argument} --at 0 --steps 500")
     return "\n".join(lines)
 
 
@@ -205,49 +217,62 @@ def shortest(loss: float) -> str:
     return str(single) if float(single) == loss or loss != loss else repr(loss)
 
 
-def runs_table(runs: Iterable[Summary], console: Console) -> Table:
+def runs_table(runs: Iterable[Summary], width: int | None = None) -> Table:
     """Return the runs as a table: name, status, steps, first and last loss, when, and of what a fork.
 
-    Their notes stand at the end of the lines if the console is wide enough.
+    width: columns of the terminal; what matters least is left out of a narrow one. Notes stand at the end
+    of the lines of a wide one.
     """
     runs = list(runs)
-    table = _runs_table(runs, 0)
-    width = console.width - Measurement.get(console, console.options, table).maximum - 1
-    has_notes = any(run.note for run in runs)
-    return _runs_table(runs, width) if has_notes and width >= _NARROWEST_NOTES else table
-
-
-def _runs_table(runs: list[Summary], notes: int) -> Table:
-    """Return the table; notes: the width of the column of the notes, 0 for none."""
+    cells = [_HEADINGS, *map(_run_cells, runs)]
+    shown = [place for place in range(len(_HEADINGS)) if any(row[place].plain for row in cells[1:])]
+    widths = [max(row[place].cell_len for row in cells) for place in range(len(_HEADINGS))]
+    left = math.inf if width is None else width - sum(widths[place] + 2 for place in shown)
+    widths[_STATUS] = min(widths[_STATUS], _STATUS_WIDTH)
+    for unneeded in _UNNEEDED:
+        if width is not None and sum(widths[p] + 2 for p in shown) - 2 > width and unneeded in shown:
+            shown.remove(unneeded)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("run")
-    table.add_column("status")
-    for heading in ("steps", "first loss", "last loss"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("started", no_wrap=True)
-    has_forks = any(run.parent is not None for run in runs)
-    if has_forks:
-        table.add_column("fork of")
-    if notes:
-        table.add_column("note", no_wrap=True, overflow="ellipsis", max_width=notes)
-    for run in runs:
-        steps = str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}"
-        style = {"finished": "", "running": "green"}.get(run.status, "yellow")
-        status = Text(run.status, style=style)
-        if run.nonfinite_step is not None:
-            what = "NaN from" if math.isnan(run.last_loss or 0.0) else "not finite at"
-            status.append(f", {what} step {run.nonfinite_step:,}", style="red")
-        table.add_row(
-            Text(run.name),
-            status,
-            steps,
-            number(run.first_loss),
-            number(run.last_loss),
-            f"{run.started.astimezone():%Y-%m-%d %H:%M}",
-            *([_parent_text(run)] if has_forks else []),
-            *([_note_text(run)] if notes else []),
+    for place in shown:
+        is_number = place in (2, 3, 4)
+        table.add_column(
+            _HEADINGS[place],
+            justify="right" if is_number else "left",
+            no_wrap=place != _STATUS and place != 0,
+            overflow="fold",
+            min_width=0 if place == _STATUS else widths[place],
         )
+    notes = [_note_text(run) for run in runs] if left >= _NARROWEST_NOTES else []
+    if any(note.plain for note in notes):
+        most = None if width is None else int(left)
+        table.add_column(Text("note"), no_wrap=True, overflow="ellipsis", max_width=most)
+    else:
+        notes = []
+    for place, row in enumerate(cells[1:]):
+        table.add_row(*(row[column] for column in shown), *notes[place : place + 1])
     return table
+
+
+def _run_cells(run: Summary) -> tuple[Text, ...]:
+    """Return the cells of a run, in the order of `_HEADINGS`."""
+    status = Text(run.status, style={"finished": "", "running": "green"}.get(run.status, "yellow"))
+    if run.nonfinite_step is not None:
+        what = "NaN from" if math.isnan(run.last_loss or 0.0) else "not finite at"
+        status.append(f", {what} step {run.nonfinite_step:,}", style="red")
+    return (
+        Text(run.name),
+        status,
+        Text(str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}"),
+        Text(number(run.first_loss)),
+        Text(number(run.last_loss)),
+        Text(f"{run.started.astimezone():%Y-%m-%d %H:%M}"),
+        Text("" if run.parent is None else f"{run.parent[0]}, step {run.parent[1]}"),
+    )
+
+
+def _note_text(run: Summary) -> Text:
+    # A run may be a stranger's: its note must not steer the terminal.
+    return Text("".join(c if c.isprintable() else " " for c in run.note or ""), style="dim")
 
 
 def _fork_text(fork: ForkFacts) -> str:
@@ -255,15 +280,6 @@ def _fork_text(fork: ForkFacts) -> str:
     return f"{fork.parent}, with its steps up to {fork.at:,}" + (
         f"; from there on {changed}" if changed else ""
     )
-
-
-def _parent_text(run: Summary) -> Text:
-    return Text("" if run.parent is None else f"{run.parent[0]}, step {run.parent[1]}")
-
-
-def _note_text(run: Summary) -> Text:
-    # A run may be a stranger's: its note must not steer the terminal.
-    return Text("".join(c if c.isprintable() else " " for c in run.note or ""), style="dim")
 
 
 def _labelled(label: str, text: str) -> str:
@@ -291,7 +307,7 @@ def _update_text(training: TrainingFacts) -> str:
 
 def _steps_text(steps: int, training: TrainingFacts) -> str:
     batches = training.batches
-    if training.loop is not None:
+    if training.loop is not None or not steps:
         return f"{steps:,}"
     if batches.batch_size is None:
         return f"{steps:,}, each with all {training.data.rows:,} rows"

@@ -12,7 +12,7 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture
 def hostile(recorded):
-    """A run whose name and texts are markup."""
+    """A run with markup as its name and texts."""
     run = shutil.copytree(recorded / "chapter", recorded / HOSTILE)
     with changed(run) as database:
         database.write_facts({"status": "failed", "reason": HOSTILE})

@@ -20,8 +20,8 @@ def test_a_training_is_seen_while_it_goes_on(train, visit):
     last = slider.get_attribute("aria-valuemax")
     expect(slider).not_to_have_attribute("aria-valuemax", last)
     seen = page.locator(".dt-info")
-    told = seen.inner_text()
-    expect(seen).not_to_have_text(told)
+    earlier = seen.inner_text()
+    expect(seen).not_to_have_text(earlier)
 
     page.keyboard.press("Home")
     expect(heading(page)).to_have_text(re.compile("^Step 1 of "))

@@ -159,7 +159,7 @@ class WithAReductionThatIsAProperty(nn.MSELoss):
 
 @counting
 class KeepsAMovingAverage(nn.Module):
-    """A plain tensor that is no buffer."""
+    """A plain tensor that is not a buffer."""
 
     def __init__(self, at):
         super().__init__()
@@ -191,7 +191,7 @@ class UsesAMetric:
     """A metric of torchmetrics counts batches."""
 
     def __init__(self, at):
-        from torchmetrics import MeanSquaredError  # whose import takes seconds
+        from torchmetrics import MeanSquaredError  # the import takes seconds
 
         self.metric, self.at = MeanSquaredError(), at
 

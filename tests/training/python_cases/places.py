@@ -1,7 +1,7 @@
 """Where the forward of a model counts its calls.
 
-Each place makes itself anew from a module that owns it, and gives a function that counts one call
-more and returns the count.
+Each place is made from the module that owns it, and returns a function that increments a count of
+calls and returns it.
 """
 
 import array

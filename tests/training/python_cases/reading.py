@@ -1128,7 +1128,7 @@ def a_function_applied_to_a_tensor(factor):
 
 @reading
 def an_initialisation(factor):
-    """`torch.nn.init` fills a tensor that is no parameter."""
+    """`torch.nn.init` fills a tensor that is not a parameter."""
 
     def change(model, h):
         return h * nn.init.constant_(torch.empty(2), factor())

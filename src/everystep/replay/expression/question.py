@@ -122,7 +122,7 @@ MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
     "activations": "activations['0']",
     "measurements": "measurements['lr']",
 }
-#: What is no value by itself, and how it becomes one.
+#: Names that are not values by themselves, and what to write in their place.
 _INCOMPLETE = MAPPINGS | {"batch": "batch.x or batch.y", "previous": "previous.loss"}
 #: What an expression cannot end with.
 _UNFINISHED = re.compile(r"([-+*/%@<>=,.(\[]+|\b(and|or|not))\s*$")

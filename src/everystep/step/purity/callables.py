@@ -43,12 +43,12 @@ _DENIED = re.compile(
     r"|(t|transpose|squeeze|unsqueeze|as_strided)_|sym_.*|empty_quantized|empty_permuted|backward|.*quantize.*"
     r"|set_data|data|output_nr|is_leaf|from_file|unique.*|nonzero\w*|argwhere|lobpcg"
 )
-#: Methods of tensors that the binding makes of other operators of ATen.
+#: Methods of tensors that the binding composes from other ATen operators.
 _CASTS = (
     *("bfloat16", "bool", "byte", "char", "double", "float", "half", "int", "long", "short"),
     *("ndimension", "nelement", "cdouble", "cfloat", "split", "norm", "stft", "istft", "__len__"),
 )
-#: Functions that make tensors of plain values.
+#: Functions that create tensors from plain values.
 _FACTORIES = (
     *(
         "zeros",

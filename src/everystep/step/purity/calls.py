@@ -56,7 +56,7 @@ from everystep.step.purity.values import (
 __all__ = ["Calls"]
 
 _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward")
-#: Methods of modules that go through what the module holds, and those that they call.
+#: Methods of modules that iterate over the content of a module, and the methods that they call.
 _WALKS = ("parameters", "buffers", "children", "modules")
 _WALKED = (*(f"named_{name}" for name in _WALKS), "_named_members")
 

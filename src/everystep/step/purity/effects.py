@@ -52,7 +52,7 @@ class RowReader:
 
 
 def _refuse_parameters(tensor: Tensor) -> bool:
-    """Tell that a tensor is not state; a trainable one changes at every step.
+    """Return False, as no tensor here is state; a trainable one changes at every step.
 
     Raises:
         NotProvenError: it is trainable.

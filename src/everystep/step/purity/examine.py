@@ -30,7 +30,7 @@ _OPTIMIZER = "the optimizer"
 
 
 class Purity:
-    """Whether programs may take the steps of a training, and what must hold for that.
+    """Whether programs may run the steps of a training, and what must hold for that.
 
     Args:
         training: what is trained.
@@ -102,7 +102,7 @@ class Purity:
             prediction = reader.call(training.model, x)
             recorder.enter("loss")
             reader.call(training.loss, prediction, y)
-        # A tensor from outside that lies on the memory of the state must go on to do so.
+        # A tensor from outside that shares memory with the state must continue to do so.
         self._surroundings.guard_shared(tuple(guards.state_tensors))
         return _shown(recorder.tensors, recorder.operations)
 

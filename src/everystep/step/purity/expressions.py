@@ -19,7 +19,7 @@ from everystep.step.purity.values import Interpreted, SuperOf
 
 __all__ = ["Expressions"]
 
-#: How many parts of the syntax tree are gone through at most.
+#: Maximum number of nodes of the syntax tree that are visited.
 MOST_PARTS = 2_000_000
 
 

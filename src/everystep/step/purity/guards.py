@@ -31,7 +31,7 @@ __all__ = [
     "same_value",
 ]
 
-#: Types whose values never change, and whose comparison runs no code of the user's.
+#: Types with values that never change, and with a comparison that runs no user code.
 PLAIN_TYPES: frozenset[type] = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range}
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
@@ -205,7 +205,7 @@ class Guards:
 
 def _numbers_of(tensor: Tensor) -> Tensor | bytes:
     """Return a copy of a tensor's numbers, or a digest of them."""
-    # What a recorder that looks on sees are operations of the step alone.
+    # A recorder in force must see operations of the step alone.
     with _disable_current_modes():
         if tensor.nbytes <= COPIED_BYTES or tensor.device.type != "cpu":
             return tensor.detach().clone()
@@ -292,5 +292,5 @@ def same_value(one: Any, two: Any) -> bool:
         return True
     if type(one) is str and type(two) is str:
         return one == two
-    # A text tells -0.0 from 0.0, and NaN is like NaN.
+    # As texts, -0.0 differs from 0.0, and NaN equals NaN.
     return type(one) is type(two) and is_plain(one) and is_plain(two) and repr(one) == repr(two)

@@ -63,7 +63,7 @@ def _flags() -> tuple[str, ...]:
 
 
 def functions_of_torch() -> list[Any]:
-    """Return the functions in torch's own modules, which somebody may replace."""
+    """Return the functions in torch's own modules, which user code may replace."""
     return [
         value
         for place, names in zip(_PLACES, _names_of_functions(), strict=True)

@@ -42,7 +42,7 @@ class Reader(Expressions):
             NotProvenError: it does something that is not known to be an operation; says where and what.
         """
         self.values.made(args)
-        return self._told(self.values.call, function, list(args), {})
+        return self._located(self.values.call, function, list(args), {})
 
     def item(self, value: Any, index: Any) -> Any:
         """Return `value[index]`.
@@ -50,9 +50,9 @@ class Reader(Expressions):
         Raises:
             as `call`.
         """
-        return self._told(self.values.item, value, index)
+        return self._located(self.values.item, value, index)
 
-    def _told(self, read: Callable[..., Any], *given: Any) -> Any:
+    def _located(self, read: Callable[..., Any], *given: Any) -> Any:
         """Read, and add the position to the reason that ends the reading."""
         try:
             return read(*given)

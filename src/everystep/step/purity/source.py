@@ -17,7 +17,7 @@ FunctionNode = ast.FunctionDef | ast.Lambda
 _FUTURE = __future__.annotations.compiler_flag
 
 
-#: What a function that is read must not have anywhere, since it holds wherever it stands.
+#: What a function that is read must not contain, because it has an effect wherever it stands.
 _PROBLEMS: dict[type[ast.AST], str] = {
     ast.Global: "declares a global",
     ast.Nonlocal: "declares a nonlocal variable",

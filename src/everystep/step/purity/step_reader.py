@@ -191,7 +191,7 @@ class _StepCalls(Calls):
 
     def _attribute(self, value: Any, name: str) -> Any:
         if is_a(value, torch.optim.Optimizer) and name in ("step", "zero_grad"):
-            return Bound(getattr(type(value), name), value)  # a schedule wraps the step in its own way
+            return Bound(getattr(type(value), name), value)  # a schedule wraps the step
         return super()._attribute(value, name)
 
     def _of_tensor(self, tensor: Tensor, name: str) -> Any:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-#: They hand their numbers through to one operator, so that another number is the same operation. Where
+#: They pass their numbers on to one operator, so that another number is the same operation. Where
 #: autograd takes part, the backward pass has the number too, or does other things with another.
 FREE = {
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow", "lerp", "lerp_", "fill_"),
@@ -44,10 +44,10 @@ FREE = {
 _AS_THEY_ARE = {
     *(int, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format),
 }
-#: What torch's functions give besides tensors, and Python can do nothing with but read.
+#: What torch's functions return besides tensors, and Python can only read.
 _READABLE = {*_AS_THEY_ARE, bool, float, complex, torch.Size, list, dict}
 _SEQUENCES = (list, tuple)
-#: They give Python one number of their tensor.
+#: They return one number of their tensor to Python.
 _READS = {"item", "__bool__", "__int__", "__float__", "__complex__", "__index__", "is_nonzero", "tolist"}
 #: They take numbers from a tensor in C++, where no operator shows it, and act on them.
 _READ_OUT_OF_SIGHT = {"tensor_split", "ctc_loss", "_pack_padded_sequence", "_pad_packed_sequence"}
@@ -60,9 +60,9 @@ _OTHER_WHEN_WATCHED = {
 _OTHER_WHEN_WATCHED_ALONE = {"max", "min"}
 #: The place of the argument that is a tensor where they take a packed sequence, with its lengths.
 _PACKED = {"lstm": 1, "gru": 2, "rnn_tanh": 2, "rnn_relu": 2}
-#: They give Python a text, of which no step depends.
+#: They return a text to Python; no step depends on it.
 _TEXTS = {"__repr__", "__str__", "__format__"}
-#: They give a tensor other memory, or another place in it.
+#: They move a tensor to other memory, or to another offset in it.
 _MOVES = {
     *("set_", "resize_", "resize_as_", "swap_tensors", "t_", "transpose_", "squeeze_", "unsqueeze_"),
     *("as_strided_", "swapaxes_", "swapdims_"),
@@ -83,7 +83,7 @@ _TRUE, _FALSE = object(), object()
 
 
 _TORCH = str(Path(torch.__file__).parent)
-#: The methods of Tensor that were looked at last, and are torch's.
+#: The methods of Tensor that were checked last, and are torch's.
 _known_methods: dict[str, Any] = {}
 
 
@@ -113,7 +113,7 @@ class StrangeError(Exception):
 
 
 class Reference:
-    """Stands for a tensor of a step, by the order in which it was met."""
+    """Stands for a tensor of a step, by the order in which the step first used it."""
 
     __slots__ = ("number",)
 

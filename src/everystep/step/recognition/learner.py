@@ -55,9 +55,9 @@ class Learner:
         self._note_places()
 
     def happened(self, signature: Any) -> bool:
-        """Note something besides calls of torch's functions, a StrangeError if it has no likeness.
+        """Note an event other than a call of torch; a StrangeError if it cannot be compared.
 
-        What is noted is in the watch already, so that it can be anything.
+        The watch already has its effect.
         """
         if isinstance(signature, StrangeError):
             self._give_up(signature)
@@ -248,7 +248,7 @@ class Learner:
         raise StrangeError("a function reads tensors from elsewhere by itself")
 
     def _check_new(self, args: tuple[Any, ...], keywords: dict[str, Any], count: int) -> None:
-        """Check that the step did not make out of sight what a call brought from elsewhere.
+        """Check that what a call brought from elsewhere was not made unseen in the step.
 
         count: the number of references before it.
 
@@ -264,7 +264,7 @@ class Learner:
                 raise StrangeError("a function uses a tensor that no function returned")
 
     def _note_places(self) -> None:
-        """Note the storages of tensors met since the last time."""
+        """Note the storages of tensors that the step first used since the last call."""
         count = self.references.count
         if len(self._places) == count:
             return

@@ -16,10 +16,10 @@ from everystep.step.verified import CHECK_SHARE, LIGHT_SECONDS
 __all__ = ["Ending", "Learned", "Memory", "Node"]
 
 Number = int | float
-#: So many steps in a row that could not be recognised, and it is tried more seldom.
+#: After so many steps in a row that were not recognized, it is tried less often.
 _PATIENCE = 2
 _LONGEST_REST = 512
-#: So many steps are remembered; a loop in which each is another would fill the memory.
+#: Steps that are remembered; a loop in which each step differs would fill the memory.
 _MOST_LEARNED = 200
 
 
@@ -135,7 +135,7 @@ class Memory:
             self._next_watched = 2 * step
 
     def timed(self, step: int, seconds: float, *, is_recognized: bool) -> None:
-        """A step took so long: one that was recognized to its end, or one that was watched in full."""
+        """Note the time of a step that was recognized to its end, or watched in full."""
         if is_recognized:
             self._recognized_seconds = seconds
         elif self.is_watched(step):

@@ -29,7 +29,7 @@ _ALIKE = (
     *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
     *(torch.optim.RMSprop, torch.optim.Rprop),
 )
-#: What an optimizer has, and nothing that somebody else has hung up on it.
+#: The attributes of an optimizer, without those that other code has set on it.
 _OWN = {
     *(
         "defaults",
@@ -152,7 +152,7 @@ class OptimizerNumbers:
         settings = [each for item in group.items() if item[0] != "params" for each in item]
         if not _depends_on_settings_alone(group, alike[-1]):
             return self._taken_alone(optimizer, group, parameter, alike[1])
-        # Settings are mostly the very objects that they were, which is quick to find.
+        # Settings are mostly the same objects as before, which is quick to find out.
         place, given = (type(optimizer), id(group)), [alike, *settings]
         known = self._last.get(place)
         if known is not None and known[0][0] == alike and _are_the_objects(known[0], given):

@@ -72,7 +72,9 @@ class Recognizer:
         self.references = references
         self._elsewhere = elsewhere
         self._diverged = diverged
-        self._met = references.count  # what was met later is not known to be what it was in steps before
+        self._met = (
+            references.count
+        )  # what was first used later may differ from what it was in earlier steps
         self._changed: dict[int, int] = {}
 
     @property
@@ -122,7 +124,7 @@ class Recognizer:
         if returns != node.returns or (
             node.likeness is not None and tuple(map(likeness_of, tensors)) != node.likeness
         ):
-            self._diverged()  # what it gave is from elsewhere: it writes nothing
+            self._diverged()  # its result is from elsewhere: it writes nothing
             return result
         if node.reads:
             self.numbers.append(args[0].detach().item())

@@ -1,0 +1,100 @@
+"""What the shell offers when a user presses Tab. Imports no torch.
+
+Where a function returns nothing that fits, the shell offers files and directories.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from everystep.errors import RunError
+
+__all__ = [
+    "device_names",
+    "engine_names",
+    "experiment_names",
+    "experiments_and_files",
+    "measurement_names",
+    "operation_numbers",
+    "phase_names",
+    "run_names",
+]
+
+
+def run_names() -> list[str]:
+    """Return the names of the runs in runs/ and of those in the current directory."""
+    from everystep.recording.database import FILE_NAME
+    from everystep.recording.run import RUNS
+
+    found = [path.parent.name for place in (RUNS, Path()) for path in place.glob(f"*/{FILE_NAME}")]
+    return sorted(set(found))
+
+
+def experiment_names() -> list[str]:
+    """Return the names of the built-in experiments."""
+    from everystep.experiment.specification import built_in
+
+    return list(built_in())
+
+
+def experiments_and_files() -> list[str]:
+    """Return the built-in experiments, and the TOML files in the current directory."""
+    files = sorted(path.name for path in Path().glob("*.toml") if path.name != "pyproject.toml")
+    return [*experiment_names(), *files]
+
+
+def phase_names() -> list[str]:
+    """Return the phases that `everystep step` can show alone, in order."""
+    return ["batch", "forward", "loss", "zero_grad", "backward", "update", "other"]
+
+
+def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
+    """Return the operations of a step, if all steps of the run have the same program.
+
+    Each with its operator, which zsh and fish show.
+    """
+    from everystep.recording.run import find_run
+
+    try:
+        programs = list((find_run(_arguments(ctx, "run")[0]) / "programs").glob("*.json"))
+        if len(programs) != 1:
+            return []
+        operations = json.loads(programs[0].read_text(encoding="utf-8"))["operations"]
+        return [(str(number), each["operator"]) for number, each in enumerate(operations)]
+    except (RunError, OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def measurement_names(ctx: typer.Context) -> list[str]:
+    """Return what can be drawn besides the loss of the runs typed so far."""
+    from everystep.recording.run import RecordedRun, find_run
+
+    found: set[str] = set()
+    for run in _arguments(ctx, "runs"):
+        try:
+            found.update(RecordedRun(find_run(run)).measurement_names)
+        except RunError:
+            continue
+    return sorted(found)
+
+
+def device_names() -> list[str]:
+    """Return the kinds of devices."""
+    return ["cpu", "cuda", "mps", "auto"]
+
+
+def engine_names() -> list[str]:
+    """Return the engines."""
+    return ["auto", "program", "eager"]
+
+
+def _arguments(ctx: typer.Context, name: str) -> list[str]:
+    """Return what was typed for an argument before an option with its value still to come.
+
+    Parsing stops at that option, because its value is missing; the arguments are then left as typed.
+    """
+    found = ctx.params.get(name)
+    return ctx.args if not found else [found] if isinstance(found, str) else list(found)
