@@ -124,3 +124,23 @@ def test_a_step_that_departs_has_the_operations_that_it_would_have_in_full(body,
     full = recorded("full")
     for step in (6, 7, 10, 11, 12):
         assert operations(run, step) == operations(full, step)
+
+
+def test_masks_of_a_count_met_before_are_recognized(tmp_path, capsys):
+    x, y = torch.randn(6, 3), torch.randn(6)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    recognized = []
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for number in range(1, 31):
+            mask = torch.arange(6) < 2 + number % 3
+            with recording.step({"x": x, "y": y, "mask": mask}):
+                loss = ((model(x[mask])[:, 0] - y[mask]) ** 2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+            recognized.append(recording._last.recognized is not None)
+    assert sum(recognized[16:]) >= 12
+    assert "the same calls" not in capsys.readouterr().err
+    assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact

@@ -292,7 +292,7 @@ class StepWatch(TorchFunctionMode):
                 self._learner = Learner(watch, references)
             else:
                 self._recognizer.resume(watch)
-                self._memory.failed()
+                self._memory.failed(lacks_variant=self._recognizer.lacks_variant)
         watch.is_paused = self._is_paused
         self._watch, self._recognizer = watch, None
         if self._is_entered:

@@ -220,8 +220,8 @@ def shortest(loss: float) -> str:
 def runs_table(runs: Iterable[Summary], width: int | None = None) -> Table:
     """Return the runs as a table: name, status, steps, first and last loss, when, and of what a fork.
 
-    width: columns of the terminal; what matters least is left out of a narrow one. A wide one has notes at
-    the end of the lines.
+    width: columns of the terminal; what matters least is left out of a narrow one. A wide one has notes
+    at the end of the lines.
     """
     runs = list(runs)
     cells = [_HEADINGS, *map(_run_cells, runs)]

@@ -18,6 +18,8 @@ __all__ = ["Ending", "Learned", "Memory", "Node"]
 Number = int | float
 #: After so many steps in a row that were not recognized, it is tried less often.
 _PATIENCE = 2
+#: Steps that are learned after one that lacks a variant, until one of them is new, too.
+_TRIES = 4
 _LONGEST_REST = 512
 #: Steps that are remembered; a loop in which each step differs would fill the memory.
 _MOST_LEARNED = 200
@@ -58,7 +60,8 @@ class Node:
     them from its argument; floats: which of them are its own float arguments, in order; way: how an
     optimizer steps, if it is one; draws: whether it draws random numbers; contents: tensors from
     elsewhere that it used first, and their storages; constants: the content of storages that it made;
-    returns: references of its results; likeness: their expected properties, if not certain; changed: how
+    returns: references of its results; likeness: their properties, if the call does not determine them;
+    variants: the same call with results of other properties, by these; changed: how
     often tensors were changed after it, if that differs from before it, by the number of the reference.
     """
 
@@ -76,11 +79,16 @@ class Node:
     learned: Learned | None = None
     ending: Ending | None = None
     next: dict[Any, Node] = field(default_factory=dict)
+    variants: dict[Any, Node] = field(default_factory=dict)
 
     @property
     def is_variable(self) -> bool:
         """Whether its numbers vary between steps."""
         return self.reads or bool(self.floats) or self.way is not None
+
+    def variant(self, likeness: tuple[Any, ...] | None) -> Node | None:
+        """Return the node of the call with results of such properties, None if it was not met."""
+        return self if likeness == self.likeness else self.variants.get(likeness)
 
     def agrees(self, other: Node) -> bool:
         """Tell whether another node is the same call at the same place."""
@@ -109,7 +117,7 @@ class Memory:
         self._failures = 0
         self._rest = 0
         self._next_rest = 1
-        self._must_learn = True
+        self._must_learn = 1
         self._handles: int | None = None
         self._next_watched = 1
         self._recognized_seconds: float | None = None
@@ -160,16 +168,20 @@ class Memory:
 
     def learned(self, structure: Any, root: Node, trail: list[tuple[Any, Node]]) -> bool:
         """Remember a step that was watched in full; return whether it agrees with what was known."""
-        self._must_learn = False
         self._learned += 1
         if self._learned > _MOST_LEARNED:
             self._learned, self._roots = 1, {}
         node = self._roots.setdefault(structure, root)
-        is_fine = node.agrees(root)
+        is_fine, is_new = node.agrees(root), node is root
         for signature, each in trail:
-            known = node.next.setdefault(signature, each)
+            first = node.next.setdefault(signature, each)
+            known = first.variant(each.likeness)
+            if known is None:
+                known = first.variants[each.likeness] = each
+            is_new |= known is each
             is_fine = is_fine and known.agrees(each)
             node = known
+        self._must_learn = 0 if is_new else max(0, self._must_learn - 1)
         ending = trail[-1][1].ending if trail else root.ending
         if node.ending is None:
             node.ending = ending
@@ -181,9 +193,13 @@ class Memory:
         """A step was recognized."""
         self._failures, self._next_rest = 0, 1
 
-    def failed(self) -> None:
-        """A step was not recognized, or never can be."""
-        self._must_learn = True
+    def failed(self, *, lacks_variant: bool = False) -> None:
+        """A step was not recognized, or never can be.
+
+        lacks_variant: a call had results of other properties than before; there may be many such steps,
+        and the next is not likely to be one of the same kind.
+        """
+        self._must_learn = _TRIES if lacks_variant else 1
         self.met_another()
 
     def met_another(self) -> None:

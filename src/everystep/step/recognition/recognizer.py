@@ -57,7 +57,7 @@ class Recognizer:
 
     numbers, generators, drawn: of the step, as `Watch` has them; contents: the bytes of what it brought
     from elsewhere, by the number of the storage; references: of the step; optimizer_steps: those that
-    were seen as a whole.
+    were seen as a whole; lacks_variant: the step departed because a call had results of other properties.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Recognizer:
         self.drawn: Tensor | None = None
         self.contents: dict[int, Tensor] = {}
         self.optimizer_steps: list[OptimizerStep] = []
+        self.lacks_variant = False
         self._root = self._node = root
         self.references = references
         self._elsewhere = elsewhere
@@ -121,9 +122,10 @@ class Recognizer:
         else:
             tensors = [] if result is None else [*tensors_in(result)]
         returns = self.references.results(tensors)
-        if returns != node.returns or (
-            node.likeness is not None and tuple(map(likeness_of, tensors)) != node.likeness
-        ):
+        if node.likeness is not None:
+            node = node.variant(tuple(map(likeness_of, tensors)))
+            self.lacks_variant = node is None
+        if node is None or returns != node.returns:
             self._diverged()  # its result is from elsewhere: it writes nothing
             return result
         if node.reads:
