@@ -76,7 +76,7 @@ def test_an_experiment_that_was_changed_since_does_not_speak_for_the_run(chapter
 
 
 def test_runs_in_a_line_each_also_those_that_cannot_be_read(chapter_run, write_run, page, shelf):
-    write_run("nan", [math.nan, math.inf], steps=7)
+    write_run("nan", [math.nan, math.inf], steps=7, status="stopped")
     (shelf / "broken").mkdir()
     (shelf / "broken" / "run.sqlite").write_text("no database")
     (shelf / "empty").mkdir()
@@ -88,7 +88,7 @@ def test_runs_in_a_line_each_also_those_that_cannot_be_read(chapter_run, write_r
     assert "cannot be read" in runs["broken"]["problem"]
     assert runs["broken"]["status"] is None
     assert runs["nan"] | {"started": ""} == {
-        "name": "nan", "status": "finished", "steps": 2, "planned": 7, "first_loss": "nan",
+        "name": "nan", "status": "stopped", "steps": 2, "planned": 7, "first_loss": "nan",
         "last_loss": "inf", "nonfinite": None, "optimizer": None, "lr": "", "batch": None,
         "validation": None, "seconds": None, "started": "", "parent": None, "note": None,
         "problem": None,
@@ -137,7 +137,7 @@ TRAINING = TrainingFacts(
     loss=LossFacts(class_name="l", is_torchs=False, settings={}, modules={}),
     clip_norm=None, evaluate_every=None, numerics=Numerics.read(torch.device("cpu")), versions={},
 )  # fmt: skip
-FACTS = Facts(steps=9, trained=TRAINING).rows()
+FACTS = Facts(steps=9, trained=TRAINING).rows() | {"status": "stopped"}
 
 
 OUTSIDE = [

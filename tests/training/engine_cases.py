@@ -19,7 +19,7 @@ from everystep import GradientDescent
 __all__ = ["CASES", "OPTIMIZERS", "Case"]
 
 #: Why spectral_norm is eager; how `_power_method` sets `no_grad` differs between versions of torch.
-SPECTRAL_NORM = "uses with, which is supported only" if torch.__version__ < "2.15" else "_power_method"
+SPECTRAL_NORM = "writes into a tensor passed as out" if torch.__version__ < "2.15" else "_power_method"
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def runs_table(runs: Iterable[Summary], width: int | None = None) -> Table:
         )
     notes = [_note_text(run) for run in runs] if left >= _NARROWEST_NOTES else []
     if any(note.plain for note in notes):
-        most = None if width is None else int(left)
+        most = 100 if width is None else int(left)
         table.add_column(Text("note"), no_wrap=True, overflow="ellipsis", max_width=most)
     else:
         notes = []

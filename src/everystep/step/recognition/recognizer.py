@@ -57,7 +57,7 @@ class Recognizer:
 
     numbers, generators, drawn: of the step, as `Watch` has them; contents: the bytes of what it brought
     from elsewhere, by the number of the storage; references: of the step; optimizer_steps: those that
-    were seen as a whole; lacks_variant: the step departed because a call had results of other properties.
+    were seen as a whole; lacks_variant: the step departed as a call had results of other properties.
     """
 
     def __init__(
