@@ -153,6 +153,13 @@ class RecordedRun:
         with reading(self._database_path) as database:
             return database.measurement_names()
 
+    @property
+    def latest_measurements(self) -> dict[str, float]:
+        """The newest value of each measurement besides the loss, by name."""
+        with reading(self._database_path) as database:
+            latest = {name: database.last_measured(name) for name in database.measurement_names()}
+        return {name: math.nan if value is None else value for name, value in latest.items()}
+
     def measured(self, name: str) -> dict[int, float]:
         """Return the values of one measurement by step, in order."""
         with reading(self._database_path) as database:

@@ -321,7 +321,7 @@ def _json_number(value: float | None) -> float | int | str | None:
 
 def _latest_measurements(run: RecordedRun) -> dict[str, float]:
     later = run.facts.measured
-    return {name: value for name, _, value in run.measurements.iter_rows() if name not in later}
+    return {name: value for name, value in run.latest_measurements.items() if name not in later}
 
 
 def shortest_name(directory: Path) -> str:
