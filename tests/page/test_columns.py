@@ -156,8 +156,8 @@ def test_steps_are_searched_for(write_run, page, search, steps):
      ({"search": "1" * 400}, "names no steps"), ({"low": "x"}, "losses from 'x': not a number"),
      ({"high": "nan"}, "losses to 'nan': not a number"),
      ({"sort": "m"}, "no column 'm' to sort by; there are step, loss"),
-     ({"direction": "up"}, "asc or desc"), ({"start": "x"}, "start 'x' is no whole number"),
-     ({"length": "9" * 30}, "no whole number")],
+     ({"direction": "up"}, "asc or desc"), ({"start": "x"}, "start 'x' is not a whole number"),
+     ({"length": "9" * 30}, "not a whole number")],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_with_the_cure(write_run, page, query, message):
     write_run("run", [1.0])

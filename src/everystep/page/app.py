@@ -1,4 +1,4 @@
-"""The application: which address is answered by what, and how errors are told."""
+"""The application: which address is answered by what, and how errors are reported."""
 
 from __future__ import annotations
 

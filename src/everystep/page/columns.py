@@ -93,7 +93,7 @@ class RunColumns:
 
     @cached_property
     def first_nonfinite(self) -> int | None:
-        """The first step whose loss is not finite."""
+        """The first step with a loss that is not finite."""
         found = np.flatnonzero(~np.isfinite(self.losses))
         return int(found[0]) + 1 if len(found) else None
 

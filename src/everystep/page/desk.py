@@ -1,4 +1,4 @@
-"""The server's side of the worker: asks it to open steps, one at a time; starts it anew if it dies."""
+"""The server's side of the worker: asks it to open steps, one at a time; restarts it if it dies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
     content: bytes
 
 
-class NoAnswer(Exception):  # noqa: N818  # it is no fault of whoever asked
+class NoAnswer(Exception):  # noqa: N818  # the request is not at fault
     """The worker has ended instead of answering; the message is for the user."""
 
 
@@ -140,7 +140,7 @@ class Desk:
 
 
 async def _begin_worker() -> Process:
-    # Threads that wait for each other shall soon sleep: a training beside them may need every core. At
+    # Threads that wait for each other should soon sleep: a training beside them may need every core. At
     # once would cost more than half of the speed where there is none.
     return await begin("everystep.page.worker", GOMP_SPINCOUNT="1000")
 

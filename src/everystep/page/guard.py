@@ -1,4 +1,4 @@
-"""Who may speak to the server: whoever came to it by its own name and knows its token.
+"""Who may use the server: clients that address it by its own name and know its token.
 
 The token is an HMAC, by a secret of the user, of the directory that is served. So it stays the same when
 the server is stopped and started again, and an open page goes on.

@@ -128,7 +128,7 @@ class Live:
     def _look_at_all(self) -> Sight[dict[str, Any]]:
         runs = self._shelf.summaries()
         is_moving = any(run["status"] == "running" for run in runs.values())
-        # What cannot be read, or is no run yet, may become one.
+        # What cannot be read, or is not a run yet, may become one.
         unsettled = {
             path
             for name, path in self._shelf.folders().items()

@@ -73,7 +73,7 @@ def region(
     there, with its sign; NaN goes before all, so that nothing that is not finite is ever lost.
 
     Args:
-        tensor: whose numbers.
+        tensor: the tensor that has the numbers.
         index: of the 2-d slice.
         rows: first and one after the last; absent: all.
         columns: the same.

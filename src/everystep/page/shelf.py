@@ -46,7 +46,7 @@ class Shelf:
         }
 
     def folders(self) -> dict[str, Path]:
-        """Return all folders by name; one that is no run yet may become one."""
+        """Return all folders by name; one that is not a run yet may become one."""
         try:
             with os.scandir(self.directory) as entries:
                 names = sorted(entry.name for entry in entries if entry.is_dir())

@@ -43,7 +43,7 @@ class Task:
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        # Of each kind of word only the last: whoever comes late needs no more.
+        # Of each kind of message only the last: a late listener needs no more.
         self._said: dict[str, Event] = {}
         self._count = 0
         self._changed = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Directories that are watched for somebody: the file system tells of changes, nobody has to look."""
+"""Watched directories: the file system reports changes, so nothing polls."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Watches:
             self.close()
 
     def holds(self, directory: Path) -> bool:
-        """Return whether what is watched is still what lies there: it may have been made anew."""
+        """Return whether what is watched is still what lies there: it may have been replaced."""
         try:
             return directory in self._watched and _place(directory) == self._watched[directory].place
         except OSError:
@@ -103,7 +103,7 @@ class _Handler(FileSystemEventHandler):
     def on_any_event(self, event: FileSystemEvent) -> None:
         """Set the events of those who want to know."""
         names = {Path(str(path)).name for path in (event.src_path, event.dest_path)}
-        # Looking at a run touches other files of it (the lock, the shared memory); that is no change.
+        # Looking at a run touches its other files (the lock, the shared memory): that changes nothing.
         is_made_by_looking = not event.is_directory and not names & {FILE_NAME, f"{FILE_NAME}-wal"}
         if not is_made_by_looking and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._tell)

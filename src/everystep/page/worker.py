@@ -49,7 +49,7 @@ class Openers:
         self.facts = Facts()
 
     def run(self, directory: str) -> Run:
-        """Return a run; one that was made anew under the same name is opened anew.
+        """Return a run; one that was replaced under the same name is opened again.
 
         Raises:
             RunError: it is not there, or cannot be read.

@@ -18,7 +18,7 @@ from everystep.views.terminal import shortest
 
 __all__ = ["Formula", "update_formulas"]
 
-#: A formula of more characters is no help.
+#: A longer formula does not help.
 LONGEST = 250
 
 _SUM, _PRODUCT, _ATOM = 1, 2, 3

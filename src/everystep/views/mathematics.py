@@ -334,14 +334,14 @@ def _log_softmax_backward(call: _Call) -> str:
 
 
 def _convolution(call: _Call) -> str:
-    def told(key: str, usual: int) -> str:
+    def setting(key: str, usual: int) -> str:
         sizes = call.value(key)
         if all(size == usual for size in sizes):
             return ""
         return f", {key} {TIMES.join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))}"
 
     name = "conv_transpose" if call.value("transposed") else "conv"
-    settings = told("stride", 1) + told("padding", 0) + told("dilation", 1)
+    settings = setting("stride", 1) + setting("padding", 0) + setting("dilation", 1)
     bias = f" + {call['bias']}" if call.value("bias") is not None else ""
     groups = f", groups {call['groups']}" if call.value("groups") != 1 else ""
     return f"{name}({call['input']}, {call['weight']}{settings}{groups}){bias}"

@@ -28,9 +28,9 @@ class Asked:
         try:
             fields = json.loads(await request.body() or b"{}")
         except (ValueError, RecursionError):
-            raise UsageError("the request is no JSON") from None
+            raise UsageError("the request is not JSON") from None
         if not isinstance(fields, dict):
-            raise UsageError("the request is no JSON object")
+            raise UsageError("the request is not a JSON object")
         return cls(fields)
 
     def text(self, name: str, absent: Any = ..., longest: int = LONGEST_TEXT) -> Any:
@@ -77,7 +77,7 @@ class Asked:
         for path in value:
             keys = re.findall(r"[^.\[\]]+", path)
             if not keys or "=" in path:
-                raise UsageError(f"{path!r:.80} is no setting; write a path: optimizer.lr")
+                raise UsageError(f"{path!r:.80} is not a setting; write a path: optimizer.lr")
             if keys[0].strip() == "data":
                 raise UsageError(
                     f"{path!r:.80} cannot be changed on the page, which reads no files; "

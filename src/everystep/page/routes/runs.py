@@ -105,7 +105,7 @@ def _whole(request: Request, name: str, otherwise: int) -> int:
     if not text:
         return otherwise
     if re.fullmatch(r"-?\d{1,18}", text, re.ASCII) is None:
-        raise UsageError(f"{name} {text[:80]!r} is no whole number")
+        raise UsageError(f"{name} {text[:80]!r} is not a whole number")
     return int(text)
 
 

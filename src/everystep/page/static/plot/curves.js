@@ -51,7 +51,7 @@ export class Curve {
     this.#part = null;
   }
 
-  /** Add newer points, in the place of those of steps that were taken again; return whether to load the curve anew. */
+  /** Add newer points, replacing those of steps that ran again; return whether to reload the curve. */
   extend(steps, values) {
     const { steps: known, values: numbers } = this.#whole;
     const again = known.findIndex((step) => step >= steps[0]);

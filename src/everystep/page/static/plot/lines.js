@@ -48,7 +48,7 @@ export function stacked(drawn) {
 }
 
 /**
- * Return {data, nonfinite}: the columns that uPlot draws, and the steps whose loss is not finite.
+ * Return {data, nonfinite}: the columns that uPlot draws, and the steps with a loss that is not finite.
  *
  * The columns: the steps of all lines, then the values of each line, blank where it has none.
  */

@@ -61,7 +61,7 @@ class LossPlot {
   extend(name, { steps, losses }) {
     const line = this.#lines.find(({ curve }) => curve.run === name && curve.measurement === null);
     if (!line) return;
-    if (line.curve.extend(steps, losses)) this.#timers.soon("anew", () => this.#load([line]));
+    if (line.curve.extend(steps, losses)) this.#timers.soon("reload", () => this.#load([line]));
     this.#refresh();
   }
 

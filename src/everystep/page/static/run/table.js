@@ -80,7 +80,7 @@ class StepTable {
     this.#table?.order(this.#order()).draw();
   }
 
-  /** Read anew what is shown: there may be more steps, and more that was measured. */
+  /** Read what is shown again: there may be more steps and measurements. */
   refresh() {
     this.#timers.soon("refresh", () => this.#table?.ajax.reload(null, false));
   }

@@ -72,7 +72,7 @@ class RunRow {
     return [element("span", { class: "lineage" }, "fork of ", link, ` at ${whole(parent[1])}`)];
   }
 
-  // The picture, once the row is seen; anew now and then while there are more steps.
+  // The picture, once the row is seen; drawn again now and then while there are more steps.
   async #draw() {
     const { name, steps } = this.run;
     if (!this.#isSeen || this.#isWaiting || !steps || steps === this.#pictured) return;

@@ -76,7 +76,7 @@ export function watch(changed) {
   return () => watchers.delete(changed);
 }
 
-/** Let links of ours go there without loading the page anew, and listen to Back and Forward. */
+/** Let links of ours go there without reloading the page, and listen to Back and Forward. */
 export function begin() {
   window.addEventListener("popstate", tellAll);
   document.addEventListener("click", (event) => {

@@ -20,7 +20,7 @@ export function unfoldAround(node) {
   for (let fold = node?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
 }
 
-/** Return a part that is built anew only where the structure of what it shows is another. */
+/** Return a part that is rebuilt only when the structure of what it shows changes. */
 export function rebuilt(node, structureOf, build) {
   let structure = null;
   let parts = [];

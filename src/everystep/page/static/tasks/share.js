@@ -101,7 +101,7 @@ function keep(content, name) {
 function stepsOf(text, last) {
   const words = text.split(/[\s,;]+/).filter(Boolean);
   const wrong = words.find((word) => !/^\d+$/.test(word));
-  if (wrong) return { problem: `“${wrong}” is no step: write whole numbers, with commas between` };
+  if (wrong) return { problem: `“${wrong}” is not a step: write whole numbers, with commas between` };
   const beyond = words.map(Number).find((step) => step < 1 || step > last);
   if (beyond !== undefined) return { problem: `there is no step ${beyond}: they go from 1 to ${whole(last)}` };
   const steps = [...new Set(words.map(Number))].sort((one, other) => one - other);

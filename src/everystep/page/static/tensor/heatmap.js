@@ -35,8 +35,8 @@ class HeatMap {
     this.frame = element("div", { class: "frame" }, this.canvas);
     this.copying = copyMark(() => this.#patchAt(this.cursor).text(this.cursor), "copy this number in full precision");
     show(this.copying, false);
-    const told = element("div", { class: "told" }, this.readout, this.copying);
-    const beneath = element("div", { class: "beneath" }, this.legend.node, this.buttons.node, told);
+    const spoken = element("div", { class: "spoken" }, this.readout, this.copying);
+    const beneath = element("div", { class: "beneath" }, this.legend.node, this.buttons.node, spoken);
     this.node = element("figure", { class: "heat-map" }, this.slices.node, this.frame, beneath);
     this.isRooted = false;
     this.index = 0;
@@ -66,7 +66,7 @@ class HeatMap {
     };
   }
 
-  /** Colour the numbers anew, and draw them. */
+  /** Colour the numbers again, and draw them. */
   paint() {
     this.colours ??= coloursOf(this.node);
     const { lowest, highest } = this.whole;
