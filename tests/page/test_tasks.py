@@ -218,8 +218,8 @@ def test_what_is_asked_is_checked(runs, monkeypatch):
         (fork, {"at": 1, "settings": {"optimizer.lr": 1}}, "texts by path"),
         (fork, {"at": 1, "settings": {"data.path": "/etc/passwd"}}, "reads no files"),
         (fork, {"at": 1, "settings": {"..data[path]": "/etc/passwd"}}, "reads no files"),
-        (fork, {"at": 1, "settings": {"data={": "}"}}, "no setting"),
-        (fork, {"at": 1, "settings": {".": "}"}}, "no setting"),
+        (fork, {"at": 1, "settings": {"data={": "}"}}, "not a setting"),
+        (fork, {"at": 1, "settings": {".": "}"}}, "not a setting"),
         (fork, {"at": 1, "name": "other"}, "there already"),
         ("/api/compare", {"one": "other"}, "other is missing"),
     ]
