@@ -793,8 +793,13 @@ def schedule_at_the_end_of_an_epoch():
 
 def scheduled(factor):
     """Return a case with a schedule that calls a function."""
+    return followed_by(lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+
+
+def followed_by(make):
+    """Return a case with a schedule for its optimizer, which advances at each step."""
     case = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    schedule = torch.optim.lr_scheduler.LambdaLR(case.parts["optimizer"], factor)
+    schedule = make(case.parts["optimizer"])
 
     def step(batch):
         loss = case.step(batch)
@@ -822,15 +827,7 @@ def schedule_by_arithmetic():
 
 @case
 def schedule_of_another_package():
-    case = usual(lambda p: torch.optim.AdamW(p, lr=0.1))
-    schedule = transformers.get_cosine_schedule_with_warmup(case.parts["optimizer"], 5, 40)
-
-    def step(batch):
-        loss = case.step(batch)
-        schedule.step()
-        return loss
-
-    return case._replace(step=step, parts=case.parts | {"schedule": schedule})
+    return followed_by(lambda o: transformers.get_cosine_schedule_with_warmup(o, 5, 40))
 
 
 @case
