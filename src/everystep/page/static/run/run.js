@@ -296,7 +296,7 @@ class RunView {
   /** Train on from the step that is looked at. */
   async fork() {
     const { forkDialog } = await import("../tasks/fork.js");
-    forkDialog(this.about, this.step);
+    forkDialog(this.about, this.step ?? 0);
   }
 
   async #share() {
