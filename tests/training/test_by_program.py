@@ -12,6 +12,8 @@ from torch import nn
 
 import everystep
 from everystep.errors import TrainingError
+from everystep.step.stand_in import StandIn
+from everystep.training import step_function
 
 STEPS = 40
 
@@ -421,3 +423,24 @@ def test_a_program_that_is_demanded_must_be_there():
 def test_a_summary_says_who_took_the_steps():
     run = trained(seeded(CASES["adam"]), 20)
     assert re.search(r"a program ran 1\d of 20 steps, checked against Python \d", run._repr_html_())
+
+
+def test_programs_of_many_kinds_of_batches_share_a_limit_of_memory(monkeypatch):
+    monkeypatch.setattr(step_function, "MOST_BYTES", 0)
+    let_go = []
+    monkeypatch.setattr(StandIn, "let_go", noting(StandIn.let_go, let_go))
+    plain = seeded(CASES["short_last_batch"])
+    losses, state = by_hand(plain), state_of(plain)
+    case = seeded(CASES["short_last_batch"])
+    run = trained(case)
+    assert len(let_go) > 5
+    assert (list(run.losses["loss"]), state_of(case)) == (losses, state)
+    assert function_of(run).by_program >= case.least
+
+
+def noting(function, calls):
+    def noted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return noted

@@ -20,7 +20,7 @@ from everystep.step.plain import BuiltPath
 __all__ = ["Comparison"]
 
 Number = int | float
-#: A copy of a state of so many bytes is kept from one comparison to the next.
+#: A copy of so many bytes, of the state and of the program's memory, is kept for the next comparison.
 SMALL_BYTES = 16_000_000
 
 
@@ -116,7 +116,8 @@ class Comparison:
             return self._copy
         copies = {name: state[name] for name in self._plain_program.state}
         lay_state(self._plain_program, copies, self._parts.device)
-        bound = self._bind(copies), copies
-        if sum(tensor.nbytes for tensor in copies.values()) <= SMALL_BYTES:
-            self._copy = bound
-        return bound
+        live = self._bind(copies)
+        size = sum(tensor.nbytes for tensor in copies.values()) + live.temporary_bytes
+        if size <= SMALL_BYTES:
+            self._copy = live, copies
+        return live, copies

@@ -163,6 +163,15 @@ class StandIn:
         self._era = era
         return True
 
+    @property
+    def bytes(self) -> int:
+        """The memory that the program holds besides the state and the batch."""
+        return 0 if self._live is None else self._live.temporary_bytes
+
+    def let_go(self) -> None:
+        """Give up the memory of the program; `is_ready` binds it again."""
+        self._live = None
+
     def take(
         self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
     ) -> tuple[TakenByProgram, dict[str, Any]]:

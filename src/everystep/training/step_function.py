@@ -33,8 +33,9 @@ Engine = Literal["auto", "program", "eager"]
 MOST_READINGS = 3
 #: Steps in a row with a kind of batch that may differ from those before, until Python runs all.
 MOST_UNLIKE = 4
-#: Kinds of batches that programs are kept for.
+#: Kinds of batches that programs are kept for, and bytes that these hold together, if they are several.
 MOST_KINDS = 64
+MOST_BYTES = 512_000_000
 
 
 class _Reading(NamedTuple):
@@ -107,6 +108,7 @@ class StepFunction:
         self._is_settled = False
         self._era = 0
         self._plan = CheckPlan(0)
+        self._used: list[StandIn] = []
         self._by_program = 0
         self._checked: list[int] = []
         self._reason: str | None = None
@@ -149,6 +151,7 @@ class StepFunction:
             if is_ready and self._plan.is_due(number, self._steps):
                 return self._check(number, kind, kind.stand_in, batch)
             if is_ready:
+                self._make_room(kind.stand_in)
                 return self._take(kind, kind.stand_in, state, batch, is_settled)
         elif (kind.is_recognized or kind.unlike == MOST_UNLIKE) and not self._recording.is_watched(
             number
@@ -181,6 +184,15 @@ class StepFunction:
             self._last_key = key_of(batch, places)
             self._last_batch = batch[0] if batch else None
         return self._last_key
+
+    def _make_room(self, stand_in: StandIn) -> None:
+        """Let other programs go if all together hold too much memory, those used longest ago first."""
+        if self._used and self._used[-1] is stand_in:
+            return
+        current = {id(kind.stand_in) for kind in self._kinds.values()} - {id(stand_in)}
+        self._used = [each for each in self._used if id(each) in current] + [stand_in]
+        while len(self._used) > 1 and sum(each.bytes for each in self._used) > MOST_BYTES:
+            self._used.pop(0).let_go()
 
     def _release(self) -> None:
         """Give the parts gradients that no program writes into, before Python runs a step."""
