@@ -86,7 +86,7 @@ def test_an_altered_program_is_never_passed_off_as_the_original(run):
         path.write_text(path.read_text().replace("aten.tanh.default", "aten.sin.default"))
     opened = everystep.open(run.directory)
     assert not opened[5].is_exact
-    assert opened[5].departed_at == 1
+    assert opened[5].diverged_at == 1
     found = opened.verify(processes=1, progress=False)
     assert found.first_loss.step == 1 and found.states
     assert opened.when("norm(parameters['0.bias']) > 0", progress=False).inexact
@@ -94,16 +94,16 @@ def test_an_altered_program_is_never_passed_off_as_the_original(run):
         opened.first_nonfinite(progress=False)
 
 
-def test_a_step_before_the_one_that_departed_is_exact_in_whatever_order_they_are_opened(run):
+def test_a_step_before_the_one_that_diverged_is_exact_in_whatever_order_they_are_opened(run):
     with sqlite3.connect(run.directory / "run.sqlite") as database:
         database.execute("UPDATE steps SET loss = loss + 1 WHERE step = 20")
     opened = everystep.open(run.directory)
-    assert opened[20].departed_at == 20
-    assert opened[5].is_exact and opened[5].departed_at is None
-    assert opened[21].departed_at == 20
+    assert opened[20].diverged_at == 20
+    assert opened[5].is_exact and opened[5].diverged_at is None
+    assert opened[21].diverged_at == 20
 
 
-def test_nothing_is_measured_where_only_the_closing_state_tells_that_a_piece_departed(run):
+def test_nothing_is_measured_where_only_the_closing_state_tells_that_a_piece_diverged(run):
     _, first, second, *_ = run.snapshots
     folder = run.directory / "snapshots" / f"{second:06d}"
     tensors = load_file(folder / "parameters.safetensors")

@@ -194,11 +194,11 @@ def test_an_eager_step(opened):
     json.loads(step_json(step, facts, values=True))
 
 
-def test_a_step_that_departed_says_so(small, opened):
+def test_a_step_that_diverged_says_so(small, opened):
     from dataclasses import replace
 
     step, facts = opened(*small, 3)
-    page = step_text(replace(step, departed_at=2, recorded_loss=1.5), facts)
+    page = step_text(replace(step, diverged_at=2, recorded_loss=1.5), facts)
     assert "NOT bit-identical, by program: replayed loss" in page.plain
     assert "recorded 1.5\n" in page.plain and "steps from 2 on differ from the recording" in page.plain
     assert any(span.style == "yellow" for span in page.spans)

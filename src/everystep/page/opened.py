@@ -61,7 +61,7 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
         "loss_text": shortest(step.loss),
         "recorded_loss_text": shortest(step.recorded_loss),
         "is_exact": step.is_exact,
-        "departed_at": step.departed_at,
+        "diverged_at": step.diverged_at,
         "is_by_program": step.is_by_program,
         "is_of_loop": loop is not None,
         "has_loss": loop is None or loop.has_loss,

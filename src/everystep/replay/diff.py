@@ -122,7 +122,7 @@ def diff(
         try:
             # A state that differs shows in the step after it at the latest.
             operation = search.first(first, min(max(last, first), *steps))
-            problems += search.departures()
+            problems += search.divergences()
         except RunError as error:
             if asked and not ends:  # all that was asked for cannot be done
                 raise
@@ -259,13 +259,13 @@ class Lockstep:
                 return found
         return None
 
-    def departures(self) -> list[str]:
+    def divergences(self) -> list[str]:
         """Report in words which replays differ from their recording."""
-        departed = [opener.departed_at for opener in self._openers]
+        diverged = [opener.diverged_at for opener in self._openers]
         return [
             f"the replay of {run.name} differs from its recording from step {step} on; results for "
             "later steps are not those of the original run"
-            for run, step in zip(self._runs, departed, strict=True)
+            for run, step in zip(self._runs, diverged, strict=True)
             if step is not None
         ]
 

@@ -73,11 +73,11 @@ class Fork:
             RunError: it cannot be reached, or not bit for bit.
         """
         state = opener.state(self.at)
-        departed = opener.departed_at
-        if departed is not None and departed <= self.at:
+        diverged = opener.diverged_at
+        if diverged is not None and diverged <= self.at:
             raise RunError(
                 f"state {self.at} of {self.run.name} cannot be restored bit for bit: in the replay, "
-                f"the loss of step {departed} differs from the recording (everystep verify says "
+                f"the loss of step {diverged} differs from the recording (everystep verify says "
                 "more); snapshots: "
                 + ", ".join(map(str, self.run.snapshots))
                 + "".join(f"; {problem}" for problem in opener.problems)

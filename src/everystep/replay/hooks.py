@@ -302,18 +302,18 @@ def find_nonfinite(
     )
     bound = min(last, run.facts.nonfinite_step or last)
     steps: dict[int, int | None] = {}
-    departed: list[int] = []
+    diverged: list[int] = []
     replayed = parallel(opener, spans(run, 1, bound), FiniteCheck(meant), processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
             steps[each.span.first] = each.result
-            departed += [each.first_loss.step] if each.first_loss else []
+            diverged += [each.first_loss.step] if each.first_loss else []
             if each.result is not None and _covers(steps, run, bound, each.result):
                 break
     candidates = sorted(step for step in steps.values() if step is not None)
-    if departed and (not candidates or min(departed) <= candidates[0]):
+    if diverged and (not candidates or min(diverged) <= candidates[0]):
         raise RunError(
-            f"the replay of {run.name} differs from its recording at step {min(departed)}, so its "
+            f"the replay of {run.name} differs from its recording at step {min(diverged)}, so its "
             "first NaN or infinity cannot be determined; everystep verify says more"
         )
     found = (_first_made(opener.step(step)) for step in candidates)

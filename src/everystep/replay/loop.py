@@ -62,7 +62,7 @@ class LoopStepper(ReplayStepper):
     Args:
         run: the run.
         facts: of its training.
-        departed: called with a step that differs from the recording, and how, in words.
+        diverged: called with a step that differs from the recording, and how, in words.
 
     state: the step after which the current state is, None before one is loaded.
     """
@@ -70,19 +70,19 @@ class LoopStepper(ReplayStepper):
     has_gradients_in_state = True
 
     def __init__(
-        self, run: RecordedRun, facts: TrainingFacts, departed: Callable[[int, str], None]
+        self, run: RecordedRun, facts: TrainingFacts, diverged: Callable[[int, str], None]
     ) -> None:
         self.state: int | None = None
         self._run = run
         self._device = select(facts.device)
-        self._departed = departed
+        self._diverged = diverged
         self._programs: dict[int, PlainProgram] = {}
         self._rows: dict[int, Repeat] = {}
         self._tensors: dict[str, Tensor] = {}
         self._loaded: State | None = None
         self._between = change_files(run.directory)
         self._settled: int | None = None
-        self._has_departed = False
+        self._has_diverged = False
         names = filter(_RATE.fullmatch, run.measurement_names)
         self._rates = {name: Setting(run.measured(name)) for name in names}
 
@@ -98,7 +98,7 @@ class LoopStepper(ReplayStepper):
         self._tensors = {n: named[n].to(self._device, copy=True) for n in names if n in named}
         self._loaded = state
         self._settled = None
-        self._has_departed = False
+        self._has_diverged = False
         self.state = state.step
         state.generators.restore(self._device)
 
@@ -241,7 +241,7 @@ class LoopStepper(ReplayStepper):
             raise RunError(f"step {number} of {self._run.name} cannot be replayed: {error}") from None
         self.state = number
         if taken.differs is not None:
-            self._departed(number, f"step {number} differs from the recording: {taken.differs}")
+            self._diverged(number, f"step {number} differs from the recording: {taken.differs}")
         self._compare_digests(number, inputs.digests)
         if taken.loss is None:
             (recorded,) = self._run.losses_between(number, number) or [float("nan")]
@@ -250,16 +250,16 @@ class LoopStepper(ReplayStepper):
 
     def _compare_digests(self, number: int, digests: dict[str, Any]) -> None:
         """Compare the state after a step with its recorded digests, until one differs."""
-        if self._has_departed:
+        if self._has_diverged:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
         other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
         if not other:
             return
-        self._has_departed = True
+        self._has_diverged = True
         names = ", ".join(name.partition("/")[2] for name in other[:MOST_NAMED])
         more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
-        self._departed(
+        self._diverged(
             number,
             f"after step {number}, the state differs from the recording: {names}{more}. Either the "
             f"numerics differ, or something wrote after step {self._digested_before(number)} where "

@@ -226,7 +226,7 @@ def _replay_group(replay: Replay, group: list[Span], visitor: Visitor, threads: 
 
 def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Replayed:
     found = Replayed(span, threads)
-    known = replay.departed_at
+    known = replay.diverged_at
     with replay.in_force(span.first):
         found.numerics = _numerics(replay.stretches[span.at].facts.device)
         start = visitor.begin(replay, span)
@@ -244,11 +244,11 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
             last = step + len(losses)
             _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
             if found.first_loss is not None:
-                replay.note_departure(found.first_loss.step)
+                replay.note_divergence(found.first_loss.step)
             step = last
         if step == span.last:
             _compare_state(found, replay, span)
-    replay.departed_at = known  # of the steps that are opened; the result says what is so of the span
+    replay.diverged_at = known  # of the steps that are opened; the result says what is so of the span
     found.result = visitor.result()
     found.problems = list(replay.problems)
     return found

@@ -128,9 +128,9 @@ class Opener:
         return found
 
     @property
-    def departed_at(self) -> int | None:
+    def diverged_at(self) -> int | None:
         """The first step with another loss in the replay, None if there was none."""
-        found: int | None = self.call(getattr, "departed_at")
+        found: int | None = self.call(getattr, "diverged_at")
         return found
 
     def step(self, number: int) -> Step:

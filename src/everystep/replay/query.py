@@ -264,8 +264,8 @@ def measure(
         replayed = parallel(opener, query.due(run), query, processes, on_progress)
         with closing(replayed):  # type: ignore[type-var]  # a generator
             for each in replayed:
-                exact, departed = _exact(each)
-                left_out += departed
+                exact, diverged = _exact(each)
+                left_out += diverged
                 additions.measurements([(name, step, value) for step, value in exact])
                 values |= dict(exact)
     return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
@@ -295,9 +295,9 @@ def when(
     replayed = parallel(opener, due, query, processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
-            exact, departed = _exact(each)
+            exact, diverged = _exact(each)
             found += [step for step, _ in exact]
-            inexact += departed
+            inexact += diverged
             done.append(each.span)
             best = chosen(sorted(found), which)
             if which != "all" and best and _is_settled(done, best[0], which, last):
@@ -318,8 +318,8 @@ def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:
     if replayed.is_exact:
         return replayed.result, []
     # If only the final state differs, the first differing step of the span is unknown.
-    departed = replayed.first_loss.step if replayed.first_loss else replayed.span.first
-    return [(step, value) for step, value in replayed.result if step < departed], [departed]
+    diverged = replayed.first_loss.step if replayed.first_loss else replayed.span.first
+    return [(step, value) for step, value in replayed.result if step < diverged], [diverged]
 
 
 def _check_name(run: RecordedRun, name: str, meaning: MeasuredFacts, overwrite: bool) -> bool:

@@ -44,7 +44,7 @@ class Replay:
         objects: the objects that trained it, for steps that no program runs.
         threads: number of threads that torch uses; default: as many as in the training.
 
-    problems: found on the way, such as an unreadable snapshot; departed_at: the first step with another
+    problems: found on the way, such as an unreadable snapshot; diverged_at: the first step with another
     loss in the replay, None if there was none.
     """
 
@@ -53,7 +53,7 @@ class Replay:
     ) -> None:
         self.run = run
         self.problems: list[str] = []
-        self.departed_at: int | None = None
+        self.diverged_at: int | None = None
         # A run that is no longer trained need not be read again.
         self._is_over = run.status != "running"
         self._losses: dict[int, list[float]] = {}
@@ -139,7 +139,7 @@ class Replay:
             number=number,
             loss=loss,
             recorded_loss=recorded,
-            departed_at=self._departed_by(number),
+            diverged_at=self._diverged_by(number),
             batch=batch,
             parameters=_of_kind(before, "parameter"),
             buffers=_of_kind(before, "buffer"),
@@ -272,17 +272,17 @@ class Replay:
         """Compare losses of consecutive steps with the recorded ones, and note the first difference."""
         for step, (loss, known) in enumerate(zip(losses, recorded, strict=False), start=first):
             if not same_number(loss, known):
-                if self.departed_at is None or step < self.departed_at:
-                    self.departed_at = step
-                self.note_departure(step)
+                if self.diverged_at is None or step < self.diverged_at:
+                    self.diverged_at = step
+                self.note_divergence(step)
                 return
 
-    def _departed_by(self, number: int) -> int | None:
-        """Return the first step that departed, if it is not after step `number`."""
-        departed = self.departed_at
-        return departed if departed is not None and departed <= number else None
+    def _diverged_by(self, number: int) -> int | None:
+        """Return the first step that diverged, if it is not after step `number`."""
+        diverged = self.diverged_at
+        return diverged if diverged is not None and diverged <= number else None
 
-    def note_departure(self, step: int) -> None:
+    def note_divergence(self, step: int) -> None:
         """Note why the bits of a step may differ from the recording, if Python replayed it."""
         engine = self.stretches[self.stretch_of(step)].facts.engine
         if engine is None:
@@ -314,15 +314,15 @@ class Replay:
         if at not in self._steppers:
             facts = self.stretches[at].facts
             self._steppers[at] = (
-                LoopStepper(self.run, facts, self._depart)
+                LoopStepper(self.run, facts, self._diverge)
                 if facts.loop
                 else reopen(self.run, self.stretches[at], self._objects)
             )
         return self._steppers[at]
 
-    def _depart(self, step: int, problem: str) -> None:
+    def _diverge(self, step: int, problem: str) -> None:
         """Note that a step did something other than recorded."""
-        self.departed_at = step if self.departed_at is None else min(step, self.departed_at)
+        self.diverged_at = step if self.diverged_at is None else min(step, self.diverged_at)
         self._note(problem)
 
     def stretch_of(self, step: int) -> int:

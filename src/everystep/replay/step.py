@@ -103,7 +103,7 @@ class Step:
     Everything except `updates` is what the forward and the backward pass saw, on state `number - 1`. All
     tensors are copies, on the device that replayed the step.
 
-    loss: from the replay; recorded_loss: from the recording; departed_at: the first step, up to this
+    loss: from the replay; recorded_loss: from the recording; diverged_at: the first step, up to this
     one, with a replay that differs from the recording, or None; batch; parameters, buffers: by
     name; activations: the output of each module, by its path (a tuple if it returned several tensors);
     dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
@@ -116,7 +116,7 @@ class Step:
     number: int
     loss: float
     recorded_loss: float
-    departed_at: int | None
+    diverged_at: int | None
     batch: Batch
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -133,7 +133,7 @@ class Step:
     @property
     def is_exact(self) -> bool:
         """Whether the replay of this step, and of all steps on the way here, matches the recording."""
-        return self.departed_at is None
+        return self.diverged_at is None
 
     def segments(self, parts: Collection[str] = ()) -> list[Segment]:
         """Return the operations in order, grouped by phase.
@@ -176,7 +176,7 @@ class Step:
         exact = (
             "bit-identical"
             if self.is_exact
-            else f"differs from the recording from step {self.departed_at} on"
+            else f"differs from the recording from step {self.diverged_at} on"
         )
         return (
             f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "

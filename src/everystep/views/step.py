@@ -218,11 +218,11 @@ class _Opened:
         losses = [shortest(loss) for loss in (step.loss, step.recorded_loss)]
         here = f"replayed loss {losses[0]}, recorded {losses[1]}"
         if losses[0] == losses[1]:
-            here = f"this loss matches, but step {step.departed_at:,} differs"
+            here = f"this loss matches, but step {step.diverged_at:,} differs"
         if not self._has_loss:
-            here = f"step {step.departed_at:,} differs"
+            here = f"step {step.diverged_at:,} differs"
         return (
-            f"NOT bit-identical, {how}: {here}\nsteps from {step.departed_at:,} on differ from the "
+            f"NOT bit-identical, {how}: {here}\nsteps from {step.diverged_at:,} on differ from the "
             "recording"
         )
 

@@ -31,7 +31,7 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
         "loss": step.loss,
         "recorded_loss": step.recorded_loss,
         "is_exact": step.is_exact,
-        "departed_at": step.departed_at,
+        "diverged_at": step.diverged_at,
         "is_by_program": step.is_by_program,
         "hyperparameters": step.hyperparameters,
         "clip_norm": facts.training.clip_norm,

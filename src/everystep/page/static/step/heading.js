@@ -33,14 +33,14 @@ export function heading() {
 }
 
 function exactnessText(content) {
-  const { is_exact, is_by_program, is_of_loop, has_loss, departed_at, loss_text, recorded_loss_text } = content;
+  const { is_exact, is_by_program, is_of_loop, has_loss, diverged_at, loss_text, recorded_loss_text } = content;
   const how = is_of_loop ? "without the code of your loop" : is_by_program ? "by program" : "eagerly";
   if (is_exact && !has_loss) return `Replayed ${how}. Without losses, only Verify can tell whether it matches the recording.`;
   if (is_exact) return `Replayed ${how}, bit-identical.`;
   const here = !has_loss
-    ? `step ${whole(departed_at)} differs`
+    ? `step ${whole(diverged_at)} differs`
     : loss_text === recorded_loss_text
-      ? `this loss matches, but step ${whole(departed_at)} differs`
+      ? `this loss matches, but step ${whole(diverged_at)} differs`
       : `replayed loss ${loss_text}, recorded ${recorded_loss_text}`;
-  return `Does not match the recording (replayed ${how}): ${here}. Steps from ${whole(departed_at)} on are not the original.`;
+  return `Does not match the recording (replayed ${how}): ${here}. Steps from ${whole(diverged_at)} on are not the original.`;
 }
