@@ -344,6 +344,69 @@ class Run(RecordedRun):
         opener, shown = self._opener, progress_of(progress)
         return run_of(fork_objects(asked, objects, validation, is_own, opener, shown), objects)
 
+    def resume(
+        self,
+        steps: int | None = None,
+        *,
+        anyway: bool = False,
+        model: nn.Module | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: LRScheduler | None = None,
+        schedule_every: Literal["step", "epoch"] = "step",
+        data: tuple[Any, Any] | Dataset[Any] | None = None,
+        validation: tuple[Any, Any] | float | None = None,
+        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        snapshot_budget: int = DEFAULT_BUDGET,
+        progress: bool | Progress = True,
+    ) -> Run:
+        """Go on with a training that ended early, or train a finished one further; return the run.
+
+        Training goes on from the newest snapshot, to the bits of a training that did not end. Steps
+        recorded after the snapshot are taken again and compared with the recording. The run changes
+        only when a new step is taken.
+
+        Args:
+            steps: the last step; default: that of the run.
+            anyway: go on although the code, the data, the versions or the numerics changed; the recorded
+                steps after the snapshot are discarded, and the run says what changed.
+            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects as
+                they were before training, for a run from Python objects. Model, loss and optimizer are
+                required unless this process trained the run; `resume` trains them in place.
+            snapshot_budget: maximum bytes of snapshots.
+            progress: show a progress bar if stderr is a terminal; or an object that watches the
+                training.
+
+        Raises:
+            UsageError: the run has all its steps, or an argument is invalid.
+            RunError: something changed, a step that is taken again differs, or the run is being trained.
+            RecordingError: writing the run failed; everything recorded before is kept.
+            KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
+        """
+        from everystep.replay.resume import Resume, resume_experiment, resume_objects
+        from everystep.training.objects import Objects
+
+        if self.facts.training.loop:
+            raise RunError(
+                f"{self.name} was recorded from your own loop, which goes on with the loop: "
+                f"everystep.record(..., resume={str(self.directory)!r})"
+            )
+        asked = Resume(self, steps, anyway, snapshot_budget)
+        if (self.directory / EXPERIMENT_FILE).exists() and model is None:
+            return run_of(resume_experiment(asked, progress_of(progress)))
+        is_own = model is None and loss is None and optimizer is None
+        objects = self._objects if is_own else Objects(model, loss, optimizer)
+        if objects is None or objects.model is None:
+            raise RunError(
+                f"{self.name} was trained from Python objects, which the run does not hold; pass "
+                "them: resume(model=..., loss=..., optimizer=...)"
+            )
+        given: dict[str, Any] = {"data": data, "schedule": schedule, "validation": validation}
+        given |= {"metrics": metrics, "schedule_every": schedule_every if schedule else None}
+        objects = replace(objects, **{k: v for k, v in given.items() if v is not None})
+        outcome = resume_objects(asked, objects, is_own, progress_of(progress))
+        return run_of(outcome, replace(objects, data=None, validation=None))
+
     def _number(self, step: Any) -> int:
         try:
             return operator.index(step)

@@ -14,7 +14,7 @@ import typer
 import typer.core
 
 from everystep.cli.asking import diff, measure, verify, when
-from everystep.cli.making import experiments, fork, train
+from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import hint, print_in_any_encoding
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError, UsageError, did_you_mean
@@ -30,7 +30,6 @@ _INSTEAD = {
     "serve": "everystep view",
     "tensorboard": "everystep view",
     "compare": "everystep diff RUN RUN",
-    "resume": "everystep fork RUN --at STEP, which continues in a new run",
     "export": "everystep losses RUN --csv, or snapshots/*/parameters.safetensors",
     "predict": "everystep.open(run).predict(x), in Python",
 }
@@ -59,6 +58,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(train)
+app.command()(resume)
 app.command()(experiments)
 app.command()(runs)
 app.command()(losses)

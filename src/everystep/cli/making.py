@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from everystep.cli.completing import (
 from everystep.cli.output import hint
 from everystep.errors import UsageError, did_you_mean
 
-__all__ = ["experiments", "fork", "train"]
+__all__ = ["experiments", "fork", "resume", "train"]
 
 
 def train(
@@ -90,6 +91,47 @@ def train(
         hint(closing(outcome.directory, outcome.reason))
     if outcome.reason is not None:
         raise typer.Exit(130 if outcome.interrupted else 1)
+
+
+def resume(
+    run: RunArgument,
+    steps: Annotated[
+        int | None, typer.Option(help="Last step, to train further; default: that of the run.")
+    ] = None,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="Go on although versions, data or numerics changed; discards the recorded steps after "
+            "the newest snapshot.",
+        ),
+    ] = False,
+    snapshot_budget: BudgetOption = 512,
+    quiet: QuietOption = False,
+) -> None:
+    """Go on with a training that was killed or stopped, to the same bits as without the interruption."""
+    from everystep.recording.run import RecordedRun, find_run
+
+    place = find_run(run)
+    trained = RecordedRun(place).facts.trained
+    if trained is not None:
+        # Read when torch is imported: the bits depend on it.
+        os.environ.update(trained.numerics.environment())
+
+    from everystep.run import Run
+    from everystep.views.progress import Silent, TerminalProgress
+    from everystep.views.terminal import closing
+
+    piped = None if sys.stdout.isatty() else sys.stdout
+    progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
+    made = Run(place).resume(
+        steps, anyway=anyway, snapshot_budget=snapshot_budget * 1_000_000, progress=progress
+    )
+    facts = made.facts
+    if not quiet:
+        hint(closing(made.directory, facts.reason))
+    if facts.status != "finished":
+        raise typer.Exit(1)
 
 
 def experiments(

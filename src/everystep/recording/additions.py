@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from everystep.errors import RecordingError, RunError, UsageError
-from everystep.recording.database import FILE_NAME, LOCK_NAME, Database
+from everystep.errors import RecordingError, UsageError
+from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import LONGEST_NOTE, MeasuredFacts
+from everystep.recording.lock import locked, writer_here
 
 __all__ = ["Additions", "adding", "write_note"]
 
@@ -78,19 +77,15 @@ def adding(directory: Path) -> Iterator[Additions]:
         RunError: it is still being trained, or another process is adding to it.
         RecordingError: it cannot be written to.
     """
-    lock = FileLock(directory / LOCK_NAME)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"{directory} is being written (by its training, or by another process that adds to it); "
-            "wait until that ends"
-        ) from None
+        lock = locked(directory)
     except OSError as error:
         raise RecordingError(f"{directory} cannot be written to: {error.strerror}") from None
     try:
         database = Database.change(directory / FILE_NAME)
         try:
+            with database.transaction():
+                database.write_facts({"writer": writer_here()})
             yield Additions(database)
         finally:
             database.close()

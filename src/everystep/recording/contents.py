@@ -11,7 +11,7 @@ import json
 import math
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -98,11 +98,19 @@ class Contents:
     Args:
         directory: of the run.
         budget: maximum number of bytes.
+        known: the locations of contents that the run has already (digest, file, place, bytes).
+        recorded: the newest step that may need them.
 
     lost_to: the last step that needs dropped contents.
     """
 
-    def __init__(self, directory: Path, budget: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        budget: float,
+        known: Sequence[tuple[bytes, int, int, int]] = (),
+        recorded: int = 0,
+    ) -> None:
         self.lost_to = 0
         self._folder = directory / FOLDER
         self._budget = budget
@@ -113,6 +121,11 @@ class Contents:
         self._newest_step: dict[int, int] = {}
         self._rows: list[tuple[bytes, int, int, int]] = []
         self._given: dict[int, tuple[Any, Given, set[int]]] = {}
+        for digest, file, place, size in known:
+            self._known[digest] = file
+            self._sizes[file] = max(self._sizes.get(file, 0), place + size)
+            self._newest_step[file] = recorded
+            self._number = max(self._number, file)
 
     def add(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Given]:
         """Store the inputs of a step (tensors on the CPU), unless already stored."""

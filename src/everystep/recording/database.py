@@ -81,8 +81,8 @@ class Database:
 
     @classmethod
     def change(cls, path: Path) -> Database:
-        """Open an existing database to add to it."""
-        connection = sqlite3.connect(path, isolation_level=None)
+        """Open an existing database to add to it; threads may use it one at a time."""
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         database = cls(connection, path)
         with _writing(path):
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -243,6 +243,10 @@ class Database:
         """Return what repeats steps `first` to `last`, in their order."""
         query = "SELECT * FROM repeats WHERE step BETWEEN ? AND ? ORDER BY step"
         return [Repeat(*row) for row in self._rows(query, first, last)]
+
+    def all_contents(self) -> list[tuple[bytes, int, int, int]]:
+        """Return the locations of all contents (digest, file, place, bytes)."""
+        return self._rows("SELECT digest, file, place, bytes FROM contents")
 
     def contents(self, digests: Iterable[bytes]) -> dict[bytes, tuple[int, int, int]]:
         """Return the locations of contents (file, place, bytes), as far as known."""

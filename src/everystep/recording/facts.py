@@ -30,8 +30,10 @@ __all__ = [
     "ModuleFacts",
     "OptimizerFacts",
     "ProgramFacts",
+    "ResumeFacts",
     "ScheduleFacts",
     "TrainingFacts",
+    "WriterFacts",
 ]
 
 #: Characters of a note.
@@ -239,7 +241,7 @@ class TrainingFacts(_Fact):
 
 
 class EarlierFacts(_Fact):
-    """How the steps of a fork's parent up to `last` were trained."""
+    """How earlier steps, up to `last`, were trained: those of a parent, or before a resume."""
 
     last: Whole
     training: TrainingFacts
@@ -254,6 +256,27 @@ class ForkFacts(_Fact):
     changed: Settings
 
 
+class ResumeFacts(_Fact):
+    """Where a training went on after it ended early: after step `at`, on the steps recorded before.
+
+    began: when; seconds: how long the training had taken before, None if unknown; changed: what was not
+    as before, as `name: before | now`, and was accepted.
+    """
+
+    at: Whole
+    began: Time
+    seconds: float | None
+    changed: tuple[str, ...] = ()
+
+
+class WriterFacts(_Fact):
+    """The process that last wrote the run: its number, its host, and since when."""
+
+    process: Whole
+    host: str
+    since: Time
+
+
 class MeasuredFacts(_Fact):
     """What was measured in hindsight."""
 
@@ -266,7 +289,9 @@ class Facts(_Fact):
 
     steps: planned; nonfinite_step: the first with a loss that is not finite; loss_dtype: of the losses;
     batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: the user's
-    own words, in one line; earlier: of a fork, in the order of the steps; trained: see `training`.
+    own words, in one line; earlier: of the steps of a fork's parent, and those before each time that the
+    run was resumed, in the order of the steps; resumed: each time; writer: the process that last wrote;
+    trained: see `training`.
     """
 
     name: str | None = None
@@ -283,6 +308,8 @@ class Facts(_Fact):
     note: Annotated[str, Field(max_length=LONGEST_NOTE)] | None = None
     fork: ForkFacts | None = None
     earlier: tuple[EarlierFacts, ...] = ()
+    resumed: tuple[ResumeFacts, ...] = ()
+    writer: WriterFacts | None = None
     trained: TrainingFacts | None = None
 
     @property

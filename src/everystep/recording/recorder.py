@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import queue
+import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from filelock import FileLock
-
 from everystep.errors import RecordingError, RunError
+from everystep.recording.changes import FOLDER as CHANGES
 from everystep.recording.changes import remove_changes, write_change
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Contents, Given, packed
+from everystep.recording.contents import FOLDER as BATCHES
+from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
-from everystep.recording.database import FILE_NAME, LOCK_NAME, Database, Repeat
+from everystep.recording.database import FILE_NAME, Database, Repeat
 from everystep.recording.facts import Facts
 from everystep.recording.inheritance import inherit
+from everystep.recording.lock import locked, writer_here
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 
@@ -91,12 +95,14 @@ class Recorder:
     """The one writer of a run: takes losses, measurements and states, and writes them in a thread.
 
     Args:
-        directory: of the run; empty.
+        directory: of the run; empty unless it is resumed.
         facts: what is known before the first step; for a fork, without what it inherits.
         budget: maximum bytes of snapshots.
         parent: the parent run, if this is a fork.
         at: the parent's state that it starts from.
         batch_budget: maximum bytes of batches and other inputs of steps.
+        is_resumed: the run exists, and its training goes on from state `at`, which is on disk; steps
+            that the run has already are compared, not written (see `Continuation`).
 
     lost_to: the last step that needs dropped inputs.
     The next `check`, and `finish`, raise errors of the thread.
@@ -110,6 +116,7 @@ class Recorder:
         parent: RecordedRun | None = None,
         at: int = 0,
         batch_budget: float = DEFAULT_BATCH_BUDGET,
+        is_resumed: bool = False,
     ) -> None:
         self.lost_to = self._bytes_asked = self._bytes_written = 0
         self.directory = directory
@@ -118,26 +125,32 @@ class Recorder:
         self._snapshot_bytes = 0
         self._last_step = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
         self._snapshots_asked = 0
         self._snapshots_written = 0
         self._chosen_after = 0
         self._error: BaseException | None = None
-        self._lock = FileLock(directory / LOCK_NAME)
         try:
-            self._lock.acquire(timeout=0)
-            (directory / "snapshots").mkdir()
+            self._lock = locked(directory)
+            (directory / "snapshots").mkdir(exist_ok=is_resumed)
         except OSError as error:
             raise self._translated(error) from error
-        self._database = Database.create(directory / FILE_NAME)
+        opened = Database.change if is_resumed else Database.create
+        self._database = opened(directory / FILE_NAME)
+        self._continuation: Continuation | None = None
         self._programs = 0
         self._batch_budget = batch_budget
         self._contents: Contents | None = None
         self._packed_key: Any = None
         self._packed = b""
         try:
-            with self._database.transaction():
-                inherited = {} if parent is None else self._inherit(parent, at)
-                self._database.write_facts({"status": "running"} | inherited | facts.rows())
+            if is_resumed:
+                self._resume(facts)
+            else:
+                with self._database.transaction():
+                    inherited = {} if parent is None else self._inherit(parent, at)
+                    first = {"status": "running", "writer": writer_here()}
+                    self._database.write_facts(first | inherited | facts.rows())
         except BaseException as error:
             self._database.close()
             self._lock.release()
@@ -167,7 +180,9 @@ class Recorder:
 
         gone: the names of removed tensors.
         """
-        self._put(lambda: write_change(self.directory, step, tensors, gone))
+        known = self._continuation
+        if known is None or step >= known.recorded:
+            self._put(lambda: write_change(self.directory, step, tensors, gone))
 
     def repeats(self, rows: Sequence[Taken]) -> None:
         """Write what repeats steps of a loop that is not everystep's; the losses are written besides."""
@@ -180,7 +195,7 @@ class Recorder:
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        self._put(lambda: self._in_transaction(lambda: self._database.write_facts(facts)))
+        self._put(lambda: self._write_facts(facts))
 
     def losses(self, first_step: int, losses: Sequence[float]) -> None:
         """Write the losses of consecutive steps."""
@@ -188,12 +203,23 @@ class Recorder:
 
     def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
         """Write measurements (name, step, value)."""
-        self._put(lambda: self._in_transaction(lambda: self._database.write_measurements(rows)))
+        self._put(lambda: self._write_measurements(rows))
 
     def snapshot(self, state: State) -> None:
         """Write a state."""
         self._snapshots_asked += 1
         self._put(lambda: self._write_snapshot(state))
+
+    def written(self) -> Iterator[tuple[int, Sequence[float]]]:
+        """Yield the losses written since the last call, and the first step of each group."""
+        with suppress(queue.Empty):
+            while True:
+                yield self._written.get_nowait()
+
+    @property
+    def recorded(self) -> int:
+        """The newest step that the run had when it was resumed; 0 for a new run."""
+        return 0 if self._continuation is None else self._continuation.recorded
 
     @property
     def waiting_bytes(self) -> int:
@@ -220,7 +246,9 @@ class Recorder:
         return self._snapshots_asked > self._snapshots_written
 
     def check(self) -> None:
-        """Raise RecordingError if writing has failed."""
+        """Raise RecordingError if writing has failed, RunError if a step that is taken again differs."""
+        if isinstance(self._error, RunError):
+            raise self._error
         if self._error is not None:
             raise self._translated(self._error) from self._error
 
@@ -230,7 +258,7 @@ class Recorder:
         Raises:
             RecordingError: writing failed, now or before; the run is closed anyway.
         """
-        self.facts(facts)
+        self._put(lambda: self._write_last_facts(facts))
         self._queue.put(None)
         self._thread.join()
         if self._contents is not None:
@@ -243,8 +271,48 @@ class Recorder:
         inherited = inherit(self.directory, self._database, parent, at)
         self.plan.kept = {row.step: row.bytes for row in inherited.snapshots}
         self.plan.pinned = inherited.pinned
-        self._programs = len(list((self.directory / "programs").glob("*.json")))
+        self._programs = self._newest_program()
         return inherited.facts
+
+    def _resume(self, facts: Facts) -> None:
+        """Take over what the run has, and remove what no recorded step belongs to."""
+        recorded = self._database.newest_step()
+        if facts.resumed:  # later steps were discarded
+            recorded = min(recorded, facts.resumed[-1].at)
+        self._forget_unfinished(recorded)
+        continuation = Continuation(self.directory, self._database, facts.rows())
+        self._last_step = continuation.recorded
+        self.plan.kept = {row.step: row.bytes for row in self._database.snapshots()}
+        earlier = (*self._database.facts().earlier, *facts.earlier)
+        self.plan.pinned = {0} | {each.last for each in earlier}
+        self._programs = self._newest_program()
+        self._continuation = continuation
+        with self._database.transaction():
+            known = {"status": "running", "reason": None, "writer": writer_here()}
+            self._database.write_facts(known)
+
+    def _forget_unfinished(self, recorded: int) -> None:
+        """Remove what the training left half done when it ended, or did after its last recorded loss."""
+        folder = self.directory / "snapshots"
+        rows = self._database.snapshots()
+        with self._database.transaction():
+            self._database.forget_after(recorded)
+        remove_snapshots(folder, [row.step for row in rows if row.step > recorded], self._forget)
+        remove_changes(self.directory, recorded)
+        names = {f"{row.step:06d}" for row in rows if row.step <= recorded}
+        for path in folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob(f"{CHANGES}/.*.tmp"):
+            path.unlink(missing_ok=True)
+        used = {file for _, file, _, _ in self._database.all_contents()}
+        for path in self.directory.glob(f"{BATCHES}/*.bin"):
+            if path.stem.isdecimal() and int(path.stem) not in used:
+                path.unlink(missing_ok=True)
+
+    def _newest_program(self) -> int:
+        files = (self.directory / "programs").glob("*.json")
+        return max((int(path.stem) for path in files if path.stem.isdecimal()), default=0)
 
     def program_file(self, number: int) -> str:
         """Return the file of program `number` (from 1) of this training; a parent's come before."""
@@ -266,13 +334,42 @@ class Recorder:
         with self._database.transaction():
             write()
 
+    def _write_facts(self, facts: dict[str, Any]) -> None:
+        if self._continuation is not None and not self._continuation.is_over:
+            self._continuation.facts(facts)
+        else:
+            self._in_transaction(lambda: self._database.write_facts(facts))
+
+    def _write_measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
+        if self._continuation is not None and not self._continuation.is_over:
+            self._continuation.measurements(rows)
+        else:
+            self._in_transaction(lambda: self._database.write_measurements(rows))
+
     def _write_losses(self, first_step: int, losses: Sequence[float]) -> None:
-        self._in_transaction(lambda: self._database.write_losses(first_step, losses))
+        known = self._continuation
+        if known is not None and not known.is_over:
+            first_step, losses = known.new_losses(first_step, losses)
+        if not losses:
+            return
+
+        def write() -> None:
+            if known is not None and not known.is_over:
+                known.begin()
+            self._database.write_losses(first_step, losses)
+
+        self._in_transaction(write)
         self._last_step = first_step + len(losses) - 1
+        self._written.put((first_step, losses))
+
+    def _write_last_facts(self, facts: dict[str, Any]) -> None:
+        last = facts if self._continuation is None else self._continuation.last_facts(facts)
+        self._in_transaction(lambda: self._database.write_facts(last))
 
     def _write_repeats(self, rows: Sequence[Taken]) -> None:
         if self._contents is None:
-            self._contents = Contents(self.directory, self._batch_budget)
+            stored = self._database.all_contents()
+            self._contents = Contents(self.directory, self._batch_budget, stored, self._last_step)
         found = []
         for row in rows:
             given = self._contents.add(row.step, row.inputs)
@@ -280,7 +377,9 @@ class Recorder:
             inputs = self._packed_inputs(row.nesting, given, digests)
             numbers = packed(row.numbers) if row.numbers else None
             found.append(Repeat(row.step, row.program, numbers, inputs))
-        contents = self._contents
+        contents, known = self._contents, self._continuation
+        if known is not None and not known.is_over:
+            found = known.new_repeats(found)
 
         def write() -> None:
             contents.commit(self._database)
@@ -319,6 +418,8 @@ class Recorder:
         note_sound(text)  # it comes from torch itself, not from a stranger
 
     def _forget_after(self, step: int) -> None:
+        if self._continuation is not None:  # what it was resumed with is compared again
+            step = max(step, self._continuation.recorded)
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:
             del self.plan.kept[taken]
@@ -334,6 +435,10 @@ class Recorder:
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow
 
+        known = self._continuation
+        if known is not None and (state.step < known.recorded or state.step in self.plan.kept):
+            self._snapshots_written += 1
+            return
         started, began = time.thread_time(), time.perf_counter()
         row = write_snapshot(self.directory / "snapshots", state)
         given_up = self.plan.add(row.step, row.bytes)

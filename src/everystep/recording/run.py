@@ -10,13 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import (
     FILE_NAME,
-    LOCK_NAME,
     Database,
     Repeat,
     SnapshotRow,
@@ -24,6 +21,7 @@ from everystep.recording.database import (
 )
 from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import own_path
+from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import read_snapshot
 
 if TYPE_CHECKING:
@@ -106,7 +104,7 @@ class RecordedRun:
 
     def status_by(self, facts: Facts) -> str:
         """Return the status, given facts already read."""
-        is_killed = facts.status == "running" and not self._is_being_written()
+        is_killed = facts.status == "running" and not is_locked(self.directory)
         return "interrupted" if is_killed else facts.status
 
     @property
@@ -300,17 +298,6 @@ class RecordedRun:
             f"{self.name} has no loss for step {expected}, but one for step {step}: the database was "
             "changed"
         )
-
-    def _is_being_written(self) -> bool:
-        lock = FileLock(self.directory / LOCK_NAME)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        except OSError:  # a place that can only be read is not being written
-            return False
-        lock.release()
-        return False
 
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the database rows of the snapshots, in order."""

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from everystep.errors import RunError
-from everystep.recording.facts import EAGERLY, TrainingFacts
+from everystep.recording.asked import asked_differences
+from everystep.recording.facts import EAGERLY
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
-from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
 from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, compare_steps, draws
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
@@ -107,7 +107,7 @@ def diff(
     loss = _first_loss(one, other)
     common, states, problems = _snapshots(one, other)
     steps = (one.summary().steps, other.summary().steps)
-    experiments = _experiments(one.facts.training, other.facts.training)
+    experiments = asked_differences(one.facts.training, other.facts.training)
     numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
     ends = [loss.step] if loss else []
     ends += [states[0].state or 1] if states else []
@@ -178,54 +178,6 @@ def _snapshots(
                 return common, different, problems
         common.append(step)
     return common, [], problems
-
-
-def _experiments(one: TrainingFacts, other: TrainingFacts) -> dict[str, tuple[Any, Any]]:
-    """Return what differs in what was asked for, by path."""
-    pair = [_flat(_asked(facts)) for facts in (one, other)]
-    return {
-        path: (pair[0].get(path), pair[1].get(path))
-        for path in dict.fromkeys((*pair[0], *pair[1]))
-        if pair[0].get(path) != pair[1].get(path)
-    }
-
-
-def _asked(facts: TrainingFacts) -> dict[str, Any]:
-    return {
-        "device": facts.device,
-        "seed": facts.seed,
-        "data": facts.data.model_dump(mode="json"),
-        "batches": facts.batches.model_dump(),
-        "model": {"text": model_text(facts.modules), "parameters": facts.parameters},
-        "loss": {"text": loss_text(facts.loss)},
-        "optimizer": {"text": optimizers_text(facts.optimizers)},
-        "schedule": schedule_text(facts.schedules),
-        "clip_norm": facts.clip_norm,
-        "evaluate_every": facts.evaluate_every,
-        "data.digest": facts.data_file.digest if facts.data_file else None,
-    } | dict(_unsaid(facts))
-
-
-def _unsaid(facts: TrainingFacts) -> Iterator[tuple[str, Any]]:
-    """Yield settings of torch's own losses, schedules and optimizers that the texts omit."""
-    if facts.loss and facts.loss.is_torchs:
-        yield from ((f"loss.{k}", v) for k, v in facts.loss.settings.items() if k != "reduction")
-    for name, schedule in facts.schedules.items():
-        if schedule.is_torchs:
-            yield from ((f"{name}.{key}", value) for key, value in schedule.settings.items())
-    for name, optimizer in facts.optimizers.items():
-        for place, group in enumerate(optimizer.groups):
-            if place and optimizer.is_torchs:
-                yield from ((f"{name}.{key}[{place}]", value) for key, value in group.items())
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= _flat(item, f"{path}.{key}" if path else str(key))
-    return found
 
 
 class Lockstep:

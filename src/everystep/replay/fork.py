@@ -34,7 +34,7 @@ from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 
-__all__ = ["Fork", "fork_experiment", "fork_objects"]
+__all__ = ["Fork", "fork_experiment", "fork_objects", "iteration_of", "recorded_hyperparameters"]
 
 
 @dataclass(frozen=True)
@@ -104,22 +104,13 @@ class Fork:
         )
         # With a schedule, all is recorded; otherwise, only what changed.
         known = {} if job.training.schedule else hyperparameters
+        recorded = recorded_hyperparameters(self.run, self.at)
         job = replace(
             job,
             name=f"{self.run.name}-fork",
-            origin=Origin(self.run, fork, known | self._recorded(), new_data),
+            origin=Origin(self.run, self.at, known | recorded, new_data, fork),
         )
         return run_job(job, self.directory, self.runs, self.budget, progress)
-
-    def _recorded(self) -> dict[str, float]:
-        """Return the lr and similar settings as last recorded."""
-        names = [name for name in self.run.measurement_names if is_hyperparameter(name)]
-        found: dict[str, float] = {}
-        for name in names:
-            values = [n for step, n in self.run.measured(name).items() if step <= self.at]
-            if values:
-                found[name] = values[-1]
-        return found
 
     def with_schedule(self, training: Training, state: State) -> State:
         """Bring a schedule to the parent's state; return the state with what the schedule set.
@@ -147,6 +138,16 @@ class Fork:
         optimizer = optimizer_settings(training.model, training.optimizer)
         optimizer |= {"values": settings["optimizer"]["values"]}
         return replace(state, settings={"step": self.at, "optimizer": optimizer})
+
+
+def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
+    """Return the lr and similar settings as last recorded up to a step."""
+    found: dict[str, float] = {}
+    for name in filter(is_hyperparameter, run.measurement_names):
+        values = [value for step, value in run.measured(name).items() if step <= at]
+        if values:
+            found[name] = values[-1]
+    return found
 
 
 def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
@@ -220,7 +221,7 @@ def fork_objects(
     facts = asked.stretch.facts
     settings = dict(asked.settings)
     lr = settings.pop("lr", None)
-    iteration = check_iteration(**(_iteration_of(facts, asked.run.facts.steps) | settings))
+    iteration = check_iteration(**(iteration_of(facts, asked.run.facts.steps) | settings))
     state = asked.state(opener)
     own = objects.copied() if is_own else objects
     known = stored_data(asked.run, facts) if own.data is None else None
@@ -317,7 +318,7 @@ def _made_data(run: RecordedRun, experiment: Experiment) -> Data | None:
     return experiment_job(experiment, run.name, torch.device("cpu")).data
 
 
-def _iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
+def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
     """Return the arguments of `train` that a run was trained with."""
     engine = facts.engine or EAGERLY
     return {

@@ -11,7 +11,7 @@ import torch
 
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.data import Data
-from everystep.recording.facts import Facts, ForkFacts, TrainingFacts
+from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
@@ -23,16 +23,18 @@ __all__ = ["Job", "Origin", "Outcome", "Progress"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a fork starts: a state of its parent.
+    """Where a training starts that is not new: a state of a run, of which it makes a fork or goes on.
 
-    fork: the facts about it; hyperparameters: the lr and similar settings of the parent there;
-    has_new_data: whether the data is not the parent's.
+    at: the state; hyperparameters: the lr and similar settings there; has_new_data: whether the data is
+    not the run's; fork: the facts about a fork; resumed: those about going on.
     """
 
-    parent: RecordedRun
-    fork: ForkFacts
+    run: RecordedRun
+    at: int
     hyperparameters: dict[str, float]
-    has_new_data: bool
+    has_new_data: bool = False
+    fork: ForkFacts | None = None
+    resumed: ResumeFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Job:
 
     name: of the run's directory; facts: known before training, for the run and the display; data: to
     store, on the CPU, or None if the run cannot hold it; evaluation: measured every `evaluate_every`
-    steps and at the last; origin: of a fork.
+    steps and at the last; origin: of a fork, and of a run that is resumed.
     """
 
     name: str
@@ -83,7 +85,7 @@ class Job:
     @property
     def start(self) -> int:
         """The state that the training begins with."""
-        return self.origin.fork.at if self.origin else 0
+        return self.origin.at if self.origin else 0
 
 
 class Outcome(NamedTuple):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,19 @@ from everystep.errors import DatasetChangedError
 from everystep.recording.data import DATA_FILE
 from everystep.recording.facts import EngineFacts, Facts, ProgramFacts
 from everystep.recording.recorder import Recorder, create_directory
+from everystep.recording.run import EXPERIMENT_FILE
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import expected_to_change
+from everystep.step.programs import ProgramRule
 from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.step.stepper import Stepper
 from everystep.training.dataset_batches import DatasetBatches
-from everystep.training.job import Job, Outcome, Progress
+from everystep.training.interrupt import Interrupt, interrupt_deferred
+from everystep.training.job import Job, Origin, Outcome, Progress
+from everystep.training.resumed import facts_resumed, seconds_in_all
 
-__all__ = ["interrupt_deferred", "now", "run_job"]
+__all__ = ["now", "run_job"]
 
 #: Seconds between two looks at the losses: each waits for the device once.
 FLUSH_SECONDS = 0.1
@@ -53,30 +55,45 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
         RecordingError: writing the run failed.
     """
     job.check()
-    place = create_directory(directory, job.name, runs)
-    parent, fork = (job.origin.parent, job.origin.fork) if job.origin else (None, None)
-    facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
-    try:
-        recorder = Recorder(place, facts, budget, parent, job.start)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)  # made just now, and not started
-        raise
+    recorder, facts = _recorder(job, directory, runs, budget)
+    place = recorder.directory
     started = time.perf_counter()
     progress.begin(place, facts)
     training = _Loop(job, recorder, progress)
+    with interrupt_deferred() as interrupt:
+        try:
+            reason = training.run(interrupt)
+            training.finish()
+        except BaseException as error:
+            _finish_failed(recorder, training, error)
+            raise
+        finally:
+            progress.end()
+        status = "finished" if reason is None else "stopped"
+        seconds = seconds_in_all(job.origin, time.perf_counter() - started)
+        recorder.finish({"status": status, "reason": reason, "finished": now(), "seconds": seconds})
+        training.show_written()
+        if interrupt and not interrupt.is_by_user:
+            progress.notice(f"stopped {reason} after step {training.step}; everystep resume {place}")
+    return Outcome(place, status, reason, interrupt.is_by_user)
+
+
+def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tuple[Recorder, Facts]:
+    """Return what records a job, and what is known of the run so far."""
+    origin = job.origin
+    if origin is not None and origin.resumed is not None:
+        place = origin.run.directory
+        facts = facts_resumed(origin.run, job.facts, job.steps, origin.resumed)
+        recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True)
+        return recorder, facts.model_copy(update={"name": place.name})
+    place = create_directory(directory, job.name, runs)
+    parent, fork = (origin.run, origin.fork) if origin else (None, None)
+    facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
     try:
-        with interrupt_deferred() as interrupted:
-            reason = training.run(interrupted)
-        training.finish()
-    except BaseException as error:
-        _finish_failed(recorder, training, error)
+        return Recorder(place, facts, budget, parent, job.start), facts
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)  # made just now, and not started
         raise
-    finally:
-        progress.end()
-    status = "finished" if reason is None else "stopped"
-    seconds = time.perf_counter() - started
-    recorder.finish({"status": status, "reason": reason, "finished": now(), "seconds": seconds})
-    return Outcome(place, status, reason, interrupted())
 
 
 class _Loop:
@@ -96,12 +113,12 @@ class _Loop:
             self._note_hyperparameters(job.start + 1, job.training.hyperparameters())
         self._loss_dtype: Any = None
         self._snapshot_step = -1
-        self._nonfinite_step: int | None = None
+        self._nonfinite_step = _nonfinite_before(job.origin)
         self._programs_written = 0
         self._has_lost = False
         self._engine: EngineFacts | None = None
 
-    def run(self, interrupted: Callable[[], bool]) -> str | None:
+    def run(self, interrupt: Interrupt) -> str | None:
         """Run all steps; return None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
@@ -117,11 +134,12 @@ class _Loop:
             if job.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
-            if self.recorder.plan.is_due(self.step) and not self.recorder.is_behind:
+            is_due = self.recorder.plan.is_due(self.step) and not self.recorder.is_behind
+            if is_due or self.step == self.recorder.recorded:
                 self._snapshot()
-            if interrupted():
+            if interrupt:
                 self.flush()
-                return "by the user (Ctrl-C)"
+                return interrupt.reason
             if stepper.is_full or time.perf_counter() >= flush_at:
                 self.flush()
                 flush_at = time.perf_counter() + FLUSH_SECONDS
@@ -145,6 +163,11 @@ class _Loop:
         if self._snapshot_step != self.step:
             self._snapshot()
         self._keep_rows()
+
+    def show_written(self) -> None:
+        """Show the losses that are on disk by now, so that none that was shown can be lost."""
+        for first, losses in self.recorder.written():
+            self.progress.advance(first, losses)
 
     def forget_void_steps(self) -> None:
         """Delete what was recorded of steps that a failed check made void."""
@@ -174,7 +197,7 @@ class _Loop:
             self._loss_dtype = values.dtype
             self.recorder.facts({"loss_dtype": str(values.dtype).removeprefix("torch.")})
         self.recorder.losses(first, losses)
-        self.progress.advance(first, losses)
+        self.show_written()
         self._say_if_not_finite(first, losses)
         self._keep_engine(self._stepper)
 
@@ -183,14 +206,14 @@ class _Loop:
         for message in job.notices:
             self.progress.notice(message)
         if job.experiment_toml is not None:
-            recorder.text("experiment.toml", job.experiment_toml)
+            recorder.text(job.facts.experiment_file or EXPERIMENT_FILE, job.experiment_toml)
         self._snapshot()
         if job.data is not None and (job.origin is None or job.origin.has_new_data):
             named = {"x": job.data.x, "y": job.data.y}
             if job.data.validation is not None:
                 named["validation_x"], named["validation_y"] = job.data.validation
-            name = DATA_FILE if job.origin is None else f"data-{job.start + 1}.safetensors"
-            recorder.data(named, name)
+            is_fork = job.origin is not None and job.origin.fork is not None
+            recorder.data(named, f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE)
 
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next one with something to do.
@@ -250,7 +273,8 @@ class _Loop:
         step, job = self.step, self.job
         if step < job.start + TIMED_STEPS or job.stop_on_nan:
             return step + 1
-        stops = [job.steps, step + max(1, int(STRETCH_SECONDS / self._step_seconds))]
+        stops = [job.steps, *([self.recorder.recorded] if step < self.recorder.recorded else [])]
+        stops.append(step + max(1, int(STRETCH_SECONDS / self._step_seconds)))
         if job.evaluation is not None:
             stops.append(_next_multiple(step, job.evaluate_every))
         if self.recorder.plan.interval is not None:
@@ -275,11 +299,11 @@ class _Loop:
             live_optimizer=live,
             programs=tuple(
                 ProgramFacts(file=file(rule.number + 1), steps=rule.steps, since=rule.since)
-                for rule in rules
+                for rule in _from(self.recorder.recorded + 1, rules)
             ),
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,
-            eager_from=stepper.eager_from,
+            eager_from=stepper.eager_from and max(stepper.eager_from, self.recorder.recorded + 1),
             reason=stepper.reason,
         )
         if engine == self._engine:
@@ -367,8 +391,26 @@ def _evaluated(evaluation: Evaluation, follows: ReduceLROnPlateau | None) -> dic
     return measured
 
 
+def _from(step: int, rules: list[ProgramRule]) -> list[ProgramRule]:
+    """Return the rules for the steps from `step` on: a resumed run has others for those before."""
+    newest = max((rule.since for rule in rules if rule.since < step), default=0)
+    found = []
+    for rule in rules:
+        if rule.since >= step:
+            found.append(rule)
+        elif rule.since == newest and rule.steps != "first":
+            found.append(ProgramRule(rule.number, "every", step))
+    return found
+
+
 def _next_multiple(step: int, interval: int) -> int:
     return (step // interval + 1) * interval
+
+
+def _nonfinite_before(origin: Origin | None) -> int | None:
+    """Return the first step with a loss that is not finite, if it lies before where a training starts."""
+    step = None if origin is None else origin.run.facts.nonfinite_step
+    return step if origin is not None and step is not None and step <= origin.at else None
 
 
 def _finish_failed(recorder: Recorder, training: _Loop, error: BaseException) -> None:
@@ -385,27 +427,3 @@ def now() -> datetime:
     """Return the time with its zone, to the millisecond."""
     time = datetime.now(UTC)
     return time.replace(microsecond=time.microsecond // 1000 * 1000)
-
-
-@contextmanager
-def interrupt_deferred() -> Iterator[Callable[[], bool]]:
-    """Defer Ctrl-C to the end of the step, so that the state is that of a whole step.
-
-    A second Ctrl-C is not deferred.
-    """
-    asked = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or not callable(before):
-        yield asked.is_set
-        return
-
-    def note(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        asked.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -74,6 +74,7 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
         ("update", _update_text(training)),
         ("steps", _steps_text(facts.steps or 0, training)),
         *([("fork of", _fork_text(facts.fork))] if facts.fork else []),
+        *([("resumed", _resumed_text(facts.resumed))] if facts.resumed else []),
     ]
 
 
@@ -82,7 +83,7 @@ def closing(directory: Path, reason: str | None) -> str:
     run = RecordedRun(directory)
     summary = run.summary()
     facts = run.facts
-    seconds = math.nan if facts.seconds is None else facts.seconds
+    seconds = "" if facts.seconds is None else f" in {facts.seconds:.3g} s"
     lines = [] if reason is None else [f"stopped: {reason}", ""]
     measured = "".join(
         f", {name} {number(value)}" for name, value in _latest_measurements(run).items() if name != "lr"
@@ -93,7 +94,7 @@ def closing(directory: Path, reason: str | None) -> str:
     if summary.parent is not None:
         at = summary.parent[1]
         taken = f"{_counted(summary.steps - at, 'step')} after the parent's {at:,},"
-    lines.append(f"{taken} in {seconds:.3g} s{loss}{measured}")
+    lines.append(f"{taken}{seconds}{loss}{measured}")
     lines.append(engine_text(facts) if summary.steps else "only the initial state, state 0, is recorded")
     lines.append(f"recorded in {directory}")
     argument = shlex.quote(shortest_name(directory))
@@ -101,6 +102,7 @@ def closing(directory: Path, reason: str | None) -> str:
         "",
         "next:",
         f"  everystep view {argument}",
+        *([f"  everystep resume {argument}"] if reason is not None and not facts.training.loop else []),
     ]
     if summary.steps:
         lines += [
@@ -280,6 +282,14 @@ def _fork_text(fork: ForkFacts) -> str:
     return f"{fork.parent}, with its steps up to {fork.at:,}" + (
         f"; from there on {changed}" if changed else ""
     )
+
+
+def _resumed_text(resumed: Sequence[ResumeFacts]) -> str:
+    newest = resumed[-1]
+    times = f" (the last of {len(resumed)} times)" if len(resumed) > 1 else ""
+    began = newest.began.astimezone().strftime("%Y-%m-%d %H:%M")
+    lines = [f"after step {newest.at:,}, {began}{times}"]
+    return "\n".join(lines + [f"changed: {each}" for each in newest.changed])
 
 
 def _labelled(label: str, text: str) -> str:

@@ -1,0 +1,223 @@
+"""Resume: goes on with a run that ended early, from its newest snapshot, to the bits of a whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from everystep import numerics
+from everystep.errors import EverystepError, RunError, TrainingError, UsageError
+from everystep.experiment.device import select
+from everystep.experiment.optimizer import with_fused
+from everystep.experiment.specification import check_iteration, load
+from everystep.recording.data import check_data
+from everystep.recording.facts import TrainingFacts
+from everystep.recording.recorder import DEFAULT_BUDGET
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.replay.fork import iteration_of, recorded_hyperparameters
+from everystep.replay.reopen import stored_data
+from everystep.step.generators import generators_preserved
+from everystep.step.state import State
+from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+from everystep.training.from_experiment import experiment_job
+from everystep.training.from_objects import objects_job
+from everystep.training.job import Job, Origin, Outcome, Progress
+from everystep.training.loop import run_job
+from everystep.training.objects import Objects
+from everystep.training.resumed import changes, check_changes, resume_facts
+
+__all__ = ["Resume", "resume_experiment", "resume_objects"]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What is asked for.
+
+    steps: the last step, None for that of the run; is_accepted: train on although something changed, and
+    discard the recorded steps after the snapshot; budget: maximum bytes of snapshots.
+    """
+
+    run: RecordedRun
+    steps: int | None = None
+    is_accepted: bool = False
+    budget: int = DEFAULT_BUDGET
+
+    def check(self) -> None:
+        """Check that there is something to train.
+
+        Raises:
+            UsageError: the run has all its steps.
+        """
+        status, recorded, planned = self.run.status, len(self), self.run.facts.steps or 0
+        if self.steps is not None and self.steps < max(recorded, 1):
+            raise UsageError(
+                f"{self.run.name} has {recorded:,} steps already, so it cannot end at step "
+                f"{self.steps:,}; set more steps, or fork it (everystep fork {self.run.name} --at "
+                f"{self.steps})"
+            )
+        if status == "finished" and (self.steps or planned) <= recorded:
+            raise UsageError(
+                f"{self.run.name} is finished: it has all its {recorded:,} steps; to train it further, "
+                f"set more steps (--steps {recorded + 500})"
+            )
+
+    def __len__(self) -> int:
+        return self.run.summary().steps
+
+    @property
+    def last(self) -> int:
+        """The last step to train.
+
+        Raises:
+            RunError: the run has no record of it.
+        """
+        last = self.steps or self.run.facts.steps
+        if last is None:
+            raise RunError(f"{self.run.name} does not say how many steps it has; set steps")
+        return last
+
+    def train(self, job: Job, progress: Progress, left_out: tuple[str, ...] = ()) -> Outcome:
+        """Go on with a job that is as the run's was when it began.
+
+        left_out: what the names of settings that were not compared begin with.
+        """
+        run, recorded = self.run, len(self)
+        facts = run.facts.training
+        if facts.evaluate_every is not None:
+            job = replace(job, evaluate_every=facts.evaluate_every)
+            job = _with_facts(job, evaluate_every=facts.evaluate_every)
+        changed = changes(facts, job.facts, ("data.digest", *left_out))
+        check_changes(run, changed, is_accepted=self.is_accepted)
+        problems: list[str] = []
+        state = run.state_near(recorded, on_problem=problems.append)
+        if state is None:
+            reason = "; ".join(problems) or "the training ended before it wrote one"
+            raise RunError(
+                f"{run.name} has no readable snapshot to go on from: {reason}; train it again"
+            )
+        _restore(job, state)
+        at = state.step if self.is_accepted else recorded
+        origin = Origin(
+            run=run,
+            at=state.step,
+            hyperparameters=({} if job.training.schedule else job.training.hyperparameters())
+            | recorded_hyperparameters(run, state.step),
+            has_new_data=facts.data_file is None,
+            resumed=resume_facts(run, at, changed),
+        )
+        job = replace(job, steps=self.last, origin=origin, notices=[*job.notices, *problems])
+        return run_job(job, None, run.directory.parent, self.budget, progress)
+
+
+def resume_experiment(asked: Resume, progress: Progress) -> Outcome:
+    """Go on with a run of an experiment; create everything from the experiment again.
+
+    Raises:
+        UsageError: the run has all its steps.
+        RunError: something changed since the run began, or a file of the run is missing.
+        TrainingError: torch failed in a step.
+        RecordingError: writing the run failed.
+    """
+    asked.check()
+    run = asked.run
+    facts = run.facts.training
+    path = run.experiment_file(facts)
+    if path is None:
+        raise RunError(f"{run.name} has no experiment: {EXPERIMENT_FILE} is missing; train it again")
+    experiment = load(path)
+    device = select(experiment.device)
+    numerics.prepare()
+    with numerics.in_force(experiment.threads or facts.numerics.threads), generators_preserved(device):
+        try:
+            stored = stored_data(run, facts)
+            job = experiment_job(with_fused(experiment, device), run.name, device, stored)
+            if stored is not None:
+                job = _with_facts(job, preparation=facts.preparation)
+            else:
+                _check_same_data(job, facts)
+            if asked.last != job.steps:
+                text = load(path, {"steps": asked.last}).to_toml()
+                name = f"experiment-{len(asked) + 1}.toml"
+                job = _with_facts(replace(job, experiment_toml=text), experiment_file=name)
+            else:
+                kept = {"experiment_file": facts.experiment_file}
+                job = _with_facts(replace(job, experiment_toml=None), **kept)
+            return asked.train(job, progress)
+        except EverystepError:
+            raise
+        except Exception as error:  # no code but torch's has run
+            reason = str(error).strip() or type(error).__name__
+            raise TrainingError(f"{run.name} failed: {reason}") from error
+
+
+def resume_objects(asked: Resume, objects: Objects, is_own: bool, progress: Progress) -> Outcome:
+    """Go on with a run from Python objects, which are trained in place.
+
+    is_own: whether they are those that trained the run in this process.
+
+    Raises:
+        UsageError: the run has all its steps, or an object is invalid.
+        RunError: something changed since the run began, or a file of the run is missing.
+        RecordingError: writing the run failed.
+    """
+    asked.check()
+    objects.check_complete()
+    run = asked.run
+    facts = run.facts.training
+    iteration = check_iteration(**iteration_of(facts, asked.last))
+    stored = stored_data(run, facts) if objects.data is None else None
+    if objects.data is None and stored is None:
+        raise RunError(f"the data of {run.name} is not in the run; pass it: resume(data=(x, y), ...)")
+    trained = replace(
+        objects,
+        data=objects.data if stored is None else (stored.x, stored.y),
+        validation=objects.validation if stored is None else stored.validation,
+        dataset_limit=DEFAULT_DATASET_LIMIT,
+    )
+    trained.check()
+    numerics.prepare()
+    device = select(facts.device)
+    with numerics.in_force(iteration.threads), generators_preserved(device):
+        trained.model.to(device)
+        torch.manual_seed(facts.batches.seed)
+        job = _with_facts(objects_job(trained, iteration, device, progress), seed=facts.seed)
+        if stored is None:
+            _check_same_data(job, facts)
+        else:
+            job = _with_facts(job, data=facts.data)
+        return asked.train(job, progress, ("optimizer", "schedule") if is_own else ())
+
+
+def _with_facts(job: Job, **facts: Any) -> Job:
+    return replace(job, facts=job.facts.model_copy(update=facts))
+
+
+def _check_same_data(job: Job, facts: TrainingFacts) -> None:
+    """Check that data that is not in the run is what it was.
+
+    Raises:
+        RunError: it is not.
+    """
+    if facts.data_file is None or job.data is None:
+        return
+    named = {"x": job.data.x, "y": job.data.y}
+    if job.data.validation is not None:
+        named["validation_x"], named["validation_y"] = job.data.validation
+    check_data(named, facts.data_file, "the data")
+
+
+def _restore(job: Job, state: State) -> None:
+    """Bring the training of a job to a state.
+
+    Raises:
+        RunError: it does not fit.
+    """
+    training = job.training
+    try:
+        state.restore(
+            training.model, training.loss, training.optimizer, training.schedule, training.device
+        )
+    except ValueError as error:
+        raise RunError(f"the snapshot of step {state.step} does not fit: {error}") from None

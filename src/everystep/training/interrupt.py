@@ -1,0 +1,77 @@
+"""Interrupts: Ctrl-C and SIGTERM end a training after the step in progress, and close its run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["Interrupt", "interrupt_deferred"]
+
+#: Reasons, as a run has them.
+_REASONS = {signal.SIGINT: "by the user (Ctrl-C)", signal.SIGTERM: "by the system (SIGTERM)"}
+
+
+class Interrupt:
+    """Which signal asked the training to end, if any did."""
+
+    def __init__(self, received: Callable[[], None] = lambda: None) -> None:
+        self._received = received
+        self._before: dict[int, Any] = {}
+        self._signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self._signal is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the training ends, None if no signal arrived."""
+        return None if self._signal is None else _REASONS[signal.Signals(self._signal)]
+
+    @property
+    def is_by_user(self) -> bool:
+        """Whether it was Ctrl-C."""
+        return self._signal == signal.SIGINT
+
+    def listen(self) -> None:
+        """Catch signals, in the main thread; a SIGTERM only where the caller has no handler for it."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        before = {number: signal.getsignal(number) for number in _REASONS}
+        if callable(before[signal.SIGINT]):
+            self._before[signal.SIGINT] = before[signal.SIGINT]
+        if before[signal.SIGTERM] is signal.SIG_DFL:
+            self._before[signal.SIGTERM] = signal.SIG_DFL
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def leave(self) -> None:
+        """Restore the handlers; a SIGTERM ends the process now that the run is closed."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+        if self._signal == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, self._before[number])  # a second one is not deferred
+        self._signal = number
+        self._received()
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[Interrupt]:
+    """Defer Ctrl-C and SIGTERM to the end of the step, so that the state is that of a whole step.
+
+    A second signal is not deferred. After a SIGTERM, the process ends at the end of the context.
+    """
+    interrupt = Interrupt()
+    interrupt.listen()
+    try:
+        yield interrupt
+    finally:
+        interrupt.leave()

@@ -1,0 +1,94 @@
+"""Going on with a run that ended early: what must be as it was, and what the run says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from everystep.errors import RunError
+from everystep.recording.asked import asked_differences
+from everystep.recording.connection import FILE_NAME
+from everystep.recording.facts import EarlierFacts, Facts, ResumeFacts, TrainingFacts
+from everystep.recording.run import RecordedRun
+from everystep.training.job import Origin
+
+__all__ = ["changes", "check_changes", "facts_resumed", "resume_facts", "seconds_in_all"]
+
+#: Characters of a value that a message shows.
+_MOST_SHOWN = 200
+
+
+def changes(before: TrainingFacts, now: TrainingFacts, left_out: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return what is not as it was, as `name: before | now`: what was asked for, versions, numerics.
+
+    left_out: what the names of settings that do not count begin with.
+    """
+    found = asked_differences(before, now)
+    found = {name: pair for name, pair in found.items() if not name.startswith(tuple(left_out))}
+    versions = {
+        name: (before.versions.get(name), now.versions.get(name))
+        for name in before.versions.keys() | now.versions.keys()
+    }
+    found |= {f"version of {name}": v for name, v in sorted(versions.items()) if v[0] != v[1]}
+    found |= before.numerics.differences(now.numerics)
+    return tuple(f"{name}: {_shown(a)} | {_shown(b)}" for name, (a, b) in found.items())
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def check_changes(run: RecordedRun, changed: tuple[str, ...], *, is_accepted: bool) -> None:
+    """Check that nothing changed, before anything runs.
+
+    Raises:
+        RunError: lists what changed.
+    """
+    if not changed or is_accepted:
+        return
+    raise RunError(
+        "\n  ".join([f"{run.name} was trained otherwise (before | now):", *changed])
+        + "\nresume it as it was trained, or accept this with --anyway (anyway=True), which discards "
+        "the recorded steps after the newest snapshot; to train with other settings, fork the run"
+    )
+
+
+def resume_facts(run: RecordedRun, at: int, changed: tuple[str, ...] = ()) -> ResumeFacts:
+    """Return the facts of going on, after step `at`, with what changed."""
+    facts = run.facts
+    now = datetime.now(UTC).replace(microsecond=0)
+    return ResumeFacts(at=at, began=now, seconds=_seconds(run, facts), changed=changed)
+
+
+def _seconds(run: RecordedRun, facts: Facts) -> float | None:
+    """Return how long the training has taken; of one that was killed, up to its last write."""
+    if facts.status != "running":
+        return facts.seconds
+    last = facts.resumed[-1] if facts.resumed else None
+    began, before = (facts.started, 0.0) if last is None else (last.began, last.seconds)
+    if began is None or before is None:
+        return None
+    files = [run.directory / FILE_NAME, run.directory / f"{FILE_NAME}-wal"]
+    written = max(file.stat().st_mtime for file in files if file.exists())
+    return before + max(0.0, written - began.timestamp())
+
+
+def seconds_in_all(origin: Origin | None, seconds: float) -> float | None:
+    """Return how long a training has taken, with the time before it was resumed; None if unknown."""
+    if origin is None or origin.resumed is None:
+        return seconds
+    before = origin.resumed.seconds
+    return None if before is None else before + seconds
+
+
+def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed: ResumeFacts) -> Facts:
+    """Return the facts of a run that is resumed, to be written with its first new step."""
+    before, newest = run.facts, run.stretches[-1]
+    earlier = before.earlier
+    if resumed.at >= newest.first:
+        earlier = (*earlier, EarlierFacts(last=resumed.at, training=newest.facts))
+    return Facts(
+        steps=steps, trained=trained, earlier=earlier, resumed=(*before.resumed, resumed), finished=None
+    )
