@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from everystep.errors import RunError
+from everystep.errors import RunError, UsageError
+from everystep.recording.connection import FILE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import RUNS, find_run, find_runs
@@ -226,6 +227,8 @@ def _train_step(
 def record(
     *,
     run: str | Path | None = None,
+    resume: bool | str | Path = False,
+    anyway: bool = False,
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     **parts: Any,
@@ -241,8 +244,16 @@ def record(
     Python runs at every step. everystep records its tensor operations, so that each step opens again
     without your code.
 
+    With `resume`, the same script goes on where its run ended, to the bits of a loop that did not end:
+    the parts get the values of the newest snapshot, and `steps` skips the batches before it. The run's
+    later steps are taken again and compared with the recording.
+
     Args:
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
+        resume: the run to go on with: its directory, or its name in runs/. True: go on with `run` if
+            that exists, and begin it otherwise.
+        anyway: go on although the parts, the versions or the numerics changed; the recorded steps after
+            the snapshot are discarded, and the run says what changed.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
             steps no longer open.
@@ -252,11 +263,39 @@ def record(
 
     Raises:
         UsageError: an argument is not a part of a training.
+        RunError: the run to go on with does not exist.
     """
     from everystep.training.record import Recording
 
     place = None if run is None else Path(run)
-    return Recording(parts, place, RUNS, snapshot_budget, batch_budget, Run)
+    return Recording(
+        parts,
+        place,
+        RUNS,
+        snapshot_budget,
+        batch_budget,
+        Run,
+        resumed=_resumed(place, resume),
+        is_accepted=anyway,
+    )
+
+
+def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
+    """Return the run to go on with, None to begin one.
+
+    Raises:
+        UsageError: it is not named, or twice.
+        RunError: it does not exist.
+    """
+    if resume is False:
+        return None
+    if resume is not True:
+        if place is not None:
+            raise UsageError("resume names a run, and so does run; pass one of them")
+        return Run(find_run(resume))
+    if place is None:
+        raise UsageError("resume=True needs the run's directory: run=...; or pass resume=RUN")
+    return Run(place) if (place / FILE_NAME).exists() else None
 
 
 def train_experiment(

@@ -11,7 +11,7 @@ import json
 import math
 import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -30,6 +30,7 @@ __all__ = [
     "Contents",
     "Given",
     "digest_of",
+    "given_of",
     "packed",
     "read_contents",
     "unpacked",
@@ -162,15 +163,9 @@ class Contents:
         return given
 
     def _add_tensor(self, step: int, tensor: Tensor) -> Given:
-        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        whole = _bytes_of(tensor)
-        is_by_row = _is_by_row(shape, len(whole))
-        pieces = whole.reshape(shape[0], -1) if is_by_row else [whole]
-        kind = _kind(dtype, shape, is_by_row)
-        return Given(dtype, shape, tuple(self._add_piece(step, kind, piece) for piece in pieces))
+        return _given(tensor, lambda digest, piece: self._add_piece(step, digest, piece))
 
-    def _add_piece(self, step: int, kind: bytes, piece: Any) -> bytes:
-        digest = _digest(kind, piece)
+    def _add_piece(self, step: int, digest: bytes, piece: Any) -> bytes:
         file = self._known.get(digest)
         if file is None:
             file = self._write(digest, piece)
@@ -200,6 +195,21 @@ class Contents:
 def _is_by_row(shape: tuple[int, ...], size: int) -> bool:
     """Tell whether to store a tensor of this many bytes row by row."""
     return bool(shape) and shape[0] > 0 and size // shape[0] >= _SMALLEST_ROW
+
+
+def given_of(tensor: Tensor) -> Given:
+    """Return what a run holds of a tensor (on the CPU) that is an input of a step; stores nothing."""
+    return _given(tensor, lambda digest, piece: digest)
+
+
+def _given(tensor: Tensor, keep: Callable[[bytes, Any], bytes]) -> Given:
+    """Return what a run holds of a tensor. keep: is called with each digest and its bytes."""
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    whole = _bytes_of(tensor)
+    is_by_row = _is_by_row(shape, len(whole))
+    pieces = whole.reshape(shape[0], -1) if is_by_row else [whole]
+    kind = _kind(dtype, shape, is_by_row)
+    return Given(dtype, shape, tuple(keep(_digest(kind, piece), piece) for piece in pieces))
 
 
 def digest_of(tensor: Tensor) -> str:

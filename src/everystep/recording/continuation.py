@@ -15,8 +15,10 @@ from everystep.errors import RunError
 from everystep.recording.contents import unpacked
 from everystep.recording.database import Database, Repeat
 
-__all__ = ["Continuation"]
+__all__ = ["Continuation", "shortened"]
 
+#: Tensors that a message names.
+_MOST_NAMED = 3
 Measurements = Sequence[tuple[str, int, float]]
 
 
@@ -36,6 +38,7 @@ class Continuation:
         self.is_over = False
         before = database.facts()
         self._before = {name: getattr(before, name) for name in ("status", "reason", "finished")}
+        self._is_loop = before.trained is not None and before.trained.loop is not None
         self._name = directory.resolve().name
         self._database = database
         self._facts = dict(facts)
@@ -73,7 +76,7 @@ class Continuation:
         for loss, (step, expected) in zip(again, known, strict=True):
             recorded = math.nan if expected is None else expected
             if loss != recorded and not (math.isnan(loss) and math.isnan(recorded)):
-                raise self._differs(step, f"the loss is {loss!r}, but {recorded!r} was recorded")
+                raise self.differs(step, f"the loss is {loss!r}, but {recorded!r} was recorded")
         return first + len(again), [*losses[len(again) :]]
 
     def new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
@@ -90,21 +93,39 @@ class Continuation:
         return [*rows[len(again) :]]
 
     def _compare(self, row: Repeat, before: Repeat) -> None:
+        """Compare the batch; of other inputs, those that both have: a watch in full has fewer."""
         now, known = (unpacked(each.inputs, f"step {row.step}") or {} for each in (row, before))
-        if (now.get("nesting"), now.get("given")) != (known.get("nesting"), known.get("given")):
-            raise self._differs(row.step, "the batch is not the recorded one")
-        numbers = [unpacked(each.numbers, f"step {row.step}") for each in (row, before)]
-        if repr(numbers[0]) != repr(numbers[1]) or (row.program is None) != (before.program is None):
-            raise self._differs(row.step, "it runs other operations, or with other numbers")
+        given, recorded = _batch(now), _batch(known)
+        is_same = all(given[name] == recorded[name] for name in given.keys() & recorded.keys())
+        if now.get("nesting") != known.get("nesting") or not is_same:
+            raise self.differs(row.step, "the batch is not the recorded one")
         digests = now.get("digests", {})
         other = [n for n, digest in known.get("digests", {}).items() if digests.get(n, digest) != digest]
         if other:
-            names = ", ".join(name.partition("/")[2] for name in other[:3])
-            raise self._differs(row.step, f"the state afterwards is not the recorded one ({names})")
+            raise self.differs(row.step, f"it leaves another state ({shortened(other)})")
 
-    def _differs(self, step: int, problem: str) -> RunError:
+    def differs(self, step: int, problem: str) -> RunError:
+        """Return the error of a step that is not as recorded when it is taken again."""
+        cure = "Restore the code, the data and the versions of the training"
+        if self._is_loop:
+            cure += (
+                "; pass what the loop carries from step to step (counters, lists, its own generators) "
+                "as parts, or count from recording.step_count"
+            )
         return RunError(
             f"{self._name} cannot be resumed exactly: when step {step} is taken again, {problem}. The "
-            "run is as it was. Restore the code, the data and the versions of the training; or resume "
-            "with --anyway (anyway=True), which discards the recorded steps after the snapshot"
+            f"run is as it was. {cure}. Or resume with --anyway (anyway=True), which discards the "
+            "recorded steps after the snapshot"
         )
+
+
+def _batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a step was given besides random generators, which depend on what came before."""
+    given = inputs.get("given", {})
+    return {name: each for name, each in given.items() if name.startswith(("batch/", "input/"))}
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the first few names of tensors, without their kinds."""
+    shown = ", ".join(name.partition("/")[2] for name in names[:_MOST_NAMED])
+    return shown + (", ..." if len(names) > _MOST_NAMED else "")

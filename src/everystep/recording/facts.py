@@ -6,6 +6,7 @@ that of the model, too. A database may come from an untrusted source, so reading
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
@@ -207,6 +208,12 @@ class LoopFacts(_Fact):
     unseen: tuple[str, ...]
     has_loss: bool
     function: FunctionFacts | None = None
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any]) -> LoopFacts:
+        """Return the facts of a loop with these parts before its first step."""
+        names = {name: type(part).__name__ for name, part in parts.items()}
+        return cls(parts=names, programs=0, unseen=(), has_loss=False)
 
 
 class TrainingFacts(_Fact):

@@ -216,6 +216,11 @@ class Recorder:
             while True:
                 yield self._written.get_nowait()
 
+    def differs(self, step: int, problem: str) -> RunError:
+        """Return the error of a resumed training in which a step is not as recorded."""
+        assert self._continuation is not None
+        return self._continuation.differs(step, problem)
+
     @property
     def recorded(self) -> int:
         """The newest step that the run had when it was resumed; 0 for a new run."""
@@ -313,6 +318,11 @@ class Recorder:
     def _newest_program(self) -> int:
         files = (self.directory / "programs").glob("*.json")
         return max((int(path.stem) for path in files if path.stem.isdecimal()), default=0)
+
+    @property
+    def programs_before(self) -> int:
+        """How many programs the run had before this training: a parent's, or before it was resumed."""
+        return self._programs
 
     def program_file(self, number: int) -> str:
         """Return the file of program `number` (from 1) of this training; a parent's come before."""

@@ -25,7 +25,9 @@ from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
 from everystep.step.generators import generators_preserved
 from everystep.step.hyperparameters import is_hyperparameter
-from everystep.step.state import State, optimizer_settings
+from everystep.step.named_state import parameter_names
+from everystep.step.optimizer_state import optimizer_settings
+from everystep.step.state import State
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job
@@ -135,7 +137,8 @@ class Fork:
                         schedule.step(followed[number])
                 elif advance is not None:
                     advance(number)
-        optimizer = optimizer_settings(training.model, training.optimizer)
+        names = parameter_names(training.model, training.optimizer)
+        optimizer = optimizer_settings(training.optimizer, names)
         optimizer |= {"values": settings["optimizer"]["values"]}
         return replace(state, settings={"step": self.at, "optimizer": optimizer})
 

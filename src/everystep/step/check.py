@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.step.own_state import PREFIX
 from everystep.step.state import State
 
 __all__ = [
@@ -128,8 +129,8 @@ def state_differences(
 
 def _compared(state: State) -> set[str]:
     # Draws of a user's loop between its steps are not repeated; steps get the recorded generators.
-    is_own_loop = "parts" in state.settings
-    left_out = ("generator/",) if is_own_loop else ("generator/python", "generator/numpy")
+    is_own_loop = "names" in state.settings
+    left_out = ("generator/", PREFIX) if is_own_loop else ("generator/python", "generator/numpy")
     own = {n for n in state.rest if not n.startswith(left_out)}
     found = own | {f"parameters/{name}" for name in state.parameters}
     # The tensors of a state_dict may change meanwhile, as layers are added and removed.

@@ -8,14 +8,14 @@ state can be restored into an optimizer of the same class.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PREFIX", "captured", "keeps_own_state", "restore"]
+__all__ = ["PREFIX", "captured", "decoded", "encoded", "keeps_own_state", "restore"]
 
 #: Prefix of the names of tensors that only this module knows.
 PREFIX = "own/"
@@ -73,6 +73,27 @@ def restore(
         parameter.grad = None if pending is None else pending.to(parameter.device, copy=True)
 
 
+def encoded(
+    value: Any, place: str, known: Mapping[str, Tensor], left_alone: Container[int]
+) -> tuple[dict[str, Tensor], Any]:
+    """Return all that an object keeps: live tensors by name, and the rest as JSON can hold it.
+
+    Args:
+        value: the object.
+        place: what the names of its tensors begin with.
+        known: tensors that have a name already.
+        left_alone: ids of objects within it that are written elsewhere.
+    """
+    walk = _Capturing({}, known, left_alone)
+    data = walk.encoded(value, place)
+    return walk.tensors, data
+
+
+def decoded(value: Any, place: str, tensors: Mapping[str, Tensor], data: Any) -> Any:
+    """Restore in an object what `encoded` returned, as far as possible in place; return the object."""
+    return _Restoring({}, tensors).decoded(data, value, place)
+
+
 def _pending(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """Return the gradients that a custom `zero_grad` may not drop."""
     if type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad:
@@ -81,7 +102,13 @@ def _pending(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> d
 
 
 class _Capturing:
-    def __init__(self, names: Mapping[Tensor, str], known: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        names: Mapping[Tensor, str],
+        known: Mapping[str, Tensor],
+        left_alone: Container[int] = (),
+    ) -> None:
+        self._left_alone = left_alone
         self.tensors: dict[str, Tensor] = {}
         self._names = names
         self._known = {id(tensor): name for name, tensor in known.items()}
@@ -94,6 +121,8 @@ class _Capturing:
             return value
         if id(value) in self._places:
             return {"same": self._places[id(value)][0]}
+        if id(value) in self._left_alone:
+            return {"left": type(value).__name__}
         self._places[id(value)] = place, value
         if isinstance(value, Tensor) and value.layout != torch.strided:
             return {"left": "sparse tensor"}

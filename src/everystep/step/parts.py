@@ -15,7 +15,7 @@ from everystep.step.follow import is_compiled
 from everystep.step.generators import Generators
 from everystep.step.named_state import entries_of, registered, state_dict_of
 from everystep.step.own_state import keeps_own_state
-from everystep.step.state import State, copy_of, plain
+from everystep.step.state import State, copy_of
 
 __all__ = ["Parts"]
 
@@ -155,26 +155,37 @@ class Parts:
             found |= self._of_optimizer(part, optimizer, names, found)
         return found
 
-    def snapshot(self, step: int) -> State:
+    def snapshot(
+        self,
+        step: int,
+        live: Mapping[str, Tensor],
+        held: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+    ) -> State:
         """Return a copy of the state after `step`, on the CPU.
 
         `parameters` is exactly the state_dict of the part called `model`, or of the only module; of
         others, each name begins with that of the part.
+
+        Args:
+            step: the step.
+            live: the tensors of the state.
+            held: tensors that the parts hold besides, by name.
+            settings: what they hold that is not a tensor.
         """
         parameters = {
             f"{self.prefix(name)}{path}": copy_of(tensor)
             for name, module in self.modules.items()
             for path, tensor in state_dict_of(module).items()
         }
-        live = self.state()
         rest = {
             name: copy_of(tensor)
-            for name, tensor in live.items()
+            for name, tensor in (*live.items(), *held.items())
             if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
         }
         generators = Generators.capture(self.device).tensors()
         rest |= {f"generator/{name}": copy_of(value) for name, value in generators.items()}
-        return State(step, parameters, rest, {"step": step, "names": [*live], "parts": self._settings()})
+        return State(step, parameters, rest, {"step": step, "names": [*live], **settings})
 
     def rates(self) -> dict[str, float]:
         """Return the current learning rates: `lr`, `lr[1]`, or `optimizer_g.lr`."""
@@ -206,16 +217,6 @@ class Parts:
             more = {k: v for k, v in vars(optimizer).items() if k not in _OF_OPTIMIZER}
             seen = {id(tensor) for tensor in (*known.values(), *found.values())}
             found |= {f"part/{path}": tensor for path, tensor in _tensors_in(more, part, seen)}
-        return found
-
-    def _settings(self) -> dict[str, Any]:
-        """Return what the parts hold besides tensors, as JSON can hold it."""
-        found: dict[str, Any] = {}
-        for name, optimizer in self.optimizers.items():
-            found[name] = [
-                {k: plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
-                for group in optimizer.param_groups
-            ]
         return found
 
     def _device(self) -> torch.device:

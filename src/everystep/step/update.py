@@ -8,8 +8,9 @@ from everystep.gradient_descent import GradientDescent
 from everystep.program.program import OptimizerStep, hyperparameter, references
 from everystep.step.capture import Capture
 from everystep.step.eager import Training, changes_more_than_lr
+from everystep.step.named_state import parameter_names
+from everystep.step.optimizer_state import optimizer_settings
 from everystep.step.recorder import CapturedOperation
-from everystep.step.state import optimizer_settings
 
 __all__ = ["Update"]
 
@@ -24,7 +25,9 @@ class Update:
     def __init__(self, captured: Capture, training: Training) -> None:
         self._captured = captured
         self._training = training
-        self._settings = optimizer_settings(training.model, training.optimizer)
+        self._settings = optimizer_settings(
+            training.optimizer, parameter_names(training.model, training.optimizer)
+        )
         self._groups = {
             name: index
             for index, group in enumerate(self._settings["groups"])

@@ -9,21 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-    default_collate,
-)
 
 from everystep import numerics
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.specification import Iteration
 from everystep.training.function_recording import FunctionRecording
+from everystep.training.interrupt import interrupt_deferred
 from everystep.training.job import Outcome, Progress
-from everystep.training.loop import interrupt_deferred
+from everystep.training.place import is_quiet
 from everystep.training.rows import called
 from everystep.training.step_function import StepFunction
 
@@ -84,7 +77,7 @@ def train_step(
         RecordingError: writing the run failed; everything recorded before is kept.
     """
     numerics.prepare()
-    with numerics.in_force(iteration.threads), interrupt_deferred() as interrupted:
+    with numerics.in_force(iteration.threads), interrupt_deferred() as interrupt:
         if iteration.seed is not None:
             torch.manual_seed(iteration.seed)
         with recording:
@@ -92,20 +85,20 @@ def train_step(
             progress.begin(run.directory, run.facts.model_copy(update=_total(iteration, batches)))
             try:
                 total = _total(iteration, batches)["steps"] or None
-                function = StepFunction(step, recording, iteration.engine, total, _is_quiet(batches))
+                function = StepFunction(step, recording, iteration.engine, total, is_quiet(batches))
                 recording.note_function(lambda: function.facts)
-                for batch in _batches(batches, iteration, progress):
+                for batch in _batches(batches, iteration, recording, progress):
                     logged = function.take(*([] if batches is None else [batch]))
                     if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
                         recording.stop(f"the loss is {loss} (stop_on_nan)")
                         break
-                    if interrupted():
-                        recording.stop("by the user (Ctrl-C)")
+                    if interrupt.reason is not None:
+                        recording.stop(interrupt.reason)
                         break
             finally:
                 progress.end()
     facts = recording.run.facts
-    return Outcome(run.directory, facts.status, facts.reason, interrupted())
+    return Outcome(run.directory, facts.status, facts.reason, interrupt.is_by_user)
 
 
 def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int]:
@@ -115,40 +108,30 @@ def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int
     return {"steps": (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0}
 
 
-def _batches(batches: Iterable[Any] | None, iteration: Iteration, progress: Progress) -> Iterator[Any]:
-    """Yield the batches of as many steps or epochs as asked for."""
+def _batches(
+    batches: Iterable[Any] | None,
+    iteration: Iteration,
+    recording: FunctionRecording[Any],
+    progress: Progress,
+) -> Iterator[Any]:
+    """Yield the batches of as many steps or epochs as asked for, except those of recorded steps."""
+    count, epoch = recording.step_count, 0
     if batches is None:
-        yield from [None] * (iteration.steps if iteration.steps is not None else iteration.epochs or 0)
+        total = iteration.steps if iteration.steps is not None else iteration.epochs or 0
+        yield from [None] * (total - count)
         return
-    count = epoch = 0
-    if iteration.steps == 0:
-        return
-    while iteration.epochs is None or epoch < iteration.epochs:
+    while count != iteration.steps and (iteration.epochs is None or epoch < iteration.epochs):
         before = count
-        for batch in batches:
+        for batch in recording.drawn(batches):
             count += 1
             yield batch
             if count == iteration.steps:
                 return
         epoch += 1
-        if count == before:
+        if count == before and not recording.is_ahead:
             what = "no batch" if epoch == 1 else f"no more batches after step {count}"
             progress.notice(f"the loader yields {what}; a generator can be iterated only once")
             return
-
-
-def _is_quiet(batches: Any) -> bool:
-    """Tell whether making a batch runs only torch's code."""
-    if batches is None or type(batches) in (list, tuple):
-        return True
-    return (
-        type(batches) is DataLoader
-        and type(batches.dataset) is TensorDataset
-        and batches.num_workers == 0
-        and batches.collate_fn is default_collate
-        and type(batches.sampler) in (SequentialSampler, RandomSampler)
-        and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
-    )
 
 
 def _loss_of(logged: Mapping[str, Any]) -> float:

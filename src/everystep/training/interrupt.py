@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -37,12 +37,12 @@ class Interrupt:
         """Whether it was Ctrl-C."""
         return self._signal == signal.SIGINT
 
-    def listen(self) -> None:
+    def listen(self, signals: Collection[int] = tuple(_REASONS)) -> None:
         """Catch signals, in the main thread; a SIGTERM only where the caller has no handler for it."""
         if threading.current_thread() is not threading.main_thread():
             return
         before = {number: signal.getsignal(number) for number in _REASONS}
-        if callable(before[signal.SIGINT]):
+        if callable(before[signal.SIGINT]) and signal.SIGINT in signals:
             self._before[signal.SIGINT] = before[signal.SIGINT]
         if before[signal.SIGTERM] is signal.SIG_DFL:
             self._before[signal.SIGTERM] = signal.SIG_DFL

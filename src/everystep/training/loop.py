@@ -408,7 +408,7 @@ def _next_multiple(step: int, interval: int) -> int:
 
 
 def _nonfinite_before(origin: Origin | None) -> int | None:
-    """Return the first step with a loss that is not finite, if it lies before where a training starts."""
+    """Return the first step with a loss that is not finite, if the training starts after it."""
     step = None if origin is None else origin.run.facts.nonfinite_step
     return step if origin is not None and step is not None and step <= origin.at else None
 

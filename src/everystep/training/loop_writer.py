@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from everystep import numerics
 from everystep.recording.contents import digest_of
+from everystep.recording.continuation import shortened
 from everystep.recording.facts import (
     Facts,
     FunctionFacts,
@@ -21,8 +23,9 @@ from everystep.recording.facts import (
 )
 from everystep.recording.recorder import Recorder, Taken
 from everystep.step.build import NotCapturableError
+from everystep.step.check import state_differences
 from everystep.step.elsewhere import version_of
-from everystep.step.parts import Parts
+from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath, build_path
 from everystep.step.purity.step_reader import StrictWatch
@@ -31,7 +34,9 @@ from everystep.step.step_watch import StepWatch
 from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop
 from everystep.training.loop import now
+from everystep.training.loop_resume import ResumedLoop
 from everystep.training.notices import Notices, say
+from everystep.training.place import Place
 
 __all__ = ["LoopWriter", "StepUnderWay"]
 
@@ -94,10 +99,12 @@ class LoopWriter:
     """Turns watched steps into what a run stores, and passes it to the recorder.
 
     Args:
-        directory: of the run; empty.
+        directory: of the run; empty unless it is resumed.
         parts: what the loop carries.
+        place: where it is in its batches.
         snapshot_budget, batch_budget: bytes that the run may keep.
-        advanced: called with a step that was added, and the losses from it on.
+        advanced: called with a step that was written, and the losses from it on.
+        resumed: where a run goes on, None for a new one.
 
     step: the last step that was added; last_path: what it did; state: the
     live tensors after it; function: returns how the steps of a function ran.
@@ -106,14 +113,20 @@ class LoopWriter:
     def __init__(
         self,
         directory: Path,
-        parts: Parts,
+        parts: PartsState,
+        place: Place,
         snapshot_budget: int,
         batch_budget: float,
         advanced: Callable[[int, Sequence[float]], None] | None,
+        resumed: ResumedLoop | None = None,
     ) -> None:
-        self.step = 0
+        self.step = 0 if resumed is None else resumed.state.step
         self._advanced = advanced
-        self._parts = parts
+        self._whole = parts
+        self._parts = parts.parts
+        self._place = place
+        self._later = None if resumed is None else resumed.later
+        self._seconds_before = 0.0 if resumed is None else resumed.facts.resumed[-1].seconds
         self.last_path: StepPath | None = None
         self.state: dict[str, Tensor] | None = None
         self.function: Callable[[], FunctionFacts] | None = None
@@ -128,22 +141,25 @@ class LoopWriter:
         self._pending: State | None = None
         self._lost_to = 0
         self._notices = Notices()
-        self._is_finite = True
+        self._is_finite = resumed is None or resumed.is_finite
         self._has_loss = False
         self._loss_dtype = "float64"
         self._flush_at = 0.0
         self._step_seconds = math.inf
         self._started = time.perf_counter()
-        beginning = parts.snapshot(0)
-        facts = Facts(
-            name=directory.name,
-            started=now(),
-            steps=0,
-            trained=facts_of_loop(parts, self._loop_facts()["loop"]),
-        )
-        self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
-        self._recorder.snapshot(beginning)
-        self._versions = _versions(parts.state())
+        if resumed is None:
+            beginning = parts.snapshot(0)
+            trained = facts_of_loop(self._parts, LoopFacts.of(self._parts.named))
+            facts = Facts(name=directory.name, started=now(), steps=0, trained=trained)
+            self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
+            self._recorder.snapshot(beginning)
+        else:
+            self._has_loss = resumed.has_loss
+            at, budget = self.step, snapshot_budget
+            self._recorder = Recorder(
+                directory, resumed.facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
+            )
+        self._versions = _versions(self._parts.state())
         if message := numerics.warning():
             say(message)
 
@@ -195,6 +211,7 @@ class LoopWriter:
         self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
         self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
         self._keep_pending(known)
+        self._compare_with_later()
         self._snapshot_if_due()
         if not (isinstance(step.watch, TakenByProgram) and step.watch.is_still):
             self._versions = _versions(after)
@@ -235,13 +252,21 @@ class LoopWriter:
         is_pending = self._pending is not None and self._pending.step == self.step
         self._keep_pending()
         if self.step and not is_pending and self._versions == _versions(self._parts.state()):
-            self._recorder.snapshot(self._parts.snapshot(self.step))
+            self._recorder.snapshot(self._snapshot())
         self.flush()
         seconds = time.perf_counter() - self._started
+        in_all = None if self._seconds_before is None else self._seconds_before + seconds
         self._recorder.finish(
             self._loop_facts()
-            | {"status": status, "reason": reason, "finished": now(), "seconds": seconds}
+            | {"status": status, "reason": reason, "finished": now(), "seconds": in_all}
         )
+        self._show_written()
+
+    def _snapshot(self) -> State:
+        """Return the current state, with the place in the batches."""
+        tensors, settings = self._place.settings()
+        state = self._whole.snapshot(self.step)
+        return State(state.step, state.parameters, state.rest | tensors, state.settings | settings)
 
     def _build(self, path: StepPath, step: StepUnderWay[AnyWatch]) -> _Program | None:
         try:
@@ -251,7 +276,7 @@ class LoopWriter:
             return None
         self._program_count += 1
         self._recorder.program(self._program_count, built.program, {})
-        return _Program(self._program_count, built)
+        return _Program(self._recorder.programs_before + self._program_count, built)
 
     def _row(
         self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor], known: _Program | None, copied: int
@@ -260,6 +285,7 @@ class LoopWriter:
         size = sum(tensor.nbytes for tensor in inputs.values()) + copied - self._copied
         self._copied = copied
         if known is None:
+            inputs |= self._place.generators
             return Taken(self.step, None, None, inputs, step.nested, size, {})
         for name, storage in known.built.inputs.items():
             content = step.watch.content(storage)
@@ -270,6 +296,7 @@ class LoopWriter:
             if draw or not torch.equal(generator, self._generator):
                 inputs[f"generator/{draw}"] = generator
         self._generator = step.watch.drawn if step.watch.drawn is not None else self._generator
+        inputs |= self._place.generators
         numbers = known.built.numbers(step.watch.numbers)
         digests = self._digests(state)
         return Taken(self.step, known.number, numbers, inputs, step.nested, size, digests)
@@ -304,6 +331,25 @@ class LoopWriter:
             changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
             self._recorder.change(self.step, changed)
 
+    def _compare_with_later(self) -> None:
+        """Compare the state of a resumed loop with a snapshot that it reaches again.
+
+        Raises:
+            RunError: it differs.
+        """
+        later = self._later
+        if later is None or later.step != self.step:
+            return
+        self._later = None
+        now = self._snapshot()
+        different = [each.tensor for each in state_differences(later, now)]
+        held = [state.settings.get("held", {}) for state in (later, now)]
+        texts = [{n: json.dumps(each, sort_keys=True) for n, each in of.items()} for of in held]
+        different += [f"part/{name}" for name in texts[0] if texts[0][name] != texts[1].get(name)]
+        if different:
+            problem = f"the state is not the recorded one ({shortened(different)})"
+            raise self._recorder.differs(self.step, problem)
+
     def _snapshot_if_due(self) -> None:
         recorder = self._recorder
         if self.step >= TIMED_STEPS and not recorder.has_interval:
@@ -314,9 +360,10 @@ class LoopWriter:
             self._lost_to = recorder.lost_to
             recorder.plan.pinned = {0, self.step}
             self._keep_pending()
-            self._pending = self._parts.snapshot(self.step)
-        if recorder.plan.is_due(self.step) and not recorder.is_behind and self._pending is None:
-            self._pending = self._parts.snapshot(self.step)
+            self._pending = self._snapshot()
+        is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
+        if (is_due or self.step == recorder.recorded) and self._pending is None:
+            self._pending = self._snapshot()
 
     def _keep_pending(self, following: _Program | None = None) -> None:
         """Write the snapshot that waits: with its gradients only if the step after it has used them."""
@@ -342,14 +389,18 @@ class LoopWriter:
         losses = [float(loss) for loss in self._losses]
         recorder.repeats(self._taken)
         recorder.losses(first, losses)
-        if self._advanced is not None:
-            self._advanced(first, losses)
+        self._show_written()
         measured = [(name, step, float(value)) for name, step, value in self._measured]
         if measured:
             recorder.measurements(measured)
         recorder.facts(self._loop_facts() | {"loss_dtype": self._loss_dtype})
         self._say_if_not_finite(first, losses)
         self._taken, self._losses, self._measured = [], [], []
+
+    def _show_written(self) -> None:
+        for first, losses in self._recorder.written():
+            if self._advanced is not None:
+                self._advanced(first, losses)
 
     def _say_if_not_finite(self, first: int, losses: list[float]) -> None:
         if not self._has_loss or not self._is_finite:
@@ -367,13 +418,13 @@ class LoopWriter:
 
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(
-            parts={name: type(part).__name__ for name, part in self._parts.named.items()},
-            programs=self._program_count,
+            parts=LoopFacts.of(self._parts.named).parts,
+            programs=self._recorder.programs_before + self._program_count,
             unseen=tuple(sorted(self._notices.unseen)),
             has_loss=self._has_loss,
             function=None if self.function is None else self.function(),
         )
-        return {"loop": loop, "steps": self.step}
+        return {"loop": loop, "steps": max(self.step, self._recorder.recorded)}
 
 
 def _compiled() -> int:

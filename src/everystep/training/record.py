@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import gc
+import itertools
+import signal
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -11,18 +15,22 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from everystep.errors import RecordingError, UsageError
+from everystep.errors import RecordingError, RunError, UsageError
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.parts import Parts
+from everystep.step.parts_state import PartsState
 from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.recognition.memory import Memory
 from everystep.step.step_watch import StepWatch
 from everystep.training.batch import BatchCopies, tensors_of, text_of
+from everystep.training.interrupt import Interrupt
+from everystep.training.loop_resume import resumed_loop
 from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay
 from everystep.training.notices import say
+from everystep.training.place import Place
 
 __all__ = ["Recording"]
 
@@ -45,12 +53,18 @@ class Recording(Generic[R]):
         batch_budget: float,
         open_run: Callable[[Path], R],
         advanced: Callable[[int, Sequence[float]], None] | None = None,
+        *,
+        resumed: R | None = None,
+        is_accepted: bool = False,
     ) -> None:
         self._parts = Parts(parts)
+        self._resumed = resumed
+        self._is_accepted = is_accepted
+        self._place = Place(self._parts.device)
         self._open_run = open_run
         self._advanced = advanced
         self._stopped: str | None = None
-        self._place = directory, runs
+        self._directories = directory, runs
         self._budgets = snapshot_budget, batch_budget
         self._directory: Path | None = None
         self._writer: LoopWriter | None = None
@@ -69,6 +83,9 @@ class Recording(Generic[R]):
         self._names: dict[Tensor, str] = {}
         self._left_at: int | None = None
         self._last: AnyWatch | None = None
+        self._iterator: weakref.ref[Any] | None = None
+        self._restore: Callable[[], None] = lambda: None
+        self._interrupt = Interrupt(self._terminated)
 
     @property
     def run(self) -> R:
@@ -93,12 +110,33 @@ class Recording(Generic[R]):
             )
         _check_alone()
         self._parts.check()
-        directory = create_directory(self._place[0], "loop", self._place[1])
-        self._writer = LoopWriter(directory, self._parts, *self._budgets, self._advanced)
-        self._directory = directory
+        self._directory, self._writer = self._begun() if self._resumed is None else self._gone_on()
         self._follower.begin()
+        self._interrupt.listen([signal.SIGTERM])  # Ctrl-C raises an error in the loop
         _recording.append(self)
         return self
+
+    def _begun(self) -> tuple[Path, LoopWriter]:
+        """Begin a new run."""
+        directory = create_directory(self._directories[0], "loop", self._directories[1])
+        whole, place = PartsState(self._parts), self._place
+        return directory, LoopWriter(directory, whole, place, *self._budgets, self._advanced)
+
+    def _gone_on(self) -> tuple[Path, LoopWriter]:
+        """Go on with a run: bring the parts to its newest snapshot.
+
+        Raises:
+            RunError: the run or the parts are other ones.
+        """
+        run, whole, place = self._resumed, PartsState(self._parts), self._place
+        assert run is not None
+        resumed = resumed_loop(run, self._parts, is_accepted=self._is_accepted)
+        whole.restore(resumed.state)
+        if resumed.goal is not None:
+            place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
+        self._restore = lambda: whole.restore(resumed.state)
+        writer = LoopWriter(run.directory, whole, place, *self._budgets, self._advanced, resumed)
+        return run.directory, writer
 
     def __exit__(
         self,
@@ -120,13 +158,15 @@ class Recording(Generic[R]):
             self._follower.finish()
             _recording.remove(self)
         try:
-            writer.finish(*_status(error, self._stopped))
-        except RecordingError:
+            writer.finish(*_status(error, self._interrupt.reason or self._stopped))
+        except (RecordingError, RunError):
             if error is None:
                 raise
+        finally:
+            self._interrupt.leave()
 
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield batches; each iteration of the loop is a step, from one batch to the next.
+        """Return an iterator over batches; each is a step, from one batch to the next.
 
         `break` ends a step; an exception discards it.
 
@@ -138,13 +178,20 @@ class Recording(Generic[R]):
             RecordingError: writing the run failed.
         """
         self._open()
-        count = 0
-        for batch in batches:
+        steps = self._steps(batches)
+        self._iterator = weakref.ref(steps)
+        return steps
+
+    def _steps(self, batches: Iterable[Any]) -> Iterator[Any]:
+        is_resumed, count = self.is_ahead, 0
+        for batch in self.drawn(batches):
             count += 1
             self.begin_step(batch)
             try:
                 yield batch
             except GeneratorExit:  # `break` or an exception left the loop: __exit__ knows which
+                if not self.is_open:  # the recording ended with an error in the loop
+                    raise
                 if self._under_way is not None and self._under_way.is_untouched:
                     self._close()  # `zip` asked for it, but another iterable had ended
                 else:
@@ -152,8 +199,41 @@ class Recording(Generic[R]):
                     self._left_at = self._open().step
                 raise
             self.end_step()
-        if not count:
+        if not count and not is_resumed:
             say("there were no batches, so no step was recorded")
+
+    @property
+    def step_count(self) -> int:
+        """How many steps the run has; those that a resumed loop takes again do not count yet."""
+        return self._open().step
+
+    def _settle(self) -> None:
+        """Bring the parts to the snapshot again, at the place from which the loop goes on.
+
+        Raises:
+            UsageError: something around `steps` counts the batches, and begins again.
+        """
+        iterator = self._iterator() if self._iterator is not None else None
+        around = gc.get_referrers(iterator) if iterator is not None else []
+        counting = next((each for each in around if isinstance(each, _COUNTING)), None)
+        taken = self._place.taken
+        if counting is not None and not _counts_from(counting, (taken, self.step_count)):
+            name = type(counting).__name__
+            raise UsageError(
+                f"the loop goes on after {taken:,} batches, but {name}(...) around recording.steps(...) "
+                f"begins again; write it within: recording.steps({name}(...))"
+            )
+        self._restore()
+        self._open().note_versions()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the place that a loop goes on from is still to be found, in its batches."""
+        return self._place.is_ahead
+
+    def drawn(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield batches without making steps of them; of a resumed loop, from its place on."""
+        return self._place.draw(batches)
 
     @contextmanager
     def step(self, batch: Any = None) -> Iterator[None]:
@@ -270,6 +350,8 @@ class Recording(Generic[R]):
                 self._memory.given_up = "torch.compile is in use"
             self._open().add(step, self._elsewhere.copied, self._parts.state())
             self._elsewhere.clean()
+            if self._interrupt:
+                raise SystemExit(_TERMINATED)
 
     def stop(self, reason: str) -> None:
         """Set the reason why the loop ends before its last step; the run gets the status `stopped`."""
@@ -290,6 +372,11 @@ class Recording(Generic[R]):
         """Discard an incomplete step: record neither it nor a snapshot of its state."""
         self._close()
         self._open().forget_versions()
+
+    def _terminated(self) -> None:
+        """On SIGTERM: end the loop after the step in progress, or at once between two steps."""
+        if self._under_way is None:
+            raise SystemExit(_TERMINATED)
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
         if self._under_way is not None and not self._under_way.watch.is_paused:
@@ -327,8 +414,17 @@ class Recording(Generic[R]):
         return self._writer
 
 
+#: They count what they iterate over, or iterate over something else besides.
+_COUNTING = (enumerate, zip, itertools.islice, itertools.zip_longest)
+#: The exit status of a process that SIGTERM ended.
+_TERMINATED = 128 + 15
 #: Recordings under way in this process.
 _recording: list[Recording[Any]] = []
+
+
+def _counts_from(counting: Any, numbers: Collection[int]) -> bool:
+    """Tell whether it is an `enumerate` that begins with one of these numbers."""
+    return type(counting) is enumerate and counting.__reduce__()[1][1] in numbers
 
 
 def _not_begun() -> UsageError:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 from rich.text import Text
 
-from everystep.recording.facts import Facts, ForkFacts, FunctionFacts, TrainingFacts
+from everystep.recording.facts import Facts, ForkFacts, FunctionFacts, ResumeFacts, TrainingFacts
 from everystep.recording.run import RecordedRun, Summary
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
 

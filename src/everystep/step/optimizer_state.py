@@ -1,0 +1,91 @@
+"""The state of an optimizer of torch's kind: to write, and to restore in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.step.named_state import entries_of
+from everystep.step.plain_data import plain, update_plain
+
+__all__ = ["optimizer_settings", "restore_optimizer"]
+
+
+def optimizer_settings(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
+    """Return what an optimizer holds besides tensors. names: of its parameters."""
+    values = {
+        f"{names.get(parameter, '#')}/{key}": plain(value)
+        for parameter, entries in entries_of(optimizer)
+        for key, value in entries.items()
+        if not isinstance(value, Tensor)
+    }
+    groups = [
+        {k: plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+        | {"params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__qualname__, "groups": groups, "values": values}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    settings: Mapping[str, Any],
+    saved: Mapping[str, Tensor],
+    prefix: str = "optimizer/",
+) -> None:
+    """Restore the settings and the entries of an optimizer; tensors that it has are filled in later.
+
+    Args:
+        optimizer: of the class that it was written of.
+        names: of its parameters.
+        settings: as `optimizer_settings` returned them.
+        saved: tensors by name.
+        prefix: what the names of its tensors begin with.
+
+    Raises:
+        ValueError: it is the state of another optimizer.
+    """
+    if type(optimizer).__qualname__ != settings["class"]:
+        kinds = f"{type(optimizer).__qualname__}, but the state belongs to {settings['class']}"
+        raise ValueError(f"the optimizer is {kinds}")
+    if [len(g["params"]) for g in settings["groups"]] != [
+        len(g["params"]) for g in optimizer.param_groups
+    ]:
+        raise ValueError("the optimizer has different param groups")
+    for group, known in zip(optimizer.param_groups, settings["groups"], strict=True):
+        update_plain(group, {key: value for key, value in known.items() if key != "params"})
+    for parameter, name in names.items():
+        begins = f"{prefix}{name}/"
+        tensors = {n.removeprefix(begins): t for n, t in saved.items() if n.startswith(begins)}
+        values = {
+            key.removeprefix(f"{name}/"): value
+            for key, value in settings["values"].items()
+            if key.rpartition("/")[0] == name
+        }
+        if not tensors and not values:
+            optimizer.state.pop(parameter, None)
+            continue
+        entries = optimizer.state[parameter]
+        for key in entries.keys() - tensors.keys() - values.keys():
+            del entries[key]
+        entries.update(values)
+        for key, tensor in tensors.items():
+            there = entries.get(key)
+            if not isinstance(there, Tensor) or there.shape != tensor.shape:
+                entries[key] = _made(optimizer, parameter, tensor)
+
+
+def _made(optimizer: torch.optim.Optimizer, parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Return a new tensor of an optimizer, on the device where torch would have it."""
+    if tensor.shape == parameter.shape:  # kernels go through both in the same order
+        like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+        return like.copy_(tensor)
+    # A count of steps stays on the CPU, where torch's optimizers look for it.
+    on_cpu = tensor.ndim == 0 and not any(
+        group.get("fused") or group.get("capturable") for group in optimizer.param_groups
+    )
+    return tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)

@@ -1,0 +1,190 @@
+"""The whole state of parts: what a snapshot of a loop has besides named tensors, and its way back.
+
+Schedules, scalers, dicts and other objects are written attribute by attribute, optimizers as torch keeps
+them, and of modules the plain attributes that changed since the recording began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everystep.errors import Fault, RunError
+from everystep.program.memory import copy_into
+from everystep.step.named_state import entries_of
+from everystep.step.optimizer_state import optimizer_settings, restore_optimizer
+from everystep.step.own_state import captured, decoded, encoded, keeps_own_state, restore
+from everystep.step.parts import Parts
+from everystep.step.state import State
+
+__all__ = ["PartsState"]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class PartsState:
+    """Takes snapshots of parts, and restores them.
+
+    parts: as they are when the training begins.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = self._parts = parts
+        self._at_first = {name: _attributes(module) for name, module in parts.modules.items()}
+
+    def snapshot(self, step: int) -> State:
+        """Return a copy of everything that the parts hold after `step`, on the CPU."""
+        parts, live = self._parts, self._parts.state()
+        tensors: dict[str, Tensor] = {}
+        held: dict[str, Any] = {}
+        others = {id(part) for part in parts.named.values()}
+        for name, part in parts.named.items():
+            if isinstance(part, nn.Module):
+                held[name] = {"attributes": _changed(self._at_first[name], _attributes(part))}
+            elif isinstance(part, torch.optim.Optimizer):
+                found, held[name] = self._of_optimizer(part, live)
+                tensors |= found
+            else:
+                found, data = encoded(part, name, live, others - {id(part)})
+                tensors |= found
+                held[name] = {"object": data}
+        frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
+        settings = {"held": held, "frozen": frozen}
+        return parts.snapshot(step, live, tensors, settings)
+
+    def _of_optimizer(
+        self, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Any]:
+        names = self._parts.parameter_names()
+        entries = (value for _, each in entries_of(optimizer) for value in each.values())
+        is_usual = all(isinstance(value, (Tensor, *_PLAIN)) for value in entries)
+        if is_usual and not keeps_own_state(optimizer):
+            return {}, {"optimizer": optimizer_settings(optimizer, names)}
+        tensors, data = captured(optimizer, names, live)
+        return tensors, {"own": data}
+
+    def restore(self, state: State) -> None:
+        """Bring the parts to a state that was written in this or another process.
+
+        Raises:
+            RunError: it is the state of other parts; lists what does not fit.
+        """
+        parts = self._parts
+        held = state.settings.get("held", {})
+        if not isinstance(held, dict) or held.keys() != parts.named.keys():
+            known = ", ".join(held) if isinstance(held, dict) else "none"
+            raise RunError(
+                f"the run was recorded with the parts {known}, not {', '.join(parts.named)}; pass the "
+                "same parts under the same names"
+            )
+        saved = dict(state.rest) | state.named()
+        try:
+            for name, part in parts.named.items():
+                self._restore_part(name, part, held[name], saved)
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
+        self._fill(state, saved)
+        frozen = set(state.settings.get("frozen", ()))
+        for parameter, name in parts.parameter_names().items():
+            if parameter.is_leaf:
+                parameter.requires_grad_(name not in frozen)
+        state.generators.restore(parts.device)
+
+    def _restore_part(
+        self, name: str, part: Any, held: Mapping[str, Any], saved: Mapping[str, Tensor]
+    ) -> None:
+        names = self._parts.parameter_names()
+        if isinstance(part, nn.Module):
+            modules = dict(part.named_modules())
+            for path, attributes in (self._at_first[name] | held["attributes"]).items():
+                for attribute, value in attributes.items():
+                    object.__setattr__(modules[path], attribute, value)
+        elif isinstance(part, torch.optim.Optimizer):
+            if "own" in held:
+                restore(part, names, saved, held["own"])
+                return
+            own = "" if len(self._parts.optimizers) == 1 else f"{name}."
+            _restore_groups(part, names, held["optimizer"]["groups"])
+            in_it = {p: names[p] for group in part.param_groups for p in group["params"]}
+            restore_optimizer(part, in_it, held["optimizer"], saved, f"optimizer/{own}")
+        elif isinstance(part, Tensor):
+            pass  # `_fill` does
+        else:
+            decoded(part, name, saved, held["object"])
+
+    def _fill(self, state: State, saved: Mapping[str, Tensor]) -> None:
+        """Write the saved values into the tensors of the parts, and set pending gradients.
+
+        Raises:
+            RunError: tensors are missing, or have another shape.
+        """
+        for parameter, name in self._parts.parameter_names().items():
+            gradient = saved.get(f"gradient/{name}")
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        live, faults = self._parts.state(), []
+        for name in state.settings["names"]:
+            if name.startswith("gradient/"):
+                continue
+            tensor, value = live.get(name), saved.get(name)
+            path = name.partition("/")[2]
+            if value is None or tensor is None:
+                faults.append(Fault(path, "is in the snapshot, but not in the parts"))
+            elif tensor.shape != value.shape or tensor.dtype != value.dtype:
+                faults.append(
+                    Fault(path, f"is {_geometry(tensor)}, but {_geometry(value)} was recorded")
+                )
+            else:
+                with torch.no_grad():
+                    copy_into(tensor, value)
+        known = set(state.settings["names"])
+        faults += [
+            Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
+            for name in live
+            if name not in known and not name.startswith("gradient/")
+        ]
+        if faults:
+            raise RunError(faults, f"the parts, which must be as they were after step {state.step}")
+
+
+def _restore_groups(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], groups: list[dict[str, Any]]
+) -> None:
+    """Give an optimizer the param groups that it had, such as those of layers unfrozen on the way."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    for group in groups[len(optimizer.param_groups) :]:
+        optimizer.add_param_group({"params": [by_name[name] for name in group["params"]]})
+    for live, group in zip(optimizer.param_groups, groups, strict=False):
+        if [names.get(p) for p in live["params"]] != group["params"]:
+            live["params"] = [by_name[name] for name in group["params"]]
+
+
+def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the plain attributes of a module and of all within it, by path."""
+    return {
+        path: {name: value for name, value in vars(inner).items() if type(value) in _PLAIN}
+        for path, inner in module.named_modules()
+    }
+
+
+def _changed(
+    before: Mapping[str, dict[str, Any]], now: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the attributes that are new or have another value."""
+    found = {}
+    for path, attributes in now.items():
+        known = before.get(path, {})
+        other = {n: v for n, v in attributes.items() if n not in known or not _is_same(known[n], v)}
+        if other:
+            found[path] = other
+    return found
+
+
+def _is_same(one: Any, two: Any) -> bool:
+    return type(one) is type(two) and (one == two or (one != one and two != two))
+
+
+def _geometry(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

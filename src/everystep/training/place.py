@@ -1,0 +1,239 @@
+"""The place of a training in its batches: recorded step by step, and found again when it is resumed.
+
+A loader cannot be rewound. It goes to its place by its own state where it has one (`state_dict`, as
+torchdata's StatefulDataLoader), by its sampler alone where torch's own DataLoader reads in this process,
+and otherwise by drawing batches again without using them. The random generators are as they were before
+each draw that used them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from everystep.errors import RunError
+from everystep.step.check import same_bits
+from everystep.step.generators import Generators
+from everystep.step.own_state import decoded, encoded
+
+__all__ = ["Drawn", "Place", "Recorded", "is_quiet"]
+
+#: Prefix of the names of generators before a draw, and of a loader's own state.
+DRAW, LOADER = "draw/", "own/loader"
+_SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where a state is: after so many batches of a call of `steps` (from 0).
+
+    loader: the loader's own state, None if it has none; tensors: those of the state on disk.
+    """
+
+    call: int
+    taken: int
+    loader: Any
+    tensors: Mapping[str, Tensor]
+
+
+class Drawn(NamedTuple):
+    """A draw in the recording: the generators before it, if it used them; whether it gave a batch."""
+
+    generators: dict[str, Tensor]
+    matches: Callable[[Any], bool]
+
+
+#: Returns the draw of a step.
+History = Callable[[int], Drawn]
+
+
+class Place:
+    """Draws batches, and knows where it is.
+
+    Args:
+        device: of the parts, for its random generator.
+
+    generators: those before the last draw, by name, if it used them, and found them otherwise than the
+    draw before it had left them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.generators: dict[str, Tensor] = {}
+        self._device = device
+        self._call = -1
+        self._taken = 0
+        self._loader: Any = None
+        self._goal: Recorded | None = None
+        self._history: History | None = None
+        self._first = 0
+        self._reached: Callable[[], None] = lambda: None
+
+    @property
+    def taken(self) -> int:
+        """How many batches of the current call of `steps` were drawn."""
+        return self._taken
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the place that a training goes on from is still to be found."""
+        return self._goal is not None
+
+    def resume(self, goal: Recorded, step: int, history: History, reached: Callable[[], None]) -> None:
+        """Go to a place before the next batch.
+
+        Args:
+            goal: the place.
+            step: after which it is.
+            history: returns what the recording knows of a draw.
+            reached: called there: a loop may have done something after epochs that it skipped.
+        """
+        self._goal, self._history, self._first = goal, history, step - goal.taken + 1
+        self._reached = reached
+
+    def settings(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the current place, as a state has it: tensors, and plain data."""
+        if self._call < 0:
+            return {}, {}
+        tensors: dict[str, Tensor] = {}
+        place: dict[str, Any] = {"call": self._call, "taken": self._taken}
+        if _has_state(self._loader):
+            tensors, place["loader"] = encoded(self._loader.state_dict(), LOADER, {}, ())
+        return tensors, {"place": place}
+
+    def draw(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield batches; of a resumed training, from its place on.
+
+        Raises:
+            RunError: the batches are not those of the recording.
+        """
+        self._call += 1
+        self._taken, self._loader = 0, batches
+        goal = self._goal
+        if goal is not None and self._call < goal.call:
+            return
+        iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
+        if iterator is not None:
+            self._reached()
+        self._goal = None
+        quiet = is_quiet(batches)
+        after: dict[str, Tensor] = {}
+        while True:
+            self.generators = {}
+            is_seen = not quiet or self._taken == 0
+            before = self._generators() if is_seen else {}
+            iterator = iter(batches) if iterator is None else iterator
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            if is_seen:
+                # What the draw before it has left, drawing again leaves, too.
+                has_left = after and _are_same(before, after)
+                after = self._generators()
+                if not has_left and not _are_same(before, after):
+                    self.generators = {f"{DRAW}{name}": tensor for name, tensor in before.items()}
+            self._taken += 1
+            yield batch
+
+    def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:
+        """Return an iterator over the batches after those before the goal."""
+        self._taken = goal.taken
+        if _has_state(batches) and goal.loader is not None:
+            batches.load_state_dict(decoded({}, LOADER, goal.tensors, goal.loader))
+            return iter(batches)
+        assert self._history is not None
+        draw = self._history(self._first)
+        self._restore(draw.generators)
+        iterator: Any = iter(batches)
+        by_sampler = is_indexed(batches)
+        for place in range(goal.taken):
+            if place and not by_sampler:
+                draw = self._history(self._first + place)
+                self._restore(draw.generators)
+            try:
+                batch = iterator._next_index() if by_sampler else next(iterator)
+            except StopIteration:
+                raise RunError(
+                    f"the batches end after {place:,}, but the recording has {goal.taken:,} of them "
+                    "here; pass the loader of the recorded training"
+                ) from None
+            if not by_sampler and not draw.matches(batch):
+                raise RunError(
+                    f"the batch of step {self._first + place:,} is not the recorded one, so the place "
+                    "of the training cannot be found; pass the same data in the same order (a loader "
+                    "with a state_dict, such as torchdata's StatefulDataLoader, finds it by itself)"
+                )
+        return cast("Iterator[Any]", iterator)
+
+    def _generators(self) -> dict[str, Tensor]:
+        found = Generators.capture(self._device).tensors()
+        return found | {name: each.get_state() for name, each in _own_generators(self._loader).items()}
+
+    def _restore(self, generators: Mapping[str, Tensor]) -> None:
+        found = {name.removeprefix(DRAW): tensor for name, tensor in generators.items()}
+        if not found:
+            return
+        for name, own in _own_generators(self._loader).items():
+            if name in found:
+                own.set_state(found[name])
+        Generators.from_tensors(found).restore(self._device)
+
+
+def _are_same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return all(same_bits(one[name], two[name]) for name in one)
+
+
+def is_quiet(batches: Any) -> bool:
+    """Tell whether making a batch runs only torch's code, which draws only as an epoch begins."""
+    if batches is None or type(batches) in (list, tuple):
+        return True
+    return (
+        type(batches) is DataLoader
+        and type(batches.dataset) is TensorDataset
+        and batches.num_workers == 0
+        and batches.collate_fn is default_collate
+        and type(batches.sampler) in (SequentialSampler, RandomSampler)
+        and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
+    )
+
+
+def is_indexed(batches: Any) -> bool:
+    """Tell whether a loader goes to a place by its sampler alone, without reading data."""
+    return (
+        type(batches) is DataLoader
+        and batches.num_workers == 0
+        and batches._dataset_kind == 0  # by index: torch's `_DatasetKind.Map`
+        and type(batches.sampler) in _SAMPLERS
+        and (batches.batch_sampler is None or type(batches.batch_sampler) is BatchSampler)
+    )
+
+
+def _has_state(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _own_generators(loader: Any) -> dict[str, torch.Generator]:
+    """Return the generators of a loader and of its samplers, by name."""
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = {
+        "loader": loader,
+        "sampler": sampler,
+        "batch_sampler": batch_sampler,
+        "inner_sampler": getattr(batch_sampler, "sampler", None),
+    }
+    found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+    return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}
