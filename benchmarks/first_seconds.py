@@ -136,6 +136,8 @@ def _quoted(path: str) -> str:
 def _seconds(command: str, place: Path) -> float:
     """Run a command in a shell; return the seconds that it took."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    # As after an installation by pip, which compiles all modules.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     started = time.perf_counter()
     done = subprocess.run(
         command, shell=True, cwd=place, env=environment, check=False, capture_output=True
