@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from everystep.replay.step import statistics
 from everystep.views.terminal import number
 
 __all__ = [
+    "ABSOLUTE",
     "ALL_VALUES",
     "TIMES",
     "Cell",
@@ -33,10 +34,14 @@ __all__ = [
 #: Of tensors with at most so many elements, all are printed; of larger ones, the edges.
 ALL_VALUES = 1000
 
+#: After the shape of a complex tensor: its statistics are of absolute values.
+ABSOLUTE = "|z|"
+
 #: Between the sizes of a shape.
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 _LABEL = 10
+_INDENT = 2
 _EMPTY = ("", "", True)
 
 #: A cell of a table: its text, its style, whether it is aligned to the right.
@@ -89,6 +94,19 @@ class Page:
         for line in _numbers_text(tensor, self.width - indent).splitlines():
             self.line((line, ""), indent=indent)
 
+    def tensors(self, named: Mapping[str, Tensor], title: str = "") -> None:
+        """Add tensors with what their numbers are like, and their numbers where asked for."""
+        if self.values:
+            for name, tensor in named.items():
+                self.line((f"{name}  ", "bold"), *statistics_text(tensor), indent=_INDENT)
+                self.numbers(tensor, indent=2 * _INDENT)
+            return
+        rows: list[list[Cell]] = [[(title, "dim", False), ("", "dim", False), *number_headings()]]
+        for name, tensor in named.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            rows.append([(name, "", False), (dtype, "dim", False), *number_cells(tensor)])
+        self.table(rows)
+
 
 def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
     """Return rows of cells as lines, aligned; the first are headings."""
@@ -132,7 +150,7 @@ def shape_text(tensor: Tensor) -> str:
 
 def _shape_of_numbers(tensor: Tensor) -> str:
     """Return a shape; for complex elements, with a sign that statistics are of absolute values."""
-    return shape_text(tensor) + (", |z|" if tensor.is_complex() else "")
+    return shape_text(tensor) + (f", {ABSOLUTE}" if tensor.is_complex() else "")
 
 
 def number_headings() -> list[Cell]:
