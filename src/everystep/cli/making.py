@@ -67,7 +67,7 @@ def train(
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
-    from everystep.recording.run import RUNS
+    from everystep.recording.finding import RUNS
 
     if steps is not None and epochs is not None:
         raise UsageError("--steps and --epochs are mutually exclusive")
