@@ -77,3 +77,10 @@ def test_strings_and_complex_numbers_of_a_batch():
     assert told["batch_values"]["about.words"][99] == "word 99"
     assert told["batch"]["wave"]["statistics_of"] == "absolute values"
     assert "statistics_of" not in told["batch"]["x"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_of_a_step_fit_the_terminal(flowers, width):
+    text = text_of(flowers, 1, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert ("norm before" in text) == (width > 60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "statistics_text",
     "table_lines",
     "table_width",
+    "without",
 ]
 
 #: Of tensors with at most so many elements, all are printed; of larger ones, the edges.
@@ -39,6 +40,9 @@ ABSOLUTE = "|z|"
 
 #: Between the sizes of a shape.
 TIMES = "\N{MULTIPLICATION SIGN}"
+
+#: Columns that a narrow page does without, in this order.
+_UNNEEDED = (("min", "max"), ("std",), ("norm before", "norm after"))
 
 _LABEL = 10
 _INDENT = 2
@@ -85,7 +89,13 @@ class Page:
         self.line((f"{label:<{_LABEL}}", "bold"), (text, ""))
 
     def table(self, rows: Sequence[Sequence[Cell]], indent: int = 2) -> None:
-        """Add rows of cells, the first of them headings; columns in which nothing is are left out."""
+        """Add rows of cells, the first of them headings.
+
+        Empty columns are left out, and where the page is narrow what matters least.
+        """
+        for unneeded in _UNNEEDED:
+            if table_width(rows) > self.width - indent:
+                rows = without(rows, unneeded)
         for line in table_lines(rows):
             self.text.append(" " * indent).append(line).append("\n")
 
@@ -122,6 +132,12 @@ def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
         line.rstrip()
         lines.append(line)
     return lines
+
+
+def without(rows: Sequence[Sequence[Cell]], headings: Collection[str]) -> list[list[Cell]]:
+    """Return rows of cells without the columns under these headings."""
+    kept = [place for place, cell in enumerate(rows[0]) if cell[0] not in headings]
+    return [[row[place] for place in kept] for row in rows]
 
 
 def table_width(rows: Sequence[Sequence[Cell]]) -> int:

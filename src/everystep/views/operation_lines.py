@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from everystep.program.execute import Observed
-from everystep.views.lines import Cell, number_cells, number_headings, table_lines, table_width
+from everystep.views.lines import Cell, number_cells, number_headings, table_lines, table_width, without
 from everystep.views.mathematics import Line
 
 __all__ = ["operation_lines"]
@@ -42,9 +42,8 @@ def _fitting(rows: list[list[Cell]], width: int) -> list[list[Cell]]:
     """Leave out columns, and the ends of long formulas, so that the rows fit."""
     for unneeded in (("operator",), ("min", "max"), ("std",)):
         if table_width(_with_formulas_cut(rows, width, 34)) > width:
-            kept = [place for place, cell in enumerate(rows[0]) if cell[0] not in unneeded]
-            rows = [[row[place] for place in kept] for row in rows]
-    return _with_formulas_cut(rows, width, 20)
+            rows = without(rows, unneeded)
+    return _with_formulas_cut(rows, width, 16)
 
 
 def _with_formulas_cut(rows: list[list[Cell]], width: int, least: int) -> list[list[Cell]]:
