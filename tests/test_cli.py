@@ -434,3 +434,19 @@ def test_a_hint_is_a_command_to_copy(everystep_command):
     everystep_command("train", "--steps", 2, "--run", "run", "-q")
     _, _, err = everystep_command("measure", "run", "norm(gradients['0.weight'])")
     assert """plot run -m "norm(gradients['0.weight'])" -o""" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["losses", "run"], ""), (["losses", "run"], "1"), (["step", "run", "2"], ""), (["-h"], "")],
+)
+def test_output_to_a_full_disk_ends_in_one_message(everystep_command, arguments, unbuffered):
+    everystep_command("train", "--steps", 2, "--run", "run", "-q")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "everystep", *arguments], stdout=full, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.stderr == "everystep: the output cannot be written: No space left on device\n"
+    assert done.returncode == 1

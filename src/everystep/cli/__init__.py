@@ -6,6 +6,7 @@ failed; 2: invalid use; 130: Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -68,7 +69,10 @@ def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
     print_in_any_encoding()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except EverystepError as error:
         hint(f"everystep: {error}")
         sys.exit(error.exit_code)
@@ -76,5 +80,12 @@ def main() -> None:
         # The reader of our output has gone (`| head`); the rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        # What is left to write would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hint(f"everystep: the output cannot be written: {error.strerror}")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
