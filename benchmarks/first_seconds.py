@@ -1,20 +1,23 @@
 """What a user waits for at the terminal: whole processes, from the shell to the prompt, alternating.
 
-`python -m benchmarks.first_seconds [--rounds N]`. A command is compared with a script that does as much
-of the same as a script can: the loop by hand, or `import torch`. Commands that need no torch have no
-reference. Medians over the rounds, after one that is not counted.
+`python -m benchmarks.first_seconds [--rounds N] [--processor]`. A command is compared with a script that
+does as much of the same as it can: the loop by hand, or `import torch`. Commands that need no torch
+have no reference. Medians over the rounds, after one that is not counted. `--processor` counts processor
+time with one thread, which holds on a busy machine, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +95,12 @@ def main() -> None:
     """Print a row for each command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_seconds", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--processor", action="store_true", help="count processor time, of one thread")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1" if arguments.processor else "2"
+    # As after an installation by pip, which compiles all modules.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    seconds_of = _processor_seconds if arguments.processor else _seconds
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         _seconds(_everystep("train --run runs/chapter"), place)
@@ -100,10 +108,10 @@ def main() -> None:
         print("| everystep | seconds | compared with | seconds | ratio |")
         print("| --- | --: | --- | --: | --: |")
         for row in ROWS:
-            _print_row(row, rounds, place)
+            _print_row(row, arguments.rounds, place, seconds_of)
 
 
-def _print_row(row: Row, rounds: int, place: Path) -> None:
+def _print_row(row: Row, rounds: int, place: Path, seconds_of: Callable[[str, Path], float]) -> None:
     command = _everystep(row.command)
     script = None if row.script is None else f"{_quoted(sys.executable)} script.py"
     (place / "script.py").write_text(row.script or "")
@@ -113,9 +121,9 @@ def _print_row(row: Row, rounds: int, place: Path) -> None:
         for is_own in (True, False) if round_ % 2 else (False, True):
             if is_own:
                 shutil.rmtree(place / "runs" / "new", ignore_errors=True)
-                own.append(_seconds(command, place))
+                own.append(seconds_of(command, place))
             elif script is not None:
-                other.append(_seconds(script, place))
+                other.append(seconds_of(script, place))
     seconds = statistics.median(own[1:])
     if not other:
         print(f"| `{row.command}` | {seconds:.2f} | | | |")
@@ -135,13 +143,18 @@ def _quoted(path: str) -> str:
 
 def _seconds(command: str, place: Path) -> float:
     """Run a command in a shell; return the seconds that it took."""
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
     started = time.perf_counter()
-    done = subprocess.run(
-        command, shell=True, cwd=place, env=environment, check=False, capture_output=True
-    )
+    done = subprocess.run(command, shell=True, cwd=place, check=False, capture_output=True)
     assert done.returncode in (0, 1), done.stderr.decode()
     return time.perf_counter() - started
+
+
+def _processor_seconds(command: str, place: Path) -> float:
+    """Run a command in a shell; return the seconds that processors worked for it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _seconds(command, place)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

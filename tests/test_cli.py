@@ -16,7 +16,8 @@ from rich.console import Console
 
 import everystep
 from everystep.experiment.specification import built_in
-from everystep.recording.run import RecordedRun, find_runs
+from everystep.recording.finding import find_runs
+from everystep.recording.run import RecordedRun
 from everystep.recording.texts import model_text, optimizers_text
 from everystep.views.terminal import runs_table
 
@@ -363,7 +364,7 @@ def test_training_from_the_command_line_does_not_import_the_compiler(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resume", "x"], "no command 'resume'; everystep fork RUN --at STEP"),
+        (["continue", "x"], "no command 'continue'; everystep resume RUN"),
         (["tensorboard"], "no command 'tensorboard'; everystep view"),
         (["plto"], "no command 'plto'; did you mean plot?"),
         (["exp"], "no command 'exp'; did you mean experiments?"),
@@ -397,3 +398,55 @@ def test_a_loss_that_is_not_finite_leads_to_its_origin(everystep_command):
     assert "everystep when two-layer-1 nonfinite finds where it came from" in err
     code, _, err = everystep_command("train", "--set", "optimizer.lr=1", "--set", "stop_on_nan=true")
     assert code == 1 and "training stops" in err and "continues" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list"], "everystep runs lists the runs"),
+        (["predict"], "everystep.open(RUN).parameters(-1)"),
+        (["export", "x"], "everystep losses RUN --csv"),
+        (["help", "train"], "everystep COMMAND -h"),
+        (["train", "--lr", "3"], "no option --lr; write --set optimizer.lr=3"),
+        (["train", "--batch_size=4"], "no option --batch_size; write --set batch_size=4"),
+        (["fork", "x", "--at", "1", "--seed", "2"], "no option --seed; write --set seed=2"),
+        (["fork", "x", "--at", "1", "--lr", "--quiet"], "write --set optimizer.lr=VALUE"),
+        (["train", "--step", "3"], "--steps"),
+        (["runs", "mine"], "mine is not a directory; it is a run in runs/"),
+    ],
+)
+def test_what_other_tools_have_is_answered_by_what_to_type(everystep_command, arguments, message):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/run.sqlite").touch()
+    code, out, err = everystep_command(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_the_list_of_commands_fits_80_columns(everystep_command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = everystep_command("--help")
+    assert out.count("\n  ") > 14
+    assert "..." not in out.replace("[ARGS]...", "")
+
+
+def test_a_hint_is_a_command_to_copy(everystep_command):
+    everystep_command("train", "--steps", 2, "--run", "run", "-q")
+    _, _, err = everystep_command("measure", "run", "norm(gradients['0.weight'])")
+    assert """plot run -m "norm(gradients['0.weight'])" -o""" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["losses", "run"], ""), (["losses", "run"], "1"), (["step", "run", "2"], ""), (["-h"], "")],
+)
+def test_output_to_a_full_disk_ends_in_one_message(everystep_command, arguments, unbuffered):
+    everystep_command("train", "--steps", 2, "--run", "run", "-q")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "everystep", *arguments], stdout=full, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.stderr == "everystep: the output cannot be written: No space left on device\n"
+    assert done.returncode == 1

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from everystep.errors import RunError, UsageError
 from everystep.recording.connection import FILE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
+from everystep.recording.finding import RUNS, find_run, find_runs
 from everystep.recording.recorder import DEFAULT_BUDGET
-from everystep.recording.run import RUNS, find_run, find_runs
 from everystep.run import Run, progress_of, run_of
 
 if TYPE_CHECKING:

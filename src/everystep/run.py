@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from everystep.errors import RunError, StepError, UsageError
+from everystep.recording.finding import RUNS
 from everystep.recording.recorder import DEFAULT_BUDGET
-from everystep.recording.run import EXPERIMENT_FILE, RUNS, RecordedRun
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 
 if TYPE_CHECKING:
     import torch

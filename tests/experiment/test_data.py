@@ -1,6 +1,9 @@
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
+import sklearn.datasets
 import torch
 from safetensors.numpy import save_file
 from sklearn.preprocessing import StandardScaler
@@ -42,6 +45,22 @@ def test_digits_are_images_with_classes():
     assert data.x.dtype == torch.float32
     assert data.y.dtype == torch.int64
     assert len(data.validation[0]) == 359
+
+
+@pytest.mark.parametrize("name", ["breast_cancer", "diabetes", "digits", "iris", "wine"])
+def test_bundled_data_is_that_of_scikit_learn_bit_for_bit(name):
+    theirs = getattr(sklearn.datasets, f"load_{name}")()
+    target = "values" if name == "diabetes" else "classes"
+    data = make_data(experiment({"source": "bundled", "name": name}), target)
+    x = theirs.data.astype(np.float32).reshape(data.x.shape)
+    assert np.array_equal(data.x.numpy(), x)
+    assert np.array_equal(data.y.numpy().ravel(), theirs.target.astype(data.y.numpy().dtype))
+
+
+def test_bundled_data_needs_no_other_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert len(make_data(load("digits"), "classes").x) == 1438
 
 
 def test_a_table_becomes_numbers_and_its_preparation_survives_json():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.page.batch import LONGEST_TEXT, MOST_ITEMS
 from everystep.page.opened import step_content
+from everystep.views.batch import LONGEST_TEXT, MOST_ITEMS
 
 
 def content_of(run, step):

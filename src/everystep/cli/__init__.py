@@ -6,50 +6,24 @@ failed; 2: invalid use; 130: Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import typer.core
 
 from everystep.cli.asking import diff, measure, verify, when
+from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import hint, print_in_any_encoding
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
-from everystep.errors import EverystepError, UsageError, did_you_mean
+from everystep.errors import EverystepError
 
 __all__ = ["app", "main"]
 
-#: What other tools call a command, or may one day be one, and what there is.
-_INSTEAD = {
-    "list": "everystep runs",
-    "ls": "everystep runs",
-    "show": "everystep step RUN STEP, or everystep view",
-    "open": "everystep step RUN STEP, or everystep view",
-    "serve": "everystep view",
-    "tensorboard": "everystep view",
-    "compare": "everystep diff RUN RUN",
-    "export": "everystep losses RUN --csv, or snapshots/*/parameters.safetensors",
-    "predict": "everystep.open(run).predict(x), in Python",
-}
-
-
-class _Commands(typer.core.TyperGroup):
-    """The commands; an unknown one is answered by what there is."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
-        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
-            known = self.list_commands(ctx)
-            begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
-            cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
-            raise UsageError(f"no command {name!r}; {cure or 'everystep -h lists the commands'}")
-        return super().resolve_command(ctx, args)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     name="everystep",
     help="Train a neural network step by step, and keep every step.",
@@ -57,21 +31,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(train)
-app.command()(resume)
-app.command()(experiments)
-app.command()(runs)
-app.command()(losses)
-app.command()(table)
-app.command()(plot)
-app.command()(report)
-app.command(context_settings={"ignore_unknown_options": True})(step)  # -1 is a step
-app.command()(verify)
-app.command()(diff)
-app.command()(fork)
-app.command()(measure)
-app.command()(when)
-app.command()(view)
+#: What a command does, in a line of the list of commands on 80 columns.
+for command, line in (
+    (train, "Train an experiment, and record every step."),
+    (resume, "Go on with a training that was killed or stopped."),
+    (experiments, "List the built-in experiments, or print one to copy."),
+    (runs, "List runs."),
+    (losses, "Print the loss and the measurements of every step."),
+    (table, "Write a page with a table of the losses to browse."),
+    (plot, "Plot the loss of one run or several."),
+    (report, "Write everything about a run as one page."),
+    (step, "Open a step: batch, operations, gradients, updates."),
+    (verify, "Replay every step, and compare it bit for bit."),
+    (diff, "Show where two runs differ, down to the operation."),
+    (fork, "Continue a run from any step, with changes."),
+    (measure, "Add a measurement to a finished run."),
+    (when, "Find the first step at which something is true."),
+    (view, "Open runs as a local web page."),
+):
+    # -1 is a step, not an option.
+    settings = {"ignore_unknown_options": True} if command is step else {}
+    app.command(short_help=line, context_settings=settings)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -90,7 +70,10 @@ def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
     print_in_any_encoding()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except EverystepError as error:
         hint(f"everystep: {error}")
         sys.exit(error.exit_code)
@@ -98,5 +81,12 @@ def main() -> None:
         # The reader of our output has gone (`| head`); the rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        # What is left to write would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hint(f"everystep: the output cannot be written: {error.strerror}")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

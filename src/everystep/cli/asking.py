@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument
-from everystep.cli.output import hint
+from everystep.cli.output import hint, quoted
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def measure(
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
     typer.echo(measured_text(found))
-    hint(f"everystep plot {run} -m {shlex.quote(found.name)} -o measured.png")
+    hint(f"everystep plot {quoted(run)} -m {quoted(found.name)} -o measured.png")
     if found.left_out:
         raise typer.Exit(1)
 

@@ -68,7 +68,7 @@ def train(
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
-    from everystep.recording.run import RUNS
+    from everystep.recording.finding import RUNS
 
     if steps is not None and epochs is not None:
         raise UsageError("--steps and --epochs are mutually exclusive")
@@ -110,7 +110,8 @@ def resume(
     quiet: QuietOption = False,
 ) -> None:
     """Go on with a training that was killed or stopped, to the same bits as without the interruption."""
-    from everystep.recording.run import RecordedRun, find_run
+    from everystep.recording.finding import find_run
+    from everystep.recording.run import RecordedRun
 
     place = find_run(run)
     trained = RecordedRun(place).facts.trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 from everystep.errors import UsageError
 
-__all__ = ["hint", "print_in_any_encoding", "tell", "write"]
+__all__ = ["hint", "print_in_any_encoding", "quoted", "tell", "write"]
 
 #: What stands for a character that the terminal's encoding lacks.
 _PLAIN = {
@@ -55,6 +56,13 @@ def write(path: Path, make: Callable[[], object]) -> None:
         raise UsageError(f"{path} cannot be written: {reason or error}") from None
     size = path.stat().st_size
     hint(f"{path} ({size / 1000:,.0f} kB)" if size >= 1000 else f"{path} ({size} bytes)")
+
+
+def quoted(text: str) -> str:
+    """Return a text as a shell takes it for one word, with as few quotes as possible."""
+    if "'" in text and not set(text) & set('"\\$`!'):
+        return f'"{text}"'
+    return shlex.quote(text)
 
 
 def tell(problems: list[str]) -> None:

@@ -25,7 +25,8 @@ def runs(
     """List runs: name, status, steps, first and last loss, start time, note."""
     from rich.console import Console
 
-    from everystep.recording.run import RecordedRun, find_runs
+    from everystep.recording.finding import find_runs
+    from everystep.recording.run import RecordedRun
     from everystep.views.terminal import runs_json, runs_table
 
     summaries = []

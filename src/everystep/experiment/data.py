@@ -1,4 +1,4 @@
-"""The data set: random, bundled with scikit-learn, or the user's own arrays and tables."""
+"""The data set: random, one that comes with everystep, or the user's own arrays and tables."""
 
 from __future__ import annotations
 
@@ -135,12 +135,9 @@ def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: T
 
 
 def _load_bundled(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Load from scikit-learn's own files; the digits as images of one channel (N, 1, 8, 8)."""
-    import sklearn.datasets
-
-    bunch = getattr(sklearn.datasets, f"load_{name}")()
-    x = bunch.images[:, np.newaxis] if name == "digits" else bunch.data
-    return np.asarray(x), np.asarray(bunch.target)
+    """Load a data set that comes with everystep; the digits are images of one channel (N, 1, 8, 8)."""
+    with np.load(Path(__file__).parent / "bundled" / f"{name}.npz", allow_pickle=False) as arrays:
+        return arrays["x"].astype(np.float64), arrays["y"]
 
 
 def _load_arrays(data: ArrayData) -> tuple[np.ndarray, np.ndarray]:

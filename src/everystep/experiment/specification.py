@@ -86,7 +86,7 @@ class RandomData(DataSpecification):
 
 
 class BundledData(DataSpecification):
-    """A real data set bundled with scikit-learn."""
+    """A real data set that comes with everystep."""
 
     source: Literal["bundled"]
     name: BundledName

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from everystep.errors import RunError
 from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
-from everystep.recording.run import RecordedRun, Summary
+from everystep.recording.run import RecordedRun
+from everystep.recording.summary import Summary
 from everystep.views import report
 from everystep.views.summary import facts_in_order
 from everystep.views.terminal import number, shortest, shortest_name

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from everystep.page.batch import class_names, of_classes, plain_values, targets
+from everystep.page.batch import of_classes
 from everystep.page.network import network
 from everystep.page.tensors import first_of, id_of_batch, images_of, unset_ids
 from everystep.program.operation import Operation
@@ -17,9 +17,11 @@ from everystep.recording.texts import loss_text, optimizer_parts
 from everystep.replay.step import Batch, Step, statistics
 from everystep.run import Run
 from everystep.views.answers import plain
+from everystep.views.batch import class_names, plain_values, targets
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import norm
-from everystep.views.mathematics import Line, all_arguments, mathematics, value_text
+from everystep.views.mathematics import Line, mathematics
+from everystep.views.notation import all_arguments, value_text
 from everystep.views.segments import Happened, as_it_happened
 from everystep.views.terminal import shortest
 

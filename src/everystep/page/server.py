@@ -22,7 +22,7 @@ from everystep.page.guard import Guard, is_loopback
 from everystep.page.secret import token_of
 from everystep.page.shelf import shown_name
 from everystep.recording.database import FILE_NAME
-from everystep.recording.run import RUNS, find_run
+from everystep.recording.finding import RUNS, find_run
 
 __all__ = ["place_of", "serve"]
 

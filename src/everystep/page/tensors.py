@@ -9,7 +9,7 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.recording.facts import Facts
 from everystep.replay.step import Step
-from everystep.views.mathematics import kind_of
+from everystep.views.notation import kind_of
 
 __all__ = ["first_of", "id_of_batch", "images_of", "tensor_of", "unset_ids"]
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from everystep.errors import RunError, did_you_mean
+from everystep.errors import RunError
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import (
     FILE_NAME,
@@ -23,6 +21,7 @@ from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import read_snapshot
+from everystep.recording.summary import Summary, summary_of
 
 if TYPE_CHECKING:
     import polars
@@ -30,37 +29,9 @@ if TYPE_CHECKING:
 
     from everystep.step.state import State
 
-__all__ = ["EXPERIMENT_FILE", "RUNS", "RecordedRun", "Stretch", "Summary", "find_run", "find_runs"]
+__all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch"]
 
-RUNS = Path("runs")
 EXPERIMENT_FILE = "experiment.toml"
-
-
-class Summary(NamedTuple):
-    """A run in one line. Losses are None if the run has no steps, or its loop logs no loss.
-
-    nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
-    names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
-    validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
-    name of its parent and the last step taken from it; note: the user's own words.
-    """
-
-    name: str
-    directory: Path
-    status: str
-    steps: int
-    planned: int
-    first_loss: float | None
-    last_loss: float | None
-    started: datetime
-    nonfinite_step: int | None = None
-    seconds: float | None = None
-    optimizer: str | None = None
-    lr: tuple[float, ...] = ()
-    batch_size: int | None = None
-    validation: tuple[str, float] | None = None
-    parent: tuple[str, int] | None = None
-    note: str | None = None
 
 
 class Stretch(NamedTuple):
@@ -254,31 +225,7 @@ class RecordedRun:
         """Return the run in one line."""
         with reading(self._database_path) as database:
             facts = database.facts()
-            count, first, last = database.ends()
-            validation = _validation(database)
-        trained = facts.trained
-        is_logged = trained is None or trained.loop is None or trained.loop.has_loss
-        nan = math.nan if count and is_logged else None
-        groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
-        rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
-        return Summary(
-            name=self.name,
-            directory=self.directory,
-            status=self.status_by(facts),
-            steps=count,
-            planned=count if facts.steps is None else facts.steps,
-            first_loss=nan if first is None else first,
-            last_loss=nan if last is None else last,
-            started=facts.started or _time_of(self._database_path),
-            nonfinite_step=facts.nonfinite_step,
-            seconds=facts.seconds,
-            optimizer=", ".join(o.class_name for o in trained.optimizers.values()) if trained else None,
-            lr=tuple(dict.fromkeys(rates)),
-            batch_size=_batch_size(trained),
-            validation=validation,
-            parent=(facts.fork.parent, facts.fork.at) if facts.fork else None,
-            note=facts.note,
-        )
+            return summary_of(self.name, self.directory, facts, self.status_by(facts), database)
 
     def _check_whole(self, database: Database) -> None:
         """Check that the steps of a finished run are there.
@@ -322,63 +269,3 @@ class RecordedRun:
     @property
     def _database_path(self) -> Path:
         return self.directory / FILE_NAME
-
-
-def _batch_size(trained: TrainingFacts | None) -> int | None:
-    """Return how many rows each step saw; unknown for your own loop."""
-    if trained is None or trained.loop is not None:
-        return None
-    return trained.batches.batch_size or trained.data.rows
-
-
-def _validation(database: Database) -> tuple[str, float] | None:
-    """Return the newest measurement on validation rows, with its name; accuracy before loss."""
-    for name in ("validation_accuracy", "validation_r2", "validation_loss"):
-        value = database.last_measured(name)
-        if value is not None:
-            return name.removeprefix("validation_"), value
-    return None
-
-
-def _time_of(path: Path) -> datetime:
-    """Return the time of a file: a run that is just being created has no start time yet."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
-
-
-def find_run(name: str | Path, runs: Path = RUNS) -> Path:
-    """Return the directory of a run: a path, or a name under `runs`.
-
-    Raises:
-        RunError: the run does not exist; the message names the most similar one.
-    """
-    for candidate in (Path(name), runs / name):
-        if (candidate / FILE_NAME).is_file():
-            return candidate
-    if Path(name).exists():
-        raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
-    known = [path.parent.name for path in runs.glob(f"*/{FILE_NAME}")]
-    cure = (
-        did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
-    )
-    raise RunError(f"no run {str(name)!r}; {cure or 'run `everystep runs` to list them'}")
-
-
-def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
-    """Yield the directories of all runs directly in `directory`, by name: digits-2 before digits-10.
-
-    Raises:
-        RunError: the directory does not exist, or is a run itself.
-    """
-    if not Path(directory).is_dir():
-        raise RunError(f"{directory} is not a directory; `everystep train` creates the first run")
-    if (Path(directory) / FILE_NAME).is_file():
-        here = Path(directory)
-        around = here / ".." if here.name in ("", "..") else here.parent
-        raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs beside it")
-    found = [path.parent for path in Path(directory).glob(f"*/{FILE_NAME}")]
-    yield from sorted(found, key=lambda path: _in_order(path.name))
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Return what sorts names by their words, and numbers within them by value."""
-    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]

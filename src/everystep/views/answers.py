@@ -216,6 +216,8 @@ def _snapshots_text(found: Verification) -> str:
         count = f"all {found.snapshots:,}"
         if found.snapshots < found.all_snapshots:
             count = f"{found.snapshots:,} of {found.all_snapshots:,}"
+        if found.snapshots == found.all_snapshots == 1:
+            count = "the only one"
         return f"{count} after state 0 bit-identical"
     states = sorted({each.state for each in found.states})
     first = [each for each in found.states if each.state == states[0]]

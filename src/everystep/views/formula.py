@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from everystep.program.execute import Observed
 from everystep.recording.facts import OptimizerFacts
 from everystep.recording.texts import optimizer_parts, optimizers_text
-from everystep.views.mathematics import all_arguments, kind_of
+from everystep.views.notation import all_arguments, kind_of
 from everystep.views.terminal import shortest
 
 __all__ = ["Formula", "update_formulas"]

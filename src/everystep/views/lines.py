@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from everystep.replay.step import statistics
 from everystep.views.terminal import number
 
 __all__ = [
+    "ABSOLUTE",
     "ALL_VALUES",
     "TIMES",
     "Cell",
@@ -28,15 +29,23 @@ __all__ = [
     "statistics_text",
     "table_lines",
     "table_width",
+    "without",
 ]
 
 #: Of tensors with at most so many elements, all are printed; of larger ones, the edges.
 ALL_VALUES = 1000
 
+#: After the shape of a complex tensor: its statistics are of absolute values.
+ABSOLUTE = "|z|"
+
 #: Between the sizes of a shape.
 TIMES = "\N{MULTIPLICATION SIGN}"
 
+#: Columns that a narrow page does without, in this order.
+_UNNEEDED = (("min", "max"), ("std",), ("norm before", "norm after"))
+
 _LABEL = 10
+_INDENT = 2
 _EMPTY = ("", "", True)
 
 #: A cell of a table: its text, its style, whether it is aligned to the right.
@@ -80,7 +89,13 @@ class Page:
         self.line((f"{label:<{_LABEL}}", "bold"), (text, ""))
 
     def table(self, rows: Sequence[Sequence[Cell]], indent: int = 2) -> None:
-        """Add rows of cells, the first of them headings; columns in which nothing is are left out."""
+        """Add rows of cells, the first of them headings.
+
+        Empty columns are left out, and where the page is narrow what matters least.
+        """
+        for unneeded in _UNNEEDED:
+            if table_width(rows) > self.width - indent:
+                rows = without(rows, unneeded)
         for line in table_lines(rows):
             self.text.append(" " * indent).append(line).append("\n")
 
@@ -88,6 +103,19 @@ class Page:
         """Add the numbers of a tensor."""
         for line in _numbers_text(tensor, self.width - indent).splitlines():
             self.line((line, ""), indent=indent)
+
+    def tensors(self, named: Mapping[str, Tensor], title: str = "") -> None:
+        """Add tensors with what their numbers are like, and their numbers where asked for."""
+        if self.values:
+            for name, tensor in named.items():
+                self.line((f"{name}  ", "bold"), *statistics_text(tensor), indent=_INDENT)
+                self.numbers(tensor, indent=2 * _INDENT)
+            return
+        rows: list[list[Cell]] = [[(title, "dim", False), ("", "dim", False), *number_headings()]]
+        for name, tensor in named.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            rows.append([(name, "", False), (dtype, "dim", False), *number_cells(tensor)])
+        self.table(rows)
 
 
 def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
@@ -104,6 +132,12 @@ def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
         line.rstrip()
         lines.append(line)
     return lines
+
+
+def without(rows: Sequence[Sequence[Cell]], headings: Collection[str]) -> list[list[Cell]]:
+    """Return rows of cells without the columns under these headings."""
+    kept = [place for place, cell in enumerate(rows[0]) if cell[0] not in headings]
+    return [[row[place] for place in kept] for row in rows]
 
 
 def table_width(rows: Sequence[Sequence[Cell]]) -> int:
@@ -132,7 +166,7 @@ def shape_text(tensor: Tensor) -> str:
 
 def _shape_of_numbers(tensor: Tensor) -> str:
     """Return a shape; for complex elements, with a sign that statistics are of absolute values."""
-    return shape_text(tensor) + (", |z|" if tensor.is_complex() else "")
+    return shape_text(tensor) + (f", {ABSOLUTE}" if tensor.is_complex() else "")
 
 
 def number_headings() -> list[Cell]:

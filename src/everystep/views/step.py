@@ -9,43 +9,40 @@ from functools import cached_property
 from typing import get_args
 
 from rich.text import Text
-from torch import Tensor
 
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
 from everystep.recording.facts import Facts, LoopFacts
 from everystep.recording.texts import loss_text, optimizer_parts
-from everystep.replay.step import Step, Update
+from everystep.replay.step import Step
+from everystep.views.batch import about_classes, class_names
+from everystep.views.batch_section import write_batch
 from everystep.views.formula import Formula, update_formulas
 from everystep.views.lines import (
-    Cell,
+    ABSOLUTE,
     Page,
     grouped,
     norm,
-    number_cells,
-    number_headings,
     statistics_text,
-    table_lines,
-    table_width,
 )
-from everystep.views.mathematics import all_arguments, mathematics, value_text
+from everystep.views.mathematics import mathematics
+from everystep.views.one_operation import write_operation
+from everystep.views.operation_lines import operation_lines
 from everystep.views.segments import SegmentSeen, as_it_happened
 from everystep.views.step_json import step_json
 from everystep.views.terminal import shortest
+from everystep.views.update_rows import update_headings, update_row
 
 __all__ = ["PHASES", "step_html", "step_json", "step_text"]
 
 #: What can be looked at alone.
 PHASES = ("batch", *get_args(Phase))
-#: An operation looked at alone shows the numbers of tensors with at most so many elements unasked.
-FEW_VALUES = 64
 
 #: Columns of a step in a notebook.
 HTML_WIDTH = 110
 #: Colours are those of the notebook, and only emphasis is added.
 _HTML = '<pre style="overflow-x: auto; line-height: 1.35; background: none">{code}</pre>'
 
-_ROWS_SHOWN = 3
 _INDENT = 2
 
 
@@ -104,6 +101,7 @@ class _Opened:
         self.step = step
         self.steps = facts.steps or 0
         self.training = facts.training
+        self.classes = class_names(facts)
         self.page = page
         self.lines = mathematics(step.operations)
 
@@ -116,11 +114,12 @@ class _Opened:
         for each in PHASES:
             if phase in (None, each):
                 getattr(self, f"_{each}")(phase is not None or self.page.values)
+        self._complex_numbers()
 
     def _as_it_happened(self, loop: LoopFacts) -> None:
         """Write a step of a loop: its batch, its segments in their order, and what has changed."""
         step, page = self.step, self.page
-        self._batch(page.values)
+        self._batch(False)
         happened = as_it_happened(step, self.training, loop)
         for number, seen in enumerate(happened.segments):
             segment = seen.segment
@@ -134,11 +133,18 @@ class _Opened:
                 page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
         if step.gradients:
             page.heading("grads", "as the optimizer found them")
-            self._tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
+            self.page.tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
         if left := happened.changed_otherwise:
             page.heading("changed", "otherwise")
-            rows = [_update_row(name, step.updates[name], None) for name in left]
-            page.table([_update_headings(), *rows])
+            rows = [update_row(name, step.updates[name], None) for name in left]
+            page.table([update_headings(), *rows])
+        self._complex_numbers()
+
+    def _complex_numbers(self) -> None:
+        """Write what the sign in the tables means."""
+        if f", {ABSOLUTE}" in self.page.text.plain:
+            self.page.blank()
+            self.page.line((f"{ABSOLUTE}: numbers are complex, statistics of absolute values", "dim"))
 
     def _segment_of_update(self, seen: SegmentSeen) -> None:
         """Write what an optimizer did: its formulas, and how far each parameter went."""
@@ -149,8 +155,8 @@ class _Opened:
         self.page.line((f"#{segment.first}{several}", "dim"), indent=_INDENT)
         self._formulas(formulas)
         self.page.blank()
-        rows = [_update_row(n, self.step.updates[n], formula) for n, formula in formulas.items()]
-        self.page.table([_update_headings(), *rows])
+        rows = [update_row(n, self.step.updates[n], formula) for n, formula in formulas.items()]
+        self.page.table([update_headings(), *rows])
 
     def _title_of_update(self, seen: SegmentSeen) -> str:
         """Return the optimizer, its class and its settings."""
@@ -161,31 +167,14 @@ class _Opened:
 
     def operation(self, name: str, place: int) -> None:
         """Write one operation."""
-        page, seen, line = self.page, self.step.operations[place], self.lines[place]
+        page = self.page
         title = ", ".join([*([name] if name else []), f"step {self.step.number:,}"])
         page.line((f"{title}, operation #{place} of #0 to #{len(self.step.operations) - 1}", "bold"))
         page.blank()
         if not self.step.is_exact:
             page.labelled("replayed", self._exactness(), "yellow")
-        page.labelled("formula", f"{line.left or f'#{place}'} = {line.right}")
-        page.labelled("operator", seen.operation.operator)
-        page.labelled("phase", seen.operation.phase)
-        if seen.operation.module is not None:
-            page.labelled("module", seen.operation.module)
-        if arguments := all_arguments(seen.operation):
-            page.heading("arguments")
-            width = max(map(len, arguments))
-            for key, (value, is_given) in arguments.items():
-                text = value_text(value, lambda name: line.given.get(name, name))
-                unsaid = [] if is_given else [("  default", "dim")]
-                page.line((f"{key:<{width}}  ", "dim"), (text, ""), *unsaid, indent=_INDENT)
-        for label, tensors, names in (
-            ("inputs", seen.inputs, line.given),
-            ("results", seen.results, line.made),
-        ):
-            page.heading(label)
-            for tensor_name, tensor in tensors.items():
-                self._tensor_in_full(names.get(tensor_name, tensor_name), tensor_name, tensor)
+        about = about_classes(self.step, self.classes, self.training.modules)
+        write_operation(page, self.step, place, self.lines[place], about)
 
     def _heading(self, name: str) -> None:
         step, page = self.step, self.page
@@ -227,18 +216,7 @@ class _Opened:
         )
 
     def _batch(self, alone: bool) -> None:
-        self.page.heading("batch", self._rows_text(whole=alone and self.page.values))
-        self._tensors(self.step.batch.tensors)
-
-    def _rows_text(self, *, whole: bool) -> str:
-        rows, total = self.step.batch.rows, self.training.data.rows
-        if self.training.loop is not None:
-            return "" if self.step.batch.tensors else "no tensors"
-        if rows is None:
-            return f"all {total:,} rows, in order"
-        shown = rows.tolist() if whole else rows[:_ROWS_SHOWN].tolist()
-        more = ", ..." if len(shown) < len(rows) else ""
-        return f"rows {', '.join(map(str, shown))}{more} ({len(rows):,} of {total:,})"
+        write_batch(self.page, self.step, self.training, self.classes)
 
     def _forward(self, alone: bool) -> None:
         self.page.heading("forward")
@@ -255,7 +233,7 @@ class _Opened:
             return
         self.page.heading("zero_grad", f"drops the gradients of step {before:,}")
         if alone:
-            self._tensors({f"{name}.grad": tensor for name, tensor in dropped.items()})
+            self.page.tensors({f"{name}.grad": tensor for name, tensor in dropped.items()})
         else:
             norms = {f"{name}.grad": grouped(norm(tensor)) for name, tensor in dropped.items()}
             self.page.table(
@@ -269,7 +247,7 @@ class _Opened:
         self.page.heading("backward")
         self._operations("backward", alone)
         self.page.blank()
-        self._tensors({f"{name}.grad": tensor for name, tensor in self.step.gradients.items()})
+        self.page.tensors({f"{name}.grad": tensor for name, tensor in self.step.gradients.items()})
 
     def _update(self, alone: bool) -> None:
         step, page = self.step, self.page
@@ -282,8 +260,8 @@ class _Opened:
         formulas = update_formulas(step.operations, self.training.optimizers)
         self._formulas(formulas)
         page.blank()
-        rows = [_update_row(each, update, formulas.get(each)) for each, update in step.updates.items()]
-        page.table([_update_headings(), *rows])
+        rows = [update_row(each, update, formulas.get(each)) for each, update in step.updates.items()]
+        page.table([update_headings(), *rows])
         if alone:
             page.blank()
             self._operations("update", alone)
@@ -316,7 +294,7 @@ class _Opened:
         for title in ("before", "after", "change"):
             self.page.blank()
             updates = self.step.updates.items()
-            self._tensors({name: getattr(update, title) for name, update in updates}, title)
+            self.page.tensors({name: getattr(update, title) for name, update in updates}, title)
 
     def _operations(self, phase: str, alone: bool) -> None:
         """List the operations of a phase: a line for each, or alone all that is known of them."""
@@ -344,92 +322,8 @@ class _Opened:
 
     @cached_property
     def _rows(self) -> list[Text]:
-        """A line for the headings, and one for each operation; aligned through the whole page."""
-        rows: list[list[Cell]] = [
-            [*_operation_headings(), *number_headings(), ("operator", "dim", False)]
-        ]
-        for place, (seen, line) in enumerate(zip(self.step.operations, self.lines, strict=True)):
-            shown = seen.operation.phase != "update"
-            rows.append(
-                [
-                    (f"#{place}", "dim", False),
-                    (_path(seen.operation.module) if shown else "", "cyan", False),
-                    (line.short if shown else "", "", False),
-                    *number_cells(next(iter(seen.results.values()), None) if shown else None),
-                    (seen.operation.operator if shown else "", "dim", False),
-                ]
-            )
-        return table_lines(_fitting(rows, self.page.width - _INDENT))
-
-    def _tensors(self, named: Mapping[str, Tensor], title: str = "") -> None:
-        """List tensors with what their numbers are like, and their numbers where asked for."""
-        if self.page.values:
-            for name, tensor in named.items():
-                self.page.line((f"{name}  ", "bold"), *statistics_text(tensor), indent=_INDENT)
-                self.page.numbers(tensor, indent=2 * _INDENT)
-            return
-        rows: list[list[Cell]] = [[(title, "dim", False), ("", "dim", False), *number_headings()]]
-        for name, tensor in named.items():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            rows.append([(name, "", False), (dtype, "dim", False), *number_cells(tensor)])
-        self.page.table(rows)
-
-    def _tensor_in_full(self, called: str, name: str, tensor: Tensor) -> None:
-        own = f"{name}, " if name != called else ""
-        strides = f"  {own}strides ({', '.join(map(str, tensor.stride()))})"
-        self.page.line((called, "bold"), (strides, "dim"), indent=_INDENT)
-        self.page.line(*statistics_text(tensor), indent=2 * _INDENT)
-        if self.page.values or tensor.numel() <= FEW_VALUES:
-            self.page.numbers(tensor, indent=2 * _INDENT)
-
-
-def _operation_headings() -> list[Cell]:
-    return [("", "dim", False), ("module", "dim", False), ("formula", "dim", False)]
-
-
-def _update_headings() -> list[Cell]:
-    names = ("norm before", "norm after", "norm of change", "relative")
-    return [("parameter", "dim", False), *((n, "dim", True) for n in names), ("by", "dim", False)]
-
-
-def _update_row(name: str, update: Update, formula: Formula | None) -> list[Cell]:
-    norms = [grouped(norm(each)) for each in (update.before, update.after, update.change)]
-    relative = f"{100 * update.relative_size:.3g}%"
-    by = _numbers_text(formula.numbers) if formula else ""
-    return [(name, "", False), *((text, "", True) for text in (*norms, relative)), (by, "dim", False)]
-
-
-def _numbers_text(numbers: tuple[int, ...]) -> str:
-    first, last = numbers[0], numbers[-1]
-    if len(numbers) > 2 and last - first + 1 == len(numbers):
-        return f"#{first} to #{last}"
-    return " ".join(f"#{number}" for number in numbers)
-
-
-def _fitting(rows: list[list[Cell]], width: int) -> list[list[Cell]]:
-    """Leave out columns, and the ends of long formulas, so that the rows fit."""
-    for unneeded in (("operator",), ("min", "max"), ("std",)):
-        if table_width(_with_formulas_cut(rows, width, 34)) > width:
-            kept = [place for place, cell in enumerate(rows[0]) if cell[0] not in unneeded]
-            rows = [[row[place] for place in kept] for row in rows]
-    return _with_formulas_cut(rows, width, 20)
-
-
-def _with_formulas_cut(rows: list[list[Cell]], width: int, least: int) -> list[list[Cell]]:
-    place = [cell[0] for cell in rows[0]].index("formula")
-    longest = max(len(row[place][0]) for row in rows)
-    length = max(longest - max(table_width(rows) - width, 0), least)
-    return [[*r[:place], (_cut(r[place][0], length), *r[place][1:]), *r[place + 1 :]] for r in rows]
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1].rstrip("….") + "…"
-
-
-def _path(module: str | None, longest: int = 18) -> str:
-    if module is None or len(module) <= longest:
-        return module or ""
-    return "…" + module[-longest + 1 :]
+        """A line for the headings, and one for each operation."""
+        return operation_lines(self.step.operations, self.lines, self.page.width - _INDENT)
 
 
 def _shortened(names: Iterable[str], longest: int = 4) -> str:

@@ -13,14 +13,20 @@ from torch import Tensor
 from everystep.program.execute import Observed
 from everystep.recording.facts import Facts
 from everystep.replay.step import Step, Update, statistics
+from everystep.views.batch import class_names, other_values
 from everystep.views.formula import Formula, update_formulas
-from everystep.views.mathematics import Line, all_arguments, mathematics
+from everystep.views.mathematics import Line, mathematics
+from everystep.views.notation import all_arguments
 
 __all__ = ["step_json"]
+
+_PLAIN = str | int | float | bool
 
 
 def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
     """Return everything in a step as JSON; NaN and infinities are texts.
+
+    `batch_values` is what the batch holds besides tensors; `classes` names the numbers of the targets.
 
     facts: of the run; values: the numbers of every tensor, too, as nested lists.
     """
@@ -37,6 +43,11 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
         "clip_norm": facts.training.clip_norm,
     }
     content = _for_json(content) | _tensors_of(step, values)
+    content["batch_values"] = {
+        name: _for_json(value) if isinstance(value, list | _PLAIN) else str(value)
+        for name, value in other_values(step.batch.nested)
+    }
+    content["classes"] = class_names(facts)
     formulas = update_formulas(step.operations, facts.training.optimizers)
     content["updates"] = {
         name: _update(update, formulas.get(name), values) for name, update in step.updates.items()
@@ -102,6 +113,8 @@ def _tensor(tensor: Tensor, values: bool) -> dict[str, Any]:
         "dtype": str(tensor.dtype).removeprefix("torch."),
         **_for_json(statistics(tensor)._asdict()),
     }
+    if tensor.is_complex():
+        found["statistics_of"] = "absolute values"
     if values:
         content = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
         is_finite = not content.is_floating_point() or bool(torch.isfinite(content).all())

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from everystep.recording.facts import Facts, ForkFacts, FunctionFacts, ResumeFacts, TrainingFacts
-from everystep.recording.run import RecordedRun, Summary
+from everystep.recording.run import RecordedRun
+from everystep.recording.summary import Summary
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
 
 if TYPE_CHECKING:

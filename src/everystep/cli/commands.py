@@ -1,0 +1,80 @@
+"""The group of commands: what is not a command or an option of one is answered by what to type."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import typer.core
+
+from everystep.errors import UsageError, did_you_mean
+
+__all__ = ["Commands"]
+
+#: What other tools call a command, or may one day be one, and what there is.
+_INSTEAD = {
+    "help": "everystep -h, or everystep COMMAND -h",
+    "list": "everystep runs lists the runs",
+    "ls": "everystep runs lists the runs",
+    "show": "everystep step RUN STEP opens a step, everystep view a page",
+    "open": "everystep step RUN STEP opens a step, everystep view a page",
+    "serve": "everystep view opens the page",
+    "tensorboard": "everystep view opens the page",
+    "compare": "everystep diff RUN RUN compares two runs",
+    "continue": "everystep resume RUN goes on with a run, everystep fork RUN --at STEP in a new one",
+    "export": "everystep losses RUN --csv prints the losses; parameters are in "
+    "RUN/snapshots/*/parameters.safetensors",
+    "predict": "load the parameters in Python: "
+    "model.load_state_dict(everystep.open(RUN).parameters(-1))",
+    "delete": "a run is a directory, which you can delete: runs/NAME",
+    "rm": "a run is a directory, which you can delete: runs/NAME",
+}
+
+#: Values of an experiment that people look for as options, by the path to set.
+_SETTINGS = {
+    "--lr": "optimizer.lr",
+    "--learning-rate": "optimizer.lr",
+    "--momentum": "optimizer.momentum",
+    "--weight-decay": "optimizer.weight_decay",
+    "--optimizer": "optimizer.name",
+    "--loss": "loss.name",
+    "--batch-size": "batch_size",
+    "--clip-norm": "clip_norm",
+    "--seed": "seed",
+    "--epochs": "epochs",
+}
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands; an unknown one, or a value that is not an option, is answered by what to type."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that was typed, and its arguments.
+
+        Raises:
+            UsageError: the command is unknown, or a value of the experiment was given as an option.
+        """
+        name = "" if ctx.resilient_parsing or not args else args[0]  # the shell wants no errors
+        if name and not name.startswith("-"):
+            command = self.get_command(ctx, name)
+            if command is None:
+                raise UsageError(f"no command {name!r}; {self._instead(ctx, name)}")
+            if name in ("train", "fork", "resume"):
+                known = {option for parameter in command.params for option in parameter.opts}
+                _check_options(args[1:], known)
+        return super().resolve_command(ctx, args)
+
+    def _instead(self, ctx: Any, name: str) -> str:
+        known = self.list_commands(ctx)
+        begun = [f"did you mean {each}?" for each in known if each.startswith(name)]
+        cure = _INSTEAD.get(name) or (begun[0] if len(begun) == 1 else did_you_mean(name, known))
+        return cure or "everystep -h lists the commands"
+
+
+def _check_options(given: list[str], known: set[str]) -> None:
+    for option, value in pairwise([*given, ""]):
+        option, _, joined = option.partition("=")
+        path = _SETTINGS.get(option.replace("_", "-"))
+        if path is not None and option not in known:
+            value = joined or ("VALUE" if not value or value.startswith("--") else value)
+            raise UsageError(f"no option {option}; write --set {path}={value}")

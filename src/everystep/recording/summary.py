@@ -1,0 +1,89 @@
+"""A run in one line, as lists of runs show it."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.facts import Facts, TrainingFacts
+
+__all__ = ["Summary", "summary_of"]
+
+
+class Summary(NamedTuple):
+    """A run in one line. Losses are None if the run has no steps, or its loop logs no loss.
+
+    nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
+    names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
+    validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
+    name of its parent and the last step taken from it; note: the user's own words.
+    """
+
+    name: str
+    directory: Path
+    status: str
+    steps: int
+    planned: int
+    first_loss: float | None
+    last_loss: float | None
+    started: datetime
+    nonfinite_step: int | None = None
+    seconds: float | None = None
+    optimizer: str | None = None
+    lr: tuple[float, ...] = ()
+    batch_size: int | None = None
+    validation: tuple[str, float] | None = None
+    parent: tuple[str, int] | None = None
+    note: str | None = None
+
+
+def summary_of(name: str, directory: Path, facts: Facts, status: str, database: Database) -> Summary:
+    """Return a run in one line; its database is open for reading."""
+    count, first, last = database.ends()
+    trained = facts.trained
+    is_logged = trained is None or trained.loop is None or trained.loop.has_loss
+    nan = math.nan if count and is_logged else None
+    groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
+    rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
+    return Summary(
+        name=name,
+        directory=directory,
+        status=status,
+        steps=count,
+        planned=count if facts.steps is None else facts.steps,
+        first_loss=nan if first is None else first,
+        last_loss=nan if last is None else last,
+        started=facts.started or _time_of(directory / FILE_NAME),
+        nonfinite_step=facts.nonfinite_step,
+        seconds=facts.seconds,
+        optimizer=", ".join(o.class_name for o in trained.optimizers.values()) if trained else None,
+        lr=tuple(dict.fromkeys(rates)),
+        batch_size=_batch_size(trained),
+        validation=_validation(database),
+        parent=(facts.fork.parent, facts.fork.at) if facts.fork else None,
+        note=facts.note,
+    )
+
+
+def _batch_size(trained: TrainingFacts | None) -> int | None:
+    """Return how many rows each step saw; unknown for your own loop."""
+    if trained is None or trained.loop is not None:
+        return None
+    return trained.batches.batch_size or trained.data.rows
+
+
+def _validation(database: Database) -> tuple[str, float] | None:
+    """Return the newest measurement on validation rows, with its name; accuracy before loss."""
+    for name in ("validation_accuracy", "validation_r2", "validation_loss"):
+        value = database.last_measured(name)
+        if value is not None:
+            return name.removeprefix("validation_"), value
+    return None
+
+
+def _time_of(path: Path) -> datetime:
+    """Return the time of a file: a run that is just being created has no start time yet."""
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)

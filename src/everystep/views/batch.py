@@ -1,0 +1,131 @@
+"""What a batch holds besides the numbers of its tensors: plain values, and the names of classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.recording.facts import Facts, ModuleFacts
+from everystep.replay.step import Batch, Step
+
+__all__ = [
+    "MOST_VALUES",
+    "about_classes",
+    "class_names",
+    "classes_text",
+    "columns_of_classes",
+    "last_module",
+    "other_values",
+    "plain_values",
+    "targets",
+]
+
+#: Plain values of a batch that are shown, items of a list, and characters of each.
+MOST_VALUES, MOST_ITEMS, LONGEST_TEXT = 50, 64, 200
+
+
+def class_names(facts: Facts) -> list[str] | None:
+    """Return the names of the classes of a run's targets, by number; None: they are not known."""
+    trained = facts.trained
+    known: Sequence[Any] | None = ((trained and trained.preparation) or {}).get("classes")
+    return [str(name) for name in known] if isinstance(known, list | tuple) and known else None
+
+
+def targets(batch: Batch, names: list[str] | None) -> list[str] | None:
+    """Return the class of each row as a text, where y is classes."""
+    y = batch.tensors.get("y")
+    if y is None or y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        return None
+    known = names or []
+    numbers: list[int] = y.tolist()
+    return [known[n] if 0 <= n < len(known) else str(n) for n in numbers]
+
+
+def classes_text(batch: Batch, names: list[str] | None) -> str | None:
+    """Return how many rows each class has, by name; None: the classes have no names."""
+    of_rows = None if names is None else targets(batch, names)
+    if names is None or of_rows is None:
+        return None
+    counts = Counter(of_rows)
+    order = [*(name for name in names if name in counts), *(counts.keys() - set(names))]
+    return ", ".join(f"{name} ({counts[name]:,})" for name in order)
+
+
+def last_module(modules: Mapping[str, ModuleFacts]) -> str | None:
+    """Return the path of the module that makes the output of a Sequential; None for other models."""
+    outer = modules.get("")
+    last = [path for path in modules if path and "." not in path][-1:]
+    return last[0] if last and outer is not None and outer.class_name == "Sequential" else None
+
+
+def columns_of_classes(step: Step, names: list[str], last: str | None) -> set[str]:
+    """Return the names of results with a column for each class: the output, and what a loss makes of it.
+
+    last: the path of the module that makes the output.
+    """
+    shape = len(step.batch.tensors["y"]), len(names)
+    return {
+        name
+        for seen in step.operations
+        if seen.operation.phase == "loss" or (last is not None and seen.operation.module == last)
+        for name, tensor in seen.results.items()
+        if tensor.shape == shape and tensor.is_floating_point()
+    }
+
+
+def about_classes(
+    step: Step, names: list[str] | None, modules: Mapping[str, ModuleFacts]
+) -> dict[str, str]:
+    """Return what to say of the tensors of operations that are about classes, by their names.
+
+    Classes that are called by their numbers need no explanation.
+    """
+    if names is None or targets(step.batch, names) is None:
+        return {}
+    if names == [str(number) for number in range(len(names))]:
+        return {}
+    columns = columns_of_classes(step, names, last_module(modules))
+    numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+    return {"y": f"classes: {numbered}"} | dict.fromkeys(columns, f"columns: {', '.join(names)}")
+
+
+def plain_values(nested: Any) -> list[dict[str, Any]]:
+    """Return what a batch has besides tensors: name, the first texts, and their count."""
+    found = []
+    for name, value in islice(other_values(nested), MOST_VALUES):
+        items = value if isinstance(value, list) else [value]
+        texts = [_text(item) for item in items[:MOST_ITEMS]]
+        found.append({"name": name, "texts": texts, "count": len(items)})
+    return found
+
+
+def other_values(nested: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a batch has besides tensors, by its path in the batch: a value, or a list of values."""
+    for path, value in _plain(nested, ""):
+        yield path or "batch", value
+
+
+def _plain(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if value is None or isinstance(value, Tensor):
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _plain(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        if value and all(isinstance(item, str | int | float | bool) for item in value):
+            yield path, list(value)
+            return
+        for index, item in enumerate(value):
+            yield from _plain(item, f"{path}.{index}" if path else str(index))
+    else:
+        yield path, value
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"

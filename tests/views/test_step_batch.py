@@ -1,0 +1,86 @@
+"""A batch in the terminal: names of classes, strings, and what statistics of complex numbers are of."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import everystep
+from everystep.views.lines import TIMES
+from everystep.views.step import step_json, step_text
+
+NAMES = ["setosa", "versicolor", "virginica"]
+
+
+def text_of(run, number, **options):
+    return step_text(run[number], run.facts, **options).plain
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    """A run on a table of flowers, in which classes have names."""
+    rows = [f"{n % 7},{n % 5},{NAMES[n % 3]}" for n in range(12)]
+    (tmp_path / "flowers.csv").write_text("\n".join(["long,wide,kind", *rows]))
+    experiment = {
+        "steps": 1,
+        "data": {"source": "table", "path": str(tmp_path / "flowers.csv"), "target": "kind"},
+        "model": {"layers": ["Linear(2, 3)"]},
+        "loss": {"name": "CrossEntropyLoss"},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+    }
+    return everystep.train_experiment(experiment, directory=tmp_path / "run", progress=False)
+
+
+def test_classes_are_shown_by_their_names(flowers):
+    assert "classes of y: setosa (4), versicolor (4), virginica (4)" in text_of(flowers, 1)
+    all_rows = text_of(flowers, 1, phase="batch", values=True, width=500)
+    assert f"row by row: {', '.join(NAMES * 4)}\n" in all_rows
+    names = [seen.operation.operator for seen in flowers[1].operations]
+    operation = text_of(flowers, 1, operation=names.index("aten.nll_loss_forward.default"))
+    assert "classes: 0 setosa, 1 versicolor, 2 virginica" in operation
+    assert "columns: setosa, versicolor, virginica" in operation
+    assert json.loads(step_json(flowers[1], flowers.facts))["classes"] == NAMES
+
+
+def test_a_batch_without_classes_names_none(small):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = everystep.train(model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=1, progress=False)
+    assert "classes" not in text_of(run, 1)
+    assert json.loads(step_json(run[1], run.facts))["classes"] is None
+
+
+def test_strings_and_complex_numbers_of_a_batch():
+    model = nn.Linear(4, 3)
+    batch = {
+        "x": torch.ones(2, 4),
+        "wave": torch.ones(2, 2, dtype=torch.complex64),
+        "text": ["a\x1b[2J", "b"],
+        "about": {"epoch": 3, "words": [f"word {n}" for n in range(100)]},
+    }
+    with everystep.record(run="run", model=model) as recording:
+        for each in recording.steps([batch]):
+            recording.log(loss=model(each["x"]).sum())
+    run = everystep.open("run")
+    text = text_of(run, 1, width=80)
+    assert "\n  text         'a\\x1b[2J', 'b' (2)\n" in text
+    assert "\n  about.epoch  3\n" in text
+    [words] = [line for line in text.splitlines() if "about.words" in line]
+    assert words.startswith("  about.words  'word 0', ") and words.endswith("… (100)")
+    assert len(words) == 80
+    assert "'word 99' (100)" in text_of(run, 1, phase="batch", values=True)
+    assert f"2{TIMES}2, |z|" in text
+    assert text.endswith("\n|z|: numbers are complex, statistics of absolute values\n")
+    told = json.loads(step_json(run[1], run.facts))
+    assert told["batch_values"]["about.epoch"] == 3
+    assert told["batch_values"]["about.words"][99] == "word 99"
+    assert told["batch"]["wave"]["statistics_of"] == "absolute values"
+    assert "statistics_of" not in told["batch"]["x"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_of_a_step_fit_the_terminal(flowers, width):
+    text = text_of(flowers, 1, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert ("norm before" in text) == (width > 60)
