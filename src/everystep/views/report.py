@@ -1,4 +1,4 @@
-"""A run as one self-contained page to share: facts, plot and table."""
+"""A run as one self-contained page to share: facts, and the page's own plot and table."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["Report", "details", "report_html", "seed", "times"]
 #: Rows of the table, which are also the points of the plot.
 ROWS = 50_000
 
-#: The page's modules; the one that draws the plot of a report; how modules name each other.
+#: The page's modules; the one that draws a report; how modules name each other.
 _STATIC = Path(__file__).parent.parent / "page" / "static"
-_PLOT = "plot/saved.js"
+_FIRST = "report/report.js"
 _IMPORT = re.compile(r'(?<=")\.{1,2}/[\w/.-]+\.js(?=")')
 
 
@@ -90,10 +90,13 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
             details=details(facts),
             times=times(facts),
             opened=opened,
-            first=_PLOT,
-            modules={"imports": _inlined((_PLOT, *modules))},
-            plot_style=Markup((_STATIC / "plot" / "plot.css").read_text(encoding="utf-8")),
-            table=Markup(table.fragment()),
+            first=_FIRST,
+            modules={"imports": _inlined((_FIRST, *modules))},
+            styles=[
+                Markup((_STATIC / name).read_text(encoding="utf-8"))
+                for name in ("plot/plot.css", "table/table.css")
+            ],
+            **table.content(),
         )
     )
 

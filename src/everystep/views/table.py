@@ -58,19 +58,21 @@ class LossTable:
 
     def fragment(self) -> str:
         """Return the table as HTML to embed in another page, more than once if needed."""
-        titles = self.frame.columns
+        return _rendered("table_fragment.html", **self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Return what a template shows of the table: words, the rows as data, and DataTables."""
         steps, *numbers = self.frame.get_columns()
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
-        static = list(zip(*(column[:STATIC_ROWS] for column in columns), strict=True))
-        return _rendered(
-            "table_fragment.html",
-            excerpt=None if self._stride is None else self._excerpt_text(),
-            command=self._command(),
-            total=len(self.frame),
-            static=static,
-            data={"name": self._name, "titles": titles, "columns": columns},
-            datatables=_datatables(),
-        )
+        return {
+            "excerpt": None if self._stride is None else self._excerpt_text(),
+            "command": self._command(),
+            "titles": self.frame.columns,
+            "total": len(self.frame),
+            "static": list(zip(*(column[:STATIC_ROWS] for column in columns), strict=True)),
+            "data": {"name": self._name, "titles": self.frame.columns, "columns": columns},
+            "datatables": _datatables(),
+        }
 
     def html(self) -> str:
         """Return a complete page."""

@@ -34,9 +34,10 @@ export function partsAt(lines, step, weight) {
 }
 
 /** Return what can be done with a plot that nothing is pointed at in, and what is not to be seen in it. */
-export function hint({ goTo, hasLoss }, curve, isLog, nonfinite) {
-  const opens = goTo ? "Click to open a step; drag" : "Drag";
-  if (!hasLoss) return `This loop logs no loss.${goTo ? " Click to open a step." : ""}`;
+export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
+  const isOpening = goTo && !walks;
+  const opens = isOpening ? "Click to open a step; drag" : "Drag";
+  if (!hasLoss) return `This loop logs no loss.${isOpening ? " Click to open a step." : ""}`;
   const said = [`${opens} to zoom, double click to see the whole run.`];
   const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
   if (left) said.push(`Of 0 or less, with no place on a log axis: ${whole(left)}.`);

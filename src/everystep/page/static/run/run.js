@@ -8,7 +8,8 @@ import { awayBanner } from "../shared/away.js";
 import { fullText } from "../shared/format.js";
 import { lossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
-import { stepTable } from "./table.js";
+import { serverRows } from "../table/source.js";
+import { stepTable } from "../table/table.js";
 import { stepper } from "./stepper.js";
 import { Player } from "./stepping.js";
 import { listenToRun, listenToThose, Speed } from "./live.js";
@@ -56,7 +57,7 @@ class RunView {
     bar.append(this.bar.host);
     this.stepPlace = new StepPlace(this.name, this.parts);
     const sortedBy = (sorted) => this.#goOwn({ ...this.place, ...sorted }, true);
-    this.table = stepTable(this.parts.table, this.name, { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
+    this.table = stepTable(this.parts.table, serverRows(this.name), { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
     this.wide = window.matchMedia("(min-width: 80rem)");
     this.arrange = () => this.#arrange();
     this.wide.addEventListener("change", this.arrange);
