@@ -93,10 +93,12 @@ def page_of(
 
 
 def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
-    """Return rows as a table: step, loss, and one for each measurement, null where there is none."""
-    found = {"step": pl.Series(rows + 1, dtype=pl.Int64), "loss": pl.Series(columns.losses[rows])}
+    """Return rows as a table: step, loss if it is logged, and measurements, null where there is none."""
+    found = {"step": pl.Series(rows + 1, dtype=pl.Int64)}
     for title, name in columns.titles.items():
-        if name is not None:
+        if name is None:
+            found[title] = pl.Series(columns.losses[rows])
+        else:
             found[title] = _measured(columns, name, rows)
     return pl.DataFrame(found)
 

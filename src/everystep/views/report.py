@@ -73,8 +73,9 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
         modules: of the page that the section begins with.
     """
     table = loss_table(run, rows=ROWS)
-    losses = table.frame.select("step", "loss").drop_nulls()
     facts = run.facts
+    steps = table.frame.filter(pl.col("step") > 0)["step"]
+    losses = table.frame.select("step", "loss").drop_nulls() if facts.has_loss else pl.DataFrame()
     return (
         environment()
         .get_template("report.html")
@@ -82,7 +83,7 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
             name=run.name,
             status=run.status,
             reason=facts.reason,
-            steps=losses["step"].max() or 0,
+            steps=steps.max() or 0,
             planned=facts.steps,
             landmarks=_landmarks(losses),
             nonfinite=_first_nonfinite(losses),
@@ -117,7 +118,7 @@ def _landmarks(losses: pl.DataFrame) -> list[tuple[str, int, str, str]]:
 
 def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
     """Return the step and the loss, in words, of the first loss that is not finite."""
-    rows = losses.filter(~pl.col("loss").is_finite()).head(1)
+    rows = losses.filter(~pl.col("loss").is_finite()).head(1) if len(losses) else losses
     return None if rows.is_empty() else (rows["step"].item(), str(rows["loss"].item()))
 
 

@@ -35,7 +35,8 @@ FEWEST_ROWS = 100
 class LossTable:
     """The losses and measurements of a run, as a table; it shows in a notebook.
 
-    frame: the rows of the table: step, loss, and a column for each measurement, null if it has none.
+    frame: the rows of the table: step, loss (unless the run logs none), and a column for each
+        measurement, null if it has none.
     """
 
     def __init__(self, name: str, frame: pl.DataFrame, total: int, stride: int | None) -> None:
@@ -120,6 +121,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     for part in measured.values():
         frame = frame.join(part, on="step", how="full", coalesce=True)
     frame = frame.sort("step")
+    if not run.facts.has_loss:
+        frame = frame.drop("loss")
     total = len(frame)
     if total <= rows:
         return LossTable(run.name, frame, total, None)

@@ -214,3 +214,21 @@ def test_how_the_plot_is_drawn_is_in_the_address(visit):
         button = page.get_by_role("button", name=name, exact=True)
         expect(button).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("slider", name="smoothing")).to_have_value("0.5")
+
+
+def test_a_loop_that_logs_no_loss_has_neither_points_nor_a_column_of_losses(visit, copied):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.forget_after(0)
+        database.write_losses(1, [None] * 500)
+        database.write_facts({"loop": {"parts": {}, "programs": 1, "unseen": [], "has_loss": False}})
+    page = visit(f"/runs/{run.name}?step=137", expected=["404"])  # it is not the step of a loop
+    expect(part(page, "table of every step").get_by_role("columnheader")).to_have_text(["step"])
+    expect(page.get_by_role("textbox", name="losses from")).to_be_hidden()
+    expect(readout(page)).to_have_text(re.compile(r"^step 137\s*$"))
+    expect(page.locator(".at-step")).to_have_text("137")
+    expect(toggle(page, "log axis")).to_have_count(0)
+    page.mouse.move(*across(plot(page), 0.5))
+    expect(readout(page)).to_have_text(re.compile(r"^step 2[45]\d\s*$"))
+    page.goto(page.url.partition("?")[0])
+    expect(readout(page)).to_have_text("This loop logs no loss. Click to open a step.")

@@ -35,13 +35,14 @@ async function show(place) {
     if (mine !== turn) return opened.close();
     shown = { key, ...opened };
   } catch (error) {
-    if (mine === turn) host.replaceChildren(element("p", { class: "alarm", role: "alert" }, error.message), toAllRuns());
+    if (mine === turn) host.replaceChildren(...failure(place, error.message));
   }
   document.querySelector("#status").textContent = document.title;
 }
 
-function toAllRuns() {
-  return element("p", {}, element("a", { href: "/" }, "All runs"));
+function failure({ run }, message) {
+  const link = element("a", { href: "/" }, "All runs");
+  return [run ? element("h1", {}, run) : "", element("p", { class: "alarm", role: "alert" }, message), element("p", {}, link)];
 }
 
 // The token has become a cookie; it is not to stay where it can be read or copied along.

@@ -46,7 +46,7 @@ class LossPlot {
     Object.assign(this, { names, goTo, walks, look, looked, hasLoss, source });
     this.#weight = look.smooth ?? 0;
     this.#lines = names.map((name, index) => lossLine(name, index, names.length === 1, source));
-    this.#mark = new StepMark(this.#lines[0].curve, step, () => this.#drawMark());
+    this.#mark = new StepMark(this.#lines[0].curve, step, hasLoss, () => this.#drawMark());
     this.#furnish(host, remove);
     this.#begin();
   }
@@ -194,7 +194,12 @@ class LossPlot {
   }
 
   #drawControls() {
-    this.controls.draw(this.#lines, { isLine: this.#isLine, isLog: this.#isLog, isZoomed: this.isZoomed });
+    this.controls.draw(this.#lines, {
+      hasLoss: this.hasLoss || this.names.length > 1,
+      isLine: this.#isLine,
+      isLog: this.#isLog,
+      isZoomed: this.isZoomed,
+    });
   }
 
   #build() {
@@ -208,6 +213,7 @@ class LossPlot {
       isLog: this.#isLog,
       isLine: this.#isLine,
       isDense: data[0].length > DENSE,
+      hasLoss: this.hasLoss || this.names.length > 1,
       last: data[0].at(-1) ?? 0,
       ...sizeOf(this.plot),
       hooks: {
@@ -300,7 +306,8 @@ class LossPlot {
 
   // In words: what is under the cursor, or else the step that is looked at, or else what can be done.
   #tell() {
-    const parts = this.at !== null ? partsAt(this.#drawn, this.at, this.#weight) : this.#partsOfStep();
+    const told = this.#drawn.filter(({ curve }) => this.hasLoss || curve !== this.#lines[0].curve);
+    const parts = this.at !== null ? partsAt(told, this.at, this.#weight) : this.#partsOfStep();
     this.plot.toggleAttribute("data-own-keys", this.isWalked);
     this.plot.setAttribute("aria-valuemax", this.chart ? this.#ends()[1] : 1);
     this.plot.setAttribute("aria-valuenow", this.at ?? this.#mark.step ?? 1);

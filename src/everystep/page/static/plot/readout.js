@@ -37,6 +37,7 @@ export function partsAt(lines, step, weight) {
 export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
   const isOpening = goTo && !walks;
   const opens = isOpening ? "Click to open a step; drag" : "Drag";
+  if (!curve.points()[0].length) return "No steps.";
   if (!hasLoss) return `This loop logs no loss.${isOpening ? " Click to open a step." : ""}`;
   const said = [`${opens} to zoom, double click to see the whole run.`];
   const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;

@@ -17,12 +17,13 @@ export function begin() {
 }
 
 function plotOf(host, { name, titles, columns }, step) {
-  const [steps, ...texts] = columns;
-  const measured = new Map(titles.slice(2).map((title, place) => [title, rowsWith(steps, texts[place + 1])]));
-  const loss = rowsWith(steps, texts[0]);
-  const source = async (run, { measurement = null }) => (measurement === null ? loss : measured.get(measurement));
-  const plot = lossPlot(host, [name], { source, step, goTo: choose, walks: true, hasLoss: loss.total > 0 });
-  plot.setMeasurements([...measured].map(([title, { total }]) => ({ name: title, count: total, is_rate: /^(.*\.)?lr(\[|$)/.test(title) })));
+  const curves = new Map(titles.map((title, place) => [title, rowsWith(columns[0], columns[place])]));
+  const hasLoss = curves.has("loss");
+  if (!hasLoss) curves.set("loss", rowsWith(columns[0], columns[0].map(() => "nan")));
+  const source = async (run, { measurement }) => curves.get(measurement ?? "loss");
+  const measured = [...curves].filter(([title]) => title !== "step" && title !== "loss");
+  const plot = lossPlot(host, [name], { source, step, goTo: choose, walks: true, hasLoss });
+  plot.setMeasurements(measured.map(([title, { total }]) => ({ name: title, count: total, is_rate: /^(.*\.)?lr(\[|$)/.test(title) })));
   return plot;
 }
 

@@ -5,15 +5,16 @@ import { numberOf } from "../shared/format.js";
 /**
  * Return what the table asks for, as `serverRows` does.
  *
- * `titles` and `columns` of the rows, step and loss first, texts but for the steps; `name`: of the run.
+ * `titles` and `columns` of the rows, step first, texts but for the steps; `name`: of the run.
  */
 export function savedRows({ name, titles, columns }) {
   const [steps, ...texts] = columns;
   const numbers = [steps, ...texts.map((column) => column.map((text) => (text === "" ? null : numberOf(text))))];
   // State 0 may have measurements, but no step comes before it.
   const every = [...steps.keys()].filter((row) => steps[row] > 0);
+  const losses = numbers[titles.indexOf("loss")] ?? [];
   const rowOf = (row) => columns.map((column) => column[row]);
-  const found = remembered((wanted) => sorted(filtered(every, numbers, wanted), numbers, titles, wanted));
+  const found = remembered((wanted) => sorted(filtered(every, steps, losses, wanted), numbers, titles, wanted));
   const file = remembered((wanted) => fileOf([titles, ...found(wanted).map(rowOf)]));
 
   async function page({ start = 0, length, around = null, ...wanted }) {
@@ -29,7 +30,7 @@ export function savedRows({ name, titles, columns }) {
   return { page, csv: file, link: (step) => `#step=${step}`, file: `${name} losses.csv` };
 }
 
-function filtered(rows, [steps, losses], { first = null, last = null, low = null, high = null }) {
+function filtered(rows, steps, losses, { first = null, last = null, low = null, high = null }) {
   const [least, most] = [numberOf(low) ?? -Infinity, numberOf(high) ?? Infinity];
   const hasRange = low !== null || high !== null;
   const fits = (row) => steps[row] >= (first ?? 0) && steps[row] <= (last ?? Infinity);

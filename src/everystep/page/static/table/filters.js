@@ -19,7 +19,13 @@ export class Filters {
     this.low = field("from");
     this.high = field("to");
     const losses = [element("span", { "aria-hidden": "true" }, "losses"), this.low, this.high];
-    this.nodes = [this.search, element("span", { class: "range", role: "group", "aria-label": "losses" }, ...losses)];
+    this.range = element("span", { class: "range", role: "group", "aria-label": "losses" }, ...losses);
+    this.nodes = [this.search, this.range];
+  }
+
+  /** Offer the range of the loss only where the table has losses. */
+  setColumns(columns) {
+    this.range.hidden = !columns.includes("loss");
   }
 
   /**

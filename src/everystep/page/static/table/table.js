@@ -113,6 +113,7 @@ class StepTable {
     this.#table?.destroy();
     this.#table = null;
     this.#columns = answer.columns;
+    this.filters.setColumns(answer.columns);
     this.#answer = answer;
     const head = element("tr", {}, ...this.#columns.map((title) => element("th", { scope: "col" }, title)));
     this.place.replaceChildren(element("table", { "aria-label": "steps" }, element("thead", {}, head), element("tbody")));
