@@ -2,14 +2,13 @@
 
 import { watchAppearance } from "../shared/appearance.js";
 import { element } from "../shared/elements.js";
-import { fullText, whole } from "../shared/format.js";
 import { chartOptions, drawMarks, loadUPlot, sizeOf } from "./chart.js";
 import { plotControls } from "./controls.js";
 import { columnsOf, drawnOf, lossLine, measuredLine, needLogAxis, stacked } from "./lines.js";
 import { StepMark } from "./mark.js";
 import { Timers } from "../shared/timers.js";
 import { listenToInput } from "./input.js";
-import { hint, partsAt } from "./readout.js";
+import { hint, partsAt, partsOfStep, words } from "./readout.js";
 
 const DENSE = 3000; // points, from which on they are drawn smaller
 const DOUBLE = 300; // milliseconds in which a second click makes a double one
@@ -307,19 +306,13 @@ class LossPlot {
   // In words: what is under the cursor, or else the step that is looked at, or else what can be done.
   #tell() {
     const told = this.#drawn.filter(({ curve }) => this.hasLoss || curve !== this.#lines[0].curve);
-    const parts = this.at !== null ? partsAt(told, this.at, this.#weight) : this.#partsOfStep();
+    const parts = this.at !== null ? partsAt(told, this.at, this.#weight) : partsOfStep(this.#mark, this.#lines[0].title);
     this.plot.toggleAttribute("data-own-keys", this.isWalked);
     this.plot.setAttribute("aria-valuemax", this.chart ? this.#ends()[1] : 1);
-    this.plot.setAttribute("aria-valuenow", this.at ?? this.#mark.step ?? 1);
+    this.plot.setAttribute("aria-valuenow", this.at ?? this.step ?? 1);
     this.plot.setAttribute("aria-valuetext", parts.map((part) => part.join(" ")).join(", ") || "no step chosen");
-    const spans = parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
-    this.readout.replaceChildren(...(spans.length ? spans : [this.chart ? hint(this, this.#lines[0].curve, this.#isLog, this.#nonfinite) : ""]));
-  }
-
-  #partsOfStep() {
-    const { step, loss } = this.#mark;
-    if (step === null) return [];
-    return [["step", whole(step), ""], ...(loss === null ? [] : [[this.#lines[0].title, fullText(loss), ""]])];
+    const can = this.chart ? hint(this, this.#lines[0].curve, this.#isLog, this.#nonfinite) : "";
+    this.readout.replaceChildren(...(parts.length ? words(parts) : [can]));
   }
 
   #drawMark() {

@@ -1,5 +1,6 @@
 // What the plot says in words of the place under the cursor: every number in full precision.
 
+import { element } from "../shared/elements.js";
 import { fullText, short, whole } from "../shared/format.js";
 import { smoothed } from "./curves.js";
 
@@ -31,6 +32,17 @@ export function partsAt(lines, step, weight) {
     else parts.push([`${title}, smoothed`, short(smoothed(values, weight)[row], 6), where]);
   }
   return parts;
+}
+
+/** Return the same of the step that is looked at, of which `title` is the loss; nothing where none is. */
+export function partsOfStep({ step, loss }, title) {
+  if (step === null) return [];
+  return [["step", whole(step), ""], ...(loss === null ? [] : [[title, fullText(loss), ""]])];
+}
+
+/** Return such parts as elements. */
+export function words(parts) {
+  return parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
 }
 
 /** Return what can be done with a plot that nothing is pointed at in, and what is not to be seen in it. */
