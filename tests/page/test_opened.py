@@ -11,11 +11,14 @@ from everystep.errors import UsageError
 from everystep.page.about import about_data
 from everystep.page.columns import Columns
 from everystep.page.opened import step_content
+from everystep.page.rows import Wanted, page_of
 from everystep.page.tensors import tensor_of
 from everystep.recording.run import RecordedRun
 from everystep.replay.step import statistics
 from everystep.views.formula import update_formulas
 from everystep.views.mathematics import mathematics
+from everystep.views.report import report_html
+from everystep.views.table import loss_table
 
 
 @pytest.fixture(scope="module")
@@ -270,5 +273,11 @@ def test_a_loop_that_logs_no_loss_has_none(tmp_path, capsys):
     columns = Columns().of(RecordedRun(run))
     about = about_data("silent", RecordedRun(run), columns, [])
     assert (about["has_loss"], about["landmarks"], about["nonfinite"]) == (False, [], None)
+    assert page_of(columns, Wanted(), 0, 10, None)["columns"] == ["step", "lr"]
+    assert Columns().sparkline(RecordedRun(run)).marks == []
+    assert loss_table(RecordedRun(run)).frame.columns == ["step", "lr"]
+    html = report_html(RecordedRun(run))
+    assert "finished · 3 steps" in html and "first that is not finite" not in html
+    assert '"titles":["step","lr"]' in html
     x, *others = everystep.open(run)[2].batch
     assert x.shape == (4, 3) and not others

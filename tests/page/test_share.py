@@ -73,7 +73,7 @@ def test_the_modules_are_complete(report):
         assert "./" not in "".join(re.findall(r"^import .*$", source, re.MULTILINE))
         for name in re.findall(r'^import .* from "(.*)";$', source, re.MULTILINE):
             assert name in modules
-    assert {"step/saved.js", "step/step.js", "shared/elements.js"} <= modules.keys()
+    assert {"report/steps.js", "step/step.js", "shared/elements.js"} <= modules.keys()
     assert "shared/server.js" not in modules
 
 

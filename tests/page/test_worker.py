@@ -1,8 +1,6 @@
 import asyncio
-import io
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -31,14 +29,9 @@ def trained(directory):
 
 def answered(*requests, openers=None):
     lines = iter([json.dumps(each).encode() if isinstance(each, dict) else each for each in requests])
-    found = []
-    for answer in answers(openers or Openers(), lines):
-        stream = io.BytesIO(answer)
-        head = json.loads(stream.readline())
-        content = stream.read()
-        assert len(content) == head["bytes"]
-        found.append((head["status"], head["about"], content))
-    return found
+    said = [*answers(openers or Openers(), lines)]
+    assert all(event == "answer" for event, _, _ in said)
+    return [(content["status"], content["about"], data) for _, content, data in said]
 
 
 def test_the_numbers_are_those_of_the_step(trained):
@@ -136,23 +129,22 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         assert first.status == 200 and json.loads(first.content)["run"] == HOSTILE
         with pytest.raises(Gone):
             await desk.ask("content", trained, step=3, gone=at_once)
-        desk._process.send_signal(signal.SIGINT)  # it takes no notice
+        worker = desk._process
+        worker.interrupt()  # it takes no notice
         assert await desk.ask("content", trained, step=3) == first
         # What nobody waits for any more is given up, and the worker goes on.
-        pid = desk._process.pid
         with pytest.raises(Gone):
             await desk.ask("report", trained, steps=list(range(1, 20)), gone=soon)
         assert await desk.ask("content", trained, step=3) == first
-        assert desk._process.pid == pid
+        assert desk._process is worker
         # A request that waits when it is killed gets an error; the next one does not notice.
-        killed = desk._process
         asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
         await asyncio.sleep(0.05)
-        killed.send_signal(signal.SIGKILL)
+        worker.kill_now()
         with pytest.raises(NoAnswer, match="exit code -9"):
             await asked
         assert await desk.ask("content", trained, step=3) == first
-        assert desk._process.pid != killed.pid
+        assert desk._process is not worker
         # What is answered to one who was cancelled must not be taken for the next one's answer.
         asked = asyncio.create_task(desk.ask("report", trained, steps=list(range(1, 15))))
         await asyncio.sleep(0.05)

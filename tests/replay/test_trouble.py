@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +193,37 @@ def test_a_run_of_other_numerics_is_replayed_in_a_process_that_has_them(tmp_path
     if needs_worker(run.facts):
         found = here.diff(run, progress=False)
         assert found.numerics.keys() == {"cpu_capability"}
+
+
+@pytest.fixture
+def of_other_numerics(run):
+    """Open the run as if it had been trained with other numerics, which another process replays with."""
+
+    def open_changed(**changed):
+        numerics = run.facts.training.numerics.model_dump() | {"mkl_cbwr": "COMPATIBLE"} | changed
+        with closing(sqlite3.connect(run.directory / "run.sqlite")) as database, database:
+            database.execute("UPDATE facts SET value = ? WHERE key = 'numerics'", [json.dumps(numerics)])
+        return everystep.open(run.directory)
+
+    return open_changed
+
+
+def test_a_process_that_replays_and_is_killed_is_reported_and_the_next_question_starts_another(
+    of_other_numerics,
+):
+    opened = of_other_numerics()
+    assert opened[3].number == 3
+    for child in Path("/proc/self/task").glob("*/children"):
+        for pid in child.read_text().split():
+            if b"popen_loky" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGKILL)
+    with pytest.raises(everystep.TrainingError, match=r"has ended too early.*free memory"):
+        opened[39]
+    assert opened[39].number == 39
+
+
+def test_what_keeps_a_run_from_being_replayed_is_reported_each_time(of_other_numerics):
+    opened = of_other_numerics(threads=5000)
+    for _ in range(2):
+        with pytest.raises(everystep.RunError, match="claims 5000 threads"):
+            opened[3]

@@ -93,7 +93,6 @@ def about_data(
     """
     facts, training = columns.facts, columns.facts.training
     settings = settings_of(run, training)
-    has_loss = training.loop is None or training.loop.has_loss
     return {
         "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
         "details": report.details(facts),
@@ -101,8 +100,8 @@ def about_data(
         "name": name,
         **state_data(columns, run.status_by(facts)),
         "dtype": str(columns.losses.dtype),
-        "has_loss": has_loss,
-        **(_landmarks(columns) if has_loss else {"landmarks": [], "nonfinite": None}),
+        "has_loss": facts.has_loss,
+        **(_landmarks(columns) if facts.has_loss else {"landmarks": [], "nonfinite": None}),
         "directory": _argument(run.directory),
         "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
         "forks": forks,

@@ -46,7 +46,7 @@ def asset(request: Request) -> Response:
 
 
 def _modules_of_a_run() -> list[str]:
-    folders = ("shared", "run", "plot", "step", "tensor")
+    folders = ("shared", "run", "plot", "table", "step", "tensor")
     return [name for name in _table() if name.endswith(".js") and name.partition("/")[0] in folders]
 
 

@@ -60,8 +60,8 @@ class RunColumns:
 
     @cached_property
     def titles(self) -> dict[str, str | None]:
-        """The columns of the table: what each is of; None: the loss. The step is none of them."""
-        found: dict[str, str | None] = {"loss": None}
+        """The columns of the table besides the step: what each is of; None: the loss, if it is there."""
+        found: dict[str, str | None] = {"loss": None} if self.facts.has_loss else {}
         for ends in self.ends[:MOST_COLUMNS]:
             is_taken = ends.name in ("step", "loss")
             found[f"{ends.name} (measured)" if is_taken else ends.name] = ends.name
@@ -139,8 +139,8 @@ class Columns:
         before, line = self._sparklines.get(run.directory, (None, None))
         if line is None or before != now:
             columns = self.of(run)
-            steps = np.arange(1, columns.steps + 1)
-            line = sparkline(pl.DataFrame({"step": steps, "loss": columns.losses}))
+            losses = columns.losses if columns.facts.has_loss else columns.losses[:0]
+            line = sparkline(pl.DataFrame({"step": np.arange(1, len(losses) + 1), "loss": losses}))
             self._sparklines[run.directory] = now, line
         return line
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
-from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.errors import RunError
-from everystep.page.processes import begin, end, kill
+from everystep.page.processes import Child, Ended
 
 __all__ = ["Answer", "Desk", "Gone", "NoAnswer"]
 
@@ -49,8 +46,8 @@ class Desk:
     def __init__(self, directory: Path) -> None:
         self._directory = directory.absolute()
         self._turn = asyncio.Lock()
-        self._process: Process | None = None
-        self._ready: Process | None = None  # the one that has answered: it can be interrupted
+        self._process: Child | None = None
+        self._ready: Child | None = None  # the one that has answered: it can be interrupted
         self._is_closed = False
 
     async def start(self) -> None:
@@ -103,53 +100,48 @@ class Desk:
                 raise Gone
             self._ready = self._process
             return exchange.result()
-        except (OSError, asyncio.IncompleteReadError, ValueError):
-            code = await kill(self._process)
+        except Ended as ended:
             raise NoAnswer(
-                f"the process that opens steps has ended (exit code {code}); ask again, and a new "
-                "one does it. If it ends again, `everystep step` in a terminal may say why"
+                f"the process that opens steps {ended}; ask again, and a new one does it. If it ends "
+                "again, `everystep step` in a terminal may say why"
             ) from None
         except asyncio.CancelledError:  # what it would still answer is nobody's
             exchange.cancel()
-            await kill(self._process)
+            await self._process.kill()
             raise
 
-    async def _give_up(self, process: Process, exchange: asyncio.Future[Answer]) -> None:
+    async def _give_up(self, process: Child, exchange: asyncio.Future[Answer]) -> None:
         """Have the worker answer soon to somebody who has gone: the next one waits."""
         is_ready = process is self._ready
         for seconds in (_LEAVING_PATIENCE, _LEAVING_PATIENCE if is_ready else _STARTING_PATIENCE):
             done, _ = await asyncio.wait({exchange}, timeout=seconds)
             if done:
-                with suppress(OSError, asyncio.IncompleteReadError, ValueError):
+                with suppress(Ended):
                     exchange.result()
                 return
-            if is_ready and process.returncode is None:
-                process.send_signal(signal.SIGINT)
+            if is_ready:
+                process.interrupt()
         exchange.cancel()
-        await kill(process)
+        await process.kill()
 
     async def close(self) -> None:
         """End the worker."""
         self._is_closed = True
         if self._process is not None:
-            await end(self._process, _PATIENCE)
+            await self._process.end(_PATIENCE)
 
     @property
     def _is_alive(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return self._process is not None and self._process.is_alive
 
 
-async def _begin_worker() -> Process:
+async def _begin_worker() -> Child:
     # Threads that wait for each other should soon sleep: a training beside them may need every core. At
     # once would cost more than half of the speed where there is none.
-    return await begin("everystep.page.worker", GOMP_SPINCOUNT="1000")
+    return await Child.begin("everystep.page.worker", GOMP_SPINCOUNT="1000")
 
 
-async def _exchange(process: Process, request: dict[str, Any]) -> Answer:
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(request).encode() + b"\n")
-    await process.stdin.drain()
-    line = await process.stdout.readuntil(b"\n")
-    answer = json.loads(line)
-    content = await process.stdout.readexactly(answer["bytes"])
-    return Answer(answer["status"], answer["about"], content)
+async def _exchange(process: Child, request: dict[str, Any]) -> Answer:
+    await process.ask(request)
+    _, content, data = await process.hear()
+    return Answer(content["status"], content["about"], data)

@@ -80,8 +80,8 @@ class Guard:
             reason = "what is asked for must be JSON (Content-Type: application/json)"
         if reason is None and not (has_token or self._has_cookie(headers)):
             reason = (
-                "this page opens only with the address that everystep view prints in its terminal; that "
-                "ends in ?token=..."
+                "this page opens only with the address that everystep view prints in its terminal, with "
+                "?token= at its end"
             )
 
         async def send_guarded(message: Message) -> None:
@@ -174,5 +174,8 @@ def _refusal(scope: Scope, reason: str) -> Response:
     if scope["path"].startswith("/api/"):
         content, media_type = json.dumps({"error": reason}, ensure_ascii=False), "application/json"
     else:
-        content, media_type = problem_page("This does not open from here", reason), "text/html"
+        content, media_type = (
+            problem_page("This page does not open with this address", reason),
+            "text/html",
+        )
     return Response(content, 403, media_type=media_type)

@@ -66,7 +66,7 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
         "diverged_at": step.diverged_at,
         "is_by_program": step.is_by_program,
         "is_of_loop": loop is not None,
-        "has_loss": loop is None or loop.has_loss,
+        "has_loss": training.has_loss,
         "problems": run.problems,
         "hyperparameters": step.hyperparameters,
         "clip_norm": training.clip_norm,

@@ -1,63 +1,148 @@
-"""The processes beside the server: the one that opens steps, and one for each task."""
+"""The processes beside the server: the one that opens steps, and one for each task.
+
+They have one protocol. The server writes requests, a line of JSON each. A process answers with
+messages: a line of JSON, `{"event": ..., "content": {...}, "bytes": n}`, and then n bytes. Nothing else
+is read on either side.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from everystep.experiment.files import ONLY_OWN_FILES
 
-__all__ = ["begin", "end", "kill", "own_stdout"]
+__all__ = ["Child", "Ended", "Message", "Speaker"]
 
-#: Bytes that a line from such a process may have.
+#: Bytes that the line of a message may have.
 _LONGEST_LINE = 2**26
+#: Seconds that a process which says nothing more has to end by itself, for its exit code.
+_ENDING_PATIENCE = 5.0
 
 
-async def begin(module: str, **environment: str) -> Process:
-    """Start a module of ours in a process of its own, which is written to and read from.
+class Message(NamedTuple):
+    """What a process says: of what kind, its content, and the bytes that follow."""
 
-    environment: variables that it gets where the user has not set them.
-
-    Its stderr is that of the server. Ctrl-C in the server's terminal does not reach it: the server
-    ends it, in its own way. Nothing is imported from the directory that the server was started in,
-    which may be a stranger's, and no file is read that a run only names.
-    """
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
-        stdin=PIPE,
-        stdout=PIPE,
-        limit=_LONGEST_LINE,
-        start_new_session=True,
-        env=environment | os.environ | {"PYTHONSAFEPATH": "1", ONLY_OWN_FILES: "1"},
-    )
+    event: str
+    content: dict[str, Any]
+    data: bytes = b""
 
 
-async def end(process: Process, seconds: float) -> None:
-    """Close the stdin of a process, and wait so long for it to end by itself."""
-    if process.stdin is not None:
-        process.stdin.close()
-    with suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), seconds)
-    await kill(process)
+class Ended(Exception):  # noqa: N818  # a task ends this way
+    """The process says nothing more; the message is for the user: "has ended (exit code -9)"."""
 
 
-async def kill(process: Process) -> int:
-    """End a process at once, with all that it has started; return its exit code."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return await process.wait()
+class Child:
+    """A module of ours in a process of its own."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def begin(cls, module: str, **environment: str) -> Self:
+        """Start it.
+
+        environment: variables that it gets where the user has not set them.
+
+        Its stderr is that of the server. Ctrl-C in the server's terminal does not reach it: the server
+        ends it, in its own way. Nothing is imported from the directory that the server was started in,
+        which may be a stranger's, and no file is read that a run only names.
+        """
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            module,
+            stdin=PIPE,
+            stdout=PIPE,
+            limit=_LONGEST_LINE,
+            start_new_session=True,
+            env=environment | os.environ | {"PYTHONSAFEPATH": "1", ONLY_OWN_FILES: "1"},
+        )
+        return cls(process)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.returncode is None
+
+    async def ask(self, request: dict[str, Any]) -> None:
+        """Send it a request; where it has ended already, `hear` reports that."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            await self._process.stdin.drain()
+
+    async def hear(self) -> Message:
+        """Return what it says next.
+
+        Raises:
+            Ended: it says nothing more; or it has said what is not a message, and was killed.
+        """
+        assert self._process.stdout is not None
+        try:
+            about = json.loads(await self._process.stdout.readuntil(b"\n"))
+            data = await self._process.stdout.readexactly(about["bytes"])
+            return Message(about["event"], about["content"], data)
+        except (asyncio.IncompleteReadError, OSError):
+            text = "has ended"
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _ENDING_PATIENCE)
+        except (asyncio.LimitOverrunError, ValueError, KeyError, TypeError):
+            text = "gave an answer that cannot be read"
+        raise Ended(f"{text} (exit code {await self.kill()})")
+
+    def interrupt(self) -> None:
+        """Send it Ctrl-C's signal."""
+        if self.is_alive:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGINT)
+
+    async def end(self, seconds: float) -> None:
+        """Close its stdin, and wait so long for it to end by itself."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), seconds)
+        await self.kill()
+
+    async def kill(self) -> int:
+        """End it at once, with all that it has started, and wait; return its exit code."""
+        self.kill_now()
+        return await self._process.wait()
+
+    def kill_now(self) -> None:
+        """End it at once, with all that it has started."""
+        if self.is_alive:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def own_stdout() -> BinaryIO:
-    """Return stdout for our own lines alone: whatever else this process prints goes to stderr."""
-    own = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return own
+class Speaker:
+    """How such a process answers; once nobody listens any more, it says nothing."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out: BinaryIO | None = out
+
+    @classmethod
+    def begin(cls) -> Self:
+        """Take stdout for messages alone: whatever else this process prints goes to stderr."""
+        own = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        return cls(own)
+
+    def say(self, event: str, content: dict[str, Any], data: bytes = b"") -> None:
+        """Send a message."""
+        if self._out is None:
+            return
+        about = {"event": event, "content": content, "bytes": len(data)}
+        try:
+            self._out.write(json.dumps(about).encode() + b"\n" + data)
+            self._out.flush()
+        except BrokenPipeError:
+            self._out = None

@@ -15,10 +15,10 @@ from everystep.errors import UsageError
 from everystep.page.columns import MOST_COLUMNS, RunColumns
 from everystep.views.table import shortest_texts
 
-__all__ = ["Wanted", "frame_of", "page_of", "rows_of", "wanted_of"]
+__all__ = ["Wanted", "frame_of", "page_of", "rows_of", "wanted_of", "whole"]
 
 #: Rows that a page may have.
-LONGEST_PAGE = 1000
+LONGEST_PAGE = 10_000
 
 Rows = NDArray[np.intp]
 
@@ -39,7 +39,7 @@ def wanted_of(query: Mapping[str, str]) -> Wanted:
     """Read what is asked for.
 
     Args:
-        query: `sort`, `direction`, `search` (137, 137-200, 137..200, >137, <=137), `low` and `high`.
+        query: `sort`, `direction`, `first` and `last` (steps), `low` and `high` (losses).
 
     Raises:
         UsageError: something of it cannot be read.
@@ -48,7 +48,7 @@ def wanted_of(query: Mapping[str, str]) -> Wanted:
     if direction not in ("asc", "desc"):
         raise UsageError(f"direction {direction!r} is none; write asc or desc")
     low, high = (_bound(word, query.get(name, "")) for name, word in (("low", "from"), ("high", "to")))
-    first, last = _searched(query.get("search", "").strip())
+    first, last = (whole(name, query.get(name, "")) for name in ("first", "last"))
     return Wanted(query.get("sort") or "step", direction == "desc", first, last, low, high)
 
 
@@ -93,10 +93,12 @@ def page_of(
 
 
 def frame_of(columns: RunColumns, rows: Rows) -> pl.DataFrame:
-    """Return rows as a table: step, loss, and one for each measurement, null where there is none."""
-    found = {"step": pl.Series(rows + 1, dtype=pl.Int64), "loss": pl.Series(columns.losses[rows])}
+    """Return rows as a table: step, loss if it is logged, and measurements, null where there is none."""
+    found = {"step": pl.Series(rows + 1, dtype=pl.Int64)}
     for title, name in columns.titles.items():
-        if name is not None:
+        if name is None:
+            found[title] = pl.Series(columns.losses[rows])
+        else:
             found[title] = _measured(columns, name, rows)
     return pl.DataFrame(found)
 
@@ -154,6 +156,20 @@ def _argsort(values: NDArray[Any], descending: bool) -> Rows:
     return len(values) - 1 - backwards
 
 
+def whole(name: str, text: str) -> int | None:
+    """Return the whole number that a text says, None if it is blank.
+
+    Raises:
+        UsageError: it says something else.
+    """
+    plain = text.strip()
+    if not plain:
+        return None
+    if re.fullmatch(r"-?\d{1,18}", plain, re.ASCII) is None:
+        raise UsageError(f"{name} {plain[:80]!r} is not a whole number")
+    return int(plain)
+
+
 def _bound(word: str, text: str) -> float | None:
     if not text.strip():
         return None
@@ -164,23 +180,3 @@ def _bound(word: str, text: str) -> float | None:
     if np.isnan(value):
         raise UsageError(f"losses {word} {text[:80]!r}: not a number; write 0.25 or 1e-3")
     return value
-
-
-def _searched(text: str) -> tuple[int | None, int | None]:
-    """Return the first and the last step that a search asks for."""
-    number = r"(\d{1,18})"
-    plain = re.sub(r"[\s_,]", "", text)
-    if not plain:
-        return None, None
-    if found := re.fullmatch(number, plain):
-        return int(found[1]), int(found[1])
-    if found := re.fullmatch(rf"{number}?(?:-|–|\.\.|…){number}?", plain):  # noqa: RUF001
-        ends = [None if end is None else int(end) for end in found.groups()]
-        if ends != [None, None]:
-            return ends[0], ends[1]
-    if found := re.fullmatch(rf"(>=?|<=?|≥|≤){number}", plain):
-        step = int(found[2])
-        first = {">": step + 1, ">=": step, "≥": step}
-        last = {"<": step - 1, "<=": step, "≤": step}
-        return first.get(found[1]), last.get(found[1])
-    raise UsageError(f"search {text[:80]!r} names no steps; write 137, 137-200, >137 or <137")

@@ -32,7 +32,7 @@ SIDE = 96
 
 _STATIC = Path(__file__).parent / "static"
 #: The module that begins.
-_FIRST = "step/saved.js"
+_FIRST = "report/steps.js"
 
 
 def shared_report(run: Run, steps: Sequence[int]) -> str:

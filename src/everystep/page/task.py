@@ -1,8 +1,7 @@
 """A task, in a process of its own: measure, when, verify, compare or fork.
 
-One line of JSON comes in, lines of JSON go out: `{"event": "progress", "content": {...}}`, `begun`,
-and at the end `result` or `error`. Once it has said `ready`, SIGINT stops it, and what it has done by
-then is kept.
+One request comes in, messages go out: `ready`, `progress`, `begun`, and at the end `result` or
+`error`. Once it has said `ready`, SIGINT stops it, and what it has done by then is kept.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from everystep import numerics
 from everystep.errors import EverystepError
 from everystep.experiment.specification import parse_setting
-from everystep.page.processes import own_stdout
+from everystep.page.processes import Speaker
 from everystep.page.shelf import shown_name
 from everystep.page.sides import sides
 from everystep.recording.facts import Facts
@@ -45,22 +44,10 @@ _PAUSE = 0.1
 _LISTED = 10_000
 
 
-class Voice:
+class Voice(Speaker):
     """Tells the server what happens; if nobody listens any more, the task goes on."""
 
-    def __init__(self, out: BinaryIO) -> None:
-        self._out: BinaryIO | None = out
-        self._said = 0.0
-
-    def say(self, event: str, content: dict[str, Any]) -> None:
-        """Write a line."""
-        if self._out is None:
-            return
-        try:
-            self._out.write(json.dumps({"event": event, "content": plain(content)}).encode() + b"\n")
-            self._out.flush()
-        except BrokenPipeError:
-            self._out = None
+    _said = 0.0
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Tell how far it is, unless it was said just now."""
@@ -86,7 +73,7 @@ def do(request: dict[str, Any], voice: Voice) -> None:
     """Do a task, and tell what comes of it: `result`, or `error` in words."""
     try:
         voice.say("ready", {})
-        voice.say("result", _TASKS[request["task"]](request, voice))
+        voice.say("result", plain(_TASKS[request["task"]](request, voice)))
     except EverystepError as error:
         voice.say("error", {"error": str(error)})
     except KeyboardInterrupt as stopped:
@@ -98,7 +85,7 @@ def do(request: dict[str, Any], voice: Voice) -> None:
 def main() -> None:
     """Do the task that stdin tells."""
     numerics.prepare()
-    voice = Voice(own_stdout())
+    voice = Voice.begin()
     do(json.loads(sys.stdin.buffer.readline()), voice)
 
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import secrets
-import signal
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any, NamedTuple
 
-from everystep.page.processes import begin, kill
+from everystep.page.processes import Child, Ended
 
 __all__ = ["Busy", "Event", "Task", "Tasks"]
 
@@ -41,7 +36,7 @@ class Event(NamedTuple):
 class Task:
     """A task under way, or over."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Child) -> None:
         self._process = process
         # Of each kind of message only the last: a late listener needs no more.
         self._said: dict[str, Event] = {}
@@ -53,26 +48,23 @@ class Task:
 
     async def follow(self, asked: dict[str, Any]) -> None:
         """Tell the process what to do, and keep what it says until it ends."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(OSError):  # it has ended already
-            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-            await self._process.stdin.drain()
-        text = "it ended without answer"
+        await self._process.ask(asked)
         try:
-            while line := await self._process.stdout.readline():
-                said = json.loads(line)
-                if said["event"] == "ready":
+            while True:
+                event, content, _ = await self._process.hear()
+                if event == "ready":
                     self._is_ready = True
                 else:
-                    self._keep(said["event"], said["content"])
-        except ValueError:  # a line that is too long, or that is not ours
-            text = "its answer cannot be read"
-            await self.kill()
-        finally:
-            code = await self._process.wait()
+                    self._keep(event, content)
+        except Ended as ended:
             if not self._said.keys() & {"result", "error"}:
-                text = "stopped" if self._is_stopped else f"{text} (exit code {code})"
+                text = (
+                    "stopped"
+                    if self._is_stopped
+                    else f"the process of this task {ended} without an answer"
+                )
                 self._keep("error", {"error": text, "cancelled": self._is_stopped})
+        finally:
             self.is_over = True
             self._tell()
 
@@ -98,16 +90,15 @@ class Task:
 
     async def stop(self) -> None:
         """Have it end; what it has done is kept."""
-        if self._is_stopped or self._process.returncode is not None:
+        if self._is_stopped or not self._process.is_alive:
             return
         self._is_stopped = True
         if not self._is_ready:  # it has not begun yet, and would not end in good order
             await self.kill()
             return
         # A second SIGINT would not wait for the step to be finished.
-        with suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
-        asyncio.get_running_loop().call_later(_PATIENCE, self._end_for_good)
+        self._process.interrupt()
+        asyncio.get_running_loop().call_later(_PATIENCE, self._process.kill_now)
 
     @property
     def trains(self) -> str | None:
@@ -117,12 +108,7 @@ class Task:
 
     async def kill(self) -> None:
         """End it at once."""
-        await kill(self._process)
-
-    def _end_for_good(self) -> None:
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.kill()
 
     def _keep(self, name: str, content: dict[str, Any]) -> None:
         self._count += 1
@@ -152,7 +138,7 @@ class Tasks:
             if running >= MOST_AT_ONCE:
                 raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
             id = secrets.token_urlsafe(9)
-            task = Task(await begin("everystep.page.task"))
+            task = Task(await Child.begin("everystep.page.task"))
             self._tasks[id] = task, asyncio.create_task(task.follow(asked))
         over = [known for known, (each, _) in self._tasks.items() if each.is_over]
         for known in over[:-REMEMBERED]:

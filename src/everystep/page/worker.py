@@ -1,7 +1,7 @@
 """The worker: opens steps for the server, which imports no torch itself.
 
-A line of JSON comes in for each question. The answer is a line of JSON (status, what follows, how many
-bytes) and then the bytes. Nothing else is read, and nothing of a run is executed.
+It answers each request with one message: an HTTP status, what the bytes are or the error, and the
+bytes. Nothing of a run is executed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from everystep import numerics
 from everystep.errors import EverystepError, RunError, UsageError
 from everystep.page.opened import step_json
-from everystep.page.processes import own_stdout
+from everystep.page.processes import Message, Speaker
 from everystep.page.regions import histogram, npy, regions
 from everystep.page.tensors import tensor_of
 from everystep.recording.database import FILE_NAME
@@ -115,7 +115,7 @@ class Interruption:
 
 def answers(
     openers: Openers, lines: Iterator[bytes], interruption: AbstractContextManager[None] | None = None
-) -> Iterator[bytes]:
+) -> Iterator[Message]:
     """Yield the answer to each line; interruption: raises KeyboardInterrupt where one is given up."""
     for line in lines:
         about: dict[str, Any] = {}
@@ -134,8 +134,7 @@ def answers(
         except Exception as error:  # it must not end: the next question may be another
             reason = f"{type(error).__name__}: {error}".strip(": ").partition("\n")[0]
             status, about = 500, {"error": f"the step cannot be shown: {reason}"}
-        answer = {"status": status, "about": about, "bytes": len(content)}
-        yield json.dumps(answer).encode() + b"\n" + content
+        yield Message("answer", {"status": status, "about": about}, content)
 
 
 def main() -> None:
@@ -144,13 +143,9 @@ def main() -> None:
     numerics.prepare()
     # Steps are replayed with the threads of their run; what is computed of their tensors is small.
     torch.set_num_threads(1)
-    own = own_stdout()
+    speaker = Speaker.begin()
     for answer in answers(Openers(), iter(sys.stdin.buffer.readline, b""), interruption):
-        try:
-            own.write(answer)
-            own.flush()
-        except BrokenPipeError:
-            return
+        speaker.say(*answer)
 
 
 def _content(openers: Openers, request: dict[str, Any]) -> Found:

@@ -246,6 +246,11 @@ class TrainingFacts(_Fact):
     engine: EngineFacts | None = None
     loop: LoopFacts | None = None
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether losses are recorded: a user's loop may log none."""
+        return self.loop is None or self.loop.has_loss
+
 
 class EarlierFacts(_Fact):
     """How earlier steps, up to `last`, were trained: those of a parent, or before a resume."""
@@ -332,6 +337,11 @@ class Facts(_Fact):
                 "its database was changed"
             )
         return self.trained
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether losses are recorded, as far as is known."""
+        return self.trained is None or self.trained.has_loss
 
     def rows(self) -> dict[str, Any]:
         """Return the known facts, each as a row of the database."""

@@ -44,8 +44,7 @@ def summary_of(name: str, directory: Path, facts: Facts, status: str, database: 
     """Return a run in one line; its database is open for reading."""
     count, first, last = database.ends()
     trained = facts.trained
-    is_logged = trained is None or trained.loop is None or trained.loop.has_loss
-    nan = math.nan if count and is_logged else None
+    nan = math.nan if count and facts.has_loss else None
     groups = [g for o in trained.optimizers.values() for g in o.groups] if trained else []
     rates = [rate for group in groups if isinstance(rate := group.get("lr"), int | float)]
     return Summary(

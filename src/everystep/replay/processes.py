@@ -10,15 +10,16 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from everystep import numerics
-from everystep.errors import RunError
+from everystep.errors import RunError, TrainingError
 from everystep.numerics import Numerics
 from everystep.recording.facts import EAGERLY, EngineFacts, Facts
 from everystep.recording.run import RecordedRun
@@ -66,13 +67,24 @@ def cores() -> int:
 
 @contextmanager
 def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """Return processes that compute as the run did, with `threads` threads each; they end afterwards."""
+    """Return processes that compute as the run did, with `threads` threads each; they end afterwards.
+
+    Raises:
+        TrainingError: none can be started, or one has ended by itself.
+    """
     from loky import ProcessPoolExecutor
 
     environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
     executor = ProcessPoolExecutor(count, env=environment, initializer=_begin, initargs=(threads,))
     try:
+        try:
+            executor.submit(os.getpid)  # starts the first
+        except OSError as error:
+            reason = error.strerror or error
+            raise TrainingError(f"a process to replay the run cannot be started: {reason}") from None
         yield executor
+    except BrokenProcessPool:
+        raise _ended_too_early() from None
     finally:
         executor.shutdown(wait=True, kill_workers=True)
 
@@ -96,6 +108,13 @@ def in_worker(
     return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
 
 
+def _ended_too_early() -> TrainingError:
+    return TrainingError(
+        "a process that replays the run has ended too early: it was killed, or memory ran out. Try "
+        "again; if it ends again, free memory, or use fewer processes"
+    )
+
+
 def _begin(threads: int) -> None:
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -117,7 +136,9 @@ class Opener:
         self.run = run
         self.objects = _needed(run, objects)
         self._replay: Replay | None = None
-        self._worker: Any = None
+        self._worker: ProcessPoolExecutor | None = None
+        self._workers = ExitStack()
+        weakref.finalize(self, self._workers.close)
         self._engine: EngineFacts | None = None
         self._is_over = False
 
@@ -160,8 +181,14 @@ class Opener:
         self._prepare()
         if self._replay is not None:
             return task(self._replay, *given, **named)
+        assert self._worker is not None
         place = self.run.directory, self.objects, None
-        result: T = self._worker.submit(in_worker, *place, task, *given, **named).result()
+        try:
+            result: T = self._worker.submit(in_worker, *place, task, *given, **named).result()
+        except BrokenProcessPool:
+            self._workers.close()
+            self._worker = self._engine = None  # the next question starts another one
+            raise _ended_too_early() from None
         return result
 
     def replay_here(self, *, may_share: bool = True) -> Replay:
@@ -177,21 +204,20 @@ class Opener:
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
-        if self._is_over and (self._replay is not None or self._worker is not None):
+        if self._is_over and self._engine is not None:
             return
         facts = self.run.facts
         self._is_over = self.run.status != "running"
         engine = facts.training.engine
         if self._engine is not None and engine == self._engine:
             return
-        self._engine = engine
         self._replay = None
         if not needs_worker(facts):
             self._replay = Replay(self.run, self.objects)
         elif self._worker is None:
-            stack = ExitStack()
-            self._worker = stack.enter_context(workers(facts, 1, facts.training.numerics.threads))
-            weakref.finalize(self, stack.close)
+            threads = facts.training.numerics.threads
+            self._worker = self._workers.enter_context(workers(facts, 1, threads))
+        self._engine = engine  # not before: what has failed is tried, and reported, again
 
 
 def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:

@@ -68,8 +68,7 @@ def verify_text(name: str, facts: Facts, found: Verification) -> str:
         for count, steps in sorted(found.threads.items())
     )
     lines.append(labelled("replayed", threads or "nothing: the run has no steps"))
-    loop = facts.training.loop
-    if loop is not None and not loop.has_loss:
+    if not facts.has_loss:
         lines.append(labelled("losses", "not logged; only the states are compared"))
     elif found.first_loss is None:
         lines.append(labelled("losses", f"all {found.steps:,} bit-identical"))

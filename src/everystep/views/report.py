@@ -1,4 +1,4 @@
-"""A run as one self-contained page to share: facts, plot and table."""
+"""A run as one self-contained page to share: facts, and the page's own plot and table."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["Report", "details", "report_html", "seed", "times"]
 #: Rows of the table, which are also the points of the plot.
 ROWS = 50_000
 
-#: The page's modules; the one that draws the plot of a report; how modules name each other.
+#: The page's modules; the one that draws a report; how modules name each other.
 _STATIC = Path(__file__).parent.parent / "page" / "static"
-_PLOT = "plot/saved.js"
+_FIRST = "report/report.js"
 _IMPORT = re.compile(r'(?<=")\.{1,2}/[\w/.-]+\.js(?=")')
 
 
@@ -73,8 +73,9 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
         modules: of the page that the section begins with.
     """
     table = loss_table(run, rows=ROWS)
-    losses = table.frame.select("step", "loss").drop_nulls()
     facts = run.facts
+    steps = table.frame.filter(pl.col("step") > 0)["step"]
+    losses = table.frame.select("step", "loss").drop_nulls() if facts.has_loss else pl.DataFrame()
     return (
         environment()
         .get_template("report.html")
@@ -82,7 +83,7 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
             name=run.name,
             status=run.status,
             reason=facts.reason,
-            steps=losses["step"].max() or 0,
+            steps=steps.max() or 0,
             planned=facts.steps,
             landmarks=_landmarks(losses),
             nonfinite=_first_nonfinite(losses),
@@ -90,10 +91,13 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
             details=details(facts),
             times=times(facts),
             opened=opened,
-            first=_PLOT,
-            modules={"imports": _inlined((_PLOT, *modules))},
-            plot_style=Markup((_STATIC / "plot" / "plot.css").read_text(encoding="utf-8")),
-            table=Markup(table.fragment()),
+            first=_FIRST,
+            modules={"imports": _inlined((_FIRST, *modules))},
+            styles=[
+                Markup((_STATIC / name).read_text(encoding="utf-8"))
+                for name in ("plot/plot.css", "table/table.css")
+            ],
+            **table.content(),
         )
     )
 
@@ -114,7 +118,7 @@ def _landmarks(losses: pl.DataFrame) -> list[tuple[str, int, str, str]]:
 
 def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
     """Return the step and the loss, in words, of the first loss that is not finite."""
-    rows = losses.filter(~pl.col("loss").is_finite()).head(1)
+    rows = losses.filter(~pl.col("loss").is_finite()).head(1) if len(losses) else losses
     return None if rows.is_empty() else (rows["step"].item(), str(rows["loss"].item()))
 
 

@@ -181,26 +181,22 @@ class _Opened:
         title = f"step {step.number:,} of {self.steps:,}"
         page.line((f"{name}, {title}" if name else title, "bold"))
         page.blank()
-        if self._has_loss:
+        if self.training.has_loss:
             page.labelled("loss", f"{grouped(step.loss)}, in full {shortest(step.loss)}")
         else:
             page.labelled("loss", "not logged")
-        if self._has_loss and not math.isfinite(step.loss):
+        if self.training.has_loss and not math.isfinite(step.loss):
             page.labelled("", "the loss is not finite", "bold red")
         page.labelled("replayed", self._exactness(), "" if step.is_exact else "yellow")
         if step.batch.rows is not None:
             page.labelled("epoch", f"{step.epoch:,}, counted from 0")
-
-    @property
-    def _has_loss(self) -> bool:
-        return self.training.loop is None or self.training.loop.has_loss
 
     def _exactness(self) -> str:
         step = self.step
         how = "by program" if step.is_by_program else "eagerly"
         if self.training.loop is not None:
             how = "without your loop code"
-        if step.is_exact and not self._has_loss:
+        if step.is_exact and not self.training.has_loss:
             return f"{how}; no loss was logged, so only `everystep verify` can check it"
         if step.is_exact:
             return f"bit-identical, {how}"
@@ -208,7 +204,7 @@ class _Opened:
         here = f"replayed loss {losses[0]}, recorded {losses[1]}"
         if losses[0] == losses[1]:
             here = f"this loss matches, but step {step.diverged_at:,} differs"
-        if not self._has_loss:
+        if not self.training.has_loss:
             here = f"step {step.diverged_at:,} differs"
         return (
             f"NOT bit-identical, {how}: {here}\nsteps from {step.diverged_at:,} on differ from the "

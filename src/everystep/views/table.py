@@ -35,7 +35,8 @@ FEWEST_ROWS = 100
 class LossTable:
     """The losses and measurements of a run, as a table; it shows in a notebook.
 
-    frame: the rows of the table: step, loss, and a column for each measurement, null if it has none.
+    frame: the rows of the table: step, loss (unless the run logs none), and a column for each
+        measurement, null if it has none.
     """
 
     def __init__(self, name: str, frame: pl.DataFrame, total: int, stride: int | None) -> None:
@@ -58,19 +59,21 @@ class LossTable:
 
     def fragment(self) -> str:
         """Return the table as HTML to embed in another page, more than once if needed."""
-        titles = self.frame.columns
+        return _rendered("table_fragment.html", **self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Return what a template shows of the table: words, the rows as data, and DataTables."""
         steps, *numbers = self.frame.get_columns()
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
-        static = list(zip(*(column[:STATIC_ROWS] for column in columns), strict=True))
-        return _rendered(
-            "table_fragment.html",
-            excerpt=None if self._stride is None else self._excerpt_text(),
-            command=self._command(),
-            total=len(self.frame),
-            static=static,
-            data={"name": self._name, "titles": titles, "columns": columns},
-            datatables=_datatables(),
-        )
+        return {
+            "excerpt": None if self._stride is None else self._excerpt_text(),
+            "command": self._command(),
+            "titles": self.frame.columns,
+            "total": len(self.frame),
+            "static": list(zip(*(column[:STATIC_ROWS] for column in columns), strict=True)),
+            "data": {"name": self._name, "titles": self.frame.columns, "columns": columns},
+            "datatables": _datatables(),
+        }
 
     def html(self) -> str:
         """Return a complete page."""
@@ -118,6 +121,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     for part in measured.values():
         frame = frame.join(part, on="step", how="full", coalesce=True)
     frame = frame.sort("step")
+    if not run.facts.has_loss:
+        frame = frame.drop("loss")
     total = len(frame)
     if total <= rows:
         return LossTable(run.name, frame, total, None)

@@ -1,5 +1,6 @@
 """The plot of the losses in the browser: points and lines, axes, averages, measurements, zoom."""
 
+import math
 import re
 
 import pytest
@@ -19,7 +20,8 @@ import everystep
 
 @pytest.fixture
 def chapter(visit):
-    page = visit("/runs/chapter")
+    """Show the chapter's run on a linear axis."""
+    page = visit("/runs/chapter?log=0")
     plot(page)
     return page
 
@@ -81,6 +83,30 @@ def test_points_become_a_line_and_the_axis_logarithmic_and_back(chapter, name):
 def test_l_makes_the_axis_logarithmic(chapter):
     chapter.keyboard.press("l")
     expect(toggle(chapter, "log axis")).to_have_attribute("aria-pressed", "true")
+
+
+def test_the_axis_is_the_one_on_which_the_losses_can_be_read(visit, copied):
+    def expect_log(page, is_log):
+        plot(page)
+        expect(toggle(page, "log axis")).to_have_attribute("aria-pressed", str(is_log).lower())
+
+    page = visit("/runs/chapter")  # from 628 to 1.5e-05
+    expect_log(page, True)
+    page.keyboard.press("l")
+    expect(page).to_have_url(re.compile(r"\?log=0$"))
+    page.reload()
+    expect_log(page, False)
+    for losses, is_log in [
+        ([1.0, 3e4, 2e9, 5e20, math.inf, math.nan], True),
+        ([2.0, 0.5, 0.003], False),
+        ([628.0, 1e-5, 0.0], False),  # a log axis would not show the last
+    ]:
+        run = copied("chapter")
+        with changed(run) as database:
+            database.forget_after(0)
+            database.write_losses(1, losses)
+            database.write_facts({"steps": len(losses)})
+        expect_log(visit(f"/runs/{run.name}"), is_log)
 
 
 def test_losses_are_smoothed_as_adam_would(chapter, recorded):
@@ -175,7 +201,7 @@ def test_a_click_on_runs_over_each_other_goes_to_the_first(visit, recorded):
 
 
 def test_how_the_plot_is_drawn_is_in_the_address(visit):
-    page = visit("/runs/chapter")
+    page = visit("/runs/chapter?log=0")
     plot(page)
     for name in ("line", "log axis"):
         page.get_by_role("button", name=name, exact=True).click()
@@ -188,3 +214,21 @@ def test_how_the_plot_is_drawn_is_in_the_address(visit):
         button = page.get_by_role("button", name=name, exact=True)
         expect(button).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("slider", name="smoothing")).to_have_value("0.5")
+
+
+def test_a_loop_that_logs_no_loss_has_neither_points_nor_a_column_of_losses(visit, copied):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.forget_after(0)
+        database.write_losses(1, [None] * 500)
+        database.write_facts({"loop": {"parts": {}, "programs": 1, "unseen": [], "has_loss": False}})
+    page = visit(f"/runs/{run.name}?step=137", expected=["404"])  # it is not the step of a loop
+    expect(part(page, "table of every step").get_by_role("columnheader")).to_have_text(["step"])
+    expect(page.get_by_role("textbox", name="losses from")).to_be_hidden()
+    expect(readout(page)).to_have_text(re.compile(r"^step 137\s*$"))
+    expect(page.locator(".at-step")).to_have_text("137")
+    expect(toggle(page, "log axis")).to_have_count(0)
+    page.mouse.move(*across(plot(page), 0.5))
+    expect(readout(page)).to_have_text(re.compile(r"^step 2[45]\d\s*$"))
+    page.goto(page.url.partition("?")[0])
+    expect(readout(page)).to_have_text("This loop logs no loss. Click to open a step.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator
 from urllib.parse import quote
 
@@ -10,12 +9,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from everystep.errors import UsageError
 from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
 from everystep.page.event_stream import EventStream, last_seen
 from everystep.page.live import Live
-from everystep.page.rows import frame_of, page_of, rows_of, wanted_of
+from everystep.page.rows import frame_of, page_of, rows_of, wanted_of, whole
 from everystep.page.shelf import Shelf, shown_name
 from everystep.views.terminal import losses_text
 
@@ -101,12 +99,8 @@ def _columns(request: Request) -> RunColumns:
 
 
 def _whole(request: Request, name: str, otherwise: int) -> int:
-    text = request.query_params.get(name, "").strip()
-    if not text:
-        return otherwise
-    if re.fullmatch(r"-?\d{1,18}", text, re.ASCII) is None:
-        raise UsageError(f"{name} {text[:80]!r} is not a whole number")
-    return int(text)
+    found = whole(name, request.query_params.get(name, ""))
+    return otherwise if found is None else found
 
 
 routes = [

@@ -12,6 +12,9 @@ const views = {
   compare: () => import("./tasks/compare.js"),
 };
 
+const NOT_LOADED =
+  "A file of the page does not load. Is everystep view still running? If everystep was updated since it started, start it again.";
+
 const main = document.querySelector("main");
 let shown = null; // {key, update, close}
 let turn = 0;
@@ -25,23 +28,28 @@ async function show(place) {
   const mine = ++turn;
   shown?.close();
   shown = null;
-  const { open } = await views[place.view]();
-  if (mine !== turn) return;
   const host = element("div");
-  main.replaceChildren(host);
   try {
+    const { open } = await views[place.view]().catch((cause) => {
+      throw new Error(NOT_LOADED, { cause });
+    });
+    if (mine !== turn) return;
+    main.replaceChildren(host);
     // open(place, host) fills `host` and returns {update(place), close()}.
     const opened = await open(address.read(), host);
     if (mine !== turn) return opened.close();
     shown = { key, ...opened };
   } catch (error) {
-    if (mine === turn) host.replaceChildren(element("p", { class: "alarm", role: "alert" }, error.message), toAllRuns());
+    if (mine !== turn) return;
+    host.replaceChildren(...failure(place, error.message));
+    main.replaceChildren(host);
   }
   document.querySelector("#status").textContent = document.title;
 }
 
-function toAllRuns() {
-  return element("p", {}, element("a", { href: "/" }, "All runs"));
+function failure({ run }, message) {
+  const link = element("a", { href: "/" }, "All runs");
+  return [run ? element("h1", {}, run) : "", element("p", { class: "alarm", role: "alert" }, message), element("p", {}, link)];
 }
 
 // The token has become a cookie; it is not to stay where it can be read or copied along.

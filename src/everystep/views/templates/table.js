@@ -2,19 +2,6 @@
 (() => {
   "use strict";
 
-  // A module that travels inside the page: gzip, in base64, in a script element of no known type.
-  const unpacked = async (element) => {
-    const bytes = Uint8Array.from(atob(element.textContent.trim()), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const text = await new Response(stream).text();
-    const address = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
-    try {
-      return await import(address);
-    } finally {
-      URL.revokeObjectURL(address);
-    }
-  };
-
   const numberOf = (cell) => {
     if (cell === "") return null;
     if (cell === "nan") return NaN;
@@ -28,8 +15,7 @@
     return direction * (a < b ? -1 : a > b ? 1 : 0);
   };
 
-  const prepared = (module) => {
-    const DataTable = module.default;
+  const prepared = (DataTable) => {
     const order = DataTable.ext.type.order;
     order["everystep-pre"] = numberOf;
     order["everystep-asc"] = (a, b) => compare(a, b, 1);
@@ -40,8 +26,7 @@
 
   const enhance = async (root) => {
     const data = JSON.parse(root.querySelector("script.rows").textContent);
-    window.everystepDataTables ??= unpacked(root.querySelector("script.datatables")).then(prepared);
-    const DataTable = await window.everystepDataTables;
+    const DataTable = prepared(await window.everystepDataTables);
     const rows = data.columns[0].map((_, row) => data.columns.map((column) => column[row]));
     const exported = { title: null, filename: `${data.name} losses` };
     new DataTable(root.querySelector("table"), {

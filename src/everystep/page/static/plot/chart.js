@@ -7,8 +7,11 @@ const MOST_DECADES = 12;
 /** A measurement has points, too, where it has no more than these: one alone makes no line. */
 const FEW = 40;
 const FONT = "12px system-ui, sans-serif";
+/** Steps between two lines of the grid: whole numbers. */
+const STRIDES = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((leading) => leading * 10 ** power));
 
 let loading = null;
+let ruler = null;
 
 /** Load uPlot, a classic script that makes `window.uPlot`, once. */
 export function loadUPlot() {
@@ -42,7 +45,7 @@ export function colour(name) {
  * Return the options of uPlot.
  *
  * `lines`: what is drawn, each {title, colour, scale, kind}; kind: "raw" (a loss), "faint" (one under
- * its average), "average", "measured" or "rate". `has`: {isLog, isLine, isDense, last, width, height, hooks}.
+ * its average), "average", "measured" or "rate". `has`: {hasLoss, isLog, isLine, isDense, last, width, height, hooks}.
  */
 export function chartOptions(lines, has) {
   const right = lines.filter(({ scale }) => scale !== "loss");
@@ -50,13 +53,13 @@ export function chartOptions(lines, has) {
     width: has.width,
     height: has.height,
     scales: {
-      x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
+      x: { time: false, range: (_, low, high) => (low === null ? [1, 2] : low === high ? [low - 1, high + 1] : [low, high]) },
       loss: { distr: has.isLog ? 3 : 1 },
     },
     series: [{}, ...lines.map((line) => seriesOptions(line, has))],
     axes: [stepAxis(), axis("loss", "loss", 3, has.isLog), ...right.map((line) => axis(line.scale, line.title, 1, false, line.colour))],
     legend: { show: false },
-    padding: [18, right.length ? 4 : 8 + 3.5 * whole(has.last).length, 0, 0],
+    padding: [18, right.length ? 4 : 8 + 3.5 * whole(has.last).length, 0, has.hasLoss ? 0 : 12],
     cursor: { y: false, points: { size: 8 }, drag: { x: true, y: false, uni: 10, dist: 4 } },
     hooks: has.hooks,
   };
@@ -87,7 +90,7 @@ function seriesOptions({ title, colour: token, scale, kind, curve }, { isLine, i
 }
 
 function stepAxis() {
-  return { ...plainAxis("x", "step", 2), grid: { stroke: colour("--line"), width: 1 }, size: 32, space: 80 };
+  return { ...plainAxis("x", "step", 2), grid: { stroke: colour("--line"), width: 1 }, size: 32, space: 80, incrs: STRIDES };
 }
 
 function axis(scale, title, side, isLog, token = "--muted") {
@@ -96,9 +99,15 @@ function axis(scale, title, side, isLog, token = "--muted") {
     stroke: colour(token),
     grid: { show: side === 3, stroke: colour("--line"), width: 1, filter: (chart, splits) => gridLines(chart, splits, isLog) },
     values: (_, splits) => splits.map((split) => (split === null ? null : short(split))),
-    size: (_, values) => 12 + 7 * Math.max(2, ...(values ?? []).map((value) => (value ?? "").length)),
+    size: (_, values) => 14 + Math.max(14, ...(values ?? []).map((value) => widthOf(value ?? ""))),
     filter: (chart, splits) => gridLines(chart, splits, isLog),
   };
+}
+
+function widthOf(text) {
+  ruler ??= document.createElement("canvas").getContext("2d");
+  ruler.font = FONT;
+  return ruler.measureText(text).width;
 }
 
 function plainAxis(scale, label, side) {

@@ -5,7 +5,7 @@ import { element, button } from "../shared/elements.js";
 /**
  * Make the buttons; return {host, draw(lines, has)}.
  *
- * `does`: {line(line), remove(name) or null, isLine(), isLog(), weight(number), whole()}; `has`: {isLine, isLog, isZoomed}.
+ * `does`: {line(line), remove(name) or null, isLine(), isLog(), weight(number), whole()}; `has`: {hasLoss, isLine, isLog, isZoomed}.
  */
 export function plotControls(does) {
   const host = element("div", { class: "toggles", role: "group", "aria-label": "what the plot shows" });
@@ -22,13 +22,16 @@ export function plotControls(does) {
     const remove = button("×", () => does.remove(line.curve.run), { title: says, "aria-label": says });
     return element("span", { class: "removable" }, made, remove);
   };
-  const draw = (lines, { isLine, isLog, isZoomed }) => {
+  const ofLoss = (isLine, isLog) => [
+    toggle("line", isLine, does.isLine, "a line instead of points"),
+    toggle("log axis", isLog, does.isLog, "a logarithmic axis for the loss (l)"),
+    smoothing,
+  ];
+  const draw = (lines, { hasLoss, isLine, isLog, isZoomed }) => {
     const focused = [...host.querySelectorAll("button")].indexOf(document.activeElement);
     host.replaceChildren(
-      ...(lines.length > 1 ? lines.map(series) : []),
-      toggle("line", isLine, does.isLine, "a line instead of points"),
-      toggle("log axis", isLog, does.isLog, "a logarithmic axis for the loss (l)"),
-      smoothing,
+      ...(lines.length > 1 ? lines.map(series).slice(hasLoss ? 0 : 1) : []),
+      ...(hasLoss ? ofLoss(isLine, isLog) : []),
       button("whole run", does.whole, { class: "plain reset", hidden: !isZoomed }),
     );
     if (focused >= 0) host.querySelectorAll("button")[focused]?.focus();

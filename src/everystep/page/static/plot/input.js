@@ -5,7 +5,7 @@ import { rowOf } from "./readout.js";
 /**
  * Listen to a plot's keys and wheel.
  *
- * `plot`: {chart, at (the step under the cursor), isWalked, zoom(range), show(step), goTo(step)}.
+ * `plot`: {chart, at (the step under the cursor), step (that is looked at), isWalked, zoom(range), show(step), goTo(step)}.
  */
 export function listenToInput(node, plot) {
   node.addEventListener("keydown", (event) => press(plot, event));
@@ -26,7 +26,8 @@ function press(plot, event) {
 function walk(plot, stride) {
   const { chart } = plot;
   const [steps] = chart.data;
-  const from = plot.at === null ? (stride < 0 ? steps.length : -1) : rowOf(steps, plot.at, "near");
+  const at = plot.at ?? plot.step;
+  const from = at === null ? (stride < 0 ? steps.length : -1) : rowOf(steps, at, "near");
   const step = steps[Math.max(0, Math.min(steps.length - 1, from + stride))];
   if (step === undefined) return;
   const { min, max } = chart.scales.x;

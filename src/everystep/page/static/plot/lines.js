@@ -2,6 +2,10 @@
 
 import { Curve, smoothed } from "./curves.js";
 
+/** Losses of one run, and of several, need a log axis where the largest is more than so many times the smallest. */
+const APART = 1000;
+const APART_OF_SEVERAL = 100;
+
 /** Return the line of the loss of a run: {title, curve, colour, scale, kind, isShown, count}. */
 export function lossLine(name, index, isAlone, source) {
   const title = isAlone ? "loss" : name;
@@ -26,11 +30,16 @@ export function measuredLine(run, name, isRate, lines, source) {
   };
 }
 
-/** Return whether losses are so far apart that a linear axis shows the largest alone. */
-export function spanDecades(lines) {
-  const losses = lines.filter(({ curve }) => curve.measurement === null).flatMap(({ curve }) => curve.points()[1]);
-  const [low, high] = losses.reduce(([least, most], loss) => (Number.isFinite(loss) ? [Math.min(least, loss), Math.max(most, loss)] : [least, most]), [Infinity, 0]);
-  return low > 0 && high >= 100 * low;
+/** Return whether losses, all of them positive, are so far apart that a linear axis shows the largest alone. */
+export function needLogAxis(lines) {
+  const runs = lines.filter(({ curve }) => curve.measurement === null);
+  let [low, high] = [Infinity, 0];
+  for (const loss of runs.flatMap(({ curve }) => curve.points()[1])) {
+    if (!Number.isFinite(loss)) continue;
+    low = Math.min(low, loss);
+    high = Math.max(high, loss);
+  }
+  return low > 0 && high > (runs.length > 1 ? APART_OF_SEVERAL : APART) * low;
 }
 
 /** Return what the chart draws of lines: those that are shown, the losses faint under their averages. */

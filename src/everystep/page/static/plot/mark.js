@@ -6,21 +6,23 @@ import { rowOf } from "./readout.js";
 
 const REST = 150; // milliseconds that a step is looked at before its loss is asked for, where no point has it
 
-/** The line; `curve`: of the loss; `found()`: is called once the loss of the step is known. */
+/** The line; `curve`: of the loss; `hasLoss`: whether it is logged; `found()`: is called once the loss of the step is known. */
 export class StepMark {
   #timer = 0;
   #known = [null, null]; // a step and its loss
   #ended = new AbortController();
 
-  constructor(curve, step, found) {
+  constructor(curve, step, hasLoss, found) {
     this.curve = curve;
+    this.hasLoss = hasLoss;
     this.step = step;
     this.found = found;
     this.node = element("div", { class: "at-step", "aria-hidden": "true", hidden: true }, element("span"));
   }
 
-  /** The loss of the step, or null while it is not known. */
+  /** The loss of the step, or null where, and while, it is not known. */
   get loss() {
+    if (!this.hasLoss) return null;
     if (this.#known[0] === this.step) return this.#known[1];
     const [steps, values] = this.curve.points();
     const row = rowOf(steps, this.step, "own");
@@ -38,7 +40,7 @@ export class StepMark {
     const text = whole(this.step);
     this.node.firstChild.textContent = this.loss === null ? text : `${text} · ${short(this.loss)}`;
     clearTimeout(this.#timer);
-    if (this.loss === null) this.#timer = setTimeout(() => this.#find(), REST);
+    if (this.loss === null && this.hasLoss) this.#timer = setTimeout(() => this.#find(), REST);
   }
 
   /** Ask for nothing more. */

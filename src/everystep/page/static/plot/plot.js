@@ -2,14 +2,13 @@
 
 import { watchAppearance } from "../shared/appearance.js";
 import { element } from "../shared/elements.js";
-import { fullText, whole } from "../shared/format.js";
 import { chartOptions, drawMarks, loadUPlot, sizeOf } from "./chart.js";
 import { plotControls } from "./controls.js";
-import { columnsOf, drawnOf, lossLine, measuredLine, spanDecades, stacked } from "./lines.js";
+import { columnsOf, drawnOf, lossLine, measuredLine, needLogAxis, stacked } from "./lines.js";
 import { StepMark } from "./mark.js";
 import { Timers } from "../shared/timers.js";
 import { listenToInput } from "./input.js";
-import { hint, partsAt } from "./readout.js";
+import { hint, partsAt, partsOfStep, words } from "./readout.js";
 
 const DENSE = 3000; // points, from which on they are drawn smaller
 const DOUBLE = 300; // milliseconds in which a second click makes a double one
@@ -17,12 +16,13 @@ const DOUBLE = 300; // milliseconds in which a second click makes a double one
 /**
  * Draw the loss of runs, named, into `host`; return {setStep, extend, setMeasurements, toggleLog, resize, close}.
  *
- * `source`: of the curves, as `Curve` has it; `step`: the one that is looked at; `goTo(step)`: is called for a click, where one is; `controls`: with buttons above;
- * `remove(name)`: takes a run but the first out of the plot, where that can be; `look`: {line, log, smooth} as the reader
- * chose before, null where not; `looked(look)`: is called when the reader chooses; `hasLoss`: whether the first run logs a loss at all.
+ * `source`: of the curves, as `Curve` has it; `step`: the one that is looked at; `goTo(step)`: is called for a click, where one is;
+ * `walks`: arrow keys walk from point to point in any case; `remove(name)`: takes a run but the first out of the plot, where that can
+ * be; `look`: {line, log, smooth} as the reader chose before, null where not; `looked(look)`: is called when the reader chooses;
+ * `hasLoss`: whether the first run logs a loss at all.
  */
-export function lossPlot(host, names, { source, step = null, goTo = null, controls = true, remove = null, look = {}, looked = () => {}, hasLoss = true }) {
-  return new LossPlot(host, names, { step, goTo, controls, remove, look, looked, hasLoss, source });
+export function lossPlot(host, names, options) {
+  return new LossPlot(host, names, options);
 }
 
 class LossPlot {
@@ -41,12 +41,12 @@ class LossPlot {
   #ended = new AbortController();
   #refining = new AbortController();
 
-  constructor(host, names, { step, goTo, controls, remove, look, looked, hasLoss, source }) {
-    Object.assign(this, { names, goTo, look, looked, hasLoss, source });
+  constructor(host, names, { source, step = null, goTo = null, walks = false, remove = null, look = {}, looked = () => {}, hasLoss = true }) {
+    Object.assign(this, { names, goTo, walks, look, looked, hasLoss, source });
     this.#weight = look.smooth ?? 0;
     this.#lines = names.map((name, index) => lossLine(name, index, names.length === 1, source));
-    this.#mark = new StepMark(this.#lines[0].curve, step, () => this.#drawMark());
-    this.#furnish(host, controls, remove);
+    this.#mark = new StepMark(this.#lines[0].curve, step, hasLoss, () => this.#drawMark());
+    this.#furnish(host, remove);
     this.#begin();
   }
 
@@ -97,7 +97,12 @@ class LossPlot {
 
   /** Whether arrow keys walk from point to point: no step is open that they would go on from. */
   get isWalked() {
-    return this.#mark.step === null;
+    return this.walks || this.step === null;
+  }
+
+  /** The step that is looked at, null where none is. */
+  get step() {
+    return this.#mark.step;
   }
 
   /** Take the plot away. */
@@ -112,7 +117,7 @@ class LossPlot {
     this.parts.forEach((part) => part.remove());
   }
 
-  #furnish(host, hasControls, remove) {
+  #furnish(host, remove) {
     this.controls = plotControls({
       line: (line) => this.#toggle(line),
       remove,
@@ -124,7 +129,7 @@ class LossPlot {
     });
     this.plot = element("div", { class: "plot", tabIndex: 0, role: "slider", "aria-label": "step", "aria-valuemin": 1 });
     this.readout = element("p", { class: "readout" });
-    this.parts = [...(hasControls ? [this.controls.host] : []), this.plot, this.readout];
+    this.parts = [this.controls.host, this.plot, this.readout];
     host.append(...this.parts);
     listenToInput(this.plot, this);
     this.observer = new ResizeObserver(() => this.chart && this.chart.width !== this.plot.clientWidth && this.resize());
@@ -140,15 +145,18 @@ class LossPlot {
     try {
       await Promise.all([loadUPlot(), first.curve.load(signal), ...others.map((line) => loadOther(line, signal))]);
       if (signal.aborted) return;
-      // Points of several runs would hide each other, as would losses near zero.
-      const { line, log } = this.look;
-      this.#isLine = line === null || line === undefined ? this.names.length > 1 : Boolean(line);
-      this.#isLog = log === null || log === undefined ? this.names.length > 1 && spanDecades(this.#lines) : Boolean(log);
+      this.#isLine = Boolean(this.look.line ?? this.names.length > 1); // points of several runs would hide each other
+      this.#isLog = this.#axis();
       this.#build();
       await this.#load(this.#lines.filter((line) => line.isShown && line.curve.measurement !== null));
     } catch (error) {
       if (!signal.aborted) this.readout.textContent = `The curve cannot be drawn: ${error.message}`;
     }
+  }
+
+  // As the reader chose; else the one on which the losses can be read.
+  #axis() {
+    return Boolean(this.look.log ?? needLogAxis(this.#lines));
   }
 
   async #load(lines) {
@@ -185,7 +193,12 @@ class LossPlot {
   }
 
   #drawControls() {
-    this.controls.draw(this.#lines, { isLine: this.#isLine, isLog: this.#isLog, isZoomed: this.isZoomed });
+    this.controls.draw(this.#lines, {
+      hasLoss: this.hasLoss || this.names.length > 1,
+      isLine: this.#isLine,
+      isLog: this.#isLog,
+      isZoomed: this.isZoomed,
+    });
   }
 
   #build() {
@@ -199,6 +212,7 @@ class LossPlot {
       isLog: this.#isLog,
       isLine: this.#isLine,
       isDense: data[0].length > DENSE,
+      hasLoss: this.hasLoss || this.names.length > 1,
       last: data[0].at(-1) ?? 0,
       ...sizeOf(this.plot),
       hooks: {
@@ -234,6 +248,11 @@ class LossPlot {
     if (!this.chart || this.#frame) return;
     this.#frame = requestAnimationFrame(() => {
       this.#frame = 0;
+      const isLog = this.#axis();
+      if (isLog !== this.#isLog) {
+        this.#isLog = isLog;
+        return this.#build();
+      }
       const zoomed = this.#range;
       this.chart.batch(() => {
         this.chart.setData(this.#data());
@@ -286,19 +305,14 @@ class LossPlot {
 
   // In words: what is under the cursor, or else the step that is looked at, or else what can be done.
   #tell() {
-    const parts = this.at !== null ? partsAt(this.#drawn, this.at, this.#weight) : this.#partsOfStep();
+    const told = this.#drawn.filter(({ curve }) => this.hasLoss || curve !== this.#lines[0].curve);
+    const parts = this.at !== null ? partsAt(told, this.at, this.#weight) : partsOfStep(this.#mark, this.#lines[0].title);
     this.plot.toggleAttribute("data-own-keys", this.isWalked);
     this.plot.setAttribute("aria-valuemax", this.chart ? this.#ends()[1] : 1);
-    this.plot.setAttribute("aria-valuenow", this.at ?? this.#mark.step ?? 1);
+    this.plot.setAttribute("aria-valuenow", this.at ?? this.step ?? 1);
     this.plot.setAttribute("aria-valuetext", parts.map((part) => part.join(" ")).join(", ") || "no step chosen");
-    const spans = parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
-    this.readout.replaceChildren(...(spans.length ? spans : [this.chart ? hint(this, this.#lines[0].curve, this.#isLog, this.#nonfinite) : ""]));
-  }
-
-  #partsOfStep() {
-    const { step, loss } = this.#mark;
-    if (step === null) return [];
-    return [["step", whole(step), ""], ...(loss === null ? [] : [[this.#lines[0].title, fullText(loss), ""]])];
+    const can = this.chart ? hint(this, this.#lines[0].curve, this.#isLog, this.#nonfinite) : "";
+    this.readout.replaceChildren(...(parts.length ? words(parts) : [can]));
   }
 
   #drawMark() {

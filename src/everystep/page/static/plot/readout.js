@@ -1,5 +1,6 @@
 // What the plot says in words of the place under the cursor: every number in full precision.
 
+import { element } from "../shared/elements.js";
 import { fullText, short, whole } from "../shared/format.js";
 import { smoothed } from "./curves.js";
 
@@ -33,10 +34,23 @@ export function partsAt(lines, step, weight) {
   return parts;
 }
 
+/** Return the same of the step that is looked at, of which `title` is the loss; nothing where none is. */
+export function partsOfStep({ step, loss }, title) {
+  if (step === null) return [];
+  return [["step", whole(step), ""], ...(loss === null ? [] : [[title, fullText(loss), ""]])];
+}
+
+/** Return such parts as elements. */
+export function words(parts) {
+  return parts.map(([title, text, where]) => element("span", {}, `${title} `, element("b", {}, text), where));
+}
+
 /** Return what can be done with a plot that nothing is pointed at in, and what is not to be seen in it. */
-export function hint({ goTo, hasLoss }, curve, isLog, nonfinite) {
-  const opens = goTo ? "Click to open a step; drag" : "Drag";
-  if (!hasLoss) return `This loop logs no loss.${goTo ? " Click to open a step." : ""}`;
+export function hint({ goTo, walks, hasLoss }, curve, isLog, nonfinite) {
+  const isOpening = goTo && !walks;
+  const opens = isOpening ? "Click to open a step; drag" : "Drag";
+  if (!curve.points()[0].length) return "No steps.";
+  if (!hasLoss) return `This loop logs no loss.${isOpening ? " Click to open a step." : ""}`;
   const said = [`${opens} to zoom, double click to see the whole run.`];
   const left = isLog ? curve.points()[1].filter((value) => value <= 0).length : 0;
   if (left) said.push(`Of 0 or less, with no place on a log axis: ${whole(left)}.`);

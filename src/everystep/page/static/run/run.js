@@ -3,16 +3,18 @@
 import * as address from "../shared/address.js";
 import * as keys from "../shared/keys.js";
 import { element } from "../shared/elements.js";
-import { addressOf, ask, tell } from "../shared/server.js";
+import { addressOf, ask } from "../shared/server.js";
 import { awayBanner } from "../shared/away.js";
 import { fullText } from "../shared/format.js";
 import { lossPlot } from "../plot/plot.js";
 import { serverCurves } from "../plot/source.js";
-import { stepTable } from "./table.js";
+import { serverRows } from "../table/source.js";
+import { stepTable } from "../table/table.js";
 import { stepper } from "./stepper.js";
 import { Player } from "./stepping.js";
 import { listenToRun, listenToThose, Speed } from "./live.js";
-import { arrange, chooseRun, runParts } from "./parts.js";
+import { compare, fork, share, stop } from "./actions.js";
+import { arrange, runParts } from "./parts.js";
 import { factsBrief, factsList, landmarks, landmarksWith, lineage, statusLine } from "./head.js";
 import { runKeys } from "./keys.js";
 import { StepPlace } from "./place.js";
@@ -41,7 +43,7 @@ class RunView {
     this.place = { ...place, step: null, beside: [] };
     this.leftOpen = []; // what was unfolded in the step that was left
     this.away = awayBanner();
-    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => this.#choose(), share: () => this.#share(), stop: () => this.#stop(), goTo: (step) => this.jump(step) });
+    this.parts = runParts(this.name, { fork: () => this.fork(), compare: () => compare(this.place), share: () => share(this.about, this.step), stop: () => stop(this.about), goTo: (step) => this.jump(step) });
     const { header, body, bar } = this.parts;
     main.append(header, body, this.away.host);
     this.player = new Player(() => this.#advance(), () => this.#drawBar());
@@ -56,7 +58,7 @@ class RunView {
     bar.append(this.bar.host);
     this.stepPlace = new StepPlace(this.name, this.parts);
     const sortedBy = (sorted) => this.#goOwn({ ...this.place, ...sorted }, true);
-    this.table = stepTable(this.parts.table, this.name, { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
+    this.table = stepTable(this.parts.table, serverRows(this.name), { step: place.step, sorted: place, goTo: (step) => this.jump(step), sortedBy });
     this.wide = window.matchMedia("(min-width: 80rem)");
     this.arrange = () => this.#arrange();
     this.wide.addEventListener("change", this.arrange);
@@ -294,27 +296,7 @@ class RunView {
   }
 
   /** Train on from the step that is looked at. */
-  async fork() {
-    const { forkDialog } = await import("../tasks/fork.js");
-    forkDialog(this.about, this.step ?? 0);
-  }
-
-  async #share() {
-    const { shareDialog } = await import("../tasks/share.js");
-    shareDialog(this.about, this.step);
-  }
-
-  // A fork that was begun from a page is trained by its server, who can stop it.
-  async #stop() {
-    await tell(`/api/tasks/${encodeURIComponent(this.about.task)}`, null, { method: "DELETE" });
-  }
-
-  async #choose() {
-    const { runs } = await ask("/api/runs");
-    const link = (place, text) => element("a", { href: address.write(place) }, text);
-    chooseRun(this.name, runs, (other) => [
-      link({ view: "compare", one: this.name, other }, "compare"),
-      link({ ...this.place, beside: [...new Set([...this.place.beside, other])] }, "show beside"),
-    ]);
+  fork() {
+    return fork(this.about, this.step);
   }
 }

@@ -113,7 +113,7 @@ function nonfinite(run) {
 
 /** Return from which step on the loss of a run is not finite, in words. */
 export function nonfiniteText({ nonfinite: step, last_loss: loss }) {
-  return `${loss === "nan" ? "NaN from" : "not finite at"} step ${whole(step)}`;
+  return `not finite ${Number.isFinite(numberOf(loss)) ? "at" : "from"} step ${whole(step)}`;
 }
 
 function sparkline({ path, dot, marks, is_log: isLog, width, height }, name) {

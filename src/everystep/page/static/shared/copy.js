@@ -53,7 +53,8 @@ function signOf(name) {
   return drawing("svg", { viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" }, drawing("path", { d: SIGNS[name] }));
 }
 
-async function copy(text, beside) {
+/** Copy a text, which a button that stands on the page asks for; return whether that worked. */
+export async function copy(text, beside) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
@@ -62,7 +63,7 @@ async function copy(text, beside) {
   }
 }
 
-// On another host than this one, without encryption, browsers have no clipboard to write to.
+// On another host than this one, without encryption, and in a frame of a notebook, browsers have no clipboard to write to.
 function copyBySelecting(text, beside) {
   const field = element("textarea", { value: text, class: "unseen", readOnly: true });
   beside.after(field);

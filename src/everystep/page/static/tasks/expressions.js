@@ -5,13 +5,13 @@ import { element } from "../shared/elements.js";
 /** Return expressions worth measuring in a run. */
 export function toMeasure(about) {
   const { weight, active } = about.layers;
-  const rate = about.measurements.find(({ is_rate: isRate }) => !isRate && true)?.name;
+  const measured = about.measurements.find(({ is_rate: isRate }) => !isRate)?.name;
   return [
     weight && `norm(gradients['${weight}'])`,
     weight && `norm(updates['${weight}']) / norm(parameters['${weight}'])`,
     active && `zeros(activations['${active}'])`,
-    "loss / previous.loss",
-    rate && /^[a-z_]\w*$/i.test(rate) && /loss/.test(rate) && `${rate} - loss`,
+    about.has_loss && "loss / previous.loss",
+    about.has_loss && measured && /^[a-z_]\w*$/i.test(measured) && /loss/.test(measured) && `${measured} - loss`,
   ].filter(Boolean);
 }
 
@@ -20,8 +20,8 @@ export function toFind(about) {
   const { weight } = about.layers;
   const measured = about.measurements.map(({ name }) => name).find((name) => name === "accuracy" || name === "validation_accuracy");
   return [
-    about.nonfinite ? "isnan(loss)" : "loss < 1",
-    "loss > previous.loss",
+    about.has_loss && (about.nonfinite ? "isnan(loss)" : "loss < 1"),
+    about.has_loss && "loss > previous.loss",
     measured && `${measured} > 0.9`,
     weight && `norm(gradients['${weight}']) > 10`,
   ].filter(Boolean);

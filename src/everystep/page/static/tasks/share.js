@@ -11,10 +11,10 @@ import { addressOf, withQuery } from "../shared/server.js";
 const MOST_STEPS = 20;
 
 const contentText =
-  "One page that needs no server and no network: the facts, the plot, the table, and these steps to look into.";
+  "One page that needs no server and no network: the facts, the plot, the table, and these steps.";
 const sizeText =
-  `Such as 1, 137, 500; at most ${MOST_STEPS}, and none is fine too. ` +
-  "Each adds a megabyte or so: large tensors are kept reduced.";
+  `For example 1, 137, 500: at most ${MOST_STEPS} steps, or none. ` +
+  "Each adds about a megabyte; large tensors are reduced.";
 
 /** Open the dialog. */
 export function shareDialog(about, step) {

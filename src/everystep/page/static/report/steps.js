@@ -2,7 +2,8 @@
 
 import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { stepView } from "./step.js";
+import { stepView } from "../step/step.js";
+import { chosenStep, onChosen } from "./chosen.js";
 
 /** Show the steps of the report that this stands in. */
 export function begin() {
@@ -19,13 +20,19 @@ export function begin() {
     view.show(step);
   };
   section.append(element("div", { class: "chosen", role: "group", "aria-label": "step" }, ...buttons), host);
-  show(data.steps[0].content.step);
+  const showIfKept = (step) => {
+    if (source.has(step)) show(step);
+    return source.has(step);
+  };
+  onChosen(showIfKept);
+  if (!showIfKept(chosenStep())) show(data.steps[0].content.step);
 }
 
 // What the view asks for, as the server would give it; tensors always come as they are kept.
 function savedSource({ steps, histograms, numbers }) {
   const known = new Map(steps.map((step) => [step.content.step, step]));
   return {
+    has: (step) => known.has(step),
     content: async (step) => known.get(step).content,
     histogram: async (step, id) => histograms[known.get(step).histograms[id]],
     async numbers(step, id, { index = 0, count = 1 }) {

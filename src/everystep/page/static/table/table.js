@@ -1,30 +1,30 @@
-// The table of every step, by DataTables: the server sorts, searches and cuts out pages.
+// The table of every step, by DataTables: its source sorts, filters and cuts out pages.
 
-import { element, button } from "../shared/elements.js";
+import { copy } from "../shared/copy.js";
+import { button, element } from "../shared/elements.js";
 import { whole } from "../shared/format.js";
-import { addressOf, ask, withQuery } from "../shared/server.js";
 import { Timers } from "../shared/timers.js";
+import { Filters } from "./filters.js";
+import { LAYOUT, WORDS } from "./words.js";
 
 const COPIED = 10000; // rows, at most
 
-let loading = null;
-
 /**
- * Show the table of a run's steps in `host`; return {setStep(step), setSort(sorted), refresh(), close()}.
+ * Show a table of steps in `host`; return {setStep(step), setSort(sorted), refresh(), close()}.
  *
- * `sorted`: {sort, direction}, the title of a column, and `asc` or `desc`; null: by the steps. `goTo(step)`: is called for
- * a row; `sortedBy(sorted)`: when the reader sorts.
+ * `source`: of the rows, as `serverRows` has it; `sorted`: {sort, direction}, the title of a column, and `asc` or `desc`; null: by the
+ * steps. `goTo(step)`: is called for a row; `sortedBy(sorted)`: when the reader sorts.
  */
-export function stepTable(host, name, { step = null, sorted = {}, goTo = () => {}, sortedBy = () => {} } = {}) {
-  return new StepTable(host, name, { step, sorted, goTo, sortedBy });
+export function stepTable(host, source, { step = null, sorted = {}, goTo = () => {}, sortedBy = () => {} } = {}) {
+  return new StepTable(host, source, { step, sorted, goTo, sortedBy });
 }
 
+// A saved report holds the library itself, and has set it already.
 async function dataTables() {
-  loading ??= import("/static/datatables.js").then(({ default: DataTable }) => {
-    DataTable.ext.errMode = "throw";
-    return DataTable;
-  });
-  return loading;
+  window.everystepDataTables ??= import("/static/datatables.js").then(({ default: DataTable }) => DataTable);
+  const DataTable = await window.everystepDataTables;
+  DataTable.ext.errMode = "throw";
+  return DataTable;
 }
 
 class StepTable {
@@ -37,30 +37,19 @@ class StepTable {
   #ended = new AbortController();
   #timers = new Timers();
 
-  constructor(host, name, { step, sorted, goTo, sortedBy }) {
-    Object.assign(this, { name, goTo, sortedBy });
+  constructor(host, source, { step, sorted, goTo, sortedBy }) {
+    Object.assign(this, { source, goTo, sortedBy });
     this.sorted = sortOf(sorted);
     this.#step = step;
-    const draw = () => this.#table?.search(this.search.value).draw();
-    this.search = element("input", { type: "search", placeholder: "137 or 100-200", "aria-label": "steps: one, or a range" });
-    this.search.addEventListener("input", () => this.#timers.rest("search", draw));
-    const field = (label) =>
-      element("input", { type: "text", inputMode: "decimal", placeholder: label, "aria-label": `losses ${label}`, onchange: draw });
-    this.low = field("from");
-    this.high = field("to");
-    this.csv = element("a", { class: "csv", download: "" }, "CSV");
+    this.filters = new Filters(() => this.#table?.draw());
+    this.csv = element("a", { class: "csv", download: source.file ?? "" }, "CSV");
     this.note = element("p", { class: "note", role: "status", hidden: true });
-    const copy = button("Copy", () => this.#copy(), { title: "copy the rows that are filtered, up to 10,000" });
-    const losses = [element("span", { "aria-hidden": "true" }, "losses"), this.low, this.high];
-    this.filters = element(
-      "div",
-      { class: "filters" },
-      this.search,
-      element("span", { class: "range", role: "group", "aria-label": "losses" }, ...losses),
-      element("span", { class: "actions" }, copy, this.csv),
-    );
+    const says = "copy the rows that are filtered, up to 10,000";
+    const copying = button("Copy", ({ target }) => this.#copy(target), { title: says });
+    const actions = element("span", { class: "actions" }, copying, this.csv);
     this.place = element("div");
-    this.host = element("div", { class: "everystep-table live" }, this.filters, this.note, this.place);
+    const fields = element("div", { class: "filters" }, ...this.filters.nodes, actions);
+    this.host = element("div", { class: "everystep-table live" }, fields, this.note, this.place);
     host.append(this.host);
     this.#begin();
   }
@@ -90,6 +79,7 @@ class StepTable {
     this.#ended.abort();
     this.#asking.abort();
     this.#timers.clear();
+    this.filters.close();
     this.#table?.destroy();
     this.#table = null;
     this.host.remove();
@@ -111,11 +101,11 @@ class StepTable {
   async #first() {
     const query = { start: 0, length: 10, around: this.#step };
     try {
-      return [await ask(this.#address("table", { ...query, ...this.sorted }), this.#ended), null];
+      return [await this.source.page({ ...query, ...this.sorted }, this.#ended), null];
     } catch (error) {
       if (error.status !== 400 || this.sorted.sort === null) throw error;
       this.sorted = sortOf({});
-      return [await ask(this.#address("table", query), this.#ended), error.message];
+      return [await this.source.page(query, this.#ended), error.message];
     }
   }
 
@@ -123,6 +113,7 @@ class StepTable {
     this.#table?.destroy();
     this.#table = null;
     this.#columns = answer.columns;
+    this.filters.setColumns(answer.columns);
     this.#answer = answer;
     const head = element("tr", {}, ...this.#columns.map((title) => element("th", { scope: "col" }, title)));
     this.place.replaceChildren(element("table", { "aria-label": "steps" }, element("thead", {}, head), element("tbody")));
@@ -153,9 +144,8 @@ class StepTable {
   }
 
   #tellSorted() {
-    const [first] = this.#table?.order() ?? [];
-    const now = sortOf(first?.[1] ? { sort: this.#columns[first[0]], direction: first[1] } : {});
-    if (!this.#table || isSame(now, this.sorted)) return;
+    const now = this.#sortedNow();
+    if (isSame(now, this.sorted)) return;
     this.sorted = now;
     this.sortedBy(now);
   }
@@ -167,17 +157,17 @@ class StepTable {
     done({ draw: asked.draw, recordsTotal: answer.total, recordsFiltered: answer.filtered, data: answer.rows });
   }
 
-  // The page that DataTables asks for, or null where the server says no: then what is shown stays.
-  async #page(asked) {
+  // The page that DataTables asks for, or null where it cannot be had: then what is shown stays.
+  async #page({ start, length }) {
     const here = this.#answer;
-    const filters = this.#filters(asked);
     this.#answer = null;
-    if (here !== null) return here;
-    this.#asking.abort();
-    this.#asking = new AbortController();
     try {
-      const query = { ...filters, start: asked.start, length: asked.length };
-      const answer = await ask(this.#address("table", query), this.#asking);
+      const wanted = this.#wanted();
+      this.csv.href = this.source.csv(wanted);
+      if (here !== null) return here;
+      this.#asking.abort();
+      this.#asking = new AbortController();
+      const answer = await this.source.page({ ...wanted, start, length }, this.#asking);
       this.#sayLeftOut(answer);
       return answer;
     } catch (error) {
@@ -186,22 +176,16 @@ class StepTable {
     }
   }
 
-  #filters({ order, search }) {
-    const [first] = order;
-    const sort = first?.dir ? { sort: this.#columns[first.column], direction: first.dir } : {};
-    const filters = { ...sort, search: search.value.trim(), low: this.low.value.trim(), high: this.high.value.trim() };
-    this.csv.href = this.#address("losses.csv", filters);
-    return filters;
+  // What the table shows as it stands, without which page of it.
+  #wanted() {
+    return { ...this.#sortedNow(), ...this.filters.wanted };
   }
 
-  // Of the table as it stands.
-  #filtersNow() {
+  // As DataTables has it; as it is to be, until it has begun.
+  #sortedNow() {
+    if (!this.#table) return this.sorted;
     const [first] = this.#table.order();
-    return this.#filters({ order: first ? [{ column: first[0], dir: first[1] }] : [], search: { value: this.#table.search() } });
-  }
-
-  #address(what, query) {
-    return withQuery(addressOf(this.name, what), query);
+    return sortOf(first?.[1] ? { sort: this.#columns[first[0]], direction: first[1] } : {});
   }
 
   #furnish(row, [step]) {
@@ -210,7 +194,7 @@ class StepTable {
       event.stopPropagation();
       this.goTo(step);
     };
-    const link = element("a", { href: `${addressOf(this.name).replace("/api", "")}?step=${step}`, onclick: go }, whole(step));
+    const link = element("a", { href: this.source.link(step), onclick: go }, whole(step));
     row.firstChild.replaceChildren(link);
     row.dataset.step = step;
     row.addEventListener("click", go);
@@ -248,7 +232,7 @@ class StepTable {
 
   async #turnTo(step) {
     const length = this.#table.page.len();
-    const answer = await ask(this.#address("table", { ...this.#filtersNow(), length, around: step }), this.#ended);
+    const answer = await this.source.page({ ...this.#wanted(), length, around: step }, this.#ended);
     if (this.#ended.signal.aborted || length !== this.#table.page.len() || !answer.rows.some(([own]) => own === step)) return;
     this.#answer = answer;
     // Not by `page()`: that turns back to the first page where there were fewer steps at the last draw.
@@ -256,11 +240,11 @@ class StepTable {
     this.#table.draw("page");
   }
 
-  async #copy() {
+  async #copy(pressed) {
     try {
-      const query = { ...this.#filtersNow(), start: 0, length: COPIED };
-      const { columns, rows, filtered } = await ask(this.#address("table", query), this.#ended);
-      await navigator.clipboard.writeText([columns, ...rows].map((row) => row.join("\t")).join("\n"));
+      const { columns, rows, filtered } = await this.source.page({ ...this.#wanted(), start: 0, length: COPIED }, this.#ended);
+      const isCopied = await copy([columns, ...rows].map((row) => row.join("\t")).join("\n"), pressed);
+      if (!isCopied) throw new Error("the browser does not allow it; save the rows as CSV");
       const which = filtered > rows.length ? `The first ${whole(rows.length)} of ${whole(filtered)}` : whole(rows.length);
       this.#say(`${which} rows are in the clipboard.`);
     } catch (error) {
@@ -285,23 +269,6 @@ function sortOf({ sort, direction }) {
 function isSame(one, other) {
   return one.sort === other.sort && one.direction === other.direction;
 }
-
-const LAYOUT = {
-  topStart: null,
-  topEnd: null,
-  bottomStart: ["info", "pageLength"],
-  bottomEnd: { paging: { buttons: 5, firstLast: false } },
-};
-
-const WORDS = {
-  lengthMenu: "_MENU_ a page",
-  info: "_START_ to _END_ of _TOTAL_",
-  infoEmpty: "no rows",
-  infoFiltered: "(filtered from _MAX_)",
-  zeroRecords: "no step is like this",
-  emptyTable: "no step was taken",
-  paginate: { previous: "←", next: "→" },
-};
 
 // Scrolls the table where it scrolls by itself, and never the page.
 function reveal(row, box) {

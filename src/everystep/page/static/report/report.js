@@ -1,0 +1,34 @@
+// A saved report: the plot and the table of the page, on the numbers that the report holds.
+
+import { lossPlot } from "../plot/plot.js";
+import { stepTable } from "../table/table.js";
+import { choose, chosenStep, onChosen } from "./chosen.js";
+import { savedRows } from "./rows.js";
+
+/** Draw the plot and the table of the report that this stands in. */
+export function begin() {
+  const [host, place] = document.querySelectorAll(".saved-plot, .saved-table");
+  const held = JSON.parse(document.querySelector("script.losses").textContent);
+  const step = chosenStep();
+  const plot = plotOf(host, held, step);
+  const table = stepTable(place, savedRows(held), { step, goTo: choose });
+  onChosen((chosen) => [plot, table].forEach((each) => each.setStep(chosen)));
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => (each.open = true)));
+}
+
+function plotOf(host, { name, titles, columns }, step) {
+  const curves = new Map(titles.map((title, place) => [title, rowsWith(columns[0], columns[place])]));
+  const hasLoss = curves.has("loss");
+  if (!hasLoss) curves.set("loss", rowsWith(columns[0], columns[0].map(() => "nan")));
+  const source = async (run, { measurement }) => curves.get(measurement ?? "loss");
+  const measured = [...curves].filter(([title]) => title !== "step" && title !== "loss");
+  const plot = lossPlot(host, [name], { source, step, goTo: choose, walks: true, hasLoss });
+  plot.setMeasurements(measured.map(([title, { total }]) => ({ name: title, count: total, is_rate: /^(.*\.)?lr(\[|$)/.test(title) })));
+  return plot;
+}
+
+// An empty cell of the table is a step without that number.
+function rowsWith(steps, texts) {
+  const rows = [...texts.keys()].filter((row) => texts[row] !== "");
+  return { steps: rows.map((row) => steps[row]), values: rows.map((row) => texts[row]), total: rows.length };
+}

@@ -1,0 +1,20 @@
+// How DataTables arranges the table, and what it says.
+
+/** Where DataTables puts its parts. */
+export const LAYOUT = {
+  topStart: null,
+  topEnd: null,
+  bottomStart: ["info", "pageLength"],
+  bottomEnd: { paging: { buttons: 5, firstLast: false } },
+};
+
+/** What DataTables says. */
+export const WORDS = {
+  lengthMenu: "_MENU_ a page",
+  info: "_START_ to _END_ of _TOTAL_",
+  infoEmpty: "no rows",
+  infoFiltered: "(filtered from _MAX_)",
+  zeroRecords: "no step is like this",
+  emptyTable: "no step was taken",
+  paginate: { previous: "←", next: "→" },
+};

@@ -1,0 +1,180 @@
+"""The table of a report, opened from a file without a network: that of the page, on its own numbers."""
+
+import math
+import re
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.places import changed, rows
+
+import everystep
+from everystep.recording.run import RecordedRun
+from everystep.views.report import report_html
+
+
+@pytest.fixture
+def saved(recorded, open_page, tmp_path):
+    """Open the report of a run, at a step if there is one to look at."""
+
+    def open_report(run, at="", **context):
+        path = tmp_path / "report.html"
+        path.write_text(report_html(RecordedRun(recorded / run)), encoding="utf-8")
+        page = open_page(path.as_uri() + at, offline=True, **context)
+        expect(rows(page).first).to_be_visible()
+        return page
+
+    return open_report
+
+
+def column(page, number):
+    return page.locator(f"tr[data-step] > :nth-child({number})")
+
+
+def sort(page, title):
+    page.get_by_role("columnheader", name=re.compile(f"^{title}")).click()
+
+
+def info(page):
+    return page.locator(".dt-info")
+
+
+def losses_of(directory):
+    return RecordedRun(directory).losses["loss"].to_list()
+
+
+def test_it_has_the_columns_and_the_rows_of_the_page(saved, visit):
+    for name in ("chapter", "digits"):
+        report, page = saved(name), visit(f"/runs/{name}")
+        expect(rows(page)).to_have_count(10)
+        for part in ("thead th", "tbody tr"):
+            inside = f".everystep-table {part}"
+            assert report.locator(inside).all_inner_texts() == page.locator(inside).all_inner_texts()
+
+
+def test_steps_are_searched_for(saved):
+    page = saved("chapter")
+    search = page.get_by_role("searchbox", name="steps")
+    for text, first, count in [
+        ("3", 3, 1), ("2-4", 2, 3), ("2..4", 2, 3), (" 2 – 4 ", 2, 3),  # noqa: RUF001
+        (">498", 499, 2), (">=498", 498, 3), ("<3", 1, 2), ("≤3", 1, 3), ("497-", 497, 4),
+        ("-2", 1, 2), ("4-2", None, 0), ("501", None, 0), ("0", None, 0), ("1,000", None, 0),
+        ("999999999999999999", None, 0),
+    ]:  # fmt: skip
+        search.fill(text)
+        if count:
+            expect(info(page)).to_have_text(f"1 to {count} of {count} (filtered from 500)")
+            expect(column(page, 1).first).to_have_text(str(first))
+        else:
+            expect(info(page)).to_have_text("no rows (filtered from 500)")
+    search.fill("")
+    expect(info(page)).to_have_text("1 to 10 of 500")
+    for text in ("abc", "1-2-3", "1" * 400, "-"):
+        search.fill(text)
+        expect(page.get_by_text(f"search '{text[:80]}' names no steps; write 137")).to_be_visible()
+
+
+def test_a_range_of_losses_includes_the_losses_that_bound_it(saved, recorded):
+    page = saved("chapter")
+    low, high = page.get_by_label("losses from"), page.get_by_label("losses to")
+    low.fill(column(page, 2).nth(5).inner_text())
+    high.fill(column(page, 2).nth(2).inner_text())
+    high.press("Enter")
+    expect(column(page, 1)).to_have_text(["3", "4", "5", "6"])
+    low.fill("x")
+    low.press("Enter")
+    expect(page.get_by_text("losses from 'x': not a number; write 0.25 or 1e-3")).to_be_visible()
+
+
+def test_it_is_sorted_with_nan_beyond_the_largest_and_blanks_last(saved, recorded):
+    page = saved("diverged")
+    losses = losses_of(recorded / "diverged")
+    smallest = re.compile("^" + re.escape(str(min(filter(math.isfinite, losses)))[:6]))
+    for first, last in ((smallest, "nan"), ("nan", smallest)):
+        sort(page, "loss")
+        expect(column(page, 2).first).to_have_text(first)
+        page.get_by_role("link", name="3", exact=True).last.click()
+        expect(column(page, 2).last).to_have_text(last)
+
+
+def test_it_is_sorted_by_what_was_measured_with_blanks_last(saved, recorded):
+    page = saved("digits")
+    measured = everystep.open(recorded / "digits").measured("validation_loss")
+    ordered = [str(step) for step, _ in sorted(measured.items(), key=lambda pair: pair[1]) if step]
+    for steps in (ordered, ordered[::-1]):
+        sort(page, "validation_loss")
+        expect(column(page, 1)).to_have_text([*steps, *[re.compile(".")] * (10 - len(steps))])
+        expect(column(page, 4).last).to_have_text("")
+
+
+def test_a_row_a_point_and_the_address_go_to_a_step(saved):
+    page = saved("chapter")
+    selected, mark = page.locator("tr[aria-selected=true]"), page.locator(".saved-plot .at-step")
+    rows(page).nth(3).click()
+    expect(selected).to_have_attribute("data-step", "4")
+    expect(mark).to_have_text(re.compile("^4 · "))
+    plot = page.get_by_role("slider", name="step")
+    plot.focus()
+    for key in ("End", "ArrowLeft", "Enter"):
+        page.keyboard.press(key)
+    expect(selected).to_have_attribute("data-step", "499")
+    expect(page).to_have_url(re.compile("#step=499$"))
+    page.go_back()
+    expect(selected).to_have_attribute("data-step", "4")
+    plot.focus()
+    page.keyboard.press("ArrowRight")  # goes on from the step that is looked at
+    expect(page.locator(".saved-plot .readout")).to_have_text(re.compile(r"^step 5\s*loss "))
+    page.get_by_role("link", name="7", exact=True).first.press("Enter")
+    expect(selected).to_have_attribute("data-step", "7")
+    linked = saved("chapter", at="#step=137")
+    expect(linked.locator("tr[aria-selected=true]")).to_have_attribute("data-step", "137")
+    expect(linked.locator(".saved-plot .at-step")).to_have_text(re.compile("^137 · "))
+
+
+def test_what_is_found_is_copied_and_saved_as_csv(saved, recorded):
+    page = saved("digits", permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("searchbox", name="steps").fill("100-102")
+    expect(rows(page)).to_have_count(3)
+    page.get_by_role("button", name="Copy", exact=True).click()
+    expect(page.get_by_text("3 rows are in the clipboard.")).to_be_visible()
+    copied = [line.split("\t") for line in page.evaluate("navigator.clipboard.readText()").splitlines()]
+    with page.expect_download() as download:
+        page.get_by_role("link", name="CSV").click()
+    assert download.value.suggested_filename == "digits losses.csv"
+    written = [line.split(",") for line in download.value.path().read_text().splitlines()]
+    assert written == copied
+    assert written[0] == ["step", "loss", "validation_accuracy", "validation_loss"]
+    losses = losses_of(recorded / "digits")
+    assert [(int(step), float(loss)) for step, loss, *_ in written[1:]] == [
+        (step, pytest.approx(losses[step - 1])) for step in (100, 101, 102)
+    ]
+
+
+def test_a_long_run_can_be_browsed_soon_after_it_is_opened(copied, saved):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.write_losses(501, [0.5] * 99_499 + [98.75])
+    page = saved(run.name)
+    assert page.evaluate("performance.now()") < 15_000
+    sort(page, "loss")
+    smallest = min(losses_of(run))
+    expect(column(page, 2).first).to_have_text(re.compile("^" + re.escape(str(smallest)[:6])))
+    page.get_by_role("searchbox", name="steps").fill("100000")
+    expect(column(page, 2)).to_have_text(["98.75"])
+
+
+def test_on_paper_there_are_rows_without_controls(saved):
+    page = saved("chapter")
+    page.emulate_media(media="print")
+    expect(page.get_by_role("searchbox", name="steps")).to_be_hidden()
+    expect(page.get_by_role("navigation", name="pagination")).to_be_hidden()
+    expect(rows(page)).to_have_count(10)
+    expect(info(page)).to_have_text("1 to 10 of 500")
+
+
+def test_without_scripts_the_first_rows_can_be_read(recorded, open_page, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(report_html(RecordedRun(recorded / "chapter")), encoding="utf-8")
+    page = open_page(path.as_uri(), java_script_enabled=False)
+    expect(page.locator("tbody tr")).to_have_count(10)
+    says = "The first 10 of 500 rows; the others need JavaScript."
+    expect(page.locator("noscript .static-note")).to_have_text(says)
