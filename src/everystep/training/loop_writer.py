@@ -154,7 +154,7 @@ class LoopWriter:
             self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
             self._recorder.snapshot(beginning)
         else:
-            self._has_loss = resumed.has_loss
+            self._has_loss, self._rates = resumed.has_loss, resumed.rates
             at, budget = self.step, snapshot_budget
             self._recorder = Recorder(
                 directory, resumed.facts, budget, at=at, batch_budget=batch_budget, is_resumed=True

@@ -120,6 +120,7 @@ class Recording(Generic[R]):
         """Begin a new run."""
         directory = create_directory(self._directories[0], "loop", self._directories[1])
         whole, place = PartsState(self._parts), self._place
+        place.begin()
         return directory, LoopWriter(directory, whole, place, *self._budgets, self._advanced)
 
     def _gone_on(self) -> tuple[Path, LoopWriter]:
