@@ -249,8 +249,6 @@ def test_other_objects_are_named_before_anything_runs(dying):
     (fact,) = resumed.facts.resumed
     assert fact.at <= count and any(each.startswith("optimizer.text") for each in fact.changed)
     assert "changed: optimizer.text" in resumed.report()
-    with pytest.raises(RunError, match="pass them: resume"):
-        everystep.open("runs/killed").resume(60)
 
 
 # Loops.
@@ -498,3 +496,74 @@ def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(na
         if isinstance(part, nn.Module):
             assert all(map(torch.equal, part.parameters(), other.parameters()))
     assert len(list(itertools.islice(resumed.facts.resumed, 5))) == 2
+
+
+# Programs alone.
+
+
+def mlp_case(optimizer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
+    x, y = tensors().tensors
+    return {
+        "model": model,
+        "data": (x, y),
+        "loss": nn.MSELoss(),
+        "optimizer": optimizer(model.parameters()),
+        "batch_size": 5,
+        "seed": 3,
+        "progress": False,
+    }
+
+
+ALONE = {
+    "GradientDescent": lambda p: everystep.GradientDescent(p, lr=0.05),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_programs_alone_go_on_without_the_objects(name, capfd):
+    whole = everystep.train(**mlp_case(ALONE[name]), steps=STEPS, directory="runs/whole")
+    everystep.train(**mlp_case(ALONE[name]), steps=20, directory="runs/part")
+    resumed = everystep.open("part").resume(STEPS)
+    assert_same_run(whole, resumed)
+    assert "nothing checks them against Python" in capfd.readouterr().err
+    assert resumed.facts.training.engine.stands_behind == "alone"
+    assert "not checked against Python" in resumed.report()
+    again = everystep.open("part").resume(STEPS + 9, progress=False)
+    assert len(again) == STEPS + 9 and again.verify(progress=False).is_exact
+    fork = everystep.open("whole").fork(15, progress=False)
+    assert fork.losses.equals(whole.losses)
+    assert fork.verify(progress=False).is_exact
+
+
+def test_a_fork_by_programs_alone_may_have_another_learning_rate():
+    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
+    fork = everystep.open("whole").fork(15, lr=0.001, progress=False)
+
+    def by_objects():
+        return everystep.open("whole").fork(
+            15,
+            lr=0.001,
+            progress=False,
+            **{k: v for k, v in mlp_case(ALONE["Adam"]).items() if k in ("model", "loss", "optimizer")},
+        )
+
+    assert fork.losses.equals(by_objects().losses)
+    assert fork.facts.fork.changed == {"lr": 0.001}
+    everystep.train(**mlp_case(ALONE["SGD"]), steps=STEPS, directory="runs/fixed")
+    with pytest.raises(UsageError, match="hold its learning rate as a number"):
+        everystep.open("fixed").fork(15, lr=0.001, progress=False)
+
+
+def test_programs_alone_are_refused_where_code_had_a_part():
+    case = mlp_case(ALONE["SGD"])
+    schedule = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
+    everystep.train(**case, schedule=schedule, steps=10, directory="runs/scheduled")
+    with pytest.raises(RunError, match=r"cannot go on alone: it has a schedule \(StepLR\); pass"):
+        everystep.open("scheduled").resume(20)
+    everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, directory="runs/eager")
+    with pytest.raises(RunError, match="Python ran its steps"):
+        everystep.open("eager").fork(5, steps=20)

@@ -151,9 +151,10 @@ class EngineFacts(_Fact):
     """How the steps ran.
 
     asked, fold: as requested; folded: whether loss and update are folded into the program;
-    stands_behind: `proven` or `vouched`; live_optimizer: the class of an optimizer that ran in Python at
-    every step; checks: how often programs were compared with Python, last at step `verified_to`;
-    eager_from: the first step that Python ran, for that `reason`.
+    stands_behind: `proven`, `vouched`, or `alone` (no Python was there to compare with);
+    live_optimizer: the class of an optimizer that ran in Python at every step; checks: how often
+    programs were compared with Python, last at step `verified_to`; eager_from: the first step that
+    Python ran, for that `reason`.
     """
 
     asked: str

@@ -19,7 +19,8 @@ def ending(run: RecordedRun, facts: Facts, status: str, steps: int) -> str | Non
     if status == "killed":
         time = run.last_written.astimezone().strftime("%Y-%m-%d %H:%M")
         planned = f" of {facts.steps:,}" if facts.steps and facts.steps > steps else ""
-        return f"killed after step {steps:,}{planned}, {time}"
+        where = f"after step {steps:,}{planned}" if steps else "before its first step"
+        return f"killed {where}, {time}"
     if status in ("stopped", "failed"):
         return f"{status}: {facts.reason}" if facts.reason else status
     return None

@@ -135,6 +135,8 @@ def engine_text(facts: Facts) -> str:
     if engine.eager_from == 1:
         return f"eagerly: {engine.reason}"
     program = "folded program" if engine.folded else "program"
+    if engine.stands_behind == "alone":
+        return f"by {program} alone, without the objects that trained it; not checked against Python"
     stands_behind = (
         'trusted by engine="program"'
         if engine.stands_behind == "vouched"
