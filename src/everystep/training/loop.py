@@ -56,9 +56,8 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     """
     job.check()
     recorder, facts = _recorder(job, directory, runs, budget)
-    place = recorder.directory
     started = time.perf_counter()
-    progress.begin(place, facts)
+    progress.begin(recorder.directory, facts)
     training = _Loop(job, recorder, progress)
     with interrupt_deferred() as interrupt:
         try:
@@ -69,6 +68,7 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
             training.show_written()
         finally:
             progress.end()
+        place = recorder.directory
         if interrupt and not interrupt.is_by_user:
             progress.notice(f"stopped {reason} after step {training.step}; everystep resume {place}")
     return Outcome(place, status, reason, interrupt.is_by_user)

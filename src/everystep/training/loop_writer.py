@@ -163,6 +163,11 @@ class LoopWriter:
         if message := numerics.warning():
             say(message)
 
+    @property
+    def directory(self) -> Path:
+        """The run's directory; it may be moved while it is written."""
+        return self._recorder.directory
+
     def wait(self) -> None:
         """Wait for the disk if too much is queued.
 
