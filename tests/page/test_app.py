@@ -91,7 +91,7 @@ def test_runs_in_a_line_each_also_those_that_cannot_be_read(chapter_run, write_r
         "name": "nan", "status": "stopped", "steps": 2, "planned": 7, "first_loss": "nan",
         "last_loss": "inf", "nonfinite": None, "optimizer": None, "lr": "", "batch": None,
         "validation": None, "seconds": None, "started": "", "parent": None, "note": None,
-        "problem": None,
+        "damage": None, "problem": None,
     }  # fmt: skip
     assert runs["child"]["parent"] == ["chapter", 20]
     told = {key: runs["chapter"][key] for key in ("optimizer", "lr", "batch", "nonfinite")}

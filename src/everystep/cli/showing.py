@@ -32,7 +32,10 @@ def runs(
     summaries = []
     for path in find_runs(directory):
         try:
-            summaries.append(RecordedRun(path).summary())
+            summary = RecordedRun(path).summary()
+            summaries.append(summary)
+            if summary.damage is not None:
+                hint(f"everystep: {summary.damage}")
         except RunError as error:
             hint(f"everystep: skipped: {error}")
     if json:

@@ -73,6 +73,14 @@ CREATE TABLE facts (
     key TEXT PRIMARY KEY,
     value TEXT NOT NULL
 ) WITHOUT ROWID;
+
+-- Digests of up to 4,096 steps of one series each, and of all facts; see recording/blocks.py.
+CREATE TABLE blocks (
+    name TEXT NOT NULL,                    -- 'loss', 'measurement/' and its name, or 'facts'
+    first INTEGER NOT NULL,                -- a multiple of 4,096; 0 for facts
+    digest BLOB NOT NULL,                  -- XXH3, 128 bits
+    PRIMARY KEY (name, first)
+) WITHOUT ROWID;
 """
 
 #: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.

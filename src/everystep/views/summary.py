@@ -51,6 +51,7 @@ def summary_html(run: RecordedRun) -> str:
         .render(
             name=run.name,
             status=run.status,
+            damage=run.damage,
             reason=facts.reason,
             steps=len(losses),
             planned=len(losses) if facts.steps is None else facts.steps,

@@ -204,6 +204,7 @@ def runs_json(runs: Iterable[Summary]) -> str:
                 "started": run.started.isoformat(),
                 "parent": None if run.parent is None else {"run": run.parent[0], "at": run.parent[1]},
                 "note": run.note,
+                "damage": run.damage,
             }
             for run in runs
         ],
@@ -262,6 +263,8 @@ def _run_cells(run: Summary) -> tuple[Text, ...]:
     if run.nonfinite_step is not None:
         what = "NaN from" if math.isnan(run.last_loss or 0.0) else "not finite at"
         status.append(f", {what} step {run.nonfinite_step:,}", style="red")
+    if run.damage is not None:
+        status.append(", damaged", style="red")
     return (
         Text(run.name),
         status,

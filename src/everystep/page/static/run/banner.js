@@ -1,4 +1,4 @@
-// What a reader must know first: why a run ended, and where its loss stopped being finite.
+// What a reader must know first: that a run is damaged, why it ended, and where its loss stopped being finite.
 
 import * as address from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
@@ -24,14 +24,15 @@ class Banner {
   }
 
   update(about) {
-    const { status, reason, nonfinite } = about;
+    const { status, reason, nonfinite, damage } = about;
     this.about = about;
-    this.host.hidden = !reason && !nonfinite;
+    this.host.hidden = !reason && !nonfinite && !damage;
     this.why.hidden = !nonfinite || this.#task !== null;
-    const said = JSON.stringify([status, reason, nonfinite]);
+    const said = JSON.stringify([status, reason, nonfinite, damage]);
     if (this.said === said) return; // a link that is about to be clicked stays
     this.said = said;
-    this.says.replaceChildren(...(reason ? [`${status}: ${reason}${nonfinite ? ". " : ""}`] : []), ...this.#nonfinite(nonfinite));
+    const broken = damage ? [element("b", {}, damage), reason || nonfinite ? ". " : ""] : [];
+    this.says.replaceChildren(...broken, ...(reason ? [`${status}: ${reason}${nonfinite ? ". " : ""}`] : []), ...this.#nonfinite(nonfinite));
   }
 
   close() {
