@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.asking import diff, measure, verify, when
+from everystep.cli.asking import diff, doctor, measure, verify, when
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import damage_on_stderr, hint, print_in_any_encoding
@@ -43,6 +43,7 @@ for command, line in (
     (report, "Write everything about a run as one page."),
     (step, "Open a step: batch, operations, gradients, updates."),
     (verify, "Replay every step, and compare it bit for bit."),
+    (doctor, "Say what is wrong with a run; write a repaired copy."),
     (diff, "Show where two runs differ, down to the operation."),
     (fork, "Continue a run from any step, with changes."),
     (measure, "Add a measurement to a finished run."),

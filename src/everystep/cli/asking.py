@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,7 @@ from everystep.errors import UsageError
 if TYPE_CHECKING:
     from everystep.run import Run
 
-__all__ = ["diff", "measure", "verify", "when"]
+__all__ = ["diff", "doctor", "measure", "verify", "when"]
 
 
 def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
@@ -32,6 +33,32 @@ def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption
     else:
         typer.echo(verify_text(opened.name, opened.facts, found))
     if not found.is_exact:
+        raise typer.Exit(1)
+
+
+def doctor(
+    run: RunArgument,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write what is sound, and lost steps taken again, as a new run."
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what is wrong with a run, and what can still be read.
+
+    Checks the database, the states and all other files; everystep verify replays the steps, too. Exits
+    with 1 if something is wrong, or did not come back in the repaired copy.
+    """
+    from everystep.api import doctor
+    from everystep.views.answers import as_json
+    from everystep.views.diagnosis import diagnosis_data, diagnosis_text
+
+    found = doctor(run, repair=repair)
+    typer.echo(as_json(diagnosis_data(found)) if json else diagnosis_text(found))
+    is_well = found.is_healthy if found.repaired is None else found.repaired.is_complete
+    if not is_well:
         raise typer.Exit(1)
 
 

@@ -106,13 +106,17 @@ def begin_database(path: Path) -> None:
     new.rename(path)
 
 
-def connect_reading(path: Path) -> sqlite3.Connection:
+def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     """Return a read-only connection to a run's database.
+
+    is_whole: refuse a database that is cut off.
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
     """
     _check_files(path)
+    if is_whole:
+        _check_size(path)
     connection = _connect(path)
     try:
         _check_identity(connection, path)
@@ -133,7 +137,6 @@ def _check_files(path: Path) -> None:
             continue
         if not is_file:
             raise RunError(f"{beside} is not a regular file: everystep did not write it")
-    _check_size(path)
 
 
 def _check_size(path: Path) -> None:

@@ -55,9 +55,10 @@ def structure_findings(
         found.append(
             Finding(f"{FILE_NAME}, steps", f"steps begin at {first:,}; a recording begins at step 1")
         )
-    if (short := missing_steps(facts, newest)) is not None:
+    short = missing_steps(facts, newest)
+    if short is not None:
         found.append(short)
-    later = None if is_written else _later_states(directory, database, newest)
+    later = None if is_written or short is not None else _later_states(directory, database, newest)
     if later is not None:
         found.append(
             Finding(

@@ -56,16 +56,19 @@ class Stretch(NamedTuple):
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
+    may_be_cut: open a finished run without its last steps, too.
+
     Raises:
         RunError: the directory is not a run, or is unreadable.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, may_be_cut: bool = False) -> None:
         self.directory = Path(directory)
         self._has_warned = False
         self._found: tuple[list[tuple[int, int]], list[Finding]] | None = None
         with reading(self._database_path) as database:
-            self._check_whole(database)
+            if not may_be_cut:
+                self._check_whole(database)
 
     @property
     def name(self) -> str:

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from everystep.step.state import State
 
-__all__ = ["SnapshotPlan", "read_snapshot", "remove_snapshots", "write_snapshot"]
+__all__ = [
+    "PARAMETERS",
+    "REST",
+    "SnapshotPlan",
+    "check_snapshot",
+    "read_snapshot",
+    "remove_snapshots",
+    "write_snapshot",
+]
 
 PARAMETERS = "parameters.safetensors"
 REST = "rest.safetensors"
@@ -79,6 +87,20 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
 
     from everystep.step.state import State
 
+    parameters, rest = check_snapshot(run, row)
+    directory = run / row.directory
+    try:
+        return State(row.step, load(parameters), load(rest), _settings(rest))
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"snapshot {directory} cannot be read: {error}") from None
+
+
+def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
+    """Return the contents of the two files of a state.
+
+    Raises:
+        RunError: one is missing, or was changed.
+    """
     directory = run / row.directory
     paths = [own_path(run, f"{row.directory}/{name}") for name in (PARAMETERS, REST)]
     try:
@@ -91,10 +113,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
             f"snapshot {directory} was changed after recording: its digest is {digest[:12]}..., but "
             f"the run recorded {row.digest[:12]}..."
         )
-    try:
-        return State(row.step, load(parameters), load(rest), _settings(rest))
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"snapshot {directory} cannot be read: {error}") from None
+    return parameters, rest
 
 
 def _settings(content: bytes) -> dict[str, Any]:
