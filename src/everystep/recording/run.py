@@ -148,7 +148,6 @@ class RecordedRun:
         """Return the values of one measurement by step, in order."""
         with reading(self._database_path) as database:
             rows = database.measured(name)
-        self._warn_if_damaged()
         return {step: math.nan if value is None else value for step, value in rows.items()}
 
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
