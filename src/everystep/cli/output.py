@@ -15,8 +15,9 @@ from typing import Any
 import typer
 
 from everystep.errors import DamageWarning, UsageError
+from everystep.views.printed import clean
 
-__all__ = ["damage_on_stderr", "hint", "print_in_any_encoding", "quoted", "tell", "write"]
+__all__ = ["damage_on_stderr", "hint", "print_in_any_encoding", "quoted", "say", "tell", "write"]
 
 #: What stands for a character that the terminal's encoding lacks.
 _PLAIN = {
@@ -93,6 +94,11 @@ def tell(problems: list[str]) -> None:
         hint(f"everystep: {problem}")
 
 
+def say(text: str, *, nl: bool = True) -> None:
+    """Print data on stdout; nothing in it steers the terminal."""
+    typer.echo(clean(text), nl=nl)
+
+
 def hint(text: str) -> None:
-    """Print a line on stderr."""
-    typer.echo(text, err=True)
+    """Print a line on stderr; nothing in it steers the terminal."""
+    typer.echo(clean(text), err=True)

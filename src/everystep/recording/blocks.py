@@ -68,7 +68,7 @@ class Blocks(Rows):
 
     def seal_facts(self) -> None:
         """Write the digest of all facts."""
-        digest = _digest_of_facts(self.connection.execute("SELECT key, value FROM facts"))
+        digest = _digest_of_facts(self.checked((TEXT, TEXT), "SELECT key, value FROM facts"))
         self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, 0, ?)", (FACTS, digest))
 
     def seal_blocks(self, before: int | None = None) -> None:
@@ -100,13 +100,13 @@ class Blocks(Rows):
 
     def block(self, name: str, first: int) -> tuple[list[int], list[float | None]]:
         """Return the steps of a block that the run has, and their numbers."""
-        among = "FROM steps WHERE step >= ? AND step < ? ORDER BY step"
+        among = "FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
         given: tuple[str, ...] = ()
         if name != LOSS:
             among = among.replace("steps WHERE", "measurements WHERE name = ? AND")
             given = (name.partition("/")[2],)
         column, kinds = ("loss", LOSSES) if name == LOSS else ("value", VALUES)
-        ends = first, first + BLOCK
+        ends = first, min(first + BLOCK, 2**63) - 1
         steps = self.numbers(f"SELECT step {among}", *given, *ends, kinds=STEP)
         return steps, self.numbers(f"SELECT {column} {among}", *given, *ends, kinds=kinds)
 

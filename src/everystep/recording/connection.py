@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from everystep.errors import RunError
+from everystep.recording.files import own_path
 
 __all__ = [
     "APPLICATION_ID",
@@ -86,7 +87,7 @@ CREATE TABLE blocks (
 #: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
 _PATIENCE = 1.0
 #: Bytes that a text or a blob may have.
-_LONGEST_VALUE = 64_000_000
+_LONGEST_VALUE = 16_000_000
 
 
 def begin_database(path: Path) -> None:
@@ -129,6 +130,7 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
 def _check_files(path: Path) -> None:
     if not path.is_file():
         raise RunError(f"{path.parent} is not a run: {path.name} is missing")
+    own_path(path.parent, path.name)
     for suffix in ("-wal", "-shm", "-journal"):  # SQLite would wait for the other end of a pipe
         beside = Path(f"{path}{suffix}")
         try:
@@ -171,6 +173,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             )
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:

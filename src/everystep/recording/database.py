@@ -12,7 +12,7 @@ from everystep.errors import RecordingError, RunError
 from everystep.recording.blocks import LOSS, Blocks, block_of, series_of
 from everystep.recording.connection import FILE_NAME, LOCK_NAME, begin_database, connect_reading
 from everystep.recording.fact_rows import read_facts, rows_of
-from everystep.recording.facts import Facts
+from everystep.recording.facts import MOST_STEPS, Facts
 from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
 
 __all__ = [
@@ -183,7 +183,7 @@ class Database(Blocks):
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
         newest: int = self.numbers("SELECT coalesce(max(step), 0) FROM steps")[0]
-        return newest
+        return self._bounded(newest)
 
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""
@@ -194,7 +194,15 @@ class Database(Blocks):
             "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps",
         )
         newest, first, last = rows[0]
-        return newest, first, last
+        return self._bounded(newest), first, last
+
+    def _bounded(self, newest: int) -> int:
+        if newest > MOST_STEPS:
+            raise RunError(
+                f"{self.path} claims to have step {newest:,}; everystep reads up to {MOST_STEPS:,}: the "
+                "database was changed"
+            )
+        return newest
 
     def measured(self, name: str) -> dict[int, float | None]:
         """Return the values of one measurement by step."""

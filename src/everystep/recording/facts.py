@@ -17,6 +17,7 @@ from everystep.numerics import Numerics
 __all__ = [
     "EAGERLY",
     "LONGEST_NOTE",
+    "MOST_STEPS",
     "BatchFacts",
     "DataFacts",
     "DataFileFacts",
@@ -40,6 +41,8 @@ __all__ = [
 
 #: Characters of a note.
 LONGEST_NOTE = 1000
+#: The number of the last step that a run may have.
+MOST_STEPS = 100_000_000_000
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
 #: Plain values by name, as JSON holds them; what it cannot hold is a description.
@@ -326,7 +329,7 @@ class Facts(_Fact):
     started: Time | None = None
     finished: Time | None = None
     seconds: float | None = None
-    steps: Whole | None = None
+    steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] | None = None
     loss_dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
     nonfinite_step: Whole | None = None
     batches_lost_to: Whole | None = None

@@ -14,6 +14,7 @@ from everystep.errors import RunError
 from everystep.recording.blocks import FACTS, LOSS, block_of, digest_of_numbers, series_of
 from everystep.recording.connection import connect_reading
 from everystep.recording.database import Database, Repeat, SnapshotRow
+from everystep.recording.facts import MOST_STEPS
 from everystep.recording.rows import (
     BYTES,
     LOSSES,
@@ -72,8 +73,11 @@ def salvage(path: Path) -> Salvaged:
         problems.append(
             "the description of the run is not as it was recorded, and is taken over as it is"
         )
+    tables["steps"] = [row for row in tables["steps"] if 0 < row[0] <= MOST_STEPS]
+    tables["measurements"] = [row for row in tables["measurements"] if 0 <= row[1] <= MOST_STEPS]
+    tables["snapshots"] = [row for row in tables["snapshots"] if 0 <= row[0] <= MOST_STEPS]
     altered = _altered(tables)
-    losses = {step: loss for step, loss in tables["steps"] if step > 0}
+    losses = dict(tables["steps"])
     doubtful = {step: loss for step, loss in losses.items() if (LOSS, block_of(step)) in altered}
     measured = [
         row for row in tables["measurements"] if (series_of(row[0]), block_of(row[1])) not in altered

@@ -128,7 +128,7 @@ def _file_findings(run: RecordedRun, facts: Facts) -> Iterator[Finding]:
         files = [program.file for program in engine.programs]
         if training.loop is not None:
             files += [f"programs/{number + 1}.json" for number in range(training.loop.programs)]
-        for file in files:
+        for file in dict.fromkeys(files):
             yield from _checked(file, partial(_read_program, run.directory, file), _RESTORE)
         name = training.experiment_file or "experiment.toml"
         yield from _checked(name, partial(run.experiment_file, training), _RESTORE)

@@ -40,6 +40,9 @@ from everystep.training.objects import Objects
 
 __all__ = ["reopen", "stored_data"]
 
+#: Rules of programs that are read.
+MOST_PROGRAMS = 1000
+
 
 def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
     """Restore the training of a stretch of a run, without loading a state.
@@ -53,6 +56,10 @@ def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStep
     device = select(facts.device)
     batches = _batches(facts)
     engine = facts.engine or EAGERLY
+    if len(engine.programs) > MOST_PROGRAMS:
+        raise RunError(
+            f"{run.name} claims more than {MOST_PROGRAMS:,} programs: the database was changed"
+        )
     built = [(rule, _read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device)

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ __all__ = ["Repaired", "repair"]
 
 #: Steps that are taken again before they are compared and written.
 STRIDE = 256
+#: Steps that are taken again where nothing on disk says that they were taken.
+MOST_UNKNOWN = 1_000_000
 _FOLDERS = ("programs", CHANGES, BATCHES)
 
 
@@ -157,7 +160,7 @@ class _Copy:
     def _planned(self, states: list[int]) -> int:
         newest = max([*self._found.losses, *self._found.doubtful, *states], default=0)
         if self._facts.status == "finished" and self._facts.steps is not None:
-            return self._facts.steps
+            return min(self._facts.steps, newest + MOST_UNKNOWN)
         return newest
 
     def _write_rows(self, database: Database, snapshots: list[SnapshotRow]) -> None:
@@ -316,11 +319,17 @@ def _agrees(loss: float, known: float | None) -> bool:
 
 def _spans(known: Mapping[int, Any], planned: int) -> Iterator[tuple[int, int, bool]]:
     """Yield the steps from 1 to `planned` in spans: first, last, whether their losses are lost."""
-    first = 1
-    for step in range(1, planned + 1):
-        if step == planned or ((step + 1) in known) != (first in known):
-            yield first, step, first not in known
-            first = step + 1
+    end = 0
+    sound = enumerate(sorted(step for step in known if step <= planned))
+    # Consecutive steps differ from their places by the same number.
+    for _, group in groupby(sound, lambda pair: pair[1] - pair[0]):
+        steps = [step for _, step in group]
+        if steps[0] > end + 1:
+            yield end + 1, steps[0] - 1, True
+        yield steps[0], steps[-1], False
+        end = steps[-1]
+    if end < planned:
+        yield end + 1, planned, True
 
 
 def _row_of(run: Path, step: int, name: str) -> SnapshotRow | None:

@@ -23,6 +23,7 @@ from everystep.recording.facts import (
 from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
+from everystep.views.printed import one_line
 
 if TYPE_CHECKING:
     import polars
@@ -285,8 +286,7 @@ def _run_cells(run: Summary) -> tuple[Text, ...]:
 
 
 def _note_text(run: Summary) -> Text:
-    # A run may be a stranger's: its note must not steer the terminal.
-    return Text("".join(c if c.isprintable() else " " for c in run.note or ""), style="dim")
+    return Text(one_line(run.note or "").replace("\ufffd", " "), style="dim")
 
 
 def _fork_text(fork: ForkFacts) -> str:
