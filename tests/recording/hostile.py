@@ -56,8 +56,8 @@ def linked(name):
     """Return what makes a file or a directory of a run a link to one outside of it."""
 
     def change(run):
-        outside = run.parent / "outside"
-        outside.mkdir(exist_ok=True)
+        outside = run.parent.parent / "outside" / run.name
+        outside.mkdir(parents=True, exist_ok=True)
         target = outside / name.replace("/", "-")
         if (run / name).exists():
             shutil.move(run / name, target)
@@ -76,8 +76,9 @@ def pipe_for_a_lock(run):
 
 def hard_linked(run):
     """Give the database a second name outside of the run."""
-    (run.parent / "outside").mkdir(exist_ok=True)
-    os.link(run / "run.sqlite", run.parent / "outside" / "run.sqlite")
+    outside = run.parent.parent / "outside" / run.name
+    outside.mkdir(parents=True)
+    os.link(run / "run.sqlite", outside / "run.sqlite")
 
 
 def program(change_data):

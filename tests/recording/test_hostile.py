@@ -54,7 +54,7 @@ def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everys
     shutil.copytree(good, shelf / "run")
     shutil.copytree(good, shelf / "good")
     HOSTILE[kind](shelf / "run")
-    outside = shelf / "outside"
+    outside = tmp_path / "outside"
     before = contents(outside)
     monkeypatch.chdir(shelf)
     turn = [OTHERS[list(HOSTILE).index(kind) % len(OTHERS)]]

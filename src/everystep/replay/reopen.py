@@ -234,6 +234,8 @@ def _skeleton(
             f"{run.name} has no readable snapshot to start from: "
             f"{'; '.join(problems) or 'the run has none'}"
         )
+    if "optimizer" not in state.settings:
+        raise RunError(f"state {state.step} of {run.name} has no optimizer: the run was changed")
     return make_skeleton(programs, state, batch, device, stretch.facts.clip_norm)
 
 
