@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+#: Seconds that a writer waits for another program that has locked the database; what is to be written
+#: waits in memory.
+PATIENCE = 60.0
 #: Characters of a measurement's name, and how many names a run may have.
 LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
@@ -74,7 +77,7 @@ class Database(Blocks):
         """Create the database; other threads may use it afterwards, one at a time."""
         with _writing(path):
             begin_database(path)
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            connection = _connected(path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
         return cls(connection, path)
@@ -82,7 +85,7 @@ class Database(Blocks):
     @classmethod
     def change(cls, path: Path) -> Database:
         """Open an existing database to add to it; threads may use it one at a time."""
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection = _connected(path)
         database = cls(connection, path)
         with _writing(path):
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -304,6 +307,10 @@ class Database(Blocks):
                 f"{self.path} has more than {MOST_NAMES:,} measurements, or one with a name of more "
                 f"than {LONGEST_NAME:,} characters, which everystep does not read"
             )
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager
