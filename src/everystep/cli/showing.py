@@ -31,7 +31,7 @@ def runs(
     summaries = []
     for path in find_runs(directory):
         try:
-            summary = RecordedRun(path).summary()
+            summary = RecordedRun(path, may_be_cut=True).summary()
             summaries.append(summary)
             if summary.damage is not None:
                 hint(f"everystep: {summary.damage}")

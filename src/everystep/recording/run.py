@@ -56,7 +56,7 @@ class Stretch(NamedTuple):
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
-    may_be_cut: open a finished run without its last steps, too.
+    may_be_cut: do not look at it yet; a finished run may lack its last steps.
 
     Raises:
         RunError: the directory is not a run, or is unreadable.
@@ -66,9 +66,10 @@ class RecordedRun:
         self.directory = Path(directory)
         self._has_warned = False
         self._found: tuple[list[tuple[int, int]], list[Finding]] | None = None
+        if may_be_cut:
+            return
         with reading(self._database_path) as database:
-            if not may_be_cut:
-                self._check_whole(database)
+            self._check_whole(database)
 
     @property
     def name(self) -> str:
