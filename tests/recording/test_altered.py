@@ -48,7 +48,5 @@ def test_the_write_ahead_log_of_a_killed_run_loses_nothing_without_a_word(record
         content = bytearray(log)
         content[place] ^= 8
         (copy / "run.sqlite-wal").write_bytes(content)
-        summary = RecordedRun(copy).summary()
-        assert summary.damage is not None
-        assert "run.sqlite-wal" in summary.damage or "are missing" in summary.damage
+        assert "run.sqlite-wal: " in (RecordedRun(copy).summary().damage or "")
         shutil.rmtree(copy)

@@ -70,6 +70,24 @@ def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everys
     assert contents(outside) == before
 
 
+@pytest.mark.parametrize("kind", [kind for kind in HOSTILE if "link" in kind or "another name" in kind])
+def test_a_run_with_a_link_is_not_written_into(kind, good, tmp_path, everystep_command):
+    shutil.copytree(good, tmp_path / "shelf" / "run")
+    HOSTILE[kind](tmp_path / "shelf" / "run")
+    before = contents(tmp_path)
+    run = str(tmp_path / "shelf" / "run")
+    for command in (["measure", run, "loss + 1"], ["resume", run, "--steps", "9", "-q"]):
+        code, _, err = everystep_command(*command)
+        assert code == 2
+        assert "run" in err
+    with pytest.raises(everystep.RunError):
+        everystep.open(run).note = "mine"
+    now = contents(tmp_path)
+    assert {path: now[path] for path in before if path.suffix != ".sqlite-shm"} == {
+        path: content for path, content in before.items() if path.suffix != ".sqlite-shm"
+    }
+
+
 def test_the_list_of_the_page_goes_on(good, tmp_path):
     from everystep.page.shelf import Shelf
 
