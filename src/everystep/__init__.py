@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from everystep.errors import (
+    DamageWarning,
     DataError,
     DeviceError,
     EverystepError,
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
     from everystep import lightning as lightning
     from everystep import numerics as numerics
     from everystep import transformers as transformers
-    from everystep.api import open, record, runs, train, train_experiment
+    from everystep.api import doctor, open, record, runs, train, train_experiment
     from everystep.gradient_descent import GradientDescent
     from everystep.run import Run
 
 __all__ = [
+    "DamageWarning",
     "DataError",
     "DeviceError",
     "EverystepError",
@@ -41,6 +43,7 @@ __all__ = [
     "StepError",
     "TrainingError",
     "UsageError",
+    "doctor",
     "open",
     "record",
     "runs",
@@ -51,7 +54,7 @@ __all__ = [
 
 #: Imported at first use: importing everystep is quick, and does not import torch.
 _MODULES = {
-    **dict.fromkeys(("open", "record", "runs", "train", "train_experiment"), "everystep.api"),
+    **dict.fromkeys(("doctor", "open", "record", "runs", "train", "train_experiment"), "everystep.api"),
     "GradientDescent": "everystep.gradient_descent",
     "Run": "everystep.run",
 }

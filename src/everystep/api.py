@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from everystep.experiment.specification import Experiment, Iteration
+    from everystep.replay.doctor import Diagnosis
     from everystep.training.record import Recording
 
-__all__ = ["open", "record", "runs", "train", "train_experiment"]
+__all__ = ["doctor", "open", "record", "runs", "train", "train_experiment"]
 
 
 def open(
@@ -56,6 +58,28 @@ def open(
 
         objects = Objects(model, loss, optimizer, data)
     return Run(find_run(run), objects)
+
+
+def doctor(run: str | Path, *, repair: str | Path | None = None, progress: bool = True) -> Diagnosis:
+    """Say what is wrong with a run, and what can still be read; also of one that cannot be opened.
+
+    Args:
+        run: the directory, or a name in runs/.
+        repair: where to write a repaired copy: what is sound, and lost steps taken again by replay.
+        progress: show a progress bar if stderr is a terminal.
+
+    Raises:
+        RunError: there is no such run; or, with `repair`, nothing can be read, or the place exists.
+        RecordingError: the copy cannot be written.
+    """
+    from everystep.replay.doctor import doctor
+    from everystep.views.diagnosis import diagnosis_text
+    from everystep.views.progress import counting
+
+    target = None if repair is None else Path(repair)
+    with counting("replaying", 0, progress and repair is not None) as on_progress:
+        found = doctor(find_run(run), target, on_progress)
+    return replace(found, to_text=partial(diagnosis_text, found))
 
 
 def runs(directory: str | Path = RUNS) -> list[Run]:

@@ -25,6 +25,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 __all__ = [
+    "DamageWarning",
     "DataError",
     "DatasetChangedError",
     "DeviceError",
@@ -129,6 +130,10 @@ class DatasetChangedError(TrainingError):
 
 class RecordingError(EverystepError):
     """Writing the run failed; everything recorded before is kept."""
+
+
+class DamageWarning(UserWarning):
+    """A run is damaged: what is read of it is not all, or not as it was recorded."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ENVIRONMENT", "Numerics", "in_force", "prepare", "warning"]
 
+#: No machine computes one step with more.
+MOST_THREADS = 4096
+
 #: Read by the libraries below torch when they first compute.
 #:
 #: `MKL_CBWR` (Intel's conditional numerical reproducibility) with STRICT makes the bits of a matrix
@@ -167,10 +170,13 @@ def in_force(
     deterministic, flush_denormal: set these only to repeat a recording with other values.
 
     Raises:
-        UsageError: the caller has an active mode that changes what torch functions do.
+        UsageError: the caller has an active mode that changes what torch functions do, or no machine
+            has so many threads.
     """
     import torch
 
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads must be from 1 to {MOST_THREADS:,}, not {threads:,}")
     mode = _active_mode()
     if mode is not None:
         raise UsageError(f"{mode} is active here, but would not be during a replay; {_CURE}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
+    from everystep.replay.doctor import Diagnosis
     from everystep.replay.hooks import NonFinite
     from everystep.replay.processes import Opener
     from everystep.replay.query import Measured
@@ -133,6 +134,25 @@ class Run(RecordedRun):
         with counting("replaying", len(self), progress) as on_progress:
             found = verify(self._opener, processes, on_progress)
         return replace(found, to_text=partial(verify_text, self.name, self.facts, found))
+
+    def doctor(self, *, repair: str | Path | None = None, progress: Counting = True) -> Diagnosis:
+        """Say what is wrong with the run, and what can still be read; replays nothing, as `verify` does.
+
+        repair: where to write a repaired copy: what is sound, and lost steps taken again by replay.
+
+        Raises:
+            RunError: with `repair`, nothing can be read, or the place exists.
+            RecordingError: the copy cannot be written.
+        """
+        from everystep.replay.doctor import doctor
+        from everystep.views.diagnosis import diagnosis_text
+        from everystep.views.progress import counting
+
+        target = None if repair is None else Path(repair)
+        wanted = progress if target is not None else False
+        with counting("replaying", len(self), wanted) as on_progress:
+            found = doctor(self.directory, target, on_progress)
+        return replace(found, to_text=partial(diagnosis_text, found))
 
     def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
         """Return how this run differs from another, down to the first operation.

@@ -5,8 +5,10 @@ import math
 import os
 import posixpath
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -91,7 +93,7 @@ def test_runs_in_a_line_each_also_those_that_cannot_be_read(chapter_run, write_r
         "name": "nan", "status": "stopped", "steps": 2, "planned": 7, "first_loss": "nan",
         "last_loss": "inf", "nonfinite": None, "optimizer": None, "lr": "", "batch": None,
         "validation": None, "seconds": None, "started": "", "parent": None, "note": None,
-        "problem": None,
+        "damage": None, "problem": None,
     }  # fmt: skip
     assert runs["child"]["parent"] == ["chapter", 20]
     told = {key: runs["chapter"][key] for key in ("optimizer", "lr", "batch", "nonfinite")}
@@ -245,3 +247,21 @@ def test_names_that_are_no_text_are_told_apart(write_run, page, shelf):
     assert len(set(names)) == 2
     for name in names:
         assert page.json(f"/api/runs/{quote(name)}")["name"] == name
+
+
+def test_a_damaged_run_is_said_to_be(write_run, page, shelf):
+    write_run("whole", [3.0, 2.0, 1.0], steps=3)
+    write_run("altered", [3.0, 2.0, 1.0], steps=3)
+    with closing(sqlite3.connect(shelf / "altered" / "run.sqlite")) as database, database:
+        database.execute("UPDATE facts SET value = '\"stopped\"' WHERE key = 'status'")
+        database.execute("DELETE FROM steps WHERE step = 3")
+    runs = {run["name"]: run for run in page.json("/api/runs")["runs"]}
+    assert runs["whole"]["damage"] is None
+    assert "altered is damaged: run.sqlite" in runs["altered"]["damage"]
+
+
+def test_a_request_that_is_too_long_is_refused(write_run, page):
+    write_run("one", [1.0])
+    answer = page.ask("/api/runs/one/note", "POST", json={"note": "n" * 2_000_000})
+    assert answer.status_code == 400
+    assert "longer than 1,000,000 bytes" in answer.json()["error"]

@@ -16,6 +16,7 @@ from torch import nn
 
 import everystep
 from everystep.errors import RunError
+from everystep.recording import database as database_module
 from everystep.recording.database import Database, reading
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
@@ -325,3 +326,27 @@ def test_losses_that_are_missing_are_named(tmp_path, statement, message):
         database.execute(statement)
     with pytest.raises(RunError, match=message):
         everystep.open(tmp_path / "run").losses  # noqa: B018
+
+
+@pytest.mark.parametrize("patience", [60.0, 0.01])
+def test_another_program_may_lock_the_database_for_a_while(small, monkeypatch, patience):
+    model, x, y = small
+    monkeypatch.setattr(database_module, "PATIENCE", patience)
+    locked, calls = [], 0
+
+    def locking(prediction, target):
+        nonlocal calls
+        calls += 1
+        if calls == 100:
+            other = sqlite3.connect("run/run.sqlite", isolation_level=None, check_same_thread=False)
+            other.execute("BEGIN IMMEDIATE")
+            locked.append(other)
+            threading.Timer(1.0, other.close).start()
+        return nn.functional.mse_loss(prediction, target)
+
+    if patience < 1:
+        with pytest.raises(everystep.RecordingError, match="database is locked"):
+            train(model, (x, y), loss=locking, steps=3000, directory="run", engine="eager")
+        return
+    run = train(model, (x, y), loss=locking, steps=3000, directory="run", engine="eager")
+    assert locked and len(run.losses) == 3000 and run.status == "finished"

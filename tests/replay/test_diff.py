@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
+from everystep.errors import DamageWarning
 from everystep.experiment.batches import Batches
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.step.check import StateDifference
@@ -550,7 +551,8 @@ def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():
     with closing(sqlite3.connect(other.directory / "run.sqlite")) as database:
         database.execute("UPDATE steps SET loss = 1.5 WHERE step = 7")
         database.commit()
-    found = one.diff(other, progress=False)
+    with pytest.warns(DamageWarning, match="is damaged"):
+        found = one.diff(other, progress=False)
     assert not found.is_same
     assert found.loss == (7, one.losses["loss"][6], 1.5)
     assert found.operation is None

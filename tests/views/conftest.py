@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 
 import pytest
+from tests.sealing import seal
 
 import everystep
 from everystep.recording.run import RecordedRun
@@ -30,6 +31,7 @@ def run_of(trained, tmp_path):
         database.executemany("INSERT INTO measurements VALUES (?, ?, ?)", measurements)
         database.commit()
         database.close()
+        seal(tmp_path / name)
         return RecordedRun(tmp_path / name)
 
     return make

@@ -4,6 +4,7 @@ import sqlite3
 from html.parser import HTMLParser
 
 import pytest
+from tests.sealing import seal
 
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import model_text
@@ -56,6 +57,7 @@ def changed(trained, tmp_path):
             database.executemany(statement, rows)
         database.commit()
         database.close()
+        seal(tmp_path / name)
         return RecordedRun(tmp_path / name)
 
     return change

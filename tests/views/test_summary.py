@@ -4,6 +4,7 @@ import sqlite3
 from xml.etree import ElementTree
 
 import pytest
+from tests.sealing import seal
 
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import optimizers_text
@@ -30,6 +31,7 @@ def summary_of(trained, tmp_path):
             database.execute("INSERT OR REPLACE INTO facts VALUES ('reason', json_quote(?))", [reason])
         database.commit()
         database.close()
+        seal(tmp_path / name)
         return summary_html(RecordedRun(tmp_path / name))
 
     return summarise

@@ -1,7 +1,7 @@
 """The command line: one thin command per public function.
 
 Data goes to stdout, progress and hints to stderr. Exit code 0: success; 1: the answer is no, or writing
-failed; 2: invalid use; 130: Ctrl-C.
+failed, or that the run is damaged; 2: invalid use; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.asking import diff, measure, verify, when
+from everystep.cli.asking import diff, doctor, measure, verify, when
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
-from everystep.cli.output import hint, print_in_any_encoding
+from everystep.cli.output import damage_on_stderr, hint, print_in_any_encoding
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError
 
@@ -43,6 +43,7 @@ for command, line in (
     (report, "Write everything about a run as one page."),
     (step, "Open a step: batch, operations, gradients, updates."),
     (verify, "Replay every step, and compare it bit for bit."),
+    (doctor, "Say what is wrong with a run; write a repaired copy."),
     (diff, "Show where two runs differ, down to the operation."),
     (fork, "Continue a run from any step, with changes."),
     (measure, "Add a measurement to a finished run."),
@@ -70,10 +71,15 @@ def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
     print_in_any_encoding()
     try:
-        try:
-            app()
-        finally:
-            sys.stdout.flush()
+        with damage_on_stderr() as is_damaged:
+            try:
+                app()
+            except SystemExit as end:
+                if end.code or not is_damaged():
+                    raise
+                sys.exit(1)
+            finally:
+                sys.stdout.flush()
     except EverystepError as error:
         hint(f"everystep: {error}")
         sys.exit(error.exit_code)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument
-from everystep.cli.output import hint, quoted
+from everystep.cli.output import hint, quoted, say
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
     from everystep.run import Run
 
-__all__ = ["diff", "measure", "verify", "when"]
+__all__ = ["diff", "doctor", "measure", "verify", "when"]
 
 
 def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:
@@ -28,10 +29,36 @@ def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption
     opened = open(run)
     found = opened.verify(processes=processes)
     if json:
-        typer.echo(as_json(verify_data(opened.name, found)))
+        say(as_json(verify_data(opened.name, found)))
     else:
-        typer.echo(verify_text(opened.name, opened.facts, found))
+        say(verify_text(opened.name, opened.facts, found))
     if not found.is_exact:
+        raise typer.Exit(1)
+
+
+def doctor(
+    run: RunArgument,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write what is sound, and lost steps taken again, as a new run."
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what is wrong with a run, and what can still be read.
+
+    Checks the database, the states and all other files; everystep verify replays the steps, too. Exits
+    with 1 if something is wrong, or did not come back in the repaired copy.
+    """
+    from everystep.api import doctor
+    from everystep.views.answers import as_json
+    from everystep.views.diagnosis import diagnosis_data, diagnosis_text
+
+    found = doctor(run, repair=repair)
+    say(as_json(diagnosis_data(found)) if json else diagnosis_text(found))
+    is_well = found.is_healthy if found.repaired is None else found.repaired.is_complete
+    if not is_well:
         raise typer.Exit(1)
 
 
@@ -55,7 +82,7 @@ def diff(
     from everystep.views.difference import diff_data, diff_text
 
     found = open(one).diff(open(other), thorough=thorough)
-    typer.echo(as_json(diff_data(found)) if json else diff_text(found))
+    say(as_json(diff_data(found)) if json else diff_text(found))
     if not found.is_same:
         raise typer.Exit(1)
 
@@ -92,7 +119,7 @@ def measure(
         count = len(opened.measured(name or expression))
         hint(f"stopped; {count:,} values are saved; run the same command to continue")
         raise
-    typer.echo(measured_text(found))
+    say(measured_text(found))
     hint(f"everystep plot {quoted(run)} -m {quoted(found.name)} -o measured.png")
     if found.left_out:
         raise typer.Exit(1)
@@ -133,9 +160,9 @@ def when(
     losses = opened.losses_at(found.steps)
     if json:
         steps_data = [{"step": step, "loss": loss} for step, loss in losses.items()]
-        typer.echo(as_json({"steps": steps_data, "left_out_from": list(found.inexact)}))
+        say(as_json({"steps": steps_data, "left_out_from": list(found.inexact)}))
     else:
-        typer.echo(when_text(found, losses), nl=False)
+        say(when_text(found, losses), nl=False)
     if not found.steps:
         hint("no step matches")
         raise typer.Exit(1)
@@ -145,6 +172,6 @@ def _first_nonfinite(run: Run, processes: int | None, json: bool) -> None:
     from everystep.views.answers import as_json, nonfinite_data, nonfinite_text
 
     made = run.first_nonfinite(processes=processes)
-    typer.echo(as_json(nonfinite_data(made)) if json else nonfinite_text(made))
+    say(as_json(nonfinite_data(made)) if json else nonfinite_text(made))
     if made is None:
         raise typer.Exit(1)

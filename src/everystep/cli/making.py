@@ -16,7 +16,7 @@ from everystep.cli.completing import (
     experiment_names,
     experiments_and_files,
 )
-from everystep.cli.output import hint
+from everystep.cli.output import hint, say
 from everystep.errors import UsageError, did_you_mean
 
 __all__ = ["experiments", "fork", "resume", "train"]
@@ -165,12 +165,12 @@ def experiments(
     if name is None:
         width = max(map(len, known))
         for each, path in known.items():
-            typer.echo(f"{each:<{width}}  {_first_sentence(path)}")
+            say(f"{each:<{width}}  {_first_sentence(path)}")
         hint("everystep experiments NAME > my.toml; everystep train my.toml")
         return
     if name not in known:
         raise UsageError(f"no built-in experiment {name!r}; {did_you_mean(name, list(known))}")
-    typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
+    say(known[name].read_text(encoding="utf-8"), nl=False)
 
 
 def fork(

@@ -6,14 +6,18 @@ import codecs
 import io
 import shlex
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from everystep.errors import UsageError
+from everystep.errors import DamageWarning, UsageError
+from everystep.views.printed import clean
 
-__all__ = ["hint", "print_in_any_encoding", "quoted", "tell", "write"]
+__all__ = ["damage_on_stderr", "hint", "print_in_any_encoding", "quoted", "say", "tell", "write"]
 
 #: What stands for a character that the terminal's encoding lacks.
 _PLAIN = {
@@ -58,6 +62,25 @@ def write(path: Path, make: Callable[[], object]) -> None:
     hint(f"{path} ({size / 1000:,.0f} kB)" if size >= 1000 else f"{path} ({size} bytes)")
 
 
+@contextmanager
+def damage_on_stderr() -> Iterator[Callable[[], bool]]:
+    """Print warnings of damaged runs as hints; yields what returns whether there were any."""
+    said: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, DamageWarning):
+            showwarning(message, category, *place, **more)
+        elif str(message) not in said:
+            said.append(str(message))
+            hint(f"everystep: {message}")
+
+    with warnings.catch_warnings():
+        showwarning = warnings.showwarning
+        warnings.simplefilter("always", DamageWarning)
+        warnings.showwarning = show
+        yield lambda: bool(said)
+
+
 def quoted(text: str) -> str:
     """Return a text as a shell takes it for one word, with as few quotes as possible."""
     if "'" in text and not set(text) & set('"\\$`!'):
@@ -71,6 +94,11 @@ def tell(problems: list[str]) -> None:
         hint(f"everystep: {problem}")
 
 
+def say(text: str, *, nl: bool = True) -> None:
+    """Print data on stdout; nothing in it steers the terminal."""
+    typer.echo(clean(text), nl=nl)
+
+
 def hint(text: str) -> None:
-    """Print a line on stderr."""
-    typer.echo(text, err=True)
+    """Print a line on stderr; nothing in it steers the terminal."""
+    typer.echo(clean(text), err=True)

@@ -10,7 +10,7 @@ import typer
 
 from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument
 from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
-from everystep.cli.output import hint, tell, write
+from everystep.cli.output import hint, say, tell, write
 from everystep.errors import RunError, UsageError
 
 __all__ = ["losses", "plot", "report", "runs", "step", "table", "view"]
@@ -23,26 +23,28 @@ def runs(
     json: JsonOption = False,
 ) -> None:
     """List runs: name, status, steps, first and last loss, start time, note."""
-    from rich.console import Console
-
     from everystep.recording.finding import find_runs
     from everystep.recording.run import RecordedRun
+    from everystep.views.console import SafeConsole
     from everystep.views.terminal import runs_json, runs_table
 
     summaries = []
     for path in find_runs(directory):
         try:
-            summaries.append(RecordedRun(path).summary())
+            summary = RecordedRun(path, may_be_cut=True).summary()
+            summaries.append(summary)
+            if summary.damage is not None:
+                hint(f"everystep: {summary.damage}")
         except RunError as error:
             hint(f"everystep: skipped: {error}")
     if json:
-        typer.echo(runs_json(summaries))
+        say(runs_json(summaries))
     elif summaries:
         if sys.stdout.isatty():
-            console = Console(highlight=False)
+            console = SafeConsole(highlight=False)
             console.print(runs_table(summaries, console.width))
         else:  # the reader of the pipe cuts lines
-            Console(highlight=False, width=1000).print(runs_table(summaries))
+            SafeConsole(highlight=False, width=1000).print(runs_table(summaries))
         _say_killed([summary.directory for summary in summaries if summary.status == "killed"])
     else:
         hint(f"{directory} has no runs; everystep train creates the first")
@@ -89,7 +91,7 @@ def losses(
         return
     text = losses_text(frame, "csv" if csv else "json" if json else "plain")
     if output is None:
-        sys.stdout.write(text)
+        say(text, nl=False)
     else:
         write(output, lambda: output.write_text(text, encoding="utf-8"))
 
@@ -183,9 +185,8 @@ def step(
 
     everystep replays the step from the nearest snapshot, and compares its loss with the recorded one.
     """
-    from rich.console import Console
-
     from everystep.api import open
+    from everystep.views.console import SafeConsole
     from everystep.views.step import step_text
     from everystep.views.step_json import step_json
 
@@ -195,9 +196,9 @@ def step(
     found = opened[number]
     tell(opened.problems)
     if json:
-        typer.echo(step_json(found, opened.facts, values=values))
+        say(step_json(found, opened.facts, values=values))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = SafeConsole(highlight=False, soft_wrap=True)
         text = step_text(
             found,
             opened.facts,

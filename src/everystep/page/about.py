@@ -31,7 +31,7 @@ _ACTIVATIONS = ("ReLU", "LeakyReLU", "GELU")
 #: What the list of runs says of each.
 _SUMMARY = (
     *("status", "steps", "planned", "first_loss", "last_loss", "nonfinite", "optimizer", "lr"),
-    *("batch", "validation", "seconds", "started", "parent", "note"),
+    *("batch", "validation", "seconds", "started", "parent", "note", "damage"),
 )
 #: The learning rate and its like are recorded where they change.
 _RATE = re.compile(r"(lr|momentum|beta1)(\[\d+\])?")
@@ -65,6 +65,7 @@ def summary_data(name: str, summary: Summary | None, problem: str | None = None)
         "started": summary.started.astimezone(UTC).isoformat(),
         "parent": summary.parent,
         "note": summary.note,
+        "damage": summary.damage,
         "problem": None,
     }
 
@@ -113,6 +114,7 @@ def about_data(
         "layers": _telling_layers(training.modules),
         "settings": settings or {},
         "snapshots": run.snapshots,
+        "damage": columns.remembered("damage", lambda: run.damage),
     }
 
 

@@ -74,7 +74,7 @@ class Shelf:
             # Of a run whose process is killed no file changes.
             if before == now and summary["status"] != "running":
                 return summary
-            summary = summary_data(name, RecordedRun(directory).summary())
+            summary = summary_data(name, RecordedRun(directory, may_be_cut=True).summary())
         except (RunError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             return summary_data(name, None, problem=str(error))
         with self._lock:

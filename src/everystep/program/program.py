@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+#: Bytes of a program, and entries of each of its tables, that are read.
+MOST_BYTES, MOST_ENTRIES = 100_000_000, 200_000
 
 
 class OptimizerStep(Model):
@@ -174,11 +176,15 @@ class Program(Model):
             ProgramError: it is not a program, needs a newer everystep, uses an operator that is not
                 allowed, or its operators do not fit its tensors; names the problem.
         """
+        if len(text) > MOST_BYTES:
+            raise ProgramError(f"the program has more than {MOST_BYTES:,} bytes, too many to read")
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
             completed = json.dumps(_completed(data))
         except (ValueError, RecursionError) as error:
             raise ProgramError(f"not a program: invalid JSON ({error!s:.200})") from None
+        if isinstance(data, dict):
+            _check_size(data)
         version = data.get("version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ProgramError(
@@ -235,6 +241,14 @@ class Program(Model):
         if self.optimizer_step is not None:
             self.optimizer_step.check(self.tensors)
         return self
+
+
+def _check_size(data: dict[str, Any]) -> None:
+    """Check that a program is not too large to be checked."""
+    for key in ("once", "operations", "tensors", "storages"):
+        entries = data.get(key)
+        if isinstance(entries, list | dict) and len(entries) > MOST_ENTRIES:
+            raise ProgramError(f"the program has more than {MOST_ENTRIES:,} {key}, too many to read")
 
 
 def hyperparameter(name: str, group: int, dtype: str) -> str:

@@ -87,6 +87,8 @@ def adding(directory: Path) -> Iterator[Additions]:
             with database.transaction():
                 database.write_facts({"writer": writer_here()})
             yield Additions(database)
+            with database.transaction():
+                database.seal_blocks()
         finally:
             database.close()
     finally:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from everystep.errors import RunError
+from everystep.recording.files import own_path
 
 __all__ = [
     "APPLICATION_ID",
@@ -73,12 +74,20 @@ CREATE TABLE facts (
     key TEXT PRIMARY KEY,
     value TEXT NOT NULL
 ) WITHOUT ROWID;
+
+-- Digests of up to 4,096 steps of one series each, and of all facts; see recording/blocks.py.
+CREATE TABLE blocks (
+    name TEXT NOT NULL,                    -- 'loss', 'measurement/' and its name, or 'facts'
+    first INTEGER NOT NULL,                -- a multiple of 4,096; 0 for facts
+    digest BLOB NOT NULL,                  -- XXH3, 128 bits
+    PRIMARY KEY (name, first)
+) WITHOUT ROWID;
 """
 
 #: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
 _PATIENCE = 1.0
 #: Bytes that a text or a blob may have.
-_LONGEST_VALUE = 64_000_000
+_LONGEST_VALUE = 16_000_000
 
 
 def begin_database(path: Path) -> None:
@@ -98,13 +107,17 @@ def begin_database(path: Path) -> None:
     new.rename(path)
 
 
-def connect_reading(path: Path) -> sqlite3.Connection:
+def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     """Return a read-only connection to a run's database.
+
+    is_whole: refuse a database that is cut off.
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
     """
     _check_files(path)
+    if is_whole:
+        _check_size(path)
     connection = _connect(path)
     try:
         _check_identity(connection, path)
@@ -117,6 +130,7 @@ def connect_reading(path: Path) -> sqlite3.Connection:
 def _check_files(path: Path) -> None:
     if not path.is_file():
         raise RunError(f"{path.parent} is not a run: {path.name} is missing")
+    own_path(path.parent, path.name)
     for suffix in ("-wal", "-shm", "-journal"):  # SQLite would wait for the other end of a pipe
         beside = Path(f"{path}{suffix}")
         try:
@@ -125,7 +139,6 @@ def _check_files(path: Path) -> None:
             continue
         if not is_file:
             raise RunError(f"{beside} is not a regular file: everystep did not write it")
-    _check_size(path)
 
 
 def _check_size(path: Path) -> None:
@@ -160,6 +173,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             )
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:

@@ -50,7 +50,12 @@ def read_data(directory: Path, fact: DataFileFacts) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     check_data(tensors, fact, str(path))
-    return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
+    try:
+        return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
+    except RuntimeError:
+        raise RunError(
+            f"{directory} has strides that its data cannot have: the database was changed"
+        ) from None
 
 
 def check_data(tensors: dict[str, Tensor], fact: DataFileFacts, place: str) -> None:

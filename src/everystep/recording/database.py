@@ -1,18 +1,19 @@
-"""A run's SQLite database. The only module that contains SQL."""
+"""A run's SQLite database. With `blocks`, the only module that contains SQL."""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError
+from everystep.recording.blocks import LOSS, Blocks, block_of, series_of
 from everystep.recording.connection import FILE_NAME, LOCK_NAME, begin_database, connect_reading
 from everystep.recording.fact_rows import read_facts, rows_of
-from everystep.recording.facts import Facts
+from everystep.recording.facts import MOST_STEPS, Facts
+from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
 
 __all__ = [
     "FILE_NAME",
@@ -25,8 +26,14 @@ __all__ = [
 ]
 
 
-#: Characters of a measurement's name.
-LONGEST_NAME = 10_000
+#: Seconds that a writer waits for another program that has locked the database; what is to be written
+#: waits in memory.
+PATIENCE = 60.0
+#: Characters of a measurement's name, and how many names a run may have.
+LONGEST_NAME, MOST_NAMES = 10_000, 10_000
+_SNAPSHOT = (STEP, TEXT, TEXT, STEP)
+_REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES)
+_PLACE = (STEP, STEP, STEP)
 
 
 class SnapshotRow(NamedTuple):
@@ -59,22 +66,18 @@ class Repeat(NamedTuple):
     inputs: bytes | None
 
 
-class Database:
+class Database(Blocks):
     """An open connection; made by `create` for the one writer, by `reading` for readers.
 
     Every call may raise RecordingError (writer) or RunError (reader) with SQLite's message.
     """
-
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        self._connection = connection
-        self._path = path
 
     @classmethod
     def create(cls, path: Path) -> Database:
         """Create the database; other threads may use it afterwards, one at a time."""
         with _writing(path):
             begin_database(path)
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            connection = _connected(path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
         return cls(connection, path)
@@ -82,7 +85,7 @@ class Database:
     @classmethod
     def change(cls, path: Path) -> Database:
         """Open an existing database to add to it; threads may use it one at a time."""
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection = _connected(path)
         database = cls(connection, path)
         with _writing(path):
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -90,188 +93,229 @@ class Database:
 
     def move(self, path: Path) -> None:
         """Go on with the same database at another path."""
-        self._connection.close()
-        moved = Database.change(path)
-        self._connection, self._path = moved._connection, path
+        self.connection.close()
+        self.connection, self.path = _connected(path), path
 
     def close(self) -> None:
         """Close the connection; what was committed stays."""
-        self._connection.close()
+        self.connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All writes within are committed together, or none."""
-        with _writing(self._path):
-            self._connection.execute("BEGIN IMMEDIATE")
+        with _writing(self.path):
+            self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
+            self.connection.execute("COMMIT")
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
         """Read a consistent view of the database inside, whatever the writer does meanwhile."""
-        self._connection.execute("BEGIN")
+        self.connection.execute("BEGIN")
         try:
             yield
         finally:
-            self._connection.execute("ROLLBACK")
+            self.connection.execute("ROLLBACK")
 
     def write_losses(self, first_step: int, losses: Iterable[float | None]) -> None:
         """Write the losses of consecutive steps."""
-        self._connection.executemany(
-            "INSERT INTO steps VALUES (?, ?)", enumerate(losses, start=first_step)
-        )
+        rows = [*enumerate(losses, start=first_step)]
+        self.open_blocks({(LOSS, block_of(step)) for step, _ in rows})
+        self.connection.executemany("INSERT INTO steps VALUES (?, ?)", rows)
 
     def write_measurements(self, rows: Iterable[tuple[str, int, float | None]]) -> None:
         """Write measurements (name, step, value)."""
-        self._connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
+        rows = [*rows]
+        self.open_blocks({(series_of(name), block_of(step)) for name, step, _ in rows})
+        self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
-        self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
+        self.connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows_of(facts))
+        self.seal_facts()
 
     def add_snapshot(self, row: SnapshotRow) -> None:
         """Enter a snapshot with a complete directory."""
-        self._connection.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", row)
+        self.connection.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", row)
 
     def remove_snapshots(self, steps: Iterable[int]) -> None:
         """Delete snapshots, before their directories are removed."""
-        self._connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
+        self.connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
 
     def write_repeats(self, rows: Iterable[Repeat]) -> None:
         """Write what repeats steps."""
-        self._connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?)", rows)
+        self.connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?)", rows)
 
     def write_contents(self, rows: Iterable[tuple[bytes, int, int, int]]) -> None:
         """Write the locations of contents (digest, file, place, bytes)."""
-        self._connection.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", rows)
+        self.connection.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", rows)
 
     def remove_contents(self, file: int) -> None:
         """Delete all contents of a file, before it is removed."""
-        self._connection.execute("DELETE FROM contents WHERE file = ?", (file,))
+        self.connection.execute("DELETE FROM contents WHERE file = ?", (file,))
 
     def forget_after(self, step: int) -> None:
         """Delete losses and measurements of later steps."""
+        self.open_blocks_after(step)
         for table in ("steps", "measurements", "repeats"):
-            self._connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+            self.connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
     def facts(self) -> Facts:
         """Return all facts."""
-        return read_facts(self._rows("SELECT * FROM facts"), self._path)
+        return read_facts(self.rows("SELECT * FROM facts"), self.path)
 
     def losses(self, last: int | None = None) -> list[tuple[int, float | None]]:
         """Return (step, loss) in order of the steps, or only the last ones."""
         if last is None:
-            return self._rows("SELECT step, loss FROM steps ORDER BY step")
-        return self._rows("SELECT * FROM steps ORDER BY step DESC LIMIT ?", last)[::-1]
+            return self.checked((STEP, LOSSES), "SELECT step, loss FROM steps ORDER BY step")
+        query = "SELECT * FROM steps ORDER BY step DESC LIMIT ?"
+        return self.checked((STEP, LOSSES), query, last)[::-1]
 
     def losses_between(self, first: int, last: int) -> list[tuple[int, float | None]]:
         """Return (step, loss) of steps `first` to `last`, in their order."""
         query = "SELECT step, loss FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
         most = 2**63 - 1  # SQLite has no larger number
         ends = (max(-most, min(first, most)), max(-most, min(last, most)))
-        return self._rows(query, *ends)
+        return self.checked((STEP, LOSSES), query, *ends)
 
     def losses_after(self, step: int) -> list[float | None]:
         """Return the losses of the steps after `step`, in their order."""
-        return self._numbers("SELECT loss FROM steps WHERE step > ? ORDER BY step", step)
+        query = "SELECT loss FROM steps WHERE step > ? ORDER BY step"
+        return self.numbers(query, step, kinds=LOSSES)
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
-        newest: int = self._numbers("SELECT coalesce(max(step), 0) FROM steps")[0]
-        return newest
+        newest: int = self.numbers("SELECT coalesce(max(step), 0) FROM steps")[0]
+        return self._bounded(newest)
 
     def ends(self) -> tuple[int, float | None, float | None]:
         """Return how many steps there are, and the first and the last loss."""
         # Steps are numbered from 1 without gaps; counting them would read them all.
-        rows = self._rows(
+        rows = self.checked(
+            (STEP, LOSSES, LOSSES),
             "SELECT coalesce(max(step), 0), (SELECT loss FROM steps ORDER BY step LIMIT 1), "
-            "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps"
+            "(SELECT loss FROM steps ORDER BY step DESC LIMIT 1) FROM steps",
         )
         newest, first, last = rows[0]
-        return newest, first, last
+        return self._bounded(newest), first, last
+
+    def _bounded(self, newest: int) -> int:
+        if newest > MOST_STEPS:
+            raise RunError(
+                f"{self.path} claims to have step {newest:,}; everystep reads up to {MOST_STEPS:,}: the "
+                "database was changed"
+            )
+        return newest
 
     def measured(self, name: str) -> dict[int, float | None]:
         """Return the values of one measurement by step."""
         query = "SELECT step, value FROM measurements WHERE name = ? ORDER BY step"
-        return dict(self._rows(query, name))
+        return dict(self.checked((STEP, VALUES), query, name))
 
     def measured_after(self, name: str, step: int) -> tuple[list[int], list[float | None]]:
         """Return the steps after `step` at which something was measured, and the values there."""
         among = "FROM measurements WHERE name = ? AND step > ? ORDER BY step"
         return (
-            self._numbers(f"SELECT step {among}", name, step),
-            self._numbers(f"SELECT value {among}", name, step),
+            self.numbers(f"SELECT step {among}", name, step, kinds=STEP),
+            self.numbers(f"SELECT value {among}", name, step, kinds=VALUES),
         )
 
     def measurement_ends(self) -> list[MeasurementEnds]:
         """Return how many values each measurement has, and the first and the last, by name."""
-        rows = self._rows(
+        self._check_names()
+        rows = self.checked(
+            (TEXT, STEP, VALUES, VALUES),
             "SELECT name, count, "
             "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = low), "
             "(SELECT value FROM measurements AS m WHERE m.name = found.name AND step = high) "
             "FROM (SELECT name, count(*) AS count, min(step) AS low, max(step) AS high "
-            "FROM measurements GROUP BY name ORDER BY name) AS found"
+            "FROM measurements GROUP BY name ORDER BY name) AS found",
         )
-        are_names = all(isinstance(row[0], str) and len(row[0]) <= LONGEST_NAME for row in rows)
-        if not are_names or any(isinstance(value, str | bytes) for row in rows for value in row[2:]):
-            raise RunError(
-                f"{self._path} has measurements that everystep did not write: the database was changed"
-            )
         return [MeasurementEnds(*row) for row in rows]
 
     def last_measured(self, name: str) -> float | None:
         """Return the newest value of one measurement; None where there is none, or it is NaN."""
         query = "SELECT value FROM measurements WHERE name = ? ORDER BY step DESC LIMIT 1"
-        return next((value for (value,) in self._rows(query, name)), None)
+        return next((value for (value,) in self.checked((VALUES,), query, name)), None)
 
     def measurement_names(self) -> list[str]:
         """Return what was measured."""
-        return [name for (name,) in self._rows("SELECT DISTINCT name FROM measurements ORDER BY name")]
+        self._check_names()
+        query = "SELECT DISTINCT name FROM measurements ORDER BY name"
+        return [name for (name,) in self.checked((TEXT,), query)]
 
     def remove_measurement(self, name: str) -> None:
         """Delete a measurement."""
-        self._connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
+        self.remove_blocks(series_of(name))
+        self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
 
     def measurements(self) -> list[tuple[str, int, float | None]]:
         """Return (name, step, value) in order of names, then steps."""
-        return self._rows("SELECT name, step, value FROM measurements ORDER BY name, step")
+        self._check_names()
+        query = "SELECT name, step, value FROM measurements ORDER BY name, step"
+        return self.checked((TEXT, STEP, VALUES), query)
 
     def snapshots(self) -> list[SnapshotRow]:
         """Return the snapshots in order of their steps."""
-        return [SnapshotRow(*row) for row in self._rows("SELECT * FROM snapshots ORDER BY step")]
+        rows = self.checked(_SNAPSHOT, "SELECT * FROM snapshots ORDER BY step")
+        return [SnapshotRow(*row) for row in rows]
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
         """Return what repeats steps `first` to `last`, in their order."""
         query = "SELECT * FROM repeats WHERE step BETWEEN ? AND ? ORDER BY step"
-        return [Repeat(*row) for row in self._rows(query, first, last)]
+        return [Repeat(*row) for row in self.checked(_REPEAT, query, first, last)]
 
     def all_contents(self) -> list[tuple[bytes, int, int, int]]:
         """Return the locations of all contents (digest, file, place, bytes)."""
-        return self._rows("SELECT digest, file, place, bytes FROM contents")
+        query = "SELECT digest, file, place, bytes FROM contents"
+        return self.checked((BYTES, *_PLACE), query)
 
     def contents(self, digests: Iterable[bytes]) -> dict[bytes, tuple[int, int, int]]:
         """Return the locations of contents (file, place, bytes), as far as known."""
         query = "SELECT file, place, bytes FROM contents WHERE digest = ?"
-        found = ((digest, self._rows(query, digest)) for digest in digests)
+        found = ((digest, self.checked(_PLACE, query, digest)) for digest in digests)
         return {digest: rows[0] for digest, rows in found if rows}
 
-    def _rows(self, query: str, *arguments: Any) -> list[Any]:
-        try:
-            return self._connection.execute(query, arguments).fetchall()
-        except sqlite3.Error as error:
-            raise RunError(f"{self._path} cannot be read: {error}") from None
+    def gaps(self, most: int = 10) -> list[tuple[int, int]]:
+        """Return the first and last of the steps that are missing between others, from 1."""
+        before = "SELECT step, lag(step, 1, 0) OVER (ORDER BY step) AS before FROM steps WHERE step > 0"
+        query = f"SELECT before + 1, step - 1 FROM ({before}) WHERE step > before + 1 LIMIT ?"
+        return self.rows(query, most)
 
-    def _numbers(self, query: str, *arguments: Any) -> list[Any]:
-        """Return the only column of a query; fast for millions of rows."""
-        try:
-            return list(chain.from_iterable(self._connection.execute(query, arguments)))
-        except sqlite3.Error as error:
-            raise RunError(f"{self._path} cannot be read: {error}") from None
+    def first_step(self) -> int | None:
+        """Return the smallest number of a step."""
+        first: int | None = self.numbers("SELECT min(step) FROM steps")[0]
+        return first
+
+    def check_quickly(self, most: int = 10) -> list[str]:
+        """Return what SQLite finds wrong with the database, in its words."""
+        found = self.rows(f"PRAGMA quick_check({most})")
+        return [str(text) for (text,) in found if text != "ok"]
+
+    def _check_names(self) -> None:
+        """Check how many names of measurements there are, and that none is too long."""
+        # Each name is found from the one before it, without reading their values.
+        query = (
+            "WITH RECURSIVE found(name, place) AS (SELECT (SELECT min(name) FROM measurements), 1 "
+            "UNION ALL SELECT (SELECT min(name) FROM measurements WHERE name > found.name), place + 1 "
+            "FROM found WHERE name IS NOT NULL AND place <= ?) "
+            "SELECT count(name), max(length(name)) FROM found"
+        )
+        count, longest = self.rows(query, MOST_NAMES)[0]
+        if count > MOST_NAMES or (longest or 0) > LONGEST_NAME:
+            raise RunError(
+                f"{self.path} has more than {MOST_NAMES:,} measurements, or one with a name of more "
+                f"than {LONGEST_NAME:,} characters, which everystep does not read"
+            )
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from everystep.numerics import Numerics
 __all__ = [
     "EAGERLY",
     "LONGEST_NOTE",
+    "MOST_STEPS",
     "BatchFacts",
     "DataFacts",
     "DataFileFacts",
@@ -31,6 +32,7 @@ __all__ = [
     "ModuleFacts",
     "OptimizerFacts",
     "ProgramFacts",
+    "RepairFacts",
     "ResumeFacts",
     "ScheduleFacts",
     "TrainingFacts",
@@ -39,6 +41,8 @@ __all__ = [
 
 #: Characters of a note.
 LONGEST_NOTE = 1000
+#: The number of the last step that a run may have.
+MOST_STEPS = 100_000_000_000
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
 #: Plain values by name, as JSON holds them; what it cannot hold is a description.
@@ -284,6 +288,18 @@ class ResumeFacts(_Fact):
     changed: tuple[str, ...] = ()
 
 
+class RepairFacts(_Fact):
+    """The damaged run that this one is a repaired copy of.
+
+    run: its directory; again: first and last of the steps that were taken again by replay; problems:
+    what was not brought back, in words.
+    """
+
+    run: str
+    again: tuple[tuple[Whole, Whole], ...] = ()
+    problems: tuple[str, ...] = ()
+
+
 class WriterFacts(_Fact):
     """The process that last wrote the run: its number, its host, and since when."""
 
@@ -306,6 +322,7 @@ class Facts(_Fact):
     batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: the user's
     own words, in one line; earlier: of the steps of a fork's parent, and those before each time that the
     run was resumed, in the order of the steps; resumed: each time; writer: the process that last wrote;
+    repaired: of a repaired copy;
     trained: see `training`.
     """
 
@@ -315,7 +332,7 @@ class Facts(_Fact):
     started: Time | None = None
     finished: Time | None = None
     seconds: float | None = None
-    steps: Whole | None = None
+    steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] | None = None
     loss_dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
     nonfinite_step: Whole | None = None
     batches_lost_to: Whole | None = None
@@ -325,6 +342,7 @@ class Facts(_Fact):
     earlier: tuple[EarlierFacts, ...] = ()
     resumed: tuple[ResumeFacts, ...] = ()
     writer: WriterFacts | None = None
+    repaired: RepairFacts | None = None
     trained: TrainingFacts | None = None
 
     @property

@@ -1,12 +1,17 @@
-"""Files of a run, by their names in the database: a name cannot refer to a file outside the run."""
+"""Files of a run: a name in its database leads to no other file, and no link is written through."""
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 from everystep.errors import RunError
 
-__all__ = ["own_path"]
+__all__ = ["check_writable_files", "own_path"]
+
+#: Files that are changed in place: a second name of one would be another run's file.
+_CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journal", "run.lock")
 
 
 def own_path(directory: Path, name: str) -> Path:
@@ -27,3 +32,23 @@ def own_path(directory: Path, name: str) -> Path:
             f"{directory} refers to a file that is outside the run or not a regular file: {name!r:.200}"
         )
     return path
+
+
+def check_writable_files(directory: Path) -> None:
+    """Check that writing into a run changes nothing outside of it: it has no links.
+
+    Raises:
+        RunError: it has one; names it.
+    """
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            status = path.lstat()
+            is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+            is_shared = name in _CHANGED and status.st_nlink > 1
+            if not is_plain or is_shared:
+                what = "has a second name elsewhere" if is_shared else "is a link, or no regular file"
+                raise RunError(
+                    f"{path} {what}, so everystep does not write into this run; copy the run "
+                    "(cp -rL) and use the copy"
+                )

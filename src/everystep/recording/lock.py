@@ -13,6 +13,7 @@ from everystep.errors import RunError
 from everystep.recording.connection import FILE_NAME, LOCK_NAME
 from everystep.recording.database import reading
 from everystep.recording.facts import WriterFacts
+from everystep.recording.files import check_writable_files
 
 __all__ = ["is_locked", "locked", "writer_here"]
 
@@ -21,9 +22,10 @@ def locked(directory: Path) -> FileLock:
     """Lock a run for writing; the system releases the lock when the process ends, however it ends.
 
     Raises:
-        RunError: another process is writing the run; names it.
+        RunError: another process is writing the run; names it. Or the run has links.
         OSError: the lock cannot be created.
     """
+    check_writable_files(directory)
     lock = FileLock(directory / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
@@ -37,7 +39,10 @@ def locked(directory: Path) -> FileLock:
 
 def is_locked(directory: Path) -> bool:
     """Tell whether a process is writing a run."""
-    lock = FileLock(directory / LOCK_NAME)
+    path = directory / LOCK_NAME
+    if path.is_symlink() or not path.is_file():  # no process of ours holds it; creating it is writing
+        return False
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -386,6 +386,7 @@ class Recorder:
             if known is not None and not known.is_over:
                 known.begin()
             self._database.write_losses(first_step, losses)
+            self._database.seal_blocks(first_step)
 
         self._in_transaction(write)
         self._last_step = first_step + len(losses) - 1
@@ -393,7 +394,12 @@ class Recorder:
 
     def _write_last_facts(self, facts: dict[str, Any]) -> None:
         last = facts if self._continuation is None else self._continuation.last_facts(facts)
-        self._in_transaction(lambda: self._database.write_facts(last))
+
+        def write() -> None:
+            self._database.write_facts(last)
+            self._database.seal_blocks()
+
+        self._in_transaction(write)
 
     def _write_repeats(self, rows: Sequence[Taken]) -> None:
         if self._contents is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from everystep.errors import RunError
+from everystep.errors import DamageWarning, RunError
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.database import (
     FILE_NAME,
@@ -20,6 +21,13 @@ from everystep.recording.database import (
 )
 from everystep.recording.facts import Facts, TrainingFacts
 from everystep.recording.files import own_path
+from everystep.recording.health import (
+    Finding,
+    damage_text,
+    missing_steps,
+    number_findings,
+    structure_findings,
+)
 from everystep.recording.lock import is_locked
 from everystep.recording.snapshots import read_snapshot
 from everystep.recording.summary import Summary, summary_of
@@ -49,12 +57,18 @@ class Stretch(NamedTuple):
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
+    may_be_cut: do not look at it yet; a finished run may lack its last steps.
+
     Raises:
         RunError: the directory is not a run, or is unreadable.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, may_be_cut: bool = False) -> None:
         self.directory = Path(directory)
+        self._has_warned = False
+        self._found: tuple[list[tuple[int, int]], list[Finding]] | None = None
+        if may_be_cut:
+            return
         with reading(self._database_path) as database:
             self._check_whole(database)
 
@@ -110,6 +124,7 @@ class RecordedRun:
         gaps = (frame["step"] != expected).arg_true()
         if len(gaps):
             raise self._gap(expected[gaps[0]], frame["step"][gaps[0]])
+        self._warn_if_damaged()
         frame = frame.with_columns(pl.col("loss").fill_null(math.nan))
         return frame if dtype == "float64" else frame.cast({"loss": pl.Float32})
 
@@ -120,6 +135,7 @@ class RecordedRun:
 
         with reading(self._database_path) as database:
             rows = database.measurements()
+        self._warn_if_damaged()
         schema = {"name": pl.String, "step": pl.Int64, "value": pl.Float64}
         frame = pl.DataFrame(rows, schema=schema, orient="row")
         return frame.with_columns(pl.col("value").fill_null(math.nan))
@@ -233,7 +249,10 @@ class RecordedRun:
         """Return the run in one line."""
         with reading(self._database_path) as database:
             facts = database.facts()
-            return summary_of(self.name, self.directory, facts, self.status_by(facts), database)
+            found = self._structure_findings(database, facts)
+            damage = damage_text(self.name, found) if found else None
+            summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
+            return summary._replace(damage=damage)
 
     def _check_whole(self, database: Database) -> None:
         """Check that the steps of a finished run are there.
@@ -241,12 +260,56 @@ class RecordedRun:
         Raises:
             RunError: some are missing.
         """
-        facts, newest = database.facts(), database.newest_step()
-        if facts.status == "finished" and facts.steps is not None and newest < facts.steps:
+        missing = missing_steps(database.facts(), database.newest_step())
+        if missing is not None:
             raise RunError(
-                f"{self.name} is damaged: it finished with {facts.steps:,} steps, but its database "
-                f"ends at step {newest:,}; restore {FILE_NAME} from a copy"
+                f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy, or bring "
+                f"the steps back: everystep doctor {self.name} --repair DIR"
             )
+
+    def findings(self) -> list[Finding]:
+        """Return what is missing or altered among the numbers of the run; reads all of them.
+
+        Raises:
+            RunError: the database cannot be read.
+        """
+        edition = self._edition()
+        if self._found is not None and self._found[0] == edition:
+            return self._found[1]
+        with reading(self._database_path) as database, database.one_moment():
+            facts = database.facts()
+            found = [*self._structure_findings(database, facts), *number_findings(database)]
+        self._found = edition, found
+        return found
+
+    def _edition(self) -> list[tuple[int, int]]:
+        """Return what differs after a change of the database: times and sizes of its files."""
+        paths = [self._database_path, self.directory / f"{FILE_NAME}-wal"]
+        stats = [path.stat() for path in paths if path.exists()]
+        return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
+
+    def database_problems(self) -> list[str]:
+        """Return what SQLite itself finds wrong with the whole database."""
+        with reading(self._database_path) as database:
+            return [f"{FILE_NAME}: {problem}" for problem in database.check_quickly()]
+
+    @property
+    def damage(self) -> str | None:
+        """What is missing or altered among the numbers of the run, in a line; None if nothing is."""
+        found = self.findings()
+        return damage_text(self.name, found) if found else None
+
+    def _structure_findings(self, database: Database, facts: Facts) -> list[Finding]:
+        is_written = facts.status == "running" and is_locked(self.directory)
+        return structure_findings(self.directory, database, facts, is_written=is_written)
+
+    def _warn_if_damaged(self) -> None:
+        """Warn if what was just read is not all, or not as it was recorded."""
+        if self._has_warned:
+            return
+        if damage := self.damage:
+            self._has_warned = True
+            warnings.warn(DamageWarning(damage), stacklevel=3)
 
     def _gap(self, expected: int, step: int) -> RunError:
         return RunError(

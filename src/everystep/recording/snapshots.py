@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from everystep.errors import RunError
 from everystep.recording.database import SnapshotRow
 from everystep.recording.files import own_path
@@ -21,7 +23,15 @@ if TYPE_CHECKING:
 
     from everystep.step.state import State
 
-__all__ = ["SnapshotPlan", "read_snapshot", "remove_snapshots", "write_snapshot"]
+__all__ = [
+    "PARAMETERS",
+    "REST",
+    "SnapshotPlan",
+    "check_snapshot",
+    "read_snapshot",
+    "remove_snapshots",
+    "write_snapshot",
+]
 
 PARAMETERS = "parameters.safetensors"
 REST = "rest.safetensors"
@@ -79,6 +89,22 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
 
     from everystep.step.state import State
 
+    parameters, rest = check_snapshot(run, row)
+    directory = run / row.directory
+    try:
+        return State(row.step, load(parameters), load(rest), _settings(rest))
+    except (ValidationError, AttributeError, TypeError, RecursionError):
+        raise RunError(f"snapshot {directory} has settings that everystep did not write") from None
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"snapshot {directory} cannot be read: {error}") from None
+
+
+def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
+    """Return the contents of the two files of a state.
+
+    Raises:
+        RunError: one is missing, or was changed.
+    """
     directory = run / row.directory
     paths = [own_path(run, f"{row.directory}/{name}") for name in (PARAMETERS, REST)]
     try:
@@ -91,10 +117,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
             f"snapshot {directory} was changed after recording: its digest is {digest[:12]}..., but "
             f"the run recorded {row.digest[:12]}..."
         )
-    try:
-        return State(row.step, load(parameters), load(rest), _settings(rest))
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"snapshot {directory} cannot be read: {error}") from None
+    return parameters, rest
 
 
 def _settings(content: bytes) -> dict[str, Any]:
@@ -102,7 +125,37 @@ def _settings(content: bytes) -> dict[str, Any]:
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     settings: dict[str, Any] = json.loads(metadata.get("everystep", "{}"))
+    _Settings.model_validate(settings)
     return settings
+
+
+class _Group(BaseModel):
+    """The settings of a param group: the names of its parameters, and others."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    params: list[str]
+
+
+class _Optimizer(BaseModel):
+    """An optimizer without its tensors."""
+
+    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
+    class_name: str = Field(alias="class")
+    groups: list[_Group]
+    values: dict[str, Any]
+
+
+class _Settings(BaseModel):
+    """What a state holds besides tensors, as far as everystep relies on it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    step: int | None = None
+    optimizer: _Optimizer | None = None
+    schedule: dict[str, Any] | None = None
+    names: list[str] | None = None
+    held: dict[str, Any] | None = None
+    frozen: list[str] | None = None
+    place: dict[str, Any] | None = None
 
 
 @dataclass

@@ -19,7 +19,8 @@ class Summary(NamedTuple):
     nonfinite_step: the first with a loss that is not finite; seconds: how long it took; optimizer: class
     names; lr: the learning rates at the beginning; batch_size: rows of a step, None where unknown;
     validation: the newest accuracy or loss on validation rows, with its name; parent: for a fork, the
-    name of its parent and the last step taken from it; note: the user's own words.
+    name of its parent and the last step taken from it; note: the user's own words; damage: what is
+    missing or altered, as far as it shows without reading all numbers.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Summary(NamedTuple):
     validation: tuple[str, float] | None = None
     parent: tuple[str, int] | None = None
     note: str | None = None
+    damage: str | None = None
 
 
 def summary_of(name: str, directory: Path, facts: Facts, status: str, database: Database) -> Summary:

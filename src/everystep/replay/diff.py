@@ -282,7 +282,7 @@ def _draws_at_random(run: RecordedRun) -> bool:
             for each in _programs(run)
             for operation in json.loads(each)["operations"]
         )
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return True
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from everystep.errors import RunError
+from everystep.experiment.device import select
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
@@ -256,7 +256,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
 
 @cache
 def _numerics(device: str) -> Numerics:
-    return Numerics.read(torch.device(device))
+    return Numerics.read(select(device))
 
 
 def _compare_losses(found: Replayed, first: int, losses: list[float], recorded: list[float]) -> None:

@@ -20,7 +20,8 @@ import torch
 
 from everystep import numerics
 from everystep.errors import RunError, TrainingError
-from everystep.numerics import Numerics
+from everystep.experiment.device import select
+from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.facts import EAGERLY, EngineFacts, Facts
 from everystep.recording.run import RecordedRun
 from everystep.replay.replay import Replay
@@ -36,9 +37,6 @@ __all__ = ["Opener", "cores", "in_worker", "needs_worker", "recorded_numerics", 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: No machine computes one step with more.
-MOST_THREADS = 4096
-
 
 def recorded_numerics(facts: Facts) -> Numerics:
     """Return the numerics that a run was trained under.
@@ -53,8 +51,13 @@ def recorded_numerics(facts: Facts) -> Numerics:
 
 
 def needs_worker(facts: Facts) -> bool:
-    """Tell whether this process cannot compute as the run did, but another one could."""
-    here = Numerics.read(torch.device(facts.training.device))
+    """Tell whether this process cannot compute as the run did, but another one could.
+
+    Raises:
+        DeviceError: the device of the run is not available.
+        RunError: as `recorded_numerics`.
+    """
+    here = Numerics.read(select(facts.training.device))
     return recorded_numerics(facts).needs_other_process(here)
 
 

@@ -40,6 +40,9 @@ from everystep.training.objects import Objects
 
 __all__ = ["read_program", "reopen", "stored_data"]
 
+#: Rules of programs that are read.
+MOST_PROGRAMS = 1000
+
 
 def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
     """Restore the training of a stretch of a run, without loading a state.
@@ -53,6 +56,10 @@ def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStep
     device = select(facts.device)
     batches = _batches(facts)
     engine = facts.engine or EAGERLY
+    if len(engine.programs) > MOST_PROGRAMS:
+        raise RunError(
+            f"{run.name} claims more than {MOST_PROGRAMS:,} programs: the database was changed"
+        )
     built = [(rule, read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device)
@@ -232,6 +239,8 @@ def _skeleton(
             f"{run.name} has no readable snapshot to start from: "
             f"{'; '.join(problems) or 'the run has none'}"
         )
+    if "optimizer" not in state.settings:
+        raise RunError(f"state {state.step} of {run.name} has no optimizer: the run was changed")
     return make_skeleton(programs, state, batch, device, stretch.facts.clip_norm)
 
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from everystep import numerics
 from everystep.errors import RunError, StepError
+from everystep.experiment.device import select
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.replay.loop import LoopStepper
@@ -192,7 +192,7 @@ class Replay:
     def in_force(self, step: int) -> Iterator[None]:
         """Apply the numerics of a step; the caller's random generators keep their state."""
         facts = self.stretches[self.stretch_of(step)].facts
-        device, known = torch.device(facts.device), facts.numerics
+        device, known = select(facts.device), facts.numerics
         held = numerics.in_force(
             self._threads or known.threads,
             known.default_dtype,

@@ -78,6 +78,7 @@ def verify(
     steps = run.summary().steps
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
+    damaged = [str(finding) for finding in run.findings()] + run.database_problems()
     replayed.sort(key=lambda each: each.span)
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
     threads: dict[int, int] = {}
@@ -93,7 +94,7 @@ def verify(
         all_snapshots=sum(0 < row.step <= steps for row in run.snapshot_rows()),
         states=tuple(difference for each in replayed for difference in each.states),
         numerics=_other_numerics(run, replayed[0].numerics if replayed else None),
-        problems=tuple(dict.fromkeys(problem for each in replayed for problem in each.problems)),
+        problems=(*damaged, *dict.fromkeys(p for each in replayed for p in each.problems)),
         threads=threads,
     )
 

@@ -334,6 +334,7 @@ class _Loop:
         self.progress.notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
 
     def _snapshot(self) -> None:
+        self.flush()  # a state on disk means that its steps are there
         self.recorder.snapshot(self.job.training.state(self.step))
         self._snapshot_step = self.step
 

@@ -256,9 +256,9 @@ class LoopWriter:
         """
         is_pending = self._pending is not None and self._pending.step == self.step
         self._keep_pending()
+        self.flush()
         if self.step and not is_pending and self._versions == _versions(self._parts.state()):
             self._recorder.snapshot(self._snapshot())
-        self.flush()
         seconds = time.perf_counter() - self._started
         in_all = None if self._seconds_before is None else self._seconds_before + seconds
         self._recorder.finish(
@@ -383,6 +383,7 @@ class LoopWriter:
                 if not name.startswith("gradient/") or name in used
             }
             state = State(state.step, state.parameters, rest, state.settings)
+        self.flush()  # a state on disk means that its steps are there
         self._recorder.snapshot(state)
 
     def flush(self) -> None:

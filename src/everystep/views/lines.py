@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from everystep.replay.step import statistics
+from everystep.views.printed import one_line
 from everystep.views.terminal import number
 
 __all__ = [
@@ -68,7 +69,7 @@ class Page:
         """Add a line of texts with their styles."""
         line = Text(" " * indent)
         for text, style in parts:
-            line.append(_printable(text), style=style or None)
+            line.append(one_line(text), style=style or None)
         line.rstrip()
         self.text.append(line).append("\n")
 
@@ -79,7 +80,7 @@ class Page:
 
     def wrapped(self, text: str, style: str, *, indent: int) -> None:
         """Add a text, wrapped if it is wider than the page."""
-        whole = textwrap.wrap(_printable(text), self.width - indent, subsequent_indent="    ")
+        whole = textwrap.wrap(one_line(text), self.width - indent, subsequent_indent="    ")
         for line in whole if cell_len(text) > self.width - indent else [text]:
             self.line((line, style), indent=indent)
 
@@ -120,7 +121,7 @@ class Page:
 
 def table_lines(rows: Sequence[Sequence[Cell]]) -> list[Text]:
     """Return rows of cells as lines, aligned; the first are headings."""
-    cells = _used([[(_printable(text), style, right) for text, style, right in row] for row in rows])
+    cells = _used([[(one_line(text), style, right) for text, style, right in row] for row in rows])
     widths = [max(cell_len(cell[0]) for cell in column) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
@@ -232,8 +233,3 @@ def _numbers_text(tensor: Tensor, width: int) -> str:
             "complex_kind": lambda value: f"{value:>20.6g}",
         },
     )
-
-
-def _printable(text: str) -> str:
-    """Return the text with what would move the cursor, or worse, as a question mark."""
-    return "".join(each if each.isprintable() else "\ufffd" for each in text)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,8 @@ COLOURS = ["#2a5db0", "#c2570c", "#1a7a5a", "#8a4bc4", "#a83264", "#6b6f78", "#8
 LINES = ["solid", "dashed", "dotted", "dashdot"]
 SUFFIXES = (".png", ".svg", ".pdf")
 DOTS_PER_INCH = 150
+#: Characters of a line of the caption.
+_CAPTION_WIDTH = 120
 
 
 def loss_plot(
@@ -60,6 +63,8 @@ def loss_plot(
     points, marks = [], []
     for run, name in zip(runs, names, strict=True):
         frame = run.losses
+        if damage := run.damage:
+            notes.append(_plain("\n".join(wrap(damage, _CAPTION_WIDTH))))
         points.append(_drawable(frame, name, "loss", log, notes))
         marks.append(_nonfinite(frame, name, notes))
     lines = _measured(runs, names, measurements, log, notes)

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from everystep.recording.facts import Facts
+from everystep.views.console import SafeConsole
+from everystep.views.printed import clean
 from everystep.views.terminal import header, number, shortest
 
 __all__ = ["Silent", "TerminalProgress", "counting"]
@@ -37,7 +39,7 @@ class Silent:
 
     def notice(self, message: str) -> None:
         """Print a notice on stderr."""
-        print(f"everystep: {message}", file=sys.stderr)
+        print(clean(f"everystep: {message}"), file=sys.stderr)
 
     def end(self) -> None:
         """Say nothing."""
@@ -50,7 +52,7 @@ class TerminalProgress(Silent):
     """
 
     def __init__(self, *, show_header: bool, lines: TextIO | None) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
         self._show_header = show_header
         self._lines = lines
         self._bar: Progress | None = None
@@ -132,7 +134,7 @@ def counting(
     if callable(wanted):
         yield wanted
         return
-    console = Console(stderr=True, highlight=False)
+    console = SafeConsole(stderr=True, highlight=False)
     if not wanted or not (console.is_terminal or console.is_jupyter):
         yield lambda steps: None
         return

@@ -53,6 +53,7 @@ def summary_html(run: RecordedRun) -> str:
         .render(
             name=run.name,
             status=status,
+            damage=run.damage,
             ending=early,
             going_on=early and going_on(run, facts),
             steps=len(losses),

@@ -39,11 +39,19 @@ class LossTable:
         measurement, null if it has none.
     """
 
-    def __init__(self, name: str, frame: pl.DataFrame, total: int, stride: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        frame: pl.DataFrame,
+        total: int,
+        stride: int | None,
+        damage: str | None = None,
+    ) -> None:
         self.frame = frame
         self._name = name
         self._total = total
         self._stride = stride
+        self._damage = damage
 
     def __repr__(self) -> str:
         return f"{self.caption()}\n{self.frame}"
@@ -53,6 +61,8 @@ class LossTable:
 
     def caption(self) -> str:
         """Return a sentence about the rows, and how to get all if they are an excerpt."""
+        if self._damage is not None:
+            return self._damage
         if self._stride is None:
             return f"{self._total:,} rows, complete"
         return f"{self._excerpt_text()}; all: {self._command()}"
@@ -66,6 +76,7 @@ class LossTable:
         steps, *numbers = self.frame.get_columns()
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
         return {
+            "damage": self._damage,
             "excerpt": None if self._stride is None else self._excerpt_text(),
             "command": self._command(),
             "titles": self.frame.columns,
@@ -77,7 +88,8 @@ class LossTable:
 
     def html(self) -> str:
         """Return a complete page."""
-        lead = "The loss of every step" if self._stride is None else "The losses"
+        is_whole = self._stride is None and self._damage is None
+        lead = "The loss of every step" if is_whole else "The losses"
         return _rendered("table.html", name=self._name, lead=lead, fragment=Markup(self.fragment()))
 
     def save(self, path: str | Path) -> None:
@@ -125,7 +137,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         frame = frame.drop("loss")
     total = len(frame)
     if total <= rows:
-        return LossTable(run.name, frame, total, None)
+        return LossTable(run.name, frame, total, None, run.damage)
     stride = _round_up(8 * total / rows)
     kept = [
         frame.filter(pl.col("step") % stride == 0)["step"],
@@ -136,7 +148,7 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
         ),
     ]
     excerpt = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
-    return LossTable(run.name, excerpt, total, stride)
+    return LossTable(run.name, excerpt, total, stride, run.damage)
 
 
 def shortest_texts(values: pl.Series) -> list[str]:

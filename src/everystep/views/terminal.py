@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Literal
 from rich.table import Table
 from rich.text import Text
 
-from everystep.recording.facts import Facts, ForkFacts, FunctionFacts, ResumeFacts, TrainingFacts
+from everystep.recording.facts import (
+    Facts,
+    ForkFacts,
+    FunctionFacts,
+    RepairFacts,
+    ResumeFacts,
+    TrainingFacts,
+)
 from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
+from everystep.views.printed import one_line
 
 if TYPE_CHECKING:
     import polars
@@ -75,6 +83,7 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
         ("update", _update_text(training)),
         ("steps", _steps_text(facts.steps or 0, training)),
         *([("fork of", _fork_text(facts.fork))] if facts.fork else []),
+        *([("copy of", _repaired_text(facts.repaired))] if facts.repaired else []),
         *([("resumed", _resumed_text(facts.resumed))] if facts.resumed else []),
     ]
 
@@ -206,6 +215,7 @@ def runs_json(runs: Iterable[Summary]) -> str:
                 "started": run.started.isoformat(),
                 "parent": None if run.parent is None else {"run": run.parent[0], "at": run.parent[1]},
                 "note": run.note,
+                "damage": run.damage,
             }
             for run in runs
         ],
@@ -264,6 +274,8 @@ def _run_cells(run: Summary) -> tuple[Text, ...]:
     if run.nonfinite_step is not None:
         what = "NaN from" if math.isnan(run.last_loss or 0.0) else "not finite at"
         status.append(f", {what} step {run.nonfinite_step:,}", style="red")
+    if run.damage is not None:
+        status.append(", damaged", style="red")
     return (
         Text(run.name),
         status,
@@ -276,8 +288,7 @@ def _run_cells(run: Summary) -> tuple[Text, ...]:
 
 
 def _note_text(run: Summary) -> Text:
-    # A run may be a stranger's: its note must not steer the terminal.
-    return Text("".join(c if c.isprintable() else " " for c in run.note or ""), style="dim")
+    return Text(one_line(run.note or "").replace("\ufffd", " "), style="dim")
 
 
 def _fork_text(fork: ForkFacts) -> str:
@@ -285,6 +296,13 @@ def _fork_text(fork: ForkFacts) -> str:
     return f"{fork.parent}, with its steps up to {fork.at:,}" + (
         f"; from there on {changed}" if changed else ""
     )
+
+
+def _repaired_text(repaired: RepairFacts) -> str:
+    """Return what a repaired copy is a copy of, what was taken again, and what did not come back."""
+    spans = ", ".join(f"{first:,} to {last:,}" for first, last in repaired.again)
+    again = f"; steps {spans} were taken again by replay" if spans else ""
+    return "\n".join([f"{repaired.run}, which was damaged{again}", *repaired.problems])
 
 
 def _resumed_text(resumed: Sequence[ResumeFacts]) -> str:

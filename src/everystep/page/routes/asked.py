@@ -14,6 +14,8 @@ __all__ = ["Asked"]
 
 #: Characters of an expression, or of a value.
 LONGEST_TEXT = 10_000
+#: Bytes of a request.
+MOST_BYTES = 1_000_000
 
 
 class Asked:
@@ -24,9 +26,18 @@ class Asked:
 
     @classmethod
     async def of(cls, request: Request) -> Asked:
-        """Read the body of a request."""
+        """Read the body of a request, up to `MOST_BYTES`.
+
+        Raises:
+            UsageError: it is longer, or not a JSON object.
+        """
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BYTES:
+                raise UsageError(f"the request is longer than {MOST_BYTES:,} bytes; write it shorter")
         try:
-            fields = json.loads(await request.body() or b"{}")
+            fields = json.loads(bytes(body) or b"{}")
         except (ValueError, RecursionError):
             raise UsageError("the request is not JSON") from None
         if not isinstance(fields, dict):

@@ -1,4 +1,4 @@
-// What a reader must know first: why a run ended, and where its loss stopped being finite.
+// What a reader must know first: that a run is damaged, why it ended, and where its loss stopped being finite.
 
 import * as address from "../shared/address.js";
 import { copyMark } from "../shared/copy.js";
@@ -25,14 +25,15 @@ class Banner {
   }
 
   update(about) {
-    const { ending, going_on: goingOn, nonfinite } = about;
+    const { ending, going_on: goingOn, nonfinite, damage } = about;
     this.about = about;
-    this.host.hidden = !ending && !nonfinite;
+    this.host.hidden = !ending && !nonfinite && !damage;
     this.why.hidden = !nonfinite || this.#task !== null;
-    const said = JSON.stringify([ending, nonfinite]);
+    const said = JSON.stringify([ending, nonfinite, damage]);
     if (this.said === said) return; // a link that is about to be clicked stays
     this.said = said;
-    this.says.replaceChildren(...(ending ? endingWords(ending, goingOn, nonfinite) : []), ...this.#nonfinite(nonfinite));
+    const broken = damage ? [element("b", {}, damage), ending || nonfinite ? ". " : ""] : [];
+    this.says.replaceChildren(...broken, ...(ending ? endingWords(ending, goingOn, nonfinite) : []), ...this.#nonfinite(nonfinite));
   }
 
   close() {

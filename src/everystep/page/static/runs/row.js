@@ -48,7 +48,7 @@ class RunRow {
     }
     this.note.update(run);
     const state = problem === null ? [status, status] : ["failed", "cannot be read"];
-    this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]), ...nonfinite(run));
+    this.status.replaceChildren(element("span", { class: `state ${state[0]}` }, state[1]), ...damaged(run), ...nonfinite(run));
     for (const [key, [text, title]] of Object.entries(textsOf(run))) Object.assign(this.cells[key], { textContent: text, title });
     this.#draw();
   }
@@ -105,6 +105,10 @@ function textsOf({ problem, steps, planned, last_loss: loss, validation, optimiz
     seconds: [seconds === null || seconds === undefined ? "" : duration(seconds), ""],
     started: [started ? ago(started) : "", started ? utc(started) : ""],
   };
+}
+
+function damaged({ damage }) {
+  return damage ? [element("span", { class: "nonfinite", title: damage }, "damaged")] : [];
 }
 
 function nonfinite(run) {

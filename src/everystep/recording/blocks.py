@@ -1,0 +1,131 @@
+"""Blocks: digests over the numbers of a run, so that a changed or missing number is found.
+
+A block is up to 4,096 consecutive steps of one series: the losses, or one measurement. The recorder
+seals a block (writes its digest) when its steps are over, and the rest when the run is closed. What is
+not sealed yet has no digest.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import xxhash
+
+from everystep.recording.rows import BYTES, LOSSES, STEP, TEXT, VALUES, Rows
+
+__all__ = ["BLOCK", "FACTS", "LOSS", "Blocks", "block_of", "digest_of_numbers", "series_of"]
+
+#: Steps of a block; it begins at a multiple of this.
+BLOCK = 4096
+#: Names in the table `blocks`, besides those of measurements.
+LOSS, FACTS = "loss", "facts"
+_NAN = struct.unpack("<d", struct.pack("<Q", 0x7FF8000000000000))[0]
+
+
+def series_of(measurement: str) -> str:
+    """Return the name of the blocks of a measurement."""
+    return f"measurement/{measurement}"
+
+
+def block_of(step: int) -> int:
+    """Return the first step of the block that a step belongs to."""
+    return step - step % BLOCK
+
+
+def digest_of_numbers(steps: Sequence[int], values: Sequence[float | None]) -> bytes:
+    """Return the digest of numbers by step: XXH3, 128 bits, of the steps as int64 and then the values as
+    float64, both little-endian; None, which is NaN, is the bytes of NumPy's nan.
+
+    Raises:
+        struct.error: something is not a number.
+    """
+    floats = [_NAN if value is None else value for value in values]
+    machine = xxhash.xxh3_128(struct.pack(f"<{len(steps)}q", *steps))
+    machine.update(struct.pack(f"<{len(floats)}d", *floats))
+    return machine.digest()
+
+
+def _digest_of_facts(rows: Iterable[tuple[str, str]]) -> bytes:
+    """Return the digest of facts: XXH3, 128 bits, of each key and its value, in order of the keys."""
+    machine = xxhash.xxh3_128()
+    for key, value in sorted(rows):
+        for text in (key, value):
+            content = text.encode("utf-8", "surrogatepass")
+            machine.update(struct.pack("<q", len(content)))
+            machine.update(content)
+    return machine.digest()
+
+
+class Blocks(Rows):
+    """Reads and writes the digests of an open database."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        super().__init__(connection, path)
+        self._open_blocks: set[tuple[str, int]] = set()
+
+    def seal_facts(self) -> None:
+        """Write the digest of all facts."""
+        digest = _digest_of_facts(self.checked((TEXT, TEXT), "SELECT key, value FROM facts"))
+        self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, 0, ?)", (FACTS, digest))
+
+    def seal_blocks(self, before: int | None = None) -> None:
+        """Write the digests of blocks that have no step from `before` on; None: of all blocks."""
+        for name, first in [*self._open_blocks]:
+            if before is not None and first + BLOCK > before:
+                continue
+            steps, values = self.block(name, first)
+            if steps:
+                row = name, first, digest_of_numbers(steps, values)
+                self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", row)
+            self._open_blocks.discard((name, first))
+
+    def open_blocks(self, blocks: set[tuple[str, int]]) -> None:
+        """Remove the digests of blocks that are about to change."""
+        new = blocks - self._open_blocks
+        self.connection.executemany("DELETE FROM blocks WHERE name = ? AND first = ?", new)
+        self._open_blocks |= new
+
+    def open_blocks_after(self, step: int) -> None:
+        """Remove the digests of blocks that have later steps, some of which will be deleted."""
+        query = "SELECT name, first FROM blocks WHERE first + ? > ? AND name <> ?"
+        self.open_blocks({*self.rows(query, BLOCK, step + 1, FACTS)})
+
+    def remove_blocks(self, name: str) -> None:
+        """Remove the digests of a series that is deleted."""
+        self._open_blocks = {block for block in self._open_blocks if block[0] != name}
+        self.connection.execute("DELETE FROM blocks WHERE name = ?", (name,))
+
+    def block(self, name: str, first: int) -> tuple[list[int], list[float | None]]:
+        """Return the steps of a block that the run has, and their numbers."""
+        among = "FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
+        given: tuple[str, ...] = ()
+        if name != LOSS:
+            among = among.replace("steps WHERE", "measurements WHERE name = ? AND")
+            given = (name.partition("/")[2],)
+        column, kinds = ("loss", LOSSES) if name == LOSS else ("value", VALUES)
+        ends = first, min(first + BLOCK, 2**63) - 1
+        steps = self.numbers(f"SELECT step {among}", *given, *ends, kinds=STEP)
+        return steps, self.numbers(f"SELECT {column} {among}", *given, *ends, kinds=kinds)
+
+    def blocks(self) -> list[tuple[str, int, bytes]]:
+        """Return the sealed blocks: name, first step, digest."""
+        query = "SELECT name, first, digest FROM blocks ORDER BY name, first"
+        return self.checked((TEXT, STEP, BYTES), query)
+
+    def sealed_losses(self) -> tuple[int, int]:
+        """Return how many blocks of losses are sealed, and the first step of the newest, -1 if none."""
+        query = "SELECT count(*), coalesce(max(first), -1) FROM blocks WHERE name = ?"
+        count, newest = self.rows(query, LOSS)[0]
+        return count, newest
+
+    def has_facts_as_written(self) -> bool:
+        """Return whether all facts are as they were written; true if they have no digest."""
+        known = self.numbers("SELECT digest FROM blocks WHERE name = ?", FACTS)
+        if not known:
+            return True
+        rows = self.rows("SELECT key, value FROM facts")
+        are_texts = all(isinstance(text, str) for row in rows for text in row)
+        return are_texts and known[0] == _digest_of_facts(rows)

@@ -1,0 +1,154 @@
+"""What is wrong with a run: numbers, states or files that are missing, or not as they were recorded.
+
+This is the one place that finds it; terminal, page and `doctor` show it. Looking at the structure costs
+little at any length of a run; looking at the numbers reads them all, and looking at the files, too.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from everystep.errors import RunError
+from everystep.recording.blocks import BLOCK, FACTS, LOSS, digest_of_numbers
+from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.facts import Facts
+from everystep.recording.write_ahead_log import log_problem
+
+__all__ = ["Finding", "damage_text", "missing_steps", "number_findings", "structure_findings"]
+
+#: A run that was closed has digests of all its losses.
+_CLOSED = ("finished", "stopped", "failed")
+#: Blocks and files of a kind that are named one by one.
+_MOST_NAMED = 5
+_DOCTOR = "everystep doctor RUN --repair DIR writes a copy of what is sound"
+
+
+class Finding(NamedTuple):
+    """Something that is wrong: its place in the run, what is wrong in words, and what to do."""
+
+    place: str
+    problem: str
+    cure: str = _DOCTOR
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+def structure_findings(
+    directory: Path, database: Database, facts: Facts, *, is_written: bool = False
+) -> list[Finding]:
+    """Return what shows without reading all numbers.
+
+    is_written: a process is writing the run, so that files may be ahead of the database.
+
+    Raises:
+        RunError: the database cannot be read.
+    """
+    found = []
+    newest, first = database.newest_step(), database.first_step()
+    if not is_written and (problem := log_problem(directory / f"{FILE_NAME}-wal")):
+        found.append(Finding(f"{FILE_NAME}-wal", f"{problem}: the newest steps may be missing"))
+    if first is not None and first != 1:
+        found.append(
+            Finding(f"{FILE_NAME}, steps", f"steps begin at {first:,}; a recording begins at step 1")
+        )
+    short = missing_steps(facts, newest)
+    if short is not None:
+        found.append(short)
+    later = None if is_written or short is not None else _later_states(directory, database, newest)
+    if later is not None:
+        found.append(
+            Finding(
+                f"{FILE_NAME}, steps",
+                f"steps {newest + 1:,} to {later:,} are missing: the database ends at step {newest:,}, "
+                f"but the state after step {later:,} is on disk",
+            )
+        )
+    count, last_block = database.sealed_losses()
+    is_closed = facts.status in _CLOSED and newest > 0
+    if last_block > newest or (is_closed and count != newest // BLOCK + 1):
+        found.append(
+            Finding(f"{FILE_NAME}, blocks", "the digests of the losses do not belong to these steps")
+        )
+    if not database.has_facts_as_written():
+        found.append(
+            Finding(f"{FILE_NAME}, facts", "the description of the run is not as it was recorded")
+        )
+    return found
+
+
+def missing_steps(facts: Facts, newest: int) -> Finding | None:
+    """Return the finding that a finished run ends before its last step; None: it does not."""
+    if facts.status != "finished" or facts.steps is None or newest >= facts.steps:
+        return None
+    return Finding(
+        f"{FILE_NAME}, steps",
+        f"the run finished with {facts.steps:,} steps, but its database ends at step {newest:,}",
+    )
+
+
+def number_findings(database: Database) -> list[Finding]:
+    """Return which losses and measurements are missing or not as recorded; reads all of them.
+
+    Raises:
+        RunError: the database cannot be read.
+    """
+    newest = database.newest_step()
+    found = [
+        Finding(
+            f"{FILE_NAME}, steps", f"steps {_span(first, last)} are missing, and later ones are there"
+        )
+        for first, last in database.gaps()[:_MOST_NAMED]
+    ]
+    altered = [
+        (name, first)
+        for name, first, digest in database.blocks()
+        if name != FACTS and not _is_sound(database, name, first, digest)
+    ]
+    for name, first in altered[:_MOST_NAMED]:
+        last = min(first + BLOCK - 1, newest)
+        table = "steps" if name == LOSS else "measurements"
+        what = "losses" if name == LOSS else f"values of {name.partition('/')[2]}"
+        found.append(
+            Finding(
+                f"{FILE_NAME}, {table}",
+                f"{what} of steps {_span(max(1, first), last)} are not as they were recorded: their "
+                "digest differs",
+            )
+        )
+    if len(altered) > _MOST_NAMED:
+        more = len(altered) - _MOST_NAMED
+        found.append(Finding(FILE_NAME, f"{more:,} more blocks of numbers have another digest"))
+    return found
+
+
+def damage_text(name: str, findings: Sequence[Finding]) -> str:
+    """Return in a line that a run is damaged, and what to do."""
+    more = f" (and {len(findings) - 1:,} more)" if len(findings) > 1 else ""
+    return f"{name} is damaged: {findings[0]}{more}; everystep doctor {name} says more"
+
+
+def _is_sound(database: Database, name: str, first: int, digest: bytes) -> bool:
+    try:
+        return digest_of_numbers(*database.block(name, first)) == digest
+    except (RunError, struct.error):
+        return False
+
+
+def _later_states(directory: Path, database: Database, newest: int) -> int | None:
+    """Return the newest state that is on disk or in the database, if its step is missing."""
+    states = {row.step for row in database.snapshots()}
+    try:
+        names = [path.name for path in (directory / "snapshots").iterdir()]
+    except OSError:
+        names = []
+    states |= {int(name) for name in names if name.isdecimal() and len(name) < 18}
+    last = max(states, default=0)
+    return last if last > newest else None
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first:,}" if first >= last else f"{first:,} to {last:,}"

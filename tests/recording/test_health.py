@@ -1,0 +1,133 @@
+"""What is missing or altered among the numbers of a run is said wherever they are shown."""
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+import everystep
+from everystep.errors import DamageWarning
+from everystep.recording.write_ahead_log import log_problem
+
+ALTERED = {
+    "a loss": "UPDATE steps SET loss = loss * 1.0000001 WHERE step = 7",
+    "a measurement": "UPDATE measurements SET value = value / 2 WHERE step = 10",
+    "a fact": "UPDATE facts SET value = replace(value, '0.01', '0.02') WHERE key = 'optimizers'",
+    "a name": "UPDATE measurements SET name = name || '!' WHERE step = 10",
+    "a last step": "DELETE FROM steps WHERE step = 20",
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A run of 20 steps with a measurement that no test may change; it was stopped before its end."""
+    torch = pytest.importorskip("torch")
+    directory = tmp_path_factory.mktemp("recorded") / "run"
+    torch.manual_seed(1)
+    model = torch.nn.Linear(4, 2)
+    everystep.train(
+        model, (torch.randn(20, 4), torch.randn(20, 2)), loss=torch.nn.MSELoss(), steps=20,
+        optimizer=everystep.GradientDescent(model.parameters(), lr=0.01), validation=0.2,
+        evaluate_every=5, directory=directory, progress=False,
+    )  # fmt: skip
+    with closing(sqlite3.connect(directory / "run.sqlite")) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return directory
+
+
+@pytest.fixture(params=ALTERED)
+def altered(request, recorded, tmp_path):
+    run = shutil.copytree(recorded, tmp_path / "run")
+    with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
+        if request.param == "a last step":  # as if it had been stopped, by the user, at step 20 of 30
+            database.execute("UPDATE facts SET value = '\"stopped\"' WHERE key = 'status'")
+        assert database.execute(ALTERED[request.param]).rowcount
+    return run
+
+
+def test_a_run_as_it_was_recorded_is_not_called_damaged(recorded, everystep_command):
+    run = everystep.open(recorded)
+    assert run.findings() == [] and run.damage is None
+    assert run.verify(progress=False).is_exact
+    assert len(run.losses) == 20
+    code, out, err = everystep_command("losses", recorded)
+    assert (code, err) == (0, "") and len(out.splitlines()) == 21
+
+
+def test_altered_numbers_are_said_by_each_command(altered, everystep_command, tmp_path):
+    for command in (
+        ("losses", altered),
+        ("losses", altered, "--json"),
+        ("losses", altered, "--last", 2),
+        ("table", altered, "-o", tmp_path / "table.html"),
+        ("plot", altered, "-o", tmp_path / "plot.svg"),
+        ("report", altered, "-o", tmp_path / "report.html"),
+    ):
+        code, out, err = everystep_command(*command)
+        assert code == 1
+        assert err.count("run is damaged: run.sqlite") == 1
+        assert "everystep doctor run says more" in err
+        if "--json" in command:
+            assert json.loads(out)
+    for page in ("table.html", "report.html"):
+        assert "run is damaged: run.sqlite" in (tmp_path / page).read_text()
+    code, out, _ = everystep_command("verify", altered)
+    assert code == 1 and "problem     run.sqlite" in out
+
+
+def test_altered_losses_are_said_in_python(altered):
+    run = everystep.open(altered)
+    with pytest.warns(DamageWarning, match="run is damaged: run.sqlite"):
+        assert len(run.losses) >= 19
+    assert "damaged" in run.table(rows=100).caption()
+    assert "damaged" in run.plot().labels.caption
+    assert "is damaged" in run._repr_html_()
+    assert not run.verify(progress=False).is_exact
+
+
+def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_command):
+    for name in ("whole", "shortened", "described"):
+        shutil.copytree(recorded, tmp_path / "runs" / name)
+    for name, statement in (
+        ("shortened", "UPDATE facts SET value = '\"stopped\"' WHERE key = 'status'"),
+        ("shortened", "DELETE FROM steps WHERE step > 10"),
+        ("described", "UPDATE facts SET value = '3' WHERE key = 'seed'"),
+    ):
+        with closing(sqlite3.connect(tmp_path / "runs" / name / "run.sqlite")) as database, database:
+            database.execute(statement)
+    code, out, err = everystep_command("runs")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0
+    assert "damaged" in lines["shortened"] and "damaged" in lines["described"]
+    assert "damaged" not in lines["whole"]
+    assert "steps 11 to 20 are missing" in err
+    _, out, _ = everystep_command("runs", "--json")
+    assert [run["damage"] is None for run in json.loads(out)] == [False, False, True]
+
+
+@pytest.fixture
+def log(tmp_path):
+    """The log of a process that was killed: an older one, written over by a newer, shorter one."""
+    with closing(sqlite3.connect(tmp_path / "a.sqlite", isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE t (x)")
+        for _ in range(30):
+            database.execute("INSERT INTO t VALUES (randomblob(3000))")
+        database.execute("PRAGMA wal_checkpoint(RESTART)")
+        for _ in range(5):
+            database.execute("INSERT INTO t VALUES (randomblob(3000))")
+        return shutil.copy(tmp_path / "a.sqlite-wal", tmp_path / "log")
+
+
+def test_a_log_as_sqlite_leaves_it_is_sound(log):
+    assert log_problem(log) is None
+
+
+@pytest.mark.parametrize("place", [0, 9, 18, 30, 33, 41, 45, 50, 60, 2000, 5000, 9000, 19000])
+def test_a_flipped_bit_in_a_log_is_found(log, place):
+    content = bytearray(log.read_bytes())
+    content[place] ^= 4
+    log.write_bytes(content)
+    assert "was changed, so that" in log_problem(log)

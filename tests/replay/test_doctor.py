@@ -1,0 +1,169 @@
+"""What is wrong with a run is named with its place, and a repaired copy has what can be brought back."""
+
+import json
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+import torch
+from tests.training.by_hand import by_train, new_training
+from torch import nn
+
+import everystep
+from everystep.recording.recorder import Recorder
+from everystep.recording.snapshots import SnapshotPlan
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A run of 40 steps with a state after every eighth; no test may change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("sound"))
+        patch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
+        patch.setattr(Recorder, "is_behind", False)
+        directory = by_train(new_training(), steps=40).directory.absolute()
+    with closing(sqlite3.connect(directory / "run.sqlite")) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return directory
+
+
+@pytest.fixture
+def damaged(sound, tmp_path):
+    """Make a copy that SQL has changed."""
+
+    def make(*statements):
+        run = shutil.copytree(sound, tmp_path / "damaged")
+        with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
+            for statement in statements:
+                database.execute(statement)
+        return run
+
+    return make
+
+
+def is_same(run, sound):
+    one, other = everystep.open(run), everystep.open(sound)
+    return one.losses.equals(other.losses) and one.verify(progress=False).is_exact
+
+
+def test_a_sound_run_is_healthy(sound, everystep_command):
+    code, out, _ = everystep_command("doctor", sound)
+    assert code == 0
+    assert "losses: 40\n" in out and out.endswith("is healthy\n")
+
+
+@pytest.mark.parametrize(
+    ("statements", "problem"),
+    [
+        (["DELETE FROM steps WHERE step BETWEEN 10 AND 20"], "steps 10 to 20 are missing"),
+        (["DELETE FROM steps WHERE step > 30"], "its database ends at step 30"),
+        (["UPDATE steps SET loss = 1 WHERE step = 17"], "losses of steps 1 to 40 are not as they were"),
+        (["DELETE FROM steps"], "finished with 40 steps, but its database ends at step 0"),
+        (["UPDATE steps SET step = -3 WHERE step = 1"], "steps begin at -3"),
+    ],
+)  # fmt: skip
+def test_lost_losses_are_taken_again(damaged, sound, everystep_command, statements, problem):
+    run = damaged(*statements)
+    code, out, _ = everystep_command("doctor", run, "--repair", "copy")
+    assert code == 0
+    assert problem in out and "damaged is damaged" in out
+    assert is_same("copy", sound)
+    copy = everystep.open("copy")
+    assert copy.status == "finished" and copy.doctor().is_healthy
+    assert copy.facts.repaired.again and str(run) == copy.facts.repaired.run
+    assert copy.snapshots == everystep.open(sound).snapshots
+
+
+def test_a_repair_never_writes_into_the_damaged_run(damaged):
+    run = damaged("DELETE FROM steps WHERE step = 7")
+
+    def contents():
+        names = (path for path in run.rglob("*") if path.is_file() and path.suffix != ".sqlite-shm")
+        return {path: content for path in names if (content := path.read_bytes())}
+
+    before = contents()
+    everystep.doctor(run, repair="copy", progress=False)
+    assert contents() == before
+    with pytest.raises(everystep.RunError, match="already exists"):
+        everystep.doctor(run, repair=run, progress=False)
+
+
+def test_states_that_only_the_disk_knows_tell_which_steps_are_missing(damaged, sound):
+    run = damaged(
+        "DELETE FROM steps WHERE step > 20", "DELETE FROM snapshots WHERE step > 20",
+        "UPDATE facts SET value = '\"running\"' WHERE key = 'status'",
+    )  # fmt: skip
+    found = everystep.doctor(run, repair="copy", progress=False)
+    assert any("steps 21 to 40 are missing" in str(each) for each in found.findings)
+    assert (found.repaired.steps, found.repaired.planned) == (40, 40)
+    assert everystep.open("copy").losses.equals(everystep.open(sound).losses)
+    assert everystep.open("copy").snapshots[-1] == 40
+
+
+def test_a_state_that_is_altered_is_left_out_of_the_copy(damaged, sound):
+    run = damaged("DELETE FROM steps WHERE step = 18")
+    path = run / "snapshots" / "000016" / "parameters.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    found = everystep.doctor(run, repair="copy", progress=False)
+    assert any(each.place == "snapshots/000016" for each in found.findings)
+    assert not found.repaired.is_complete and "000016 was changed" in found.repaired.problems[0]
+    assert is_same("copy", sound)
+    assert 16 not in everystep.open("copy").snapshots
+
+
+def test_steps_that_cannot_be_taken_again_are_named(damaged, everystep_command):
+    run = damaged("DELETE FROM steps WHERE step BETWEEN 10 AND 20")
+    for program in (run / "programs").glob("*.json"):
+        program.unlink()
+    code, out, _ = everystep_command("doctor", run, "--repair", "copy", "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert {each["place"] for each in found["findings"]} >= {"programs/1.json", "run.sqlite, steps"}
+    assert found["repaired"]["steps"] == 0 and not found["repaired"]["complete"]
+    assert any("steps 1 to 40 could not be brought back" in p for p in found["repaired"]["problems"])
+    assert everystep.open("copy").status == "stopped"
+
+
+def test_steps_that_lead_elsewhere_are_not_passed_off_as_right(damaged):
+    run = damaged("DELETE FROM steps WHERE step BETWEEN 10 AND 20")
+    for program in (run / "programs").glob("*.json"):
+        program.write_text(program.read_text().replace("aten.tanh.default", "aten.sin.default"))
+    found = everystep.doctor(run, repair="copy", progress=False)
+    assert not found.repaired.is_complete
+    assert any("do not lead to the state after step 8" in each for each in found.repaired.problems)
+    assert found.repaired.steps == 0
+
+
+@pytest.mark.parametrize("missing", [1, 5000])
+def test_a_database_that_is_cut_off_is_salvaged(damaged, sound, missing):
+    run = damaged()
+    os.truncate(run / "run.sqlite", (run / "run.sqlite").stat().st_size - missing)
+    try:
+        found = everystep.doctor(run, repair="copy", progress=False)
+    except everystep.RunError as error:
+        assert "cannot be read" in str(error) or "invalid" in str(error)
+    else:
+        assert "cut off" in str(found.findings)
+        assert len(everystep.open("copy")) == found.repaired.steps
+
+
+def test_a_loop_of_your_own_is_repaired_too(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(20, 4), torch.randn(20, 2)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for number in recording.steps(range(20)):
+            loss = nn.functional.mse_loss(model(x[number : number + 1]), y[number : number + 1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    run, losses = recording.run, recording.run.losses
+    with closing(sqlite3.connect(run.directory / "run.sqlite")) as database, database:
+        database.execute("DELETE FROM steps WHERE step > 12")
+    found = everystep.doctor(run.directory, repair="copy", progress=False)
+    assert found.repaired.again == ((1, 20),) and found.repaired.is_complete
+    assert everystep.open("copy").losses.equals(losses)
