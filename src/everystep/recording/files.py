@@ -1,12 +1,13 @@
-"""Files of a run, by their names in the database: a name cannot refer to a file outside the run."""
+"""Files of a run: paths that stay within it, and files that are written as a whole."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from everystep.errors import RunError
 
-__all__ = ["own_path"]
+__all__ = ["own_path", "sweep", "write_whole"]
 
 
 def own_path(directory: Path, name: str) -> Path:
@@ -27,3 +28,23 @@ def own_path(directory: Path, name: str) -> Path:
             f"{directory} refers to a file that is outside the run or not a regular file: {name!r:.200}"
         )
     return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is complete from the moment it exists, also after the power has failed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a directory."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -136,7 +136,7 @@ class LoopWriter:
         self._taken: list[Taken] = []
         self._losses: list[Any] = []
         self._measured: list[tuple[str, int, Any]] = []
-        self._rates: dict[str, float] = {}
+        self._rates: dict[str, float] = {} if resumed is None else resumed.rates
         self._generator = torch.get_rng_state()
         self._pending: State | None = None
         self._lost_to = 0
@@ -155,6 +155,7 @@ class LoopWriter:
             self._recorder.snapshot(beginning)
         else:
             self._has_loss = resumed.has_loss
+            self._loss_dtype = resumed.loss_dtype
             at, budget = self.step, snapshot_budget
             self._recorder = Recorder(
                 directory, resumed.facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
@@ -252,7 +253,10 @@ class LoopWriter:
         is_pending = self._pending is not None and self._pending.step == self.step
         self._keep_pending()
         if self.step and not is_pending and self._versions == _versions(self._parts.state()):
-            self._recorder.snapshot(self._snapshot())
+            last = self._snapshot()
+            # A draw that found no more batches may have used the generators, and no step did.
+            rest = last.rest | self._place.at_end
+            self._recorder.snapshot(State(last.step, last.parameters, rest, last.settings))
         self.flush()
         seconds = time.perf_counter() - self._started
         in_all = None if self._seconds_before is None else self._seconds_before + seconds
@@ -388,13 +392,10 @@ class LoopWriter:
         first = self._taken[0].step
         losses = [float(loss) for loss in self._losses]
         recorder.repeats(self._taken)
-        recorder.losses(first, losses)
-        self._show_written()
         measured = [(name, step, float(value)) for name, step, value in self._measured]
-        if measured:
-            recorder.measurements(measured)
-        recorder.facts(self._loop_facts() | {"loss_dtype": self._loss_dtype})
-        self._say_if_not_finite(first, losses)
+        found = {"loss_dtype": self._loss_dtype} | self._nonfinite_in(first, losses)
+        recorder.losses(first, losses, measured, self._loop_facts() | found)
+        self._show_written()
         self._taken, self._losses, self._measured = [], [], []
 
     def _show_written(self) -> None:
@@ -402,19 +403,20 @@ class LoopWriter:
             if self._advanced is not None:
                 self._advanced(first, losses)
 
-    def _say_if_not_finite(self, first: int, losses: list[float]) -> None:
+    def _nonfinite_in(self, first: int, losses: list[float]) -> dict[str, Any]:
+        """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
         if not self._has_loss or not self._is_finite:
-            return
+            return {}
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
                 self._is_finite = False
-                self._recorder.facts({"nonfinite_step": step})
                 name = self._recorder.directory.name
                 say(
                     f"the loss is {loss} at step {step}; everystep when {name} nonfinite finds where it "
                     "came from"
                 )
-                return
+                return {"nonfinite_step": step}
+        return {}
 
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(

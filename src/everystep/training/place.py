@@ -67,11 +67,13 @@ class Place:
         device: of the parts, for its random generator.
 
     generators: those before the last draw, by name, if it used them, and found them otherwise than the
-    draw before it had left them.
+    draw before it had left them; at_end: those before a draw that found no more batches, by the names
+    that a state has.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.generators: dict[str, Tensor] = {}
+        self.at_end: dict[str, Tensor] = {}
         self._device = device
         self._call = -1
         self._taken = 0
@@ -138,6 +140,7 @@ class Place:
             try:
                 batch = next(iterator)
             except StopIteration:
+                self.at_end = {n: t for n, t in before.items() if n.startswith("generator/")}
                 return
             if is_seen:
                 # What the draw before it has left, drawing again leaves, too.
