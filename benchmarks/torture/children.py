@@ -1,4 +1,4 @@
-"""Child processes: forked from one that has imported torch, so that each costs a hundredth of a second."""
+"""Child processes: forked from one that has imported torch, which takes seconds; forking does not."""
 
 from __future__ import annotations
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.torture.trainings import Training
 from everystep.errors import RunError
 from everystep.recording.database import FILE_NAME
 from everystep.run import Run
 from everystep.views.terminal import shortest
-from benchmarks.torture.trainings import Training
 
 __all__ = ["content_of", "different", "lost_lines", "state_of"]
 
@@ -95,4 +95,3 @@ def different(content: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-

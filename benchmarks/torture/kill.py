@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from benchmarks.torture.trial import Reference, Result, Trial
 
@@ -22,7 +23,7 @@ def kills(references: list[Reference], count: int, seed: int) -> list[Callable[[
         reference = references[number % len(references)]
         rows = generator.choices(list(IN_A_ROW), list(IN_A_ROW.values()))[0]
         instants = [generator.uniform(0.0, 1.02) for _ in range(rows)]
-        trials.append(lambda reference=reference, instants=instants: _killed(reference, instants))
+        trials.append(partial(_killed, reference, instants))
         left -= rows
         number += 1
     return trials

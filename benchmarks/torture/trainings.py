@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tests.training.loops import LOOPS  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 import everystep  # noqa: E402
 from everystep.experiment.specification import load  # noqa: E402
@@ -141,6 +141,7 @@ TRAININGS += [Training(name, "experiment", 1500, _experiment(name)) for name in 
 
 # Objects
 
+
 class Own(torch.optim.Optimizer):
     """An optimizer of one's own, with a state that is not a tensor."""
 
@@ -148,7 +149,7 @@ class Own(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update; the step size falls with a count."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -190,7 +191,7 @@ def _trained(make: Callable[[], dict[str, Any]], data: Any) -> Callable[..., Non
     def go(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
         made = make()
         if _is_begun(place):
-            given = {"data": data} if isinstance(data, Dataset) else {}
+            given: dict[str, Any] = {"data": data} if isinstance(data, Dataset) else {}
             if _goes_on(place):
                 Run(place).resume(**made, **given, progress=_lines(lines))
             return
@@ -203,7 +204,7 @@ def _trained(make: Callable[[], dict[str, Any]], data: Any) -> Callable[..., Non
             batch_size=8,
             threads=1,
             directory=place,
-            progress=_lines(lines),
+            progress=_lines(lines),  # type: ignore[arg-type]
         )
 
     return go
@@ -225,6 +226,7 @@ TRAININGS += [
 
 
 # Your own loop
+
 
 class _Reporting:
     """A recording that reports the steps that are written, as a training by everystep does."""
@@ -280,7 +282,7 @@ def _augmented(workers: int) -> Callable[[Path, Path, int, TextIO], None]:
                 for x, y in recording.steps(loader):
                     loss = nn.functional.mse_loss(model(x), y)
                     optimizer.zero_grad()
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     schedule.step()
                     recording.log(loss=loss, size=x.abs().mean())
@@ -305,6 +307,7 @@ TRAININGS += [
 
 
 # Forks and measurements
+
 
 def _parent(place: Path, steps: int) -> None:
     random.seed(0)

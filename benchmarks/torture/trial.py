@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -38,9 +39,9 @@ class Reference:
 class Result:
     """What a trial found.
 
-    interrupted: how often; opened, kept: how often the run opened, and had all that was printed; again: how
-    often it ended before it had a step, and was begun again; refused: how often it was refused with a
-    message where that is allowed; failures: what went wrong.
+    interrupted: how often; opened, kept: how often the run opened, and had all that was printed; again:
+    how often it ended before it had a step, and was begun again; refused: how often it was refused with
+    a message where that is allowed; failures: what went wrong.
     """
 
     name: str
@@ -141,29 +142,28 @@ def references(trainings: Sequence[Training], steps: int | None = None) -> Itera
         SystemExit: one fails by itself.
     """
     folder = Path(tempfile.mkdtemp(prefix="everystep-reference-"))
-    made = []
     try:
-        for training in trainings:
-            place = folder / training.name
-            place.mkdir()
-            last = steps or training.steps
-            prepare = training.prepare
-            if prepare is not None:
-                _checked(training, run(lambda _: prepare(place, last), place), place)
-            began = time.monotonic()
-            ended = run(lambda lines: training.go(place / "run", place, last, lines), place)
-            seconds = time.monotonic() - began
-            _checked(training, ended, place)
-            content = ask(lambda: content_of(training, place / "run"), place)
-            if content.get("verified") is not True:
-                raise SystemExit(f"{training.name} does not verify by itself: {content}")
-            made.append(Reference(training, content, seconds, place))
-        yield made
+        yield [_reference(each, folder / each.name, steps or each.steps) for each in trainings]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _checked(training: Training, ended: Ended, place: Path) -> None:
+def _reference(training: Training, place: Path, last: int) -> Reference:
+    place.mkdir()
+    prepare = training.prepare
+    if prepare is not None:
+        _check(training, run(lambda _: prepare(place, last), place), place)
+    began = time.monotonic()
+    ended = run(lambda lines: training.go(place / "run", place, last, lines), place)
+    seconds = time.monotonic() - began
+    _check(training, ended, place)
+    content = ask(lambda: content_of(training, place / "run"), place)
+    if content.get("verified") is not True:
+        raise SystemExit(f"{training.name} does not verify by itself: {content}")
+    return Reference(training, content, seconds, place)
+
+
+def _check(training: Training, ended: Ended, place: Path) -> None:
     if ended.error is not None or ended.has_hung:
         errors = (place / "errors").read_text()
         raise SystemExit(f"{training.name} fails by itself: {ended.error}\n{errors}")
@@ -184,7 +184,10 @@ def each(
                     for trial in trials[number::processes]:
                         if time.monotonic() > until:
                             break
-                        file.write(json.dumps(asdict(trial())) + "\n")
+                        result = trial()
+                        for failure in failed([result]):
+                            print(failure, file=sys.stderr, flush=True)
+                        file.write(json.dumps(asdict(result)) + "\n")
                         file.flush()
             finally:
                 os._exit(0)
@@ -219,7 +222,16 @@ def table(results: Sequence[Result], what: str, *, by_part: bool = False) -> str
             rows.setdefault(name, Counter()).update(counts)
     rows["all"] = rows.pop("all", Counter())
     columns = ("interrupted", "opened", "kept", "trainings", "same", "verified", "again", "refused")
-    titles = (what, "opened", "nothing lost", "trainings", "same bits", "verified", "begun again", "refused")
+    titles = (
+        what,
+        "opened",
+        "nothing lost",
+        "trainings",
+        "same bits",
+        "verified",
+        "begun again",
+        "refused",
+    )
     lines = [f"| what | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
     lines += [f"| {name} | {' | '.join(f'{row[c]:,}' for c in columns)} |" for name, row in rows.items()]
     return "\n".join(lines)
