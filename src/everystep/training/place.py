@@ -140,7 +140,8 @@ class Place:
             try:
                 batch = next(iterator)
             except StopIteration:
-                self.at_end = {n: t for n, t in before.items() if n.startswith("generator/")}
+                names = Generators.capture(self._device).tensors().keys() & before.keys()
+                self.at_end = {f"generator/{name}": before[name] for name in names}
                 return
             if is_seen:
                 # What the draw before it has left, drawing again leaves, too.
