@@ -2,6 +2,7 @@
 
 `python -m benchmarks.torture kill [--kills 1000] [--seed 0]`: SIGKILL at random instants.
 `python -m benchmarks.torture operations [--each N]`: death at every operation on files, or each N-th.
+`python -m benchmarks.torture power`: the last files torn, empty or missing, the write-ahead log cut.
 Prints a table, each failure on stderr, and exits with 1 if there is one.
 """
 
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with other threads ca
 
 from benchmarks.torture.kill import kills
 from benchmarks.torture.operations import STEPS, operations
+from benchmarks.torture.power import losses_of_power
 from benchmarks.torture.trainings import named
 from benchmarks.torture.trial import each, failed, references, table
 
@@ -23,7 +25,7 @@ from benchmarks.torture.trial import each, failed, references, table
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture")
-    parser.add_argument("what", choices=["kill", "operations"])
+    parser.add_argument("what", choices=["kill", "operations", "power"])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--each", type=int, default=1, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
@@ -32,14 +34,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after these")
     asked = parser.parse_args()
     began = time.monotonic()
-    steps = STEPS if asked.what == "operations" else None
+    steps = None if asked.what == "kill" else STEPS
     with references(named(asked.only), steps) as known:
         if asked.what == "kill":
             trials = kills(known, asked.kills, asked.seed)
+        elif asked.what == "power":
+            trials = losses_of_power(known, asked.seed)[asked.seed % asked.each :: asked.each]
         else:
             trials = operations(known, asked.each, asked.seed % asked.each)
         results = each(trials, asked.processes, asked.seconds)
-    print(table(results, "kills"))
+    print(table(results, "losses of power" if asked.what == "power" else "kills"))
+    for reason in sorted({each.reason for each in results if each.reason}):
+        print(f"said: {reason}", file=sys.stderr)
     failures = failed(results)
     print(f"{len(failures)} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")
     sys.exit(1 if failures else 0)

@@ -79,10 +79,11 @@ def _lines(file: TextIO) -> TerminalProgress:
 
 
 def _is_begun(place: Path) -> bool:
-    """Tell whether there is a run; the generators of a process that goes on are other ones."""
+    """Tell whether there is a run; the generators of a process that goes on from a state are others."""
     is_begun = (place / FILE_NAME).exists()
-    random.seed(int(is_begun))
-    np.random.seed(int(is_begun))
+    seed = int(is_begun and bool(Run(place).snapshots))
+    random.seed(seed)
+    np.random.seed(seed)
     return is_begun
 
 

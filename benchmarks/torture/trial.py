@@ -41,7 +41,7 @@ class Result:
 
     interrupted: how often; opened, kept: how often the run opened, and had all that was printed; again:
     how often it ended before it had a step, and was begun again; refused: how often it was refused with
-    a message where that is allowed; failures: what went wrong.
+    a message where that is allowed, and reason: the message; failures: what went wrong.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Result:
     refused: int = 0
     same: bool = False
     verified: bool = False
+    reason: str | None = None
     failures: list[str] = field(default_factory=list)
 
 
@@ -108,16 +109,24 @@ class Trial:
             return
         self.compare()
 
-    def compare(self) -> None:
-        """Compare the finished run with the one that was not interrupted."""
+    def compare(self, *, may_be_unverified: bool = False) -> None:
+        """Compare the finished run with the one that was not interrupted.
+
+        may_be_unverified: it may say of what is damaged that it cannot be verified.
+        """
         result = self.result
         content = ask(lambda: content_of(self.training, self.place), self.folder)
+        if may_be_unverified and content.get("is_clear"):
+            result.reason = content["error"]
+            content = ask(lambda: content_of(self.training, self.place, verified=False), self.folder)
         if "error" in content:
             result.failures.append(f"the finished run does not open: {content['error']}")
             return
         found = different(content, self.reference.content)
         result.verified = content["verified"]
         result.same = not set(found) & {"steps", "losses", "measurements", "state", "nonfinite"}
+        if may_be_unverified and not content["verified"]:
+            found.remove("verified")
         if found:
             result.failures.append(f"differs in {', '.join(found)}: {content}")
 
