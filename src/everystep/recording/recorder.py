@@ -130,7 +130,7 @@ class Recorder:
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
         self._snapshot_bytes = 0
-        self._last_step = at
+        self._last_step = self._passed = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
         self._snapshots_asked = 0
@@ -193,11 +193,6 @@ class Recorder:
         if known is None or step >= known.recorded:
             self._put(lambda: write_change(self.directory, step, tensors, gone))
 
-    def repeats(self, rows: Sequence[Taken]) -> None:
-        """Write what repeats steps of a loop that is not everystep's; the losses are written besides."""
-        self._bytes_asked += sum(row.bytes for row in rows)
-        self._put(lambda: self._write_repeats(rows))
-
     def forget_after(self, step: int) -> None:
         """Delete losses, measurements and snapshots of later steps, which will run again."""
         self._put(lambda: self._forget_after(step))
@@ -212,9 +207,15 @@ class Recorder:
         losses: Sequence[float],
         measured: Sequence[tuple[str, int, float]] = (),
         facts: Mapping[str, Any] = MappingProxyType({}),
+        taken: Sequence[Taken] = (),
     ) -> None:
-        """Write the losses of consecutive steps, with what was measured and found: all or nothing."""
-        self._put(lambda: self._write_losses(first_step, losses, measured, facts))
+        """Write the losses of consecutive steps, with what was measured and found: all or nothing.
+
+        taken: what repeats the steps, of a loop that is not everystep's.
+        Steps that were passed before are left out: Ctrl-C may come before the caller notes it.
+        """
+        self._bytes_asked += sum(row.bytes for row in taken)
+        self._put(lambda: self._write_steps(first_step, losses, measured, facts, taken))
 
     def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
         """Write measurements (name, step, value)."""
@@ -371,6 +372,20 @@ class Recorder:
         else:
             self._in_transaction(lambda: self._database.write_measurements(rows))
 
+    def _write_steps(
+        self,
+        first_step: int,
+        losses: Sequence[float],
+        measured: Sequence[tuple[str, int, float]],
+        facts: Mapping[str, Any],
+        taken: Sequence[Taken],
+    ) -> None:
+        again = min(max(0, self._passed + 1 - first_step), len(losses))
+        self._passed = max(self._passed, first_step + len(losses) - 1)
+        if taken:
+            self._write_repeats(taken[again:])
+        self._write_losses(first_step + again, losses[again:], measured, facts)
+
     def _write_losses(
         self,
         first_step: int,
@@ -461,6 +476,7 @@ class Recorder:
         remove_snapshots(self.directory / "snapshots", later, self._forget)
         remove_changes(self.directory, step)
         self._last_step = min(self._last_step, step)
+        self._passed = min(self._passed, step)
 
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
         fact = write_data(self.directory, tensors, name)

@@ -141,6 +141,7 @@ class LoopWriter:
         self._pending: State | None = None
         self._lost_to = 0
         self._notices = Notices()
+        self._is_still = False
         self._is_finite = resumed is None or resumed.is_finite
         self._has_loss = False
         self._loss_dtype = "float64"
@@ -214,7 +215,8 @@ class LoopWriter:
         self._keep_pending(known)
         self._compare_with_later()
         self._snapshot_if_due()
-        if not (isinstance(step.watch, TakenByProgram) and step.watch.is_still):
+        self._is_still = isinstance(step.watch, TakenByProgram) and step.watch.is_still
+        if not self._is_still:
             self._versions = _versions(after)
         if time.perf_counter() >= self._flush_at:
             self.flush()
@@ -231,7 +233,7 @@ class LoopWriter:
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
-        self._versions = {}
+        self._versions, self._is_still = {}, False
 
     def take_back(self) -> None:
         """Discard the last step, which an exception left."""
@@ -252,7 +254,9 @@ class LoopWriter:
         """
         is_pending = self._pending is not None and self._pending.step == self.step
         self._keep_pending()
-        if self.step and not is_pending and self._versions == _versions(self._parts.state()):
+        # A program writes gradients as Python does, and nothing has run since.
+        is_last = self._is_still or self._versions == _versions(self._parts.state())
+        if self.step and not is_pending and is_last:
             last = self._snapshot()
             # A draw that found no more batches may have used the generators, and no step did.
             rest = last.rest | self._place.at_end
@@ -391,12 +395,12 @@ class LoopWriter:
             return
         first = self._taken[0].step
         losses = [float(loss) for loss in self._losses]
-        recorder.repeats(self._taken)
         measured = [(name, step, float(value)) for name, step, value in self._measured]
         found = {"loss_dtype": self._loss_dtype} | self._nonfinite_in(first, losses)
-        recorder.losses(first, losses, measured, self._loop_facts() | found)
-        self._show_written()
+        # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
+        recorder.losses(first, losses, measured, self._loop_facts() | found, self._taken)
         self._taken, self._losses, self._measured = [], [], []
+        self._show_written()
 
     def _show_written(self) -> None:
         for first, losses in self._recorder.written():

@@ -150,6 +150,7 @@ class Place:
                 if not has_left and not _are_same(before, after):
                     self.generators = {f"{DRAW}{name}": tensor for name, tensor in before.items()}
             self._taken += 1
+            self.at_end = {}
             yield batch
 
     def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:
