@@ -22,13 +22,14 @@ class Ended(NamedTuple):
     """How a child ended.
 
     killed: by SIGKILL; error: its exception, None without; is_clear: whether the error is one that
-    everystep reports to its user; has_hung: whether it had to be ended.
+    everystep reports to its user; has_hung: whether it had to be ended; signal: that ended it.
     """
 
     killed: bool
     error: str | None
     is_clear: bool
     has_hung: bool
+    signal: int | None = None
 
 
 def run(
@@ -36,25 +37,27 @@ def run(
     folder: Path,
     kill_after: float | None = None,
     number: int = signal.SIGKILL,
+    is_ready: Callable[[], bool] = lambda: True,
 ) -> Ended:
     """Run work in a child, and kill it after some seconds.
 
     work: called with the file that is its stdout, `folder`/lines; standard error goes to
-    `folder`/errors.
+    `folder`/errors. number: of the signal. is_ready: tells from when on the seconds count.
     """
     report = folder / "report"
     report.unlink(missing_ok=True)
     child = os.fork()
     if not child:
         _in_child(work, folder, report)
-    status, has_hung = _waited(child, kill_after, number)
+    status, has_hung = _waited(child, kill_after, number, is_ready)
     is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not has_hung
     found: dict[str, Any] = {}
     if report.exists():
         found = json.loads(report.read_text())
-    elif not is_killed and status:
+    elif not os.WIFSIGNALED(status) and status:
         found = {"error": f"wait status {status}", "is_clear": False}
-    return Ended(is_killed, found.get("error"), found.get("is_clear", False), has_hung)
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    return Ended(is_killed, found.get("error"), found.get("is_clear", False), has_hung, ended_by)
 
 
 def ask(question: Callable[[], Any], folder: Path) -> Any:
@@ -73,21 +76,24 @@ def _answer(question: Callable[[], Any], path: Path) -> None:
     path.write_text(text)
 
 
-def _waited(child: int, kill_after: float | None, number: int) -> tuple[int, bool]:
-    began = time.monotonic()
+def _waited(
+    child: int, kill_after: float | None, number: int, is_ready: Callable[[], bool]
+) -> tuple[int, bool]:
+    began = ready = time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status, False
-        passed = time.monotonic() - began
-        if kill_after is not None and passed >= kill_after:
+        now = time.monotonic()
+        if kill_after is not None and not is_ready():
+            ready = now
+        elif kill_after is not None and now - ready >= kill_after:
             os.kill(child, number)
             kill_after = None
-        if passed > TIMEOUT:
+        if now - began > TIMEOUT:
             os.kill(child, signal.SIGKILL)
             return os.waitpid(child, 0)[1], True
-        left = 0.002 if kill_after is None else min(0.002, max(0.0, kill_after - passed))
-        time.sleep(left)
+        time.sleep(0.002 if kill_after is None else min(0.002, max(0.0, kill_after - (now - ready))))
 
 
 def _in_child(work: Callable[[TextIO], None], folder: Path, report: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,7 @@ numerics.prepare()  # before torch computes
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from tests.training import loops  # noqa: E402
 from tests.training.loops import LOOPS  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
@@ -30,7 +31,7 @@ from everystep.run import Run  # noqa: E402
 from everystep.training.from_experiment import train_experiment  # noqa: E402
 from everystep.views.progress import TerminalProgress  # noqa: E402
 
-__all__ = ["TRAININGS", "Training", "named"]
+__all__ = ["STEP_FUNCTION", "TRAININGS", "Training", "named"]
 
 BUDGET = 512_000_000
 
@@ -240,6 +241,11 @@ class _Reporting:
     def __enter__(self) -> Any:
         return self._recording.__enter__()
 
+    @property
+    def step_count(self) -> int:
+        """How many steps the run has."""
+        return int(self._recording.step_count)
+
     def __exit__(self, *error: Any) -> None:
         self._recording.__exit__(*error)
 
@@ -253,7 +259,19 @@ def _loop(name: str) -> Callable[[Path, Path, int, TextIO], None]:
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
-        LOOPS[name](steps, lambda **parts: _recording(place, lines, **parts))
+        made: list[_Reporting] = []
+
+        def counted(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+            """Count from the step at which the loop goes on, as `enumerate` would not."""
+            for batch in batches:
+                yield made[0].step_count, batch
+
+        def record(**parts: Any) -> _Reporting:
+            made.append(_recording(place, lines, **parts))
+            return made[0]
+
+        vars(loops)["enumerate"] = counted
+        LOOPS[name](steps, record)
 
     return go
 
@@ -307,6 +325,30 @@ TRAININGS += [
 ]
 
 
+# A step function, which ends by a signal, and does not go on
+
+
+def _function(place: Path, prepared: Path, steps: int, lines: TextIO) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    x, y = _tensors()
+
+    def step() -> Any:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss
+
+    parts = {"model": model, "optimizer": optimizer}
+    shown = _lines(lines)
+    everystep.train(step, None, parts=parts, steps=steps, directory=place, progress=shown)  # type: ignore
+
+
+STEP_FUNCTION = Training("step-function", "step function", 4000, _function)
+
+
 # Forks and measurements
 
 
@@ -340,8 +382,3 @@ TRAININGS += [
     Training("fork-with-another-lr", "fork", 1500, _fork, prepare=_parent),
     Training("measure", "measure", 1500, _measure, prepare=_parent),
 ]
-
-
-def parts() -> Iterator[str]:
-    """Yield the parts of a table, in order."""
-    yield from dict.fromkeys(each.part for each in TRAININGS)
