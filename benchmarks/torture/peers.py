@@ -5,6 +5,8 @@ DIR` trains a small network for 30 steps, with a checkpoint after every 5 (every
 snapshots), or goes on in DIR with the library's own means. The parameters go to DIR/final.bin.
 """
 
+# mypy: disable-error-code="misc, no-untyped-call"
+
 from __future__ import annotations
 
 import argparse

@@ -97,6 +97,8 @@ def train(
     engine: Literal["auto", "program", "eager"] = "auto",
     fold: bool = False,
     directory: str | Path | None = None,
+    resume: bool | str | Path = False,
+    anyway: bool = False,
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     dataset_limit: int | None = None,
@@ -150,6 +152,10 @@ def train(
         fold: let the program fold updates into the matrix products that compute their gradients: faster,
             but rounded differently from the eager step. Needs a torch optimizer and no schedule.
         directory: the run's directory, which must not exist; default: the next free one in runs/.
+        resume: the run to go on with, after it was killed or stopped: its directory, or its name in
+            runs/. True: go on with `directory` if that exists, and begin it otherwise. The other
+            arguments are as before, except for more `steps`; see `Run.resume`.
+        anyway: go on although something changed, as in `Run.resume`.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches to keep for a step function, as in `record`.
         dataset_limit: maximum bytes of a Dataset as tensors; default: 2 GB.
@@ -187,16 +193,24 @@ def train(
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }
-        return _train_step(
-            model, data, parts, others, iteration, place, (snapshot_budget, batch_budget), progress
-        )
+        budgets = (snapshot_budget, batch_budget)
+        going = _resumed(place, resume), anyway
+        return _train_step(model, data, parts, others, iteration, place, budgets, progress, going)
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     # What they are is checked where all faults are found at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
     objects = Objects(
         live, of_pair, updating, rows, schedule, schedule_every, validation, metrics or {}, limit
     )
-    outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, progress_of(progress))
+    resumed, watcher = _resumed(place, resume), progress_of(progress)
+    if resumed is not None:
+        from everystep.replay.resume import Resume, resume_objects
+
+        objects.check()
+        asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
+        outcome = resume_objects(asked, objects, False, watcher, iteration)
+    else:
+        outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
     # The run holds the data, and a fork its own validation part.
     trained_with = replace(objects, data=None, validation=None, metrics=dict(metrics or {}))
     run = run_of(outcome, trained_with)
@@ -214,13 +228,23 @@ def _train_step(
     place: Path | None,
     budgets: tuple[int, float],
     progress: bool,
+    going: tuple[Run | None, bool],
 ) -> Run:
     from everystep.training.from_step import check_step, train_step
     from everystep.training.function_recording import FunctionRecording
 
     check_step(step, batches, parts, others)
     watcher = progress_of(progress)
-    recording = FunctionRecording(dict(parts), place, RUNS, *budgets, Run, watcher.advance)
+    recording = FunctionRecording(
+        dict(parts),
+        place,
+        RUNS,
+        *budgets,
+        Run,
+        watcher.advance,
+        resumed=going[0],
+        is_accepted=going[1],
+    )
     return run_of(train_step(step, batches, iteration, recording, watcher))
 
 
@@ -275,13 +299,15 @@ def record(
         snapshot_budget,
         batch_budget,
         Run,
-        resumed=_resumed(place, resume),
+        resumed=_resumed(place, resume, "run"),
         is_accepted=anyway,
     )
 
 
-def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
+def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directory") -> Run | None:
     """Return the run to go on with, None to begin one.
+
+    name: of the argument that names the directory of a new run.
 
     Raises:
         UsageError: it is not named, or twice.
@@ -291,10 +317,10 @@ def _resumed(place: Path | None, resume: bool | str | Path) -> Run | None:
         return None
     if resume is not True:
         if place is not None:
-            raise UsageError("resume names a run, and so does run; pass one of them")
+            raise UsageError(f"resume names a run, and so does {name}; pass one of them")
         return Run(find_run(resume))
     if place is None:
-        raise UsageError("resume=True needs the run's directory: run=...; or pass resume=RUN")
+        raise UsageError(f"resume=True needs the run's directory: {name}=...; or pass resume=RUN")
     return None if remove_unbegun(place) else Run(place)
 
 
@@ -303,6 +329,8 @@ def train_experiment(
     settings: Mapping[str, Any] | None = None,
     *,
     directory: str | Path | None = None,
+    resume: bool | str | Path = False,
+    anyway: bool = False,
     snapshot_budget: int = DEFAULT_BUDGET,
     progress: bool = True,
 ) -> Run:
@@ -315,6 +343,7 @@ def train_experiment(
             experiment.
         settings: values to override, by path: `{"optimizer.lr": 1e-3}`.
         directory: the run's directory, which must not exist; default: the next free one in runs/.
+        resume, anyway: go on with a run of this experiment, as in `train`.
         snapshot_budget: maximum bytes of snapshots.
         progress: show a progress bar if stderr is a terminal.
 
@@ -333,5 +362,10 @@ def train_experiment(
     )
     loaded = load(source, settings)
     place = None if directory is None else Path(directory)
-    outcome = train_loaded(loaded, name, place, RUNS, snapshot_budget, progress_of(progress))
-    return run_of(outcome)
+    resumed, watcher = _resumed(place, resume), progress_of(progress)
+    if resumed is None:
+        return run_of(train_loaded(loaded, name, place, RUNS, snapshot_budget, watcher))
+    from everystep.replay.resume import Resume, resume_experiment
+
+    asked = Resume(resumed, is_accepted=anyway, budget=snapshot_budget)
+    return run_of(resume_experiment(asked, watcher, loaded))

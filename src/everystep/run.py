@@ -298,8 +298,9 @@ class Run(RecordedRun):
             settings: changes by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
             lr, steps, batch_size, seed: shortcuts for the most common settings.
             model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects to
-                continue with, as in `train`, for a run from Python objects. Model, loss and optimizer
-                are required unless this process trained the run; `fork` trains them in place.
+                continue with, as in `train`, for a run from Python objects that this process did not
+                train; `fork` trains them in place. Without them, the run's programs go on alone if
+                they took every step (only `lr` and `steps` may change).
             directory: the fork's directory, which must not exist; default: the next free one in runs/.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
@@ -312,6 +313,7 @@ class Run(RecordedRun):
             RecordingError: writing the fork failed; everything recorded before is kept.
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
         """
+        from everystep.replay.alone import fork_alone, reason_against
         from everystep.replay.fork import Fork, fork_experiment, fork_objects
         from everystep.training.objects import Objects
 
@@ -334,10 +336,19 @@ class Run(RecordedRun):
         is_own = model is None and loss is None and optimizer is None
         objects = self._objects if is_own else Objects(model, loss, optimizer)
         if objects is None or objects.model is None:
-            raise RunError(
-                f"{self.name} was trained from Python objects, which the run does not hold; pass "
-                "them: fork(..., model=..., loss=..., optimizer=...)"
-            )
+            reason = reason_against(self)
+            if reason is None and set(asked.settings) - {"lr", "steps"}:
+                reason = "only lr and steps can change"
+            if reason is not None:
+                raise RunError(
+                    f"{self.name} was trained from Python objects, which the run does not hold, and "
+                    f"its programs cannot go on alone: {reason}; pass the objects: "
+                    "fork(..., model=..., loss=..., optimizer=...)"
+                )
+            asked.check()
+            last = steps or self.facts.steps or 0
+            place, shown = asked.directory, progress_of(progress)
+            return run_of(fork_alone(self, at, last, lr, place, RUNS, snapshot_budget, shown))
         changes: dict[str, Any] = {"data": data, "metrics": metrics, "schedule": schedule}
         if schedule is not None:
             changes["schedule_every"] = schedule_every
@@ -372,8 +383,9 @@ class Run(RecordedRun):
             anyway: go on although the code, the data, the versions or the numerics changed; the recorded
                 steps after the snapshot are discarded, and the run says what changed.
             model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects as
-                they were before training, for a run from Python objects. Model, loss and optimizer are
-                required unless this process trained the run; `resume` trains them in place.
+                they were before training, for a run from Python objects that this process did not
+                train; `resume` trains them in place. Without them, the run's programs go on alone if
+                they took every step, and nothing checks them against Python.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
                 training.
@@ -384,6 +396,7 @@ class Run(RecordedRun):
             RecordingError: writing the run failed; everything recorded before is kept.
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
         """
+        from everystep.replay.alone import reason_against, resume_alone
         from everystep.replay.resume import Resume, resume_experiment, resume_objects
         from everystep.training.objects import Objects
 
@@ -398,10 +411,15 @@ class Run(RecordedRun):
         is_own = model is None and loss is None and optimizer is None
         objects = self._objects if is_own else Objects(model, loss, optimizer)
         if objects is None or objects.model is None:
-            raise RunError(
-                f"{self.name} was trained from Python objects, which the run does not hold; pass "
-                "them: resume(model=..., loss=..., optimizer=...)"
-            )
+            reason = reason_against(self)
+            if reason is not None:
+                raise RunError(
+                    f"{self.name} was trained from Python objects, which the run does not hold, and "
+                    f"its programs cannot go on alone: {reason}; pass the objects: "
+                    "resume(model=..., loss=..., optimizer=...)"
+                )
+            asked.check()
+            return run_of(resume_alone(self, asked.last, snapshot_budget, progress_of(progress)))
         given: dict[str, Any] = {"data": data, "schedule": schedule, "validation": validation}
         given |= {"metrics": metrics, "schedule_every": schedule_every if schedule else None}
         objects = replace(objects, **{k: v for k, v in given.items() if v is not None})

@@ -70,7 +70,7 @@ def test_a_run_that_is_killed_is_told_although_no_file_changes(server):
     with events(server.client, "/api/runs/killed/events") as stream:
         assert next_of(stream, "state")[0]["status"] == "running"
         lock.release()
-        assert next_of(stream, "state")[0]["status"] == "interrupted"
+        assert next_of(stream, "state")[0]["status"] == "killed"
 
 
 def test_a_browser_that_connects_again_goes_on_where_it_was(server):

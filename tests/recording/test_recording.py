@@ -251,7 +251,7 @@ except everystep.RecordingError as error:
     assert "are saved" in done.stdout
     run = everystep.open("run")
     assert len(run.losses) > 0
-    assert run.status in ("failed", "interrupted")
+    assert run.status in ("failed", "killed")
 
 
 def test_a_place_that_cannot_be_written_is_named(small, tmp_path):
@@ -281,7 +281,7 @@ everystep.train(model, (x, y), loss=loss, steps=1_000_000, directory="run", engi
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True)
     run = everystep.open("run")
-    assert run.status == "interrupted"
+    assert run.status == "killed"
     losses = run.losses
     assert losses["step"].to_list() == list(range(1, len(losses) + 1))
     assert len(losses) > 100

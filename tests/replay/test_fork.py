@@ -503,8 +503,8 @@ def test_a_fork_needs_steps_after_its_beginning():
 
 def test_what_a_run_does_not_hold_must_be_given():
     parent = everystep.open(by_train(new_training(), steps=10).directory)
-    with pytest.raises(RunError, match=r"pass them: fork\(\.\.\., model=\.\.\."):
-        parent.fork(6, progress=False)
+    with pytest.raises(RunError, match=r"pass the objects: fork\(\.\.\., model=\.\.\."):
+        parent.fork(6, batch_size=3, progress=False)
     with pytest.raises(RunError, match="pass loss and optimizer as well"):
         parent.fork(6, model=mlp(), progress=False)
     new = new_training(lambda: nn.Linear(4, 2))

@@ -56,8 +56,14 @@ def train(
         ),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="Run directory; must not exist.")
+        Path | None,
+        typer.Option(
+            "--run", metavar="DIR", help="Run directory; must not exist, except with --resume."
+        ),
     ] = None,
+    resume_run: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --run DIR if it exists.")
+    ] = False,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
@@ -68,7 +74,9 @@ def train(
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
+    from everystep.recording.connection import FILE_NAME
     from everystep.recording.finding import RUNS
+    from everystep.recording.run import RecordedRun
 
     if steps is not None and epochs is not None:
         raise UsageError("--steps and --epochs are mutually exclusive")
@@ -86,7 +94,16 @@ def train(
     piped = None if sys.stdout.isatty() else sys.stdout
     progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
     name = Path(experiment).stem
-    outcome = train_experiment(loaded, name, run, RUNS, snapshot_budget * 1_000_000, progress)
+    budget = snapshot_budget * 1_000_000
+    if resume_run and run is None:
+        raise UsageError("--resume needs the run's directory: --run DIR")
+    if resume_run and run is not None and (run / FILE_NAME).exists():
+        from everystep.replay.resume import Resume, resume_experiment
+
+        asked = Resume(RecordedRun(run), budget=budget)
+        outcome = resume_experiment(asked, progress, loaded)
+    else:
+        outcome = train_experiment(loaded, name, run, RUNS, budget, progress)
     if not quiet:
         hint(closing(outcome.directory, outcome.reason))
     if outcome.reason is not None:

@@ -43,8 +43,25 @@ def runs(
             console.print(runs_table(summaries, console.width))
         else:  # the reader of the pipe cuts lines
             Console(highlight=False, width=1000).print(runs_table(summaries))
+        _say_killed([summary.directory for summary in summaries if summary.status == "killed"])
     else:
         hint(f"{directory} has no runs; everystep train creates the first")
+
+
+#: Runs that the list names below it.
+_MOST_KILLED = 3
+
+
+def _say_killed(directories: list[Path]) -> None:
+    """Say when the newest killed runs were killed, and how to go on with them."""
+    from everystep.recording.run import RecordedRun
+    from everystep.views.ending import ending, going_on
+
+    found = [RecordedRun(directory) for directory in directories]
+    for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:
+        facts = run.facts
+        how = ending(run, facts, "killed", run.summary().steps)
+        hint(f"{run.name}: {how}; go on: {going_on(run, facts)}")
 
 
 def losses(

@@ -16,6 +16,7 @@ from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Summary
 from everystep.views import report
+from everystep.views.ending import ending, going_on
 from everystep.views.summary import facts_in_order
 from everystep.views.terminal import number, shortest, shortest_name
 
@@ -68,12 +69,14 @@ def summary_data(name: str, summary: Summary | None, problem: str | None = None)
     }
 
 
-def state_data(columns: RunColumns, status: str) -> dict[str, Any]:
-    """Return how far a run has come."""
+def state_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, Any]:
+    """Return how far a run has come; of one that ended early, how, and how to go on."""
     facts = columns.facts
+    early = ending(run, facts, status, columns.steps)
     return {
         "status": status,
-        "reason": facts.reason,
+        "ending": early,
+        "going_on": early and going_on(run, facts),
         "note": facts.note,
         "steps": columns.steps,
         "planned": columns.steps if facts.steps is None else facts.steps,
@@ -98,7 +101,7 @@ def about_data(
         "details": report.details(facts),
         "times": report.times(facts),
         "name": name,
-        **state_data(columns, run.status_by(facts)),
+        **state_data(run, columns, run.status_by(facts)),
         "dtype": str(columns.losses.dtype),
         "has_loss": facts.has_loss,
         **(_landmarks(columns) if facts.has_loss else {"landmarks": [], "nonfinite": None}),

@@ -19,6 +19,7 @@ from everystep.page.columns import Columns, RunColumns, reduced
 from everystep.page.event_stream import event
 from everystep.page.shelf import Shelf
 from everystep.page.watches import Watches
+from everystep.recording.run import RecordedRun
 
 __all__ = ["Live"]
 
@@ -43,6 +44,7 @@ class Sight(NamedTuple, Generic[Content]):
 class RunSight(NamedTuple):
     """A run as it was seen."""
 
+    run: RecordedRun
     columns: RunColumns
     status: str
 
@@ -75,7 +77,7 @@ class Live:
                 columns: RunColumns = sight.columns
                 after = _agreed(before, columns, after)
                 before = columns
-                state = state_data(columns, sight.status)
+                state = state_data(sight.run, columns, sight.status)
                 if state != sent:
                     yield event("state", state, after)
                     sent = state
@@ -123,7 +125,9 @@ class Live:
         except RunError:  # gone; or not there yet, or not whole
             folder = self._shelf.folders().get(name)
             return Sight(None, {shelf} | ({folder} if folder else set()), is_moving=False)
-        return Sight(RunSight(columns, status), {shelf, run.directory}, is_moving=status == "running")
+        return Sight(
+            RunSight(run, columns, status), {shelf, run.directory}, is_moving=status == "running"
+        )
 
     def _look_at_all(self) -> Sight[dict[str, Any]]:
         runs = self._shelf.summaries()

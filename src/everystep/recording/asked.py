@@ -8,12 +8,12 @@ from typing import Any
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
 
-__all__ = ["asked_differences"]
+__all__ = ["asked_differences", "flat"]
 
 
 def asked_differences(one: TrainingFacts, other: TrainingFacts) -> dict[str, tuple[Any, Any]]:
     """Return what differs in what was asked for, by path, with both values."""
-    pair = [_flat(_asked(facts)) for facts in (one, other)]
+    pair = [flat(_asked(facts)) for facts in (one, other)]
     return {
         path: (pair[0].get(path), pair[1].get(path))
         for path in dict.fromkeys((*pair[0], *pair[1]))
@@ -50,10 +50,11 @@ def _unsaid(facts: TrainingFacts) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{name}.{key}[{place}]", value) for key, value in group.items())
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by path: `optimizer.lr`."""
     if not isinstance(value, dict):
         return {path: value}
     found: dict[str, Any] = {}
     for key, item in value.items():
-        found |= _flat(item, f"{path}.{key}" if path else str(key))
+        found |= flat(item, f"{path}.{key}" if path else str(key))
     return found

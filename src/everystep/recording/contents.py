@@ -145,6 +145,10 @@ class Contents:
         while sum(self._sizes.values()) > self._budget and len(self._sizes) > 1:
             self._give_up(min(self._sizes), database)
 
+    def move(self, directory: Path) -> None:
+        """Write further files in another place: the run's directory was moved."""
+        self._folder = directory / FOLDER
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

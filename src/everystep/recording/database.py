@@ -88,6 +88,12 @@ class Database:
             connection.execute("PRAGMA synchronous = NORMAL")
         return database
 
+    def move(self, path: Path) -> None:
+        """Go on with the same database at another path."""
+        self._connection.close()
+        moved = Database.change(path)
+        self._connection, self._path = moved._connection, path
+
     def close(self) -> None:
         """Close the connection; what was committed stays."""
         self._connection.close()

@@ -151,9 +151,10 @@ class EngineFacts(_Fact):
     """How the steps ran.
 
     asked, fold: as requested; folded: whether loss and update are folded into the program;
-    stands_behind: `proven` or `vouched`; live_optimizer: the class of an optimizer that ran in Python at
-    every step; checks: how often programs were compared with Python, last at step `verified_to`;
-    eager_from: the first step that Python ran, for that `reason`.
+    stands_behind: `proven`, `vouched`, or `alone` (no Python was there to compare with);
+    live_optimizer: the class of an optimizer that ran in Python at every step; checks: how often
+    programs were compared with Python, last at step `verified_to`; eager_from: the first step that
+    Python ran, for that `reason`.
     """
 
     asked: str
@@ -186,11 +187,13 @@ EAGERLY = EngineFacts(
 class FunctionFacts(_Fact):
     """How the steps of a user's step function ran.
 
-    by_program: the number of steps that a program ran; checks: how often programs were compared with
+    after: the last step before them, 0 unless the run was resumed; by_program: the number of steps that
+    a program ran; checks: how often programs were compared with
     Python, last at step `verified_to`; reason: why Python ran the others, None if it ran them only to
     compare.
     """
 
+    after: Whole = 0
     by_program: Whole
     checks: Whole
     verified_to: Whole
@@ -307,7 +310,7 @@ class Facts(_Fact):
     """
 
     name: str | None = None
-    status: str = "interrupted"
+    status: str = "killed"
     reason: str | None = None
     started: Time | None = None
     finished: Time | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def is_locked(directory: Path) -> bool:
 def writer_here() -> WriterFacts:
     """Return the facts of this process as a writer."""
     now = datetime.now(UTC).replace(microsecond=0)
-    return WriterFacts(process=os.getpid(), host=socket.gethostname(), since=now)
+    return WriterFacts(process=os.getpid(), host=platform.node(), since=now)
 
 
 def _by_whom(directory: Path) -> str:

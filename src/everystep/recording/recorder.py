@@ -23,6 +23,7 @@ from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, Database, Repeat
 from everystep.recording.facts import Facts
 from everystep.recording.files import sweep, write_whole
+from everystep.recording.home import Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.run import RecordedRun
@@ -126,7 +127,7 @@ class Recorder:
         beginning: State | None = None,
     ) -> None:
         self.lost_to = self._bytes_asked = self._bytes_written = 0
-        self.directory = directory
+        self._home = Home(directory)
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
         self._snapshot_bytes = 0
@@ -138,14 +139,14 @@ class Recorder:
         self._chosen_after = 0
         self._error: BaseException | None = None
         try:
-            self._lock = locked(directory)
-            (directory / "snapshots").mkdir(exist_ok=is_resumed)
+            self._lock = locked(self._home.here)
+            (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
             for name, text in texts.items():
-                write_whole(directory / name, text.encode())
+                write_whole(self._home.here / name, text.encode())
         except OSError as error:
             raise self._translated(error) from error
         opened = Database.change if is_resumed else Database.create
-        self._database = opened(directory / FILE_NAME)
+        self._database = opened(self._home.here / FILE_NAME)
         self._continuation: Continuation | None = None
         self._programs = 0
         self._batch_budget = batch_budget
@@ -159,7 +160,7 @@ class Recorder:
                 with self._database.transaction():
                     inherited = {} if parent is None else self._inherit(parent, at)
                     if beginning is not None:
-                        row = write_snapshot(directory / "snapshots", beginning)
+                        row = write_snapshot(self._home.here / "snapshots", beginning)
                         self._database.add_snapshot(row)
                         self.plan.kept[row.step] = row.bytes
                     first = {"status": "running", "writer": writer_here()}
@@ -172,6 +173,11 @@ class Recorder:
             raise
         self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
         self._thread.start()
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory; it may be moved while it is written."""
+        return self._home.directory
 
     def data(self, tensors: dict[str, Tensor], name: str = DATA_FILE) -> None:
         """Write the data set (CPU tensors) while it is small; else its size and digest."""
@@ -191,7 +197,7 @@ class Recorder:
         """
         known = self._continuation
         if known is None or step >= known.recorded:
-            self._put(lambda: write_change(self.directory, step, tensors, gone))
+            self._put(lambda: write_change(self._home.here, step, tensors, gone))
 
     def forget_after(self, step: int) -> None:
         """Delete losses, measurements and snapshots of later steps, which will run again."""
@@ -268,7 +274,7 @@ class Recorder:
 
     def check(self) -> None:
         """Raise RecordingError if writing has failed, RunError if a step that is taken again differs."""
-        if isinstance(self._error, RunError):
+        if isinstance(self._error, RunError | RecordingError):
             raise self._error
         if self._error is not None:
             raise self._translated(self._error) from self._error
@@ -286,10 +292,11 @@ class Recorder:
             self._contents.close()
         self._database.close()
         self._lock.release()
+        self._home.close()
         self.check()
 
     def _inherit(self, parent: RecordedRun, at: int) -> dict[str, Any]:
-        inherited = inherit(self.directory, self._database, parent, at)
+        inherited = inherit(self._home.here, self._database, parent, at)
         self.plan.kept = {row.step: row.bytes for row in inherited.snapshots}
         self.plan.pinned = inherited.pinned
         self._programs = self._newest_program()
@@ -301,7 +308,7 @@ class Recorder:
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
         self._forget_unfinished(recorded)
-        continuation = Continuation(self.directory, self._database, facts.rows())
+        continuation = Continuation(self._home.here, self._database, facts.rows())
         self._last_step = continuation.recorded
         self.plan.kept = {row.step: row.bytes for row in self._database.snapshots()}
         earlier = (*self._database.facts().earlier, *facts.earlier)
@@ -314,25 +321,25 @@ class Recorder:
 
     def _forget_unfinished(self, recorded: int) -> None:
         """Remove what the training left half done when it ended, or did after its last recorded loss."""
-        folder = self.directory / "snapshots"
+        folder = self._home.here / "snapshots"
         rows = self._database.snapshots()
         with self._database.transaction():
             self._database.forget_after(recorded)
         remove_snapshots(folder, [row.step for row in rows if row.step > recorded], self._forget)
-        remove_changes(self.directory, recorded)
+        remove_changes(self._home.here, recorded)
         names = {f"{row.step:06d}" for row in rows if row.step <= recorded}
         for path in folder.iterdir():
             if path.name not in names:
                 shutil.rmtree(path, ignore_errors=True)
         for name in (".", CHANGES, "programs"):
-            sweep(self.directory / name)
+            sweep(self._home.here / name)
         used = {file for _, file, _, _ in self._database.all_contents()}
-        for path in self.directory.glob(f"{BATCHES}/*.bin"):
+        for path in self._home.here.glob(f"{BATCHES}/*.bin"):
             if path.stem.isdecimal() and int(path.stem) not in used:
                 path.unlink(missing_ok=True)
 
     def _newest_program(self) -> int:
-        files = (self.directory / "programs").glob("*.json")
+        files = (self._home.here / "programs").glob("*.json")
         return max((int(path.stem) for path in files if path.stem.isdecimal()), default=0)
 
     @property
@@ -352,9 +359,21 @@ class Recorder:
             if self._error is not None:
                 continue
             try:
+                self._follow()
                 job()
             except BaseException as error:  # `check` raises it in the training thread
                 self._error = error
+
+    def _follow(self) -> None:
+        """Go on in the run's directory where it is now.
+
+        Raises:
+            RecordingError: it is gone.
+        """
+        if self._home.follow():
+            self._database.move(self._home.here / FILE_NAME)
+            if self._contents is not None:
+                self._contents.move(self._home.here)
 
     def _in_transaction(self, write: Callable[[], None]) -> None:
         with self._database.transaction():
@@ -421,7 +440,7 @@ class Recorder:
     def _write_repeats(self, rows: Sequence[Taken]) -> None:
         if self._contents is None:
             stored = self._database.all_contents()
-            self._contents = Contents(self.directory, self._batch_budget, stored, self._last_step)
+            self._contents = Contents(self._home.here, self._batch_budget, stored, self._last_step)
         found = []
         for row in rows:
             given = self._contents.add(row.step, row.inputs)
@@ -457,7 +476,7 @@ class Recorder:
 
         from everystep.program.checked import note_sound
 
-        path = self.directory / self.program_file(number)
+        path = self._home.here / self.program_file(number)
         path.parent.mkdir(exist_ok=True)
         if constants:
             on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
@@ -473,13 +492,13 @@ class Recorder:
         for taken in later:
             del self.plan.kept[taken]
         self._in_transaction(lambda: self._database.forget_after(step))
-        remove_snapshots(self.directory / "snapshots", later, self._forget)
-        remove_changes(self.directory, step)
+        remove_snapshots(self._home.here / "snapshots", later, self._forget)
+        remove_changes(self._home.here, step)
         self._last_step = min(self._last_step, step)
         self._passed = min(self._passed, step)
 
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
-        fact = write_data(self.directory, tensors, name)
+        fact = write_data(self._home.here, tensors, name)
         self._in_transaction(lambda: self._database.write_facts({"data_file": fact}))
 
     def _write_snapshot(self, state: State) -> None:
@@ -490,10 +509,10 @@ class Recorder:
             self._snapshots_written += 1
             return
         started, began = time.thread_time(), time.perf_counter()
-        row = write_snapshot(self.directory / "snapshots", state)
+        row = write_snapshot(self._home.here / "snapshots", state)
         given_up = self.plan.add(row.step, row.bytes)
         self._in_transaction(lambda: self._database.add_snapshot(row))
-        remove_snapshots(self.directory / "snapshots", given_up, self._forget)
+        remove_snapshots(self._home.here / "snapshots", given_up, self._forget)
         self._snapshot_seconds = time.thread_time() - started
         if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
             self._snapshot_seconds = time.perf_counter() - began

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,13 +71,20 @@ class RecordedRun:
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `stopped` (by the user), `failed`, or `interrupted` (killed)."""
+        """`running`, `finished`, `stopped` (by the user), `failed`, or `killed`."""
         return self.status_by(self.facts)
 
     def status_by(self, facts: Facts) -> str:
         """Return the status, given facts already read."""
         is_killed = facts.status == "running" and not is_locked(self.directory)
-        return "interrupted" if is_killed else facts.status
+        return "killed" if is_killed else facts.status
+
+    @property
+    def last_written(self) -> datetime:
+        """When its database was last written."""
+        log = self._database_path.with_name(f"{FILE_NAME}-wal")
+        times = [path.stat().st_mtime for path in (self._database_path, log) if path.exists()]
+        return datetime.fromtimestamp(max(times), UTC)
 
     @property
     def losses(self) -> polars.DataFrame:

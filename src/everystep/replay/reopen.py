@@ -38,7 +38,7 @@ from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.objects import Objects
 
-__all__ = ["reopen", "stored_data"]
+__all__ = ["read_program", "reopen", "stored_data"]
 
 
 def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
@@ -53,7 +53,7 @@ def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStep
     device = select(facts.device)
     batches = _batches(facts)
     engine = facts.engine or EAGERLY
-    built = [(rule, _read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
+    built = [(rule, read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device)
         needs_model = engine.eager_from is not None or engine.live_optimizer is not None
@@ -159,7 +159,12 @@ def _kind_of(program: Program, batch: BatchSource) -> Hashable:
     return tuple((torch.Size(s.shape), s.torch_dtype, tuple(s.stride), False) for s in specs)
 
 
-def _read_program(path: Path) -> Built:
+def read_program(path: Path) -> Built:
+    """Read a program of a run, and its constants.
+
+    Raises:
+        RunError: it cannot be read, or is not valid.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors
 

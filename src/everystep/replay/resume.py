@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,15 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, TrainingError, UsageError
 from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
-from everystep.experiment.specification import check_iteration, load
+from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
+from everystep.recording.asked import flat
 from everystep.recording.data import check_data
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.replay.fork import iteration_of, recorded_hyperparameters
 from everystep.replay.reopen import stored_data
+from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
@@ -63,6 +66,11 @@ class Resume:
                 f"set more steps (--steps {recorded + 500})"
             )
 
+    @property
+    def has_all(self) -> bool:
+        """Whether the run is finished, with all steps that are asked for."""
+        return self.run.status == "finished" and self.last <= len(self)
+
     def __len__(self) -> int:
         return self.run.summary().steps
 
@@ -94,7 +102,7 @@ class Resume:
         state = run.state_near(recorded, on_problem=problems.append)
         if state is not None:
             check_rules(run, state.step)
-            _restore(job, state)
+            _restore(job.training, state, job.training.device)
         elif recorded or problems:
             reason = "; ".join(problems) or "the training ended before it wrote one"
             raise RunError(
@@ -115,8 +123,12 @@ class Resume:
         return run_job(job, None, run.directory.parent, self.budget, progress)
 
 
-def resume_experiment(asked: Resume, progress: Progress) -> Outcome:
+def resume_experiment(
+    asked: Resume, progress: Progress, experiment: Experiment | None = None
+) -> Outcome:
     """Go on with a run of an experiment; create everything from the experiment again.
+
+    experiment: must be the run's, except for the number of steps, which is then this one's.
 
     Raises:
         UsageError: the run has all its steps.
@@ -124,13 +136,20 @@ def resume_experiment(asked: Resume, progress: Progress) -> Outcome:
         TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
-    asked.check()
     run = asked.run
     facts = run.facts.training
     path = run.experiment_file(facts)
     if path is None:
         raise RunError(f"{run.name} has no experiment: {EXPERIMENT_FILE} is missing; train it again")
-    experiment = load(path)
+    known = load(path)
+    if experiment is None:
+        asked.check()
+        experiment = known
+    else:
+        _check_same_experiment(run, known, with_fused(experiment, select(experiment.device)))
+        asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
+        if asked.has_all:
+            return Outcome(run.directory, "finished", None)
     device = select(experiment.device)
     numerics.prepare()
     with numerics.in_force(experiment.threads or facts.numerics.threads), generators_preserved(device):
@@ -141,13 +160,16 @@ def resume_experiment(asked: Resume, progress: Progress) -> Outcome:
                 job = _with_facts(job, preparation=facts.preparation)
             else:
                 _check_same_data(job, facts)
-            if asked.last != job.steps:
+            if asked.last != _steps_of(known, facts):
                 text = load(path, {"steps": asked.last}).to_toml()
                 name = f"experiment-{len(asked) + 1}.toml"
-                job = _with_facts(replace(job, experiment_toml=text), experiment_file=name)
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                job = replace(job, experiment_toml=text)
+                job = _with_facts(job, experiment_file=name, experiment_digest=digest)
             else:
-                kept = {"experiment_file": facts.experiment_file}
-                job = _with_facts(replace(job, experiment_toml=None), **kept)
+                kept = facts.experiment_file, facts.experiment_digest
+                job = replace(job, experiment_toml=None)
+                job = _with_facts(job, experiment_file=kept[0], experiment_digest=kept[1])
             return asked.train(job, progress)
         except EverystepError:
             raise
@@ -156,21 +178,39 @@ def resume_experiment(asked: Resume, progress: Progress) -> Outcome:
             raise TrainingError(f"{run.name} failed: {reason}") from error
 
 
-def resume_objects(asked: Resume, objects: Objects, is_own: bool, progress: Progress) -> Outcome:
+def resume_objects(
+    asked: Resume,
+    objects: Objects,
+    is_own: bool,
+    progress: Progress,
+    iteration: Iteration | None = None,
+) -> Outcome:
     """Go on with a run from Python objects, which are trained in place.
 
-    is_own: whether they are those that trained the run in this process.
+    Args:
+        asked: the run, and how far to go.
+        objects: see above.
+        is_own: whether they are those that trained the run in this process.
+        progress: watches the training.
+        iteration: must be the run's, except for the number of steps, which is then this one's.
 
     Raises:
         UsageError: the run has all its steps, or an object is invalid.
         RunError: something changed since the run began, or a file of the run is missing.
         RecordingError: writing the run failed.
     """
-    asked.check()
     objects.check_complete()
     run = asked.run
     facts = run.facts.training
-    iteration = check_iteration(**iteration_of(facts, asked.last))
+    if iteration is not None:
+        asked = replace(asked, steps=iteration.steps or _steps_of(iteration, facts))
+        if asked.has_all:
+            _restore_objects(run, objects)
+            return Outcome(run.directory, "finished", None)
+        iteration = iteration.model_copy(update={"threads": iteration.threads or facts.numerics.threads})
+    else:
+        asked.check()
+        iteration = check_iteration(**iteration_of(facts, asked.last))
     stored = stored_data(run, facts) if objects.data is None else None
     if objects.data is None and stored is None:
         raise RunError(f"the data of {run.name} is not in the run; pass it: resume(data=(x, y), ...)")
@@ -194,6 +234,42 @@ def resume_objects(asked: Resume, objects: Objects, is_own: bool, progress: Prog
         return asked.train(job, progress, ("optimizer", "schedule") if is_own else ())
 
 
+def _restore_objects(run: RecordedRun, objects: Objects) -> None:
+    """Bring objects to the last state of a finished run.
+
+    Raises:
+        RunError: it cannot be read, or does not fit.
+    """
+    last, problems = run.summary().steps, list[str]()
+    state = run.state_near(last, after=last - 1, on_problem=problems.append)
+    if state is None:
+        raise RunError(f"the last state of {run.name} cannot be read: {'; '.join(problems)}")
+    device = select(run.facts.training.device)
+    with generators_preserved(device):
+        objects.model.to(device)
+        _restore(objects, state, device)
+
+
+def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:
+    """Return the number of steps, which may be set in epochs."""
+    return iteration.steps or (iteration.epochs or 0) * facts.batches.steps_per_epoch
+
+
+def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experiment) -> None:
+    """Check that an experiment is the run's, except for the number of steps.
+
+    Raises:
+        RunError: lists what differs.
+    """
+    pair = [flat(each.model_dump(exclude={"steps", "epochs"})) for each in (known, given)]
+    changed = tuple(
+        f"{path}: {pair[0].get(path)} | {pair[1].get(path)}"
+        for path in dict.fromkeys((*pair[0], *pair[1]))
+        if pair[0].get(path) != pair[1].get(path)
+    )
+    check_changes(run, changed, is_accepted=False)
+
+
 def _with_facts(job: Job, **facts: Any) -> Job:
     return replace(job, facts=job.facts.model_copy(update=facts))
 
@@ -212,16 +288,13 @@ def _check_same_data(job: Job, facts: TrainingFacts) -> None:
     check_data(named, facts.data_file, "the data")
 
 
-def _restore(job: Job, state: State) -> None:
-    """Bring the training of a job to a state.
+def _restore(live: Training | Objects, state: State, device: torch.device) -> None:
+    """Bring the objects of a training to a state.
 
     Raises:
         RunError: it does not fit.
     """
-    training = job.training
     try:
-        state.restore(
-            training.model, training.loss, training.optimizer, training.schedule, training.device
-        )
+        state.restore(live.model, live.loss, live.optimizer, live.schedule, device)
     except ValueError as error:
         raise RunError(f"the snapshot of step {state.step} does not fit: {error}") from None

@@ -194,6 +194,13 @@ class TrainingStepper(ReplayStepper):
         """Whether the gradients of the last step are available: not right after loading a state."""
         return self.state is not None and self._loaded != self.state
 
+    def set_rate(self, lr: float) -> None:
+        """Set the learning rate of each param group, from the next step on."""
+        for group in self._training.optimizer.param_groups:
+            group["lr"] = lr
+        self._settings.pop("lr", None)
+        self._programs.load_rates()
+
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
         return self._training.named_state()

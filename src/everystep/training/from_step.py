@@ -14,7 +14,7 @@ from everystep import numerics
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.specification import Iteration
 from everystep.training.function_recording import FunctionRecording
-from everystep.training.interrupt import interrupt_deferred
+from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
 from everystep.training.place import is_quiet
 from everystep.training.rows import called
@@ -80,25 +80,37 @@ def train_step(
     with numerics.in_force(iteration.threads), interrupt_deferred() as interrupt:
         if iteration.seed is not None:
             torch.manual_seed(iteration.seed)
-        with recording:
-            run = recording.run
-            progress.begin(run.directory, run.facts.model_copy(update=_total(iteration, batches)))
-            try:
-                total = _total(iteration, batches)["steps"] or None
-                function = StepFunction(step, recording, iteration.engine, total, is_quiet(batches))
-                recording.note_function(lambda: function.facts)
-                for batch in _batches(batches, iteration, recording, progress):
-                    logged = function.take(*([] if batches is None else [batch]))
-                    if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
-                        recording.stop(f"the loss is {loss} (stop_on_nan)")
-                        break
-                    if interrupt.reason is not None:
-                        recording.stop(interrupt.reason)
-                        break
-            finally:
-                progress.end()
+        try:
+            with recording:
+                run = recording.run
+                progress.begin(run.directory, run.facts.model_copy(update=_total(iteration, batches)))
+                _take_all(step, batches, iteration, recording, interrupt, progress)
+        finally:
+            progress.end()
     facts = recording.run.facts
     return Outcome(run.directory, facts.status, facts.reason, interrupt.is_by_user)
+
+
+def _take_all(
+    step: Step,
+    batches: Iterable[Any] | None,
+    iteration: Iteration,
+    recording: FunctionRecording[Any],
+    interrupt: Interrupt,
+    progress: Progress,
+) -> None:
+    """Call the step for each batch, until a signal or a loss that is not finite ends the training."""
+    total = _total(iteration, batches)["steps"] or None
+    function = StepFunction(step, recording, iteration.engine, total, is_quiet(batches))
+    recording.note_function(lambda: function.facts)
+    for batch in _batches(batches, iteration, recording, progress):
+        logged = function.take(*([] if batches is None else [batch]))
+        if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
+            recording.stop(f"the loss is {loss} (stop_on_nan)")
+            return
+        if interrupt.reason is not None:
+            recording.stop(interrupt.reason)
+            return
 
 
 def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int]:

@@ -56,26 +56,33 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     """
     job.check()
     recorder, facts = _recorder(job, directory, runs, budget)
-    place = recorder.directory
     started = time.perf_counter()
-    progress.begin(place, facts)
+    progress.begin(recorder.directory, facts)
     training = _Loop(job, recorder, progress)
     with interrupt_deferred() as interrupt:
         try:
-            reason = training.run(interrupt)
-            training.finish()
-        except BaseException as error:
-            _finish_failed(recorder, training, error)
-            raise
+            reason = _run(training, recorder, interrupt)
+            status = "finished" if reason is None else "stopped"
+            seconds = seconds_in_all(job.origin, time.perf_counter() - started)
+            recorder.finish({"status": status, "reason": reason, "finished": now(), "seconds": seconds})
+            training.show_written()
         finally:
             progress.end()
-        status = "finished" if reason is None else "stopped"
-        seconds = seconds_in_all(job.origin, time.perf_counter() - started)
-        recorder.finish({"status": status, "reason": reason, "finished": now(), "seconds": seconds})
-        training.show_written()
+        place = recorder.directory
         if interrupt and not interrupt.is_by_user:
             progress.notice(f"stopped {reason} after step {training.step}; everystep resume {place}")
     return Outcome(place, status, reason, interrupt.is_by_user)
+
+
+def _run(training: _Loop, recorder: Recorder, interrupt: Interrupt) -> str | None:
+    """Run a training to its end; return None, or why it stopped before. Close the run if it raises."""
+    try:
+        reason = training.run(interrupt)
+        training.finish()
+    except BaseException as error:
+        _finish_failed(recorder, training, error)
+        raise
+    return reason
 
 
 def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tuple[Recorder, Facts]:

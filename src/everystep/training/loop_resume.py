@@ -31,8 +31,8 @@ class ResumedLoop(NamedTuple):
 
     state: on disk; later: another one, which the loop must reach again, None if there is none; facts: of
     the run, to be written with its first new step; is_finite: whether each loss so far was; has_loss:
-    whether the loop logs one; goal: the place in the batches, None if the loop does not iterate over
-    `steps`; draw: returns the draw of a step.
+    whether the loop logs one; rates: the learning rates, by name; goal: the place in the batches, None
+    if the loop does not iterate over `steps`; draw: returns the draw of a step.
     """
 
     state: State
@@ -94,26 +94,34 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
         is_finite=nonfinite is None or nonfinite > state.step,
         has_loss=before.training.loop.has_loss,
         loss_dtype=before.loss_dtype if before.training.loop.has_loss else "float64",
-        rates={name: rate for name in parts.rates() for rate in _last(run, name, state.step)},
-        goal=_goal(state),
+        rates={name: rate for name in parts.rates() for rate in _rate(run, name, state.step)},
+        goal=_goal(run, state),
         draw=lambda step: _drawn(run, step),
     )
 
 
-def _last(run: RecordedRun, name: str, step: int) -> list[float]:
-    """Return the newest value of a measurement up to a step, if there is one."""
-    return [value for at, value in run.measured(name).items() if at <= step][-1:]
+def _rate(run: RecordedRun, name: str, step: int) -> list[float]:
+    """Return the learning rate of a step, or of the last one before at which it changed."""
+    return [rate for at, rate in run.measured(name).items() if at <= step][-1:]
 
 
-def _goal(state: State) -> Recorded | None:
-    """Return the place in the batches that a state has, None if it has none."""
+def _goal(run: RecordedRun, state: State) -> Recorded | None:
+    """Return the place in the batches that a state has, None if it has none.
+
+    Raises:
+        RunError: it is not valid, or state 0 cannot be read.
+    """
     place = state.settings.get("place")
     if not isinstance(place, Mapping):
-        return None if state.step else Recorded(0, 0, None, {})
+        return None if state.step else Recorded(0, 0, None, {}, {})
     call, taken = place.get("call"), place.get("taken")
     if not isinstance(call, int) or not isinstance(taken, int):
         raise RunError(f"the snapshot of step {state.step} has no valid place in the batches")
-    return Recorded(call, taken, place.get("loader"), state.rest)
+    problems: list[str] = []
+    first = run.state_near(0, on_problem=problems.append)
+    if first is None:
+        raise RunError(f"{run.name} cannot find its place in the batches: {'; '.join(problems)}")
+    return Recorded(call, taken, place.get("loader"), state.rest, first.generators.tensors())
 
 
 def _drawn(run: RecordedRun, step: int) -> Drawn:

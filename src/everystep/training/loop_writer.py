@@ -136,7 +136,7 @@ class LoopWriter:
         self._taken: list[Taken] = []
         self._losses: list[Any] = []
         self._measured: list[tuple[str, int, Any]] = []
-        self._rates: dict[str, float] = {} if resumed is None else resumed.rates
+        self._rates: dict[str, float] = {}
         self._generator = torch.get_rng_state()
         self._pending: State | None = None
         self._lost_to = 0
@@ -155,7 +155,7 @@ class LoopWriter:
             self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
             self._recorder.snapshot(beginning)
         else:
-            self._has_loss = resumed.has_loss
+            self._has_loss, self._rates = resumed.has_loss, resumed.rates
             self._loss_dtype = resumed.loss_dtype
             at, budget = self.step, snapshot_budget
             self._recorder = Recorder(
@@ -164,6 +164,11 @@ class LoopWriter:
         self._versions = _versions(self._parts.state())
         if message := numerics.warning():
             say(message)
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory; it may be moved while it is written."""
+        return self._recorder.directory
 
     def wait(self) -> None:
         """Wait for the disk if too much is queued.

@@ -40,13 +40,15 @@ _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
 class Recorded:
     """Where a state is: after so many batches of a call of `steps` (from 0).
 
-    loader: the loader's own state, None if it has none; tensors: those of the state on disk.
+    loader: the loader's own state, None if it has none; tensors: those of the state on disk; at_first:
+    the random generators of state 0.
     """
 
     call: int
     taken: int
     loader: Any
     tensors: Mapping[str, Tensor]
+    at_first: dict[str, Tensor]
 
 
 class Drawn(NamedTuple):
@@ -81,6 +83,7 @@ class Place:
         self._goal: Recorded | None = None
         self._history: History | None = None
         self._first = 0
+        self._at_first: dict[str, Tensor] = {}
         self._reached: Callable[[], None] = lambda: None
 
     @property
@@ -131,7 +134,8 @@ class Place:
             self._reached()
         self._goal = None
         quiet = is_quiet(batches)
-        after: dict[str, Tensor] = {}
+        # What a state 0 has, a resumed training begins with; what a draw leaves, it leaves again.
+        after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
             is_seen = not quiet or self._taken == 0
@@ -144,11 +148,12 @@ class Place:
                 self.at_end = {f"generator/{name}": before[name] for name in names}
                 return
             if is_seen:
-                # What the draw before it has left, drawing again leaves, too.
-                has_left = after and _are_same(before, after)
+                found = {name: t for name, t in before.items() if not _is_in(name, t, after)}
                 after = self._generators()
-                if not has_left and not _are_same(before, after):
-                    self.generators = {f"{DRAW}{name}": tensor for name, tensor in before.items()}
+                used = {_kind(n) for n, tensor in before.items() if not same_bits(tensor, after[n])}
+                self.generators = {f"{DRAW}{n}": t for n, t in before.items() if _kind(n) in used}
+                if not found:
+                    self.generators = {}
             self._taken += 1
             self.at_end = {}
             yield batch
@@ -161,7 +166,7 @@ class Place:
             return iter(batches)
         assert self._history is not None
         draw = self._history(self._first)
-        self._restore(draw.generators)
+        self._restore((goal.at_first if goal.call == 0 else {}) | draw.generators)
         iterator: Any = iter(batches)
         by_sampler = is_indexed(batches)
         for place in range(goal.taken):
@@ -183,22 +188,30 @@ class Place:
                 )
         return cast("Iterator[Any]", iterator)
 
+    def begin(self) -> None:
+        """Note the random generators at the beginning of a training, which its state 0 has."""
+        self._at_first = Generators.capture(self._device).tensors()
+
     def _generators(self) -> dict[str, Tensor]:
         found = Generators.capture(self._device).tensors()
         return found | {name: each.get_state() for name, each in _own_generators(self._loader).items()}
 
     def _restore(self, generators: Mapping[str, Tensor]) -> None:
         found = {name.removeprefix(DRAW): tensor for name, tensor in generators.items()}
-        if not found:
-            return
         for name, own in _own_generators(self._loader).items():
             if name in found:
                 own.set_state(found[name])
-        Generators.from_tensors(found).restore(self._device)
+        known = Generators.capture(self._device).tensors()
+        Generators.from_tensors(known | found).restore(self._device)
 
 
-def _are_same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
-    return all(same_bits(one[name], two[name]) for name in one)
+def _is_in(name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> bool:
+    return name in known and same_bits(tensor, known[name])
+
+
+def _kind(name: str) -> str:
+    """Return which generator a tensor belongs to: NumPy's and Python's have several."""
+    return name.partition(".")[0]
 
 
 def is_quiet(batches: Any) -> bool:

@@ -66,7 +66,6 @@ class Recording(Generic[R]):
         self._stopped: str | None = None
         self._directories = directory, runs
         self._budgets = snapshot_budget, batch_budget
-        self._directory: Path | None = None
         self._writer: LoopWriter | None = None
         self._optimizer_names = self._parts.optimizer_names()
         self._follower = Follower(
@@ -94,9 +93,9 @@ class Recording(Generic[R]):
         Raises:
             UsageError: the recording has not started.
         """
-        if self._directory is None:
+        if self._writer is None:
             raise _not_begun()
-        return self._open_run(self._directory)
+        return self._open_run(self._writer.directory)
 
     @property
     def is_open(self) -> bool:
@@ -104,25 +103,26 @@ class Recording(Generic[R]):
         return self in _recording
 
     def __enter__(self) -> Self:
-        if self._directory is not None:
+        if self._writer is not None:
             raise UsageError(
                 "this recording has already started; create another with everystep.record(...)"
             )
         _check_alone()
         self._parts.check()
-        self._directory, self._writer = self._begun() if self._resumed is None else self._gone_on()
+        self._writer = self._begun() if self._resumed is None else self._gone_on()
         self._follower.begin()
         self._interrupt.listen([signal.SIGTERM])  # Ctrl-C raises an error in the loop
         _recording.append(self)
         return self
 
-    def _begun(self) -> tuple[Path, LoopWriter]:
+    def _begun(self) -> LoopWriter:
         """Begin a new run."""
         directory = create_directory(self._directories[0], "loop", self._directories[1])
         whole, place = PartsState(self._parts), self._place
-        return directory, LoopWriter(directory, whole, place, *self._budgets, self._advanced)
+        place.begin()
+        return LoopWriter(directory, whole, place, *self._budgets, self._advanced)
 
-    def _gone_on(self) -> tuple[Path, LoopWriter]:
+    def _gone_on(self) -> LoopWriter:
         """Go on with a run: bring the parts to its newest snapshot.
 
         Raises:
@@ -135,8 +135,7 @@ class Recording(Generic[R]):
         if resumed.goal is not None:
             place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
         self._restore = lambda: whole.restore(resumed.state)
-        writer = LoopWriter(run.directory, whole, place, *self._budgets, self._advanced, resumed)
-        return run.directory, writer
+        return LoopWriter(run.directory, whole, place, *self._budgets, self._advanced, resumed)
 
     def __exit__(
         self,

@@ -8,7 +8,6 @@ from typing import Any
 
 from everystep.errors import RunError
 from everystep.recording.asked import asked_differences
-from everystep.recording.connection import FILE_NAME
 from everystep.recording.facts import EarlierFacts, Facts, ResumeFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.training.job import Origin
@@ -103,9 +102,7 @@ def _seconds(run: RecordedRun, facts: Facts) -> float | None:
     began, before = (facts.started, 0.0) if last is None else (last.began, last.seconds)
     if began is None or before is None:
         return None
-    files = [run.directory / FILE_NAME, run.directory / f"{FILE_NAME}-wal"]
-    written = max(file.stat().st_mtime for file in files if file.exists())
-    return before + max(0.0, written - began.timestamp())
+    return before + max(0.0, (run.last_written - began).total_seconds())
 
 
 def seconds_in_all(origin: Origin | None, seconds: float) -> float | None:

@@ -107,7 +107,8 @@ class StepFunction:
         #: which stretch of such steps this one is.
         self._is_settled = False
         self._era = 0
-        self._plan = CheckPlan(0)
+        self._after = recording.step_count
+        self._plan = CheckPlan(self._after)
         self._used: list[StandIn] = []
         self._by_program = 0
         self._checked: list[int] = []
@@ -121,6 +122,7 @@ class StepFunction:
     def facts(self) -> FunctionFacts:
         """How the steps ran."""
         return FunctionFacts(
+            after=self._after,
             by_program=self._by_program,
             checks=len(self._checked),
             verified_to=max(self._checked, default=0),

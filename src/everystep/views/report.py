@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 from markupsafe import Markup
 
+from everystep.views.ending import ending, going_on
 from everystep.views.summary import facts_in_order
 from everystep.views.table import environment, loss_table, shortest_texts, write_page
 from everystep.views.terminal import number
@@ -75,15 +76,19 @@ def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequenc
     table = loss_table(run, rows=ROWS)
     facts = run.facts
     steps = table.frame.filter(pl.col("step") > 0)["step"]
+    count = int(steps[-1]) if len(steps) else 0
     losses = table.frame.select("step", "loss").drop_nulls() if facts.has_loss else pl.DataFrame()
+    status = run.status
+    early = ending(run, facts, status, count)
     return (
         environment()
         .get_template("report.html")
         .render(
             name=run.name,
-            status=run.status,
-            reason=facts.reason,
-            steps=steps.max() or 0,
+            status=status,
+            ending=early,
+            going_on=early and going_on(run, facts),
+            steps=count,
             planned=facts.steps,
             landmarks=_landmarks(losses),
             nonfinite=_first_nonfinite(losses),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from everystep.views.ending import ending, going_on
 from everystep.views.reduction import reduce
 from everystep.views.table import environment
 from everystep.views.terminal import engine_text, header_rows, number
@@ -42,16 +43,18 @@ class Sparkline(NamedTuple):
 
 def summary_html(run: RecordedRun) -> str:
     """Return a run as a small table of facts and a picture of the loss: a piece of HTML, no scripts."""
-    facts = run.facts
+    facts, status = run.facts, run.status
     losses = run.losses
+    early = ending(run, facts, status, len(losses))
     ends = [losses["loss"].item(0), losses["loss"].item(-1)] if len(losses) else []
     return (
         environment()
         .get_template("summary.html")
         .render(
             name=run.name,
-            status=run.status,
-            reason=facts.reason,
+            status=status,
+            ending=early,
+            going_on=early and going_on(run, facts),
             steps=len(losses),
             planned=len(losses) if facts.steps is None else facts.steps,
             ends=[(number(loss), str(loss)) for loss in ends],

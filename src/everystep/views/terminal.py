@@ -103,7 +103,6 @@ def closing(directory: Path, reason: str | None) -> str:
         "",
         "next:",
         f"  everystep view {argument}",
-        *([f"  everystep resume {argument}"] if reason is not None and not facts.training.loop else []),
     ]
     if summary.steps:
         lines += [
@@ -136,6 +135,8 @@ def engine_text(facts: Facts) -> str:
     if engine.eager_from == 1:
         return f"eagerly: {engine.reason}"
     program = "folded program" if engine.folded else "program"
+    if engine.stands_behind == "alone":
+        return f"by {program} alone, without the objects that trained it; not checked against Python"
     stands_behind = (
         'trusted by engine="program"'
         if engine.stands_behind == "vouched"
@@ -157,8 +158,9 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
     if not function.by_program:
         reason = f": {function.reason}" if function.reason else ""
         return f"Python ran every step{reason}"
+    since = f" after step {function.after:,}" if function.after else ""
     text = (
-        f"a program ran {function.by_program:,} of {steps:,} steps, checked against Python "
+        f"a program ran {function.by_program:,} of {steps - function.after:,} steps{since}, checked "
         f"{_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
     )
     return text if function.reason is None else f"{text}; then Python: {function.reason}"

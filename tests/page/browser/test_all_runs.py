@@ -55,7 +55,7 @@ def test_all_runs_lead_to_one_and_the_token_leaves_the_address(visit):
 
 def test_how_each_run_stands_is_said(listed, open_page):
     page = open_page(listed.address)
-    for name, status in (("failed", "failed"), ("killed", "interrupted"), ("empty", "stopped")):
+    for name, status in (("failed", "failed"), ("killed", "killed"), ("empty", "stopped")):
         expect(row(page, name).locator(".state")).to_have_text(status)
     expect(row(page, "nan")).to_contain_text("nan")
     expect(row(page, "broken")).to_contain_text("cannot be read")
@@ -134,7 +134,7 @@ def test_runs_are_searched_by_name_and_status(listed, open_page):
     search = page.get_by_role("searchbox", name="search the runs")
     search.fill("RUN-")
     expect(page.locator("tbody tr")).to_have_count(2)
-    search.fill("interrupted")
+    search.fill("killed")
     expect(page.locator("tbody tr")).to_have_count(1)
     expect(row(page, "killed")).to_be_visible()
     search.fill("nothing like it")

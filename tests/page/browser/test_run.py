@@ -158,7 +158,7 @@ def test_two_tabs_walk_by_themselves(shared, open_page):
     expect_step(other, 132)
 
 
-@pytest.mark.parametrize(("status", "said"), [("failed", "failed"), ("running", "interrupted")])
+@pytest.mark.parametrize(("status", "said"), [("failed", "failed"), ("running", "killed")])
 def test_a_run_that_ended_too_early_says_so(copied, visit, status, said):
     run = copied("diverged")
     with changed(run) as database:

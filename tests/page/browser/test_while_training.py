@@ -35,11 +35,11 @@ def test_a_training_is_seen_while_it_goes_on(train, visit):
     page.keyboard.press("ArrowLeft")
     expect(follow).to_have_attribute("aria-pressed", "false")
     training.kill()
-    expect(page.locator(".run-head .state")).to_have_text("interrupted")
+    expect(page.locator(".run-head .state")).to_have_text("killed")
     expect(follow).to_be_hidden()
     page.go_back()
     page.get_by_role("link", name="All runs").click()
-    expect(row(page, "live")).to_contain_text("interrupted")
+    expect(row(page, "live")).to_contain_text("killed")
 
 
 def test_validation_appears_by_itself_and_the_end_is_seen(train, visit):

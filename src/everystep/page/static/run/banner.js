@@ -1,6 +1,7 @@
 // What a reader must know first: why a run ended, and where its loss stopped being finite.
 
 import * as address from "../shared/address.js";
+import { copyMark } from "../shared/copy.js";
 import { button, element } from "../shared/elements.js";
 import { shapeText, short, whole } from "../shared/format.js";
 import { addressOf, tell } from "../shared/server.js";
@@ -24,14 +25,14 @@ class Banner {
   }
 
   update(about) {
-    const { status, reason, nonfinite } = about;
+    const { ending, going_on: goingOn, nonfinite } = about;
     this.about = about;
-    this.host.hidden = !reason && !nonfinite;
+    this.host.hidden = !ending && !nonfinite;
     this.why.hidden = !nonfinite || this.#task !== null;
-    const said = JSON.stringify([status, reason, nonfinite]);
+    const said = JSON.stringify([ending, nonfinite]);
     if (this.said === said) return; // a link that is about to be clicked stays
     this.said = said;
-    this.says.replaceChildren(...(reason ? [`${status}: ${reason}${nonfinite ? ". " : ""}`] : []), ...this.#nonfinite(nonfinite));
+    this.says.replaceChildren(...(ending ? endingWords(ending, goingOn, nonfinite) : []), ...this.#nonfinite(nonfinite));
   }
 
   close() {
@@ -78,6 +79,12 @@ class Banner {
       rows.length ? element("p", {}, rowsText(found)) : null,
     ];
   }
+}
+
+/** Return how a training ended early, and what goes on with it, to copy. */
+function endingWords(ending, goingOn, nonfinite) {
+  const copying = copyMark(() => goingOn, "copy what goes on with the training");
+  return [`${ending}. Go on: `, element("code", {}, goingOn), copying, ...(nonfinite ? [" "] : [])];
 }
 
 function inputLine({ name, shape, minimum, maximum, not_finite: bad }) {

@@ -1,0 +1,244 @@
+"""Alone: goes on with a run by its programs, without the objects that trained it.
+
+Where programs took every step, they can take more. Nothing compares these steps with Python.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from everystep.errors import RunError, UsageError
+from everystep.recording.facts import (
+    EngineFacts,
+    Facts,
+    ForkFacts,
+    ProgramFacts,
+    ResumeFacts,
+    TrainingFacts,
+)
+from everystep.recording.files import own_path
+from everystep.recording.recorder import Recorder, create_directory
+from everystep.recording.run import RecordedRun
+from everystep.replay.processes import needs_worker
+from everystep.replay.reopen import read_program
+from everystep.replay.replay import Replay
+from everystep.replay.stepper import TrainingStepper
+from everystep.step.state import State
+from everystep.training.interrupt import Interrupt, interrupt_deferred
+from everystep.training.job import Outcome, Progress
+from everystep.training.loop import now
+from everystep.training.resumed import facts_resumed, resume_facts
+
+__all__ = ["fork_alone", "reason_against", "resume_alone"]
+
+#: Seconds of steps between two looks at signals and snapshots.
+STRETCH_SECONDS = 0.05
+#: Steps that are timed before the snapshots' interval is chosen.
+TIMED_STEPS = 8
+
+
+def reason_against(run: RecordedRun) -> str | None:
+    """Return why programs alone cannot go on with a run, None if they can."""
+    facts = run.facts.training
+    engine = facts.engine
+    if engine is None or engine.eager_from is not None or engine.live_optimizer is not None:
+        return "Python ran its steps, or a part of them"
+    if facts.schedules:
+        return f"it has a schedule ({next(iter(facts.schedules.values())).class_name})"
+    if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
+        return "the run does not hold its data"
+    if not _programs_after(engine, run.summary().steps):
+        return "it has too few steps: no program takes later ones"
+    return None
+
+
+def resume_alone(run: RecordedRun, steps: int, budget: int, progress: Progress) -> Outcome:
+    """Go on with a run by its programs.
+
+    Raises:
+        RunError: they cannot, or a replay differs from the recording.
+        RecordingError: writing the run failed.
+    """
+    at = run.summary().steps
+    resumed = resume_facts(run, at)
+    facts = facts_resumed(run, _facts(run, at), steps, resumed)
+    return _go_on(
+        run,
+        at,
+        steps,
+        lambda state: Recorder(run.directory, facts, budget, at=at, is_resumed=True),
+        facts.model_copy(update={"name": run.name}),
+        progress,
+        resumed=resumed,
+    )
+
+
+def fork_alone(
+    run: RecordedRun,
+    at: int,
+    steps: int,
+    lr: float | None,
+    directory: Path | None,
+    runs: Path,
+    budget: int,
+    progress: Progress,
+) -> Outcome:
+    """Train a new run that equals another up to a step, and goes on by its programs.
+
+    lr: another learning rate; None: the run's.
+
+    Raises:
+        UsageError: the programs do not read the learning rate, or there is no step to take.
+        RunError: they cannot go on, or a replay differs from the recording.
+        RecordingError: writing the run failed.
+    """
+    if steps <= at:
+        raise UsageError(
+            f"the fork starts after step {at} but would end at step {steps}; set more steps"
+        )
+    trained = _facts(run, at)
+    if lr is not None and not _reads_rate(run, trained):
+        raise UsageError(
+            f"the programs of {run.name} hold its learning rate as a number; to change it, pass the "
+            "objects: fork(..., model=..., loss=..., optimizer=...)"
+        )
+    place = create_directory(directory, f"{run.name}-fork", runs)
+    changed = {} if lr is None else {"lr": lr}
+    fork = ForkFacts(parent=run.name, directory=str(run.directory), at=at, changed=changed)
+    facts = Facts(name=place.name, started=now(), steps=steps, trained=trained, fork=fork)
+    return _go_on(
+        run,
+        at,
+        steps,
+        lambda state: Recorder(place, facts, budget, run, at, beginning=state),
+        facts,
+        progress,
+        lr=lr,
+    )
+
+
+def _go_on(
+    run: RecordedRun,
+    at: int,
+    steps: int,
+    record: Callable[[State], Recorder],
+    facts: Facts,
+    progress: Progress,
+    *,
+    lr: float | None = None,
+    resumed: ResumeFacts | None = None,
+) -> Outcome:
+    reason = reason_against(run)
+    if reason is not None:
+        raise RunError(f"{run.name} needs the objects that trained it: {reason}")
+    if needs_worker(run.facts):
+        raise RunError(
+            f"{run.name} was trained under numerics that this process cannot have any more; start "
+            f"Python with {_environment(run)}"
+        )
+    replay = Replay(run)
+    with interrupt_deferred() as interrupt, replay.in_force(max(at, 1)):
+        stepper = replay.go_to(at)
+        if replay.diverged_at is not None:
+            raise RunError(
+                f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
+                "differs"
+            )
+        assert isinstance(stepper, TrainingStepper)
+        if lr is not None:
+            stepper.set_rate(lr)
+        state = stepper.capture()
+        recorder, started = record(state), time.perf_counter()
+        progress.begin(recorder.directory, facts)
+        progress.notice(
+            "programs alone take the steps, without the objects that trained the run: nothing checks "
+            "them against Python, and nothing is measured on validation rows"
+        )
+        if lr is not None:
+            recorder.measurements([("lr", at + 1, lr)])
+        if at not in recorder.plan.kept:
+            recorder.snapshot(state)
+        try:
+            _take(stepper, recorder, steps, interrupt, progress)
+            reason = interrupt.reason
+            before = 0.0 if resumed is None else resumed.seconds
+            seconds = None if before is None else before + time.perf_counter() - started
+            status = "finished" if reason is None else "stopped"
+            ends = {"status": status, "reason": reason, "finished": now(), "seconds": seconds}
+        except BaseException as error:
+            recorder.finish({"status": "failed", "reason": str(error), "finished": now()})
+            raise
+        finally:
+            progress.end()
+        recorder.finish(ends)
+    return Outcome(recorder.directory, status, reason, interrupt.is_by_user)
+
+
+def _take(
+    stepper: TrainingStepper,
+    recorder: Recorder,
+    last: int,
+    interrupt: Interrupt,
+    progress: Progress,
+) -> None:
+    """Take steps up to the last one, record them, and take snapshots."""
+    assert stepper.state is not None
+    begin, step_seconds = stepper.state, 0.0
+    while stepper.state < last and not interrupt:
+        recorder.check()
+        first, started = stepper.state + 1, time.perf_counter()
+        count = max(1, int(STRETCH_SECONDS / step_seconds)) if step_seconds else 1
+        ends = [last, stepper.state + count]
+        if recorder.plan.interval is not None:
+            ends.append((stepper.state // recorder.plan.interval + 1) * recorder.plan.interval)
+        losses = stepper.run(min(ends))
+        step_seconds = (time.perf_counter() - started) / len(losses)
+        recorder.losses(first, losses.tolist())
+        if stepper.state >= begin + TIMED_STEPS and not recorder.has_interval:
+            size = sum(tensor.nbytes for tensor in stepper.named_state().values())
+            recorder.choose_interval(step_seconds, size)
+        if recorder.plan.is_due(stepper.state) and not recorder.is_behind:
+            recorder.snapshot(stepper.capture())
+        for at, written in recorder.written():
+            progress.advance(at, written)
+    recorder.snapshot(stepper.capture())
+
+
+def _facts(run: RecordedRun, at: int) -> TrainingFacts:
+    """Return the facts of the steps that programs alone take after a step."""
+    stretch = [each for each in run.stretches if each.first <= max(at, 1)][-1]
+    engine = stretch.facts.engine
+    assert engine is not None
+    alone = engine.model_copy(
+        update={
+            "stands_behind": "alone",
+            "programs": _programs_after(engine, at),
+            "checks": 0,
+            "verified_to": 0,
+        }
+    )
+    return stretch.facts.model_copy(update={"engine": alone})
+
+
+def _programs_after(engine: EngineFacts, at: int) -> tuple[ProgramFacts, ...]:
+    """Return the programs for the steps after `at`."""
+    newest = max((each.since for each in engine.programs if each.since <= at), default=0)
+    return tuple(
+        ProgramFacts(file=each.file, steps="every", since=at + 1)
+        for each in engine.programs
+        if each.since == newest and each.steps != "first"
+    )
+
+
+def _reads_rate(run: RecordedRun, facts: TrainingFacts) -> bool:
+    """Tell whether the programs take the learning rate from outside."""
+    engine = facts.engine
+    assert engine is not None
+    programs = [read_program(own_path(run.directory, each.file)).program for each in engine.programs]
+    return all(p.optimizer_step is not None or p.of_kind("hyperparameter") for p in programs)
+
+
+def _environment(run: RecordedRun) -> str:
+    return " ".join(f"{k}={v}" for k, v in run.facts.training.numerics.environment().items())

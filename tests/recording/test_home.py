@@ -1,0 +1,88 @@
+"""A run's directory that is moved, left behind or removed while the run is written."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import everystep
+from everystep.errors import RecordingError
+from everystep.views.progress import Silent
+
+STEPS = 4000
+
+
+class Midway(Silent):
+    """Does something once, in the middle of a training."""
+
+    def __init__(self, does):
+        self._does = does
+
+    def advance(self, first_step, losses):
+        if first_step > 100 and self._does is not None:
+            does, self._does = self._does, None
+            does()
+
+
+def trained(does):
+    return everystep.train_experiment(
+        "two-layer", {"steps": STEPS}, directory="runs/a", progress=Midway(does)
+    )
+
+
+def assert_whole(run):
+    assert len(run) == STEPS and run.facts.status == "finished"
+    assert run[STEPS // 2].is_exact
+    assert run.snapshots[-1] == STEPS
+
+
+def test_a_training_stays_in_its_directory_when_the_process_goes_elsewhere(tmp_path):
+    def leave():
+        Path("elsewhere").mkdir()
+        os.chdir("elsewhere")
+
+    run = trained(leave)
+    assert run.directory == tmp_path / "runs" / "a"
+    assert_whole(run)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where an open directory is")
+def test_a_training_follows_its_directory():
+    run = trained(lambda: Path("runs/a").rename("runs/b"))
+    assert run.name == "b"
+    assert_whole(run)
+    assert [path.name for path in Path("runs").iterdir()] == ["b"]
+
+
+def test_a_training_stops_when_its_directory_is_gone():
+    def remove():
+        while Path("runs/a").exists():
+            shutil.rmtree("runs/a", ignore_errors=True)
+
+    with pytest.raises(RecordingError, match=r"runs/a was removed, or moved out of reach"):
+        trained(remove)
+    assert not Path("runs/a").exists()
+
+
+def test_a_loop_follows_its_directory_too(tmp_path):
+    import torch
+
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with everystep.record(run="runs/a", model=model, optimizer=optimizer) as recording:
+        for number in range(40):
+            with recording.step(torch.randn(8, 4)):
+                loss = model(torch.randn(8, 4)).pow(2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+            if number == 20:
+                recording.flush()
+                os.chdir("runs")
+    assert len(recording.run) == 40
+    assert recording.run.directory == tmp_path / "runs" / "a"
+    assert recording.run.verify(progress=False).is_exact

@@ -1,0 +1,569 @@
+"""A training that was killed goes on to the bits of one that was not, whatever trained it."""
+
+import itertools
+import random
+import re
+import shutil
+import sqlite3
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from tests.training import step_functions
+from tests.training.by_hand import by_train, contents
+from tests.training.engine_cases import CASES
+from tests.training.loops import LOOPS, unrecorded
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import everystep
+from everystep.errors import RunError, UsageError
+from everystep.recording.recorder import Recorder
+from everystep.recording.snapshots import SnapshotPlan
+from everystep.training import loop
+from everystep.training.loop_writer import LoopWriter
+from everystep.views.progress import Silent
+
+STEPS = 40
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+@pytest.fixture
+def dying(monkeypatch):
+    """Let a training end at once as `Killed` is raised: nothing that is not on disk gets there."""
+
+    def end(recorder):
+        recorder._queue.put(None)
+        recorder._thread.join()
+        if recorder._contents is not None:
+            recorder._contents.close()
+        recorder._database.close()
+        recorder._lock.release()
+
+    def put(recorder, job):  # a step is on disk before the next one
+        try:
+            job()
+        except BaseException as error:
+            recorder._error = error
+
+    def finish(writer, status, reason):
+        end(writer._recorder) if Dying.is_dead else finished(writer, status, reason)
+
+    def finish_failed(recorder, training, error):
+        end(recorder) if isinstance(error, Killed) else failed(recorder, training, error)
+
+    failed, finished = loop._finish_failed, LoopWriter.finish
+    monkeypatch.setattr(loop, "_finish_failed", finish_failed)
+    monkeypatch.setattr(LoopWriter, "finish", finish)
+    monkeypatch.setattr("everystep.training.loop.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.training.loop.STRETCH_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.training.loop_writer.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(Recorder, "_put", put)
+    monkeypatch.setattr(
+        SnapshotPlan, "choose_interval", lambda plan, *times: vars(plan).update(interval=2)
+    )
+    Dying.is_dead = False
+    return Dying
+
+
+class Dying(Silent):
+    """Watches a training until a step, and kills it there."""
+
+    is_dead = False
+
+    def __init__(self, step):
+        self._step = step
+
+    def advance(self, first_step, losses):
+        if first_step + len(losses) > self._step:
+            raise Killed
+
+
+def assert_same_run(one, other):
+    assert other.losses.equals(one.losses)
+    assert sorted(other.measurements.rows()) == sorted(one.measurements.rows())
+    last = len(one)
+    pair = [run.state_near(last, after=last - 1) for run in (one, other)]
+    assert pair[0].named().keys() == pair[1].named().keys()
+    for name, tensor in pair[0].named().items():
+        assert torch.equal(tensor.nan_to_num(7), pair[1].named()[name].nan_to_num(7)), name
+    assert other.facts.status == "finished"
+    assert everystep.open(other.directory).verify(progress=False).is_exact
+
+
+# Experiments.
+
+OWN = {
+    "steps": STEPS,
+    "batch_size": 9,
+    "clip_norm": 1.0,
+    "data": {"source": "random", "N": 40, "D_in": 6, "D_out": 3, "validation": 0.2},
+    "model": {"layers": ["Linear(6, 8)", "BatchNorm1d(8)", "ReLU()", "Dropout(0.2)", "Linear(8, 3)"]},
+    "loss": {"name": "MSELoss"},
+    "optimizer": {"name": "Adam", "lr": 1e-2},
+    "schedule": {"name": "ReduceLROnPlateau", "patience": 0},
+}
+
+
+def killed_experiment(dying, experiment, settings, deaths):
+    for death in deaths:
+        with pytest.raises(Killed):
+            everystep.train_experiment(
+                experiment, settings, directory="runs/killed", resume=True, progress=dying(death)
+            )
+    return everystep.open("runs/killed")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "settings", "deaths"),
+    [("two-layer", {"steps": 60}, (2, 30)), ("digits", {"steps": 26}, (24,)), (OWN, {}, (5, 17, 33))],
+)
+def test_an_experiment_that_was_killed_ends_in_the_bits_of_one_that_was_not(
+    experiment, settings, deaths, dying
+):
+    whole = everystep.train_experiment(experiment, settings, progress=False)
+    killed = killed_experiment(dying, experiment, settings, deaths)
+    assert killed.status == "killed" and 0 < len(killed) < len(whole)
+    resumed = everystep.open(killed.directory).resume(progress=False)
+    assert_same_run(whole, resumed)
+    assert len(resumed.facts.resumed) == len(deaths)
+    assert everystep.open("runs/killed")[len(whole)].is_exact
+
+
+def test_a_finished_run_is_trained_further(everystep_command):
+    everystep_command("train", "two-layer", "--steps", "30", "--run", "runs/a", "-q")
+    assert everystep_command("resume", "a", "--steps", "50", "-q")[0] == 0
+    whole = everystep.train_experiment("two-layer", {"steps": 50}, progress=False)
+    assert everystep.open("a").losses.equals(whole.losses)
+    assert everystep.open("a").facts.steps == 50
+    code, _, said = everystep_command("resume", "a")
+    assert code == 2 and "a is finished: it has all its 50 steps" in said
+    code, _, said = everystep_command("resume", "a", "--steps", "20")
+    assert code == 2 and "everystep fork a --at 20" in said
+
+
+def test_train_with_resume_begins_a_run_goes_on_with_it_and_leaves_a_finished_one(
+    dying, everystep_command
+):
+    killed_experiment(dying, "two-layer", {"steps": 60}, (20,))
+    command = ("train", "two-layer", "--steps", "60", "--run", "runs/killed", "--resume", "-q")
+    assert everystep_command(*command)[0] == 0
+    run = everystep.open("killed")
+    assert len(run) == 60 and run.facts.status == "finished"
+    assert everystep_command(*command)[0] == 0
+    code, _, said = everystep_command(*command, "--set", "optimizer.lr=1e-3")
+    assert code == 2
+    assert "optimizer.lr: 0.0001 | 0.001" in said and "fork" in said
+    assert "needs the run's directory" in everystep_command("train", "--resume")[2]
+
+
+def test_a_killed_run_says_so_and_how_to_go_on(dying, everystep_command):
+    run = killed_experiment(dying, "two-layer", {"steps": 60}, (20,))
+    words = rf"killed after step {len(run)} of 60, 20\d\d-"
+    _, _, said = everystep_command("runs")
+    assert re.search(words, said) and "go on: everystep resume killed" in said
+    report = run.report()
+    assert re.search(words, report) and "everystep resume killed" in report
+    assert "everystep resume killed" in run._repr_html_()
+
+
+def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
+    run = killed_experiment(dying, "two-layer", {"steps": 60}, (30,))
+    snapshots = [row for row in run.snapshot_rows() if row.step >= len(run) - 2]
+    for row in snapshots:
+        shutil.rmtree(run.directory / row.directory)
+    with closing(sqlite3.connect(run.directory / "run.sqlite")) as database, database:
+        database.execute("UPDATE steps SET loss = loss + 1 WHERE step = ?", (len(run),))
+    count = len(run)
+    with pytest.raises(RunError, match=rf"when step {count} is taken again, the loss is"):
+        everystep.open(run.directory).resume(progress=False)
+    assert everystep.open(run.directory).facts.status == "running"  # as it was
+    assert len(everystep.open(run.directory)) == count
+    accepted = everystep.open(run.directory).resume(anyway=True, progress=False)
+    whole = everystep.train_experiment("two-layer", {"steps": 60}, progress=False)
+    assert accepted.losses.equals(whole.losses)
+
+
+def test_a_run_that_is_being_trained_names_its_process(dying, everystep_command):
+    run = killed_experiment(dying, "two-layer", {"steps": 60}, (30,))
+    recorder = Recorder(run.directory, run.facts, 10**9, at=0, is_resumed=True)
+    try:
+        code, _, said = everystep_command("resume", "killed")
+        assert code == 2
+        assert re.search(r"is being written .*: process \d+ on \S+, since 20", said)
+    finally:
+        recorder.finish({})
+
+
+# Python objects.
+
+CASES_OF_OBJECTS = [
+    *("GradientDescent of two groups", "SGD momentum", "Adam", "AdamW fused", "short last batch"),
+    *("clip_norm of batches", "dropout in batches", "StepLR", "ReduceLROnPlateau of SGD"),
+    *("StepLR every epoch", "x transposed"),
+]
+
+
+def make_case(name):
+    case = next(case for case in CASES if case.name == name)
+    return case.make(), case.options | {"steps": STEPS}
+
+
+@pytest.mark.parametrize("name", CASES_OF_OBJECTS)
+def test_a_run_from_objects_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
+    made, options = make_case(name)
+    whole = by_train(made, **options)
+    for death in (7, 22):
+        again, _ = make_case(name)
+        with pytest.raises(Killed):
+            by_train(again, **options, directory="runs/killed", resume=True, progress=dying(death))
+    new, _ = make_case(name)
+    resumed = by_train(new, **options, directory="runs/killed", resume=True)
+    assert_same_run(whole, resumed)
+    left, trained = contents(made), contents(new)
+    left["generator"] = trained["generator"] = "the caller's own"
+    assert trained == left
+
+
+def test_other_objects_are_named_before_anything_runs(dying):
+    made, options = make_case("Adam")
+    with pytest.raises(Killed):
+        by_train(made, **options, directory="runs/killed", progress=dying(20))
+    other, _ = make_case("Adam")
+    for group in other.optimizer.param_groups:
+        group["lr"] = 0.5
+    run = everystep.open("runs/killed")
+    objects = {"model": other.model, "loss": other.loss, "optimizer": other.optimizer}
+    count = len(run)
+    with pytest.raises(RunError, match=r"optimizer.text: .* \| .*lr=0.5") as raised:
+        run.resume(**objects, progress=False)
+    assert "--anyway" in str(raised.value)
+    resumed = run.resume(**objects, anyway=True, progress=False)
+    assert len(resumed) == STEPS
+    (fact,) = resumed.facts.resumed
+    assert fact.at <= count and any(each.startswith("optimizer.text") for each in fact.changed)
+    assert "changed: optimizer.text" in resumed.report()
+
+
+# Loops.
+
+
+def seeded():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+class Mortal:
+    """A recording that kills its loop as it logs in a step."""
+
+    def __init__(self, recording, death):
+        self._recording, self._death = recording, death
+
+    def __enter__(self):
+        self._recording.__enter__()
+        self._count = self._recording.step_count
+        return self
+
+    def __exit__(self, *error):
+        return self._recording.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self._recording, name)
+
+    def log(self, **values):
+        self._recording.log(**values)
+        self._count += 1
+        if self._count == self._death:
+            Dying.is_dead = True
+            raise Killed
+
+
+def by_loop(body, deaths, place="runs/killed"):
+    """Run a loop, killed at some steps and resumed each time; return what it returns."""
+    for death in (*deaths, None):
+        seeded()
+        Dying.is_dead = False
+
+        def record(death=death, **parts):
+            return Mortal(everystep.record(run=place, resume=True, **parts), death)
+
+        if death is None:
+            return body(record)
+        with pytest.raises(Killed):
+            body(record)
+    raise AssertionError
+
+
+#: Those of the loops that carry nothing besides their parts.
+CARRY_NOTHING = [
+    *("classifier_with_dropout", "gan_with_two_optimizers", "bfloat16_autocast"),
+    "variational_autoencoder",
+    *("averaged_weights_with_batch_norm", "depth_drawn_from_pythons_random"),
+    *("masks_whose_counts_vary", "sparse_embeddings_and_own_functions", "speech_with_ctc_and_lstm"),
+]
+
+
+@pytest.mark.parametrize("name", CARRY_NOTHING)
+def test_a_loop_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
+    seeded()
+    losses, states = LOOPS[name](30, unrecorded)
+    resumed, resumed_states = by_loop(lambda record: LOOPS[name](30, record), (6, 19))
+    run = everystep.open("runs/killed")
+    assert len(run) == 30 and run.facts.status == "finished"
+    assert resumed[-1] == losses[-1]
+    for one, other in zip(states, resumed_states, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert run.verify(progress=False).is_exact
+
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, row):
+        return torch.full((6,), row / 23) + 0.1 * torch.randn(6), torch.tensor([row / 23])
+
+
+def by_epochs(record, *, dataset, epochs=4, workers=0, wrap=None, loader=DataLoader):
+    """A loop of epochs with something after each: its batches draw from torch's generator, or do not."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    batches = loader(dataset, batch_size=5, shuffle=True, num_workers=workers)
+    with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+        for _ in range(epochs):
+            for batch in wrap(recording, batches) if wrap else recording.steps(batches):
+                number, (x, y) = batch if wrap else (0, batch)
+                loss = (functional.l1_loss if number % 2 else functional.mse_loss)(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+            schedule.step()
+    return [value.detach() for value in model.state_dict().values()]
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randn(23, 6, generator=generator), torch.randn(23, 1, generator=generator)
+    )
+
+
+def counted_within(recording, batches):
+    return recording.steps(enumerate(batches))
+
+
+def counted_around(recording, batches):
+    return enumerate(recording.steps(batches))
+
+
+@pytest.mark.parametrize(
+    ("make", "workers", "wrap"),
+    [(tensors, 0, None), (Noisy, 0, None), (Noisy, 1, None), (Noisy, 0, counted_within)],
+    ids=["quiet", "augmented", "by a worker", "counted"],
+)
+def test_a_loop_goes_on_in_the_middle_of_an_epoch(make, workers, wrap, dying):
+    options = {"dataset": make(), "workers": workers, "wrap": wrap}
+    seeded()
+    whole = by_epochs(lambda **parts: everystep.record(run="runs/whole", **parts), **options)
+    resumed = by_loop(lambda record: by_epochs(record, **options), (3, 13))
+    assert all(map(torch.equal, whole, resumed))
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_loader_with_a_state_goes_to_its_place_by_itself(dying):
+    options = {"dataset": Noisy(), "loader": StatefulDataLoader}
+    seeded()
+    whole = by_epochs(lambda **parts: everystep.record(run="runs/whole", **parts), **options)
+    resumed = by_loop(lambda record: by_epochs(record, **options), (8, 13))
+    assert all(map(torch.equal, whole, resumed))
+
+
+def test_what_counts_around_the_steps_is_refused(dying):
+    options = {"dataset": tensors(), "wrap": counted_around}
+    with pytest.raises(UsageError, match=r"recording.steps\(enumerate\(...\)\)"):
+        by_loop(lambda record: by_epochs(record, **options), (13,))
+    assert len(everystep.open("killed")) >= 12
+
+
+def test_what_a_loop_carries_besides_its_parts_is_found(dying):
+    """A counter of the loop begins again: the state at a snapshot is then another."""
+
+    def body(record, parts):
+        model = nn.Linear(6, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        counter = parts.get("counter", {"count": 0})
+        with record(model=model, optimizer=optimizer, **parts) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                counter["count"] += 1
+                loss = functional.mse_loss(model(x), y) / counter["count"]
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+        return counter["count"]
+
+    with pytest.raises(RunError, match="pass what the loop carries from step to step"):
+        by_loop(lambda record: body(record, {}), (17,), "runs/lost")
+    assert by_loop(lambda record: body(record, {"counter": {"count": 0}}), (17,), "runs/kept") == 23
+
+
+def test_a_loop_that_marks_its_steps_goes_on_by_their_count(dying):
+    def body(record):
+        x, y = tensors().tensors
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+        with record(model=model, optimizer=optimizer) as recording:
+            for _ in range(recording.step_count, 20):
+                with recording.step({"x": x, "y": y}):
+
+                    def closure():
+                        optimizer.zero_grad()
+                        loss = functional.mse_loss(model(x), y)
+                        loss.backward()
+                        return loss
+
+                    recording.log(loss=optimizer.step(closure))
+        return model.state_dict()["0.weight"]
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert torch.equal(whole, by_loop(body, (5, 12)))
+    assert_same_run(everystep.open("whole"), everystep.open("killed"))
+
+
+def test_other_parts_are_named():
+    model = nn.Linear(6, 1)
+    with everystep.record(run="runs/a", model=model) as recording:
+        for x, _ in recording.steps(DataLoader(tensors(), batch_size=5)):
+            model(x)
+    with (
+        pytest.raises(RunError, match="recorded with the parts model, not model, optimizer"),
+        everystep.record(
+            resume="a", model=model, optimizer=torch.optim.SGD(model.parameters()), anyway=True
+        ),
+    ):
+        pass
+    with (
+        pytest.raises(RunError, match=r"model.text: Linear\(in_features=6.*\| Linear\(in_features=7"),
+        everystep.record(resume="a", model=nn.Linear(7, 1)),
+    ):
+        pass
+    with pytest.raises(RunError, match="no run 'b'"):
+        everystep.record(resume="b", model=model)
+    with pytest.raises(UsageError, match="resume=True needs the run's directory: run"):
+        everystep.record(resume=True, model=model)
+    assert len(everystep.open("a")) == 5
+
+
+# Step functions.
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "dropout_and_noise", "gan"])
+def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
+    def trained(place, **options):
+        seeded()
+        Dying.is_dead = False
+        case = step_functions.CASES[name]()
+        run = everystep.train(
+            case.step, case.batches, parts=case.parts, steps=STEPS, directory=place, **options
+        )
+        return run, case
+
+    whole, made = trained("runs/whole", progress=False)
+    for death in (9, 25):
+
+        class Fatal(Dying):
+            def advance(self, first_step, losses):
+                if first_step + len(losses) > self._step:
+                    Dying.is_dead = True
+                    raise Killed
+
+        with pytest.raises(Killed):
+            trained("runs/killed", resume=True, progress=Fatal(death))
+    resumed, again = trained("runs/killed", resume=True, progress=False)
+    assert_same_run(whole, resumed)
+    for part, other in zip(made.parts.values(), again.parts.values(), strict=True):
+        if isinstance(part, nn.Module):
+            assert all(map(torch.equal, part.parameters(), other.parameters()))
+    assert len(list(itertools.islice(resumed.facts.resumed, 5))) == 2
+
+
+# Programs alone.
+
+
+def mlp_case(optimizer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
+    x, y = tensors().tensors
+    return {
+        "model": model,
+        "data": (x, y),
+        "loss": nn.MSELoss(),
+        "optimizer": optimizer(model.parameters()),
+        "batch_size": 5,
+        "seed": 3,
+        "progress": False,
+    }
+
+
+ALONE = {
+    "GradientDescent": lambda p: everystep.GradientDescent(p, lr=0.05),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_programs_alone_go_on_without_the_objects(name, capfd):
+    whole = everystep.train(**mlp_case(ALONE[name]), steps=STEPS, directory="runs/whole")
+    everystep.train(**mlp_case(ALONE[name]), steps=20, directory="runs/part")
+    resumed = everystep.open("part").resume(STEPS)
+    assert_same_run(whole, resumed)
+    assert "nothing checks them against Python" in capfd.readouterr().err
+    assert resumed.facts.training.engine.stands_behind == "alone"
+    assert "not checked against Python" in resumed.report()
+    again = everystep.open("part").resume(STEPS + 9, progress=False)
+    assert len(again) == STEPS + 9 and again.verify(progress=False).is_exact
+    fork = everystep.open("whole").fork(15, progress=False)
+    assert fork.losses.equals(whole.losses)
+    assert fork.verify(progress=False).is_exact
+
+
+def test_a_fork_by_programs_alone_may_have_another_learning_rate():
+    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
+    fork = everystep.open("whole").fork(15, lr=0.001, progress=False)
+
+    def by_objects():
+        return everystep.open("whole").fork(
+            15,
+            lr=0.001,
+            progress=False,
+            **{k: v for k, v in mlp_case(ALONE["Adam"]).items() if k in ("model", "loss", "optimizer")},
+        )
+
+    assert fork.losses.equals(by_objects().losses)
+    assert fork.facts.fork.changed == {"lr": 0.001}
+    everystep.train(**mlp_case(ALONE["SGD"]), steps=STEPS, directory="runs/fixed")
+    with pytest.raises(UsageError, match="hold its learning rate as a number"):
+        everystep.open("fixed").fork(15, lr=0.001, progress=False)
+
+
+def test_programs_alone_are_refused_where_code_had_a_part():
+    case = mlp_case(ALONE["SGD"])
+    schedule = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
+    everystep.train(**case, schedule=schedule, steps=10, directory="runs/scheduled")
+    with pytest.raises(RunError, match=r"cannot go on alone: it has a schedule \(StepLR\); pass"):
+        everystep.open("scheduled").resume(20)
+    everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, directory="runs/eager")
+    with pytest.raises(RunError, match="Python ran its steps"):
+        everystep.open("eager").fork(5, steps=20)
