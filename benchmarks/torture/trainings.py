@@ -133,7 +133,9 @@ def _experiment(name: str) -> Callable[[Path, Path, int, TextIO], None]:
                 Run(place).resume(progress=_lines(lines))
             return
         loaded = load(EXPERIMENTS[name] | {"steps": steps, "threads": 1})
-        train_experiment(loaded, name, place, place.parent, BUDGET, _lines(lines))
+        outcome = train_experiment(loaded, name, place, place.parent, BUDGET, _lines(lines))
+        if outcome.interrupted:
+            raise KeyboardInterrupt
 
     return go
 
