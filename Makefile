@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-torch check format bench clean
+.PHONY: run test test-torch check format bench torture clean
 
 run: .venv/installed                ## train the chapter's network, write its table, plot and report
 	@set -e; run=runs/chapter-$$(date +%Y%m%d-%H%M%S); \
@@ -33,6 +33,13 @@ format: .venv/installed-dev
 
 bench: .venv/installed-bench        ## everystep, the plain PyTorch loop and other frameworks, alternating
 	$(BIN)/python -m benchmarks
+
+torture: .venv/installed-dev         ## kills, signals and losses of power, for hours: docs/reliability.md
+	$(BIN)/python -m benchmarks.torture kill
+	$(BIN)/python -m benchmarks.torture operations
+	$(BIN)/python -m benchmarks.torture power
+	$(BIN)/python -m benchmarks.torture signals
+	@if [ -e benchmarks/torture_files.py ]; then $(BIN)/python -m benchmarks.torture_files; fi
 
 clean:
 	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

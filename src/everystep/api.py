@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from everystep.errors import RunError, UsageError
-from everystep.recording.connection import FILE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.finding import RUNS, find_run, find_runs
 from everystep.recording.recorder import DEFAULT_BUDGET
+from everystep.recording.unbegun import remove_unbegun
 from everystep.run import Run, progress_of, run_of
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directo
         return Run(find_run(resume))
     if place is None:
         raise UsageError(f"resume=True needs the run's directory: {name}=...; or pass resume=RUN")
-    return Run(place) if (place / FILE_NAME).exists() else None
+    return None if remove_unbegun(place) else Run(place)
 
 
 def train_experiment(

@@ -18,7 +18,7 @@ def recorded(request, tmp_path_factory):
     run = small_run(folder / "finished")
     if request.param == "killed":
         run = killed_run(run, folder / "killed")
-        assert RecordedRun(run).status == "interrupted"
+        assert RecordedRun(run).status == "killed"
     expected, said = shown(shutil.copytree(run, folder / "copy"))
     assert not said
     return run, expected

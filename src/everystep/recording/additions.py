@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from everystep.errors import RecordingError, UsageError
 from everystep.recording.database import FILE_NAME, Database
@@ -20,26 +21,26 @@ class Additions:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
-        """Write measurements (name, step, value).
+    def measurements(
+        self,
+        rows: Sequence[tuple[str, int, float]],
+        meanings: Mapping[str, MeasuredFacts] = MappingProxyType({}),
+        replaced: Sequence[str] = (),
+    ) -> None:
+        """Write measurements (name, step, value), all or nothing.
+
+        meanings: of names that are new; replaced: names to delete existing values of first.
 
         Raises:
             RecordingError: they cannot be written.
         """
         with self._database.transaction():
-            self._database.write_measurements(rows)
-
-    def begin_measurement(self, name: str, meaning: MeasuredFacts, *, replacing: bool) -> None:
-        """Note what a measurement means; `replacing`: delete existing values of that name.
-
-        Raises:
-            RecordingError: it cannot be written.
-        """
-        with self._database.transaction():
-            if replacing:
+            for name in replaced:
                 self._database.remove_measurement(name)
-            known = self._database.facts().measured
-            self._database.write_facts({"measured": known | {name: meaning}})
+            if meanings:
+                known = self._database.facts().measured
+                self._database.write_facts({"measured": known | dict(meanings)})
+            self._database.write_measurements(rows)
 
     def note(self, text: str | None) -> None:
         """Write the note; None: the run has none any more.

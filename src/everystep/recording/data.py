@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError
 from everystep.recording.facts import DataFileFacts
-from everystep.recording.files import own_path
+from everystep.recording.files import own_path, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FIL
     size = sum(tensor.nbytes for tensor in tensors.values())
     is_small = size <= DATA_LIMIT
     if is_small:
-        (directory / name).write_bytes(save(_unshared(tensors)))
+        write_whole(directory / name, save(_unshared(tensors)))
     # Bits depend on how a tensor lies in memory, too.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
     return DataFileFacts(

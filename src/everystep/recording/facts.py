@@ -355,7 +355,7 @@ class Facts(_Fact):
         if self.trained is None:
             raise RunError(
                 "the run has no record of how it was trained: it stopped before training started, or "
-                "its database was changed"
+                "its database was changed; remove its directory and train again"
             )
         return self.trained
 

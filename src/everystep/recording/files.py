@@ -1,4 +1,4 @@
-"""Files of a run: a name in its database leads to no other file, and no link is written through."""
+"""Files of a run: names stay within it, files are written as a whole, no link is written through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from everystep.errors import RunError
 
-__all__ = ["check_writable_files", "own_path"]
+__all__ = ["check_writable_files", "own_path", "sweep", "write_whole"]
 
 #: Files that are changed in place: a second name of one would be another run's file.
 _CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journal", "run.lock")
@@ -52,3 +52,23 @@ def check_writable_files(directory: Path) -> None:
                     f"{path} {what}, so everystep does not write into this run; copy the run "
                     "(cp -rL) and use the copy"
                 )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is complete from the moment it exists, also after the power has failed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a directory."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)

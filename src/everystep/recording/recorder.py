@@ -7,9 +7,10 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError
@@ -21,6 +22,7 @@ from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, Database, Repeat
 from everystep.recording.facts import Facts
+from everystep.recording.files import sweep, write_whole
 from everystep.recording.home import Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
@@ -101,6 +103,9 @@ class Recorder:
         budget: maximum bytes of snapshots.
         parent: the parent run, if this is a fork.
         at: the parent's state that it starts from.
+        texts: content of text files by name: they are there before the database says so.
+        beginning: that state as the fork has it: it is written with what the fork inherits, all or
+            nothing, because no other snapshot has the fork's settings.
         batch_budget: maximum bytes of batches and other inputs of steps.
         is_resumed: the run exists, and its training goes on from state `at`, which is on disk; steps
             that the run has already are compared, not written (see `Continuation`).
@@ -118,13 +123,15 @@ class Recorder:
         at: int = 0,
         batch_budget: float = DEFAULT_BATCH_BUDGET,
         is_resumed: bool = False,
+        texts: Mapping[str, str] = MappingProxyType({}),
+        beginning: State | None = None,
     ) -> None:
         self.lost_to = self._bytes_asked = self._bytes_written = 0
         self._home = Home(directory)
         self.plan = SnapshotPlan(budget)
         self._snapshot_seconds = 0.0
         self._snapshot_bytes = 0
-        self._last_step = at
+        self._last_step = self._passed = at
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[tuple[int, Sequence[float]]] = queue.SimpleQueue()
         self._snapshots_asked = 0
@@ -134,6 +141,8 @@ class Recorder:
         try:
             self._lock = locked(self._home.here)
             (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
+            for name, text in texts.items():
+                write_whole(self._home.here / name, text.encode())
         except OSError as error:
             raise self._translated(error) from error
         opened = Database.change if is_resumed else Database.create
@@ -150,6 +159,10 @@ class Recorder:
             else:
                 with self._database.transaction():
                     inherited = {} if parent is None else self._inherit(parent, at)
+                    if beginning is not None:
+                        row = write_snapshot(self._home.here / "snapshots", beginning)
+                        self._database.add_snapshot(row)
+                        self.plan.kept[row.step] = row.bytes
                     first = {"status": "running", "writer": writer_here()}
                     self._database.write_facts(first | inherited | facts.rows())
         except BaseException as error:
@@ -165,10 +178,6 @@ class Recorder:
     def directory(self) -> Path:
         """The run's directory; it may be moved while it is written."""
         return self._home.directory
-
-    def text(self, name: str, content: str) -> None:
-        """Write a text file into the run."""
-        self._put(lambda: self._write_text(name, content))
 
     def data(self, tensors: dict[str, Tensor], name: str = DATA_FILE) -> None:
         """Write the data set (CPU tensors) while it is small; else its size and digest."""
@@ -190,11 +199,6 @@ class Recorder:
         if known is None or step >= known.recorded:
             self._put(lambda: write_change(self._home.here, step, tensors, gone))
 
-    def repeats(self, rows: Sequence[Taken]) -> None:
-        """Write what repeats steps of a loop that is not everystep's; the losses are written besides."""
-        self._bytes_asked += sum(row.bytes for row in rows)
-        self._put(lambda: self._write_repeats(rows))
-
     def forget_after(self, step: int) -> None:
         """Delete losses, measurements and snapshots of later steps, which will run again."""
         self._put(lambda: self._forget_after(step))
@@ -203,9 +207,21 @@ class Recorder:
         """Write facts: values of fields of `Facts` and `TrainingFacts`, by name."""
         self._put(lambda: self._write_facts(facts))
 
-    def losses(self, first_step: int, losses: Sequence[float]) -> None:
-        """Write the losses of consecutive steps."""
-        self._put(lambda: self._write_losses(first_step, losses))
+    def losses(
+        self,
+        first_step: int,
+        losses: Sequence[float],
+        measured: Sequence[tuple[str, int, float]] = (),
+        facts: Mapping[str, Any] = MappingProxyType({}),
+        taken: Sequence[Taken] = (),
+    ) -> None:
+        """Write the losses of consecutive steps, with what was measured and found: all or nothing.
+
+        taken: what repeats the steps, of a loop that is not everystep's.
+        Steps that were passed before are left out: Ctrl-C may come before the caller notes it.
+        """
+        self._bytes_asked += sum(row.bytes for row in taken)
+        self._put(lambda: self._write_steps(first_step, losses, measured, facts, taken))
 
     def measurements(self, rows: Sequence[tuple[str, int, float]]) -> None:
         """Write measurements (name, step, value)."""
@@ -315,8 +331,8 @@ class Recorder:
         for path in folder.iterdir():
             if path.name not in names:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self._home.here.glob(f"{CHANGES}/.*.tmp"):
-            path.unlink(missing_ok=True)
+        for name in (".", CHANGES, "programs"):
+            sweep(self._home.here / name)
         used = {file for _, file, _, _ in self._database.all_contents()}
         for path in self._home.here.glob(f"{BATCHES}/*.bin"):
             if path.stem.isdecimal() and int(path.stem) not in used:
@@ -375,16 +391,42 @@ class Recorder:
         else:
             self._in_transaction(lambda: self._database.write_measurements(rows))
 
-    def _write_losses(self, first_step: int, losses: Sequence[float]) -> None:
+    def _write_steps(
+        self,
+        first_step: int,
+        losses: Sequence[float],
+        measured: Sequence[tuple[str, int, float]],
+        facts: Mapping[str, Any],
+        taken: Sequence[Taken],
+    ) -> None:
+        again = min(max(0, self._passed + 1 - first_step), len(losses))
+        self._passed = max(self._passed, first_step + len(losses) - 1)
+        if taken:
+            self._write_repeats(taken[again:])
+        self._write_losses(first_step + again, losses[again:], measured, facts)
+
+    def _write_losses(
+        self,
+        first_step: int,
+        losses: Sequence[float],
+        measured: Sequence[tuple[str, int, float]],
+        facts: Mapping[str, Any],
+    ) -> None:
         known = self._continuation
-        if known is not None and not known.is_over:
+        is_known = known is not None and not known.is_over
+        if known is not None and is_known:
             first_step, losses = known.new_losses(first_step, losses)
+            known.measurements(measured)
+            known.facts(facts)
         if not losses:
             return
 
         def write() -> None:
-            if known is not None and not known.is_over:
+            if known is not None and is_known:
                 known.begin()
+            else:
+                self._database.write_measurements(measured)
+                self._database.write_facts(facts)
             self._database.write_losses(first_step, losses)
             self._database.seal_blocks(first_step)
 
@@ -435,9 +477,6 @@ class Recorder:
             self._packed = packed({"nesting": nesting, "given": listed} | digests)
         return self._packed
 
-    def _write_text(self, name: str, content: str) -> None:
-        (self._home.here / name).write_text(content, encoding="utf-8")
-
     def _write_program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
         from safetensors.torch import save
 
@@ -447,9 +486,9 @@ class Recorder:
         path.parent.mkdir(exist_ok=True)
         if constants:
             on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
-            path.with_suffix(".safetensors").write_bytes(save(on_cpu))
+            write_whole(path.with_suffix(".safetensors"), save(on_cpu))
         text = program.to_json().encode()
-        path.write_bytes(text)
+        write_whole(path, text)
         note_sound(text)  # it comes from torch itself, not from a stranger
 
     def _forget_after(self, step: int) -> None:
@@ -462,6 +501,7 @@ class Recorder:
         remove_snapshots(self._home.here / "snapshots", later, self._forget)
         remove_changes(self._home.here, step)
         self._last_step = min(self._last_step, step)
+        self._passed = min(self._passed, step)
 
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
         fact = write_data(self._home.here, tensors, name)

@@ -25,6 +25,7 @@ from everystep.replay.processes import needs_worker
 from everystep.replay.reopen import read_program
 from everystep.replay.replay import Replay
 from everystep.replay.stepper import TrainingStepper
+from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
 from everystep.training.loop import now
@@ -67,7 +68,7 @@ def resume_alone(run: RecordedRun, steps: int, budget: int, progress: Progress) 
         run,
         at,
         steps,
-        lambda: Recorder(run.directory, facts, budget, at=at, is_resumed=True),
+        lambda state: Recorder(run.directory, facts, budget, at=at, is_resumed=True),
         facts.model_copy(update={"name": run.name}),
         progress,
         resumed=resumed,
@@ -108,7 +109,13 @@ def fork_alone(
     fork = ForkFacts(parent=run.name, directory=str(run.directory), at=at, changed=changed)
     facts = Facts(name=place.name, started=now(), steps=steps, trained=trained, fork=fork)
     return _go_on(
-        run, at, steps, lambda: Recorder(place, facts, budget, run, at), facts, progress, lr=lr
+        run,
+        at,
+        steps,
+        lambda state: Recorder(place, facts, budget, run, at, beginning=state),
+        facts,
+        progress,
+        lr=lr,
     )
 
 
@@ -116,7 +123,7 @@ def _go_on(
     run: RecordedRun,
     at: int,
     steps: int,
-    record: Callable[[], Recorder],
+    record: Callable[[State], Recorder],
     facts: Facts,
     progress: Progress,
     *,
@@ -140,16 +147,19 @@ def _go_on(
                 "differs"
             )
         assert isinstance(stepper, TrainingStepper)
-        recorder, started = record(), time.perf_counter()
+        if lr is not None:
+            stepper.set_rate(lr)
+        state = stepper.capture()
+        recorder, started = record(state), time.perf_counter()
         progress.begin(recorder.directory, facts)
         progress.notice(
             "programs alone take the steps, without the objects that trained the run: nothing checks "
             "them against Python, and nothing is measured on validation rows"
         )
         if lr is not None:
-            stepper.set_rate(lr)
             recorder.measurements([("lr", at + 1, lr)])
-        recorder.snapshot(stepper.capture())
+        if at not in recorder.plan.kept:
+            recorder.snapshot(state)
         try:
             _take(stepper, recorder, steps, interrupt, progress)
             reason = interrupt.reason

@@ -252,12 +252,12 @@ def measure(
     left_out: list[int] = []
     with adding(run.directory) as additions:
         is_new = _check_name(run, name, meaning, overwrite)
-        additions.begin_measurement(name, meaning, replacing=is_new)
         values = {} if is_new else run.measured(name)
         if isinstance(question, Expression) and question.is_recorded:
             last = run.summary().steps
             answers = [(s, v) for s, v in ask_columns(question, run, (1, last)) if s % every == 0]
-            additions.measurements([(name, step, value) for step, value in answers])
+            rows = [(name, step, value) for step, value in answers]
+            additions.measurements(rows, {name: meaning}, [name] if is_new else [])
             on_progress(last)
             return Measured(name, values | dict(answers), ())
         query = Query(question, run, every=every, skipped=frozenset(values))
@@ -266,8 +266,10 @@ def measure(
             for each in replayed:
                 exact, diverged = _exact(each)
                 left_out += diverged
-                additions.measurements([(name, step, value) for step, value in exact])
-                values |= dict(exact)
+                # A name is there from its first values on: a process may be killed before it has any.
+                rows = [(name, step, value) for step, value in exact]
+                additions.measurements(rows, {name: meaning}, [name] if is_new else [])
+                values, is_new = values | dict(exact), False
     return Measured(name, dict(sorted(values.items())), tuple(sorted(left_out)))
 
 

@@ -29,7 +29,7 @@ from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
-from everystep.training.resumed import changes, check_changes, resume_facts
+from everystep.training.resumed import changes, check_changes, check_rules, resume_facts
 
 __all__ = ["Resume", "resume_experiment", "resume_objects"]
 
@@ -100,18 +100,22 @@ class Resume:
         check_changes(run, changed, is_accepted=self.is_accepted)
         problems: list[str] = []
         state = run.state_near(recorded, on_problem=problems.append)
-        if state is None:
+        if state is not None:
+            check_rules(run, state.step)
+            _restore(job.training, state, job.training.device)
+        elif recorded or problems:
             reason = "; ".join(problems) or "the training ended before it wrote one"
             raise RunError(
                 f"{run.name} has no readable snapshot to go on from: {reason}; train it again"
             )
-        _restore(job.training, state, job.training.device)
-        at = state.step if self.is_accepted else recorded
+        # Without a state it was killed before its first one was on disk, and begins.
+        begin = 0 if state is None else state.step
+        at = begin if self.is_accepted else recorded
         origin = Origin(
             run=run,
-            at=state.step,
+            at=begin,
             hyperparameters=({} if job.training.schedule else job.training.hyperparameters())
-            | recorded_hyperparameters(run, state.step),
+            | recorded_hyperparameters(run, begin),
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )

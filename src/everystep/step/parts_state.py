@@ -81,6 +81,8 @@ class PartsState:
                 "same parts under the same names"
             )
         saved = dict(state.rest) | state.named()
+        # Files hold tensors in no fixed order; an optimizer gets its entries in the order that it had.
+        saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         try:
             for name, part in parts.named.items():
                 self._restore_part(name, part, held[name], saved)

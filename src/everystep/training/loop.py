@@ -87,17 +87,20 @@ def _run(training: _Loop, recorder: Recorder, interrupt: Interrupt) -> str | Non
 
 def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tuple[Recorder, Facts]:
     """Return what records a job, and what is known of the run so far."""
-    origin = job.origin
+    origin, text = job.origin, job.experiment_toml
+    texts = {} if text is None else {job.facts.experiment_file or EXPERIMENT_FILE: text}
     if origin is not None and origin.resumed is not None:
         place = origin.run.directory
         facts = facts_resumed(origin.run, job.facts, job.steps, origin.resumed)
-        recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True)
+        recorder = Recorder(place, facts, budget, at=origin.at, is_resumed=True, texts=texts)
         return recorder, facts.model_copy(update={"name": place.name})
     place = create_directory(directory, job.name, runs)
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
+    beginning = job.training.state(job.start) if origin else None
     facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
     try:
-        return Recorder(place, facts, budget, parent, job.start), facts
+        recorder = Recorder(place, facts, budget, parent, job.start, texts=texts, beginning=beginning)
+        return recorder, facts
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)  # made just now, and not started
         raise
@@ -119,7 +122,7 @@ class _Loop:
             self._known = self._known | job.origin.hyperparameters
             self._note_hyperparameters(job.start + 1, job.training.hyperparameters())
         self._loss_dtype: Any = None
-        self._snapshot_step = -1
+        self._snapshot_step = -1 if job.origin is None else job.start
         self._nonfinite_step = _nonfinite_before(job.origin)
         self._programs_written = 0
         self._has_lost = False
@@ -194,27 +197,26 @@ class _Loop:
             ]
             self._measurements += changed
             self._known = each
-        if self._measurements:
-            self.recorder.measurements(self._measurements)
-            self._measurements = []
         losses: list[float] = values.tolist()
+        measured, self._measurements = self._measurements, []
         if not losses:
+            if measured:
+                self.recorder.measurements(measured)
             return
+        found: dict[str, Any] = {}
         if values.dtype != self._loss_dtype:
             self._loss_dtype = values.dtype
-            self.recorder.facts({"loss_dtype": str(values.dtype).removeprefix("torch.")})
-        self.recorder.losses(first, losses)
+            found["loss_dtype"] = str(values.dtype).removeprefix("torch.")
+        self.recorder.losses(first, losses, measured, found | self._nonfinite_in(first, losses))
         self.show_written()
-        self._say_if_not_finite(first, losses)
         self._keep_engine(self._stepper)
 
     def _keep_beginning(self) -> None:
         job, recorder = self.job, self.recorder
         for message in job.notices:
             self.progress.notice(message)
-        if job.experiment_toml is not None:
-            recorder.text(job.facts.experiment_file or EXPERIMENT_FILE, job.experiment_toml)
-        self._snapshot()
+        if self.step not in recorder.plan.kept:
+            self._snapshot()
         if job.data is not None and (job.origin is None or job.origin.has_new_data):
             named = {"x": job.data.x, "y": job.data.y}
             if job.data.validation is not None:
@@ -374,13 +376,13 @@ class _Loop:
             measured = _evaluated(evaluation, follows)
         self._measurements += [(name, self.step, value) for name, value in measured.items()]
 
-    def _say_if_not_finite(self, first: int, losses: Sequence[float]) -> None:
+    def _nonfinite_in(self, first: int, losses: Sequence[float]) -> dict[str, Any]:
+        """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
         if self._nonfinite_step is not None:
-            return
+            return {}
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
                 self._nonfinite_step = step
-                self.recorder.facts({"nonfinite_step": step})
                 goes_on = "training continues (stop_on_nan = true stops it)"
                 self.progress.notice(
                     f"the loss is {loss} at step {step}; "
@@ -388,7 +390,8 @@ class _Loop:
                     f"everystep when {self.recorder.directory.name} nonfinite finds where it came from; "
                     "a smaller lr often helps"
                 )
-                return
+                return {"nonfinite_step": step}
+        return {}
 
 
 def _evaluated(evaluation: Evaluation, follows: ReduceLROnPlateau | None) -> dict[str, float]:

@@ -14,7 +14,14 @@ from everystep.step.state import State
 from everystep.training.batch import tensors_of
 from everystep.training.facts import facts_of_loop
 from everystep.training.place import DRAW, Drawn, Recorded
-from everystep.training.resumed import changes, check_changes, facts_resumed, resume_facts
+from everystep.training.resumed import (
+    changed_at,
+    changes,
+    check_changes,
+    check_rules,
+    facts_resumed,
+    resume_facts,
+)
 
 __all__ = ["ResumedLoop", "resumed_loop"]
 
@@ -33,6 +40,7 @@ class ResumedLoop(NamedTuple):
     facts: Facts
     is_finite: bool
     has_loss: bool
+    loss_dtype: str
     rates: dict[str, float]
     goal: Recorded | None
     draw: Callable[[int], Drawn]
@@ -66,9 +74,10 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
     if state is None:
         reason = "; ".join(problems) or "the training ended before it wrote one"
         raise RunError(f"{run.name} has no readable snapshot to go on from: {reason}; record it again")
+    check_rules(run, state.step)
     at, later = (state.step, None) if is_accepted else (recorded, state)
     earlier = run.state_near(state.step - 1, on_problem=problems.append)
-    if later is None or earlier is None:
+    if later is None or earlier is None or earlier.step < changed_at(before):
         later = None
     else:
         state = earlier
@@ -84,6 +93,7 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
         facts=facts,
         is_finite=nonfinite is None or nonfinite > state.step,
         has_loss=before.training.loop.has_loss,
+        loss_dtype=before.loss_dtype if before.training.loop.has_loss else "float64",
         rates={name: rate for name in parts.rates() for rate in _rate(run, name, state.step)},
         goal=_goal(run, state),
         draw=lambda step: _drawn(run, step),

@@ -141,6 +141,7 @@ class LoopWriter:
         self._pending: State | None = None
         self._lost_to = 0
         self._notices = Notices()
+        self._is_still = False
         self._is_finite = resumed is None or resumed.is_finite
         self._has_loss = False
         self._loss_dtype = "float64"
@@ -155,6 +156,7 @@ class LoopWriter:
             self._recorder.snapshot(beginning)
         else:
             self._has_loss, self._rates = resumed.has_loss, resumed.rates
+            self._loss_dtype = resumed.loss_dtype
             at, budget = self.step, snapshot_budget
             self._recorder = Recorder(
                 directory, resumed.facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
@@ -218,7 +220,8 @@ class LoopWriter:
         self._keep_pending(known)
         self._compare_with_later()
         self._snapshot_if_due()
-        if not (isinstance(step.watch, TakenByProgram) and step.watch.is_still):
+        self._is_still = isinstance(step.watch, TakenByProgram) and step.watch.is_still
+        if not self._is_still:
             self._versions = _versions(after)
         if time.perf_counter() >= self._flush_at:
             self.flush()
@@ -235,7 +238,7 @@ class LoopWriter:
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
-        self._versions = {}
+        self._versions, self._is_still = {}, False
 
     def take_back(self) -> None:
         """Discard the last step, which an exception left."""
@@ -257,8 +260,13 @@ class LoopWriter:
         is_pending = self._pending is not None and self._pending.step == self.step
         self._keep_pending()
         self.flush()
-        if self.step and not is_pending and self._versions == _versions(self._parts.state()):
-            self._recorder.snapshot(self._snapshot())
+        # A program writes gradients as Python does, and nothing has run since.
+        is_last = self._is_still or self._versions == _versions(self._parts.state())
+        if self.step and not is_pending and is_last:
+            last = self._snapshot()
+            # A draw that found no more batches may have used the generators, and no step did.
+            rest = last.rest | self._place.at_end
+            self._recorder.snapshot(State(last.step, last.parameters, rest, last.settings))
         seconds = time.perf_counter() - self._started
         in_all = None if self._seconds_before is None else self._seconds_before + seconds
         self._recorder.finish(
@@ -393,34 +401,32 @@ class LoopWriter:
             return
         first = self._taken[0].step
         losses = [float(loss) for loss in self._losses]
-        recorder.repeats(self._taken)
-        recorder.losses(first, losses)
-        self._show_written()
         measured = [(name, step, float(value)) for name, step, value in self._measured]
-        if measured:
-            recorder.measurements(measured)
-        recorder.facts(self._loop_facts() | {"loss_dtype": self._loss_dtype})
-        self._say_if_not_finite(first, losses)
+        found = {"loss_dtype": self._loss_dtype} | self._nonfinite_in(first, losses)
+        # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
+        recorder.losses(first, losses, measured, self._loop_facts() | found, self._taken)
         self._taken, self._losses, self._measured = [], [], []
+        self._show_written()
 
     def _show_written(self) -> None:
         for first, losses in self._recorder.written():
             if self._advanced is not None:
                 self._advanced(first, losses)
 
-    def _say_if_not_finite(self, first: int, losses: list[float]) -> None:
+    def _nonfinite_in(self, first: int, losses: list[float]) -> dict[str, Any]:
+        """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
         if not self._has_loss or not self._is_finite:
-            return
+            return {}
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
                 self._is_finite = False
-                self._recorder.facts({"nonfinite_step": step})
                 name = self._recorder.directory.name
                 say(
                     f"the loss is {loss} at step {step}; everystep when {name} nonfinite finds where it "
                     "came from"
                 )
-                return
+                return {"nonfinite_step": step}
+        return {}
 
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(

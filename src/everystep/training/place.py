@@ -69,11 +69,13 @@ class Place:
         device: of the parts, for its random generator.
 
     generators: those before the last draw, by name, if it used them, and found them otherwise than the
-    draw before it had left them.
+    draw before it had left them; at_end: those before a draw that found no more batches, by the names
+    that a state has.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.generators: dict[str, Tensor] = {}
+        self.at_end: dict[str, Tensor] = {}
         self._device = device
         self._call = -1
         self._taken = 0
@@ -142,6 +144,8 @@ class Place:
             try:
                 batch = next(iterator)
             except StopIteration:
+                names = Generators.capture(self._device).tensors().keys() & before.keys()
+                self.at_end = {f"generator/{name}": before[name] for name in names}
                 return
             if is_seen:
                 found = {name: t for name, t in before.items() if not _is_in(name, t, after)}
@@ -151,6 +155,7 @@ class Place:
                 if not found:
                     self.generators = {}
             self._taken += 1
+            self.at_end = {}
             yield batch
 
     def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:

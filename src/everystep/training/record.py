@@ -302,6 +302,7 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             raise UsageError("a step is already in progress; a recording has one loop at a time")
         writer.wait()
+        self._place.at_end = {}
         state = self._parts.state()
         writer.note_changes(state)
         watch = StepWatch(

@@ -12,7 +12,15 @@ from everystep.recording.facts import EarlierFacts, Facts, ResumeFacts, Training
 from everystep.recording.run import RecordedRun
 from everystep.training.job import Origin
 
-__all__ = ["changes", "check_changes", "facts_resumed", "resume_facts", "seconds_in_all"]
+__all__ = [
+    "changed_at",
+    "changes",
+    "check_changes",
+    "check_rules",
+    "facts_resumed",
+    "resume_facts",
+    "seconds_in_all",
+]
 
 #: Characters of a value that a message shows.
 _MOST_SHOWN = 200
@@ -52,6 +60,31 @@ def check_changes(run: RecordedRun, changed: tuple[str, ...], *, is_accepted: bo
         + "\nresume it as it was trained, or accept this with --anyway (anyway=True), which discards "
         "the recorded steps after the newest snapshot; to train with other settings, fork the run"
     )
+
+
+def check_rules(run: RecordedRun, step: int) -> None:
+    """Check that the steps after a state were taken by the rules that a run has now.
+
+    Raises:
+        RunError: a fork's parent took some, or the training before a change that was accepted.
+    """
+    facts = run.facts
+    if facts.fork is not None and step < facts.fork.at:
+        raise RunError(
+            f"{run.name} cannot be resumed: it ended before the state that it begins with was on disk, "
+            f"or that snapshot is damaged; fork {facts.fork.parent} again (--at {facts.fork.at})"
+        )
+    if step < (since := changed_at(facts)):
+        raise RunError(
+            f"{run.name} cannot be resumed: from step {since + 1:,} on it was trained otherwise than "
+            f"before, and its snapshots from step {since:,} on are missing or damaged; fork it at "
+            f"step {step:,}"
+        )
+
+
+def changed_at(facts: Facts) -> int:
+    """Return the state from which on a run was trained by the rules that it has now."""
+    return max((each.at for each in facts.resumed if each.changed), default=0)
 
 
 def resume_facts(run: RecordedRun, at: int, changed: tuple[str, ...] = ()) -> ResumeFacts:

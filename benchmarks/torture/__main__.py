@@ -1,0 +1,62 @@
+"""Interrupts trainings in every way, and looks whether they resume to the bits of a whole run.
+
+`python -m benchmarks.torture kill [--kills 1000] [--seed 0]`: SIGKILL at random instants.
+`python -m benchmarks.torture operations [--each N]`: death at every operation on files, or each N-th.
+`python -m benchmarks.torture power`: the last files torn, empty or missing, the write-ahead log cut.
+`python -m benchmarks.torture signals`: SIGTERM and Ctrl-C, after which the run must be closed.
+Prints a table, each failure on stderr, and exits with 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with other threads cannot be forked
+
+from benchmarks.torture.kill import kills
+from benchmarks.torture.operations import STEPS, operations
+from benchmarks.torture.power import losses_of_power
+from benchmarks.torture.signals import signals
+from benchmarks.torture.trainings import named
+from benchmarks.torture.trial import each, failed, references, table
+
+#: What a table counts.
+WHAT = {"power": "losses of power", "signals": "signals"}
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.torture")
+    parser.add_argument("what", choices=["kill", "operations", "power", "signals"])
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--each", type=int, default=1, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="names of trainings, separated by commas")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after these")
+    asked = parser.parse_args()
+    began = time.monotonic()
+    steps = STEPS if asked.what in ("operations", "power") else None
+    with references(named(asked.only), steps) as known:
+        if asked.what == "kill":
+            trials = kills(known, asked.kills, asked.seed)
+        elif asked.what == "signals":
+            trials = signals(known)[asked.seed % asked.each :: asked.each]
+        elif asked.what == "power":
+            trials = losses_of_power(known, asked.seed)[asked.seed % asked.each :: asked.each]
+        else:
+            trials = operations(known, asked.each, asked.seed % asked.each)
+        results = each(trials, asked.processes, asked.seconds)
+    print(table(results, WHAT.get(asked.what, "kills")))
+    for reason in sorted({one.reason for one in results if one.reason}):
+        print(f"said: {reason}", file=sys.stderr)
+    failures = failed(results)
+    print(f"{len(failures)} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A killed run loses nothing and resumes to the same bits; `make torture` does this at length."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import everystep
+from everystep.recording import recorder
+
+ROOT = Path(__file__).parents[2]
+
+
+def torture(*arguments):
+    command = [sys.executable, "-m", "benchmarks.torture", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_death_at_operations_on_files_loses_nothing():
+    done = torture("operations", "--only", "chapter-whole-batch", "--each", "60")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failures" in f" {done.stdout.splitlines()[-1]}"
+
+
+def test_signals_close_the_run():
+    done = torture("signals", "--only", "chapter-whole-batch", "--each", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def loop(steps, directory, resume=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    data = torch.randn(32, 6), torch.randn(32, 2)
+    loader = DataLoader(TensorDataset(*data), batch_size=8, shuffle=True)
+
+    def batches(count=0):
+        while True:
+            for batch in loader:
+                if count == steps:
+                    return
+                count += 1
+                yield batch
+
+    with everystep.record(run=directory, resume=resume, model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(batches()):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss, size=x.abs().mean())
+    return recording.run
+
+
+def test_a_loop_that_goes_on_has_the_table_and_the_state_of_a_whole_one():
+    whole = loop(36, "whole")
+    for steps in (12, 24):  # the batches end with a draw that begins another epoch
+        loop(steps, "run", resume=True)
+    run = loop(36, "run", resume=True)
+    assert run.losses.schema == whole.losses.schema
+    assert run.table_frame().equals(whole.table_frame())
+    assert run.measured("lr") == {1: 0.01}
+    states = [each.state_near(36).rest for each in (run, whole)]
+    assert states[0]["generator/torch"].equal(states[1]["generator/torch"])
+
+
+def test_a_loop_begins_where_a_killed_one_left_no_state():
+    for name in ("run.lock", "run.sqlite-new", ".data.safetensors.tmp"):
+        Path("run/snapshots").mkdir(parents=True, exist_ok=True)
+        (Path("run") / name).write_text("")
+    Path("run/.data.safetensors.tmp").unlink()
+    run = loop(4, "run", resume=True)
+    assert run.status == "finished" and len(run.losses) == 4
+
+
+def test_a_loop_does_not_begin_where_other_files_are():
+    Path("run").mkdir()
+    Path("run/thesis.tex").write_text("")
+    with pytest.raises(everystep.RunError, match="already exists"):
+        loop(4, "run", resume=True)
+    assert Path("run/thesis.tex").exists()
+
+
+def test_a_fork_is_there_with_its_own_first_state_or_not_at_all(monkeypatch):
+    settings = {"steps": 20, "data.N": 16, "data.D_in": 4, "data.D_out": 2}
+    layers = {"model.layers": ["Linear(4, 2)"]}
+    run = everystep.train_experiment("two-layer", settings | layers, directory="parent")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "write_snapshot", full)
+        with pytest.raises(everystep.RecordingError, match="No space left"):
+            run.fork(7, lr=1e-5, directory="fork")
+    assert not Path("fork").exists()
+    assert run.fork(7, lr=1e-5, directory="fork").verify(processes=1).is_exact
+
+
+def test_a_measurement_without_values_leaves_no_name():
+    run = loop(4, "run")
+    with pytest.raises(ZeroDivisionError):
+        run.measure(lambda step: 1 / 0, name="ratio", processes=1)
+    assert "ratio" not in run.facts.measured
+
+
+def test_a_step_function_that_is_stopped_keeps_its_last_state():
+    import signal
+
+    torch.manual_seed(0)
+    model = nn.Linear(6, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = torch.randn(8, 6), torch.randn(8, 2)
+
+    def step():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    timer = threading.Timer(1.0, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    parts = {"model": model, "optimizer": optimizer}
+    with pytest.raises(KeyboardInterrupt):
+        everystep.train(step, parts=parts, steps=10_000_000, directory="run")
+    timer.join()
+    run = everystep.open("run")
+    assert run.status == "stopped"
+    assert run.snapshots[-1] == len(run.losses) > 0
