@@ -133,14 +133,14 @@ def _batches(
         yield from [None] * (total - count)
         return
     while count != iteration.steps and (iteration.epochs is None or epoch < iteration.epochs):
-        before = count
+        before, is_skipping = count, recording.is_ahead
         for batch in recording.drawn(batches):
             count += 1
             yield batch
             if count == iteration.steps:
                 return
         epoch += 1
-        if count == before and not recording.is_ahead:
+        if count == before and not is_skipping:
             what = "no batch" if epoch == 1 else f"no more batches after step {count}"
             progress.notice(f"the loader yields {what}; a generator can be iterated only once")
             return
