@@ -48,7 +48,8 @@ def dying(monkeypatch):
 
     def put(recorder, job):  # a step is on disk before the next one
         try:
-            job()
+            if recorder._error is None:
+                job()
         except BaseException as error:
             recorder._error = error
 

@@ -93,6 +93,15 @@ class Blocks(Rows):
         query = "SELECT name, first FROM blocks WHERE first + ? > ? AND name <> ?"
         self.open_blocks({*self.rows(query, BLOCK, step + 1, FACTS)})
 
+    def open_unsealed_blocks(self) -> None:
+        """Note the blocks that a process has left without a digest, to seal them."""
+        sealed = {(name, first) for name, first, _ in self.blocks()}
+        newest: int = self.numbers("SELECT coalesce(max(step), 0) FROM steps", kinds=STEP)[0]
+        known = {(LOSS, first) for first in range(0, newest + 1, BLOCK)}
+        query = "SELECT DISTINCT name, step - step % ? FROM measurements"
+        known |= {(series_of(name), first) for name, first in self.rows(query, BLOCK)}
+        self._open_blocks |= known - sealed
+
     def remove_blocks(self, name: str) -> None:
         """Remove the digests of a series that is deleted."""
         self._open_blocks = {block for block in self._open_blocks if block[0] != name}

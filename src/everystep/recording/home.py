@@ -7,7 +7,11 @@ from pathlib import Path
 
 from everystep.errors import RecordingError
 
-__all__ = ["Home"]
+__all__ = ["GoneError", "Home"]
+
+
+class GoneError(RecordingError):
+    """The directory of a run that is being written is gone."""
 
 
 class Home:
@@ -33,13 +37,13 @@ class Home:
         """Look where the directory is; return whether it has moved.
 
         Raises:
-            RecordingError: it is gone.
+            GoneError: it is gone.
         """
         if self._is_at(self.here):
             return False
         moved = None if self._handle is None else _name_of(self._handle)
         if moved is None or not self._is_at(moved):
-            raise RecordingError(
+            raise GoneError(
                 f"the run's directory {self.here} was removed, or moved out of reach, while it was "
                 "being written, so the training stops; train again, and leave the directory where it is"
             )

@@ -23,7 +23,7 @@ from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, Database, Repeat
 from everystep.recording.facts import Facts
 from everystep.recording.files import sweep, write_whole
-from everystep.recording.home import Home
+from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.run import RecordedRun
@@ -274,7 +274,7 @@ class Recorder:
 
     def check(self) -> None:
         """Raise RecordingError if writing has failed, RunError if a step that is taken again differs."""
-        if isinstance(self._error, RunError | RecordingError):
+        if isinstance(self._error, RunError | GoneError):
             raise self._error
         if self._error is not None:
             raise self._translated(self._error) from self._error
@@ -315,6 +315,7 @@ class Recorder:
         self.plan.pinned = {0} | {each.last for each in earlier}
         self._programs = self._newest_program()
         self._continuation = continuation
+        self._database.open_unsealed_blocks()
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
             self._database.write_facts(known)
