@@ -191,6 +191,17 @@ def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
     assert accepted.losses.equals(whole.losses)
 
 
+def test_a_snapshot_that_cannot_be_read_is_left_out_and_removed(dying):
+    run = killed_experiment(dying, "two-layer", {"steps": 60}, (30,))
+    newest = run.snapshot_rows()[-1]
+    file = run.directory / newest.directory / "parameters.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    resumed = everystep.open(run.directory).resume(progress=False)
+    whole = everystep.train_experiment("two-layer", {"steps": 60}, progress=False)
+    assert_same_run(whole, resumed)
+    assert len(resumed.verify(progress=False).problems) == 0
+
+
 def test_a_run_that_is_being_trained_names_its_process(dying, everystep_command):
     run = killed_experiment(dying, "two-layer", {"steps": 60}, (30,))
     recorder = Recorder(run.directory, run.facts, 10**9, at=0, is_resumed=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +13,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError
-from everystep.recording.changes import FOLDER as CHANGES
 from everystep.recording.changes import remove_changes, write_change
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Contents, Given, packed
-from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, Database, Repeat
 from everystep.recording.facts import Facts
-from everystep.recording.files import sweep, write_whole
+from everystep.recording.files import write_whole
 from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
+from everystep.recording.tidy import tidy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -307,7 +305,7 @@ class Recorder:
         recorded = self._database.newest_step()
         if facts.resumed:  # later steps were discarded
             recorded = min(recorded, facts.resumed[-1].at)
-        self._forget_unfinished(recorded)
+        tidy(self._home.here, self._database, recorded, self._last_step)
         continuation = Continuation(self._home.here, self._database, facts.rows())
         self._last_step = continuation.recorded
         self.plan.kept = {row.step: row.bytes for row in self._database.snapshots()}
@@ -319,25 +317,6 @@ class Recorder:
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
             self._database.write_facts(known)
-
-    def _forget_unfinished(self, recorded: int) -> None:
-        """Remove what the training left half done when it ended, or did after its last recorded loss."""
-        folder = self._home.here / "snapshots"
-        rows = self._database.snapshots()
-        with self._database.transaction():
-            self._database.forget_after(recorded)
-        remove_snapshots(folder, [row.step for row in rows if row.step > recorded], self._forget)
-        remove_changes(self._home.here, recorded)
-        names = {f"{row.step:06d}" for row in rows if row.step <= recorded}
-        for path in folder.iterdir():
-            if path.name not in names:
-                shutil.rmtree(path, ignore_errors=True)
-        for name in (".", CHANGES, "programs"):
-            sweep(self._home.here / name)
-        used = {file for _, file, _, _ in self._database.all_contents()}
-        for path in self._home.here.glob(f"{BATCHES}/*.bin"):
-            if path.stem.isdecimal() and int(path.stem) not in used:
-                path.unlink(missing_ok=True)
 
     def _newest_program(self) -> int:
         files = (self._home.here / "programs").glob("*.json")
