@@ -41,8 +41,8 @@ def dying(monkeypatch):
     def end(recorder):
         recorder._queue.put(None)
         recorder._thread.join()
-        if recorder._contents is not None:
-            recorder._contents.close()
+        if recorder._repeats is not None:
+            recorder._repeats.close()
         recorder._database.close()
         recorder._lock.release()
 

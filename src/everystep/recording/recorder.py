@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.changes import remove_changes, write_change
-from everystep.recording.contents import DEFAULT_BATCH_BUDGET, Contents, Given, packed
+from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
-from everystep.recording.database import FILE_NAME, Database, Repeat
+from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
 from everystep.recording.files import write_whole
 from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
+from everystep.recording.repeats import Repeats, Taken
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 from everystep.recording.tidy import tidy
@@ -33,29 +34,12 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["DEFAULT_BUDGET", "Recorder", "Taken", "create_directory"]
+__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory"]
 
 #: Bytes of snapshots a run may keep, by default.
 DEFAULT_BUDGET = 512_000_000
 #: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
-
-
-class Taken(NamedTuple):
-    """A step of a user's loop, as it is written.
-
-    program: its number, None if nothing repeats the step; numbers: of its operators, and those that
-    Python read; inputs: on the CPU, by name; nesting: the nesting of its batch; bytes: of new inputs;
-    digests: of the state afterwards, by name, if computed.
-    """
-
-    step: int
-    program: int | None
-    numbers: list[int | float] | None
-    inputs: dict[str, Tensor]
-    nesting: Any
-    bytes: int
-    digests: dict[str, str]
 
 
 def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
@@ -148,9 +132,7 @@ class Recorder:
         self._continuation: Continuation | None = None
         self._programs = 0
         self._batch_budget = batch_budget
-        self._contents: Contents | None = None
-        self._packed_key: Any = None
-        self._packed = b""
+        self._repeats: Repeats | None = None
         try:
             if is_resumed:
                 self._resume(facts)
@@ -286,8 +268,8 @@ class Recorder:
         self._put(lambda: self._write_last_facts(facts))
         self._queue.put(None)
         self._thread.join()
-        if self._contents is not None:
-            self._contents.close()
+        if self._repeats is not None:
+            self._repeats.close()
         self._database.close()
         self._lock.release()
         self._home.close()
@@ -352,8 +334,8 @@ class Recorder:
         """
         if self._home.follow():
             self._database.move(self._home.here / FILE_NAME)
-            if self._contents is not None:
-                self._contents.move(self._home.here)
+            if self._repeats is not None:
+                self._repeats.move(self._home.here)
 
     def _in_transaction(self, write: Callable[[], None]) -> None:
         with self._database.transaction():
@@ -384,6 +366,15 @@ class Recorder:
         if taken:
             self._write_repeats(taken[again:])
         self._write_losses(first_step + again, losses[again:], measured, facts)
+
+    def _write_repeats(self, rows: Sequence[Taken]) -> None:
+        known = self._continuation
+        compare = known.new_repeats if known is not None and not known.is_over else None
+        if self._repeats is None:
+            self._repeats = Repeats(self._home.here, self._database, self._batch_budget, self._last_step)
+        self._repeats.write(rows, compare)
+        self.lost_to = self._repeats.lost_to
+        self._bytes_written += sum(row.bytes for row in rows)
 
     def _write_losses(
         self,
@@ -422,40 +413,6 @@ class Recorder:
             self._database.seal_blocks()
 
         self._in_transaction(write)
-
-    def _write_repeats(self, rows: Sequence[Taken]) -> None:
-        if self._contents is None:
-            stored = self._database.all_contents()
-            self._contents = Contents(self._home.here, self._batch_budget, stored, self._last_step)
-        found = []
-        for row in rows:
-            given = self._contents.add(row.step, row.inputs)
-            digests = {"digests": row.digests} if row.digests else {}
-            inputs = self._packed_inputs(row.nesting, given, digests)
-            numbers = packed(row.numbers) if row.numbers else None
-            found.append(Repeat(row.step, row.program, numbers, inputs))
-        contents, known = self._contents, self._continuation
-        if known is not None and not known.is_over:
-            found = known.new_repeats(found)
-
-        def write() -> None:
-            contents.commit(self._database)
-            self._database.write_repeats(found)
-            if contents.lost_to > self.lost_to:
-                self.lost_to = contents.lost_to
-                self._database.write_facts({"batches_lost_to": self.lost_to})
-
-        self._in_transaction(write)
-        self._bytes_written += sum(row.bytes for row in rows)
-
-    def _packed_inputs(self, nesting: Any, given: dict[str, Given], digests: dict[str, Any]) -> bytes:
-        """Return the inputs of a step in database form; pack repeated ones only once."""
-        key = repr(nesting), given, digests
-        if key != self._packed_key:
-            listed = {name: each.to_json() for name, each in given.items()}
-            self._packed_key = key
-            self._packed = packed({"nesting": nesting, "given": listed} | digests)
-        return self._packed
 
     def _write_program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
         from safetensors.torch import save

@@ -21,7 +21,8 @@ from everystep.recording.facts import (
     FunctionFacts,
     LoopFacts,
 )
-from everystep.recording.recorder import Recorder, Taken
+from everystep.recording.recorder import Recorder
+from everystep.recording.repeats import Taken
 from everystep.step.build import NotCapturableError
 from everystep.step.check import state_differences
 from everystep.step.elsewhere import version_of
