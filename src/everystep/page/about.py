@@ -76,6 +76,7 @@ def state_data(run: RecordedRun, columns: RunColumns, status: str) -> dict[str, 
     early = ending(run, facts, status, columns.steps)
     return {
         "status": status,
+        "reason": facts.reason,
         "ending": early,
         "going_on": early and going_on(run, facts),
         "note": facts.note,

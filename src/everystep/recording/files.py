@@ -45,7 +45,8 @@ def check_writable_files(directory: Path) -> None:
             path = Path(folder, name)
             status = path.lstat()
             is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-            is_shared = name in _CHANGED and status.st_nlink > 1
+            is_file = stat.S_ISREG(status.st_mode)
+            is_shared = is_file and name in _CHANGED and status.st_nlink > 1
             if not is_plain or is_shared:
                 what = "has a second name elsewhere" if is_shared else "is a link, or no regular file"
                 raise RunError(

@@ -170,7 +170,7 @@ def _function_text(function: FunctionFacts, steps: int) -> str:
     since = f" after step {function.after:,}" if function.after else ""
     text = (
         f"a program ran {function.by_program:,} of {steps - function.after:,} steps{since}, checked "
-        f"{_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
+        f"against Python {_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
     )
     return text if function.reason is None else f"{text}; then Python: {function.reason}"
 

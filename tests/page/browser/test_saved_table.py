@@ -6,6 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import changed, rows
+from tests.sealing import seal
 
 import everystep
 from everystep.recording.run import RecordedRun
@@ -153,6 +154,8 @@ def test_a_long_run_can_be_browsed_soon_after_it_is_opened(copied, saved):
     run = copied("chapter")
     with changed(run) as database:
         database.write_losses(501, [0.5] * 99_499 + [98.75])
+        database.write_facts({"steps": 100_000})
+    seal(run)
     page = saved(run.name)
     assert page.evaluate("performance.now()") < 15_000
     sort(page, "loss")
