@@ -8,10 +8,11 @@ each draw that used them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -25,7 +26,6 @@ from torch.utils.data import (
 )
 
 from everystep.errors import RunError
-from everystep.step.check import same_bits
 from everystep.step.generators import Generators
 from everystep.step.own_state import decoded, encoded
 
@@ -33,6 +33,8 @@ __all__ = ["Drawn", "Place", "Recorded", "is_quiet"]
 
 #: Prefix of the names of generators before a draw, and of a loader's own state.
 DRAW, LOADER = "draw/", "own/loader"
+#: Generators that belong to no loader.
+_GLOBAL = {"torch", "device", "python", "numpy"}
 _SAMPLERS = (SequentialSampler, RandomSampler, WeightedRandomSampler)
 
 
@@ -83,7 +85,7 @@ class Place:
         self._goal: Recorded | None = None
         self._history: History | None = None
         self._first = 0
-        self._at_first: dict[str, Tensor] = {}
+        self._at_first: dict[str, Any] = {}
         self._reached: Callable[[], None] = lambda: None
 
     @property
@@ -133,27 +135,26 @@ class Place:
         if iterator is not None:
             self._reached()
         self._goal = None
-        quiet = is_quiet(batches)
+        quiet, draws = is_quiet(batches), type(batches) not in (list, tuple)
         # What a state 0 has, a resumed training begins with; what a draw leaves, it leaves again.
         after = self._at_first if self._call == 0 else {}
         while True:
             self.generators = {}
-            is_seen = not quiet or self._taken == 0
+            is_seen = draws and (not quiet or self._taken == 0)
             before = self._generators() if is_seen else {}
             iterator = iter(batches) if iterator is None else iterator
             try:
                 batch = next(iterator)
             except StopIteration:
-                names = Generators.capture(self._device).tensors().keys() & before.keys()
-                self.at_end = {f"generator/{name}": before[name] for name in names}
+                held = _tensors(before, before.keys() & _GLOBAL)
+                self.at_end = {f"generator/{name}": tensor for name, tensor in held.items()}
                 return
             if is_seen:
-                found = {name: t for name, t in before.items() if not _is_in(name, t, after)}
+                is_left = after.keys() >= before.keys() and not _different(before, after)
                 after = self._generators()
-                used = {_kind(n) for n, tensor in before.items() if not same_bits(tensor, after[n])}
-                self.generators = {f"{DRAW}{n}": t for n, t in before.items() if _kind(n) in used}
-                if not found:
-                    self.generators = {}
+                used = set() if is_left else _different(before, after)
+                held = _tensors(before, used)
+                self.generators = {f"{DRAW}{name}": tensor for name, tensor in held.items()}
             self._taken += 1
             self.at_end = {}
             yield batch
@@ -190,11 +191,14 @@ class Place:
 
     def begin(self) -> None:
         """Note the random generators at the beginning of a training, which its state 0 has."""
-        self._at_first = Generators.capture(self._device).tensors()
+        self._at_first = self._generators()
 
-    def _generators(self) -> dict[str, Tensor]:
-        found = Generators.capture(self._device).tensors()
-        return found | {name: each.get_state() for name, each in _own_generators(self._loader).items()}
+    def _generators(self) -> dict[str, Any]:
+        """Return the states of all random generators that a draw can use, as they are held."""
+        found = Generators.capture(self._device)
+        own = {name: each.get_state() for name, each in _own_generators(self._loader).items()}
+        states = {"torch": found.torch_cpu, "python": found.python, "numpy": found.numpy}
+        return states | ({"device": found.torch_device} if found.torch_device is not None else {}) | own
 
     def _restore(self, generators: Mapping[str, Tensor]) -> None:
         found = {name.removeprefix(DRAW): tensor for name, tensor in generators.items()}
@@ -205,13 +209,27 @@ class Place:
         Generators.from_tensors(known | found).restore(self._device)
 
 
-def _is_in(name: str, tensor: Tensor, known: Mapping[str, Tensor]) -> bool:
-    return name in known and same_bits(tensor, known[name])
+def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """Return the names of generators with another state in the other."""
+    return {name for name, state in one.items() if not _is_same(state, other[name])}
 
 
-def _kind(name: str) -> str:
-    """Return which generator a tensor belongs to: NumPy's and Python's have several."""
-    return name.partition(".")[0]
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(one[1], np.ndarray):  # NumPy's
+        return np.array_equal(one[1], other[1]) and one[2:] == other[2:]
+    return bool(one == other)
+
+
+def _tensors(states: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
+    """Return the states of some generators as tensors, by the names that a state has."""
+    if not names:
+        return {}
+    states = {"device": None, **states}
+    held = Generators(states["torch"], states["device"], states["python"], states["numpy"]).tensors()
+    own = {name: state for name, state in states.items() if name not in _GLOBAL}
+    return {name: tensor for name, tensor in (held | own).items() if name.partition(".")[0] in names}
 
 
 def is_quiet(batches: Any) -> bool:
