@@ -230,7 +230,7 @@ def table(results: Sequence[Result], what: str, *, by_part: bool = False) -> str
         for name in (result.part if by_part else f"{result.part}: {result.name}", "all"):
             rows.setdefault(name, Counter()).update(counts)
     rows["all"] = rows.pop("all", Counter())
-    columns = ("killed", "opened", "kept", "trainings", "same", "verified", "again", "refused")
+    columns = ("interrupted", "opened", "kept", "trainings", "same", "verified", "again", "refused")
     titles = (
         what,
         "opened",
