@@ -408,6 +408,10 @@ def test_a_loss_that_is_not_finite_leads_to_its_origin(everystep_command):
         (["export", "x"], "everystep losses RUN --csv"),
         (["help", "train"], "everystep COMMAND -h"),
         (["train", "--lr", "3"], "no option --lr; write --set optimizer.lr=3"),
+        (
+            ["resume", "x", "--lr", "3"],
+            "no option --lr; it keeps its settings; to change them, everystep fork",
+        ),
         (["train", "--batch_size=4"], "no option --batch_size; write --set batch_size=4"),
         (["fork", "x", "--at", "1", "--seed", "2"], "no option --seed; write --set seed=2"),
         (["fork", "x", "--at", "1", "--lr", "--quiet"], "write --set optimizer.lr=VALUE"),

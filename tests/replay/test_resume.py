@@ -10,6 +10,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from pytorch_optimizer import Prodigy
 from tests.training import step_functions
 from tests.training.by_hand import by_train, contents
 from tests.training.engine_cases import CASES
@@ -508,6 +509,27 @@ def test_a_step_function_that_was_killed_ends_in_the_bits_of_one_that_was_not(na
         if isinstance(part, nn.Module):
             assert all(map(torch.equal, part.parameters(), other.parameters()))
     assert len(list(itertools.islice(resumed.facts.resumed, 5))) == 2
+
+
+def test_an_optimizer_with_an_infinite_setting_is_the_same_again(dying):
+    def body(record):
+        model = nn.Linear(6, 1)
+        optimizer = Prodigy(model.parameters())
+        assert optimizer.param_groups[0]["growth_rate"] == float("inf")
+        with record(model=model, optimizer=optimizer) as recording:
+            for x, y in recording.steps(DataLoader(tensors(), batch_size=1)):
+                loss = functional.mse_loss(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+        return model.weight.detach()
+
+    seeded()
+    whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
+    assert torch.equal(whole, by_loop(body, (12,)))
+    (group,) = everystep.open("killed").facts.training.optimizers["optimizer"].groups
+    assert group["growth_rate"] == float("inf")
 
 
 # Programs alone.

@@ -61,7 +61,7 @@ class Commands(typer.core.TyperGroup):
                 raise UsageError(f"no command {name!r}; {self._instead(ctx, name)}")
             if name in ("train", "fork", "resume"):
                 known = {option for parameter in command.params for option in parameter.opts}
-                _check_options(args[1:], known)
+                _check_options(args[1:], known, has_settings="--set" in known)
         return super().resolve_command(ctx, args)
 
     def _instead(self, ctx: Any, name: str) -> str:
@@ -71,10 +71,14 @@ class Commands(typer.core.TyperGroup):
         return cure or "everystep -h lists the commands"
 
 
-def _check_options(given: list[str], known: set[str]) -> None:
+def _check_options(given: list[str], known: set[str], *, has_settings: bool) -> None:
     for option, value in pairwise([*given, ""]):
         option, _, joined = option.partition("=")
         path = _SETTINGS.get(option.replace("_", "-"))
         if path is not None and option not in known:
             value = joined or ("VALUE" if not value or value.startswith("--") else value)
-            raise UsageError(f"no option {option}; write --set {path}={value}")
+            setting = f"--set {path}={value}"
+            cure = f"write {setting}"
+            if not has_settings:
+                cure = f"it keeps its settings; to change them, everystep fork RUN --at STEP {setting}"
+            raise UsageError(f"no option {option}; {cure}")

@@ -25,7 +25,8 @@ def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return facts by name as rows of the database; halves of surrogate pairs become question marks."""
     assert facts.keys() <= _OF_RUN | _OF_TRAINING
     texts = {
-        key: json.dumps(to_jsonable_python(fact), ensure_ascii=False) for key, fact in facts.items()
+        key: json.dumps(to_jsonable_python(fact, inf_nan_mode="constants"), ensure_ascii=False)
+        for key, fact in facts.items()
     }
     return [(key, text.encode("utf-8", "replace").decode()) for key, text in texts.items()]
 

@@ -61,7 +61,7 @@ Time = Annotated[AwareDatetime, AfterValidator(_in_range)]
 class _Fact(BaseModel):
     """Frozen, and of exact types; a later everystep may add fields."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
 class DataFacts(_Fact):
