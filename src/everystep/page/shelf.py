@@ -75,7 +75,7 @@ class Shelf:
             if before == now and summary["status"] != "running":
                 return summary
             summary = summary_data(name, RecordedRun(directory, may_be_cut=True).summary())
-        except (RunError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (RunError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             return summary_data(name, None, problem=str(error))
         with self._lock:
             self._known[name] = now, summary

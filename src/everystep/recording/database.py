@@ -334,10 +334,18 @@ def reading(path: Path) -> Iterator[Database]:
     """Open a run's database to read, even if it is being written or is read-only.
 
     Raises:
-        RunError: it is missing, is not an everystep database, or needs a newer everystep.
+        RunError: it is missing, is not an everystep database, or needs a newer everystep; or it was
+            removed meanwhile.
     """
-    connection = connect_reading(path)
+    try:
+        connection = connect_reading(path)
+    except (OSError, sqlite3.Error) as error:  # removed, or replaced, between two looks at it
+        raise RunError(f"{path} cannot be read: {error}") from None
     try:
         yield Database(connection, path)
+    except FileNotFoundError:
+        if path.is_file():
+            raise
+        raise RunError(f"{path.parent} is not a run any more: {path.name} is missing") from None
     finally:
         connection.close()

@@ -1,0 +1,60 @@
+"""A run that is removed, or replaced, while it is being read."""
+
+import shutil
+
+import pytest
+
+import everystep
+from everystep.errors import RunError
+from everystep.page.shelf import Shelf
+from everystep.recording import connection, numbers, run, summary
+
+#: Functions by which a list reads a run, in the order of their calls.
+LOOKS = [
+    (connection, "_check_files"),
+    (connection, "_check_size"),
+    (connection, "_connect"),
+    (connection, "_check_identity"),
+    (run, "structure_findings"),
+    (run, "is_locked"),
+    (summary, "_time_of"),
+]
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    kept = tmp_path / "runs" / "two-layer"
+    everystep.train_experiment("two-layer", {"steps": 3}, directory=kept, progress=False)
+    return kept
+
+
+def before(monkeypatch, module, name, act):
+    original = getattr(module, name)
+
+    def look(*arguments, **options):
+        act()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, look)
+
+
+@pytest.mark.parametrize(("module", "name"), LOOKS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_run_removed_while_a_list_reads_it_is_a_problem_of_that_run(
+    recorded, monkeypatch, module, name
+):
+    before(monkeypatch, module, name, lambda: shutil.rmtree(recorded, ignore_errors=True))
+    [line] = Shelf(recorded.parent).summaries().values()
+    assert line["problem"] is None or "two-layer" in line["problem"]
+
+
+def test_a_run_replaced_by_another_file_while_it_is_opened_is_refused(recorded, monkeypatch):
+    database = recorded / "run.sqlite"
+    before(monkeypatch, connection, "_check_identity", lambda: database.write_bytes(b"x" * 8192))
+    with pytest.raises(RunError, match=r"run\.sqlite"):
+        everystep.open(recorded)
+
+
+def test_a_run_removed_before_its_newest_losses_are_read_is_refused(recorded, monkeypatch):
+    before(monkeypatch, numbers, "reading", lambda: shutil.rmtree(recorded))
+    with pytest.raises(RunError, match="is not a run"):
+        numbers.read_numbers(recorded)
