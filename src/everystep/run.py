@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from everystep.errors import RunError, StepError, UsageError
+from everystep.errors import StepError, UsageError
 from everystep.recording.finding import RUNS
 from everystep.recording.recorder import DEFAULT_BUDGET
-from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.run import RecordedRun
 
 if TYPE_CHECKING:
     import torch
@@ -333,48 +333,21 @@ class Run(RecordedRun):
             RecordingError: writing the fork failed; everything recorded before is kept.
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
         """
-        from everystep.replay.alone import fork_alone, reason_against
-        from everystep.replay.fork import Fork, fork_experiment, fork_objects
-        from everystep.training.objects import Objects
+        from everystep.replay.continuing import Fork, fork
 
-        if self.facts.training.loop:
-            raise RunError(
-                f"{self.name} was recorded from your own loop, which a fork would need; load "
-                f"run.parameters({at}) into your model and record your loop from there"
-            )
-
-        at = self._number(at)
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
-        given = {name: value for name, value in short.items() if value is not None}
+        changed = {name: value for name, value in short.items() if value is not None}
         place = None if directory is None else Path(directory)
-        if (self.directory / EXPERIMENT_FILE).exists() and model is None:
-            if "lr" in given:
-                given["optimizer.lr"] = given.pop("lr")
-            asked = Fork(self, at, given | dict(settings or {}), place, RUNS, snapshot_budget)
-            return run_of(fork_experiment(asked, self._opener, progress_of(progress)))
-        asked = Fork(self, at, given | dict(settings or {}), place, RUNS, snapshot_budget)
-        is_own = model is None and loss is None and optimizer is None
-        objects = self._objects if is_own else Objects(model, loss, optimizer)
-        if objects is None or objects.model is None:
-            reason = reason_against(self)
-            if reason is None and set(asked.settings) - {"lr", "steps"}:
-                reason = "only lr and steps can change"
-            if reason is not None:
-                raise RunError(
-                    f"{self.name} was trained from Python objects, which the run does not hold, and "
-                    f"its programs cannot go on alone: {reason}; pass the objects: "
-                    "fork(..., model=..., loss=..., optimizer=...)"
-                )
-            asked.check()
-            last = steps or self.facts.steps or 0
-            place, shown = asked.directory, progress_of(progress)
-            return run_of(fork_alone(self, at, last, lr, place, RUNS, snapshot_budget, shown))
-        changes: dict[str, Any] = {"data": data, "metrics": metrics, "schedule": schedule}
-        if schedule is not None:
-            changes["schedule_every"] = schedule_every
-        objects = replace(objects, **{k: v for k, v in changes.items() if v is not None})
-        opener, shown = self._opener, progress_of(progress)
-        return run_of(fork_objects(asked, objects, validation, is_own, opener, shown), objects)
+        asked = Fork(
+            self, self._number(at), changed | dict(settings or {}), place, RUNS, snapshot_budget
+        )
+        given = {
+            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
+            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            "metrics": metrics,
+        }
+        outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
+        return run_of(outcome, trained and replace(trained, validation=None))
 
     def resume(
         self,
@@ -416,35 +389,16 @@ class Run(RecordedRun):
             RecordingError: writing the run failed; everything recorded before is kept.
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
         """
-        from everystep.replay.alone import reason_against, resume_alone
-        from everystep.replay.resume import Resume, resume_experiment, resume_objects
-        from everystep.training.objects import Objects
+        from everystep.replay.continuing import Resume, resume
 
-        if self.facts.training.loop:
-            raise RunError(
-                f"{self.name} was recorded from your own loop, which goes on with the loop: "
-                f"everystep.record(..., resume={str(self.directory)!r})"
-            )
         asked = Resume(self, steps, anyway, snapshot_budget)
-        if (self.directory / EXPERIMENT_FILE).exists() and model is None:
-            return run_of(resume_experiment(asked, progress_of(progress)))
-        is_own = model is None and loss is None and optimizer is None
-        objects = self._objects if is_own else Objects(model, loss, optimizer)
-        if objects is None or objects.model is None:
-            reason = reason_against(self)
-            if reason is not None:
-                raise RunError(
-                    f"{self.name} was trained from Python objects, which the run does not hold, and "
-                    f"its programs cannot go on alone: {reason}; pass the objects: "
-                    "resume(model=..., loss=..., optimizer=...)"
-                )
-            asked.check()
-            return run_of(resume_alone(self, asked.last, snapshot_budget, progress_of(progress)))
-        given: dict[str, Any] = {"data": data, "schedule": schedule, "validation": validation}
-        given |= {"metrics": metrics, "schedule_every": schedule_every if schedule else None}
-        objects = replace(objects, **{k: v for k, v in given.items() if v is not None})
-        outcome = resume_objects(asked, objects, is_own, progress_of(progress))
-        return run_of(outcome, replace(objects, data=None, validation=None))
+        given = {
+            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
+            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            "metrics": metrics,
+        }
+        outcome, trained = resume(asked, given, self._objects, progress_of(progress))
+        return run_of(outcome, trained and replace(trained, data=None, validation=None))
 
     def _number(self, step: Any) -> int:
         try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -81,6 +81,10 @@ class Job:
             faults.append(Fault("train", "is called within torch.no_grad(); call it outside"))
         if faults:
             raise ExperimentError(faults, "the training")
+
+    def with_facts(self, **facts: Any) -> Job:
+        """Return the job with other facts about it."""
+        return replace(self, facts=self.facts.model_copy(update=facts))
 
     @property
     def start(self) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from everystep import numerics
-from everystep.errors import EverystepError, RunError, TrainingError, UsageError
+from everystep.errors import RunError, UsageError
 from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
@@ -18,12 +18,20 @@ from everystep.recording.data import check_data
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
-from everystep.replay.fork import iteration_of, recorded_hyperparameters
+from everystep.replay.continuing.again import (
+    check_alone,
+    iteration_of,
+    objects_from,
+    prepared,
+    recorded_hyperparameters,
+    torchs_errors,
+    with_data,
+)
+from everystep.replay.continuing.alone import resume_alone
 from everystep.replay.reopen import stored_data
 from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
-from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
@@ -31,7 +39,7 @@ from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 from everystep.training.resumed import changes, check_changes, check_rules, resume_facts
 
-__all__ = ["Resume", "resume_experiment", "resume_objects"]
+__all__ = ["Resume", "resume", "resume_experiment", "resume_objects"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Resume:
         facts = run.facts.training
         if facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)
-            job = _with_facts(job, evaluate_every=facts.evaluate_every)
+            job = job.with_facts(evaluate_every=facts.evaluate_every)
         changed = changes(facts, job.facts, ("data.digest", *left_out))
         check_changes(run, changed, is_accepted=self.is_accepted)
         problems: list[str] = []
@@ -123,6 +131,42 @@ class Resume:
         return run_job(job, None, run.directory.parent, self.budget, progress)
 
 
+def resume(
+    asked: Resume, given: Mapping[str, Any], known: Objects | None, progress: Progress
+) -> tuple[Outcome, Objects | None]:
+    """Go on with a run: by its experiment, by the objects that train it, or by its programs alone.
+
+    Args:
+        asked: the run, and how far to go.
+        given: the objects among the arguments of `Run.resume`, None where not given.
+        known: the objects that trained the run in this process.
+        progress: watches the training.
+
+    Returns:
+        What was trained, and the objects that trained it.
+
+    Raises:
+        UsageError: the run has all its steps, or an object is invalid.
+        RunError: something changed since the run began, or a file of the run is missing.
+        TrainingError: torch failed in a step.
+        RecordingError: writing the run failed.
+    """
+    run = asked.run
+    if run.facts.training.loop:
+        raise RunError(
+            f"{run.name} was recorded from your own loop, which goes on with the loop: "
+            f"everystep.record(..., resume={str(run.directory)!r})"
+        )
+    if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
+        return resume_experiment(asked, progress), None
+    objects, is_own = objects_from(given, known)
+    if objects is not None:
+        return resume_objects(asked, objects, is_own, progress), objects
+    check_alone(run, "resume(")
+    asked.check()
+    return resume_alone(run, asked.last, asked.budget, progress), None
+
+
 def resume_experiment(
     asked: Resume, progress: Progress, experiment: Experiment | None = None
 ) -> Outcome:
@@ -130,11 +174,7 @@ def resume_experiment(
 
     experiment: must be the run's, except for the number of steps, which is then this one's.
 
-    Raises:
-        UsageError: the run has all its steps.
-        RunError: something changed since the run began, or a file of the run is missing.
-        TrainingError: torch failed in a step.
-        RecordingError: writing the run failed.
+    Raises: see `resume`.
     """
     run = asked.run
     facts = run.facts.training
@@ -151,31 +191,20 @@ def resume_experiment(
         if asked.has_all:
             return Outcome(run.directory, "finished", None)
     device = select(experiment.device)
-    numerics.prepare()
-    with numerics.in_force(experiment.threads or facts.numerics.threads), generators_preserved(device):
-        try:
-            stored = stored_data(run, facts)
-            job = experiment_job(with_fused(experiment, device), run.name, device, stored)
-            if stored is not None:
-                job = _with_facts(job, preparation=facts.preparation)
-            else:
-                _check_same_data(job, facts)
-            if asked.last != _steps_of(known, facts):
-                text = load(path, {"steps": asked.last}).to_toml()
-                name = f"experiment-{len(asked) + 1}.toml"
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                job = replace(job, experiment_toml=text)
-                job = _with_facts(job, experiment_file=name, experiment_digest=digest)
-            else:
-                kept = facts.experiment_file, facts.experiment_digest
-                job = replace(job, experiment_toml=None)
-                job = _with_facts(job, experiment_file=kept[0], experiment_digest=kept[1])
-            return asked.train(job, progress)
-        except EverystepError:
-            raise
-        except Exception as error:  # no code but torch's has run
-            reason = str(error).strip() or type(error).__name__
-            raise TrainingError(f"{run.name} failed: {reason}") from error
+    with prepared(experiment.threads or facts.numerics.threads, device), torchs_errors(run.name):
+        stored = stored_data(run, facts)
+        job = experiment_job(with_fused(experiment, device), run.name, device, stored)
+        if stored is not None:
+            job = job.with_facts(preparation=facts.preparation)
+        else:
+            _check_same_data(job, facts)
+        text, name, digest = None, facts.experiment_file, facts.experiment_digest
+        if asked.last != _steps_of(known, facts):
+            text = load(path, {"steps": asked.last}).to_toml()
+            name = f"experiment-{len(asked) + 1}.toml"
+            digest = hashlib.sha256(text.encode()).hexdigest()
+        job = replace(job, experiment_toml=text)
+        return asked.train(job.with_facts(experiment_file=name, experiment_digest=digest), progress)
 
 
 def resume_objects(
@@ -194,10 +223,7 @@ def resume_objects(
         progress: watches the training.
         iteration: must be the run's, except for the number of steps, which is then this one's.
 
-    Raises:
-        UsageError: the run has all its steps, or an object is invalid.
-        RunError: something changed since the run began, or a file of the run is missing.
-        RecordingError: writing the run failed.
+    Raises: see `resume`.
     """
     objects.check_complete()
     run = asked.run
@@ -211,26 +237,19 @@ def resume_objects(
     else:
         asked.check()
         iteration = check_iteration(**iteration_of(facts, asked.last))
-    stored = stored_data(run, facts) if objects.data is None else None
-    if objects.data is None and stored is None:
-        raise RunError(f"the data of {run.name} is not in the run; pass it: resume(data=(x, y), ...)")
-    trained = replace(
-        objects,
-        data=objects.data if stored is None else (stored.x, stored.y),
-        validation=objects.validation if stored is None else stored.validation,
-        dataset_limit=DEFAULT_DATASET_LIMIT,
-    )
-    trained.check()
-    numerics.prepare()
+    is_stored = objects.data is None
+    # Its validation rows are no longer among the stored data.
+    objects = replace(objects, validation=None) if is_stored else objects
+    trained = with_data(objects, run, facts, "resume(..., ")
     device = select(facts.device)
-    with numerics.in_force(iteration.threads), generators_preserved(device):
+    with prepared(iteration.threads, device):
         trained.model.to(device)
         torch.manual_seed(facts.batches.seed)
-        job = _with_facts(objects_job(trained, iteration, device, progress), seed=facts.seed)
-        if stored is None:
-            _check_same_data(job, facts)
+        job = objects_job(trained, iteration, device, progress).with_facts(seed=facts.seed)
+        if is_stored:
+            job = job.with_facts(data=facts.data)
         else:
-            job = _with_facts(job, data=facts.data)
+            _check_same_data(job, facts)
         return asked.train(job, progress, ("optimizer", "schedule") if is_own else ())
 
 
@@ -268,10 +287,6 @@ def _check_same_experiment(run: RecordedRun, known: Experiment, given: Experimen
         if pair[0].get(path) != pair[1].get(path)
     )
     check_changes(run, changed, is_accepted=False)
-
-
-def _with_facts(job: Job, **facts: Any) -> Job:
-    return replace(job, facts=job.facts.model_copy(update=facts))
 
 
 def _check_same_data(job: Job, facts: TrainingFacts) -> None:

@@ -11,24 +11,31 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from everystep import numerics
-from everystep.errors import EverystepError, ExperimentError, Fault, RunError, TrainingError, UsageError
+from everystep.errors import ExperimentError, Fault, RunError, UsageError
 from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
-from everystep.recording.facts import EAGERLY, ForkFacts, TrainingFacts
+from everystep.recording.facts import ForkFacts
+from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
+from everystep.replay.continuing.again import (
+    check_alone,
+    iteration_of,
+    objects_from,
+    prepared,
+    recorded_hyperparameters,
+    torchs_errors,
+    with_data,
+)
+from everystep.replay.continuing.alone import fork_alone
 from everystep.replay.processes import Opener
 from everystep.replay.reopen import stored_data
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
-from everystep.step.generators import generators_preserved
-from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.named_state import parameter_names
 from everystep.step.optimizer_state import optimizer_settings
 from everystep.step.state import State
-from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
@@ -36,7 +43,7 @@ from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.objects import Objects
 
-__all__ = ["Fork", "fork_experiment", "fork_objects", "iteration_of", "recorded_hyperparameters"]
+__all__ = ["Fork", "fork"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Fork:
     settings: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
     runs: Path = Path("runs")
-    budget: int = 0
+    budget: int = DEFAULT_BUDGET
 
     def check(self) -> None:
         """Check that the state exists.
@@ -143,25 +150,49 @@ class Fork:
         return replace(state, settings={"step": self.at, "optimizer": optimizer})
 
 
-def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
-    """Return the lr and similar settings as last recorded up to a step."""
-    found: dict[str, float] = {}
-    for name in filter(is_hyperparameter, run.measurement_names):
-        values = [value for step, value in run.measured(name).items() if step <= at]
-        if values:
-            found[name] = values[-1]
-    return found
+def fork(
+    asked: Fork, given: Mapping[str, Any], known: Objects | None, opener: Opener, progress: Progress
+) -> tuple[Outcome, Objects | None]:
+    """Fork a run: by its experiment, by the objects that train it, or by its programs alone.
 
+    Args:
+        asked: the fork to make.
+        given: the objects among the arguments of `Run.fork`, None where not given.
+        known: the objects that trained the run in this process.
+        opener: opens the parent's states.
+        progress: watches the training.
 
-def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
-    """Fork a run of an experiment; create everything from the experiment with its changes.
+    Returns:
+        What was trained, and the objects that trained it.
 
     Raises:
-        UsageError: the state does not exist, or a setting is invalid.
+        StepError, UsageError: the state does not exist, or a setting is invalid.
         RunError: the state cannot be restored bit for bit.
         TrainingError: torch failed in a step.
         RecordingError: writing the run failed.
     """
+    run = asked.run
+    if run.facts.training.loop:
+        raise RunError(
+            f"{run.name} was recorded from your own loop, which a fork would need; load "
+            f"run.parameters({asked.at}) into your model and record your loop from there"
+        )
+    if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
+        settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
+        return _fork_experiment(replace(asked, settings=settings), opener, progress), None
+    objects, is_own = objects_from(given, known)
+    if objects is not None:
+        return _fork_objects(asked, objects, is_own, opener, progress), objects
+    others = set(asked.settings) - {"lr", "steps"}
+    check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
+    asked.check()
+    last, lr = asked.settings.get("steps") or run.facts.steps or 0, asked.settings.get("lr")
+    outcome = fork_alone(run, asked.at, last, lr, asked.directory, asked.runs, asked.budget, progress)
+    return outcome, None
+
+
+def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
+    """Create everything from the experiment with its changes."""
     asked.check()
     facts = asked.stretch.facts
     path = asked.run.experiment_file(facts)
@@ -171,53 +202,27 @@ def fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome:
     device = select(new.device)
     old, new = with_fused(old, device), with_fused(new, device)
     state = asked.state(opener)
-    numerics.prepare()
-    threads = new.threads or facts.numerics.threads
-    with numerics.in_force(threads), generators_preserved(device):
-        try:
-            data = None
-            if new.data == old.data:  # also where the seed that it was drawn with changes
-                data = stored_data(asked.run, facts) or _made_data(asked.run, old)
-            job = experiment_job(new, asked.run.name, device, data)
-            if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
-                state = asked.with_schedule(job.training, state)
-            before = _bring_to(job.training, state, old, new)
-            if new.seed != old.seed:
-                torch.manual_seed(new.seed)
-            if data is not None:
-                kept = {"preparation": facts.preparation}
-                job = replace(job, facts=job.facts.model_copy(update=kept))
-            return asked.train(job, before, data is None, progress)
-        except EverystepError:
-            raise
-        except Exception as error:  # no code but torch's has run
-            reason = str(error).strip() or type(error).__name__
-            raise TrainingError(f"the fork failed: {reason}") from error
+    with prepared(new.threads or facts.numerics.threads, device), torchs_errors("the fork"):
+        data = None
+        if new.data == old.data:  # also where the seed that it was drawn with changes
+            data = stored_data(asked.run, facts) or _made_data(asked.run, old)
+        job = experiment_job(new, asked.run.name, device, data)
+        if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
+            state = asked.with_schedule(job.training, state)
+        before = _bring_to(job.training, state, old, new)
+        if new.seed != old.seed:
+            torch.manual_seed(new.seed)
+        if data is not None:
+            job = job.with_facts(preparation=facts.preparation)
+        return asked.train(job, before, data is None, progress)
 
 
-def fork_objects(
-    asked: Fork,
-    objects: Objects,
-    validation: tuple[Any, Any] | None,
-    is_own: bool,
-    opener: Opener,
-    progress: Progress,
+def _fork_objects(
+    asked: Fork, objects: Objects, is_own: bool, opener: Opener, progress: Progress
 ) -> Outcome:
-    """Fork a run from Python objects.
+    """Train the objects in place, or copies of those that trained the run itself (`is_own`).
 
-    Args:
-        asked: the fork to make.
-        objects: the model, loss, optimizer, ... to continue with; trained in place, unless they are
-            `is_own`: those that trained the run itself. Otherwise, the optimizer's settings apply.
-        validation: x and y to measure, instead of the parent's.
-        is_own: see objects.
-        opener: opens the parent's states.
-        progress: watches the training.
-
-    Raises:
-        UsageError: the state does not exist, or an argument is invalid.
-        RunError: the state cannot be restored bit for bit.
-        RecordingError: writing the run failed.
+    The settings of an optimizer that is not the run's own apply.
     """
     asked.check()
     objects.check_complete()
@@ -227,21 +232,9 @@ def fork_objects(
     iteration = check_iteration(**(iteration_of(facts, asked.run.facts.steps) | settings))
     state = asked.state(opener)
     own = objects.copied() if is_own else objects
-    known = stored_data(asked.run, facts) if own.data is None else None
-    if own.data is None and known is None:
-        raise RunError(
-            f"the data of {asked.run.name} is not in the run; pass it: fork(..., data=(x, y))"
-        )
-    trained = replace(
-        own,
-        data=own.data if known is None else (known.x, known.y),
-        validation=known.validation if known is not None and validation is None else validation,
-        dataset_limit=DEFAULT_DATASET_LIMIT,
-    )
-    trained.check()
-    numerics.prepare()
+    trained = with_data(own, asked.run, facts, "fork(..., ")
     device = select(facts.device)
-    with numerics.in_force(iteration.threads), generators_preserved(device):
+    with prepared(iteration.threads, device):
         trained.model.to(device)
         torch.manual_seed(settings.get("seed", facts.batches.seed))
         job = objects_job(trained, iteration, device, progress)
@@ -251,11 +244,11 @@ def fork_objects(
         before = _bring_objects_to(job.training, state, keep=not is_own and not goes_on)
         if "seed" in settings:
             torch.manual_seed(settings["seed"])
+        else:
+            job = job.with_facts(seed=facts.seed)
         if lr is not None:
             _set_rate(job.training, lr)
-        now = {"optimizers": {"optimizer": optimizer_facts(job.training.optimizer)}}
-        kept = {} if "seed" in settings else {"seed": facts.seed}
-        job = replace(job, facts=job.facts.model_copy(update=now | kept))
+        job = job.with_facts(optimizers={"optimizer": optimizer_facts(job.training.optimizer)})
         return asked.train(job, before, own.data is not None, progress)
 
 
@@ -319,21 +312,6 @@ def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str,
 
 def _made_data(run: RecordedRun, experiment: Experiment) -> Data | None:
     return experiment_job(experiment, run.name, torch.device("cpu")).data
-
-
-def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
-    """Return the arguments of `train` that a run was trained with."""
-    engine = facts.engine or EAGERLY
-    return {
-        "steps": steps,
-        "batch_size": facts.batches.batch_size,
-        "drop_last": facts.batches.drop_last,
-        "threads": facts.numerics.threads,
-        "clip_norm": facts.clip_norm,
-        "evaluate_every": facts.evaluate_every,
-        "engine": engine.asked,
-        "fold": engine.fold,
-    }
 
 
 def _is_plain(value: Any) -> bool:

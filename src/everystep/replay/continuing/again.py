@@ -1,0 +1,134 @@
+"""What trained a run, once more: its arguments, its data, and the objects that go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from everystep import numerics
+from everystep.errors import EverystepError, RunError, TrainingError
+from everystep.recording.facts import EAGERLY, TrainingFacts
+from everystep.recording.run import RecordedRun
+from everystep.replay.continuing.alone import reason_against
+from everystep.replay.reopen import stored_data
+from everystep.step.generators import generators_preserved
+from everystep.step.hyperparameters import is_hyperparameter
+from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+from everystep.training.objects import Objects
+
+__all__ = [
+    "check_alone",
+    "iteration_of",
+    "objects_from",
+    "prepared",
+    "recorded_hyperparameters",
+    "torchs_errors",
+    "with_data",
+]
+
+
+def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objects | None, bool]:
+    """Return the objects that go on with a run, and whether they are those that trained it.
+
+    given: arguments of `fork` or `resume`, None where not given; known: the objects that trained the run
+    in this process. Without objects, None: only the run's programs can go on.
+    """
+    is_own = all(given[name] is None for name in ("model", "loss", "optimizer"))
+    objects = known if is_own else Objects(given["model"], given["loss"], given["optimizer"])
+    if objects is None or objects.model is None:
+        return None, is_own
+    others = {
+        name: given[name]
+        for name in ("data", "schedule", "validation", "metrics")
+        if given[name] is not None
+    }
+    if "schedule" in others:
+        others["schedule_every"] = given["schedule_every"]
+    return replace(objects, **others), is_own
+
+
+def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
+    """Check that the programs of a run can go on with it alone.
+
+    call: the beginning of the call that was made; reason: why they cannot, if already known.
+
+    Raises:
+        RunError: they cannot.
+    """
+    reason = reason_against(run) or reason
+    if reason is not None:
+        raise RunError(
+            f"{run.name} was trained from Python objects, which the run does not hold, and its programs "
+            f"cannot go on alone: {reason}; pass the objects: {call}model=..., loss=..., optimizer=...)"
+        )
+
+
+def with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: str) -> Objects:
+    """Return objects with the run's data, if they have none; checked.
+
+    Raises:
+        RunError: the run does not hold its data.
+        ExperimentError: an object is invalid; lists every error.
+    """
+    if objects.data is None:
+        stored = stored_data(run, facts)
+        if stored is None:
+            raise RunError(f"the data of {run.name} is not in the run; pass it: {call}data=(x, y))")
+        validation = stored.validation if objects.validation is None else objects.validation
+        objects = replace(objects, data=(stored.x, stored.y), validation=validation)
+    objects = replace(objects, dataset_limit=DEFAULT_DATASET_LIMIT)
+    objects.check()
+    return objects
+
+
+@contextmanager
+def prepared(threads: int | None, device: torch.device) -> Iterator[None]:
+    """Compute as a training does, and leave the process as it was."""
+    numerics.prepare()
+    with numerics.in_force(threads), generators_preserved(device):
+        yield
+
+
+@contextmanager
+def torchs_errors(what: str) -> Iterator[None]:
+    """Report an error of torch, where no code but torch's has run.
+
+    Raises:
+        TrainingError: torch failed.
+    """
+    try:
+        yield
+    except EverystepError:
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise TrainingError(f"{what} failed: {reason}") from error
+
+
+def recorded_hyperparameters(run: RecordedRun, at: int) -> dict[str, float]:
+    """Return the lr and similar settings as last recorded up to a step."""
+    found: dict[str, float] = {}
+    for name in filter(is_hyperparameter, run.measurement_names):
+        values = [value for step, value in run.measured(name).items() if step <= at]
+        if values:
+            found[name] = values[-1]
+    return found
+
+
+def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
+    """Return the arguments of `train` that a run was trained with."""
+    engine = facts.engine or EAGERLY
+    return {
+        "steps": steps,
+        "batch_size": facts.batches.batch_size,
+        "drop_last": facts.batches.drop_last,
+        "threads": facts.numerics.threads,
+        "clip_norm": facts.clip_norm,
+        "evaluate_every": facts.evaluate_every,
+        "engine": engine.asked,
+        "fold": engine.fold,
+    }
