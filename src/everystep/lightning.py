@@ -28,11 +28,18 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
         options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
 
+    A fit that goes on from a checkpoint (`ckpt_path`) is recorded as a new run, which begins there.
+
     Raises:
-        UsageError: the fit uses more than one process.
+        UsageError: the fit uses more than one process, or `resume` is given.
     """
 
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
+        if "resume" in options:
+            raise UsageError(
+                "Record cannot resume a run, since the trainer chooses the batches; go on from the "
+                "trainer's checkpoint, trainer.fit(..., ckpt_path=...), in a new run"
+            )
         self._run, self._options = run, options
         self._recording: Recording[Run] | None = None
 

@@ -29,11 +29,18 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
         options: options of `everystep.record`: `snapshot_budget`, `batch_budget`.
 
+    A training that goes on from a checkpoint is recorded as a new run, which begins there.
+
     Raises:
-        UsageError: the training uses more than one process.
+        UsageError: the training uses more than one process, or `resume` is given.
     """
 
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
+        if "resume" in options:
+            raise UsageError(
+                "Record cannot resume a run, since the trainer chooses the batches; go on from the "
+                "trainer's checkpoint, trainer.train(resume_from_checkpoint=True), in a new run"
+            )
         self._run, self._options = run, options
         self._recording: Recording[Run] | None = None
         self._is_in_step = False

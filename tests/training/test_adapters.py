@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -116,6 +117,36 @@ def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         trainer.fit(Failing(), DataLoader(data, 16))
     assert (len(callback.run), callback.run.status) == (5, "failed")
+
+
+def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fit(steps, checkpoint=None):
+        torch.manual_seed(0)
+        data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
+        callback, model = everystep.lightning.Record(), Classifier()
+        trainer = pl.Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
+        )  # fmt: skip
+        trainer.fit(model, DataLoader(data, 16), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return callback.run
+
+    whole, first = fit(18), fit(12)
+    second = fit(18, tmp_path / "last.ckpt")
+    assert (len(first), len(second), second.directory) == (12, 6, Path("runs/loop-3"))
+    found = replayed(second)
+    assert found["exact"], found["text"]
+    for name, tensor in whole.parameters(0).items():
+        assert second.parameters(0)[name].shape == tensor.shape
+
+
+@pytest.mark.parametrize("package", [everystep.lightning, everystep.transformers])
+def test_the_callbacks_say_how_their_trainers_go_on(package):
+    with pytest.raises(everystep.UsageError, match=r"trainer's checkpoint, trainer\.(fit|train)\("):
+        package.Record(run="runs/loop-1", resume=True)
 
 
 class Sentences(Dataset):
