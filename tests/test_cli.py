@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
@@ -166,15 +167,16 @@ def test_stop_on_nan_exits_with_1(everystep_command):
 
 def test_an_encoding_without_mathematical_signs_is_no_error():
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    everystep.train_experiment("two-layer", {"steps": 3}, directory="r\xfcn", progress=False)
+    run = everystep.train_experiment("two-layer", {"steps": 3}, directory="r\xfcn", progress=False)
+    losses = [str(np.float32(loss)) for loss in run.losses["loss"]]  # other processors have other ones
     for arguments, shown in (
         (["step", "r\xfcn", "2"], "0.weight.grad = d#0^T * x    100x1,000"),
         (["step", "r\xfcn", "2", "--op", "4"], "d#2 = 2 * (#2 - y)"),
         (["runs", "."], "finished"),
-        (["losses", "r\xfcn"], "546.72797"),
+        (["losses", "r\xfcn"], losses[2]),
         (["diff", "r\xfcn", "r\xfcn"], "the runs are bit-identical"),
         (["when", "r\xfcn", "loss < 600"], "2"),
-        (["train", "--steps", "2", "--run", "\u0142"], "584.9593"),
+        (["train", "--steps", "2", "--run", "\u0142"], losses[1]),
     ):
         process = start(*arguments, env=environment)
         out, err = process.communicate(timeout=60)

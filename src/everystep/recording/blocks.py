@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import sqlite3
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from everystep.recording.rows import BYTES, LOSSES, STEP, TEXT, VALUES, Rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    #: Steps in their order, and their numbers.
+    Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 __all__ = ["BLOCK", "FACTS", "LOSS", "Blocks", "block_of", "digest_of_numbers", "series_of"]
 
@@ -22,7 +30,6 @@ __all__ = ["BLOCK", "FACTS", "LOSS", "Blocks", "block_of", "digest_of_numbers", 
 BLOCK = 4096
 #: Names in the table `blocks`, besides those of measurements.
 LOSS, FACTS = "loss", "facts"
-_NAN = struct.unpack("<d", struct.pack("<Q", 0x7FF8000000000000))[0]
 
 
 def series_of(measurement: str) -> str:
@@ -35,16 +42,12 @@ def block_of(step: int) -> int:
     return step - step % BLOCK
 
 
-def digest_of_numbers(steps: Sequence[int], values: Sequence[float | None]) -> bytes:
+def digest_of_numbers(steps: NDArray[np.int64], values: NDArray[np.float64]) -> bytes:
     """Return the digest of numbers by step: XXH3, 128 bits, of the steps as int64 and then the values as
-    float64, both little-endian; None, which is NaN, is the bytes of NumPy's nan.
-
-    Raises:
-        struct.error: something is not a number.
+    float64, both little-endian; NaN is the bytes of NumPy's nan.
     """
-    floats = [_NAN if value is None else value for value in values]
-    machine = xxhash.xxh3_128(struct.pack(f"<{len(steps)}q", *steps))
-    machine.update(struct.pack(f"<{len(floats)}d", *floats))
+    machine = xxhash.xxh3_128(steps.astype("<i8", copy=False).tobytes())
+    machine.update(values.astype("<f8", copy=False).tobytes())
     return machine.digest()
 
 
@@ -77,7 +80,7 @@ class Blocks(Rows):
             if before is not None and first + BLOCK > before:
                 continue
             steps, values = self.block(name, first)
-            if steps:
+            if len(steps):
                 row = name, first, digest_of_numbers(steps, values)
                 self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", row)
             self._open_blocks.discard((name, first))
@@ -107,7 +110,7 @@ class Blocks(Rows):
         self._open_blocks = {block for block in self._open_blocks if block[0] != name}
         self.connection.execute("DELETE FROM blocks WHERE name = ?", (name,))
 
-    def block(self, name: str, first: int) -> tuple[list[int], list[float | None]]:
+    def block(self, name: str, first: int) -> Series:
         """Return the steps of a block that the run has, and their numbers."""
         among = "FROM steps WHERE step BETWEEN ? AND ? ORDER BY step"
         given: tuple[str, ...] = ()
@@ -116,8 +119,8 @@ class Blocks(Rows):
             given = (name.partition("/")[2],)
         column, kinds = ("loss", LOSSES) if name == LOSS else ("value", VALUES)
         ends = first, min(first + BLOCK, 2**63) - 1
-        steps = self.numbers(f"SELECT step {among}", *given, *ends, kinds=STEP)
-        return steps, self.numbers(f"SELECT {column} {among}", *given, *ends, kinds=kinds)
+        steps = self.integers(f"SELECT step {among}", *given, *ends, kinds=STEP)
+        return steps, self.floats(f"SELECT {column} {among}", *given, *ends, kinds=kinds)
 
     def blocks(self) -> list[tuple[str, int, bytes]]:
         """Return the sealed blocks: name, first step, digest."""

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.blocks import LOSS, Blocks, block_of, series_of
@@ -14,6 +14,12 @@ from everystep.recording.connection import FILE_NAME, LOCK_NAME, begin_database,
 from everystep.recording.fact_rows import read_facts, rows_of
 from everystep.recording.facts import MOST_STEPS, Facts
 from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from everystep.recording.blocks import Series
 
 __all__ = [
     "FILE_NAME",
@@ -169,12 +175,20 @@ class Database(Blocks):
         """Return all facts."""
         return read_facts(self.rows("SELECT * FROM facts"), self.path)
 
-    def losses(self, last: int | None = None) -> list[tuple[int, float | None]]:
-        """Return (step, loss) in order of the steps, or only the last ones."""
-        if last is None:
-            return self.checked((STEP, LOSSES), "SELECT step, loss FROM steps ORDER BY step")
-        query = "SELECT * FROM steps ORDER BY step DESC LIMIT ?"
-        return self.checked((STEP, LOSSES), query, last)[::-1]
+    def losses(self, last: int | None = None) -> Series:
+        """Return all steps, in their order, and their losses; or only the last ones."""
+        import numpy as np
+
+        newest, first = self.newest_step(), self.first_step()
+        if last is not None:
+            first = newest - last + 1 if first is None else max(first, newest - last + 1)
+        losses = self.floats(
+            "SELECT loss FROM steps WHERE step >= ? ORDER BY step", first or 0, kinds=LOSSES
+        )
+        if first is None or len(losses) == newest - first + 1:  # so there is no gap
+            return np.arange(newest + 1 - len(losses), newest + 1), losses
+        query = "SELECT step FROM steps WHERE step >= ? ORDER BY step"
+        return self.integers(query, first, kinds=STEP), losses
 
     def losses_between(self, first: int, last: int) -> list[tuple[int, float | None]]:
         """Return (step, loss) of steps `first` to `last`, in their order."""
@@ -183,10 +197,10 @@ class Database(Blocks):
         ends = (max(-most, min(first, most)), max(-most, min(last, most)))
         return self.checked((STEP, LOSSES), query, *ends)
 
-    def losses_after(self, step: int) -> list[float | None]:
+    def losses_after(self, step: int) -> NDArray[np.float64]:
         """Return the losses of the steps after `step`, in their order."""
         query = "SELECT loss FROM steps WHERE step > ? ORDER BY step"
-        return self.numbers(query, step, kinds=LOSSES)
+        return self.floats(query, step, kinds=LOSSES)
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
@@ -217,12 +231,12 @@ class Database(Blocks):
         query = "SELECT step, value FROM measurements WHERE name = ? ORDER BY step"
         return dict(self.checked((STEP, VALUES), query, name))
 
-    def measured_after(self, name: str, step: int) -> tuple[list[int], list[float | None]]:
+    def measured_after(self, name: str, step: int) -> Series:
         """Return the steps after `step` at which something was measured, and the values there."""
         among = "FROM measurements WHERE name = ? AND step > ? ORDER BY step"
         return (
-            self.numbers(f"SELECT step {among}", name, step, kinds=STEP),
-            self.numbers(f"SELECT value {among}", name, step, kinds=VALUES),
+            self.integers(f"SELECT step {among}", name, step, kinds=STEP),
+            self.floats(f"SELECT value {among}", name, step, kinds=VALUES),
         )
 
     def measurement_ends(self) -> list[MeasurementEnds]:
@@ -254,11 +268,11 @@ class Database(Blocks):
         self.remove_blocks(series_of(name))
         self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
 
-    def measurements(self) -> list[tuple[str, int, float | None]]:
-        """Return (name, step, value) in order of names, then steps."""
+    def measurements(self, since: int = -(2**63)) -> list[tuple[str, int, float | None]]:
+        """Return (name, step, value) in order of names, then steps; of step `since` and later."""
         self._check_names()
-        query = "SELECT name, step, value FROM measurements ORDER BY name, step"
-        return self.checked((TEXT, STEP, VALUES), query)
+        query = "SELECT name, step, value FROM measurements WHERE step >= ? ORDER BY name, step"
+        return self.checked((TEXT, STEP, VALUES), query, since)
 
     def snapshots(self) -> list[SnapshotRow]:
         """Return the snapshots in order of their steps."""

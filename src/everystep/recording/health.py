@@ -6,16 +6,18 @@ little at any length of a run; looking at the numbers reads them all, and lookin
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from everystep.errors import RunError
 from everystep.recording.blocks import BLOCK, FACTS, LOSS, digest_of_numbers
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
 from everystep.recording.write_ahead_log import log_problem
+
+if TYPE_CHECKING:
+    from everystep.recording.blocks import Series
 
 __all__ = ["Finding", "damage_text", "missing_steps", "number_findings", "structure_findings"]
 
@@ -90,8 +92,14 @@ def missing_steps(facts: Facts, newest: int) -> Finding | None:
     )
 
 
-def number_findings(database: Database) -> list[Finding]:
-    """Return which losses and measurements are missing or not as recorded; reads all of them.
+def number_findings(
+    database: Database,
+    losses: Series | None = None,
+    since: int = 0,
+) -> list[Finding]:
+    """Return which losses and measurements are missing or not as recorded.
+
+    losses: all of them, if they have been read already; since: look only at blocks that end later.
 
     Raises:
         RunError: the database cannot be read.
@@ -106,7 +114,8 @@ def number_findings(database: Database) -> list[Finding]:
     altered = [
         (name, first)
         for name, first, digest in database.blocks()
-        if name != FACTS and not _is_sound(database, name, first, digest)
+        if name != FACTS and first + BLOCK > since
+        if not _is_sound(database, losses, name, first, digest)
     ]
     for name, first in altered[:_MOST_NAMED]:
         last = min(first + BLOCK - 1, newest)
@@ -131,10 +140,14 @@ def damage_text(name: str, findings: Sequence[Finding]) -> str:
     return f"{name} is damaged: {findings[0]}{more}; everystep doctor {name} says more"
 
 
-def _is_sound(database: Database, name: str, first: int, digest: bytes) -> bool:
+def _is_sound(database: Database, losses: Series | None, name: str, first: int, digest: bytes) -> bool:
+    if name == LOSS and losses is not None:
+        steps, values = losses
+        begin, end = steps.searchsorted([first, first + BLOCK])
+        return digest_of_numbers(steps[begin:end], values[begin:end]) == digest
     try:
         return digest_of_numbers(*database.block(name, first)) == digest
-    except (RunError, struct.error):
+    except RunError:
         return False
 
 

@@ -36,7 +36,7 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
         RecordingError: the database cannot be written.
     """
     with reading(parent.directory / FILE_NAME) as known:
-        losses = [(step, loss) for step, loss in known.losses() if step <= at]
+        losses = known.losses_between(1, at)
         measured = [row for row in known.measurements() if row[1] <= at]
     database.write_losses(1, [loss for _, loss in losses])
     database.write_measurements(measured)

@@ -72,20 +72,7 @@ def read_numbers(directory: Path, after: int = 0, series: Mapping[str, int] | No
         return Numbers(
             facts=database.facts(),
             steps=newest,
-            losses=_array(losses, directory),
+            losses=losses,
             ends=database.measurement_ends(),
-            series={
-                name: (np.array(steps, np.int64), _array(values, directory))
-                for name, step in (series or {}).items()
-                for steps, values in [database.measured_after(name, step)]
-            },
+            series={name: database.measured_after(name, step) for name, step in (series or {}).items()},
         )
-
-
-def _array(values: list[float | None], directory: Path) -> NDArray[np.float64]:
-    try:
-        return np.array(values, np.float64)  # None becomes NaN
-    except (TypeError, ValueError):
-        raise RunError(
-            f"{directory} has losses that are not numbers: the database was changed"
-        ) from None

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import polars
     from torch import Tensor
 
+    from everystep.recording.blocks import Series
     from everystep.step.state import State
 
 __all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch"]
@@ -107,35 +108,38 @@ class RecordedRun:
 
     def last_losses(self, count: int | None) -> polars.DataFrame:
         """Return the losses of the last `count` steps, or of all."""
+        import numpy as np
         import polars as pl
 
-        with reading(self._database_path) as database:
-            rows = database.losses(count)
-            dtype = database.facts().loss_dtype
-        schema = {"step": pl.Int64, "loss": pl.Float64}
-        try:
-            frame = pl.DataFrame(rows, schema=schema, orient="row")
-        except (TypeError, pl.exceptions.PolarsError):
-            raise RunError(
-                f"{self.name} has losses that are not numbers: the database was changed"
-            ) from None
-        begin = frame["step"].first() if count is not None and rows else 1
-        expected = pl.int_range(len(rows), dtype=pl.Int64, eager=True) + begin
-        gaps = (frame["step"] != expected).arg_true()
-        if len(gaps):
-            raise self._gap(expected[gaps[0]], frame["step"][gaps[0]])
-        self._warn_if_damaged()
-        frame = frame.with_columns(pl.col("loss").fill_null(math.nan))
-        return frame if dtype == "float64" else frame.cast({"loss": pl.Float32})
+        edition = self._edition()
+        with reading(self._database_path) as database, database.one_moment():
+            facts = database.facts()
+            steps, losses = database.losses(count)
+            since = 0 if count is None or not len(steps) else int(steps[0])
+            known = None if since else (steps, losses)
+            found = self._findings_in(database, facts, known, since)
+        if not since:
+            self._found = edition, found
+        first = since or 1
+        gap = (steps - first != np.arange(len(steps))).argmax() if len(steps) else 0
+        if len(steps) and steps[gap] != first + gap:
+            raise self._gap(first + int(gap), int(steps[gap]))
+        self._warn_of(found)
+        frame = pl.DataFrame({"step": steps, "loss": losses})
+        return frame if facts.loss_dtype == "float64" else frame.cast({"loss": pl.Float32})
 
     @property
     def measurements(self) -> polars.DataFrame:
         """All measurements besides the loss: columns name, step and value (Float64)."""
+        measured = self._measurements_since(-(2**63))
+        self._warn_of(self.findings())
+        return measured
+
+    def _measurements_since(self, step: int) -> polars.DataFrame:
         import polars as pl
 
         with reading(self._database_path) as database:
-            rows = database.measurements()
-        self._warn_if_damaged()
+            rows = database.measurements(step)
         schema = {"name": pl.String, "step": pl.Int64, "value": pl.Float64}
         frame = pl.DataFrame(rows, schema=schema, orient="row")
         return frame.with_columns(pl.col("value").fill_null(math.nan))
@@ -168,7 +172,8 @@ class RecordedRun:
         import polars as pl
 
         frame = self.last_losses(last)
-        measured = self.measurements
+        since = -(2**63) if last is None or frame.is_empty() else frame["step"].item(0)
+        measured = self._measurements_since(since)  # its blocks were checked with those of the losses
         for name in measured["name"].unique(maintain_order=True):
             values = measured.filter(pl.col("name") == name).select("step", pl.col("value").alias(name))
             frame = frame.join(values, on="step", how="left", maintain_order="left")
@@ -277,10 +282,19 @@ class RecordedRun:
         if self._found is not None and self._found[0] == edition:
             return self._found[1]
         with reading(self._database_path) as database, database.one_moment():
-            facts = database.facts()
-            found = [*self._structure_findings(database, facts), *number_findings(database)]
+            found = self._findings_in(database, database.facts(), None, 0)
         self._found = edition, found
         return found
+
+    def _findings_in(
+        self,
+        database: Database,
+        facts: Facts,
+        losses: Series | None,
+        since: int,
+    ) -> list[Finding]:
+        found = self._structure_findings(database, facts)
+        return [*found, *number_findings(database, losses, since)]
 
     def _edition(self) -> list[tuple[int, int]]:
         """Return what differs after a change of the database: times and sizes of its files."""
@@ -303,13 +317,11 @@ class RecordedRun:
         is_written = facts.status == "running" and is_locked(self.directory)
         return structure_findings(self.directory, database, facts, is_written=is_written)
 
-    def _warn_if_damaged(self) -> None:
-        """Warn if what was just read is not all, or not as it was recorded."""
-        if self._has_warned:
-            return
-        if damage := self.damage:
+    def _warn_of(self, found: list[Finding]) -> None:
+        """Warn, once, if what was just read is not all, or not as it was recorded."""
+        if found and not self._has_warned:
             self._has_warned = True
-            warnings.warn(DamageWarning(damage), stacklevel=3)
+            warnings.warn(DamageWarning(damage_text(self.name, found)), stacklevel=3)
 
     def _gap(self, expected: int, step: int) -> RunError:
         return RunError(

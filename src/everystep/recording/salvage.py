@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-import struct
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from everystep.errors import RunError
 from everystep.recording.blocks import FACTS, LOSS, block_of, digest_of_numbers, series_of
@@ -135,9 +136,8 @@ def _altered(tables: dict[str, list[Any]]) -> set[tuple[str, int]]:
         values.append(value)
     found = set()
     for name, first, digest in tables["blocks"]:
-        try:
-            if name != FACTS and digest_of_numbers(*numbers.get((name, first), ([], []))) != digest:
-                found.add((name, first))
-        except struct.error:
+        steps, values = numbers.get((name, first), ([], []))
+        known = np.array(steps, np.int64), np.array(values, np.float64)
+        if name != FACTS and digest_of_numbers(*known) != digest:
             found.add((name, first))
     return found
