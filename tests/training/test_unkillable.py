@@ -1,5 +1,6 @@
 """A killed run loses nothing and resumes to the same bits; `make torture` does this at length."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 from everystep.recording import recorder
+from everystep.training.loop_writer import LoopWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,9 +111,59 @@ def test_a_measurement_without_values_leaves_no_name():
     assert "ratio" not in run.facts.measured
 
 
-def test_a_step_function_that_is_stopped_keeps_its_last_state():
-    import signal
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["_row", "_snapshot_if_due", "flush"])
+def test_a_signal_while_a_step_is_recorded_waits_until_it_is(monkeypatch, kind, moment):
+    recorded, calls = getattr(LoopWriter, moment), []
 
+    def interrupted(self, *arguments):
+        calls.append(self.step)
+        if self.step == 5 and calls.count(5) == 1:
+            signal.raise_signal(kind)
+        return recorded(self, *arguments)
+
+    ended = []
+    with monkeypatch.context() as patch:
+        patch.setattr("everystep.training.loop_writer.FLUSH_SECONDS", 0.0)
+        patch.setattr(LoopWriter, moment, interrupted)
+        patch.setattr("os.kill", lambda process, number: ended.append(number))
+        with pytest.raises(KeyboardInterrupt if kind == signal.SIGINT else SystemExit):
+            loop(12, "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert ended == ([signal.SIGTERM] if kind == signal.SIGTERM else [])
+    run = everystep.open("run")
+    assert (run.status, len(run), run.snapshots[-1]) == ("stopped", 5, 5)
+    whole = loop(12, "whole")
+    again = loop(12, "run", resume=True)
+    assert again.losses.equals(whole.losses) and again.verify(progress=False).is_exact
+
+
+def test_ctrl_c_while_a_run_is_closed_waits_until_it_is(monkeypatch):
+    close = LoopWriter.finish
+
+    def interrupted(self, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        close(self, *arguments)
+
+    monkeypatch.setattr(LoopWriter, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop(4, "run")
+    assert everystep.open("run").status == "finished"
+
+
+def test_ctrl_c_in_the_body_of_a_loop_ends_it_at_once():
+    with (
+        pytest.raises(KeyboardInterrupt),
+        everystep.record(model=nn.Linear(2, 2), run="run") as recording,
+    ):
+        for step in recording.steps(range(5)):
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+    run = everystep.open("run")
+    assert (run.status, len(run)) == ("stopped", 3)
+
+
+def test_a_step_function_that_is_stopped_keeps_its_last_state():
     torch.manual_seed(0)
     model = nn.Linear(6, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,10 +17,17 @@ _REASONS = {signal.SIGINT: "by the user (Ctrl-C)", signal.SIGTERM: "by the syste
 
 
 class Interrupt:
-    """Which signal asked the training to end, if any did."""
+    """Which signal asked the training to end, if any did.
 
-    def __init__(self, received: Callable[[], None] = lambda: None) -> None:
-        self._received = received
+    received: called when one arrives; defers: whether a signal waits now, or acts as if nobody listened.
+    """
+
+    def __init__(
+        self,
+        received: Callable[[], None] = lambda: None,
+        defers: Callable[[int], bool] = lambda number: True,
+    ) -> None:
+        self._received, self._defers = received, defers
         self._before: dict[int, Any] = {}
         self._signal: int | None = None
 
@@ -37,12 +44,17 @@ class Interrupt:
         """Whether it was Ctrl-C."""
         return self._signal == signal.SIGINT
 
-    def listen(self, signals: Collection[int] = tuple(_REASONS)) -> None:
-        """Catch signals, in the main thread; a SIGTERM only where the caller has no handler for it."""
+    def listen(self) -> None:
+        """Catch signals, in the main thread; a SIGTERM only where the caller has no handler for it.
+
+        Within another that listens, it leaves them to that one.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         before = {number: signal.getsignal(number) for number in _REASONS}
-        if callable(before[signal.SIGINT]) and signal.SIGINT in signals:
+        if isinstance(getattr(before[signal.SIGINT], "__self__", None), Interrupt):
+            return
+        if callable(before[signal.SIGINT]):
             self._before[signal.SIGINT] = before[signal.SIGINT]
         if before[signal.SIGTERM] is signal.SIG_DFL:
             self._before[signal.SIGTERM] = signal.SIG_DFL
@@ -58,6 +70,9 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._defers(number):
+            self._before[number](number, frame)
+            return
         signal.signal(number, self._before[number])  # a second one is not deferred
         self._signal = number
         self._received()

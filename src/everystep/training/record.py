@@ -84,7 +84,10 @@ class Recording(Generic[R]):
         self._last: AnyWatch | None = None
         self._iterator: weakref.ref[Any] | None = None
         self._restore: Callable[[], None] = lambda: None
-        self._interrupt = Interrupt(self._terminated)
+        self._is_writing = False
+        self._interrupt = Interrupt(
+            self._terminated, lambda number: number == signal.SIGTERM or self._is_writing
+        )
 
     @property
     def run(self) -> R:
@@ -111,7 +114,7 @@ class Recording(Generic[R]):
         self._parts.check()
         self._writer = self._begun() if self._resumed is None else self._gone_on()
         self._follower.begin()
-        self._interrupt.listen([signal.SIGTERM])  # Ctrl-C raises an error in the loop
+        self._interrupt.listen()
         _recording.append(self)
         return self
 
@@ -157,12 +160,15 @@ class Recording(Generic[R]):
             self._follower.finish()
             _recording.remove(self)
         try:
-            writer.finish(*_status(error, self._interrupt.reason or self._stopped))
+            with self._writing():
+                writer.finish(*_status(error, self._interrupt.reason or self._stopped))
         except (RecordingError, RunError):
             if error is None:
                 raise
         finally:
             self._interrupt.leave()
+        if error is None and self._interrupt.is_by_user:
+            raise KeyboardInterrupt
 
     def steps(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Return an iterator over batches; each is a step, from one batch to the next.
@@ -348,10 +354,10 @@ class Recording(Generic[R]):
             self._last = step.watch
             if step.is_compiled:
                 self._memory.given_up = "torch.compile is in use"
-            self._open().add(step, self._elsewhere.copied, self._parts.state())
-            self._elsewhere.clean()
-            if self._interrupt:
-                raise SystemExit(_TERMINATED)
+            with self._writing():
+                self._open().add(step, self._elsewhere.copied, self._parts.state())
+                self._elsewhere.clean()
+            self._end_if_asked()
 
     def stop(self, reason: str) -> None:
         """Set the reason why the loop ends before its last step; the run gets the status `stopped`."""
@@ -373,9 +379,25 @@ class Recording(Generic[R]):
         self._close()
         self._open().forget_versions()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM wait: a step is recorded as a whole, and a run is closed."""
+        self._is_writing = True
+        try:
+            yield
+        finally:
+            self._is_writing = False
+
+    def _end_if_asked(self) -> None:
+        """End the loop if a signal has come in the step, or while it was recorded."""
+        if self._interrupt.is_by_user:
+            raise KeyboardInterrupt
+        if self._interrupt:
+            raise SystemExit(_TERMINATED)
+
     def _terminated(self) -> None:
         """On SIGTERM: end the loop after the step in progress, or at once between two steps."""
-        if self._under_way is None:
+        if self._under_way is None and not self._is_writing:
             raise SystemExit(_TERMINATED)
 
     def _module_done(self, path: str, outputs: list[Tensor]) -> None:
