@@ -398,3 +398,22 @@ def test_a_compiled_function_is_said(tmp_path, capsys):
             recording.log(loss=compiled(model(x), y))
     assert capsys.readouterr().err.count("calls a torch.compile function") == 1
     assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_a_step_of_more_operations_than_a_run_may_have_is_recorded_without_them(monkeypatch, capsys):
+    monkeypatch.setattr("everystep.step.build.MOST_ENTRIES", 20)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for repeats in recording.steps([1, 30]):
+            optimizer.zero_grad()
+            loss = sum(model(torch.ones(2, 3)).square().mean() for _ in range(repeats))
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    assert "step 2 cannot be replayed without your code: it has" in capsys.readouterr().err
+    assert len(recording.run.losses) == 2
+    assert recording.run[1].gradients
+    with pytest.raises(everystep.EverystepError, match="step 2"):
+        recording.run[2].gradients  # noqa: B018

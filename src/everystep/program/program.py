@@ -33,6 +33,7 @@ from everystep.program.soundness import check_soundness
 
 __all__ = [
     "FORMAT_VERSION",
+    "MOST_ENTRIES",
     "Operation",
     "OptimizerStep",
     "Phase",

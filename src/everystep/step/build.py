@@ -12,6 +12,7 @@ from torch import Tensor
 
 from everystep.program.operators import draws_random_numbers
 from everystep.program.program import (
+    MOST_ENTRIES,
     Operation,
     OptimizerStep,
     Program,
@@ -286,8 +287,11 @@ def checked(**parts: Any) -> Program:
     """Return a program of these parts.
 
     Raises:
-        NotCapturableError: they are not a valid program.
+        NotCapturableError: they are not a valid program, or one that is too long to be read.
     """
+    for key in ("operations", "tensors", "storages"):  # those that a reader refuses
+        if len(parts[key]) > MOST_ENTRIES:
+            raise NotCapturableError(f"it has {len(parts[key]):,} {key}, more than {MOST_ENTRIES:,}")
     try:
         return Program(**parts)
     except ValidationError as error:
