@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +22,10 @@ __all__ = [
     "FILE_NAME",
     "LOCK_NAME",
     "SCHEMA_VERSION",
+    "TICK",
     "begin_database",
     "connect_reading",
+    "stillness",
 ]
 
 FILE_NAME = "run.sqlite"
@@ -84,6 +88,8 @@ CREATE TABLE blocks (
 ) WITHOUT ROWID;
 """
 
+#: Nanoseconds of the coarsest clock of a file system with times below a second.
+TICK = 50_000_000
 #: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
 _PATIENCE = 1.0
 #: Bytes that a text or a blob may have.
@@ -107,10 +113,11 @@ def begin_database(path: Path) -> None:
     new.rename(path)
 
 
-def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
+def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False) -> sqlite3.Connection:
     """Return a read-only connection to a run's database.
 
-    is_whole: refuse a database that is cut off.
+    is_whole: refuse a database that is cut off. is_still: the caller makes sure that nobody writes it
+    (see `stillness`).
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
@@ -118,7 +125,7 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     _check_files(path)
     if is_whole:
         _check_size(path)
-    connection = _connect(path)
+    connection = _connect(path, _STILL if is_still else _MODES)
     try:
         _check_identity(connection, path)
     except BaseException:
@@ -127,10 +134,34 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     return connection
 
 
+def stillness(path: Path) -> tuple[int, ...] | None:
+    """Return what differs when a database has been written; None: somebody may be writing it now.
+
+    What was read between two calls that return the same is of one moment, without any lock: a writer
+    needs a log, and changes the file only as it empties the log.
+    """
+    for suffix in ("-wal", "-journal"):
+        try:
+            if Path(f"{path}{suffix}").stat().st_size:
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return None
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    # Two changes within a tick of the file system's clock have the same time.
+    is_settled = abs(time.time_ns() - found.st_mtime_ns) > TICK
+    return (found.st_ino, found.st_mtime_ns, found.st_size) if is_settled else None
+
+
 def _check_files(path: Path) -> None:
     if not path.is_file():
         raise RunError(f"{path.parent} is not a run: {path.name} is missing")
-    own_path(path.parent, path.name)
+    if path.is_symlink():
+        own_path(path.parent, path.name)
     for suffix in ("-wal", "-shm", "-journal"):  # SQLite would wait for the other end of a pipe
         beside = Path(f"{path}{suffix}")
         try:
@@ -162,11 +193,16 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+#: An immutable database is read without its log and without a shared-memory file.
+_STILL = ("mode=ro&immutable=1",)
+#: On a read-only file system SQLite cannot make its shared-memory file.
+_MODES = ("mode=ro", *_STILL)
+
+
+def _connect(path: Path, modes: Sequence[str]) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
     last_error: sqlite3.Error | None = None
-    # On a read-only file system SQLite cannot make its shared-memory file; immutable needs none.
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
+    for mode in modes:
         try:
             connection = sqlite3.connect(
                 f"{uri}?{mode}", uri=True, isolation_level=None, timeout=_PATIENCE
