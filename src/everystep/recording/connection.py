@@ -7,11 +7,13 @@ that it creates: a view in place of a table could compute forever.
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import stat
+import tempfile
 import time
-from collections.abc import Sequence
-from functools import cache
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 from everystep.errors import RunError
@@ -125,7 +127,7 @@ def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False
     _check_files(path)
     if is_whole:
         _check_size(path)
-    connection = _connect(path, _STILL if is_still else _MODES)
+    connection = _connect(path, is_still=is_still)
     try:
         _check_identity(connection, path)
     except BaseException:
@@ -178,8 +180,7 @@ def _check_size(path: Path) -> None:
     Its header has the number of its pages (SQLite's file format, section 1.3). Where a write-ahead log
     has content, a checkpoint may be under way.
     """
-    log = Path(f"{path}-wal")
-    if log.exists() and log.stat().st_size:
+    if _has_log(path):
         return
     with path.open("rb") as file:
         header = file.read(100)
@@ -193,25 +194,22 @@ def _check_size(path: Path) -> None:
         )
 
 
-#: An immutable database is read without its log and without a shared-memory file.
-_STILL = ("mode=ro&immutable=1",)
-#: On a read-only file system SQLite cannot make its shared-memory file.
-_MODES = ("mode=ro", *_STILL)
-
-
-def _connect(path: Path, modes: Sequence[str]) -> sqlite3.Connection:
+def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
-    last_error: sqlite3.Error | None = None
-    for mode in modes:
+    opened = partial(sqlite3.connect, uri=True, isolation_level=None, timeout=_PATIENCE)
+    still = partial(opened, f"{uri}?mode=ro&immutable=1")
+    # On a read-only file system SQLite cannot make its shared-memory file. An immutable database needs
+    # none, but is read without its log, which has the newest steps of a killed run.
+    beside = partial(_with_log, path) if _has_log(path) else still
+    last_error: Exception | None = None
+    for connect in (still,) if is_still else (partial(opened, f"{uri}?mode=ro"), beside):
         try:
-            connection = sqlite3.connect(
-                f"{uri}?{mode}", uri=True, isolation_level=None, timeout=_PATIENCE
-            )
+            connection = connect()
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                 raise RunError(
                     f"{path} is locked by another program; close that program first"
@@ -220,6 +218,24 @@ def _connect(path: Path, modes: Sequence[str]) -> sqlite3.Connection:
         else:
             return connection
     raise RunError(f"{path} cannot be read: {last_error}")
+
+
+def _has_log(path: Path) -> bool:
+    log = Path(f"{path}-wal")
+    return log.exists() and log.stat().st_size > 0
+
+
+def _with_log(path: Path) -> sqlite3.Connection:
+    """Return a connection to a copy, in memory, of a database and its log."""
+    found = sqlite3.connect(":memory:", isolation_level=None)
+    with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
+        copy = Path(folder, path.name)
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        with closing(sqlite3.connect(copy, isolation_level=None)) as copied:
+            copied.execute("PRAGMA trusted_schema = OFF")
+            copied.backup(found)
+    return found
 
 
 def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
