@@ -23,6 +23,7 @@ from everystep.recording.files import write_whole
 from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
+from everystep.recording.notice import say
 from everystep.recording.repeats import Repeats, Taken
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory"]
+__all__ = ["DEFAULT_BUDGET", "LATE_SECONDS", "Recorder", "create_directory"]
 
 #: Bytes of snapshots a run may keep, by default.
 DEFAULT_BUDGET = 512_000_000
+#: Seconds that one write takes, or that the training waits for the disk, until it is said.
+LATE_SECONDS = 10.0
 #: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
 
@@ -120,6 +123,8 @@ class Recorder:
         self._snapshots_written = 0
         self._chosen_after = 0
         self._error: BaseException | None = None
+        self._job_began: float | None = None
+        self._is_late = False
         try:
             self._lock = locked(self._home.here)
             (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
@@ -253,7 +258,18 @@ class Recorder:
         return self._snapshots_asked > self._snapshots_written
 
     def check(self) -> None:
-        """Raise RecordingError if writing has failed, RunError if a step that is taken again differs."""
+        """Raise RecordingError if writing has failed, RunError if a step that is taken again differs.
+
+        Say so if one write takes long.
+        """
+        began = self._job_began
+        if began is not None and not self._is_late and time.monotonic() - began > LATE_SECONDS:
+            self._is_late = True
+            say(
+                f"a write to {self.directory} takes more than {LATE_SECONDS:.0f} seconds (a slow disk, "
+                f"a large state, or another program that has locked {FILE_NAME}); the training goes on, "
+                "and its steps wait in memory"
+            )
         if isinstance(self._error, RunError | GoneError):
             raise self._error
         if self._error is not None:
@@ -267,7 +283,10 @@ class Recorder:
         """
         self._put(lambda: self._write_last_facts(facts))
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(LATE_SECONDS)
+        if self._thread.is_alive():
+            say(f"the last steps are still being written to {self.directory}: the disk is slow")
+            self._thread.join()
         if self._repeats is not None:
             self._repeats.close()
         self._database.close()
@@ -320,11 +339,13 @@ class Recorder:
         while (job := self._queue.get()) is not None:
             if self._error is not None:
                 continue
+            self._job_began = time.monotonic()
             try:
                 self._follow()
                 job()
             except BaseException as error:  # `check` raises it in the training thread
                 self._error = error
+            self._job_began = None
 
     def _follow(self) -> None:
         """Go on in the run's directory where it is now.
