@@ -105,6 +105,10 @@ class Database(Blocks):
         self.connection.close()
         self.connection, self.path = _connected(path), path
 
+    def hurry(self) -> None:
+        """Wait no longer for other programs that have locked the database."""
+        self.connection.execute("PRAGMA busy_timeout = 0")
+
     def close(self) -> None:
         """Close the connection; what was committed stays."""
         self.connection.close()

@@ -287,12 +287,23 @@ class Recorder:
         if self._thread.is_alive():
             say(f"the last steps are still being written to {self.directory}: the disk is slow")
             self._thread.join()
+        if self._error is not None and not isinstance(self._error, RunError | GoneError):
+            self._close_failed(self._error, facts)
         if self._repeats is not None:
             self._repeats.close()
         self._database.close()
         self._lock.release()
         self._home.close()
         self.check()
+
+    def _close_failed(self, error: BaseException, facts: Mapping[str, Any]) -> None:
+        """Write into the run that writing it failed, if so little still fits; else it seems killed."""
+        reason = f"writing the run failed: {_reason(error)}"
+        with suppress(Exception):
+            self._follow()
+            self._database.hurry()
+            finished = facts.get("finished")
+            self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
 
     def _inherit(self, parent: RecordedRun, at: int) -> dict[str, Any]:
         inherited = inherit(self._home.here, self._database, parent, at)
@@ -487,9 +498,15 @@ class Recorder:
         self._in_transaction(lambda: self._database.remove_snapshots(steps))
 
     def _translated(self, error: BaseException) -> RecordingError:
-        kept = f"steps 1 to {self._last_step} are saved" if self._last_step else "no step is saved"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if self._last_step:
+            kept = f"steps 1 to {self._last_step} are saved"
+            cure = "Free some space, or copy the run to another place, and resume it"
+        else:
+            kept, cure = "no step is saved", "Free some space or choose another place, and train again"
         return RecordingError(
-            f"writing the run {self.directory} failed: {reason}; {kept}. Free some space or choose "
-            "another place, and train again"
+            f"writing the run {self.directory} failed: {_reason(error)}; {kept}. {cure}"
         )
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
