@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,9 @@ def losses(
         raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
     frame = open(run).table_frame(last)
     if parquet and output is not None:
-        write(output, lambda: frame.write_parquet(output))
+        content = io.BytesIO()  # where polars writes a file itself, a full disk is an error of its own
+        frame.write_parquet(content)
+        write(output, lambda: output.write_bytes(content.getvalue()))
         return
     text = losses_text(frame, "csv" if csv else "json" if json else "plain")
     if output is None:

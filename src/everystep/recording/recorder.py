@@ -131,7 +131,7 @@ class Recorder:
             for name, text in texts.items():
                 write_whole(self._home.here / name, text.encode())
         except OSError as error:
-            raise self._translated(error) from error
+            raise self._translated(error, at if is_resumed else 0) from error
         opened = Database.change if is_resumed else Database.create
         self._database = opened(self._home.here / FILE_NAME)
         self._continuation: Continuation | None = None
@@ -154,7 +154,7 @@ class Recorder:
             self._database.close()
             self._lock.release()
             if isinstance(error, OSError):
-                raise self._translated(error) from error
+                raise self._translated(error, at if is_resumed else 0) from error
             raise
         self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
         self._thread.start()
@@ -273,7 +273,7 @@ class Recorder:
         if isinstance(self._error, RunError | GoneError):
             raise self._error
         if self._error is not None:
-            raise self._translated(self._error) from self._error
+            raise self._translated(self._error, self._last_step) from self._error
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write what is left and the last facts, and close the run.
@@ -497,9 +497,9 @@ class Recorder:
     def _forget(self, steps: list[int]) -> None:
         self._in_transaction(lambda: self._database.remove_snapshots(steps))
 
-    def _translated(self, error: BaseException) -> RecordingError:
-        if self._last_step:
-            kept = f"steps 1 to {self._last_step} are saved"
+    def _translated(self, error: BaseException, last_step: int) -> RecordingError:
+        if last_step:
+            kept = f"steps 1 to {last_step} are saved"
             cure = "Free some space, or copy the run to another place, and resume it"
         else:
             kept, cure = "no step is saved", "Free some space or choose another place, and train again"
