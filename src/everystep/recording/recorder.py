@@ -28,6 +28,7 @@ from everystep.recording.repeats import Repeats, Taken
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 from everystep.recording.tidy import tidy
+from everystep.recording.write_ahead_log import drop_uncommitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -302,8 +303,13 @@ class Recorder:
         with suppress(Exception):
             self._follow()
             self._database.hurry()
-            finished = facts.get("finished")
-            self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
+            log = self._home.here / f"{FILE_NAME}-wal"
+            drop_uncommitted(log)
+            try:
+                finished = facts.get("finished")
+                self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
+            except RecordingError:
+                drop_uncommitted(log)
 
     def _inherit(self, parent: RecordedRun, at: int) -> dict[str, Any]:
         inherited = inherit(self._home.here, self._database, parent, at)
