@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-__all__ = ["main"]
+__all__ = ["MAIN", "browser_started", "main", "page_opened", "served"]
 
 MAIN = "from everystep.cli import main; main()"
 LONG, CHAPTER = "million", "chapter"
@@ -62,7 +62,7 @@ def main() -> None:
         directory = arguments.directory or Path(folder)
         _train(directory)
         _print_times("server started and answering", [_start_seconds(directory) for _ in range(STARTS)])
-        with _served(directory) as (server, address), _browser() as browser:
+        with served(directory) as (server, address), browser_started() as browser:
             _print_times(
                 "first paint, server running", [_paint(browser, address) for _ in range(STARTS)]
             )
@@ -70,7 +70,7 @@ def main() -> None:
                 "a million steps: plot drawn, first time and later",
                 [_plot_seconds(browser, address) for _ in range(STARTS)],
             )
-            page = _open(browser, address, f"/runs/{LONG}")
+            page = page_opened(browser, address, f"/runs/{LONG}")
             for what, query in (
                 ("table page of a million, by step", {}),
                 ("the same, by loss", {"sort": "loss"}),
@@ -78,7 +78,7 @@ def main() -> None:
             ):
                 _print_times(what, _table_seconds(page, query))
             for name in (CHAPTER, LONG):
-                _print_steps(_open(browser, address, f"/runs/{name}?step=2"), name)
+                _print_steps(page_opened(browser, address, f"/runs/{name}?step=2"), name)
             page.wait_for_timeout(3000)
             _print_idle(server)
 
@@ -109,7 +109,8 @@ def _train(directory: Path) -> None:
 
 
 @contextmanager
-def _served(directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve the page of a directory; yields the server's process and the address."""
     command = [sys.executable, "-c", MAIN, "view", str(directory), "--no-browser"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -122,14 +123,15 @@ def _served(directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def _start_seconds(directory: Path) -> float:
     began = time.perf_counter()
-    with _served(directory) as (_, address):
+    with served(directory) as (_, address):
         with urllib.request.urlopen(address) as response:
             response.read()
         return time.perf_counter() - began
 
 
 @contextmanager
-def _browser() -> Iterator[Any]:
+def browser_started() -> Iterator[Any]:
+    """Start a browser without a window."""
     from playwright.sync_api import sync_playwright
 
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -140,7 +142,7 @@ def _browser() -> Iterator[Any]:
         started.close()
 
 
-def _open(browser: Any, address: str, path: str) -> Any:
+def page_opened(browser: Any, address: str, path: str) -> Any:
     """Return a page that shows a place, in a profile of its own."""
     page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
     base, _, token = address.partition("/?")
@@ -149,7 +151,7 @@ def _open(browser: Any, address: str, path: str) -> Any:
 
 
 def _paint(browser: Any, address: str) -> float:
-    page = _open(browser, address, "/")
+    page = page_opened(browser, address, "/")
     page.wait_for_selector("main table tbody tr")
     painted: float = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     page.context.close()
@@ -158,7 +160,7 @@ def _paint(browser: Any, address: str) -> float:
 
 def _plot_seconds(browser: Any, address: str) -> float:
     """Return how long it takes from asking for the page until the plot stands in it."""
-    page = _open(browser, address, f"/runs/{LONG}")
+    page = page_opened(browser, address, f"/runs/{LONG}")
     page.wait_for_selector(".u-over")
     drawn: float = page.evaluate(
         "new Promise(done => requestAnimationFrame(() => done(performance.now())))"

@@ -4,6 +4,8 @@
 `python -m benchmarks.torture operations [--each N]`: death at every operation on files, or each N-th.
 `python -m benchmarks.torture power`: the last files torn, empty or missing, the write-ahead log cut.
 `python -m benchmarks.torture signals`: SIGTERM and Ctrl-C, after which the run must be closed.
+`python -m benchmarks.torture disk`: a disk that is too small, then larger (as root).
+`python -m benchmarks.torture readers [--readers 10] [--steps N]`: readers beside a training.
 Prints a table, each failure on stderr, and exits with 1 if there is one.
 """
 
@@ -16,35 +18,45 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with other threads cannot be forked
 
+from benchmarks.torture.disk import full_disks
 from benchmarks.torture.kill import kills
 from benchmarks.torture.operations import STEPS, operations
 from benchmarks.torture.power import losses_of_power
+from benchmarks.torture.readers import readers
 from benchmarks.torture.signals import signals
 from benchmarks.torture.trainings import named
 from benchmarks.torture.trial import each, failed, references, table
 
 #: What a table counts.
-WHAT = {"power": "losses of power", "signals": "signals"}
+WHAT = {"power": "losses of power", "signals": "signals", "disk": "full disks"}
 
 
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture")
-    parser.add_argument("what", choices=["kill", "operations", "power", "signals"])
+    parser.add_argument("what", choices=["kill", "operations", "power", "signals", "disk", "readers"])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--each", type=int, default=1, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="names of trainings, separated by commas")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--readers", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=100_000, help="of the training that is read")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after these")
     asked = parser.parse_args()
     began = time.monotonic()
+    if asked.what == "readers":
+        torn = readers(asked.readers, asked.steps, asked.seed)
+        print(*torn, f"{len(torn)} failures, {time.monotonic() - began:,.0f} seconds", sep="\n")
+        sys.exit(1 if torn else 0)
     steps = STEPS if asked.what in ("operations", "power") else None
     with references(named(asked.only), steps) as known:
         if asked.what == "kill":
             trials = kills(known, asked.kills, asked.seed)
         elif asked.what == "signals":
             trials = signals(known)[asked.seed % asked.each :: asked.each]
+        elif asked.what == "disk":
+            trials = full_disks(known)[asked.seed % asked.each :: asked.each]
         elif asked.what == "power":
             trials = losses_of_power(known, asked.seed)[asked.seed % asked.each :: asked.each]
         else:

@@ -1,6 +1,7 @@
 """What changes on disk reaches all listeners of a real server, and nothing is lost on the way."""
 
 import asyncio
+import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from filelock import FileLock
 from tests.page.serving import events, remove, written
 
 import everystep
+from everystep.page import live
 from everystep.page.columns import Columns
 from everystep.page.live import Live
 from everystep.page.shelf import Shelf
@@ -134,7 +136,9 @@ def test_the_list_tells_what_begins_changes_and_goes(server):
         found = next(content for _, content, _ in stream if content["runs"])
         assert [run["name"] for run in found["runs"]] == ["new"]
         remove(new)
-        assert next(stream)[1] == {"runs": [], "gone": ["new"], "all": False}
+        assert next(stream)[1] == {
+            "runs": [], "gone": ["new"], "begins": False, "unread": 0,
+        }  # fmt: skip
 
 
 def test_a_name_from_outside_is_followed_nowhere(server):
@@ -205,14 +209,50 @@ def test_whoever_leaves_is_forgotten(server):
 
 def test_a_look_that_fails_ends_the_stream(shelf, monkeypatch):
     """The browser connects again; it does not wait for ever."""
-    live = Live(Shelf(shelf), Columns())
-    monkeypatch.setattr(Shelf, "summaries", lambda self: 1 / 0)
+    told = Live(Shelf(shelf), Columns())
+    monkeypatch.setattr(Shelf, "summaries", lambda self, seconds: 1 / 0)
 
     async def listen():
         try:
-            return [each async for each in live.list_events()]
+            return [each async for each in told.list_events()]
         finally:
-            live.close()
+            told.close()
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(asyncio.wait_for(listen(), 5))
+
+
+def test_a_long_list_comes_in_parts(shelf, monkeypatch):
+    for number in range(5):
+        written(shelf / f"run-{number}", [1.0])
+    monkeypatch.setattr(live, "LONGER", 0.0)
+    told = Live(Shelf(shelf), Columns())
+
+    async def listen():
+        try:
+            async for each in told.list_events():
+                if "data: " in each:
+                    found.append(json.loads(each.partition("data: ")[2]))
+                    if not found[-1]["unread"]:
+                        return
+        finally:
+            told.close()
+
+    found = []
+    asyncio.run(asyncio.wait_for(listen(), 20))
+    assert [each["begins"] for each in found] == [True] + [False] * (len(found) - 1)
+    assert [run["name"] for each in found for run in each["runs"]] == [f"run-{n}" for n in range(5)]
+    assert found[0]["unread"] == 4
+    assert all(each["gone"] == [] for each in found)
+
+
+def test_what_changes_while_others_are_still_to_be_read_is_seen(shelf):
+    for number in range(3):
+        written(shelf / f"run-{number}", [1.0])
+    known = Shelf(shelf)
+    assert known.summaries(0.0).unread == 2
+    assert known.summaries(0.0).unread == 1
+    change(shelf / "run-0", 2, [0.5])
+    found = known.summaries()
+    assert found.unread == 0 and list(found.runs) == ["run-0", "run-1", "run-2"]
+    assert found.runs["run-0"]["last_loss"] == 0.5

@@ -94,6 +94,6 @@ def test_the_list_of_the_page_goes_on(good, tmp_path):
     for place, change in enumerate(HOSTILE.values()):
         change(shutil.copytree(good, tmp_path / "shelf" / f"run-{place}"))
     shutil.copytree(good, tmp_path / "shelf" / "good")
-    found = Shelf(tmp_path / "shelf").summaries()
+    found = Shelf(tmp_path / "shelf").summaries().runs
     assert len(found) >= len(HOSTILE)
     assert found["good"]["status"] == "finished"

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import everystep
 from everystep.errors import RunError, UsageError
-from everystep.views.terminal import runs_table
+from everystep.views.run_list import runs_table
 
 
 @pytest.fixture

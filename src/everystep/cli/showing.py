@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +14,9 @@ from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArg
 from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
 from everystep.cli.output import hint, say, tell, write
 from everystep.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from everystep.recording.summary import Summary
 
 __all__ = ["losses", "plot", "report", "runs", "step", "table", "view"]
 
@@ -23,31 +28,51 @@ def runs(
     json: JsonOption = False,
 ) -> None:
     """List runs: name, status, steps, first and last loss, start time, note."""
+    from everystep.views.run_list import runs_json
+
+    killed: list[Path] = []
+    summaries = _summaries(directory, killed)
+    if json:
+        for text in runs_json(summaries):
+            say(text, nl=False)
+    elif _print_runs(summaries):
+        _say_killed(killed)
+    else:
+        hint(f"{directory} has no runs; everystep train creates the first")
+
+
+def _summaries(directory: Path, killed: list[Path]) -> Iterator[Summary]:
+    """Yield all runs in one line each, as they are read; hint at damaged ones, and note killed ones."""
     from everystep.recording.finding import find_runs
     from everystep.recording.run import RecordedRun
-    from everystep.views.console import SafeConsole
-    from everystep.views.terminal import runs_json, runs_table
 
-    summaries = []
     for path in find_runs(directory):
         try:
             summary = RecordedRun(path, may_be_cut=True).summary()
-            summaries.append(summary)
-            if summary.damage is not None:
-                hint(f"everystep: {summary.damage}")
         except RunError as error:
             hint(f"everystep: skipped: {error}")
-    if json:
-        say(runs_json(summaries))
-    elif summaries:
-        if sys.stdout.isatty():
-            console = SafeConsole(highlight=False)
-            console.print(runs_table(summaries, console.width))
-        else:  # the reader of the pipe cuts lines
-            SafeConsole(highlight=False, width=1000).print(runs_table(summaries))
-        _say_killed([summary.directory for summary in summaries if summary.status == "killed"])
-    else:
-        hint(f"{directory} has no runs; everystep train creates the first")
+            continue
+        if summary.damage is not None:
+            hint(f"everystep: {summary.damage}")
+        if summary.status == "killed":
+            killed.append(path)
+        yield summary
+
+
+def _print_runs(summaries: Iterator[Summary]) -> bool:
+    """Print the table of runs as they are read; return whether there are any."""
+    from everystep.views.console import SafeConsole
+    from everystep.views.run_list import runs_tables
+
+    is_terminal = sys.stdout.isatty()
+    # The reader of a pipe cuts lines.
+    console = SafeConsole(highlight=False, width=None if is_terminal else 1000)
+    has_some = False
+    for table in runs_tables(summaries, console.width if is_terminal else None):
+        console.print(table)
+        sys.stdout.flush()
+        has_some = True
+    return has_some
 
 
 #: Runs that the list names below it.
@@ -59,7 +84,7 @@ def _say_killed(directories: list[Path]) -> None:
     from everystep.recording.run import RecordedRun
     from everystep.views.ending import ending, going_on
 
-    found = [RecordedRun(directory) for directory in directories]
+    found = [RecordedRun(directory, may_be_cut=True) for directory in directories]
     for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:
         facts = run.facts
         how = ending(run, facts, "killed", run.summary().steps)
@@ -87,7 +112,9 @@ def losses(
         raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
     frame = open(run).table_frame(last)
     if parquet and output is not None:
-        write(output, lambda: frame.write_parquet(output))
+        content = io.BytesIO()  # where polars writes a file itself, a full disk is an error of its own
+        frame.write_parquet(content)
+        write(output, lambda: output.write_bytes(content.getvalue()))
         return
     text = losses_text(frame, "csv" if csv else "json" if json else "plain")
     if output is None:

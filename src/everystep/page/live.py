@@ -17,7 +17,7 @@ from everystep.errors import RunError
 from everystep.page.about import state_data
 from everystep.page.columns import Columns, RunColumns, reduced
 from everystep.page.event_stream import event
-from everystep.page.shelf import Shelf
+from everystep.page.shelf import Shelf, Summaries
 from everystep.page.watches import Watches
 from everystep.recording.run import RecordedRun
 
@@ -25,6 +25,8 @@ __all__ = ["Live"]
 
 #: Seconds from one look to the next, where changes come faster.
 RUN_PAUSE, LIST_PAUSE = 0.125, 0.5
+#: Seconds after which runs that were read are sent while others are still to be read: first, and then.
+MOMENT, LONGER = 0.25, 1.0
 #: Seconds after which something is looked at again although no change was heard of.
 AGAIN = 2.0
 #: New losses sent at once; more are reduced.
@@ -34,11 +36,15 @@ Content = TypeVar("Content")
 
 
 class Sight(NamedTuple, Generic[Content]):
-    """What was seen: the content, where changes of it will show, and whether some may not show there."""
+    """What was seen: the content, where changes of it will show, and whether some may not show there.
+
+    is_whole: the next look would not see more.
+    """
 
     content: Content
     directories: set[Path]
     is_moving: bool
+    is_whole: bool = True
 
 
 class RunSight(NamedTuple):
@@ -89,22 +95,26 @@ class Live:
                     yield event("losses", content, after)
 
     async def list_events(self) -> AsyncIterator[str]:
-        """Yield all runs in one line each, then those that change, and the names of those that go.
+        """Yield all runs in one line each, as they are read; then those that change, and the names of
+        those that go.
 
-        `all` says that a run which is not among them is gone.
+        `begins` says that nothing was sent before, `unread` how many runs are still to come; when that
+        is 0, a run that was not sent is gone.
         """
-        sent: dict[str, Any] | None = None
+        sent: Summaries | None = None
         yield "retry: 1000\n\n"
         feed = self._feed(None, self._look_at_all, LIST_PAUSE)
         with feed.listening() as changes:
-            async for runs in changes:
-                known = sent or {}
-                changed = [run for name, run in runs.items() if run != known.get(name)]
-                gone = [name for name in known if name not in runs]
-                if changed or gone or sent is None:
-                    content = {"runs": changed, "gone": gone, "all": sent is None}
-                    yield event("runs", content)
-                sent = runs
+            async for seen in changes:
+                known = sent.runs if sent else {}
+                changed = [run for name, run in seen.runs.items() if run != known.get(name)]
+                gone = [name for name in known if name not in seen.runs]
+                begins, unread = sent is None, seen.unread
+                if changed or gone or begins or unread != (sent and sent.unread):
+                    yield event(
+                        "runs", {"runs": changed, "gone": gone, "begins": begins, "unread": unread}
+                    )
+                sent = seen
 
     def close(self) -> None:
         """Watch nothing any more."""
@@ -129,8 +139,11 @@ class Live:
             RunSight(run, columns, status), {shelf, run.directory}, is_moving=status == "running"
         )
 
-    def _look_at_all(self) -> Sight[dict[str, Any]]:
-        runs = self._shelf.summaries()
+    def _look_at_all(self) -> Sight[Summaries]:
+        summaries = self._shelf.summaries(LONGER)
+        runs = summaries.runs
+        if summaries.unread:
+            return Sight(summaries, {self._shelf.directory}, is_moving=True, is_whole=False)
         is_moving = any(run["status"] == "running" for run in runs.values())
         # What cannot be read, or is not a run yet, may become one.
         unsettled = {
@@ -138,7 +151,7 @@ class Live:
             for name, path in self._shelf.folders().items()
             if name not in runs or runs[name]["status"] in ("running", None)
         }
-        return Sight(runs, {self._shelf.directory, *unsettled}, is_moving)
+        return Sight(summaries, {self._shelf.directory, *unsettled}, is_moving)
 
 
 class Feed(Generic[Content]):
@@ -200,6 +213,8 @@ class Feed(Generic[Content]):
             if self._seen != [sight.content]:
                 self._seen = [sight.content]
                 self._tell()
+            if not sight.is_whole:
+                continue
             await asyncio.sleep(self._pause)
             wait = None if is_complete and not sight.is_moving else AGAIN
             with suppress(TimeoutError):

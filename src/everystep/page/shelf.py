@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from everystep.errors import RunError, did_you_mean
 from everystep.page.about import summary_data
@@ -13,7 +15,14 @@ from everystep.recording.database import FILE_NAME
 from everystep.recording.numbers import fingerprint
 from everystep.recording.run import RecordedRun
 
-__all__ = ["Shelf", "shown_name"]
+__all__ = ["Shelf", "Summaries", "shown_name"]
+
+
+class Summaries(NamedTuple):
+    """Runs in one line each, by name, in the order of the names; unread: how many more there are."""
+
+    runs: dict[str, dict[str, Any]]
+    unread: int
 
 
 class Shelf:
@@ -21,7 +30,7 @@ class Shelf:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._known: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {}
+        self._known: dict[str, tuple[tuple[int, ...] | None, dict[str, Any]]] = {}
         self._lock = threading.Lock()
 
     def run(self, name: str) -> RecordedRun:
@@ -54,29 +63,47 @@ class Shelf:
             return {}
         return {shown_name(name): self.directory / name for name in names}
 
-    def summaries(self) -> dict[str, dict[str, Any]]:
-        """Return every run in one line, by name; only what has changed is read again."""
-        return {name: self._summary(name, path) for name, path in self.directories().items()}
+    def summaries(self, seconds: float = math.inf) -> Summaries:
+        """Return every run in one line; only what has changed is read again.
 
-    def forks(self, name: str) -> list[dict[str, Any]]:
-        """Return the forks of a run: name, and the last step that is the parent's."""
-        return [
+        seconds: to spend on runs that were never read, at least one; the next call reads the rest, and
+        what has changed meanwhile, when none is left.
+        """
+        directories = self.directories()
+        began = time.monotonic()
+        new = [name for name in directories if name not in self._known]
+        for place, name in enumerate(new):
+            if place and time.monotonic() - began > seconds:
+                with self._lock:
+                    known = {name: self._known[name][1] for name in directories if name in self._known}
+                return Summaries(known, len(new) - place)
+            self._summary(name, directories[name])
+        return Summaries({name: self._summary(name, path) for name, path in directories.items()}, 0)
+
+    def forks(self, name: str, seconds: float = math.inf) -> tuple[list[dict[str, Any]], int]:
+        """Return the forks of a run: name, and the last step that is the parent's; and how many runs
+        were not looked at within these seconds.
+        """
+        summaries = self.summaries(seconds)
+        forks = [
             {"name": fork, "at": summary["parent"][1]}
-            for fork, summary in self.summaries().items()
+            for fork, summary in summaries.runs.items()
             if summary["parent"] and summary["parent"][0] == name
         ]
+        return forks, summaries.unread
 
     def _summary(self, name: str, directory: Path) -> dict[str, Any]:
+        now: tuple[int, ...] | None = None
         try:
             now = fingerprint(directory)
             with self._lock:
                 before, summary = self._known.get(name, (None, {}))
             # Of a run whose process is killed no file changes.
-            if before == now and summary["status"] != "running":
+            if before == now and summary["status"] not in ("running", None):
                 return summary
             summary = summary_data(name, RecordedRun(directory, may_be_cut=True).summary())
         except (RunError, OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            return summary_data(name, None, problem=str(error))
+            summary = summary_data(name, None, problem=str(error))
         with self._lock:
             self._known[name] = now, summary
         return summary

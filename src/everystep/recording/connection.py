@@ -7,9 +7,13 @@ that it creates: a view in place of a table could compute forever.
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import stat
-from functools import cache
+import tempfile
+import time
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 from everystep.errors import RunError
@@ -20,8 +24,10 @@ __all__ = [
     "FILE_NAME",
     "LOCK_NAME",
     "SCHEMA_VERSION",
+    "TICK",
     "begin_database",
     "connect_reading",
+    "stillness",
 ]
 
 FILE_NAME = "run.sqlite"
@@ -84,6 +90,8 @@ CREATE TABLE blocks (
 ) WITHOUT ROWID;
 """
 
+#: Nanoseconds of the coarsest clock of a file system with times below a second.
+TICK = 50_000_000
 #: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
 _PATIENCE = 1.0
 #: Bytes that a text or a blob may have.
@@ -107,10 +115,11 @@ def begin_database(path: Path) -> None:
     new.rename(path)
 
 
-def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
+def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False) -> sqlite3.Connection:
     """Return a read-only connection to a run's database.
 
-    is_whole: refuse a database that is cut off.
+    is_whole: refuse a database that is cut off. is_still: the caller makes sure that nobody writes it
+    (see `stillness`).
 
     Raises:
         RunError: it is missing, is not an everystep database, or needs a newer everystep.
@@ -118,7 +127,7 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     _check_files(path)
     if is_whole:
         _check_size(path)
-    connection = _connect(path)
+    connection = _connect(path, is_still=is_still)
     try:
         _check_identity(connection, path)
     except BaseException:
@@ -127,10 +136,34 @@ def connect_reading(path: Path, *, is_whole: bool = True) -> sqlite3.Connection:
     return connection
 
 
+def stillness(path: Path) -> tuple[int, ...] | None:
+    """Return what differs when a database has been written; None: somebody may be writing it now.
+
+    What was read between two calls that return the same is of one moment, without any lock: a writer
+    needs a log, and changes the file only as it empties the log.
+    """
+    for suffix in ("-wal", "-journal"):
+        try:
+            if Path(f"{path}{suffix}").stat().st_size:
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return None
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    # Two changes within a tick of the file system's clock have the same time.
+    is_settled = abs(time.time_ns() - found.st_mtime_ns) > TICK
+    return (found.st_ino, found.st_mtime_ns, found.st_size) if is_settled else None
+
+
 def _check_files(path: Path) -> None:
     if not path.is_file():
         raise RunError(f"{path.parent} is not a run: {path.name} is missing")
-    own_path(path.parent, path.name)
+    if path.is_symlink():
+        own_path(path.parent, path.name)
     for suffix in ("-wal", "-shm", "-journal"):  # SQLite would wait for the other end of a pipe
         beside = Path(f"{path}{suffix}")
         try:
@@ -147,8 +180,7 @@ def _check_size(path: Path) -> None:
     Its header has the number of its pages (SQLite's file format, section 1.3). Where a write-ahead log
     has content, a checkpoint may be under way.
     """
-    log = Path(f"{path}-wal")
-    if log.exists() and log.stat().st_size:
+    if _has_log(path):
         return
     with path.open("rb") as file:
         header = file.read(100)
@@ -162,20 +194,22 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
-    last_error: sqlite3.Error | None = None
-    # On a read-only file system SQLite cannot make its shared-memory file; immutable needs none.
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
+    opened = partial(sqlite3.connect, uri=True, isolation_level=None, timeout=_PATIENCE)
+    still = partial(opened, f"{uri}?mode=ro&immutable=1")
+    # On a read-only file system SQLite cannot make its shared-memory file. An immutable database needs
+    # none, but is read without its log, which has the newest steps of a killed run.
+    beside = partial(_with_log, path) if _has_log(path) else still
+    last_error: Exception | None = None
+    for connect in (still,) if is_still else (partial(opened, f"{uri}?mode=ro"), beside):
         try:
-            connection = sqlite3.connect(
-                f"{uri}?{mode}", uri=True, isolation_level=None, timeout=_PATIENCE
-            )
+            connection = connect()
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                 raise RunError(
                     f"{path} is locked by another program; close that program first"
@@ -184,6 +218,24 @@ def _connect(path: Path) -> sqlite3.Connection:
         else:
             return connection
     raise RunError(f"{path} cannot be read: {last_error}")
+
+
+def _has_log(path: Path) -> bool:
+    log = Path(f"{path}-wal")
+    return log.exists() and log.stat().st_size > 0
+
+
+def _with_log(path: Path) -> sqlite3.Connection:
+    """Return a connection to a copy, in memory, of a database and its log."""
+    found = sqlite3.connect(":memory:", isolation_level=None)
+    with tempfile.TemporaryDirectory(prefix="everystep-") as folder:
+        copy = Path(folder, path.name)
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        with closing(sqlite3.connect(copy, isolation_level=None)) as copied:
+            copied.execute("PRAGMA trusted_schema = OFF")
+            copied.backup(found)
+    return found
 
 
 def _check_identity(connection: sqlite3.Connection, path: Path) -> None:

@@ -12,6 +12,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -150,9 +151,10 @@ class Contents:
         self._folder = directory / FOLDER
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. What the disk has no place for belongs to no recorded step."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def _add_once(self, step: int, tensor: Tensor) -> Given:
         """Add a tensor; skip one that was added before and is still alive."""

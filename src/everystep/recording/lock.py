@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
+import time
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,12 +17,28 @@ from everystep.recording.connection import FILE_NAME, LOCK_NAME
 from everystep.recording.database import reading
 from everystep.recording.facts import WriterFacts
 from everystep.recording.files import check_writable_files
+from everystep.recording.notice import say
 
-__all__ = ["is_locked", "locked", "writer_here"]
+__all__ = ["Unlocked", "is_locked", "locked", "writer_here"]
 
 
-def locked(directory: Path) -> FileLock:
+#: What a file system answers that has no locks, as some in a network.
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+#: Seconds without a write after which a process on another host counts as ended, without locks.
+_RECENT = 600.0
+
+
+class Unlocked:
+    """Stands for the lock of a run where the file system has none."""
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
+def locked(directory: Path) -> FileLock | Unlocked:
     """Lock a run for writing; the system releases the lock when the process ends, however it ends.
+
+    Where the file system has no locks, say so, and go by the process that the run names as its writer.
 
     Raises:
         RunError: another process is writing the run; names it. Or the run has links.
@@ -30,11 +49,30 @@ def locked(directory: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(
-            f"{directory} is being written (by its training, or by another process that adds to it"
-            f"{_by_whom(directory)}); wait until that ends"
-        ) from None
+        raise _being_written(directory) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if _names_a_writer(directory, other=True):
+            raise _being_written(directory) from None
+        _say_without_locks(directory.absolute())
+        return Unlocked()
     return lock
+
+
+def _being_written(directory: Path) -> RunError:
+    return RunError(
+        f"{directory} is being written (by its training, or by another process that adds to it"
+        f"{_by_whom(directory)}); wait until that ends"
+    )
+
+
+@cache
+def _say_without_locks(directory: Path) -> None:
+    say(
+        f"files in {directory} cannot be locked (a network file system without locks?), so nothing "
+        "keeps two processes from writing this run at once; let only one write it"
+    )
 
 
 def is_locked(directory: Path) -> bool:
@@ -47,8 +85,8 @@ def is_locked(directory: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # a place that can only be read is not being written
-        return False
+    except OSError:  # there are no locks, or the place can only be read from here
+        return _names_a_writer(directory)
     lock.release()
     return False
 
@@ -57,6 +95,38 @@ def writer_here() -> WriterFacts:
     """Return the facts of this process as a writer."""
     now = datetime.now(UTC).replace(microsecond=0)
     return WriterFacts(process=os.getpid(), host=platform.node(), since=now)
+
+
+def _names_a_writer(directory: Path, *, other: bool = False) -> bool:
+    """Tell whether the process that a run names as its writer seems to be writing it.
+
+    other: only a process other than this one.
+    """
+    path = directory / FILE_NAME
+    try:
+        with reading(path) as database:
+            facts = database.facts()
+    except RunError:
+        return False
+    writer = facts.writer
+    if facts.status != "running" or writer is None:
+        return False
+    if writer.host == platform.node():
+        return not (other and writer.process == os.getpid()) and _is_alive(writer.process)
+    times = [each.stat().st_mtime for each in (path, Path(f"{path}-wal")) if each.exists()]
+    return time.time() - max(times, default=0.0) < _RECENT
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 ends a process
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _by_whom(directory: Path) -> str:

@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everystep.errors import RunError
+from everystep.recording.connection import TICK
 from everystep.recording.database import FILE_NAME, MeasurementEnds, reading
 from everystep.recording.facts import Facts
 
 __all__ = ["Numbers", "fingerprint", "read_numbers"]
-
-_TICK = 50_000_000  # nanoseconds
 
 
 class Numbers(NamedTuple):
@@ -51,7 +50,7 @@ def fingerprint(directory: Path) -> tuple[int, ...]:
     # Two changes within a tick of the file system's clock have the same time, so fingerprints of a
     # file that just changed all differ.
     now = time.time_ns()
-    if abs(now - max(found[1::3])) < _TICK:
+    if abs(now - max(found[1::3])) < TICK:
         found.append(now)
     return tuple(found)
 

@@ -23,10 +23,12 @@ from everystep.recording.files import write_whole
 from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
+from everystep.recording.notice import say
 from everystep.recording.repeats import Repeats, Taken
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 from everystep.recording.tidy import tidy
+from everystep.recording.write_ahead_log import drop_uncommitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["DEFAULT_BUDGET", "Recorder", "create_directory"]
+__all__ = ["DEFAULT_BUDGET", "LATE_SECONDS", "Recorder", "create_directory"]
 
 #: Bytes of snapshots a run may keep, by default.
 DEFAULT_BUDGET = 512_000_000
+#: Seconds that one write takes, or that the training waits for the disk, until it is said.
+LATE_SECONDS = 10.0
 #: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
 
@@ -120,13 +124,15 @@ class Recorder:
         self._snapshots_written = 0
         self._chosen_after = 0
         self._error: BaseException | None = None
+        self._job_began: float | None = None
+        self._is_late = False
         try:
             self._lock = locked(self._home.here)
             (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
             for name, text in texts.items():
                 write_whole(self._home.here / name, text.encode())
         except OSError as error:
-            raise self._translated(error) from error
+            raise self._translated(error, at if is_resumed else 0) from error
         opened = Database.change if is_resumed else Database.create
         self._database = opened(self._home.here / FILE_NAME)
         self._continuation: Continuation | None = None
@@ -149,7 +155,7 @@ class Recorder:
             self._database.close()
             self._lock.release()
             if isinstance(error, OSError):
-                raise self._translated(error) from error
+                raise self._translated(error, at if is_resumed else 0) from error
             raise
         self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
         self._thread.start()
@@ -253,11 +259,22 @@ class Recorder:
         return self._snapshots_asked > self._snapshots_written
 
     def check(self) -> None:
-        """Raise RecordingError if writing has failed, RunError if a step that is taken again differs."""
+        """Raise RecordingError if writing has failed, RunError if a step that is taken again differs.
+
+        Say so if one write takes long.
+        """
+        began = self._job_began
+        if began is not None and not self._is_late and time.monotonic() - began > LATE_SECONDS:
+            self._is_late = True
+            say(
+                f"a write to {self.directory} takes more than {LATE_SECONDS:.0f} seconds (a slow disk, "
+                f"a large state, or another program that has locked {FILE_NAME}); the training goes on, "
+                "and its steps wait in memory"
+            )
         if isinstance(self._error, RunError | GoneError):
             raise self._error
         if self._error is not None:
-            raise self._translated(self._error) from self._error
+            raise self._translated(self._error, self._last_step) from self._error
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write what is left and the last facts, and close the run.
@@ -267,13 +284,32 @@ class Recorder:
         """
         self._put(lambda: self._write_last_facts(facts))
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(LATE_SECONDS)
+        if self._thread.is_alive():
+            say(f"the last steps are still being written to {self.directory}: the disk is slow")
+            self._thread.join()
+        if self._error is not None and not isinstance(self._error, RunError | GoneError):
+            self._close_failed(self._error, facts)
         if self._repeats is not None:
             self._repeats.close()
         self._database.close()
         self._lock.release()
         self._home.close()
         self.check()
+
+    def _close_failed(self, error: BaseException, facts: Mapping[str, Any]) -> None:
+        """Write into the run that writing it failed, if so little still fits; else it seems killed."""
+        reason = f"writing the run failed: {_reason(error)}"
+        with suppress(Exception):
+            self._follow()
+            self._database.hurry()
+            log = self._home.here / f"{FILE_NAME}-wal"
+            drop_uncommitted(log)
+            try:
+                finished = facts.get("finished")
+                self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
+            except RecordingError:
+                drop_uncommitted(log)
 
     def _inherit(self, parent: RecordedRun, at: int) -> dict[str, Any]:
         inherited = inherit(self._home.here, self._database, parent, at)
@@ -320,11 +356,13 @@ class Recorder:
         while (job := self._queue.get()) is not None:
             if self._error is not None:
                 continue
+            self._job_began = time.monotonic()
             try:
                 self._follow()
                 job()
             except BaseException as error:  # `check` raises it in the training thread
                 self._error = error
+            self._job_began = None
 
     def _follow(self) -> None:
         """Go on in the run's directory where it is now.
@@ -465,10 +503,16 @@ class Recorder:
     def _forget(self, steps: list[int]) -> None:
         self._in_transaction(lambda: self._database.remove_snapshots(steps))
 
-    def _translated(self, error: BaseException) -> RecordingError:
-        kept = f"steps 1 to {self._last_step} are saved" if self._last_step else "no step is saved"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    def _translated(self, error: BaseException, last_step: int) -> RecordingError:
+        if last_step:
+            kept = f"steps 1 to {last_step} are saved"
+            cure = "Free some space, or copy the run to another place, and resume it"
+        else:
+            kept, cure = "no step is saved", "Free some space or choose another place, and train again"
         return RecordingError(
-            f"writing the run {self.directory} failed: {reason}; {kept}. Free some space or choose "
-            "another place, and train again"
+            f"writing the run {self.directory} failed: {_reason(error)}; {kept}. {cure}"
         )
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -17,6 +17,7 @@ from everystep.recording.database import (
     Database,
     Repeat,
     SnapshotRow,
+    read_quickly,
     reading,
 )
 from everystep.recording.facts import Facts, TrainingFacts
@@ -252,12 +253,14 @@ class RecordedRun:
 
     def summary(self) -> Summary:
         """Return the run in one line."""
-        with reading(self._database_path) as database:
-            facts = database.facts()
-            found = self._structure_findings(database, facts)
-            damage = damage_text(self.name, found) if found else None
-            summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
-            return summary._replace(damage=damage)
+        return read_quickly(self._database_path, self._summary)
+
+    def _summary(self, database: Database) -> Summary:
+        facts = database.facts()
+        found = self._structure_findings(database, facts)
+        damage = damage_text(self.name, found) if found else None
+        summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
+        return summary._replace(damage=damage)
 
     def _check_whole(self, database: Database) -> None:
         """Check that the steps of a finished run are there.

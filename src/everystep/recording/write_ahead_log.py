@@ -7,10 +7,11 @@ SQLite's file format, section 4; the checksums are of 4.2.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["log_problem"]
+__all__ = ["drop_uncommitted", "log_problem"]
 
 _HEADER, _FRAME_HEADER = 32, 24
 _MAGIC = 0x377F0682  # its last bit: checksums are of big-endian words
@@ -38,6 +39,35 @@ def log_problem(path: Path) -> str | None:
     if sums != (words[6], words[7]) or not 512 <= page <= 65_536:
         return "its header was changed, so that none of it is read"
     return _frames_problem(content, page, salts, sums, order)
+
+
+def drop_uncommitted(path: Path) -> None:
+    """Cut off what follows the last transaction of a log: the writer had no place for the rest.
+
+    Only the one writer may call this, outside of a transaction. SQLite never reads that part; it takes
+    space, and looks like damage.
+
+    Raises:
+        OSError: the log cannot be read or cut.
+    """
+    if not 0 < path.stat().st_size <= _LARGEST:
+        return
+    content = path.read_bytes()
+    words = [int.from_bytes(content[place : place + 4], "big") for place in range(0, _HEADER, 4)]
+    if len(content) < _HEADER or words[0] & ~1 != _MAGIC or not 512 <= words[2] <= 65_536:
+        return
+    order, size = ">u4" if words[0] & 1 else "<u4", _FRAME_HEADER + words[2]
+    frames = [content[at : at + size] for at in range(_HEADER, len(content), size)]
+    sums, matrix, end = (words[6], words[7]), _power(size // 8 - 2), 0
+    for place, part in enumerate(_summands(frames, size, order)):
+        frame = frames[place]
+        sums = _advanced(sums, part, matrix)
+        stated = tuple(int.from_bytes(frame[at : at + 4], "big") for at in (16, 20))
+        if frame[8:16] != content[16:24] or sums != stated:
+            break
+        if any(frame[4:8]):  # the size of the database, in the last page of a transaction
+            end = place + 1
+    os.truncate(path, _HEADER + end * size)
 
 
 def _frames_problem(

@@ -21,7 +21,8 @@ from everystep.recording.facts import (
     FunctionFacts,
     LoopFacts,
 )
-from everystep.recording.recorder import Recorder
+from everystep.recording.notice import say
+from everystep.recording.recorder import LATE_SECONDS, Recorder
 from everystep.recording.repeats import Taken
 from everystep.step.build import NotCapturableError
 from everystep.step.check import state_differences
@@ -36,7 +37,7 @@ from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop
 from everystep.training.loop import now
 from everystep.training.loop_resume import ResumedLoop
-from everystep.training.notices import Notices, say
+from everystep.training.notices import Notices
 from everystep.training.place import Place
 
 __all__ = ["LoopWriter", "StepUnderWay"]
@@ -178,9 +179,16 @@ class LoopWriter:
             RecordingError: writing the run failed.
         """
         self._recorder.check()
+        began = time.monotonic()
         while self._recorder.waiting_bytes > MOST_WAITING:
             time.sleep(0.001)
             self._recorder.check()
+            if time.monotonic() - began > LATE_SECONDS:
+                began = math.inf
+                say(
+                    f"{self._recorder.waiting_bytes / 1e6:,.0f} MB of batches wait to be written to "
+                    f"{self.directory}, and the training waits for the disk"
+                )
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store what the loop changed since the last step, outside of any. state: the current one."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Protocol
 
-__all__ = ["Notices", "say"]
+from everystep.recording.notice import say
+
+__all__ = ["Notices"]
 
 #: What is not seen is said so often; the rest is in the run's facts.
 MOST_SAID = 3
@@ -71,8 +72,3 @@ class Notices:
         if kind not in self._said:
             self._said.add(kind)
             say(message)
-
-
-def say(message: str) -> None:
-    """Print a notice on stderr."""
-    print(f"everystep: {message}", file=sys.stderr)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RecordingError, RunError, UsageError
+from everystep.recording.notice import say
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
 from everystep.step.elsewhere import Elsewhere
@@ -29,7 +30,6 @@ from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_resume import resumed_loop
 from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay
-from everystep.training.notices import say
 from everystep.training.place import Place
 
 __all__ = ["Recording"]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from rich.table import Table
-from rich.text import Text
 
 from everystep.recording.facts import (
     Facts,
@@ -21,9 +18,7 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.recording.run import RecordedRun
-from everystep.recording.summary import Summary
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
-from everystep.views.printed import one_line
 
 if TYPE_CHECKING:
     import polars
@@ -33,27 +28,14 @@ __all__ = [
     "engine_text",
     "header",
     "header_rows",
+    "json_number",
     "losses_text",
     "number",
-    "runs_json",
-    "runs_table",
     "shortest",
     "shortest_name",
 ]
 
 _LABEL_WIDTH = 8
-#: A column of notes has at least so many characters, or it is left out.
-_NARROWEST_NOTES = 16
-
-#: Columns of the list of runs.
-_HEADINGS = tuple(
-    Text(name) for name in ("run", "status", "steps", "first loss", "last loss", "started", "fork of")
-)
-_STATUS = 1
-#: The status is wrapped to this width before a column is left out.
-_STATUS_WIDTH = len("finished, NaN from")
-#: What a narrow terminal does without, in this order: fork of, first loss, started, steps, last loss.
-_UNNEEDED = (6, 3, 5, 2, 4)
 
 
 def number(value: float | None) -> str:
@@ -185,7 +167,7 @@ def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"])
         return frame.write_csv(null_value="")
     columns = {name: frame[name].to_list() for name in frame.columns}
     if style == "json":
-        values = [[_json_number(value) for value in column] for column in columns.values()]
+        values = [[json_number(value) for value in column] for column in columns.values()]
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
         return json.dumps(rows, indent=1) + "\n"
     cells = [
@@ -200,29 +182,6 @@ def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"])
     )
 
 
-def runs_json(runs: Iterable[Summary]) -> str:
-    """Return the runs as a JSON array."""
-    return json.dumps(
-        [
-            {
-                "name": run.name,
-                "directory": str(run.directory),
-                "status": run.status,
-                "steps": run.steps,
-                "planned_steps": run.planned,
-                "first_loss": _json_number(run.first_loss),
-                "last_loss": _json_number(run.last_loss),
-                "started": run.started.isoformat(),
-                "parent": None if run.parent is None else {"run": run.parent[0], "at": run.parent[1]},
-                "note": run.note,
-                "damage": run.damage,
-            }
-            for run in runs
-        ],
-        indent=1,
-    )
-
-
 def shortest(loss: float) -> str:
     """Return the fewest digits that give this float32 (or else float64) back."""
     import numpy as np
@@ -230,65 +189,6 @@ def shortest(loss: float) -> str:
     with np.errstate(over="ignore"):
         single = np.float32(loss)
     return str(single) if float(single) == loss or loss != loss else repr(loss)
-
-
-def runs_table(runs: Iterable[Summary], width: int | None = None) -> Table:
-    """Return the runs as a table: name, status, steps, first and last loss, when, and of what a fork.
-
-    width: columns of the terminal; what matters least is left out of a narrow one. A wide one has notes
-    at the end of the lines.
-    """
-    runs = list(runs)
-    cells = [_HEADINGS, *map(_run_cells, runs)]
-    shown = [place for place in range(len(_HEADINGS)) if any(row[place].plain for row in cells[1:])]
-    widths = [max(row[place].cell_len for row in cells) for place in range(len(_HEADINGS))]
-    left = math.inf if width is None else width - sum(widths[place] + 2 for place in shown)
-    widths[_STATUS] = min(widths[_STATUS], _STATUS_WIDTH)
-    for unneeded in _UNNEEDED:
-        if width is not None and sum(widths[p] + 2 for p in shown) - 2 > width and unneeded in shown:
-            shown.remove(unneeded)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for place in shown:
-        is_number = place in (2, 3, 4)
-        table.add_column(
-            _HEADINGS[place],
-            justify="right" if is_number else "left",
-            no_wrap=place != _STATUS and place != 0,
-            overflow="fold",
-            min_width=0 if place == _STATUS else widths[place],
-        )
-    notes = [_note_text(run) for run in runs] if left >= _NARROWEST_NOTES else []
-    if any(note.plain for note in notes):
-        most = 100 if width is None else int(left)
-        table.add_column(Text("note"), no_wrap=True, overflow="ellipsis", max_width=most)
-    else:
-        notes = []
-    for place, row in enumerate(cells[1:]):
-        table.add_row(*(row[column] for column in shown), *notes[place : place + 1])
-    return table
-
-
-def _run_cells(run: Summary) -> tuple[Text, ...]:
-    """Return the cells of a run, in the order of `_HEADINGS`."""
-    status = Text(run.status, style={"finished": "", "running": "green"}.get(run.status, "yellow"))
-    if run.nonfinite_step is not None:
-        what = "NaN from" if math.isnan(run.last_loss or 0.0) else "not finite at"
-        status.append(f", {what} step {run.nonfinite_step:,}", style="red")
-    if run.damage is not None:
-        status.append(", damaged", style="red")
-    return (
-        Text(run.name),
-        status,
-        Text(str(run.steps) if run.steps == run.planned else f"{run.steps}/{run.planned}"),
-        Text(number(run.first_loss)),
-        Text(number(run.last_loss)),
-        Text(f"{run.started.astimezone():%Y-%m-%d %H:%M}"),
-        Text("" if run.parent is None else f"{run.parent[0]}, step {run.parent[1]}"),
-    )
-
-
-def _note_text(run: Summary) -> Text:
-    return Text(one_line(run.note or "").replace("\ufffd", " "), style="dim")
 
 
 def _fork_text(fork: ForkFacts) -> str:
@@ -345,7 +245,7 @@ def _steps_text(steps: int, training: TrainingFacts) -> str:
     return f"{steps:,}, {batches.batch_size} rows each, {batches.steps_per_epoch:,} to an epoch"
 
 
-def _json_number(value: float | None) -> float | int | str | None:
+def json_number(value: float | None) -> float | int | str | None:
     """Return what JSON can hold: it has no nan and no infinity."""
     return str(value) if value is not None and not math.isfinite(value) else value
 

@@ -207,3 +207,21 @@ def test_the_printed_address_of_a_run_leads_to_it(recorded, view, open_page):
     assert page.url == at(served, "/runs/digits").partition("?")[0]
     page.get_by_role("link", name="All runs").click()
     expect(row(page, "chapter")).to_be_visible()
+
+
+def test_a_long_list_is_drawn_as_it_is_scrolled_to(open_page, chromium, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for number in range(250):
+        written(tmp_path / "runs" / f"run-{number}", [1.0])
+    served = start_view(directory=tmp_path)
+    try:
+        page = open_page(f"{served.address}&sort=name&direction=ascending")
+        expect(page.locator(".runs-head .lead")).to_have_text("250 runs")
+        assert 100 <= page.locator("tbody tr").count() < 250
+        while page.locator("tbody tr").count() < 250:
+            page.mouse.wheel(0, 5000)
+        assert names(page) == [f"run-{number}" for number in range(250)]
+        page.get_by_label("search the runs").fill("run-249")
+        assert names(page) == ["run-249"]
+    finally:
+        served.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ from starlette.routing import Route
 from everystep.page.about import about_data
 from everystep.page.columns import RunColumns, reduced
 from everystep.page.event_stream import EventStream, last_seen
-from everystep.page.live import Live
+from everystep.page.live import MOMENT, Live
 from everystep.page.rows import frame_of, page_of, rows_of, wanted_of, whole
 from everystep.page.shelf import Shelf, shown_name
 from everystep.views.terminal import losses_text
@@ -24,19 +25,22 @@ POINTS, MOST_POINTS = 2000, 100_000
 
 
 def all_runs(request: Request) -> Response:
-    """Answer with every run in one line."""
+    """Answer with every run in one line; with `soon` only with those that are read in a moment."""
     shelf: Shelf = request.app.state.shelf
-    return JSONResponse(
-        {"directory": shown_name(shelf.directory.name), "runs": list(shelf.summaries().values())}
-    )
+    summaries = shelf.summaries(MOMENT if "soon" in request.query_params else math.inf)
+    runs = list(summaries.runs.values())
+    directory = shown_name(shelf.directory.name)
+    return JSONResponse({"directory": directory, "runs": runs, "unread": summaries.unread})
 
 
 def about(request: Request) -> Response:
     """Answer with everything about a run besides its numbers by step."""
     shelf: Shelf = request.app.state.shelf
     name = request.path_params["name"]
-    found = about_data(name, shelf.run(name), _columns(request), shelf.forks(name))
-    return JSONResponse(found | {"task": request.app.state.tasks.training(name)})
+    forks, unread = shelf.forks(name, MOMENT)
+    found = about_data(name, shelf.run(name), _columns(request), forks)
+    task = request.app.state.tasks.training(name)
+    return JSONResponse(found | {"unread": unread, "task": task})
 
 
 def sparkline(request: Request) -> Response:

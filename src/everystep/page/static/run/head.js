@@ -28,7 +28,7 @@ export function statusLine(about, speed) {
 }
 
 /** Return where a run comes from and what was forked from it. */
-export function lineage({ name, parent, forks }) {
+export function lineage({ name, parent, forks, unread }) {
   const link = (run, beside = []) => element("a", { href: address.write({ view: "run", run, beside }) }, run);
   const overlay = (other) => element("a", { href: address.write({ view: "run", run: name, beside: [other] }) }, "show beside");
   const parts = [];
@@ -36,6 +36,7 @@ export function lineage({ name, parent, forks }) {
   for (const fork of forks) {
     parts.push(element("span", {}, `forked at ${whole(fork.at)}: `, link(fork.name), " (", overlay(fork.name), ")"));
   }
+  if (unread) parts.push(element("span", {}, `forks among ${whole(unread)} runs that are not read yet are missing here`));
   return parts;
 }
 

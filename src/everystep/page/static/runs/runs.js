@@ -21,6 +21,9 @@ const COLUMNS = [
   { key: "started", title: "started", first: "descending" },
 ];
 
+// Rows that are drawn at first, and then whenever the end of them comes near: the layout of thousands takes seconds.
+const SOME = 100;
+
 // Where the address does not say otherwise it stays as it was: one comes back from a run.
 const sorting = { key: "started", direction: "descending" };
 
@@ -30,16 +33,18 @@ export async function open(place, main) {
   document.querySelector("#trail").replaceChildren();
   const waiting = element("p", { class: "waiting muted" }, "Reading the runs.");
   main.append(waiting);
-  const { directory, runs } = await ask("/api/runs").finally(() => waiting.remove());
-  const view = new Runs(main, directory, runs, place);
+  const { directory, runs, unread } = await ask("/api/runs?soon").finally(() => waiting.remove());
+  const view = new Runs(main, directory, { runs, unread }, place);
   return { update: (next) => view.update(next), close: () => view.close() };
 }
 
 class Runs {
-  #rows = new Map(); // by name
+  #runs = new Map(); // by name
+  #rows = new Map(); // by name, those that were drawn
+  #most = SOME; // rows that are drawn
   #picked = new Set();
 
-  constructor(main, directory, runs, place) {
+  constructor(main, directory, read, place) {
     take(place);
     this.away = awayBanner();
     this.head = element("p", { class: "lead" });
@@ -54,12 +59,14 @@ class Runs {
     this.tools = element("div", { class: "runs-tools" }, this.search, this.#sortField(), this.chosen, this.overlay, this.compare);
     const head = element("thead", { role: "rowgroup" }, this.headings);
     this.table = element("table", { class: "runs", role: "table", "aria-label": "runs" }, head, this.body);
+    this.end = element("div");
     main.classList.add("wide");
     this.watcher = new IntersectionObserver((entries) => this.#see(entries), { rootMargin: "200px" });
-    main.append(element("header", { class: "runs-head" }, element("h1", {}, directory), this.head), this.tools, this.table, this.nothing, this.away.host);
-    this.#take(runs, []);
-    const hear = ({ runs: known, gone, all }) => this.#take(known, all ? this.#missing(known) : gone);
-    this.end = listen("/api/events", { runs: hear }, (isThere) => this.away.tell(isThere));
+    main.append(element("header", { class: "runs-head" }, element("h1", {}, directory), this.head), this.tools, this.table, this.end, this.nothing, this.away.host);
+    this.#take({ ...read, gone: [] });
+    this.reach = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && this.#drawMore(), { rootMargin: "1500px" });
+    this.reach.observe(this.end);
+    this.stop = listen("/api/events", { runs: (news) => this.#hear(news) }, (isThere) => this.away.tell(isThere));
   }
 
   /** Sort as the address says. */
@@ -69,44 +76,63 @@ class Runs {
   }
 
   close() {
-    this.end();
+    this.stop();
+    this.reach.disconnect();
     this.away.close();
     this.watcher.disconnect();
     this.#rows.forEach((row) => row.see(false)); // no picture is asked for any more
   }
 
-  // Runs may have gone while nothing was heard.
-  #missing(runs) {
-    const known = new Set(runs.map(({ name }) => name));
-    return [...this.#rows.keys()].filter((name) => !known.has(name));
+  // Runs may have gone while nothing was heard: those that a new stream does not name until all are read.
+  #hear({ runs, gone, begins, unread }) {
+    if (begins) this.named = new Set();
+    for (const { name } of runs) this.named?.add(name);
+    const missing = this.named && !unread ? [...this.#runs.keys()].filter((name) => !this.named.has(name)) : [];
+    if (!unread) this.named = null;
+    this.#take({ runs, unread, gone: [...gone, ...missing] });
   }
 
-  #take(runs, gone) {
+  #take({ runs, unread, gone }) {
+    this.unread = unread;
     for (const name of gone) {
+      this.#runs.delete(name);
+      this.#picked.delete(name);
       const row = this.#rows.get(name);
       if (!row) continue;
       this.watcher.unobserve(row.host);
       row.see(false);
       row.host.remove();
       this.#rows.delete(name);
-      this.#picked.delete(name);
     }
     for (const run of runs) {
-      const row = this.#rows.get(run.name);
-      if (row) row.update(run);
-      else this.#add(run);
+      this.#runs.set(run.name, run);
+      this.#rows.get(run.name)?.update(run);
     }
     this.#arrange();
     this.#tellPicked();
   }
 
-  #add(run) {
+  #row(name) {
+    return this.#rows.get(name) ?? this.#newRow(this.#runs.get(name));
+  }
+
+  #newRow(run) {
     const row = runRow(run, (isPicked) => {
       this.#picked[isPicked ? "add" : "delete"](run.name);
       this.#tellPicked();
     });
     this.#rows.set(run.name, row);
     this.watcher.observe(row.host);
+    return row;
+  }
+
+  #drawMore() {
+    if (this.#most >= this.#runs.size) return;
+    this.#most += SOME;
+    this.#arrange();
+    // An end that stays near is not seen again otherwise.
+    this.reach.unobserve(this.end);
+    this.reach.observe(this.end);
   }
 
   #see(entries) {
@@ -114,10 +140,10 @@ class Runs {
   }
 
   #arrange() {
-    const all = [...this.#rows.values()].map(({ run }) => run);
+    const all = [...this.#runs.values()];
     const shown = arranged(all, sorting, this.search.value);
-    const hosts = shown.map(({ name, depth }) => {
-      const { host, indent } = this.#rows.get(name);
+    const hosts = shown.slice(0, this.#most).map(({ name, depth }) => {
+      const { host, indent } = this.#row(name);
       indent(depth);
       return host;
     });
@@ -131,11 +157,11 @@ class Runs {
 
   #tellCount(all, shown) {
     const running = all.filter(({ status }) => status === "running").length;
-    const words = [`${all.length} ${all.length === 1 ? "run" : "runs"}`, ...(running ? [`${running} running`] : [])];
-    this.head.textContent = all.length ? words.join(" · ") : "";
+    const words = [`${all.length} ${all.length === 1 ? "run" : "runs"}`, ...(running ? [`${running} running`] : []), ...(this.unread ? [`${this.unread} still to be read`] : [])];
+    this.head.textContent = all.length || this.unread ? words.join(" · ") : "";
     this.table.hidden = !shown;
     this.tools.hidden = !all.length;
-    this.nothing.hidden = shown > 0;
+    this.nothing.hidden = shown > 0 || this.unread > 0;
     const none = ["There are no runs here yet. Runs appear as soon as they start: ", element("code", {}, "everystep train")];
     this.nothing.replaceChildren(...(all.length ? [`No run matches “${this.search.value}”.`] : none));
   }

@@ -1,0 +1,209 @@
+"""A disk that is slow, full or read-only, a database that is locked, files that cannot be locked."""
+
+import errno
+import fcntl
+import os
+import platform
+import shutil
+import sqlite3
+import threading
+import time
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from tests.page.serving import written
+
+import everystep
+from everystep.errors import RecordingError, RunError
+from everystep.recording import connection, lock, recorder
+from everystep.recording.database import Database
+from everystep.recording.run import RecordedRun
+from everystep.recording.write_ahead_log import drop_uncommitted, log_problem
+
+
+def loop(directory, seconds, midway=lambda: None):
+    """Record a loop for so long; returns the run, and the seconds that its longest step took."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    began, longest, does = time.monotonic(), 0.0, midway
+    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
+        while time.monotonic() - began < seconds or recording.step_count < 20:
+            before = time.monotonic()
+            with recording.step(torch.randn(8, 4)):
+                loss = model(torch.randn(8, 4)).pow(2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+            longest = max(longest, time.monotonic() - before)
+            if recording.step_count > 10:
+                does()
+                does = lambda: None  # noqa: E731
+            time.sleep(0.005)
+        count = recording.step_count
+    return recording.run, count, longest
+
+
+@pytest.mark.parametrize("mode", ["IMMEDIATE", "EXCLUSIVE"])
+def test_steps_wait_while_another_program_holds_the_database(mode, monkeypatch, capfd):
+    monkeypatch.setattr(recorder, "LATE_SECONDS", 0.3)
+
+    def hold():
+        def held():
+            with closing(sqlite3.connect("run/run.sqlite", 30, isolation_level=None)) as other:
+                other.execute(f"BEGIN {mode}")
+                is_held.set()
+                time.sleep(1.5)
+                other.execute("ROLLBACK")
+
+        is_held = threading.Event()
+        threads.append(threading.Thread(target=held))
+        threads[0].start()
+        is_held.wait()
+
+    threads = []
+    run, count, longest = loop("run", 2.5, hold)
+    threads[0].join()
+    assert len(run) == count and run.status == "finished"
+    assert longest < 1.0
+    assert capfd.readouterr().err.count("another program that has locked run.sqlite") == 1
+    assert run.verify(progress=False).is_exact
+
+
+def test_a_slow_disk_does_not_stop_the_training(monkeypatch, capfd):
+    monkeypatch.setattr(recorder, "LATE_SECONDS", 0.3)
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.4), sync(file)))
+    run, count, longest = loop("run", 0.1)
+    assert len(run) == count and longest < 0.4
+    assert "the last steps are still being written to run: the disk is slow" in capfd.readouterr().err
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    lock._say_without_locks.cache_clear()
+
+
+def test_a_training_works_where_files_cannot_be_locked(without_locks, capfd):
+    statuses = []
+    run, count, _ = loop("run", 0.0, lambda: statuses.append(RecordedRun("run").status))
+    assert (len(run), run.status, statuses) == (count, "finished", ["running"])
+    run.measure("loss", name="again", progress=False)
+    assert capfd.readouterr().err.count("cannot be locked") == 1
+
+
+def running(directory, **writer):
+    writer = {"process": os.getpid(), "host": platform.node(), "since": datetime.now(UTC)} | writer
+    run = written(directory, [1.0], status="running", writer=writer)
+    (run / "run.lock").touch()
+    return run
+
+
+def test_without_locks_the_named_writer_decides(without_locks, tmp_path, capfd):
+    parent = running(tmp_path / "alive", process=os.getppid())
+    assert RecordedRun(parent).status == "running"
+    with pytest.raises(RunError, match=f"process {os.getppid()} on {platform.node()}"):
+        lock.locked(parent)
+    assert RecordedRun(running(tmp_path / "dead", process=2**31 - 1)).status == "killed"
+    lock.locked(tmp_path / "dead").release()
+    elsewhere = running(tmp_path / "elsewhere", host="another")
+    assert RecordedRun(elsewhere).status == "running"
+    for path in elsewhere.iterdir():
+        os.utime(path, (0, 0))
+    assert RecordedRun(elsewhere).status == "killed"
+
+
+def test_a_killed_run_that_can_only_be_read_has_the_steps_of_its_log(tmp_path, monkeypatch):
+    run = written(tmp_path / "run", [2.0, 1.0], status="running")
+    database = Database.change(run / "run.sqlite")
+    with database.transaction():
+        database.write_losses(3, [0.5])
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("*-shm"))
+    database.close()
+    connect = sqlite3.connect
+
+    def only_reading(path, *arguments, **named):
+        if str(path).endswith("?mode=ro"):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(path, *arguments, **named)
+
+    monkeypatch.setattr(connection.sqlite3, "connect", only_reading)
+    killed = RecordedRun(tmp_path / "copy")
+    assert killed.losses["loss"].to_list() == [2.0, 1.0, 0.5]
+    assert not (tmp_path / "copy" / "run.sqlite-shm").exists()
+
+
+def test_a_run_on_a_full_disk_says_that_it_failed_and_resumes(monkeypatch):
+    settings = {
+        "steps": 400,
+        "data.N": 16,
+        "data.D_in": 4,
+        "data.D_out": 2,
+        "model.layers": ["Linear(4, 2)"],
+    }
+    whole = everystep.train_experiment("two-layer", settings, directory="whole", progress=False)
+    write, written = recorder.write_snapshot, []
+
+    def full(folder, state):
+        written.append(state.step)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(folder, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "write_snapshot", full)
+        with pytest.raises(RecordingError, match=r"No space left on device; .* and resume it"):
+            everystep.train_experiment("two-layer", settings, directory="run", progress=False)
+    run = everystep.open("run")
+    assert (run.status, run.facts.reason) == (
+        "failed",
+        "writing the run failed: No space left on device",
+    )
+    assert len(run) > 0 and not run.problems and run.verify(progress=False).is_exact
+    resumed = run.resume(progress=False)
+    assert resumed.losses.equals(whole.losses) and resumed.status == "finished"
+
+
+def test_names_with_spaces_and_signs_of_200_characters(everystep_command):
+    name = "a name with spaces ü 学习 # % ? & ' \" " + "x" * 150
+    place = Path("many runs ü") / name
+    code, _, err = everystep_command("train", "--steps", 20, "--run", place, "-q")
+    assert code == 0, err
+    for command in (
+        ["runs", place.parent], ["runs", place.parent, "--json"], ["losses", place],
+        ["step", place, 7], ["verify", place], ["doctor", place], ["diff", place, place],
+        ["when", place, "loss < 1e9"], ["measure", place, "norm(gradients['0.weight'])"],
+        ["table", place, "-o", "a b.html"], ["plot", place, "-o", "a b.png"],
+        ["report", place, "-o", "r ü.html"],
+        ["fork", place, "--at", 7, "--run", place.parent / "fork ?", "-q"],
+        ["resume", place, "--steps", 30, "-q"],
+    ):  # fmt: skip
+        code, _, err = everystep_command(*command)
+        assert code == 0, (command, err)
+
+
+def test_what_a_full_disk_cut_off_is_dropped_from_the_log(tmp_path):
+    run = written(tmp_path / "run", [2.0, 1.0], status="running")
+    database = Database.change(run / "run.sqlite")
+    with database.transaction():
+        database.write_losses(3, [0.5])
+    log = run / "run.sqlite-wal"
+    whole = log.read_bytes()
+    frame = whole[32 : 32 + 24 + 4096]
+    for torn in (frame[:1000], frame, frame + frame[:1000]):
+        log.write_bytes(whole + torn)
+        assert log_problem(log) is not None
+        drop_uncommitted(log)
+        assert log.read_bytes() == whole
+    with database.transaction():
+        database.write_losses(4, [0.25])
+    database.close()
+    assert RecordedRun(run).losses["loss"].to_list() == [2.0, 1.0, 0.5, 0.25]
