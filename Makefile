@@ -34,11 +34,12 @@ format: .venv/installed-dev
 bench: .venv/installed-bench        ## everystep, the plain PyTorch loop and other frameworks, alternating
 	$(BIN)/python -m benchmarks
 
-torture: .venv/installed-dev         ## kills, signals and losses of power, for hours: docs/reliability.md
+torture: .venv/installed-dev         ## kills, signals, losses of power and random input, for hours: docs/reliability.md
 	$(BIN)/python -m benchmarks.torture kill
 	$(BIN)/python -m benchmarks.torture operations
 	$(BIN)/python -m benchmarks.torture power
 	$(BIN)/python -m benchmarks.torture signals
+	$(BIN)/python -m benchmarks.torture fuzz --seconds 3600
 	@if [ -e benchmarks/torture_files.py ]; then $(BIN)/python -m benchmarks.torture_files; fi
 
 clean:

@@ -4,6 +4,8 @@
 `python -m benchmarks.torture operations [--each N]`: death at every operation on files, or each N-th.
 `python -m benchmarks.torture power`: the last files torn, empty or missing, the write-ahead log cut.
 `python -m benchmarks.torture signals`: SIGTERM and Ctrl-C, after which the run must be closed.
+`python -m benchmarks.torture fuzz [--seconds 600] [--only loops,tables]`: random loops, resumed loops,
+step functions, tables, experiments and altered runs.
 Prints a table, each failure on stderr, and exits with 1 if there is one.
 """
 
@@ -23,6 +25,8 @@ from benchmarks.torture.signals import signals
 from benchmarks.torture.trainings import named
 from benchmarks.torture.trial import each, failed, references, table
 
+#: Seconds for which things are drawn at random, unless asked otherwise.
+FUZZED = 600.0
 #: What a table counts.
 WHAT = {"power": "losses of power", "signals": "signals"}
 
@@ -30,14 +34,16 @@ WHAT = {"power": "losses of power", "signals": "signals"}
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture")
-    parser.add_argument("what", choices=["kill", "operations", "power", "signals"])
+    parser.add_argument("what", choices=["fuzz", "kill", "operations", "power", "signals"])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--each", type=int, default=1, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="names of trainings, separated by commas")
+    parser.add_argument("--only", help="names of trainings, or of what to fuzz, separated by commas")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after these")
     asked = parser.parse_args()
+    if asked.what == "fuzz":
+        sys.exit(_fuzz(asked))
     began = time.monotonic()
     steps = STEPS if asked.what in ("operations", "power") else None
     with references(named(asked.only), steps) as known:
@@ -56,6 +62,17 @@ def main() -> None:
     failures = failed(results)
     print(f"{len(failures)} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")
     sys.exit(1 if failures else 0)
+
+
+def _fuzz(asked: argparse.Namespace) -> int:
+    from benchmarks.torture.fuzz import fuzz, report  # imports what the others do without
+
+    began = time.monotonic()
+    results = fuzz(asked.seconds if asked.seconds < float("inf") else FUZZED, asked.seed, asked.only)
+    print(report(results))
+    failures = sum(len(found.failures) for found in results)
+    print(f"{failures} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import everystep
 from everystep.errors import EverystepError
 
-__all__ = ["LOOPS", "Loop", "Played", "Verifier", "play", "record_and_compare"]
+__all__ = [
+    "LOOPS",
+    "STOPPED",
+    "Loop",
+    "Played",
+    "Verifier",
+    "play",
+    "record_and_compare",
+    "resume_and_compare",
+]
 
 #: What an action is: its name, and a small number that it may use.
 Action = tuple[str, int]
@@ -575,6 +584,32 @@ def record_and_compare(loop: Loop, directory: Path, verifier: Verifier) -> str:
     return "said" if found["said"] else "exact"
 
 
+#: They change what a loop carries outside of its parts, which a loop that goes on does not have.
+NOT_RESUMED = {"keep", "use_what_was_kept", "save_optimizer"}
+
+
+def resume_and_compare(stopped: tuple[Loop, int], directory: Path) -> str:
+    """Record a loop up to a turn, and go on; return "same", or "refused": everystep says why not.
+
+    Raises:
+        AssertionError: it does not end with the bits of the loop that was not stopped.
+    """
+    loop, until = stopped
+    alone = play(loop, lambda **parts: Alone())
+    play(loop, lambda **parts: everystep.record(run=directory, **parts), until)
+    again = play(loop, lambda **parts: everystep.record(run=directory, resume=True, **parts))
+    errors = [text for text in again.told if text.startswith(("RunError", "UsageError"))]
+    if errors:
+        return f"refused: {errors[0]}"
+    different = [name for name, found in again.left.items() if found != alone.left[name]]
+    assert not different, different
+    run = everystep.open(directory)
+    losses = [repr(float(loss)) for loss in _losses(run)]
+    assert losses == [_as_recorded(loss) for loss in alone.losses[: len(losses)]]
+    assert run.verify(processes=1, progress=False).is_exact
+    return "same"
+
+
 def _losses(run: everystep.Run) -> list[float]:
     return [math.nan if loss is None else loss for loss in run.losses["loss"].to_list()]
 
@@ -619,3 +654,15 @@ def _loops(draw: Any) -> Loop:
 
 #: Random loops.
 LOOPS = _loops()
+
+
+def _is_resumed(loop: Loop) -> bool:
+    actions = [each for turn in loop.turns for each in turn]
+    return not any(
+        name in NOT_RESUMED or (name == "draw" and number % 4 == 1) or name in ENDS
+        for name, number in actions
+    )
+
+
+#: Random loops, and the turn after which they stop and go on.
+STOPPED = st.tuples(LOOPS.filter(_is_resumed), st.integers(1, 7))
