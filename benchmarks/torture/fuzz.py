@@ -84,8 +84,8 @@ def _fuzz(kind: str, seconds: float, first_seed: int) -> Found:
         for number in itertools.count(first_seed):
             if time.monotonic() > until:
                 break
-            draw: Callable[[], None] = seed(number)(options(given(strategy)(one)))
-            draw()
+            drawing: Any = given(strategy)
+            seed(number)(options(drawing(one)))()
     shutil.rmtree(folder, ignore_errors=True)
     return found
 
