@@ -34,13 +34,14 @@ format: .venv/installed-dev
 bench: .venv/installed-bench        ## everystep, the plain PyTorch loop and other frameworks, alternating
 	$(BIN)/python -m benchmarks
 
-torture: .venv/installed-dev         ## kills, signals, losses of power, full disks and readers, for hours: docs/reliability.md
+torture: .venv/installed-dev         ## kills, signals, losses of power, full disks, readers and random input, for hours
 	$(BIN)/python -m benchmarks.torture kill
 	$(BIN)/python -m benchmarks.torture operations
 	$(BIN)/python -m benchmarks.torture power
 	$(BIN)/python -m benchmarks.torture signals
 	$(BIN)/python -m benchmarks.torture readers
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m benchmarks.torture disk; fi
+	$(BIN)/python -m benchmarks.torture fuzz --seconds 3600
 	@if [ -e benchmarks/torture_files.py ]; then $(BIN)/python -m benchmarks.torture_files; fi
 
 clean:

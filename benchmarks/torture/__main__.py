@@ -6,6 +6,8 @@
 `python -m benchmarks.torture signals`: SIGTERM and Ctrl-C, after which the run must be closed.
 `python -m benchmarks.torture disk`: a disk that is too small, then larger (as root).
 `python -m benchmarks.torture readers [--readers 10] [--steps N]`: readers beside a training.
+`python -m benchmarks.torture fuzz [--seconds 600] [--only loops,tables]`: random loops, resumed loops,
+step functions, tables, experiments and altered runs.
 Prints a table, each failure on stderr, and exits with 1 if there is one.
 """
 
@@ -27,6 +29,10 @@ from benchmarks.torture.signals import signals
 from benchmarks.torture.trainings import named
 from benchmarks.torture.trial import each, failed, references, table
 
+#: Seconds for which things are drawn at random, unless asked otherwise.
+FUZZED = 600.0
+#: What can be asked for.
+WHATS = ["kill", "operations", "power", "signals", "disk", "readers", "fuzz"]
 #: What a table counts.
 WHAT = {"power": "losses of power", "signals": "signals", "disk": "full disks"}
 
@@ -34,16 +40,18 @@ WHAT = {"power": "losses of power", "signals": "signals", "disk": "full disks"}
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture")
-    parser.add_argument("what", choices=["kill", "operations", "power", "signals", "disk", "readers"])
+    parser.add_argument("what", choices=WHATS)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--each", type=int, default=1, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="names of trainings, separated by commas")
+    parser.add_argument("--only", help="names of trainings, or of what to fuzz, separated by commas")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--readers", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100_000, help="of the training that is read")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after these")
     asked = parser.parse_args()
+    if asked.what == "fuzz":
+        sys.exit(_fuzz(asked))
     began = time.monotonic()
     if asked.what == "readers":
         torn = readers(asked.readers, asked.steps, asked.seed)
@@ -68,6 +76,17 @@ def main() -> None:
     failures = failed(results)
     print(f"{len(failures)} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")
     sys.exit(1 if failures else 0)
+
+
+def _fuzz(asked: argparse.Namespace) -> int:
+    from benchmarks.torture.fuzz import fuzz, report  # imports what the others do without
+
+    began = time.monotonic()
+    results = fuzz(asked.seconds if asked.seconds < float("inf") else FUZZED, asked.seed, asked.only)
+    print(report(results))
+    failures = sum(len(found.failures) for found in results)
+    print(f"{failures} failures, {time.monotonic() - began:,.0f} seconds, seed {asked.seed}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

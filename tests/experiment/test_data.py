@@ -140,11 +140,36 @@ def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
         ),
         ({"on": ["17.3.24", "3/18/2024"], "y": [1, 2]}, {}, "column 'on': contains dates .'17.3.24'"),
         ({"a": [1, 2], "y": ["2024-03-17", None]}, {"missing": "drop"}, "'y' contains dates"),
+        ({"a": [1, 2], "y": ["1,5", "2,5"]}, {}, "numbers with commas .*'1,5' in row 1.*write 1234.5"),
+        ({"a": ["x", "1,5", "1.234,5"], "y": [1, 2, 3]}, {}, "'1,5' in row 2"),
+        ({"a": [None, 3.0, 1e39], "y": [1, 2, 3]}, {"missing": "drop"}, r"float32 .1e\+39 in row 3"),
+        ({"a": [1, 2], "y": [1.0, -1e39]}, {}, "'y' has a number too large for float32"),
+        ({"a": [1, 2], " a": [1, 2], "y": [1, 2]}, {}, "2 columns named 'a'; give each its own name"),
     ],
 )
 def test_bad_tables_are_told_with_the_cure(frame, options, problem):
     with pytest.raises(DataError, match=problem):
         table(frame, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [("a,y\ntä,1\n".encode("latin-1"), 2), ("a,y\n1,2\n".encode("utf-16"), 1), (b"a,y\n1,\0\n", 2)],
+)
+def test_a_table_that_is_not_utf8_is_refused(content, line, tmp_path):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"t\.csv is not UTF-8 text \(line {line}, .*; save it as UTF-8"
+    ):
+        made = experiment({"source": "table", "path": str(tmp_path / "t.csv"), "target": "y"})
+        make_data(made, "classes")
+
+
+def test_a_table_that_is_cut_within_quotes_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text('a,y\n"1","2"\n"3","1234')
+    with pytest.raises(DataError, match="is not closed; the file may be cut off"):
+        made = experiment({"source": "table", "path": str(tmp_path / "t.csv"), "target": "y"})
+        make_data(made, "values")
 
 
 def test_all_missing_columns_are_told_at_once():
@@ -201,6 +226,7 @@ def test_arrays_come_from_npy_npz_and_safetensors():
         ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "has no rows"),
         ({"x": np.array([["a"]]), "y": np.zeros(1)}, "numbers with rows"),
         ({"x": np.array([[np.nan]]), "y": np.zeros(1)}, "1 of 1 rows have NaN"),
+        ({"x": np.ones((2, 1)), "y": np.array([1, 1e39])}, "too large for float32 .first: row 1"),
         ({"z": np.zeros(1), "y": np.zeros(1)}, "has no array 'x'"),
     ],
 )
@@ -208,6 +234,13 @@ def test_bad_arrays_are_told(arrays, problem):
     np.savez("a.npz", **arrays)
     with pytest.raises(DataError, match=problem):
         make_data(experiment({"source": "arrays", "path": "a.npz"}), "values")
+
+
+def test_an_embedding_refuses_indices_that_it_would_cut():
+    np.savez("a.npz", x=np.array([[1.5, 2.0]]), y=np.zeros(1))
+    source = {"source": "arrays", "path": "a.npz"}
+    with pytest.raises(DataError, match="an embedding needs integer inputs"):
+        make_data(experiment(source, model={"layers": ["Embedding(4, 2)", "Flatten()"]}), "values")
 
 
 def test_no_pickle_is_opened():

@@ -1,6 +1,8 @@
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -153,6 +155,60 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
         assert not desk._is_alive
 
     at_desk(directory, use)
+
+
+def slow(run):
+    """Let a run's step compute for minutes."""
+    path = run / "programs" / "1.json"
+    data = json.loads(path.read_text())
+    data["storages"]["large"] = {"kind": "temporary", "bytes": 4 * 10_000**2}
+    data["tensors"]["large"] = {"dtype": "float32", "shape": [10_000, 10_000]}
+    more = {"phase": "forward", "results": ["large"]}
+    fill = more | {"operator": "aten.full.default", "arguments": [[10_000, 10_000], 1.0]}
+    multiply = more | {"operator": "aten.mm.default", "arguments": ["large", "large"]}
+    data["operations"] = [fill, *[multiply] * 300, *data["operations"]]
+    path.write_text(json.dumps(data))
+
+
+def test_what_takes_too_long_is_given_up_and_others_go_on(directory, trained, monkeypatch):
+    hostile = directory / "slow"
+    shutil.copytree(trained, hostile)
+    slow(hostile)
+
+    async def use(desk):
+        first = await desk.ask("content", trained, step=3)
+        monkeypatch.setattr(everystep.page.desk, "_LONGEST", 1.0)
+        with pytest.raises(NoAnswer, match="minutes and was given up"):
+            await desk.ask("content", hostile, step=3)
+        monkeypatch.undo()
+        assert await desk.ask("content", trained, step=3) == first
+
+    at_desk(directory, use)
+    shutil.rmtree(hostile)
+
+
+LIMITED = """
+import json, sys
+from everystep.page import worker
+from everystep.page.memory_limit import limit_memory
+limit_memory(1_500_000_000)
+run = sys.argv[1]
+for kind, size in (("content", 2**40), ("content", 10), ("content", 2**31)):
+    worker._KINDS[kind] = lambda *asked: ({}, worker.torch.zeros(size).numpy().tobytes()[:1])
+    line = json.dumps({"kind": kind, "run": run, "step": 1}).encode()
+    [(_, answer, _)] = worker.answers(worker.Openers(), iter([line]))
+    print(json.dumps(answer))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+def test_what_takes_too_much_memory_is_refused_and_the_worker_goes_on(trained):
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(trained)], capture_output=True, text=True, check=True
+    )
+    first, second, third = map(json.loads, found.stdout.splitlines())
+    assert "more memory than a process of the page may use" in first["about"]["error"]
+    assert (first["status"], second["status"], third["status"]) == (500, 200, 500)
 
 
 def test_nothing_outside_is_opened(directory, trained, tmp_path):

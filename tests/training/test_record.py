@@ -119,6 +119,15 @@ def take(model, optimizer, batch):
     return loss
 
 
+def test_a_number_that_is_logged_after_a_tensor_keeps_its_digits(made, tmp_path):
+    model, optimizer, batch = made
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for number, each in enumerate(recording.steps([batch] * 3)):
+            loss = take(model, optimizer, each)
+            recording.log(loss=0.1 if number == 1 else loss)
+    assert recording.run.losses["loss"].to_list()[1] == 0.1
+
+
 def test_a_loop_needs_five_lines(made):
     model, optimizer, batch = made
     with everystep.record(model=model, optimizer=optimizer) as recording:

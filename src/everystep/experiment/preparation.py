@@ -73,6 +73,8 @@ class ArrayPreparation(Fitted):
         """
         _refuse_non_finite("x", x)
         _refuse_non_finite("y", y)
+        if indices and x.dtype.kind == "f" and not np.equal(x, np.round(x)).all():
+            raise DataError("data.x: an embedding needs integer inputs; round them")
         counted = None
         if classes and not (y.ndim > 1 and y.dtype.kind == "f"):
             if y.dtype.kind == "f" and not np.equal(y, np.round(y)).all():
@@ -193,14 +195,18 @@ Preparation = ArrayPreparation | TablePreparation
 
 
 def _refuse_non_finite(name: str, values: np.ndarray) -> None:
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        rows = np.unique(np.nonzero(~np.isfinite(values))[0])
+    if values.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(values.astype(np.float32))
+    if not is_finite.all():
+        rows = np.unique(np.nonzero(~is_finite)[0])
         raise DataError(
             [
                 Fault(
                     f"data.{name}",
-                    f"{len(rows)} of {len(values)} rows have NaN or infinity (first: row {rows[0]}); "
-                    "remove them",
+                    f"{len(rows)} of {len(values)} rows have NaN, infinity, or a number too large for "
+                    f"float32 (first: row {rows[0]}); remove them",
                 )
             ]
         )

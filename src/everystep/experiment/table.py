@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import polars as pl
@@ -25,6 +28,8 @@ _COLUMNS_NAMED = 20
 #: 2024-03-17, 2024/3/17, 17.3.2024, 3/17/24; with or without a time.
 _DAY = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
 _DATE = r"^\s*" + _DAY + r"([T ]\d{1,2}:\d{2}.*)?\s*$"
+#: 1,5; 1.234,5; 1,234.5; 1 000: numbers to people, words to everything else.
+_OWN_MARKS = r"^\s*[-+]?(\d+,\d+|\d{1,3}([.,'\u00a0\u202f ]\d{3})+([.,]\d+)?)\s*$"
 _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
 
 
@@ -106,12 +111,12 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")
-    if data.missing == "drop":
-        frame = _without_missing(frame, data.path)
-    faults = _target_faults(frame, target, classes)
+    faults = _target_faults(frame, target, classes, data.missing)
     faults += _feature_faults(frame, features, data.missing)
     if faults:
         raise DataError(faults)
+    if data.missing == "drop":
+        frame = _without_missing(frame, data.path)
     return Table(frame, features, target, classes, data)
 
 
@@ -136,15 +141,46 @@ def _read(path: Path, separator: str | None) -> pl.DataFrame:
     except pl.exceptions.NoDataError:
         raise DataError(f"{path} has no rows") from None
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = shorten(str(error).strip().partition("\n")[0], 300)
         raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from None
 
 
 def _read_text(path: Path, separator: str) -> pl.DataFrame:
+    content = path.read_bytes()
+    _check_text(path, content)
+    read = partial(pl.read_csv, content, separator=separator, null_values=_MISSING_WORDS)
+    heading = read(has_header=False, n_rows=1, infer_schema=False)
+    _check_names(path, [(name or "").strip() for name in heading.row(0)])
     # Types are inferred from the whole file: a word in the last row must not be a surprise.
-    frame = pl.read_csv(path, separator=separator, null_values=_MISSING_WORDS, infer_schema_length=None)
+    frame = read(infer_schema_length=None)
     named = frame.rename({name: name.strip() for name in frame.columns})
     return named.filter(~pl.all_horizontal(pl.all().is_null()))  # empty lines are no rows
+
+
+def _check_text(path: Path, content: bytes) -> None:
+    """Check that a file is whole text: polars would read other words, or cut the last number."""
+    if content.count(b'"') % 2:
+        raise DataError(f'{path}: a quotation mark (") is not closed; the file may be cut off')
+    try:
+        content.decode("utf-8")
+        wrong = content.index(b"\0")
+    except UnicodeDecodeError as error:
+        wrong = error.start
+    except ValueError:
+        return
+    line = content.count(b"\n", 0, wrong) + 1
+    raise DataError(f"{path} is not UTF-8 text (line {line}, byte {wrong}); save it as UTF-8")
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """Check that no two columns have the same name: polars would give the second another one."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    faults = [
+        Fault("", f"{path.name} has {names.count(name)} columns named {name!r}; give each its own name")
+        for name in twice
+    ]
+    if faults:
+        raise DataError(faults)
 
 
 def _known(name: str, frame: pl.DataFrame) -> str:
@@ -175,7 +211,7 @@ def _missing(column: pl.Series) -> pl.Series:
     return column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
 
 
-def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> list[Fault]:
+def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool, missing: str) -> list[Fault]:
     faults = []
     if classes and len(target) > 1:
         faults.append(
@@ -183,17 +219,19 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> lis
         )
     for name in target:
         column = frame[name]
-        missing = int(_missing(column).sum())
-        if missing:
+        absent = int(_missing(column).sum())
+        if absent and missing != "drop":
             faults.append(
                 Fault(
                     "data.target",
-                    f"{name!r} is missing in {missing} of {frame.height} rows; set data.missing = "
+                    f"{name!r} is missing in {absent} of {frame.height} rows; set data.missing = "
                     '"drop" to drop them',
                 )
             )
         elif column.dtype.is_float() and column.is_infinite().any():
             faults.append(Fault("data.target", f"{name!r} has infinite values"))
+        elif not classes and _is_numeric(column) and (large := _too_large(column)):
+            faults.append(Fault("data.target", f"{name!r} has {large}"))
         elif not classes and _is_date(column):
             faults.append(Fault("data.target", f"{name!r} contains {_dates_text(column)}"))
         elif not classes and not _is_numeric(column) and not _is_yes_or_no(column, target):
@@ -204,11 +242,13 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool) -> lis
                     'classes, use a classification loss: name = "CrossEntropyLoss"',
                 )
             )
+        elif not classes and not _is_numeric(column):
+            faults += _mostly_numbers(column)
     return faults
 
 
 def _is_yes_or_no(column: pl.Series, target: list[str]) -> bool:
-    return len(target) == 1 and column.n_unique() == 2
+    return len(target) == 1 and column.drop_nulls().n_unique() == 2
 
 
 def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> list[Fault]:
@@ -228,6 +268,8 @@ def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> l
             )
         elif column.dtype.is_float() and column.drop_nulls().is_infinite().any():
             faults.append(Fault(f"column {name!r}", "has infinite values; remove those rows"))
+        elif _is_numeric(column) and (large := _too_large(column)):
+            faults.append(Fault(f"column {name!r}", f"has {large}"))
         elif _is_date(column):
             cure = f"{_dates_text(column)}, or leave the column out of data.features"
             faults.append(Fault(f"column {name!r}", f"contains {cure}"))
@@ -243,17 +285,42 @@ def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> l
     return faults
 
 
+def _too_large(column: pl.Series) -> str:
+    """Return a message on the first number that would be infinite as float32; empty if there is none."""
+    is_large = column.cast(pl.Float64).cast(pl.Float32).is_infinite().fill_null(False)
+    place = is_large.arg_max() if is_large.any() else None
+    if place is None:
+        return ""
+    found = f"a number too large for float32 ({column[place]} in row {place + 1})"
+    return f"{found}; scale the numbers in the file"
+
+
 def _mostly_numbers(column: pl.Series) -> list[Fault]:
     """Find a column of numbers with a few words among them: a slip, not a category."""
     words = column.cast(pl.String).drop_nulls()
     numbers = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
     if numbers.sum() * 2 <= len(words):
-        return []
+        return _with_own_marks(column, words)
     return [
         Fault(
             f"column {column.name!r}",
             f"text in a numeric column{_first_word(column)}; correct it, leave the value empty, or "
             "leave the column out of data.features",
+        )
+    ]
+
+
+def _with_own_marks(column: pl.Series, words: pl.Series) -> list[Fault]:
+    """Find a column of numbers with decimal commas or thousands separators."""
+    marked = words.str.contains(_OWN_MARKS)
+    if marked.sum() * 2 <= len(words):
+        return []
+    place = column.cast(pl.String).str.contains(_OWN_MARKS).fill_null(False).arg_max() or 0
+    return [
+        Fault(
+            f"column {column.name!r}",
+            f"numbers with commas or thousands separators ({column[place]!r} in row {place + 1}); write "
+            "1234.5, or leave the column out of data.features",
         )
     ]
 

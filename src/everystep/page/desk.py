@@ -17,6 +17,8 @@ __all__ = ["Answer", "Desk", "Gone", "NoAnswer"]
 _PATIENCE = 0.5
 #: Seconds that it may go on with what nobody waits for any more, and to give it up.
 _LEAVING_PATIENCE = 1.0
+#: Seconds that an answer may take: others wait. Tasks, which can be stopped, have no limit.
+_LONGEST = 600.0
 #: Seconds that it has to import torch.
 _STARTING_PATIENCE = 10.0
 
@@ -72,7 +74,7 @@ class Desk:
         Raises:
             RunError: the run is elsewhere.
             Gone: they have.
-            NoAnswer: the worker ended instead of answering.
+            NoAnswer: the worker ended instead of answering, or took too long.
         """
         if run.absolute().parent != self._directory:
             raise RunError(f"{run.name} is not in {self._directory}, which is what is shown")
@@ -94,10 +96,13 @@ class Desk:
         assert self._process is not None
         exchange = asyncio.ensure_future(_exchange(self._process, request))
         try:
-            await asyncio.wait({exchange, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {exchange, leaving}, timeout=_LONGEST, return_when=asyncio.FIRST_COMPLETED
+            )
             if not exchange.done():
+                has_left = leaving.done()
                 await self._give_up(self._process, exchange)
-                raise Gone
+                raise Gone if has_left else NoAnswer(_too_long(_LONGEST))
             self._ready = self._process
             return exchange.result()
         except Ended as ended:
@@ -111,7 +116,7 @@ class Desk:
             raise
 
     async def _give_up(self, process: Child, exchange: asyncio.Future[Answer]) -> None:
-        """Have the worker answer soon to somebody who has gone: the next one waits."""
+        """Have the worker answer soon what nobody waits for any more: the next one waits."""
         is_ready = process is self._ready
         for seconds in (_LEAVING_PATIENCE, _LEAVING_PATIENCE if is_ready else _STARTING_PATIENCE):
             done, _ = await asyncio.wait({exchange}, timeout=seconds)
@@ -133,6 +138,13 @@ class Desk:
     @property
     def _is_alive(self) -> bool:
         return self._process is not None and self._process.is_alive
+
+
+def _too_long(seconds: float) -> str:
+    return (
+        f"this took more than {seconds / 60:.0f} minutes and was given up, because other requests wait; "
+        "`everystep step` in a terminal has no such limit"
+    )
 
 
 async def _begin_worker() -> Child:

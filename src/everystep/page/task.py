@@ -17,6 +17,7 @@ from typing import Any
 from everystep import numerics
 from everystep.errors import EverystepError
 from everystep.experiment.specification import parse_setting
+from everystep.page.memory_limit import limit_memory, memory_message
 from everystep.page.processes import Speaker
 from everystep.page.shelf import shown_name
 from everystep.page.sides import sides
@@ -75,15 +76,17 @@ def do(request: dict[str, Any], voice: Voice) -> None:
         voice.say("ready", {})
         voice.say("result", plain(_TASKS[request["task"]](request, voice)))
     except EverystepError as error:
-        voice.say("error", {"error": str(error)})
+        voice.say("error", {"error": memory_message(error) or str(error)})
     except KeyboardInterrupt as stopped:
         voice.say("error", {"error": str(stopped) or "stopped", "cancelled": True})
     except Exception as error:
-        voice.say("error", {"error": f"{type(error).__name__}: {error}".strip()})
+        message = memory_message(error) or f"{type(error).__name__}: {error}".strip()
+        voice.say("error", {"error": message})
 
 
 def main() -> None:
     """Do the task that stdin tells."""
+    limit_memory()
     numerics.prepare()
     voice = Voice.begin()
     do(json.loads(sys.stdin.buffer.readline()), voice)

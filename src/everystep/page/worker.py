@@ -19,6 +19,7 @@ import torch
 
 from everystep import numerics
 from everystep.errors import EverystepError, RunError, UsageError
+from everystep.page.memory_limit import limit_memory, memory_message
 from everystep.page.opened import step_json
 from everystep.page.processes import Message, Speaker
 from everystep.page.regions import histogram, npy, regions
@@ -130,16 +131,22 @@ def answers(
             openers.forget(request["run"])
             status, about = 499, {"error": "given up"}
         except EverystepError as error:
-            status, about = _status_of(error), {"error": str(error)}
+            message = memory_message(error)
+            status = 500 if message else _status_of(error)
+            about = {"error": message or str(error)}
         except Exception as error:  # it must not end: the next question may be another
             reason = f"{type(error).__name__}: {error}".strip(": ").partition("\n")[0]
-            status, about = 500, {"error": f"the step cannot be shown: {reason}"}
+            message = memory_message(error) or f"the step cannot be shown: {reason}"
+            status, about = 500, {"error": message}
+        if status == 500 and isinstance(request, dict):
+            openers.forget(request.get("run", ""))  # it may be in the middle of a step
         yield Message("answer", {"status": status, "about": about}, content)
 
 
 def main() -> None:
     """Answer until stdin is closed."""
     interruption = Interruption()
+    limit_memory()
     numerics.prepare()
     # Steps are replayed with the threads of their run; what is computed of their tensors is small.
     torch.set_num_threads(1)

@@ -338,10 +338,11 @@ class LoopWriter:
 
     def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
         self._losses.append(step.logged.pop("loss", math.nan))
-        if step.loss is not None and not self._has_loss:
+        if step.loss is not None:
+            is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
+            if is_wide or not self._has_loss:  # one that float32 would round widens all of them
+                self._loss_dtype = "float64" if is_wide else "float32"
             self._has_loss = True
-            if path.loss is not None and path.tensors[path.loss].dtype != torch.float64:
-                self._loss_dtype = "float32"
         self._measured += [(name, self.step, value) for name, value in step.logged.items()]
         rates = self._parts.rates()
         self._measured += [(n, self.step, v) for n, v in rates.items() if self._rates.get(n) != v]

@@ -1,0 +1,33 @@
+"""Random loops and step functions have the bits of a plain loop, and each step opens again."""
+
+import pytest
+from hypothesis import given, settings
+from tests.fuzz.functions import FUNCTIONS, train_and_compare
+from tests.fuzz.loops import LOOPS, STOPPED, Verifier, record_and_compare, resume_and_compare
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    made = Verifier()
+    yield made
+    made.close()
+
+
+@settings(derandomize=True, max_examples=12)
+@given(loop=LOOPS)
+def test_a_random_loop(loop, verifier, tmp_path_factory):
+    record_and_compare(loop, tmp_path_factory.mktemp("loop") / "run", verifier)
+
+
+@settings(derandomize=True, max_examples=8)
+@given(stopped=STOPPED)
+def test_a_random_loop_that_stops_and_goes_on(stopped, tmp_path_factory):
+    resume_and_compare(stopped, tmp_path_factory.mktemp("stopped") / "run")
+
+
+@settings(derandomize=True, max_examples=12)
+@given(function=FUNCTIONS)
+def test_a_random_step_function(function, tmp_path_factory):
+    train_and_compare(function, tmp_path_factory.mktemp("function"))
