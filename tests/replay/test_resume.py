@@ -1,5 +1,6 @@
 """A training that was killed goes on to the bits of one that was not, whatever trained it."""
 
+import errno
 import itertools
 import random
 import re
@@ -22,6 +23,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import everystep
 from everystep.errors import RunError, UsageError
+from everystep.recording import recorder
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.training import loop
@@ -601,3 +603,30 @@ def test_programs_alone_are_refused_where_code_had_a_part():
     everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, directory="runs/eager")
     with pytest.raises(RunError, match="Python ran its steps"):
         everystep.open("eager").fork(5, steps=20)
+
+
+def test_objects_that_were_stopped_before_their_first_state_begin_with_the_same_draws(monkeypatch):
+    data = torch.ones(12, 4), torch.ones(12, 1)
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return {"model": model, "loss": nn.MSELoss(), "optimizer": optimizer}
+
+    def trained(directory):
+        objects = made()
+        return everystep.train(
+            objects.pop("model"), data, **objects, steps=9, batch_size=4, directory=directory,
+            progress=False,
+        )  # fmt: skip
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "write_snapshot", full)
+        with pytest.raises(everystep.RecordingError):
+            trained("run")
+    resumed = everystep.open("run").resume(**made(), data=data, progress=False)
+    assert resumed.losses.equals(trained("whole").losses)

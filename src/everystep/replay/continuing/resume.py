@@ -244,8 +244,10 @@ def resume_objects(
     device = select(facts.device)
     with prepared(iteration.threads, device):
         trained.model.to(device)
-        torch.manual_seed(facts.batches.seed)
-        job = objects_job(trained, iteration, device, progress).with_facts(seed=facts.seed)
+        if facts.seed is not None:  # else it began with the caller's generator, as it does again
+            torch.manual_seed(facts.seed)
+        in_order = iteration.model_copy(update={"seed": facts.batches.seed})
+        job = objects_job(trained, in_order, device, progress).with_facts(seed=facts.seed)
         if is_stored:
             job = job.with_facts(data=facts.data)
         else:
