@@ -44,7 +44,7 @@ def test_nothing_to_serve_is_said(everystep_command):
 
 def test_a_page_that_is_opened_before_the_first_run_shows_it_as_it_starts():
     with served("runs") as server, events(server.client, "/api/events") as stream:
-        assert next(stream)[1] == {"runs": [], "gone": [], "all": True}
+        assert next(stream)[1] == {"runs": [], "gone": [], "begins": True, "unread": 0}
         assert not Path("runs").exists()
         Path("runs").mkdir()
         written(Path("runs/first"), [1.0])
