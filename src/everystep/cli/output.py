@@ -14,10 +14,10 @@ from typing import Any
 
 import typer
 
-from everystep.errors import DamageWarning, UsageError
+from everystep.errors import DamageWarning
 from everystep.views.printed import clean
 
-__all__ = ["damage_on_stderr", "hint", "print_in_any_encoding", "quoted", "say", "tell", "write"]
+__all__ = ["damage_on_stderr", "hint", "print_in_any_encoding", "quoted", "say", "say_written", "tell"]
 
 #: What stands for a character that the terminal's encoding lacks.
 _PLAIN = {
@@ -46,18 +46,8 @@ def print_in_any_encoding() -> None:
             stream.reconfigure(errors="everystep")
 
 
-def write(path: Path, make: Callable[[], object]) -> None:
-    """Let `make` write a file; print its path and size.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    try:
-        make()
-    except OSError as error:
-        is_nowhere = isinstance(error, FileNotFoundError) and not path.parent.exists()
-        reason = f"the directory {path.parent} does not exist" if is_nowhere else error.strerror
-        raise UsageError(f"{path} cannot be written: {reason or error}") from None
+def say_written(path: Path) -> None:
+    """Print the path of a file that was written, and its size."""
     size = path.stat().st_size
     hint(f"{path} ({size / 1000:,.0f} kB)" if size >= 1000 else f"{path} ({size} bytes)")
 

@@ -12,7 +12,7 @@ import typer
 
 from everystep.cli.arguments import JsonOption, PageOption, RunArgument, RunsArgument
 from everystep.cli.completing import measurement_names, operation_numbers, phase_names, run_names
-from everystep.cli.output import hint, say, tell, write
+from everystep.cli.output import hint, say, say_written, tell
 from everystep.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def losses(
 ) -> None:
     """Print the table of losses, with a column for each measurement."""
     from everystep.api import open
+    from everystep.views.output_file import write_file
     from everystep.views.terminal import losses_text
 
     if csv + json + parquet > 1:
@@ -114,13 +115,15 @@ def losses(
     if parquet and output is not None:
         content = io.BytesIO()  # where polars writes a file itself, a full disk is an error of its own
         frame.write_parquet(content)
-        write(output, lambda: output.write_bytes(content.getvalue()))
+        write_file(output, content.getvalue())
+        say_written(output)
         return
     text = losses_text(frame, "csv" if csv else "json" if json else "plain")
     if output is None:
         say(text, nl=False)
     else:
-        write(output, lambda: output.write_text(text, encoding="utf-8"))
+        write_file(output, text)
+        say_written(output)
 
 
 def table(
@@ -134,7 +137,8 @@ def table(
     from everystep.api import open
 
     page = open(run).table(rows)
-    write(output, lambda: page.save(output))
+    page.save(output)
+    say_written(output)
 
 
 def plot(
@@ -160,7 +164,8 @@ def plot(
     from everystep.views.plot import loss_plot, save_plot
 
     drawn = loss_plot([open(run) for run in runs], log=log, measurements=measurements or [])
-    write(output, lambda: save_plot(drawn, output))
+    save_plot(drawn, output)
+    say_written(output)
 
 
 def report(
@@ -173,6 +178,7 @@ def report(
 ) -> None:
     """Write everything about a run as one self-contained page."""
     from everystep.api import open
+    from everystep.views.output_file import write_file
 
     opened = open(run)
     if steps:
@@ -181,7 +187,8 @@ def report(
         content = shared_report(opened, steps)
     else:
         content = opened.report()
-    write(output, lambda: output.write_text(content, encoding="utf-8"))
+    write_file(output, content)
+    say_written(output)
 
 
 def step(

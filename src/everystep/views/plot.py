@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ import plotnine as p9
 import polars as pl
 
 from everystep.errors import UsageError, did_you_mean
+from everystep.views.output_file import write_file
 from everystep.views.reduction import reduce
 
 if TYPE_CHECKING:
@@ -98,13 +100,10 @@ def save_plot(plot: p9.ggplot, path: str | Path) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: plots are saved as {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"{path} cannot be written: the directory {Path(path).parent} does not exist")
+    content = io.BytesIO()
     with _quiet():
-        try:
-            plot.save(path, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+        plot.save(content, format=suffix[1:], dpi=DOTS_PER_INCH, verbose=False)
+    write_file(path, content.getvalue())
 
 
 def _names(runs: Sequence[RecordedRun]) -> list[str]:

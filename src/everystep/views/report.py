@@ -15,8 +15,9 @@ import polars as pl
 from markupsafe import Markup
 
 from everystep.views.ending import ending, going_on
+from everystep.views.output_file import write_file
 from everystep.views.summary import facts_in_order
-from everystep.views.table import environment, loss_table, shortest_texts, write_page
+from everystep.views.table import environment, loss_table, shortest_texts
 from everystep.views.terminal import number
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Report(str):
         Raises:
             UsageError: the file cannot be written.
         """
-        write_page(path, self)
+        write_file(path, self)
 
 
 def report_html(run: RecordedRun, opened: Markup | None = None, modules: Sequence[str] = ()) -> str:

@@ -19,12 +19,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from everystep.errors import UsageError
+from everystep.views.output_file import write_file
 from everystep.views.reduction import reduce
 
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun
 
-__all__ = ["LossTable", "environment", "loss_table", "shortest_texts", "write_page"]
+__all__ = ["LossTable", "environment", "loss_table", "shortest_texts"]
 
 #: Rows that stand in the page as plain HTML, for where scripts do not run.
 STATIC_ROWS = 10
@@ -98,7 +99,7 @@ class LossTable:
         Raises:
             UsageError: the file cannot be written.
         """
-        write_page(path, self.html())
+        write_file(path, self.html())
 
     def _excerpt_text(self) -> str:
         return (
@@ -169,20 +170,6 @@ def shortest_texts(values: pl.Series) -> list[str]:
         for row in np.flatnonzero(values.is_null().to_numpy()):
             texts[row] = ""
     return texts
-
-
-def write_page(path: str | Path, html: str) -> None:
-    """Write a page.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    try:
-        Path(path).write_text(html, encoding="utf-8")
-    except OSError as error:
-        is_nowhere = isinstance(error, FileNotFoundError) and not Path(path).parent.exists()
-        reason = f"the directory {Path(path).parent} does not exist" if is_nowhere else error.strerror
-        raise UsageError(f"{path} cannot be written: {reason}") from None
 
 
 @cache
