@@ -255,6 +255,20 @@ def test_a_process_that_dies_is_an_answer(runs):
     assert killed.name == "error" and "exit code -9" in killed.content["error"]
 
 
+def test_a_question_that_is_being_answered_is_not_asked_twice(runs):
+    async def use(client, tasks):
+        asked = {"task": "verify", "run": str(runs / "other")}
+        first, same = await tasks.begin(asked), await tasks.begin(dict(asked))
+        other = await tasks.begin(asked | {"run": str(runs / HOSTILE)})
+        await tasks.find(first).stop()
+        again = await tasks.begin(asked)
+        return first, same, other, again
+
+    first, same, other, again = asked_of(runs, use, Tasks)
+    assert first == same
+    assert len({first, other, again}) == 3
+
+
 def test_what_nobody_thought_of_is_an_answer():
     out = io.BytesIO()
     do({"task": "no such task"}, Voice(out))
@@ -279,7 +293,8 @@ def test_nobody_listens_any_more():
 
 def test_no_more_tasks_run_at_once_than_may_however_quickly_they_are_asked_for(runs):
     async def use(client, tasks):
-        asked = [client.post(of("other", "verify"), json={}) for _ in range(8)]
+        conditions = [{"condition": f"norm(gradients['0.bias']) < {n}"} for n in range(8)]
+        asked = [client.post(of("other", "when"), json=each) for each in conditions]
         return [answer.status_code for answer in await asyncio.gather(*asked)]
 
     statuses = asked_of(runs, use, Tasks)

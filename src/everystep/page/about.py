@@ -34,7 +34,7 @@ _SUMMARY = (
     *("batch", "validation", "seconds", "started", "parent", "note", "damage"),
 )
 #: The learning rate and its like are recorded where they change.
-_RATE = re.compile(r"(lr|momentum|beta1)(\[\d+\])?")
+_RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
 
 
 def plain(value: float | None) -> float | str | None:

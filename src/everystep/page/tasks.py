@@ -13,6 +13,8 @@ __all__ = ["Busy", "Event", "Task", "Tasks"]
 
 #: Tasks at once: each takes the processor for itself.
 MOST_AT_ONCE = 3
+#: Tasks that change nothing: a page that is loaded again listens to the one that it had begun.
+QUESTIONS = ("when", "verify", "compare")
 #: Ended tasks of which it is still known what came of them.
 REMEMBERED = 20
 #: Seconds that a task has to end when it is stopped: a step may be long, and a fork takes a snapshot.
@@ -36,8 +38,9 @@ class Event(NamedTuple):
 class Task:
     """A task under way, or over."""
 
-    def __init__(self, process: Child) -> None:
+    def __init__(self, process: Child, asked: dict[str, Any]) -> None:
         self._process = process
+        self.asked = asked
         # Of each kind of message only the last: a late listener needs no more.
         self._said: dict[str, Event] = {}
         self._count = 0
@@ -46,9 +49,9 @@ class Task:
         self._is_stopped = False
         self.is_over = False
 
-    async def follow(self, asked: dict[str, Any]) -> None:
+    async def follow(self) -> None:
         """Tell the process what to do, and keep what it says until it ends."""
-        await self._process.ask(asked)
+        await self._process.ask(self.asked)
         try:
             while True:
                 event, content, _ = await self._process.hear()
@@ -101,6 +104,11 @@ class Task:
         asyncio.get_running_loop().call_later(_PATIENCE, self._process.kill_now)
 
     @property
+    def goes_on(self) -> bool:
+        """Whether it is under way, and nobody has stopped it."""
+        return not self.is_over and not self._is_stopped
+
+    @property
     def trains(self) -> str | None:
         """The run that it is training, None where it trains none."""
         begun = self._said.get("begun")
@@ -128,22 +136,29 @@ class Tasks:
         self._beginning = asyncio.Lock()
 
     async def begin(self, asked: dict[str, Any]) -> str:
-        """Start a task; returns its id.
+        """Start a task; returns its id. A question that is being answered is not asked twice.
 
         Raises:
             Busy: there are too many already.
         """
         async with self._beginning:
+            if asked["task"] in QUESTIONS and (same := self._same(asked)) is not None:
+                return same
             running = sum(not task.is_over for task, _ in self._tasks.values())
             if running >= MOST_AT_ONCE:
                 raise Busy(f"{running} tasks are running already; wait for one to end, or cancel it")
             id = secrets.token_urlsafe(9)
-            task = Task(await Child.begin("everystep.page.task"))
-            self._tasks[id] = task, asyncio.create_task(task.follow(asked))
+            task = Task(await Child.begin("everystep.page.task"), asked)
+            self._tasks[id] = task, asyncio.create_task(task.follow())
         over = [known for known, (each, _) in self._tasks.items() if each.is_over]
         for known in over[:-REMEMBERED]:
             del self._tasks[known]
         return id
+
+    def _same(self, asked: dict[str, Any]) -> str | None:
+        """Return the id of the task that answers the same, None where there is none."""
+        tasks = self._tasks.items()
+        return next((id for id, (task, _) in tasks if task.asked == asked and task.goes_on), None)
 
     def find(self, id: str) -> Task | None:
         """Return a task, None where there is none of that id."""
