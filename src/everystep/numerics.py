@@ -111,15 +111,15 @@ class Numerics(BaseModel):
     def environment(self) -> dict[str, str]:
         """Return the environment that makes a new process compute like this, where that can be set."""
         asked = ENVIRONMENT["MKL_CBWR"]
-        # On AMD processors, what is asked for by default is read back as "auto,STRICT".
-        mkl_cbwr = {"auto,STRICT": asked, "absent": asked, "unknown": asked}.get(
+        # On AMD processors, what is asked for by default is read back as "auto,STRICT". MKL takes "OFF"
+        # for "AUTO"; a variable that is empty is as one that is not set, and `prepare` leaves it so.
+        mkl_cbwr = {"auto,STRICT": asked, "absent": asked, "unknown": asked, "off": ""}.get(
             self.mkl_cbwr, self.mkl_cbwr
         )
         found = ENVIRONMENT | {"MKL_CBWR": mkl_cbwr.upper(), "OMP_NUM_THREADS": str(self.threads)}
+        found["CUBLAS_WORKSPACE_CONFIG"] = self.cublas_workspace_config
         if self.cpu_capability in _CAPABILITIES:
             found["ATEN_CPU_CAPABILITY"] = _CAPABILITIES[self.cpu_capability]
-        if self.cublas_workspace_config:
-            found["CUBLAS_WORKSPACE_CONFIG"] = self.cublas_workspace_config
         return found
 
     def needs_other_process(self, other: Numerics) -> bool:

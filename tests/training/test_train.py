@@ -425,3 +425,31 @@ print(run.facts.training.numerics.mkl_cbwr)
         assert "torch already computed something in this process" in done.stderr
     else:
         assert "already computed" not in done.stderr
+
+
+def test_a_loop_recorded_after_torch_computed_replays_under_the_same_numerics():
+    code = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+x = torch.randn(80, 4)
+x @ x.T
+import everystep
+model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+with everystep.record(model=model, optimizer=optimizer, run="run") as recording:
+    for row in recording.steps(range(0, 72, 8)):
+        optimizer.zero_grad()
+        loss = model(x[row : row + 8]).square().mean()
+        loss.backward()
+        optimizer.step()
+        recording.log(loss=loss)
+"""
+    import os
+
+    own = ("MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")
+    environment = {k: v for k, v in os.environ.items() if k not in own}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    verified = everystep.open("run").verify(progress=False)
+    assert verified.is_exact
+    assert not verified.numerics
