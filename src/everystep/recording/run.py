@@ -6,6 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -285,7 +286,10 @@ class RecordedRun:
         if self._found is not None and self._found[0] == edition:
             return self._found[1]
         with reading(self._database_path) as database, database.one_moment():
-            found = self._findings_in(database, database.facts(), None, 0)
+            losses = None
+            with suppress(RunError):  # of which each block says where it is
+                losses = database.losses()
+            found = self._findings_in(database, database.facts(), losses, 0)
         self._found = edition, found
         return found
 
