@@ -1,11 +1,13 @@
-"""Commands start and end quickly: the garbage collector searches no objects that nobody drops.
+"""Commands start and end quickly: they import little, and search for no garbage that nobody drops.
 
-Each test says as well what Python does by itself. When that part fails, Python has become better, and
-`everystep.__main__` can do without it.
+Tests of the garbage collector say as well what Python does by itself. When that part fails, Python has
+become better, and `everystep.__main__` can do without it.
 """
 
 import subprocess
 import sys
+
+import pytest
 
 COUNT = (
     "import gc, sys\n"
@@ -43,3 +45,13 @@ def test_a_command_hardly_searches_for_garbage_while_it_imports_torch(everystep_
 def test_a_command_does_not_search_for_garbage_at_exit():
     assert "searched" not in run(LOOK_AT_EXIT.format(run=COMMAND), "--version").stdout
     assert "searched" in run(LOOK_AT_EXIT.format(run="")).stdout
+
+
+@pytest.mark.parametrize("command", ["runs", "losses"])
+def test_what_only_prints_recorded_numbers_imports_neither_torch_nor_polars(everystep_command, command):
+    everystep_command("train", "--steps", 3, "-q")
+    where = "runs" if command == "runs" else "two-layer-1"
+    look = f"{COMMAND}\nimport sys\nprint(*sorted({{'torch', 'polars', 'pandas'}} & sys.modules.keys()))"
+    done = run(look, command, where)
+    assert "two-layer-1" in done.stdout or "step" in done.stdout
+    assert done.stdout.splitlines()[-1] == ""

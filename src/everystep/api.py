@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from everystep.errors import RunError, UsageError
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.finding import RUNS, find_run, find_runs
-from everystep.recording.recorder import DEFAULT_BUDGET
+from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.recording.unbegun import remove_unbegun
 from everystep.run import Run, progress_of, run_of
 

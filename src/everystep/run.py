@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from everystep.errors import StepError, UsageError
 from everystep.recording.finding import RUNS
-from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import RecordedRun
+from everystep.recording.snapshots import DEFAULT_BUDGET
 
 if TYPE_CHECKING:
     import torch

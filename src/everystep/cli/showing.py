@@ -111,14 +111,19 @@ def losses(
         raise UsageError("--csv, --json and --parquet are mutually exclusive")
     if parquet and output is None:
         raise UsageError("Parquet is binary; write it to a file: --parquet -o losses.parquet")
-    frame = open(run).table_frame(last)
+    opened = open(run)
     if parquet and output is not None:
         content = io.BytesIO()  # where polars writes a file itself, a full disk is an error of its own
-        frame.write_parquet(content)
+        opened.table_frame(last).write_parquet(content)
         write_file(output, content.getvalue())
         say_written(output)
         return
-    text = losses_text(frame, "csv" if csv else "json" if json else "plain")
+    # Without polars, whose import takes longer than printing some thousand steps.
+    text = (
+        opened.table_frame(last).write_csv()
+        if csv
+        else losses_text(opened.table_columns(last), "json" if json else "plain")
+    )
     if output is None:
         say(text, nl=False)
     else:

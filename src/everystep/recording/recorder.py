@@ -36,10 +36,8 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["DEFAULT_BUDGET", "LATE_SECONDS", "Recorder", "create_directory"]
+__all__ = ["LATE_SECONDS", "Recorder", "create_directory"]
 
-#: Bytes of snapshots a run may keep, by default.
-DEFAULT_BUDGET = 512_000_000
 #: Seconds that one write takes, or that the training waits for the disk, until it is said.
 LATE_SECONDS = 10.0
 #: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.

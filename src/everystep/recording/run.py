@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import DamageWarning, RunError
 from everystep.recording.contents import Given, read_contents
@@ -110,8 +110,14 @@ class RecordedRun:
 
     def last_losses(self, count: int | None) -> polars.DataFrame:
         """Return the losses of the last `count` steps, or of all."""
-        import numpy as np
         import polars as pl
+
+        steps, losses = self._last_losses(count)
+        return pl.DataFrame({"step": steps, "loss": losses})
+
+    def _last_losses(self, count: int | None) -> Series:
+        """Return steps and losses, the latter in their own precision."""
+        import numpy as np
 
         edition = self._edition()
         with reading(self._database_path) as database, database.one_moment():
@@ -127,8 +133,10 @@ class RecordedRun:
         if len(steps) and steps[gap] != first + gap:
             raise self._gap(first + int(gap), int(steps[gap]))
         self._warn_of(found)
-        frame = pl.DataFrame({"step": steps, "loss": losses})
-        return frame if facts.loss_dtype == "float64" else frame.cast({"loss": pl.Float32})
+        if facts.loss_dtype != "float64":
+            with np.errstate(over="ignore"):
+                losses = losses.astype(np.float32)
+        return steps, losses
 
     @property
     def measurements(self) -> polars.DataFrame:
@@ -140,11 +148,14 @@ class RecordedRun:
     def _measurements_since(self, step: int) -> polars.DataFrame:
         import polars as pl
 
-        with reading(self._database_path) as database:
-            rows = database.measurements(step)
+        rows = self._measured_since(step)
         schema = {"name": pl.String, "step": pl.Int64, "value": pl.Float64}
         frame = pl.DataFrame(rows, schema=schema, orient="row")
         return frame.with_columns(pl.col("value").fill_null(math.nan))
+
+    def _measured_since(self, step: int) -> list[tuple[str, int, float | None]]:
+        with reading(self._database_path) as database:
+            return database.measurements(step)
 
     @property
     def measurement_names(self) -> list[str]:
@@ -173,13 +184,24 @@ class RecordedRun:
         """
         import polars as pl
 
-        frame = self.last_losses(last)
-        since = -(2**63) if last is None or frame.is_empty() else frame["step"].item(0)
-        measured = self._measurements_since(since)  # its blocks were checked with those of the losses
-        for name in measured["name"].unique(maintain_order=True):
-            values = measured.filter(pl.col("name") == name).select("step", pl.col("value").alias(name))
-            frame = frame.join(values, on="step", how="left", maintain_order="left")
-        return frame
+        columns = self.table_columns(last)
+        measured = {name: pl.Float64 for name in columns if name not in ("step", "loss")}
+        return pl.DataFrame(columns, schema_overrides=measured)
+
+    def table_columns(self, last: int | None = None) -> dict[str, Any]:
+        """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
+        a list of numbers, None where there is none.
+        """
+        steps, losses = self._last_losses(last)
+        columns: dict[str, Any] = {"step": steps, "loss": losses}
+        first = int(steps[0]) if len(steps) else 1
+        # Their blocks were checked with those of the losses.
+        for name, step, value in self._measured_since(-(2**63) if last is None else first):
+            title = f"{name} (measured)" if name in ("step", "loss") else name
+            column = columns.setdefault(title, [None] * len(steps))
+            if 0 <= step - first < len(steps):
+                column[step - first] = math.nan if value is None else value
+        return columns
 
     @property
     def snapshots(self) -> list[int]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from everystep.step.state import State
 
 __all__ = [
+    "DEFAULT_BUDGET",
     "PARAMETERS",
     "REST",
     "SnapshotPlan",
@@ -36,6 +37,8 @@ __all__ = [
 PARAMETERS = "parameters.safetensors"
 REST = "rest.safetensors"
 
+#: Bytes of snapshots that a run may keep, by default.
+DEFAULT_BUDGET = 512_000_000
 #: A jump to any step should cost at most about this many seconds of replay.
 REPLAY_SECONDS = 0.08
 #: Snapshots may take this share of the training's time, most of it beside the training thread.

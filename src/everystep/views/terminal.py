@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from everystep.recording.facts import (
     Facts,
@@ -19,9 +19,6 @@ from everystep.recording.facts import (
 )
 from everystep.recording.run import RecordedRun
 from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
-
-if TYPE_CHECKING:
-    import polars
 
 __all__ = [
     "closing",
@@ -161,11 +158,12 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def losses_text(frame: polars.DataFrame, style: Literal["plain", "csv", "json"]) -> str:
-    """Return a table of losses and measurements as text, every number in full precision."""
-    if style == "csv":
-        return frame.write_csv(null_value="")
-    columns = {name: frame[name].to_list() for name in frame.columns}
+def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> str:
+    """Return a table of losses and measurements as text, every number in full precision.
+
+    table: `RecordedRun.table_columns`.
+    """
+    columns = {name: c if isinstance(c, list) else c.tolist() for name, c in table.items()}
     if style == "json":
         values = [[json_number(value) for value in column] for column in columns.values()]
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]

@@ -16,7 +16,6 @@ from everystep.page.event_stream import EventStream, last_seen
 from everystep.page.live import MOMENT, Live
 from everystep.page.rows import frame_of, page_of, rows_of, wanted_of, whole
 from everystep.page.shelf import Shelf, shown_name
-from everystep.views.terminal import losses_text
 
 __all__ = ["routes"]
 
@@ -77,7 +76,7 @@ def csv(request: Request) -> Response:
     frame = frame_of(columns, rows_of(columns, wanted_of(request.query_params)))
     file = quote(f"{request.path_params['name']} losses.csv", safe="")
     headers = {"Content-Disposition": f"attachment; filename=losses.csv; filename*=UTF-8''{file}"}
-    return Response(losses_text(frame, "csv"), headers=headers, media_type="text/csv")
+    return Response(frame.write_csv(), headers=headers, media_type="text/csv")
 
 
 async def run_events(request: Request) -> Response:

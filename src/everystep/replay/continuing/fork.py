@@ -17,8 +17,8 @@ from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.facts import ForkFacts
-from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
+from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.continuing.again import (
     check_alone,
     iteration_of,

@@ -16,8 +16,8 @@ from everystep.experiment.specification import Experiment, Iteration, check_iter
 from everystep.recording.asked import flat
 from everystep.recording.data import check_data
 from everystep.recording.facts import TrainingFacts
-from everystep.recording.recorder import DEFAULT_BUDGET
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.replay.continuing.again import (
     check_alone,
     iteration_of,
