@@ -77,11 +77,11 @@ class Guard:
         reason = self._foreign(headers, has_token)
         kind = headers.get("content-type", "").partition(";")[0].strip()
         if reason is None and scope["method"] == "POST" and kind != "application/json":
-            reason = "what is asked for must be JSON (Content-Type: application/json)"
+            reason = "the request must be JSON (Content-Type: application/json)"
         if reason is None and not (has_token or self._has_cookie(headers)):
             reason = (
-                "this page opens only with the address that everystep view prints in its terminal, with "
-                "?token= at its end"
+                "this page opens only with the whole address that everystep view prints in its "
+                "terminal, including the token at its end"
             )
 
         async def send_guarded(message: Message) -> None:
