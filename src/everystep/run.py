@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from everystep.replay.hooks import NonFinite
     from everystep.replay.processes import Opener
     from everystep.replay.query import Measured
+    from everystep.replay.rerun import Rerun
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
     from everystep.training.job import Outcome, Progress
@@ -173,6 +174,49 @@ class Run(RecordedRun):
         with counting("comparing", min(len(self), len(other)), progress) as on_progress:
             found = diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
         return replace(found, to_text=partial(diff_text, found))
+
+    def rerun(
+        self,
+        *,
+        threads: int | None = None,
+        capability: str | None = None,
+        mkl: str | None = None,
+        precision: Literal["float64", "bfloat16"] | None = None,
+        python: str | None = None,
+        beside: Sequence[Run] = (),
+        emit: str | Path | None = None,
+        progress: Counting = True,
+    ) -> Rerun:
+        """Take the steps of the run elsewhere, and return where they part from the recording.
+
+        The programs of the run do it, in another process, without its code.
+
+        Args:
+            threads: number of threads of torch.
+            capability: CPU instructions of torch's kernels: `default`, `avx2` or `avx512`.
+            mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
+            precision: of all floating-point numbers.
+            python: another interpreter, with an everystep and a torch of its own.
+            beside: other runs; the answer says how far each is from the losses there.
+            emit: where to write the operation that parts as a script that needs torch alone.
+            progress: as in `measure`.
+
+        Raises:
+            ExperimentError: a setting is invalid, or nothing differs from the recording.
+            RunError: the steps cannot be taken there; gives the reason.
+            TrainingError: the process there does not start, or ended early.
+        """
+        from everystep.replay.rerun import Place, rerun
+        from everystep.views.progress import counting
+        from everystep.views.reproduction import reproduce
+        from everystep.views.rerun import rerun_text
+
+        place = Place(threads, capability, mkl, precision, python)
+        with counting("taking steps", len(self), progress) as on_progress:
+            found = rerun(self._opener, place, beside, on_progress)
+        if emit is not None:
+            reproduce(self._opener, found, Path(emit))
+        return replace(found, to_text=partial(rerun_text, found))
 
     def measure(
         self,

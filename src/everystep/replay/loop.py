@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from everystep.errors import ProgramError, RunError
 from everystep.experiment.device import select
 from everystep.program.execute import without_autograd
 from everystep.program.plain import Environment, PlainProgram, lay_inputs
+from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.changes import change_files, gone_in, read_change
 from everystep.recording.contents import Given, digest_of, unpacked
@@ -28,7 +28,7 @@ from everystep.step.observe import Observation, PlainObserver
 from everystep.step.state import State
 from everystep.training.batch import nested_again
 
-__all__ = ["LoopCheckpoint", "LoopStepper"]
+__all__ = ["LoopCheckpoint", "LoopStepper", "read_loop_program"]
 
 #: Rows of the database that are read at once.
 BLOCK = 256
@@ -63,6 +63,7 @@ class LoopStepper(ReplayStepper):
         run: the run.
         facts: of its training.
         diverged: called with a step that differs from the recording, and how, in words.
+        precision: of its programs and their inputs, None as recorded.
 
     state: the step after which the current state is, None before one is loaded.
     """
@@ -70,13 +71,19 @@ class LoopStepper(ReplayStepper):
     has_gradients_in_state = True
 
     def __init__(
-        self, run: RecordedRun, facts: TrainingFacts, diverged: Callable[[int, str], None]
+        self,
+        run: RecordedRun,
+        facts: TrainingFacts,
+        diverged: Callable[[int, str], None],
+        precision: Precision | None = None,
     ) -> None:
         self.state: int | None = None
         self._run = run
         self._device = select(facts.device)
         self._diverged = diverged
+        self._precision = precision
         self._programs: dict[int, PlainProgram] = {}
+        self._recorded: dict[int, Program] = {}
         self._rows: dict[int, Repeat] = {}
         self._tensors: dict[str, Tensor] = {}
         self._loaded: State | None = None
@@ -150,6 +157,8 @@ class LoopStepper(ReplayStepper):
         tensors = read_change(self._run.directory, file)
         for name in gone_in(self._run.directory, file):
             self._tensors.pop(name, None)
+        if self._precision is not None:
+            tensors = {name: self._precision.tensor(name, each) for name, each in tensors.items()}
         self._tensors |= {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def run(self, last: int) -> Tensor:
@@ -250,7 +259,7 @@ class LoopStepper(ReplayStepper):
 
     def _compare_digests(self, number: int, digests: dict[str, Any]) -> None:
         """Compare the state after a step with its recorded digests, until one differs."""
-        if self._has_diverged:
+        if self._has_diverged or self._precision is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
         other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
@@ -295,8 +304,10 @@ class LoopStepper(ReplayStepper):
                 "program cannot hold, as a notice said when it was recorded"
             )
         if row.program not in self._programs:
-            path = own_path(self._run.directory, f"programs/{row.program}.json")
-            self._programs[row.program] = PlainProgram(_read(path), self._device)
+            program = self._recorded[row.program] = read_loop_program(self._run, row.program)
+            if self._precision is not None:
+                program = self._precision.program(program)
+            self._programs[row.program] = PlainProgram(program, self._device)
         return self._programs[row.program]
 
     def _inputs(self, row: Repeat) -> _Inputs:
@@ -315,7 +326,20 @@ class LoopStepper(ReplayStepper):
                 "(batch_budget of everystep.record); later steps may still open"
             )
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        if self._precision is not None and row.program is not None:
+            self._program(row)
+            tensors = self._in_precision(self._precision, row.program, tensors)
         return _Inputs(tensors, content.get("nesting"), digests)
+
+    def _in_precision(
+        self, precision: Precision, program: int, inputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the inputs of a step, tensors of the batch and bytes of others, in a precision."""
+        prefix = "input/"
+        others = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
+        cast = precision.contents(self._recorded[program], others)
+        tensors = {name: precision.tensor(name, tensor) for name, tensor in inputs.items()}
+        return tensors | {prefix + name: content for name, content in cast.items()}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -332,7 +356,13 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _read(path: Path) -> Program:
+def read_loop_program(run: RecordedRun, number: int) -> Program:
+    """Read a program of a recorded loop, by its number.
+
+    Raises:
+        RunError: it cannot be read, or is not valid.
+    """
+    path = own_path(run.directory, f"programs/{number}.json")
     try:
         program = Program.from_json(path.read_bytes())
     except OSError as error:

@@ -20,6 +20,7 @@ from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.specification import load
+from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.changes import change_files, read_change
 from everystep.recording.data import check_data, read_data
@@ -44,13 +45,16 @@ __all__ = ["read_program", "reopen", "stored_data"]
 MOST_PROGRAMS = 1000
 
 
-def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStepper:
+def reopen(
+    run: RecordedRun, stretch: Stretch, objects: Objects, precision: Precision | None = None
+) -> TrainingStepper:
     """Restore the training of a stretch of a run, without loading a state.
 
-    Torch's random generators keep their state.
+    Torch's random generators keep their state. precision: of its programs and its data.
 
     Raises:
         RunError: a file of the run is missing or unreadable; reports which, and a fix.
+        ProgramError: the programs cannot have that precision.
     """
     facts = stretch.facts
     device = select(facts.device)
@@ -61,9 +65,15 @@ def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStep
             f"{run.name} claims more than {MOST_PROGRAMS:,} programs: the database was changed"
         )
     built = [(rule, read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
+    if precision is not None:
+        built = [(rule, _in_precision(each, precision)) for rule, each in built]
     with generators_preserved(device):
-        batch = _batch(run, facts, objects, batches, device)
+        batch = _batch(run, facts, objects, batches, device, precision)
         needs_model = engine.eager_from is not None or engine.live_optimizer is not None
+        if needs_model and precision is not None:
+            raise RunError(
+                f"Python ran steps of {run.name}, and only programs can be replayed in {precision.name}"
+            )
         training = _living(run, facts, objects, batch, device) if needs_model else None
         if training is None:
             training = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
@@ -79,6 +89,11 @@ def reopen(run: RecordedRun, stretch: Stretch, objects: Objects) -> TrainingStep
     return TrainingStepper(training, programs, eager_from, batches, settings, between)
 
 
+def _in_precision(built: Built, precision: Precision) -> Built:
+    constants = precision.contents(built.program, built.constants)
+    return Built(precision.program(built.program), constants)
+
+
 def _batches(facts: TrainingFacts) -> Batches:
     """Return which rows each step saw."""
     known = facts.batches
@@ -91,10 +106,13 @@ def _batch(
     objects: Objects,
     batches: Batches,
     device: torch.device,
+    precision: Precision | None,
 ) -> BatchSource:
     """Return the batch source: rows of the run's data, or a Dataset that is read."""
     if not facts.data.lazy:
         x, y = (part.to(device) for part in _data(run, facts, objects))
+        if precision is not None:
+            x, y = precision.tensor("x", x), precision.tensor("y", y)
         count = len(x)
     elif objects.data is None or isinstance(objects.data, tuple | list):
         raise RunError(

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from everystep import numerics
 from everystep.errors import RunError, StepError
 from everystep.experiment.device import select
+from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.replay.loop import LoopStepper
@@ -43,13 +45,18 @@ class Replay:
         run: the run.
         objects: the objects that trained it, for steps that no program runs.
         threads: number of threads that torch uses; default: as many as in the training.
+        precision: of all floating-point numbers; default: as in the training.
 
     problems: found on the way, such as an unreadable snapshot; diverged_at: the first step with another
     loss in the replay, None if there was none.
     """
 
     def __init__(
-        self, run: RecordedRun, objects: Objects | None = None, threads: int | None = None
+        self,
+        run: RecordedRun,
+        objects: Objects | None = None,
+        threads: int | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.run = run
         self.problems: list[str] = []
@@ -61,6 +68,7 @@ class Replay:
         self.stretches = run.stretches
         self._objects = objects or Objects()
         self._threads = threads
+        self._precision = precision
         self._steppers: dict[int, ReplayStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
@@ -210,6 +218,13 @@ class Replay:
             finally:
                 self._generators = Generators.capture(device)
 
+    def begin(self, state: State) -> None:
+        """Go to a state that is given; call it inside `in_force` of the step after it."""
+        self._forget_where()
+        self._kept.clear()
+        self._at = self.stretch_of(state.step + 1)
+        self._load(self.stepper, state)
+
     def _forget_where(self) -> None:
         """After a step that may be incomplete: continue from a stored state."""
         for stepper in self._steppers.values():
@@ -240,7 +255,7 @@ class Replay:
         if on_disk:
             found = self.run.state_near(state, on_problem=self._note, after=max(lowest - 1, here, kept))
             if found is not None:
-                stepper.load(found)
+                self._load(stepper, found)
                 return
         if kept > here:
             self._kept.move_to_end((at, kept))
@@ -257,8 +272,11 @@ class Replay:
         if state is None:
             problems = "; ".join(self.problems) or "it is missing"
             raise RunError(f"{self.run.name} cannot be replayed from its first state: {problems}")
-        stepper.load(state)
+        self._load(stepper, state)
         self._at = at
+
+    def _load(self, stepper: ReplayStepper, state: State) -> None:
+        stepper.load(state if self._precision is None else _in_precision(state, self._precision))
 
     def _advance(self, stepper: ReplayStepper, last: int) -> None:
         assert stepper.state is not None
@@ -314,9 +332,9 @@ class Replay:
         if at not in self._steppers:
             facts = self.stretches[at].facts
             self._steppers[at] = (
-                LoopStepper(self.run, facts, self._diverge)
+                LoopStepper(self.run, facts, self._diverge, self._precision)
                 if facts.loop
-                else reopen(self.run, self.stretches[at], self._objects)
+                else reopen(self.run, self.stretches[at], self._objects, self._precision)
             )
         return self._steppers[at]
 
@@ -348,6 +366,13 @@ def no_such_step(run: RecordedRun, number: int) -> StepError:
 def same_number(one: float, two: float) -> bool:
     """Tell whether two losses are equal; NaN equals NaN."""
     return one == two or (one != one and two != two)
+
+
+def _in_precision(state: State, precision: Precision) -> State:
+    def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: precision.tensor(name, tensor) for name, tensor in tensors.items()}
+
+    return replace(state, parameters=cast(state.parameters), rest=cast(state.rest))
 
 
 def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
@@ -24,7 +24,7 @@ from everystep.views.reduction import reduce
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun
 
-__all__ = ["loss_plot", "save_plot"]
+__all__ = ["curves_plot", "loss_plot", "save_plot"]
 
 #: Of a series of more points than MOST, so many evenly spread ones are drawn, and the extremes of so
 #: many buckets: these alone would look like two bands.
@@ -70,7 +70,31 @@ def loss_plot(
         points.append(_drawable(frame, name, "loss", log, notes))
         marks.append(_nonfinite(frame, name, notes))
     lines = _measured(runs, names, measurements, log, notes)
-    several = len(runs) > 1
+    return _plot(names, points, marks, lines, measurements, log, notes)
+
+
+def curves_plot(curves: Mapping[str, pl.DataFrame], log: bool = False) -> p9.ggplot:
+    """Return several losses over each other as points, by name: columns step and loss.
+
+    log: as in `loss_plot`.
+    """
+    notes: list[str] = []
+    names = list(map(_plain, curves))
+    points = [_drawable(c, n, "loss", log, notes) for n, c in zip(names, curves.values(), strict=True)]
+    marks = [_nonfinite(c, n, notes) for n, c in zip(names, curves.values(), strict=True)]
+    return _plot(names, points, marks, pd.DataFrame(), (), log, notes)
+
+
+def _plot(
+    names: Sequence[str],
+    points: Sequence[pd.DataFrame],
+    marks: Sequence[pd.DataFrame],
+    lines: pd.DataFrame,
+    measurements: Sequence[str],
+    log: bool,
+    notes: Sequence[str],
+) -> p9.ggplot:
+    several = len(names) > 1
     frame = pd.concat(points)
     plot = p9.ggplot(frame, p9.aes("step", "value")) + _layers(several, frame, pd.concat(marks), lines)
     if several:

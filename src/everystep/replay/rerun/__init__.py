@@ -1,0 +1,11 @@
+"""The same run elsewhere: its programs under other numerics, in another precision, by another torch.
+
+`place` says where, `other_process` and `child` are the two ends of the process that replays there,
+`rounding` compares what both computed, and `rerun` puts it together. `reproduce` writes an operation as
+a script.
+"""
+
+from everystep.replay.rerun.place import Place
+from everystep.replay.rerun.rerun import Rerun, relative_distance, rerun
+
+__all__ = ["Place", "Rerun", "relative_distance", "rerun"]

@@ -1,0 +1,65 @@
+"""How far apart two replays of a step are, operation by operation, relative to their numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.replay.step import Step
+from everystep.step.check import FOLD_TOLERANCE
+
+__all__ = ["Apart", "apart", "tolerance"]
+
+
+class Apart(NamedTuple):
+    """How far apart the results of an operation are.
+
+    step, operation: its place, by numbers; operator, phase, module: what it is; name: of the result;
+    relative: the largest difference of two numbers, divided by the largest number of that tensor;
+    infinite where only one of the two is finite, or for whole numbers that differ.
+    """
+
+    step: int
+    operation: int
+    operator: str
+    phase: str
+    module: str | None
+    name: str
+    relative: float
+
+
+def apart(own: Step, there: Step) -> list[Apart]:
+    """Return how far apart two replays of a step from the same state are, in order of operations."""
+    found = []
+    for index, (one, other) in enumerate(zip(own.operations, there.operations, strict=True)):
+        operation = one.operation
+        for name, tensor in one.results.items():
+            relative = _relative(tensor, other.results[name])
+            place = own.number, index, operation.operator, operation.phase, operation.module
+            found.append(Apart(*place, name, relative))
+    return found
+
+
+def tolerance(*dtypes: torch.dtype) -> float:
+    """Return how far apart numbers of these dtypes are by rounding alone, relative to the largest."""
+    return max((FOLD_TOLERANCE[dtype] for dtype in dtypes if dtype in FOLD_TOLERANCE), default=1e-4)
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return math.inf
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    if not one.is_floating_point():
+        return 0.0 if torch.equal(one, other) else math.inf
+    a, b = one.double(), other.double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return math.inf
+    is_finite = a.isfinite()
+    a, b = a[is_finite], b[is_finite]
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    difference = float((a - b).abs().max()) if a.numel() else 0.0
+    return difference / largest if largest else (math.inf if difference else 0.0)

@@ -1,0 +1,165 @@
+"""A run elsewhere: as text and as plain data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from everystep.views.answers import labelled
+from everystep.views.terminal import number, shortest
+
+if TYPE_CHECKING:
+    from everystep.replay.operations import OperationDifference
+    from everystep.replay.rerun import Rerun
+    from everystep.replay.rerun.rounding import Apart
+
+__all__ = ["rerun_data", "rerun_text"]
+
+
+def rerun_text(found: Rerun) -> str:
+    """Return where the steps of a run part from the recording elsewhere, and by how much, in lines."""
+    last = found.first + len(found.losses) - 1
+    lines = [labelled("run", f"{found.name}, steps {found.first:,} to {last:,}")]
+    if found.changed:
+        pairs = (f"{name}: {one} | {there}" for name, (one, there) in found.changed.items())
+        lines.append(labelled("elsewhere", "\n".join(pairs)))
+    lines.append(labelled("losses", _losses_text(found)))
+    if found.operation is not None:
+        lines.append(labelled("bits", _bits_text(found.operation)))
+    lines.append(labelled("rounding", _rounding_text(found)))
+    if found.others:
+        lines.append(labelled("nearer", _nearer_text(found)))
+    lines += [labelled("note", problem) for problem in found.problems]
+    return "\n".join([*lines, "", _verdict(found)])
+
+
+def rerun_data(found: Rerun) -> dict[str, Any]:
+    """Return the same as plain data."""
+    return {
+        "run": found.name,
+        "changed": {name: list(pair) for name, pair in found.changed.items()},
+        "first_step": found.first,
+        "recorded": found.recorded.tolist(),
+        "losses": found.losses.tolist(),
+        "same_bits": found.has_same_bits,
+        "parts_at": found.parts_at,
+        "operation": None if found.operation is None else _operation_data(found.operation),
+        "compared_steps": list(found.compared),
+        "rounding": found.rounding,
+        "beyond_rounding": None if found.beyond is None else found.beyond._asdict(),
+        "farthest": [each._asdict() for each in found.farthest],
+        "distance": _distances(found),
+        "problems": list(found.problems),
+    }
+
+
+def _losses_text(found: Rerun) -> str:
+    if not found.has_loss:
+        return "not logged; only the states are compared"
+    if not found.relative.any():
+        return f"all {len(found.losses):,} bit-identical"
+    first, far = int(np.flatnonzero(found.relative)[0]), int(found.relative.argmax())
+    lines = []
+    if found.place.precision is None:
+        before = f"bit-identical up to step {found.first + first - 1:,}; " if first else ""
+        lines.append(f"{before}step {found.first + first:,}: {_pair(found, first)}")
+    lines += [
+        f"farthest apart at step {found.first + far:,}: {_pair(found, far)}, "
+        f"{number(float(found.relative[far]))} of the recorded loss",
+        f"the last: {_pair(found, len(found.losses) - 1)}",
+    ]
+    return "\n".join(lines)
+
+
+def _pair(found: Rerun, place: int) -> str:
+    return f"{shortest(float(found.recorded[place]))} | {shortest(float(found.losses[place]))}"
+
+
+def _bits_text(found: OperationDifference) -> str:
+    observed = found.one or found.other
+    assert observed is not None
+    operation = observed.operation
+    module = f" of module {operation.module}" if operation.module else ""
+    lines = [
+        f"first other bits: operation #{found.index} of step {found.step:,}, {operation.operator}"
+        f"{module}, {operation.phase}"
+    ]
+    for each in found.results:
+        far = f", by at most {each.largest:,} units in the last place" if each.largest else ""
+        lines.append(f"{each.name}: {each.elements:,} of {each.of:,} numbers{far}")
+    if not found.inputs:
+        lines.append("its inputs are the same")
+    return "\n".join(lines)
+
+
+def _rounding_text(found: Rerun) -> str:
+    count = len(found.compared)
+    steps = "1 step was" if count == 1 else f"{count} steps were"
+    lines = [f"{steps} taken from recorded states, step {found.compared[0]:,} to {found.compared[-1]:,}"]
+    if found.beyond is None:
+        lines.append(f"no result is farther apart than {found.rounding:g} of its largest number")
+    else:
+        lines.append(
+            f"first result that is farther apart than {found.rounding:g} of its largest number:\n"
+            f"  {_apart_text(found.beyond)}\n"
+            "  its inputs are within that: it has a jump there, or takes the difference of close numbers"
+        )
+    far = [each for each in found.farthest if each.relative > 0 and each != found.beyond]
+    if far:
+        lines += ["farthest apart:", *(f"  {_apart_text(each)}" for each in far)]
+    return "\n".join(lines)
+
+
+def _apart_text(found: Apart) -> str:
+    module = f" of module {found.module}" if found.module else ""
+    far = f"{found.relative:.2g}" if np.isfinite(found.relative) else "other"
+    return f"{far:<8} #{found.operation} of step {found.step:,}, {found.operator}{module}, {found.phase}"
+
+
+def _nearer_text(found: Rerun) -> str:
+    rows = sorted(_distances(found).items(), key=lambda item: item[1]["median"])
+    return "\n".join(
+        f"{name}: losses {row['median']:.2g} away in the median, {row['largest']:.2g} at most"
+        for name, row in rows
+    )
+
+
+def _distances(found: Rerun) -> dict[str, dict[str, float]]:
+    """Return how far the losses of each run are from those elsewhere, relative to these."""
+    from everystep.replay.rerun import relative_distance
+
+    distances = {}
+    for name, losses in ({found.name: found.recorded} | found.others).items():
+        count = min(len(losses), len(found.losses))
+        relative = relative_distance(found.losses[:count], losses[:count])
+        distances[name] = {"median": float(np.median(relative)), "largest": float(relative.max())}
+    return distances
+
+
+def _operation_data(found: OperationDifference) -> dict[str, Any]:
+    observed = found.one or found.other
+    assert observed is not None
+    operation = observed.operation
+    return {
+        "step": found.step,
+        "index": found.index,
+        "operator": operation.operator,
+        "phase": operation.phase,
+        "module": operation.module,
+        "results": [each._asdict() for each in found.results],
+        "inputs": [each._asdict() for each in found.inputs],
+    }
+
+
+def _verdict(found: Rerun) -> str:
+    if found.place.precision is not None:
+        if not found.has_loss:
+            return f"{found.name} was taken in {found.place.precision}"
+        far = number(float(found.relative.max()))
+        return f"the losses in {found.place.precision} are within {far} of those of {found.name}"
+    if found.has_same_bits:
+        return f"{found.name} has the same bits there"
+    if found.parts_at is None:
+        return f"{found.name} has other bits there, but its steps from recorded states do not"
+    return f"{found.name} has other bits there from step {found.parts_at:,} on"

@@ -1,0 +1,242 @@
+"""A run elsewhere: the losses of the loop by hand there, and the operation that parts."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import everystep
+from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
+from everystep.views.reproduction import reproduce
+from everystep.views.rerun import rerun_data
+
+STEPS = 30
+#: The chapter's loop, with nothing of everystep; prints its losses as hexadecimal numbers.
+BY_HAND = """
+import sys, torch
+from torch import nn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x, y = torch.randn(64, 1000), torch.randn(64, 10)
+model = nn.Sequential(nn.Linear(1000, 100), nn.ReLU(), nn.Linear(100, 10))
+for step in range(int(sys.argv[1])):
+    loss = nn.functional.mse_loss(model(x), y, reduction="sum")
+    model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter - parameter.grad * 1e-4)
+    print(loss.item().hex())
+"""
+
+
+@pytest.fixture(scope="module")
+def chapter_run(tmp_path_factory):
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 1000), torch.randn(64, 10)
+    model = nn.Sequential(nn.Linear(1000, 100), nn.ReLU(), nn.Linear(100, 10))
+    return everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(reduction="sum"),
+        optimizer=everystep.GradientDescent(model.parameters(), lr=1e-4),
+        steps=STEPS,
+        directory=tmp_path_factory.mktemp("rerun") / "chapter",
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def compatible(chapter_run):
+    return chapter_run.rerun(mkl="COMPATIBLE", progress=False)
+
+
+def by_hand(**environment):
+    command = [sys.executable, "-c", BY_HAND, str(STEPS)]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return [float.fromhex(line) for line in done.stdout.split()]
+
+
+def test_other_numerics_give_the_losses_of_the_loop_by_hand_there(chapter_run, compatible):
+    assert compatible.losses.tolist() == by_hand(MKL_CBWR="COMPATIBLE")
+    recorded = by_hand(MKL_CBWR="AVX2,STRICT")
+    assert compatible.recorded.tolist() == recorded == chapter_run.losses["loss"].to_list()
+
+
+def test_it_names_the_first_operation_with_other_bits(compatible):
+    assert not compatible.has_same_bits
+    assert compatible.changed["mkl_cbwr"][1] == "COMPATIBLE"
+    # The first matrix product of the first step rounds otherwise.
+    assert compatible.parts_at == 1
+    assert compatible.operation.index == 0
+    assert compatible.operation.one.operation.operator == "aten.addmm.default"
+    assert not compatible.operation.inputs
+    text = compatible.to_text()
+    assert "first other bits: operation #0 of step 1, aten.addmm.default of module 0, forward" in text
+    assert text.endswith("chapter has other bits there from step 1 on")
+    assert json.loads(json.dumps(rerun_data(compatible)))["parts_at"] == 1
+
+
+def test_the_same_numerics_give_the_same_bits(chapter_run, everystep_command):
+    capability = chapter_run.facts.training.numerics.cpu_capability.lower().replace("no avx", "default")
+    arguments = ["--capability", capability, "--emit", "none.py", "-o", "both.png"]
+    code, out, err = everystep_command("rerun", chapter_run.directory, *arguments)
+    assert code == 0
+    assert f"all {STEPS} bit-identical" in out
+    assert out.endswith("chapter has the same bits there\n")
+    assert "no operation parts" in err
+    assert "both.png" in err
+
+
+def test_double_precision_is_the_loop_by_hand_in_double_precision(small, tmp_path):
+    model, x, y = small
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    start = {name: value.double() for name, value in model.state_dict().items()}
+    run = everystep.train(
+        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=STEPS, progress=False,
+        directory=tmp_path / "adam",
+    )  # fmt: skip
+    found = run.rerun(precision="float64", progress=False)
+    model.double().load_state_dict(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(STEPS):
+        loss = nn.functional.mse_loss(model(x.double()), y.double())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert found.losses.tolist() == losses
+    assert 0 < found.relative.max() < 1e-5
+    assert found.beyond is None
+    assert found.compared[0] == 1
+    assert found.compared[-1] == STEPS
+
+
+def test_dropout_in_double_precision_draws_the_masks_of_the_recording(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+    x, y = torch.randn(16, 4), torch.randn(16, 1)
+    run = everystep.train(
+        model, (x, y), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        steps=STEPS, progress=False, directory=tmp_path / "dropout",
+    )  # fmt: skip
+    found = run.rerun(precision="float64", progress=False)
+    # Other masks would be another loss altogether.
+    assert 0 < found.relative.max() < 1e-5
+
+
+def loop(optimizer, x, y, model, log=lambda loss: None, batches=iter):
+    """A loop as its author wrote it."""
+    losses = []
+    for rows in batches([slice(0, 12), slice(8, 20)] * 5):
+        loss = nn.functional.mse_loss(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log(loss)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "fused AdamW", "AdamW that reads its counter"])
+def test_a_recorded_loop_is_taken_in_double_precision(small, tmp_path, kind):
+    model, x, y = small
+
+    def optimizer():
+        if kind == "SGD":
+            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        options = {"AdamW": {}, "fused AdamW": {"fused": True}}.get(kind, {"foreach": False})
+        return torch.optim.AdamW(model.parameters(), lr=0.01, **options)
+
+    start = {name: value.double() for name, value in model.state_dict().items()}
+    parts = {"model": model, "optimizer": optimizer()}
+    with everystep.record(**parts, run=tmp_path / "loop") as recording:
+        loop(parts["optimizer"], x, y, model, lambda loss: recording.log(loss=loss), recording.steps)
+    found = recording.run.rerun(precision="float64", progress=False)
+    model.double().load_state_dict(start)
+    assert found.losses.tolist() == loop(optimizer(), x.double(), y.double(), model)
+    assert 0 < found.relative.max() < 1e-5
+
+
+def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
+    found = chapter_run.rerun(precision="bfloat16", progress=False)
+    # A ReLU with an input near 0 is on in one precision, and off in the other.
+    assert found.beyond.operator == "aten.threshold_backward.default"
+    assert found.beyond.relative > found.rounding == 0.05
+
+
+def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):
+    nearer = chapter_run.rerun(precision="float64", beside=[chapter_run], progress=False)
+    distance = rerun_data(nearer)["distance"]["chapter"]
+    relative = abs(nearer.recorded - nearer.losses) / nearer.losses
+    assert distance == {"median": np.median(relative), "largest": relative.max()}
+    assert set(compatible.curves) == {"chapter", "chapter, elsewhere"}
+
+
+def test_the_operation_that_parts_is_a_script_that_needs_torch_alone(chapter_run, compatible, tmp_path):
+    script = tmp_path / "repro.py"
+    assert reproduce(chapter_run._opener, replace(compatible, name='a """ name'), script)
+    text = script.read_text()
+    assert len(text.splitlines()) <= 40
+    assert "everystep" not in text
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    (result,) = compatible.operation.results
+    assert done.stdout.startswith(f"addmm: {result.elements:,} of {result.of:,} differ")
+    first, second = result.values[0]
+    assert f"{first!r} and {second!r}" in done.stdout
+
+
+def test_a_fork_is_taken_from_where_it_begins(chapter_run):
+    fork = chapter_run.fork(10, lr=2e-4, steps=14, directory=chapter_run.directory.parent / "fork",
+                            progress=False)  # fmt: skip
+    found = fork.rerun(precision="float64", progress=False)
+    assert found.first == 11
+    assert len(found.losses) == 4
+    assert found.relative.max() < 1e-5
+
+
+def test_what_cannot_be_taken_elsewhere_is_refused_with_the_reason(chapter_run, small, tmp_path):
+    with pytest.raises(UsageError, match="needs something that differs"):
+        chapter_run.rerun(progress=False)
+    with pytest.raises(ExperimentError) as error:
+        chapter_run.rerun(threads=0, capability="x", mkl="y", python="/nowhere", progress=False)
+    for part in ("threads: must", "capability: must", "mkl: must", "/nowhere is not a program"):
+        assert part in str(error.value)
+    model, x, y = small
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    run = everystep.train(model, (x, y), **options, steps=3, engine="eager", progress=False,
+                          directory=tmp_path / "eager")  # fmt: skip
+    with pytest.raises(RunError, match="Python ran steps of eager"):
+        run.rerun(threads=1, precision="float64", progress=False)
+
+
+def test_noise_is_other_noise_in_another_precision(tmp_path):
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    model = Noisy(4, 1)
+    x, y = torch.randn(8, 4), torch.randn(8, 1)
+    run = everystep.train(
+        model, (x, y), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        steps=3, progress=False, directory=tmp_path / "noisy",
+    )  # fmt: skip
+    with pytest.raises(RunError, match="draws other random numbers in float64"):
+        run.rerun(precision="float64", progress=False)
+
+
+def test_an_interpreter_without_everystep_is_told_how_to_get_it(chapter_run, tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(TrainingError, match="-m pip install everystep=="):
+        chapter_run.rerun(python=str(bare), progress=False)
