@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from everystep.replay.rerun import Rerun
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
+    from everystep.replay.what_if import WhatIf
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
     from everystep.views.report import Report
@@ -347,6 +348,8 @@ class Run(RecordedRun):
         data: tuple[Any, Any] | Dataset[Any] | None = None,
         validation: tuple[Any, Any] | None = None,
         metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        without_rows: Iterable[int] = (),
+        relabel: Mapping[int, float] | None = None,
         directory: str | Path | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
@@ -365,6 +368,8 @@ class Run(RecordedRun):
                 continue with, as in `train`, for a run from Python objects that this process did not
                 train; `fork` trains them in place. Without them, the run's programs go on alone if
                 they took every step (only `lr` and `steps` may change).
+            without_rows: rows of the data to leave out of the batches that they were in.
+            relabel: other targets, by row of the data.
             directory: the fork's directory, which must not exist; default: the next free one in runs/.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
@@ -383,7 +388,14 @@ class Run(RecordedRun):
         changed = {name: value for name, value in short.items() if value is not None}
         place = None if directory is None else Path(directory)
         asked = Fork(
-            self, self._number(at), changed | dict(settings or {}), place, RUNS, snapshot_budget
+            self,
+            self._number(at),
+            changed | dict(settings or {}),
+            place,
+            RUNS,
+            snapshot_budget,
+            without=tuple(sorted({operator.index(row) for row in without_rows})),
+            targets=dict(relabel or {}),
         )
         given = {
             **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
@@ -392,6 +404,60 @@ class Run(RecordedRun):
         }
         outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
         return run_of(outcome, trained and replace(trained, validation=None))
+
+    def what_if(
+        self,
+        at: int,
+        until: int,
+        *,
+        without_rows: Iterable[int] = (),
+        without_rows_of: int | None = None,
+        each: bool = False,
+        by: str = "loss",
+        progress: Counting = True,
+    ) -> WhatIf:
+        """Train again from a state, with rows of the data left out, and return what becomes of the loss.
+
+        Nothing is recorded. The steps have the bits of a training by hand without those rows.
+
+        Args:
+            at: the step after which the trainings start.
+            until: the step that they are compared at.
+            without_rows: rows of the data to leave out of the batches that they are in.
+            without_rows_of: the step of which all rows are left out.
+            each: leave out one row after the other, not all at once.
+            by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
+            progress: as in `measure`.
+
+        Raises:
+            StepError: the run has no such step.
+            UsageError: rows do not exist, or a batch would be empty.
+            RunError: the steps cannot be taken again without the rows; gives the reason.
+        """
+        from everystep.replay.what_if import what_if
+        from everystep.views.progress import counting
+        from everystep.views.what_if import what_if_text
+
+        chosen = [operator.index(row) for row in without_rows]
+        if without_rows_of is not None:
+            batch = self[self._number(without_rows_of)].batch
+            chosen += range(len(batch.y)) if batch.rows is None else batch.rows.tolist()
+        rows = sorted(set(chosen))
+        if not rows:
+            raise UsageError("set rows to leave out: without_rows=[...], or without_rows_of=STEP")
+        cases = [(row,) for row in rows] if each else [tuple(rows)]
+        steps = (until - at) * (len(cases) + 1)
+        with counting("training", max(0, steps), progress) as on_progress:
+            found = what_if(
+                self._opener,
+                self._number(at),
+                self._number(until),
+                cases,
+                by,
+                self._objects,
+                on_progress,
+            )
+        return replace(found, to_text=partial(what_if_text, found))
 
     def resume(
         self,

@@ -17,7 +17,7 @@ from everystep.cli.asking import diff, doctor, measure, verify, when
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import damage_on_stderr, hint, print_in_any_encoding
-from everystep.cli.rerunning import rerun
+from everystep.cli.rerunning import rerun, whatif
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError
 
@@ -48,6 +48,7 @@ for command, line in (
     (diff, "Show where two runs differ, down to the operation."),
     (rerun, "Take the steps under other numerics, and compare."),
     (fork, "Continue a run from any step, with changes."),
+    (whatif, "Train again without some rows, and rank them."),
     (measure, "Add a measurement to a finished run."),
     (when, "Find the first step at which something is true."),
     (view, "Open runs as a local web page."),

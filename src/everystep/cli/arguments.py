@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from everystep.cli.completing import run_names
+from everystep.errors import UsageError
 
 __all__ = [
     "BudgetOption",
@@ -18,6 +19,7 @@ __all__ = [
     "RunArgument",
     "RunsArgument",
     "SettingsOption",
+    "row_numbers",
 ]
 
 RunArgument = Annotated[
@@ -48,3 +50,15 @@ ProcessesOption = Annotated[
 PageOption = Annotated[
     Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write (.html).")
 ]
+
+
+def row_numbers(text: str | None) -> list[int]:
+    """Return the rows in `8123,8124`; none in None.
+
+    Raises:
+        UsageError: it is not a list of whole numbers.
+    """
+    try:
+        return [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{text!r:.80} is not a list of rows; write 8123,8124") from None

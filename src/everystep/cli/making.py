@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from everystep.cli.arguments import BudgetOption, QuietOption, RunArgument, SettingsOption
+from everystep.cli.arguments import BudgetOption, QuietOption, RunArgument, SettingsOption, row_numbers
 from everystep.cli.completing import (
     device_names,
     engine_names,
@@ -180,7 +180,18 @@ def fork(
     ],
     settings: SettingsOption = None,
     steps: Annotated[
-        int | None, typer.Option(help="Last step of the fork, counted from the parent's step 1.")
+        int | None,
+        typer.Option(
+            "--steps", "--until", help="Last step of the fork, counted from the parent's step 1."
+        ),
+    ] = None,
+    without_rows: Annotated[
+        str | None,
+        typer.Option(metavar="ROWS", help="Rows of the data to leave out of their batches: 8123,8124."),
+    ] = None,
+    relabel: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROW=TARGET", help="Another target for a row of the data. Repeatable."),
     ] = None,
     directory: Annotated[
         Path | None, typer.Option("--run", metavar="DIR", help="Directory of the fork; must not exist.")
@@ -201,6 +212,8 @@ def fork(
         at,
         changes,
         steps=steps,
+        without_rows=row_numbers(without_rows),
+        relabel=dict(map(_target, relabel or [])),
         directory=directory,
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,
@@ -209,6 +222,14 @@ def fork(
         hint(closing(made.directory, made.facts.reason))
     if made.status != "finished":
         raise typer.Exit(1)
+
+
+def _target(text: str) -> tuple[int, float]:
+    row, _, target = text.partition("=")
+    try:
+        return int(row), float(target)
+    except ValueError:
+        raise UsageError(f"--relabel {text}: write ROW=TARGET, two numbers: --relabel 8123=4") from None
 
 
 def _first_sentence(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The command that takes the steps of a run elsewhere."""
+"""Commands that take the steps of a run once more: elsewhere, or without some rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.arguments import JsonOption, RunArgument
+from everystep.cli.arguments import JsonOption, RunArgument, row_numbers
 from everystep.cli.output import hint, say, say_written
 from everystep.errors import UsageError
 
-__all__ = ["rerun"]
+__all__ = ["rerun", "whatif"]
 
 
 def rerun(
@@ -80,3 +80,41 @@ def rerun(
             say_written(emit)
     if found.place.precision is None and not found.has_same_bits:
         raise typer.Exit(1)
+
+
+def whatif(
+    run: RunArgument,
+    at: Annotated[int, typer.Option("--at", metavar="STEP", help="Step after which trainings start.")],
+    until: Annotated[int, typer.Option("--until", metavar="STEP", help="Step to compare.")],
+    without_rows: Annotated[
+        str | None, typer.Option(metavar="ROWS", help="Rows of the data to leave out: 8123,8124.")
+    ] = None,
+    without_rows_of: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Leave out the rows of the batch of this step.")
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Leave out one row after the other, not all at once.")
+    ] = False,
+    by: Annotated[
+        str, typer.Option(metavar="EXPRESSION", help="What to compare: norm(gradients['0.weight']).")
+    ] = "loss",
+    json: JsonOption = False,
+) -> None:
+    """Train again from a step without some rows, and rank them by what the loss becomes.
+
+    These are exact trainings: each has the bits of a training by hand without those rows. Nothing is
+    recorded; everystep fork --without-rows records one.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json
+    from everystep.views.what_if import what_if_data, what_if_text
+
+    found = open(run).what_if(
+        at,
+        until,
+        without_rows=row_numbers(without_rows),
+        without_rows_of=without_rows_of,
+        each=each,
+        by=by,
+    )
+    say(as_json(what_if_data(found)) if json else what_if_text(found))

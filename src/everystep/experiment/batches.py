@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,15 +24,18 @@ class Batches:
         batch_size: rows per step, or None for all of them, in order.
         seed: decides the order of every epoch.
         drop_last: drop an epoch's last batch if it is incomplete.
+        without: rows that are left out of the batches that they were in; these are smaller then.
 
     Raises:
-        ExperimentError: there are no rows, or a batch is larger than the data.
+        ExperimentError: there are no rows, a batch is larger than the data, or a row that is left out
+            does not exist.
     """
 
     rows: int
     batch_size: int | None = None
     seed: int = 0
     drop_last: bool = False
+    without: tuple[int, ...] = ()
     _order: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +46,10 @@ class Batches:
                 f"{self.batch_size} is out of range: there are {self.rows} training rows; use 1 to "
             )
             raise ExperimentError([Fault("batch_size", f"{problem}{self.rows}")])
+        unknown = [row for row in self.without if not 0 <= row < self.rows]
+        if unknown:
+            problem = f"there is no row {unknown[0]:,}; the training rows are 0 to {self.rows - 1:,}"
+            raise ExperimentError([Fault("without_rows", problem)])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,6 +73,8 @@ class Batches:
 
     def rows_of(self, step: int) -> int:
         """Return how many rows a step (from 1) sees."""
+        if self.without and (indices := self.indices(step)) is not None:
+            return len(indices)
         if self.batch_size is None:
             return self.rows
         start = (step - 1) % self.steps_per_epoch * self.batch_size
@@ -79,9 +89,34 @@ class Batches:
         if step < 1:
             raise ValueError(f"steps are numbered from 1, not {step}")
         if self.batch_size is None:
-            return None
+            return self._left(torch.arange(self.rows)) if self.without else None
         start = (step - 1) % self.steps_per_epoch * self.batch_size
-        return self._epoch_order(self.epoch(step))[start : start + self.batch_size]
+        indices = self._epoch_order(self.epoch(step))[start : start + self.batch_size]
+        return self._left(indices) if self.without else indices
+
+    def without_rows(self, rows: Collection[int], first: int, last: int) -> Batches:
+        """Return these batches without some rows.
+
+        first, last: the steps that they are for; each must keep a row, and some must have one of `rows`.
+
+        Raises:
+            ExperimentError: they do not, or a row does not exist.
+        """
+        left = replace(self, without=tuple(sorted({*self.without, *rows})), _order={})
+        steps = range(first, last + 1)
+        if len(left.without) >= self.smallest:
+            empty = next((step for step in steps if not left.rows_of(step)), None)
+            if empty is not None:
+                problem = f"leaves no row in the batch of step {empty:,}; leave out fewer at once"
+                raise ExperimentError([Fault("without_rows", problem)])
+        if rows and all(left.rows_of(step) == self.rows_of(step) for step in steps):
+            names = ", ".join(map(str, sorted(rows)[:6])) + (", ..." if len(rows) > 6 else "")
+            problem = f"no batch of steps {first:,} to {last:,} has {names}; step.batch.rows shows them"
+            raise ExperimentError([Fault("without_rows", problem)])
+        return left
+
+    def _left(self, indices: Tensor) -> Tensor:
+        return indices[torch.isin(indices, torch.tensor(self.without), invert=True)]
 
     def of(self, x: Tensor, y: Tensor, *, is_read: bool = False, guards: Any = None) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device.
@@ -113,8 +148,28 @@ class RowsOf:
         self._batches = batches
         self._x = x
         self._y = y
+        self._is_read = is_read
         self.guards = guards
-        self.is_fixed = batches.batch_size is None and not is_read
+        self.use(batches)
+
+    @property
+    def batches(self) -> Batches:
+        """Which rows each step sees."""
+        return self._batches
+
+    @property
+    def y(self) -> Tensor:
+        """The targets of all rows (rows, ...)."""
+        return self._y
+
+    def use(self, batches: Batches) -> None:
+        """From now on, let steps see these batches of the same rows."""
+        self._batches = batches
+        self.is_fixed = batches.batch_size is None and not self._is_read and not batches.without
+
+    def with_targets(self, y: Tensor) -> RowsOf:
+        """Return these batches with other targets (rows, ...)."""
+        return RowsOf(self._batches, self._x, y, self._is_read, self.guards)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return x and y of a step (from 1)."""

@@ -96,12 +96,16 @@ class DataFileFacts(_Fact):
 
 
 class BatchFacts(_Fact):
-    """The rule that decides which rows each step sees. batch_size: None if each step sees all."""
+    """The rule that decides which rows each step sees.
+
+    batch_size: None if each step sees all; without: rows that are left out of their batches.
+    """
 
     batch_size: Whole | None
     drop_last: bool
     seed: Whole
     steps_per_epoch: Whole
+    without: tuple[Whole, ...] = ()
 
 
 class ModuleFacts(_Fact):

@@ -39,18 +39,24 @@ from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.objects import Objects
 
-__all__ = ["read_program", "reopen", "stored_data"]
+__all__ = ["batches_of", "read_program", "reopen", "stored_data"]
 
 #: Rules of programs that are read.
 MOST_PROGRAMS = 1000
 
 
 def reopen(
-    run: RecordedRun, stretch: Stretch, objects: Objects, precision: Precision | None = None
+    run: RecordedRun,
+    stretch: Stretch,
+    objects: Objects,
+    precision: Precision | None = None,
+    *,
+    is_living: bool = False,
 ) -> TrainingStepper:
     """Restore the training of a stretch of a run, without loading a state.
 
-    Torch's random generators keep their state. precision: of its programs and its data.
+    Torch's random generators keep their state. precision: of its programs and its data; is_living: with
+    its model, so that Python can take steps that no program takes.
 
     Raises:
         RunError: a file of the run is missing or unreadable; reports which, and a fix.
@@ -58,7 +64,7 @@ def reopen(
     """
     facts = stretch.facts
     device = select(facts.device)
-    batches = _batches(facts)
+    batches = batches_of(facts)
     engine = facts.engine or EAGERLY
     if len(engine.programs) > MOST_PROGRAMS:
         raise RunError(
@@ -69,12 +75,17 @@ def reopen(
         built = [(rule, _in_precision(each, precision)) for rule, each in built]
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device, precision)
-        needs_model = engine.eager_from is not None or engine.live_optimizer is not None
+        needs_model = is_living or engine.eager_from is not None or engine.live_optimizer is not None
         if needs_model and precision is not None:
             raise RunError(
                 f"Python ran steps of {run.name}, and only programs can be replayed in {precision.name}"
             )
         training = _living(run, facts, objects, batch, device) if needs_model else None
+        if training is None and is_living:
+            raise RunError(
+                f"batches without some rows need the objects that trained {run.name}: "
+                "everystep.open(run, model=..., loss=..., optimizer=...)"
+            )
         if training is None:
             training = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
     programs = Programs(training, fold=False, first_step=stretch.first)
@@ -94,10 +105,10 @@ def _in_precision(built: Built, precision: Precision) -> Built:
     return Built(precision.program(built.program), constants)
 
 
-def _batches(facts: TrainingFacts) -> Batches:
+def batches_of(facts: TrainingFacts) -> Batches:
     """Return which rows each step saw."""
     known = facts.batches
-    return Batches(facts.data.rows, known.batch_size, known.seed, known.drop_last)
+    return Batches(facts.data.rows, known.batch_size, known.seed, known.drop_last, without=known.without)
 
 
 def _batch(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import EverystepError, RunError
-from everystep.experiment.batches import Batches
+from everystep.experiment.batches import Batches, RowsOf
 from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_into
 from everystep.replay.columns import Setting
@@ -200,6 +200,13 @@ class TrainingStepper(ReplayStepper):
             group["lr"] = lr
         self._settings.pop("lr", None)
         self._programs.load_rates()
+
+    def use(self, batches: Batches) -> None:
+        """From the next step on, let steps see these batches of the same rows."""
+        assert isinstance(self._training.batch, RowsOf)
+        self._training.batch.use(batches)
+        self._batches = batches
+        self._batch_digest = None
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from everystep.errors import ExperimentError, Fault
+from everystep.errors import ExperimentError, Fault, UsageError
+from everystep.experiment.batches import RowsOf
 from everystep.experiment.data import Data
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
@@ -82,6 +84,51 @@ class Job:
         if faults:
             raise ExperimentError(faults, "the training")
 
+    def without_rows(self, rows: Collection[int]) -> Job:
+        """Return the job with batches that lack some rows.
+
+        Raises:
+            ExperimentError: a row does not exist, or is in no batch; or a step would have no rows.
+            UsageError: the rows are read from a Dataset at every step.
+        """
+        if not rows:
+            return self
+        batch = self._rows("rows can be left out")
+        batch.use(batch.batches.without_rows(rows, self.start + 1, self.steps))
+        known = self.facts.batches.model_copy(update={"without": batch.batches.without})
+        return self.with_facts(batches=known)
+
+    def relabelled(self, targets: Mapping[int, float]) -> Job:
+        """Return the job with other targets for some rows, which have one number each.
+
+        Raises:
+            ExperimentError: lists rows that do not exist, and targets that do not fit.
+            UsageError: the rows are read from a Dataset at every step.
+        """
+        if not targets:
+            return self
+        batch = self._rows("rows can be relabelled")
+        assert self.data is not None
+        y = batch.y.clone()
+        faults = [
+            Fault(f"relabel {row}", reason)
+            for row, target in targets.items()
+            if (reason := _why_not_target(y, row, target))
+        ]
+        if faults:
+            raise ExperimentError(faults, "the fork")
+        for row, target in targets.items():
+            y[row] = target
+        training = replace(self.training, batch=batch.with_targets(y))
+        return replace(self, training=training, data=replace(self.data, y=y.cpu()))
+
+    def _rows(self, what: str) -> RowsOf:
+        if not isinstance(self.training.batch, RowsOf):
+            raise UsageError(
+                f"{what} only where everystep holds the data, not of a Dataset that it reads"
+            )
+        return self.training.batch
+
     def with_facts(self, **facts: Any) -> Job:
         """Return the job with other facts about it."""
         return replace(self, facts=self.facts.model_copy(update=facts))
@@ -90,6 +137,19 @@ class Job:
     def start(self) -> int:
         """The state that the training begins with."""
         return self.origin.at if self.origin else 0
+
+
+def _why_not_target(y: Tensor, row: int, target: float) -> str | None:
+    """Return why a row cannot have another target, or None."""
+    if not 0 <= row < len(y):
+        return f"there is no such row; the training rows are 0 to {len(y) - 1:,}"
+    if y[row].numel() != 1:
+        return f"a target has {y[row].numel()} numbers; only single numbers can be replaced"
+    if not y.is_floating_point() and not int(y.min()) <= target <= int(y.max()):
+        return f"{target:g} is not a class; they are {int(y.min())} to {int(y.max())}"
+    if not y.is_floating_point() and target != int(target):
+        return f"{target:g} is not a class, which is a whole number"
+    return None
 
 
 class Outcome(NamedTuple):

@@ -51,7 +51,8 @@ class Fork:
     """What is asked for: a fork of `run` at state `at`, in a directory or the next free one in `runs`.
 
     settings: what changes, by path, as in an experiment; of a run from Python objects, `lr` and the
-    arguments of `train` that are plain values.
+    arguments of `train` that are plain values; without: rows of the data that are left out of the
+    batches that they were in; targets: other targets, by row.
     """
 
     run: RecordedRun
@@ -60,6 +61,18 @@ class Fork:
     directory: Path | None = None
     runs: Path = Path("runs")
     budget: int = DEFAULT_BUDGET
+    without: tuple[int, ...] = ()
+    targets: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What changes, as far as it is plain data."""
+        found = {path: value for path, value in self.settings.items() if _is_plain(value)}
+        if self.without:
+            found["without_rows"] = list(self.without)
+        if self.targets:
+            found["relabel"] = [f"{row}={target:g}" for row, target in self.targets.items()]
+        return found
 
     def check(self) -> None:
         """Check that the state exists.
@@ -109,16 +122,18 @@ class Fork:
             parent=self.run.name,
             directory=str(self.run.directory),
             at=self.at,
-            changed={path: value for path, value in self.settings.items() if _is_plain(value)},
+            changed=self.changed,
         )
+        job = job.relabelled(self.targets)
         # With a schedule, all is recorded; otherwise, only what changed.
         known = {} if job.training.schedule else hyperparameters
         recorded = recorded_hyperparameters(self.run, self.at)
         job = replace(
             job,
             name=f"{self.run.name}-fork",
-            origin=Origin(self.run, self.at, known | recorded, new_data, fork),
+            origin=Origin(self.run, self.at, known | recorded, new_data or bool(self.targets), fork),
         )
+        job = job.without_rows({*self.stretch.facts.batches.without, *self.without})
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
     def with_schedule(self, training: Training, state: State) -> State:
@@ -183,7 +198,7 @@ def fork(
     objects, is_own = objects_from(given, known)
     if objects is not None:
         return _fork_objects(asked, objects, is_own, opener, progress), objects
-    others = set(asked.settings) - {"lr", "steps"}
+    others = set(asked.changed) - {"lr", "steps"}
     check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
     asked.check()
     last, lr = asked.settings.get("steps") or run.facts.steps or 0, asked.settings.get("lr")

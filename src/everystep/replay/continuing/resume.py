@@ -101,6 +101,7 @@ class Resume:
         """
         run, recorded = self.run, len(self)
         facts = run.facts.training
+        job = job.without_rows(facts.batches.without)
         if facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)
             job = job.with_facts(evaluate_every=facts.evaluate_every)

@@ -1,0 +1,205 @@
+"""Trainings without some rows, and with other targets: as a training by hand that never saw them."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import everystep
+from everystep.errors import ExperimentError, ExpressionError, RunError, UsageError
+from everystep.experiment.batches import Batches
+
+ROWS, STEPS = 20, 14
+
+
+def made(dropout=0.0):
+    torch.manual_seed(3)
+    x, y = torch.randn(ROWS, 4), torch.randint(0, 3, (ROWS,))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+    return model, x, y, torch.optim.Adam(model.parameters(), lr=0.05)
+
+
+def by_hand(without=(), after=0, targets=None, batch_size=6, dropout=0.0, steps=STEPS):
+    """The losses of a training that does not see some rows after a step, which may be one for each."""
+    model, x, y, optimizer = made(dropout)
+    torch.manual_seed(5)
+    order = Batches(ROWS, batch_size, seed=5)
+    losses = []
+    for step in range(1, steps + 1):
+        if targets and step == after + 1:
+            for row, target in targets.items():
+                y[row] = target
+        rows = order.indices(step)
+        rows = range(ROWS) if rows is None else rows.tolist()
+        since = without if isinstance(without, dict) else dict.fromkeys(without, after)
+        rows = [row for row in rows if step <= since.get(row, STEPS)]
+        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def trained(directory, batch_size=6, dropout=0.0, **options):
+    model, x, y, optimizer = made(dropout)
+    return everystep.train(
+        model,
+        (x, y),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        steps=STEPS,
+        batch_size=batch_size,
+        seed=5,
+        directory=directory,
+        progress=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [6, None])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_if_is_the_training_by_hand_without_the_rows(tmp_path, batch_size, dropout):
+    run = trained(tmp_path / "run", batch_size, dropout)
+    assert run.losses["loss"].to_list() == by_hand(batch_size=batch_size, dropout=dropout)
+    found = run.what_if(4, 11, without_rows=[2, 7, 15], each=True, progress=False)
+    assert found.recorded.losses == tuple(run.losses["loss"].to_list()[4:11])
+    assert sorted(case.rows for case in found.cases) == [(2,), (7,), (15,)]
+    for case in found.cases:
+        hand = by_hand(case.rows, 4, batch_size=batch_size, dropout=dropout, steps=11)
+        assert list(case.losses) == hand[4:]
+        assert case.value == hand[-1]
+    values = [case.value for case in found.cases]
+    assert values == sorted(values)
+    (together,) = run.what_if(4, 11, without_rows=[2, 7, 15], progress=False).cases
+    hand = by_hand([2, 7, 15], 4, batch_size=batch_size, dropout=dropout, steps=11)
+    assert list(together.losses) == hand[4:]
+
+
+@pytest.mark.parametrize("batch_size", [6, None])
+def test_a_fork_without_rows_is_the_training_by_hand_and_opens_again(tmp_path, batch_size):
+    run = trained(tmp_path / "run", batch_size)
+    fork = run.fork(
+        4, steps=11, without_rows=[2, 7], relabel={3: 0, 9: 2}, directory=tmp_path / "fork",
+        progress=False,
+    )  # fmt: skip
+    hand = by_hand([2, 7], 4, {3: 0, 9: 2}, batch_size, steps=11)
+    assert fork.losses["loss"].to_list() == hand
+    opened = everystep.open(fork.directory)
+    assert opened.verify(processes=1, progress=False).is_exact
+    seen = [row for step in range(5, 12) for row in rows_of(opened[step])]
+    assert 2 not in seen
+    assert 3 in seen
+    assert opened[5].batch.y.tolist() == [targets()[row] for row in rows_of(opened[5])]
+    assert opened.facts.fork.changed["without_rows"] == [2, 7]
+    assert opened.facts.fork.changed["relabel"] == ["3=0", "9=2"]
+
+
+def rows_of(step):
+    return step.batch.rows.tolist()
+
+
+def targets():
+    _, _, y, _ = made()
+    return [{3: 0, 9: 2}.get(row, target) for row, target in enumerate(y.tolist())]
+
+
+def test_a_fork_without_rows_that_is_stopped_resumes_without_them(tmp_path):
+    run = trained(tmp_path / "run")
+    fork = run.fork(4, steps=8, without_rows=[2], directory=tmp_path / "fork", progress=False)
+    model, _, _, optimizer = made()
+    further = everystep.open(fork.directory).resume(
+        11, model=model, loss=nn.CrossEntropyLoss(), optimizer=optimizer, progress=False
+    )
+    assert further.losses["loss"].to_list() == by_hand([2], 4, steps=11)
+
+
+def test_a_fork_of_a_fork_leaves_out_the_rows_of_both(tmp_path):
+    run = trained(tmp_path / "run")
+    first = run.fork(4, steps=11, without_rows=[2], directory=tmp_path / "first", progress=False)
+    second = first.fork(6, steps=11, without_rows=[7], directory=tmp_path / "second", progress=False)
+    assert second.losses["loss"].to_list() == by_hand({2: 4, 7: 6}, steps=11)
+    assert everystep.open(second.directory).verify(processes=1, progress=False).is_exact
+
+
+def test_it_ranks_by_an_expression(tmp_path):
+    run = trained(tmp_path / "run")
+    by = "norm(gradients['0.weight'])"
+    found = run.what_if(4, 11, without_rows=[2, 7], each=True, by=by, progress=False)
+    assert found.recorded.value == run[11].gradients["0.weight"].norm().item()
+    for case in found.cases:
+        fork = run.fork(
+            4, steps=11, without_rows=case.rows, directory=tmp_path / str(case.rows[0]), progress=False
+        )
+        assert case.value == fork[11].gradients["0.weight"].norm().item()
+    text = found.to_text()
+    assert f"trained again from state 4: {by} at step 11" in text
+
+
+def test_an_experiment_is_trained_again_from_the_command_line(everystep_command):
+    everystep_command("train", "digits", "--steps", 8, "--run", "run", "-q")
+    rows = everystep.open("run")[6].batch.rows.tolist()
+    arguments = ["whatif", "run", "--at", 4, "--until", 8]
+    code, out, _ = everystep_command(*arguments, "--without-rows-of", 6, "--each", "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert sorted(case["rows"][0] for case in answer["cases"]) == sorted(rows)
+    best = answer["cases"][0]
+    code, *_ = everystep_command(
+        "fork", "run", "--at", 4, "--until", 8, "--without-rows", best["rows"][0], "--run", "fork", "-q"
+    )
+    assert code == 0
+    assert everystep.open("fork").losses["loss"].to_list()[4:] == best["losses"]
+    code, out, _ = everystep_command(*arguments, "--without-rows", f"{rows[0]},{rows[1]}")
+    assert code == 0
+    assert f"{min(rows[:2])}, {max(rows[:2])}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"without_rows": []}, "set rows to leave out"),
+        ({"without_rows": [99]}, "there is no row 99; the training rows are 0 to 19"),
+        ({"without_rows_of": 6}, "leaves no row in the batch of step 6"),
+        (
+            {"without_rows": [2], "by": "previous.loss"},
+            "previous.loss is known of the recorded steps only",
+        ),
+        ({"without_rows": [2], "by": "gradients['9']"}, "unknown name"),
+    ],
+)
+def test_what_cannot_be_left_out_is_refused(tmp_path, arguments, message):
+    run = trained(tmp_path / "run")
+    with pytest.raises((UsageError, ExpressionError), match=message):
+        run.what_if(4, 11, progress=False, **arguments)
+
+
+def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path):
+    run = trained(tmp_path / "run")
+    row = run[12].batch.rows.tolist()[0]
+    seen = {r for step in (5, 6) for r in rows_of(run[step])}
+    missing = next(r for r in range(ROWS) if r not in seen)
+    with pytest.raises(ExperimentError, match=f"no batch of steps 5 to 6 has {missing}"):
+        run.fork(4, steps=6, without_rows=[missing], directory=tmp_path / "a", progress=False)
+    with pytest.raises(ExperimentError) as error:
+        run.fork(4, relabel={row: 7, 99: 1, 1: 0.5}, directory=tmp_path / "b", progress=False)
+    for part in ("7 is not a class; they are 0 to 2", "no such row", "0.5 is not a class"):
+        assert part in str(error.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path):
+    run = trained(tmp_path / "run")
+    with pytest.raises(RunError, match=r"need the objects that trained run: everystep.open\(run, model"):
+        everystep.open(run.directory).what_if(4, 11, without_rows=[2], progress=False)
+    model, x, y, optimizer = made()
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "loop") as recording:
+        for rows in recording.steps([slice(0, 9), slice(9, 20)] * 2):
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    with pytest.raises(RunError, match="recorded from your own loop"):
+        recording.run.what_if(1, 3, without_rows=[2], progress=False)
