@@ -115,7 +115,7 @@ class OtherProcess:
         self._process.wait()
         said = (self._folder / "errors").read_text(encoding="utf-8", errors="replace").strip()
         reason = said.splitlines()[-1] if said else f"exit status {self._process.returncode}"
-        cure = f"; {self._cure}" if "ModuleNotFoundError" in said else ""
+        cure = f"; {self._cure}" if "NotFoundError" in said else ""
         return TrainingError(f"the process that replays elsewhere ended early: {reason:.400}{cure}")
 
     @property
