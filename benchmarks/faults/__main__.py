@@ -4,6 +4,9 @@
 fault of one of seven kinds, is compared by diff. Where the two part is computed apart from that: both
 trainings are written out by hand, operation after operation, and gone through in lockstep until a
 result has other bits. Pairs in which no operation of any step has other bits are counted apart.
+
+`python -m benchmarks.faults --kinds` plants one difference of each kind (an argument of a module, a
+setting of an optimizer, a cell of the data, ...), and compares step, operation and cause with the truth.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import nn  # noqa: E402
 
 import everystep  # noqa: E402
 from benchmarks.faults.by_hand import Parting, parting  # noqa: E402
+from benchmarks.faults.kinds.judging import all_kinds, judged, table  # noqa: E402
 from benchmarks.faults.setups import KINDS, Setup, random_setup  # noqa: E402
 from everystep.replay.diff import Difference  # noqa: E402
 
@@ -50,7 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="pairs of runs")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--kinds", action="store_true", help="plant each kind of difference once")
     arguments = parser.parse_args()
+    if arguments.kinds:
+        print(_kinds())
+        return
     chance = random.Random(arguments.seed)
     outcomes = []
     with tempfile.TemporaryDirectory() as place, chdir(place):
@@ -60,6 +68,14 @@ def main() -> None:
             if not _is_exact(outcomes[-1]):
                 print(f"pair {number}: {outcomes[-1]}", file=sys.stderr)
     print(_table(outcomes))
+
+
+def _kinds() -> str:
+    found = []
+    for kind in all_kinds():
+        with tempfile.TemporaryDirectory() as place, chdir(place):
+            found.append(judged(kind))
+    return f"torch {torch.__version__}\n\n{table(found)}"
 
 
 def _table(outcomes: list[Outcome]) -> str:

@@ -136,9 +136,11 @@ def test_every_task(runs):
 def check_comparison(result, runs):
     assert result["sentence"] == (
         "The losses first differ at step 2; the first operation that differs is #11 of step 1, "
-        "aten.mul (update), because lr is 0.0001 and 0.0002."
+        "aten.mul (update), because of GradientDescent: lr 0.0001 | 0.0002."
     )
     assert result["runs"] == [HOSTILE, "other"] and not result["same"]
+    assert result["asked"] == [{"name": "optimizer GradientDescent.lr", "values": ["0.0001", "0.0002"]}]
+    assert result["operation"]["causes"] == ["GradientDescent: lr 0.0001 | 0.0002"]
     one, other = result["sides"]
     assert one["operator"] == other["operator"] == "aten.mul.Tensor" and one["number"] == 11
     assert one["mathematics"] == "0.weight.grad * lr"

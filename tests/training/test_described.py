@@ -52,20 +52,34 @@ class OwnLoss(nn.Module):
         raise AssertionError("the user's code was run for a text")
 
 
+TRAINING = {"training": True}
+
+
+def linear(outputs):
+    """Return the facts of a layer with four inputs."""
+    tensors = {"weight": "float32", "bias": "float32"}
+    return ModuleFacts(
+        class_name="Linear",
+        arguments=f"in_features=4, out_features={outputs}, bias=True",
+        settings=TRAINING | {"in_features": 4, "out_features": outputs} | tensors,
+        is_torchs=True,
+    )
+
+
 def test_a_nested_model_is_known_module_by_module():
     run = by_train(new_training(Own), steps=2)
     assert run.facts.training.modules == {
-        "": ModuleFacts(class_name="Own"),
-        "blocks": ModuleFacts(class_name="ModuleList"),
-        **{
-            f"blocks.{n}": ModuleFacts(
-                class_name="Linear", arguments="in_features=4, out_features=4, bias=True"
-            )
-            for n in range(3)
-        },
-        "end": ModuleFacts(class_name="Sequential"),
-        "end.0": ModuleFacts(class_name="Dropout", arguments="p=0.1, inplace=False"),
-        "end.1": ModuleFacts(class_name="Linear", arguments="in_features=4, out_features=2, bias=True"),
+        "": ModuleFacts(class_name="Own", settings=TRAINING),
+        "blocks": ModuleFacts(class_name="ModuleList", settings=TRAINING, is_torchs=True),
+        **{f"blocks.{n}": linear(4) for n in range(3)},
+        "end": ModuleFacts(class_name="Sequential", settings=TRAINING, is_torchs=True),
+        "end.0": ModuleFacts(
+            class_name="Dropout",
+            arguments="p=0.1, inplace=False",
+            settings=TRAINING | {"p": 0.1, "inplace": False},
+            is_torchs=True,
+        ),
+        "end.1": linear(2),
     }
     assert model_text(run.facts.training.modules) == (
         "Own(\n"
@@ -115,16 +129,21 @@ def test_the_attributes_of_a_loss_are_facts():
     assert loss.settings == {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.1}
     assert loss_text(loss) == "CrossEntropyLoss(reduction='mean')"
     other = by_train(new_training(loss=nn.CrossEntropyLoss), steps=2)
-    assert run.diff(other).experiments == {"loss.label_smoothing": (0.1, 0.0)}
+    assert run.diff(other).experiments == {"loss CrossEntropyLoss.label_smoothing": (0.1, 0.0)}
 
 
 def test_a_loss_of_ones_own_has_the_attributes_that_are_plain():
     run = by_train(new_training(loss=OwnLoss), steps=2)
+    settings = {"share": 0.25, "name": "mine", "sizes": [1, 2], "none": None, "counts": {"3": 2}}
+    inner = ModuleFacts(class_name="MSELoss", settings=TRAINING | {"reduction": "mean"}, is_torchs=True)
     assert run.facts.training.loss == LossFacts(
         class_name="OwnLoss",
         is_torchs=False,
-        settings={"share": 0.25, "name": "mine", "sizes": [1, 2], "none": None, "counts": {"3": 2}},
-        modules={"": ModuleFacts(class_name="OwnLoss"), "inner": ModuleFacts(class_name="MSELoss")},
+        settings=settings,
+        modules={
+            "": ModuleFacts(class_name="OwnLoss", settings=TRAINING | settings),
+            "inner": inner,
+        },
     )
 
 
@@ -153,7 +172,7 @@ def test_an_optimizer_and_its_schedule():
     assert optimizers_text(training.optimizers) == "SGD(lr=0.02, momentum=0.9)"
     later = partial(torch.optim.lr_scheduler.StepLR, step_size=4, gamma=0.5)
     other = by_train(new_training(schedule=later), steps=8, schedule_every="epoch")
-    assert run.diff(other).experiments == {"schedule.step_size": (3, 4)}
+    assert run.diff(other).experiments == {"schedule StepLR.step_size": (3, 4)}
 
 
 def test_the_settings_of_a_second_group_differ():
@@ -167,7 +186,7 @@ def test_the_settings_of_a_second_group_differ():
 
     one, other = (by_train(new_training(optimizer=in_groups(lr)), steps=2) for lr in (0.2, 0.3))
     assert [group["lr"] for group in one.facts.training.optimizers["optimizer"].groups] == [0.1, 0.2]
-    assert one.diff(other).experiments == {"optimizer.lr[1]": (0.2, 0.3)}
+    assert one.diff(other).experiments == {"optimizer SGD.lr[1]": (0.2, 0.3)}
 
 
 def test_the_chapters_update_is_said_in_its_text():

@@ -4,8 +4,9 @@ import pytest
 
 from everystep.program.execute import Observed
 from everystep.program.operation import Operation
+from everystep.replay.causes import COMPUTED_OTHERWISE
 from everystep.replay.diff import Difference
-from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, TensorDifference
+from everystep.replay.operations import OperationDifference, TensorDifference
 from everystep.replay.parallel import LossDifference
 from everystep.step.check import StateDifference
 from everystep.views.difference import diff_sentence
@@ -55,10 +56,11 @@ FIRST = "The losses first differ at step 138; the first operation that differs i
                     observed("aten.mul.Tensor", "update"),
                     observed("aten.mul.Tensor", "update"),
                     step=137,
-                    causes=["another hyperparameter: lr 0.0001 and 0.0002, momentum 0 and 1"],
+                    causes=["SGD: lr 0.0001 | 0.0002", "schedule StepLR: gamma 0.1 | 0.5"],
                 ),
             },
-            f"{FIRST} of step 137, aten.mul (update), because lr is 0.0001 and 0.0002.",
+            f"{FIRST} of step 137, aten.mul (update), because of SGD: lr 0.0001 | 0.0002; schedule "
+            "StepLR: gamma 0.1 | 0.5.",
         ),
         (
             {"loss": LOSS, "operation": parting(inputs=["parameter/0.weight~1"])},
@@ -78,8 +80,8 @@ FIRST = "The losses first differ at step 138; the first operation that differs i
             f"{FIRST}, aten.addmm (forward, 0), although its inputs are identical: threads 2 and 1.",
         ),
         (
-            {"loss": LOSS, "operation": parting(causes=["another random draw"])},
-            f"{FIRST}, aten.addmm (forward, 0), because of another random draw.",
+            {"loss": LOSS, "operation": parting(causes=["another random draw: seed 1 | 2"])},
+            f"{FIRST}, aten.addmm (forward, 0), because of another random draw: seed 1 | 2.",
         ),
         (
             {
@@ -90,6 +92,27 @@ FIRST = "The losses first differ at step 138; the first operation that differs i
                 ),
             },
             f"{FIRST}: aten.addmm (forward, 0) in one, aten.convolution (forward, 0) in other.",
+        ),
+        (
+            {
+                "loss": LOSS,
+                "operation": parting(
+                    other=observed("aten.relu.default", "forward", "0"),
+                    causes=["module 0: Linear(4, 8) | ReLU()"],
+                ),
+            },
+            f"{FIRST}: aten.addmm (forward, 0) in one, aten.relu (forward, 0) in other, because of "
+            "module 0: Linear(4, 8) | ReLU().",
+        ),
+        (
+            {
+                "loss": LOSS,
+                "operation": parting(
+                    causes=[f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
+                ),
+            },
+            f"{FIRST}, aten.addmm (forward, 0), although its inputs are identical: all recorded "
+            "numerics are, too.",
         ),
         (
             {"loss": LOSS, "operation": parting(other=None, causes=["another operation"])},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,19 +30,22 @@ def sides(
     """Return the operation of each run as plain data, None where it has none; None where none was found.
 
     Tensors are rows and columns: the leading dimensions of one with several are rows, too, and a vector
-    is one row. `window` are the rows and the columns that `values` has, as first and one after the
-    last; `different` the places within it, counted in the whole, at which the runs differ.
+    is one row. Those of both runs have the names that they have in the first. `window` are the rows and
+    the columns that `values` has, as first and one after the last; `different` the places within it,
+    counted in the whole, at which the runs differ.
     """
     if found is None:
         return None
     pair = found.one, found.other
     return [
-        None if own is None else _side(own, other, runs[place], found)
-        for place, (own, other) in enumerate((pair, pair[::-1]))
+        None if own is None else _side(found, place, own, other or Observed(own.operation, {}, {}), run)
+        for place, (own, other, run) in enumerate(zip(pair, pair[::-1], runs, strict=True))
     ]
 
 
-def _side(own: Observed, other: Observed | None, run: Run, found: OperationDifference) -> dict[str, Any]:
+def _side(
+    found: OperationDifference, place: int, own: Observed, other: Observed, run: Run
+) -> dict[str, Any]:
     line = mathematics(run[found.step].operations)[found.index]
     return {
         "number": found.index,
@@ -50,15 +54,26 @@ def _side(own: Observed, other: Observed | None, run: Run, found: OperationDiffe
         "phase": own.operation.phase,
         "module": own.operation.module,
         "tensors": [
-            {"name": name, "called": called.get(name, name), "role": role}
-            | _tensor(tensor, others.get(name))
-            for role, called, tensors, others in (
-                ("input", line.given, own.inputs, other.inputs if other else {}),
-                ("result", line.made, own.results, other.results if other else {}),
+            {"name": (name, its_name)[place], "called": called.get(name, name), "role": role}
+            | _tensor(tensor, its)
+            for role, called, mine, others in (
+                ("input", line.given, own.inputs, other.inputs),
+                ("result", line.made, own.results, other.results),
+                ("result", line.made, own.written, other.written),
             )
-            for name, tensor in tensors.items()
+            for name, tensor, its_name, its in _beside(mine, others)
         ],
     }
+
+
+def _beside(
+    mine: dict[str, Tensor], others: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor, str, Tensor | None]]:
+    """Yield each tensor with the one at the same place in the other run, both with their names."""
+    pairs = list(others.items())
+    for place, (name, tensor) in enumerate(mine.items()):
+        its_name, its = pairs[place] if place < len(pairs) else (name, None)
+        yield name, tensor, its_name, its
 
 
 def _tensor(tensor: Tensor, other: Tensor | None) -> dict[str, Any]:

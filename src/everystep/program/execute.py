@@ -26,12 +26,15 @@ __all__ = ["BoundProgram", "Copies", "Memory", "Observed", "allocate", "without_
 class Observed(NamedTuple):
     """An operation that just ran: its inputs before it ran, and its results, by name.
 
+    written: inputs that it wrote into besides its results, such as running statistics, after it ran.
+
     The tensors are copies and do not change. What several operations use is copied once.
     """
 
     operation: Operation
     inputs: dict[str, Tensor]
     results: dict[str, Tensor]
+    written: dict[str, Tensor] = {}  # noqa: RUF012  # a default that nothing changes
 
     def __repr__(self) -> str:
         given, made = (
@@ -155,7 +158,9 @@ class BoundProgram:
             written = operation.written()
             names = [name for name in operation.results if name] or written
             copies.forget({*names, *written})
-            yield Observed(operation, inputs, {name: copies.tensor(name) for name in names})
+            results = {name: copies.tensor(name) for name in names}
+            others = {name: copies.tensor(name) for name in written if name not in results}
+            yield Observed(operation, inputs, results, others)
         if self.program.optimizer_step is not None and self._optimizer_step is not None:
             yield self._observe_optimizer(copies)
 

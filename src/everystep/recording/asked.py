@@ -1,53 +1,195 @@
-"""What was asked for: the settings of a training by path, and how those of two trainings differ."""
+"""What was asked for: the settings of a training, one by one, and how those of two trainings differ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from everystep.recording.facts import TrainingFacts
-from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
+from everystep.recording.facts import LossFacts, ModuleFacts, TrainingFacts
+from everystep.recording.texts import model_text, value_text, whole_text
 
-__all__ = ["asked_differences", "flat"]
+__all__ = ["Setting", "asked_differences", "flat", "same_value", "settings_that_differ"]
 
-
-def asked_differences(one: TrainingFacts, other: TrainingFacts) -> dict[str, tuple[Any, Any]]:
-    """Return what differs in what was asked for, by path, with both values."""
-    pair = [flat(_asked(facts)) for facts in (one, other)]
-    return {
-        path: (pair[0].get(path), pair[1].get(path))
-        for path in dict.fromkeys((*pair[0], *pair[1]))
-        if pair[0].get(path) != pair[1].get(path)
-    }
+Pair = tuple[Any, Any]
 
 
-def _asked(facts: TrainingFacts) -> dict[str, Any]:
-    return {
-        "device": facts.device,
-        "seed": facts.seed,
-        "data": facts.data.model_dump(mode="json"),
-        "batches": facts.batches.model_dump(),
-        "model": {"text": model_text(facts.modules), "parameters": facts.parameters},
-        "loss": {"text": loss_text(facts.loss)},
-        "optimizer": {"text": optimizers_text(facts.optimizers)},
-        "schedule": schedule_text(facts.schedules),
-        "clip_norm": facts.clip_norm,
-        "evaluate_every": facts.evaluate_every,
-        "data.digest": facts.data_file.digest if facts.data_file else None,
-    } | dict(_unsaid(facts))
+class Setting(NamedTuple):
+    """A setting that two trainings have differently.
+
+    kind: `model`, `loss`, `optimizer`, `schedule`, `batches`, `seed`, ...; path: of the module, or the
+    name of one of several optimizers; owner: the class that has it; name: None if it is an object as a
+    whole, or the kind says it all; values: in both, None where one has none; is_torchs: whether code of
+    torch or everystep alone reads it.
+    """
+
+    kind: str
+    path: str
+    owner: str | None
+    name: str | None
+    values: Pair
+    is_torchs: bool = True
+
+    @property
+    def listed(self) -> str:
+        """What a list of settings calls it: `model.3 Dropout.p`."""
+        place = ".".join(filter(None, (self.kind, self.path)))
+        named = ".".join(filter(None, (self.owner, self.name)))
+        return f"{place}{' ' if self.owner else '.'}{named}" if named else place
+
+    def __str__(self) -> str:
+        """Return what a cause calls it, with both values: `module 3 Dropout: p 0.2 | 0.21`."""
+        kind = {"model": "module" if self.path else "model", "optimizer": ""}.get(self.kind, self.kind)
+        place = " ".join(filter(None, (kind, self.path, self.owner))) or self.kind
+        is_whole = self.name is None and self.kind in _OBJECTS
+        one, other = (str(v) if is_whole else value_text(v) for v in self.values)
+        return f"{place}: {f'{self.name} ' if self.name else ''}{one} | {other}"
 
 
-def _unsaid(facts: TrainingFacts) -> Iterator[tuple[str, Any]]:
-    """Yield settings of torch's own losses, schedules and optimizers that the texts omit."""
-    if facts.loss and facts.loss.is_torchs:
-        yield from ((f"loss.{k}", v) for k, v in facts.loss.settings.items() if k != "reduction")
-    for name, schedule in facts.schedules.items():
-        if schedule.is_torchs:
-            yield from ((f"{name}.{key}", value) for key, value in schedule.settings.items())
-    for name, optimizer in facts.optimizers.items():
-        for place, group in enumerate(optimizer.groups):
-            if place and optimizer.is_torchs:
-                yield from ((f"{name}.{key}[{place}]", value) for key, value in group.items())
+#: Kinds of settings that are objects, shown by their class.
+_OBJECTS = {"model", "loss", "optimizer", "schedule", "part"}
+
+
+def asked_differences(
+    one: TrainingFacts, other: TrainingFacts, *, of_own_classes: bool = True
+) -> dict[str, Pair]:
+    """Return what differs in what was asked for, by what a list calls it, with both values.
+
+    of_own_classes: see `settings_that_differ`.
+    """
+    found = settings_that_differ(one, other, of_own_classes=of_own_classes)
+    return {each.listed: each.values for each in found}
+
+
+def settings_that_differ(
+    one: TrainingFacts, other: TrainingFacts, *, of_own_classes: bool = True
+) -> list[Setting]:
+    """Return the settings that two trainings have differently.
+
+    of_own_classes: also attributes of classes that are not torch's own, which may count something, and
+    what modules hold besides what torch prints of them.
+    """
+    digests = [facts.data_file.digest if facts.data_file else None for facts in (one, other)]
+    found = [
+        *_plain("device", one.device, other.device),
+        *_plain("seed", one.seed, other.seed),
+        *_named("data", one.data.model_dump(mode="json"), other.data.model_dump(mode="json")),
+        *_batches(one, other),
+        *_modules("model", one.modules, other.modules, of_own_classes),
+    ]
+    if not any(each.kind == "model" for each in found):
+        found += _plain("parameters", one.parameters, other.parameters)
+    found += _losses(one.loss, other.loss, of_own_classes)
+    found += _optimizers(one, other)
+    found += _schedules(one, other, of_own_classes)
+    found += _plain("clip_norm", one.clip_norm, other.clip_norm)
+    found += _plain("evaluate_every", one.evaluate_every, other.evaluate_every)
+    if one.loop and other.loop and of_own_classes:
+        parts = dict.fromkeys((*one.loop.parts, *other.loop.parts))
+        pairs = ((name, (one.loop.parts.get(name), other.loop.parts.get(name))) for name in parts)
+        found += [Setting("part", name, None, None, pair) for name, pair in pairs if pair[0] != pair[1]]
+    if one.engine and other.engine:
+        found += _plain("fold", one.engine.folded, other.engine.folded)
+    return [*found, *_named("data", {"digest": digests[0]}, {"digest": digests[1]})]
+
+
+def _plain(kind: str, one: Any, other: Any) -> list[Setting]:
+    return [] if same_value(one, other) else [Setting(kind, "", None, None, (one, other))]
+
+
+def _batches(one: TrainingFacts, other: TrainingFacts) -> Iterator[Setting]:
+    """Yield what differs in the rule for batches, except for what follows from other settings."""
+    pair = [each.batches.model_dump(exclude={"steps_per_epoch"}) for each in (one, other)]
+    seeds = pair[0]["seed"], pair[1]["seed"]
+    follows = {"seed"} if seeds == (one.seed, other.seed) else set()
+    yield from (each for each in _named("batches", pair[0], pair[1]) if each.name not in follows)
+
+
+def _named(
+    kind: str,
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    path: str = "",
+    owner: str | None = None,
+    *,
+    is_torchs: bool = True,
+) -> Iterator[Setting]:
+    pair = flat(dict(one)), flat(dict(other))
+    for name in dict.fromkeys((*pair[0], *pair[1])):
+        values = pair[0].get(name), pair[1].get(name)
+        if not same_value(*values):
+            yield Setting(kind, path, owner, name, values, is_torchs)
+
+
+def _modules(
+    kind: str, one: Mapping[str, ModuleFacts], other: Mapping[str, ModuleFacts], of_own_classes: bool
+) -> Iterator[Setting]:
+    for path in dict.fromkeys((*one, *other)):
+        a, b = one.get(path), other.get(path)
+        if a is None or b is None or a.class_name != b.class_name:
+            texts = [each and whole_text(each) for each in (a, b)]
+            # What lies within a module that only one of them has is not listed again.
+            parent = path.rpartition(".")[0]
+            if not path or (parent in one) == (parent in other):
+                yield Setting(kind, path, None, None, (texts[0], texts[1]))
+            continue
+        is_known = bool(a.settings and b.settings)
+        if is_known and (of_own_classes or a.arguments != b.arguments):
+            both = a.is_torchs and b.is_torchs
+            found = list(_named(kind, a.settings, b.settings, path, a.class_name, is_torchs=both))
+            yield from found
+            is_known = bool(found)
+        if not is_known and a.arguments != b.arguments:  # recorded by an everystep before settings
+            yield Setting(kind, path, a.class_name, "arguments", (a.arguments, b.arguments))
+
+
+def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool) -> Iterator[Setting]:
+    if one is None or other is None or one.class_name != other.class_name:
+        texts = [_loss_text(loss) for loss in (one, other)]
+        if texts[0] != texts[1]:
+            yield Setting("loss", "", None, None, (texts[0], texts[1]))
+        return
+    both = one.is_torchs and other.is_torchs
+    if of_own_classes or both:
+        yield from _named("loss", one.settings, other.settings, "", one.class_name, is_torchs=both)
+    inner = [{path: m for path, m in loss.modules.items() if path} for loss in (one, other)]
+    yield from _modules("loss", inner[0], inner[1], of_own_classes)
+
+
+def _loss_text(loss: LossFacts | None) -> str | None:
+    if loss is None:
+        return None
+    return model_text(loss.modules) if loss.modules else loss.class_name
+
+
+def _optimizers(one: TrainingFacts, other: TrainingFacts) -> Iterator[Setting]:
+    for name in dict.fromkeys((*one.optimizers, *other.optimizers)):
+        a, b = one.optimizers.get(name), other.optimizers.get(name)
+        path = "" if name == "optimizer" else name
+        if a is None or b is None or a.class_name != b.class_name:
+            texts = [each and whole_text(each) for each in (a, b)]
+            yield Setting("optimizer", path, None, None, (texts[0], texts[1]))
+            continue
+        for place in range(max(len(a.groups), len(b.groups))):
+            groups = [each.groups[place] if place < len(each.groups) else {} for each in (a, b)]
+            suffix = f"[{place}]" if place else ""
+            pair = [{f"{key}{suffix}": value for key, value in group.items()} for group in groups]
+            both = a.is_torchs and b.is_torchs
+            yield from _named("optimizer", pair[0], pair[1], path, a.class_name, is_torchs=both)
+
+
+def _schedules(one: TrainingFacts, other: TrainingFacts, of_own_classes: bool) -> Iterator[Setting]:
+    for name in dict.fromkeys((*one.schedules, *other.schedules)):
+        a, b = one.schedules.get(name), other.schedules.get(name)
+        path = "" if name == "schedule" else name
+        if a is None or b is None or a.class_name != b.class_name:
+            texts = [each and whole_text(each) for each in (a, b)]
+            yield Setting("schedule", path, None, None, (texts[0], texts[1]))
+            continue
+        both = a.is_torchs and b.is_torchs
+        if of_own_classes or both:
+            yield from _named("schedule", a.settings, b.settings, path, a.class_name, is_torchs=both)
+        yield from _named("schedule", {"every": a.every}, {"every": b.every}, path, a.class_name)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -58,3 +200,13 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     for key, item in value.items():
         found |= flat(item, f"{path}.{key}" if path else str(key))
     return found
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Tell whether two plain values are the same: NaN is NaN, and 0.0 is not -0.0."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        signs = math.copysign(1, one) == math.copysign(1, other)
+        return (one == other and signs) or (one != one and other != other)
+    return bool(one == other)

@@ -13,6 +13,9 @@ __all__ = [
     "optimizer_parts",
     "optimizers_text",
     "schedule_text",
+    "shortest",
+    "value_text",
+    "whole_text",
 ]
 
 
@@ -100,6 +103,33 @@ def _settings_of(optimizer: OptimizerFacts) -> dict[str, str]:
 
 def _setting_text(value: Any) -> str:
     return str(tuple(value) if isinstance(value, list) else value)
+
+
+def shortest(number: float) -> str:
+    """Return the fewest digits that give this float32 (or else float64) back."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        single = np.float32(number)
+    return str(single) if float(single) == number or number != number else repr(number)
+
+
+def value_text(value: Any) -> str:
+    """Return a setting as Python writes it; a list, which JSON has, as a tuple."""
+    return repr(tuple(value) if isinstance(value, list) else value)
+
+
+def whole_text(thing: ModuleFacts | OptimizerFacts | ScheduleFacts) -> str:
+    """Return an object in a line: its class and its settings, as a call."""
+    if isinstance(thing, ModuleFacts):
+        is_one_line = "\n" not in thing.arguments
+        return f"{thing.class_name}({thing.arguments if is_one_line else '...'})"
+    if isinstance(thing, OptimizerFacts):
+        settings = ", ".join(f"{key}={value}" for key, value in _settings_of(thing).items())
+        return f"{thing.class_name}({settings})"
+    settings = ", ".join(f"{key}={value_text(value)}" for key, value in thing.settings.items())
+    every = f", every {thing.every}" if thing.every else ""
+    return f"{thing.class_name}({settings}){every}"
 
 
 def schedule_text(schedules: Mapping[str, ScheduleFacts]) -> str | None:

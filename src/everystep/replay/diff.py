@@ -6,8 +6,6 @@ on, everystep replays both, and compares them step by step, then operation by op
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,18 +14,24 @@ import numpy as np
 import torch
 
 from everystep.errors import RunError
-from everystep.recording.asked import asked_differences
-from everystep.recording.facts import EAGERLY
-from everystep.recording.files import own_path
-from everystep.recording.run import RecordedRun
+from everystep.recording.asked import asked_differences, settings_that_differ
+from everystep.recording.facts import TrainingFacts
+from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import read_snapshot
-from everystep.replay.operations import COMPUTED_OTHERWISE, OperationDifference, compare_steps, draws
+from everystep.replay.causes import causes_of
+from everystep.replay.data import DataDifference, data_differences
+from everystep.replay.evidence import Evidence, around
+from everystep.replay.footprints import draws_at_random, footprints, programs_of
+from everystep.replay.operations import (
+    OperationDifference,
+    first_difference,
+    tensor_difference,
+)
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
-from everystep.replay.replay import Replay
 from everystep.replay.shown import Shown
-from everystep.replay.step import ReplayStepper
-from everystep.step.check import StateDifference, bytes_of, state_differences
+from everystep.replay.step import Step
+from everystep.step.check import StateDifference, same_bits, state_differences
 from everystep.training.objects import Objects
 
 __all__ = ["Difference", "diff"]
@@ -43,10 +47,11 @@ class Difference(Shown):
     """How two runs differ.
 
     experiments, numerics: settings, and other things that bits depend on, by name, in both; steps: the
-    number of steps of each; loss: the first that differs (recorded: of the first run, replayed: of the
-    second), None if all match; common_state: the last snapshot that both have and that is identical;
-    states: tensors of the first common snapshot that differs; operation: the first that differs;
-    is_thorough: whether every step was replayed; problems: why something could not be compared.
+    number of steps of each; data: tensors of the data that differ, where both runs hold it; loss: the
+    first that differs (recorded: of the first run, replayed: of the second), None if all match;
+    common_state: the last snapshot that both have and that is identical; states: tensors of the first
+    common snapshot that differs; operation: the first that differs, and why; is_thorough: whether every
+    step was replayed; problems: why something could not be compared.
     """
 
     names: tuple[str, str]
@@ -59,6 +64,7 @@ class Difference(Shown):
     operation: OperationDifference | None
     problems: tuple[str, ...]
     is_thorough: bool = False
+    data: tuple[DataDifference, ...] = ()
 
     def __repr__(self) -> str:
         if self.is_same:
@@ -139,6 +145,7 @@ def diff(
         operation=operation,
         problems=tuple(dict.fromkeys(problems)),
         is_thorough=thorough,
+        data=data_differences(one, other),
     )
 
 
@@ -160,7 +167,7 @@ def _snapshots(
     rows = [{row.step: row for row in run.snapshot_rows()} for run in (one, other)]
     common: list[int] = []
     problems: list[str] = []
-    random = _draws_at_random(one) or _draws_at_random(other)
+    random = draws_at_random(one) or draws_at_random(other)
     for step in sorted(rows[0].keys() & rows[1].keys()):
         pair = rows[0][step], rows[1][step]
         if pair[0].digest != pair[1].digest:
@@ -197,19 +204,42 @@ class Lockstep:
         differences = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
         self._numerics = [f"{name} {a} and {b}" for name, (a, b) in differences.items()]
         is_own_loop = any(run.facts.training.loop for run in self._runs)
-        self._by_operation = bool(self._numerics) or is_own_loop or _programs(one) != _programs(other)
-        self._is_random = _draws_at_random(one) or _draws_at_random(other)
+        self._by_operation = (
+            bool(self._numerics) or is_own_loop or programs_of(one) != programs_of(other)
+        )
+        self._is_random = draws_at_random(one) or draws_at_random(other)
 
     def first(self, first: int, last: int) -> OperationDifference | None:
         """Return the first operation, of steps `first` to `last`, with another result."""
-        for step in self._suspicious(first, last):
-            found = compare_steps(*(opener.step(step) for opener in self._openers))
-            if found is not None and found.causes == [COMPUTED_OTHERWISE] and self._numerics:
-                cause = f"{COMPUTED_OTHERWISE}, under other numerics: {', '.join(self._numerics)}"
-                return replace(found, causes=[cause])
+        for number in self._suspicious(first, last):
+            one, other = (opener.step(number) for opener in self._openers)
+            evidence = self._evidence(one, other)
+            found = first_difference(one, other) or _unseen_difference(evidence)
             if found is not None:
-                return found
+                return replace(found, causes=causes_of(found, evidence))
         return None
+
+    def _evidence(self, one: Step, other: Step) -> Evidence:
+        """Return what is known of both runs at a step."""
+        number = one.number
+        facts = [_facts_at(run, number) for run in self._runs]
+        classes = [
+            {name: each.class_name for name, each in named.items()}
+            for named in (facts[0].modules, facts[0].optimizers)
+        ]
+        openers = self._openers
+        return Evidence(
+            steps=(one, other),
+            settings=settings_that_differ(*facts),
+            modules=classes[0],
+            optimizers=classes[1],
+            look=lambda: (openers[0].call(around, number), openers[1].call(around, number)),
+            look_at_first=lambda: (openers[0].state(0), openers[1].state(0)),
+            numerics=self._numerics,
+            is_seeded=all((run.directory / EXPERIMENT_FILE).exists() for run in self._runs),
+            is_data_drawn=all(each.data.source == "random" for each in facts),
+            has_rows=not any(each.loop for each in facts),
+        )
 
     def divergences(self) -> list[str]:
         """Report in words which replays differ from their recording."""
@@ -226,7 +256,7 @@ class Lockstep:
         for begin in range(first, last + 1, STRIDE):
             end = min(last, begin + STRIDE - 1)
             pair = [
-                opener.call(_footprints, begin, end, self._by_operation, self._is_random)
+                opener.call(footprints, begin, end, self._by_operation, self._is_random)
                 for opener in self._openers
             ]
             for step, (one, other) in enumerate(zip(*pair, strict=True), start=begin):
@@ -235,60 +265,27 @@ class Lockstep:
             self._on_progress(end - begin + 1)
 
 
-def _footprints(replay: Replay, first: int, last: int, by_operation: bool, is_random: bool) -> list[str]:
-    """Replay steps; return a digest of the inputs and results of each."""
-    found = []
-    at = -1
-    with replay.in_force(first):
-        for number in range(first, last + 1):
-            digest = hashlib.sha256()
-            if replay.stretch_of(number) != at:
-                at = replay.stretch_of(number)
-                stepper = replay.go_to(number - 1, at)
-                _add_state(digest, stepper)
-            given = stepper.given(number)
-            if is_random:
-                digest.update(bytes_of(torch.get_rng_state()))
-            digest.update(given)
-            if by_operation:
-                observation = stepper.observe()
-                losses = [float(observation.loss)]
-                for observed in observation.operations:
-                    digest.update(observed.operation.operator.encode())
-                    for tensor in observed.results.values():
-                        digest.update(bytes_of(tensor))
-            else:
-                losses = stepper.run(number).tolist()
-            replay.compare(number, losses, replay.recorded_losses(number, number))
-            _add_state(digest, stepper)
-            found.append(digest.hexdigest())
-    return found
+def _facts_at(run: RecordedRun, step: int) -> TrainingFacts:
+    """Return how a step of a run was trained."""
+    return max((each for each in run.stretches if each.first <= step), key=lambda each: each.first).facts
 
 
-def _add_state(digest: Any, stepper: ReplayStepper) -> None:
-    for name, tensor in sorted(stepper.named_state().items()):
-        digest.update(name.encode())
-        digest.update(bytes_of(tensor))
+def _unseen_difference(evidence: Evidence) -> OperationDifference | None:
+    """Return the step of an optimizer as a whole, if only tensors that it keeps differ after it."""
+    one, other = evidence.steps
+    pair = [step.operations[-1] for step in (one, other) if step.operations]
+    if len(pair) < 2 or not pair[0].operation.operator.startswith("torch.optim."):
+        return None
+    after = [each.after for each in evidence.around]
+    found = [
+        tensor_difference(name, tensor, after[1].get(name))
+        for name, tensor in after[0].items()
+        if name.startswith("optimizer/") and not _is_same(tensor, after[1].get(name))
+    ]
+    if not found:
+        return None
+    return OperationDifference(one.number, len(one.operations) - 1, pair[0], pair[1], found)
 
 
-def _draws_at_random(run: RecordedRun) -> bool:
-    """Tell whether a step of the run draws random numbers, if programs show it; otherwise it may."""
-    engine = run.facts.training.engine or EAGERLY
-    if engine.eager_from is not None:
-        return True
-    try:
-        return any(
-            draws(operation["operator"])
-            for each in _programs(run)
-            for operation in json.loads(each)["operations"]
-        )
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return True
-
-
-def _programs(run: RecordedRun) -> list[bytes]:
-    rules = (run.facts.training.engine or EAGERLY).programs
-    try:
-        return [own_path(run.directory, rule.file).read_bytes() for rule in rules]
-    except (OSError, RunError):
-        return []
+def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and same_bits(one, other)

@@ -206,6 +206,12 @@ class LoopStepper(ReplayStepper):
         found = {name: rate.at(self.state) for name, rate in self._rates.items()}
         return {name: value for name, value in found.items() if value is not None}
 
+    def generators(self, number: int) -> dict[str, Tensor]:
+        """Return the states of the random generators that the next step draws from, by name."""
+        given = self._inputs(self._row(number)).tensors
+        drawn = {name: tensor for name, tensor in given.items() if _GENERATOR.fullmatch(name)}
+        return Generators.capture(self._device).tensors() | drawn
+
     def batch(self, number: int) -> Batch:
         """Return the batch of a step in its original nesting.
 

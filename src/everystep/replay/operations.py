@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from everystep.program.execute import Observed
-from everystep.program.operators import draws_random_numbers, resolve
+from everystep.replay.given import pairs_of_inputs
 from everystep.replay.step import Step
-from everystep.step.check import as_integers, distance, same_bits
+from everystep.step.check import Size, as_integers, same_bits, size_of_difference
 
 __all__ = [
-    "COMPUTED_OTHERWISE",
     "OperationDifference",
     "TensorDifference",
-    "compare_steps",
-    "draws",
+    "first_difference",
+    "tensor_difference",
 ]
 
-#: What made a result differ where its inputs do not.
-COMPUTED_OTHERWISE = "the same inputs give other bits"
 #: Positions of differing numbers that are named.
 NAMED = 10
+#: Numbers among which they are looked for at a time.
+BLOCK = 1 << 20
 
 
 class TensorDifference(NamedTuple):
     """How two tensors of the same name differ.
 
     elements: the number of differing elements, of how many; positions: of the first of them; values:
-    there, in both; largest: the largest distance in units in the last place, None if that has no
-    meaning.
+    there, in both; largest, absolute, relative: how far they are apart at most, as in `Size`.
     """
 
     name: str
@@ -41,6 +41,13 @@ class TensorDifference(NamedTuple):
     positions: list[tuple[int, ...]]
     values: list[tuple[float, float]]
     largest: int | None
+    absolute: float | None = None
+    relative: float | None = None
+
+    @property
+    def size(self) -> Size:
+        """How far they are apart."""
+        return Size(self.largest, self.absolute, self.relative)
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,9 @@ class OperationDifference:
     """The first operation with another result, and why.
 
     step, index: its position; one, other: the operation in each run (None if one run has no such
-    operation); results: those that differ; inputs: those that already differ; rows: of the batch, as
-    (position, row in the first run, row in the second); causes: in words, differences in the operation
-    itself.
+    operation); results: those that differ, and what else it wrote; inputs: those that already differ;
+    rows: of the batch, as (position, row in the first run, row in the second); causes: in words, what
+    differs in all that the operation is given, and where that was set.
     """
 
     step: int
@@ -63,28 +70,26 @@ class OperationDifference:
     causes: list[str] = field(default_factory=list)
 
 
-def compare_steps(one: Step, other: Step) -> OperationDifference | None:
-    """Return the first operation of a step with another result, or which only one of them has."""
+def first_difference(one: Step, other: Step) -> OperationDifference | None:
+    """Return the first operation of a step with another result, or which only one of them has.
+
+    Its causes are not known yet.
+    """
     for index in range(max(len(one.operations), len(other.operations))):
         pair = [s.operations[index] if index < len(s.operations) else None for s in (one, other)]
         a, b = pair
         if a is None or b is None or _outline(a) != _outline(b):
-            return OperationDifference(one.number, index, a, b, causes=["another operation"])
-        results = _different(a.results, b.results)
+            return OperationDifference(one.number, index, a, b)
+        results = _different(_in_order(a.results, b.results)) + _different(
+            _in_order(a.written, b.written)
+        )
         if results:
-            return _explained(one, other, index, a, b, results)
+            inputs = _different(pairs_of_inputs(a, b))
+            names = {each.name.partition("~")[0] for each in inputs}
+            is_of_batch = any(name in one.batch.tensors for name in names)
+            rows = _different_rows(one, other) if is_of_batch else []
+            return OperationDifference(one.number, index, a, b, results, inputs, rows)
     return None
-
-
-def _explained(
-    one: Step, other: Step, index: int, a: Observed, b: Observed, results: list[TensorDifference]
-) -> OperationDifference:
-    inputs = _different(a.inputs, b.inputs)
-    names = {difference.name for difference in inputs}
-    is_of_batch = any(name.partition("~")[0] in one.batch.tensors for name in names)
-    rows = _different_rows(one, other) if is_of_batch else []
-    causes = _causes(one, other, a, b, names)
-    return OperationDifference(one.number, index, a, b, results, inputs, rows, causes)
 
 
 def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
@@ -105,58 +110,45 @@ def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
     return [(place, int(rows[0][place]), int(rows[1][place])) for place in places]
 
 
-def _causes(one: Step, other: Step, a: Observed, b: Observed, inputs: set[str]) -> list[str]:
-    """Return differences of the operation itself that explain its result."""
-    changed = [
-        f"{name} {value!r} and {other.hyperparameters.get(name)!r}"
-        for name, value in one.hyperparameters.items()
-        if value != other.hyperparameters.get(name)
-    ]
-    given = _arguments(a), _arguments(b)
-    arguments = [
-        f"{name} {value!r} and {given[1].get(name)!r}"
-        for name, value in given[0].items()
-        if value != given[1].get(name)
-    ]
-    if any(name.startswith("hyperparameter/") for name in inputs):
-        return ["another hyperparameter: " + ", ".join(changed)]
-    if arguments:
-        return ["other arguments: " + ", ".join(arguments)]
-    if inputs:
-        return []
-    if changed and a.operation.phase == "update":
-        return ["another hyperparameter: " + ", ".join(changed)]
-    return ["another random draw" if draws(a.operation.operator) else COMPUTED_OTHERWISE]
-
-
-def _arguments(observed: Observed) -> dict[str, Any]:
-    is_operator = observed.operation.operator.startswith("aten.")
-    return observed.operation.given() if is_operator else {}
-
-
-def draws(operator: str) -> bool:
-    """Tell whether an operator draws random numbers."""
-    return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
-
-
 def _outline(observed: Observed) -> tuple[Any, ...]:
     operation = observed.operation
     return operation.phase, operation.module, operation.operator
 
 
-def _different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[TensorDifference]:
-    found = []
-    for name in one.keys() & other.keys() if one.keys() != other.keys() else one:
-        a, b = one[name], other[name]
-        if not same_bits(a, b):
-            found.append(_tensor_difference(name, a, b))
-    return found
+def _in_order(
+    one: dict[str, Tensor], other: dict[str, Tensor]
+) -> Iterable[tuple[str, Tensor, Tensor | None]]:
+    """Yield results at the same place, whatever each run calls them."""
+    others = list(other.values())
+    for place, (name, tensor) in enumerate(one.items()):
+        yield name, tensor, others[place] if place < len(others) else None
+    for name, tensor in list(other.items())[len(one) :]:
+        yield name, tensor, None
 
 
-def _tensor_difference(name: str, one: Tensor, other: Tensor) -> TensorDifference:
-    if one.shape != other.shape or one.dtype != other.dtype:
+def _different(pairs: Iterable[tuple[str, Tensor, Tensor | None]]) -> list[TensorDifference]:
+    return [tensor_difference(n, a, b) for n, a, b in pairs if b is None or not same_bits(a, b)]
+
+
+def tensor_difference(name: str, one: Tensor, other: Tensor | None) -> TensorDifference:
+    """Return how two tensors differ. other: None if only one run has it."""
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
         return TensorDifference(name, one.numel(), one.numel(), [], [], None)
-    where = torch.nonzero(as_integers(one) != as_integers(other))
-    positions = [tuple(position) for position in where[:NAMED].tolist()]
+    differs = as_integers(one) != as_integers(other)
+    differs = differs.any(-1) if one.is_complex() else differs
+    positions = _first_places(differs)
     values = [(one[p].item(), other[p].item()) for p in positions]
-    return TensorDifference(name, len(where), one.numel(), positions, values, distance(one, other))
+    size = size_of_difference(one, other)
+    return TensorDifference(name, int(differs.sum()), one.numel(), positions, values, *size)
+
+
+def _first_places(differs: Tensor) -> list[tuple[int, ...]]:
+    """Return the first places that are true; a list of all of them may be larger than the tensor."""
+    found: list[int] = []
+    for first, part in enumerate(torch.split(differs.flatten(), BLOCK)):
+        found += (torch.nonzero(part).flatten()[: NAMED - len(found)] + first * BLOCK).tolist()
+        if len(found) == NAMED:
+            break
+    if not differs.ndim:
+        return [()] * len(found)
+    return list(zip(*(axis.tolist() for axis in np.unravel_index(found, differs.shape)), strict=True))

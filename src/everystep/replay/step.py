@@ -243,6 +243,9 @@ class ReplayStepper(Protocol):
     def given(self, number: int) -> bytes:
         """Return a fingerprint of the next step's inputs besides its state: settings and batch."""
 
+    def generators(self, number: int) -> dict[str, Tensor]:
+        """Return the states of the random generators that the next step draws from, by name."""
+
     def batch(self, number: int) -> Batch:
         """Return the batch of a step."""
 

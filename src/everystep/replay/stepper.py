@@ -212,6 +212,10 @@ class TrainingStepper(ReplayStepper):
         """Return the live tensors of the state by name."""
         return self._training.named_state()
 
+    def generators(self, number: int) -> dict[str, Tensor]:
+        """Return the states of the random generators that the next step draws from, by name."""
+        return Generators.capture(self._training.device).tensors()
+
     def batch(self, number: int) -> Batch:
         """Return a copy of the batch of a step."""
         tensors = {

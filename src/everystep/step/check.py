@@ -13,12 +13,15 @@ from everystep.step.own_state import PREFIX
 from everystep.step.state import State
 
 __all__ = [
+    "READABLE",
+    "Size",
     "StateDifference",
     "as_integers",
     "bytes_of",
     "difference",
     "distance",
     "same_bits",
+    "size_of_difference",
     "state_differences",
 ]
 
@@ -32,17 +35,49 @@ FOLD_TOLERANCE = {
 }
 
 
+#: Units in the last place that a person can still picture; beyond them, a size is given as a number.
+READABLE = 9_999
+
+
+class Size(NamedTuple):
+    """How far two tensors are apart, at most.
+
+    units: in units in the last place, None if undefined; absolute, relative: as a number, and divided by
+    the largest magnitude in either tensor, None while the units are few, or if a number that differs is
+    not finite.
+    """
+
+    units: int | None = None
+    absolute: float | None = None
+    relative: float | None = None
+
+    def __str__(self) -> str:
+        if self.absolute is None:
+            if not self.units or self.units > READABLE:
+                return ""
+            return f"by at most {self.units:,} unit{'s' * (self.units != 1)} in the last place"
+        part = "" if self.relative is None else f" ({self.relative:.2g} of the largest)"
+        return f"by at most {self.absolute:.4g}{part}"
+
+
 class StateDifference(NamedTuple):
     """A tensor of a snapshot that differs in the replay.
 
-    elements: the number of differing elements; largest: the largest distance in units in the last place,
-    None if undefined.
+    elements: the number of differing elements; largest, absolute, relative: how far they are apart, as
+    in `Size`.
     """
 
     state: int
     tensor: str
     elements: int
     largest: int | None
+    absolute: float | None = None
+    relative: float | None = None
+
+    @property
+    def size(self) -> Size:
+        """How far they are apart."""
+        return Size(self.largest, self.absolute, self.relative)
 
 
 def difference(
@@ -95,6 +130,28 @@ def distance(one: Tensor, two: Tensor) -> int | None:
     return int((in_order[0] - in_order[1]).abs().max())
 
 
+def size_of_difference(one: Tensor, two: Tensor) -> Size:
+    """Return how far two tensors of the same shape and dtype are apart, at most."""
+    units = distance(one, two)
+    if (units is not None and units <= READABLE) or one.dtype == torch.bool or not one.numel():
+        return Size(units)
+    differs = as_integers(one) != as_integers(two)
+    differs = differs.any(-1) if one.is_complex() else differs
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    a, b = (tensor.detach()[differs].to(wide) for tensor in (one, two))
+    if not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
+        return Size(units)
+    absolute = float((a - b).abs().max())
+    largest = max(_largest(tensor.detach()) for tensor in (one, two))
+    return Size(units, absolute, absolute / largest if largest else None)
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest magnitude of the finite numbers."""
+    finite = tensor[torch.isfinite(tensor)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
 def _is_close(one: Tensor, two: Tensor) -> bool:
     if not one.is_floating_point():
         return same_bits(one, two)
@@ -123,7 +180,9 @@ def state_differences(
             found.append(StateDifference(recorded.step, name, 0, None))
         elif not same_bits(one, two):
             elements = int((as_integers(one) != as_integers(two)).sum())
-            found.append(StateDifference(recorded.step, name, elements, distance(one, two)))
+            # The bytes of a generator's state are no numbers.
+            size = Size() if name.startswith("generator/") else size_of_difference(one, two)
+            found.append(StateDifference(recorded.step, name, elements, *size))
     return found
 
 

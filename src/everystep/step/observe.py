@@ -71,8 +71,8 @@ def observe_eager(step: EagerStep, number: int) -> Observation:
     captured = take_watched(step, number, watcher)
     operations, names = named_operations(captured)
     seen = [
-        Observed(operation, _named(inputs, names), _named(results, names))
-        for operation, (inputs, results) in zip(operations, watcher.values, strict=True)
+        Observed(operation, *(_named(tensors, names) for tensors in values))
+        for operation, values in zip(operations, watcher.values, strict=True)
     ]
     return Observation(captured.loss, seen, watcher.outputs, watcher.backward_left)
 
@@ -122,11 +122,13 @@ class PlainObserver:
 
     def _look_after(self, index: int, environment: Environment) -> None:
         operation = self._with_numbers[index]
-        names = [name for name in operation.results if name] or operation.written()
-        written = {self._storage(name) for name in (*names, *operation.written())}
-        self._copies = {n: t for n, t in self._copies.items() if self._storage(n) not in written}
+        written = operation.written()
+        names = [name for name in operation.results if name] or written
+        changed = {self._storage(name) for name in (*names, *written)}
+        self._copies = {n: t for n, t in self._copies.items() if self._storage(n) not in changed}
         results = {name: self._copy(name, environment) for name in names}
-        self._operations.append(Observed(operation, self._inputs, results))
+        others = {name: self._copy(name, environment) for name in written if name not in results}
+        self._operations.append(Observed(operation, self._inputs, results, others))
 
     def _copy(self, name: str, environment: Environment) -> Tensor:
         if name not in self._copies:
@@ -144,12 +146,13 @@ def _named(tensors: Mapping[int, Tensor], names: Mapping[int, str]) -> dict[str,
 class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
     """Keeps copies of inputs and results of operations, of activations and of gradients.
 
-    values: of each operation, its inputs and its results by the number of the tensor.
+    values: of each operation, its inputs, its results, and what else it wrote into, by the number of the
+    tensor.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.values: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []
+        self.values: list[tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]] = []
         self.outputs: dict[str, tuple[Tensor, ...]] = {}
         self.backward_left: dict[str, Tensor] = {}
 
@@ -177,7 +180,9 @@ class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
             recorded = self.operations[-1]
             after = [t for t in arguments if self.tensors[self.number(t)].storage in recorded.writes]
             made = {self.number(t): t.detach().clone() for t in _dense(result) or after}
-            self.values.append((given, made))
+            others = {self.number(t): t for t in after}
+            written = {n: t.detach().clone() for n, t in others.items() if n not in made}
+            self.values.append((given, made, written))
         return result
 
 

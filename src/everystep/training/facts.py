@@ -148,12 +148,31 @@ def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
 def _modules_of(
     module: nn.Module, path: str, around: frozenset[int]
 ) -> Iterator[tuple[str, ModuleFacts]]:
-    arguments = module.extra_repr() if is_torchs_module(module) else ""
-    yield path, ModuleFacts(class_name=type(module).__name__, arguments=arguments)
+    is_torchs = is_torchs_module(module)
+    settings = {"training": module.training} | _settings(module) | _own_tensors(module)
+    yield (
+        path,
+        ModuleFacts(
+            class_name=type(module).__name__,
+            arguments=module.extra_repr() if is_torchs else "",
+            settings=settings,
+            is_torchs=is_torchs,
+        ),
+    )
     around |= {id(module)}
     for name, inner in module._modules.items():
         if inner is not None and id(inner) not in around:
             yield from _modules_of(inner, f"{path}.{name}" if path else name, around)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, str | None]:
+    """Return the dtypes of a module's own parameters and buffers, and which parameters are frozen."""
+    found: dict[str, str | None] = {}
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        dtype = None if tensor is None else str(tensor.dtype).removeprefix("torch.")
+        found[name] = f"{dtype}, frozen" if is_frozen else dtype
+    return found
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:

@@ -31,7 +31,7 @@ def changes(before: TrainingFacts, now: TrainingFacts, left_out: Iterable[str] =
 
     left_out: what the names of settings that do not count begin with.
     """
-    found = asked_differences(before, now)
+    found = asked_differences(before, now, of_own_classes=False)
     found = {name: pair for name, pair in found.items() if not name.startswith(tuple(left_out))}
     versions = {
         name: (before.versions.get(name), now.versions.get(name))

@@ -74,7 +74,7 @@ def verify_text(name: str, facts: Facts, found: Verification) -> str:
         lines.append(labelled("losses", f"all {found.steps:,} bit-identical"))
     else:
         step, recorded, replayed = found.first_loss
-        far = f", {found.loss_distance:,} units in the last place apart" if found.loss_distance else ""
+        far = _apart(recorded, replayed, found.loss_distance)
         lines.append(
             labelled(
                 "losses",
@@ -86,6 +86,16 @@ def verify_text(name: str, facts: Facts, found: Verification) -> str:
     lines += [labelled("problem", problem) for problem in found.problems]
     verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
     return "\n".join([*lines, "", f"{name} {verdict}"])
+
+
+def _apart(recorded: float, replayed: float, units: int | None) -> str:
+    from everystep.step.check import READABLE
+
+    if not units:
+        return ""
+    if units > READABLE:
+        return f", {abs(recorded - replayed):.4g} apart" if math.isfinite(recorded - replayed) else ""
+    return f", {units:,} units in the last place apart"
 
 
 def verify_data(name: str, found: Verification) -> dict[str, Any]:
@@ -231,7 +241,7 @@ def tensors_text(differences: Sequence[StateDifference]) -> str:
         if not each.elements:
             lines.append(f"{each.tensor}: different shape, or missing on one side")
             continue
-        far = f", by at most {each.largest:,} units in the last place" if each.largest else ""
+        far = f", {size}" if (size := str(each.size)) else ""
         lines.append(f"{each.tensor}: {each.elements:,} elements differ{far}")
     if len(differences) > NAMED:
         more = len(differences) - NAMED

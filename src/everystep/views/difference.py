@@ -5,28 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from everystep.views.answers import NAMED, labelled, tensors_text
+from everystep.views.listed import listed
 from everystep.views.terminal import shortest
 
 if TYPE_CHECKING:
     from everystep.program.execute import Observed
+    from everystep.replay.data import DataDifference
     from everystep.replay.diff import Difference
     from everystep.replay.operations import OperationDifference, TensorDifference
+    from everystep.step.check import StateDifference
 
 __all__ = ["diff_data", "diff_sentence", "diff_text"]
 
-#: How the cause of a difference begins that lies in the learning rate and its like.
-_OTHER_HYPERPARAMETER = "another hyperparameter: "
+#: Causes that a sentence names.
+MOST_CAUSES = 2
 
 
 def diff_text(found: Difference) -> str:
     """Return where two runs differ, in lines."""
     one, other = found.names
     lines = [labelled("runs", f"{one}\n{other}")]
-    for label, pairs in (("experiments", found.experiments), ("numerics", found.numerics)):
-        if pairs:
-            lines.append(
-                labelled(label, "\n".join(f"{k}: {_pair(a, b)}" for k, (a, b) in pairs.items()))
-            )
+    asked = "\n".join(map(str, listed(found)))
+    numerics = "\n".join(f"{name}  {one} | {two}" for name, (one, two) in found.numerics.items())
+    lines += [labelled(k, text) for k, text in (("experiments", asked), ("numerics", numerics)) if text]
     if found.steps[0] != found.steps[1]:
         lines.append(labelled("steps", f"{found.steps[0]:,} and {found.steps[1]:,}"))
     common = min(found.steps)
@@ -75,13 +76,15 @@ def diff_data(found: Difference) -> dict[str, Any]:
     return {
         "runs": list(found.names),
         "same": found.is_same,
+        "asked": [{"name": each.name, "values": list(each.values)} for each in listed(found)],
         "experiments": {key: list(pair) for key, pair in found.experiments.items()},
         "numerics": {key: list(pair) for key, pair in found.numerics.items()},
         "steps": list(found.steps),
         "loss": None if loss is None else {"step": loss.step, "values": [loss.recorded, loss.replayed]},
         "common_state": found.common_state,
         "thorough": found.is_thorough,
-        "states": [each._asdict() for each in found.states],
+        "data": [_data(each) for each in found.data],
+        "states": [_sized(each) for each in found.states],
         "operation": None if operation is None else _operation_data(operation),
         "problems": list(found.problems),
     }
@@ -122,9 +125,13 @@ def _what(found: Difference, operation: OperationDifference) -> str:
     """Return the operation, of both runs if it differs, and why the result differs."""
     one, other = operation.one, operation.other
     names = [None if each is None else _operation_name(each) for each in (one, other)]
-    if None not in names and names[0] != names[1]:
-        return ": " + ", ".join(f"{name} in {run}" for name, run in zip(names, found.names, strict=True))
-    return f", {names[0] or names[1]}, {_reason(found, operation)}"
+    reason = _reason(found, operation)
+    if None in names:
+        return f", {names[0] or names[1]}, which only {found.names[one is None]} has{reason}"
+    if names[0] != names[1]:
+        sides = ", ".join(f"{name} in {run}" for name, run in zip(names, found.names, strict=True))
+        return f": {sides}{reason}"
+    return f", {names[0]}{reason or ', with identical inputs'}"
 
 
 def _operation_name(observed: Observed) -> str:
@@ -138,24 +145,18 @@ def _operation_name(observed: Observed) -> str:
 
 def _reason(found: Difference, operation: OperationDifference) -> str:
     """Return why an operation differs, as the end of a sentence."""
-    from everystep.replay.operations import COMPUTED_OTHERWISE
+    from everystep.replay.causes import ANOTHER_OPERATION, COMPUTED_OTHERWISE
 
-    cause = operation.causes[0] if operation.causes else ""
-    if operation.one is None or operation.other is None:
-        return f"which only {found.names[operation.one is None]} has"
-    if cause.startswith(_OTHER_HYPERPARAMETER):
-        what, _, values = cause.removeprefix(_OTHER_HYPERPARAMETER).partition(", ")[0].partition(" ")
-        return f"because {what} is {values}"
-    if cause == COMPUTED_OTHERWISE:
+    causes = [each for each in operation.causes if each != ANOTHER_OPERATION]
+    if causes and causes[0].startswith(COMPUTED_OTHERWISE):
         pairs = [f"{key} {one} and {other}" for key, (one, other) in found.numerics.items()]
-        return "although its inputs are identical" + (f": {', '.join(pairs)}" if pairs else "")
-    if cause:
-        return f"because of {cause}"
+        numerics = ", ".join(pairs) or "all recorded numerics are, too"
+        return f", although its inputs are identical: {numerics}"
+    if causes:
+        return f", because of {'; '.join(causes[:MOST_CAUSES])}"
     names = list(dict.fromkeys(_input_name(each.name) for each in operation.inputs))
-    if not names:
-        return "with identical inputs"
     verb = "differs" if len(names) == 1 else "differ"
-    return f"because {' and '.join(names[:2])} already {verb}"
+    return f", because {' and '.join(names[:2])} already {verb}" if names else ""
 
 
 def _input_name(name: str) -> str:
@@ -171,14 +172,23 @@ def _input_name(name: str) -> str:
 def _tensor_text(found: TensorDifference) -> str:
     if not found.positions:
         return f"{found.name}: different shape or dtype"
-    far = f", by at most {found.largest:,} units in the last place" if found.largest else ""
+    far = f", {size}" if (size := str(found.size)) else ""
     lines = [f"{found.name}: {found.elements:,} of {found.of:,} elements differ{far}"]
     for position, (one, two) in zip(found.positions[:3], found.values, strict=False):
         place = "[" + ", ".join(map(str, position)) + "]" if position else ""
-        lines.append(f"  {place}  {one!r} and {two!r}" if place else f"  {one!r} and {two!r}")
+        texts = " and ".join(shortest(v) if isinstance(v, float) else str(v) for v in (one, two))
+        lines.append(f"  {place}  {texts}" if place else f"  {texts}")
     if found.elements > 3:
         lines.append("  ...")
     return "\n".join(lines)
+
+
+def _sized(found: TensorDifference | StateDifference) -> dict[str, Any]:
+    return found._asdict() | {"size": str(found.size)}
+
+
+def _data(found: DataDifference) -> dict[str, Any]:
+    return _sized(found.tensor) | {"rows": found.rows, "columns": found.columns, "names": found.names}
 
 
 def _operation_data(found: OperationDifference) -> dict[str, Any]:
@@ -195,8 +205,8 @@ def _operation_data(found: OperationDifference) -> dict[str, Any]:
             }
             for each in (found.one, found.other)
         ],
-        "results": [each._asdict() for each in found.results],
-        "inputs": [each._asdict() for each in found.inputs],
+        "results": [_sized(each) for each in found.results],
+        "inputs": [_sized(each) for each in found.inputs],
         "rows": [list(row) for row in found.rows],
         "causes": found.causes,
     }
@@ -215,9 +225,3 @@ def _verdict(found: Difference) -> str:
     elif found.experiments or found.numerics:
         same += "; --thorough compares every operation"
     return f"{same}, bit for bit" if found.is_same or found.is_thorough else same
-
-
-def _pair(one: Any, two: Any) -> str:
-    texts = [str(value).replace("\n", " ") for value in (one, two)]
-    short = [text if len(text) <= 60 else text[:24] + "..." for text in texts]
-    return f"{short[0]} | {short[1]}" if short[0] != short[1] else f"{texts[0]} | {texts[1]}"

@@ -86,7 +86,7 @@ def _bits_text(found: OperationDifference) -> str:
         f"{module}, {operation.phase}"
     ]
     for each in found.results:
-        far = f", by at most {each.largest:,} units in the last place" if each.largest else ""
+        far = f", {size}" if (size := str(each.size)) else ""
         lines.append(f"{each.name}: {each.elements:,} of {each.of:,} numbers{far}")
     if not found.inputs:
         lines.append("its inputs are the same")

@@ -18,7 +18,13 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.recording.run import RecordedRun
-from everystep.recording.texts import loss_text, model_text, optimizers_text, schedule_text
+from everystep.recording.texts import (
+    loss_text,
+    model_text,
+    optimizers_text,
+    schedule_text,
+    shortest,
+)
 
 __all__ = [
     "closing",
@@ -178,15 +184,6 @@ def losses_text(table: Mapping[str, Any], style: Literal["plain", "json"]) -> st
         "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) + "\n"
         for row in rows_of_cells
     )
-
-
-def shortest(loss: float) -> str:
-    """Return the fewest digits that give this float32 (or else float64) back."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        single = np.float32(loss)
-    return str(single) if float(single) == loss or loss != loss else repr(loss)
 
 
 def _fork_text(fork: ForkFacts) -> str:

@@ -90,7 +90,9 @@ class Answers:
                     tensors[known[id(tensor)]] = tensor.contiguous().clone()
             return {name: known[id(tensor)] for name, tensor in named.items()}
 
-        table = [[kept(seen.inputs), kept(seen.results)] for seen in found.operations]
+        table = [
+            [kept(seen.inputs), kept(seen.results), kept(seen.written)] for seen in found.operations
+        ]
         save_file(tensors, file)
         return {"operations": table, "loss": found.loss, "problems": replay.problems}
 

@@ -19,7 +19,7 @@ from everystep.recording.changes import change_files
 from everystep.recording.facts import EAGERLY
 from everystep.recording.run import RecordedRun
 from everystep.replay.loop import read_loop_program
-from everystep.replay.operations import OperationDifference, compare_steps
+from everystep.replay.operations import OperationDifference, first_difference
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.replay import Replay
 from everystep.replay.rerun.child import footprints
@@ -158,7 +158,7 @@ def rerun(
             parts_at = search.parting_step()
             if parts_at is not None:
                 one = opener.step(parts_at)
-                operation = compare_steps(one, process.step(one, opener.state(parts_at - 1)))
+                operation = first_difference(one, process.step(one, opener.state(parts_at - 1)))
         size = max(1, opener.step(first).bytes)
         steps = _spread(first, last, max(2, min(COMPARED, MOST_BYTES // size)))
         found = [each for step in steps for each in _apart(opener, process, step)]

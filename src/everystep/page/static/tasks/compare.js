@@ -124,7 +124,7 @@ function verdictOf(result) {
 function detailsOf(view, result, lookAtAll) {
   return [
     result.operation && partingView(result),
-    differencesTable("What was asked for differently", view.names, Object.entries(result.experiments)),
+    differencesTable("What was asked for differently", view.names, result.asked.map(({ name, values }) => [name, values])),
     differencesTable("What bits depend on besides", view.names, Object.entries(result.numerics)),
     statesOf(result),
     isWorthAll(result) ? thoroughOf(result, lookAtAll) : null,
@@ -135,9 +135,8 @@ function detailsOf(view, result, lookAtAll) {
 function differencesTable(title, names, pairs) {
   if (!pairs.length) return null;
   const head = element("tr", {}, element("td"), ...names.map((name) => element("th", { scope: "col" }, name)));
-  const rows = pairs.map(([path, pair]) =>
-    element("tr", {}, element("th", { scope: "row" }, path), ...pair.map((value) => element("td", { class: "mono" }, textOf(value)))),
-  );
+  const cell = (value, _, pair) => element("td", { class: "mono", colSpan: 3 - pair.length }, textOf(value));
+  const rows = pairs.map(([path, pair]) => element("tr", {}, element("th", { scope: "row" }, path), ...pair.map(cell)));
   const table = element("table", { class: "differences" }, element("thead", {}, head), element("tbody", {}, rows));
   return element("section", {}, element("h2", {}, title), table);
 }
@@ -166,9 +165,9 @@ function statesOf({ loss, steps, states, common_state: common }) {
   return element("section", { class: "states" }, title, ...lines.map((line) => element("p", {}, line)), first);
 }
 
-function stateText({ elements, largest }) {
+function stateText({ elements, size }) {
   if (!elements) return "has another shape, or only one run has it";
-  return `${whole(elements)} numbers${largest ? `, by at most ${whole(largest)} units in the last place` : ""}`;
+  return `${whole(elements)} numbers${size && `, ${size}`}`;
 }
 
 // Where losses or states differ and no operation was found, looking at all of them finds none either.

@@ -10,6 +10,8 @@ const ROWS = 6;
 const COLUMNS = 4;
 /** Positions in full precision that are shown at once. */
 const POSITIONS = 4;
+/** Units in the last place that a person can still picture, as for the sizes that the server gives. */
+const READABLE = 9999n;
 
 /** Return the view of the operation in which two runs part; `result`: of the comparison. */
 export function partingView({ runs, operation, sides }) {
@@ -29,9 +31,8 @@ export function partingView({ runs, operation, sides }) {
 
 function causeText(cause) {
   if (cause === null) return "What it is given differs already.";
-  if (cause === "another operation") return "From here on, the two take different operations.";
-  if (cause.startsWith("the same inputs")) return "Its inputs are the same; it gives other bits.";
-  return `Because of ${cause}.`;
+  if (cause.startsWith("another operation")) return `From here on, the two take different operations${cause.slice("another operation".length)}.`;
+  return cause.startsWith("the same inputs") ? `${cause[0].toUpperCase()}${cause.slice(1)}.` : `Because of ${cause}.`;
 }
 
 function rowsText(rows) {
@@ -88,11 +89,11 @@ function tensorOf(side, role, name) {
   return side?.tensors.find((tensor) => tensor.role === role && tensor.name === name) ?? null;
 }
 
-function sizeText({ elements, of, positions, largest }) {
+function sizeText({ elements, of, positions, size }) {
   if (!positions.length) return "Another shape or dtype.";
   const all = of === 1 ? "Differs" : `All ${whole(of)} numbers differ`;
   const share = elements === of ? all : `${whole(elements)} of ${whole(of)} numbers differ`;
-  return `${share}${largest ? `, by at most ${whole(largest)} units in the last place` : ""}.`;
+  return `${share}${size && `, ${size}`}.`;
 }
 
 // The numbers of a tensor as rows of a table; null where a table shows no more than the number itself.
@@ -150,16 +151,19 @@ function textOf(value, digits) {
 
 // The first numbers that differ, in full.
 function positionsOf({ name, positions, values }, runs, dtype) {
-  const distances = values.map(([a, b]) => distance(numberOf(a), numberOf(b), dtype));
-  const isFar = distances.some((each) => each !== null);
-  const headings = ["place", ...runs, ...(isFar ? ["units apart"] : [])];
+  const pairs = values.map((pair) => pair.map(numberOf));
+  const units = pairs.map(([a, b]) => distance(a, b, dtype));
+  const areFew = units.every((each) => each === null || each <= READABLE);
+  const isFar = units.some((each) => each !== null);
+  const distances = units.map((each, at) => (each === null ? "" : areFew ? whole(each) : short(Math.abs(pairs[at][0] - pairs[at][1]))));
+  const headings = ["place", ...runs, ...(isFar ? [areFew ? "units apart" : "apart"] : [])];
   const head = element("tr", {}, ...headings.map((text) => element("th", { scope: "col" }, text)));
   const rows = positions.map((position, at) => element(
     "tr",
     { hidden: at >= POSITIONS },
     element("th", { scope: "row" }, position.length ? `[${position.join(", ")}]` : "the number"),
     ...values[at].map((value) => element("td", { title: String(value) }, typeof value === "boolean" ? String(value) : fullText(numberOf(value), dtype === "float32"))),
-    isFar ? element("td", {}, distances[at] === null ? "" : whole(distances[at])) : null,
+    isFar ? element("td", {}, distances[at]) : null,
   ));
   const table = element("table", { class: "positions" }, element("thead", {}, head), element("tbody", {}, rows));
   const more = button(`${positions.length - POSITIONS} more`, () => {

@@ -1,0 +1,1 @@
+"""Kinds of differences between two runs, planted by a script that knows where and why they part."""

@@ -1,0 +1,318 @@
+"""Differences in how a network learns: the loss, the optimizer, its schedule, clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, StepLR
+
+from benchmarks.faults.kinds.sides import Kind, Place, Training, of_classes, values
+from everystep import GradientDescent
+
+__all__ = ["kinds"]
+
+loss = partial(Place, "loss", None)
+update = partial(Place, "update", None)
+
+
+class Weighted(nn.Module):
+    """A loss of one's own, with a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).abs().mean() * self.factor
+
+
+class Strong(torch.optim.Optimizer):
+    """An optimizer of one's own, with a setting of its own."""
+
+    def __init__(self, parameters: Any, strength: float) -> None:
+        super().__init__(parameters, {"strength": strength})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad.sign(), alpha=group["strength"])
+
+
+def _weighted(last: float) -> nn.Module:
+    return nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, last]))
+
+
+def _losses() -> Iterator[Kind]:
+    rows: Any = (
+        ("reduction", "aten.mse_loss.default", nn.MSELoss, "reduction", ("mean", "sum"), values),
+        (
+            "beta of SmoothL1Loss",
+            "aten.smooth_l1_loss.default",
+            nn.SmoothL1Loss,
+            "beta",
+            (1.0, 0.5),
+            values,
+        ),
+        ("delta of HuberLoss", "aten.huber_loss.default", nn.HuberLoss, "delta", (1.0, 0.5), values),
+        (
+            "ignore_index",
+            "aten.nll_loss_forward.default",
+            nn.CrossEntropyLoss,
+            "ignore_index",
+            (-100, 2),
+            of_classes,
+        ),
+        ("a loss's own number", "aten.mul.Tensor", Weighted, "factor", (1.0, 0.5), values),
+    )
+    for name, operator, make, setting, pair, data in rows:
+        one, other = (Training(data=data, loss=partial(make, **{setting: value})) for value in pair)
+        cause = f"loss {make.__name__}: {setting} {pair[0]!r} | {pair[1]!r}"
+        yield Kind(name, one, other, 1, loss(operator), (cause,))
+    rows = (
+        ((0.1, 0.2), loss("aten.mul.Scalar"), ("other of aten.mul ...",)),
+        ((0.0, 0.1), Place("backward", None, "aten.nll_loss_backward.default"), ()),
+    )
+    for pair, place, more in rows:
+        one, other = (
+            Training(data=of_classes, loss=partial(nn.CrossEntropyLoss, label_smoothing=value))
+            for value in pair
+        )
+        cause = f"loss CrossEntropyLoss: label_smoothing {pair[0]} | {pair[1]}"
+        yield Kind(f"label_smoothing from {pair[0]}", one, other, 1, place, (cause, *more))
+    yield Kind(
+        "another loss",
+        Training(),
+        Training(loss=nn.L1Loss),
+        1,
+        loss("aten.mse_loss.default"),
+        ("loss: MSELoss() | L1Loss()",),
+        ("loss  MSELoss() | L1Loss()",),
+    )
+    one, other = (
+        Training(
+            data=of_classes,
+            loss=partial(_weighted, last),
+        )
+        for last in (1.0, 2.0)
+    )
+    yield Kind(
+        "class weights",
+        one,
+        other,
+        1,
+        loss("aten.nll_loss_forward.default"),
+        ("loss.weight[2] of state 0: 1.0 | 2.0",),
+    )
+
+
+def _optimizers() -> Iterator[Kind]:
+    plain = {"foreach": False}
+    rows: Any = (
+        (GradientDescent, {}, "lr", (0.05, 0.06), 1, "aten.mul.Tensor"),
+        (SGD, plain, "lr", (0.05, 0.06), 1, "aten.add_.Tensor"),
+        (SGD, plain, "momentum", (0.9, 0.8), 2, "aten.mul_.Tensor"),
+        (SGD, plain | {"momentum": 0.9}, "dampening", (0.0, 0.1), 2, "aten.add_.Tensor"),
+        (SGD, plain, "weight_decay", (0.1, 0.2), 1, "aten.add.Tensor"),
+        (SGD, plain, "weight_decay", (0, 0.1), 1, "aten.add_.Tensor"),
+        (SGD, plain | {"momentum": 0.9}, "nesterov", (False, True), 1, "aten.add_.Tensor"),
+        (SGD, plain, "maximize", (False, True), 1, "aten.add_.Tensor"),
+        (
+            SGD,
+            {"momentum": 0.9, "foreach": True},
+            "momentum",
+            (0.9, 0.8),
+            2,
+            "aten._foreach_mul_.Scalar",
+        ),
+        (Adam, {}, "lr", (0.05, 0.06), 1, "torch.optim.Adam"),
+        (Adam, {}, "betas", ((0.9, 0.999), (0.8, 0.999)), 1, "torch.optim.Adam"),
+        (Adam, {}, "betas", ((0.9, 0.999), (0.9, 0.99)), 1, "torch.optim.Adam"),
+        (Adam, {}, "eps", (1e-8, 1e-7), 1, "torch.optim.Adam"),
+        (Adam, {}, "weight_decay", (0, 0.1), 1, "torch.optim.Adam"),
+        (Adam, {"fused": True}, "eps", (1e-8, 1e-7), 1, "aten._fused_adam_.tensor_lr"),
+        (Adam, {"fused": True}, "lr", (0.01, 0.02), 1, "aten._fused_adam_.tensor_lr"),
+        (AdamW, {}, "eps", (1e-8, 1.1e-8), 1, "torch.optim.AdamW"),
+        (AdamW, {}, "weight_decay", (0.01, 0.02), 1, "torch.optim.AdamW"),
+        (AdamW, {"fused": True}, "weight_decay", (0.01, 0.02), 1, "aten._fused_adamw_.tensor_lr"),
+        (RMSprop, {}, "alpha", (0.99, 0.9), 1, "aten.addcmul_.default"),
+        (RMSprop, {}, "centered", (False, True), 1, "aten.zeros.default"),
+        (SGD, {"momentum": 0.9}, "foreach", (False, True), 1, "aten.add_.Tensor"),
+        (Adam, {}, "fused", (None, True), 1, "torch.optim.Adam"),
+        (Adagrad, {}, "lr_decay", (0, 0.1), 2, "torch.optim.Adagrad"),
+        (Adamax, {}, "eps", (1e-8, 1e-3), 1, "torch.optim.Adamax"),
+        (NAdam, {}, "momentum_decay", (0.004, 0.01), 1, "torch.optim.NAdam"),
+        (RAdam, {}, "eps", (1e-8, 1e-3), 6, "torch.optim.RAdam"),
+        (Rprop, {}, "etas", ((0.5, 1.2), (0.5, 1.3)), 2, "aten.index_put_.default"),
+        (ASGD, {}, "lambd", (1e-4, 1e-2), 1, "torch.optim.ASGD"),
+        (Adadelta, {}, "rho", (0.9, 0.8), 1, "aten.addcmul_.default"),
+        (Strong, {}, "strength", (0.01, 0.02), 1, "aten.sub_.Tensor"),
+    )
+    for make, common, setting, pair, step, operator in rows:
+        one, other = (Training(optimizer=_optimizer(make, common | {setting: value})) for value in pair)
+        shown = f"{pair[0]!r} | {pair[1]!r}"
+        cause = f"{make.__name__}: {setting} {shown}"
+        yield Kind(f"{make.__name__} {setting}, {shown}", one, other, step, update(operator), (cause,))
+
+
+def _optimizer(
+    make: Callable[..., torch.optim.Optimizer], options: dict[str, Any]
+) -> Callable[[Any], Any]:
+    rate = {} if make is Strong else {"lr": 0.01}
+    return lambda parameters: make(parameters, **rate | options)
+
+
+def _taken_by_python() -> Iterator[Kind]:
+    eager = {"engine": "eager"}
+    rows: Any = (
+        (AdamW, {"foreach": False}, "eps", (1e-8, 1.1e-8), 1, "aten.add_.Tensor", ()),
+        (Adam, {"foreach": False}, "betas", ((0.9, 0.999), (0.9, 0.99)), 1, "aten.addcmul_.default", ()),
+        (
+            AdamW,
+            {"foreach": False},
+            "weight_decay",
+            (0.01, 0.02),
+            1,
+            "aten.mul_.Tensor",
+            ("other of aten.mul_ 0.9999 | 0.9998",),
+        ),
+    )
+    for make, common, setting, pair, step, operator, more in rows:
+        one, other = (
+            Training(optimizer=_optimizer(make, common | {setting: value}), options=eager)
+            for value in pair
+        )
+        cause = f"{make.__name__}: {setting} {pair[0]!r} | {pair[1]!r}"
+        yield Kind(
+            f"{make.__name__} {setting}, by Python", one, other, step, update(operator), (cause, *more)
+        )
+
+
+def _groups(lr: float, parameters: Any) -> torch.optim.Optimizer:
+    first, *rest = parameters
+    return SGD([{"params": [first], "lr": 0.05}, {"params": rest, "lr": lr}], foreach=False)
+
+
+def _schedules() -> Iterator[Kind]:
+    one, other = (Training(optimizer=partial(_groups, lr)) for lr in (0.05, 0.06))
+    yield Kind(
+        "lr of the second param group",
+        one,
+        other,
+        1,
+        update("aten.add_.Tensor"),
+        ("SGD: lr[1] 0.05 | 0.06",),
+    )
+    rate = update("aten.mul.Tensor")
+    rows: Any = (
+        (StepLR, {"step_size": 3}, "gamma", (0.5, 0.1), 4, "0.025 | 0.005000000000000001"),
+        (StepLR, {"gamma": 0.5}, "step_size", (3, 4), 4, "0.025 | 0.05"),
+        (ExponentialLR, {}, "gamma", (0.9, 0.8), 2, "0.045000000000000005 | 0.04000000000000001"),
+        (CosineAnnealingLR, {}, "T_max", (8, 9), 2, "..."),
+    )
+    for make, common, setting, pair, step, rates in rows:
+        one, other = (Training(schedule=partial(make, **common, **{setting: value})) for value in pair)
+        causes = (
+            f"GradientDescent: lr {rates}",
+            f"schedule {make.__name__}: {setting} {pair[0]} | {pair[1]}",
+        )
+        yield Kind(f"{setting} of {make.__name__}", one, other, step, rate, causes)
+    one, other = (
+        Training(
+            optimizer=partial(SGD, lr=0.05, momentum=0.9),
+            schedule=partial(OneCycleLR, max_lr=0.1, total_steps=9, base_momentum=base),
+        )
+        for base in (0.85, 0.8)
+    )
+    # The schedule writes it into the optimizer.
+    causes = "SGD: base_momentum 0.85 | 0.8", "SGD: momentum ..."
+    yield Kind("base_momentum of OneCycleLR", one, other, 2, update("torch.optim.SGD"), causes)
+    one, other = (
+        Training(optimizer=partial(Adagrad, lr=0.01, initial_accumulator_value=value))
+        for value in (0, 0.1)
+    )
+    both = (
+        "Adagrad: initial_accumulator_value 0 | 0.1",
+        *(
+            f"sum of {name} of state 0: {count} of {count} numbers, by at most 0.1 (1 of the largest)"
+            for name, count in (("0.weight", 32), ("0.bias", 8), ("2.weight", 24), ("2.bias", 3))
+        ),
+    )
+    yield Kind("Adagrad initial_accumulator_value", one, other, 1, update("torch.optim.Adagrad"), both)
+    for fused in (False, True):
+        one, other = (
+            Training(optimizer=partial(Adam, lr=torch.tensor(lr), fused=fused)) for lr in (0.01, 0.02)
+        )
+        place = update("aten._fused_adam_.tensor_lr" if fused else "torch.optim.Adam")
+        yield Kind(
+            f"an lr that is a tensor, fused {fused}", one, other, 1, place, ("Adam: lr 0.01 | 0.02",)
+        )
+    yield Kind(
+        "a schedule or none",
+        Training(),
+        Training(schedule=partial(StepLR, step_size=3, gamma=0.5)),
+        4,
+        rate,
+        (
+            "GradientDescent: lr 0.05 | 0.025",
+            "schedule: None | StepLR(step_size=3, gamma=0.5), every step",
+        ),
+    )
+    one, other = (
+        Training(
+            schedule=partial(ExponentialLR, gamma=0.5),
+            options={"batch_size": 10, "schedule_every": every},
+        )
+        for every in ("step", "epoch")
+    )
+    causes = "GradientDescent: lr 0.025 | 0.05", "schedule ExponentialLR: every 'step' | 'epoch'"
+    yield Kind("a schedule every step or epoch", one, other, 2, rate, causes)
+
+
+def _clipping() -> Iterator[Kind]:
+    rows: Any = (
+        ((None, 0.1), "aten.mul.Tensor", ()),
+        ((0.1, 0.05), "aten.mul.Tensor", ()),
+    )
+    for pair, operator, more in rows:
+        one, other = (Training(options={"clip_norm": value}) for value in pair)
+        yield Kind(
+            f"clip_norm from {pair[0]}",
+            one,
+            other,
+            1,
+            update(operator),
+            (f"clip_norm: {pair[0]} | {pair[1]}", *more),
+        )
+
+
+def _folded() -> Iterator[Kind]:
+    one, other = (Training(options={"fold": on}) for on in (False, True))
+    yield Kind("fold", one, other, 1, update("aten.mul.Tensor"), ("fold: False | True",))
+
+
+def kinds() -> Iterator[Kind]:
+    """Yield the kinds."""
+    yield from _losses()
+    yield from _optimizers()
+    yield from _taken_by_python()
+    yield from _schedules()
+    yield from _clipping()
+    yield from _folded()

@@ -1,0 +1,202 @@
+"""Why an operation has another result in another run: what it is given otherwise, and who set that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from everystep.program.execute import Observed
+from everystep.recording.asked import Setting
+from everystep.recording.texts import value_text
+from everystep.replay.evidence import Evidence
+from everystep.replay.given import Argument, draws, other_arguments, pairs_of_inputs
+from everystep.replay.operations import OperationDifference, TensorDifference
+from everystep.replay.origins import of_batch, of_draw, of_optimizer, of_state
+
+__all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "causes_of"]
+
+#: All that the operation is given is the same.
+COMPUTED_OTHERWISE = "the same inputs give other bits"
+#: Nothing that was asked for says why one run has an operation that the other has not.
+ANOTHER_OPERATION = "another operation"
+#: Settings that are named where it is open which of them is the cause.
+MOST_NAMED = 6
+#: The numbers by which torch's kernels know a reduction.
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
+    """Return why an operation has another result, in words."""
+    a, b = found.one, found.other
+    if a is None or b is None or not found.results:
+        return _of_another_operation([each for each in (a, b) if each is not None], evidence)
+    causes = list(_of_arguments(a, b, found, evidence))
+    causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
+    if a.operation.operator.startswith("torch.optim."):
+        causes += of_optimizer(evidence)
+    if draws(a.operation.operator):
+        causes += of_draw(evidence)
+    if not causes:
+        causes += _of_layout(a, b)
+    if causes or found.inputs:
+        return list(dict.fromkeys(causes))
+    if evidence.numerics:
+        return [f"{COMPUTED_OTHERWISE}, under other numerics: {', '.join(evidence.numerics)}"]
+    return [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
+
+
+def _of_another_operation(sides: list[Observed], evidence: Evidence) -> list[str]:
+    """Return the settings that say, or may say, why the operations differ."""
+    near = [each for side in sides for each in _near(side, evidence)]
+    if near and all(each.is_torchs for each in near):
+        texts = _texts(near)
+        return texts if len(texts) == 1 else [f"one or more of: {'; '.join(texts)}"]
+    if not near:
+        phases = {side.operation.phase for side in sides}
+        kinds = {"optimizer"} if phases == {"update"} else {"model", "loss", "part"}
+        near = [each for each in evidence.settings if each.kind in kinds]
+    return [f"{ANOTHER_OPERATION}{_perhaps(near)}"]
+
+
+def _perhaps(settings: list[Setting]) -> str:
+    return f"; perhaps because of {'; '.join(_texts(settings))}" if settings else ""
+
+
+def _texts(settings: list[Setting]) -> list[str]:
+    texts = list(dict.fromkeys(map(str, settings)))
+    left = len(texts) - MOST_NAMED
+    return texts[:MOST_NAMED] + ([f"{left} more"] if left > 0 else [])
+
+
+def _of_arguments(
+    a: Observed, b: Observed, found: OperationDifference, evidence: Evidence
+) -> Iterator[str]:
+    """Yield the settings that arguments come from; the arguments too, if the settings do not show it.
+
+    A number of a setting may also come as a tensor: a constant of the step, or its learning rate.
+    """
+    arguments = other_arguments(a.operation, b.operation)
+    numbers = [each for each in found.inputs if _is_number_of_step(each, evidence)]
+    pairs = [pair for argument in arguments for pair in _pairs_within(argument.values)]
+    pairs += [pair for each in numbers for pair in each.values]
+    near = _near(a, evidence)
+    known = [each for each in near if _explains(each, pairs)]
+    named = [each for each in known if each.name in {argument.name for argument in arguments}]
+    if pairs:
+        is_sure = len(near) == 1 and near[0].is_torchs
+        chosen = named or known or near * is_sure
+        yield from map(str, chosen)
+        if any(each in evidence.current for each in chosen):
+            yield from evidence.schedules()
+        if not known:
+            texts = [_argument_text(a, each, evidence) for each in arguments]
+            texts += [f"{each.name}: {_values_text(each.values[0])}" for each in numbers]
+            yield from (text + ("" if is_sure else _perhaps(near)) for text in texts)
+    elif any(not each.positions for each in found.inputs):  # of another shape or dtype
+        yield from (str(each) for each in near if each.kind == "model")
+
+
+def _of_inputs(found: OperationDifference, evidence: Evidence, *, is_shape_known: bool) -> Iterator[str]:
+    for each in found.inputs:
+        name = each.name.partition("~")[0]
+        if name in evidence.steps[0].batch.tensors:
+            yield from of_batch(name, found, evidence)
+        elif is_shape_known and not each.positions:
+            continue
+        elif name.startswith("group/"):  # a learning rate that is a tensor
+            _, place, key = name.split("/", 2)
+            yield str(evidence.of_group(key, place, each.values[0]))
+        elif name in evidence.around[0].before:
+            yield from of_state(name, evidence)
+
+
+def _is_number_of_step(each: TensorDifference, evidence: Evidence) -> bool:
+    """Tell whether an input is one number that neither the batch nor the state has."""
+    name = each.name.partition("~")[0]
+    is_known = name in evidence.steps[0].batch.tensors or name in evidence.around[0].before
+    return each.of == 1 and bool(each.values) and not is_known
+
+
+def _near(seen: Observed, evidence: Evidence) -> list[Setting]:
+    """Return the settings that differ of what runs an operation: a module, the loss, an optimizer."""
+    phase, module = seen.operation.phase, seen.operation.module
+    if phase == "update":
+        return evidence.of_update(module)
+    is_of_loss = phase == "loss" or (phase == "backward" and module is None)
+    found = [each for each in evidence.settings if each.kind == "loss" and is_of_loss]
+    is_of_model = phase == "forward" or (phase == "backward" and module is not None) or not found
+    return found + _of_module(module or "", evidence) * is_of_model
+
+
+def _of_module(path: str, evidence: Evidence) -> list[Setting]:
+    """Return the settings that differ of a module, or of the nearest one of torch's that it is in."""
+    own = [each for each in evidence.settings if each.kind == "model" and each.path == path]
+    if own or not path:
+        return own
+    around = _of_module(path.rpartition(".")[0], evidence)
+    return around if all(each.is_torchs for each in around) else []
+
+
+def _explains(setting: Setting, pairs: list[tuple[Any, Any]]) -> bool:
+    """Tell whether a pair of arguments is a pair of a setting, or what torch makes of it."""
+    for one, other in _pairs_within(setting.values):
+        for a, b in pairs:
+            if any(
+                _same_number(a, x) and _same_number(b, y)
+                for x, y in zip(_as_arguments(one), _as_arguments(other), strict=True)
+            ):
+                return True
+    return False
+
+
+def _as_arguments(value: Any) -> tuple[Any, Any, Any]:
+    """Return what may become of a setting: itself, its negative (a rate), what it leaves of 1 (a p)."""
+    if value is None or isinstance(value, str):
+        known = -1 if value is None else _REDUCTIONS.get(value, value)
+        return known, value, value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value, value, value
+    return value, -value, 1 - value
+
+
+def _pairs_within(values: tuple[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return the pairs of values that differ; of two lists of the same length, item by item."""
+    one, other = values
+    if isinstance(one, list | tuple) and not isinstance(other, list | tuple):
+        other = [other] * len(one)
+    if isinstance(other, list | tuple) and not isinstance(one, list | tuple):
+        one = [one] * len(other)
+    if isinstance(one, list | tuple) and len(one) == len(other):
+        return [pair for a, b in zip(one, other, strict=True) if a != b for pair in [(a, b)]]
+    return [(one, other)]
+
+
+def _same_number(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same, if need be once they are rounded to float32."""
+    if isinstance(one, bool) is not isinstance(other, bool):
+        return False
+    if isinstance(one, float) and isinstance(other, float):
+        with np.errstate(over="ignore"):
+            return bool(one == other or np.float32(one) == np.float32(other))
+    return bool(one == other)
+
+
+def _argument_text(seen: Observed, argument: Argument, evidence: Evidence) -> str:
+    path = seen.operation.module
+    owner = evidence.modules.get(path or "")
+    module = f"module {' '.join(filter(None, (path, owner)))}: " if path else ""
+    operator = seen.operation.operator.rpartition(".")[0]
+    return f"{module}{argument.name} of {operator} {_values_text(argument.values)}"
+
+
+def _values_text(values: tuple[Any, Any]) -> str:
+    return f"{value_text(values[0])} | {value_text(values[1])}"
+
+
+def _of_layout(a: Observed, b: Observed) -> Iterator[str]:
+    """Yield the tensors of the same numbers that lie otherwise in memory, on which bits may depend."""
+    for name, one, other in pairs_of_inputs(a, b):
+        if one.stride() != other.stride():
+            yield f"{name} in memory: strides {one.stride()} | {other.stride()}"

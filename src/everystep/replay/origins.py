@@ -1,0 +1,150 @@
+"""Where what an operation is given began to differ: in the data, in a state, in a random generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from everystep.recording.asked import same_value
+from everystep.recording.texts import shortest
+from everystep.replay.evidence import Evidence
+from everystep.replay.operations import OperationDifference, TensorDifference, tensor_difference
+from everystep.step.check import same_bits
+
+__all__ = ["of_batch", "of_draw", "of_optimizer", "of_state"]
+
+#: Rows that are named.
+MOST_ROWS = 6
+
+
+def of_batch(name: str, found: OperationDifference, evidence: Evidence) -> Iterator[str]:
+    """Yield why a tensor of the batch differs: other rows, or other numbers in them."""
+    one, other = (step.batch.tensors.get(name) for step in evidence.steps)
+    assert one is not None
+    difference = tensor_difference(name, one, other)
+    are_same_rows = found.rows and all(a == b for _, a, b in found.rows)
+    if difference.positions and are_same_rows and evidence.has_rows:
+        set_by = [e for e in evidence.settings if e.kind == "data" and e.name not in ("digest", "path")]
+        set_by += [e for e in evidence.settings if e.kind == "seed" and evidence.is_data_drawn]
+        yield from map(str, set_by)
+        if not set_by:
+            yield f"data: {_cells_text(difference, found)}"
+        return
+    # The seed decides on the order of the rows, not on how many there are.
+    kinds = ("seed", "batches") if difference.positions else ("batches",)
+    order = [[e for e in evidence.settings if e.kind == kind] for kind in kinds]
+    set_by = next(filter(None, order), [])
+    set_by += [e for e in evidence.settings if e.kind == "data" and e.name not in ("digest", "path")]
+    yield from map(str, set_by)
+    if not set_by and difference.positions:
+        yield f"batch: {_tensor_text(difference)}"
+    elif not set_by:
+        yield f"batch: {name} {_tensor_text(difference, (one, other))}"
+
+
+def _cells_text(difference: TensorDifference, found: OperationDifference) -> str:
+    """Return which numbers of the data differ: the only one with its values, or their rows."""
+    rows = {place: row for place, row, _ in found.rows}
+    if difference.elements == 1:
+        (place, *rest), values = difference.positions[0], difference.values[0]
+        cell = [rows[place], *rest]
+        return f"{difference.name}{cell} {_numbers_text(values)}"
+    named = ", ".join(map(str, [*rows.values()][:MOST_ROWS]))
+    more = f" and {len(rows) - MOST_ROWS:,} more" if len(rows) > MOST_ROWS else ""
+    count = f"{difference.elements:,} numbers of {difference.name}"
+    return f"{count} in row{'s' * (len(rows) > 1)} {named}{more}"
+
+
+def of_state(name: str, evidence: Evidence) -> Iterator[str]:
+    """Yield how a tensor of the state differs, and since when."""
+    number = evidence.steps[0].number
+    pair = evidence.around[0].before.get(name), evidence.around[1].before.get(name)
+    first = [state.named().get(name) for state in evidence.first_states]
+    since = number - 1
+    if first[0] is not None and first[1] is not None and not same_bits(first[0], first[1]):
+        pair, since = (first[0], first[1]), 0
+        seeds = [e for e in evidence.settings if e.kind == "seed" and evidence.is_seeded]
+        if seeds:
+            yield from map(str, seeds)
+            return
+    if pair[0] is None:
+        return
+    difference = tensor_difference(_called(name), pair[0], pair[1])
+    if difference.elements == 1 and difference.positions:
+        position, values = difference.positions[0], difference.values[0]
+        place = str(list(position)) if position else ""
+        yield f"{difference.name}{place} of state {since:,}: {_numbers_text(values)}"
+    else:
+        text = _tensor_text(difference._replace(name=""), pair)
+        yield f"{difference.name} of state {since:,}: {text}"
+
+
+def of_optimizer(evidence: Evidence) -> Iterator[str]:
+    """Yield what differs of all that an optimizer's step is given besides parameters and gradients."""
+    one, other = evidence.around
+    names = [
+        name
+        for name in dict.fromkeys((*one.settings, *other.settings))
+        if not same_value(one.settings.get(name), other.settings.get(name))
+    ]
+    for name in names:
+        parameter, _, key = name.rpartition("/")
+        called = f"{key} of {parameter}" if parameter else name
+        yield str(evidence.of_optimizer(called, (one.settings.get(name), other.settings.get(name))))
+    if names:
+        yield from evidence.schedules()
+    for name, tensor in one.before.items():
+        its = other.before.get(name)
+        if its is not None and same_bits(tensor, its):
+            continue
+        if name.startswith("optimizer/"):
+            yield from of_state(name, evidence)
+        elif name.startswith("group/") and its is not None and tensor.numel() == 1:
+            _, place, key = name.split("/", 2)
+            yield str(evidence.of_group(key, place, (tensor.item(), its.item())))
+
+
+def of_draw(evidence: Evidence) -> Iterator[str]:
+    """Yield why other random numbers are drawn, if the generators differ."""
+    one, other = (each.generators for each in evidence.around)
+    names = [n for n in one if n in other and n not in ("python", "numpy")]
+    differing = [n for n in names if not same_bits(one[n], other[n])]
+    if not differing:
+        return
+    seeds = [each for each in evidence.settings if each.kind == "seed"]
+    if seeds:
+        yield "another random draw: seed {} | {}".format(*seeds[0].values)
+        return
+    first = [state.rest.get("generator/torch") for state in evidence.first_states]
+    is_first = first[0] is not None and first[1] is not None and not same_bits(first[0], first[1])
+    since = 0 if is_first else evidence.steps[0].number - 1
+    yield f"another random draw: torch's generator differs in state {since:,}"
+
+
+def _numbers_text(values: tuple[float, float]) -> str:
+    return " | ".join(shortest(v) if isinstance(v, float) else str(v) for v in values)
+
+
+def _called(name: str) -> str:
+    """Return what a person calls a tensor of the state."""
+    kind, _, rest = name.partition("/")
+    if kind == "optimizer":
+        parameter, _, key = rest.rpartition("/")
+        return f"{key} of {parameter}"
+    if kind == "gradient":
+        return f"gradient of {rest}"
+    if kind == "loss":
+        return f"loss.{rest}"
+    return rest if kind in ("parameter", "buffer") else name
+
+
+def _tensor_text(difference: TensorDifference, pair: tuple[Tensor | None, ...] = ()) -> str:
+    if not difference.positions:
+        if len(pair) == 2 and pair[0] is not None and pair[1] is not None:
+            one, other = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in pair)  # type: ignore[union-attr]
+            return f"{one} | {other}"
+        return f"{difference.name} of another shape or dtype"
+    of = f" of {difference.name}" if difference.name else ""
+    size = str(difference.size)
+    return f"{difference.elements:,} of {difference.of:,} numbers{of}{f', {size}' if size else ''}"

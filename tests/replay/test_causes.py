@@ -1,0 +1,213 @@
+"""Why two runs part: in an operation's arguments, its settings, its tensors, or in nothing at all."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from benchmarks.faults.kinds.judging import all_kinds, judged
+from benchmarks.faults.kinds.sides import Training, with_module
+from torch import nn
+from torch.optim import AdamW
+
+import everystep
+from everystep.program.execute import Observed
+from everystep.program.operation import Operation
+from everystep.recording.asked import asked_differences
+from everystep.recording.facts import ModuleFacts
+from everystep.replay.causes import COMPUTED_OTHERWISE, causes_of
+from everystep.replay.evidence import Evidence
+from everystep.replay.operations import OperationDifference, TensorDifference
+from everystep.step.check import Size, size_of_difference
+from everystep.views.difference import diff_data, diff_sentence, diff_text
+from everystep.views.listed import listed
+
+#: Of the kinds in benchmarks/faults, one or two of each family.
+QUICK = """
+GELU approximate
+Dropout p
+dtype of one layer
+an argument that no attribute shows
+running statistics
+reduction
+label_smoothing from 0.1
+class weights
+AdamW eps, 1e-08 | 1.1e-08
+Adam betas, (0.9, 0.999) | (0.8, 0.999)
+AdamW weight_decay, by Python
+gamma of StepLR
+a data cell in batches
+batch_size, 6 | 7
+one random number more before
+seed of an experiment
+p and eps: p
+approximate of a function
+lr of the second optimizer
+another operation, which nothing says
+identical loops
+""".strip().splitlines()
+KINDS = {kind.name: kind for kind in all_kinds()}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_step_operation_and_cause_are_those_that_were_planted(name):
+    judgement = judged(KINDS[name])
+    assert judgement.is_right, judgement.said
+
+
+def test_a_buffer_that_no_loss_shows_is_found_without_being_asked_for(monkeypatch):
+    monkeypatch.setattr("everystep.replay.diff.THOROUGH_SECONDS", 0.0)
+    one, other = (
+        Training(with_module(partial(nn.BatchNorm1d, 8, momentum=momentum)))() for momentum in (0.1, 0.2)
+    )
+    found = one.diff(other, progress=False)
+    assert found.loss is None and not found.is_thorough
+    operation = found.operation
+    assert (operation.step, operation.one.operation.name) == (1, "native_batch_norm")
+    names = {each.name.partition("~")[0] for each in operation.results}
+    assert names == {"buffer/1.running_mean", "buffer/1.running_var"}
+    assert operation.causes == ["module 1 BatchNorm1d: momentum 0.1 | 0.2"]
+
+
+def test_a_cause_is_the_same_in_text_sentence_and_data():
+    one, other = (Training(optimizer=partial(AdamW, eps=eps))() for eps in (1e-8, 1.1e-8))
+    found = one.diff(other, progress=False)
+    cause = "AdamW: eps 1e-08 | 1.1e-08"
+    assert f"cause       {cause}" in diff_text(found).splitlines()
+    assert diff_sentence(found).endswith(f"torch.optim.AdamW (update), because of {cause}.")
+    data = diff_data(found)
+    assert data["operation"]["causes"] == [cause]
+    assert data["asked"] == [{"name": "optimizer AdamW.eps", "values": ["1e-08", "1.1e-08"]}]
+
+
+def with_numerics(numerics):
+    """Return the causes of an operation that is given the same in both runs."""
+    tensor = torch.ones(2)
+    operation = Operation(
+        phase="forward", operator="aten.tanh.default", arguments=("x",), results=("y",)
+    )
+    seen = Observed(operation, {"x": tensor}, {"y": tensor})
+    results = [TensorDifference("y", 1, 2, [(0,)], [(1.0, 2.0)], None)]
+    unknown = partial(pytest.fail, "nothing of it should be needed")
+    evidence = Evidence((None, None), [], {}, {}, unknown, unknown, numerics, False, False, False)
+    return causes_of(OperationDifference(1, 0, seen, seen, results), evidence)
+
+
+def test_only_where_all_is_the_same_does_it_say_so_with_the_numerics():
+    assert with_numerics([]) == [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
+    assert with_numerics(["threads 1 and 2"]) == [
+        f"{COMPUTED_OTHERWISE}, under other numerics: threads 1 and 2"
+    ]
+
+
+def test_the_order_of_the_runs_does_not_hide_a_default():
+    gelu, tanh = (
+        Training(with_module(partial(nn.GELU, approximate=name)))() for name in ("none", "tanh")
+    )
+    causes = [a.diff(b, progress=False).operation.causes for a, b in ((gelu, tanh), (tanh, gelu))]
+    assert causes == [
+        ["module 1 GELU: approximate 'none' | 'tanh'"],
+        ["module 1 GELU: approximate 'tanh' | 'none'"],
+    ]
+
+
+# What was asked for.
+
+
+def test_models_are_listed_by_leaf():
+    one = Training(with_module(nn.Tanh, partial(nn.Dropout, 0.2)))()
+    other = Training(with_module(nn.ReLU, partial(nn.Dropout, 0.21), nn.Tanh))()
+    lines = [str(each) for each in listed(one.diff(other, progress=False))]
+    assert lines == [
+        "model.1  Tanh() | ReLU()",
+        "model.2 Dropout.p  0.2 | 0.21",
+        "model.3  Linear(in_features=8, out_features=3, bias=True) | Tanh()",
+        "model.4  None | Linear(in_features=8, out_features=3, bias=True)",
+    ]
+
+
+def test_modules_of_runs_that_were_recorded_before_their_settings_are_listed_as_torch_prints_them():
+    facts = Training()().facts.training
+    pair = [
+        facts.model_copy(update={"modules": {"0": ModuleFacts(class_name="Dropout", arguments=text)}})
+        for text in ("p=0.2, inplace=False", "p=0.21, inplace=False")
+    ]
+    assert asked_differences(*pair) == {
+        "model.0 Dropout.arguments": ("p=0.2, inplace=False", "p=0.21, inplace=False")
+    }
+    new = ModuleFacts(
+        class_name="Dropout", arguments="p=0.2, inplace=False", settings={"p": 0.2}, is_torchs=True
+    )
+    known = facts.model_copy(update={"modules": {"0": new}})
+    assert asked_differences(pair[0], known) == {}
+
+
+def test_a_table_is_listed_by_row_and_name_of_column(tmp_path):
+    lines = ["age,height,weight", *(f"{20 + row},{150 + 3 * row},{50 + 2 * row}" for row in range(12))]
+    runs = []
+    for name, weight in (("one", "54"), ("other", "55")):
+        lines[3] = f"22,156,{weight}"
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join(lines))
+        experiment = {
+            "steps": 3,
+            "data": {"source": "table", "path": str(path), "target": "weight"},
+            "model": {"layers": ["Linear(2, 1)"]},
+            "loss": {"name": "MSELoss"},
+            "optimizer": {"name": "SGD", "lr": 0.01},
+        }
+        runs.append(everystep.train_experiment(experiment, progress=False))
+    found = runs[0].diff(runs[1], progress=False)
+    assert [str(each) for each in listed(found) if "path" not in each.name] == [
+        "data.y[2, 0]  54.0 | 55.0"
+    ]
+    (tensor,) = diff_data(found)["data"]
+    assert (tensor["name"], tensor["rows"], tensor["columns"]) == ("y", [2], [0])
+
+
+def test_much_data_that_differs_is_counted_by_rows_and_columns():
+    def change(model, x, y):
+        x[4:14, 1] += 1
+
+    found = Training()().diff(Training(before=change)(), progress=False)
+    lines = [str(each) for each in listed(found)]
+    assert len(lines) == 7 and lines[0].startswith("data.x[4, 1]  ")
+    assert re.fullmatch(
+        r"data\.x  and 4 more of 80 numbers, in rows 4, 5, 6, 7, 8, 9, 10, 11 and 2 more and column 1; "
+        r"by at most 1 \(0\.\d+ of the largest\)",
+        lines[-1],
+    )
+
+
+# How far.
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "size", "text"),
+    [
+        ([1.0, 2.0], [1.0, 2.0000002], Size(1), "by at most 1 unit in the last place"),
+        ([1.0], [1.0000004], Size(3), "by at most 3 units in the last place"),
+        (
+            [0.0, 4.0],
+            [0.5, 4.0],
+            Size(1_056_964_608, 0.5, 0.125),
+            "by at most 0.5 (0.12 of the largest)",
+        ),
+        ([1.0], [-1.0], Size(2_130_706_432, 2.0, 2.0), "by at most 2 (2 of the largest)"),
+        ([NAN, 8.0], [NAN, 6.0], Size(None, 2.0, 0.25), "by at most 2 (0.25 of the largest)"),
+        ([NAN, 8.0], [1.0, 6.0], Size(None), ""),
+        ([INFINITY, 8.0], [1.0, 6.0], Size(1_073_741_824), ""),
+        ([], [], Size(), ""),
+    ],
+)
+def test_far_apart_numbers_are_measured_as_numbers(one, other, size, text):
+    found = size_of_difference(torch.tensor(one), torch.tensor(other))
+    assert found == size and str(found) == text
+
+
+def test_whole_numbers_have_a_size_too():
+    assert size_of_difference(torch.tensor([3, 8]), torch.tensor([3, 6])) == Size(None, 2.0, 0.25)
+    assert size_of_difference(torch.tensor([True]), torch.tensor([False])) == Size()
