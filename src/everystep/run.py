@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
     from everystep.replay.what_if import WhatIf
+    from everystep.replay.why import Why
     from everystep.training.job import Outcome, Progress
     from everystep.training.objects import Objects
     from everystep.views.report import Report
@@ -73,12 +74,20 @@ class Run(RecordedRun):
             return Steps(self, [number for number in range(first, *others) if number > 0])
         number = self._number(step)
         opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
-        return replace(opened, to_html=self._step_html)
+        return replace(
+            opened, to_html=self._step_html, why_text=self._why_text, earlier=self.__getitem__
+        )
 
     def _step_html(self, step: Step) -> str:
         from everystep.views.step import step_html
 
         return step_html(step, self.facts, self.name)
+
+    @staticmethod
+    def _why_text(answer: Why) -> str:
+        from everystep.views.why import why_text
+
+        return why_text(answer)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self[:])
@@ -330,6 +339,26 @@ class Run(RecordedRun):
         with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
             found = find_nonfinite(self._opener, processes, on_progress)
         return found and replace(found, to_text=partial(nonfinite_text, found))
+
+    def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
+        """Return where a number of a step comes from: the operation that made it, and from what.
+
+        NaN and infinity are followed to where they began, with the rows of the batch behind them.
+
+        Args:
+            step: the step, from 1, or from the end: -1.
+            expression: names the number: `"gradients['0.weight'][3, 5]"`, `"loss"`, or, as answers name
+                them, `"#7[17, 3]"`, a number of the result of operation 7.
+            back: how many steps before to follow what was there before the step.
+            depth: how many operations deep to follow the largest numbers; each number in an answer can
+                be followed by its own `why()`.
+            terms: how many terms of a sum to return one by one.
+
+        Raises:
+            UsageError: an argument is invalid, or the expression is not one number of the step.
+            RunError: a step cannot be opened.
+        """
+        return self[step].why(expression, back=back, depth=depth, terms=terms)
 
     def fork(
         self,

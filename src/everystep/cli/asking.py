@@ -2,19 +2,76 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument
-from everystep.cli.output import hint, quoted, say
+from everystep.cli.output import hint, quoted, say, tell
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
+    from everystep.replay.why import Why
     from everystep.run import Run
 
-__all__ = ["diff", "doctor", "measure", "verify", "when"]
+__all__ = ["diff", "doctor", "measure", "verify", "when", "why"]
+
+
+def why(
+    run: RunArgument,
+    number: Annotated[
+        int, typer.Argument(metavar="STEP", help="Step of the number, from 1, or from the end: -1.")
+    ],
+    expression: Annotated[
+        str,
+        typer.Argument(
+            metavar="NUMBER", help="gradients['0.weight'][3, 5], loss, or #7[3, 5] of operation 7."
+        ),
+    ],
+    back: Annotated[int, typer.Option(min=0, metavar="N", help="Follow the state N steps back.")] = 0,
+    depth: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Follow the largest numbers N operations deep.")
+    ] = 1,
+    terms: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Terms of a sum to show one by one.")
+    ] = 5,
+    json: JsonOption = False,
+) -> None:
+    """Show where a number comes from: the operation that made it, and the numbers it was made from.
+
+    Each of these can be asked for in turn. NaN and infinity are followed to where they began, with the
+    rows of the batch behind them. "=" is shown where the formula, computed in double precision from the
+    numbers shown and rounded once, gives the same bits.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json
+    from everystep.views.console import SafeConsole
+    from everystep.views.why import why_data, why_page
+
+    opened = open(run)
+    found = opened.why(number, expression, back=back, depth=depth, terms=terms)
+    tell(opened.problems)
+    if json:
+        say(as_json(why_data(found)))
+        return
+    console = SafeConsole(highlight=False, soft_wrap=True)
+    width = max(console.width, 60) if sys.stdout.isatty() else 100
+    console.print(why_page(found, name=opened.name, width=width), end="")
+    _hint_next(run, found)
+
+
+def _hint_next(run: str, found: Why) -> None:
+    """Name the command that follows the first number which an operation made."""
+    if found.causes:
+        return
+    made = [number for number in found.numbers if number.is_made]
+    if made:
+        following = f"everystep why {quoted(run)} {made[0].step} {quoted(made[0].name)}"
+        hint(f"next: {following}")
+    elif found.origin == "state" and found.number.step > 1:
+        hint(f"{found.number.name} is what the step before left; --back 1 follows it there")
 
 
 def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption = False) -> None:

@@ -29,6 +29,7 @@ from everystep.recording.facts import Facts
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
 from everystep.run import Run
+from everystep.views.answers import plain
 
 __all__ = ["Openers", "answers", "main"]
 
@@ -177,6 +178,14 @@ def _file(openers: Openers, request: dict[str, Any]) -> Found:
     return {}, npy(tensor_of(step, request["id"], openers.facts))
 
 
+def _why(openers: Openers, request: dict[str, Any]) -> Found:
+    from everystep.page.reasons import reason
+
+    _, step = openers.step(request["run"], request["step"])
+    found = reason(step, openers.facts, request["id"], request["index"], request["name"])
+    return {}, json.dumps(plain(found), allow_nan=False).encode("utf-8", "replace")
+
+
 def _report(openers: Openers, request: dict[str, Any]) -> Found:
     from everystep.page.share import shared_report  # imports much that steps do without
 
@@ -189,6 +198,7 @@ _KINDS: dict[str, Callable[[Openers, dict[str, Any]], Found]] = {
     "histogram": _histogram,
     "file": _file,
     "report": _report,
+    "why": _why,
 }
 
 

@@ -142,7 +142,7 @@ class Replay:
         observation = stepper.observe()
         loss = float(observation.loss)
         self.compare(number, [loss], [recorded])
-        after = stepper.named_state()
+        after = {name: t.detach().clone() for name, t in stepper.named_state().items()}
         return Step(
             number=number,
             loss=loss,
@@ -158,13 +158,16 @@ class Replay:
             dropped=dropped,
             gradients=observation.gradients,
             updates={
-                name: Update(tensor, after[f"parameter/{name}"].detach().clone())
+                name: Update(tensor, after[f"parameter/{name}"])
                 for name, tensor in _of_kind(before, "parameter").items()
             },
             operations=tuple(observation.operations),
             hyperparameters=stepper.hyperparameters(),
             is_by_program=is_by_program,
             epoch=stepper.epoch(number),
+            places=observation.places,
+            state=before,
+            end=after,
         )
 
     def recorded_loss(self, number: int) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from everystep.errors import UsageError
 from everystep.program.execute import Observed
 from everystep.program.operation import Phase
 from everystep.step.advance import Hook
-from everystep.step.observe import Observation
+from everystep.step.observe import Observation, Places
 from everystep.step.state import State
+
+if TYPE_CHECKING:
+    from everystep.replay.why import Why
 
 __all__ = ["Batch", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
 
@@ -110,7 +113,9 @@ class Step:
     backward pass left them (clipping is the first part of the update); updates: by parameter;
     operations: in order, with inputs and results; hyperparameters: the lr and similar settings, `lr[1]`
     for the second param group; is_by_program: whether a program replayed it, or Python; epoch: from 0;
-    to_html: writes it as a notebook shows it.
+    places: the memory that the names of its tensors mean; state, end: every tensor of the state before
+    the step, and after it, by its name in the run (`optimizer/0.weight/exp_avg`); earlier: opens another
+    step of the run; to_html: writes it as a notebook shows it; why_text: writes an answer of `why`.
     """
 
     number: int
@@ -128,7 +133,12 @@ class Step:
     hyperparameters: dict[str, float]
     is_by_program: bool
     epoch: int
+    places: Places = field(repr=False, compare=False)
+    state: dict[str, Tensor] = field(repr=False, compare=False)
+    end: dict[str, Tensor] = field(repr=False, compare=False)
+    earlier: Callable[[int], Step] | None = field(default=None, repr=False, compare=False)
     to_html: Callable[[Step], str] | None = field(default=None, repr=False, compare=False)
+    why_text: Callable[[Why], str] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_exact(self) -> bool:
@@ -159,11 +169,22 @@ class Step:
                 found.append(Segment(phase, part, index, index))
         return found
 
+    def why(self, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
+        """Return where a number of the step comes from; see `Run.why`.
+
+        Raises:
+            UsageError: the expression is not one number that the step made or read.
+            RunError: an earlier step cannot be opened.
+        """
+        from everystep.replay.why import why
+
+        return why(self, expression, back=back, depth=depth, terms=terms)
+
     @cached_property
     def bytes(self) -> int:
         """The memory that its tensors use, in bytes."""
         tensors = [*self.batch.tensors.values(), *self.parameters.values(), *self.buffers.values()]
-        tensors += [*self.dropped.values(), *(update.after for update in self.updates.values())]
+        tensors += [*self.dropped.values(), *self.state.values(), *self.end.values()]
         for seen in self.operations:
             tensors += [*seen.inputs.values(), *seen.results.values()]
         storages = (tensor.untyped_storage() for tensor in tensors)

@@ -25,7 +25,7 @@ from everystep.step.recorder import CapturedOperation
 from everystep.step.unchanging import Effect, unchanging, unchanging_in
 from everystep.step.update import Update
 
-__all__ = ["Builder", "Built", "NotCapturableError", "build", "checked", "named_operations"]
+__all__ = ["Builder", "Built", "Named", "NotCapturableError", "build", "checked", "named_operations"]
 
 
 class NotCapturableError(Exception):
@@ -37,6 +37,20 @@ class Built(NamedTuple):
 
     program: Program
     constants: dict[str, Tensor]
+
+
+class Named(NamedTuple):
+    """What was seen of a step, with names, and nothing left out.
+
+    names: of tensors, by number; tensors, storages: by name; ends: the tensor that a state name has
+    after the step, if it is another.
+    """
+
+    operations: list[Operation]
+    names: dict[int, str]
+    tensors: dict[str, TensorSpec]
+    storages: dict[str, Storage]
+    ends: dict[str, str]
 
 
 def build(captured: Capture, training: Training, has_update: bool = True) -> Built:
@@ -61,8 +75,8 @@ def build(captured: Capture, training: Training, has_update: bool = True) -> Bui
     return builder.program(update.optimizer_step() if update.is_optimizer_step else None)
 
 
-def named_operations(captured: Capture) -> tuple[list[Operation], dict[int, str]]:
-    """Return all observed operations, and the names of their tensors by number.
+def named_operations(captured: Capture) -> Named:
+    """Return all observed operations, and their tensors, with names.
 
     They may differ at the next step, and may be incomplete.
     """
@@ -127,15 +141,20 @@ class Builder:
         )
         return Built(program, {n: c for n, c in self._constants.items() if n in storages})
 
-    def named_operations(self) -> tuple[list[Operation], dict[int, str]]:
-        """Return the operations with names, nothing left out, and the names by tensor number."""
+    def named_operations(self) -> Named:
+        """Return the operations and the tensors with names, nothing left out."""
         for name, number in self._state.items():
             self._add_tensor(name, number)
         for name, number in self._captured.gradients.items():
             self._named(number, f"gradient/{name}")
         assert self._captured.loss_tensor is not None
         self._named(self._captured.loss_tensor, "loss")
-        return [self._operation(recorded) for recorded in self._recorded], self._tensor_names
+        operations = [self._operation(recorded) for recorded in self._recorded]
+        shown = [n for numbers in self._captured.activations.values() for n in numbers]
+        for number in (*shown, *self._captured.replaced.values()):
+            self._tensor(number)
+        ends = {name: self._tensor_names[n] for name, n in self._captured.replaced.items()}
+        return Named(operations, self._tensor_names, self._tensors, self._storages, ends)
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
         """Return the storages of tensors; for a batch that is a slice of more data, that slice."""

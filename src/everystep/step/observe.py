@@ -9,14 +9,40 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import BoundProgram, Observed, without_autograd
+from everystep.program.operation import Storage, TensorSpec
 from everystep.program.operators import leaves
 from everystep.program.plain import Environment, PlainProgram
+from everystep.program.program import OptimizerStep, Program
 from everystep.step.build import named_operations
 from everystep.step.capture import take_watched
 from everystep.step.eager import EagerStep
 from everystep.step.recorder import StepRecorder
 
-__all__ = ["Observation", "PlainObserver", "observe_eager", "observe_program"]
+__all__ = ["Observation", "Place", "Places", "PlainObserver", "observe_eager", "observe_program"]
+
+
+class Place(NamedTuple):
+    """Where a value of a step was read: the names of its tensors, and how many operations had run."""
+
+    names: tuple[str, ...]
+    after: int
+
+
+class Places(NamedTuple):
+    """Which memory the names of a step's tensors mean.
+
+    tensors, storages: by name; activations, gradients: where they were read, by path and by parameter;
+    loss: the name of the loss, None if the step has none; ends: the tensor that a state name means after
+    the step, if it is another than before; optimizer: the step of an optimizer as a whole, if it is one.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    storages: Mapping[str, Storage]
+    activations: Mapping[str, Place]
+    gradients: Mapping[str, Place]
+    loss: str | None
+    ends: Mapping[str, str]
+    optimizer: OptimizerStep | None = None
 
 
 class Observation(NamedTuple):
@@ -29,6 +55,7 @@ class Observation(NamedTuple):
     operations: list[Observed]
     activations: dict[str, tuple[Tensor, ...]]
     gradients: dict[str, Tensor]
+    places: Places
 
 
 def observe_program(bound: BoundProgram) -> Observation:
@@ -56,7 +83,21 @@ def observe_program(bound: BoundProgram) -> Observation:
             look(index)
         loss = bound.loss.clone()
     in_order = {path: activations[path] for path in program.activations}
-    return Observation(loss, seen, in_order, gradients)
+    read = {n: Place((name,), last_backward + 1) for n, name in program.gradients.items()}
+    return Observation(loss, seen, in_order, gradients, _places_of(program, read))
+
+
+def _places_of(program: Program, gradients: Mapping[str, Place]) -> Places:
+    after = program.given_after()
+    return Places(
+        tensors=program.tensors,
+        storages=program.storages,
+        activations={path: Place(n, after[path] + 1) for path, n in program.activations.items()},
+        gradients=gradients,
+        loss=program.loss,
+        ends=program.ends,
+        optimizer=program.optimizer_step,
+    )
 
 
 def observe_eager(step: EagerStep, number: int) -> Observation:
@@ -69,12 +110,23 @@ def observe_eager(step: EagerStep, number: int) -> Observation:
     """
     watcher = _Watcher(step.training.device)
     captured = take_watched(step, number, watcher)
-    operations, names = named_operations(captured)
+    named = named_operations(captured)
+    names = named.names
     seen = [
         Observed(operation, *(_named(tensors, names) for tensors in values))
-        for operation, values in zip(operations, watcher.values, strict=True)
+        for operation, values in zip(named.operations, watcher.values, strict=True)
     ]
-    return Observation(captured.loss, seen, watcher.outputs, watcher.backward_left)
+    activations = {
+        path: Place(tuple(names[n] for n in numbers), watcher.done_after[path])
+        for path, numbers in captured.activations.items()
+    }
+    gradients = {
+        name: Place((names[n],), watcher.backward_after) for name, n in captured.gradients.items()
+    }
+    assert captured.loss_tensor is not None
+    loss = names[captured.loss_tensor]
+    places = Places(named.tensors, named.storages, activations, gradients, loss, named.ends)
+    return Observation(captured.loss, seen, watcher.outputs, watcher.backward_left, places)
 
 
 class PlainObserver:
@@ -92,6 +144,7 @@ class PlainObserver:
         self._operations: list[Observed] = []
         self._activations: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._read: dict[str, Place] = {}
         self._program = program
         self._with_numbers = plain.operations_with(numbers)
         self._due: dict[int, list[str]] = {}
@@ -102,7 +155,8 @@ class PlainObserver:
 
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
-        return Observation(loss, self._operations, self._activations, self._gradients)
+        places = _places_of(self._program, self._read)
+        return Observation(loss, self._operations, self._activations, self._gradients, places)
 
     def look(self, index: int, environment: Environment) -> None:
         """Look at the memory before an operation, that is, after the previous one."""
@@ -117,6 +171,7 @@ class PlainObserver:
             for parameter, name in self._program.gradients.items():
                 if parameter not in self._gradients and environment.is_there(name):
                     self._gradients[parameter] = self._copy(name, environment)
+                    self._read[parameter] = Place((name,), index)
         if not is_over:
             self._inputs = {n: self._copy(n, environment) for n in operations[index].reads()}
 
@@ -147,24 +202,29 @@ class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
     """Keeps copies of inputs and results of operations, of activations and of gradients.
 
     values: of each operation, its inputs, its results, and what else it wrote into, by the number of the
-    tensor.
+    tensor; done_after, backward_after: how many operations had run when a module was done, and when
+    backward was.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.values: list[tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]] = []
         self.outputs: dict[str, tuple[Tensor, ...]] = {}
+        self.done_after: dict[str, int] = {}
         self.backward_left: dict[str, Tensor] = {}
+        self.backward_after = 0
 
     def module_done(self, path: str, outputs: list[Tensor]) -> None:
         """Copy the output of a module."""
         super().module_done(path, outputs)
         self.outputs.pop(path, None)
         self.outputs[path] = tuple(tensor.detach().clone() for tensor in outputs)
+        self.done_after[path] = len(self.operations)
 
     def gradients(self, gradients: dict[str, Tensor]) -> dict[str, int]:
         """Copy the gradients that the backward phase has left."""
         self.backward_left = {name: gradient.detach().clone() for name, gradient in gradients.items()}
+        self.backward_after = len(self.operations)
         return super().gradients(gradients)
 
     def __torch_dispatch__(

@@ -45,6 +45,16 @@ async def histogram(request: Request) -> Response:
     return await _asked(request, "histogram", step=_step(request), id=_id(request))
 
 
+async def why(request: Request) -> Response:
+    """Answer with where a number comes from: of a tensor (`id`, `index`), or `of` a name."""
+    query = request.query_params
+    name = query.get("of")
+    id = None if name else _id(request)
+    return await _asked(
+        request, "why", step=_step(request), id=id, index=query.get("index", ""), name=name
+    )
+
+
 async def file(request: Request) -> Response:
     """Answer with a tensor as a file of NumPy's."""
     return await _asked(request, "file", step=_step(request), id=_id(request))
@@ -128,5 +138,6 @@ routes = [
     Route("/api/runs/{name}/steps/{step}/tensor", tensor),
     Route("/api/runs/{name}/steps/{step}/histogram", histogram),
     Route("/api/runs/{name}/steps/{step}/file", file),
+    Route("/api/runs/{name}/steps/{step}/why", why),
     Route("/api/runs/{name}/report", report),
 ]

@@ -6,7 +6,7 @@ import { addressOf, ask, askNumbers, withQuery } from "../shared/server.js";
 /** So long after a step, in which its own tensors are asked for, the next one is asked for. */
 const PATIENCE = 80;
 
-/** Return what the view of a step asks a server for: content, numbers and histograms of a run. */
+/** Return what the view of a step asks a server for: content, numbers, histograms and reasons of a run. */
 export function serverSource(run) {
   const of = (step, ...what) => addressOf(run, "steps", step, ...what);
   return {
@@ -14,6 +14,7 @@ export function serverSource(run) {
     numbers: (step, id, region, options) => askNumbers(withQuery(of(step, "tensor"), { id, ...asTexts(region) }), options),
     link: (step, operation) => location.origin + address.write({ view: "run", run, step, operation }),
     file: (step, id) => withQuery(of(step, "file"), { id }),
+    why: (step, asked, options) => ask(withQuery(of(step, "why"), asked), options),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };
 }

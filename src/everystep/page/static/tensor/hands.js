@@ -59,7 +59,9 @@ function pointerListeners(map) {
     },
     pointerup(event) {
       pointers.delete(event.pointerId);
-      if (moved < 4 || event.pointerType === "mouse") map.point(map.extract.at(event.offsetX, event.offsetY));
+      const cell = map.extract.at(event.offsetX, event.offsetY);
+      if (moved < 4 || event.pointerType === "mouse") map.point(cell);
+      if (moved < 4) map.choose(cell);
     },
     pointercancel: (event) => pointers.delete(event.pointerId),
     pointerleave(event) {
@@ -83,6 +85,7 @@ function press(map, { key, shiftKey }) {
   else if (key === "+" || key === "=") map.zoom(STEP);
   else if (key === "-") map.zoom(1 / STEP);
   else if (key === "0") map.reset();
+  else if (key === "Enter" && map.cursor) map.choose(map.cursor);
   else if (key === "PageUp" || key === "PageDown") map.slices.move(key === "PageUp" ? -1 : 1);
   else return false;
   return true;

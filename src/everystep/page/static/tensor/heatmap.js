@@ -17,13 +17,17 @@ const MOST = 1024;
 /** Cells at least so large have their numbers written in them. */
 const READABLE = { width: 50, height: 15 };
 
-/** Return a heat map: {node, load(ask, {seen, label, classes, signal}), close()}; `classes`: their names, or null. */
-export function heatMap() {
-  return new HeatMap();
+/**
+ * Return a heat map: {node, load(ask, {seen, label, classes, signal}), close()}; `classes`: their names, or null.
+ * `chosen` is called with the index of a number that is clicked.
+ */
+export function heatMap(chosen = () => {}) {
+  return new HeatMap(chosen);
 }
 
 class HeatMap {
-  constructor() {
+  constructor(chosen) {
+    this.chosen = chosen;
     this.canvas = element("canvas", { tabIndex: 0, role: "img", "data-own-keys": "" });
     this.readout = element("p", { class: "readout" });
     this.legend = legend((isRooted) => {
@@ -131,6 +135,11 @@ class HeatMap {
       this.extract.reveal(cell);
       this.#moved();
     } else this.draw();
+  }
+
+  /** A number was clicked: it is told, unless its cell stands for several. */
+  choose(cell) {
+    if (cell && this.#patchAt(cell).isFine) this.chosen(this.#indexOf(cell));
   }
 
   /** Return how many rows and columns a cell of what is drawn has. */
@@ -257,12 +266,17 @@ class HeatMap {
     const patch = this.#patchAt(cell);
     const value = patch.text(cell);
     const before = this.slices.indices(this.index);
-    const own = this.shape.length > 1 ? cell : this.shape.length ? [cell[1]] : [];
+    const index = this.#indexOf(cell);
     const about = this.#classAt(cell, patch);
-    if (patch.isFine) return (own.length ? `[${[...before, ...own].join(", ")}] = ${value}` : value) + about;
+    if (patch.isFine) return (index.length ? `[${index.join(", ")}] = ${value}` : value) + about;
     const [first, last] = patch.blockOf(cell);
     const spans = [0, 1].map((axis) => (first[axis] === last[axis] ? first[axis] : `${first[axis]}–${last[axis]}`));
     return `[${[...before, ...(this.shape.length > 1 ? spans : spans.slice(1))].join(", ")}]: the largest is ${value}`;
+  }
+
+  #indexOf(cell) {
+    const own = this.shape.length > 1 ? cell : this.shape.length ? [cell[1]] : [];
+    return [...this.slices.indices(this.index), ...own];
   }
 
   // The name of a class: of the number itself, or of its column.

@@ -3,6 +3,7 @@
 import { element } from "../shared/elements.js";
 import { heatMap } from "./heatmap.js";
 import { histogram } from "./histogram.js";
+import { reasons } from "./reasons.js";
 import { show, setText, unfolding } from "../shared/part.js";
 import { statisticsLine, statisticsText } from "./statistics.js";
 import { takeAlong } from "./take.js";
@@ -41,11 +42,12 @@ export function tensorPanel(view, id, name) {
 class TensorPanel {
   constructor(view, id, name) {
     Object.assign(this, { view, id, name });
-    this.map = heatMap();
+    this.reasons = view.source.why ? reasons(view.source) : null;
+    this.map = heatMap((index) => this.#chosen(index));
     this.bars = histogram();
     this.trouble = element("p", { class: "alarm small", role: "alert", hidden: true });
     this.along = takeAlong(view.source);
-    this.node = element("div", { class: "panel" }, this.map.node, this.bars.node, this.along.node, this.trouble);
+    this.node = element("div", { class: "panel" }, this.map.node, this.bars.node, this.along.node, this.reasons?.node, this.trouble);
     this.content = null;
     this.asked = new AbortController();
   }
@@ -63,7 +65,12 @@ class TensorPanel {
 
   close() {
     this.asked.abort();
+    this.reasons?.clear();
     this.map.close();
+  }
+
+  #chosen(index) {
+    if (this.id !== "batch.images") this.reasons?.begin(this.content.step, { id: this.id, index: index.join(",") });
   }
 
   // What is drawn stays until all that takes its place is there.
@@ -71,6 +78,7 @@ class TensorPanel {
     this.asked.abort();
     this.asked = new AbortController();
     const { signal } = this.asked;
+    this.reasons?.clear();
     const seen = this.content.tensors[this.id];
     const isDrawn = Boolean(seen) && !seen.unset && seen.shape.every((size) => size > 0);
     show(this.map.node, isDrawn);

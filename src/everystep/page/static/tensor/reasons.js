@@ -1,0 +1,125 @@
+// Where a number comes from: the operation that made it, and the numbers that went in, each to be followed.
+
+import { button, element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
+import { setText, show } from "../shared/part.js";
+
+/** Lines of the way of a NaN that are shown before and after what is left out. */
+const ENDS = 3;
+
+/** Return the part: {node, begin(step, {id, index}), clear()}. `source.why` answers. */
+export function reasons(source) {
+  return new Reasons(source);
+}
+
+class Reasons {
+  constructor(source) {
+    this.source = source;
+    this.trail = [];
+    this.asked = new AbortController();
+    this.path = element("nav", { class: "trail", "aria-label": "numbers that were followed" });
+    this.body = element("div", { "aria-live": "polite" });
+    this.trouble = element("p", { class: "alarm small", role: "alert", hidden: true });
+    this.node = element("section", { class: "reasons", "aria-label": "where this number comes from", hidden: true }, this.path, this.body, this.trouble);
+  }
+
+  /** Show where a number of a tensor comes from. */
+  begin(step, asked) {
+    this.trail = [];
+    this.#follow(step, asked);
+  }
+
+  clear() {
+    this.asked.abort();
+    this.trail = [];
+    show(this.node, false);
+  }
+
+  async #follow(step, asked) {
+    this.asked.abort();
+    this.asked = new AbortController();
+    const { signal } = this.asked;
+    show(this.node, true);
+    this.node.setAttribute("aria-busy", "true");
+    try {
+      const answer = await this.source.why(step, asked, { signal });
+      if (signal.aborted) return;
+      this.trail.push(answer);
+      this.#draw();
+      this.#tell("");
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      this.#tell(error.message);
+    }
+    this.node.removeAttribute("aria-busy");
+  }
+
+  #tell(text) {
+    setText(this.trouble, text);
+    show(this.trouble, Boolean(text));
+  }
+
+  #draw() {
+    const answer = this.trail.at(-1);
+    this.path.replaceChildren(...this.trail.slice(0, -1).map((one, place) => this.#back(one, place)));
+    show(this.path, this.trail.length > 1);
+    const began = answer.began ? [...way(answer.through, answer.left_out), element("h4", {}, "It began here"), ...this.#answer(answer.began)] : [];
+    this.body.replaceChildren(...this.#answer(answer), ...began);
+  }
+
+  #back(answer, place) {
+    const back = () => {
+      this.trail.length = place + 1;
+      this.#draw();
+    };
+    return element("span", {}, button(answer.number.name, back, { class: "plain" }), " › ");
+  }
+
+  #answer({ number, made, formula, groups, check, is_equal: isEqual, unknown, note, rows }) {
+    const first = this.trail[0].number.step;
+    const step = number.step === first ? null : element("span", { class: "muted" }, ` at step ${whole(number.step)}`);
+    const lines = [element("p", { class: "reason-of" }, element("b", {}, number.name), ` = ${number.text}`, step)];
+    if (made) lines.push(element("p", { class: "made" }, made));
+    if (formula) lines.push(element("p", { class: "muted small" }, `from ${formula}`));
+    if (groups.length) lines.push(this.#table(groups));
+    if (check) lines.push(element("p", { class: isEqual ? "small" : "muted small" }, check));
+    if (unknown.length) lines.push(element("p", { class: "muted small" }, `Which numbers it used is not known; it was given all of ${unknown.join(", ")}.`));
+    for (const text of [note, rows]) if (text) lines.push(element("p", { class: "muted small" }, text));
+    return lines;
+  }
+
+  #table(groups) {
+    const most = Math.max(...groups.flatMap((group) => group.terms.map((term) => term.numbers.length)), 1);
+    const rows = groups.flatMap((group) => [...group.terms.map((term) => this.#row(group, term, most)), left(group, most)]);
+    return element("div", { class: "wide" }, element("table", { class: "terms" }, element("tbody", {}, rows.filter(Boolean))));
+  }
+
+  #row(group, term, most) {
+    const head = element("th", { scope: "row", class: term.value === null ? "" : "number" }, term.value ?? group.text);
+    const cells = term.numbers.flatMap((number) => [element("td", {}, this.#name(number)), element("td", { class: "number" }, number.text)]);
+    const empty = Array.from({ length: 2 * (most - term.numbers.length) }, () => element("td"));
+    const row = term.numbers.map((number) => number.row).find((each) => each !== null);
+    return element("tr", {}, head, cells, empty, element("td", { class: "muted" }, row === undefined ? "" : `row ${whole(row)}`));
+  }
+
+  #name(number) {
+    if (!number.goes_on) return element("span", {}, number.name);
+    const title = "where this number comes from";
+    return button(number.name, () => this.#follow(number.step, { of: number.name }), { class: "plain", title });
+  }
+}
+
+function left(group, most) {
+  if (!group.left_out) return null;
+  const of = group.rest === null ? ` of ${group.text}` : "";
+  const head = element("th", { scope: "row", class: "number" }, group.rest ?? "");
+  return element("tr", {}, head, element("td", { colSpan: 2 * most + 1, class: "muted" }, `${whole(group.left_out)} more${of}`));
+}
+
+// What a NaN or infinity came through, in lines.
+function way(through, leftOut) {
+  const lines = through.map(({ number, made, note }) => element("li", {}, `step ${whole(number.step)}, ${number.name} = ${number.text}, ${made ?? note}`));
+  const more = Math.max(lines.length - 2 * ENDS, 0);
+  if (more + leftOut) lines.splice(ENDS, more, element("li", { class: "muted" }, `${whole(more + leftOut)} more`));
+  return lines.length ? [element("h4", {}, "It came through"), element("ul", { class: "small way" }, lines)] : [];
+}

@@ -1,0 +1,261 @@
+"""What a rule is given, and what it returns: a call with a wanted number, and where that comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from everystep.program.arguments import decode
+from everystep.program.operation import Operation
+from everystep.program.operators import parameters
+
+__all__ = [
+    "Axis",
+    "Call",
+    "Formula",
+    "Made",
+    "NoRuleError",
+    "Numbers",
+    "Piece",
+    "Sum",
+    "Terms",
+    "aligned",
+    "grid",
+    "numbers_of",
+    "tensors_in",
+]
+
+#: Numbers of a piece, in double precision.
+Numbers = NDArray[Any]
+#: Indices along a dimension: one for each number, or the same for all.
+Axis = NDArray[np.int64] | int
+
+_DECORATIONS = re.compile(r"^_|(?<=[a-z0-9])_$")
+#: In these dtypes an operator first rounds the numbers among its arguments to float32.
+_ROUNDED = {torch.float32, torch.float16, torch.bfloat16}
+
+
+class NoRuleError(Exception):
+    """There is no rule for this call."""
+
+
+class Piece(NamedTuple):
+    """Numbers of one tensor.
+
+    name: of the tensor; places: their indices, for each dimension; is_result: whether the tensor is
+    another result of the same operation, not an input.
+    """
+
+    name: str
+    places: tuple[Axis, ...] = ()
+    is_result: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many numbers they are."""
+        return max((len(axis) for axis in self.places if not isinstance(axis, int)), default=1)
+
+    def at(self, number: int) -> tuple[int, ...]:
+        """Return the index of one of its numbers."""
+        return tuple(axis if isinstance(axis, int) else int(axis[number]) for axis in self.places)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms of a sum, one for each number of its pieces.
+
+    text: one term, with the names of the pieces in it; given: pieces of the same length, by name; of:
+    returns the terms of the pieces' numbers.
+    """
+
+    text: str
+    given: dict[str, Piece]
+    of: Callable[..., Numbers]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of terms, divided by a number."""
+
+    terms: tuple[Terms, ...]
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Anything else than a sum.
+
+    text: the formula, with the names of the pieces in it; given: the pieces; of: returns what it gives
+    for the numbers of the pieces; None if only the pieces are known.
+    """
+
+    text: str
+    given: dict[str, Piece] = field(default_factory=dict)
+    of: Callable[..., Any] | None = None
+
+
+Made = Sum | Formula
+
+
+class Call:
+    """An operation of which one number is wanted.
+
+    Args:
+        operation: the operation.
+        inputs, results: its tensors by name, before and after.
+        outputs: the names of its results in order.
+        place: which of the outputs.
+        index: the place of the number there.
+        kind: another operator that it stands for, of these arguments.
+
+    kind: the name of the operator without what distinguishes its variants: `addmm` of `addmm_`.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        inputs: Mapping[str, Tensor],
+        results: Mapping[str, Tensor],
+        outputs: Sequence[str | None],
+        place: int,
+        index: tuple[int, ...],
+        kind: str | None = None,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        self.operation = operation
+        self.inputs = inputs
+        self.results = results
+        self.outputs = outputs
+        self.place = place
+        self.index = index
+        self.kind = kind or _DECORATIONS.sub("", operation.name)
+        self.arguments = _with_defaults(operation) if arguments is None else arguments
+
+    def standing_for(self, kind: str, arguments: dict[str, Any]) -> Call:
+        """Return a call of another operator with the same result."""
+        given = self.operation, self.inputs, self.results, self.outputs, 0, self.index
+        return Call(*given, kind, arguments)
+
+    def __contains__(self, key: str) -> bool:
+        return self.arguments.get(key) is not None
+
+    def value(self, key: str) -> Any:
+        """Return an argument that is not a tensor."""
+        return decode(self.arguments.get(key), _refuse)
+
+    def scalar(self, key: str) -> float:
+        """Return an argument that is a number, rounded as the operator rounds it."""
+        value = self.value(key)
+        if not isinstance(value, int | float):
+            raise NoRuleError(f"{key} is not a number")
+        is_rounded = isinstance(value, float) and self.dtype in _ROUNDED
+        return float(np.float32(value)) if is_rounded else value
+
+    def name(self, key: str) -> str:
+        """Return the name of the tensor that an argument is."""
+        value = self.arguments.get(key)
+        if not isinstance(value, str):
+            raise NoRuleError(f"{key} is not a tensor")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """Return the names of the tensors in a list."""
+        value = self.arguments.get(key)
+        if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+            raise NoRuleError(f"{key} is not a list of tensors")
+        return list(value)
+
+    def tensor(self, key: str) -> Tensor:
+        """Return an argument that is a tensor."""
+        return self.inputs[self.name(key)]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of an argument."""
+        return tuple(self.tensor(key).shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the result."""
+        return self.results[self.output(self.place)].dtype
+
+    def output(self, place: int) -> str:
+        """Return the name of a result."""
+        name = self.outputs[place] if place < len(self.outputs) else None
+        if name is None or name not in self.results:
+            raise NoRuleError(f"result {place} is not there")
+        return name
+
+    def piece(self, key: str, *places: Axis) -> Piece:
+        """Return numbers of an argument."""
+        return Piece(self.name(key), places)
+
+    def result_piece(self, place: int, *places: Axis) -> Piece:
+        """Return numbers of another result."""
+        return Piece(self.output(place), places, is_result=True)
+
+    def aligned(self, key: str) -> Piece:
+        """Return the number of an argument that is broadcast to the wanted one."""
+        return aligned(self.name(key), self.shape(key), self.index)
+
+    def whole(self, key: str) -> Piece:
+        """Return all numbers of an argument."""
+        return Piece(self.name(key), grid(*map(range, self.shape(key))))
+
+
+def aligned(name: str, shape: Sequence[int], index: tuple[int, ...]) -> Piece:
+    """Return the number of a tensor that is broadcast to an index."""
+    if len(shape) > len(index):
+        raise NoRuleError(f"{name} has more dimensions than the result")
+    last = index[len(index) - len(shape) :]
+    places = tuple(0 if size == 1 else place for size, place in zip(shape, last, strict=True))
+    if any(place >= size for place, size in zip(places, shape, strict=True)):
+        raise NoRuleError(f"{name} is not broadcast to the result")
+    return Piece(name, places)
+
+
+def grid(*axes: Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """Return the indices of all combinations of places along each axis, the last fastest."""
+    if not axes:
+        return ()
+    meshed = np.meshgrid(*(np.asarray(axis, dtype=np.int64) for axis in axes), indexing="ij")
+    return tuple(axis.ravel() for axis in meshed)
+
+
+def numbers_of(tensor: Tensor, piece: Piece) -> Numbers:
+    """Return the numbers of a piece (size), in double precision."""
+    places = tuple(
+        axis if isinstance(axis, int) else torch.tensor(axis, device=tensor.device)
+        for axis in piece.places
+    )
+    found = tensor.detach()[places].reshape(-1).cpu()
+    wide = found.to(torch.complex128 if found.is_complex() else torch.float64)
+    return np.broadcast_to(wide.numpy(), piece.size)
+
+
+def _with_defaults(operation: Operation) -> dict[str, Any]:
+    try:
+        known, given = parameters(operation.resolved), operation.given()
+    except ValueError as error:  # an eager step may contain any operator
+        raise NoRuleError(str(error)) from None
+    defaults = {p.name: {"text": p.default} if isinstance(p.default, str) else p.default for p in known}
+    return defaults | given
+
+
+def _refuse(name: str) -> Tensor:
+    raise NoRuleError(f"{name} is a tensor")
+
+
+def tensors_in(value: Any) -> Iterator[str]:
+    """Yield the names of tensors in an argument."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)

@@ -1,0 +1,67 @@
+"""The table of rules: looks up the one of an operator."""
+
+from __future__ import annotations
+
+from everystep.program.elements.call import Call, Made, NoRuleError
+from everystep.program.elements.convolutions import CONVOLUTIONS
+from everystep.program.elements.elementwise import (
+    ELEMENTWISE,
+    division,
+    elementwise,
+    foreach,
+    gelu,
+    outer,
+)
+from everystep.program.elements.losses import LOSSES
+from everystep.program.elements.movements import DRAWN, FILLED, MOVED, PICKED, drawn, filled, moved
+from everystep.program.elements.normalizations import NORMALIZATIONS, running
+from everystep.program.elements.optimizers import fused
+from everystep.program.elements.sums import PRODUCTS, REDUCTIONS, matrix_product
+
+__all__ = ["how_made"]
+
+_RULES = {
+    **dict.fromkeys(PRODUCTS, matrix_product),
+    **REDUCTIONS,
+    **CONVOLUTIONS,
+    **LOSSES,
+    **NORMALIZATIONS,
+    **PICKED,
+    **dict.fromkeys(MOVED, moved),
+    **dict.fromkeys(FILLED, filled),
+    **dict.fromkeys(DRAWN, drawn),
+    "addr": outer,
+    "div": division,
+    "gelu": gelu,
+    "gelu_backward": gelu,
+}
+
+
+def how_made(call: Call, written: str) -> Made:
+    """Return which numbers one number of a result was made from, and how.
+
+    written: the name of the tensor that it is a number of: the result at `call.place`, or an argument
+    that the operation writes into.
+
+    Raises:
+        NoRuleError: there is no rule for the operator, or none for these arguments.
+    """
+    if call.kind.startswith("fused_") and call.kind != "fused_dropout":
+        return fused(call, written)
+    if written not in call.operation.results:
+        for key in ("running_mean", "running_var"):
+            if call.arguments.get(key) == written and "batch_norm" in call.kind:
+                return running(call, key)
+    if call.kind.startswith("foreach_"):
+        call = foreach(call)
+    if call.kind == "zero" or (call.kind == "fill" and not isinstance(call.arguments["value"], str)):
+        return filled(call)
+    try:
+        if call.kind in _RULES:
+            return _RULES[call.kind](call)
+        if call.kind in ELEMENTWISE:
+            return elementwise(call, ELEMENTWISE[call.kind])
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+        # A call of an operator in a form that the rule does not foresee is one without a rule.
+        raise NoRuleError(str(error)) from error
+    raise NoRuleError(f"{call.operation.operator} has no rule")

@@ -1,0 +1,222 @@
+"""Rules of operators that add: matrix products, reductions along dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from everystep.program.elements.call import (
+    Axis,
+    Call,
+    Formula,
+    Made,
+    NoRuleError,
+    Numbers,
+    Piece,
+    Sum,
+    Terms,
+    grid,
+)
+
+__all__ = ["PRODUCTS", "REDUCTIONS", "along", "dimensions", "matrix_product", "product", "single"]
+
+
+def product(one: tuple[str, Piece], other: tuple[str, Piece], factor: float = 1) -> Terms:
+    """Return the products of two pieces, number by number, times a factor."""
+    (a, first), (b, second) = one, other
+    text = f"{a} * {b}" if factor == 1 else f"{factor} * {a} * {b}"
+
+    def of(**numbers: Numbers) -> Numbers:
+        return factor * (numbers[a] * numbers[b]) if factor != 1 else numbers[a] * numbers[b]
+
+    return Terms(text, {a: first, b: second}, of)
+
+
+def single(name: str, piece: Piece, factor: float = 1) -> Terms:
+    """Return the numbers of a piece times a factor."""
+    text = name if factor == 1 else f"{factor} * {name}"
+    return Terms(text, {name: piece}, lambda **numbers: factor * numbers[name])
+
+
+#: Of each kind of matrix product: the matrix that it adds to, the two that it multiplies.
+PRODUCTS = {
+    "mm": (None, "self", "mat2"),
+    "bmm": (None, "self", "mat2"),
+    "mv": (None, "self", "vec"),
+    "dot": (None, "self", "tensor"),
+    "vdot": (None, "self", "other"),
+    "addmm": ("self", "mat1", "mat2"),
+    "addmv": ("self", "mat", "vec"),
+    "baddbmm": ("self", "batch1", "batch2"),
+    "addbmm": ("self", "batch1", "batch2"),
+    "linear": ("bias", "input", "weight"),
+}
+
+
+def matrix_product(call: Call) -> Made:
+    """Return the terms of a number of a matrix product, perhaps added to something."""
+    added, left, right = PRODUCTS[call.kind]
+    rows, columns = _row(call, left), _column(call, right)
+    alpha = call.scalar("alpha") if "alpha" in call else 1
+    terms = [product((left, rows), (right, columns), alpha)]
+    beta = call.scalar("beta") if "beta" in call else 1
+    if added is not None and added in call and beta != 0:
+        terms.insert(0, single(added, call.aligned(added), beta))
+    return Sum(tuple(terms))
+
+
+def _row(call: Call, key: str) -> Piece:
+    size = call.shape(key)[-1]
+    if call.kind == "addbmm":
+        batch, inner = grid(range(call.shape(key)[0]), range(size))
+        return call.piece(key, batch, call.index[0], inner)
+    is_row = call.kind in ("mv", "addmv")
+    before: tuple[Axis, ...] = call.index if is_row else call.index[:-1]
+    return call.piece(key, *before, np.arange(size))
+
+
+def _column(call: Call, key: str) -> Piece:
+    shape = call.shape(key)
+    if call.kind == "linear":
+        return call.piece(key, call.index[-1], np.arange(shape[-1]))
+    if call.kind == "addbmm":
+        batch, inner = grid(range(shape[0]), range(shape[1]))
+        return call.piece(key, batch, inner, call.index[1])
+    if len(shape) == 1:
+        return call.piece(key, np.arange(shape[0]))
+    return call.piece(key, *call.index[:-2], np.arange(shape[-2]), call.index[-1])
+
+
+def dimensions(call: Call, key: str) -> tuple[int, ...]:
+    """Return the dimensions that a reduction removes."""
+    count = len(call.shape(key))
+    value = call.value("dim") if "dim" in call else None
+    listed = [value] if isinstance(value, int) else value
+    return tuple(range(count)) if not listed else tuple(dim % max(count, 1) for dim in listed)
+
+
+def along(call: Call, key: str, dims: tuple[int, ...]) -> Piece:
+    """Return the numbers of an argument that are reduced to the wanted one."""
+    shape = call.shape(key)
+    kept = [dim for dim in range(len(shape)) if dim not in dims]
+    is_kept = len(call.index) == len(shape)
+    own = call.index if is_kept else dict(zip(kept, call.index, strict=True))
+    axes = [range(size) if dim in dims else [own[dim]] for dim, size in enumerate(shape)]
+    return call.piece(key, *grid(*axes))
+
+
+def _total(call: Call) -> Made:
+    piece = along(call, "self", dimensions(call, "self"))
+    divisor = float(piece.size) if call.kind == "mean" else 1.0
+    if call.kind == "nansum":
+        return Sum((Terms("self", {"self": piece}, lambda self: np.nan_to_num(self, nan=0.0)),))
+    return Sum((single("self", piece),), divisor)
+
+
+def _cumulated(call: Call) -> Made:
+    dim = dimensions(call, "self")[0]
+    places: list[Axis] = list(call.index)
+    places[dim] = np.arange(call.index[dim] + 1)
+    return Sum((single("self", call.piece("self", *places)),))
+
+
+def _reduced(name: str, function: Callable[[Numbers], Any]) -> Callable[[Call], Made]:
+    def rule(call: Call) -> Made:
+        piece = along(call, "self", dimensions(call, "self"))
+        return Formula(f"{name} self", {"self": piece}, lambda self: function(self))
+
+    return rule
+
+
+def _extreme(call: Call) -> Made:
+    """Return the rule of `max.dim` and the like, which also return where the number is."""
+    if len(call.outputs) < 2:
+        name = "the largest" if call.kind == "max" else "the smallest"
+        function = np.max if call.kind == "max" else np.min
+        return _reduced(f"{name} of", function)(call)
+    dim = dimensions(call, "self")[0]
+    piece = along(call, "self", (dim,))
+    if call.place == 1:
+        return Formula("where in self it is", {"self": piece})
+    index = call.results[call.output(1)][call.index]
+    chosen = Piece(piece.name, piece.at(int(index)))
+    where = call.result_piece(1, *call.index)
+    return Formula("self at indices", {"self": chosen, "indices": where}, _first)
+
+
+def _first(**numbers: Numbers) -> Any:
+    return next(iter(numbers.values()))[0]
+
+
+def _norm(call: Call) -> Made:
+    order = call.value("ord") if "ord" in call else call.value("p") if "p" in call else 2
+    if not isinstance(order, int | float) or order <= 0:
+        raise NoRuleError("of another order")
+    piece = along(call, "self", dimensions(call, "self"))
+
+    def of(self: Numbers) -> Any:
+        if math.isinf(order):
+            return np.max(np.abs(self))
+        if order == 2:
+            return np.sqrt(math.fsum(self * self)) if np.isfinite(self).all() else np.sqrt(self @ self)
+        return np.sum(np.abs(self) ** order) ** (1 / order)
+
+    text = "sqrt of the sum of self ^ 2" if order == 2 else f"norm of order {order:g} of self"
+    return Formula(text, {"self": piece}, of)
+
+
+def _logsumexp(call: Call) -> Made:
+    def of(self: Numbers) -> Any:
+        highest = np.max(self)
+        return highest + np.log(np.sum(np.exp(self - highest)))
+
+    piece = along(call, "self", dimensions(call, "self"))
+    return Formula("log of the sum of exp( self )", {"self": piece}, of)
+
+
+def _spread(call: Call) -> Made:
+    """Return the rule of `var`, `std` and those that return the mean, too."""
+    piece = along(call, "self", dimensions(call, "self"))
+    if call.place == 1:
+        return Sum((single("self", piece),), float(piece.size))
+    correction = 1.0
+    if "correction" in call:
+        correction = float(call.value("correction"))
+    elif call.arguments.get("unbiased") is False:
+        correction = 0.0
+
+    def of(self: Numbers) -> Any:
+        deviations = self - np.mean(self)
+        variance = math.fsum(deviations * deviations) / max(len(self) - correction, 0)
+        return np.sqrt(variance) if call.kind.startswith("std") else variance
+
+    name = "standard deviation" if call.kind.startswith("std") else "variance"
+    return Formula(f"{name} of self", {"self": piece}, of)
+
+
+REDUCTIONS: dict[str, Callable[[Call], Made]] = {
+    "sum": _total,
+    "mean": _total,
+    "nansum": _total,
+    "cumsum": _cumulated,
+    "prod": _reduced("the product of", np.prod),
+    "amax": _reduced("the largest of", np.max),
+    "amin": _reduced("the smallest of", np.min),
+    "any": _reduced("whether any of", np.any),
+    "all": _reduced("whether all of", np.all),
+    "argmax": _reduced("where the largest is, of", np.argmax),
+    "argmin": _reduced("where the smallest is, of", np.argmin),
+    "count_nonzero": _reduced("how many are not 0, of", np.count_nonzero),
+    "max": _extreme,
+    "min": _extreme,
+    "linalg_vector_norm": _norm,
+    "norm": _norm,
+    "logsumexp": _logsumexp,
+    "var": _spread,
+    "std": _spread,
+    "var_mean": _spread,
+    "std_mean": _spread,
+}

@@ -1,0 +1,151 @@
+"""What a rule says, with numbers: the largest terms, the rest, and whether the bits are the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.program.elements import Formula, Made, Piece, Sum
+from everystep.program.elements.call import numbers_of
+from everystep.replay.step import Step
+from everystep.replay.why.answer import Group, Number, Term, Why
+from everystep.replay.why.trace import same_number_bits
+
+__all__ = ["Tensors", "as_tensor", "computed"]
+
+
+class Tensors:
+    """The tensors of an operation, before and after."""
+
+    def __init__(self, inputs: dict[str, Tensor], results: dict[str, Tensor]) -> None:
+        self._inputs, self._results = inputs, results
+
+    def of(self, piece: Piece) -> Tensor:
+        """Return the tensor of a piece."""
+        return (self._results if piece.is_result else self._inputs)[piece.name]
+
+
+def as_tensor(number: Number) -> Tensor:
+    """Return a number as a tensor (0-dimensional) of its dtype."""
+    return torch.tensor(number.value, dtype=getattr(torch, number.dtype))
+
+
+#: Makes the number of the tensor of a piece at one of its places.
+NumberAt = Callable[[Piece, int], Number]
+
+
+def computed(
+    number: Number, step: Step, operation: int, made: Made, tensors: Tensors, at: NumberAt, terms: int
+) -> Why:
+    """Return the answer for a number that an operation made.
+
+    made: how, by the rule of the operator; tensors: of the operation; at: makes numbers of pieces;
+    terms: how many numbers of each kind are shown.
+    """
+    with np.errstate(all="ignore"):
+        if isinstance(made, Sum):
+            groups, value = _sum(made, tensors, at, terms)
+        else:
+            groups, value = _formula(made, tensors, at, terms)
+    rounded, is_equal = _compared(value, number)
+    divisor = made.divisor if isinstance(made, Sum) else 1.0
+    return Why(
+        number,
+        "operation",
+        step,
+        operation,
+        formula=_text(made),
+        groups=groups,
+        divisor=divisor,
+        recomputed=rounded,
+        is_equal=is_equal,
+    )
+
+
+def _sum(made: Sum, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[Group, ...], Any]:
+    groups, shown = [], []
+    for terms in made.terms:
+        given = {key: numbers_of(tensors.of(p), p) for key, p in terms.given.items()}
+        values = np.asarray(terms.of(**given))
+        largest = _largest(values, count)
+        others = np.delete(values, largest)
+        rest = _total(others) if len(others) else None
+        rows = tuple(
+            Term({key: at(p, k) for key, p in terms.given.items()}, _plain(values[k])) for k in largest
+        )
+        shown += [row.value for row in rows] + ([] if rest is None else [rest])
+        groups.append(Group(_tidy(terms.text), rows, len(values), rest))
+    return tuple(groups), _total(np.asarray(shown)) / made.divisor
+
+
+def _formula(made: Formula, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[Group, ...], Any]:
+    groups, given = [], {}
+    for key, piece in made.given.items():
+        given[key] = numbers_of(tensors.of(piece), piece)
+        rows = tuple(Term({key: at(piece, k)}) for k in _largest(given[key], count))
+        groups.append(Group(key, rows, piece.size))
+    try:
+        return tuple(groups), None if made.of is None else made.of(**given)
+    except (ArithmeticError, TypeError, ValueError):  # such as the logarithm of a number below 0
+        return tuple(groups), None
+
+
+def _text(made: Made) -> str:
+    if isinstance(made, Formula):
+        return _tidy(made.text)
+    parts = []
+    for terms in made.terms:
+        count = max((piece.size for piece in terms.given.values()), default=0)
+        text = _tidy(terms.text)
+        parts.append(text if count == 1 else f"the sum of {count:,} terms {text}")
+    whole = " + ".join(parts)
+    if made.divisor == 1:
+        return whole
+    return f"({whole}) / {made.divisor:,g}"
+
+
+def _tidy(text: str) -> str:
+    for apart, together in (("( ", "("), (" )", ")"), (" ,", ","), ("| ", "|"), (" |", "|")):
+        text = text.replace(apart, together)
+    return text
+
+
+def _plain(value: Any) -> float:
+    return complex(value) if np.iscomplexobj(value) else float(value)  # type: ignore[return-value]
+
+
+def _largest(values: Any, count: int) -> Any:
+    """Return the places of the largest values by size, NaN first."""
+    sizes = np.abs(values)
+    sizes = np.where(np.isnan(sizes), np.inf, sizes)
+    nans = np.isnan(values)
+    order = np.lexsort((np.arange(len(sizes)), -sizes, ~nans))
+    return order[:count]
+
+
+def _total(values: Any) -> Any:
+    """Return the exact sum, rounded once to double precision."""
+    if len(values) == 1:
+        return values[0]
+    if np.iscomplexobj(values) or not np.isfinite(values).all():
+        return np.sum(values) if len(values) else 0.0
+    return math.fsum(values)
+
+
+def _compared(recomputed: Any, number: Number) -> tuple[Any, bool]:
+    """Return what a formula gives as a number of the result's dtype, and whether it has its bits."""
+    if recomputed is None:
+        return None, False
+    dtype = getattr(torch, number.dtype)
+    if np.iscomplexobj(recomputed) or dtype.is_complex:
+        return None, False
+    value = float(recomputed)
+    if not dtype.is_floating_point and not math.isfinite(value):
+        return None, False
+    rounded = torch.tensor(value, dtype=torch.float64).to(dtype)
+    return rounded.item(), same_number_bits(rounded, as_tensor(number))

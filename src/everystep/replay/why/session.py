@@ -1,0 +1,210 @@
+"""A session: the opened steps that an answer goes through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from everystep.errors import UsageError
+from everystep.program.elements import Call, Made, NoRuleError, Piece, how_made
+from everystep.replay.step import Step
+from everystep.replay.why.answer import Number, Origin, Why
+from everystep.replay.why.compute import Tensors, as_tensor, computed
+from everystep.replay.why.optimizer import optimizer_rule
+from everystep.replay.why.rows import row_at
+from everystep.replay.why.trace import (
+    Before,
+    Spot,
+    Trace,
+    Written,
+    is_optimizer_step,
+    same_number_bits,
+)
+
+__all__ = ["MOST_TOGETHER", "Session"]
+
+#: So many steps are opened together on the way back.
+MOST_TOGETHER = 8
+_ORIGINS: dict[str, Origin] = {"input": "batch", "state": "state", "hyperparameter": "setting"}
+
+
+class Session:
+    """The steps that an answer goes through.
+
+    Args:
+        step: where it begins.
+        back: how many steps before are followed, as far as known; they are opened in the order in which
+            they ran, since a replay goes forward.
+    """
+
+    def __init__(self, step: Step, back: int = 0) -> None:
+        self._first = step
+        self._together = min(max(back, 1), MOST_TOGETHER)
+        self._traces = {step.number: Trace(step)}
+
+    def open(self, number: int) -> Trace:
+        """Open a step.
+
+        Raises:
+            UsageError: the steps before are not there.
+        """
+        if number not in self._traces:
+            if self._first.earlier is None:
+                raise UsageError(
+                    "this step does not know the run that it is of, so the steps before cannot be "
+                    "followed; use everystep.open(run).why(step, expression, back=...)"
+                )
+            for each in range(max(number - self._together + 1, 1), number):
+                self._first.earlier(each)
+            self._traces[number] = Trace(self._first.earlier(number))
+        return self._traces[number]
+
+    def trace(self, number: int) -> Trace:
+        """Return the trace of a step that was opened before; opens it again if it was let go of."""
+        if number == self._first.number and number not in self._traces:
+            self._traces[number] = Trace(self._first)
+        return self.open(number)
+
+    def forget_after(self, number: int) -> None:
+        """Let go of the steps after one: a NaN may have a long way."""
+        self._traces = {n: trace for n, trace in self._traces.items() if n <= number}
+
+    def goes_far(self) -> None:
+        """Expect to go back many steps."""
+        self._together = MOST_TOGETHER
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether it can open the steps before."""
+        return self._first.earlier is not None
+
+    def read(self, step: Step, spot: Spot) -> Tensor:
+        """Return the number at a spot."""
+        trace = self.trace(step.number)
+        origin = trace.origin(spot)
+        found = trace.after(origin) if isinstance(origin, Written) else trace.at_first(origin)
+        if found is not None:
+            return found
+        for number, seen in enumerate(step.operations):
+            is_same = trace.origin(Spot(spot.name, spot.index, number)) == origin
+            if spot.name in seen.inputs and is_same:
+                return seen.inputs[spot.name][spot.index]
+        raise UsageError(
+            f"nothing in step {step.number} reads {spot.name}, so its numbers are not known"
+        )
+
+    def number(self, step: int, spot: Spot, value: Tensor) -> Number:
+        """Return a number that was read at a spot."""
+        trace = self.trace(step)
+        origin = trace.origin(spot)
+        name, row = _called(trace, origin)
+        dtype = str(value.dtype).removeprefix("torch.")
+        return Number(name, value.item(), dtype, step, row, spot, self)
+
+    def earlier(self, number: Number) -> Number | None:
+        """Return a number of the state as the step before left it, None if it is another one there."""
+        trace = self.trace(number.step)
+        origin = trace.origin(number.spot)
+        if not isinstance(origin, Before) or origin.kind != "state" or number.step == 1:
+            return None
+        if not self.goes_back:
+            return None
+        before = self.open(number.step - 1)
+        left = before.step.end.get(origin.name)
+        now = trace.at_first(origin)
+        if left is None or now is None or left.shape != trace.step.state[origin.name].shape:
+            return None
+        if not same_number_bits(left[origin.index], now):
+            return None
+        name = before.step.places.ends.get(origin.name, origin.name)
+        spot = Spot(name, origin.index, len(before.step.operations))
+        return self.number(number.step - 1, spot, left[origin.index])
+
+    def why(self, number: Number, terms: int) -> Why:
+        """Return where a number comes from."""
+        trace = self.trace(number.step)
+        origin = trace.origin(number.spot)
+        if isinstance(origin, Before):
+            return self._not_made(number, trace, origin)
+        seen = trace.step.operations[origin.operation]
+        after = trace.after(origin)
+        if after is not None and not same_number_bits(after, as_tensor(number)):
+            note = (
+                f"operation #{origin.operation} wrote {after.item()!r} there; something that is not an "
+                "operation of the step has changed it since"
+            )
+            return Why(number, "unseen", trace.step, origin.operation, note=note)
+        try:
+            made, tensors = self.rule(trace.step, origin)
+        except NoRuleError:
+            return Why(number, "operation", trace.step, origin.operation, unknown=tuple(seen.inputs))
+        step, operation = trace.step, origin.operation
+
+        def at(piece: Piece, k: int) -> Number:
+            index = piece.at(k)
+            spot = Spot(piece.name, index, operation + piece.is_result)
+            return self.number(step.number, spot, tensors.of(piece).detach()[index])
+
+        return computed(number, step, operation, made, tensors, at, terms)
+
+    def rule(self, step: Step, origin: Written) -> tuple[Made, Tensors]:
+        """Return how an operation made a number, and its tensors.
+
+        Raises:
+            NoRuleError: which numbers it made it from is not known.
+        """
+        trace, seen = self.trace(step.number), step.operations[origin.operation]
+        if is_optimizer_step(seen):
+            tensors = Tensors({**step.state, **seen.inputs}, {**step.end, **seen.results})
+            return optimizer_rule(step, seen, origin.name, origin.index), tensors
+        results = seen.results
+        if origin.name not in results:  # written, but nobody looked at it: only its dtype counts
+            empty = torch.empty(0, dtype=trace.spec(origin.name).torch_dtype)
+            results = {**results, origin.name: empty}
+        outputs = trace.outputs(origin.operation)
+        call = Call(seen.operation, seen.inputs, results, outputs, origin.place, origin.index)
+        return how_made(call, origin.name), Tensors(seen.inputs, results)
+
+    def _not_made(self, number: Number, trace: Trace, origin: Before) -> Why:
+        kind: Origin = _ORIGINS.get(origin.kind, "constant")
+        step = trace.step
+        note = ""
+        if kind == "batch":
+            note = _row_text(step, number.row)
+        elif kind == "setting":
+            note = "a setting of the optimizer at this step"
+        elif kind == "constant":
+            note = "a constant: the same in every step that has these operations"
+        elif number.step == 1:
+            note = "the state before the first step"
+        else:
+            note = f"the state after step {number.step - 1:,}"
+        return Why(number, kind, step, note=note)
+
+
+def _row_text(step: Step, row: int | None) -> str:
+    if row is None:
+        return "of the batch"
+    if step.batch.rows is None and step.batch.nested is not None:
+        return f"row {row} of the batch"
+    return f"row {row} of the data"
+
+
+def _called(trace: Trace, origin: Written | Before) -> tuple[str, int | None]:
+    """Return the expression for a number, and its row, if it is of the batch."""
+    index = str([*origin.index]) if origin.index else ""
+    if isinstance(origin, Written):
+        place = f".{origin.place + 1}" if origin.place else ""
+        return f"#{origin.operation}{place}{index}", None
+    kind, _, rest = origin.name.partition("/")
+    step, row = trace.step, None
+    if origin.kind == "input":
+        path = origin.name.removeprefix("batch/")
+        row = row_at(step, origin.name, origin.index)
+        if row is not None and step.batch.rows is not None:
+            row = int(step.batch.rows[row])
+        if path in ("x", "y"):
+            return f"batch.{path}{index}", row
+    if kind in ("parameter", "buffer") and rest in getattr(step, f"{kind}s"):
+        return f"{kind}s[{rest!r}]{index}", None
+    return f"tensors[{origin.name!r}]{index}", row

@@ -1,0 +1,268 @@
+"""Where a number comes from, as text and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.text import Text
+
+from everystep.replay.why import Group, Number, Term, Why
+from everystep.views.lines import Cell, Page, table_lines
+from everystep.views.mathematics import Line, mathematics
+from everystep.views.terminal import number as four_digits
+from everystep.views.terminal import shortest
+
+__all__ = [
+    "check_text",
+    "digits_text",
+    "made_text",
+    "rows_text",
+    "value_text",
+    "why_data",
+    "why_page",
+    "why_text",
+]
+
+_INDENT = 2
+#: Lines of the way of a NaN that are shown at each end.
+_ENDS = 5
+
+
+def why_text(found: Why) -> str:
+    """Return where a number comes from, in lines."""
+    return why_page(found).plain
+
+
+def why_page(found: Why, *, name: str = "", width: int = 100) -> Text:
+    """Return where a number comes from as text, to print with `soft_wrap=True`.
+
+    name: of the run.
+    """
+    page = Page(width, values=False)
+    _Writer(page, found).write(name)
+    return page.text
+
+
+class _Writer:
+    """Writes an answer and its causes."""
+
+    def __init__(self, page: Page, found: Why) -> None:
+        self.page = page
+        self.found = found
+        self.step = found.number.step
+        self.lines: dict[int, list[Line]] = {}
+
+    def write(self, name: str) -> None:
+        """Write everything."""
+        step = self.found.step
+        exact = "bit-identical" if step.is_exact else f"differs from step {step.diverged_at} on"
+        where = f"{name}, step {step.number:,}" if name else f"step {step.number:,}"
+        self.page.line((where, "bold"), (f"  replayed, {exact}", "dim"))
+        self._block(self.found)
+        if self.found.began is not None:
+            self._way(self.found.causes)
+            return
+        for each in _below(self.found):
+            self._block(each)
+
+    def _way(self, way: tuple[Why, ...]) -> None:
+        """Write what a NaN or infinity came through, and where it began."""
+        *through, last = way
+        if through:
+            self.page.blank()
+            self.page.line(("through", "dim"))
+            left_out = len(through) - 2 * _ENDS + self.found.left_out
+            for place, each in enumerate(through):
+                if left_out > 0 and place == _ENDS:
+                    self.page.line((f"{left_out:,} more", "dim"), indent=_INDENT)
+                if left_out <= 0 or not _ENDS <= place < len(through) - _ENDS:
+                    self._through(each)
+        self.page.blank()
+        self.page.line(("began here", "dim"))
+        self._block(last)
+
+    def _through(self, each: Why) -> None:
+        value = value_text(each.number)
+        step = "" if each.number.step == self.step else f"step {each.number.step:,}  "
+        parts = [(step, "dim"), (f"{each.number.name}  ", ""), (f"{value}  ", "bold red")]
+        self.page.line(*parts, (self._made(each), "dim"), indent=_INDENT)
+
+    def _block(self, each: Why) -> None:
+        number = each.number
+        step = f"  step {number.step:,}" if number.step != self.step else ""
+        self.page.blank()
+        name = each.asked or number.name
+        is_same = name.replace(" ", "") == number.name.replace(" ", "")
+        also = "" if is_same else f"  {number.name}"
+        self.page.line((name, "bold"), (f"  {value_text(number)}", ""), (also, "dim"), (step, "dim"))
+        if each.origin == "operation" or each.operation is not None:
+            self.page.line((self._made(each), ""), indent=_INDENT)
+        if each.formula:
+            self.page.line(("from ", "dim"), (each.formula, ""), indent=_INDENT)
+        if each.groups:
+            headings, *lines = table_lines(_rows(each))
+            for line in [headings] * bool(headings.plain.strip()) + lines:
+                self.page.text.append(" " * 2 * _INDENT).append(line).append("\n")
+        if each.unknown:
+            known = ", ".join(each.unknown)
+            text = f"which numbers it used is not known; it was given all of: {known}"
+            self.page.wrapped(text, "dim", indent=_INDENT)
+        if each.note:
+            self.page.line((each.note, "dim"), indent=_INDENT)
+        if each.groups and each.origin == "operation":
+            self.page.line(*check_text(each), indent=_INDENT)
+        if rows := rows_text(each):
+            self.page.wrapped(rows, "", indent=_INDENT)
+
+    def _made(self, each: Why) -> str:
+        if each.operation is None:
+            return each.note or each.origin
+        if each.number.step not in self.lines:
+            self.lines[each.number.step] = mathematics(each.step.operations)
+        return made_text(each, self.lines[each.number.step])
+
+
+def made_text(found: Why, lines: list[Line] | None = None) -> str:
+    """Return the operation that made a number, as mathematics.
+
+    lines: the mathematics of its step, if it is there already.
+    """
+    assert found.operation is not None and found.observed is not None
+    line = (lines or mathematics(found.step.operations))[found.operation]
+    operation = found.observed.operation
+    left = f"#{found.operation}  {line.left}" if line.left else f"#{found.operation}"
+    of = f" of {operation.module}" if operation.module else ""
+    return f"{left} = {line.right}  ({operation.phase}{of})"
+
+
+def _below(found: Why) -> Iterator[Why]:
+    for each in found.causes:
+        yield each
+        yield from _below(each)
+
+
+def _rows(each: Why) -> list[list[Cell]]:
+    """Return the numbers of an answer as rows of a table: a term, its numbers, where they are from."""
+    most = max(len(term.numbers) for group in each.groups for term in group.terms or (Term({}),))
+    is_sum = any(group.rest is not None or _hasvalue_text(group) for group in each.groups)
+    heading: list[Cell] = [("term" if is_sum else "", "dim", is_sum)]
+    for place in range(most):
+        main = max(each.groups, key=lambda group: group.count)
+        names = [*main.terms[0].numbers] if is_sum and main.terms else []
+        title = names[place] if place < len(names) else " "
+        heading += [(title, "dim", False), (" ", "dim", True)]
+    rows: list[list[Cell]] = [[*heading, (" ", "dim", False)]]
+    for group in each.groups:
+        for term in group.terms:
+            rows.append(_row(group, term, most))
+        if group.count > len(group.terms):
+            left = group.count - len(group.terms)
+            rest = digits_text(group.rest) if group.rest is not None else ""
+            more = f"{left:,} more" + (f" of {group.text}" if not is_sum else "")
+            rows.append([(rest, "", True), (more, "dim", False), *[("", "", False)] * (2 * most)])
+    return rows
+
+
+def _hasvalue_text(group: Group) -> bool:
+    return any(term.value is not None for term in group.terms)
+
+
+def _row(group: Group, term: Term, most: int) -> list[Cell]:
+    first = (group.text, "dim", False) if term.value is None else (digits_text(term.value), "", True)
+    cells: list[Cell] = [first]
+    where = []
+    for number in term.numbers.values():
+        cells += [(number.name, "", False), (value_text(number), "", True)]
+        if number.row is not None:
+            where.append(f"row {number.row:,}")
+    cells += [("", "", False)] * (2 * (most - len(term.numbers)))
+    return [*cells, (", ".join(dict.fromkeys(where)), "dim", False)]
+
+
+def check_text(each: Why) -> list[tuple[str, str]]:
+    """Return whether the numbers shown give the number."""
+    if each.recomputed is None:
+        return [("the formula is not computed here", "dim")]
+    if each.is_equal:
+        return [("= ", "bold"), (value_text(each.number), ""), ("  the same bits", "dim")]
+    text = _text_of(each.recomputed, each.number.dtype)
+    if isinstance(each.number.value, bool | int) or each.recomputed != each.recomputed:
+        return [("\N{NOT EQUAL TO} ", "bold"), (text, "")]
+    off = four_digits(each.number.value - each.recomputed)
+    return [("\N{ALMOST EQUAL TO} ", "bold"), (text, ""), (f"  off by {off}", "dim")]
+
+
+def rows_text(each: Why) -> str:
+    """Return the rows of the batch behind a NaN or infinity."""
+    if each.rows is None or each.origin == "batch":
+        return ""
+    whole = "data" if each.are_rows_of_data else "batch"
+    if not each.rows:
+        return f"no row of the {whole} is behind it"
+    if len(each.rows) == each.step_rows and len(each.rows) > 1:
+        return f"all {len(each.rows):,} rows of the batch are behind it"
+    shown = ", ".join(map(str, each.rows[:10]))
+    more = f" and {len(each.rows) - 10:,} more" if len(each.rows) > 10 else ""
+    return f"row{'s' * (len(each.rows) > 1)} {shown}{more} of the {whole}"
+
+
+def value_text(number: Number) -> str:
+    """Return a number in the fewest digits that give it back."""
+    return _text_of(number.value, number.dtype)
+
+
+def _text_of(value: Any, dtype: str) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return shortest(value) if dtype != "float64" else repr(value)
+
+
+def digits_text(value: Any) -> str:
+    """Return a term of a sum: it is of double precision, and shown in eight digits."""
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+def why_data(found: Why) -> dict[str, Any]:
+    """Return the same as plain data, with every number in full precision."""
+    seen = found.observed
+    return {
+        **_number(found.number),
+        "origin": found.origin,
+        "operation": found.operation,
+        "operator": seen and seen.operation.operator,
+        "phase": seen and seen.operation.phase,
+        "module": seen and seen.operation.module,
+        "formula": found.formula,
+        "divisor": found.divisor,
+        "groups": [
+            {
+                "text": group.text,
+                "count": group.count,
+                "rest": group.rest,
+                "terms": [
+                    {"value": term.value, "numbers": {k: _number(n) for k, n in term.numbers.items()}}
+                    for term in group.terms
+                ],
+            }
+            for group in found.groups
+        ],
+        "recomputed": found.recomputed,
+        "is_equal": found.is_equal,
+        "unknown": list(found.unknown),
+        "note": found.note,
+        "left_out": found.left_out,
+        "rows": None if found.rows is None else list(found.rows),
+        "causes": [why_data(each) for each in found.causes],
+    }
+
+
+def _number(number: Number) -> dict[str, Any]:
+    value = str(number.value) if isinstance(number.value, complex) else number.value
+    return {
+        "step": number.step,
+        "name": number.name,
+        "value": value,
+        "dtype": number.dtype,
+        "row": number.row,
+    }

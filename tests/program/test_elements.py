@@ -1,0 +1,402 @@
+"""Each rule against its operator: the numbers it names make the result, and no other number does."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from everystep.program.arguments import encode
+from everystep.program.elements import Call, Formula, NoRuleError, how_made
+from everystep.program.elements.call import numbers_of
+from everystep.program.operation import Operation
+from everystep.program.operators import leaves, resolve
+
+torch.manual_seed(3)
+
+
+def rand(*shape):
+    return torch.randn(*shape)
+
+
+def positive(*shape):
+    return torch.rand(*shape) + 0.1
+
+
+def ints(high, *shape):
+    return torch.randint(0, high, shape)
+
+
+def mask(*shape):
+    return torch.rand(*shape) > 0.4
+
+
+CONVOLUTIONS = [
+    (rand(2, 4, 7), rand(6, 2, 3), rand(6), [2], [1], [2], False, [0], 2),
+    (rand(2, 4, 7, 6), rand(6, 2, 3, 2), None, [2, 1], [1, 0], [1, 2], False, [0, 0], 2),
+    (rand(2, 4, 5, 4), rand(4, 3, 3, 2), rand(6), [2, 1], [1, 1], [1, 2], True, [1, 0], 2),
+    (rand(1, 2, 4, 4, 4), rand(3, 2, 2, 2, 2), rand(3), [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1),
+]
+
+
+def backward_of(case):
+    given, weight, bias, stride, padding, dilation, transposed, extra, groups = case
+    settings = stride, padding, dilation, transposed, extra, groups
+    output = torch.ops.aten.convolution(given, weight, bias, *settings)
+    sizes = [weight.shape[1] * groups if transposed else weight.shape[0]]
+    return torch.randn_like(output), given, weight, sizes, *settings, [True, True, True]
+
+
+def pooled(given, *settings):
+    output, indices = torch.ops.aten.max_pool2d_with_indices(given, *settings)
+    return torch.randn_like(output), given, *settings, indices
+
+
+def normalized_layer(given, shape):
+    weight, bias = rand(*shape), rand(*shape)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(given, shape, weight, bias, 1e-5)
+    return torch.randn_like(given), given, shape, mean, rstd, weight, bias, [True] * 3
+
+
+def normalized_batch(given, training):
+    channels = given.shape[1]
+    weight, mean, var = rand(channels), rand(channels), positive(channels)
+    _, save_mean, invstd = torch.ops.aten.native_batch_norm(
+        given, weight, None, mean.clone(), var.clone(), training, 0.1, 1e-5
+    )
+    rest = save_mean, invstd, training, 1e-5, [True] * 3
+    return torch.randn_like(given), given, weight, mean, var, *rest
+
+
+def likelihood(given, target, weight, reduction, ignore=-100):
+    operator = torch.ops.aten.nll_loss2d_forward if given.dim() == 4 else torch.ops.aten.nll_loss_forward
+    loss, total = operator(given, target, weight, reduction, ignore)
+    return torch.randn_like(loss), given, target, weight, reduction, ignore, total
+
+
+ROWS = torch.log_softmax(rand(5, 4), 1)
+IMAGES = torch.log_softmax(rand(2, 4, 3, 2), 1)
+SOFT = torch.softmax(rand(3, 4, 2), 1)
+
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+CASES = [
+    ("add.Tensor", (rand(3, 4), rand(4)), {"alpha": 2}),
+    ("add.Tensor", (rand(2, 3, 4), rand(3, 1)), {}),
+    ("add.Scalar", (rand(3), 0.1), {}),
+    ("sub.Tensor", (rand(3, 4), rand(3, 4)), {"alpha": 0.3}),
+    ("rsub.Scalar", (rand(3, 4), 1), {}),
+    ("mul.Tensor", (rand(3, 4), rand(())), {}),
+    ("mul.Scalar", (rand(3, 4), 0.7), {}),
+    ("div.Tensor", (rand(3, 4), positive(3, 1)), {}),
+    ("div.Tensor_mode", (rand(3, 4) * 9, positive(3, 1)), {"rounding_mode": "floor"}),
+    ("div.Scalar", (rand(3, 4), 3.0), {}),
+    ("pow.Tensor_Scalar", (positive(3, 4), 2.5), {}),
+    ("pow.Tensor_Scalar", (rand(3, 4), 2), {}),
+    ("maximum.default", (rand(3, 4), rand(3, 4)), {}),
+    ("minimum.default", (rand(3, 4), rand(3, 4)), {}),
+    ("atan2.default", (rand(3, 4), rand(3, 4)), {}),
+    *((f"{name}.Tensor", (ints(3, 4, 5), ints(3, 5)), {}) for name in COMPARISONS),
+    *((f"{name}.Scalar", (ints(3, 4, 5), 1), {}) for name in COMPARISONS),
+    ("logical_and.default", (mask(3, 4), mask(4)), {}),
+    ("logical_or.default", (mask(3, 4), mask(4)), {}),
+    ("logical_not.default", (mask(3, 4),), {}),
+    ("where.self", (mask(3, 4), rand(3, 4), rand(())), {}),
+    ("masked_fill.Scalar", (rand(3, 4), mask(3, 4), -1.5), {}),
+    ("addcmul.default", (rand(3, 4), rand(3, 4), rand(3, 4)), {"value": 0.3}),
+    ("addcdiv.default", (rand(3, 4), rand(3, 4), positive(3, 4)), {"value": -0.3}),
+    ("addr.default", (rand(3, 4), rand(3), rand(4)), {"beta": 2, "alpha": 3}),
+    ("lerp.Scalar", (rand(3, 4), rand(3, 4), 0.1), {}),
+    ("lerp.Scalar", (rand(3, 4), rand(3, 4), 0.9), {}),
+    ("threshold.default", (rand(3, 4), 0.1, 7.0), {}),
+    ("clamp.default", (rand(3, 4), -0.5, 0.5), {}),
+    ("clamp.default", (rand(3, 4), None, 0.5), {}),
+    ("clamp_min.default", (rand(3, 4), 0.2), {}),
+    ("clamp_max.default", (rand(3, 4), 0.2), {}),
+    ("hardtanh.default", (rand(3, 4), -0.3, 0.4), {}),
+    *(
+        (f"{name}.default", (rand(3, 4),), {})
+        for name in (
+            *("abs", "neg", "reciprocal", "exp", "exp2", "expm1", "sin", "cos", "tan", "sinh", "cosh"),
+            *("tanh", "atan", "erf", "floor", "ceil", "trunc", "sign", "sgn", "isnan", "isinf", "relu"),
+            *("sigmoid", "silu", "log_sigmoid_forward", "softplus", "leaky_relu", "elu", "gelu"),
+            *("hardsigmoid", "hardswish", "clone", "zeros_like", "ones_like"),
+        )
+    ),
+    *(
+        (f"{name}.default", (positive(3, 4) * 0.9,), {})
+        for name in ("log", "log1p", "log2", "log10", "sqrt", "rsqrt", "asin", "acos")
+    ),
+    ("_to_copy.default", (rand(3, 4),), {"dtype": torch.float64}),
+    ("add_.Tensor", (rand(3, 4), rand(3, 4)), {}),
+    ("mul_.Tensor", (rand(3, 4), rand(4)), {}),
+    ("copy_.default", (rand(3, 4), rand(4)), {}),
+    ("zero_.default", (rand(3, 4),), {}),
+    ("fill_.Scalar", (rand(3, 4), 2.5), {}),
+    ("full_like.default", (rand(3, 4), 2.5), {}),
+    ("threshold_backward.default", (rand(3, 4), rand(3, 4), 0), {}),
+    ("tanh_backward.default", (rand(3, 4), torch.tanh(rand(3, 4))), {}),
+    ("sigmoid_backward.default", (rand(3, 4), torch.rand(3, 4)), {}),
+    ("silu_backward.default", (rand(3, 4), rand(3, 4)), {}),
+    ("gelu_backward.default", (rand(3, 4), rand(3, 4)), {}),
+    ("leaky_relu_backward.default", (rand(3, 4), rand(3, 4), 0.01, False), {}),
+    ("hardtanh_backward.default", (rand(3, 4), rand(3, 4), -0.5, 0.5), {}),
+    ("softplus_backward.default", (rand(3, 4), rand(3, 4), 2.0, 20.0), {}),
+    ("native_dropout_backward.default", (rand(3, 4), mask(3, 4), 1.25), {}),
+    ("_foreach_add.List", ([rand(3), rand(2, 2)], [rand(3), rand(2, 2)]), {"alpha": 2}),
+    ("_foreach_add_.Scalar", ([rand(3), rand(2, 2)], 0.25), {}),
+    ("_foreach_mul_.ScalarList", ([rand(3), rand(2, 2)], [0.25, 0.5]), {}),
+    ("_foreach_mul_.Tensor", ([rand(3), rand(2, 2)], rand(())), {}),
+    ("_foreach_div_.List", ([rand(3), rand(2, 2)], [positive(3), positive(2, 2)]), {}),
+    ("_foreach_sqrt.default", ([positive(3), positive(2, 2)],), {}),
+    ("_foreach_lerp_.Scalar", ([rand(3), rand(2)], [rand(3), rand(2)], 0.1), {}),
+    ("_foreach_addcmul_.Scalar", ([rand(3)], [rand(3)], [rand(3)], 0.1), {}),
+    ("_foreach_addcdiv_.ScalarList", ([rand(3)], [rand(3)], [positive(3)], [0.1]), {}),
+    ("_foreach_norm.Scalar", ([rand(3), rand(2, 2)],), {}),
+    ("mm.default", (rand(3, 4), rand(4, 5)), {}),
+    ("mm.default", (rand(4, 3).T, rand(5, 4).T), {}),
+    ("bmm.default", (rand(2, 3, 4), rand(2, 4, 5)), {}),
+    ("mv.default", (rand(3, 4), rand(4)), {}),
+    ("dot.default", (rand(4), rand(4)), {}),
+    ("addmm.default", (rand(5), rand(3, 4), rand(4, 5)), {}),
+    ("addmm_.default", (rand(3, 5), rand(3, 4), rand(4, 5)), {"beta": 0.5, "alpha": -0.1}),
+    ("addmv.default", (rand(3), rand(3, 4), rand(4)), {"alpha": -0.1}),
+    ("baddbmm.default", (rand(2, 3, 5), rand(2, 3, 4), rand(2, 4, 5)), {"beta": 0, "alpha": 2}),
+    ("addbmm.default", (rand(3, 5), rand(2, 3, 4), rand(2, 4, 5)), {}),
+    ("sum.default", (rand(3, 4),), {}),
+    ("sum.dim_IntList", (rand(3, 4, 2), [0, -1]), {}),
+    ("sum.dim_IntList", (rand(3, 4, 2), [1], True), {}),
+    ("mean.default", (rand(3, 4),), {}),
+    ("mean.dim", (rand(3, 4, 2), [1], True), {}),
+    ("cumsum.default", (rand(3, 4), 1), {}),
+    ("prod.default", (rand(3, 2),), {}),
+    ("prod.dim_int", (rand(3, 2), 1), {}),
+    ("amax.default", (rand(3, 4), [1]), {}),
+    ("amin.default", (rand(3, 4), [0], True), {}),
+    ("max.default", (rand(3, 4),), {}),
+    ("max.dim", (rand(3, 4), 1), {}),
+    ("min.dim", (rand(3, 4), 0, True), {}),
+    ("argmax.default", (rand(3, 4), 1), {}),
+    ("any.dim", (mask(3, 4), 1), {}),
+    ("logsumexp.default", (rand(3, 4), [1]), {}),
+    ("linalg_vector_norm.default", (rand(3, 4),), {}),
+    ("linalg_vector_norm.default", (rand(3, 4), 1, [1]), {}),
+    ("linalg_vector_norm.default", (rand(3, 4), math.inf, [0], True), {}),
+    ("var.correction", (rand(3, 4), [1]), {"correction": 1}),
+    ("var_mean.correction", (rand(3, 4), [1]), {"correction": 0, "keepdim": True}),
+    ("std.correction", (rand(3, 4), [0]), {"correction": 1}),
+    *(("convolution.default", case, {}) for case in CONVOLUTIONS),
+    *(("convolution_backward.default", backward_of(case), {}) for case in CONVOLUTIONS),
+    ("max_pool2d_with_indices.default", (rand(2, 3, 6, 5), [3, 2], [2, 1], [1, 1], [1, 2]), {}),
+    ("max_pool2d_with_indices_backward.default",
+     pooled(rand(2, 3, 6, 5), [3, 2], [2, 1], [1, 1], [1, 2], False), {}),
+    ("avg_pool2d.default", (rand(2, 3, 6, 5), [3, 2], [2, 1], [1, 1], False, False), {}),
+    ("avg_pool2d.default", (rand(2, 3, 6, 5), [3, 2], [2, 1], [1, 1]), {}),
+    ("avg_pool2d_backward.default",
+     (rand(2, 3, 3, 6), rand(2, 3, 6, 5), [3, 2], [2, 1], [1, 1], False, False, None), {}),
+    ("avg_pool2d_backward.default",
+     (rand(2, 3, 3, 3), rand(2, 3, 6, 6), [2, 2], [2, 2], [0, 0], False, True, None), {}),
+    ("_adaptive_avg_pool2d.default", (rand(2, 3, 7, 5), [3, 2]), {}),
+    ("_adaptive_avg_pool2d_backward.default", (rand(2, 3, 3, 2), rand(2, 3, 7, 5)), {}),
+    ("native_batch_norm.default",
+     (rand(5, 3, 2), rand(3), rand(3), rand(3), positive(3), True, 0.1, 1e-5), {}),
+    ("native_batch_norm.default",
+     (rand(5, 3), rand(3), None, rand(3), positive(3), False, 0.1, 1e-5), {}),
+    ("native_batch_norm_backward.default", normalized_batch(rand(5, 3, 2), True), {}),
+    ("native_batch_norm_backward.default", normalized_batch(rand(5, 3), False), {}),
+    ("native_layer_norm.default", (rand(5, 3, 2), [3, 2], rand(3, 2), rand(3, 2), 1e-5), {}),
+    ("native_layer_norm.default", (rand(5, 3), [3], None, None, 1e-5), {}),
+    ("native_layer_norm_backward.default", normalized_layer(rand(5, 2, 3), [3]), {}),
+    ("native_layer_norm_backward.default", normalized_layer(rand(5, 2, 3), [2, 3]), {}),
+    ("_softmax.default", (rand(3, 4, 2), 1, False), {}),
+    ("_log_softmax.default", (rand(3, 4), -1, False), {}),
+    ("_softmax_backward_data.default", (rand(3, 4, 2), SOFT, 1, torch.float32), {}),
+    ("_log_softmax_backward_data.default", (rand(5, 4), ROWS, 1, torch.float32), {}),
+    *(("mse_loss.default", (rand(3, 4), rand(3, 4), each), {}) for each in (0, 1, 2)),
+    *(("mse_loss_backward.default", (rand(()), rand(3, 4), rand(3, 4), each), {}) for each in (1, 2)),
+    ("smooth_l1_loss.default", (rand(3, 4), rand(3, 4), 1, 0.5), {}),
+    ("smooth_l1_loss_backward.default", (rand(()), rand(3, 4), rand(3, 4), 1, 0.5), {}),
+    ("huber_loss.default", (rand(3, 4), rand(3, 4), 2, 0.5), {}),
+    ("huber_loss_backward.default", (rand(()), rand(3, 4), rand(3, 4), 1, 0.5), {}),
+    ("binary_cross_entropy.default", (positive(3, 4) / 1.2, torch.rand(3, 4), None, 1), {}),
+    ("binary_cross_entropy_backward.default",
+     (rand(()), positive(3, 4) / 1.2, torch.rand(3, 4), rand(3, 4), 1), {}),
+    ("binary_cross_entropy_with_logits.default",
+     (rand(3, 4), torch.rand(3, 4), rand(4), rand(4), 1), {}),
+    ("nll_loss_forward.default", (ROWS, ints(4, 5), None, 1, -100), {}),
+    ("nll_loss_forward.default", (ROWS, ints(4, 5), positive(4), 1, 2), {}),
+    ("nll_loss_forward.default", (ROWS, ints(4, 5), positive(4), 2, 1), {}),
+    ("nll_loss_forward.default", (ROWS, ints(4, 5), None, 0, 1), {}),
+    ("nll_loss2d_forward.default", (IMAGES, ints(4, 2, 3, 2), positive(4), 1, 2), {}),
+    ("nll_loss_backward.default", likelihood(ROWS, ints(4, 5), positive(4), 1, 2), {}),
+    ("nll_loss_backward.default", likelihood(ROWS, ints(4, 5), None, 0), {}),
+    ("nll_loss2d_backward.default", likelihood(IMAGES, ints(4, 2, 3, 2), None, 1), {}),
+    ("embedding.default", (rand(6, 3), ints(6, 2, 4)), {}),
+    ("embedding_dense_backward.default", (rand(2, 4, 3), ints(6, 2, 4), 6, 1, False), {}),
+    ("index.Tensor", (rand(4, 5, 3), [None, ints(5, 2), ints(3, 2)]), {}),
+    ("index_select.default", (rand(4, 5), 1, ints(5, 3)), {}),
+    ("gather.default", (rand(4, 5), 1, ints(5, 4, 2)), {}),
+    ("cat.default", ([rand(2, 3), rand(4, 3)], 0), {}),
+    ("stack.default", ([rand(2, 3), rand(2, 3)], 1), {}),
+    ("flip.default", (rand(2, 3), [1]), {}),
+    ("roll.default", (rand(2, 3), [1], [1]), {}),
+    ("repeat.default", (rand(2, 3), [2, 2]), {}),
+    ("tril.default", (rand(3, 3), -1), {}),
+    ("triu.default", (rand(3, 3), 1), {}),
+    ("constant_pad_nd.default", (rand(2, 3), [1, 1], 0.5), {}),
+    ("select_backward.default", (rand(2, 3), [2, 4, 3], 1, 2), {}),
+    ("slice_backward.default", (rand(2, 2), [2, 4], 1, 1, 3, 1), {}),
+    ("index_put.default", (rand(4, 3), [ints(4, 6)], rand(6, 3), True), {}),
+    ("index_add.default", (rand(4, 3), 0, ints(4, 6), rand(6, 3)), {"alpha": 2}),
+    ("scatter_add.default", (rand(4, 3), 0, ints(4, 5, 2), rand(6, 3)), {}),
+    ("scatter.src", (rand(4, 3), 1, torch.tensor([[0, 2], [1, 0]]), rand(2, 2)), {}),
+    ("sort.default", (rand(4, 3), 1), {}),
+    ("topk.default", (rand(4, 6), 2, 1), {}),
+    ("pixel_shuffle.default", (rand(1, 4, 2, 2), 2), {}),
+    ("_scaled_dot_product_flash_attention_for_cpu.default",
+     (rand(2, 2, 5, 8), rand(2, 2, 5, 8), rand(2, 2, 5, 8), 0.0, True), {}),
+    ("_scaled_dot_product_flash_attention_for_cpu.default",
+     (rand(2, 2, 5, 8), rand(2, 2, 6, 8), rand(2, 2, 6, 8), 0.0, False),
+     {"attn_mask": rand(5, 6), "scale": 0.4}),
+    ("_fused_sgd_.default",
+     ([rand(3)], [rand(3)], []),
+     {"weight_decay": 0.1, "momentum": 0.0, "lr": 0.1, "dampening": 0.0, "nesterov": False,
+      "maximize": False, "is_first_step": False}),
+    *(
+        (f"{name}.default",
+         ([rand(3)], [rand(3)], [rand(3)], [positive(3)], [], [torch.tensor(3.0)]),
+         {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False,
+          "maximize": False})
+        for name in ("_fused_adam_", "_fused_adamw_")
+    ),
+]  # fmt: skip
+
+
+class Ran:
+    """An operator that has run, with copies of what it was given."""
+
+    def __init__(self, name, given, keywords, values=None):
+        operator = resolve(f"aten.{name}")
+        self.names = {}
+        self.inputs = dict(values or {})
+        arguments = tuple(encode(each, self._name) for each in given)
+        named = {key: encode(each, self._name) for key, each in keywords.items()}
+        called, named_called = (self._copied(each) for each in (given, keywords))
+        result = operator(*called, **named_called)
+        flat = list(leaves(result)) if isinstance(result, torch.Tensor | list | tuple) else []
+        self.results = {}
+        outputs = []
+        live = {id(copy): name for name, copy in self._copies.items()}
+        for place, tensor in enumerate(flat):
+            outputs.append(live.get(id(tensor), f"result{place}"))
+            self.results[outputs[-1]] = tensor
+        self.operation = Operation(
+            phase="forward",
+            operator=f"aten.{name}",
+            arguments=arguments,
+            keywords=named,
+            results=tuple(outputs),
+        )
+        written = [each for each in self.operation.written() if each not in outputs]
+        self.results |= {each: self._copies[each] for each in written}
+        self.outputs = [*outputs, *written]
+
+    _copies: dict
+
+    def _name(self, tensor):
+        name = self.names.setdefault(id(tensor), f"t{len(self.names)}")
+        self.inputs.setdefault(name, tensor.clone())
+        return name
+
+    def _copied(self, value):
+        if not hasattr(self, "_copies"):
+            self._copies = {}
+        if isinstance(value, torch.Tensor):
+            name = self.names[id(value)]
+            return self._copies.setdefault(name, self._as(value, self.inputs[name]))
+        if isinstance(value, dict):
+            return {key: self._copied(each) for key, each in value.items()}
+        return [self._copied(each) for each in value] if isinstance(value, list | tuple) else value
+
+    @staticmethod
+    def _as(value, content):
+        """Return a copy with the strides of the tensor that was given."""
+        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        return copy.copy_(content)
+
+
+def pieces_of(made):
+    if isinstance(made, Formula):
+        return [*made.given.values()]
+    return [piece for terms in made.terms for piece in terms.given.values()]
+
+
+def recomputed(ran, made):
+    def values(given):
+        return {
+            key: numbers_of((ran.results if p.is_result else ran.inputs)[p.name], p)
+            for key, p in given.items()
+        }
+
+    if isinstance(made, Formula):
+        return None if made.of is None else made.of(**values(made.given))
+    return sum(float(terms.of(**values(terms.given)).sum()) for terms in made.terms) / made.divisor
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "keywords"), CASES, ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)]
+)
+def test_a_rule_names_the_numbers_that_make_the_result(name, given, keywords):
+    ran = Ran(name, given, keywords)
+    chance = random.Random(name)
+    first_only = name.startswith("log_sigmoid")  # its second result is memory of the kernel
+    for place, output in enumerate(ran.outputs[: 1 if first_only else None]):
+        tensor = ran.results[output]
+        places = list(itertools.product(*map(range, tensor.shape)))
+        for index in chance.sample(places, min(len(places), 4)):
+            call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, place, index)
+            made = how_made(call, output)
+            expected, found = tensor[index].item(), recomputed(ran, made)
+            if found is not None:
+                assert float(found) == pytest.approx(float(expected), rel=2e-5, abs=2e-5), made
+            unlike = with_other_numbers(ran, name, given, keywords, made)
+            assert unlike.results[output][index].item() == pytest.approx(expected, rel=2e-5, abs=2e-5), (
+                made
+            )
+
+
+def with_other_numbers(ran, name, given, keywords, made):
+    """Run the operator with all numbers changed but those that the rule names."""
+    values = {}
+    pieces = pieces_of(made)
+    # What another result of the operation was made from went in as well.
+    for piece in [piece for piece in pieces if piece.is_result]:
+        place = ran.outputs.index(piece.name)
+        call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, place, piece.at(0))
+        pieces += pieces_of(how_made(call, piece.name))
+    for key, tensor in ran.inputs.items():
+        values[key] = tensor.clone()
+        if tensor.is_floating_point():
+            kept = torch.zeros(tensor.shape, dtype=torch.bool)
+            for piece in pieces:
+                if piece.name == key and not piece.is_result:
+                    for number in range(piece.size):
+                        kept[piece.at(number)] = True
+            values[key] = torch.where(kept, tensor, torch.rand_like(tensor) * 0.5 + 0.2)
+    return Ran(name, given, keywords, values)
+
+
+def test_an_operator_without_a_rule_has_none():
+    ran = Ran("linalg_inv_ex.default", (rand(3, 3),), {})
+    call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, 0, (0, 0))
+    with pytest.raises(NoRuleError, match="linalg_inv_ex"):
+        how_made(call, ran.outputs[0])
+
+
+def test_a_number_that_is_put_where_several_meet_has_no_rule():
+    index = torch.tensor([[1, 1]])
+    ran = Ran("scatter.src", (rand(1, 3), 1, index, rand(1, 2)), {})
+    call = Call(ran.operation, ran.inputs, ran.results, ran.outputs, 0, (0, 1))
+    with pytest.raises(NoRuleError, match="several"):
+        how_made(call, ran.outputs[0])

@@ -1,0 +1,308 @@
+"""Where a number comes from: every line by hand, the steps before, NaN with its rows, and bad input.
+
+`python -m benchmarks.why` does the first for 200 numbers of seven networks; here it is a sample.
+"""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from benchmarks.why import NETWORKS, asked, followed
+from benchmarks.why_by_hand import ALL, complaints
+from torch import nn
+
+import everystep
+from everystep import ExpressionError, RunError, UsageError
+from everystep.replay.why import Why, follow
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_line_is_what_it_says_computed_by_hand(name, tmp_path):
+    torch.manual_seed(0)
+    run, chance = NETWORKS[name](tmp_path / "run"), random.Random(name)
+    lines = 0
+    for _ in range(3):
+        step = run[chance.randint(2, len(run))]
+        for line in followed(step.why(asked(step, chance), terms=ALL), chance):
+            assert complaints(line) == []
+            lines += 1
+    assert lines > 9
+
+
+@pytest.fixture
+def run(small, tmp_path):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=optimizer,
+        steps=20,
+        batch_size=5,
+        directory=tmp_path / "run",
+        progress=False,
+    )
+    return everystep.open(tmp_path / "run")
+
+
+def test_a_gradient_is_followed_to_the_rows_of_the_data(run):
+    step = run[7]
+    answer = run.why(7, "gradients['0.weight'][3, 1]", terms=2)
+    assert answer.number.value == step.gradients["0.weight"][3, 1].item()
+    (group,) = answer.groups
+    assert (group.count, len(group.terms)) == (5, 2)
+    by_hand = [
+        (term.numbers["self"].value * term.numbers["mat2"].value, term.value) for term in group.terms
+    ]
+    assert all(product == value for product, value in by_hand)
+    assert abs(group.terms[0].value) >= abs(group.terms[1].value)
+    total = math.fsum([*(term.value for term in group.terms), group.rest])
+    assert total == pytest.approx(answer.number.value, rel=1e-5)
+    for term in group.terms:
+        assert term.numbers["mat2"].row in step.batch.rows.tolist()
+
+
+def test_a_transposed_view_is_followed_to_the_number_that_was_written(run):
+    answer = run.why(7, "gradients['0.weight'][3, 1]", terms=1)
+    factor = answer.groups[0].terms[0].numbers["self"]
+    made = factor.why()
+    assert made.number.value == factor.value
+    assert made.observed.operation.name == "tanh_backward"
+
+
+def test_a_parameter_is_followed_through_the_updates_before(run):
+    answer = run.why(9, "parameters['2.bias'][0]", back=3, terms=9)
+    values, steps = [], []
+    while answer.causes:
+        answer = answer.causes[0]
+        values.append(answer.number.value)
+        steps.append(answer.number.step)
+        assert answer.is_equal or answer.recomputed is not None
+    assert steps == [8, 7, 6]
+    assert values == [run[t].updates["2.bias"].after[0].item() for t in steps]
+
+
+def test_an_update_is_the_difference_of_two_numbers(run):
+    answer = run.why(9, "updates['2.bias'][0]")
+    after, before = answer.numbers
+    update = run[9].updates["2.bias"]
+    assert (after.value, before.value) == (update.after[0].item(), update.before[0].item())
+    assert answer.causes[0].number.value == after.value
+
+
+def test_the_numbers_of_an_answer_are_expressions(run):
+    answer = run.why(7, "loss")
+    for number in answer.numbers:
+        again = run.why(7, number.name)
+        assert again.number.value == number.value
+    assert run.why(8, "previous.loss").number.value == answer.number.value
+
+
+def test_a_step_of_the_first_state_ends_there(run):
+    answer = run.why(1, "parameters['0.weight'][0, 0]", back=5)
+    assert answer.note == "the state before the first step"
+    assert not answer.causes
+
+
+def test_a_change_between_two_steps_is_not_taken_for_an_update(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def batches():
+        for number in range(4):
+            if number == 2:
+                with torch.no_grad():
+                    model.bias.add_(5)
+            yield torch.ones(3, 2)
+
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps(batches()):
+            loss = model(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recording.log(loss=loss)
+    opened = everystep.open(tmp_path / "run")
+    (cause,) = opened.why(3, "parameters['bias'][0]", back=1).causes
+    assert cause.origin == "state"
+    assert "not what step 2 left" in cause.note
+    (cause,) = opened.why(4, "parameters['bias'][0]", back=1).causes
+    assert (cause.origin, cause.number.step) == ("operation", 3)
+
+
+def test_nan_is_followed_to_the_row_that_brought_it(small, tmp_path, monkeypatch):
+    model, x, y = small
+    x[13, 2] = math.nan
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=optimizer,
+        steps=30,
+        batch_size=5,
+        directory=tmp_path / "run",
+        progress=False,
+    )
+    opened = everystep.open(tmp_path / "run")
+    first = opened.first_nonfinite()
+    answer = opened.why(30, "parameters['2.weight'][0, 0]")
+    assert answer.began.origin == "batch"
+    assert (answer.began.number.row, answer.began.number.step) == (13, first.step.number)
+    assert answer.began.rows == (13,)
+    assert "row 13 of the data" in answer.to_text()
+    # Of a long way both ends are kept, and the number of what is left out.
+    assert answer.left_out
+    monkeypatch.setattr(follow, "LONGEST", 1000)
+    whole = opened.why(30, "parameters['2.weight'][0, 0]")
+    assert len(whole.causes) == len(answer.causes) + answer.left_out
+    assert whole.began.number.name == answer.began.number.name
+
+
+class Logarithm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2, bias=False)
+
+    def forward(self, x):
+        return self.layer(x).log()
+
+
+def test_nan_that_an_operation_makes_has_the_rows_behind_it(small, tmp_path):
+    _, x, y = small
+    x = x.abs() + 1
+    x[11] *= -1
+    model = Logarithm()
+    with torch.no_grad():
+        model.layer.weight.fill_(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    directory = tmp_path / "run"
+    everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=optimizer,
+        steps=4,
+        batch_size=5,
+        directory=directory,
+        progress=False,
+    )
+    opened = everystep.open(directory)
+    found = opened.first_nonfinite()
+    answer = opened.why(found.step.number, "loss")
+    began = answer.began
+    assert began.observed.operation.name == "log"
+    assert began.number.step == found.step.number
+    assert began.rows == (11,)
+    assert all(math.isfinite(number.value) for number in began.numbers)
+
+
+def test_an_operator_without_a_rule_says_so(tmp_path):
+    torch.manual_seed(0)
+    opened = NETWORKS["LSTM, Adam"](tmp_path / "run")
+    answer = opened.why(5, "#1[0, 0, 0]")
+    assert answer.unknown and not answer.groups
+    assert "which numbers it used is not known" in answer.to_text()
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("gradients['0.weight'][8, 0]", r"shape \(8, 4\)"),
+        ("gradients['0.weight']", "32 numbers"),
+        ("gradients['0.wieght'][0, 0]", "did you mean 0.weight"),
+        ("norm(gradients['0.weight'])", "not a computation"),
+        ("loss + 1", "not a computation"),
+        ("step", "no operation of step 7 makes step"),
+        ("measurements['lr']", "no operation of step 7 makes"),
+        ("#99[0]", "no operation #99"),
+        ("#0.7[0, 0]", "no such result"),
+        ("tensors['optimizer/0.weight/momentum'][0, 0]", "did you mean"),
+        ("gradients['0.weight'][0, 0", "never closed"),
+        ("", "empty"),
+    ],
+)
+def test_what_is_not_a_number_of_the_step_is_an_error(run, expression, message):
+    with pytest.raises(ExpressionError, match=message):
+        run.why(7, expression)
+
+
+@pytest.mark.parametrize("wrong", [{"back": -1}, {"depth": 0}, {"terms": 0}, {"depth": 1.5}])
+def test_wrong_options_are_errors(run, wrong):
+    with pytest.raises(UsageError, match="must be an integer of at least"):
+        run.why(7, "loss", **wrong)
+
+
+def test_a_step_that_is_not_there_is_an_error(run):
+    with pytest.raises(everystep.StepError, match="it has steps 1 to 20"):
+        run.why(99, "loss")
+
+
+class Unreadable(torch.optim.SGD):
+    def step(self, closure=None):
+        print(end="")
+        return super().step(closure)
+
+
+def test_a_step_that_python_took_needs_the_objects(small, tmp_path):
+    model, x, y = small
+    everystep.train(
+        model,
+        (x, y),
+        loss=lambda prediction, target: (prediction - target).square().sum() * float(len(x)),
+        optimizer=Unreadable(model.parameters(), lr=0.001),
+        steps=3,
+        directory=tmp_path / "run",
+        engine="eager",
+        progress=False,
+    )
+    with pytest.raises(RunError, match=r"everystep\.open"):
+        everystep.open(tmp_path / "run").why(2, "loss")
+
+
+def test_a_step_that_python_replays_is_followed_too(small, tmp_path):
+    model, x, y = small
+    opened = everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
+        steps=4,
+        directory=tmp_path / "run",
+        engine="eager",
+        progress=False,
+    )
+    chance = random.Random(0)
+    for expression in ("gradients['0.weight'][3, 1]", "activations['1'][2, 3]", "loss"):
+        step = opened[3]
+        assert not step.is_by_program
+        for line in followed(step.why(expression, terms=ALL), chance):
+            assert complaints(line) == []
+
+
+def test_the_command_prints_what_python_returns(run, everystep_command):
+    command = "why", str(run.directory), "7"
+    code, out, err = everystep_command(*command, "gradients['0.weight'][3, 1]", "--terms", "2")
+    assert code == 0
+    answer = run.why(7, "gradients['0.weight'][3, 1]", terms=2)
+    assert out.split("\n", 1)[1] == answer.to_text().split("\n", 1)[1]
+    assert "everystep why" in err
+    code, out, _ = everystep_command(*command, "loss", "--json", "--depth", "2")
+    data = json.loads(out)
+    assert data["value"] == run[7].loss
+    assert data["causes"][0]["operator"].startswith("aten.")
+    code, _, err = everystep_command(*command, "gradients['0.weight'][9, 9]")
+    assert code == 2
+    assert "shape (8, 4)" in err
+
+
+def test_an_answer_shows_itself(run):
+    answer = run.why(7, "loss")
+    assert isinstance(answer, Why)
+    assert repr(answer).startswith("<step 7: ")
+    assert "the sum of 10 terms" in answer._repr_html_()
+    assert "(forward of 2)" in answer.numbers[0].why()._repr_html_()
+    assert answer.to_text() == run[7].why("loss").to_text()
