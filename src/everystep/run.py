@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from everystep.replay.diff import Difference
     from everystep.replay.doctor import Diagnosis
     from everystep.replay.hooks import NonFinite
+    from everystep.replay.match import Match
     from everystep.replay.processes import Opener
     from everystep.replay.query import Measured
     from everystep.replay.rerun import Rerun
@@ -184,6 +185,27 @@ class Run(RecordedRun):
         with counting("comparing", min(len(self), len(other)), progress) as on_progress:
             found = diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
         return replace(found, to_text=partial(diff_text, found))
+
+    def match(self, other: Run, step: int | None = None) -> Match:
+        """Return how a step of this run matches one of another that is written differently, by values.
+
+        The gradients, parameters and buffers of this run are looked for among all tensors of the other,
+        up to rounding, whatever they are called there: for a backward pass written by hand, another
+        module structure, another optimizer of the same mathematics, or another precision.
+
+        step: its number; None: the first that does not match, or else the last that both have.
+
+        Raises:
+            StepError: a run has no such step.
+            RunError: a step cannot be opened.
+        """
+        from everystep.replay.match import match
+        from everystep.views.match import match_text
+
+        if not isinstance(other, Run):
+            raise UsageError(f"expected another run to match with, not {other!r:.80}")
+        found = match(self._opener, other._opener, None if step is None else self._number(step))
+        return replace(found, to_text=partial(match_text, found))
 
     def rerun(
         self,

@@ -128,16 +128,39 @@ def diff(
             "--thorough", help="Compare every step, not only those around the first difference."
         ),
     ] = False,
+    by_values: Annotated[
+        bool,
+        typer.Option(
+            "--by-values", help="Match trainings that are written differently, up to rounding."
+        ),
+    ] = False,
+    at: Annotated[
+        int | None,
+        typer.Option("--step", metavar="STEP", help="Match this step; default: the first that differs."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show where two runs differ: experiments, losses, states, down to the first operation.
 
-    Exits with 1 if they differ.
+    With --by-values, the tensors of a step are looked for in the other run, whatever operations made
+    them: to check a backward pass written by hand, for example. Exits with 1 if they differ.
     """
     from everystep.api import open
     from everystep.views.answers import as_json
     from everystep.views.difference import diff_data, diff_text
 
+    if at is not None and not by_values:
+        raise UsageError("--step needs --by-values; without it, diff finds the step itself")
+    if thorough and by_values:
+        raise UsageError("--thorough and --by-values are mutually exclusive")
+    if by_values:
+        from everystep.views.match import match_data, match_text
+
+        matched = open(one).match(open(other), at)
+        say(as_json(match_data(matched)) if json else match_text(matched))
+        if not matched.is_match:
+            raise typer.Exit(1)
+        return
     found = open(one).diff(open(other), thorough=thorough)
     say(as_json(diff_data(found)) if json else diff_text(found))
     if not found.is_same:

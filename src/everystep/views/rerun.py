@@ -12,7 +12,7 @@ from everystep.views.terminal import number, shortest
 if TYPE_CHECKING:
     from everystep.replay.operations import OperationDifference
     from everystep.replay.rerun import Rerun
-    from everystep.replay.rerun.rounding import Apart
+    from everystep.replay.rounding import Apart
 
 __all__ = ["rerun_data", "rerun_text"]
 

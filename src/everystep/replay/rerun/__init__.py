@@ -1,8 +1,7 @@
 """The same run elsewhere: its programs under other numerics, in another precision, by another torch.
 
-`place` says where, `other_process` and `child` are the two ends of the process that replays there,
-`rounding` compares what both computed, and `rerun` puts it together. `reproduce` writes an operation as
-a script.
+`place` says where, `other_process` and `child` are the two ends of the process that replays there, and
+`rerun` compares what both computed.
 """
 
 from everystep.replay.rerun.place import Place

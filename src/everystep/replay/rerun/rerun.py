@@ -25,7 +25,7 @@ from everystep.replay.replay import Replay
 from everystep.replay.rerun.child import footprints
 from everystep.replay.rerun.other_process import OtherProcess, other_process
 from everystep.replay.rerun.place import Place
-from everystep.replay.rerun.rounding import Apart, apart, tolerance
+from everystep.replay.rounding import Apart, apart, tolerance
 from everystep.replay.shown import Shown
 
 if TYPE_CHECKING:

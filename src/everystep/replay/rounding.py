@@ -11,7 +11,7 @@ from torch import Tensor
 from everystep.replay.step import Step
 from everystep.step.check import FOLD_TOLERANCE
 
-__all__ = ["Apart", "apart", "tolerance"]
+__all__ = ["Apart", "apart", "relative_difference", "tolerance"]
 
 
 class Apart(NamedTuple):
@@ -37,7 +37,7 @@ def apart(own: Step, there: Step) -> list[Apart]:
     for index, (one, other) in enumerate(zip(own.operations, there.operations, strict=True)):
         operation = one.operation
         for name, tensor in one.results.items():
-            relative = _relative(tensor, other.results[name])
+            relative = relative_difference(tensor, other.results[name])
             place = own.number, index, operation.operator, operation.phase, operation.module
             found.append(Apart(*place, name, relative))
     return found
@@ -48,7 +48,11 @@ def tolerance(*dtypes: torch.dtype) -> float:
     return max((FOLD_TOLERANCE[dtype] for dtype in dtypes if dtype in FOLD_TOLERANCE), default=1e-4)
 
 
-def _relative(one: Tensor, other: Tensor) -> float:
+def relative_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two numbers, divided by the largest number of the first tensor.
+
+    Infinite for other shapes, other whole numbers, or where only one of two is finite.
+    """
     if one.shape != other.shape:
         return math.inf
     if one.is_complex():
