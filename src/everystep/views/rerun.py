@@ -119,8 +119,10 @@ def _apart_text(found: Apart) -> str:
 
 def _nearer_text(found: Rerun) -> str:
     rows = sorted(_distances(found).items(), key=lambda item: item[1]["median"])
+    steps = _common(found)
     return "\n".join(
         f"{name}: losses {row['median']:.2g} away in the median, {row['largest']:.2g} at most"
+        + (f", over {steps:,} steps" if steps < len(found.losses) else "")
         for name, row in rows
     )
 
@@ -129,12 +131,17 @@ def _distances(found: Rerun) -> dict[str, dict[str, float]]:
     """Return how far the losses of each run are from those elsewhere, relative to these."""
     from everystep.replay.rerun import relative_distance
 
+    count = _common(found)
     distances = {}
     for name, losses in ({found.name: found.recorded} | found.others).items():
-        count = min(len(losses), len(found.losses))
         relative = relative_distance(found.losses[:count], losses[:count])
         distances[name] = {"median": float(np.median(relative)), "largest": float(relative.max())}
     return distances
+
+
+def _common(found: Rerun) -> int:
+    """Return how many steps all runs have that are laid beside each other."""
+    return min(len(losses) for losses in (found.losses, *found.others.values()))
 
 
 def _operation_data(found: OperationDifference) -> dict[str, Any]:
