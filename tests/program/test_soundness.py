@@ -14,6 +14,7 @@ from tests.step.torch_modules import WARNINGS, module_cases
 from torch import nn
 from torch.nn import functional
 
+import everystep
 from everystep.errors import ProgramError
 from everystep.program.program import Program
 
@@ -328,3 +329,24 @@ def test_reading_says_nothing(recwarn):
     )
     refused(program, r"returns float32 \[2\] as r, which should be float32 \[3\]")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LayerNorm(8), nn.BatchNorm1d(8), nn.GroupNorm(2, 8), nn.RMSNorm(8)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_statistics_of_every_dtype_are_read_on_a_machine_that_has_not_seen_the_program(
+    layer, dtype, tmp_path, monkeypatch
+):
+    model = nn.Sequential(nn.Linear(4, 8), copy.deepcopy(layer), nn.Linear(8, 1)).to(dtype)
+    x, y = torch.randn(6, 4, dtype=dtype), torch.randn(6, 1, dtype=dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run = everystep.train(
+        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=3, directory=tmp_path / "run",
+        progress=False,
+    )  # fmt: skip
+    monkeypatch.setattr("everystep.program.program.is_known_sound", lambda content: False)
+    assert run.facts.training.engine.reason is None
+    assert everystep.open(run.directory).verify(processes=1, progress=False).is_exact

@@ -80,8 +80,8 @@ class Guard:
             reason = "the request must be JSON (Content-Type: application/json)"
         if reason is None and not (has_token or self._has_cookie(headers)):
             reason = (
-                "this page opens only with the whole address that everystep view prints in its "
-                "terminal, including the token at its end"
+                "this page opens only with the address that everystep view prints in its terminal, "
+                "including the token at its end"
             )
 
         async def send_guarded(message: Message) -> None:

@@ -12,13 +12,18 @@ from everystep.errors import ProgramError
 from everystep.program.arguments import DTYPES, references
 from everystep.program.operators import draws_random_numbers
 from everystep.program.program import Operation, Program, Storage, TensorSpec
+from everystep.program.soundness import WITH_STATISTICS, results_on_meta
 
 __all__ = ["Precision", "counters"]
 
 #: They draw the same mask in every dtype; others draw other numbers.
 _SAME_DRAWS = {"aten.bernoulli_.float", "aten.bernoulli.p", "aten.native_dropout.default"}
-#: Arguments of fused optimizers with a dtype of their own, whatever that of the parameters is.
-_FIXED_ARGUMENTS = ("state_steps", "lr", "grad_scale", "found_inf")
+#: Arguments of fused optimizers, and of scalers, with a dtype of their own, whatever gradients have.
+_FIXED_ARGUMENTS = {
+    "_fused_": ("state_steps", "lr", "grad_scale", "found_inf"),
+    "_amp_foreach_": ("found_inf", "inv_scale"),
+    "_amp_update_": ("self", "growth_tracker", "found_inf"),
+}
 _RATE = "hyperparameter/"
 
 
@@ -34,10 +39,15 @@ class Precision:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.name = str(dtype).removeprefix("torch.")
+        #: Names of the state with a dtype of their own, of all programs that were cast.
+        self._kept: set[str] = set()
 
     def tensor(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the state, or an input, in this precision."""
-        is_kept = _is_counter(name) or not tensor.is_floating_point()
+        """Return a tensor of the state, or an input, in this precision.
+
+        Call it when the programs have been cast: what uses a tensor may decide its dtype.
+        """
+        is_kept = name in self._kept or _is_counter(name) or not tensor.is_floating_point()
         return tensor if is_kept else tensor.to(self.dtype)
 
     def program(self, program: Program) -> Program:
@@ -54,34 +64,66 @@ class Precision:
                     "other steps"
                 )
         kept = counters(program)
+        self._kept |= {n for n in program.state_names if program.tensors[n].storage in kept}
+        self._kept |= {n for n, t in program.ends.items() if program.tensors[t].storage in kept}
         names = {name: self._rate(name) for name in program.of_kind("hyperparameter")}
-        storages = {
-            names.get(name, name): self._storage(program, name, storage, is_kept=name in kept)
-            for name, storage in program.storages.items()
-        }
-        tensors = {
-            names.get(name, name): self._spec(spec, names, is_kept=spec.storage in kept)
-            for name, spec in program.tensors.items()
-        }
-
-        def is_of_kept(operation: Operation) -> bool:
-            places = {program.tensors[name].storage for name in operation.results if name}
-            return bool(places) and places <= kept
-
-        def changed_in(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
-            return tuple(
-                each if is_of_kept(each) else self._operation(each, names) for each in operations
-            )
-
-        changed = program.model_copy(
+        cast = program.model_copy(
             update={
-                "storages": storages,
-                "tensors": tensors,
-                "once": changed_in(program.once),
-                "operations": changed_in(program.operations),
+                "once": tuple(self._operation(each, names, program, kept) for each in program.once),
+                "operations": tuple(
+                    self._operation(each, names, program, kept) for each in program.operations
+                ),
+                "tensors": {names.get(name, name): spec for name, spec in program.tensors.items()},
             }
         )
-        return Program.from_json(changed.to_json())  # which checks it again
+        dtypes = self._dtypes(cast, names, kept)
+        tensors = {
+            name: self._spec(spec, names, dtypes.get(spec.storage))
+            for name, spec in cast.tensors.items()
+        }
+        storages = {
+            names.get(name, name): self._storage(program, name, storage, dtypes.get(name))
+            for name, storage in program.storages.items()
+        }
+        cast = cast.model_copy(update={"tensors": tensors, "storages": storages})
+        return Program.from_json(cast.to_json())  # which checks it again
+
+    def _dtypes(
+        self, program: Program, names: Mapping[str, str], kept: set[str]
+    ) -> dict[str, torch.dtype]:
+        """Return the dtypes of storages that have floating-point numbers, by name.
+
+        Some operations return another dtype than they are given, so each is asked, on tensors without
+        memory.
+        """
+        found = {}
+        for spec in program.tensors.values():
+            if spec.torch_dtype.is_floating_point:
+                is_own = spec.storage in kept or spec.storage in names
+                found[spec.storage] = spec.torch_dtype if is_own else self.dtype
+        for name, new in names.items():
+            found[name] = DTYPES[new.rpartition("/")[2]]
+
+        def on_meta(name: str) -> Tensor:
+            spec = program.tensors[name]
+            dtype = found.get(spec.storage, spec.torch_dtype)
+            return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device="meta")
+
+        for operation in (*program.once, *program.operations):
+            needed = {*operation.reads()}
+            try:
+                results = results_on_meta(operation, {name: on_meta(name) for name in needed})
+            except (RuntimeError, NotImplementedError, ValueError, TypeError):
+                continue  # what does not fit is found when the program is checked
+            if operation.name in WITH_STATISTICS:
+                results = results[:1]
+            for result, tensor in zip(operation.results, results, strict=False):
+                if result is None or tensor is None or not tensor.is_floating_point():
+                    continue
+                place = program.tensors[result].storage
+                if place in found and program.storages[place].kind == "temporary":
+                    found[place] = tensor.dtype
+        return found
 
     def contents(self, program: Program, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the bytes of storages in this precision, by their names; others unchanged.
@@ -103,35 +145,36 @@ class Precision:
         count = len(content) // dtype.itemsize * dtype.itemsize
         return content[:count].clone().view(dtype).to(self.dtype).view(torch.uint8)
 
-    def _storage(self, program: Program, name: str, storage: Storage, *, is_kept: bool) -> Storage:
+    def _storage(
+        self, program: Program, name: str, storage: Storage, dtype: torch.dtype | None
+    ) -> Storage:
         dtypes = {spec.torch_dtype for spec in program.tensors.values() if spec.storage == name}
-        if any(dtype.is_complex for dtype in dtypes):
+        if any(known.is_complex for known in dtypes):
             raise ProgramError(f"{name} has complex numbers, which cannot be replayed in {self.name}")
-        floats = {dtype for dtype in dtypes if dtype.is_floating_point}
-        if is_kept or not floats:
+        if dtype is None or dtypes == {dtype}:
             return storage
-        if storage.kind == "hyperparameter":
-            size = storage.bytes if self._rate(name) == name else 2 * storage.bytes
-            return storage.model_copy(update={"bytes": size})
         if len(dtypes) > 1:
             raise ProgramError(f"{name} is read as {len(dtypes)} dtypes, which no other precision has")
-        count = -(-storage.bytes // floats.pop().itemsize)
-        return storage.model_copy(update={"bytes": count * self.dtype.itemsize})
+        count = -(-storage.bytes // dtypes.pop().itemsize)
+        return storage.model_copy(update={"bytes": count * dtype.itemsize})
 
-    def _spec(self, spec: TensorSpec, names: Mapping[str, str], *, is_kept: bool) -> TensorSpec:
-        if spec.storage in names:
-            place = names[spec.storage]
-            return spec.model_copy(update={"storage": place, "dtype": place.rpartition("/")[2]})
-        if is_kept or not spec.torch_dtype.is_floating_point:
+    def _spec(self, spec: TensorSpec, names: Mapping[str, str], dtype: torch.dtype | None) -> TensorSpec:
+        if dtype is None or not spec.torch_dtype.is_floating_point:
             return spec
-        return spec.model_copy(update={"dtype": self.name})
+        name = str(dtype).removeprefix("torch.")
+        return spec.model_copy(update={"storage": names.get(spec.storage, spec.storage), "dtype": name})
 
     def _rate(self, name: str) -> str:
         """Return the name of a learning rate in this precision: a float32 one would be rounded."""
         place, _, dtype = name.rpartition("/")
         return f"{place}/float64" if self.dtype == torch.float64 and dtype == "float32" else name
 
-    def _operation(self, operation: Operation, names: Mapping[str, str]) -> Operation:
+    def _operation(
+        self, operation: Operation, names: Mapping[str, str], program: Program, kept: set[str]
+    ) -> Operation:
+        made = {program.tensors[name].storage for name in operation.results if name}
+        if made and made <= kept:
+            return operation
         keywords = {key: self._argument(value, names) for key, value in operation.keywords.items()}
         arguments = tuple(self._argument(value, names) for value in operation.arguments)
         return operation.model_copy(update={"arguments": arguments, "keywords": keywords})
@@ -160,8 +203,7 @@ def _kept(program: Program) -> Iterator[str]:
     yield from filter(_is_counter, program.tensors)
     yield from (tensor for name, tensor in program.ends.items() if _is_counter(name))
     for operation in program.operations:
-        if operation.name.startswith("_fused_"):
-            given = operation.given()
-            for name in _FIXED_ARGUMENTS:
-                tensors = references(given.get(name))
-                yield from (each for each in tensors if not each.startswith(_RATE))
+        fixed = (names for kind, names in _FIXED_ARGUMENTS.items() if operation.name.startswith(kind))
+        for name in next(fixed, ()):
+            tensors = references(operation.given().get(name))
+            yield from (each for each in tensors if not each.startswith(_RATE))

@@ -26,13 +26,20 @@ from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import PLAIN_ONLY, parameters
 from everystep.program.trusting import FORWARD, OF_BACKWARD_ALONE, RENAMED, known_names
 
-__all__ = ["check_soundness"]
+__all__ = ["WITH_STATISTICS", "check_soundness", "results_on_meta"]
 
 META = torch.device("meta")
 Given = dict[str, Any]
 
 #: Kernels with results, besides the first, that depend on the device or that meta does not know.
 _VAGUE = re.compile(r"mkldnn_\w+|_?cudnn_\w+|miopen_\w+|_embedding_bag\w*|_scaled_dot_product_\w+")
+
+#: Their results after the first are statistics, with the dtype of the input on a CPU, and float32 on
+#: other devices and where there is no memory.
+WITH_STATISTICS = {
+    *("native_batch_norm", "native_layer_norm", "native_group_norm", "_native_batch_norm_legit"),
+    *("_batch_norm_with_update", "_fused_rms_norm"),
+}
 
 #: They trust the numbers in their second argument, which goes with the first: how rows were swapped.
 _OF_A_FACTORIZATION = {"linalg_lu_solve", "linalg_ldl_solve", "lu_unpack"}
@@ -104,7 +111,7 @@ class _Check:
         if fits is not None and not fits(self._as_known(index)):
             raise ValueError("its tensors do not fit together")
         try:
-            found = _results_on_meta(operation, self._meta)
+            found = results_on_meta(operation, self._meta)
         except NotImplementedError:  # an operator without a kernel for shapes alone
             return
         self._check_results(operation, found)
@@ -124,7 +131,7 @@ class _Check:
         if len(found) != len(operation.results):
             raise ValueError(f"returns {len(found)} results, not {len(operation.results)}")
         is_vague = _VAGUE.fullmatch(operation.name)
-        for name, tensor in zip(operation.results, found, strict=True):
+        for place, (name, tensor) in enumerate(zip(operation.results, found, strict=True)):
             if tensor is None:
                 if name is not None:
                     raise ValueError(f"returns nothing as {name}")
@@ -134,7 +141,10 @@ class _Check:
             if name is None or is_vague:
                 continue
             wanted = self._specs[name]
-            if (tensor.dtype, tuple(tensor.shape)) != (wanted.torch_dtype, wanted.shape):
+            dtypes = {tensor.dtype}
+            if place and operation.name in WITH_STATISTICS:
+                dtypes.add(self._specs[next(operation.reads())].torch_dtype)
+            if wanted.torch_dtype not in dtypes or tuple(tensor.shape) != wanted.shape:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 raise ValueError(
                     f"returns {dtype} {list(tensor.shape)} as {name}, which should be {wanted.dtype} "
@@ -219,7 +229,12 @@ def _listed(value: Any, size: int | None) -> Any:
     return [value] * size if size and isinstance(value, int) else value
 
 
-def _results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list[Any]:
+def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list[Any]:
+    """Return the results of an operation on tensors without memory, by name.
+
+    Raises:
+        Exception: whatever torch raises for tensors that do not fit.
+    """
     operator = operation.resolved
     arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
     keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}

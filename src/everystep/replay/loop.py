@@ -90,6 +90,9 @@ class LoopStepper(ReplayStepper):
         self._between = change_files(run.directory)
         self._settled: int | None = None
         self._has_diverged = False
+        if precision is not None and facts.loop is not None:
+            for number in range(1, facts.loop.programs + 1):
+                self._program(Repeat(0, number, None, None))  # they say what else has it
         names = filter(_RATE.fullmatch, run.measurement_names)
         self._rates = {name: Setting(run.measured(name)) for name in names}
 

@@ -88,7 +88,8 @@ async def _answered(request: Request, desk: Desk, kind: str, **asked: Any) -> Re
     except NoAnswer as error:
         return JSONResponse({"error": str(error)}, 502)
     except Gone:
-        return Response(status_code=499)  # nobody reads it; nginx's number for that
+        # A server that stops says that clients have gone who still listen; of others, nobody reads it.
+        return JSONResponse({"error": "the server is being stopped"}, 502)
     if answer.status != 200:
         return JSONResponse(answer.about, answer.status)
     return _response(kind, answer, run.directory.name)
