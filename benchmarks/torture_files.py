@@ -35,6 +35,8 @@ from torch import nn
 
 import everystep
 from everystep.errors import DamageWarning, EverystepError
+from everystep.recording.blocks import LOSS
+from everystep.recording.database import Database
 from everystep.recording.run import RecordedRun
 
 __all__ = ["Alteration", "alterations", "killed_run", "main", "outcome", "shown", "small_run"]
@@ -87,15 +89,18 @@ def small_run(directory: Path) -> Path:
 def killed_run(source: Path, directory: Path) -> Path:
     """Return a copy of a run whose newest rows are in the write-ahead log, as after a kill."""
     shutil.copytree(source, directory)
-    with closing(sqlite3.connect(directory / "run.sqlite", isolation_level=None)) as database:
-        rows = database.execute("SELECT * FROM steps WHERE step > 10").fetchall()
-        database.execute("DELETE FROM steps WHERE step > 10")
-        database.execute("DELETE FROM blocks WHERE name <> 'facts'")
-        database.execute("UPDATE facts SET value = '\"running\"' WHERE key = 'status'")
-        database.execute("DELETE FROM blocks")
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        for row in rows:
-            database.execute("INSERT INTO steps VALUES (?, ?)", row)
+    with closing(Database.change(directory / "run.sqlite")) as database:
+        losses = [loss for _, loss in database.losses_between(11, 40)]
+        with database.transaction():
+            database.connection.execute("DELETE FROM steps WHERE step > 10")
+            database.open_blocks({(LOSS, 0)})
+            database.write_facts({"status": "running"})
+            database.seal_blocks()
+        database.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        for step, loss in enumerate(losses, start=11):
+            with database.transaction():
+                database.write_losses(step, [loss])
+                database.seal_blocks()
         for name in ("run.sqlite", "run.sqlite-wal"):
             shutil.copy(directory / name, directory / f"{name}.kept")
     for name in ("run.sqlite", "run.sqlite-wal"):

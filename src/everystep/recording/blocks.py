@@ -1,8 +1,8 @@
 """Blocks: digests over the numbers of a run, so that a changed or missing number is found.
 
 A block is up to 4,096 consecutive steps of one series: the losses, or one measurement. The recorder
-seals a block (writes its digest) when its steps are over, and the rest when the run is closed. What is
-not sealed yet has no digest.
+seals a block (writes its digest) in the transaction that adds to it, so the numbers of a killed run have
+digests, too.
 """
 
 from __future__ import annotations
@@ -62,28 +62,79 @@ def _digest_of_facts(rows: Iterable[tuple[str, str]]) -> bytes:
     return machine.digest()
 
 
+class _Growing:
+    """The numbers of a block while they are appended, so that sealing it again reads nothing."""
+
+    def __init__(self, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        import numpy as np
+
+        self._steps, self._values = np.empty(BLOCK, np.int64), np.empty(BLOCK)
+        self._count = 0
+        self.append(steps, values)
+
+    def append(self, steps: NDArray[np.int64], values: NDArray[np.float64]) -> bool:
+        """Append numbers in order of their steps; return whether they follow those that are there."""
+        last = self._steps[self._count - 1] if self._count else -1
+        if len(steps) and (steps[0] <= last or (steps[1:] <= steps[:-1]).any()):
+            return False
+        end = self._count + len(steps)
+        self._steps[self._count : end], self._values[self._count : end] = steps, values
+        self._count = end
+        return True
+
+    def digest(self) -> bytes:
+        """Return the digest of the block as it is."""
+        return digest_of_numbers(self._steps[: self._count], self._values[: self._count])
+
+
 class Blocks(Rows):
     """Reads and writes the digests of an open database."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         super().__init__(connection, path)
         self._open_blocks: set[tuple[str, int]] = set()
+        #: The newest block of each series, as far as this connection has written it.
+        self._growing: dict[tuple[str, int], _Growing] = {}
 
     def seal_facts(self) -> None:
         """Write the digest of all facts."""
         digest = _digest_of_facts(self.checked((TEXT, TEXT), "SELECT key, value FROM facts"))
         self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, 0, ?)", (FACTS, digest))
 
-    def seal_blocks(self, before: int | None = None) -> None:
-        """Write the digests of blocks that have no step from `before` on; None: of all blocks."""
-        for name, first in [*self._open_blocks]:
-            if before is not None and first + BLOCK > before:
+    def seal_blocks(self) -> None:
+        """Write the digests of all blocks that were changed."""
+        rows = []
+        for name, first in self._open_blocks:
+            growing = self._growing.get((name, first))
+            if growing is not None:
+                rows.append((name, first, growing.digest()))
                 continue
             steps, values = self.block(name, first)
             if len(steps):
-                row = name, first, digest_of_numbers(steps, values)
-                self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", row)
-            self._open_blocks.discard((name, first))
+                rows.append((name, first, digest_of_numbers(steps, values)))
+        self.connection.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", rows)
+        self._open_blocks.clear()
+
+    def about_to_append(self, name: str, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        """Note that numbers of a series are about to be written, in order of their steps."""
+        import numpy as np
+
+        values = np.where(np.isnan(values), np.nan, values)  # as SQLite gives it back
+        firsts = steps - steps % BLOCK
+        for first in dict.fromkeys(firsts.tolist()):
+            block = name, first
+            self.open_blocks({block})
+            if block not in self._growing:
+                for other in [key for key in self._growing if key[0] == name]:
+                    del self._growing[other]
+                self._growing[block] = _Growing(*self.block(name, first))
+            here = firsts == first
+            if not self._growing[block].append(steps[here], values[here]):
+                del self._growing[block]
+
+    def forget_growing(self) -> None:
+        """Forget what was noted of blocks: it may not be what the database has."""
+        self._growing.clear()
 
     def open_blocks(self, blocks: set[tuple[str, int]]) -> None:
         """Remove the digests of blocks that are about to change."""
@@ -93,6 +144,7 @@ class Blocks(Rows):
 
     def open_blocks_after(self, step: int) -> None:
         """Remove the digests of blocks that have later steps, some of which will be deleted."""
+        self.forget_growing()
         query = "SELECT name, first FROM blocks WHERE first + ? > ? AND name <> ?"
         self.open_blocks({*self.rows(query, BLOCK, step + 1, FACTS)})
 
@@ -108,6 +160,7 @@ class Blocks(Rows):
     def remove_blocks(self, name: str) -> None:
         """Remove the digests of a series that is deleted."""
         self._open_blocks = {block for block in self._open_blocks if block[0] != name}
+        self.forget_growing()
         self.connection.execute("DELETE FROM blocks WHERE name = ?", (name,))
 
     def block(self, name: str, first: int) -> Series:

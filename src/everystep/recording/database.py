@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from everystep.errors import RecordingError, RunError
-from everystep.recording.blocks import LOSS, Blocks, block_of, series_of
+from everystep.recording.blocks import LOSS, Blocks, series_of
 from everystep.recording.connection import (
     FILE_NAME,
     LOCK_NAME,
@@ -127,10 +127,15 @@ class Database(Blocks):
             try:
                 yield
             except BaseException:
+                self.forget_growing()
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 raise
-            self.connection.execute("COMMIT")
+            try:
+                self.connection.execute("COMMIT")
+            except sqlite3.Error:
+                self.forget_growing()
+                raise
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
@@ -143,14 +148,24 @@ class Database(Blocks):
 
     def write_losses(self, first_step: int, losses: Iterable[float | None]) -> None:
         """Write the losses of consecutive steps."""
+        import numpy as np
+
         rows = [*enumerate(losses, start=first_step)]
-        self.open_blocks({(LOSS, block_of(step)) for step, _ in rows})
+        values = np.array([loss for _, loss in rows], np.float64)
+        self.about_to_append(LOSS, np.arange(first_step, first_step + len(rows)), values)
         self.connection.executemany("INSERT INTO steps VALUES (?, ?)", rows)
 
     def write_measurements(self, rows: Iterable[tuple[str, int, float | None]]) -> None:
         """Write measurements (name, step, value)."""
+        import numpy as np
+
         rows = [*rows]
-        self.open_blocks({(series_of(name), block_of(step)) for name, step, _ in rows})
+        series: dict[str, list[tuple[int, float | None]]] = {}
+        for name, step, value in rows:
+            series.setdefault(name, []).append((step, value))
+        for name, numbers in series.items():
+            steps, found = zip(*numbers, strict=True)
+            self.about_to_append(series_of(name), np.array(steps, np.int64), np.array(found, np.float64))
         self.connection.executemany("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)", rows)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:

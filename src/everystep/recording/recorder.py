@@ -435,7 +435,7 @@ class Recorder:
                 self._database.write_measurements(measured)
                 self._database.write_facts(facts)
             self._database.write_losses(first_step, losses)
-            self._database.seal_blocks(first_step)
+            self._database.seal_blocks()
 
         self._in_transaction(write)
         self._last_step = first_step + len(losses) - 1
