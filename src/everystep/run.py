@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from everystep.replay.processes import Opener
     from everystep.replay.query import Measured
     from everystep.replay.rerun import Rerun
+    from everystep.replay.rows import Rows
     from everystep.replay.step import Step
     from everystep.replay.verify import Verification
     from everystep.replay.what_if import WhatIf
@@ -361,6 +362,21 @@ class Run(RecordedRun):
         with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
             found = find_nonfinite(self._opener, processes, on_progress)
         return found and replace(found, to_text=partial(nonfinite_text, found))
+
+    def rows(self, step: int) -> Rows:
+        """Return how much of the loss of a step, and of each gradient, each row of its batch makes.
+
+        Exact for what the step itself added up row by row; else unknown, with the operation that mixes
+        rows. The same as `run[step].rows`.
+
+        Raises:
+            StepError: the run has no such step.
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.views.rows import rows_text
+
+        opened = self[step]
+        return replace(opened.rows, to_text=partial(rows_text, opened, name=self.name))
 
     def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
         """Return where a number of a step comes from: the operation that made it, and from what.

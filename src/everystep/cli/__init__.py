@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.asking import diff, doctor, measure, verify, when, why
+from everystep.cli.asking import diff, doctor, measure, rows, verify, when, why
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
 from everystep.cli.output import damage_on_stderr, hint, print_in_any_encoding
@@ -52,10 +52,11 @@ for command, line in (
     (measure, "Add a measurement to a finished run."),
     (when, "Find the first step at which something is true."),
     (why, "Show where a number of a step comes from."),
+    (rows, "Rank the rows of a step by loss or gradient."),
     (view, "Open runs as a local web page."),
 ):
     # -1 is a step, not an option.
-    settings = {"ignore_unknown_options": True} if command in (step, why) else {}
+    settings = {"ignore_unknown_options": True} if command in (step, why, rows) else {}
     app.command(short_help=line, context_settings=settings)(command)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from everystep.replay.why import Why
     from everystep.run import Run
 
-__all__ = ["diff", "doctor", "measure", "verify", "when", "why"]
+__all__ = ["diff", "doctor", "measure", "rows", "verify", "when", "why"]
 
 
 def why(
@@ -60,6 +60,41 @@ def why(
     width = max(console.width, 60) if sys.stdout.isatty() else 100
     console.print(why_page(found, name=opened.name, width=width), end="")
     _hint_next(run, found)
+
+
+def rows(
+    run: RunArgument,
+    number: Annotated[int, typer.Argument(metavar="STEP", help="Step, from 1, or from the end: -1.")],
+    by: Annotated[
+        str | None, typer.Option(metavar="ORDER", help="loss or gradient; default: loss, if known.")
+    ] = None,
+    parameter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The gradient of this parameter only: 0.weight."),
+    ] = None,
+    first: Annotated[int, typer.Option(min=1, metavar="N", help="Rows to print.")] = 10,
+    json: JsonOption = False,
+) -> None:
+    """Rank the rows of a step's batch by their loss, or by how much of the gradient they make.
+
+    Exact for what the step itself added up row by row. Where an operation mixes rows, as batch norm
+    does, it is named, and what it mixes is unknown. Exits with 1 if what is asked for is unknown.
+    """
+    from everystep.api import open
+    from everystep.views.answers import as_json
+    from everystep.views.batch import class_names
+    from everystep.views.rows import order_of, rows_data, rows_text
+
+    opened = open(run)
+    step = opened[number]
+    tell(opened.problems)
+    names = class_names(opened.facts)
+    if json:
+        say(as_json(rows_data(step, by=by, parameter=parameter)))
+    else:
+        say(rows_text(step, name=opened.name, by=by, parameter=parameter, first=first, classes=names))
+    if order_of(step.rows, by, parameter) is None:
+        raise typer.Exit(1)
 
 
 def _hint_next(run: str, found: Why) -> None:

@@ -13,7 +13,7 @@ from everystep.replay.shown import Shown
 from everystep.step.hyperparameters import is_hyperparameter
 
 if TYPE_CHECKING:
-    from everystep.replay.hooks import Probe
+    from everystep.replay.hooks import OpenedStep, Probe
 
 __all__ = ["Answers", "Evaluator", "Found", "Setting", "Which", "ask_columns", "chosen", "read_question"]
 
@@ -107,7 +107,7 @@ class Evaluator:
         }
         self.previous_loss: float | None = None
 
-    def answer(self, number: int, loss: float, probe: Probe | None) -> float | None:
+    def answer(self, number: int, loss: float, probe: Probe | OpenedStep | None) -> float | None:
         """Return the answer at a step, or None if a value that it needs does not exist."""
 
         def value_of(reference: Reference) -> Any:

@@ -8,7 +8,7 @@ the results of all operations. Everything else runs at full speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from everystep.replay.replay import Replay
 from everystep.replay.shown import Shown
 from everystep.replay.step import ReplayStepper, Step
 
-__all__ = ["NonFinite", "Probe", "find_nonfinite"]
+__all__ = ["NonFinite", "OpenedStep", "Probe", "find_nonfinite"]
 
 Values = dict[Reference, Tensor]
 
@@ -149,6 +149,40 @@ class Probe:
 
     def _state(self, name: str) -> Tensor:
         return self._live[name].detach()
+
+
+class OpenedStep:
+    """What an expression names of a step that was opened, as `Probe` has it of a step that runs."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def has(self, reference: Reference) -> bool:
+        """Tell whether a value exists: not of the step before, nor of a module that did not run."""
+        kind, name = reference.kind, reference.name
+        return not reference.is_previous and (kind == "rows" or name in self._named(kind))
+
+    def value_of(self, reference: Reference) -> Tensor:
+        """Return the value of a reference.
+
+        Raises:
+            RunError: rows are unknown; gives the reason.
+        """
+        if reference.kind == "rows":
+            rows = self._step.rows
+            return rows.loss if reference.name == "loss" else rows.gradient
+        value = self._named(reference.kind)[reference.name]
+        if reference.kind == "updates":
+            found: Tensor = getattr(value, reference.part or "change")
+            return found
+        first: Tensor = value[0] if isinstance(value, tuple) else value
+        return first
+
+    def _named(self, kind: str) -> Mapping[str, Any]:
+        named: Mapping[str, Any] = (
+            self._step.batch.tensors if kind == "batch" else getattr(self._step, kind)
+        )
+        return named
 
 
 def _name_of_state(reference: Reference) -> str:

@@ -19,7 +19,7 @@ from everystep.recording.facts import MeasuredFacts
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression, Reference
-from everystep.replay.hooks import Probe
+from everystep.replay.hooks import OpenedStep, Probe
 from everystep.replay.parallel import Replayed, Span, Visitor, coarser, parallel, spans
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
@@ -46,6 +46,9 @@ class Query(Visitor):
 
     looks_back: whether it needs tensors of the step before; may_share: see `Visitor`.
     """
+
+    #: What is known without the tensors of a step.
+    recorded = ("loss", "step", "measurements")
 
     def __init__(
         self,
@@ -117,6 +120,10 @@ class Query(Visitor):
 
     def _look(self, replay: Replay, number: int, last: int) -> list[float]:
         """Run steps, and observe what the expression names; return their losses."""
+        if any(reference.kind == "rows" for reference in self._tensors()):
+            step = replay.next_step()
+            self._answer(number, step.loss, OpenedStep(step))
+            return [step.loss]
         if self._probe is None:
             self._probe = Probe(replay.stepper, self._tensors(), self._answer)
         if not replay.stepper.is_by_program(number):
@@ -125,11 +132,11 @@ class Query(Visitor):
             number += 1
         return replay.stepper.watch(number, self._probe).tolist()
 
-    def _answer(self, number: int, loss: float) -> bool:
+    def _answer(self, number: int, loss: float, opened: OpenedStep | None = None) -> bool:
         """Answer at a step that just ran, if it is due; return whether to continue."""
         assert self._evaluator is not None
         if self._is_due(number):
-            self._keep(number, self._evaluator.answer(number, loss, self._probe))
+            self._keep(number, self._evaluator.answer(number, loss, opened or self._probe))
         self._evaluator.previous_loss = loss
         return not self.is_done
 
@@ -153,8 +160,7 @@ class Query(Visitor):
     def _tensors(self) -> set[Reference]:
         if not isinstance(self._question, Expression):
             return set()
-        recorded = ("loss", "step", "measurements")
-        return {r for r in self._question.references if r.kind not in recorded}
+        return {r for r in self._question.references if r.kind not in self.recorded}
 
     def due(self, run: RecordedRun) -> list[Span]:
         """Return the spans of a run in which a step is due."""
@@ -183,9 +189,13 @@ def check_question(expression: Expression, opener: Opener) -> None:
     """Check the names in an expression against the first step of a run.
 
     Raises:
-        ExpressionError: a name does not exist.
+        ExpressionError: a name does not exist, or tensors of the step before are asked for beside rows.
         RunError: the run has no step, or it cannot be opened.
     """
+    has_rows = any(reference.kind == "rows" for reference in expression.references)
+    before = [r for r in expression.references if r.is_previous and r.kind not in Query.recorded]
+    if has_rows and before:
+        raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
     replay = opener.replay_here()
     step = replay.step(1)
     activations = list(step.activations) if step.is_by_program else replay.stepper.module_paths()

@@ -19,6 +19,7 @@ from everystep.step.observe import Observation, Places
 from everystep.step.state import State
 
 if TYPE_CHECKING:
+    from everystep.replay.rows import Rows
     from everystep.replay.why import Why
 
 __all__ = ["Batch", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
@@ -179,6 +180,13 @@ class Step:
         from everystep.replay.why import why
 
         return why(self, expression, back=back, depth=depth, terms=terms)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """How much of the loss, and of each gradient, each row of the batch makes."""
+        from everystep.replay.rows import rows_of
+
+        return rows_of(self)
 
     @cached_property
     def bytes(self) -> int:

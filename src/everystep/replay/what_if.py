@@ -102,7 +102,9 @@ def what_if(
         raise UsageError(f"the trainings start after step {at}, so they cannot end at step {until}")
     _check(run, at, until)
     question = read_question(by, run)
-    wanted = [each for each in question.references if each.kind == "measurements" or each.is_previous]
+    wanted = [
+        each for each in question.references if each.kind in ("measurements", "rows") or each.is_previous
+    ]
     if wanted:
         raise ExpressionError(
             f"{wanted[0]} is known of the recorded steps only; use what step {until} has"

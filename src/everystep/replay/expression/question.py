@@ -31,9 +31,9 @@ __all__ = [
 class Reference(NamedTuple):
     """Something of a step that an expression names."""
 
-    #: loss, step, batch, parameters, buffers, gradients, activations, updates or measurements
+    #: loss, step, batch, rows, parameters, buffers, gradients, activations, updates or measurements
     kind: str
-    #: `0.weight`; `x` or `y` of the batch; empty for loss and step
+    #: `0.weight`; `x` or `y` of the batch; `loss` or `gradient` of the rows; empty for loss and step
     name: str
     #: of the step before
     is_previous: bool
@@ -41,7 +41,13 @@ class Reference(NamedTuple):
     part: str = ""
 
     def __str__(self) -> str:
-        name = f".{self.name}" if self.kind == "batch" else f"[{self.name!r}]" if self.name else ""
+        name = (
+            f".{self.name}"
+            if self.kind in ("batch", "rows")
+            else f"[{self.name!r}]"
+            if self.name
+            else ""
+        )
         return "previous." * self.is_previous + self.kind + name + (f".{self.part}" if self.part else "")
 
 
@@ -123,7 +129,11 @@ MAPPINGS = {name: f"{name}['0.weight']" for name in _NAMES} | {
     "measurements": "measurements['lr']",
 }
 #: Names that are not values by themselves, and what to write in their place.
-_INCOMPLETE = MAPPINGS | {"batch": "batch.x or batch.y", "previous": "previous.loss"}
+_INCOMPLETE = MAPPINGS | {
+    "batch": "batch.x or batch.y",
+    "rows": "rows.loss or rows.gradient",
+    "previous": "previous.loss",
+}
 #: What an expression cannot end with.
 _UNFINISHED = re.compile(r"([-+*/%@<>=,.(\[]+|\b(and|or|not))\s*$")
 #: The names that mean something in any expression.
@@ -188,7 +198,8 @@ def why_no_name(node: ast.expr, name: str, is_previous: bool, bare: Collection[s
         if node.attr in FUNCTIONS:
             return f".{node.attr} is not supported; write {node.attr}(...) around the value"
         return (
-            f"unknown attribute .{node.attr}; known are batch.x, batch.y, updates[...].before and .after"
+            f"unknown attribute .{node.attr}; known are batch.x, batch.y, rows.loss, rows.gradient, "
+            "updates[...].before and .after"
         )
     known = sorted((LANGUAGE - {*CONSTANTS} if is_previous else LANGUAGE) | {*bare})
     return f"unknown name {name}; " + (

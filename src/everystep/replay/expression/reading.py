@@ -129,6 +129,10 @@ class _Reader:
             return self.refer(name, "", is_previous)
         if name in ("batch.x", "batch.y"):
             return self.refer("batch", name[-1], is_previous)
+        if name in ("rows.loss", "rows.gradient"):
+            if is_previous:
+                raise self.error(node, f"{name} is known of a step itself, not of the one before")
+            return self.refer("rows", name.removeprefix("rows."), is_previous)
         if name in self.bare:
             return self.refer("measurements", name, is_previous)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Subscript):

@@ -1,0 +1,134 @@
+"""The rows of every tensor of a step, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from everystep.program.execute import Observed
+from everystep.replay.rows.call import Call, MixesError, Result
+from everystep.replay.rows.labels import MIXED, SHARED, Reason, Tracked
+from everystep.replay.rows.memory import Memory
+from everystep.replay.rows.rules import RULES
+from everystep.replay.step import Step
+from everystep.step.observe import Place
+
+__all__ = ["follow"]
+
+
+def follow(step: Step, rows: int) -> tuple[dict[str, Tracked], Tracked | None]:
+    """Return the gradients of a step, by parameter, and its loss, with the rows that make them.
+
+    rows: of the batch. What was there before the step, and what an optimizer wrote, belongs to no row.
+    """
+    memory = Memory(step, rows)
+    places = step.places
+    due: dict[int, list[str]] = {}
+    for parameter, place in places.gradients.items():
+        due.setdefault(_after_backward(step, place), []).append(parameter)
+    terms = {places.tensors[place.names[0]].storage for place in places.gradients.values()}
+    if places.loss is not None:
+        terms.add(places.tensors[places.loss].storage)
+    found: dict[str, Tracked] = {}
+    for index in range(len(step.operations) + 1):
+        for parameter in due.get(index, ()):
+            place = places.gradients[parameter]
+            is_last = index == place.after
+            value = step.gradients[parameter]
+            if not is_last and memory.is_written(place.names[0]):
+                value = memory.value(place.names[0])
+            tracked = memory.read(place.names[0], value)
+            if memory.mixed is not None:
+                # What backward makes of such a loss may look like terms of rows, and is none.
+                tracked = tracked._replace(labels=_filled(MIXED, value), reason=memory.mixed)
+            found[parameter] = tracked
+        if index < len(step.operations):
+            _take(memory, index, step.operations[index], terms)
+    if places.loss is None:
+        return found, None
+    loss = torch.as_tensor(step.loss, dtype=places.tensors[places.loss].torch_dtype)
+    return found, memory.read(places.loss, loss.reshape(places.tensors[places.loss].shape))
+
+
+def _after_backward(step: Step, place: Place) -> int:
+    """Return how many operations had run when backward had made a gradient, before it was clipped."""
+    storage = step.places.tensors[place.names[0]].storage
+    for index in range(place.after - 1, -1, -1):
+        seen = step.operations[index]
+        written = {step.places.tensors[name].storage for name in (*seen.results, *seen.written)}
+        if storage in written:
+            return place.after if seen.operation.phase == "backward" else _last_backward(step, index)
+    return place.after
+
+
+def _last_backward(step: Step, before: int) -> int:
+    phases = [seen.operation.phase for seen in step.operations[:before]]
+    return len(phases) - phases[::-1].index("backward") if "backward" in phases else before + 1
+
+
+def _take(memory: Memory, index: int, seen: Observed, terms: set[str]) -> None:
+    """Note what an operation wrote."""
+    given = {name: memory.read(name, tensor) for name, tensor in seen.inputs.items()}
+    made = {**seen.results, **seen.written}
+    results, why = _results(memory, seen, given, terms)
+    own = Reason(why or "mixes rows", index, seen.operation.operator)
+    earlier = next((each.reason for each in given.values() if each.reason and each.has(MIXED)), None)
+    is_data = all(each.is_data for each in given.values())
+    # A loop that calls functions rather than modules has no other phase before backward.
+    is_forward = seen.operation.phase in ("forward", "loss", "other") and index < memory.last_backward
+    for name, tensor in made.items():
+        if name in seen.written and torch.equal(tensor, seen.inputs[name]):
+            continue
+        result = results.get(name) or Result(_filled(MIXED, tensor))
+        is_mixed = bool((result.labels == MIXED).any())
+        here = own._replace(why=result.why) if result.why else earlier or own
+        reason = here if is_mixed else None
+        tracked = Tracked(tensor, result.labels, result.terms, result.is_mean, reason, is_data)
+        memory.write(name, tracked)
+        if is_mixed and not is_data and is_forward and not result.why:
+            is_state = memory.places.storages[memory.places.tensors[name].storage].kind == "state"
+            memory.mixed = memory.mixed or (None if is_state else reason)
+
+
+def _results(
+    memory: Memory, seen: Observed, given: Mapping[str, Tracked], terms: set[str]
+) -> tuple[dict[str, Result], str | None]:
+    """Return what is known of the results, by name, and why nothing is known of others."""
+    places, operation = memory.places, seen.operation
+    made = {**seen.results, **seen.written}
+    if operation.phase == "update" and all(
+        places.storages[places.tensors[name].storage].kind == "state" and "gradient/" not in name[:9]
+        for name in made
+    ):
+        return {name: Result(_filled(SHARED, tensor)) for name, tensor in made.items()}, None
+    storages = {name: places.tensors[name].storage for name in (*given, *made)}
+    is_backward = operation.phase not in ("forward", "loss")
+    shapes = {places.tensors[place.names[0]].shape for place in places.gradients.values()}
+    call = Call(
+        seen,
+        given,
+        is_term=any(
+            storages[name] in terms
+            or not tensor.dim()
+            or (is_backward and tuple(tensor.shape) in shapes)
+            for name, tensor in seen.results.items()
+        ),
+        is_backward=is_backward,
+        from_state=frozenset(n for n in given if places.storages[storages[n]].kind == "state"),
+    )
+    if call.name in RULES:
+        try:
+            return dict(zip(seen.results, RULES[call.name](call), strict=True)), None
+        except MixesError as error:
+            return {}, str(error)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return {}, "has no rule for these arguments"
+    if all(each.is_shared for each in given.values()):
+        return {name: Result(_filled(SHARED, tensor)) for name, tensor in made.items()}, None
+    return {}, "has no rule"
+
+
+def _filled(label: int, tensor: Tensor) -> Tensor:
+    return torch.full((), label, dtype=torch.int32, device=tensor.device).expand(tensor.shape)

@@ -1,0 +1,169 @@
+"""Which row of the batch each number of a tensor belongs to.
+
+A label is the place of a row in the batch (0..N-1), or one of three others. Labels of a tensor have its
+shape; along axes on which they do not change they are expanded (stride 0), so that most take little
+memory and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MIXED",
+    "SHARED",
+    "SUM",
+    "Reason",
+    "Tracked",
+    "compressed",
+    "elementwise",
+    "reduced",
+    "rows_in",
+]
+
+#: Of no row: parameters, constants, random numbers.
+SHARED = -1
+#: Of several rows, in a way that is no sum over them.
+MIXED = -2
+#: A sum with a known term for each row, and one of no row.
+SUM = -3
+
+_ABOVE = 2**31 - 1
+
+
+class Reason(NamedTuple):
+    """Why rows cannot be told apart; the operation by its number, None if it is none; its operator."""
+
+    why: str
+    operation: int | None = None
+    operator: str = ""
+
+    def __str__(self) -> str:
+        if self.operation is None:
+            return self.why
+        return f"operation #{self.operation} ({self.operator}) {self.why}"
+
+
+class Tracked(NamedTuple):
+    """A tensor of the step, and the rows that its numbers belong to.
+
+    value: as recorded; labels: of the same shape; terms: returns the term of a row of the sum, by its
+    place or SHARED, meaningful where the label is SUM; is_mean: whether the sum is a mean of numbers;
+    reason: why some labels are MIXED; is_data: whether it was made without the state, so that no
+    gradient goes through it.
+    """
+
+    value: Tensor
+    labels: Tensor
+    terms: Callable[[int], Tensor] | None = None
+    is_mean: bool = False
+    reason: Reason | None = None
+    is_data: bool = False
+
+    def has(self, label: int) -> bool:
+        """Tell whether any number has the label."""
+        return bool((_core(self.labels) == label).any())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all numbers belong to no row."""
+        return bool((_core(self.labels) == SHARED).all())
+
+    def term(self, row: int) -> Tensor:
+        """Return the part of the tensor that a row makes, or no row (SHARED); the parts add up to it."""
+        mine = torch.where(self.labels == row, self.value, torch.zeros_like(self.value))
+        if self.terms is None:
+            return mine
+        return torch.where(self.labels == SUM, self.terms(row).reshape(mine.shape), mine)
+
+
+def elementwise(labels: Sequence[Tensor], *, is_sum: bool = False, is_strict: bool = False) -> Tensor:
+    """Return the labels of numbers that are each made from one number of each tensor, broadcast.
+
+    is_sum: whether they are added up; is_strict: whether what is of no row is then a term of its own.
+    """
+    shape = torch.broadcast_tensors(*labels)[0].shape  # type: ignore[no-untyped-call]
+    first, *others = _narrow([each.expand(shape) for each in labels])
+    if not is_sum:
+        first = torch.where(first == SUM, MIXED, first)
+    for other in others:
+        first = _pair(first, other, is_sum, is_strict)
+    return first.expand(shape)
+
+
+def _pair(one: Tensor, other: Tensor, is_sum: bool, is_strict: bool) -> Tensor:
+    if not is_sum:
+        other = torch.where(other == SUM, MIXED, other)
+        unlike = torch.full_like(one, MIXED)
+    else:
+        is_mixed = (one == MIXED) | (other == MIXED)
+        unlike = torch.where(is_mixed, MIXED, SUM).to(one.dtype)
+    if not is_strict:
+        unlike = torch.where(one == SHARED, other, torch.where(other == SHARED, one, unlike))
+    return torch.where(one == other, one, unlike)
+
+
+def reduced(
+    labels: Tensor, axes: Sequence[int], *, keepdim: bool = False, is_sum: bool = False
+) -> Tensor:
+    """Return the labels of numbers that are each made from all numbers along some axes.
+
+    is_sum: whether they are added up.
+    """
+    axes = [axis % labels.dim() for axis in axes] if labels.dim() else []
+    if not axes:
+        return labels if is_sum else elementwise([labels])
+    core = labels
+    for axis in axes:
+        if core.stride(axis) == 0 and core.size(axis):
+            core = core.narrow(axis, 0, 1)
+    if 0 in core.shape:
+        shape = [1 if a in axes else n for a, n in enumerate(core.shape)]
+        found = labels.new_full(shape, SHARED)
+    else:
+        low = torch.where(core == SHARED, _ABOVE, core).amin(axes, keepdim=True)
+        high = core.amax(axes, keepdim=True)
+        many = torch.where(_any(core == MIXED, axes), MIXED, SUM if is_sum else MIXED)
+        found = torch.where((low >= 0) & (low == high), high, many.to(low.dtype))
+        found = torch.where(low == _ABOVE, SHARED, found)
+    return found if keepdim else found.squeeze(axes)
+
+
+def _any(truth: Tensor, axes: Sequence[int]) -> Tensor:
+    for axis in axes:
+        truth = truth.any(axis, keepdim=True)
+    return truth
+
+
+def compressed(labels: Tensor) -> Tensor:
+    """Return the same labels, expanded along every axis on which they do not change."""
+    core = labels
+    for axis in range(core.dim()):
+        if core.size(axis) > 1:
+            first = core.narrow(axis, 0, 1)
+            if core.stride(axis) == 0 or bool((core == first).all()):
+                core = first
+    return core.contiguous().expand(labels.shape)
+
+
+def rows_in(labels: Tensor) -> dict[int, Tensor]:
+    """Return where each label is in a vector of labels, by label."""
+    values, order = torch.sort(labels, stable=True)
+    found, counts = torch.unique_consecutive(values, return_counts=True)
+    return dict(zip(found.tolist(), torch.split(order, counts.tolist()), strict=True))
+
+
+def _core(labels: Tensor) -> Tensor:
+    return _narrow([labels])[0]
+
+
+def _narrow(labels: list[Tensor]) -> list[Tensor]:
+    """Narrow tensors of one shape to their first entry along axes on which none changes."""
+    for axis in range(labels[0].dim()):
+        if all(each.stride(axis) == 0 for each in labels) and labels[0].size(axis) > 1:
+            labels = [each.narrow(axis, 0, 1) for each in labels]
+    return labels

@@ -1,0 +1,180 @@
+"""How much of a step's loss, and of its gradients, each row of the batch makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import RunError, UsageError, did_you_mean
+from everystep.replay.rows.follow import follow
+from everystep.replay.rows.labels import MIXED, SHARED, Reason, Tracked
+from everystep.replay.shown import Shown
+from everystep.replay.step import Step
+
+__all__ = ["Rows", "Share", "rows_of"]
+
+
+class Share(NamedTuple):
+    """What rows make of the loss, or of the gradient of a parameter.
+
+    norms: the 2-norm of each row's term (N), of the loss the term itself; whole: the same of the whole;
+    rest: of the term that no row makes, such as a penalty; is_mean: of the loss, whether it is a mean.
+    """
+
+    norms: Tensor
+    whole: float
+    rest: float
+    is_mean: bool = False
+
+    @property
+    def relative(self) -> Tensor:
+        """The norms divided by that of the whole (N)."""
+        return self.norms / self.whole
+
+
+@dataclass(frozen=True)
+class Rows(Shown):
+    """The rows of the batch of a step.
+
+    numbers: the row of the data that each is, or its place in the batch (`are_in_data` is False);
+    loss_share: what each row makes of the loss; gradients: of each parameter's gradient; both a `Reason`
+    where that is unknown.
+    """
+
+    step: int
+    numbers: tuple[int, ...]
+    are_in_data: bool
+    loss_share: Share | Reason
+    gradients: dict[str, Share | Reason]
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of each row (N), in float64: the step's loss is their mean or their sum.
+
+        Raises:
+            RunError: it is unknown; gives the reason.
+        """
+        share = self.loss_share
+        if isinstance(share, Reason):
+            raise RunError(f"the loss of each row of step {self.step} is unknown: {share}")
+        return share.norms * len(self.numbers) if share.is_mean else share.norms
+
+    @property
+    def gradient(self) -> Tensor:
+        """The 2-norm of what each row makes of all gradients together (N), in float64.
+
+        Raises:
+            RunError: it is unknown for a parameter; gives the reason.
+        """
+        return self.gradient_of(*self.gradients)
+
+    @property
+    def known(self) -> list[str]:
+        """The parameters with gradients of which the rows are known."""
+        return [name for name, share in self.gradients.items() if isinstance(share, Share)]
+
+    def gradient_of(self, *parameters: str) -> Tensor:
+        """Return the same of some parameters.
+
+        Raises:
+            UsageError: there is no gradient of a parameter.
+            RunError: it is unknown; gives the reason.
+        """
+        squares = torch.zeros(len(self.numbers), dtype=torch.float64)
+        if not parameters:
+            raise RunError(f"step {self.step} has no gradients")
+        for name in parameters:
+            if name not in self.gradients:
+                cure = did_you_mean(name, list(self.gradients))
+                raise UsageError(f"step {self.step} has no gradient of {name!r:.80}; {cure}")
+            share = self.gradients[name]
+            if isinstance(share, Reason):
+                raise RunError(f"the rows of the gradient of {name} are unknown: {share}")
+            squares += share.norms**2
+        return squares.sqrt()
+
+    def ranked(self, values: Tensor) -> list[int]:
+        """Return the places of rows in the batch, by their values (N): NaN first, then the largest."""
+        order: list[int] = (
+            torch.where(values.isnan(), torch.inf, values).argsort(descending=True, stable=True).tolist()
+        )
+        return sorted(order, key=lambda place: not bool(values[place].isnan()))
+
+    def __repr__(self) -> str:
+        loss = "unknown" if isinstance(self.loss_share, Reason) else "known"
+        return (
+            f"<rows of step {self.step}: {len(self.numbers):,} rows, loss {loss}, "
+            f"gradients of {len(self.known)} of {len(self.gradients)} parameters known>"
+        )
+
+
+def rows_of(step: Step) -> Rows:
+    """Return how much of the loss and of the gradients of a step each row of its batch makes.
+
+    From the operations of the step alone. A row's term is what the step added up for it, from the values
+    that are recorded; the terms are checked to add up to the whole, and else are unknown.
+    """
+    sizes = {len(tensor) for tensor in step.batch.tensors.values() if tensor.dim()}
+    if len(sizes) != 1:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in step.batch.tensors.items())
+        reason = Reason(f"the tensors of the batch have no first axis in common ({shapes})")
+        return Rows(step.number, (), False, reason, dict.fromkeys(step.gradients, reason))
+    (count,) = sizes
+    given = step.batch.rows
+    is_known = given is not None and len(given) == count
+    numbers = given.tolist() if given is not None and is_known else range(count)
+    # Without numbers, a batch of an experiment is all rows in order.
+    is_whole = given is None and step.batch.nested is None
+    gradients, loss = follow(step, count)
+    rounding = _rounding(step)
+    missing = Reason("the step has no loss that an operation returned")
+    return Rows(
+        step.number,
+        tuple(numbers),
+        is_known or is_whole,
+        missing if loss is None else _share(loss, count, rounding, "the loss"),
+        {n: _share(tracked, count, rounding, "the gradient") for n, tracked in gradients.items()},
+    )
+
+
+def _rounding(step: Step) -> float:
+    """Return the relative rounding to expect of sums in a step, by its least precise numbers."""
+    results = (tensor for seen in step.operations for tensor in seen.results.values())
+    dtypes = {tensor.dtype for tensor in results if tensor.is_floating_point()}
+    return max([1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+def _share(tracked: Tracked, count: int, rounding: float, what: str) -> Share | Reason:
+    if tracked.has(MIXED):
+        return tracked.reason or Reason("rows are mixed")
+    if tracked.value.is_complex():
+        return Reason(f"{what} is complex")
+    try:
+        return _checked(tracked, count, rounding, what)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        return Reason(f"an operator does not run on the numbers of a row alone: {line:.200}")
+
+
+def _checked(tracked: Tracked, count: int, rounding: float, what: str) -> Share | Reason:
+    whole = tracked.value.double()
+    rest = tracked.term(SHARED).double()
+    total, norms = rest.clone(), []
+    for row in range(count):
+        term = tracked.term(row).double()
+        total += term
+        norms.append(term if not whole.dim() else term.norm())
+    found = torch.stack(norms).cpu().reshape(count)
+    # Terms are sums themselves, so that rounding is relative to what cancels in them, too.
+    scale = float(found[found.isfinite()].abs().sum()) + float(rest[rest.isfinite()].norm())
+    are_finite = total.isfinite()
+    off = float((total - whole)[are_finite].norm())
+    if not torch.equal(are_finite, whole.isfinite()) or not off <= rounding * scale:
+        return Reason(
+            f"the terms of the rows add up to {what} only within {off:.3g}, more than rounding"
+        )
+    size = float(whole) if not whole.dim() else float(whole.norm())
+    return Share(found, size, float(rest) if not rest.dim() else float(rest.norm()), tracked.is_mean)

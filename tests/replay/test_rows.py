@@ -1,0 +1,425 @@
+"""What each row makes of the loss and of the gradients: against gradients of single rows by torch."""
+
+import json
+
+import pytest
+import torch
+from benchmarks.rows import planted, trained
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from typer.testing import CliRunner
+
+import everystep
+from everystep import ExpressionError, RunError, UsageError
+from everystep.cli import app
+from everystep.replay.rows import Share
+
+N, STEP = 20, 3
+
+
+class Encoder(nn.Module):
+    """Tokens (N, T) to logits (N, 12, T)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.position = nn.Parameter(torch.randn(5, 8))
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(8, 12)
+
+    def forward(self, x):
+        return self.out(self.layer(self.embedding(x) + self.position)).transpose(1, 2)
+
+
+class Twice(nn.Module):
+    """The same weight twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(torch.sigmoid(self.a(torch.relu(self.a(x)))))
+
+
+class Masked(nn.Module):
+    """A mean over the numbers that count."""
+
+    def forward(self, out, y):
+        mask = (y > 0).float()
+        return ((out - y) ** 2 * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _images():
+    return torch.randn(N, 1, 9, 9), torch.randint(0, 4, (N,))
+
+
+def _columns():
+    return torch.randn(N, 6), torch.randn(N, 3)
+
+
+def _network(*modules):
+    return nn.Sequential(nn.Conv2d(1, 4, 3), *modules, nn.Flatten(), nn.Linear(196, 4))
+
+
+NETWORKS = {
+    "chapter": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
+        _columns,
+        nn.MSELoss(reduction="sum"),
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 4, 3), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 2, stride=2)),
+            *(nn.Flatten(), nn.Linear(6, 4)),
+        ),
+        _images,
+        nn.CrossEntropyLoss(),
+    ),
+    "smoothed labels": (lambda: _network(nn.ReLU()), _images, nn.CrossEntropyLoss(label_smoothing=0.1)),
+    "group norm": (lambda: _network(nn.GroupNorm(2, 4), nn.SiLU()), _images, nn.CrossEntropyLoss()),
+    "encoder": (
+        Encoder,
+        lambda: (torch.randint(0, 12, (N, 5)), torch.randint(0, 12, (N, 5))),
+        nn.CrossEntropyLoss(),
+    ),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)),
+        lambda: (torch.randn(N, 6), torch.rand(N, 3)),
+        nn.BCEWithLogitsLoss(),
+    ),
+    "twice": (Twice, _columns, nn.SmoothL1Loss()),
+    "absolute": (lambda: nn.Linear(6, 3), _columns, nn.L1Loss()),
+}
+
+
+def _train(directory, model, data, loss, **more):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    settings = {"steps": 4, "batch_size": 7, "directory": directory, "progress": False} | more
+    return everystep.train(model, data, loss=loss, optimizer=optimizer, **settings)
+
+
+def _by_hand(model, parameters, batch, loss):
+    """Return the loss of each row, and the norm of its gradient, by parameter."""
+
+    def of_row(given, x, y):
+        return loss(functional_call(model, given, (x[None],)), y[None])
+
+    losses = vmap(of_row, (None, 0, 0))(parameters, *batch)
+    gradients = vmap(grad(of_row), (None, 0, 0))(parameters, *batch)
+    return losses.double(), {name: each.flatten(1).norm(dim=1) for name, each in gradients.items()}
+
+
+def _agree(found, expected):
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-6 * largest)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_are_the_gradients_of_single_rows(name, tmp_path):
+    torch.manual_seed(0)
+    make, data, loss = NETWORKS[name]
+    model = make()
+    step = _train(tmp_path / "run", model, data(), loss)[STEP]
+    rows = step.rows
+    assert list(rows.numbers) == step.batch.rows.tolist() and rows.are_in_data
+    losses, norms = _by_hand(model, step.parameters, step.batch, loss)
+    _agree(rows.loss, losses)
+    assert rows.loss_share.is_mean is (name != "chapter")
+    count = len(losses) if rows.loss_share.is_mean else 1
+    assert rows.known == list(step.gradients)
+    for parameter, expected in norms.items():
+        share = rows.gradients[parameter]
+        _agree(share.norms, expected / count)
+        assert share.rest == 0
+        assert share.whole == pytest.approx(float(step.gradients[parameter].norm()))
+    together = torch.stack([*norms.values()]).square().sum(0).sqrt()
+    _agree(rows.gradient, together / count)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0, 0.1])])
+def test_targets_that_are_weighted_or_ignored(weight, tmp_path):
+    torch.manual_seed(0)
+    x, y = _images()
+    y[::3] = 2
+    loss, model = nn.CrossEntropyLoss(weight, ignore_index=2), _network(nn.ReLU())
+    step = _train(tmp_path / "run", model, (x, y), loss)[STEP]
+    each = nn.CrossEntropyLoss(weight, ignore_index=2, reduction="none")
+    losses, norms = _by_hand(model, step.parameters, step.batch, lambda out, y: each(out, y).sum())
+    y = step.batch.y
+    counted = (torch.ones(4) if weight is None else weight)[y][y != 2].sum()
+    _agree(step.rows.loss, losses * len(y) / counted)
+    for parameter, expected in norms.items():
+        _agree(step.rows.gradients[parameter].norms, expected / counted)
+
+
+def test_a_mean_over_what_counts_divides_by_how_much_counts(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    step = _train(tmp_path / "run", model, _columns(), Masked())[STEP]
+    counted = (step.batch.y > 0).sum()
+    _, norms = _by_hand(
+        model, step.parameters, step.batch, lambda out, y: ((out - y) ** 2 * (y > 0)).sum()
+    )
+    for parameter, expected in norms.items():
+        _agree(step.rows.gradients[parameter].norms, expected / counted)
+
+
+def test_batch_norm_mixes_what_lies_before_it(tmp_path):
+    torch.manual_seed(0)
+    model = _network(nn.BatchNorm2d(4), nn.ReLU())
+    step = _train(tmp_path / "run", model, _images(), nn.CrossEntropyLoss())[STEP]
+    rows = step.rows
+    for name in ("0.weight", "0.bias"):
+        assert "native_batch_norm_backward" in str(rows.gradients[name])
+        assert "mixes rows" in str(rows.gradients[name])
+    assert rows.known == ["1.weight", "1.bias", "4.weight", "4.bias"]
+    torch.testing.assert_close(float(rows.loss.mean()), step.loss)
+    inputs, outputs = step.activations["3"], step.activations["4"].clone().requires_grad_()
+    nn.functional.cross_entropy(outputs, step.batch.y).backward()
+    _agree(rows.gradients["4.weight"].norms, inputs.norm(dim=1) * outputs.grad.norm(dim=1))
+    with pytest.raises(RunError, match=r"rows of the gradient of 0\.weight are unknown: operation #\d+"):
+        _ = rows.gradient
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """Record a loop of two models, and return a step, the models and the optimizer."""
+    torch.manual_seed(0)
+    x, y = _columns()
+    one, two = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3)
+    optimizer = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
+
+    def record(body):
+        place = tmp_path / "loop"
+        with everystep.record(run=place, one=one, two=two, optimizer=optimizer) as recording:
+            for batch in recording.steps([(x[i : i + 5], y[i : i + 5]) for i in range(0, N, 5)]):
+                recording.log(loss=body(*batch))
+        return everystep.open(place)[STEP]
+
+    return record, one, two, optimizer
+
+
+def _of_both(step, one, two, loss):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = one, two
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    return _by_hand(Both(), step.parameters, step.batch, loss)
+
+
+def test_a_loop_with_two_models_micro_batches_and_clipping(loop):
+    record, one, two, optimizer = loop
+
+    def body(x, y):
+        optimizer.zero_grad()
+        total = 0
+        for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
+            loss = ((two(one(x[part])) - y[part]) ** 2).sum() / 5
+            loss.backward()
+            total = total + loss.detach()
+        nn.utils.clip_grad_norm_([*one.parameters(), *two.parameters()], 0.01)
+        optimizer.step()
+        return total
+
+    step = record(body)
+    losses, norms = _of_both(step, one, two, lambda out, y: ((out - y) ** 2).sum() / 5)
+    assert step.rows.numbers == (0, 1, 2, 3, 4) and not step.rows.are_in_data
+    _agree(step.rows.loss, losses)
+    for name, expected in norms.items():
+        _agree(step.rows.gradients[name].norms, expected)
+
+
+def test_a_penalty_belongs_to_no_row(loop):
+    record, one, two, optimizer = loop
+
+    def body(x, y):
+        optimizer.zero_grad()
+        loss = ((two(one(x)) - y) ** 2).mean() + 0.1 * (two.weight**2).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    step = record(body)
+    losses, norms = _of_both(step, one, two, lambda out, y: ((out - y) ** 2).mean())
+    _agree(step.rows.loss, losses)
+    weight = step.parameters["two.weight"]
+    assert step.rows.loss_share.rest == pytest.approx(float(0.1 * (weight**2).sum()))
+    assert step.rows.gradients["two.weight"].rest == pytest.approx(float(0.2 * weight.norm()))
+    for name, expected in norms.items():
+        _agree(step.rows.gradients[name].norms, expected / 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (lambda e, y: (e @ y.T).log_softmax(1).diagonal().mean(), "numbers of different rows"),
+        (lambda e, y: ((e - e.mean(0)) ** 2).mean(), "mixes rows"),
+        (lambda e, y: torch.softmax(e, 0).square().sum(), "combines numbers of several rows"),
+        (lambda e, y: (e.sum(0) * e.sum(0)).sum(), "mixes rows"),
+        (
+            lambda e, y: e[:4].reshape(2, -1).softmax(1).square().sum(),
+            "combines numbers of several rows",
+        ),
+        (lambda e, y: (e * e.roll(1, 0)).mean(), "mixes rows"),
+        (lambda e, y: (e - e.flip(0)).square().mean(), "mixes rows"),
+        (lambda e, y: (torch.eye(len(e)) @ e).square().sum(), "mixes rows"),
+        (lambda e, y: e.amax(0).sum() + e.std(0).sum(), "combines numbers of several rows"),
+        (lambda e, y: torch.cdist(e, y).mean(), "has no rule"),
+    ],
+)
+def test_what_mixes_rows_is_named(loop, body, why):
+    record, one, two, optimizer = loop
+
+    def whole(x, y):
+        optimizer.zero_grad()
+        loss = body(two(one(x)), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    rows = record(whole).rows
+    assert rows.known == []
+    assert why in str(rows.loss_share)
+    with pytest.raises(RunError, match=r"loss of each row of step 3 is unknown: operation #\d+"):
+        _ = rows.loss
+
+
+def test_a_gradient_that_no_number_of_a_row_went_into_is_not_said_to_be_of_no_row(loop):
+    record, one, two, optimizer = loop
+
+    def body(x, y):
+        optimizer.zero_grad()
+        loss = two(one(x)).mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    step = record(body)
+    _, norms = _of_both(step, one, two, lambda out, y: out.mean())
+    assert "the same for all rows" in str(step.rows.gradients["two.bias"])
+    for name in ("two.weight", "one.0.weight", "one.0.bias"):
+        _agree(step.rows.gradients[name].norms, norms[name] / 5)
+
+
+def test_tensors_of_a_batch_that_share_numbers_of_different_rows(tmp_path):
+    torch.manual_seed(0)
+    series, model = torch.randn(9, 4), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps([(series[:-1], series[1:])] * 2):
+            optimizer.zero_grad()
+            loss = ((model(x) - y) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    step = everystep.open(tmp_path / "run")[2]
+    losses, norms = _by_hand(model, step.parameters, step.batch, nn.MSELoss())
+    if isinstance(step.rows.loss_share, Share):  # each tensor was laid in memory of its own
+        _agree(step.rows.loss, losses)
+        _agree(step.rows.gradients["weight"].norms, norms["weight"] / 8)
+    else:
+        assert "share memory" in str(step.rows.loss_share)
+        assert "share memory" in str(step.rows.gradients["weight"])
+
+
+def test_a_row_with_nan_is_the_first(tmp_path):
+    torch.manual_seed(0)
+    x, y = _columns()
+    x[11, 2] = torch.nan
+    run = _train(tmp_path / "run", nn.Linear(6, 3), (x, y), nn.MSELoss(), steps=1, batch_size=None)
+    rows = run.rows(1)
+    assert rows.numbers[rows.ranked(rows.loss)[0]] == 11
+    assert rows.loss.isnan().tolist() == [row == 11 for row in range(N)]
+    assert rows.gradient.isnan().tolist() == [row == 11 for row in range(N)]
+
+
+def test_batches_without_rows_in_common(tmp_path):
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps([(torch.randn(4, 6), torch.randn(3))] * 2):
+            optimizer.zero_grad()
+            loss = (model(x).sum(0) * y).sum()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    rows = everystep.open(tmp_path / "run").rows(2)
+    assert rows.numbers == () and "no first axis in common (x (4, 6)" in str(rows.loss_share)
+
+
+@pytest.mark.parametrize("data", ["digits", "table"])
+def test_a_bad_row_ranks_first(data, tmp_path):
+    run = trained(data, tmp_path / "run", epochs=3)
+    found = planted(run, data, 0, tmp_path / "fork")
+    effective = [each for each in found if each.has_effect]
+    assert len(effective) >= 3 and all(each.is_first for each in effective)
+
+
+def test_the_command_ranks_rows_and_says_what_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    _train(tmp_path / "plain", nn.Linear(6, 3), _columns(), nn.MSELoss())
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    _train(tmp_path / "mixed", model, _columns(), nn.MSELoss())
+
+    def call(*arguments):
+        return CliRunner().invoke(app, ["rows", *map(str, arguments)])
+
+    rows = everystep.open("plain")[3].rows
+    given = json.loads(call("plain", 3, "--by", "gradient", "--json").stdout)
+    assert [each["gradient"] for each in given["rows"]] == sorted(rows.gradient.tolist(), reverse=True)
+    assert sorted(each["row"] for each in given["rows"]) == sorted(rows.numbers)
+    text = call("plain", -1, "--first", 2).stdout
+    assert "rows by loss" in text and "5 more" in text and "is the mean of these" in text
+    assert "of 2 of 2 parameters" in text
+    assert "weight, before clipping" in call("plain", 3, "--parameter", "weight").stdout
+    text = call("mixed", 3, "--by", "gradient").stdout
+    assert "4 of 6 parameters" in text and "0.weight, 0.bias: unknown; operation #" in text
+    unknown = call("mixed", 3, "--parameter", "0.weight")
+    assert unknown.exit_code == 1 and "of the norm" not in unknown.stdout
+    assert isinstance(call("plain", 3, "--by", "size").exception, UsageError)
+    assert "no gradient of 'nope'" in str(call("plain", 3, "--parameter", "nope").exception)
+
+
+def test_rows_show_themselves(tmp_path):
+    run = _train(tmp_path / "run", nn.Linear(6, 3), _columns(), nn.MSELoss())
+    assert "step 2: loss" in run.rows(2)._repr_html_()
+    assert "7 rows, loss known, gradients of 2 of 2" in repr(run[2].rows)
+    assert isinstance(run[2].rows.gradients["bias"], Share)
+
+
+def test_expressions_of_rows(tmp_path):
+    torch.manual_seed(0)
+    run = _train(tmp_path / "run", nn.Linear(6, 3), _columns(), nn.MSELoss())
+    measured = run.measure("max(rows.loss) / loss + 0 * mean(gradients['weight'])", progress=False)
+    largest = [float(step.rows.loss.max()) / step.loss for step in run]
+    assert [*measured.values.values()] == pytest.approx(largest)
+    highest = max(float(step.rows.gradient.max()) for step in run)
+    found = run.when(f"max(rows.gradient) >= {highest - 1e-9}", "all", progress=False)
+    assert [float(run[t].rows.gradient.max()) for t in found.steps] == [highest]
+    for refused in (
+        "rows",
+        "max(previous.rows.loss)",
+        "max(rows.loss) + mean(previous.gradients['weight'])",
+    ):
+        with pytest.raises(ExpressionError, match="rows"):
+            run.measure(refused, progress=False)
+    with pytest.raises(ExpressionError, match="everystep rows"):
+        run.why(2, "rows.loss[0]")
+    with pytest.raises(ExpressionError, match=r"rows\.loss is known of the recorded steps only"):
+        run.what_if(1, 3, without_rows=[0], by="max(rows.loss)", progress=False)
+
+
+def test_an_expression_of_rows_that_are_unknown_says_why(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    run = _train(tmp_path / "run", model, _columns(), nn.MSELoss())
+    with pytest.raises(RunError, match=r"rows of the gradient of 0\.weight are unknown"):
+        run.measure("max(rows.gradient)", progress=False)
+    assert len(run.measure("max(rows.loss)", progress=False).values) == 4
