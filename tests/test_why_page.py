@@ -28,7 +28,7 @@ def run(arguments: list[str], directory: Path) -> str:
 
 def test_the_stories_are_true(tmp_path: Path) -> None:
     blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for varies, language, content in blocks:
         if language == "python":
             (tmp_path / "story.py").write_text(content, encoding="utf-8")
