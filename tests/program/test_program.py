@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -237,3 +240,23 @@ def test_memory_is_shared_only_by_those_that_do_not_live_at_once(make_trainee, p
             if other != name and first <= other_last and other_first <= last:
                 beginning = plan.offsets[other]
                 assert end <= beginning or beginning + program.storages[other].bytes <= start
+
+
+def test_what_an_operation_writes_is_in_the_order_of_its_arguments_in_every_process():
+    code = (
+        "from everystep.program.operation import Operation\n"
+        "given = ('x', 'w', 'b', 'mean', 'variance', True, 0.1, 1e-5)\n"
+        "operator = 'aten.native_batch_norm.default'\n"
+        "print(*Operation(phase='forward', operator=operator, arguments=given).written())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert found == {"mean variance\n"}

@@ -135,9 +135,10 @@ class Operation(Model):
         yield from references(tuple(self.keywords.values()))
 
     def written(self) -> list[str]:
-        """Return the names of the tensors among its arguments that it writes into."""
-        given = self.given()
-        return [n for name in writes(self.resolved) for n in references(given.get(name))]
+        """Return the names of the tensors among its arguments that it writes into, in their order."""
+        given, written = self.given(), writes(self.resolved)
+        known = (p.name for p in parameters(self.resolved) if p.name in written)
+        return [tensor for name in known for tensor in references(given.get(name))]
 
     def check(self, tensors: Mapping[str, TensorSpec], *, is_plain: bool = False) -> None:
         """Check that the operator is allowed, and that its arguments have the right kinds.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import DTYPES, references
-from everystep.program.operators import draws_random_numbers
+from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.program import Operation, Program, Storage, TensorSpec
 from everystep.program.soundness import WITH_STATISTICS, results_on_meta
 
@@ -58,7 +58,7 @@ class Precision:
                 would be others; names what.
         """
         for operation in program.operations:
-            if draws_random_numbers(operation.resolved) and operation.operator not in _SAME_DRAWS:
+            if _draws_others(operation):
                 raise ProgramError(
                     f"{operation.operator} draws other random numbers in {self.name}, so these would be "
                     "other steps"
@@ -187,6 +187,14 @@ class Precision:
         if isinstance(value, dict) and "dtype" in value and DTYPES[value["dtype"]].is_floating_point:
             return {"dtype": self.name}
         return value
+
+
+def _draws_others(operation: Operation) -> bool:
+    """Tell whether an operation draws random numbers that are others in another dtype."""
+    if not draws_random_numbers(operation.resolved) or operation.operator in _SAME_DRAWS:
+        return False
+    may_drop = any(each.name == "dropout_p" for each in parameters(operation.resolved))
+    return not (may_drop and operation.given().get("dropout_p", 0.0) == 0.0)  # attention
 
 
 def _is_counter(name: str) -> bool:
