@@ -2,10 +2,19 @@
 
 import subprocess
 import sys
+import warnings
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from benchmarks.torture.readers import digest_of, torn
+
+import everystep
+from everystep.errors import DamageWarning
+from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.run import RecordedRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +42,28 @@ def test_a_torn_reading_is_found():
     assert torn("losses", [(3, digest_of(broken))], whole) == [
         "losses: a reading of 3 is not the beginning of the 5 recorded"
     ]
+
+
+def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path, small, monkeypatch):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    training = {"loss": torch.nn.MSELoss(), "optimizer": optimizer, "progress": False}
+    place = tmp_path / "run"
+    everystep.train(model, (x, y), steps=9, directory=place, **training)
+    finished = RecordedRun(place).facts
+    # What a reader sees that began before the last steps were committed; state 9 is on disk by now.
+    with closing(Database.change(place / FILE_NAME)) as database, database.transaction():
+        database.forget_after(5)
+        database.write_facts({"status": "running"})
+        database.seal_blocks()
+    running = RecordedRun(place).facts
+    with pytest.warns(DamageWarning, match="steps 6 to 9 are missing"):
+        assert len(RecordedRun(place).losses) == 5
+    is_held = iter([True])
+    monkeypatch.setattr("everystep.recording.run.is_locked", lambda directory: next(is_held, False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(RecordedRun(place).losses) == 5
+    assert RecordedRun(place).status_by(running) == "killed"
+    monkeypatch.setattr(RecordedRun, "facts", finished)
+    assert RecordedRun(place).status_by(running) == "finished"

@@ -93,8 +93,11 @@ class RecordedRun:
 
     def status_by(self, facts: Facts) -> str:
         """Return the status, given facts already read."""
-        is_killed = facts.status == "running" and not is_locked(self.directory)
-        return "killed" if is_killed else facts.status
+        if facts.status != "running" or is_locked(self.directory):
+            return facts.status
+        # It may have ended after the facts were read, and then it says so now.
+        status = self.facts.status
+        return "killed" if status == "running" else status
 
     @property
     def last_written(self) -> datetime:
@@ -119,13 +122,13 @@ class RecordedRun:
         """Return steps and losses, the latter in their own precision."""
         import numpy as np
 
-        edition = self._edition()
+        edition, is_written = self._edition(), is_locked(self.directory)
         with reading(self._database_path) as database, database.one_moment():
             facts = database.facts()
             steps, losses = database.losses(count)
             since = 0 if count is None or not len(steps) else int(steps[0])
             known = None if since else (steps, losses)
-            found = self._findings_in(database, facts, known, since)
+            found = self._findings_in(database, facts, known, since, is_written)
         if not since:
             self._found = edition, found
         first = since or 1
@@ -276,11 +279,12 @@ class RecordedRun:
 
     def summary(self) -> Summary:
         """Return the run in one line."""
-        return read_quickly(self._database_path, self._summary)
+        is_written = is_locked(self.directory)
+        return read_quickly(self._database_path, lambda database: self._summary(database, is_written))
 
-    def _summary(self, database: Database) -> Summary:
+    def _summary(self, database: Database, is_written: bool) -> Summary:
         facts = database.facts()
-        found = self._structure_findings(database, facts)
+        found = self._structure_findings(database, facts, is_written)
         damage = damage_text(self.name, found) if found else None
         summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
         return summary._replace(damage=damage)
@@ -304,14 +308,14 @@ class RecordedRun:
         Raises:
             RunError: the database cannot be read.
         """
-        edition = self._edition()
+        edition, is_written = self._edition(), is_locked(self.directory)
         if self._found is not None and self._found[0] == edition:
             return self._found[1]
         with reading(self._database_path) as database, database.one_moment():
             losses = None
             with suppress(RunError):  # of which each block says where it is
                 losses = database.losses()
-            found = self._findings_in(database, database.facts(), losses, 0)
+            found = self._findings_in(database, database.facts(), losses, 0, is_written)
         self._found = edition, found
         return found
 
@@ -321,8 +325,9 @@ class RecordedRun:
         facts: Facts,
         losses: Series | None,
         since: int,
+        is_written: bool,
     ) -> list[Finding]:
-        found = self._structure_findings(database, facts)
+        found = self._structure_findings(database, facts, is_written)
         return [*found, *number_findings(database, losses, since)]
 
     def _edition(self) -> list[tuple[int, int]]:
@@ -342,8 +347,13 @@ class RecordedRun:
         found = self.findings()
         return damage_text(self.name, found) if found else None
 
-    def _structure_findings(self, database: Database, facts: Facts) -> list[Finding]:
-        is_written = facts.status == "running" and is_locked(self.directory)
+    def _structure_findings(self, database: Database, facts: Facts, is_written: bool) -> list[Finding]:
+        """Return what shows without reading all numbers.
+
+        is_written: whether a process held the run before the database was opened. Asked later, one that
+        ends meanwhile would leave files that are ahead of what is read.
+        """
+        is_written &= facts.status == "running"
         return structure_findings(self.directory, database, facts, is_written=is_written)
 
     def _warn_of(self, found: list[Finding]) -> None:
