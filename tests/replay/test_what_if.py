@@ -203,3 +203,13 @@ def test_a_training_that_needs_its_objects_or_its_loop_says_so(tmp_path):
             recording.log(loss=loss)
     with pytest.raises(RunError, match="recorded from your own loop"):
         recording.run.what_if(1, 3, without_rows=[2], progress=False)
+
+
+def test_a_metric_without_validation_rows_sees_the_other_targets(tmp_path):
+    metrics = {"ones": lambda prediction, target: (target == 1).float().sum()}
+    run = trained(tmp_path / "run", metrics=metrics)
+    before = made()[2].tolist()
+    changed = {row: 1 for row, target in enumerate(before) if target != 1}
+    fork = run.fork(4, steps=11, relabel=changed, directory=tmp_path / "fork", progress=False)
+    assert list(run.measured("ones").values())[-1] == before.count(1)
+    assert list(fork.measured("ones").values())[-1] == ROWS

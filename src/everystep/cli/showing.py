@@ -118,7 +118,7 @@ def losses(
         write_file(output, content.getvalue())
         say_written(output)
         return
-    # Without polars, whose import takes longer than printing some thousand steps.
+    # Without polars: its import takes longer than printing some thousand steps.
     text = (
         opened.table_frame(last).write_csv()
         if csv

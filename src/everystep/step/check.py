@@ -180,7 +180,7 @@ def state_differences(
             found.append(StateDifference(recorded.step, name, 0, None))
         elif not same_bits(one, two):
             elements = int((as_integers(one) != as_integers(two)).sum())
-            # The bytes of a generator's state are no numbers.
+            # The bytes of a generator's state are not numbers.
             size = Size() if name.startswith("generator/") else size_of_difference(one, two)
             found.append(StateDifference(recorded.step, name, elements, *size))
     return found

@@ -120,7 +120,11 @@ class Job:
         for row, target in targets.items():
             y[row] = target
         training = replace(self.training, batch=batch.with_targets(y))
-        return replace(self, training=training, data=replace(self.data, y=y.cpu()))
+        evaluation = self.evaluation
+        if evaluation is not None and self.data.validation is None:  # it measures on these rows
+            evaluation = replace(evaluation, y=y)
+        data = replace(self.data, y=y.cpu())
+        return replace(self, training=training, data=data, evaluation=evaluation)
 
     def _rows(self, what: str) -> RowsOf:
         if not isinstance(self.training.batch, RowsOf):

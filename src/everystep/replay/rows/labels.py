@@ -27,7 +27,7 @@ __all__ = [
 
 #: Of no row: parameters, constants, random numbers.
 SHARED = -1
-#: Of several rows, in a way that is no sum over them.
+#: Of several rows, in a way that is not a sum over them.
 MIXED = -2
 #: A sum with a known term for each row, and one of no row.
 SUM = -3

@@ -38,7 +38,7 @@ class Memory:
         self.last_backward = max(
             (i for i, p in enumerate(phases) if p == "backward"), default=len(phases)
         )
-        #: Why the loss is no sum of losses of single rows; None: nothing speaks against it.
+        #: Why the loss is not a sum of losses of single rows; None: nothing speaks against it.
         self.mixed: Reason | None = None
         self._written: dict[str, list[_Written]] = {}
         self._begin(step, rows)

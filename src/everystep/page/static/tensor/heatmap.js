@@ -137,7 +137,7 @@ class HeatMap {
     } else this.draw();
   }
 
-  /** A number was clicked: it is told, unless its cell stands for several. */
+  /** A number was clicked: called with it, unless its cell stands for several. */
   choose(cell) {
     if (cell && this.#patchAt(cell).isFine) this.chosen(this.#indexOf(cell));
   }
