@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from torch.optim import SGD, Adam
 import everystep
 from everystep.errors import ExpressionError, UsageError
 from everystep.experiment.batches import Batches
-from everystep.recording.facts import MeasuredFacts
+from everystep.recording import additions
+from everystep.recording.facts import MeasuredFacts, WriterFacts
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.views.terminal import shortest
 
@@ -243,15 +245,17 @@ def test_measurements_are_part_of_the_run():
     assert frame["loss"].equals(run.losses["loss"])
 
 
-def test_nothing_but_the_measurement_is_changed():
+def test_nothing_but_the_measurement_and_its_writer_is_changed(monkeypatch):
     run = train()
     losses, facts = run.losses, run.facts
     before = files_of(run)
+    measuring = WriterFacts(process=7, host="there", since=facts.started + timedelta(days=1))
+    monkeypatch.setattr(additions, "writer_here", lambda: measuring)
     run.measure(SIZE, name="size", every=10, progress=False)
     assert files_of(run) == before
     assert run.losses.equals(losses)
-    size = MeasuredFacts(expression=SIZE, every=10)
-    assert run.facts == facts.model_copy(update={"measured": {"size": size}})
+    changed = {"measured": {"size": MeasuredFacts(expression=SIZE, every=10)}, "writer": measuring}
+    assert run.facts == facts.model_copy(update=changed)
 
 
 def files_of(run) -> dict[Path, bytes]:
