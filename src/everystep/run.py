@@ -481,6 +481,7 @@ class Run(RecordedRun):
         without_rows_of: int | None = None,
         each: bool = False,
         by: str = "loss",
+        processes: int | None = None,
         progress: Counting = True,
     ) -> WhatIf:
         """Train again from a state, with rows of the data left out, and return what becomes of the loss.
@@ -494,6 +495,8 @@ class Run(RecordedRun):
             without_rows_of: the step of which all rows are left out.
             each: leave out one row after the other, not all at once.
             by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
+            processes: number of processes, each with as many threads as the run was trained with;
+                default: as many as there are cores for, if worth their start.
             progress: as in `measure`.
 
         Raises:
@@ -522,6 +525,7 @@ class Run(RecordedRun):
                 cases,
                 by,
                 self._objects,
+                processes,
                 on_progress,
             )
         return replace(found, to_text=partial(what_if_text, found))

@@ -9,6 +9,8 @@ from torch import nn
 import everystep
 from everystep.errors import ExperimentError, ExpressionError, RunError, UsageError
 from everystep.experiment.batches import Batches
+from everystep.replay import what_if
+from everystep.replay.processes import workers
 
 ROWS, STEPS = 20, 14
 
@@ -56,6 +58,22 @@ def trained(directory, batch_size=6, dropout=0.0, **options):
         progress=False,
         **options,
     )
+
+
+def test_processes_share_the_trainings(tmp_path, monkeypatch):
+    run = trained(tmp_path / "run", dropout=0.5)
+    rows = {"without_rows": range(12), "each": True, "progress": False}
+    monkeypatch.setattr(what_if, "GROUP", 3)
+    asked, alone = [], run.what_if(4, 11, **rows, processes=1)
+    monkeypatch.setattr(
+        what_if,
+        "workers",
+        lambda facts, count, threads: asked.append((count, threads)) or workers(facts, count, threads),
+    )
+    shared = run.what_if(4, 11, **rows, processes=2)
+    assert asked == [(2, run.facts.training.numerics.threads)]
+    assert shared.cases == alone.cases
+    assert shared.recorded == alone.recorded
 
 
 @pytest.mark.parametrize("batch_size", [6, None])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from everystep.cli.arguments import JsonOption, RunArgument, row_numbers
+from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument, row_numbers
 from everystep.cli.output import hint, say, say_written
 from everystep.errors import UsageError
 
@@ -98,6 +98,7 @@ def whatif(
     by: Annotated[
         str, typer.Option(metavar="EXPRESSION", help="What to compare: norm(gradients['0.weight']).")
     ] = "loss",
+    processes: ProcessesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Train again from a step without some rows, and rank them by what the loss becomes.
@@ -116,5 +117,6 @@ def whatif(
         without_rows_of=without_rows_of,
         each=each,
         by=by,
+        processes=processes,
     )
     say(as_json(what_if_data(found)) if json else what_if_text(found))

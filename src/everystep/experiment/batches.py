@@ -36,7 +36,9 @@ class Batches:
     seed: int = 0
     drop_last: bool = False
     without: tuple[int, ...] = ()
-    _order: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _order: dict[int, tuple[Tensor, frozenset[int]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -91,8 +93,9 @@ class Batches:
         if self.batch_size is None:
             return self._left(torch.arange(self.rows)) if self.without else None
         start = (step - 1) % self.steps_per_epoch * self.batch_size
-        indices = self._epoch_order(self.epoch(step))[start : start + self.batch_size]
-        return self._left(indices) if self.without else indices
+        order, lacking = self._epoch_order(self.epoch(step))
+        indices = order[start : start + self.batch_size]
+        return self._left(indices) if start // self.batch_size in lacking else indices
 
     def without_rows(self, rows: Collection[int], first: int, last: int) -> Batches:
         """Return these batches without some rows.
@@ -125,11 +128,18 @@ class Batches:
         """
         return RowsOf(self, x, y, is_read, guards)
 
-    def _epoch_order(self, epoch: int) -> Tensor:
+    def _epoch_order(self, epoch: int) -> tuple[Tensor, frozenset[int]]:
+        """Return all rows in the order of an epoch, and which of its batches lack some."""
         if epoch not in self._order:
             self._order.clear()  # one epoch at a time is in use
+            assert self.batch_size is not None
             generator = derived_generator(self.seed, "epoch", epoch)
-            self._order[epoch] = torch.randperm(self.rows, generator=generator)
+            order = torch.randperm(self.rows, generator=generator)
+            places = (
+                torch.isin(order, torch.tensor(self.without)).nonzero() if self.without else order[:0]
+            )
+            lacking = frozenset((places.flatten() // self.batch_size).tolist())
+            self._order[epoch] = order, lacking
         return self._order[epoch]
 
 

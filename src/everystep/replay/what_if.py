@@ -6,7 +6,8 @@ is exact: it has the bits of the same training by hand without those rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -18,7 +19,7 @@ from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Evaluator, read_question
 from everystep.replay.expression import Expression
 from everystep.replay.hooks import Probe
-from everystep.replay.processes import Opener
+from everystep.replay.processes import Opener, cores, in_worker, recorded_numerics, workers
 from everystep.replay.query import check_question
 from everystep.replay.reopen import batches_of, reopen
 from everystep.replay.replay import Replay, no_such_step, same_number
@@ -31,6 +32,11 @@ __all__ = ["Case", "WhatIf", "what_if"]
 
 #: Trainings between two reports of progress.
 GROUP = 8
+#: If all trainings take less than this, this process takes them alone: others must start first.
+ALONE_SECONDS = 4.0
+
+#: The rows of a training, its value and its losses, as a `Case` has them.
+_Trained = tuple[tuple[int, ...], float | None, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ def what_if(
     cases: Sequence[tuple[int, ...]],
     by: str,
     objects: Objects | None,
+    processes: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> WhatIf:
     """Train from a state to a step, once for each choice of rows to leave out.
@@ -85,6 +92,8 @@ def what_if(
         cases: the rows to leave out.
         by: an expression of the last step.
         objects: those that trained the run, if it has no experiment.
+        processes: number of processes, each with the threads of the run; default: as many as there are
+            cores for, if worth their start.
         on_progress: called with the number of steps just taken.
 
     Raises:
@@ -120,10 +129,11 @@ def what_if(
         )
     on_progress(until - at)
     others: list[Case] = []
-    for first in range(0, len(cases), GROUP):
-        group = cases[first : first + GROUP]
-        others += [Case(*each) for each in opener.call(_train, state, until, group, question, objects)]
-        on_progress((until - at) * len(group))
+    groups = [cases[first : first + GROUP] for first in range(0, len(cases), GROUP)]
+    share = _processes(run, (until - at) * len(cases), processes, len(groups))
+    for found in _shared(opener, share, groups, (state, until), (question, objects)):
+        others += [Case(*each) for each in found]
+        on_progress((until - at) * len(found))
     others.sort(key=lambda case: (case.value is None or case.value != case.value, case.value or 0.0))
     return WhatIf(run.name, at, until, by, with_all, tuple(others))
 
@@ -161,6 +171,43 @@ def _check(run: RecordedRun, at: int, until: int) -> None:
         )
 
 
+def _processes(run: RecordedRun, steps: int, asked: int | None, groups: int) -> int:
+    """Return how many processes share the trainings.
+
+    None computes with fewer threads than the run: nothing could show that this gives other bits.
+    """
+    facts = run.facts
+    if facts.training.device != "cpu":
+        return 1
+    if asked is None:
+        seconds = (facts.seconds or 0.0) * steps / max(1, run.summary().steps)
+        if seconds < ALONE_SECONDS:
+            return 1
+        asked = cores() // recorded_numerics(facts).threads
+    return max(1, min(asked, groups))
+
+
+def _shared(
+    opener: Opener,
+    count: int,
+    groups: Sequence[Sequence[tuple[int, ...]]],
+    ends: tuple[State, int],
+    asked: tuple[Expression, Objects | None],
+) -> Iterator[list[_Trained]]:
+    """Train all groups in so many processes, and yield each when it is done."""
+    if count == 1:
+        for group in groups:
+            yield opener.call(_train, *ends, group, *asked)
+        return
+    run = opener.run
+    threads = recorded_numerics(run.facts).threads
+    place = run.directory, opener.objects, threads
+    with workers(run.facts, count, threads) as executor:
+        futures = [executor.submit(in_worker, *place, _train, *ends, group, *asked) for group in groups]
+        for future in as_completed(futures):
+            yield future.result()
+
+
 def _train(
     replay: Replay,
     state: State,
@@ -168,7 +215,7 @@ def _train(
     cases: Sequence[tuple[int, ...]],
     question: Expression,
     objects: Objects | None,
-) -> list[tuple[tuple[int, ...], float | None, tuple[float, ...]]]:
+) -> list[_Trained]:
     """Train from a state, once for each case; return its rows, its value and its losses."""
     run, at = replay.run, state.step
     stretch = replay.stretches[replay.stretch_of(at + 1)]
