@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from everystep.replay.columns import Found
     from everystep.replay.diff import Difference
     from everystep.replay.doctor import Diagnosis
-    from everystep.replay.hooks import NonFinite
     from everystep.replay.match import Match
+    from everystep.replay.nonfinite import NonFinite
     from everystep.replay.processes import Opener
     from everystep.replay.query import Measured
     from everystep.replay.rerun import Rerun
@@ -355,7 +355,7 @@ class Run(RecordedRun):
         Raises:
             RunError: a needed file is missing or unreadable.
         """
-        from everystep.replay.hooks import find_nonfinite
+        from everystep.replay.nonfinite import find_nonfinite
         from everystep.views.answers import nonfinite_text
         from everystep.views.progress import counting
 

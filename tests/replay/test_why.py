@@ -16,6 +16,7 @@ from torch import nn
 import everystep
 from everystep import ExpressionError, RunError, UsageError
 from everystep.replay.why import Why, follow
+from everystep.views.answers import nonfinite_text
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -194,10 +195,31 @@ def test_nan_that_an_operation_makes_has_the_rows_behind_it(small, tmp_path):
     found = opened.first_nonfinite()
     answer = opened.why(found.step.number, "loss")
     began = answer.began
+    assert (found.why.number.spot, found.why.rows) == (began.number.spot, (11,))
+    assert began.to_text().partition("\n")[2].rstrip() in nonfinite_text(found)
     assert began.observed.operation.name == "log"
     assert began.number.step == found.step.number
     assert began.rows == (11,)
     assert all(math.isfinite(number.value) for number in began.numbers)
+
+
+def test_infinity_of_a_sum_has_the_row_of_its_largest_term(small, tmp_path):
+    model, x, y = small
+    y[7] = 1e20  # its square is beyond float32
+    run = everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        steps=2,
+        directory=tmp_path / "run",
+        progress=False,
+    )
+    found = run.first_nonfinite()
+    assert (found.name, found.rows) == ("loss", ())
+    largest = found.why.groups[0].terms[0]
+    assert [number.row for number in largest.numbers.values()] == [None, 7]
+    assert "row 7" in nonfinite_text(found)
 
 
 def test_an_operator_without_a_rule_says_so(tmp_path):

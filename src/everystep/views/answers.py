@@ -12,7 +12,7 @@ from everystep.views.terminal import engine_text, number, shortest
 if TYPE_CHECKING:
     from everystep.recording.facts import Facts
     from everystep.replay.columns import Found
-    from everystep.replay.hooks import NonFinite
+    from everystep.replay.nonfinite import NonFinite
     from everystep.replay.query import Measured
     from everystep.replay.verify import Verification
     from everystep.step.check import StateDifference
@@ -177,6 +177,10 @@ def nonfinite_text(found: NonFinite | None) -> str:
         whole = "batch" if found.are_rows_of_batch else "data"
         numbers = ", ".join(map(str, found.rows[:NAMED])) + more
         lines.append(f"  row{'s' * (len(found.rows) > 1)} {numbers} of the {whole}")
+    if found.why is not None:
+        from everystep.views.why import why_text
+
+        lines.append(why_text(found.why, has_title=False))
     return "\n".join(lines)
 
 
@@ -185,6 +189,7 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
     if found is None:
         return None
     from everystep.views.mathematics import mathematics
+    from everystep.views.why import why_data
 
     seen = found.operation
     operation = seen and seen.operation
@@ -203,6 +208,7 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
         if found.index is None
         else str(mathematics(found.step.operations)[found.index]),
         "inputs": [_input(name, tensor) for name, tensor in seen.inputs.items()] if seen else [],
+        "why": found.why and why_data(found.why),
     }
 
 

@@ -29,9 +29,13 @@ _INDENT = 2
 _ENDS = 5
 
 
-def why_text(found: Why) -> str:
-    """Return where a number comes from, in lines."""
-    return why_page(found).plain
+def why_text(found: Why, *, has_title: bool = True) -> str:
+    """Return where a number comes from, in lines.
+
+    has_title: whether the first names the step.
+    """
+    text = why_page(found).plain
+    return text if has_title else text.partition("\n")[2].rstrip()
 
 
 def why_page(found: Why, *, name: str = "", width: int = 100) -> Text:

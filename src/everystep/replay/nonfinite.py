@@ -1,0 +1,252 @@
+"""Nonfinite: the operation that made the first NaN or infinity of a run.
+
+Every result of every operation is checked while programs run the steps; what the operation made it from
+is an answer of `why`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep.errors import RunError
+from everystep.program.execute import BoundProgram, Observed
+from everystep.recording.run import RecordedRun
+from everystep.replay.parallel import Span, Visitor, parallel, spans
+from everystep.replay.processes import Opener
+from everystep.replay.replay import Replay
+from everystep.replay.shown import Shown
+from everystep.replay.step import ReplayStepper, Step
+from everystep.replay.why import Spot, Why, why
+
+__all__ = ["NonFinite", "find_nonfinite"]
+
+
+@dataclass(frozen=True)
+class NonFinite(Shown):
+    """The origin of the first NaN or infinity of a run.
+
+    step: the opened step; index: of the operation that made it, None if it came with the batch or the
+    state; name: of the tensor; nans, infinities: their number in it; rows: the affected rows, if the
+    tensor has a row for each row of the batch: of the data, or of the batch where your own loop made it.
+    why: the first of these numbers, with the numbers that the operation made it from and the rows behind
+    it; None if no operation made it.
+    """
+
+    step: Step
+    index: int | None
+    name: str
+    nans: int
+    infinities: int
+    rows: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        what = f"{self.nans:,} NaN and {self.infinities:,} infinite in {self.name}"
+        where = "from the start" if self.index is None else f"by operation #{self.index}"
+        return f"<step {self.step.number:,}: {what}, {where}>"
+
+    @property
+    def operation(self) -> Observed | None:
+        """The operation that made it, with its inputs."""
+        return None if self.index is None else self.step.operations[self.index]
+
+    @cached_property
+    def why(self) -> Why | None:
+        """Where the first of these numbers comes from."""
+        if self.index is None:
+            return None
+        results = self.step.operations[self.index].results
+        place = torch.nonzero(~torch.isfinite(results[self.name]))[0].tolist()
+        return why(self.step, Spot(self.name, tuple(place), self.index + 1))
+
+    @property
+    def are_rows_of_batch(self) -> bool:
+        """Whether `rows` are rows of the batch, since the rows of the data are unknown."""
+        return self.step.batch.rows is None and self.step.batch.nested is not None
+
+
+class _Counts(NamedTuple):
+    nans: int
+    infinities: int
+
+
+class FiniteCheck(Visitor):
+    """Runs steps, and stops at the first with a value that is unintentionally not finite.
+
+    meant: operations with intentional infinities, such as those of a causal mask: there, only NaNs
+    count.
+    """
+
+    may_share = True
+
+    def __init__(self, meant: frozenset[int]) -> None:
+        self._meant = meant
+        self._found: int | None = None
+        self._plans: dict[BoundProgram, tuple[list[Any], Tensor]] = {}
+        self._training: ReplayStepper | None = None
+
+    @property
+    def is_done(self) -> bool:  # type: ignore[override]
+        """Whether it has found one."""
+        return self._found is not None
+
+    def begin(self, replay: Replay, span: Span) -> int:
+        """Begin with the state before the span."""
+        self._found, self._plans = None, {}
+        return span.first - 1
+
+    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
+        """Run steps up to `last`, or to the first that is not finite; return their losses."""
+        stepper, losses = replay.stepper, []
+        assert stepper.state is not None
+        self._training = stepper
+        while stepper.state < last and not self.is_done:
+            number = stepper.state + 1
+            if stepper.is_by_program(number):
+                losses.append(stepper.watch(last, self))
+                continue
+            step = replay.next_step()
+            losses.append(torch.tensor([step.loss], dtype=torch.float64))
+            self._note(number, _first_made(step) is None)
+        return torch.cat(losses) if losses else torch.empty(0)
+
+    def calls(self, bound: BoundProgram) -> list[Any]:
+        """Return the calls of a step with a check of each result."""
+        if bound not in self._plans:
+            self._plans[bound] = self._plan(bound)
+        return self._plans[bound][0]
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Note whether everything in a step was finite; return whether it was."""
+        finite = bool(self._plans[bound][1].all())
+        if bound.program.optimizer_step is not None and self._training is not None:
+            state = self._training.named_state().values()
+            finite &= all(bool(t.isfinite().all()) for t in state if t.is_floating_point())
+        return self._note(number, finite)
+
+    def _note(self, number: int, finite: bool) -> bool:
+        self._found = self._found if finite else number
+        return finite
+
+    def result(self) -> int | None:
+        """Return the step, or None."""
+        return self._found
+
+    def _plan(self, bound: BoundProgram) -> tuple[list[Any], Tensor]:
+        """Return the calls of a step with a check of each result, and where the answers are."""
+        operations = bound.program.operations
+        flags = torch.ones(len(operations), dtype=torch.bool, device=bound.loss.device)
+        after: dict[int, list[Any]] = {}
+        for index, operation in enumerate(operations):
+            names = [name for name in operation.results if name] or operation.written()
+            tensors = [bound.tensor(name) for name in names]
+            floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+            if floats:
+                after[index] = [partial(self._look, flags[index], floats, index in self._meant)]
+        return bound.calls_with(after), flags
+
+    @staticmethod
+    def _look(flag: Tensor, tensors: list[Tensor], only_nans: bool) -> None:
+        flag.fill_(True)
+        for tensor in tensors:
+            looked = ~torch.isnan(tensor) if only_nans else torch.isfinite(tensor)
+            flag.logical_and_(looked.all())
+
+
+def find_nonfinite(
+    opener: Opener,
+    processes: int | None = None,
+    on_progress: Callable[[int], None] = lambda steps: None,
+) -> NonFinite | None:
+    """Return the origin of the first NaN or infinity of a run, or None if all is finite.
+
+    It checks every result of every operation. Infinities among the arguments of an operation (a causal
+    mask) do not count; results computed from them count only if they are NaN.
+
+    Raises:
+        RunError: a needed file is missing or unreadable, or the replay of a step differs from the
+            recording, so that the origin cannot be determined.
+    """
+    run, last = opener.run, opener.run.summary().steps
+    if not last:
+        return None
+    if opener.objects is not None:
+        opener = Opener(run, opener.objects)  # with what they carry besides tensors as it was
+    first = opener.step(1)
+    if (made := _first_made(first)) is not None:
+        return made
+    meant = frozenset(
+        i for i, each in enumerate(first.operations) if _count(each.results.values()) != (0, 0)
+    )
+    bound = min(last, run.facts.nonfinite_step or last)
+    steps: dict[int, int | None] = {}
+    diverged: list[int] = []
+    replayed = parallel(opener, spans(run, 1, bound), FiniteCheck(meant), processes, on_progress)
+    with closing(replayed):  # type: ignore[type-var]  # a generator
+        for each in replayed:
+            steps[each.span.first] = each.result
+            diverged += [each.first_loss.step] if each.first_loss else []
+            if each.result is not None and _covers(steps, run, bound, each.result):
+                break
+    candidates = sorted(step for step in steps.values() if step is not None)
+    if diverged and (not candidates or min(diverged) <= candidates[0]):
+        raise RunError(
+            f"the replay of {run.name} differs from its recording at step {min(diverged)}, so its "
+            "first NaN or infinity cannot be determined; everystep verify says more"
+        )
+    found = (_first_made(opener.step(step)) for step in candidates)
+    return next((made for made in found if made is not None), None)
+
+
+def _covers(steps: dict[int, int | None], run: RecordedRun, last: int, found: int) -> bool:
+    """Tell whether all spans before the step found have been replayed."""
+    return all(span.first in steps for span in spans(run, 1, last) if span.first <= found)
+
+
+def _first_made(step: Step) -> NonFinite | None:
+    """Return what made the first NaN or infinity in a step, if anything did."""
+    for name, tensor in (*step.batch.tensors.items(), *step.parameters.items()):
+        counts = _count([tensor])
+        if counts != (0, 0):
+            return NonFinite(step, None, name, *counts, _rows(step, tensor))
+    for index, observed in enumerate(step.operations):
+        before = _count(observed.inputs.values())
+        for name, tensor in observed.results.items():
+            nans, infinities = _count([tensor])
+            is_meant = before.infinities > 0 or _is_among_arguments(observed)
+            if (nans and not before.nans) or (infinities and before == (0, 0) and not is_meant):
+                return NonFinite(step, index, name, nans, infinities, _rows(step, tensor))
+    return None
+
+
+def _is_among_arguments(observed: Observed) -> bool:
+    """Tell whether an infinity is among the arguments."""
+    text = (*observed.operation.arguments, *observed.operation.keywords.values())
+    return any(
+        (isinstance(value, dict) and value.get("float") in ("inf", "-inf"))
+        or (isinstance(value, float) and math.isinf(value))
+        for value in text
+    )
+
+
+def _count(tensors: Any) -> _Counts:
+    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    nans = sum(int(torch.isnan(tensor).sum()) for tensor in floats)
+    return _Counts(nans, sum(int(torch.isinf(tensor).sum()) for tensor in floats))
+
+
+def _rows(step: Step, tensor: Tensor) -> tuple[int, ...]:
+    """Return the rows of the data in which a tensor with a row for each of the batch is not finite."""
+    first = next(iter(step.batch.tensors.values()), None)
+    rows = len(first) if first is not None and first.ndim else 0
+    if tensor.ndim == 0 or len(tensor) != rows:
+        return ()
+    places = torch.nonzero(~torch.isfinite(tensor).reshape(rows, -1).all(1)).flatten()
+    return tuple((places if step.batch.rows is None else step.batch.rows[places.cpu()]).tolist())
