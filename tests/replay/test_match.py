@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.errors import UsageError
+from everystep.errors import RunError, UsageError
 
 STEPS = 6
 
@@ -139,3 +139,69 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
     assert "parameters['0.weight']" in found.begin
     with pytest.raises(UsageError, match="expected another run"):
         by_autograd.match("other")
+
+
+def rounded(directory, dtype=torch.float32, *, autocast=False, module=nn.Tanh, noise=False, seed=0):
+    """A classifier with dropout, whose loop computes in bfloat16 in some way."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(32, 10), torch.randint(0, 4, (32,))
+    layers = nn.Linear(10, 16), module(), nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, 4)
+    model = nn.Sequential(*layers).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(1)
+    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
+        for rows, targets in recording.steps([(x, y)] * STEPS):
+            given = rows.to(dtype)
+            if noise:
+                given = given + torch.randn_like(given)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = nn.functional.cross_entropy(model(given), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    return recording.run
+
+
+@pytest.fixture(scope="module")
+def in_single(tmp_path_factory):
+    return rounded(tmp_path_factory.mktemp("precision") / "single")
+
+
+@pytest.mark.parametrize("how", [{"dtype": torch.bfloat16}, {"autocast": True}])
+def test_the_same_in_bfloat16_matches_in_double_precision(in_single, tmp_path, how):
+    other = rounded(tmp_path / "bfloat16", **how)
+    assert other.losses["loss"].to_list() != in_single.losses["loss"].to_list()
+    found = in_single.match(other)
+    assert found.is_match
+    assert (found.step, found.found) == (STEPS, found.of)
+    assert found.precisions == ("float32", "bfloat16")
+    assert found.losses == (in_single[STEPS].loss, other[STEPS].loss)
+    assert "single computes in float32 and bfloat16 computes in bfloat16" in found.to_text()
+
+
+def test_a_mistake_that_is_smaller_than_the_rounding_of_bfloat16_is_found(in_single, tmp_path):
+    class AlmostTanh(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x * 1.0001)
+
+    other = rounded(tmp_path / "bfloat16", autocast=True, module=AlmostTanh)
+    found = in_single.match(other)
+    assert (found.is_match, found.step) == (False, 1)
+    expected, written = found.suspects
+    assert expected.observed.operation.operator == "aten.tanh.default"
+    assert written.observed.operation.operator == "aten.mul.Tensor"
+    assert expected.has_known_inputs and written.has_known_inputs
+
+
+def test_other_weights_in_another_precision_are_said_to_be_missing(in_single, tmp_path):
+    found = in_single.match(rounded(tmp_path / "other", torch.bfloat16, seed=5))
+    assert found.step == 1
+    assert {"parameters['0.weight']", "batch.x"} <= {*found.begin}
+
+
+def test_programs_without_a_double_precision_are_refused(tmp_path):
+    one = rounded(tmp_path / "one", noise=True)
+    other = rounded(tmp_path / "other", torch.bfloat16, noise=True)
+    with pytest.raises(RunError, match=r"compute in other precisions.*draws other random numbers"):
+        one.match(other)

@@ -4,26 +4,43 @@ Two programs of the same mathematics have the same tensors up to rounding, in wh
 shapes of the same numbers, and with other results in between. So a tensor of one is looked for among all
 tensors of the other. A result that the other does not have is suspect if nothing that is computed from
 it is found there either: else it only is another way to the same.
+
+Where one of them rounds more, as bfloat16 does, rounding explains too much to find a mistake in it. Then
+both programs take the step in double precision, from the same state.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from everystep.errors import RunError
+from everystep.errors import ProgramError, RunError
+from everystep.program.arguments import references
 from everystep.program.execute import Observed
+from everystep.program.precision import Precision
 from everystep.replay.processes import Opener
+from everystep.replay.replay import Replay
 from everystep.replay.rounding import relative_difference, tolerance
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
+from everystep.step.state import State
 
 __all__ = ["Match", "Suspect", "match"]
+
+
+#: How far apart numbers are by rounding, where both programs compute in double precision: what Python
+#: made in single precision, such as a factor, is the same in both.
+ROUNDING_IN_DOUBLE = 1e-7
+
+
+#: Arguments of which an operator uses only the shape, besides those of `ones_like` and the like.
+_ONLY_SHAPES = {"nll_loss_backward": {"self"}, "nll_loss2d_backward": {"self"}}
 
 
 class Suspect(NamedTuple):
@@ -46,15 +63,18 @@ class Suspect(NamedTuple):
 class Match(Shown):
     """How a step of two runs matches, up to rounding.
 
-    step: its number; losses: in both; rounding: how far apart numbers are by rounding, relative to the
-    largest; begin: the tensors that the first run has before the step (state and batch) and the second
-    does not; end: the gradients and the state after the step that the first has and the second does not,
+    step: its number; losses: in both, as recorded; precisions: the coarsest that each computes in, if
+    these differ: both steps are then compared in double precision, from the tensors of the first run
+    where the second has one of that name and shape; rounding: how far apart numbers are by rounding,
+    relative to the largest; begin: the tensors that the first run has before the step (state and batch)
+    and the second does not; end: the gradients and the state after the step that are only in the first,
     in order; found, of: how many of these there are; suspects: the first suspect result in each run.
     """
 
     names: tuple[str, str]
     step: int
     losses: tuple[float, float]
+    precisions: tuple[str, str] | None
     rounding: float
     begin: tuple[str, ...]
     end: tuple[str, ...]
@@ -109,16 +129,26 @@ def match(one: Opener, other: Opener, step: int | None = None) -> Match:
 
 def _match(one: Opener, other: Opener, number: int) -> Match:
     steps = one.step(number), other.step(number)
-    dtypes = {t.dtype for step in steps for t in step.parameters.values()}
-    limit = tolerance(*dtypes)
+    losses = steps[0].loss, steps[1].loss
+    coarsest = _coarsest(steps[0]), _coarsest(steps[1])
+    limit = tolerance(*(t.dtype for step in steps for t in step.parameters.values()))
+    before, precisions = [*_before(steps[0])], None
+    if coarsest[0] != coarsest[1]:
+        one_name, other_name = (str(dtype).removeprefix("torch.") for dtype in coarsest)
+        precisions, limit = (one_name, other_name), tolerance(*coarsest)
+        # Later, rounding has led to other states, and both steps begin with the same.
+        before = [(n, t) for n, t in before if number == 1 or n.startswith("batch")]
+    begin = _missing(before, _Values(steps[1], limit), limit)
+    if precisions is not None:
+        steps, limit = _in_double(one, other, number), ROUNDING_IN_DOUBLE
     values = [_Values(step, limit) for step in steps]
-    begin = tuple(n for n, t in _before(steps[0]) if values[1].nearest(t)[1] > limit)
     ends = dict(_after(steps[0]))
-    end = tuple(n for n, t in ends.items() if values[1].nearest(t)[1] > limit)
+    end = _missing(ends.items(), values[1], limit)
     return Match(
         names=(one.run.name, other.run.name),
         step=number,
-        losses=(steps[0].loss, steps[1].loss),
+        losses=losses,
+        precisions=precisions,
         rounding=limit,
         begin=begin,
         end=end,
@@ -126,6 +156,54 @@ def _match(one: Opener, other: Opener, number: int) -> Match:
         of=len(ends),
         suspects=(values[0].suspect(values[1]), values[1].suspect(values[0])),
     )
+
+
+def _missing(tensors: Iterable[tuple[str, Tensor]], others: _Values, limit: float) -> tuple[str, ...]:
+    """Return the names of the tensors that others do not have."""
+    return tuple(name for name, tensor in tensors if others.nearest(tensor)[1] > limit)
+
+
+def _coarsest(step: Step) -> torch.dtype:
+    """Return the dtype of the results of a step that rounds most."""
+    results = (tensor.dtype for seen in step.operations for tensor in seen.results.values())
+    given = (tensor.dtype for tensor in step.parameters.values())
+    found = {dtype for dtype in (*results, *given) if dtype.is_floating_point}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
+    """Return a step of two runs in double precision, both from the state of the first.
+
+    Raises:
+        RunError: a program does not exist in double precision; says why.
+    """
+    first, own = one.state(number - 1), other.state(number - 1)
+    second = replace(
+        own,
+        parameters=_shared(own.parameters, first.parameters),
+        rest=_shared(own.rest, first.rest),
+    )
+    try:
+        return one.call(_step_in_double, first), other.call(_step_in_double, second)
+    except ProgramError as error:
+        raise RunError(
+            f"{one.run.name} and {other.run.name} compute in other precisions, so step {number} would "
+            f"be compared in double precision, which is not possible: {error}"
+        ) from None
+
+
+def _shared(own: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors, those of the same name and shape from others."""
+    shapes = {name: tensor.shape for name, tensor in others.items()}
+    return {n: others[n] if shapes.get(n) == tensor.shape else tensor for n, tensor in own.items()}
+
+
+def _step_in_double(replay: Replay, state: State) -> Step:
+    """Return the step after a state, in double precision."""
+    shadow = Replay(replay.run, precision=Precision(torch.float64))
+    with shadow.in_force(state.step + 1):
+        shadow.begin(state)
+        return shadow.next_step()
 
 
 def _before(step: Step) -> Iterator[tuple[str, Tensor]]:
@@ -178,11 +256,8 @@ class _Values:
 
     def suspect(self, others: _Values) -> Suspect | None:
         """Return the first result that others do not have, nor anything that is computed from it."""
-        known = [
-            any(others.nearest(tensor)[1] <= self._limit for tensor in seen.results.values())
-            or not any(t.is_floating_point() for t in seen.results.values())
-            for seen in self._operations
-        ]
+        mains = [_main_result(seen).values() for seen in self._operations]
+        known = [all(others.nearest(t)[1] <= self._limit for t in tensors) for tensors in mains]
         for index in reversed(range(len(known))):
             known[index] = known[index] or any(known[later] for later in self._consumers(index))
         for index, seen in enumerate(self._operations):
@@ -199,12 +274,16 @@ class _Values:
         return None
 
     def _consumers(self, index: int) -> Iterator[int]:
-        """Yield the operations that read what an operation wrote, until it is overwritten."""
-        made = self._places(self._operations[index].results) | self._places(
+        """Yield the operations that use what an operation is for, until it is overwritten.
+
+        Not those of optimizers: Adam, for one, makes the same first update of other gradients.
+        """
+        made = self._places(_main_result(self._operations[index])) | self._places(
             self._operations[index].written
         )
         for later in range(index + 1, len(self._operations)):
-            if self._places(self._operations[later].inputs) & made:
+            seen = self._operations[later]
+            if seen.operation.phase != "update" and self._places(_used(seen)) & made:
                 yield later
             made -= self._places(self._operations[later].results)
             if not made:
@@ -212,6 +291,27 @@ class _Values:
 
     def _places(self, tensors: dict[str, Tensor]) -> set[str]:
         return {self._storage.get(name, name) for name in tensors}
+
+
+def _main_result(seen: Observed) -> dict[str, Tensor]:
+    """Return the result that an operation is for, if it has numbers: another may be only a count."""
+    results = [(name, tensor) for name, tensor in seen.results.items() if tensor.is_floating_point()]
+    return dict(results[:1])
+
+
+def _used(seen: Observed) -> dict[str, Tensor]:
+    """Return the tensors of which an operation uses the numbers, not only the shape."""
+    operation = seen.operation
+    name = operation.name.removesuffix("_like")
+    shapes = {"self"} if name != operation.name or name.startswith("new_") else set()
+    shapes |= _ONLY_SHAPES.get(name, set())
+    used = {
+        reference
+        for argument, value in operation.given().items()
+        if argument not in shapes
+        for reference in references(value)
+    }
+    return {name: tensor for name, tensor in seen.inputs.items() if name in used}
 
 
 def _views(tensor: Tensor, candidate: Tensor) -> Iterator[Tensor]:

@@ -23,6 +23,9 @@ def match_text(found: Match) -> str:
     one, other = found.names
     losses = " | ".join(map(shortest, found.losses))
     lines = [labelled("runs", f"{one}\n{other}"), labelled("step", f"{found.step:,}, loss {losses}")]
+    if found.precisions is not None:
+        text = " and ".join(map("{} computes in {}".format, found.names, found.precisions))
+        lines.append(labelled("compared", f"in double precision, from the same state: {text}"))
     if found.begin:
         lines.append(labelled("before", f"{other} does not have {_names(found.begin)}"))
     lines.append(
@@ -50,6 +53,7 @@ def match_data(found: Match) -> dict[str, Any]:
         "step": found.step,
         "match": found.is_match,
         "losses": list(found.losses),
+        "precisions": found.precisions and list(found.precisions),
         "rounding": found.rounding,
         "missing_before": list(found.begin),
         "missing_after": list(found.end),
