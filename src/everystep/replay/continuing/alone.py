@@ -240,7 +240,7 @@ def _reads_rate(run: RecordedRun, facts: TrainingFacts) -> bool:
     engine = facts.engine
     assert engine is not None
     programs = [read_program(own_path(run.directory, each.file)).program for each in engine.programs]
-    return all(p.optimizer_step is not None or p.of_kind("hyperparameter") for p in programs)
+    return all(p.optimizer_step is not None or p.reads_rates for p in programs)
 
 
 def _environment(run: RecordedRun) -> str:
