@@ -320,6 +320,25 @@ def test_a_fork_that_is_resumed_keeps_it(tmp_path, alone):
     assert further.facts.training.replaced == {"0.weight": f"{W0} / step"}
 
 
+def test_programs_that_read_the_step_need_not_read_the_learning_rate(tmp_path):
+    run = trained(tmp_path / "run", "SGD")
+    fork = forked(run, {W0: f"{W0} / step"}, tmp_path / "fork")
+    opened = everystep.open(fork.directory)
+    with pytest.raises(UsageError, match="hold its learning rate as a number"):
+        opened.fork(10, lr=0.01, directory=tmp_path / "slow", progress=False)
+    same = opened.fork(10, directory=tmp_path / "same", progress=False)
+    assert same.losses["loss"].to_list() == fork.losses["loss"].to_list()
+
+
+def test_a_repaired_fork_keeps_it(tmp_path, everystep_command):
+    run = trained(tmp_path / "run")
+    fork = forked(run, CLIPPED, tmp_path / "fork")
+    everystep_command("doctor", fork.directory, "--repair", "repaired")
+    repaired = everystep.open("repaired")
+    assert repaired.facts.training.replaced == {"0.weight": CLIPPED[W0]}
+    assert repaired.verify(processes=1, progress=False).is_exact
+
+
 def test_what_if_keeps_it(tmp_path):
     run = trained(tmp_path / "run")
     fork = forked(run, CLIPPED, tmp_path / "fork")

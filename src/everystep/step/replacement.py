@@ -98,7 +98,10 @@ def _problem(value: Any, before: Tensor | None) -> str | None:
             "gradient, or write a constant such as 0 to fill the gradient with it"
         )
     if given != wanted:
-        return f"the expression has shape {given}, but the gradient has shape {wanted}"
+        return (
+            f"the expression has shape {given}, but the gradient has shape {wanted}; index it, or name "
+            "another tensor"
+        )
     if value.dtype != before.dtype and given:
         kinds = [str(each.dtype).removeprefix("torch.") for each in (value, before)]
         cure = "select by a condition with where(c, a, b)" if kinds[0] == "bool" else "use tensors of it"
