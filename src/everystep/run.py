@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -76,7 +76,7 @@ class Run(RecordedRun):
             return Steps(self, [number for number in range(first, *others) if number > 0])
         number = self._number(step)
         opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
-        return replace(
+        return dataclasses.replace(
             opened, to_html=self._step_html, why_text=self._why_text, earlier=self.__getitem__
         )
 
@@ -146,7 +146,7 @@ class Run(RecordedRun):
 
         with counting("replaying", len(self), progress) as on_progress:
             found = verify(self._opener, processes, on_progress)
-        return replace(found, to_text=partial(verify_text, self.name, self.facts, found))
+        return dataclasses.replace(found, to_text=partial(verify_text, self.name, self.facts, found))
 
     def doctor(self, *, repair: str | Path | None = None, progress: Counting = True) -> Diagnosis:
         """Say what is wrong with the run, and what can still be read; replays nothing, as `verify` does.
@@ -165,7 +165,7 @@ class Run(RecordedRun):
         wanted = progress if target is not None else False
         with counting("replaying", len(self), wanted) as on_progress:
             found = doctor(self.directory, target, on_progress)
-        return replace(found, to_text=partial(diagnosis_text, found))
+        return dataclasses.replace(found, to_text=partial(diagnosis_text, found))
 
     def diff(self, other: Run, *, thorough: bool = False, progress: Counting = True) -> Difference:
         """Return how this run differs from another, down to the first operation.
@@ -185,7 +185,7 @@ class Run(RecordedRun):
         objects = self._objects, other._objects
         with counting("comparing", min(len(self), len(other)), progress) as on_progress:
             found = diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
-        return replace(found, to_text=partial(diff_text, found))
+        return dataclasses.replace(found, to_text=partial(diff_text, found))
 
     def match(self, other: Run, step: int | None = None) -> Match:
         """Return how a step of this run matches one of another that is written differently, by values.
@@ -206,7 +206,7 @@ class Run(RecordedRun):
         if not isinstance(other, Run):
             raise UsageError(f"expected another run to match with, not {other!r:.80}")
         found = match(self._opener, other._opener, None if step is None else self._number(step))
-        return replace(found, to_text=partial(match_text, found))
+        return dataclasses.replace(found, to_text=partial(match_text, found))
 
     def rerun(
         self,
@@ -249,7 +249,7 @@ class Run(RecordedRun):
             found = rerun(self._opener, place, beside, on_progress)
         if emit is not None:
             reproduce(self._opener, found, Path(emit))
-        return replace(found, to_text=partial(rerun_text, found))
+        return dataclasses.replace(found, to_text=partial(rerun_text, found))
 
     def measure(
         self,
@@ -292,7 +292,7 @@ class Run(RecordedRun):
                 processes=processes,
                 on_progress=on_progress,
             )
-        return replace(found, to_text=partial(measured_text, found))
+        return dataclasses.replace(found, to_text=partial(measured_text, found))
 
     def when(
         self,
@@ -321,7 +321,9 @@ class Run(RecordedRun):
         if which not in ("first", "last", "all"):
             raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
         found = self._find(condition, which, processes, progress)
-        return replace(found, to_text=partial(found_text, found, self.losses_at(found.steps)))
+        return dataclasses.replace(
+            found, to_text=partial(found_text, found, self.losses_at(found.steps))
+        )
 
     def _find(
         self,
@@ -361,7 +363,7 @@ class Run(RecordedRun):
 
         with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
             found = find_nonfinite(self._opener, processes, on_progress)
-        return found and replace(found, to_text=partial(nonfinite_text, found))
+        return found and dataclasses.replace(found, to_text=partial(nonfinite_text, found))
 
     def rows(self, step: int) -> Rows:
         """Return how much of the loss of a step, and of each gradient, each row of its batch makes.
@@ -376,7 +378,7 @@ class Run(RecordedRun):
         from everystep.views.rows import rows_text
 
         opened = self[step]
-        return replace(opened.rows, to_text=partial(rows_text, opened, name=self.name))
+        return dataclasses.replace(opened.rows, to_text=partial(rows_text, opened, name=self.name))
 
     def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
         """Return where a number of a step comes from: the operation that made it, and from what.
@@ -417,6 +419,7 @@ class Run(RecordedRun):
         metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
         without_rows: Iterable[int] = (),
         relabel: Mapping[int, float] | None = None,
+        replace: Mapping[str, str] | None = None,
         directory: str | Path | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
@@ -437,6 +440,11 @@ class Run(RecordedRun):
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data.
+            replace: what gradients become between backward (with clipping) and the update of each step:
+                `{"gradients['0.weight']": "clip(gradients['0.weight'], -1, 1)"}`. Expressions read
+                the gradients as backward and clipping left them, parameters, buffers, the batch, the
+                loss and the step. Their result has the gradient's shape and dtype, or is a constant
+                that fills it. Forks of the fork replace it, too, until one sets the gradient to itself.
             directory: the fork's directory, which must not exist; default: the next free one in runs/.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
@@ -450,6 +458,7 @@ class Run(RecordedRun):
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
         """
         from everystep.replay.continuing import Fork, fork
+        from everystep.replay.replacing import asked_replacements
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
@@ -463,6 +472,7 @@ class Run(RecordedRun):
             snapshot_budget,
             without=tuple(sorted({operator.index(row) for row in without_rows})),
             targets=dict(relabel or {}),
+            replaced=asked_replacements(replace or {}, self.measurement_names),
         )
         given = {
             **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
@@ -470,7 +480,7 @@ class Run(RecordedRun):
             "metrics": metrics,
         }
         outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
-        return run_of(outcome, trained and replace(trained, validation=None))
+        return run_of(outcome, trained and dataclasses.replace(trained, validation=None))
 
     def what_if(
         self,
@@ -528,7 +538,7 @@ class Run(RecordedRun):
                 processes,
                 on_progress,
             )
-        return replace(found, to_text=partial(what_if_text, found))
+        return dataclasses.replace(found, to_text=partial(what_if_text, found))
 
     def resume(
         self,
@@ -579,7 +589,7 @@ class Run(RecordedRun):
             "metrics": metrics,
         }
         outcome, trained = resume(asked, given, self._objects, progress_of(progress))
-        return run_of(outcome, trained and replace(trained, data=None, validation=None))
+        return run_of(outcome, trained and dataclasses.replace(trained, data=None, validation=None))
 
     def _number(self, step: Any) -> int:
         try:

@@ -138,6 +138,15 @@ def test_it_knows_whether_the_recorded_columns_answer_it(text, recorded):
         ("(parameters['0.weight'] - 1) ** 2 % 3", (W - 1) ** 2 % 3),
         ("parameters['0.weight'][0] @ batch.x[1]", W[0] @ VALUES["batch.x"][1]),
         ("1 / activations['1']", 1 / VALUES["activations['1']"]),
+        ("clip(parameters['0.weight'], -1, 2)", W.clamp(-1, 2)),
+        ("clip(parameters['0.weight'], -inf, gradients['one'])", W.clamp(max=2)),
+        ("isnan(clip(gradients['bad'], -1, 2))", torch.tensor([False, True, False, False])),
+        ("clip(loss, 4, 5)", 4),
+        ("clip(7, -5, loss)", 3.5),
+        ("clip(nan, 0, 1)", NAN),
+        ("where(parameters['0.weight'] > 0, parameters['0.weight'], 0)", W.clamp(min=0)),
+        ("where(parameters['0.weight'], 1.5, loss)", torch.where(W != 0, 1.5, 3.5).double()),
+        ("where(loss > 3, 1, 2)", 1),
         ("-buffers['1.running_mean']", torch.tensor([-0.5, -1.5])),
         ("sqrt(gradients['scalar'])", torch.tensor(2.0)),
         ("loss if step > 200 else -loss", -3.5),
@@ -304,6 +313,37 @@ def by_hand(tree):
         return {"loss": 3.5, "previous.loss": 7.0}.get(tree, tree)
     sign, left, right = tree
     return ARITHMETIC[sign](by_hand(left), by_hand(right))
+
+
+@given(TREES.filter(lambda tree: "//" not in str(tree) and "%" not in str(tree)))
+def test_numbers_that_stay_tensors_are_those_numbers(tree):
+    plain = parse(written(tree)).number(value_of)
+    values = {
+        name: torch.tensor(VALUES[name], dtype=torch.float64) for name in ("loss", "previous.loss")
+    }
+    live = parse(written(tree), is_live=True).evaluate(lambda reference: values[str(reference)])
+    assert float(live) == pytest.approx(plain, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("norm(gradients['0.weight']) * 2", 2.0 * (2 * W).norm().item()),
+        ("numel(parameters['0.weight'])", 6),
+        ("nonfinite(gradients['bad']) / 2", 1.5),
+        ("1 if any(isnan(gradients['bad'])) else 2", 1),
+        ("(max(batch.x) > 4) + (loss > 1) + (not loss)", 2),
+        ("loss and 0 or max(batch.y)", 1),
+        ("-max(gradients['half']) / 3", -100),
+    ],
+)  # fmt: skip
+def test_numbers_of_live_expressions_stay_tensors(text, expected):
+    values = {**VALUES, "loss": torch.tensor(3.5)}
+    value = parse(text, is_live=True).evaluate(lambda reference: values[str(reference)])
+    if isinstance(value, torch.Tensor):
+        assert value.dtype == torch.float64
+        assert value.shape == ()
+    assert float(value) == expected
 
 
 @given(TREES)

@@ -594,6 +594,15 @@ def test_a_fork_by_programs_alone_may_have_another_learning_rate():
         everystep.open("fixed").fork(15, lr=0.001, progress=False)
 
 
+def test_programs_alone_may_end_at_a_state_that_is_kept_anyway(monkeypatch):
+    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
+    monkeypatch.setattr(SnapshotPlan, "is_due", lambda self, step: True)
+    monkeypatch.setattr(Recorder, "is_behind", False)
+    fork = everystep.open("whole").fork(15, progress=False)
+    assert fork.status == "finished"
+    assert fork.snapshots[-1] == STEPS
+
+
 def test_programs_alone_are_refused_where_code_had_a_part():
     case = mlp_case(ALONE["SGD"])
     schedule = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)

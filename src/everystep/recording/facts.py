@@ -240,6 +240,7 @@ class TrainingFacts(_Fact):
     modules: of the model, by path, each before its submodules; with several models, paths begin with the
     name of the model. parameters: the number of elements of all parameters. optimizers, schedules: by
     name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
+    replaced: what gradients become after clipping, as expressions by parameter.
     preparation: what was done to the data, as in `experiment.preparation`.
     experiment_file, experiment_digest: the file of the experiment, and its SHA-256.
     """
@@ -257,6 +258,7 @@ class TrainingFacts(_Fact):
     evaluate_every: Whole | None
     numerics: Numerics
     versions: dict[str, str]
+    replaced: dict[str, str] = {}
     preparation: dict[str, Any] | None = None
     experiment_file: str | None = None
     experiment_digest: str | None = None
@@ -369,6 +371,15 @@ class Facts(_Fact):
                 "its database was changed; remove its directory and train again"
             )
         return self.trained
+
+    def training_of(self, step: int) -> TrainingFacts:
+        """How a step was trained: one before a fork began by the rules of its parent.
+
+        Raises:
+            RunError: as `training`.
+        """
+        earlier = (each.training for each in self.earlier if step <= each.last)
+        return next(earlier, None) or self.training
 
     @property
     def has_loss(self) -> bool:

@@ -28,6 +28,7 @@ from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.columns import Setting
+from everystep.replay.replacing import with_replacement
 from everystep.replay.stepper import TrainingStepper
 from everystep.step.build import Built
 from everystep.step.eager import BatchSource, Training
@@ -220,7 +221,7 @@ def _living(
 ) -> Training | None:
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
-        return _from_objects(facts, objects, batch, device)
+        return with_replacement(_from_objects(facts, objects, batch, device), facts.replaced)
     path = run.experiment_file(facts)
     if path is None:
         return None
@@ -230,7 +231,7 @@ def _living(
         training = experiment_job(load(path), run.name, device).training
     except ExperimentError as error:
         raise RunError(f"{path} cannot be used: {error}") from None
-    return replace(training, batch=batch, schedule=None)
+    return with_replacement(replace(training, batch=batch, schedule=None), facts.replaced)
 
 
 def _from_objects(

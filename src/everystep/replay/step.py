@@ -111,9 +111,10 @@ class Step:
     one, with a replay that differs from the recording, or None; batch; parameters, buffers: by
     name; activations: the output of each module, by its path (a tuple if it returned several tensors);
     dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
-    backward pass left them (clipping is the first part of the update); updates: by parameter;
-    operations: in order, with inputs and results; hyperparameters: the lr and similar settings, `lr[1]`
-    for the second param group; is_by_program: whether a program replayed it, or Python; epoch: from 0;
+    backward pass left them (clipping and replacing them is the first part of the update); updates: by
+    parameter; operations: in order, with inputs and results; hyperparameters: the lr and similar
+    settings, `lr[1]` for the second param group; is_by_program: whether a program replayed it, or
+    Python; epoch: from 0;
     places: the memory that the names of its tensors mean; state, end: every tensor of the state before
     the step, and after it, by its name in the run (`optimizer/0.weight/exp_avg`); earlier: opens another
     step of the run; to_html: writes it as a notebook shows it; why_text: writes an answer of `why`.

@@ -205,7 +205,7 @@ class Stepper:
         if (
             reason is None
             and self._eager.has_own_zero_grad
-            and (self.training.device.type != "cpu" or self.training.clip_norm is not None)
+            and (self.training.device.type != "cpu" or self._eager.changes_gradients)
         ):
             reason = "the optimizer has a custom zero_grad"
         if reason is not None:
@@ -256,7 +256,7 @@ class Stepper:
         x, y = self.training.batch(number)
         self._last = None
         self._note_hyperparameters(number)
-        self._keep(number, self._eager.take(x, y))
+        self._keep(number, self._eager.take(number, x, y))
 
     def _capture(self, number: int) -> None:
         """Run a step eagerly, capture it, and use its program from now on if its result is identical."""
@@ -283,7 +283,7 @@ class Stepper:
                 raise NotCapturableError("Python runs other operations than its source says")
             built = build(captured, training, has_update)
             if has_update and built.program.optimizer_step is None:
-                reads_rates = bool(built.program.of_kind("hyperparameter"))
+                reads_rates = built.program.reads_rates
                 self.purity.guard_update(but_lr=reads_rates or training.schedule is not None)
             self.programs.add(number, built)
             # The program of a first step takes no other: going back alone needs it.
@@ -334,9 +334,8 @@ class Stepper:
         """Run steps by their programs, without checks."""
         started = time.perf_counter()
         if self.training.schedule is None and not self.purity.has_foreign_code:
-            advance(
-                first, last, self._begin, self._keep_by_program, is_steady=self.training.batch.is_fixed
-            )
+            is_steady = self.training.batch.is_fixed and not self.programs.reads_step
+            advance(first, last, self._begin, self._keep_by_program, is_steady=is_steady)
             if self.step == last:
                 self._captures = 0
         else:

@@ -30,6 +30,7 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
 
     facts: of the run; values: the numbers of every tensor, too, as nested lists.
     """
+    training = facts.training_of(step.number)
     content = {
         "step": step.number,
         "steps": facts.steps,
@@ -40,7 +41,8 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
         "diverged_at": step.diverged_at,
         "is_by_program": step.is_by_program,
         "hyperparameters": step.hyperparameters,
-        "clip_norm": facts.training.clip_norm,
+        "clip_norm": training.clip_norm,
+        "replaced": training.replaced,
     }
     content = _for_json(content) | _tensors_of(step, values)
     content["batch_values"] = {
@@ -48,7 +50,7 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
         for name, value in other_values(step.batch.nested)
     }
     content["classes"] = class_names(facts)
-    formulas = update_formulas(step.operations, facts.training.optimizers)
+    formulas = update_formulas(step.operations, training.optimizers)
     content["updates"] = {
         name: _update(update, formulas.get(name), values) for name, update in step.updates.items()
     }

@@ -186,6 +186,7 @@ def _take(
     """Take steps up to the last one, record them, and take snapshots."""
     assert stepper.state is not None
     begin, step_seconds = stepper.state, 0.0
+    newest = begin
     while stepper.state < last and not interrupt:
         recorder.check()
         first, started = stepper.state + 1, time.perf_counter()
@@ -201,9 +202,11 @@ def _take(
             recorder.choose_interval(step_seconds, size)
         if recorder.plan.is_due(stepper.state) and not recorder.is_behind:
             recorder.snapshot(stepper.capture())
+            newest = stepper.state
         for at, written in recorder.written():
             progress.advance(at, written)
-    recorder.snapshot(stepper.capture())
+    if newest < stepper.state:
+        recorder.snapshot(stepper.capture())
 
 
 def _facts(run: RecordedRun, at: int) -> TrainingFacts:
@@ -237,7 +240,7 @@ def _reads_rate(run: RecordedRun, facts: TrainingFacts) -> bool:
     engine = facts.engine
     assert engine is not None
     programs = [read_program(own_path(run.directory, each.file)).program for each in engine.programs]
-    return all(p.optimizer_step is not None or p.of_kind("hyperparameter") for p in programs)
+    return all(p.optimizer_step is not None or p.reads_rates for p in programs)
 
 
 def _environment(run: RecordedRun) -> str:

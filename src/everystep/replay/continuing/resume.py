@@ -29,6 +29,7 @@ from everystep.replay.continuing.again import (
 )
 from everystep.replay.continuing.alone import resume_alone
 from everystep.replay.reopen import stored_data
+from everystep.replay.replacing import replacing
 from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
@@ -101,7 +102,7 @@ class Resume:
         """
         run, recorded = self.run, len(self)
         facts = run.facts.training
-        job = job.without_rows(facts.batches.without)
+        job = replacing(job.without_rows(facts.batches.without), facts.replaced)
         if facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)
             job = job.with_facts(evaluate_every=facts.evaluate_every)

@@ -1,7 +1,8 @@
 """The operators and functions, for plain numbers and for tensors, and the constants.
 
 A plain number acts like a tensor of one element. Everything else is assumed to be a tensor, so plain
-numbers do not need torch.
+numbers do not need torch. Numbers are read from tensors (`PLAIN`), or stay tensors (`LIVE`), so that the
+operations of an expression can be recorded.
 """
 
 from __future__ import annotations
@@ -10,9 +11,25 @@ import ast
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
-__all__ = ["ARGUMENTS", "CONSTANTS", "FUNCTIONS", "OPERATIONS", "bounded", "is_number", "plain", "truth"]
+__all__ = [
+    "ARGUMENTS",
+    "CONSTANTS",
+    "FUNCTIONS",
+    "LIVE",
+    "OF_EACH",
+    "OPERATIONS",
+    "PLAIN",
+    "Mode",
+    "bounded",
+    "is_number",
+    "negated",
+    "plain",
+    "truth",
+    "where",
+]
 
 OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: lambda a, b: bounded(a + b),
@@ -25,7 +42,6 @@ OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.MatMult: operator.matmul,
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
-    ast.Not: lambda value: not truth(value),
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
@@ -42,8 +58,11 @@ def is_number(value: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """Return a number, or the one element of a tensor, as a plain number."""
-    if is_number(value):
-        return value
+    return value if is_number(value) else _single(value).item()
+
+
+def _single(value: Any) -> Any:
+    """Return a tensor of one real element; raise ValueError for any other."""
     if value.numel() != 1:
         shape = tuple(value.shape)
         raise ValueError(
@@ -51,15 +70,81 @@ def plain(value: Any) -> Any:
         )
     if value.is_complex():
         raise ValueError("this is a complex number; use abs(...) of it")
-    return value.item()
+    return value
 
 
 def truth(value: Any) -> bool:
     """Tell whether a number, or the one element of a tensor, is not 0."""
-    if not is_number(value) and value.numel() != 1:
+    return bool(value if is_number(value) else _condition(value))
+
+
+def _condition(value: Any) -> Any:
+    if value.numel() != 1:
         shape = tuple(value.shape)
         raise ValueError(f"a tensor of shape {shape} is not a condition; use any(...) or all(...) of it")
-    return bool(value)
+    return value
+
+
+class Mode(NamedTuple):
+    """What becomes of tensors of one element.
+
+    number: applied to what functions of all elements return; truth: to conditions; compared: to what
+    comparisons return.
+    """
+
+    number: Callable[[Any], Any]
+    truth: Callable[[Any], Any]
+    compared: Callable[[Any], Any]
+
+
+def _live(value: Any) -> Any:
+    """Return a tensor of one element as what a plain number is to other tensors."""
+    return value if is_number(value) else _single(value).reshape(()).double()
+
+
+def _live_truth(value: Any) -> Any:
+    return bool(value) if is_number(value) else _condition(value).reshape(()) != 0
+
+
+def _live_compared(value: Any) -> Any:
+    """Return a truth about numbers as a number, so that it adds up as Python's do."""
+    return value if is_number(value) or value.dim() else _live(value)
+
+
+PLAIN = Mode(plain, truth, lambda value: value)
+LIVE = Mode(_live, _live_truth, _live_compared)
+
+
+def negated(condition: Any) -> Any:
+    """Return the opposite of a condition."""
+    return not condition if is_number(condition) else ~condition
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """Return, for each element, `yes` where the condition holds, and `no` elsewhere."""
+    if all(map(is_number, (condition, yes, no))):
+        return yes if condition else no
+    import torch
+
+    condition, yes, no = _all_tensors(condition, yes, no)
+    return torch.where(condition if condition.dtype == torch.bool else condition != 0, yes, no)
+
+
+def _all_tensors(*values: Any) -> list[Any]:
+    """Return values, at least one of which is a tensor, with numbers as tensors of one element."""
+    import torch
+
+    device = next(value.device for value in values if not is_number(value))
+    return [
+        torch.full((), value, dtype=_dtype_of(value), device=device) if is_number(value) else value
+        for value in values
+    ]
+
+
+def _dtype_of(number: Any) -> Any:
+    import torch
+
+    return torch.bool if isinstance(number, bool) else torch.float64
 
 
 def bounded(number: Any) -> Any:
@@ -99,31 +184,35 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log": lambda x: _of_each(x, math.log),
     "log10": lambda x: _of_each(x, math.log10),
     "sign": lambda x: (x > 0) - (x < 0) if is_number(x) else x.sign(),
-    "sum": lambda x: x + 0 if is_number(x) else plain(_sum(x)),
-    "mean": lambda x: float(x) if is_number(x) else plain(_floating(x).mean()),
-    "std": lambda x: math.nan if _is_single(x) else plain(_floating(x).std()),
-    "var": lambda x: math.nan if _is_single(x) else plain(_floating(x).var()),
+    "clip": lambda x, low, high: _clip(x, low, high),
+    "where": where,
+    "sum": lambda x: x + 0 if is_number(x) else _sum(x),
+    "mean": lambda x: float(x) if is_number(x) else _floating(x).mean(),
+    "std": lambda x: math.nan if _is_single(x) else _floating(x).std(),
+    "var": lambda x: math.nan if _is_single(x) else _floating(x).var(),
     "min": lambda *values: _extreme(min, values),
     "max": lambda *values: _extreme(max, values),
-    "median": lambda x: float(x) if is_number(x) else plain(_floating(x).median()),
+    "median": lambda x: float(x) if is_number(x) else _floating(x).median(),
     "quantile": lambda x, q: _quantile(x, plain(q)),
-    "norm": lambda x: abs(float(x)) if is_number(x) else plain(_norm(_floating(x))),
-    "rms": lambda x: (
-        abs(float(x)) if is_number(x) else plain(_norm(_floating(x)) / math.sqrt(x.numel()))
-    ),
+    "norm": lambda x: abs(float(x)) if is_number(x) else _norm(_floating(x)),
+    "rms": lambda x: abs(float(x)) if is_number(x) else _norm(_floating(x)) / math.sqrt(x.numel()),
     "zeros": lambda x: float(x == 0) if is_number(x) else _share_of_zeros(x),
-    "nonfinite": lambda x: int(not math.isfinite(x)) if is_number(x) else plain((~x.isfinite()).sum()),
+    "nonfinite": lambda x: int(not math.isfinite(x)) if is_number(x) else (~x.isfinite()).sum(),
     "numel": lambda x: 1 if is_number(x) else x.numel(),
     "isnan": lambda x: _of_each(x, math.isnan),
     "isinf": lambda x: _of_each(x, math.isinf),
     "isfinite": lambda x: _of_each(x, math.isfinite),
-    "any": lambda x: bool(x) if is_number(x) else plain(x.any()),
-    "all": lambda x: bool(x) if is_number(x) else plain(x.all()),
+    "any": lambda x: bool(x) if is_number(x) else x.any(),
+    "all": lambda x: bool(x) if is_number(x) else x.all(),
     "dot": lambda a, b: _dot(a, b),
     "cosine": lambda a, b: _cosine(a, b),
 }
+#: Those of each element; the others return one number.
+OF_EACH = frozenset(
+    {"abs", "sqrt", "exp", "log", "log10", "sign", "clip", "where", "isnan", "isinf", "isfinite"}
+)
 #: How many those take that do not take one; min and max take one or more.
-ARGUMENTS = {"quantile": 2, "dot": 2, "cosine": 2}
+ARGUMENTS = {"quantile": 2, "dot": 2, "cosine": 2, "clip": 3, "where": 3}
 CONSTANTS = {"nan": math.nan, "inf": math.inf, "pi": math.pi}
 
 
@@ -167,9 +256,22 @@ def _extreme(choose: Callable[[list[Any]], Any], values: tuple[Any, ...]) -> Any
         name, shape = choose.__name__, tuple(values[0].shape)
         if not values[0].numel():
             raise ValueError(f"a tensor of shape {shape} is empty and has no {name}")
-        return plain(getattr(values[0], name)())
-    numbers = [plain(value) for value in values]
-    return math.nan if any(map(math.isnan, numbers)) else choose(numbers)
+        return getattr(values[0], name)()
+    if all(map(is_number, values)):
+        return math.nan if any(map(math.isnan, values)) else choose([*values])
+    import torch
+
+    return reduce(getattr(torch, f"{choose.__name__}imum"), _all_tensors(*map(_live, values)))
+
+
+def _clip(x: Any, low: Any, high: Any) -> Any:
+    low, high = _live(low), _live(high)
+    if is_number(low) and is_number(high):
+        if not is_number(x):
+            return x.clamp(low, high)
+        return math.nan if math.isnan(low) or math.isnan(high) else min(max(x, low), high)
+    x, low, high = _all_tensors(x, low, high)
+    return x.clamp(low, high)
 
 
 def _quantile(x: Any, q: Any) -> Any:
@@ -177,11 +279,11 @@ def _quantile(x: Any, q: Any) -> Any:
         raise ValueError(f"quantile needs a fraction between 0 and 1, not {q}")
     if is_number(x):
         return float(x)
-    return plain(_floating(x).quantile(q)) if x.numel() else math.nan
+    return _floating(x).quantile(q) if x.numel() else math.nan
 
 
-def _share_of_zeros(x: Any) -> float:
-    return (x == 0).sum().item() / x.numel() if x.numel() else math.nan
+def _share_of_zeros(x: Any) -> Any:
+    return (x == 0).sum().double() / x.numel() if x.numel() else math.nan
 
 
 def _dot(a: Any, b: Any) -> Any:
@@ -189,7 +291,7 @@ def _dot(a: Any, b: Any) -> Any:
     if shapes[0] != shapes[1]:
         raise ValueError(f"the shapes {shapes[0]} and {shapes[1]} do not match")
     product = _floating(a) * _floating(b)
-    return bounded(product) if is_number(product) else plain(product.sum())
+    return bounded(product) if is_number(product) else product.sum()
 
 
 def _cosine(a: Any, b: Any) -> Any:

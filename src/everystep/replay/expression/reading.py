@@ -6,7 +6,8 @@ import ast
 import re
 import warnings
 from collections.abc import Callable, Collection
-from functools import reduce
+from functools import partial, reduce
+from itertools import pairwise
 from typing import Any
 
 from everystep.errors import ExpressionError
@@ -14,10 +15,15 @@ from everystep.replay.expression.language import (
     ARGUMENTS,
     CONSTANTS,
     FUNCTIONS,
+    LIVE,
+    OF_EACH,
     OPERATIONS,
+    PLAIN,
+    Mode,
     bounded,
     is_number,
-    truth,
+    negated,
+    where,
 )
 from everystep.replay.expression.question import (
     LANGUAGE,
@@ -42,11 +48,13 @@ _DEEPEST = 100  # levels of nesting
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
 
 
-def parse(text: str, measurements: Collection[str] = ()) -> Expression:
+def parse(text: str, measurements: Collection[str] = (), *, is_live: bool = False) -> Expression:
     """Parse an expression.
 
     measurements: recorded names. They may be written bare (`lr` for `measurements['lr']`) if they are
-    identifiers and mean nothing else here.
+    identifiers and mean nothing else here. is_live: numbers that are computed from tensors stay tensors
+    (float64, of one element), and no operation depends on their values: of `a if c else b`, both are
+    computed.
 
     Raises:
         ExpressionError: the expression is invalid.
@@ -66,7 +74,7 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
     end = column(text, body.end_col_offset)
     if "#" in text[end:]:
         raise error_at(text, "comments are not supported", text.index("#", end), len(text))
-    reader = _Reader(text, frozenset(measurements) - LANGUAGE)
+    reader = _Reader(text, frozenset(measurements) - LANGUAGE, LIVE if is_live else PLAIN)
     evaluate = reader.read(body)
     return Expression(text, frozenset(reader.references), evaluate)
 
@@ -74,9 +82,10 @@ def parse(text: str, measurements: Collection[str] = ()) -> Expression:
 class _Reader:
     """Turns the nodes of an expression into closures, and notes what they refer to."""
 
-    def __init__(self, text: str, bare: frozenset[str]) -> None:
+    def __init__(self, text: str, bare: frozenset[str], mode: Mode) -> None:
         self.text = text
         self.bare = bare
+        self.mode = mode
         self.references: set[Reference] = set()
         self.depth = 0
 
@@ -107,6 +116,8 @@ class _Reader:
         return lambda value_of: self.attempt(node, function, *[operand(value_of) for operand in read])
 
     def operation(self, node: ast.expr, sign: ast.AST) -> Callable[..., Any]:
+        if isinstance(sign, ast.Not):
+            return lambda value: self.mode.compared(negated(self.mode.truth(value)))
         if type(sign) not in OPERATIONS:
             raise self.error(node, why_refused(sign))
         return OPERATIONS[type(sign)]
@@ -190,7 +201,10 @@ class _Reader:
         if len(node.args) != wanted and not (name in ("min", "max") and node.args):
             these = f"{wanted} argument" + "s" * (wanted > 1)
             raise self.error(node, f"{name} takes {these}, not {len(node.args)}")
-        return self.apply(node, FUNCTIONS[name], *node.args)
+        function = FUNCTIONS[name]
+        if name in OF_EACH:
+            return self.apply(node, function, *node.args)
+        return self.apply(node, lambda *values: self.mode.number(function(*values)), *node.args)
 
     def binary(self, node: ast.BinOp) -> Evaluate:
         # a + b + c + ... is nested as deep as it is long; here it is a loop.
@@ -218,27 +232,40 @@ class _Reader:
         def chain(*values: Any) -> Any:  # elementwise
             neighbours = zip(comparisons, values, values[1:], strict=False)
             results = (compare(a, b) for compare, a, b in neighbours)
-            return reduce(lambda so_far, result: result & so_far, results)
+            return self.mode.compared(reduce(lambda so_far, result: result & so_far, results))
 
         return self.apply(node, chain, node.left, *node.comparators)
 
     def connection(self, node: ast.BoolOp) -> Evaluate:
-        *others, last = [(place, self.read(place)) for place in node.values]
+        operands = [(place, self.read(place)) for place in node.values]
         decides = isinstance(node.op, ast.Or)
 
         def connected(value_of: ValueOf) -> Any:
-            for place, operand in others:
-                value = operand(value_of)
-                if self.attempt(place, truth, value) is decides:
-                    return value
-            return last[1](value_of)
+            value = operands[0][1](value_of)
+            for (place, _), (_, operand) in pairwise(operands):
+                pair = partial(_same, value), partial(operand, value_of)
+                yes, no = pair if decides else pair[::-1]
+                value = self.either(node, self.attempt(place, self.mode.truth, value), yes, no)
+            return value
 
         return connected
 
     def choice(self, node: ast.IfExp) -> Evaluate:
-        test = self.apply(node.test, truth, node.test)
+        test = self.apply(node.test, self.mode.truth, node.test)
         yes, no = self.read(node.body), self.read(node.orelse)
-        return lambda value_of: (yes if test(value_of) else no)(value_of)
+        return lambda value_of: self.either(
+            node, test(value_of), partial(yes, value_of), partial(no, value_of)
+        )
+
+    def either(self, node: ast.expr, test: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        """Return one of two values; computes both only if the condition is a tensor."""
+        if is_number(test):
+            return (yes if test else no)()
+        return self.attempt(node, where, test, yes(), no())
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _dotted(node: ast.expr) -> tuple[str, bool]:
