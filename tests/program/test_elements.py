@@ -59,6 +59,20 @@ def normalized_layer(given, shape):
     return torch.randn_like(given), given, shape, mean, rstd, weight, bias, [True] * 3
 
 
+def normalized_group(given, groups, has_weight):
+    rows, channels, *sizes = given.shape
+    weight = rand(channels) if has_weight else None
+    counts = rows, channels, math.prod(sizes), groups
+    _, mean, rstd = torch.ops.aten.native_group_norm(given, weight, None, *counts, 1e-5)
+    return torch.randn_like(given), given, mean, rstd, weight, *counts, [True, has_weight, has_weight]
+
+
+def pooled_adaptively(given, *sizes):
+    operator = getattr(torch.ops.aten, f"adaptive_max_pool{len(sizes)}d")
+    output, indices = operator(given, list(sizes))
+    return torch.randn_like(output), given, indices
+
+
 def normalized_batch(given, training):
     channels = given.shape[1]
     weight, mean, var = rand(channels), rand(channels), positive(channels)
@@ -78,6 +92,7 @@ def likelihood(given, target, weight, reduction, ignore=-100):
 ROWS = torch.log_softmax(rand(5, 4), 1)
 IMAGES = torch.log_softmax(rand(2, 4, 3, 2), 1)
 SOFT = torch.softmax(rand(3, 4, 2), 1)
+SIGMOID = rand(3, 4)
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
@@ -122,8 +137,46 @@ CASES = [
             *("tanh", "atan", "erf", "floor", "ceil", "trunc", "sign", "sgn", "isnan", "isinf", "relu"),
             *("sigmoid", "silu", "log_sigmoid_forward", "softplus", "leaky_relu", "elu", "gelu"),
             *("hardsigmoid", "hardswish", "clone", "zeros_like", "ones_like"),
+            *("celu", "mish", "hardshrink", "softshrink"),
         )
     ),
+    *(
+        (f"{name}.default", (rand(3, 4), rand(3, 4) * 4), {})
+        for name in ("hardswish_backward", "hardsigmoid_backward", "mish_backward")
+    ),
+    *(
+        (f"{name}.default", (torch.ones(4), torch.tensor([-3.0, -2.9, 2.9, 3.0])), {})
+        for name in ("hardswish_backward", "hardsigmoid_backward")
+    ),
+    ("elu_backward.default", (rand(3, 4), 0.7, 1.5, 1.2, False, rand(3, 4)), {}),
+    ("elu_backward.default", (rand(3, 4), 0.7, 1.5, 1.2, True, rand(3, 4).clamp(min=-0.9)), {}),
+    ("celu.default", (rand(3, 4), 0.6), {}),
+    ("log_sigmoid_backward.default",
+     (rand(3, 4), SIGMOID, torch.ops.aten.log_sigmoid_forward(SIGMOID)[1]), {}),
+    ("hardshrink_backward.default", (rand(3, 4), rand(3, 4), 0.5), {}),
+    ("softshrink_backward.default", (rand(3, 4), rand(3, 4), 0.5), {}),
+    ("_prelu_kernel.default", (rand(3, 4), rand(1, 4)), {}),
+    ("_prelu_kernel_backward.default", (rand(3, 4), rand(1, 4), rand(3, 4)), {}),
+    ("glu.default", (rand(3, 4, 2), 1), {}),
+    ("glu_backward.default", (rand(3, 2, 2), rand(3, 4, 2), 1), {}),
+    ("remainder.Scalar", (rand(3, 4) * 9, 1.5), {}),
+    ("remainder.Tensor", (rand(3, 4) * 9, rand(3, 4)), {}),
+    ("xlogy.Tensor", (torch.tensor([0.0, 2.0, 0.5]), positive(3)), {}),
+    ("soft_margin_loss.default", (rand(3, 4), rand(3, 4).sign(), 1), {}),
+    ("soft_margin_loss_backward.default", (rand(()), rand(3, 4), rand(3, 4).sign(), 1), {}),
+    ("native_group_norm.default", (rand(3, 4, 5), rand(4), rand(4), 3, 4, 5, 2, 1e-5), {}),
+    ("native_group_norm.default", (rand(3, 4), None, None, 3, 4, 1, 2, 1e-5), {}),
+    ("native_group_norm_backward.default", normalized_group(rand(3, 4, 2, 3), 2, True), {}),
+    ("native_group_norm_backward.default", normalized_group(rand(3, 4, 5), 1, False), {}),
+    ("adaptive_max_pool2d.default", (rand(2, 3, 7, 5), [3, 2]), {}),
+    ("adaptive_max_pool3d.default", (rand(2, 3, 4, 5, 3), [3, 2, 1]), {}),
+    ("adaptive_max_pool2d_backward.default", pooled_adaptively(rand(2, 3, 7, 5), 3, 2), {}),
+    ("adaptive_max_pool3d_backward.default", pooled_adaptively(rand(2, 4, 5, 3), 3, 2, 1), {}),
+    ("reflection_pad1d_backward.default", (rand(2, 3, 8), rand(2, 3, 4), [1, 3]), {}),
+    ("reflection_pad2d_backward.default", (rand(2, 3, 6, 6), rand(2, 3, 4, 3), [1, 2, 0, 2]), {}),
+    ("replication_pad2d_backward.default", (rand(2, 3, 6, 6), rand(2, 3, 4, 3), [1, 2, 0, 2]), {}),
+    ("replication_pad3d_backward.default",
+     (rand(1, 2, 4, 4, 4), rand(1, 2, 2, 3, 2), [1, 1, 1, 0, 2, 0]), {}),
     *(
         (f"{name}.default", (positive(3, 4) * 0.9,), {})
         for name in ("log", "log1p", "log2", "log10", "sqrt", "rsqrt", "asin", "acos")

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.rows import planted, trained
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 import everystep
@@ -29,6 +31,32 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return self.out(self.layer(self.embedding(x) + self.position)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Attention by single operators, with a mask and a factor that come from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.given, self.out = nn.Linear(6, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        query, key, value = self.given(x).reshape(len(x), 3, 1, 4, 2).transpose(-1, -2).unbind(1)
+        mask = torch.ones(2, 2, dtype=torch.bool).tril()
+        with sdpa_kernel(SDPBackend.MATH):
+            found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(found.flatten(1)) * torch.tensor(np.float32(1.5))
+
+
+class Chosen(nn.Module):
+    """Only the largest numbers of each row, sorted."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).topk(3, dim=1).values)
 
 
 class Twice(nn.Module):
@@ -76,6 +104,17 @@ NETWORKS = {
         _images,
         nn.CrossEntropyLoss(),
     ),
+    "padding, pooling, upsampling": (
+        lambda: nn.Sequential(
+            *(nn.ReplicationPad2d((1, 0, 2, 1)), nn.ReflectionPad2d(1), nn.Conv2d(1, 4, 3)),
+            *(nn.AdaptiveMaxPool2d(3), nn.Upsample(scale_factor=2, mode="bilinear")),
+            *(nn.Flatten(), nn.Linear(144, 4)),
+        ),
+        _images,
+        nn.CrossEntropyLoss(),
+    ),
+    "attention": (Attention, _columns, nn.MSELoss()),
+    "chosen": (Chosen, _columns, nn.MSELoss()),
     "smoothed labels": (lambda: _network(nn.ReLU()), _images, nn.CrossEntropyLoss(label_smoothing=0.1)),
     "group norm": (lambda: _network(nn.GroupNorm(2, 4), nn.SiLU()), _images, nn.CrossEntropyLoss()),
     "encoder": (

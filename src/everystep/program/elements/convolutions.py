@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Sum, grid
+from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, Sum, grid
 from everystep.program.elements.sums import product, single
 
 __all__ = ["CONVOLUTIONS"]
@@ -172,6 +172,10 @@ def _max_pool(call: Call) -> Made:
         raise NoRuleError("with ceil_mode and padding")
     pairs = geometry.inputs(call.index[before:], sizes)
     window = call.piece("self", *call.index[:before], *grid(*(i for _, i in pairs)))
+    return _largest(call, window)
+
+
+def _largest(call: Call, window: Piece) -> Made:
     if call.place == 1:
         return Formula("where the largest of self is", {"self": window})
     return Formula("the largest of self", {"self": window}, lambda self: np.max(self))
@@ -274,6 +278,24 @@ def _adaptive_pool_backward(call: Call) -> Made:
     return _shares(call, before, where, divisor_at)
 
 
+def _adaptive_max_pool(call: Call) -> Made:
+    shape = call.shape("self")
+    counts = call.value("output_size")
+    before = len(shape) - len(counts)
+    at, sizes = call.index[before:], shape[before:]
+    windows = [_adaptive(size, n, o) for size, n, o in zip(sizes, counts, at, strict=True)]
+    return _largest(call, call.piece("self", *call.index[:before], *grid(*windows)))
+
+
+def _adaptive_max_pool_backward(call: Call) -> Made:
+    sizes = call.shape("self")
+    before = len(sizes) - (3 if "3d" in call.kind else 2)
+    flat = int(np.ravel_multi_index(call.index[before:], sizes[before:]))
+    leading = call.index[:before]
+    places = np.nonzero(call.tensor("indices")[leading].cpu().numpy() == flat)
+    return Sum((single("grad_output", call.piece("grad_output", *leading, *places)),))
+
+
 CONVOLUTIONS: dict[str, Callable[[Call], Made]] = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
@@ -282,6 +304,10 @@ CONVOLUTIONS: dict[str, Callable[[Call], Made]] = {
     "max_pool3d_with_indices": _max_pool,
     "max_pool2d_with_indices_backward": _max_pool_backward,
     "max_pool3d_with_indices_backward": _max_pool_backward,
+    "adaptive_max_pool2d": _adaptive_max_pool,
+    "adaptive_max_pool3d": _adaptive_max_pool,
+    "adaptive_max_pool2d_backward": _adaptive_max_pool_backward,
+    "adaptive_max_pool3d_backward": _adaptive_max_pool_backward,
     "avg_pool1d": _average_pool,
     "avg_pool2d": _average_pool,
     "avg_pool3d": _average_pool,

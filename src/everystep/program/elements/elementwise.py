@@ -10,7 +10,18 @@ import numpy as np
 
 from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece
 
-__all__ = ["ELEMENTWISE", "division", "elementwise", "foreach", "gelu", "outer"]
+__all__ = [
+    "ELEMENTWISE",
+    "Rule",
+    "clamp",
+    "division",
+    "elementwise",
+    "erf",
+    "foreach",
+    "named",
+    "outer",
+    "unary",
+]
 
 #: The formula, the arguments that are tensors or numbers, and what it gives.
 Rule = tuple[str, tuple[str, ...], Callable[..., Any]]
@@ -52,50 +63,33 @@ def _simplified(text: str) -> str:
     return text
 
 
-def _unary(text: str, function: Callable[[Any], Any]) -> Rule:
+def unary(text: str, function: Callable[[Any], Any]) -> Rule:
+    """Return the rule of a function of one number, `self`."""
     return text, ("self",), lambda self: function(self)
 
 
-def _named(name: str, function: Callable[[Any], Any]) -> Rule:
-    return _unary(f"{name}( self )", function)
+def named(name: str, function: Callable[[Any], Any]) -> Rule:
+    """Return the rule of a function of one number that has a name."""
+    return unary(f"{name}( self )", function)
 
 
-def _erf(x: float) -> float:
+def erf(x: float) -> float:
+    """Return the error function; NaN for NaN."""
     return math.erf(x) if x == x else x
 
 
-def _sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x)) if x >= 0 or x != x else np.exp(x) / (1 + np.exp(x))
-
-
-def _gelu(self: float) -> float:
-    return 0.5 * self * (1 + _erf(self / math.sqrt(2)))
-
-
-def _gelu_slope(grad_output: float, self: float) -> Any:
-    density = np.exp(-self * self / 2) / math.sqrt(2 * math.pi)
-    return grad_output * (0.5 * (1 + _erf(self / math.sqrt(2))) + self * density)
-
-
-def _clamp(self: Any, min: Any, max: Any) -> Any:
+def clamp(self: Any, min: Any, max: Any) -> Any:
+    """Return a number, kept between two others, either of which may be None; NaN for NaN."""
     if self != self:
         return self
     low = self if min is None else np.maximum(self, min)
     return low if max is None else np.minimum(low, max)
 
 
-def _softplus(self: float, beta: float, threshold: float) -> float:
-    return self if self * beta > threshold else math.log1p(np.exp(self * beta)) / beta
-
-
 def _lerp(self: float, end: float, weight: float) -> float:
     if abs(weight) < 0.5:
         return self + weight * (end - self)
     return end - (end - self) * (1 - weight)
-
-
-def _log_sigmoid(self: float) -> float:
-    return min(0.0, self) - math.log1p(np.exp(-abs(self)))
 
 
 _PAIR = ("self", "other")
@@ -128,7 +122,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "logical_xor": ("self xor other", _PAIR, lambda self, other: bool(self) != bool(other)),
     "bitwise_and": ("self and other", _PAIR, lambda self, other: int(self) & int(other)),
     "bitwise_or": ("self or other", _PAIR, lambda self, other: int(self) | int(other)),
-    "logical_not": _unary("not self", lambda x: not x),
+    "logical_not": unary("not self", lambda x: not x),
     "where": (
         "self if condition else other",
         ("condition", *_PAIR),
@@ -150,123 +144,59 @@ ELEMENTWISE: dict[str, Rule] = {
         lambda self, tensor1, tensor2, value: self + value * tensor1 / tensor2,
     ),
     "lerp": ("self + weight * ( end - self )", ("self", "end", "weight"), _lerp),
-    "threshold": (
-        "self if self > threshold else value",
-        ("self", "threshold", "value"),
-        lambda self, threshold, value: value if self <= threshold else self,
-    ),
-    "clamp": ("self , kept between min and max", ("self", "min", "max"), _clamp),
-    "hardtanh": (
-        "self , kept between min_val and max_val",
-        ("self", "min_val", "max_val"),
-        lambda self, min_val, max_val: _clamp(self, min_val, max_val),
-    ),
+    "clamp": ("self , kept between min and max", ("self", "min", "max"), clamp),
     "clamp_min": (
         "self , at least min",
         ("self", "min"),
-        lambda self, min: _clamp(self, min, None),
+        lambda self, min: clamp(self, min, None),
     ),
     "clamp_max": (
         "self , at most max",
         ("self", "max"),
-        lambda self, max: _clamp(self, None, max),
+        lambda self, max: clamp(self, None, max),
     ),
-    "abs": _unary("| self |", abs),
-    "neg": _unary("- self", lambda x: -x),
-    "reciprocal": _unary("1 / self", lambda x: np.divide(1.0, x)),
-    "exp": _named("exp", np.exp),
-    "exp2": _named("exp2", np.exp2),
-    "expm1": _named("expm1", np.expm1),
-    "log": _named("log", np.log),
-    "log1p": _named("log1p", np.log1p),
-    "log2": _named("log2", np.log2),
-    "log10": _named("log10", np.log10),
-    "sqrt": _named("sqrt", np.sqrt),
-    "rsqrt": _unary("1 / sqrt( self )", lambda x: np.divide(1.0, np.sqrt(x))),
-    "sin": _named("sin", np.sin),
-    "cos": _named("cos", np.cos),
-    "tan": _named("tan", np.tan),
-    "sinh": _named("sinh", np.sinh),
-    "cosh": _named("cosh", np.cosh),
-    "tanh": _named("tanh", np.tanh),
-    "asin": _named("asin", np.arcsin),
-    "acos": _named("acos", np.arccos),
-    "atan": _named("atan", np.arctan),
-    "erf": _named("erf", _erf),
-    "floor": _named("floor", np.floor),
-    "ceil": _named("ceil", np.ceil),
-    "trunc": _named("trunc", np.trunc),
-    "sign": _named("sign", np.sign),
-    "sgn": _named("sign", np.sign),
-    "isnan": _unary("whether self is NaN", np.isnan),
-    "isinf": _unary("whether self is infinite", np.isinf),
-    "relu": _named("relu", lambda x: x if x != x else max(x, 0.0)),
-    "sigmoid": _named("sigmoid", _sigmoid),
-    "silu": _unary("self * sigmoid( self )", lambda x: x * _sigmoid(x)),
-    "log_sigmoid_forward": _named("logsigmoid", _log_sigmoid),
-    "softplus": (
-        "softplus( self , beta , threshold )",
-        ("self", "beta", "threshold"),
-        _softplus,
-    ),
-    "leaky_relu": (
-        "self if self > 0 else negative_slope * self",
-        ("self", "negative_slope"),
-        lambda self, negative_slope: self if self > 0 else negative_slope * self,
-    ),
-    "elu": (
-        "elu( self , alpha , scale , input_scale )",
-        ("self", "alpha", "scale", "input_scale"),
-        lambda self, alpha, scale, input_scale: (
-            scale * self if self > 0 else scale * alpha * np.expm1(input_scale * self)
-        ),
-    ),
-    "hardsigmoid": _named("hardsigmoid", lambda x: _clamp(x + 3, 0, 6) / 6),
-    "hardswish": _named("hardswish", lambda x: x * _clamp(x + 3, 0, 6) / 6),
+    "abs": unary("| self |", abs),
+    "neg": unary("- self", lambda x: -x),
+    "reciprocal": unary("1 / self", lambda x: np.divide(1.0, x)),
+    "exp": named("exp", np.exp),
+    "exp2": named("exp2", np.exp2),
+    "expm1": named("expm1", np.expm1),
+    "log": named("log", np.log),
+    "log1p": named("log1p", np.log1p),
+    "log2": named("log2", np.log2),
+    "log10": named("log10", np.log10),
+    "sqrt": named("sqrt", np.sqrt),
+    "rsqrt": unary("1 / sqrt( self )", lambda x: np.divide(1.0, np.sqrt(x))),
+    "sin": named("sin", np.sin),
+    "cos": named("cos", np.cos),
+    "tan": named("tan", np.tan),
+    "sinh": named("sinh", np.sinh),
+    "cosh": named("cosh", np.cosh),
+    "tanh": named("tanh", np.tanh),
+    "asin": named("asin", np.arcsin),
+    "acos": named("acos", np.arccos),
+    "atan": named("atan", np.arctan),
+    "erf": named("erf", erf),
+    "floor": named("floor", np.floor),
+    "ceil": named("ceil", np.ceil),
+    "trunc": named("trunc", np.trunc),
+    "sign": named("sign", np.sign),
+    "sgn": named("sign", np.sign),
+    "isnan": unary("whether self is NaN", np.isnan),
+    "isinf": unary("whether self is infinite", np.isinf),
     "copy": ("src", ("src",), lambda src: src),
-    "clone": _unary("self", lambda x: x),
-    "to_copy": _unary("self", lambda x: x),
-    "lift_fresh": _unary("self", lambda x: x),
-    "threshold_backward": (
-        "grad_output if self > threshold else 0",
-        ("grad_output", "self", "threshold"),
-        lambda grad_output, self, threshold: 0.0 if self <= threshold else grad_output,
+    "clone": unary("self", lambda x: x),
+    "to_copy": unary("self", lambda x: x),
+    "lift_fresh": unary("self", lambda x: x),
+    "remainder": (
+        "self - other * floor( self / other )",
+        _PAIR,
+        lambda self, other: np.remainder(self, other) if other else math.nan,
     ),
-    "tanh_backward": (
-        "grad_output * ( 1 - output ^ 2 )",
-        ("grad_output", "output"),
-        lambda grad_output, output: grad_output * (1 - output * output),
-    ),
-    "sigmoid_backward": (
-        "grad_output * ( 1 - output ) * output",
-        ("grad_output", "output"),
-        lambda grad_output, output: grad_output * (1 - output) * output,
-    ),
-    "silu_backward": (
-        "grad_output * silu'( self )",
-        ("grad_output", "self"),
-        lambda grad_output, self: grad_output * _sigmoid(self) * (1 + self * (1 - _sigmoid(self))),
-    ),
-    "leaky_relu_backward": (
-        "grad_output if self > 0 else negative_slope * grad_output",
-        ("grad_output", "self", "negative_slope"),
-        lambda grad_output, self, negative_slope: (
-            grad_output if self > 0 else negative_slope * grad_output
-        ),
-    ),
-    "hardtanh_backward": (
-        "grad_output if min_val < self < max_val else 0",
-        ("grad_output", "self", "min_val", "max_val"),
-        lambda grad_output, self, min_val, max_val: (
-            0.0 if self <= min_val or self >= max_val else grad_output
-        ),
-    ),
-    "softplus_backward": (
-        "grad_output * sigmoid( beta * self )",
-        ("grad_output", "self", "beta", "threshold"),
-        lambda grad_output, self, beta, threshold: (
-            grad_output if self * beta > threshold else grad_output * _sigmoid(self * beta)
-        ),
+    "xlogy": (
+        "self * log( other ) , 0 if self is 0",
+        _PAIR,
+        lambda self, other: 0.0 if self == 0 and other == other else self * np.log(other),
     ),
     "native_dropout_backward": (
         "grad_output * mask * scale",
@@ -290,16 +220,6 @@ def division(call: Call) -> Made:
             lambda self, other: rounded(np.divide(self, other)),
         ),
     )
-
-
-def gelu(call: Call) -> Made:
-    """Return the rule of `gelu` and its derivative; of their approximation, the numbers alone."""
-    is_backward = call.kind == "gelu_backward"
-    keys = ("grad_output", "self") if is_backward else ("self",)
-    text = "grad_output * gelu'( self )" if is_backward else "gelu( self )"
-    if call.value("approximate") == "none":
-        return elementwise(call, (text, keys, _gelu_slope if is_backward else _gelu))
-    return Formula(text, {key: call.aligned(key) for key in keys})
 
 
 def outer(call: Call) -> Made:

@@ -45,11 +45,20 @@ def _entropy_of_logits(
     return weight * ((1 - target) * self + factor * softplus)
 
 
+def _soft_margin(self: Numbers, target: Numbers) -> Any:
+    return np.log1p(np.exp(-target * self))
+
+
+def _soft_margin_slope(self: Any, target: Any) -> Any:
+    return -target / (1 + np.exp(target * self))
+
+
 #: One term of each loss, what else than self and target is a tensor, and what a number.
 _TERMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable[..., Numbers]]] = {
     "mse_loss": ("( self - target ) ^ 2", (), (), _squared),
     "smooth_l1_loss": ("smooth_l1( self , target )", (), ("beta",), _smooth),
     "huber_loss": ("huber( self , target )", (), ("delta",), _huber),
+    "soft_margin_loss": ("log1p( exp( - target * self ) )", (), (), _soft_margin),
     "binary_cross_entropy": (
         "- target * log( self ) - ( 1 - target ) * log( 1 - self )",
         ("weight",),
@@ -198,6 +207,11 @@ LOSSES: dict[str, Callable[[Call], Made]] = {
     ),
     "huber_loss_backward": _loss_backward(
         "grad_output * huber'( self , target )", ("self", "target", "delta"), _huber_slope
+    ),
+    "soft_margin_loss_backward": _loss_backward(
+        "grad_output * ( - target ) / ( 1 + exp( target * self ) )",
+        ("self", "target"),
+        _soft_margin_slope,
     ),
     "binary_cross_entropy_backward": _loss_backward(
         "grad_output * ( self - target ) / ( self * ( 1 - self ) )",

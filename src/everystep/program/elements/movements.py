@@ -142,6 +142,16 @@ def _dropout(call: Call) -> Made:
     return Formula(text, given, lambda input, mask: input[0] * mask[0] * scale)
 
 
+def _padding_backward(call: Call) -> Made:
+    """Return the sum of the gradients at the places that the padding copied the wanted number to."""
+    shape = call.shape("self")
+    positions = torch.arange(call.tensor("self").numel(), dtype=torch.float64).reshape(shape)
+    forward = getattr(torch.ops.aten, call.kind.removesuffix("_backward"))
+    copies = forward(positions, call.value("padding"))
+    places = np.nonzero((copies == positions[call.index]).numpy())
+    return Sum((single("grad_output", call.piece("grad_output", *places)),))
+
+
 def _embedding(call: Call) -> Made:
     *where, column = call.index
     row = int(call.tensor("indices")[tuple(where)])
@@ -236,6 +246,11 @@ PICKED: dict[str, Callable[[Call], Made]] = {
     "index_copy": _index_add,
     "scatter": _scatter,
     "scatter_add": _scatter,
+    **{
+        f"{how}_pad{dims}d_backward": _padding_backward
+        for how in ("reflection", "replication")
+        for dims in (1, 2, 3)
+    },
     "sort": _sorted,
     "topk": _sorted,
 }

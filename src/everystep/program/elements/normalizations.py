@@ -229,14 +229,10 @@ def _layer_norm_backward(call: Call) -> Made:
             "mean": call.piece("mean", *flat),
             "rstd": call.piece("rstd", *flat),
         }
-        text = "grad_out * ( input - mean ) * rstd"
-        return Sum(
-            (Terms(text, given, lambda grad_out, input, mean, rstd: grad_out * (input - mean) * rstd),)
-        )
+        return Sum((Terms("grad_out * ( input - mean ) * rstd", given, _along_normal),))
     leading = [[place] for place in call.index[:outer]]
     axes = grid(*leading, *map(range, shape[outer:]))
     inputs = call.piece("input", *axes)
-    own = _position(inputs, call.index)
     one = (*call.index[:outer], *[0] * (len(shape) - outer))
     given = {
         "grad_out": call.piece("grad_out", *axes),
@@ -244,14 +240,71 @@ def _layer_norm_backward(call: Call) -> Made:
         "mean": call.piece("mean", *one),
         "rstd": call.piece("rstd", *one),
     }
+    return _derivative(call, given, inputs, axes[outer:], "row")
+
+
+def _in_group(call: Call, key: str, row: int, group: int) -> Piece:
+    """Return the numbers of an argument (N, C, ...) that are normalized together."""
+    shape = call.shape(key)
+    size = shape[1] // call.value("group")
+    return call.piece(key, *grid([row], range(group * size, (group + 1) * size), *map(range, shape[2:])))
+
+
+def _group_norm(call: Call) -> Made:
+    eps = call.value("eps")
+    if call.place:
+        piece = _in_group(call, "input", *call.index)
+        if call.place == 1:
+            return Sum((single("input", piece),), float(piece.size))
+        text = f"1 / sqrt( variance of input + {eps} )"
+        return Formula(text, {"input": piece}, lambda input: _inverse(input, eps))
+    row, channel = call.index[:2]
+    group = channel // (call.shape("input")[1] // call.value("group"))
+    mean, scale = (call.result_piece(place, row, group) for place in (1, 2))
+    given = {"input": call.piece("input", *call.index)} | _affine(call, channel)
+    return _normalized("scale", mean, scale, given, lambda scale: scale)
+
+
+def _group_norm_backward(call: Call) -> Made:
+    shape = call.shape("input")
+    size = shape[1] // call.value("group")
+    if call.place:
+        (channel,) = call.index
+        grads, inputs = (_channel(call, key, channel) for key in ("grad_out", "input"))
+        if call.place == 2:
+            return Sum((single("grad_out", grads),))
+        rows, groups = grads.places[0], np.full(grads.size, channel // size)
+        given = {"grad_out": grads, "input": inputs}
+        given |= {key: call.piece(key, rows, groups) for key in ("mean", "rstd")}
+        return Sum((Terms("grad_out * ( input - mean ) * rstd", given, _along_normal),))
+    row, group = call.index[0], call.index[1] // size
+    inputs = _in_group(call, "input", row, group)
+    given = {"grad_out": _in_group(call, "grad_out", row, group), "input": inputs}
+    given |= {key: call.piece(key, row, group) for key in ("mean", "rstd")}
+    return _derivative(call, given, inputs, inputs.places[1], "group")
+
+
+def _along_normal(grad_out: Numbers, input: Numbers, mean: Numbers, rstd: Numbers) -> Any:
+    return grad_out * (input - mean) * rstd
+
+
+def _derivative(
+    call: Call, given: dict[str, Piece], inputs: Piece, weights: Axis | tuple[Axis, ...], what: str
+) -> Made:
+    """Return the derivative by the wanted number of what was normalized together.
+
+    weights: where their weights are.
+    """
+    own = _position(inputs, call.index)
     if "weight" in call:
-        given["weight"] = call.piece("weight", *axes[outer:])
+        places = weights if isinstance(weights, tuple) else (weights,)
+        given = given | {"weight": call.piece("weight", *places)}
 
     def of(grad_out: Numbers, input: Numbers, mean: Numbers, rstd: Numbers, weight: Any = 1.0) -> Any:
         normal = (input - mean[0]) * rstd[0]
         return _standard_gradient(grad_out * weight, normal, own, rstd[0])
 
-    return Formula("the derivative of the normalized row", given, of)
+    return Formula(f"the derivative of the normalized {what}", given, of)
 
 
 def _attention(call: Call) -> Made:
@@ -324,6 +377,8 @@ NORMALIZATIONS: dict[str, Callable[[Call], Made]] = {
     "native_batch_norm_legit": _batch_norm,
     "native_batch_norm_legit_no_training": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,
+    "native_group_norm": _group_norm,
+    "native_group_norm_backward": _group_norm_backward,
     "native_layer_norm": _layer_norm,
     "native_layer_norm_backward": _layer_norm_backward,
     "scaled_dot_product_flash_attention_for_cpu": _attention,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from everystep.program.elements.activations import ACTIVATIONS, WITH_ARGUMENTS
 from everystep.program.elements.call import Call, Made, NoRuleError
 from everystep.program.elements.convolutions import CONVOLUTIONS
 from everystep.program.elements.elementwise import (
@@ -9,7 +10,6 @@ from everystep.program.elements.elementwise import (
     division,
     elementwise,
     foreach,
-    gelu,
     outer,
 )
 from everystep.program.elements.losses import LOSSES
@@ -27,14 +27,14 @@ _RULES = {
     **LOSSES,
     **NORMALIZATIONS,
     **PICKED,
+    **WITH_ARGUMENTS,
     **dict.fromkeys(MOVED, moved),
     **dict.fromkeys(FILLED, filled),
     **dict.fromkeys(DRAWN, drawn),
     "addr": outer,
     "div": division,
-    "gelu": gelu,
-    "gelu_backward": gelu,
 }
+_ELEMENTWISE = ELEMENTWISE | ACTIVATIONS
 
 
 def how_made(call: Call, written: str) -> Made:
@@ -59,8 +59,8 @@ def how_made(call: Call, written: str) -> Made:
     try:
         if call.kind in _RULES:
             return _RULES[call.kind](call)
-        if call.kind in ELEMENTWISE:
-            return elementwise(call, ELEMENTWISE[call.kind])
+        if call.kind in _ELEMENTWISE:
+            return elementwise(call, _ELEMENTWISE[call.kind])
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         # A call of an operator in a form that the rule does not foresee is one without a rule.
         raise NoRuleError(str(error)) from error

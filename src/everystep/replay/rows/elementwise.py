@@ -139,6 +139,19 @@ def _moving(call: Call) -> list[Result]:
     return [sum_of(found, terms, moved)]
 
 
+def _scattered(call: Call) -> list[Result]:
+    """Numbers are put into others, where an index says."""
+    whole, index, given = call["self"], call["index"], call["src"]
+    if call["reduce"] is not None:
+        raise MixesError("has no rule for these arguments")
+    labels = index.labels
+    if isinstance(given, Tracked):
+        part = given.labels[tuple(slice(size) for size in labels.shape)]
+        labels = elementwise([part, labels])
+    where = index.value
+    return [Result(whole.labels.clone().scatter_(call["dim"], where, labels.contiguous()))]
+
+
 def _joined(call: Call, labels: Tensor, where: list[Tracked]) -> Tensor:
     if all(each.is_shared for each in where):
         return labels
@@ -157,5 +170,6 @@ ELEMENTWISE: dict[str, Rule] = {
     **dict.fromkeys(_CREATING, _creating),
     **dict.fromkeys(_MOVING, _moving),
     **dict.fromkeys(_LINEAR, _added),
+    "scatter": _scattered,
     **dict.fromkeys(["mul", "div"], _scaled),
 }

@@ -20,6 +20,10 @@ from everystep.replay.rows.results import (
 
 __all__ = ["LAYERS"]
 
+_PADDING = ("reflection", "replication")
+_UPSAMPLING = (
+    *("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d"),
+)
 #: By the first axis: the tensors that have it.
 _BATCHED = {
     "max_pool2d_with_indices": ("self",),
@@ -32,12 +36,18 @@ _BATCHED = {
     "avg_pool3d_backward": ("grad_output", "self"),
     "_adaptive_avg_pool2d": ("self",),
     "_adaptive_avg_pool2d_backward": ("grad_output", "self"),
+    "_adaptive_avg_pool3d": ("self",),
+    "_adaptive_avg_pool3d_backward": ("grad_output", "self"),
     "adaptive_max_pool2d": ("self",),
     "adaptive_max_pool2d_backward": ("grad_output", "self", "indices"),
-    "reflection_pad1d": ("self",),
-    "reflection_pad2d": ("self",),
-    "upsample_nearest2d": ("self",),
-    "upsample_bilinear2d": ("self",),
+    "adaptive_max_pool3d": ("self",),
+    "adaptive_max_pool3d_backward": ("grad_output", "self", "indices"),
+    **{f"{how}_pad{n}d": ("self",) for how in _PADDING for n in (1, 2, 3)},
+    **{f"{how}_pad{n}d_backward": ("grad_output", "self") for how in _PADDING for n in (1, 2, 3)},
+    **{f"upsample_{how}": ("self",) for how in _UPSAMPLING},
+    **{f"upsample_{how}_backward": ("grad_output",) for how in _UPSAMPLING},
+    "grid_sampler_2d": ("input", "grid"),
+    "grid_sampler_2d_backward": ("grad_output", "input", "grid"),
     "_scaled_dot_product_flash_attention_for_cpu": ("query", "key", "value"),
     "_scaled_dot_product_flash_attention_for_cpu_backward": (
         *("grad_out", "query", "key", "value", "out", "logsumexp"),

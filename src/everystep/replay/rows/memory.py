@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class Memory:
             if storage is None or storage.kind != "input":
                 continue
             here = given.get(spec.storage, {})
+            if not here and prod(spec.shape) <= 1:
+                continue  # a single number from elsewhere, which is of no row
             if not here or not self._agree(here):
                 labels = torch.full((), MIXED, dtype=torch.int32).expand(spec.shape)
                 self.write(name, Tracked(torch.empty(0), labels, reason=_SHARED if here else _OUTSIDE))

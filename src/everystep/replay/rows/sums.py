@@ -18,7 +18,7 @@ __all__ = ["SUMS"]
 #: Arguments with an axis that is left as it was.
 _ALONG = [
     "_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "cumsum",
-    "cumprod", "logcumsumexp", "glu", "glu_backward",
+    "cumprod", "logcumsumexp", "glu", "glu_backward", "_safe_softmax", "topk", "sort",
 ]  # fmt: skip
 _REDUCING = [
     "amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "var", "std",
