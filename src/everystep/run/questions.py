@@ -1,0 +1,359 @@
+"""What can be asked about a run: each answer is computed by replaying its steps."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from everystep.errors import UsageError
+from everystep.run.opened import OpenedRun
+
+if TYPE_CHECKING:
+    from everystep.replay.columns import Found
+    from everystep.replay.diff import Difference
+    from everystep.replay.match import Match
+    from everystep.replay.nonfinite import NonFinite
+    from everystep.replay.query import Measured
+    from everystep.replay.rerun import Rerun
+    from everystep.replay.rows import Rows
+    from everystep.replay.step import Step
+    from everystep.replay.verify import Verification
+    from everystep.replay.what_if import WhatIf
+    from everystep.replay.why import Why
+
+__all__ = ["Counting", "Questions"]
+
+#: Whether to show a progress bar where stderr is a terminal; or what is called with the number
+#: of steps that were just replayed.
+Counting = bool | Callable[[int], None]
+
+
+class Questions(OpenedRun):
+    """A recorded run that answers questions about its steps."""
+
+    def verify(self, *, processes: int | None = None, progress: Counting = True) -> Verification:
+        """Replay every step, and compare every loss and every snapshot, bit for bit.
+
+        processes: number of processes; default: one per core, if worth their start.
+
+        Raises:
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.replay.verify import verify
+        from everystep.views.answers import verify_text
+        from everystep.views.progress import counting
+
+        with counting("replaying", len(self), progress) as on_progress:
+            found = verify(self._opener, processes, on_progress)
+        return replace(found, to_text=partial(verify_text, self.name, self.facts, found))
+
+    def diff(self, other: Questions, *, thorough: bool = False, progress: Counting = True) -> Difference:
+        """Return how this run differs from another, down to the first operation.
+
+        thorough: compare every step, not only those between the last common state and the first
+        difference. That also finds differences that no loss and no snapshot shows.
+
+        Raises:
+            RunError: a run is unreadable.
+        """
+        from everystep.replay.diff import diff
+        from everystep.views.difference import diff_text
+        from everystep.views.progress import counting
+
+        if not isinstance(other, Questions):
+            raise UsageError(f"expected another run to compare with, not {other!r:.80}")
+        objects = self._objects, other._objects
+        with counting("comparing", min(len(self), len(other)), progress) as on_progress:
+            found = diff(self, other, thorough=thorough, objects=objects, on_progress=on_progress)
+        return replace(found, to_text=partial(diff_text, found))
+
+    def match(self, other: Questions, step: int | None = None) -> Match:
+        """Return how a step of this run matches one of another that is written differently, by values.
+
+        The gradients, parameters and buffers of this run are looked for among all tensors of the other,
+        up to rounding, whatever they are called there: for a backward pass written by hand, another
+        module structure, another optimizer of the same mathematics, or another precision.
+
+        step: its number; None: the first that does not match, or else the last that both have.
+
+        Raises:
+            StepError: a run has no such step.
+            RunError: a step cannot be opened.
+        """
+        from everystep.replay.match import match
+        from everystep.views.match import match_text
+
+        if not isinstance(other, Questions):
+            raise UsageError(f"expected another run to match with, not {other!r:.80}")
+        found = match(self._opener, other._opener, None if step is None else self._number(step))
+        return replace(found, to_text=partial(match_text, found))
+
+    def rerun(
+        self,
+        *,
+        threads: int | None = None,
+        capability: str | None = None,
+        mkl: str | None = None,
+        precision: Literal["float64", "bfloat16"] | None = None,
+        python: str | None = None,
+        beside: Sequence[Questions] = (),
+        emit: str | Path | None = None,
+        progress: Counting = True,
+    ) -> Rerun:
+        """Take the steps of the run elsewhere, and return where they part from the recording.
+
+        The programs of the run do it, in another process, without its code.
+
+        Args:
+            threads: number of threads of torch.
+            capability: CPU instructions of torch's kernels: `default`, `avx2` or `avx512`.
+            mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
+            precision: of all floating-point numbers.
+            python: another interpreter, with an everystep and a torch of its own.
+            beside: other runs; the answer says how far each is from the losses there.
+            emit: where to write the operation that parts as a script that needs torch alone.
+            progress: as in `measure`.
+
+        Raises:
+            ExperimentError: a setting is invalid, or nothing differs from the recording.
+            RunError: the steps cannot be taken there; gives the reason.
+            TrainingError: the process there does not start, or ended early.
+        """
+        from everystep.replay.rerun import Place, rerun
+        from everystep.views.progress import counting
+        from everystep.views.reproduction import reproduce
+        from everystep.views.rerun import rerun_text
+
+        place = Place(threads, capability, mkl, precision, python)
+        with counting("taking steps", len(self), progress) as on_progress:
+            found = rerun(self._opener, place, beside, on_progress)
+        if emit is not None:
+            reproduce(self._opener, found, Path(emit))
+        return replace(found, to_text=partial(rerun_text, found))
+
+    def measure(
+        self,
+        question: str | Callable[[Step], Any],
+        *,
+        name: str | None = None,
+        every: int = 1,
+        overwrite: bool = False,
+        processes: int | None = None,
+        progress: Counting = True,
+    ) -> Measured:
+        """Add a measurement to the run, as if it had been made during training.
+
+        Args:
+            question: an expression, `"norm(gradients['0.weight'])"`, or a function of the opened step
+                that returns a number.
+            name: the name of the measurement; default: the expression, or the function's name.
+            every: steps between two measurements.
+            overwrite: replace an existing measurement of that name.
+            processes: number of processes; default: one per core, if worth their start.
+            progress: show a progress bar if stderr is a terminal; or a function, called with the number
+                of steps just replayed.
+
+        Raises:
+            UsageError: the question does not fit, or the name is taken.
+            RunError: a needed file is missing, unreadable or being written.
+        """
+        from everystep.replay.query import measure
+        from everystep.views.answers import measured_text
+        from everystep.views.progress import counting
+
+        asked, called = self._question(question)
+        with counting("measuring", len(self), progress) as on_progress:
+            found = measure(
+                self._opener,
+                asked,
+                name or called,
+                every=every,
+                overwrite=overwrite,
+                processes=processes,
+                on_progress=on_progress,
+            )
+        return replace(found, to_text=partial(measured_text, found))
+
+    def when(
+        self,
+        condition: str | Callable[[Step], Any],
+        which: Literal["first", "last", "all"] = "first",
+        *,
+        processes: int | None = None,
+        progress: Counting = True,
+    ) -> Found:
+        """Find the first step at which a condition is true, the last, or all.
+
+        Args:
+            condition: an expression, `"isnan(loss)"`, or a function of the opened step; `"nonfinite"`
+                finds the step that made the first NaN or infinity, see `first_nonfinite`.
+            which: steps to find.
+            processes: number of processes; default: one per core, if worth their start.
+            progress: show a progress bar if stderr is a terminal; or a function, called with the number
+                of steps just replayed.
+
+        Raises:
+            UsageError: the condition does not fit.
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.views.answers import found_text
+
+        if which not in ("first", "last", "all"):
+            raise UsageError(f"which must be 'first', 'last' or 'all', not {which!r:.80}")
+        found = self._find(condition, which, processes, progress)
+        return replace(found, to_text=partial(found_text, found, self.losses_at(found.steps)))
+
+    def _find(
+        self,
+        condition: str | Callable[[Step], Any],
+        which: Literal["first", "last", "all"],
+        processes: int | None,
+        progress: Counting,
+    ) -> Found:
+        if isinstance(condition, str) and condition.strip() == "nonfinite":
+            from everystep.replay.columns import Found
+
+            made = self.first_nonfinite(processes=processes, progress=progress)
+            return Found(() if made is None else (made.step.number,))
+        asked, _ = self._question(condition)
+        if getattr(asked, "is_recorded", False):
+            from everystep.replay.columns import Found, ask_columns, chosen
+
+            steps = [step for step, _ in ask_columns(asked, self, (1, len(self)), as_condition=True)]
+            return Found(chosen(steps, which))
+        from everystep.replay.query import when
+        from everystep.views.progress import counting
+
+        with counting("looking", len(self), progress) as on_progress:
+            return when(self._opener, asked, which, processes=processes, on_progress=on_progress)
+
+    def first_nonfinite(
+        self, *, processes: int | None = None, progress: Counting = True
+    ) -> NonFinite | None:
+        """Return the operation that made the first NaN or infinity, or None if all is finite.
+
+        Raises:
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.replay.nonfinite import find_nonfinite
+        from everystep.views.answers import nonfinite_text
+        from everystep.views.progress import counting
+
+        with counting("looking", self.facts.nonfinite_step or len(self), progress) as on_progress:
+            found = find_nonfinite(self._opener, processes, on_progress)
+        return found and replace(found, to_text=partial(nonfinite_text, found))
+
+    def rows(self, step: int) -> Rows:
+        """Return how much of the loss of a step, and of each gradient, each row of its batch makes.
+
+        Exact for what the step itself added up row by row; else unknown, with the operation that mixes
+        rows. The same as `run[step].rows`.
+
+        Raises:
+            StepError: the run has no such step.
+            RunError: a needed file is missing or unreadable.
+        """
+        from everystep.views.rows import rows_text
+
+        opened = self[step]
+        return replace(opened.rows, to_text=partial(rows_text, opened, name=self.name))
+
+    def why(self, step: int, expression: str, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
+        """Return where a number of a step comes from: the operation that made it, and from what.
+
+        NaN and infinity are followed to where they began, with the rows of the batch behind them.
+
+        Args:
+            step: the step, from 1, or from the end: -1.
+            expression: names the number: `"gradients['0.weight'][3, 5]"`, `"loss"`, or, as answers name
+                them, `"#7[17, 3]"`, a number of the result of operation 7.
+            back: how many steps before to follow what was there before the step.
+            depth: how many operations deep to follow the largest numbers; each number in an answer can
+                be followed by its own `why()`.
+            terms: how many terms of a sum to return one by one.
+
+        Raises:
+            UsageError: an argument is invalid, or the expression is not one number of the step.
+            RunError: a step cannot be opened.
+        """
+        return self[step].why(expression, back=back, depth=depth, terms=terms)
+
+    def what_if(
+        self,
+        at: int,
+        until: int,
+        *,
+        without_rows: Iterable[int] = (),
+        without_rows_of: int | None = None,
+        each: bool = False,
+        by: str = "loss",
+        processes: int | None = None,
+        progress: Counting = True,
+    ) -> WhatIf:
+        """Train again from a state, with rows of the data left out, and return what becomes of the loss.
+
+        Nothing is recorded. The steps have the bits of a training by hand without those rows.
+
+        Args:
+            at: the step after which the trainings start.
+            until: the step that they are compared at.
+            without_rows: rows of the data to leave out of the batches that they are in.
+            without_rows_of: the step of which all rows are left out.
+            each: leave out one row after the other, not all at once.
+            by: an expression of step `until` to compare: `norm(gradients['0.weight'])`.
+            processes: number of processes, each with as many threads as the run was trained with;
+                default: as many as there are cores for, if worth their start.
+            progress: as in `measure`.
+
+        Raises:
+            StepError: the run has no such step.
+            UsageError: rows do not exist, or a batch would be empty.
+            RunError: the steps cannot be taken again without the rows; gives the reason.
+        """
+        from everystep.replay.what_if import what_if
+        from everystep.views.progress import counting
+        from everystep.views.what_if import what_if_text
+
+        chosen = [operator.index(row) for row in without_rows]
+        if without_rows_of is not None:
+            batch = self[self._number(without_rows_of)].batch
+            chosen += range(len(batch.y)) if batch.rows is None else batch.rows.tolist()
+        rows = sorted(set(chosen))
+        if not rows:
+            raise UsageError("set rows to leave out: without_rows=[...], or without_rows_of=STEP")
+        cases = [(row,) for row in rows] if each else [tuple(rows)]
+        steps = (until - at) * (len(cases) + 1)
+        with counting("training", max(0, steps), progress) as on_progress:
+            found = what_if(
+                self._opener,
+                self._number(at),
+                self._number(until),
+                cases,
+                by,
+                self._objects,
+                processes,
+                on_progress,
+            )
+        return replace(found, to_text=partial(what_if_text, found))
+
+    def _question(self, question: str | Callable[[Step], Any]) -> tuple[Any, str]:
+        """Return a question in the form that queries take, and its name."""
+        from everystep import numerics
+
+        numerics.prepare()
+        if callable(question):
+            return question, getattr(question, "__name__", "measurement")
+        if not isinstance(question, str):
+            raise UsageError(f"expected an expression or a function of a step, not {question!r:.80}")
+        from everystep.replay.columns import read_question
+
+        expression = read_question(question, self)
+        if not expression.is_recorded:
+            from everystep.replay.query import check_question
+
+            check_question(expression, self._opener)
+        return expression, question

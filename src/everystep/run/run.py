@@ -1,0 +1,256 @@
+"""A run and everything you can do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from everystep.recording.finding import RUNS
+from everystep.recording.run import RecordedRun
+from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.run.questions import Counting, Questions
+
+if TYPE_CHECKING:
+    import torch
+    from plotnine import ggplot
+    from torch import Tensor, nn
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import Dataset
+
+    from everystep.replay.doctor import Diagnosis
+    from everystep.training.job import Outcome, Progress
+    from everystep.training.objects import Objects
+    from everystep.views.report import Report
+    from everystep.views.table import LossTable
+
+__all__ = ["Run", "progress_of", "run_of"]
+
+
+class Run(Questions):
+    """A recorded training, read from its directory on demand.
+
+    `run[137]` opens step 137 with everything in it, and `run[-1]` the newest step. `run[10:20]` is a
+    sequence of the steps 10 to 19; it opens each step when you access it, as does iterating over the
+    run.
+    """
+
+    def doctor(self, *, repair: str | Path | None = None, progress: Counting = True) -> Diagnosis:
+        """Say what is wrong with the run, and what can still be read; replays nothing, as `verify` does.
+
+        repair: where to write a repaired copy: what is sound, and lost steps taken again by replay.
+
+        Raises:
+            RunError: with `repair`, nothing can be read, or the place exists.
+            RecordingError: the copy cannot be written.
+        """
+        from everystep.replay.doctor import doctor
+        from everystep.views.diagnosis import diagnosis_text
+        from everystep.views.progress import counting
+
+        target = None if repair is None else Path(repair)
+        wanted = progress if target is not None else False
+        with counting("replaying", len(self), wanted) as on_progress:
+            found = doctor(self.directory, target, on_progress)
+        return dataclasses.replace(found, to_text=partial(diagnosis_text, found))
+
+    def fork(
+        self,
+        at: int,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        lr: float | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        model: nn.Module | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: LRScheduler | None = None,
+        schedule_every: Literal["step", "epoch"] = "step",
+        data: tuple[Any, Any] | Dataset[Any] | None = None,
+        validation: tuple[Any, Any] | None = None,
+        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        without_rows: Iterable[int] = (),
+        relabel: Mapping[int, float] | None = None,
+        replace: Mapping[str, str] | None = None,
+        directory: str | Path | None = None,
+        snapshot_budget: int = DEFAULT_BUDGET,
+        progress: bool | Progress = True,
+    ) -> Run:
+        """Train a new run that equals this one up to a step and continues with changes; return it.
+
+        The fork reuses everything up to that step and is a complete run of its own. A fork without
+        changes is bit-identical to this run. The optimizer continues with its state; an optimizer of
+        another class starts without state.
+
+        Args:
+            at: the step after which the fork starts; 0: before the first step.
+            settings: changes by path, as in an experiment: `{"optimizer.lr": 1e-3}`.
+            lr, steps, batch_size, seed: shortcuts for the most common settings.
+            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects to
+                continue with, as in `train`, for a run from Python objects that this process did not
+                train; `fork` trains them in place. Without them, the run's programs go on alone if
+                they took every step (only `lr` and `steps` may change).
+            without_rows: rows of the data to leave out of the batches that they were in.
+            relabel: other targets, by row of the data.
+            replace: what gradients become between backward (with clipping) and the update of each step:
+                `{"gradients['0.weight']": "clip(gradients['0.weight'], -1, 1)"}`. Expressions read
+                the gradients as backward and clipping left them, parameters, buffers, the batch, the
+                loss and the step. Their result has the gradient's shape and dtype, or is a constant
+                that fills it. Forks of the fork replace it, too, until one sets the gradient to itself.
+            directory: the fork's directory, which must not exist; default: the next free one in runs/.
+            snapshot_budget: maximum bytes of snapshots.
+            progress: show a progress bar if stderr is a terminal; or an object that watches the
+                training.
+
+        Raises:
+            StepError: the run has no such step.
+            UsageError: a setting is invalid.
+            RunError: the state cannot be restored bit for bit.
+            RecordingError: writing the fork failed; everything recorded before is kept.
+            KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
+        """
+        from everystep.replay.continuing import Fork, fork
+        from everystep.replay.replacing import asked_replacements
+
+        short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
+        changed = {name: value for name, value in short.items() if value is not None}
+        place = None if directory is None else Path(directory)
+        asked = Fork(
+            self,
+            self._number(at),
+            changed | dict(settings or {}),
+            place,
+            RUNS,
+            snapshot_budget,
+            without=tuple(sorted({operator.index(row) for row in without_rows})),
+            targets=dict(relabel or {}),
+            replaced=asked_replacements(replace or {}, self.measurement_names),
+        )
+        given = {
+            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
+            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            "metrics": metrics,
+        }
+        outcome, trained = fork(asked, given, self._objects, self._opener, progress_of(progress))
+        return run_of(outcome, trained and dataclasses.replace(trained, validation=None))
+
+    def resume(
+        self,
+        steps: int | None = None,
+        *,
+        anyway: bool = False,
+        model: nn.Module | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: LRScheduler | None = None,
+        schedule_every: Literal["step", "epoch"] = "step",
+        data: tuple[Any, Any] | Dataset[Any] | None = None,
+        validation: tuple[Any, Any] | float | None = None,
+        metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
+        snapshot_budget: int = DEFAULT_BUDGET,
+        progress: bool | Progress = True,
+    ) -> Run:
+        """Go on with a training that ended early, or train a finished one further; return the run.
+
+        Training goes on from the newest snapshot, to the bits of a training that did not end. Steps
+        recorded after the snapshot are taken again and compared with the recording. The run changes
+        only when a new step is taken.
+
+        Args:
+            steps: the last step; default: that of the run.
+            anyway: go on although the code, the data, the versions or the numerics changed; the recorded
+                steps after the snapshot are discarded, and the run says what changed.
+            model, loss, optimizer, schedule, schedule_every, data, validation, metrics: the objects as
+                they were before training, for a run from Python objects that this process did not
+                train; `resume` trains them in place. Without them, the run's programs go on alone if
+                they took every step, and nothing checks them against Python.
+            snapshot_budget: maximum bytes of snapshots.
+            progress: show a progress bar if stderr is a terminal; or an object that watches the
+                training.
+
+        Raises:
+            UsageError: the run has all its steps, or an argument is invalid.
+            RunError: something changed, a step that is taken again differs, or the run is being trained.
+            RecordingError: writing the run failed; everything recorded before is kept.
+            KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the run.
+        """
+        from everystep.replay.continuing import Resume, resume
+
+        asked = Resume(self, steps, anyway, snapshot_budget)
+        given = {
+            **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},
+            **{"schedule_every": schedule_every, "data": data, "validation": validation},
+            "metrics": metrics,
+        }
+        outcome, trained = resume(asked, given, self._objects, progress_of(progress))
+        return run_of(outcome, trained and dataclasses.replace(trained, data=None, validation=None))
+
+    def __repr__(self) -> str:
+        summary = self.summary()
+        losses = ""
+        if summary.first_loss is not None and summary.last_loss is not None:
+            losses = f", loss {summary.first_loss:.4g} to {summary.last_loss:.4g}"
+        return (
+            f"<everystep run {str(self.directory)!r}: {summary.status}, {summary.steps} steps{losses}>"
+        )
+
+    def table(self, rows: int = 100_000) -> LossTable:
+        """Return the losses as a browsable table (DataTables); shows in a notebook; `save(path)`.
+
+        rows: maximum number of rows to embed; a longer run is excerpted, and the table says so.
+        """
+        from everystep.views.table import loss_table
+
+        return loss_table(self, rows)
+
+    def plot(self, *others: RecordedRun, log: bool = False, measurements: Sequence[str] = ()) -> ggplot:
+        """Return a plot of the loss at each iteration; shows in a notebook; `save(path)`.
+
+        others: runs to draw in the same plot; log: a logarithmic loss axis; measurements: names to draw
+        as lines.
+        """
+        from everystep.views.plot import loss_plot
+
+        return loss_plot([self, *others], log=log, measurements=measurements)
+
+    def report(self) -> Report:
+        """Return everything about the run as one self-contained HTML page.
+
+        The page is a str; it shows in a notebook, and `save(path)` writes it.
+        """
+        from everystep.views.report import Report, report_html
+
+        return Report(report_html(self), self.name)
+
+    def _repr_html_(self) -> str:
+        from everystep.views.summary import summary_html
+
+        return summary_html(self)
+
+
+def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
+    """Return the run that a training recorded, with the objects that trained it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C stopped the training.
+    """
+    if outcome.interrupted:
+        raise KeyboardInterrupt(
+            "training stopped by the user; the steps so far are recorded: "
+            f"everystep.open('{outcome.directory}')"
+        )
+    return Run(outcome.directory, objects)
+
+
+def progress_of(wanted: bool | Progress) -> Progress:
+    """Return what watches a training: the given object, the terminal, or nothing."""
+    from everystep.views.progress import Silent, TerminalProgress
+
+    if not isinstance(wanted, bool):
+        return wanted
+    return TerminalProgress(show_header=False, lines=None) if wanted else Silent()
