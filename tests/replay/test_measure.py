@@ -659,6 +659,7 @@ def test_the_command_names_the_cause(everystep_command):
         "rows_of": "data",
         "mathematics": None,
         "inputs": [],
+        "why": None,
     }
     train()
     code, out, _ = everystep_command("when", "sequential-2", "nonfinite")
