@@ -49,7 +49,9 @@ def wanted(text: str, step: Step, trace: Trace) -> Wanted:
         raise error_at(text, f"why follows one number of a tensor, not a computation{example}")
     (reference,) = expression.references
     if reference.kind == "rows":
-        raise error_at(text, f"{reference} is not a number that the step made; everystep rows explains it")
+        raise error_at(
+            text, f"{reference} is not a number that the step made; everystep rows explains it"
+        )
     if head:
         names, after = _named(text, head, step, trace), _after(head)
     elif reference.is_previous:
