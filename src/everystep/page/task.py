@@ -1,4 +1,4 @@
-"""A task, in a process of its own: measure, when, verify, compare or fork.
+"""A task, in a process of its own: measure, when, verify, compare, fork or what if.
 
 One request comes in, messages go out: `ready`, `progress`, `begun`, and at the end `result` or
 `error`. Once it has said `ready`, SIGINT stops it, and what it has done by then is kept.
@@ -36,6 +36,7 @@ from everystep.views.answers import (
 from everystep.views.difference import diff_data, diff_sentence, diff_text
 from everystep.views.progress import Silent
 from everystep.views.terminal import shortest
+from everystep.views.what_if import what_if_data
 
 __all__ = ["Voice", "do", "main"]
 
@@ -155,6 +156,20 @@ def _compare(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     }
 
 
+def _what_if(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    at, until, rows = asked["at"], asked["until"], set(asked["rows"])
+    trainings = 1 + (len(rows) if asked["each"] else 1)
+    found = Run(asked["run"]).what_if(
+        at,
+        until,
+        without_rows=rows,
+        each=asked["each"],
+        by=asked["by"],
+        progress=voice.counting("training", max(0, until - at) * trainings),
+    )
+    return what_if_data(found)
+
+
 def _fork(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     run = Run(asked["run"])
     watching = _Watching(voice)
@@ -206,6 +221,7 @@ _TASKS: dict[str, Callable[[dict[str, Any], Voice], dict[str, Any]]] = {
     "verify": _verify,
     "compare": _compare,
     "fork": _fork,
+    "whatif": _what_if,
 }
 
 

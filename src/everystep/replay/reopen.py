@@ -227,7 +227,8 @@ def _living(
     from everystep.training.from_experiment import experiment_job
 
     try:
-        training = experiment_job(load(path), run.name, device).training
+        # What the run holds need not be read, or made, where the experiment has it from.
+        training = experiment_job(load(path), run.name, device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"{path} cannot be used: {error}") from None
     return replace(training, batch=batch, schedule=None)

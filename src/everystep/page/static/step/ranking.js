@@ -28,13 +28,14 @@ class Ranking {
     this.view = view;
     this.buttons = ORDERS.map((order) => button(`by ${order}`, () => this.#choose(order), { "aria-pressed": "false" }));
     const chooser = element("div", { class: "chooser", role: "group", "aria-label": "worst rows" }, element("span", {}, "Worst rows"), ...this.buttons);
+    const ask = button("What if rows are left out?", () => this.view.source.whatIf(this.#content), { class: "plain" });
     this.says = element("p", { class: "muted small", role: "status" });
     this.table = element("table", { class: "worst" });
     this.more = button("", () => this.#showMore(), { class: "plain" });
     this.about = element("div", { class: "about" });
     this.trouble = element("p", { class: "alarm small", role: "alert" });
     this.body = element("div", { class: "ranked", hidden: true }, this.says, element("div", { class: "wide" }, this.table), this.more, this.about, this.trouble);
-    this.node = element("div", { class: "ranking" }, chooser, this.body);
+    this.node = element("div", { class: "ranking" }, element("div", { class: "asks" }, chooser, ask), this.body);
     this.asking = latest((content, signal) => this.#ask(content, signal), PATIENCE);
     this.pictures = latest((content, signal) => this.#drawImages(content, signal), 0);
   }
@@ -105,7 +106,7 @@ class Ranking {
     this.#fail("");
     const { orders, count, about } = this.#answer;
     const places = orders[this.#order] ?? [];
-    if (places.length) this.table.replaceChildren(...worstRows(this.#answer, places.slice(0, this.#shown), this.#order, this.#content));
+    if (places.length) this.table.replaceChildren(...worstRows(this.#answer, places.slice(0, this.#shown), this.#order, this.#content, (row) => this.view.source.whatIf(this.#content, [row])));
     const left = count - Math.min(this.#shown, places.length);
     const isMore = this.#shown < places.length;
     setText(this.more, `${whole(left)} more`);

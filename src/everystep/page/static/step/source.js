@@ -6,7 +6,7 @@ import { addressOf, ask, askNumbers, withQuery } from "../shared/server.js";
 /** So long after a step, in which its own tensors are asked for, the next one is asked for. */
 const PATIENCE = 80;
 
-/** Return what the view of a step asks a server for: content, numbers, histograms, reasons and ranked rows of a run. */
+/** Return what the view of a step asks a server for: content, numbers, histograms, reasons and ranked rows of a run; what if asks for more. */
 export function serverSource(run) {
   const of = (step, ...what) => addressOf(run, "steps", step, ...what);
   return {
@@ -16,6 +16,7 @@ export function serverSource(run) {
     file: (step, id) => withQuery(of(step, "file"), { id }),
     why: (step, asked, options) => ask(withQuery(of(step, "why"), asked), options),
     rows: (step, options) => ask(of(step, "rows"), options),
+    whatIf: async (content, rows) => (await import("../tasks/what_if.js")).whatIfDialog(content, rows),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };
 }
