@@ -18,6 +18,7 @@ from everystep.page.routes import steps, tasks
 from everystep.page.shelf import Shelf
 from everystep.page.task import Voice, do
 from everystep.page.tasks import Event, Tasks
+from everystep.views.rerun import rerun_sentence, rerun_text
 from everystep.views.what_if import what_if_data
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -190,6 +191,23 @@ def test_what_if_ranks_trainings_without_rows(runs):
     assert "cannot end at step 20" in wrong["error"]["error"]
 
 
+def test_a_rerun_says_where_a_run_parts(runs):
+    async def use(client, _):
+        bodies = {"precision": "float64"}, {"precision": "float16"}, {"python": "/bin/true"}
+        return [await outcome(client, of("other", "rerun"), **body) for body in bodies]
+
+    found, wrong, nothing = asked_of(runs, use)
+    expected = everystep.open(runs / "other").rerun(precision="float64", progress=False)
+    result = found["result"]
+    assert result["text"] == rerun_text(expected) and result["there"] == "float64"
+    assert result["losses"] == {"steps": [*range(1, 61)], "values": expected.losses.tolist()}
+    assert result["farthest"] == expected.relative.max() > 0
+    assert result["sentence"] == rerun_sentence(expected)
+    assert found["progress"] == {"done": 60, "total": 60, "what": "taking steps"}
+    assert "must be float64 or bfloat16" in wrong["error"]["error"]
+    assert "something that differs" in nothing["error"]["error"]  # no page names a program to run
+
+
 def test_tasks_that_are_cancelled(runs):
     async def use(client, tasks):
         asked = {"at": 60, "settings": {}, "steps": 10_000_000, "name": "endless"}
@@ -245,6 +263,8 @@ def test_what_is_asked_is_checked(runs, monkeypatch):
         (whatif, {"at": 1, "until": 3}, "rows are None"),
         (whatif, {"at": 1, "until": 3, "rows": []}, "write whole numbers"),
         (whatif, {"at": 1, "until": 3, "rows": [True]}, "write whole numbers"),
+        (of("other", "rerun"), {"threads": 0}, "threads is 0"),
+        (of("other", "rerun"), {"mkl": 2}, "mkl is missing"),
         (whatif, {"at": 1, "rows": [1]}, "until is None"),
         ("/api/compare", {"one": "other"}, "other is missing"),
     ]

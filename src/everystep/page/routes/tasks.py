@@ -76,6 +76,19 @@ async def what_if(request: Request) -> Response:
     return await _begun(request, "whatif", task)
 
 
+async def rerun(request: Request) -> Response:
+    """Take the steps of a run under other numerics, or in another precision."""
+    asked = await Asked.of(request)
+    # Another interpreter is a program: no page names one.
+    task = {
+        "threads": asked.whole("threads", None, least=1),
+        "capability": asked.text("capability", None),
+        "mkl": asked.text("mkl", None),
+        "precision": asked.text("precision", None),
+    }
+    return await _begun(request, "rerun", task)
+
+
 async def compare(request: Request) -> Response:
     """Find where two runs part."""
     asked = await Asked.of(request)
@@ -145,6 +158,7 @@ routes = [
     Route("/api/runs/{name}/verify", verify, methods=["POST"]),
     Route("/api/runs/{name}/fork", fork, methods=["POST"]),
     Route("/api/runs/{name}/whatif", what_if, methods=["POST"]),
+    Route("/api/runs/{name}/rerun", rerun, methods=["POST"]),
     Route("/api/compare", compare, methods=["POST"]),
     Route("/api/tasks/{id}/events", events),
     Route("/api/tasks/{id}", cancel, methods=["DELETE"]),
