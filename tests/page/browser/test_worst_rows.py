@@ -4,7 +4,12 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from tests.page.browser.places import expect_no_sideways_scrolling, expect_step, part
+from tests.page.browser.places import (
+    expect_axe_finds_nothing_serious,
+    expect_no_sideways_scrolling,
+    expect_step,
+    part,
+)
 
 import everystep
 
@@ -65,12 +70,15 @@ def test_rows_are_ranked_when_asked_for_and_the_address_says_how(visit, ranked, 
     expect_rows(page, ranked(8, "loss")[:10])
 
 
-def test_a_link_ranks_them_on_a_phone_too(visit, ranked):
-    page = visit("/runs/digits?step=7&open=rows+by+gradient", viewport={"width": 390, "height": 844})
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_link_ranks_them_on_a_phone_too(visit, ranked, scheme):
+    phone = {"width": 390, "height": 844}
+    page = visit("/runs/digits?step=7&open=rows+by+gradient", viewport=phone, color_scheme=scheme)
     expect_rows(page, ranked(7, "gradient")[:10])
     header = page.get_by_role("columnheader", name="gradient", exact=True)
     expect(header).to_have_attribute("aria-sort", "descending")
     expect_no_sideways_scrolling(page)
+    expect_axe_finds_nothing_serious(page)
 
 
 def test_a_server_that_says_no_is_quoted_in_place(visit):

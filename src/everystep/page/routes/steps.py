@@ -57,7 +57,7 @@ async def why(request: Request) -> Response:
 
 async def rows(request: Request) -> Response:
     """Answer with the rows that make most of the loss and of the gradients."""
-    # It takes seconds, and who goes from step to step does not wait for it.
+    # It may take seconds, and who goes from step to step does not wait for it.
     return await _answered(request, request.app.state.second_desk, "rows", step=_step(request))
 
 

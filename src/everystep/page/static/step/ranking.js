@@ -10,7 +10,7 @@ import { worstRows } from "./worst.js";
 const ORDERS = ["loss", "gradient"];
 /** Rows that are shown at first, as in the terminal. */
 const SHOWN = 10;
-/** Ranking takes seconds: it waits until one does not step on. */
+/** Ranking may take seconds: it waits until one does not step on. */
 const PATIENCE = 300;
 
 /** Return the part that ranks the rows of a batch by `source.rows`; its order is among what is unfolded. */
@@ -20,8 +20,8 @@ export function ranking(view) {
 
 class Ranking {
   #content = null;
-  #answer = null; // that of the step `#step`
-  #step = null;
+  #answer = null; // of the server, on `#ranked`
+  #ranked = null; // the content of the step of which rows are shown
   #shown = SHOWN;
 
   constructor(view) {
@@ -47,7 +47,7 @@ class Ranking {
     this.close();
     show(this.body, order !== null);
     if (order === null) return;
-    if (this.#step === content.step) return this.#draw();
+    if (this.#ranked === content) return this.#draw();
     this.#wait();
     this.asking.update(content);
   }
@@ -72,7 +72,7 @@ class Ranking {
 
   // What is there stays until the rows of the next step come, and is said to be of the step before.
   #wait() {
-    const before = this.#answer === null ? "" : `; these are of step ${whole(this.#step)}`;
+    const before = this.#ranked === null ? "" : `; these are of step ${whole(this.#ranked.step)}`;
     this.#say(`Ranking the rows of step ${whole(this.#content.step)}${before}.`);
     this.body.setAttribute("aria-busy", "true");
     this.#fail("");
@@ -83,11 +83,11 @@ class Ranking {
       const answer = await this.view.source.rows(content.step, { signal });
       if (signal.aborted) return;
       this.#answer = answer;
-      this.#step = content.step;
+      this.#ranked = content;
       this.#draw();
     } catch (error) {
       if (error.name === "AbortError") return;
-      this.#answer = this.#step = null;
+      this.#answer = this.#ranked = null;
       this.#clear();
       this.#fail(error.message);
     }
@@ -105,15 +105,17 @@ class Ranking {
     this.#clear();
     this.#fail("");
     const { orders, count, about } = this.#answer;
+    const content = this.#ranked;
     const places = orders[this.#order] ?? [];
-    if (places.length) this.table.replaceChildren(...worstRows(this.#answer, places.slice(0, this.#shown), this.#order, this.#content, (row) => this.view.source.whatIf(this.#content, [row])));
+    const leaveOut = (row) => this.view.source.whatIf(content, [row]);
+    if (places.length) this.table.replaceChildren(...worstRows(this.#answer, places.slice(0, this.#shown), this.#order, content, leaveOut));
     const left = count - Math.min(this.#shown, places.length);
-    const isMore = this.#shown < places.length;
     setText(this.more, `${whole(left)} more`);
     show(this.more, places.length > 0 && left > 0);
-    this.more.disabled = !isMore;
+    this.more.disabled = this.#shown >= places.length;
+    this.more.title = this.more.disabled ? "everystep rows --first lists them" : "";
     this.about.replaceChildren(...about.map((line) => element("p", { class: "muted small" }, line)));
-    this.pictures.update(this.#content);
+    this.pictures.update(content);
   }
 
   // One after the other: the next key waits for none but the first.
