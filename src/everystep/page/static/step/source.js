@@ -16,9 +16,15 @@ export function serverSource(run) {
     file: (step, id) => withQuery(of(step, "file"), { id }),
     why: (step, asked, options) => ask(withQuery(of(step, "why"), asked), options),
     rows: (step, options) => ask(of(step, "rows"), options),
-    whatIf: async (content, rows) => (await import("../tasks/what_if.js")).whatIfDialog(content, rows),
+    whatIf: (content, rows) => askWhatIf(run, content, rows),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };
+}
+
+// The dialog is loaded when it is asked for; what to type after a command is known to the server.
+async function askWhatIf(run, content, rows) {
+  const [{ whatIfDialog }, { directory }] = await Promise.all([import("../tasks/what_if.js"), ask(addressOf(run)).catch(() => ({}))]);
+  whatIfDialog(content, rows, directory ?? run);
 }
 
 // Who goes from step to step goes on: the step after the next key is there before it is pressed.

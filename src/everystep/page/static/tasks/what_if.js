@@ -11,8 +11,8 @@ import { runTask } from "./task.js";
 const STEPS = 5;
 const EACH = "one after the other";
 
-/** Open the dialog for an open step; `chosen`: rows that the reader has chosen already. */
-export function whatIfDialog({ run, step, steps, batch, tensors }, chosen = []) {
+/** Open the dialog for an open step; `chosen`: rows that the reader has chosen already; `argument`: the run after a command. */
+export function whatIfDialog({ run, step, steps, batch, tensors }, chosen, argument) {
   const fields = fieldsOf(step, steps, chosen);
   const command = commandLine("The same from the command line");
   const host = element("div");
@@ -22,7 +22,7 @@ export function whatIfDialog({ run, step, steps, batch, tensors }, chosen = []) 
     const asked = askedOf(fields, step, batch, tensors);
     complain(fields, asked.problem);
     command.node.hidden = Boolean(asked.problem);
-    if (!asked.problem) command.set(commandOf(run, asked, fields));
+    if (!asked.problem) command.set(commandOf(argument, asked, fields));
     return asked;
   };
   const start = (event) => {
@@ -54,7 +54,7 @@ export function whatIfDialog({ run, step, steps, batch, tensors }, chosen = []) 
   return dialog;
 }
 
-function fieldsOf(step, steps, chosen) {
+function fieldsOf(step, steps, chosen = []) {
   const text = (value, placeholder) => element("input", { type: "text", class: "mono", value, placeholder, autocomplete: "off", spellcheck: false });
   return {
     rows: text(chosen.join(", "), "each row of the batch"),
@@ -95,9 +95,9 @@ function rowsOf({ rows, tensors: [first] }, tensors) {
   return rows ?? [...Array(tensors[first.tensor].shape[0] ?? 0).keys()];
 }
 
-function commandOf(run, { at, until, rows, each, by }, fields) {
+function commandOf(argument, { at, until, rows, each, by }, fields) {
   const which = fields.rows.value.trim() ? ["--without-rows", rows.join(",")] : ["--without-rows-of", String(at + 1)];
-  const words = ["everystep", "whatif", run, "--at", String(at), "--until", String(until), ...which];
+  const words = ["everystep", "whatif", argument, "--at", String(at), "--until", String(until), ...which];
   if (each) words.push("--each");
   if (by !== "loss") words.push("--by", by);
   return words.map(quoted).join(" ");
