@@ -14,6 +14,7 @@ __all__ = ["CAPABILITIES", "MKL_BRANCHES", "Place"]
 
 #: What ATEN_CPU_CAPABILITY takes.
 CAPABILITIES = ("default", "avx2", "avx512")
+#: Dtypes that all floating-point numbers can have.
 PRECISIONS = ("float64", "bfloat16")
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")
