@@ -18,6 +18,8 @@ from everystep.page.routes import steps, tasks
 from everystep.page.shelf import Shelf
 from everystep.page.task import Voice, do
 from everystep.page.tasks import Event, Tasks
+from everystep.views.rerun import rerun_sentence, rerun_text
+from everystep.views.what_if import what_if_data
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -171,6 +173,41 @@ def test_a_fork(runs):
     assert "did you mean SGD" in wrong["error"]["error"] and "begun" not in wrong
 
 
+def test_what_if_ranks_trainings_without_rows(runs):
+    async def use(client, _):
+        asked = {"at": 20, "until": 24, "rows": [3, 9, 3], "each": True}
+        bodies = asked, asked | {"each": False, "by": "norm(gradients['0.bias'])"}, asked | {"until": 20}
+        return [await outcome(client, of("other", "whatif"), **body) for body in bodies]
+
+    each, together, wrong = asked_of(runs, use)
+    run = everystep.open(runs / "other")
+    found = run.what_if(20, 24, without_rows=[3, 9], each=True, progress=False)
+    assert each["result"] == json.loads(json.dumps(what_if_data(found)))
+    assert [case["rows"] for case in each["result"]["cases"]] == [[c.rows[0]] for c in found.cases]
+    assert each["result"]["recorded"]["value"] == run.losses["loss"][23]
+    assert each["progress"] == {"done": 12, "total": 12, "what": "training"}
+    [case] = together["result"]["cases"]
+    assert case["rows"] == [3, 9] and together["progress"]["total"] == 8
+    assert "cannot end at step 20" in wrong["error"]["error"]
+
+
+def test_a_rerun_says_where_a_run_parts(runs):
+    async def use(client, _):
+        bodies = {"precision": "float64"}, {"precision": "float16"}, {"python": "/bin/true"}
+        return [await outcome(client, of("other", "rerun"), **body) for body in bodies]
+
+    found, wrong, nothing = asked_of(runs, use)
+    expected = everystep.open(runs / "other").rerun(precision="float64", progress=False)
+    result = found["result"]
+    assert result["text"] == rerun_text(expected) and result["there"] == "float64"
+    assert result["losses"] == {"steps": [*range(1, 61)], "values": expected.losses.tolist()}
+    assert result["farthest"] == expected.relative.max() > 0
+    assert result["sentence"] == rerun_sentence(expected)
+    assert found["progress"] == {"done": 60, "total": 60, "what": "taking steps"}
+    assert "must be float64 or bfloat16" in wrong["error"]["error"]
+    assert "something that differs" in nothing["error"]["error"]  # no page names a program to run
+
+
 def test_tasks_that_are_cancelled(runs):
     async def use(client, tasks):
         asked = {"at": 60, "settings": {}, "steps": 10_000_000, "name": "endless"}
@@ -207,7 +244,7 @@ def test_a_task_that_is_cancelled_before_it_has_begun_ends_at_once(runs):
 
 def test_what_is_asked_is_checked(runs, monkeypatch):
     monkeypatch.setattr(tasks_module, "MOST_AT_ONCE", 0)
-    fork = of("other", "fork")
+    fork, whatif = of("other", "fork"), of("other", "whatif")
     refused = [
         (of("other", "measure"), {}, "expression is missing"),
         (of("other", "measure"), {"expression": "x" * 20_000}, "longer than"),
@@ -223,6 +260,12 @@ def test_what_is_asked_is_checked(runs, monkeypatch):
         (fork, {"at": 1, "settings": {"data={": "}"}}, "not a setting"),
         (fork, {"at": 1, "settings": {".": "}"}}, "not a setting"),
         (fork, {"at": 1, "name": "other"}, "there already"),
+        (whatif, {"at": 1, "until": 3}, "rows are None"),
+        (whatif, {"at": 1, "until": 3, "rows": []}, "write whole numbers"),
+        (whatif, {"at": 1, "until": 3, "rows": [True]}, "write whole numbers"),
+        (of("other", "rerun"), {"threads": 0}, "threads is 0"),
+        (of("other", "rerun"), {"mkl": 2}, "mkl is missing"),
+        (whatif, {"at": 1, "rows": [1]}, "until is None"),
         ("/api/compare", {"one": "other"}, "other is missing"),
     ]
     names = ["..", ".", ".hidden", "a/b", "../x", "/tmp/x", "a\\b", "a\nb", "\ud800", "é" * 150, "C:x"]

@@ -13,8 +13,9 @@ from torch import nn
 
 import everystep
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
+from everystep.replay.rerun import Place
 from everystep.views.reproduction import reproduce
-from everystep.views.rerun import rerun_data
+from everystep.views.rerun import rerun_data, rerun_sentence
 
 STEPS = 30
 #: The chapter's loop, with nothing of everystep; prints its losses as hexadecimal numbers.
@@ -240,3 +241,17 @@ def test_an_interpreter_without_everystep_is_told_how_to_get_it(chapter_run, tmp
     bare.chmod(0o755)
     with pytest.raises(TrainingError, match="-m pip install everystep=="):
         chapter_run.rerun(python=str(bare), progress=False)
+
+
+def test_a_sentence_says_where_a_run_parts_and_by_how_much(compatible):
+    losses = compatible.recorded.copy()
+    losses[6] *= 1.25
+    found = rerun_sentence(replace(compatible, losses=losses, parts_at=2))
+    assert found == (
+        "chapter has other bits there from step 2 on; its losses are farthest from the recorded losses "
+        "at step 7, by 0.25 times the recorded one"
+    )
+    double = replace(compatible, losses=losses, place=Place(precision="float64"))
+    assert rerun_sentence(double).startswith("In float64, the losses of chapter are farthest")
+    same = replace(compatible, losses=compatible.recorded, parts_at=None)
+    assert rerun_sentence(same) == "chapter has the same bits there"

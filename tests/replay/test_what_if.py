@@ -231,3 +231,21 @@ def test_a_metric_without_validation_rows_sees_the_other_targets(tmp_path):
     fork = run.fork(4, steps=11, relabel=changed, directory=tmp_path / "fork", progress=False)
     assert list(run.measured("ones").values())[-1] == before.count(1)
     assert list(fork.measured("ones").values())[-1] == ROWS
+
+
+def test_what_a_run_holds_is_not_read_where_it_came_from(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["a,b", *(f"{n % 7},{n % 5}" for n in range(20))]))
+    experiment = {
+        "steps": 6,
+        "batch_size": 5,
+        "data": {"source": "table", "path": str(table), "target": "b"},
+        "model": {"layers": ["Linear(1, 1)"]},
+        "loss": {"name": "MSELoss"},
+        "optimizer": {"name": "SGD", "lr": 0.01},
+    }
+    run = everystep.train_experiment(experiment, directory=tmp_path / "run", progress=False)
+    found = run.what_if(1, 4, without_rows_of=2, each=True, progress=False)
+    table.unlink()
+    again = everystep.open(tmp_path / "run").what_if(1, 4, without_rows_of=2, each=True, progress=False)
+    assert again.cases == found.cases and len(found.cases) == 5

@@ -41,7 +41,7 @@ def application(directory: Path) -> Starlette:
         yield
         state.live.close()
         await state.tasks.close()
-        await state.desk.close()
+        await _close_desks(app)
 
     app = Starlette(
         routes=[*_PAGES, *_ASSETS, *runs.routes, *note.routes, *steps.routes, *tasks.routes],
@@ -54,8 +54,14 @@ def application(directory: Path) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.shelf, app.state.columns = Shelf(directory), Columns()
-    app.state.desk, app.state.tasks = Desk(directory), Tasks()
+    app.state.tasks = Tasks()
+    # The worker of the second one starts with the first question that takes long.
+    app.state.desk, app.state.second_desk = Desk(directory), Desk(directory)
     return app
+
+
+async def _close_desks(app: Starlette) -> None:
+    await asyncio.gather(app.state.desk.close(), app.state.second_desk.close())
 
 
 class UntilEnd:
@@ -68,7 +74,7 @@ class UntilEnd:
     async def end(self) -> None:
         """End them."""
         self._end.set()
-        await self._app.state.desk.close()
+        await _close_desks(self._app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as the application does; at the end, as if the browser had gone."""

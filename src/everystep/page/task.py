@@ -1,4 +1,4 @@
-"""A task, in a process of its own: measure, when, verify, compare or fork.
+"""A task, in a process of its own: measure, when, verify, compare, fork, what if or rerun.
 
 One request comes in, messages go out: `ready`, `progress`, `begun`, and at the end `result` or
 `error`. Once it has said `ready`, SIGINT stops it, and what it has done by then is kept.
@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from everystep import numerics
 from everystep.errors import EverystepError
 from everystep.experiment.specification import parse_setting
+from everystep.page.columns import reduced
 from everystep.page.memory_limit import limit_memory, memory_message
 from everystep.page.processes import Speaker
 from everystep.page.shelf import shown_name
@@ -35,7 +38,9 @@ from everystep.views.answers import (
 )
 from everystep.views.difference import diff_data, diff_sentence, diff_text
 from everystep.views.progress import Silent
+from everystep.views.rerun import rerun_sentence, rerun_text
 from everystep.views.terminal import shortest
+from everystep.views.what_if import what_if_data
 
 __all__ = ["Voice", "do", "main"]
 
@@ -43,6 +48,8 @@ __all__ = ["Voice", "do", "main"]
 _PAUSE = 0.1
 #: Steps that an answer lists; of more there is the number.
 _LISTED = 10_000
+#: Points of a curve that are sent.
+_POINTS = 20_000
 
 
 class Voice(Speaker):
@@ -155,6 +162,40 @@ def _compare(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     }
 
 
+def _what_if(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    at, until, rows = asked["at"], asked["until"], set(asked["rows"])
+    trainings = 1 + (len(rows) if asked["each"] else 1)
+    found = Run(asked["run"]).what_if(
+        at,
+        until,
+        without_rows=rows,
+        each=asked["each"],
+        by=asked["by"],
+        progress=voice.counting("training", max(0, until - at) * trainings),
+    )
+    return what_if_data(found)
+
+
+def _rerun(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
+    run = Run(asked["run"])
+    count = len(run) - run.stretches[-1].first + 1 if len(run) else 0
+    found = run.rerun(
+        threads=asked["threads"],
+        capability=asked["capability"],
+        mkl=asked["mkl"],
+        precision=asked["precision"],
+        progress=voice.counting("taking steps", count),
+    )
+    steps = np.arange(found.first, found.first + len(found.losses))
+    return {
+        "there": found.place.precision or "elsewhere",
+        "farthest": float(found.relative.max()),
+        "sentence": rerun_sentence(found),
+        "text": rerun_text(found),
+        "losses": reduced(steps, found.losses, _POINTS) if found.has_loss else None,
+    }
+
+
 def _fork(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     run = Run(asked["run"])
     watching = _Watching(voice)
@@ -206,6 +247,8 @@ _TASKS: dict[str, Callable[[dict[str, Any], Voice], dict[str, Any]]] = {
     "verify": _verify,
     "compare": _compare,
     "fork": _fork,
+    "whatif": _what_if,
+    "rerun": _rerun,
 }
 
 

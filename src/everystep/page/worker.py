@@ -186,6 +186,14 @@ def _why(openers: Openers, request: dict[str, Any]) -> Found:
     return {}, json.dumps(plain(found), allow_nan=False).encode("utf-8", "replace")
 
 
+def _rows(openers: Openers, request: dict[str, Any]) -> Found:
+    from everystep.page.ranking import ranking
+
+    _, step = openers.step(request["run"], request["step"])
+    found = ranking(step, openers.facts)
+    return {}, json.dumps(plain(found), allow_nan=False).encode("utf-8", "replace")
+
+
 def _report(openers: Openers, request: dict[str, Any]) -> Found:
     from everystep.page.share import shared_report  # imports much that steps do without
 
@@ -199,6 +207,7 @@ _KINDS: dict[str, Callable[[Openers, dict[str, Any]], Found]] = {
     "file": _file,
     "report": _report,
     "why": _why,
+    "rows": _rows,
 }
 
 

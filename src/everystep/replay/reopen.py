@@ -228,7 +228,8 @@ def _living(
     from everystep.training.from_experiment import experiment_job
 
     try:
-        training = experiment_job(load(path), run.name, device).training
+        # Data that the run holds is not read from its source, which may be gone, or named by a stranger.
+        training = experiment_job(load(path), run.name, device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"{path} cannot be used: {error}") from None
     return with_replacement(replace(training, batch=batch, schedule=None), facts.replaced)

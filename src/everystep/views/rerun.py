@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from everystep.replay.rerun import Rerun
     from everystep.replay.rounding import Apart
 
-__all__ = ["rerun_data", "rerun_text"]
+__all__ = ["rerun_data", "rerun_sentence", "rerun_text"]
 
 
 def rerun_text(found: Rerun) -> str:
@@ -32,6 +32,20 @@ def rerun_text(found: Rerun) -> str:
         lines.append(labelled("nearer", _nearer_text(found)))
     lines += [labelled("note", problem) for problem in found.problems]
     return "\n".join([*lines, "", _verdict(found)])
+
+
+def rerun_sentence(found: Rerun) -> str:
+    """Return the conclusion in a sentence: where a run parts, and by how much at most."""
+    if not found.has_loss or not found.relative.any():
+        return _verdict(found)
+    far = int(found.relative.argmax())
+    apart = (
+        f"farthest from the recorded losses at step {found.first + far:,}, by "
+        f"{number(float(found.relative[far]))} times the recorded one"
+    )
+    if found.place.precision is not None:
+        return f"In {found.place.precision}, the losses of {found.name} are {apart}"
+    return f"{_verdict(found)}; its losses are {apart}"
 
 
 def rerun_data(found: Rerun) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError, UsageError, did_you_mean
 from everystep.views.batch import targets
@@ -16,10 +16,22 @@ if TYPE_CHECKING:
     from everystep.replay.rows import Rows, Share
     from everystep.replay.step import Step
 
-__all__ = ["order_of", "rows_data", "rows_text"]
+__all__ = ["ORDERS", "RowNumbers", "about_rows", "order_of", "row_numbers", "rows_data", "rows_text"]
 
+#: What rows are ranked by.
+ORDERS = ("loss", "gradient")
 _FIRST = 10
-_ORDERS = ("loss", "gradient")
+
+
+class RowNumbers(NamedTuple):
+    """What rows are ranked by: the loss of each, and the 2-norm of its term in the gradients (N).
+
+    None where that is unknown; whole: the 2-norm of the gradients themselves.
+    """
+
+    loss: Tensor | None
+    gradient: Tensor | None
+    whole: float
 
 
 def order_of(
@@ -32,15 +44,14 @@ def order_of(
     Raises:
         UsageError: there is no such order, or no such parameter.
     """
-    if by not in (None, *_ORDERS):
+    if by not in (None, *ORDERS):
         raise UsageError(f"rows are ranked by loss or by gradient, not by {by!r:.80}")
     if parameter is not None and parameter not in rows.gradients:
         cure = did_you_mean(parameter, list(rows.gradients))
         raise UsageError(f"step {rows.step} has no gradient of {parameter!r:.80}; {cure}")
-    wanted = [by] if by else ["gradient"] if parameter else _ORDERS
-    known = {"loss": _loss(rows), "gradient": _gradient(rows, parameter)}
-    for name in wanted:
-        values = known[name]
+    numbers = row_numbers(rows, parameter)
+    for name in [by] if by else ["gradient"] if parameter else ORDERS:
+        values = numbers.loss if name == "loss" else numbers.gradient
         if values is not None:
             return name, rows.ranked(values)
     return None
@@ -66,7 +77,7 @@ def rows_text(
     lines = [title if order is None else f"{title}, rows by {order[0]}", ""]
     if order is not None:
         lines += [*_table(step, order[1], parameter, first, classes), ""]
-    return "\n".join([*lines, *_about(rows, parameter)]).rstrip()
+    return "\n".join([*lines, *about_rows(rows, parameter)]).rstrip()
 
 
 def _table(
@@ -74,11 +85,10 @@ def _table(
 ) -> list[str]:
     rows = step.rows
     columns: list[list[str]] = [["row", *(str(rows.numbers[place]) for place in order[:first])]]
-    loss, gradient = _loss(rows), _gradient(rows, parameter)
+    loss, gradient, whole = row_numbers(rows, parameter)
     if loss is not None:
         columns.append(["loss", *(number(float(loss[place])) for place in order[:first])])
     if gradient is not None:
-        whole = _whole(rows, parameter)
         columns.append(["gradient", *(number(float(gradient[place])) for place in order[:first])])
         columns.append(["of the norm", *(_percent(float(gradient[p]), whole) for p in order[:first])])
     lines = [
@@ -103,8 +113,8 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}%" if whole else "-"
 
 
-def _about(rows: Rows, parameter: str | None) -> list[str]:
-    """Return what the numbers are, in lines."""
+def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
+    """Return what the numbers are, and why some are unknown, in lines."""
     from everystep.replay.rows import Share
 
     lines = [] if rows.are_in_data else ["row: its place in the batch"]
@@ -146,7 +156,7 @@ def rows_data(step: Step, *, by: str | None = None, parameter: str | None = None
     rows = step.rows
     order = order_of(rows, by, parameter)
     places = range(len(rows.numbers)) if order is None else order[1]
-    loss, gradient = _loss(rows), _gradient(rows, parameter)
+    loss, gradient, _ = row_numbers(rows, parameter)
     share = rows.loss_share
     shares = {name: each for name, each in rows.gradients.items() if parameter in (None, name)}
     return {
@@ -179,24 +189,18 @@ def rows_data(step: Step, *, by: str | None = None, parameter: str | None = None
     }
 
 
-def _loss(rows: Rows) -> Tensor | None:
-    try:
-        return rows.loss
-    except RunError:
-        return None
-
-
-def _gradient(rows: Rows, parameter: str | None) -> Tensor | None:
-    """Return the norms of the rows' terms, of the parameters of which they are known."""
-    try:
-        return rows.gradient_of(*([parameter] if parameter else rows.known))
-    except RunError:
-        return None
-
-
-def _whole(rows: Rows, parameter: str | None) -> float:
+def row_numbers(rows: Rows, parameter: str | None = None) -> RowNumbers:
+    """Return what rows are ranked by, the gradients being those of which the rows are known."""
     names = [parameter] if parameter else rows.known
-    return math.hypot(*(share.whole for share in _shares(rows, names)))
+    whole = math.hypot(*(share.whole for share in _shares(rows, names)))
+    return RowNumbers(_known(lambda: rows.loss), _known(lambda: rows.gradient_of(*names)), whole)
+
+
+def _known(numbers: Callable[[], Tensor]) -> Tensor | None:
+    try:
+        return numbers()
+    except RunError:
+        return None
 
 
 def _shares(rows: Rows, names: Sequence[str]) -> list[Share]:

@@ -60,9 +60,16 @@ class Asked:
         value = self._fields.get(name)
         if value is None and absent is not ...:
             return absent
-        if type(value) is not int or not least <= value < 2**53:
+        if not _is_whole(value, least):
             raise UsageError(f"{name} is {value!r:.80}; write a whole number from {least} on")
         return value
+
+    def wholes(self, name: str) -> list[int]:
+        """Return whole numbers from 0 on, at least one."""
+        value = self._fields.get(name)
+        if isinstance(value, list) and value and all(_is_whole(each) for each in value):
+            return value
+        raise UsageError(f"{name} are {value!r:.80}; write whole numbers from 0 on: [8123, 8124]")
 
     def line(self, name: str) -> str:
         """Return a text that may be blank."""
@@ -95,3 +102,7 @@ class Asked:
                     "everystep fork RUN --at STEP --set does it"
                 )
         return value
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**53

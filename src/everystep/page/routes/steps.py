@@ -55,6 +55,12 @@ async def why(request: Request) -> Response:
     )
 
 
+async def rows(request: Request) -> Response:
+    """Answer with the rows that make most of the loss and of the gradients."""
+    # It may take seconds, and who goes from step to step does not wait for it.
+    return await _answered(request, request.app.state.second_desk, "rows", step=_step(request))
+
+
 async def file(request: Request) -> Response:
     """Answer with a tensor as a file of NumPy's."""
     return await _asked(request, "file", step=_step(request), id=_id(request))
@@ -140,5 +146,6 @@ routes = [
     Route("/api/runs/{name}/steps/{step}/histogram", histogram),
     Route("/api/runs/{name}/steps/{step}/file", file),
     Route("/api/runs/{name}/steps/{step}/why", why),
+    Route("/api/runs/{name}/steps/{step}/rows", rows),
     Route("/api/runs/{name}/report", report),
 ]

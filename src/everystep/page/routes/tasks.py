@@ -1,4 +1,4 @@
-"""Tasks: measure, when, verify, compare and fork; each answers with an id, its events say the rest."""
+"""Tasks, by what they do; each answers with an id, its events say the rest."""
 
 from __future__ import annotations
 
@@ -61,6 +61,32 @@ async def fork(request: Request) -> Response:
         "name": name,
     }
     return await _begun(request, "fork", task)
+
+
+async def what_if(request: Request) -> Response:
+    """Train again without some rows, and compare a number at a step."""
+    asked = await Asked.of(request)
+    task = {
+        "at": asked.whole("at"),
+        "until": asked.whole("until", least=1),
+        "rows": asked.wholes("rows"),
+        "each": asked.flag("each"),
+        "by": asked.text("by", "loss"),
+    }
+    return await _begun(request, "whatif", task)
+
+
+async def rerun(request: Request) -> Response:
+    """Take the steps of a run under other numerics, or in another precision."""
+    asked = await Asked.of(request)
+    # Another interpreter is a program: no page names one.
+    task = {
+        "threads": asked.whole("threads", None, least=1),
+        "capability": asked.text("capability", None),
+        "mkl": asked.text("mkl", None),
+        "precision": asked.text("precision", None),
+    }
+    return await _begun(request, "rerun", task)
 
 
 async def compare(request: Request) -> Response:
@@ -131,6 +157,8 @@ routes = [
     Route("/api/runs/{name}/when", when, methods=["POST"]),
     Route("/api/runs/{name}/verify", verify, methods=["POST"]),
     Route("/api/runs/{name}/fork", fork, methods=["POST"]),
+    Route("/api/runs/{name}/whatif", what_if, methods=["POST"]),
+    Route("/api/runs/{name}/rerun", rerun, methods=["POST"]),
     Route("/api/compare", compare, methods=["POST"]),
     Route("/api/tasks/{id}/events", events),
     Route("/api/tasks/{id}", cancel, methods=["DELETE"]),

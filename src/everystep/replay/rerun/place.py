@@ -14,6 +14,8 @@ __all__ = ["CAPABILITIES", "MKL_BRANCHES", "Place"]
 
 #: What ATEN_CPU_CAPABILITY takes.
 CAPABILITIES = ("default", "avx2", "avx512")
+#: Dtypes that all floating-point numbers can have.
+PRECISIONS = ("float64", "bfloat16")
 #: Branches that MKL_CBWR takes, each also with ",STRICT"; "OFF" is MKL's own choice.
 MKL_BRANCHES = ("OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512")
 
@@ -56,6 +58,9 @@ class Place:
             faults.append(
                 Fault("mkl", f"must be one of {known}, or one with ,STRICT, not {self.mkl!r:.40}")
             )
+        if self.precision is not None and self.precision not in PRECISIONS:
+            known = " or ".join(PRECISIONS)
+            faults.append(Fault("precision", f"must be {known}, not {self.precision!r:.40}"))
         if self.python is not None and shutil.which(self.python) is None:
             faults.append(Fault("python", f"{self.python} is not a program that can be run"))
         if faults:

@@ -31,3 +31,22 @@ export class Timers {
     this.#running.set(name, setTimeout(run, pause));
   }
 }
+
+/** Return {update, close}: only the newest content is drawn, and not while the next is coming already. */
+export function latest(draw, patience) {
+  let asked = new AbortController();
+  let waiting = null;
+  return {
+    update(content) {
+      asked.abort();
+      clearTimeout(waiting);
+      asked = new AbortController();
+      const { signal } = asked;
+      waiting = setTimeout(() => draw(content, signal), patience);
+    },
+    close() {
+      clearTimeout(waiting);
+      asked.abort();
+    },
+  };
+}

@@ -6,7 +6,7 @@ import { addressOf, ask, askNumbers, withQuery } from "../shared/server.js";
 /** So long after a step, in which its own tensors are asked for, the next one is asked for. */
 const PATIENCE = 80;
 
-/** Return what the view of a step asks a server for: content, numbers, histograms and reasons of a run. */
+/** Return what the view of a step asks a server for: content, numbers, histograms, reasons and ranked rows of a run; what if asks for more. */
 export function serverSource(run) {
   const of = (step, ...what) => addressOf(run, "steps", step, ...what);
   return {
@@ -15,8 +15,16 @@ export function serverSource(run) {
     link: (step, operation) => location.origin + address.write({ view: "run", run, step, operation }),
     file: (step, id) => withQuery(of(step, "file"), { id }),
     why: (step, asked, options) => ask(withQuery(of(step, "why"), asked), options),
+    rows: (step, options) => ask(of(step, "rows"), options),
+    whatIf: (content, rows) => askWhatIf(run, content, rows),
     histogram: (step, id, options) => ask(withQuery(of(step, "histogram"), { id }), options),
   };
+}
+
+// The dialog is loaded when it is asked for; what to type after a command is known to the server.
+async function askWhatIf(run, content, rows) {
+  const [{ whatIfDialog }, { directory }] = await Promise.all([import("../tasks/what_if.js"), ask(addressOf(run)).catch(() => ({}))]);
+  whatIfDialog(content, rows, directory ?? run);
 }
 
 // Who goes from step to step goes on: the step after the next key is there before it is pressed.

@@ -1,11 +1,11 @@
-// Questions to a whole run: measure in hindsight, find the steps at which something is true, verify.
+// Questions to a whole run: measure in hindsight, find the steps at which something is true, verify, rerun.
 
 import { read, write } from "../shared/address.js";
 import { button, element } from "../shared/elements.js";
 import { languageHelp, toFind, toMeasure } from "./expressions.js";
 import { short, whole } from "../shared/format.js";
-import { addressOf, tell } from "../shared/server.js";
-import { runTask } from "./task.js";
+import { labelled, questionForm } from "./question.js";
+import { rerunning } from "./rerun.js";
 
 /** Steps that are listed at once. */
 const LISTED = 60;
@@ -13,7 +13,7 @@ const LISTED = 60;
 /** Show the questions to a run in `host`; return {update(about), close()}. */
 export function questions(host, about, { goTo, changed }) {
   const place = { about, goTo, changed };
-  const parts = [measuring(place), finding(place), verifying(place)];
+  const parts = [measuring(place), finding(place), verifying(place), rerunning(place)];
   host.replaceChildren(
     element(
       "section",
@@ -103,42 +103,6 @@ function verifying(place) {
   return { ...question, update: () => {} };
 }
 
-// A form with perhaps an expression, a button that asks, and a place for progress and answer.
-function questionForm(place, { title, says, expression, options, more, verb, path, content, done, failed = () => {} }) {
-  const host = element("div", { class: "answer" });
-  const asking = element("button", {}, verb);
-  let task = null;
-  const ask = () => {
-    if (asking.disabled) return;
-    asking.disabled = true;
-    expression?.input.setAttribute("aria-invalid", "false");
-    task = runTask(() => tell(addressOf(place.about.name, path), content()), host, {
-      label: title,
-      done,
-      over(message) {
-        asking.disabled = false;
-        if (!message) return;
-        expression?.input.setAttribute("aria-invalid", "true");
-        failed(message);
-      },
-    });
-  };
-  const submit = (event) => {
-    event.preventDefault();
-    ask();
-  };
-  const node = element(
-    "form",
-    { class: "question", onsubmit: submit, "aria-label": title },
-    element("h3", {}, title),
-    element("p", { class: "muted small" }, says),
-    expression?.node,
-    element("div", { class: "options" }, ...options, asking, more),
-    host,
-  );
-  return { node, ask, close: () => task?.leave() };
-}
-
 function expressionField(label, id) {
   const input = element("input", {
     type: "text", class: "mono", id: `ask-${id}`, required: true, autocomplete: "off", spellcheck: false, autocapitalize: "off",
@@ -158,10 +122,6 @@ function expressionField(label, id) {
       examples.replaceChildren(...texts.map((text) => button(text, () => set(text), { class: "example mono" })));
     },
   };
-}
-
-function labelled(before, input, after = null) {
-  return element("label", { class: "option" }, before, input, after);
 }
 
 function foundSteps(place, { steps, count: all, left_out_from: leftOut = [], nonfinite, text }) {

@@ -1,0 +1,41 @@
+// What became of trainings without some rows: a line for each, beside the recorded one.
+
+import { element } from "../shared/elements.js";
+import { fullText, numberOf, short, whole } from "../shared/format.js";
+
+/** Rows that are named before the rest is counted, as in the terminal. */
+const NAMED = 8;
+
+/** Return the table of the trainings: what is compared at the last step, and its change against the recording. */
+export function casesTable({ until, by, recorded, cases }) {
+  const known = numberOf(recorded.value);
+  const changes = cases.map(({ value }) => (value === null || known === null ? null : numberOf(value) - known));
+  const most = Math.max(...changes.map(Math.abs).filter(Number.isFinite), 0);
+  const head = ["rows left out", `${by} at step ${whole(until)}`, "change"].map((title, place) => element("th", { scope: "col", class: place ? "number" : "" }, title));
+  const first = element("tr", { class: "recorded" }, element("th", { scope: "row" }, "none, as recorded"), numberCell(recorded.value), element("td"));
+  const rows = cases.map(({ rows: left, value }, place) => element("tr", {}, element("th", { scope: "row" }, namesOf(left)), numberCell(value), changeCell(changes[place], most)));
+  const table = element("table", { class: "cases" }, element("thead", {}, element("tr", {}, head)), element("tbody", {}, first, rows));
+  return element("div", { class: "cases-place", tabIndex: 0, role: "group", "aria-label": "trainings without rows" }, table);
+}
+
+function namesOf(rows) {
+  const more = rows.length > NAMED ? ` and ${whole(rows.length - NAMED)} more` : "";
+  return rows.slice(0, NAMED).join(", ") + more;
+}
+
+function numberCell(value) {
+  const number = numberOf(value);
+  if (number === null) return element("td", { class: "number" }, "–");
+  return element("td", { class: Number.isFinite(number) ? "number" : "number nonfinite", title: fullText(number) }, short(number));
+}
+
+// Its bar goes to the left where the number is smaller than recorded.
+function changeCell(change, most) {
+  const cell = numberCell(change);
+  if (change > 0) cell.textContent = `+${cell.textContent}`;
+  if (Number.isFinite(change) && most) {
+    cell.classList.add(change < 0 ? "less" : "more-than");
+    cell.style.setProperty("--part", `${(100 * Math.abs(change)) / most}%`);
+  }
+  return cell;
+}

@@ -1,0 +1,51 @@
+// A question to a whole run: its form, and its answer beneath.
+
+import { element } from "../shared/elements.js";
+import { addressOf, tell } from "../shared/server.js";
+import { runTask } from "./task.js";
+
+/**
+ * Return a form with perhaps an expression, a button that asks, and a place for progress and answer: {node, ask(), close()}.
+ *
+ * `place.about`: the run; `path`, `content()`: what the server is asked; `done(result)`: what is shown of the answer; `failed(message)`:
+ * is called with what went wrong.
+ */
+export function questionForm(place, { title, says, expression, options, more, verb, path, content, done, failed = () => {} }) {
+  const host = element("div", { class: "answer" });
+  const asking = element("button", {}, verb);
+  let task = null;
+  const ask = () => {
+    if (asking.disabled) return;
+    asking.disabled = true;
+    expression?.input.setAttribute("aria-invalid", "false");
+    task = runTask(() => tell(addressOf(place.about.name, path), content()), host, {
+      label: title,
+      done,
+      over(message) {
+        asking.disabled = false;
+        if (!message) return;
+        expression?.input.setAttribute("aria-invalid", "true");
+        failed(message);
+      },
+    });
+  };
+  const submit = (event) => {
+    event.preventDefault();
+    ask();
+  };
+  const node = element(
+    "form",
+    { class: "question", onsubmit: submit, "aria-label": title },
+    element("h3", {}, title),
+    element("p", { class: "muted small" }, says),
+    expression?.node,
+    element("div", { class: "options" }, ...options, asking, more),
+    host,
+  );
+  return { node, ask, close: () => task?.leave() };
+}
+
+/** Return an option of a question, with words before and perhaps after it. */
+export function labelled(before, input, after = null) {
+  return element("label", { class: "option" }, before, input, after);
+}

@@ -1,0 +1,73 @@
+// The steps of a run once more, elsewhere: under other numerics, or in another precision.
+
+import { element } from "../shared/elements.js";
+import { numberOf } from "../shared/format.js";
+import { labelled, questionForm } from "./question.js";
+
+/** What the processor and its libraries can be told to be, as `everystep rerun` has it. */
+const CAPABILITIES = ["default", "avx2", "avx512"];
+const BRANCHES = ["OFF", "AUTO", "COMPATIBLE", "SSE4_2", "AVX", "AVX2", "AVX512"];
+const PRECISIONS = ["float64", "bfloat16"];
+/** Curves that are less far apart, relative to the recorded one, cannot be told from each other. */
+const VISIBLE = 0.002;
+
+/** Return the question. */
+export function rerunning(place) {
+  const threads = element("input", { type: "number", min: 1, step: 1, placeholder: "same" });
+  const [precision, mkl, capability] = [PRECISIONS, BRANCHES, CAPABILITIES].map(choice);
+  const drawn = { plot: null, isClosed: false };
+  const question = questionForm(place, {
+    title: "Rerun",
+    says: "Takes every step elsewhere, and says where it parts from the recording, and by how much.",
+    options: [labelled("precision", precision), labelled("threads", threads), labelled("MKL", mkl), labelled("CPU", capability)],
+    verb: "Rerun",
+    path: "rerun",
+    content: () => ({
+      threads: threads.value ? Number(threads.value) : null,
+      capability: capability.value || null,
+      mkl: mkl.value || null,
+      precision: precision.value || null,
+    }),
+    done(result) {
+      const host = element("div", { class: "overlay" });
+      if (result.losses) overlay(place, host, result, drawn);
+      return [
+        element("p", { class: "result" }, `${result.sentence}.`),
+        result.losses && numberOf(result.farthest) < VISIBLE && element("p", { class: "muted small" }, "In the plot, the curves lie on each other."),
+        host,
+        element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, result.text)),
+      ];
+    },
+  });
+  const close = () => {
+    drawn.isClosed = true;
+    drawn.plot?.close();
+    question.close();
+  };
+  return { ...question, update: () => {}, close };
+}
+
+function choice(names) {
+  return element("select", {}, element("option", { value: "" }, "as recorded"), ...names.map((name) => element("option", { value: name }, name)));
+}
+
+// The recorded losses, and those elsewhere over them; the answer can be read without.
+async function overlay({ about, goTo }, host, { there, losses }, drawn) {
+  drawn.plot?.close();
+  drawn.plot = null;
+  try {
+    const [{ lossPlot }, { serverCurves }] = await Promise.all([import("../plot/plot.js"), import("../plot/source.js")]);
+    if (drawn.isClosed || drawn.plot) return;
+    const other = `${about.name}, ${there}`;
+    const source = (run, query, options) => (run === other ? between(losses, query) : serverCurves(run, query, options));
+    drawn.plot = lossPlot(host, [about.name, other], { source, goTo });
+  } catch (error) {
+    host.replaceChildren(element("p", { class: "alarm" }, `the losses cannot be drawn: ${error.message}`));
+  }
+}
+
+// All points that came: the server has sent no more.
+async function between({ steps, values }, { first, last }) {
+  const shown = [...steps.keys()].filter((place) => steps[place] >= (first ?? 0) && steps[place] <= (last ?? Infinity));
+  return { steps: shown.map((place) => steps[place]), values: shown.map((place) => values[place]), total: shown.length };
+}

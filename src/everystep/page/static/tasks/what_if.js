@@ -1,0 +1,104 @@
+// The dialog that asks what a step would have led to without some rows of its batch.
+
+import { commandLine, openDialog, quoted } from "../shared/dialog.js";
+import { button, element } from "../shared/elements.js";
+import { whole } from "../shared/format.js";
+import { addressOf, tell } from "../shared/server.js";
+import { casesTable } from "./cases.js";
+import { runTask } from "./task.js";
+
+/** Steps after which the trainings are compared, if the reader chooses no other. */
+const STEPS = 5;
+const EACH = "one after the other";
+
+/** Open the dialog for an open step; `chosen`: rows that the reader has chosen already; `argument`: the run after a command. */
+export function whatIfDialog({ run, step, steps, batch, tensors }, chosen, argument) {
+  const fields = fieldsOf(step, steps, chosen);
+  const command = commandLine("The same from the command line");
+  const host = element("div");
+  const begin = element("button", { class: "primary" }, "Train again");
+  let task = null;
+  const say = () => {
+    const asked = askedOf(fields, step, batch, tensors);
+    complain(fields, asked.problem);
+    command.node.hidden = Boolean(asked.problem);
+    if (!asked.problem) command.set(commandOf(argument, asked, fields));
+    return asked;
+  };
+  const start = (event) => {
+    event.preventDefault();
+    const { problem, ...asked } = say();
+    if (problem) return fields.rows.focus();
+    begin.disabled = true;
+    const over = () => {
+      begin.disabled = false;
+      host.scrollIntoView({ block: "nearest" });
+    };
+    task = runTask(() => tell(addressOf(run, "whatif"), asked), host, { label: "training", done: casesTable, over });
+  };
+  const form = element(
+    "form",
+    { class: "asking", oninput: say, onsubmit: start },
+    element("p", { class: "muted small" }, `Trains again from state ${whole(step - 1)} without rows of this batch, and compares with the recording. Nothing is recorded.`),
+    line("rows to leave out", fields.rows),
+    fields.fault,
+    line("left out", fields.how),
+    line("compare at step", fields.until),
+    line("what to compare", fields.by),
+    command.node,
+    host,
+    element("div", { class: "buttons" }, begin, button("Close", () => dialog.close())),
+  );
+  const dialog = openDialog(`What if: step ${whole(step)} without some rows`, form, { closed: () => task?.abandon() });
+  say();
+  return dialog;
+}
+
+function fieldsOf(step, steps, chosen = []) {
+  const text = (value, placeholder) => element("input", { type: "text", class: "mono", value, placeholder, autocomplete: "off", spellcheck: false });
+  return {
+    rows: text(chosen.join(", "), "each row of the batch"),
+    fault: element("p", { class: "alarm small", role: "alert", hidden: true }),
+    how: element("select", {}, element("option", {}, EACH), element("option", {}, "all at once")),
+    until: element("input", { type: "number", min: step, max: steps, step: 1, required: true, value: String(Math.min(step + STEPS, steps)) }),
+    by: text("", "loss"),
+  };
+}
+
+function line(name, input) {
+  return element("label", { class: "line" }, element("span", {}, name), input);
+}
+
+function complain({ rows, fault }, problem) {
+  fault.textContent = problem ?? "";
+  fault.hidden = !problem;
+  rows.setAttribute("aria-invalid", String(Boolean(problem)));
+}
+
+// What the fields ask for; `problem`: what is wrong with them.
+function askedOf({ rows, how, until, by }, step, batch, tensors) {
+  const words = rows.value.split(/[\s,;]+/).filter(Boolean);
+  const wrong = words.find((word) => !/^\d+$/.test(word));
+  const given = words.length ? words.map(Number) : rowsOf(batch, tensors);
+  return {
+    at: step - 1,
+    until: Number(until.value),
+    rows: given,
+    each: how.value === EACH,
+    by: by.value.trim() || "loss",
+    problem: wrong ? `“${wrong}” is not a row: write whole numbers, with commas between` : given.length ? null : "this batch has no rows: name those to leave out",
+  };
+}
+
+// A batch without numbers of rows has all rows of the data, in order.
+function rowsOf({ rows, tensors: [first] }, tensors) {
+  return rows ?? [...Array(tensors[first.tensor].shape[0] ?? 0).keys()];
+}
+
+function commandOf(argument, { at, until, rows, each, by }, fields) {
+  const which = fields.rows.value.trim() ? ["--without-rows", rows.join(",")] : ["--without-rows-of", String(at + 1)];
+  const words = ["everystep", "whatif", argument, "--at", String(at), "--until", String(until), ...which];
+  if (each) words.push("--each");
+  if (by !== "loss") words.push("--by", by);
+  return words.map(quoted).join(" ");
+}

@@ -1,0 +1,56 @@
+"""A run elsewhere, in the browser: a sentence, both losses in one plot, and errors in words."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.places import expect_step
+
+import everystep
+from everystep.views.rerun import rerun_sentence
+
+
+@pytest.fixture
+def form(visit):
+    """The question of a run."""
+
+    def form(run):
+        return visit(f"/runs/{run}").get_by_role("form", name="Rerun", exact=True)
+
+    return form
+
+
+def press(form, name):
+    form.get_by_role("button", name=name, exact=True).click()
+
+
+def test_a_run_in_another_precision_lies_over_the_recorded_one(form, recorded):
+    asked = form("diverged")
+    asked.get_by_label("precision").select_option("float64")
+    press(asked, "Rerun")
+    found = everystep.open(recorded / "diverged").rerun(precision="float64", progress=False)
+    expect(asked.locator(".result")).to_have_text(f"{rerun_sentence(found)}.")
+    for name in ("diverged", "diverged, float64"):
+        expect(asked.get_by_role("button", name=name, exact=True)).to_be_visible()
+    over = asked.locator(".u-over")
+    box = over.bounding_box()
+    over.hover(position={"x": 2, "y": box["height"] / 2})
+    expect(asked.locator(".readout")).to_contain_text("step 1")
+    expect(asked.locator(".readout")).to_contain_text(f"{found.losses[0]:.6g}"[:5])
+    over.click(position={"x": 2, "y": box["height"] / 2})
+    expect_step(asked.page, 1, of=30)
+    asked.get_by_text("Details").click()
+    expect(asked.locator("pre")).to_contain_text("farthest apart at step")
+
+
+def test_what_cannot_be_is_said_in_words_and_a_rerun_is_cancelled(form):
+    asked = form("chapter")
+    press(asked, "Rerun")
+    expect(asked.locator(".alarm")).to_contain_text("needs something that differs from the recording")
+    asked.get_by_label("threads").fill("1")
+    asked.get_by_label("precision").select_option("bfloat16")
+    press(asked, "Rerun")
+    expect(asked.locator(".task-text")).to_have_text(re.compile("^taking steps"))
+    press(asked, "Cancel")
+    expect(asked.locator(".note")).to_have_text("stopped")
+    expect(asked.get_by_role("button", name="Rerun", exact=True)).to_be_enabled()

@@ -1,0 +1,93 @@
+"""The worst rows of a step in the browser: ranked when asked for, and as the address says."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from tests.page.browser.places import (
+    expect_axe_finds_nothing_serious,
+    expect_no_sideways_scrolling,
+    expect_step,
+    part,
+)
+
+import everystep
+
+
+def worst(page):
+    return part(page, "Batch").get_by_role("row").filter(has=page.get_by_role("rowheader"))
+
+
+def choose(page, order):
+    part(page, "Batch").get_by_role("button", name=f"by {order}", exact=True).click()
+
+
+def expect_rows(page, numbers):
+    """Wait until these rows of the data are listed, the first of them."""
+    expect(worst(page).get_by_role("rowheader")).to_have_text(list(map(str, numbers)))
+
+
+@pytest.fixture
+def ranked(recorded):
+    """Return the rows of a step of a run in an order, the worst first."""
+
+    def ranked(step, order):
+        rows = everystep.open(recorded / "digits")[step].rows
+        return [rows.numbers[place] for place in rows.ranked(getattr(rows, order))]
+
+    return ranked
+
+
+def test_rows_are_ranked_when_asked_for_and_the_address_says_how(visit, ranked, recorded):
+    page = visit("/runs/digits?step=7")
+    expect_step(page, 7, of=184)
+    expect(worst(page)).to_have_count(0)
+    choose(page, "loss")
+    by_loss = ranked(7, "loss")
+    expect_rows(page, by_loss[:10])
+    rows = everystep.open(recorded / "digits")[7].rows
+    place = rows.numbers.index(by_loss[0])
+    share = (
+        rows.gradient[place]
+        / rows.gradient.new_tensor([s.whole for s in rows.gradients.values()]).norm()
+    )
+    expect(worst(page).first).to_contain_text(f"{rows.loss[place]:.4g}")
+    expect(worst(page).first).to_contain_text(f"{100 * share:.1f}%")
+    picture = worst(page).first.get_by_role("img")
+    expect(picture).to_have_attribute("aria-label", re.compile(f"^image of row {by_loss[0]}, target"))
+    choose(page, "gradient")
+    expect_rows(page, ranked(7, "gradient")[:10])
+    page.go_back()
+    expect_rows(page, by_loss[:10])
+    page.get_by_role("button", name="54 more", exact=True).click()
+    expect_rows(page, by_loss[:20])
+    page.keyboard.press("ArrowRight")
+    expect_step(page, 8, of=184)
+    expect_rows(page, ranked(8, "loss")[:20])
+    choose(page, "loss")
+    expect(worst(page)).to_have_count(0)
+    page.go_back()
+    expect_rows(page, ranked(8, "loss")[:10])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_link_ranks_them_on_a_phone_too(visit, ranked, scheme):
+    phone = {"width": 390, "height": 844}
+    page = visit("/runs/digits?step=7&open=rows+by+gradient", viewport=phone, color_scheme=scheme)
+    expect_rows(page, ranked(7, "gradient")[:10])
+    header = page.get_by_role("columnheader", name="gradient", exact=True)
+    expect(header).to_have_attribute("aria-sort", "descending")
+    expect_no_sideways_scrolling(page)
+    expect_axe_finds_nothing_serious(page)
+
+
+def test_a_server_that_says_no_is_quoted_in_place(visit):
+    page = visit("/runs/digits?step=7", expected=["/steps/7/rows"])
+    page.route("**/steps/7/rows", lambda route: route.fulfill(status=500, json={"error": "no memory"}))
+    choose(page, "loss")
+    expect(part(page, "Batch").get_by_role("alert")).to_have_text("no memory")
+    page.unroute("**/steps/7/rows")
+    choose(page, "loss")
+    choose(page, "loss")
+    expect(worst(page)).to_have_count(10)
+    expect(part(page, "Batch").get_by_role("alert")).to_be_hidden()

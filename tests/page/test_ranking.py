@@ -1,0 +1,150 @@
+"""The worst rows of a step, as the server answers: ranked, with what is in them, and what is unknown."""
+
+import csv
+import json
+import threading
+
+import httpx
+import pytest
+import torch
+from tests.page.test_worker import slow
+from torch import nn
+
+import everystep
+from everystep.views.rows import rows_text
+
+CLASSES = ["setosa", "versicolor", "virginica"]
+COLOURS = ["red", "blue", ""]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A table with numbers, words and classes with names."""
+    path = tmp_path_factory.mktemp("table") / "flowers.csv"
+    rows = [[n % 7 / 2, 1000 + n % 5, COLOURS[n % 3], CLASSES[n * n % 3]] for n in range(30)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["long", "wide", "colour", "kind"], *rows])
+    return path, rows
+
+
+@pytest.fixture(scope="module")
+def flowers(server, table):
+    experiment = {
+        "steps": 6,
+        "batch_size": 10,
+        "data": {
+            "source": "table",
+            "path": str(table[0]),
+            "target": "kind",
+            "missing": "mean",
+            "scale": "standard",
+        },
+        "model": {"layers": ["Linear(4, 3)"]},
+        "loss": {"name": "CrossEntropyLoss"},
+        "optimizer": {"name": "SGD", "lr": 0.1},
+    }
+    directory = server.directory / "flowers"
+    return everystep.train_experiment(experiment, directory=directory, progress=False)
+
+
+def ranked(server, run, step):
+    answer = server.client.get(f"/api/runs/{run}/steps/{step}/rows")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_the_worst_rows_are_those_of_a_loop_by_hand(server, flowers):
+    step = flowers[4]
+    weight, bias = step.parameters["0.weight"].double(), step.parameters["0.bias"].double()
+    x, y = step.batch.x.double(), step.batch.y
+    losses = nn.functional.cross_entropy(x @ weight.T + bias, y, reduction="none")
+    answer = ranked(server, "flowers", 4)
+    assert answer["orders"]["loss"] == losses.argsort(descending=True).tolist()
+    for place, row in answer["rows"].items():
+        assert row["row"] == step.batch.rows[int(place)]
+        assert row["loss"] == pytest.approx(losses[int(place)].item(), rel=1e-5, abs=1e-6)
+    chances = torch.softmax(x @ weight.T + bias, 1) - nn.functional.one_hot(y, 3)
+    norms = chances.norm(dim=1) * (x.square().sum(1) + 1).sqrt() / 10
+    whole = torch.cat([gradient.double().flatten() for gradient in step.gradients.values()]).norm()
+    assert answer["orders"]["gradient"] == norms.argsort(descending=True).tolist()
+    worst = answer["rows"][str(answer["orders"]["gradient"][0])]
+    assert worst["gradient"] == pytest.approx(norms.max().item(), rel=1e-5)
+    assert worst["share"] == pytest.approx((norms.max() / whole).item(), rel=1e-5)
+    assert any("mean of these" in line for line in answer["about"])
+    assert any("a missing number" in line for line in answer["about"])
+
+
+def test_a_row_of_a_table_has_its_columns_in_their_own_units(server, flowers, table):
+    answer = ranked(server, "flowers", 2)
+    assert [column["name"] for column in answer["columns"]] == ["kind", "long", "wide", "colour"]
+    assert [column["is_number"] for column in answer["columns"]] == [False, True, True, False]
+    for row in answer["rows"].values():
+        long, wide, colour, kind = table[1][row["row"]]
+        assert row["values"] == [kind, pytest.approx(long, abs=1e-5), pytest.approx(wide), colour]
+
+
+def test_what_is_unknown_is_said_with_its_reason(server):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.randn(6, 4), torch.randn(6, 1)
+    directory = server.directory / "mixed"
+    run = everystep.train(
+        model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=3, directory=directory, progress=False
+    )
+    answer = ranked(server, "mixed", 2)
+    assert set(answer["orders"]) == {"loss", "gradient"}
+    terminal = rows_text(run[2], name="mixed").splitlines()
+    assert answer["about"] == terminal[-len(answer["about"]) :]
+    assert any("unknown; operation #" in line for line in answer["about"])
+    with everystep.record(run=server.directory / "pairs", model=model, optimizer=optimizer) as recording:
+        for batch in recording.steps([{"one": torch.randn(6, 4), "other": torch.randn(5, 1)}]):
+            loss = model(batch["one"]).sum() + batch["other"].sum()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    answer = ranked(server, "pairs", 1)
+    assert (answer["orders"], answer["rows"]) == ({}, {})
+    assert any("no first axis in common" in line for line in answer["about"])
+
+
+def test_texts_of_a_loops_batch_and_losses_that_are_not_finite(server):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = {"x": torch.ones(3, 2), "word": ["a", "b", "<i>"], "id": torch.tensor([7, 8, 2**60])}
+    batch["x"][1] = torch.nan
+    with everystep.record(run=server.directory / "loop", model=model, optimizer=optimizer) as recording:
+        for given in recording.steps([batch]):
+            loss = model(given["x"]).square().mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    answer = ranked(server, "loop", 1)
+    json.dumps(answer, allow_nan=False)
+    assert answer["orders"]["loss"][0] == 1 and answer["rows"]["1"]["loss"] == "nan"
+    assert [column["name"] for column in answer["columns"]] == ["id", "word"]
+    assert answer["rows"]["2"]["values"] == [str(2**60), "<i>"]
+    assert "row: its place in the batch" in answer["about"]
+
+
+def test_who_goes_from_step_to_step_does_not_wait_for_it(server, flowers):
+    directory = server.directory / "slow"
+    everystep.train_experiment("two-layer", {"steps": 4}, directory=directory, progress=False)
+    slow(directory)
+    headers = {"Cookie": "; ".join(f"{k}={v}" for k, v in server.client.cookies.items())}
+    address = f"{server.client.base_url}/api/runs/slow/steps/2/rows"
+
+    def ask():
+        with pytest.raises(httpx.TimeoutException):
+            httpx.get(address, headers=headers, timeout=8)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for step in (1, 2, 3):
+        assert server.client.get(f"/api/runs/flowers/steps/{step}").status_code == 200
+    assert asking.is_alive()
+    asking.join()
+
+
+def test_a_step_that_is_not_there_is_an_error(server, flowers):
+    answer = server.client.get("/api/runs/flowers/steps/7/rows")
+    assert answer.status_code == 404 and "steps 1 to 6" in answer.json()["error"]
