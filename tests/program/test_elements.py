@@ -73,6 +73,19 @@ def pooled_adaptively(given, *sizes):
     return torch.randn_like(output), given, indices
 
 
+def recurrent(reverse):
+    weights = rand(12, 2), rand(12, 3), rand(12), rand(12)
+    return rand(4, 2, 2), *weights, rand(2, 3), rand(2, 3), reverse, [], 2, 3, 1, True, False, True, True
+
+
+def recurrent_backward(reverse):
+    given = recurrent(reverse)
+    output, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(*given)
+    gradients = rand(4, 2, 3), None, rand(2, 3)
+    settings = reverse, 2, 3, 1, True, True, False, [], True
+    return *given[:7], output, hy, cy, *gradients, *settings, workspace
+
+
 def normalized_batch(given, training):
     channels = given.shape[1]
     weight, mean, var = rand(channels), rand(channels), positive(channels)
@@ -168,6 +181,8 @@ CASES = [
     ("native_group_norm.default", (rand(3, 4), None, None, 3, 4, 1, 2, 1e-5), {}),
     ("native_group_norm_backward.default", normalized_group(rand(3, 4, 2, 3), 2, True), {}),
     ("native_group_norm_backward.default", normalized_group(rand(3, 4, 5), 1, False), {}),
+    *(("mkldnn_rnn_layer.default", recurrent(each), {}) for each in (False, True)),
+    *(("mkldnn_rnn_layer_backward.default", recurrent_backward(each), {}) for each in (False, True)),
     ("adaptive_max_pool2d.default", (rand(2, 3, 7, 5), [3, 2]), {}),
     ("adaptive_max_pool3d.default", (rand(2, 3, 4, 5, 3), [3, 2, 1]), {}),
     ("adaptive_max_pool2d_backward.default", pooled_adaptively(rand(2, 3, 7, 5), 3, 2), {}),
@@ -403,8 +418,9 @@ def recomputed(ran, made):
 def test_a_rule_names_the_numbers_that_make_the_result(name, given, keywords):
     ran = Ran(name, given, keywords)
     chance = random.Random(name)
-    first_only = name.startswith("log_sigmoid")  # its second result is memory of the kernel
-    for place, output in enumerate(ran.outputs[: 1 if first_only else None]):
+    # The other results are memory of the kernel.
+    known = {"log_sigmoid_forward.default": 1, "mkldnn_rnn_layer.default": 3}.get(name)
+    for place, output in enumerate(ran.outputs[:known]):
         tensor = ran.results[output]
         places = list(itertools.product(*map(range, tensor.shape)))
         for index in chance.sample(places, min(len(places), 4)):

@@ -59,6 +59,18 @@ class Chosen(nn.Module):
         return self.last(self.first(x).topk(3, dim=1).values)
 
 
+class Recurrent(nn.Module):
+    """The last output of an LSTM in both directions, two layers deep."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.memory(x)[0][:, -1])
+
+
 class Twice(nn.Module):
     """The same weight twice."""
 
@@ -175,6 +187,23 @@ def test_rows_are_the_gradients_of_single_rows(name, tmp_path):
         assert share.whole == pytest.approx(float(step.gradients[parameter].norm()))
     together = torch.stack([*norms.values()]).square().sum(0).sqrt()
     _agree(rows.gradient, together / count)
+
+
+def test_rows_of_an_lstm_are_the_gradients_of_single_rows(tmp_path):
+    torch.manual_seed(0)
+    model, loss = Recurrent(), nn.MSELoss()
+    step = _train(tmp_path / "run", model, (torch.randn(N, 5, 3), torch.randn(N, 2)), loss)[STEP]
+    x, y = step.batch.x, step.batch.y
+    model.load_state_dict(step.parameters)
+    norms = {name: [] for name in step.gradients}
+    for row in range(len(x)):
+        model.zero_grad()
+        loss(model(x[row : row + 1]), y[row : row + 1]).backward()
+        for name, parameter in model.named_parameters():
+            norms[name].append(parameter.grad.norm())
+    assert step.rows.known == [*step.gradients]
+    for name, each in norms.items():
+        _agree(step.rows.gradients[name].norms, torch.stack(each) / len(x))
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0, 0.1])])

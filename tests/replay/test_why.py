@@ -224,10 +224,25 @@ def test_infinity_of_a_sum_has_the_row_of_its_largest_term(small, tmp_path):
 
 def test_an_operator_without_a_rule_says_so(tmp_path):
     torch.manual_seed(0)
-    opened = NETWORKS["LSTM, Adam"](tmp_path / "run")
-    answer = opened.why(5, "#1[0, 0, 0]")
+    x, y = torch.randn(12, 1, 6, 6), torch.randint(0, 3, (12,))
+    model = nn.Sequential(nn.FractionalMaxPool2d(2, output_size=3), nn.Flatten(), nn.Linear(9, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "steps": 5, "progress": False}
+    opened = everystep.train(model, (x, y), directory=tmp_path / "run", **options)
+    answer = opened.why(5, "activations['0'][0, 0, 0, 0]")
     assert answer.unknown and not answer.groups
     assert "which numbers it used is not known" in answer.to_text()
+
+
+def test_a_number_of_an_lstm_has_the_row_that_it_was_made_from(tmp_path):
+    torch.manual_seed(0)
+    opened = NETWORKS["LSTM, Adam"](tmp_path / "run")
+    answer = opened.why(5, "#1[2, 3, 0]")
+    assert answer.formula == "an LSTM's output after time 0 to 2"
+    assert not answer.unknown and answer.recomputed is None
+    given = answer.groups[0]
+    assert given.text == "input"
+    assert {number.spot.index[1] for term in given.terms for number in term.numbers.values()} == {3}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from everystep.program.elements.losses import LOSSES
 from everystep.program.elements.movements import DRAWN, FILLED, MOVED, PICKED, drawn, filled, moved
 from everystep.program.elements.normalizations import NORMALIZATIONS, running
 from everystep.program.elements.optimizers import fused
+from everystep.program.elements.recurrent import RECURRENT
 from everystep.program.elements.sums import PRODUCTS, REDUCTIONS, matrix_product
 
 __all__ = ["how_made"]
@@ -27,6 +28,7 @@ _RULES = {
     **LOSSES,
     **NORMALIZATIONS,
     **PICKED,
+    **RECURRENT,
     **WITH_ARGUMENTS,
     **dict.fromkeys(MOVED, moved),
     **dict.fromkeys(FILLED, filled),

@@ -69,7 +69,8 @@ def _of_rows(
         for name in names
         if isinstance(call[name], Tracked)
     }
-    with without_autograd():
+    # The kernel keeps what its derivative needs only where gradients are asked for.
+    with without_autograd(), torch.enable_grad():
         output, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
             chosen["input"],
             *(call[name].value for name in weights),
