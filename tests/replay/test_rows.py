@@ -491,3 +491,10 @@ def test_an_expression_of_rows_that_are_unknown_says_why(tmp_path):
     with pytest.raises(RunError, match=r"rows of the gradient of 0\.weight are unknown"):
         run.measure("max(rows.gradient)", progress=False)
     assert len(run.measure("max(rows.loss)", progress=False).values) == 4
+
+
+def test_what_a_step_knows_is_computed_once(tmp_path):
+    torch.manual_seed(0)
+    run = _train(tmp_path / "run", nn.Linear(6, 3), _columns(), nn.MSELoss())
+    assert run[STEP].rows is run[STEP].rows
+    assert run[2] is not run[STEP]

@@ -29,6 +29,8 @@ class OpenedRun(RecordedRun):
         super().__init__(directory)
         self._objects = objects
         self._own_opener: Opener | None = None
+        #: The step that was opened last, and as it was returned: it keeps what was computed from it.
+        self._last_opened: tuple[Step, Step] | None = None
 
     def __len__(self) -> int:
         return self.summary().steps
@@ -47,9 +49,13 @@ class OpenedRun(RecordedRun):
             return Steps(self, [number for number in range(first, *others) if number > 0])
         number = self._number(step)
         opened = self._opener.step(number + len(self) + 1 if number < 0 else number)
-        return replace(
+        if self._last_opened is not None and self._last_opened[0] is opened:
+            return self._last_opened[1]
+        shown = replace(
             opened, to_html=self._step_html, why_text=self._why_text, earlier=self.__getitem__
         )
+        self._last_opened = opened, shown
+        return shown
 
     def _step_html(self, step: Step) -> str:
         from everystep.views.step import step_html

@@ -321,7 +321,9 @@ class Questions(OpenedRun):
         chosen = [operator.index(row) for row in without_rows]
         if without_rows_of is not None:
             batch = self[self._number(without_rows_of)].batch
-            chosen += range(len(batch.y)) if batch.rows is None else batch.rows.tolist()
+            first = next(iter(batch.tensors.values()), None)
+            count = 0 if first is None or not first.dim() else len(first)
+            chosen += range(count) if batch.rows is None else batch.rows.tolist()
         rows = sorted(set(chosen))
         if not rows:
             raise UsageError("set rows to leave out: without_rows=[...], or without_rows_of=STEP")

@@ -178,7 +178,8 @@ def _verdict(found: Rerun) -> str:
         if not found.has_loss:
             return f"{found.name} was taken in {found.place.precision}"
         far = number(float(found.relative.max()))
-        return f"the losses in {found.place.precision} are within {far} of those of {found.name}"
+        there = f"the losses in {found.place.precision}"
+        return f"{there} are within {far} of those of {found.name}, relative to these"
     if found.has_same_bits:
         return f"{found.name} has the same bits there"
     if found.parts_at is None:
