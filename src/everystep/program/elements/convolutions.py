@@ -252,14 +252,19 @@ def _adaptive(size: int, count: int, o: int) -> range:
     return range(o * size // count, -(-(o + 1) * size // count))
 
 
-def _adaptive_pool(call: Call) -> Made:
+def _adaptive_window(call: Call) -> Piece:
+    """Return the numbers of `self` in the window of the wanted place."""
     shape = call.shape("self")
     counts = call.value("output_size")
     before = len(shape) - len(counts)
     at, sizes = call.index[before:], shape[before:]
     windows = [_adaptive(size, n, o) for size, n, o in zip(sizes, counts, at, strict=True)]
-    piece = call.piece("self", *call.index[:before], *grid(*windows))
-    return Sum((single("self", piece),), float(piece.size))
+    return call.piece("self", *call.index[:before], *grid(*windows))
+
+
+def _adaptive_pool(call: Call) -> Made:
+    window = _adaptive_window(call)
+    return Sum((single("self", window),), float(window.size))
 
 
 def _adaptive_pool_backward(call: Call) -> Made:
@@ -279,12 +284,7 @@ def _adaptive_pool_backward(call: Call) -> Made:
 
 
 def _adaptive_max_pool(call: Call) -> Made:
-    shape = call.shape("self")
-    counts = call.value("output_size")
-    before = len(shape) - len(counts)
-    at, sizes = call.index[before:], shape[before:]
-    windows = [_adaptive(size, n, o) for size, n, o in zip(sizes, counts, at, strict=True)]
-    return _largest(call, call.piece("self", *call.index[:before], *grid(*windows)))
+    return _largest(call, _adaptive_window(call))
 
 
 def _adaptive_max_pool_backward(call: Call) -> Made:
