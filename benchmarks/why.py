@@ -1,10 +1,11 @@
 """Whether every line of `why` can be computed again by hand, and how long an answer takes.
 
-`python -m benchmarks.why [--elements 200] [--steps 100000]`. Random numbers of random steps of seven
+`python -m benchmarks.why [--elements 200] [--steps 100000]`. Random numbers of random steps of eight
 networks (the chapter's; a convolutional one with batch normalization; a transformer with embeddings; a
-GRU; an LSTM, an operator of which has no rule; a classifier with dropout and Adam; an own loop with two
-optimizers), each followed three levels down. Every line is computed again by `benchmarks.why_by_hand`,
-from the numbers and the formula that it shows; where it says that the bits are equal, they must be.
+GRU; an LSTM; a classifier with dropout and Adam; attention and activation functions; an own loop with
+two optimizers), each followed three levels down. Every line is computed again by
+`benchmarks.why_by_hand`, from the numbers and the formula that it shows; where it says that the bits are
+equal, they must be.
 The second table is of an open process: random numbers of random steps of the chapter's network, trained
 for 100,000 steps; each answer includes the replay of its step.
 """
@@ -124,6 +125,32 @@ def dropout(place: Path) -> everystep.Run:
     return _trained(place, model, data, nn.CrossEntropyLoss(), optimizer, 10)
 
 
+class _Bent(nn.Module):
+    """Groups of channels, self-attention over places, and several activation functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = nn.Sequential(nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.Hardswish())
+        self.heads = nn.Linear(8, 24)
+        self.bent = nn.Sequential(nn.Linear(8, 8), nn.Mish(), nn.Linear(8, 8), nn.PReLU(8), nn.GLU())
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.heads(self.given(x).transpose(1, 2)).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        query, key, value = places
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        prediction: Tensor = self.out(self.bent(attended.transpose(1, 2).flatten(2).mean(1)))
+        return prediction
+
+
+def bent(place: Path) -> everystep.Run:
+    """Group normalization, attention, Hardswish, Mish, PReLU, GLU; RMSprop."""
+    model = _Bent()
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3)
+    data = torch.randn(40, 3, 7), torch.randint(0, 3, (40,))
+    return _trained(place, model, data, nn.CrossEntropyLoss(), optimizer, 8)
+
+
 def own_loop(place: Path) -> everystep.Run:
     """A recorded loop: two networks against each other, Adam and RMSprop, clipped gradients."""
     maker = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(), nn.Linear(8, 2))
@@ -175,6 +202,7 @@ NETWORKS: dict[str, Callable[[Path], everystep.Run]] = {
     "GRU, Adam": gru,
     "LSTM, Adam": lstm,
     "dropout, Adam foreach": dropout,
+    "attention, activations, RMSprop": bent,
     "own loop, two optimizers": own_loop,
 }
 

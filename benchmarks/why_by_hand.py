@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from everystep.replay.step import Step
 from everystep.replay.why import Number, Why
@@ -177,6 +178,8 @@ _FUNCTIONS: dict[str, Any] = {
     "relu": lambda x: x if x != x or x > 0 else 0.0,
     "sigmoid": _sigmoid,
     "gelu": lambda x: x * 0.5 * (1 + _erf(x / math.sqrt(2))),
+    "softplus": lambda x: float(np.logaddexp(0, x)),
+    "hardswish": lambda x: x * min(max(x + 3, 0), 6) / 6,
     "inf": math.inf,
     "nan": math.nan,
 }
@@ -304,6 +307,29 @@ def _kept_between(answer: Why, given: Given) -> float:
     return float(value if high is None else min(value, high))
 
 
+def _attention(answer: Why, given: Given) -> float:
+    """Attention of one query, after Vaswani et al. (2017), equation 1, with a mask that is added."""
+    assert answer.observed is not None
+    query = given["query"]
+    scale = answer.observed.operation.given().get("scale") or 1 / math.sqrt(len(query))
+    scores = given["key"].reshape(-1, len(query)) @ query * scale + given.get("attn_mask", 0.0)
+    weights = np.exp(scores - scores.max())
+    if "value" not in given:
+        return float(scores.max() + np.log(math.fsum(weights)))
+    return float(weights @ given["value"] / math.fsum(weights))
+
+
+def _slope(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Why, Given], float]:
+    """Return the derivative of a function of torch, by autograd, times the gradient of its result."""
+
+    def of(answer: Why, given: Given) -> float:
+        x = torch.tensor(given["self"][0], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(function(x), x)
+        return float(given["grad_output"][0]) * float(slope)
+
+    return of
+
+
 #: Formulas that are in words, by a part of them.
 _IN_WORDS: dict[str, Callable[[Why, Given], float]] = {
     "softmax(self), place": _softmax,
@@ -317,6 +343,10 @@ _IN_WORDS: dict[str, Callable[[Why, Given], float]] = {
     "which it leaves as it is": lambda answer, given: float(next(iter(given.values()))[0]),
     "weight[indices]": _one("weight"),
     "self at indices": _one("self"),
+    "softmax(query": _attention,
+    "log of the sum of exp": _attention,
+    "hardswish'": _slope(functional.hardswish),
+    "mish'": _slope(functional.mish),
     "silu'": _silu_slope,
     "gelu'": _gelu_slope,
     "kept between": _kept_between,

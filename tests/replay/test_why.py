@@ -1,6 +1,6 @@
 """Where a number comes from: every line by hand, the steps before, NaN with its rows, and bad input.
 
-`python -m benchmarks.why` does the first for 200 numbers of seven networks; here it is a sample.
+`python -m benchmarks.why` does the first for 200 numbers of eight networks; here it is a sample.
 """
 
 import json
