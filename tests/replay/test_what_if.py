@@ -156,7 +156,7 @@ def test_it_ranks_by_an_expression(tmp_path):
 
 
 def test_an_experiment_is_trained_again_from_the_command_line(everystep_command):
-    everystep_command("train", "digits", "--steps", 8, "--run", "run", "-q")
+    everystep_command("train", "digits", "--steps", 8, "--set", "batch_size=12", "--run", "run", "-q")
     rows = everystep.open("run")[6].batch.rows.tolist()
     arguments = ["whatif", "run", "--at", 4, "--until", 8]
     code, out, _ = everystep_command(*arguments, "--without-rows-of", 6, "--each", "--json")
