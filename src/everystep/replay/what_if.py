@@ -236,6 +236,10 @@ def _train(
         for rows in cases:
             stepper.use(batches.without_rows(rows, at + 1, until) if rows else batches)
             stepper.restore(at, saved)
-            losses = [*stepper.run(until - 1).tolist(), probe.observe()]
+            if tensors:
+                losses = [*stepper.run(until - 1).tolist(), probe.observe()]
+            else:
+                losses = stepper.run(until).tolist()
+                answer(until, losses[-1])
             found.append((rows, values[-1], tuple(losses)))
     return found
