@@ -3,8 +3,8 @@
 `python -m benchmarks.what_if [--rounds N] [--threads N]`. A run of digits is 200 steps. What the loss at
 step 200 becomes without each row of the batch of step 131 in turn, from state 130 on, is computed by
 `run.what_if`, and by 64 plain loops of 200 steps that leave the row out from step 131 on. They
-alternate, each in a process of its own, with the same number of threads. Prints seconds, and exits with 1 if a loss
-has other bits.
+alternate, each in a process of its own, with the same number of threads. Prints seconds, and exits with
+1 if a loss has other bits.
 """
 
 from __future__ import annotations
