@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,10 @@ from torch import nn
 
 import everystep
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
+from everystep.program.placement import Placement
+from everystep.replay.loop import read_loop_program
+from everystep.replay.reopen import read_program
+from everystep.replay.replay import Replay
 from everystep.replay.rerun import Place
 from everystep.views.reproduction import reproduce
 from everystep.views.rerun import rerun_data, rerun_sentence
@@ -173,6 +178,70 @@ def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
     # A ReLU with an input near 0 is on in one precision, and off in the other.
     assert found.beyond.operator == "aten.threshold_backward.default"
     assert found.beyond.relative > found.rounding == 0.05
+
+
+def steps_of(x):
+    """A recorded loop that makes tensors on its device by name."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for batch in recording.steps([x] * 4):
+            shift = torch.full((2,), 0.5, device=batch.device)
+            loss = (model(batch) + shift).square().mean() + torch.zeros((), device="cpu")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    return recording.run
+
+
+def test_programs_are_placed_on_another_device_by_each_argument_that_names_it():
+    run = steps_of(torch.randn(6, 4))
+    program = read_loop_program(run, run.facts.training.loop.programs)
+    named = re.findall(r'"device": ?"([^"]*)"', program.to_json())
+    assert named
+    placed = Placement("cpu", "cuda:0").program(program)
+    assert re.findall(r'"device": ?"([^"]*)"', placed.to_json()) == ["cuda:0"] * len(named)
+    # Where both are the same device, nothing differs.
+    replay = Replay(run, conversion=Placement("cpu", "cpu"))
+    with replay.in_force(1):
+        losses = replay.go_to(0).run(4).tolist()
+    assert losses == run.losses["loss"].to_list()
+    assert run.rerun(device="cpu", progress=False).has_same_bits
+
+
+def test_what_another_device_would_change_is_refused(chapter_run, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = everystep.train(
+        model, (torch.randn(8, 4), torch.randn(8, 4)), loss=nn.MSELoss(), optimizer=optimizer,
+        steps=2, directory=tmp_path / "noise", progress=False,
+    )  # fmt: skip
+    (rule, *_) = run.facts.training.engine.programs
+    program = read_program(run.directory / rule.file).program
+    with pytest.raises(RunError, match="draws other random numbers on cuda:0"):
+        Placement("cpu", "cuda:0").program(program)
+    with pytest.raises(ExperimentError, match="unknown device 'gpu'; did you mean cuda"):
+        chapter_run.rerun(device="gpu", progress=False)
+    with pytest.raises(ExperimentError, match="cannot change together with float64"):
+        chapter_run.rerun(device="cpu", precision="float64", progress=False)
+    with pytest.raises(UsageError, match="emit writes no script for another device"):
+        chapter_run.rerun(device="cpu", emit=tmp_path / "repro.py", progress=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(chapter_run, everystep_command):
+    code, _, err = everystep_command("rerun", chapter_run.directory, "--device", "cuda")
+    assert code == 2
+    assert "device 'cuda' is not available; this machine has: cpu" in err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_another_device_gives_the_same_up_to_rounding(chapter_run):
+    found = chapter_run.rerun(device="cuda", progress=False)
+    assert found.changed["device"][1] != "cpu"
+    assert found.beyond is None
+    np.testing.assert_allclose(found.losses, found.recorded, rtol=1e-4)
 
 
 def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):

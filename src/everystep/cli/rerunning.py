@@ -28,6 +28,9 @@ def rerun(
     ] = None,
     float64: Annotated[bool, typer.Option("--float64", help="All numbers in double precision.")] = False,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="All numbers in bfloat16.")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another device: cpu, cuda, cuda:1 or mps.")
+    ] = None,
     python: Annotated[
         str | None, typer.Option(metavar="FILE", help="Another interpreter, with a torch of its own.")
     ] = None,
@@ -63,6 +66,7 @@ def rerun(
         capability=capability,
         mkl=mkl,
         precision="float64" if float64 else "bfloat16" if bfloat16 else None,
+        device=device,
         python=python,
         beside=[open(each) for each in beside or ()],
         emit=emit,

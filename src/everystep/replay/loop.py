@@ -12,6 +12,7 @@ from torch import Tensor
 from everystep.errors import ProgramError, RunError
 from everystep.experiment.device import select
 from everystep.program.execute import without_autograd
+from everystep.program.placement import Placement
 from everystep.program.plain import Environment, PlainProgram, lay_inputs
 from everystep.program.precision import Precision
 from everystep.program.program import Program
@@ -63,7 +64,7 @@ class LoopStepper(ReplayStepper):
         run: the run.
         facts: of its training.
         diverged: called with a step that differs from the recording, and how, in words.
-        precision: of its programs and their inputs, None as recorded.
+        conversion: of its programs and their inputs, None as recorded.
 
     state: the step after which the current state is, None before one is loaded.
     """
@@ -75,13 +76,13 @@ class LoopStepper(ReplayStepper):
         run: RecordedRun,
         facts: TrainingFacts,
         diverged: Callable[[int, str], None],
-        precision: Precision | None = None,
+        conversion: Precision | Placement | None = None,
     ) -> None:
         self.state: int | None = None
         self._run = run
         self._device = select(facts.device)
         self._diverged = diverged
-        self._precision = precision
+        self._conversion = conversion
         self._programs: dict[int, PlainProgram] = {}
         self._recorded: dict[int, Program] = {}
         self._rows: dict[int, Repeat] = {}
@@ -90,7 +91,7 @@ class LoopStepper(ReplayStepper):
         self._between = change_files(run.directory)
         self._settled: int | None = None
         self._has_diverged = False
-        if precision is not None and facts.loop is not None:
+        if conversion is not None and facts.loop is not None:
             for number in range(1, facts.loop.programs + 1):
                 self._program(Repeat(0, number, None, None))  # they say what else has it
         names = filter(_RATE.fullmatch, run.measurement_names)
@@ -160,8 +161,8 @@ class LoopStepper(ReplayStepper):
         tensors = read_change(self._run.directory, file)
         for name in gone_in(self._run.directory, file):
             self._tensors.pop(name, None)
-        if self._precision is not None:
-            tensors = {name: self._precision.tensor(name, each) for name, each in tensors.items()}
+        if self._conversion is not None:
+            tensors = {name: self._conversion.tensor(name, each) for name, each in tensors.items()}
         self._tensors |= {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def run(self, last: int) -> Tensor:
@@ -268,7 +269,7 @@ class LoopStepper(ReplayStepper):
 
     def _compare_digests(self, number: int, digests: dict[str, Any]) -> None:
         """Compare the state after a step with its recorded digests, until one differs."""
-        if self._has_diverged or self._precision is not None:
+        if self._has_diverged or self._conversion is not None:
             return
         present = ((name, digest) for name, digest in digests.items() if name in self._tensors)
         other = [name for name, digest in present if digest_of(self._tensors[name]) != digest]
@@ -314,8 +315,8 @@ class LoopStepper(ReplayStepper):
             )
         if row.program not in self._programs:
             program = self._recorded[row.program] = read_loop_program(self._run, row.program)
-            if self._precision is not None:
-                program = self._precision.program(program)
+            if self._conversion is not None:
+                program = self._conversion.program(program)
             self._programs[row.program] = PlainProgram(program, self._device)
         return self._programs[row.program]
 
@@ -335,19 +336,19 @@ class LoopStepper(ReplayStepper):
                 "(batch_budget of everystep.record); later steps may still open"
             )
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
-        if self._precision is not None and row.program is not None:
+        if self._conversion is not None and row.program is not None:
             self._program(row)
-            tensors = self._in_precision(self._precision, row.program, tensors)
+            tensors = self._converted(self._conversion, row.program, tensors)
         return _Inputs(tensors, content.get("nesting"), digests)
 
-    def _in_precision(
-        self, precision: Precision, program: int, inputs: dict[str, Tensor]
+    def _converted(
+        self, conversion: Precision | Placement, program: int, inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the inputs of a step, tensors of the batch and bytes of others, in a precision."""
+        """Return the inputs of a step, tensors of the batch and bytes of others, converted."""
         prefix = "input/"
         others = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
-        cast = precision.contents(self._recorded[program], others)
-        tensors = {name: precision.tensor(name, tensor) for name, tensor in inputs.items()}
+        cast = conversion.contents(self._recorded[program], others)
+        tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
         return tensors | {prefix + name: content for name, content in cast.items()}
 
 

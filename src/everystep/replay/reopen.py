@@ -20,6 +20,7 @@ from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.experiment.device import select
 from everystep.experiment.specification import load
+from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.changes import change_files, read_change
@@ -50,18 +51,18 @@ def reopen(
     run: RecordedRun,
     stretch: Stretch,
     objects: Objects,
-    precision: Precision | None = None,
+    conversion: Precision | Placement | None = None,
     *,
     is_living: bool = False,
 ) -> TrainingStepper:
     """Restore the training of a stretch of a run, without loading a state.
 
-    Torch's random generators keep their state. precision: of its programs and its data; is_living: with
+    Torch's random generators keep their state. conversion: of its programs and its data; is_living: with
     its model, so that Python can take steps that no program takes.
 
     Raises:
         RunError: a file of the run is missing or unreadable; reports which, and a fix.
-        ProgramError: the programs cannot have that precision.
+        ProgramError: the programs cannot be converted.
     """
     facts = stretch.facts
     device = select(facts.device)
@@ -72,14 +73,14 @@ def reopen(
             f"{run.name} claims more than {MOST_PROGRAMS:,} programs: the database was changed"
         )
     built = [(rule, read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
-    if precision is not None:
-        built = [(rule, _in_precision(each, precision)) for rule, each in built]
+    if conversion is not None:
+        built = [(rule, _converted(each, conversion)) for rule, each in built]
     with generators_preserved(device):
-        batch = _batch(run, facts, objects, batches, device, precision)
+        batch = _batch(run, facts, objects, batches, device, conversion)
         needs_model = is_living or engine.eager_from is not None or engine.live_optimizer is not None
-        if needs_model and precision is not None:
+        if needs_model and conversion is not None:
             raise RunError(
-                f"Python ran steps of {run.name}, and only programs can be replayed in {precision.name}"
+                f"Python ran steps of {run.name}, and only programs can be replayed in {conversion.name}"
             )
         training = _living(run, facts, objects, batch, device) if needs_model else None
         if training is None and is_living:
@@ -101,9 +102,9 @@ def reopen(
     return TrainingStepper(training, programs, eager_from, batches, settings, between)
 
 
-def _in_precision(built: Built, precision: Precision) -> Built:
-    constants = precision.contents(built.program, built.constants)
-    return Built(precision.program(built.program), constants)
+def _converted(built: Built, conversion: Precision | Placement) -> Built:
+    constants = conversion.contents(built.program, built.constants)
+    return Built(conversion.program(built.program), constants)
 
 
 def batches_of(facts: TrainingFacts) -> Batches:
@@ -118,13 +119,13 @@ def _batch(
     objects: Objects,
     batches: Batches,
     device: torch.device,
-    precision: Precision | None,
+    conversion: Precision | Placement | None,
 ) -> BatchSource:
     """Return the batch source: rows of the run's data, or a Dataset that is read."""
     if not facts.data.lazy:
         x, y = (part.to(device) for part in _data(run, facts, objects))
-        if precision is not None:
-            x, y = precision.tensor("x", x), precision.tensor("y", y)
+        if conversion is not None:
+            x, y = conversion.tensor("x", x), conversion.tensor("y", y)
         count = len(x)
     elif objects.data is None or isinstance(objects.data, tuple | list):
         raise RunError(

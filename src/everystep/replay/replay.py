@@ -18,6 +18,7 @@ from torch import Tensor
 from everystep import numerics
 from everystep.errors import RunError, StepError
 from everystep.experiment.device import select
+from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
@@ -45,7 +46,7 @@ class Replay:
         run: the run.
         objects: the objects that trained it, for steps that no program runs.
         threads: number of threads that torch uses; default: as many as in the training.
-        precision: of all floating-point numbers; default: as in the training.
+        conversion: of its programs, to another precision or device; default: as in the training.
 
     problems: found on the way, such as an unreadable snapshot; diverged_at: the first step with another
     loss in the replay, None if there was none.
@@ -56,7 +57,7 @@ class Replay:
         run: RecordedRun,
         objects: Objects | None = None,
         threads: int | None = None,
-        precision: Precision | None = None,
+        conversion: Precision | Placement | None = None,
     ) -> None:
         self.run = run
         self.problems: list[str] = []
@@ -66,9 +67,14 @@ class Replay:
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
+        if isinstance(conversion, Placement):
+            there = {"device": conversion.name}
+            self.stretches = [
+                each._replace(facts=each.facts.model_copy(update=there)) for each in self.stretches
+            ]
         self._objects = objects or Objects()
         self._threads = threads
-        self._precision = precision
+        self._conversion = conversion
         self._steppers: dict[int, ReplayStepper] = {}
         self._at = 0
         self._generators: Generators | None = None
@@ -279,7 +285,7 @@ class Replay:
         self._at = at
 
     def _load(self, stepper: ReplayStepper, state: State) -> None:
-        stepper.load(state if self._precision is None else _in_precision(state, self._precision))
+        stepper.load(state if self._conversion is None else _converted(state, self._conversion))
 
     def _advance(self, stepper: ReplayStepper, last: int) -> None:
         assert stepper.state is not None
@@ -335,9 +341,9 @@ class Replay:
         if at not in self._steppers:
             facts = self.stretches[at].facts
             self._steppers[at] = (
-                LoopStepper(self.run, facts, self._diverge, self._precision)
+                LoopStepper(self.run, facts, self._diverge, self._conversion)
                 if facts.loop
-                else reopen(self.run, self.stretches[at], self._objects, self._precision)
+                else reopen(self.run, self.stretches[at], self._objects, self._conversion)
             )
         return self._steppers[at]
 
@@ -371,9 +377,9 @@ def same_number(one: float, two: float) -> bool:
     return one == two or (one != one and two != two)
 
 
-def _in_precision(state: State, precision: Precision) -> State:
+def _converted(state: State, conversion: Precision | Placement) -> State:
     def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: precision.tensor(name, tensor) for name, tensor in tensors.items()}
+        return {name: conversion.tensor(name, tensor) for name, tensor in tensors.items()}
 
     return replace(state, parameters=cast(state.parameters), rest=cast(state.rest))
 

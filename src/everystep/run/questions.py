@@ -99,6 +99,7 @@ class Questions(OpenedRun):
         capability: str | None = None,
         mkl: str | None = None,
         precision: Literal["float64", "bfloat16"] | None = None,
+        device: str | None = None,
         python: str | None = None,
         beside: Sequence[Questions] = (),
         emit: str | Path | None = None,
@@ -113,6 +114,7 @@ class Questions(OpenedRun):
             capability: CPU instructions of torch's kernels: `default`, `avx2` or `avx512`.
             mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
             precision: of all floating-point numbers.
+            device: `cpu`, `cuda`, `cuda:1` or `mps`.
             python: another interpreter, with an everystep and a torch of its own.
             beside: other runs; the answer says how far each is from the losses there.
             emit: where to write the operation that parts as a script that needs torch alone.
@@ -128,7 +130,9 @@ class Questions(OpenedRun):
         from everystep.views.reproduction import reproduce
         from everystep.views.rerun import rerun_text
 
-        place = Place(threads, capability, mkl, precision, python)
+        if emit is not None and device is not None:
+            raise UsageError("emit writes no script for another device; leave one of them out")
+        place = Place(threads, capability, mkl, precision, device, python)
         with counting("taking steps", len(self), progress) as on_progress:
             found = rerun(self._opener, place, beside, on_progress)
         if emit is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from everystep.errors import EverystepError
 from everystep.experiment.device import select
 from everystep.numerics import Numerics
+from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
@@ -28,7 +29,7 @@ from everystep.step.check import bytes_of, state_differences
 __all__ = ["PROTOCOL", "footprints", "main"]
 
 #: Of the questions and answers: both ends must have the same.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Answers:
@@ -41,15 +42,23 @@ class Answers:
         self._replay: Replay | None = None
         self._free: Replay | None = None
 
-    def open(self, run: str, threads: int, precision: str | None, first: int) -> dict[str, Any]:
+    def open(
+        self, run: str, threads: int, precision: str | None, device: str | None, first: int
+    ) -> dict[str, Any]:
         """Open a run; return the numerics there. first: the step that a free replay begins with."""
         recorded = RecordedRun(Path(run))
-        wanted = None if precision is None else Precision(getattr(torch, precision))
-        self._replay = Replay(recorded, threads=threads, precision=wanted)
-        self._free = Replay(recorded, threads=threads, precision=wanted)
+        known = recorded.facts.training.device
+        there = select(device or known)
+        wanted: Precision | Placement | None = None
+        if precision is not None:
+            wanted = Precision(getattr(torch, precision))
+        elif there != select(known):
+            wanted = Placement(known, str(there))
+        self._replay = Replay(recorded, threads=threads, conversion=wanted)
+        self._free = Replay(recorded, threads=threads, conversion=wanted)
         with self._free.in_force(first):
             self._free.go_to(first - 1, self._free.stretch_of(first))
-            numerics = Numerics.read(select(recorded.facts.training.device))
+            numerics = Numerics.read(there)
         return {"numerics": numerics.model_dump()}
 
     def run(self, last: int) -> dict[str, Any]:
@@ -87,7 +96,7 @@ class Answers:
             for tensor in named.values():
                 if id(tensor) not in known:
                     known[id(tensor)] = str(len(known))
-                    tensors[known[id(tensor)]] = tensor.contiguous().clone()
+                    tensors[known[id(tensor)]] = tensor.contiguous().cpu().clone()
             return {name: known[id(tensor)] for name, tensor in named.items()}
 
         table = [

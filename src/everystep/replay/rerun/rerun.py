@@ -149,6 +149,7 @@ def rerun(
             run=str(run.directory.absolute()),
             threads=place.threads or known.threads,
             precision=place.precision,
+            device=place.device,
             first=first,
         )
         search = _Search(opener, process, first, last)
