@@ -1,10 +1,10 @@
-"""Does a bad row of the data show, in a step of a trained network whose batch has it?
+"""Does a bad row of the data show, in a step of a trained network that sees it?
 
 `python -m benchmarks.rows`. Plants 50 bad rows. In digits: a wrong label, or an image with each number
 20 standard deviations off. In a table with a number to predict: a target ten times too large, or one
 number 20 standard deviations off. A network is trained without them; forks go on with data that has
-them, at a learning rate so small that none spoils the network for the next. At a step whose batch has a
-bad row, and no other, the rows are ranked by loss and by gradient (`step.rows`). Exits with 1 if fewer
+them, at a learning rate so small that none spoils the network for the next. At a step with one bad row
+in its batch, the rows are ranked by loss and by gradient (`step.rows`). Exits with 1 if fewer
 than 48 are first by one of the two. What the network gets right for certain, such as noise that it takes
 for the digit of its label, has loss 0 and no gradient: such rows have no effect, and are counted apart.
 """

@@ -142,7 +142,7 @@ def test_other_weights_at_the_beginning_are_said_to_be_missing(by_autograd, tmp_
 
 
 def rounded(directory, dtype=torch.float32, *, autocast=False, module=nn.Tanh, noise=False, seed=0):
-    """A classifier with dropout, whose loop computes in bfloat16 in some way."""
+    """A classifier with dropout; its loop computes in bfloat16 in some way."""
     torch.manual_seed(seed)
     x, y = torch.randn(32, 10), torch.randint(0, 4, (32,))
     layers = nn.Linear(10, 16), module(), nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, 4)

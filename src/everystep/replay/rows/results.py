@@ -21,7 +21,7 @@ def of_shape(labels: Tensor, result: Tensor) -> Result:
 
 
 def sum_of(labels: Tensor, terms: Callable[[int], Tensor], parts: Sequence[Tracked]) -> Result:
-    """Return a result whose terms are known where its label is SUM."""
+    """Return a result; its terms are known where its label is SUM."""
     if not bool((labels == SUM).any()):
         return Result(labels)
     sums = [each for each in parts if each.has(SUM)]

@@ -43,6 +43,7 @@ class Ranking {
   update(content) {
     this.#content = content;
     const order = this.#order;
+    if (order === null && this.body.hidden) return; // as at every step of most readers
     this.buttons.forEach((each, place) => each.setAttribute("aria-pressed", String(ORDERS[place] === order)));
     this.close();
     show(this.body, order !== null);
