@@ -27,6 +27,7 @@ __all__ = [
     "TICK",
     "begin_database",
     "connect_reading",
+    "has_log",
     "stillness",
 ]
 
@@ -180,7 +181,7 @@ def _check_size(path: Path) -> None:
     Its header has the number of its pages (SQLite's file format, section 1.3). Where a write-ahead log
     has content, a checkpoint may be under way.
     """
-    if _has_log(path):
+    if has_log(path):
         return
     with path.open("rb") as file:
         header = file.read(100)
@@ -200,7 +201,7 @@ def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
     still = partial(opened, f"{uri}?mode=ro&immutable=1")
     # On a read-only file system SQLite cannot make its shared-memory file. An immutable database needs
     # none, but is read without its log, which has the newest steps of a killed run.
-    beside = partial(_with_log, path) if _has_log(path) else still
+    beside = partial(_with_log, path) if has_log(path) else still
     last_error: Exception | None = None
     for connect in (still,) if is_still else (partial(opened, f"{uri}?mode=ro"), beside):
         try:
@@ -220,7 +221,8 @@ def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
     raise RunError(f"{path} cannot be read: {last_error}")
 
 
-def _has_log(path: Path) -> bool:
+def has_log(path: Path) -> bool:
+    """Return whether a database's write-ahead log has content."""
     log = Path(f"{path}-wal")
     return log.exists() and log.stat().st_size > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from everystep.recording.connection import (
     LOCK_NAME,
     begin_database,
     connect_reading,
+    has_log,
     stillness,
 )
 from everystep.recording.fact_rows import read_facts, rows_of
@@ -44,6 +46,8 @@ __all__ = [
 PATIENCE = 60.0
 #: Characters of a measurement's name, and how many names a run may have.
 LONGEST_NAME, MOST_NAMES = 10_000, 10_000
+#: So many losses are read from the file's pages: fewer are read by SQL as fast.
+MANY = 50_000
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
 _REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES)
 _PLACE = (STEP, STEP, STEP)
@@ -210,9 +214,7 @@ class Database(Blocks):
         newest, first = self.newest_step(), self.first_step()
         if last is not None:
             first = newest - last + 1 if first is None else max(first, newest - last + 1)
-        losses = self.floats(
-            "SELECT loss FROM steps WHERE step >= ? ORDER BY step", first or 0, kinds=LOSSES
-        )
+        losses = self.losses_after((first or 1) - 1)
         if first is None or len(losses) == newest - first + 1:  # so there is no gap
             return np.arange(newest + 1 - len(losses), newest + 1), losses
         query = "SELECT step FROM steps WHERE step >= ? ORDER BY step"
@@ -227,8 +229,26 @@ class Database(Blocks):
 
     def losses_after(self, step: int) -> NDArray[np.float64]:
         """Return the losses of the steps after `step`, in their order."""
-        query = "SELECT loss FROM steps WHERE step > ? ORDER BY step"
-        return self.floats(query, step, kinds=LOSSES)
+        import numpy as np
+
+        newest, query = self.newest_step(), "SELECT loss FROM steps WHERE step > ? ORDER BY step"
+        known = np.empty(0)
+        if step >= 0 and newest - step >= MANY and not self._is_written_here():
+            known = self.losses_in_pages(newest)
+        later = self.floats(query, max(step, len(known)), kinds=LOSSES)
+        return np.concatenate([known[step:], later]) if len(later) else known[step:]
+
+    def _is_written_here(self) -> bool:
+        """Return whether this process may be writing the run: on POSIX systems, a process that closes a
+        file loses its locks on it, which SQLite needs while it writes.
+        """
+        if not has_log(self.path):
+            return False
+        try:
+            writer = self.facts().writer
+        except RunError:
+            return False
+        return writer is not None and writer.process == os.getpid()
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
@@ -325,8 +345,9 @@ class Database(Blocks):
 
     def gaps(self, most: int = 10) -> list[tuple[int, int]]:
         """Return the first and last of the steps that are missing between others, from 1."""
-        count, newest = self.rows("SELECT count(*), max(step) FROM steps WHERE step > 0")[0]
-        if count == (newest or 0):  # counting is much faster than looking at each
+        count, newest = self.numbers("SELECT count(*) FROM steps")[0], self.newest_step()
+        # Counting all is much faster than looking at each.
+        if count == newest and (self.first_step() or 1) > 0:
             return []
         before = "SELECT step, lag(step, 1, 0) OVER (ORDER BY step) AS before FROM steps WHERE step > 0"
         query = f"SELECT before + 1, step - 1 FROM ({before}) WHERE step > before + 1 LIMIT ?"

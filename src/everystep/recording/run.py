@@ -132,9 +132,9 @@ class RecordedRun:
         if not since:
             self._found = edition, found
         first = since or 1
-        gap = (steps - first != np.arange(len(steps))).argmax() if len(steps) else 0
-        if len(steps) and steps[gap] != first + gap:
-            raise self._gap(first + int(gap), int(steps[gap]))
+        if len(steps) and (steps[0] != first or steps[-1] - first >= len(steps)):
+            gap = int((steps - first != np.arange(len(steps))).argmax())
+            raise self._gap(first + gap, int(steps[gap]))
         self._warn_of(found)
         if facts.loss_dtype != "float64":
             with np.errstate(over="ignore"):

@@ -34,8 +34,7 @@ def reduce(
         return frame
     steps = frame[step].to_numpy()
     values = frame[value].to_numpy().astype(np.float64)
-    bucket_of = (steps - steps[0]) * buckets // (steps[-1] - steps[0] + 1)
-    starts = np.flatnonzero(np.diff(bucket_of, prepend=-1))
+    starts = _starts(steps, buckets)
     sizes = np.diff(starts, append=len(values))
 
     finite = np.isfinite(values)
@@ -48,12 +47,21 @@ def reduce(
         finite & (values == np.repeat(largest, sizes)),
         ~finite,
     ):
-        kept[_first_of_each(wanted, bucket_of)] = True
+        kept[_first_of_each(wanted, starts)] = True
     return frame[np.flatnonzero(kept)]
 
 
-def _first_of_each(wanted: NDArray[np.bool_], bucket_of: NDArray[np.int64]) -> NDArray[np.int64]:
+def _starts(steps: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
+    """Return the index of the first row of each bucket that has one."""
+    width = int(steps[-1] - steps[0]) + 1
+    begins = -(-np.arange(buckets) * width // buckets)
+    starts: NDArray[np.int64] = np.searchsorted(steps, begins + steps[0])
+    sizes = np.diff(starts, append=len(steps))
+    return starts[sizes > 0]
+
+
+def _first_of_each(wanted: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the index of the first wanted row of each bucket that has one."""
     rows = np.flatnonzero(wanted)
-    is_first = np.diff(bucket_of[rows], prepend=-1) > 0
-    return rows[is_first]
+    buckets = np.searchsorted(starts, rows, side="right")
+    return rows[np.diff(buckets, prepend=0) > 0]
