@@ -76,6 +76,7 @@ ROUNDS = 3
 COMMANDS = {
     "runs": ("runs", "DIRECTORY"),
     "losses --last 5": ("losses", "RUN", "--last", "5"),
+    "losses --csv": ("losses", "RUN", "--csv", "-o", "OUT.csv"),
     "plot": ("plot", "RUN", "-o", "OUT.png"),
     "table": ("table", "RUN", "-o", "OUT.html"),
     "report": ("report", "RUN", "-o", "OUT.html"),
@@ -199,6 +200,7 @@ def _seconds(command: tuple[str, ...], run: Path, steps: int) -> float:
     meant = {
         "DIRECTORY": str(run.parent), "RUN": str(run), "HALF": str(steps // 2), "LAST": str(steps),
         "OUT.png": str(run.parent / "out.png"), "OUT.html": str(run.parent / "out.html"),
+        "OUT.csv": str(run.parent / "out.csv"),
     }  # fmt: skip
     began = time.monotonic()
     subprocess.run(

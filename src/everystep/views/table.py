@@ -133,7 +133,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     frame = losses
     for part in measured.values():
         frame = frame.join(part, on="step", how="full", coalesce=True)
-    frame = frame.sort("step")
+    if measured:
+        frame = frame.sort("step")
     if not run.facts.has_loss:
         frame = frame.drop("loss")
     total = len(frame)
