@@ -146,19 +146,18 @@ def test_the_newest_steps_of_a_killed_run_are_read_from_its_log(tmp_path, from_p
     assert same(found, losses[: ROWS + 2900])
 
 
-def test_a_process_that_writes_a_run_does_not_open_its_file(tmp_path, from_pages, monkeypatch):
+def test_the_file_of_a_run_that_may_be_written_is_not_opened(tmp_path, from_pages, monkeypatch):
     writer = write(tmp_path / "run", losses_like_a_training(ROWS), close=False)
-    monkeypatch.setattr(Database, "facts", lambda self: type("", (), {"writer": Here})())
     monkeypatch.setattr(Database, "losses_in_pages", lambda *arguments: pytest.fail("it was opened"))
     with reading(tmp_path / "run" / FILE_NAME) as database:
         assert len(database.losses()[1]) == ROWS
     writer.close()
 
 
-class Here:
-    """A writer: this process."""
-
-    process = os.getpid()
+@pytest.mark.parametrize("content", [b"", bytes(100), bytes(16) + b"\0\1" + bytes(4096)])
+def test_a_file_that_is_not_a_database_has_no_losses(tmp_path, content):
+    (tmp_path / FILE_NAME).write_bytes(content)
+    assert len(losses_in_pages(tmp_path / FILE_NAME, 2)) == 0
 
 
 @pytest.mark.parametrize(

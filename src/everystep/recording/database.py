@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -233,22 +232,12 @@ class Database(Blocks):
 
         newest, query = self.newest_step(), "SELECT loss FROM steps WHERE step > ? ORDER BY step"
         known = np.empty(0)
-        if step >= 0 and newest - step >= MANY and not self._is_written_here():
+        # On POSIX systems, a process that closes a file loses the locks that SQLite holds on it for this
+        # process. They matter while someone may write, which a log shows.
+        if step >= 0 and newest - step >= MANY and not has_log(self.path):
             known = self.losses_in_pages(newest)
         later = self.floats(query, max(step, len(known)), kinds=LOSSES)
         return np.concatenate([known[step:], later]) if len(later) else known[step:]
-
-    def _is_written_here(self) -> bool:
-        """Return whether this process may be writing the run: on POSIX systems, a process that closes a
-        file loses its locks on it, which SQLite needs while it writes.
-        """
-        if not has_log(self.path):
-            return False
-        try:
-            writer = self.facts().writer
-        except RunError:
-            return False
-        return writer is not None and writer.process == os.getpid()
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""

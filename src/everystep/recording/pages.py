@@ -1,8 +1,8 @@
 """Reads losses from the pages of SQLite's file, some ten times faster than row by row.
 
 The caller compares what it gets with the digests of blocks, and reads whatever differs, or is missing,
-by SQL: the pages may be older than the log, be written at this moment, or come from a stranger. The
-format is that of SQLite's file format: pages of 1.6, records of 2.1.
+by SQL: the pages may be written at this moment, or come from a stranger. The layout is that of SQLite's
+file format: pages of section 1.6, records of 2.1.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def losses_in_pages(path: Path, root: int) -> NDArray[np.float64]:
     with suppress(OSError, ValueError, IndexError), FileIO(path) as file:  # cut off, or no such tree
         size = int.from_bytes(file.read(18)[16:], "big")
         size = 65_536 if size == 1 else size
+        if size < 512:
+            raise ValueError("not a page size of SQLite")
         leaves, first = _leaves(file, size, root), 1
         for begin in range(0, len(leaves), _TOGETHER):
             content = _read(file, size, leaves[begin : begin + _TOGETHER])
