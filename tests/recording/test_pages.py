@@ -190,6 +190,19 @@ def test_an_altered_run_is_reported_as_by_sql(recorded, tmp_path, monkeypatch, s
     assert expected != outcome(recorded) or statement.startswith("DELETE FROM blocks")
 
 
+@pytest.mark.parametrize("step", [-7, 0, ROWS + 2])
+def test_each_step_has_its_loss_where_steps_were_added(recorded, tmp_path, from_pages, step):
+    run = shutil.copytree(recorded, tmp_path / "run")
+    with closing(sqlite3.connect(run / FILE_NAME)) as database, database:
+        database.execute("INSERT INTO steps VALUES (?, 0.125)", (step,))
+    with reading(run / FILE_NAME) as database, database.one_moment():
+        steps, losses = database.losses()
+    known = dict(zip(range(1, ROWS + 1), losses_like_a_training(ROWS).tolist(), strict=True))
+    known[step] = 0.125
+    assert steps.tolist() == sorted(known)
+    assert same(losses, np.array([known[each] for each in sorted(known)]))
+
+
 def test_a_flipped_bit_is_reported_as_by_sql(recorded, tmp_path, monkeypatch):
     """Anywhere in the file; where SQLite does not see it, the losses are as they were recorded."""
     whole, chance = (recorded / FILE_NAME).read_bytes(), random.Random(1)

@@ -223,8 +223,10 @@ def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
 
 def has_log(path: Path) -> bool:
     """Return whether a database's write-ahead log has content."""
-    log = Path(f"{path}-wal")
-    return log.exists() and log.stat().st_size > 0
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _with_log(path: Path) -> sqlite3.Connection:

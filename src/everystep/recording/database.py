@@ -213,7 +213,11 @@ class Database(Blocks):
         newest, first = self.newest_step(), self.first_step()
         if last is not None:
             first = newest - last + 1 if first is None else max(first, newest - last + 1)
-        losses = self.losses_after((first or 1) - 1)
+        if first is None or first > 0:
+            losses = self.losses_after((first or 1) - 1)
+        else:  # which only an altered run has
+            query = "SELECT loss FROM steps WHERE step >= ? ORDER BY step"
+            losses = self.floats(query, first, kinds=LOSSES)
         if first is None or len(losses) == newest - first + 1:  # so there is no gap
             return np.arange(newest + 1 - len(losses), newest + 1), losses
         query = "SELECT step FROM steps WHERE step >= ? ORDER BY step"
@@ -236,7 +240,7 @@ class Database(Blocks):
         # process. They matter while someone may write, which a log shows.
         if step >= 0 and newest - step >= MANY and not has_log(self.path):
             known = self.losses_in_pages(newest)
-        later = self.floats(query, max(step, len(known)), kinds=LOSSES)
+        later = self.floats(query, max(step, len(known)) if len(known) else step, kinds=LOSSES)
         return np.concatenate([known[step:], later]) if len(later) else known[step:]
 
     def newest_step(self) -> int:
