@@ -39,12 +39,20 @@ class Shelf:
         Raises:
             RunError: there is none, or it cannot be read.
         """
+        return RecordedRun(self.place(name))
+
+    def place(self, name: str) -> Path:
+        """Return the directory of the run of that name; nothing in it is read.
+
+        Raises:
+            RunError: there is none.
+        """
         directory = self.folders().get(name)
         if directory is None or not (directory / FILE_NAME).is_file():
             known = list(self.directories())
             cure = did_you_mean(name, known) or "the list of runs shows those that there are"
             raise RunError(f"no run {_shortened(name)!r} in {self.directory}; {cure}")
-        return RecordedRun(directory)
+        return directory
 
     def directories(self) -> dict[str, Path]:
         """Return the directories of all runs, by name, in the order of the names."""

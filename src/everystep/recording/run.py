@@ -72,8 +72,7 @@ class RecordedRun:
         self._found: tuple[list[tuple[int, int]], list[Finding]] | None = None
         if may_be_cut:
             return
-        with reading(self._database_path) as database:
-            self._check_whole(database)
+        read_quickly(self._database_path, self._check_whole)
 
     @property
     def name(self) -> str:
@@ -83,8 +82,7 @@ class RecordedRun:
     @property
     def facts(self) -> Facts:
         """Everything known besides numbers per step: status, times, how it was trained."""
-        with reading(self._database_path) as database:
-            return database.facts()
+        return read_quickly(self._database_path, Database.facts)
 
     @property
     def status(self) -> str:
@@ -276,6 +274,10 @@ class RecordedRun:
             found.append(Stretch(first, earlier.last, earlier.training))
             first = earlier.last + 1
         return [*found, Stretch(first, None, facts.training)]
+
+    def newest_step(self) -> int:
+        """Return the number of the newest step, 0 if there is none."""
+        return read_quickly(self._database_path, Database.newest_step)
 
     def summary(self) -> Summary:
         """Return the run in one line."""

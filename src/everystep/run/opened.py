@@ -33,7 +33,7 @@ class OpenedRun(RecordedRun):
         self._last_opened: tuple[Step, Step] | None = None
 
     def __len__(self) -> int:
-        return self.summary().steps
+        return self.newest_step()
 
     @overload
     def __getitem__(self, step: int) -> Step: ...

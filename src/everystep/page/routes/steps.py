@@ -83,14 +83,14 @@ async def _asked(request: Request, kind: str, **asked: Any) -> Response:
 
 async def _answered(request: Request, desk: Desk, kind: str, **asked: Any) -> Response:
     """Ask a worker, and give its answer on."""
-    run = request.app.state.shelf.run(request.path_params["name"])
+    directory = request.app.state.shelf.place(request.path_params["name"])
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
     try:
-        answer = await desk.ask(kind, run.directory, gone=gone, **asked)
+        answer = await desk.ask(kind, directory, gone=gone, **asked)
     except NoAnswer as error:
         return JSONResponse({"error": str(error)}, 502)
     except Gone:
@@ -98,7 +98,7 @@ async def _answered(request: Request, desk: Desk, kind: str, **asked: Any) -> Re
         return JSONResponse({"error": "the server is being stopped"}, 502)
     if answer.status != 200:
         return JSONResponse(answer.about, answer.status)
-    return _response(kind, answer, run.directory.name)
+    return _response(kind, answer, directory.name)
 
 
 def _response(kind: str, answer: Answer, name: str) -> Response:
