@@ -63,7 +63,7 @@ BEFORE = """
 import os, sys, torch
 from torch import nn
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-torch.use_deterministic_algorithms(True, warn_only=True)
+torch.set_deterministic_debug_mode("warn")
 """
 PLACES: tuple[dict[str, Any], ...] = (
     {"threads": 1},

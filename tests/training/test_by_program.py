@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tests.training.by_hand import bits
-from tests.training.step_functions import CASES, network, rows, scheduled, usual
+from tests.training.step_functions import CASES, Case, network, rows, scheduled, usual
 from torch import nn
 
 import everystep
 from everystep.errors import TrainingError
+from everystep.step import verified
 from everystep.step.stand_in import StandIn
 from everystep.training import step_function
 
@@ -418,6 +419,31 @@ def test_a_program_that_is_demanded_must_be_there():
     run = everystep.open("refused")
     assert run.facts.status == "failed"
     assert len(run) == 4
+
+
+def test_few_heavy_steps_are_left_to_python_unless_a_program_is_demanded(checks_in_time, monkeypatch):
+    monkeypatch.setattr(verified, "LIGHT_SECONDS", 0.0)  # steps are heavy on any machine
+
+    def heavy():
+        torch.manual_seed(0)
+        weight = torch.randn(512, 512, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=1e-9)
+
+        def step(x):
+            optimizer.zero_grad()
+            loss = ((x @ weight) @ weight @ weight @ weight).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return Case(step, [torch.randn(512, 512)], {"weight": weight, "optimizer": optimizer})
+
+    losses = by_hand(heavy(), 8)
+    by_python, by_program = trained(heavy(), 8), trained(heavy(), 8, engine="program")
+    assert list(by_python.losses["loss"]) == list(by_program.losses["loss"]) == losses
+    assert function_of(by_program).by_program > 0
+    assert function_of(by_python).by_program == 0
+    assert "a program would not save time" in by_python._repr_html_()
 
 
 def test_a_summary_says_who_took_the_steps():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ Engine = Literal["auto", "program", "eager"]
 MOST_READINGS = 3
 #: Steps in a row with a kind of batch that may differ from those before, until Python runs all.
 MOST_UNLIKE = 4
+#: A program saves about so many seconds of each operation, and reading a step takes about so many steps.
+OPERATION_SECONDS = 2e-5
+READING_STEPS = 3
+TOO_SHORT = "in a training this short, a program would not save time"
 #: Kinds of batches that programs are kept for, and bytes that these hold together, if they are several.
 MOST_KINDS = 64
 MOST_BYTES = 512_000_000
@@ -56,12 +61,15 @@ class _Reading(NamedTuple):
 class _Kind:
     """What is known of steps with one kind of batch.
 
-    is_recognized: whether Python's last was; unlike: how many in a row were not; readings: how often
-    such a step was read; is_left: to Python, for good.
+    is_recognized: whether Python's last was; seconds: the shortest time that one took; operations: its
+    number of them; unlike: how many in a row were not recognized; readings: how often such a step was
+    read; is_left: to Python, for good.
     """
 
     stand_in: StandIn | None = None
     is_recognized: bool = False
+    seconds: float = math.inf
+    operations: int = 0
     unlike: int = 0
     readings: int = 0
     is_left: bool = False
@@ -112,6 +120,7 @@ class StepFunction:
         self._used: list[StandIn] = []
         self._by_program = 0
         self._checked: list[int] = []
+        self._is_too_short = False
         self._reason: str | None = None
         if engine == "eager":
             self._reason = 'engine="eager" is set'
@@ -126,7 +135,7 @@ class StepFunction:
             by_program=self._by_program,
             checks=len(self._checked),
             verified_to=max(self._checked, default=0),
-            reason=self._reason,
+            reason=self._reason or (TOO_SHORT if self._is_too_short else None),
         )
 
     def take(self, *batch: Any) -> dict[str, Any]:
@@ -155,9 +164,7 @@ class StepFunction:
             if is_ready:
                 self._make_room(kind.stand_in)
                 return self._take(kind, kind.stand_in, state, batch, is_settled)
-        elif (kind.is_recognized or kind.unlike == MOST_UNLIKE) and not self._recording.is_watched(
-            number
-        ):
+        elif self._may_read(number, kind):
             return self._read(number, kind, batch)
         return self._by_python_noted(number, kind, batch)
 
@@ -187,6 +194,22 @@ class StepFunction:
             self._last_batch = batch[0] if batch else None
         return self._last_key
 
+    def _may_read(self, number: int, kind: _Kind) -> bool:
+        """Tell whether to read a step: its calls are known, and a program may save time."""
+        if self._recording.is_watched(number):
+            return False
+        if kind.is_recognized:
+            self._is_too_short = not self._saves_time(number, kind)
+            return not self._is_too_short
+        return kind.unlike == MOST_UNLIKE
+
+    def _saves_time(self, number: int, kind: _Kind) -> bool:
+        """Tell whether a program may save more time in the rest of the training than reading takes."""
+        if self._engine == "program" or self._plan.is_light(kind.seconds):
+            return True
+        rest = number if self._steps is None else self._steps - number
+        return rest * kind.operations * OPERATION_SECONDS > READING_STEPS * kind.seconds
+
     def _make_room(self, stand_in: StandIn) -> None:
         """Let other programs go if all together hold too much memory, those used longest ago first."""
         if self._used and self._used[-1] is stand_in:
@@ -213,13 +236,16 @@ class StepFunction:
 
     def _by_python_noted(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Run a step in Python, and note whether it is like those before."""
-        is_watched = self._recording.is_watched(number)
+        is_watched, started = self._recording.is_watched(number), time.perf_counter()
         logged = self._by_python(batch)
-        _, watch = self._recording.last
+        seconds = time.perf_counter() - started
+        path, watch = self._recording.last
         if is_watched:
             return logged
         kind.is_recognized = isinstance(watch, StepWatch) and watch.recognized is not None
         kind.unlike = 0 if kind.is_recognized else kind.unlike + 1
+        if kind.is_recognized:
+            kind.seconds, kind.operations = min(seconds, kind.seconds), len(path.operations)
         return logged
 
     def _take(

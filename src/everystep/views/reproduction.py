@@ -41,7 +41,7 @@ def computed(dtype):
 
 if len(sys.argv) > 1:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     torch.save(computed(sys.argv[2]), sys.argv[1])
     sys.exit()
 found = []
