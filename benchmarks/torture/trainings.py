@@ -18,7 +18,11 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import numpy as np  # noqa: E402
+
+# A process that is forked need not import them, which would take most of its time.
+import safetensors.torch  # noqa: E402, F401
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 from tests.training import loops  # noqa: E402
 from tests.training.loops import LOOPS  # noqa: E402
 from torch import nn  # noqa: E402
@@ -29,6 +33,8 @@ from everystep.experiment.specification import load  # noqa: E402
 from everystep.recording.database import FILE_NAME  # noqa: E402
 from everystep.run import Run  # noqa: E402
 from everystep.training.from_experiment import train_experiment  # noqa: E402
+from everystep.training.from_objects import train_objects  # noqa: E402, F401
+from everystep.training.record import Recording  # noqa: E402, F401
 from everystep.views.progress import TerminalProgress  # noqa: E402
 
 __all__ = ["STEP_FUNCTION", "TRAININGS", "Training", "named"]
