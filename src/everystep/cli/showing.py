@@ -87,7 +87,7 @@ def _say_killed(directories: list[Path]) -> None:
     found = [RecordedRun(directory, may_be_cut=True) for directory in directories]
     for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:
         facts = run.facts
-        how = ending(run, facts, "killed", run.summary().steps)
+        how = ending(run, facts, "killed", run.newest_step())
         hint(f"{run.name}: {how}; go on: {going_on(run, facts)}")
 
 

@@ -112,7 +112,7 @@ def diff(
     """
     loss = _first_loss(one, other)
     common, states, problems = _snapshots(one, other)
-    steps = (one.summary().steps, other.summary().steps)
+    steps = (one.newest_step(), other.newest_step())
     experiments = asked_differences(one.facts.training, other.facts.training)
     numerics = recorded_numerics(one.facts).differences(recorded_numerics(other.facts))
     ends = [loss.step] if loss else []

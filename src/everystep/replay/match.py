@@ -106,7 +106,7 @@ def match(one: Opener, other: Opener, step: int | None = None) -> Match:
     """
     if step is not None:
         return _match(one, other, step)
-    last = min(each.run.summary().steps for each in (one, other))
+    last = min(each.run.newest_step() for each in (one, other))
     if last < 1:
         raise RunError("one of the runs has no steps to match")
     found = _match(one, other, 1)

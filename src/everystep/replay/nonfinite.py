@@ -174,7 +174,7 @@ def find_nonfinite(
         RunError: a needed file is missing or unreadable, or the replay of a step differs from the
             recording, so that the origin cannot be determined.
     """
-    run, last = opener.run, opener.run.summary().steps
+    run, last = opener.run, opener.run.newest_step()
     if not last:
         return None
     if opener.objects is not None:

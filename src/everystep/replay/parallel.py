@@ -216,7 +216,7 @@ def _processes(run: RecordedRun, wanted: list[Span], asked: int | None) -> int:
     if asked is not None:
         return max(1, most)
     steps = sum(span.last - span.first + 1 for span in wanted)
-    seconds = (facts.seconds or 0.0) * steps / max(1, run.summary().steps)
+    seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
     return 1 if seconds < ALONE_SECONDS else max(1, most)
 
 

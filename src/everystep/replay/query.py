@@ -167,7 +167,7 @@ class Query(Visitor):
         every = self._every
         return [
             span
-            for span in coarser(spans(run, 1, run.summary().steps), self.looks_back)
+            for span in coarser(spans(run, 1, run.newest_step()), self.looks_back)
             if any(
                 number not in self._skipped
                 for number in range(-(-span.first // every) * every, span.last + 1, every)
@@ -264,7 +264,7 @@ def measure(
         is_new = _check_name(run, name, meaning, overwrite)
         values = {} if is_new else run.measured(name)
         if isinstance(question, Expression) and question.is_recorded:
-            last = run.summary().steps
+            last = run.newest_step()
             answers = [(s, v) for s, v in ask_columns(question, run, (1, last)) if s % every == 0]
             rows = [(name, step, value) for step, value in answers]
             additions.measurements(rows, {name: meaning}, [name] if is_new else [])
@@ -298,7 +298,7 @@ def when(
         RunError: a needed file is missing or unreadable.
     """
     run = opener.run
-    last = run.summary().steps
+    last = run.newest_step()
     found: list[int] = []
     inexact: list[int] = []
     done: list[Span] = []

@@ -75,7 +75,7 @@ def verify(
         RunError: a needed file is missing or unreadable.
     """
     run = opener.run
-    steps = run.summary().steps
+    steps = run.newest_step()
     found = parallel(opener, spans(run, 1, steps), Visitor(), processes, on_progress)
     replayed = list(found) if steps else []
     damaged = [str(finding) for finding in run.findings()] + run.database_problems()

@@ -103,7 +103,7 @@ def what_if(
         RunError: the steps cannot be taken again without the rows; gives the reason.
     """
     run = opener.run
-    count = run.summary().steps
+    count = run.newest_step()
     for number in (at, until):
         if not 0 <= number <= count:
             raise no_such_step(run, number)
@@ -180,7 +180,7 @@ def _processes(run: RecordedRun, steps: int, asked: int | None, groups: int) -> 
     if facts.training.device != "cpu":
         return 1
     if asked is None:
-        seconds = (facts.seconds or 0.0) * steps / max(1, run.summary().steps)
+        seconds = (facts.seconds or 0.0) * steps / max(1, run.newest_step())
         if seconds < ALONE_SECONDS:
             return 1
         asked = cores() // recorded_numerics(facts).threads

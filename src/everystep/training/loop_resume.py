@@ -68,7 +68,7 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
     now = facts_of_loop(parts, LoopFacts.of(parts.named))
     changed = changes(before.training, now)
     check_changes(run, changed, is_accepted=is_accepted)
-    recorded = run.summary().steps
+    recorded = run.newest_step()
     problems: list[str] = []
     state = run.state_near(recorded, on_problem=problems.append)
     if state is None:

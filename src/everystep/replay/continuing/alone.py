@@ -49,7 +49,7 @@ def reason_against(run: RecordedRun) -> str | None:
         return f"it has a schedule ({next(iter(facts.schedules.values())).class_name})"
     if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         return "the run does not hold its data"
-    if not _programs_after(engine, run.summary().steps):
+    if not _programs_after(engine, run.newest_step()):
         return "it has too few steps: no program takes later ones"
     return None
 
@@ -61,7 +61,7 @@ def resume_alone(run: RecordedRun, steps: int, budget: int, progress: Progress) 
         RunError: they cannot, or a replay differs from the recording.
         RecordingError: writing the run failed.
     """
-    at = run.summary().steps
+    at = run.newest_step()
     resumed = resume_facts(run, at)
     facts = facts_resumed(run, _facts(run, at), steps, resumed)
     return _go_on(

@@ -86,7 +86,7 @@ class Fork:
         Raises:
             StepError: it does not.
         """
-        if not 0 <= self.at <= self.run.summary().steps:
+        if not 0 <= self.at <= self.run.newest_step():
             raise no_such_step(self.run, self.at)
 
     @property

@@ -81,7 +81,7 @@ class Resume:
         return self.run.status == "finished" and self.last <= len(self)
 
     def __len__(self) -> int:
-        return self.run.summary().steps
+        return self.run.newest_step()
 
     @property
     def last(self) -> int:
@@ -263,7 +263,7 @@ def _restore_objects(run: RecordedRun, objects: Objects) -> None:
     Raises:
         RunError: it cannot be read, or does not fit.
     """
-    last, problems = run.summary().steps, list[str]()
+    last, problems = run.newest_step(), list[str]()
     state = run.state_near(last, after=last - 1, on_problem=problems.append)
     if state is None:
         raise RunError(f"the last state of {run.name} cannot be read: {'; '.join(problems)}")

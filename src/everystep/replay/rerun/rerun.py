@@ -138,7 +138,7 @@ def rerun(
     place.check()
     run = opener.run
     _check_programs(run)
-    facts, first, last = run.facts, run.stretches[-1].first, run.summary().steps
+    facts, first, last = run.facts, run.stretches[-1].first, run.newest_step()
     if last < first:
         raise UsageError(f"{run.name} has no steps to take elsewhere")
     known = recorded_numerics(facts)
