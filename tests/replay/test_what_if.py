@@ -169,15 +169,32 @@ def test_an_experiment_is_trained_again_from_the_command_line(everystep_command)
     )
     assert code == 0
     assert everystep.open("fork").losses["loss"].to_list()[4:] == best["losses"]
+    code, out, _ = everystep_command("whatif", "run", "--without-rows-of", 6, "--each", "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert (answer["at"], answer["until"], len(answer["cases"])) == (5, 8, len(rows))
     code, out, _ = everystep_command(*arguments, "--without-rows", f"{rows[0]},{rows[1]}")
     assert code == 0
     assert f"{min(rows[:2])}, {max(rows[:2])}" in out
 
 
+def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_path, everystep_command):
+    run = trained(tmp_path / "run")
+    found = run.what_if(without_rows_of=6, each=True, progress=False)
+    said = run.what_if(5, len(run), without_rows_of=6, each=True, progress=False)
+    assert (found.at, found.until, found.cases) == (5, len(run), said.cases)
+    with pytest.raises(UsageError, match="after which step the trainings start"):
+        run.what_if(without_rows=[2])
+    for arguments, cure in (([], "--without-rows-of STEP"), (["--without-rows", "2"], "--at STEP")):
+        code, _, err = everystep_command("whatif", run.directory, *arguments)
+        assert code == 2
+        assert cure in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"without_rows": []}, "set rows to leave out"),
+        ({"without_rows": []}, "say which rows to leave out"),
         ({"without_rows": [99]}, "there is no row 99; the training rows are 0 to 19"),
         ({"without_rows_of": 6}, "leaves no row in the batch of step 6"),
         (

@@ -88,8 +88,13 @@ def rerun(
 
 def whatif(
     run: RunArgument,
-    at: Annotated[int, typer.Option("--at", metavar="STEP", help="Step after which trainings start.")],
-    until: Annotated[int, typer.Option("--until", metavar="STEP", help="Step to compare.")],
+    at: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", help="Step to start after; default: before --without-rows-of."),
+    ] = None,
+    until: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Step to compare; default: the last.")
+    ] = None,
     without_rows: Annotated[
         str | None, typer.Option(metavar="ROWS", help="Rows of the data to leave out: 8123,8124.")
     ] = None,
@@ -114,6 +119,13 @@ def whatif(
     from everystep.views.answers import as_json
     from everystep.views.what_if import what_if_data, what_if_text
 
+    if without_rows is None and without_rows_of is None:
+        raise UsageError(
+            "say which rows to leave out: --without-rows 8123,8124, or --without-rows-of STEP; "
+            f"everystep rows {run} STEP ranks those of a step"
+        )
+    if at is None and without_rows_of is None:
+        raise UsageError("say after which step the trainings start: --at STEP")
     found = open(run).what_if(
         at,
         until,

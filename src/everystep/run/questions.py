@@ -288,8 +288,8 @@ class Questions(OpenedRun):
 
     def what_if(
         self,
-        at: int,
-        until: int,
+        at: int | None = None,
+        until: int | None = None,
         *,
         without_rows: Iterable[int] = (),
         without_rows_of: int | None = None,
@@ -303,8 +303,8 @@ class Questions(OpenedRun):
         Nothing is recorded. The steps have the bits of a training by hand without those rows.
 
         Args:
-            at: the step after which the trainings start.
-            until: the step that they are compared at.
+            at: the step after which the trainings start; default: the one before `without_rows_of`.
+            until: the step that they are compared at; default: the last.
             without_rows: rows of the data to leave out of the batches that they are in.
             without_rows_of: the step of which all rows are left out.
             each: leave out one row after the other, not all at once.
@@ -315,7 +315,7 @@ class Questions(OpenedRun):
 
         Raises:
             StepError: the run has no such step.
-            UsageError: rows do not exist, or a batch would be empty.
+            UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
             RunError: the steps cannot be taken again without the rows; gives the reason.
         """
         from everystep.replay.what_if import what_if
@@ -323,6 +323,14 @@ class Questions(OpenedRun):
         from everystep.views.what_if import what_if_text
 
         chosen = [operator.index(row) for row in without_rows]
+        if at is None and without_rows_of is None:
+            raise UsageError(
+                "say after which step the trainings start, at, or of which step all rows are left out, "
+                "without_rows_of"
+            )
+        if at is None:
+            at = self._number(without_rows_of) - 1
+        until = self.newest_step() if until is None else self._number(until)
         if without_rows_of is not None:
             batch = self[self._number(without_rows_of)].batch
             first = next(iter(batch.tensors.values()), None)
@@ -330,14 +338,14 @@ class Questions(OpenedRun):
             chosen += range(count) if batch.rows is None else batch.rows.tolist()
         rows = sorted(set(chosen))
         if not rows:
-            raise UsageError("set rows to leave out: without_rows=[...], or without_rows_of=STEP")
+            raise UsageError("say which rows to leave out: without_rows, or without_rows_of a step")
         cases = [(row,) for row in rows] if each else [tuple(rows)]
         steps = (until - at) * (len(cases) + 1)
         with counting("training", max(0, steps), progress) as on_progress:
             found = what_if(
                 self._opener,
                 self._number(at),
-                self._number(until),
+                until,
                 cases,
                 by,
                 self._objects,
