@@ -138,6 +138,8 @@ class DamageWarning(UserWarning):
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """Return a fix for an unknown name: the most similar known names, or all if there are few."""
+    if not known:
+        return "there are none"
     folded = {candidate.lower(): candidate for candidate in known}
     near = [folded[match] for match in get_close_matches(name.lower(), folded, n=2, cutoff=0.6)]
     if near:

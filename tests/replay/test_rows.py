@@ -449,6 +449,10 @@ def test_the_command_ranks_rows_and_says_what_is_unknown(tmp_path, monkeypatch):
     assert "weight, before clipping" in call("plain", 3, "--parameter", "weight").stdout
     text = call("mixed", 3, "--by", "gradient").stdout
     assert "4 of 6 parameters" in text and "0.weight, 0.bias: unknown; operation #" in text
+    deep = nn.Sequential(*(nn.Linear(6, 6) for _ in range(9)), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    _train(tmp_path / "deep", deep, _columns(), nn.MSELoss())
+    text = call("deep", 3, "--by", "gradient").stdout
+    assert "2.weight, 2.bias and 12 more: unknown; operation #" in text
     unknown = call("mixed", 3, "--parameter", "0.weight")
     assert unknown.exit_code == 1 and "of the norm" not in unknown.stdout
     assert isinstance(call("plain", 3, "--by", "size").exception, UsageError)

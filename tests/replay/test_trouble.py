@@ -20,7 +20,7 @@ from tests.training.by_hand import bits, by_train, new_training
 import everystep
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
-from everystep.replay.processes import needs_worker
+from everystep.replay.processes import needs_worker, workers
 
 
 @pytest.fixture
@@ -220,6 +220,17 @@ def test_a_process_that_replays_and_is_killed_is_reported_and_the_next_question_
     with pytest.raises(everystep.TrainingError, match=r"has ended too early.*free memory"):
         opened[39]
     assert opened[39].number == 39
+
+
+def _memory_that_a_worker_may_take():
+    from loky import process_executor
+
+    return process_executor._MAX_MEMORY_LEAK_SIZE
+
+
+def test_no_process_is_taken_for_one_that_leaks_because_a_replay_needs_memory(run):
+    with workers(run.facts, 1, 1) as processes:
+        assert processes.submit(_memory_that_a_worker_may_take).result() > 2**50
 
 
 def test_what_keeps_a_run_from_being_replayed_is_reported_each_time(of_other_numerics):

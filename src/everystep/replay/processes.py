@@ -78,6 +78,9 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
     from loky import ProcessPoolExecutor
 
     environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
+    # loky takes a process that holds 300 MB more than at its start for one that leaks, warns of it, and
+    # starts another, which knows nothing of the run.
+    environment["LOKY_MAX_MEMORY_LEAK_SIZE"] = "1e18"
     executor = ProcessPoolExecutor(count, env=environment, initializer=_begin, initargs=(threads,))
     try:
         try:

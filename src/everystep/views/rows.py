@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError, UsageError, did_you_mean
+from everystep.views.answers import NAMED
 from everystep.views.batch import targets
 from everystep.views.terminal import number
 
@@ -137,8 +138,13 @@ def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
     for name in names:
         if name not in known:
             unknown.setdefault(str(rows.gradients[name]), []).append(name)
-    lines += [f"gradient of {', '.join(each)}: unknown; {why}" for why, each in unknown.items()]
+    lines += [f"gradient of {_listed(each)}: unknown; {why}" for why, each in unknown.items()]
     return lines
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _rest(rest: float) -> str:

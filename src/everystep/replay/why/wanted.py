@@ -134,6 +134,9 @@ def _referred(text: str, reference: Reference, step: Step) -> tuple[list[str], l
             raise error_at(text, f"no operation of step {step.number} reads {reference}")
         return names[:1], [0]
     known: Sequence[str] = [*getattr(step, kind)]
+    if kind == "gradients" and not known:
+        cure = "#N is the result of operation N, of the backward pass too"
+        raise error_at(text, f"step {step.number} hands no gradients to an optimizer; {cure}")
     if name not in known:
         cure = did_you_mean(name, known) or f"this step has {len(known)} {kind}"
         raise error_at(text, f"unknown name {name!r} of {kind}; {cure}")
