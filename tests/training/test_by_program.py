@@ -446,6 +446,14 @@ def test_few_heavy_steps_are_left_to_python_unless_a_program_is_demanded(checks_
     assert "a program would not save time" in by_python._repr_html_()
 
 
+def test_batches_of_ever_other_shapes_are_said_to_be_the_reason():
+    case = seeded(CASES["adam"])
+    x, y = next(iter(case.batches))
+    run = trained(case._replace(batches=[(x[:n], y[:n]) for n in range(1, 7)]), 6)
+    assert function_of(run).by_program == 0
+    assert "there are 6 kinds of batches, and none came often enough" in run._repr_html_()
+
+
 def test_a_summary_says_who_took_the_steps():
     run = trained(seeded(CASES["adam"]), 20)
     assert re.search(r"a program ran 1\d of 20 steps, checked against Python \d", run._repr_html_())

@@ -135,8 +135,17 @@ class StepFunction:
             by_program=self._by_program,
             checks=len(self._checked),
             verified_to=max(self._checked, default=0),
-            reason=self._reason or (TOO_SHORT if self._is_too_short else None),
+            reason=self._reason or self._unmet,
         )
+
+    @property
+    def _unmet(self) -> str | None:
+        """Why programs have run no step although they might, None if they have."""
+        if self._is_too_short:
+            return TOO_SHORT
+        if len(self._kinds) > 1 and not self._by_program:
+            return f"there are {len(self._kinds)} kinds of batches, and none came often enough"
+        return None
 
     def take(self, *batch: Any) -> dict[str, Any]:
         """Run a step; return what it logs.
