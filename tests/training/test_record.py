@@ -493,3 +493,77 @@ def test_a_database_that_was_changed_is_refused(made, column, value):
     with pytest.raises(everystep.EverystepError):
         run[2]
     assert not run.verify(processes=1, progress=False).is_exact
+
+
+def _after_it(optimizer, schedule, turn):
+    optimizer.step()
+    schedule.step()
+
+
+def _before_it(optimizer, schedule, turn):
+    schedule.step()
+    optimizer.step()
+
+
+def _by_hand(optimizer, schedule, turn):
+    optimizer.param_groups[0]["lr"] = 0.1 / (1 + turn)
+    optimizer.step()
+
+
+def _every_other_turn(optimizer, schedule, turn):
+    if turn % 2:
+        optimizer.step()
+    schedule.step()
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("way", [_after_it, _before_it, _by_hand, _every_other_turn])
+@pytest.mark.parametrize("as_function", [False, True])
+def test_the_learning_rate_of_a_step_is_the_one_that_its_update_uses(made, way, as_function):
+    model, optimizer, (x, y) = made
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    used, turns = {}, iter(range(1, 100))
+    # Called where torch calls the optimizer, outside of what everystep reads.
+    hook = optimizer.register_step_pre_hook(
+        lambda o, *_: used.update({turn[0]: o.param_groups[0]["lr"]})
+    )
+    turn = [0]
+
+    def step(batch):
+        turn[0] = next(turns)
+        loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+        optimizer.zero_grad()
+        loss.backward()
+        way(optimizer, schedule, turn[0])
+        return loss
+
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if as_function:
+        run = everystep.train(step, [(x, y)], parts=parts, steps=12, progress=False)
+    else:
+        with everystep.record(**parts) as recording:
+            for batch in recording.steps([(x, y)] * 12):
+                recording.log(loss=step(batch))
+        run = recording.run
+    hook.remove()
+    assert len(used) in (6, 12)
+    assert {number: run[number].hyperparameters["lr"] for number in used} == used
+
+
+def test_the_learning_rate_of_a_step_that_a_program_runs_is_the_one_that_it_uses(made):
+    model, optimizer, (x, y) = made
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
+    def step(batch):
+        loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return loss
+
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    run = everystep.train(step, [(x, y)], parts=parts, steps=24, progress=False)
+    assert run.facts.training.loop.function.by_program > 10
+    for number in range(1, 25):
+        assert run[number].hyperparameters["lr"] == pytest.approx(0.1 * 0.5 ** ((number - 1) // 3))

@@ -2,6 +2,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+import everystep
 from everystep.errors import UsageError
 from everystep.recording.run import RecordedRun
 from everystep.views.plot import loss_plot, save_plot
@@ -130,3 +131,13 @@ def test_a_place_that_cannot_be_written_is_named(trained, tmp_path):
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(UsageError, match=r"loss\.png cannot be written: Is a directory"):
         save_plot(plot, tmp_path / "loss.png")
+
+
+def test_a_learning_rate_is_level_until_it_changes(tmp_path):
+    changed = {"steps": 12, "schedule": {"name": "StepLR", "step_size": 4}}
+    run = everystep.train_experiment("two-layer", changed, directory=tmp_path / "run", progress=False)
+    plot = loss_plot([run], measurements=["lr"])
+    (line,) = [layer._data for layer in plot.layers if layer.geom.__class__.__name__ == "geom_line"]
+    first, second, third = run.measured("lr").values()
+    drawn = dict(zip(line["step"], line["value"], strict=True))
+    assert drawn == {1: first, 4: first, 5: second, 8: second, 9: third, 12: third}

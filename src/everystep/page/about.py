@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC
@@ -15,6 +14,7 @@ from everystep.recording.database import MeasurementEnds
 from everystep.recording.facts import ModuleFacts, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.recording.summary import Summary
+from everystep.recording.texts import is_rate
 from everystep.views import report
 from everystep.views.ending import ending, going_on
 from everystep.views.summary import facts_in_order
@@ -33,8 +33,6 @@ _SUMMARY = (
     *("status", "steps", "planned", "first_loss", "last_loss", "nonfinite", "optimizer", "lr"),
     *("batch", "validation", "seconds", "started", "parent", "note", "damage"),
 )
-#: The learning rate and its like are recorded where they change.
-_RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
 
 
 def plain(value: float | None) -> float | str | None:
@@ -162,8 +160,8 @@ def _landmarks(columns: RunColumns) -> dict[str, Any]:
 
 def _measurement(ends: MeasurementEnds) -> dict[str, Any]:
     first, last = (plain(math.nan if end is None else end) for end in (ends.first, ends.last))
-    is_rate = _RATE.fullmatch(ends.name) is not None
-    return {"name": ends.name, "count": ends.values, "first": first, "last": last, "is_rate": is_rate}
+    found = {"name": ends.name, "count": ends.values, "first": first, "last": last}
+    return found | {"is_rate": is_rate(ends.name)}
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from everystep.recording.facts import LossFacts, ModuleFacts, OptimizerFacts, ScheduleFacts
 
 __all__ = [
+    "is_rate",
     "loss_text",
     "model_text",
     "optimizer_parts",
@@ -22,6 +24,12 @@ __all__ = [
 
 #: A line of text, and how deep it lies.
 _Line = tuple[int, str]
+_RATE = re.compile(r"(.*\.)?(lr|momentum|beta1)(\[\d+\])?")
+
+
+def is_rate(name: str) -> bool:
+    """Tell whether a measurement is a learning rate or its like: recorded where it changes."""
+    return _RATE.fullmatch(name) is not None
 
 
 def model_text(modules: Mapping[str, ModuleFacts]) -> str:

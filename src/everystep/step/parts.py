@@ -187,10 +187,15 @@ class Parts:
         rest |= {f"generator/{name}": copy_of(value) for name, value in generators.items()}
         return State(step, parameters, rest, {"step": step, "names": [*live], **settings})
 
-    def rates(self) -> dict[str, float]:
-        """Return the current learning rates: `lr`, `lr[1]`, or `optimizer_g.lr`."""
+    def rates(self, only: torch.optim.Optimizer | None = None) -> dict[str, float]:
+        """Return the current learning rates: `lr`, `lr[1]`, or `optimizer_g.lr`.
+
+        only: those of this optimizer.
+        """
         found = {}
         for name, optimizer in self.optimizers.items():
+            if only is not None and optimizer is not only:
+                continue
             prefix = "" if len(self.optimizers) == 1 else f"{name}."
             for place, group in enumerate(optimizer.param_groups):
                 rate = group.get("lr")

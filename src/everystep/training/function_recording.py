@@ -103,13 +103,13 @@ class FunctionRecording(Recording[R]):
         writer.wait()
         if not is_settled:
             writer.note_changes(state)
-        seen = self._batch_of(batch, era)
+        seen, rates = self._batch_of(batch, era), self._parts.rates()
         try:
             watch, logged = stand_in.take(state, seen.tensors, is_settled=is_settled)
         except (RuntimeError, IndexError, ValueError, TypeError):  # the step was not taken to its end
             writer.forget_versions()
             raise
-        step = StepUnderWay(watch)
+        step = StepUnderWay(watch, rates)
         step.batch, step.nesting = seen.copies, seen.nesting
         step.logged, step.loss = dict(logged), logged.get("loss")
         writer.add(step, self._elsewhere.copied, state)

@@ -61,10 +61,14 @@ W = TypeVar("W", bound=AnyWatch, covariant=True)
 
 
 class StepUnderWay(Generic[W]):
-    """A step in progress: its watch, its batch, and logged values."""
+    """A step in progress: its watch, its batch, and logged values.
 
-    def __init__(self, watch: W) -> None:
+    rates: the learning rates that it uses: as it began, or as an optimizer found them.
+    """
+
+    def __init__(self, watch: W, rates: dict[str, float]) -> None:
         self.watch = watch
+        self.rates = rates
         self.batch: dict[str, Tensor] = {}
         self.nesting: list[Any] = []
         self.logged: dict[str, Any] = {}
@@ -344,9 +348,9 @@ class LoopWriter:
                 self._loss_dtype = "float64" if is_wide else "float32"
             self._has_loss = True
         self._measured += [(name, self.step, value) for name, value in step.logged.items()]
-        rates = self._parts.rates()
-        self._measured += [(n, self.step, v) for n, v in rates.items() if self._rates.get(n) != v]
-        self._rates = rates
+        rates = step.rates.items()
+        self._measured += [(name, self.step, v) for name, v in rates if self._rates.get(name) != v]
+        self._rates = step.rates
 
     def _keep_what_is_unknown(self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor]) -> None:
         """Store what the step changed unseen."""

@@ -318,10 +318,11 @@ class Recording(Generic[R]):
 
     def _begin(self, watch: StepWatch | StrictWatch, state: dict[str, Tensor], batch: Any) -> None:
         self._names = self._parts.parameter_names()
+        rates = self._parts.rates()
         watch.begin(state)
         self._follower.step_begins()
         watch.__enter__()
-        self._under_way = StepUnderWay(watch)
+        self._under_way = StepUnderWay(watch, rates)
         if batch is not None:
             try:
                 self.add_batch(batch)
@@ -408,6 +409,8 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
+                if isinstance(self._under_way.watch, StepWatch):  # the other does not record the step
+                    self._under_way.rates |= self._parts.rates(optimizer)
                 self._under_way.watch.optimizer_begins(
                     optimizer, name, has_arguments, lambda: self._gradients_of(optimizer)
                 )

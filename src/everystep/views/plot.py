@@ -18,6 +18,7 @@ import plotnine as p9
 import polars as pl
 
 from everystep.errors import UsageError, did_you_mean
+from everystep.recording.texts import is_rate
 from everystep.views.output_file import write_file
 from everystep.views.reduction import reduce
 
@@ -187,11 +188,21 @@ def _measured(
         if wanted not in known:
             cure = did_you_mean(wanted, known) if known else "the runs recorded only losses"
             raise UsageError(f"no measurement {wanted!r}; {cure}")
-        for frame, name in zip(frames, names, strict=True):
+        for run, frame, name in zip(runs, frames, names, strict=True):
             of_run = frame.filter(pl.col("name") == wanted)
+            if is_rate(wanted) and len(of_run):
+                of_run = _held(of_run, run.newest_step())
             line = _drawable(of_run, f"{name}, {_plain(wanted)}", "value", log, notes)
             lines.append(line.assign(run=name, measurement=_plain(wanted)))
     return pd.concat(lines)
+
+
+def _held(frame: pl.DataFrame, last: int) -> pl.DataFrame:
+    """Return a number that is recorded where it changes as a line: level up to the next change."""
+    ends = pl.concat([frame["step"][1:] - 1, pl.Series([last])])
+    levels = pl.DataFrame({"step": ends, "value": frame["value"]})
+    both = pl.concat([frame.select("step", "value"), levels])
+    return both.unique("step", keep="first", maintain_order=True).sort("step")
 
 
 def _pandas(frame: pl.DataFrame, name: str, column: str) -> pd.DataFrame:
