@@ -65,7 +65,8 @@ class _Composer:
     def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
         alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
         known = _documented(alone) if alone and alone.is_torchs else None
-        self._documented = known or (optimizers_text(optimizers),)
+        # Its settings may have changed since.
+        self._documented = known or (f"{optimizers_text(optimizers)}, as the run began",)
         self._terms: dict[str, _Term] = {}
         self._known: dict[str, Formula] = {}
 
