@@ -183,6 +183,7 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
     found = run.what_if(without_rows_of=6, each=True, progress=False)
     said = run.what_if(5, len(run), without_rows_of=6, each=True, progress=False)
     assert (found.at, found.until, found.cases) == (5, len(run), said.cases)
+    assert run.what_if(without_rows_of=6 - len(run) - 1, each=True, progress=False).cases == said.cases
     with pytest.raises(UsageError, match="after which step the trainings start"):
         run.what_if(without_rows=[2])
     for arguments, cure in (([], "--without-rows-of STEP"), (["--without-rows", "2"], "--at STEP")):

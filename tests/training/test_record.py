@@ -567,3 +567,21 @@ def test_the_learning_rate_of_a_step_that_a_program_runs_is_the_one_that_it_uses
     assert run.facts.training.loop.function.by_program > 10
     for number in range(1, 25):
         assert run[number].hyperparameters["lr"] == pytest.approx(0.1 * 0.5 ** ((number - 1) // 3))
+
+
+def test_a_rate_that_the_loop_logs_has_a_name_of_its_own(made):
+    model, optimizer, batch = made
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    logged = {}
+    with everystep.record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+        for number, (x, y) in enumerate(recording.steps([batch] * 6), 1):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            logged[number] = schedule.get_last_lr()[0]
+            recording.log(loss=loss, lr=logged[number])
+    run = recording.run
+    assert run.measured("lr (logged)") == logged
+    assert run[3].hyperparameters == {"lr": 0.1} and run[4].hyperparameters == {"lr": 0.05}

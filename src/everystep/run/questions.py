@@ -328,11 +328,10 @@ class Questions(OpenedRun):
                 "say after which step the trainings start, at, or of which step all rows are left out, "
                 "without_rows_of"
             )
-        if at is None:
-            at = self._number(without_rows_of) - 1
         until = self.newest_step() if until is None else self._number(until)
         if without_rows_of is not None:
-            batch = self[self._number(without_rows_of)].batch
+            step = self[self._number(without_rows_of)]
+            at, batch = step.number - 1 if at is None else at, step.batch
             first = next(iter(batch.tensors.values()), None)
             count = 0 if first is None or not first.dim() else len(first)
             chosen += range(count) if batch.rows is None else batch.rows.tolist()
@@ -340,6 +339,7 @@ class Questions(OpenedRun):
         if not rows:
             raise UsageError("say which rows to leave out: without_rows, or without_rows_of a step")
         cases = [(row,) for row in rows] if each else [tuple(rows)]
+        assert at is not None
         steps = (until - at) * (len(cases) + 1)
         with counting("training", max(0, steps), progress) as on_progress:
             found = what_if(

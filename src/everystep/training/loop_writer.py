@@ -347,7 +347,10 @@ class LoopWriter:
             if is_wide or not self._has_loss:  # one that float32 would round widens all of them
                 self._loss_dtype = "float64" if is_wide else "float32"
             self._has_loss = True
-        self._measured += [(name, self.step, value) for name, value in step.logged.items()]
+        for name, value in step.logged.items():
+            # What the loop logs as a rate may be the one after the step; the name is of the one used.
+            title = f"{name} (logged)" if name in step.rates else name
+            self._measured.append((title, self.step, value))
         rates = step.rates.items()
         self._measured += [(name, self.step, v) for name, v in rates if self._rates.get(name) != v]
         self._rates = step.rates

@@ -141,9 +141,11 @@ class StepFunction:
     @property
     def _unmet(self) -> str | None:
         """Why programs have run no step although they might, None if they have."""
+        if self._by_program:
+            return None
         if self._is_too_short:
             return TOO_SHORT
-        if len(self._kinds) > 1 and not self._by_program:
+        if len(self._kinds) > 1:
             return f"there are {len(self._kinds)} kinds of batches, and none came often enough"
         return None
 
