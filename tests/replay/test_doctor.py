@@ -167,3 +167,30 @@ def test_a_loop_of_your_own_is_repaired_too(tmp_path):
     found = everystep.doctor(run.directory, repair="copy", progress=False)
     assert found.repaired.again == ((1, 20),) and found.repaired.is_complete
     assert everystep.open("copy").losses.equals(losses)
+
+
+def test_a_removed_experiment_is_named(tmp_path, everystep_command):
+    run = everystep.train_experiment(
+        "two-layer", {"steps": 20}, directory=tmp_path / "run", progress=False
+    )
+    (run.directory / "experiment.toml").unlink()
+    opened = everystep.open(run.directory)
+    assert opened.verify(progress=False).is_exact
+    code, out, _ = everystep_command("doctor", run.directory)
+    assert code == 1
+    assert "experiment.toml is missing, though the run was trained by it; put it back" in out
+    code, _, error = everystep_command("fork", run.directory, "--at", 5, "--set", "seed=3")
+    assert code == 2
+    assert "experiment.toml of run is missing, and its programs cannot go on alone" in error
+    assert "put the file back, or pass the objects" in error
+
+    fork = opened.fork(5, lr=1e-3, directory=tmp_path / "fork", progress=False)
+    assert fork.verify(progress=False).is_exact
+    code, _, error = everystep_command("resume", run.directory, "--steps", 30)
+    assert code == 0
+    assert "experiment.toml is missing, so programs alone take the steps" in error
+    resumed = everystep.open(run.directory)
+    plain = everystep.train_experiment(
+        "two-layer", {"steps": 30}, directory=tmp_path / "plain", progress=False
+    )
+    assert resumed.losses.equals(plain.losses) and resumed.verify(progress=False).is_exact

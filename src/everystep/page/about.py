@@ -23,7 +23,7 @@ from everystep.views.terminal import number, shortest, shortest_name
 if TYPE_CHECKING:
     from everystep.page.columns import RunColumns
 
-__all__ = ["about_data", "plain", "settings_of", "state_data", "summary_data"]
+__all__ = ["about_data", "plain", "state_data", "summary_data"]
 
 #: What the classes of layers begin with that have a weight, and of activation functions.
 _WITH_WEIGHTS = ("Linear", "Bilinear", "Conv", "Embedding", "LazyLinear", "LazyConv")
@@ -95,7 +95,7 @@ def about_data(
         RunError: it does not say what it is.
     """
     facts, training = columns.facts, columns.facts.training
-    settings = settings_of(run, training)
+    settings, problem = _settings_of(run, training)
     return {
         "facts": [*facts_in_order(facts), ("seed", report.seed(facts))],
         "details": report.details(facts),
@@ -109,6 +109,7 @@ def about_data(
         "parent": [facts.fork.parent, facts.fork.at] if facts.fork else None,
         "forks": forks,
         "has_experiment": settings is not None,
+        "experiment_problem": problem,
         "is_of_loop": training.loop is not None,
         "layers": _telling_layers(training.modules),
         "settings": settings or {},
@@ -125,13 +126,18 @@ def _telling_layers(modules: Mapping[str, ModuleFacts]) -> dict[str, str | None]
     return {"weight": weight, "active": active}
 
 
-def settings_of(run: RecordedRun, facts: TrainingFacts) -> dict[str, Any] | None:
-    """Return the settings of a run's experiment by path, as `--set` takes them; None: it has none."""
+def _settings_of(run: RecordedRun, facts: TrainingFacts) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the settings of an experiment by path, as `--set` takes them, or what is wrong with it.
+
+    A run from Python objects has neither.
+    """
     try:
         path = run.experiment_file(facts)
-        return None if path is None else _flat(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, RecursionError, RunError, ValueError):
-        return None  # changed by somebody since: it does not tell how the run was trained
+        return (None if path is None else _flat(tomllib.loads(path.read_text(encoding="utf-8")))), None
+    except RunError as error:
+        return None, str(error)
+    except (OSError, RecursionError, ValueError) as error:
+        return None, f"the experiment of {run.name} cannot be read: {error}"
 
 
 def _argument(directory: Path) -> str:

@@ -57,9 +57,10 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
             continue
         training = stretch.facts
         source = own_path(parent.directory, training.experiment_file or EXPERIMENT_FILE)
-        if source.is_file():
+        if training.experiment_digest is not None or source.is_file():
             name = f"experiment-{stretch.first}.toml"
-            _link(source, directory / name)
+            if source.is_file():
+                _link(source, directory / name)
             training = training.model_copy(update={"experiment_file": name})
         earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
     facts = parent.facts

@@ -252,8 +252,10 @@ class RecordedRun:
         """Return the experiment file of a stretch with these facts, if it has one.
 
         Raises:
-            RunError: the file was changed.
+            RunError: the file was changed or removed.
         """
+        if (lost := self.lost_experiment(facts)) is not None:
+            raise RunError(f"{lost} is missing, though the run was trained by it; put it back")
         path = own_path(self.directory, facts.experiment_file or EXPERIMENT_FILE)
         if not path.is_file():
             return None
@@ -264,6 +266,11 @@ class RecordedRun:
                 "the run; restore the original file"
             )
         return path
+
+    def lost_experiment(self, facts: TrainingFacts) -> Path | None:
+        """Return the experiment file that a stretch was trained by, if it was removed since."""
+        path = own_path(self.directory, facts.experiment_file or EXPERIMENT_FILE)
+        return path if facts.experiment_digest is not None and not path.is_file() else None
 
     @property
     def stretches(self) -> list[Stretch]:

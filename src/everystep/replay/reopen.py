@@ -223,7 +223,8 @@ def _living(
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
         return with_replacement(_from_objects(facts, objects, batch, device), facts.replaced)
-    path = run.experiment_file(facts)
+    # Without its file, a run is still replayed as far as its programs go.
+    path = None if run.lost_experiment(facts) else run.experiment_file(facts)
     if path is None:
         return None
     from everystep.training.from_experiment import experiment_job

@@ -60,11 +60,14 @@ def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
         RunError: they cannot.
     """
     reason = reason_against(run) or reason
-    if reason is not None:
-        raise RunError(
-            f"{run.name} was trained from Python objects, which the run does not hold, and its programs "
-            f"cannot go on alone: {reason}; pass the objects: {call}model=..., loss=..., optimizer=...)"
-        )
+    if reason is None:
+        return
+    cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"
+    if (lost := run.lost_experiment(run.facts.training)) is not None:
+        what, cure = f"{lost.name} of {run.name} is missing", f"put the file back, or {cure}"
+    else:
+        what = f"{run.name} was trained from Python objects, which the run does not hold"
+    raise RunError(f"{what}, and its programs cannot go on alone: {reason}; {cure}")
 
 
 def with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: str) -> Objects:

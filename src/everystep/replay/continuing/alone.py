@@ -98,7 +98,8 @@ def fork_alone(
         raise UsageError(
             f"the fork starts after step {at} but would end at step {steps}; set more steps"
         )
-    trained = _facts(run, at)
+    # An experiment of the parent does not describe the fork.
+    trained = _facts(run, at).model_copy(update={"experiment_file": None, "experiment_digest": None})
     if lr is not None and not _reads_rate(run, trained):
         raise UsageError(
             f"the programs of {run.name} hold its learning rate as a number; to change it, pass the "
@@ -152,9 +153,11 @@ def _go_on(
         state = stepper.capture()
         recorder, started = record(state), time.perf_counter()
         progress.begin(recorder.directory, facts)
+        lost = run.lost_experiment(run.facts.training)
+        why = "" if lost is None else f"{lost.name} is missing, so "
         progress.notice(
-            "programs alone take the steps, without the objects that trained the run: nothing checks "
-            "them against Python, and nothing is measured on validation rows"
+            f"{why}programs alone take the steps, without the objects that trained the run: nothing "
+            "checks them against Python, and nothing is measured on validation rows"
         )
         if lr is not None:
             recorder.measurements([("lr", at + 1, lr)])

@@ -118,13 +118,13 @@ function inPython(about, step) {
       ? [`model.load_state_dict(run.parameters(${step}))`, "with everystep.record(model=model, optimizer=optimizer) as recording:", "    ..."]
       : [`fork = run.fork(${step}, lr=1e-3, model=model, loss=loss, optimizer=optimizer)`]),
   ];
-  const says = about.is_of_loop
-    ? `${about.name} was recorded from a loop of your own, which a fork would need. Load the parameters, and record your loop from there:`
-    : `${about.name} was trained from Python objects, which a run does not hold. Make them as you did, and fork it there:`;
+  const objects = `${about.name} was trained from Python objects, which a run does not hold. Make them as you did, and fork it there:`;
+  const loop = `${about.name} was recorded from a loop of your own, which a fork would need. Load the parameters, and record your loop from there:`;
+  const problem = `${about.experiment_problem}. Or make the objects that trained the run, and fork it in Python:`;
   return element(
     "div",
     { class: "asking" },
-    element("p", {}, says),
+    element("p", {}, about.experiment_problem ? problem : about.is_of_loop ? loop : objects),
     commandLine("In Python", lines.join("\n")).node,
     element("form", { method: "dialog", class: "buttons" }, element("button", { autofocus: true }, "Close")),
   );
