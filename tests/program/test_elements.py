@@ -73,6 +73,20 @@ def pooled_adaptively(given, *sizes):
     return torch.randn_like(output), given, indices
 
 
+def pooled_by_chance(given, kernel, sizes):
+    samples = torch.rand(
+        given.shape[0] if given.dim() > len(sizes) + 1 else 1, given.shape[-len(sizes) - 1], len(sizes)
+    )
+    operator = getattr(torch.ops.aten, f"fractional_max_pool{len(sizes)}d")
+    output, indices = operator(given, kernel, sizes, samples)
+    return torch.randn_like(output), given, kernel, sizes, indices
+
+
+def labelled(given, target, reduction):
+    loss, is_target = torch.ops.aten.multilabel_margin_loss_forward(given, target, reduction)
+    return torch.randn_like(loss), given, target, reduction, is_target
+
+
 def recurrent(reverse):
     weights = rand(12, 2), rand(12, 3), rand(12), rand(12)
     return rand(4, 2, 2), *weights, rand(2, 3), rand(2, 3), reverse, [], 2, 3, 1, True, False, True, True
@@ -106,6 +120,8 @@ ROWS = torch.log_softmax(rand(5, 4), 1)
 IMAGES = torch.log_softmax(rand(2, 4, 3, 2), 1)
 SOFT = torch.softmax(rand(3, 4, 2), 1)
 SIGMOID = rand(3, 4)
+
+LABELS = torch.tensor([[2, -1, 0, 1], [0, 3, 0, -1], [-1, 0, 1, 2]])
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
@@ -150,6 +166,7 @@ CASES = [
             *("tanh", "atan", "erf", "floor", "ceil", "trunc", "sign", "sgn", "isnan", "isinf", "relu"),
             *("sigmoid", "silu", "log_sigmoid_forward", "softplus", "leaky_relu", "elu", "gelu"),
             *("hardsigmoid", "hardswish", "clone", "zeros_like", "ones_like"),
+            *("erfc", "round", "frac"),
             *("celu", "mish", "hardshrink", "softshrink"),
         )
     ),
@@ -181,6 +198,52 @@ CASES = [
     ("native_group_norm.default", (rand(3, 4), None, None, 3, 4, 1, 2, 1e-5), {}),
     ("native_group_norm_backward.default", normalized_group(rand(3, 4, 2, 3), 2, True), {}),
     ("native_group_norm_backward.default", normalized_group(rand(3, 4, 5), 1, False), {}),
+    *(
+        (f"upsample_{how}.default", (rand(2, 3, 5, 4), size, *more), {})
+        for how, more in [("nearest2d", ()), ("bilinear2d", (False,)), ("bilinear2d", (True,)),
+                          ("bicubic2d", (False,))]
+        for size in ([8, 7], [10, 8], [3, 2])
+    ),
+    *(
+        (f"upsample_{how}_backward.default", (rand(2, 3, *size), size, [2, 3, 5, 4], *more), {})
+        for how, more in [("nearest2d", ()), ("bilinear2d", (False,)), ("bicubic2d", (True,))]
+        for size in ([8, 7], [3, 2])
+    ),
+    ("upsample_nearest2d.default", (rand(1, 2, 3, 4), [6, 8], 2.0, 2.0), {}),
+    ("upsample_nearest1d_backward.default", (rand(2, 3, 8), [8], [2, 3, 5]), {}),
+    ("upsample_trilinear3d.default", (rand(1, 2, 3, 2, 4), [4, 5, 6], False), {}),
+    ("floor_divide.default", (rand(3, 4) * 9, positive(3, 4)), {}),
+    ("fmod.Tensor", (rand(3, 4) * 9, positive(3, 4)), {}),
+    ("logaddexp.default", (rand(3, 4), rand(3, 4)), {}),
+    ("_trilinear.default",
+     (rand(3, 4), rand(2, 4, 5), rand(3, 5), [1, 3], [0], [1, 2], [2, 3]), {}),
+    ("_trilinear.default", (rand(3, 2), rand(3, 4), rand(3, 5), [2, 3], [1, 3], [1, 2], [0]), {}),
+    ("fractional_max_pool2d.default", (rand(2, 3, 9, 7), [3, 2], [4, 3], torch.rand(2, 3, 2)), {}),
+    ("fractional_max_pool2d.default", (rand(3, 9, 7), [2, 2], [1, 4], torch.rand(1, 3, 2)), {}),
+    ("fractional_max_pool3d.default",
+     (rand(1, 2, 6, 7, 8), [2, 3, 2], [3, 2, 4], torch.rand(1, 2, 3)), {}),
+    ("fractional_max_pool2d_backward.default", pooled_by_chance(rand(2, 3, 9, 7), [3, 2], [4, 3]), {}),
+    ("fractional_max_pool3d_backward.default",
+     pooled_by_chance(rand(1, 2, 6, 7, 8), [2, 3, 2], [3, 2, 4]), {}),
+    *(
+        ("multi_margin_loss.default", (rand(5, 4), ints(4, 5), p, 0.7, weight, reduction), {})
+        for p, weight, reduction in [(1, None, 1), (2, positive(4), 0), (1, positive(4), 2)]
+    ),
+    ("multi_margin_loss.default", (rand(4), ints(4, 1)), {}),
+    *(
+        ("multi_margin_loss_backward.default",
+         (rand(*size), rand(5, 4), ints(4, 5), p, 0.7, weight, reduction), {})
+        for size, p, weight, reduction in
+        [([()], 1, None, 1), ([5], 2, positive(4), 0), ([()], 1, positive(4), 2)]
+    ),
+    *(
+        ("multilabel_margin_loss_forward.default", (rand(3, 4), LABELS, reduction), {})
+        for reduction in (0, 1, 2)
+    ),
+    *(
+        ("multilabel_margin_loss_backward.default", labelled(rand(3, 4), LABELS, reduction), {})
+        for reduction in (0, 1, 2)
+    ),
     *(("mkldnn_rnn_layer.default", recurrent(each), {}) for each in (False, True)),
     *(("mkldnn_rnn_layer_backward.default", recurrent_backward(each), {}) for each in (False, True)),
     ("adaptive_max_pool2d.default", (rand(2, 3, 7, 5), [3, 2]), {}),
@@ -419,7 +482,11 @@ def test_a_rule_names_the_numbers_that_make_the_result(name, given, keywords):
     ran = Ran(name, given, keywords)
     chance = random.Random(name)
     # The other results are memory of the kernel.
-    known = {"log_sigmoid_forward.default": 1, "mkldnn_rnn_layer.default": 3}.get(name)
+    known = {
+        "log_sigmoid_forward.default": 1,
+        "mkldnn_rnn_layer.default": 3,
+        "_ctc_loss.default": 1,
+    }.get(name)
     for place, output in enumerate(ran.outputs[:known]):
         tensor = ran.results[output]
         places = list(itertools.product(*map(range, tensor.shape)))

@@ -71,6 +71,62 @@ class Recurrent(nn.Module):
         return self.out(self.memory(x)[0][:, -1])
 
 
+class Pairs(nn.Module):
+    """Products of pairs of numbers, as in bilinear attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.pair = nn.Linear(6, 4), nn.Bilinear(4, 6, 3)
+
+    def forward(self, x):
+        return self.pair(torch.tanh(self.one(x)), x)
+
+
+class Positions(nn.Module):
+    """Attention with a table of relative positions, as in Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.of_words = nn.Parameter(torch.randn(9, 2)), nn.Parameter(torch.randn(12, 8))
+        self.register_buffer("place", torch.arange(5)[:, None] - torch.arange(5)[None] + 4)
+        self.out = nn.Linear(8, 12)
+
+    def forward(self, x):
+        words = self.of_words[x]
+        heads = words.unflatten(-1, (2, 4)).transpose(1, 2)
+        bias = self.table[self.place.flatten()].reshape(5, 5, 2).permute(2, 0, 1)
+        weights = (heads @ heads.transpose(-1, -2) + bias).softmax(-1)
+        return self.out((weights @ heads).transpose(1, 2).flatten(2)).transpose(1, 2)
+
+
+class Vectors(nn.Module):
+    """A prediction by vectors, without a matrix for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight = nn.Linear(6, 4), nn.Parameter(torch.randn(4))
+        self.bias = nn.Parameter(torch.randn(()))
+
+    def forward(self, x):
+        return torch.sigmoid(self.first(x)) @ self.weight + self.bias
+
+
+class Pooled(nn.Module):
+    """Pooling in windows by chance, the same for all rows, and numbers that a mask sets."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 4, 1), nn.Linear(12, 2)
+        self.register_buffer("samples", torch.rand(1, 4, 2), persistent=False)
+
+    def forward(self, x):
+        samples = self.samples.expand(len(x), 4, 2)
+        found = self.first(x.transpose(1, 2)).unsqueeze(-1)
+        found = nn.functional.fractional_max_pool2d(found, (2, 1), (3, 1), _random_samples=samples)
+        found[found > 0.9] = 0.9
+        return self.last(found.flatten(1))
+
+
 class Twice(nn.Module):
     """The same weight twice."""
 
@@ -126,6 +182,23 @@ NETWORKS = {
         nn.CrossEntropyLoss(),
     ),
     "attention": (Attention, _columns, nn.MSELoss()),
+    "vectors": (Vectors, lambda: (torch.randn(N, 6), torch.randn(N)), nn.MSELoss()),
+    "pairs": (Pairs, _columns, nn.MSELoss()),
+    "positions": (
+        Positions,
+        lambda: (torch.randint(0, 12, (N, 5)), torch.randint(0, 12, (N, 5))),
+        nn.CrossEntropyLoss(),
+    ),
+    "margins": (
+        lambda: nn.Sequential(nn.Linear(6, 4)),
+        lambda: (torch.randn(N, 6), torch.randint(0, 4, (N,))),
+        nn.MultiMarginLoss(p=2, weight=torch.tensor([1.0, 2.0, 0.5, 1.0])),
+    ),
+    "margins of several classes": (
+        lambda: nn.Sequential(nn.Linear(6, 4)),
+        lambda: (torch.randn(N, 6), torch.tensor([[1, 3, -1, 0], [0, -1, 2, 3]]).repeat(N // 2, 1)),
+        nn.MultiLabelMarginLoss(),
+    ),
     "chosen": (Chosen, _columns, nn.MSELoss()),
     "smoothed labels": (lambda: _network(nn.ReLU()), _images, nn.CrossEntropyLoss(label_smoothing=0.1)),
     "group norm": (lambda: _network(nn.GroupNorm(2, 4), nn.SiLU()), _images, nn.CrossEntropyLoss()),
@@ -158,7 +231,9 @@ def _by_hand(model, parameters, batch, loss):
 
     losses = vmap(of_row, (None, 0, 0))(parameters, *batch)
     gradients = vmap(grad(of_row), (None, 0, 0))(parameters, *batch)
-    return losses.double(), {name: each.flatten(1).norm(dim=1) for name, each in gradients.items()}
+    return losses.double(), {
+        name: each.reshape(len(each), -1).norm(dim=1) for name, each in gradients.items()
+    }
 
 
 def _agree(found, expected):
@@ -189,9 +264,10 @@ def test_rows_are_the_gradients_of_single_rows(name, tmp_path):
     _agree(rows.gradient, together / count)
 
 
-def test_rows_of_an_lstm_are_the_gradients_of_single_rows(tmp_path):
+@pytest.mark.parametrize("make", [Recurrent, Pooled])
+def test_rows_that_vmap_cannot_tell_apart_are_the_gradients_of_single_rows(make, tmp_path):
     torch.manual_seed(0)
-    model, loss = Recurrent(), nn.MSELoss()
+    model, loss = make(), nn.MSELoss()
     step = _train(tmp_path / "run", model, (torch.randn(N, 5, 3), torch.randn(N, 2)), loss)[STEP]
     x, y = step.batch.x, step.batch.y
     model.load_state_dict(step.parameters)

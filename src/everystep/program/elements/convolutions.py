@@ -296,6 +296,38 @@ def _adaptive_max_pool_backward(call: Call) -> Made:
     return Sum((single("grad_output", call.piece("grad_output", *leading, *places)),))
 
 
+def _fractional_max_pool(call: Call) -> Made:
+    """Return the rule of windows that begin where random numbers say (Graham, 2014, arXiv:1412.6071)."""
+    kernel, counts = call.value("kernel_size"), call.value("output_size")
+    dims, shape = len(counts), call.shape("self")
+    kernel, before = _spread(kernel, dims), len(shape) - dims
+    leading = call.index[:before]
+    samples = call.piece("random_samples", *((0,) if before == 1 else ()), *leading, np.arange(dims))
+    numbers = call.tensor("random_samples")[(0, *leading) if before == 1 else leading].tolist()
+    # In two dimensions the first number is of the width, in three of the depth.
+    numbers = numbers[::-1] if dims == 2 else numbers
+    axes = zip(call.index[before:], shape[before:], kernel, counts, numbers, strict=True)
+    window = call.piece("self", *leading, *grid(*(_fractional(*axis) for axis in axes)))
+    if call.place == 1:
+        return Formula("where the largest of self is", {"self": window, "random_samples": samples})
+    given = {"self": window, "random_samples": samples}
+    return Formula(
+        "the largest of self , in a window by random_samples",
+        given,
+        lambda self, random_samples: np.max(self),
+    )
+
+
+def _fractional(o: int, size: int, kernel: int, count: int, sample: float) -> range:
+    """Return the window of place o of `count`; torch computes in single precision."""
+    begin = size - kernel
+    if o < count - 1:
+        step = np.float32(begin) / np.float32(count - 1)
+        given = np.float32(sample)
+        begin = int((np.float32(o) + given) * step) - int(given * step)
+    return range(begin, begin + kernel)
+
+
 CONVOLUTIONS: dict[str, Callable[[Call], Made]] = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
@@ -308,6 +340,10 @@ CONVOLUTIONS: dict[str, Callable[[Call], Made]] = {
     "adaptive_max_pool3d": _adaptive_max_pool,
     "adaptive_max_pool2d_backward": _adaptive_max_pool_backward,
     "adaptive_max_pool3d_backward": _adaptive_max_pool_backward,
+    "fractional_max_pool2d": _fractional_max_pool,
+    "fractional_max_pool3d": _fractional_max_pool,
+    "fractional_max_pool2d_backward": _adaptive_max_pool_backward,
+    "fractional_max_pool3d_backward": _adaptive_max_pool_backward,
     "avg_pool1d": _average_pool,
     "avg_pool2d": _average_pool,
     "avg_pool3d": _average_pool,

@@ -123,6 +123,21 @@ ELEMENTWISE: dict[str, Rule] = {
     "bitwise_and": ("self and other", _PAIR, lambda self, other: int(self) & int(other)),
     "bitwise_or": ("self or other", _PAIR, lambda self, other: int(self) | int(other)),
     "logical_not": unary("not self", lambda x: not x),
+    "floor_divide": (
+        "floor( self / other )",
+        _PAIR,
+        lambda self, other: np.floor(np.divide(self, other)),
+    ),
+    "fmod": (
+        "self - other * trunc( self / other )",
+        _PAIR,
+        lambda self, other: math.fmod(self, other) if other else math.nan,
+    ),
+    "logaddexp": (
+        "log( exp( self ) + exp( other ) )",
+        _PAIR,
+        lambda self, other: np.logaddexp(self, other),
+    ),
     "where": (
         "self if condition else other",
         ("condition", *_PAIR),
@@ -177,6 +192,9 @@ ELEMENTWISE: dict[str, Rule] = {
     "acos": named("acos", np.arccos),
     "atan": named("atan", np.arctan),
     "erf": named("erf", erf),
+    "erfc": named("1 - erf", lambda x: math.erfc(x) if x == x else x),
+    "round": named("round", np.round),
+    "frac": unary("self - trunc( self )", lambda x: x - np.trunc(x)),
     "floor": named("floor", np.floor),
     "ceil": named("ceil", np.ceil),
     "trunc": named("trunc", np.trunc),

@@ -13,10 +13,12 @@ from everystep.program.elements.elementwise import (
     outer,
 )
 from everystep.program.elements.losses import LOSSES
+from everystep.program.elements.margins import MARGINS
 from everystep.program.elements.movements import DRAWN, FILLED, MOVED, PICKED, drawn, filled, moved
 from everystep.program.elements.normalizations import NORMALIZATIONS, running
 from everystep.program.elements.optimizers import fused
 from everystep.program.elements.recurrent import RECURRENT
+from everystep.program.elements.resizing import RESIZING
 from everystep.program.elements.sums import PRODUCTS, REDUCTIONS, matrix_product
 
 __all__ = ["how_made"]
@@ -26,9 +28,11 @@ _RULES = {
     **REDUCTIONS,
     **CONVOLUTIONS,
     **LOSSES,
+    **MARGINS,
     **NORMALIZATIONS,
     **PICKED,
     **RECURRENT,
+    **RESIZING,
     **WITH_ARGUMENTS,
     **dict.fromkeys(MOVED, moved),
     **dict.fromkeys(FILLED, filled),

@@ -197,9 +197,38 @@ def _spread(call: Call) -> Made:
     return Formula(f"{name} of self", {"self": piece}, of)
 
 
+def _trilinear(call: Call) -> Made:
+    """Return the rule of products of three tensors, broadcast along some dimensions, then added up."""
+    names, summed = ("i1", "i2", "i3"), sorted(call.value("sumdim"))
+    count = len(call.shape("i1")) + len(call.value("expand1"))
+    added = {name: sorted(call.value(f"expand{name[1]}")) for name in names}
+    sizes = [1] * count
+    for name in names:
+        for axis, size in zip(_others(count, added[name]), call.shape(name), strict=True):
+            sizes[axis] = max(sizes[axis], size)
+    places = dict(zip(summed, grid(*(range(sizes[axis]) for axis in summed)), strict=True))
+    places |= dict(zip(_others(count, summed), call.index, strict=True))
+    given = {
+        name: call.piece(
+            name,
+            *(
+                places[axis] if size > 1 else 0
+                for axis, size in zip(_others(count, added[name]), call.shape(name), strict=True)
+            ),
+        )
+        for name in names
+    }
+    return Sum((Terms("i1 * i2 * i3", given, lambda i1, i2, i3: i1 * i2 * i3),))
+
+
+def _others(count: int, axes: list[int]) -> list[int]:
+    return [axis for axis in range(count) if axis not in axes]
+
+
 REDUCTIONS: dict[str, Callable[[Call], Made]] = {
     "sum": _total,
     "mean": _total,
+    "trilinear": _trilinear,
     "nansum": _total,
     "cumsum": _cumulated,
     "prod": _reduced("the product of", np.prod),

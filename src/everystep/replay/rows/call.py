@@ -13,7 +13,7 @@ from everystep.program.execute import Observed, without_autograd
 from everystep.program.operators import leaves
 from everystep.replay.rows.labels import MIXED, Tracked
 
-__all__ = ["Call", "MixesError", "Result", "Rule"]
+__all__ = ["Call", "MixesError", "Result", "Rule", "none_mixed"]
 
 
 class MixesError(Exception):
@@ -98,15 +98,16 @@ class Call:
             result = self.operation.resolved(**given)
         return tuple(leaves(result)) if isinstance(result, list) else _as_tuple(result)
 
-    def none_mixed(self, labels: Tensor, why: str) -> Tensor:
-        """Return the labels.
 
-        Raises:
-            MixesError: some are MIXED.
-        """
-        if bool((labels == MIXED).any()):
-            raise MixesError(why)
-        return labels
+def none_mixed(labels: Tensor, why: str = "combines numbers of several rows") -> Tensor:
+    """Return the labels.
+
+    Raises:
+        MixesError: some are MIXED.
+    """
+    if bool((labels == MIXED).any()):
+        raise MixesError(why)
+    return labels
 
 
 def _as_tuple(result: Any) -> tuple[Any, ...]:

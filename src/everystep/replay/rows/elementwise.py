@@ -15,20 +15,19 @@ __all__ = ["ELEMENTWISE", "all_elementwise"]
 
 _ELEMENTWISE = [
     "abs", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal",
-    "square", "pow", "sin", "cos", "tan", "tanh", "sinh", "cosh", "atan", "asin", "acos", "erf",
-    "erfc", "sigmoid", "log_sigmoid_forward", "relu", "gelu", "silu", "mish", "leaky_relu", "elu",
-    "hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "softplus", "threshold",
-    "celu", "selu", "clamp", "clamp_min", "clamp_max", "sign", "floor", "ceil", "round", "trunc",
-    "frac", "sgn", "where", "masked_fill", "maximum", "minimum", "fmod", "remainder", "lerp",
-    "addcmul", "addcdiv", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite",
-    "nan_to_num", "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and",
-    "bitwise_or", "bitwise_not", "atan2", "logaddexp", "floor_divide", "xlogy", "native_dropout",
-    "native_dropout_backward", "_prelu_kernel", "_prelu_kernel_backward", "threshold_backward",
-    "gelu_backward", "silu_backward", "mish_backward", "tanh_backward", "sigmoid_backward",
-    "leaky_relu_backward", "elu_backward", "hardtanh_backward", "hardswish_backward",
-    "hardsigmoid_backward", "hardshrink_backward", "softshrink_backward", "softplus_backward",
-    "log_sigmoid_backward", "mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward",
-    "binary_cross_entropy_backward", "soft_margin_loss_backward",
+    "pow", "sin", "cos", "tan", "tanh", "sinh", "cosh", "atan", "asin", "acos", "erf", "erfc",
+    "sigmoid", "log_sigmoid_forward", "relu", "gelu", "silu", "mish", "leaky_relu", "elu", "hardtanh",
+    "hardswish", "hardsigmoid", "hardshrink", "softshrink", "softplus", "threshold", "celu", "clamp",
+    "clamp_min", "clamp_max", "sign", "floor", "ceil", "round", "trunc", "frac", "sgn", "where",
+    "masked_fill", "maximum", "minimum", "fmod", "remainder", "lerp", "addcmul", "addcdiv", "eq", "ne",
+    "lt", "le", "gt", "ge", "isnan", "isinf", "nan_to_num", "logical_and", "logical_or", "logical_not",
+    "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "atan2", "logaddexp", "floor_divide",
+    "xlogy", "native_dropout", "native_dropout_backward", "_prelu_kernel", "_prelu_kernel_backward",
+    "threshold_backward", "gelu_backward", "silu_backward", "mish_backward", "tanh_backward",
+    "sigmoid_backward", "leaky_relu_backward", "elu_backward", "hardtanh_backward",
+    "hardswish_backward", "hardsigmoid_backward", "hardshrink_backward", "softshrink_backward",
+    "softplus_backward", "log_sigmoid_backward", "mse_loss_backward", "smooth_l1_loss_backward",
+    "huber_loss_backward", "binary_cross_entropy_backward", "soft_margin_loss_backward",
 ]  # fmt: skip
 _CREATING = [
     "ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like",
@@ -39,8 +38,7 @@ _LINEAR = ["clone", "copy", "_to_copy", "neg", "add", "sub", "rsub"]
 #: Numbers are moved; the other arguments say where to.
 _MOVING = [
     "cat", "stack", "flip", "roll", "repeat", "constant_pad_nd", "index_select", "index", "gather",
-    "_reshape_copy", "view_copy", "expand_copy", "permute_copy", "select_copy", "slice_copy",
-    "unfold_copy", "tril", "triu", "select_backward", "slice_backward",
+    "tril", "triu", "select_backward", "slice_backward",
 ]  # fmt: skip
 
 

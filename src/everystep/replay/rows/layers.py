@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, MixesError, Result, Rule
+from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
 from everystep.replay.rows.labels import MIXED, Tracked, elementwise, reduced, rows_in
 from everystep.replay.rows.results import (
     asked_of,
@@ -42,6 +42,8 @@ _BATCHED = {
     "adaptive_max_pool2d_backward": ("grad_output", "self", "indices"),
     "adaptive_max_pool3d": ("self",),
     "adaptive_max_pool3d_backward": ("grad_output", "self", "indices"),
+    **{f"fractional_max_pool{n}d": ("self", "random_samples") for n in (2, 3)},
+    **{f"fractional_max_pool{n}d_backward": ("grad_output", "self", "indices") for n in (2, 3)},
     **{f"{how}_pad{n}d": ("self",) for how in _PADDING for n in (1, 2, 3)},
     **{f"{how}_pad{n}d_backward": ("grad_output", "self") for how in _PADDING for n in (1, 2, 3)},
     **{f"upsample_{how}": ("self",) for how in _UPSAMPLING},
@@ -70,7 +72,7 @@ def _batched(call: Call) -> list[Result]:
         if mask.labels.dim() != 4:
             raise MixesError("has a mask of another shape that depends on rows")
         keys = elementwise([keys, first_axis(mask)])
-    call.none_mixed(keys, "combines numbers of several rows")
+    none_mixed(keys)
     if any(not result.dim() or len(result) != len(keys) for result in call.results):
         raise MixesError("returns what has no rows")
     return [Result(leading(keys, result)) for result in call.results]
@@ -78,15 +80,15 @@ def _batched(call: Call) -> list[Result]:
 
 def _convolution(call: Call) -> list[Result]:
     call.require_shared("weight", "bias")
-    keys = call.none_mixed(first_axis(call["input"]), "combines numbers of several rows")
+    keys = none_mixed(first_axis(call["input"]))
     return [Result(leading(keys, call.results[0]))]
 
 
 def _convolution_backward(call: Call) -> list[Result]:
     call.require_shared("weight")
     gradient, given = call["grad_output"], call["input"]
-    own = call.none_mixed(first_axis(gradient), "combines numbers of several rows")
-    keys = call.none_mixed(first_axis(gradient, given), "combines numbers of several rows")
+    own = none_mixed(first_axis(gradient))
+    keys = none_mixed(first_axis(gradient, given))
 
     def select(which: int) -> Callable[[Tensor], Tensor]:
         mask = [place == which for place in range(3)]
@@ -99,7 +101,7 @@ def _convolution_backward(call: Call) -> list[Result]:
 
 def _group_norm(call: Call) -> list[Result]:
     call.require_shared("weight", "bias")
-    keys = call.none_mixed(first_axis(call["input"]), "combines numbers of several rows")
+    keys = none_mixed(first_axis(call["input"]))
     return [Result(leading(keys, result)) for result in call.results]
 
 
@@ -107,7 +109,7 @@ def _group_norm_backward(call: Call) -> list[Result]:
     call.require_shared("weight")
     names = ("grad_out", "input", "mean", "rstd")
     keys = first_axis(*(call[name] for name in names))
-    call.none_mixed(keys, "combines numbers of several rows")
+    none_mixed(keys)
 
     def select(which: int) -> Callable[[Tensor], Tensor]:
         mask = [place == which for place in range(3)]
@@ -125,7 +127,7 @@ def _layer_norm(call: Call) -> list[Result]:
     call.require_shared("weight", "bias")
     axes = range(-len(call["normalized_shape"]), 0)
     labels = reduced(call["input"].labels, axes, keepdim=True)
-    call.none_mixed(labels, "combines numbers of several rows")
+    none_mixed(labels)
     return [Result(labels.expand(result.shape)) for result in call.results]
 
 
@@ -135,7 +137,7 @@ def _layer_norm_backward(call: Call) -> list[Result]:
     axes = range(-len(shape), 0)
     tracked = [call[name] for name in ("grad_out", "input", "mean", "rstd")]
     places = elementwise([reduced(each.labels, axes, keepdim=True) for each in tracked])
-    call.none_mixed(places, "combines numbers of several rows")
+    none_mixed(places)
     width = [-1, *shape]
 
     def select(which: int) -> Callable[[Tensor], Tensor]:
@@ -160,7 +162,7 @@ def _batch_norm(call: Call) -> list[Result]:
     if not _is_training(call):
         call.require_shared("running_mean", "running_var")
     labels = elementwise([call["input"].labels])
-    call.none_mixed(labels, "combines numbers of several rows")
+    none_mixed(labels)
     mixed = torch.full((), MIXED, dtype=torch.int32)
     first, *others = call.results
     why = "is of all rows together"
@@ -175,7 +177,7 @@ def _batch_norm_backward(call: Call) -> list[Result]:
     name = "grad_out" if call["grad_out"] is not None else "grad_output"
     gradient, given = call[name], call["input"]
     both = elementwise([gradient.labels, given.labels])
-    call.none_mixed(both, "combines numbers of several rows")
+    none_mixed(both)
     others = [axis for axis in range(both.dim()) if axis != 1]
     own = reduced(both, others, keepdim=True).expand(both.shape) if _is_training(call) else both
     keys = reduced(both, range(1, both.dim()))

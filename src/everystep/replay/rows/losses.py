@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, Result, Rule
+from everystep.replay.rows.call import Call, Result, Rule, none_mixed
 from everystep.replay.rows.labels import SHARED, Tracked, elementwise, reduced
 from everystep.replay.rows.results import of_shape
 
@@ -24,7 +24,7 @@ _LOSSES = [
 def _loss(call: Call) -> list[Result]:
     """Losses that are means or sums of a number for each element."""
     labels = elementwise([each.labels for each in call.tensors()])
-    call.none_mixed(labels, "combines numbers of several rows")
+    none_mixed(labels)
     mode = call["reduction"]
     mode = 1 if mode is None else mode
     if mode == 0:
@@ -43,7 +43,7 @@ def _nll_loss(call: Call) -> list[Result]:
     call.require_shared("weight")
     classes = reduced(call["self"].labels, [1 if call["self"].labels.dim() > 1 else 0])
     labels = elementwise([classes, call["target"].labels])
-    call.none_mixed(labels, "combines numbers of several rows")
+    none_mixed(labels)
     mode = 1 if call["reduction"] is None else call["reduction"]
     shared = Result(torch.full((), SHARED, dtype=torch.int32))  # as recorded
     if mode == 0:
@@ -62,8 +62,42 @@ def _nll_loss_backward(call: Call) -> list[Result]:
     return [Result(elementwise(parts).expand(call.results[0].shape))]
 
 
+def _margin(call: Call) -> list[Result]:
+    """Losses that are a number for each row of classes, and perhaps which classes are its targets."""
+    labels = _of_classes(call)
+    rows = labels.reshape(-1, labels.shape[-1])[:, 0]
+    mode = 1 if call["reduction"] is None else call["reduction"]
+    others = [Result(labels.expand(result.shape)) for result in call.results[1:]]
+    if mode == 0:
+        return [of_shape(rows.reshape(call.results[0].shape), call.results[0]), *others]
+    each = call.again(reduction=0)[0].reshape(-1)
+    return [_mean_or_sum(each, rows, len(each), is_mean=mode == 1), *others]
+
+
+def _margin_backward(call: Call) -> list[Result]:
+    gradient = call["grad_output"].labels
+    labels = _of_classes(call)
+    parts = [labels, gradient.unsqueeze(-1) if gradient.dim() and labels.dim() > 1 else gradient]
+    return [Result(elementwise(parts).expand(call.results[0].shape))]
+
+
+def _of_classes(call: Call) -> Tensor:
+    """Return the labels of rows of classes (N, C), each of its row."""
+    call.require_shared("weight")
+    whole, target = call["self"], call["target"].labels
+    of_row = reduced(whole.labels, [-1], keepdim=True)
+    if target.shape == whole.labels.shape:
+        target = reduced(target, [-1], keepdim=True)
+    else:
+        target = target.reshape(of_row.shape)
+    labels = elementwise([of_row, target]).expand(whole.labels.shape)
+    return none_mixed(labels)
+
+
 LOSSES: dict[str, Rule] = {
     **dict.fromkeys(_LOSSES, _loss),
+    **dict.fromkeys(["multi_margin_loss", "multilabel_margin_loss_forward"], _margin),
+    **dict.fromkeys(["multi_margin_loss_backward", "multilabel_margin_loss_backward"], _margin_backward),
     **dict.fromkeys(["nll_loss_forward", "nll_loss2d_forward"], _nll_loss),
     **dict.fromkeys(["nll_loss_backward", "nll_loss2d_backward"], _nll_loss_backward),
 }

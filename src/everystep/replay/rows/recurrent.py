@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import without_autograd
-from everystep.replay.rows.call import Call, MixesError, Result, Rule
+from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
 from everystep.replay.rows.labels import MIXED, SHARED, Tracked, elementwise, reduced, rows_in
 from everystep.replay.rows.results import by_key
 
@@ -22,7 +22,7 @@ def _rows(call: Call, sequences: tuple[str, ...], states: tuple[str, ...]) -> Te
     """Return the labels of the rows (N) that sequences and states have in common."""
     given = [(call[name], [0, 2]) for name in sequences] + [(call[name], [1]) for name in states]
     parts = [reduced(each.labels, axes) for each, axes in given if isinstance(each, Tracked)]
-    return call.none_mixed(elementwise(parts), "combines numbers of several rows")
+    return none_mixed(elementwise(parts))
 
 
 def _layer(call: Call) -> list[Result]:

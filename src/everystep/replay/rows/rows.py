@@ -16,6 +16,8 @@ from everystep.replay.step import Step
 
 __all__ = ["Rows", "Share", "rows_of"]
 
+_LOSS = "the loss"
+
 
 class Share(NamedTuple):
     """What rows make of the loss, or of the gradient of a parameter.
@@ -120,7 +122,8 @@ def rows_of(step: Step) -> Rows:
     sizes = {len(tensor) for tensor in step.batch.tensors.values() if tensor.dim()}
     if len(sizes) != 1:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in step.batch.tensors.items())
-        reason = Reason(f"the tensors of the batch have no first axis in common ({shapes})")
+        why = f"the tensors of the batch have no first axis in common ({shapes})"
+        reason = Reason(why if sizes else "the batch has no tensor with rows")
         return Rows(step.number, (), False, reason, dict.fromkeys(step.gradients, reason))
     (count,) = sizes
     given = step.batch.rows
@@ -135,7 +138,7 @@ def rows_of(step: Step) -> Rows:
         step.number,
         tuple(numbers),
         is_known or is_whole,
-        missing if loss is None else _share(loss, count, rounding, "the loss"),
+        missing if loss is None else _share(loss, count, rounding, _LOSS),
         {n: _share(tracked, count, rounding, "the gradient") for n, tracked in gradients.items()},
     )
 
@@ -166,7 +169,7 @@ def _checked(tracked: Tracked, count: int, rounding: float, what: str) -> Share 
     for row in range(count):
         term = tracked.term(row).double()
         total += term
-        norms.append(term if not whole.dim() else term.norm())
+        norms.append(_size(term, what))
     found = torch.stack(norms).cpu().reshape(count)
     # Terms are sums themselves, so that rounding is relative to what cancels in them, too.
     scale = float(found[found.isfinite()].abs().sum()) + float(rest[rest.isfinite()].norm())
@@ -176,5 +179,9 @@ def _checked(tracked: Tracked, count: int, rounding: float, what: str) -> Share 
         return Reason(
             f"the terms of the rows add up to {what} only within {off:.3g}, more than rounding"
         )
-    size = float(whole) if not whole.dim() else float(whole.norm())
-    return Share(found, size, float(rest) if not rest.dim() else float(rest.norm()), tracked.is_mean)
+    return Share(found, float(_size(whole, what)), float(_size(rest, what)), tracked.is_mean)
+
+
+def _size(term: Tensor, what: str) -> Tensor:
+    """Return the norm of a term; of the loss, the term itself, which may be below 0."""
+    return term.reshape(()) if what == _LOSS else term.norm()

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, MixesError, Result, Rule
+from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
 from everystep.replay.rows.elementwise import all_elementwise
 from everystep.replay.rows.labels import MIXED, SHARED, SUM, Tracked, elementwise, reduced, rows_in
 from everystep.replay.rows.results import by_key, of_shape, sum_of
@@ -65,63 +65,93 @@ def _reducing(call: Call) -> list[Result]:
         return all_elementwise(call)
     whole: Tracked = call["self"]
     labels = reduced(whole.labels, _axes(call, whole), keepdim=bool(call["keepdim"]))
-    call.none_mixed(labels, "combines numbers of several rows")
+    none_mixed(labels)
     return [of_shape(labels, result) for result in call.results]
 
 
 def _along(call: Call) -> list[Result]:
     axis = -1 if call["dim"] is None else call["dim"]
     labels = elementwise([reduced(each.labels, [axis], keepdim=True) for each in call.tensors()])
-    call.none_mixed(labels, "combines numbers of several rows")
+    none_mixed(labels)
     return [Result(labels.expand(result.shape)) for result in call.results]
+
+
+#: The two factors of each product; vectors with the axis that makes them matrices.
+_FACTORS: dict[str, dict[str, int | None]] = {
+    "mm": {"self": None, "mat2": None},
+    "bmm": {"self": None, "mat2": None},
+    "addmm": {"mat1": None, "mat2": None},
+    "baddbmm": {"batch1": None, "batch2": None},
+    "mv": {"self": None, "vec": -1},
+    "addmv": {"mat": None, "vec": -1},
+    "dot": {"self": 0, "tensor": -1},
+    "vdot": {"self": 0, "other": -1},
+}
 
 
 def _product(call: Call) -> list[Result]:
     """Products of matrices: (..., i, k) with (..., k, j), perhaps added to another tensor."""
-    names = {"bmm": ("self", "mat2"), "mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}.get(
-        call.name, ("batch1", "batch2")
-    )
-    a, b = (call[name] for name in names)
-    added = call["self"] if names[0] != "self" else None
-    if call.is_backward and a.is_shared and b.is_shared and not any(map(call.is_state, names)):
+    axes, shape = _FACTORS[call.name], call.results[0].shape
+    factors = {name: _matrix(call[name], axis) for name, axis in axes.items()}
+    a, b = factors.values()
+    added = None if "self" in axes else call["self"]
+    if call.is_backward and a.is_shared and b.is_shared and not any(map(call.is_state, axes)):
         raise MixesError("adds up numbers that are the same for all rows")
     labels = elementwise([reduced(a.labels, [-1], keepdim=True), reduced(b.labels, [-2], keepdim=True)])
     if not bool((labels == MIXED).any()):
-        parts = [labels] if added is None else [labels, added.labels.expand(labels.shape)]
+        labels = labels.reshape(shape)
+        parts = [labels] if added is None else [labels, added.labels.expand(shape)]
         return [Result(elementwise(parts))]
 
-    def run(row: int, **factors: Tensor) -> Tensor:
-        return call.again(**factors, **({} if added is None else {"self": added.term(row)}))[0]
+    def run(row: int, **matrices: Tensor) -> Tensor:
+        given = {name: _squeezed(each, axes[name]) for name, each in matrices.items()}
+        return call.again(**given, **({} if added is None else {"self": added.term(row)}))[0]
 
-    labels, terms, summed = _sum_of_products(call, names, run)
+    labels, terms, summed = _sum_of_products(factors, run)
+    labels = labels.reshape(shape)
     if added is not None:
-        labels = elementwise([labels, added.labels.expand(labels.shape)], is_sum=True, is_strict=True)
+        labels = elementwise([labels, added.labels.expand(shape)], is_sum=True, is_strict=True)
     return [sum_of(labels, terms, summed)]
 
 
+def _matrix(factor: Tracked, axis: int | None) -> Tracked:
+    if axis is None:
+        return factor
+    terms = factor.terms
+    return factor._replace(
+        value=factor.value.unsqueeze(axis),
+        labels=factor.labels.unsqueeze(axis),
+        terms=None if terms is None else lambda row: terms(row).unsqueeze(axis),
+    )
+
+
+def _squeezed(matrix: Tensor, axis: int | None) -> Tensor:
+    return matrix if axis is None else matrix.squeeze(axis)
+
+
 def _sum_of_products(
-    call: Call, names: tuple[str, str], run: Callable[..., Tensor]
+    factors: dict[str, Tracked], run: Callable[..., Tensor]
 ) -> tuple[Tensor, Callable[[int], Tensor], list[Tracked]]:
     """Return labels and terms of a product that adds up rows, and the sums among its factors."""
-    a, b = (call[name] for name in names)
-    shape = call.results[0].shape
-    sums = [name for name in names if call[name].has(SUM)]
+    names, (a, b) = tuple(factors), factors.values()
+    shape = (*a.labels.shape[:-1], b.labels.shape[-1])
+    sums = [name for name in names if factors[name].has(SUM)]
     if sums:
         (name, *more), other = sums, b if sums[0] == names[0] else a
         if more or not other.is_shared:
             raise MixesError("multiplies a sum over rows with what depends on rows")
-        whole: Tracked = call[name]
+        whole = factors[name]
         labels = reduced(whole.labels, [-1 if name == names[0] else -2], keepdim=True, is_sum=True)
         return labels.expand(shape), lambda row: run(row, **{name: whole.term(row)}), [whole]
     left = reduced(a.labels, [-2], keepdim=True).transpose(-1, -2)
     keys = elementwise([left, reduced(b.labels, [-1], keepdim=True)])
-    call.none_mixed(keys, "multiplies numbers of different rows with each other")
+    none_mixed(keys, "multiplies numbers of different rows with each other")
     labels = reduced(keys, [-2], keepdim=True, is_sum=True).expand(shape)
     return labels, _product_terms(names, a, b, keys, run), []
 
 
 def _product_terms(
-    names: tuple[str, str], a: Tracked, b: Tracked, keys: Tensor, run: Callable[..., Tensor]
+    names: tuple[str, ...], a: Tracked, b: Tracked, keys: Tensor, run: Callable[..., Tensor]
 ) -> Callable[[int], Tensor]:
     if keys.dim() == 2:
         rows = rows_in(keys.flatten())
@@ -141,6 +171,84 @@ def _product_terms(
     return masked
 
 
+def _trilinear(call: Call) -> list[Result]:
+    """Products of three tensors, each broadcast along some axes, and then added up along others."""
+    names = ("i1", "i2", "i3")
+    given = [call[name] for name in names]
+    axes = [sorted(call[f"expand{place}"]) for place in (1, 2, 3)]
+
+    def spread(tensor: Tensor, added: list[int]) -> Tensor:
+        for axis in added:
+            tensor = tensor.unsqueeze(axis)
+        return tensor
+
+    keys = elementwise([spread(each.labels, added) for each, added in zip(given, axes, strict=True)])
+    none_mixed(keys, "multiplies numbers of different rows with each other")
+    labels = reduced(keys, call["sumdim"], is_sum=True)
+    if bool((keys == SHARED).any()) and (call.is_backward or bool((labels == SUM).any())):
+        raise MixesError("adds up numbers that are the same for all rows")
+    if not bool((labels == SUM).any()):
+        return [of_shape(labels, call.results[0])]
+
+    def terms(row: int) -> Tensor:
+        parts = {
+            name: torch.where((each.labels == row) | (each.labels == SHARED), each.value, 0)
+            for name, each in zip(names, given, strict=True)
+        }
+        return call.again(**parts)[0]
+
+    return [Result(labels, terms)]
+
+
+def _index_put(call: Call) -> list[Result]:
+    """Numbers are added to others, or put into their place, where indices say."""
+    whole, given = call["self"], call["values"]
+    if not call["accumulate"]:
+        return [Result(_put(call, whole, given))]
+    if not whole.is_shared:
+        raise MixesError("adds to what depends on rows")
+    indices = [each for each in call["indices"] if isinstance(each, Tracked)]
+    keys = given.labels
+    if not all(each.is_shared for each in indices):
+        keys = _of_places(call, given)
+    if given.has(MIXED) or bool((keys == MIXED).any()):
+        raise MixesError("combines numbers of several rows")
+    if call.is_backward and bool((keys == SHARED).all()):
+        raise MixesError("adds up numbers that are the same for all rows")
+
+    def terms(row: int) -> Tensor:
+        part = given.term(row) if keys is given.labels else torch.where(keys == row, given.value, 0)
+        return call.again(self=whole.value if row == SHARED else whole.value * 0, values=part)[0]
+
+    labels = torch.full((), SUM, dtype=torch.int32).expand(call.results[0].shape)
+    return [sum_of(labels, terms, [given])]
+
+
+def _put(call: Call, whole: Tracked, given: Tracked) -> Tensor:
+    indices = [each for each in call["indices"] if each is not None]
+    if all(each.is_shared for each in indices):
+        labels = [elementwise([each.labels]).contiguous() for each in (whole, given)]
+        return call.again(self=labels[0], values=labels[1])[0]
+    (where, *more) = indices
+    if more or where.value.shape != whole.value.shape or given.value.numel() != 1:
+        raise MixesError("puts numbers where rows say")
+    return elementwise([whole.labels, where.labels, given.labels.reshape(())])
+
+
+def _of_places(call: Call, given: Tracked) -> Tensor:
+    """Return the labels of numbers and of the indices that say where to add them."""
+    indices: list[Tracked | None] = call["indices"]
+    known = [each for each in indices if each is not None and each.value.dtype == torch.int64]
+    index = elementwise([each.labels for each in known]) if len(known) == len(indices) else None
+    if index is None or index.dim() > given.labels.dim():
+        raise MixesError("selects by values of rows")
+    extra = given.labels.dim() - index.dim()
+    keys = elementwise([given.labels, index.reshape(*index.shape, *[1] * extra)])
+    if keys.shape != given.labels.shape:
+        raise MixesError("adds numbers of another shape than its indices")
+    return keys
+
+
 def _embedding(call: Call) -> list[Result]:
     call.require_shared("weight")
     labels = elementwise([call["indices"].labels])
@@ -155,7 +263,7 @@ def _embedding_backward(call: Call) -> list[Result]:
         labels = torch.full((), SUM, dtype=torch.int32).expand(call.results[0].shape)
         return [sum_of(labels, lambda row: call.again(grad_output=gradient.term(row))[0], [gradient])]
     keys = elementwise([reduced(gradient.labels, [-1]), indices.labels]).reshape(-1)
-    rows = rows_in(call.none_mixed(keys, "combines numbers of several rows"))
+    rows = rows_in(none_mixed(keys))
     if set(rows) == {SHARED}:
         raise MixesError("adds up numbers that are the same for all rows")
     width = gradient.value.shape[-1]
@@ -170,9 +278,11 @@ def _embedding_backward(call: Call) -> list[Result]:
 
 SUMS: dict[str, Rule] = {
     **dict.fromkeys(["sum", "mean"], _summed),
-    **dict.fromkeys(["mm", "bmm", "addmm", "baddbmm"], _product),
+    **dict.fromkeys(_FACTORS, _product),
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(_REDUCING, _reducing),
+    "_trilinear": _trilinear,
+    "index_put": _index_put,
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_backward,
 }

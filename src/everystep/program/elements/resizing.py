@@ -1,0 +1,63 @@
+"""Rules of operators that resize images: weighted sums, with weights that the transposed operator gives.
+
+`upsample_..._backward` is the transpose of `upsample_...`: what one of them makes of a 1 among zeros
+are the weights of a number of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everystep.program.elements.call import Call, Made, Numbers, Sum, Terms
+from everystep.program.operators import parameters
+
+__all__ = ["RESIZING"]
+
+
+def _resized(call: Call) -> Made:
+    key = "grad_output" if call.kind.endswith("_backward") else "self"
+    shape = call.shape(key)
+    leading, at = call.index[:2], call.index[2:]
+    weights = _weights(call, at, shape[2:])
+    places = torch.nonzero(weights, as_tuple=True)
+    values = weights[places].numpy()
+    piece = call.piece(key, *leading, *(axis.numpy() for axis in places))
+
+    def of(**numbers: Numbers) -> Numbers:
+        return np.asarray(values * numbers[key])
+
+    is_moved = bool((values == 1).all())
+    return Sum((Terms(key if is_moved else f"{key} * weight of its place", {key: piece}, of),))
+
+
+def _weights(call: Call, at: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """Return the weight of each number of a channel of the argument, of these sizes."""
+    is_backward = call.kind.endswith("_backward")
+    name = call.kind.removesuffix("_backward") if is_backward else f"{call.kind}_backward"
+    operator = getattr(torch.ops.aten, name).default
+    own = call.results[call.output(0)].shape[2:]
+    one = torch.zeros(1, 1, *own, dtype=torch.float64)
+    one[(0, 0, *at)] = 1
+    given = {
+        "self" if is_backward else "grad_output": one,
+        "output_size": list(sizes if is_backward else own),
+        "input_size": [1, 1, *(own if is_backward else sizes)],
+    }
+    known = {p.name for p in parameters(operator)}
+    for key in known - given.keys():
+        given[key] = call.value(key)
+    found: Tensor = operator(**{key: value for key, value in given.items() if key in known})[0, 0]
+    assert math.prod(found.shape) == math.prod(sizes)
+    return found
+
+
+_HOW = ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")
+RESIZING: dict[str, Callable[[Call], Made]] = {
+    **{f"upsample_{how}": _resized for how in _HOW},
+    **{f"upsample_{how}_backward": _resized for how in _HOW},
+}
