@@ -41,6 +41,7 @@ torture: .venv/installed-dev         ## kills, signals, losses of power, full di
 	$(BIN)/python -m benchmarks.torture signals
 	$(BIN)/python -m benchmarks.torture readers
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m benchmarks.torture disk; fi
+	@if command -v strace > /dev/null; then $(BIN)/python -m benchmarks.torture slow; fi
 	$(BIN)/python -m benchmarks.torture fuzz --seconds 3600
 	$(BIN)/python -m benchmarks.soak
 	@if [ -e benchmarks/torture_files.py ]; then $(BIN)/python -m benchmarks.torture_files; fi

@@ -82,6 +82,7 @@ COMMANDS = {
     "report": ("report", "RUN", "-o", "OUT.html"),
     "step RUN N/2": ("step", "RUN", "HALF"),
     "step RUN N": ("step", "RUN", "LAST"),
+    "step after a state": ("step", "RUN", "AFTER"),
 }
 EVERYSTEP = [sys.executable, "-c", "from everystep.cli import main; main()"]
 
@@ -193,12 +194,14 @@ def _print_commands(place: Path, kind: str, steps: int) -> None:
             )
             for each in (SHORT, steps)
         ]
-        print(f"{name:<18}{seconds[0]:>8.2f}{seconds[1]:>8.2f}", flush=True)
+        print(f"{name:<20}{seconds[0]:>8.2f}{seconds[1]:>8.2f}", flush=True)
 
 
 def _seconds(command: tuple[str, ...], run: Path, steps: int) -> float:
     meant = {
         "DIRECTORY": str(run.parent), "RUN": str(run), "HALF": str(steps // 2), "LAST": str(steps),
+        # The second step after the last state but one on disk: what is replayed begins with a state.
+        "AFTER": str(RecordedRun(run).snapshots[-2] + 2),
         "OUT.png": str(run.parent / "out.png"), "OUT.html": str(run.parent / "out.html"),
         "OUT.csv": str(run.parent / "out.csv"),
     }  # fmt: skip

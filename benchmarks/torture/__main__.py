@@ -5,6 +5,7 @@
 `python -m benchmarks.torture power`: the last files torn, empty or missing, the write-ahead log cut.
 `python -m benchmarks.torture signals`: SIGTERM and Ctrl-C, after which the run must be closed.
 `python -m benchmarks.torture disk`: a disk that is too small, then larger (as root).
+`python -m benchmarks.torture slow [--seconds 20]`: each sync of the disk takes up to three seconds.
 `python -m benchmarks.torture readers [--readers 10] [--steps N]`: readers beside a training.
 `python -m benchmarks.torture fuzz [--seconds 600] [--only loops,tables]`: random loops, resumed loops,
 step functions, tables, experiments and altered runs.
@@ -26,13 +27,16 @@ from benchmarks.torture.operations import STEPS, operations
 from benchmarks.torture.power import losses_of_power
 from benchmarks.torture.readers import readers
 from benchmarks.torture.signals import signals
+from benchmarks.torture.slow import slow_disks
 from benchmarks.torture.trainings import named
 from benchmarks.torture.trial import each, failed, references, table
 
 #: Seconds for which things are drawn at random, unless asked otherwise.
 FUZZED = 600.0
+#: Seconds of each training on a slow disk, unless asked otherwise.
+SLOW = 20.0
 #: What can be asked for.
-WHATS = ["kill", "operations", "power", "signals", "disk", "readers", "fuzz"]
+WHATS = ["kill", "operations", "power", "signals", "disk", "slow", "readers", "fuzz"]
 #: What a table counts.
 WHAT = {"power": "losses of power", "signals": "signals", "disk": "full disks"}
 
@@ -53,10 +57,13 @@ def main() -> None:
     if asked.what == "fuzz":
         sys.exit(_fuzz(asked))
     began = time.monotonic()
-    if asked.what == "readers":
-        torn = readers(asked.readers, asked.steps, asked.seed)
-        print(*torn, f"{len(torn)} failures, {time.monotonic() - began:,.0f} seconds", sep="\n")
-        sys.exit(1 if torn else 0)
+    if asked.what in ("readers", "slow"):
+        if asked.what == "slow":
+            found = slow_disks(SLOW if asked.seconds == float("inf") else asked.seconds)
+        else:
+            found = readers(asked.readers, asked.steps, asked.seed)
+        print(*found, f"{len(found)} failures, {time.monotonic() - began:,.0f} seconds", sep="\n")
+        sys.exit(1 if found else 0)
     steps = STEPS if asked.what in ("operations", "power") else None
     with references(named(asked.only), steps) as known:
         if asked.what == "kill":

@@ -106,13 +106,15 @@ def begin_database(path: Path) -> None:
         OSError, sqlite3.Error: it cannot be written.
     """
     new = path.with_name(f"{path.name}-new")
-    connection = sqlite3.connect(new, isolation_level=None)
-    try:
+    for suffix in ("", "-wal", "-shm"):  # of a process that was killed
+        new.with_name(f"{new.name}{suffix}").unlink(missing_ok=True)
+    # Nobody knows the file yet, so that it waits for the disk once, when it is complete.
+    with closing(sqlite3.connect(new, isolation_level=None)) as connection:
         identity = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
-        # One transaction waits for the disk once, not for every table.
-        connection.executescript(f"BEGIN; {identity} {SCHEMA} COMMIT;")
-    finally:
-        connection.close()
+        modes = "PRAGMA synchronous = OFF; PRAGMA journal_mode = WAL;"
+        connection.executescript(f"{modes} BEGIN; {identity} {SCHEMA} COMMIT;")
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())
     new.rename(path)
 
 

@@ -96,7 +96,6 @@ class Database(Blocks):
         with _writing(path):
             begin_database(path)
             connection = _connected(path)
-            connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
         return cls(connection, path)
 
