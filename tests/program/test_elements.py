@@ -11,7 +11,7 @@ from everystep.program.arguments import encode
 from everystep.program.elements import Call, Formula, NoRuleError, how_made
 from everystep.program.elements.call import numbers_of
 from everystep.program.operation import Operation
-from everystep.program.operators import leaves, resolve
+from everystep.program.operators import PLAIN_ONLY, leaves, resolve
 
 torch.manual_seed(3)
 
@@ -85,6 +85,12 @@ def pooled_by_chance(given, kernel, sizes):
 def labelled(given, target, reduction):
     loss, is_target = torch.ops.aten.multilabel_margin_loss_forward(given, target, reduction)
     return torch.randn_like(loss), given, target, reduction, is_target
+
+
+def attended(query, key, value, is_causal):
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, logsumexp = operator(query, key, value, 0.0, is_causal)
+    return torch.randn_like(output), query, key, value, output, logsumexp, 0.0, is_causal
 
 
 def recurrent(reverse):
@@ -390,6 +396,19 @@ CASES = [
     ("_scaled_dot_product_flash_attention_for_cpu.default",
      (rand(2, 2, 5, 8), rand(2, 2, 6, 8), rand(2, 2, 6, 8), 0.0, False),
      {"attn_mask": rand(5, 6), "scale": 0.4}),
+    *(
+        ("_scaled_dot_product_flash_attention_for_cpu.default",
+         (rand(2, 4, 5, 3), rand(2, kv, 6, 3), rand(2, kv, 6, 3), 0.0, False), {})
+        for kv in (1, 2)
+    ),
+    *(
+        ("_scaled_dot_product_flash_attention_for_cpu_backward.default",
+         attended(rand(2, 4, 5, 3), rand(2, kv, 5, 3), rand(2, kv, 5, 3), is_causal), {})
+        for kv in (1, 2, 4) for is_causal in (False, True)
+    ),
+    ("index_put.default", (rand(4), [ints(4, 6)], rand(()), True), {}),
+    ("_amp_foreach_non_finite_check_and_unscale_.default",
+     ([rand(3), rand(2, 2)], torch.zeros(1), torch.tensor(0.25)), {}),
     ("_fused_sgd_.default",
      ([rand(3)], [rand(3)], []),
      {"weight_decay": 0.1, "momentum": 0.0, "lr": 0.1, "dampening": 0.0, "nesterov": False,
@@ -408,7 +427,7 @@ class Ran:
     """An operator that has run, with copies of what it was given."""
 
     def __init__(self, name, given, keywords, values=None):
-        operator = resolve(f"aten.{name}")
+        operator = resolve(f"aten.{name}", is_plain=f"aten.{name}" in PLAIN_ONLY)
         self.names = {}
         self.inputs = dict(values or {})
         arguments = tuple(encode(each, self._name) for each in given)

@@ -222,6 +222,42 @@ def test_infinity_of_a_sum_has_the_row_of_its_largest_term(small, tmp_path):
     assert "row 7" in nonfinite_text(found)
 
 
+def test_the_mean_of_nothing_is_followed(tmp_path, everystep_command):
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4), torch.full((12,), -100)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"loss": nn.CrossEntropyLoss(), "optimizer": optimizer, "steps": 3, "progress": False}
+    run = everystep.train(model, (x, y), directory=tmp_path / "run", **options)
+    answer = run.why(1, "loss")
+    assert math.isnan(answer.recomputed) and "0" in answer.formula
+    code, out, _ = everystep_command("when", run.directory, "nonfinite")
+    assert code == 0 and "loss" in out
+
+
+def test_batch_norm_that_does_not_train_has_the_formula_that_is_computed(tmp_path):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2).eval()
+    norm.running_var.fill_(4.0)
+    model = nn.Sequential(nn.Linear(5, 2), norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "run") as recording:
+        for x, y in recording.steps([(torch.randn(3, 5), torch.randn(3, 2))]):
+            loss = ((model(x) - y) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    answer = everystep.open(tmp_path / "run").why(1, "gradients['1.weight'][0]")
+    assert "/ sqrt(running_var + 1e-05)" in answer.formula
+    (group,) = answer.groups
+    numbers = [{key: n.value for key, n in term.numbers.items()} for term in group.terms]
+    total = sum(
+        n["grad_out"] * (n["input"] - n["running_mean"]) / math.sqrt(n["running_var"] + 1e-5)
+        for n in numbers
+    )
+    assert total == pytest.approx(answer.number.value, rel=1e-6)
+
+
 class Sampled(nn.Module):
     """Numbers between those of images."""
 

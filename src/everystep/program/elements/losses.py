@@ -60,7 +60,7 @@ _TERMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], Callable[..., Num
     "huber_loss": ("huber( self , target )", (), ("delta",), _huber),
     "soft_margin_loss": ("log1p( exp( - target * self ) )", (), (), _soft_margin),
     "binary_cross_entropy": (
-        "- target * log( self ) - ( 1 - target ) * log( 1 - self )",
+        "- target * max( log( self ) , -100 ) - ( 1 - target ) * max( log( 1 - self ) , -100 )",
         ("weight",),
         (),
         _entropy,
@@ -214,7 +214,7 @@ LOSSES: dict[str, Callable[[Call], Made]] = {
         _soft_margin_slope,
     ),
     "binary_cross_entropy_backward": _loss_backward(
-        "grad_output * ( self - target ) / ( self * ( 1 - self ) )",
+        "grad_output * ( self - target ) / max( self * ( 1 - self ) , 1e-12 )",
         ("self", "target", "weight"),
         _entropy_slope,
     ),

@@ -189,10 +189,11 @@ def _added(call: Call, key: str, places: list[Any], count: int) -> Made:
     """Return the rule of an operator that adds numbers to one of `self`, or puts one there."""
     own = single("self", call.piece("self", *call.index))
     factor = call.scalar("alpha") if "alpha" in call else 1
-    piece = call.piece(key, *places) if places else call.piece(key)
+    piece = call.piece(key, *places)
     adds = bool(call.arguments.get("accumulate")) or call.kind in ("index_add", "scatter_add")
     if adds:
-        return Sum((own, single(key, piece, factor))) if count else Sum((own,))
+        repeated = factor if places else factor * count  # a number alone is added to each place
+        return Sum((own, single(key, piece, repeated))) if count else Sum((own,))
     if count > 1:
         raise NoRuleError("several numbers are put into one place")
     return Sum((single(key, piece) if count else own,))

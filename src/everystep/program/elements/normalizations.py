@@ -169,13 +169,14 @@ def _batch_norm_backward(call: Call) -> Made:
         def term(**n: Numbers) -> Any:
             return n[gradient] * (n["input"] - n[keys[0]]) * inverse(n[keys[1]])
 
-        text = f"{gradient} * ( input - {keys[0]} ) * {keys[1]}"
+        scaled = f"* {keys[1]}" if is_training else f"/ sqrt( {keys[1]} + {eps} )"
+        text = f"{gradient} * ( input - {keys[0]} ) {scaled}"
         return Sum((Terms(text, {gradient: grads, "input": inputs} | repeated, term),))
     weight = {"weight": call.piece("weight", channel)} if "weight" in call else {}
     if not is_training:
         one = {gradient: call.piece(gradient, *call.index), keys[1]: scale} | weight
         return Formula(
-            f"{gradient} * weight / sqrt( {keys[1]} + {eps} )",
+            f"{gradient}{' * weight' if weight else ''} / sqrt( {keys[1]} + {eps} )",
             one,
             lambda **n: n[gradient][0] * inverse(n[keys[1]][0]) * n.get("weight", (1,))[0],
         )
@@ -314,12 +315,13 @@ def _attention(call: Call) -> Made:
     *_, size = call.shape("query")
     m = call.shape("key")[-2]
     leading, row = call.index[:2], call.index[2]
+    of_keys = leading[0], leading[1] // _sharing(call)
     is_causal = bool(call.value("is_causal"))
     scale = call.value("scale") if "scale" in call else 1 / math.sqrt(size)
     count = min(m, row + 1) if is_causal else m
     given = {
         "query": call.piece("query", *leading, row, np.arange(size)),
-        "key": call.piece("key", *leading, *grid(range(count), range(size))),
+        "key": call.piece("key", *of_keys, *grid(range(count), range(size))),
     }
     if "attn_mask" in call:
         shape = call.shape("attn_mask")
@@ -328,7 +330,7 @@ def _attention(call: Call) -> Made:
         before = [p if s > 1 else 0 for p, s in zip(whole, shape[:-1], strict=True)]
         given["attn_mask"] = call.piece("attn_mask", *before, *places)
     if call.place == 0:
-        given["value"] = call.piece("value", *leading, np.arange(count), call.index[3])
+        given["value"] = call.piece("value", *of_keys, np.arange(count), call.index[3])
 
     def of(query: Numbers, key: Numbers, value: Any = None, attn_mask: Any = 0) -> Any:
         scores = key.reshape(count, size) @ query * scale + attn_mask
@@ -342,13 +344,19 @@ def _attention(call: Call) -> Made:
     return Formula(what, given, of)
 
 
+def _sharing(call: Call) -> int:
+    """Return how many heads of queries share a head of keys."""
+    return call.shape("query")[1] // call.shape("key")[1]
+
+
 def _attention_backward(call: Call) -> Made:
     """Return the numbers of one head that a derivative of attention is made from."""
     if call.value("dropout_p"):
         raise NoRuleError("with dropout")
-    leading = call.index[:2]
+    row, head = call.index[:2]
     n, m = call.shape("query")[-2], call.shape("key")[-2]
-    is_query = call.place == 0
+    is_query, shared = call.place == 0, _sharing(call)
+    heads = [head] if is_query else range(head * shared, (head + 1) * shared)
     queries = [call.index[2]] if is_query else range(n)
     keys = range(m) if is_query else [call.index[2]]
     if bool(call.value("is_causal")):
@@ -358,11 +366,11 @@ def _attention_backward(call: Call) -> Made:
     given = {}
     for key in by_query:
         size = call.shape(key)[-1]
-        given[key] = call.piece(key, *leading, *grid(queries, range(size)))
-    given["logsumexp"] = call.piece("logsumexp", *leading, np.asarray(queries, dtype=np.int64))
+        given[key] = call.piece(key, row, *grid(heads, queries, range(size)))
+    given["logsumexp"] = call.piece("logsumexp", row, *grid(heads, queries))
     for key in ("key", "value"):
         size = call.shape(key)[-1]
-        given[key] = call.piece(key, *leading, *grid(keys, range(size)))
+        given[key] = call.piece(key, row, head // shared if is_query else head, *grid(keys, range(size)))
     name = ("query", "key", "value")[call.place]
     return Formula(f"the derivative of attention by its {name}", given)
 

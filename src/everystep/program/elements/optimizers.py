@@ -9,7 +9,7 @@ import numpy as np
 
 from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, aligned
 
-__all__ = ["adam", "fused"]
+__all__ = ["adam", "fused", "unscaled"]
 
 #: The lists of each kernel that it writes.
 _LISTS = {
@@ -44,6 +44,18 @@ def fused(call: Call, written: str) -> Made:
     text, function = _update(call.kind, own, numbers)
     is_scaled = "grad_scale" in call or "found_inf" in call  # which the formula does not have
     return Formula(text, given, None if is_scaled else function)
+
+
+def unscaled(call: Call, written: str) -> Made:
+    """Return the rule of the kernel by which a GradScaler divides gradients by its scale.
+
+    written: the name of the tensor that it writes.
+    """
+    if written not in call.names("self"):
+        return Formula("whether a gradient is not finite")
+    scale = call.piece("inv_scale", *[0] * call.tensor("inv_scale").dim())
+    given = {"self": aligned(written, call.inputs[written].shape, call.index), "inv_scale": scale}
+    return Formula("self * inv_scale", given, lambda self, inv_scale: self[0] * inv_scale[0])
 
 
 #: The settings of Adam that its formula has.

@@ -16,7 +16,7 @@ from everystep.program.elements.losses import LOSSES
 from everystep.program.elements.margins import MARGINS
 from everystep.program.elements.movements import DRAWN, FILLED, MOVED, PICKED, drawn, filled, moved
 from everystep.program.elements.normalizations import NORMALIZATIONS, running
-from everystep.program.elements.optimizers import fused
+from everystep.program.elements.optimizers import fused, unscaled
 from everystep.program.elements.recurrent import RECURRENT
 from everystep.program.elements.resizing import RESIZING
 from everystep.program.elements.sums import PRODUCTS, REDUCTIONS, matrix_product
@@ -54,6 +54,8 @@ def how_made(call: Call, written: str) -> Made:
     """
     if call.kind.startswith("fused_") and call.kind != "fused_dropout":
         return fused(call, written)
+    if call.kind == "amp_foreach_non_finite_check_and_unscale":
+        return unscaled(call, written)
     if written not in call.operation.results:
         for key in ("running_mean", "running_var"):
             if call.arguments.get(key) == written and "batch_norm" in call.kind:

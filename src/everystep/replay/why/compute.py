@@ -80,7 +80,8 @@ def _sum(made: Sum, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[G
         )
         shown += [row.value for row in rows] + ([] if rest is None else [rest])
         groups.append(Group(_tidy(terms.text), rows, len(values), rest))
-    return tuple(groups), _total(np.asarray(shown)) / made.divisor
+    with np.errstate(all="ignore"):  # the mean of nothing is NaN
+        return tuple(groups), np.divide(_total(np.asarray(shown)), made.divisor)
 
 
 def _formula(made: Formula, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[Group, ...], Any]:
