@@ -189,7 +189,10 @@ class LoopStepper(ReplayStepper):
         row = self._row(number)
         observer = PlainObserver(self._program(row), self._numbers(row))
         loss = self._take(number, observer.look)
-        return observer.observation(torch.tensor(loss, dtype=torch.float64))
+        found = observer.observation(torch.tensor(loss, dtype=torch.float64))
+        training = self._run.facts.training.loop
+        has_unseen = training is None or bool(training.unseen)
+        return found._replace(places=found.places._replace(has_unseen=has_unseen))
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""

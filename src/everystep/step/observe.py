@@ -33,7 +33,8 @@ class Places(NamedTuple):
 
     tensors, storages: by name; activations, gradients: where they were read, by path and by parameter;
     loss: the name of the loss, None if the step has none; ends: the tensor that a state name means after
-    the step, if it is another than before; optimizer: the step of an optimizer as a whole, if it is one.
+    the step, if it is another than before; optimizer: the step of an optimizer as a whole, if it is one;
+    has_unseen: whether operations may have run that are not among those of the step.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -43,6 +44,7 @@ class Places(NamedTuple):
     loss: str | None
     ends: Mapping[str, str]
     optimizer: OptimizerStep | None = None
+    has_unseen: bool = False
 
 
 class Observation(NamedTuple):

@@ -52,7 +52,8 @@ def unscaled(call: Call, written: str) -> Made:
     written: the name of the tensor that it writes.
     """
     if written not in call.names("self"):
-        return Formula("whether a gradient is not finite")
+        known = aligned(written, call.inputs[written].shape, call.index)
+        return Formula("1 if a gradient is not finite , else found_inf", {"found_inf": known})
     scale = call.piece("inv_scale", *[0] * call.tensor("inv_scale").dim())
     given = {"self": aligned(written, call.inputs[written].shape, call.index), "inv_scale": scale}
     return Formula("self * inv_scale", given, lambda self, inv_scale: self[0] * inv_scale[0])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, MixesError, Result, Rule
-from everystep.replay.rows.labels import SHARED, SUM, Tracked, elementwise
+from everystep.replay.rows.call import Call, Result, Rule
+from everystep.replay.rows.labels import MIXED, SHARED, SUM, Tracked, elementwise
+from everystep.replay.rows.places import joined
 from everystep.replay.rows.results import of_shape, sum_of
 
 __all__ = ["ELEMENTWISE", "all_elementwise"]
@@ -111,7 +110,7 @@ def _scaled(call: Call) -> list[Result]:
 
 def _constant(tracked: Tracked) -> Tracked:
     """Return a number made from the data alone, such as how many targets count, as one of no row."""
-    if tracked.is_data and tracked.value.numel() == 1:
+    if tracked.is_data and tracked.value.numel() == 1 and (tracked.has(SUM) or tracked.has(MIXED)):
         return tracked._replace(labels=torch.full_like(tracked.labels, SHARED), terms=None)
     return tracked
 
@@ -128,7 +127,7 @@ def _moving(call: Call) -> list[Result]:
         found = torch.where(ones == 1, found, SHARED)
     where = call.tensors(name)
     if where:
-        found = _joined(call, found, where)
+        found = joined(call, found, where)
 
     def terms(row: int) -> Tensor:
         parts = [each.term(row) for each in moved]
@@ -137,37 +136,10 @@ def _moving(call: Call) -> list[Result]:
     return [sum_of(found, terms, moved)]
 
 
-def _scattered(call: Call) -> list[Result]:
-    """Numbers are put into others, where an index says."""
-    whole, index, given = call["self"], call["index"], call["src"]
-    if call["reduce"] is not None:
-        raise MixesError("has no rule for these arguments")
-    labels = index.labels
-    if isinstance(given, Tracked):
-        part = given.labels[tuple(slice(size) for size in labels.shape)]
-        labels = elementwise([part, labels])
-    where = index.value
-    return [Result(whole.labels.clone().scatter_(call["dim"], where, labels.contiguous()))]
-
-
-def _joined(call: Call, labels: Tensor, where: list[Tracked]) -> Tensor:
-    if all(each.is_shared for each in where):
-        return labels
-    if call.name == "gather":
-        return elementwise([labels, where[0].labels])
-    indices: list[Any] = call["indices"] if call.name == "index" else [None]
-    if any(each is None or each.value.dtype != torch.int64 for each in indices):
-        raise MixesError("selects by values of rows")
-    index = elementwise([each.labels for each in indices])
-    extra = labels.dim() - index.dim()
-    return elementwise([labels, index.reshape(*index.shape, *[1] * extra)])
-
-
 ELEMENTWISE: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, all_elementwise),
     **dict.fromkeys(_CREATING, _creating),
     **dict.fromkeys(_MOVING, _moving),
     **dict.fromkeys(_LINEAR, _added),
-    "scatter": _scattered,
     **dict.fromkeys(["mul", "div"], _scaled),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +12,33 @@ from everystep.program.execute import Observed
 from everystep.replay.rows.call import Call, MixesError, Result
 from everystep.replay.rows.labels import MIXED, SHARED, Reason, Tracked
 from everystep.replay.rows.memory import Memory
+from everystep.replay.rows.penalties import Penalties
 from everystep.replay.rows.rules import RULES
+from everystep.replay.rows.scaling import UNSCALES
 from everystep.replay.step import Step
 from everystep.step.observe import Place
 
-__all__ = ["follow"]
+__all__ = ["Followed", "follow"]
+
+#: Sums of their arguments; with a number alone, a multiple of the other.
+_ADDS = {"add", "sub"}
+_LINEAR = _ADDS | {"clone", "copy", "_to_copy", "neg", "mul", "div"}
 
 
-def follow(step: Step, rows: int) -> tuple[dict[str, Tracked], Tracked | None]:
-    """Return the gradients of a step, by parameter, and its loss, with the rows that make them.
+class Followed(NamedTuple):
+    """What rows make: gradients by parameter; the loss, if there is one; penalized: see `Penalties`."""
+
+    gradients: dict[str, Tracked]
+    loss: Tracked | None
+    penalized: frozenset[str]
+
+
+def follow(step: Step, rows: int) -> Followed:
+    """Return the gradients of a step and its loss, with the rows that make them.
 
     rows: of the batch. What was there before the step, and what an optimizer wrote, belongs to no row.
     """
-    memory = Memory(step, rows)
+    memory, penalties = Memory(step, rows), Penalties(step.places)
     places = step.places
     due: dict[int, list[str]] = {}
     for parameter, place in places.gradients.items():
@@ -31,6 +46,7 @@ def follow(step: Step, rows: int) -> tuple[dict[str, Tracked], Tracked | None]:
     terms = {places.tensors[place.names[0]].storage for place in places.gradients.values()}
     if places.loss is not None:
         terms.add(places.tensors[places.loss].storage)
+    _add_parts(step, terms)
     found: dict[str, Tracked] = {}
     for index in range(len(step.operations) + 1):
         for parameter in due.get(index, ()):
@@ -45,11 +61,21 @@ def follow(step: Step, rows: int) -> tuple[dict[str, Tracked], Tracked | None]:
                 tracked = tracked._replace(labels=_filled(MIXED, value), reason=memory.mixed)
             found[parameter] = tracked
         if index < len(step.operations):
-            _take(memory, index, step.operations[index], terms)
+            _take(memory, penalties, index, step.operations[index], terms)
     if places.loss is None:
-        return found, None
+        return Followed(found, None, penalties.parameters)
     loss = torch.as_tensor(step.loss, dtype=places.tensors[places.loss].torch_dtype)
-    return found, memory.read(places.loss, loss.reshape(places.tensors[places.loss].shape))
+    tracked = memory.read(places.loss, loss.reshape(places.tensors[places.loss].shape))
+    return Followed(found, tracked, penalties.parameters)
+
+
+def _add_parts(step: Step, terms: set[str]) -> None:
+    """Add the memory of what is added up to a gradient or a loss, which is a term of it as well."""
+    for seen in reversed(step.operations):
+        made = {step.places.tensors[name].storage for name in (*seen.results, *seen.written)}
+        is_linear = seen.operation.name.rstrip("_") in _ADDS or len(seen.inputs) == 1
+        if made & terms and seen.operation.name.rstrip("_") in _LINEAR and is_linear:
+            terms |= {step.places.tensors[name].storage for name in seen.inputs}
 
 
 def _after_backward(step: Step, place: Place) -> int:
@@ -59,16 +85,21 @@ def _after_backward(step: Step, place: Place) -> int:
         seen = step.operations[index]
         written = {step.places.tensors[name].storage for name in (*seen.results, *seen.written)}
         if storage in written:
-            return place.after if seen.operation.phase == "backward" else _last_backward(step, index)
+            return place.after if _is_backward(seen) else _last_backward(step, index)
     return place.after
 
 
 def _last_backward(step: Step, before: int) -> int:
-    phases = [seen.operation.phase for seen in step.operations[:before]]
-    return len(phases) - phases[::-1].index("backward") if "backward" in phases else before + 1
+    last = next((i for i in range(before - 1, -1, -1) if _is_backward(step.operations[i])), before)
+    return last + 1
 
 
-def _take(memory: Memory, index: int, seen: Observed, terms: set[str]) -> None:
+def _is_backward(seen: Observed) -> bool:
+    """Tell whether an operation makes gradients; a GradScaler's scale is no part of them."""
+    return seen.operation.phase == "backward" or seen.operation.name.rstrip("_") == UNSCALES
+
+
+def _take(memory: Memory, penalties: Penalties, index: int, seen: Observed, terms: set[str]) -> None:
     """Note what an operation wrote."""
     given = {name: memory.read(name, tensor) for name, tensor in seen.inputs.items()}
     made = {**seen.results, **seen.written}
@@ -78,6 +109,7 @@ def _take(memory: Memory, index: int, seen: Observed, terms: set[str]) -> None:
     is_data = all(each.is_data for each in given.values())
     # A loop that calls functions rather than modules has no other phase before backward.
     is_forward = seen.operation.phase in ("forward", "loss", "other") and index < memory.last_backward
+    found: dict[str, Tracked] = {}
     for name, tensor in made.items():
         if name in seen.written and torch.equal(tensor, seen.inputs[name]):
             continue
@@ -87,9 +119,12 @@ def _take(memory: Memory, index: int, seen: Observed, terms: set[str]) -> None:
         reason = here if is_mixed else None
         tracked = Tracked(tensor, result.labels, result.terms, result.is_mean, reason, is_data)
         memory.write(name, tracked)
+        found[name] = tracked
         if is_mixed and not is_data and is_forward and not result.why:
             is_state = memory.places.storages[memory.places.tensors[name].storage].kind == "state"
             memory.mixed = memory.mixed or (None if is_state else reason)
+    if seen.operation.phase not in ("backward", "update"):
+        penalties.note(seen, given, found)
 
 
 def _results(
@@ -104,23 +139,19 @@ def _results(
     ):
         return {name: Result(_filled(SHARED, tensor)) for name, tensor in made.items()}, None
     storages = {name: places.tensors[name].storage for name in (*given, *made)}
-    is_backward = operation.phase not in ("forward", "loss")
-    shapes = {places.tensors[place.names[0]].shape for place in places.gradients.values()}
     call = Call(
         seen,
         given,
         is_term=any(
-            storages[name] in terms
-            or not tensor.dim()
-            or (is_backward and tuple(tensor.shape) in shapes)
-            for name, tensor in seen.results.items()
+            storages[name] in terms or not tensor.dim() for name, tensor in seen.results.items()
         ),
-        is_backward=is_backward,
+        is_backward=operation.phase not in ("forward", "loss"),
         from_state=frozenset(n for n in given if places.storages[storages[n]].kind == "state"),
     )
     if call.name in RULES:
         try:
-            return dict(zip(seen.results, RULES[call.name](call), strict=True)), None
+            names = seen.results or seen.written  # some kernels only write
+            return dict(zip(names, RULES[call.name](call), strict=True)), None
         except MixesError as error:
             return {}, str(error)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):

@@ -21,6 +21,7 @@ __all__ = [
     "Tracked",
     "compressed",
     "elementwise",
+    "gathered",
     "reduced",
     "rows_in",
 ]
@@ -108,11 +109,16 @@ def _pair(one: Tensor, other: Tensor, is_sum: bool, is_strict: bool) -> Tensor:
 
 
 def reduced(
-    labels: Tensor, axes: Sequence[int], *, keepdim: bool = False, is_sum: bool = False
+    labels: Tensor,
+    axes: Sequence[int],
+    *,
+    keepdim: bool = False,
+    is_sum: bool = False,
+    is_strict: bool = False,
 ) -> Tensor:
     """Return the labels of numbers that are each made from all numbers along some axes.
 
-    is_sum: whether they are added up.
+    is_sum: whether they are added up; is_strict: whether what is of no row is then a term of its own.
     """
     axes = [axis % labels.dim() for axis in axes] if labels.dim() else []
     if not axes:
@@ -128,7 +134,10 @@ def reduced(
         low = torch.where(core == SHARED, _ABOVE, core).amin(axes, keepdim=True)
         high = core.amax(axes, keepdim=True)
         many = torch.where(_any(core == MIXED, axes), MIXED, SUM if is_sum else MIXED)
-        found = torch.where((low >= 0) & (low == high), high, many.to(low.dtype))
+        is_one = (low >= 0) & (low == high)
+        if is_strict:
+            is_one &= ~_any(core == SHARED, axes)
+        found = torch.where(is_one, high, many.to(low.dtype))
         found = torch.where(low == _ABOVE, SHARED, found)
     return found if keepdim else found.squeeze(axes)
 
@@ -137,6 +146,25 @@ def _any(truth: Tensor, axes: Sequence[int]) -> Tensor:
     for axis in axes:
         truth = truth.any(axis, keepdim=True)
     return truth
+
+
+def gathered(labels: Tensor, cells: Tensor, count: int, *, is_strict: bool = False) -> Tensor:
+    """Return the labels (count) of cells to which numbers with labels are added.
+
+    cells: the number of the cell of each, of the labels' shape; is_strict: see `reduced`.
+    """
+    flat, given = cells.reshape(-1), labels.expand(cells.shape).reshape(-1).to(torch.int64)
+    low = torch.full((count,), _ABOVE).scatter_reduce(
+        0, flat, torch.where(given == SHARED, _ABOVE, given), "amin"
+    )
+    high = torch.full((count,), SHARED).scatter_reduce(0, flat, given, "amax")
+    is_one = (low >= 0) & (low == high)
+    if is_strict:
+        is_one &= ~torch.zeros(count, dtype=torch.bool).index_put(
+            (flat[given == SHARED],), torch.tensor(True)
+        )
+    found = torch.where(is_one, high, SUM)
+    return torch.where(low == _ABOVE, SHARED, found).to(labels.dtype)
 
 
 def compressed(labels: Tensor) -> Tensor:

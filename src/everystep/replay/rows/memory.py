@@ -16,7 +16,7 @@ from everystep.replay.step import Step
 __all__ = ["Memory"]
 
 _OTHER_DTYPE = Reason("memory is read as numbers of another size")
-_OUTSIDE = Reason("a tensor that the step reads is neither of its batch nor of its state")
+_OUTSIDE = Reason("a tensor that the step reads may come from operations that are kept as numbers only")
 _SHARED = Reason("rows of the batch share memory")
 
 
@@ -59,8 +59,8 @@ class Memory:
             if storage is None or storage.kind != "input":
                 continue
             here = given.get(spec.storage, {})
-            if not here and prod(spec.shape) <= 1:
-                continue  # a single number from elsewhere, which is of no row
+            if not here and (prod(spec.shape) <= 1 or not self.places.has_unseen):
+                continue  # from elsewhere, and of no row, such as the weights of classes
             if not here or not self._agree(here):
                 labels = torch.full((), MIXED, dtype=torch.int32).expand(spec.shape)
                 self.write(name, Tracked(torch.empty(0), labels, reason=_SHARED if here else _OUTSIDE))

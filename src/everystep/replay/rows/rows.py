@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from everystep.replay.step import Step
 __all__ = ["Rows", "Share", "rows_of"]
 
 _LOSS = "the loss"
+#: Of float32: what is smaller than this part of the largest gradient is rounding of what cancels in it.
+_EPS = float(torch.finfo(torch.float32).eps)
 
 
 class Share(NamedTuple):
@@ -131,15 +134,21 @@ def rows_of(step: Step) -> Rows:
     numbers = given.tolist() if given is not None and is_known else range(count)
     # Without numbers, a batch of an experiment is all rows in order.
     is_whole = given is None and step.batch.nested is None
-    gradients, loss = follow(step, count)
-    rounding = _rounding(step)
+    followed, rounding = follow(step, count), _rounding(step)
+    sizes_of_gradients = [float(g.norm()) for g in step.gradients.values()]
+    floor = _EPS * max([each for each in sizes_of_gradients if isfinite(each)], default=0.0)
     missing = Reason("the step has no loss that an operation returned")
     return Rows(
         step.number,
         tuple(numbers),
         is_known or is_whole,
-        missing if loss is None else _share(loss, count, rounding, _LOSS),
-        {n: _share(tracked, count, rounding, "the gradient") for n, tracked in gradients.items()},
+        missing if followed.loss is None else _share(followed.loss, count, rounding, 0.0, _LOSS),
+        {
+            name: _of_rows(_share(tracked, count, rounding, floor, "the gradient"), rounding, floor)
+            if name not in followed.penalized
+            else _share(tracked, count, rounding, floor, "the gradient")
+            for name, tracked in followed.gradients.items()
+        },
     )
 
 
@@ -150,19 +159,28 @@ def _rounding(step: Step) -> float:
     return max([1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes)])
 
 
-def _share(tracked: Tracked, count: int, rounding: float, what: str) -> Share | Reason:
+def _of_rows(share: Share | Reason, rounding: float, floor: float) -> Share | Reason:
+    """Return a share of a gradient that only rows can make, or why they cannot be told apart."""
+    if isinstance(share, Share):
+        scale = float(share.norms[share.norms.isfinite()].sum()) + abs(share.rest)
+        if share.rest > max(rounding * scale, floor):
+            return Reason("it adds up numbers that are the same for all rows")
+    return share
+
+
+def _share(tracked: Tracked, count: int, rounding: float, floor: float, what: str) -> Share | Reason:
     if tracked.has(MIXED):
         return tracked.reason or Reason("rows are mixed")
     if tracked.value.is_complex():
         return Reason(f"{what} is complex")
     try:
-        return _checked(tracked, count, rounding, what)
+        return _checked(tracked, count, rounding, floor, what)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         line = (str(error).splitlines() or [""])[0]
         return Reason(f"an operator does not run on the numbers of a row alone: {line:.200}")
 
 
-def _checked(tracked: Tracked, count: int, rounding: float, what: str) -> Share | Reason:
+def _checked(tracked: Tracked, count: int, rounding: float, floor: float, what: str) -> Share | Reason:
     whole = tracked.value.double()
     rest = tracked.term(SHARED).double()
     total, norms = rest.clone(), []
@@ -175,7 +193,7 @@ def _checked(tracked: Tracked, count: int, rounding: float, what: str) -> Share 
     scale = float(found[found.isfinite()].abs().sum()) + float(rest[rest.isfinite()].norm())
     are_finite = total.isfinite()
     off = float((total - whole)[are_finite].norm())
-    if not torch.equal(are_finite, whole.isfinite()) or not off <= rounding * scale:
+    if not torch.equal(are_finite, whole.isfinite()) or not off <= max(rounding * scale, floor):
         return Reason(
             f"the terms of the rows add up to {what} only within {off:.3g}, more than rounding"
         )

@@ -10,10 +10,12 @@ from everystep.replay.rows.call import Rule
 from everystep.replay.rows.elementwise import ELEMENTWISE
 from everystep.replay.rows.layers import LAYERS
 from everystep.replay.rows.losses import LOSSES
+from everystep.replay.rows.places import PLACES
 from everystep.replay.rows.recurrent import RECURRENT
+from everystep.replay.rows.scaling import SCALING
 from everystep.replay.rows.sums import SUMS
 
 __all__ = ["RULES"]
 
 #: By the operator's name.
-RULES: dict[str, Rule] = ELEMENTWISE | SUMS | LAYERS | LOSSES | RECURRENT
+RULES: dict[str, Rule] = ELEMENTWISE | SUMS | LAYERS | LOSSES | RECURRENT | PLACES | SCALING

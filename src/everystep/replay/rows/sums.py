@@ -40,7 +40,8 @@ def _summed(call: Call) -> list[Result]:
     axes = _axes(call, whole)
     if call.is_backward and whole.is_shared and prod(whole.labels.size(axis) for axis in axes) > 1:
         raise MixesError("adds up numbers that are the same for all rows")
-    labels = reduced(whole.labels, axes, keepdim=bool(call["keepdim"]), is_sum=True)
+    keeps = bool(call["keepdim"])
+    labels = reduced(whole.labels, axes, keepdim=keeps, is_sum=True, is_strict=call.is_term)
 
     def terms(row: int) -> Tensor:
         return call.again(self=whole.term(row))[0]
@@ -200,55 +201,6 @@ def _trilinear(call: Call) -> list[Result]:
     return [Result(labels, terms)]
 
 
-def _index_put(call: Call) -> list[Result]:
-    """Numbers are added to others, or put into their place, where indices say."""
-    whole, given = call["self"], call["values"]
-    if not call["accumulate"]:
-        return [Result(_put(call, whole, given))]
-    if not whole.is_shared:
-        raise MixesError("adds to what depends on rows")
-    indices = [each for each in call["indices"] if isinstance(each, Tracked)]
-    keys = given.labels
-    if not all(each.is_shared for each in indices):
-        keys = _of_places(call, given)
-    if given.has(MIXED) or bool((keys == MIXED).any()):
-        raise MixesError("combines numbers of several rows")
-    if call.is_backward and bool((keys == SHARED).all()):
-        raise MixesError("adds up numbers that are the same for all rows")
-
-    def terms(row: int) -> Tensor:
-        part = given.term(row) if keys is given.labels else torch.where(keys == row, given.value, 0)
-        return call.again(self=whole.value if row == SHARED else whole.value * 0, values=part)[0]
-
-    labels = torch.full((), SUM, dtype=torch.int32).expand(call.results[0].shape)
-    return [sum_of(labels, terms, [given])]
-
-
-def _put(call: Call, whole: Tracked, given: Tracked) -> Tensor:
-    indices = [each for each in call["indices"] if each is not None]
-    if all(each.is_shared for each in indices):
-        labels = [elementwise([each.labels]).contiguous() for each in (whole, given)]
-        return call.again(self=labels[0], values=labels[1])[0]
-    (where, *more) = indices
-    if more or where.value.shape != whole.value.shape or given.value.numel() != 1:
-        raise MixesError("puts numbers where rows say")
-    return elementwise([whole.labels, where.labels, given.labels.reshape(())])
-
-
-def _of_places(call: Call, given: Tracked) -> Tensor:
-    """Return the labels of numbers and of the indices that say where to add them."""
-    indices: list[Tracked | None] = call["indices"]
-    known = [each for each in indices if each is not None and each.value.dtype == torch.int64]
-    index = elementwise([each.labels for each in known]) if len(known) == len(indices) else None
-    if index is None or index.dim() > given.labels.dim():
-        raise MixesError("selects by values of rows")
-    extra = given.labels.dim() - index.dim()
-    keys = elementwise([given.labels, index.reshape(*index.shape, *[1] * extra)])
-    if keys.shape != given.labels.shape:
-        raise MixesError("adds numbers of another shape than its indices")
-    return keys
-
-
 def _embedding(call: Call) -> list[Result]:
     call.require_shared("weight")
     labels = elementwise([call["indices"].labels])
@@ -282,7 +234,6 @@ SUMS: dict[str, Rule] = {
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(_REDUCING, _reducing),
     "_trilinear": _trilinear,
-    "index_put": _index_put,
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_backward,
 }

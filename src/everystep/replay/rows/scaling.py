@@ -1,0 +1,27 @@
+"""The kernel by which a GradScaler divides gradients by its scale."""
+
+from __future__ import annotations
+
+import torch
+
+from everystep.replay.rows.call import Call, Result, Rule
+from everystep.replay.rows.labels import SHARED, Tracked
+
+__all__ = ["SCALING", "UNSCALES"]
+
+UNSCALES = "_amp_foreach_non_finite_check_and_unscale"
+
+
+def _unscaled(call: Call) -> list[Result]:
+    """Gradients, in place, and whether one of them is not finite."""
+    call.require_shared("inv_scale")
+    scale = call["inv_scale"].value
+
+    def of(gradient: Tracked) -> Result:
+        return Result(gradient.labels, lambda row: gradient.term(row) * scale, gradient.is_mean)
+
+    shared = torch.full((), SHARED, dtype=torch.int32)
+    return [*map(of, call["self"]), Result(shared.expand(call["found_inf"].labels.shape))]
+
+
+SCALING: dict[str, Rule] = {UNSCALES: _unscaled}
