@@ -451,6 +451,153 @@ def test_a_gradient_that_no_number_of_a_row_went_into_is_not_said_to_be_of_no_ro
         _agree(step.rows.gradients[name].norms, norms[name] / 5)
 
 
+def _recorded(directory, model, batch, loss_of, scaler=None):
+    """Return the first step of a loop, with the model as it was before it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = {} if scaler is None else {"scaler": scaler}
+    with everystep.record(run=directory, model=model, optimizer=optimizer, **parts) as recording:
+        for given in recording.steps([batch, batch]):
+            optimizer.zero_grad()
+            loss = loss_of(model, *given)
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                scaler.step(optimizer)
+                scaler.update()
+            recording.log(loss=loss)
+    step = everystep.open(directory)[1]
+    model.load_state_dict(step.parameters)
+    return step
+
+
+def _norms_of(model, loss_of, rows):
+    """Return the norm of the gradient of each row alone, by parameter."""
+    found = {name: [] for name, _ in model.named_parameters()}
+    for row in rows:
+        model.zero_grad()
+        loss_of(model, *row).backward()
+        for name, parameter in model.named_parameters():
+            found[name].append(parameter.grad.norm().double())
+    return {name: torch.stack(each) for name, each in found.items()}
+
+
+def _two_heads(model, x, y):
+    out = model(x)
+    return nn.functional.softplus(-out[:, 0] * y).mean() + out[:, 1].mean()
+
+
+def _one_by_one(model, x):
+    return sum(-model(row).sum() for row in x) / len(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "loss"),
+    [
+        (nn.Linear(5, 2), (torch.randn(6, 5), torch.randn(6)), _two_heads),
+        (nn.Linear(5, 1), (torch.randn(4, 5),), _one_by_one),
+        (nn.Linear(5, 1), (torch.randn(1, 5),), lambda model, x: -model(x).mean()),
+    ],
+)
+def test_a_constant_gradient_is_of_no_known_row(model, batch, loss, tmp_path):
+    step = _recorded(tmp_path / "run", model, batch, loss)
+    assert "the same for all rows" in str(step.rows.gradients["bias"])
+    rows = [tuple(part[i : i + 1] for part in batch) for i in range(len(batch[0]))]
+    _agree(step.rows.gradients["weight"].norms, _norms_of(model, loss, rows)["weight"] / len(rows))
+
+
+class OneNumber(nn.Module):
+    """A logistic regression of one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, y):
+        sure = nn.functional.logsigmoid
+        return -(y * sure(x * self.weight) + (1 - y) * sure(-x * self.weight)).sum()
+
+
+def _number_by_number(model, x, y):
+    return sum(model(x[i], y[i]) for i in range(len(x))) / len(x)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_single_number_is_of_its_row(count, tmp_path):
+    torch.manual_seed(0)
+    model, batch = OneNumber(), (torch.randn(count), torch.rand(count))
+    step = _recorded(tmp_path / "run", model, batch, _number_by_number)
+    rows = [tuple(part[i : i + 1] for part in batch) for i in range(count)]
+    _agree(
+        step.rows.gradients["weight"].norms, _norms_of(model, _number_by_number, rows)["weight"] / count
+    )
+    assert step.rows.loss_share.rest == step.rows.gradients["weight"].rest == 0
+
+
+@pytest.mark.parametrize("count", [7, 8])
+def test_a_batch_with_the_shape_of_a_parameter(count, tmp_path):
+    def loss(model, x, y):
+        out = model(x)
+        return nn.functional.softplus(out).mean() - (out * y).mean() + 0.3 * out.mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8))
+    batch = torch.randn(count, 5), torch.randn(count, 8)
+    step = _recorded(tmp_path / "run", model, batch, loss)
+    rows = [tuple(part[i : i + 1] for part in batch) for i in range(count)]
+    for name, expected in _norms_of(model, loss, rows).items():
+        _agree(step.rows.gradients[name].norms, expected / count)
+        assert step.rows.gradients[name].rest == 0
+
+
+def test_gradients_are_those_without_the_scale_of_a_grad_scaler(tmp_path):
+    def loss(model, x, y):
+        return ((model(x) - y) ** 2).mean()
+
+    torch.manual_seed(0)
+    model, batch = nn.Linear(5, 2), (torch.randn(6, 5), torch.randn(6, 2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    step = _recorded(tmp_path / "run", model, batch, loss, scaler)
+    rows = [tuple(part[i : i + 1] for part in batch) for i in range(6)]
+    for name, expected in _norms_of(model, loss, rows).items():
+        _agree(step.rows.gradients[name].norms, expected / 6)
+
+
+def test_rows_that_are_picked_by_masks_and_classes(tmp_path):
+    weights = torch.tensor([0.5, 2.0, 1.0])
+
+    def loss(model, x, y):
+        sure = model(x).log_softmax(1)
+        chosen = sure[torch.arange(len(y)), y]
+        same = sure.gather(1, y[:, None])
+        wide = nn.functional.cross_entropy(model(x), y, weight=weights, reduction="sum")
+        return (chosen[y > 0] ** 2).sum() + same.square().sum() + wide
+
+    torch.manual_seed(0)
+    model, batch = nn.Linear(5, 3), (torch.randn(6, 5), torch.tensor([0, 2, 1, 1, 0, 2]))
+    step = _recorded(tmp_path / "run", model, batch, loss)
+    rows = [tuple(part[i : i + 1] for part in batch) for i in range(6)]
+    for name, expected in _norms_of(model, loss, rows).items():
+        _agree(step.rows.gradients[name].norms, expected)
+
+
+def test_a_gradient_that_cancels_but_for_rounding_is_known(tmp_path):
+    def loss(model, x, y):
+        return ((model(x) - y) ** 2).mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight[:] = model[0].weight[:1]  # so that all it makes is the same, and normalized away
+        model[0].bias[:] = model[0].bias[:1]
+    step = _recorded(tmp_path / "run", model, (torch.randn(6, 5), torch.randn(6, 2)), loss)
+    assert step.rows.known == [*step.gradients]
+    assert float(step.rows.gradient.min()) > 0
+
+
 def test_tensors_of_a_batch_that_share_numbers_of_different_rows(tmp_path):
     torch.manual_seed(0)
     series, model = torch.randn(9, 4), nn.Linear(4, 4)

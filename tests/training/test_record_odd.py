@@ -101,6 +101,14 @@ def torch_func(record):
 
 
 @odd
+def vmap_over_a_module(record):
+    def body(model, optimizer, x, y, number):
+        return update(model, optimizer, x + torch.func.vmap(model[0])(x).mean().detach(), y)
+
+    return trained(record, body)
+
+
+@odd
 def a_batch_that_is_a_part_of_what_the_body_reads(record):
     x, y = torch.randn(64, 6), torch.randn(64, 3)
     given = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)]

@@ -57,7 +57,7 @@ class Rows(Shown):
 
     @property
     def loss(self) -> Tensor:
-        """The loss of each row (N), in float64: the step's loss is their mean or their sum.
+        """The loss of each row (N), in float64: the step's loss is their mean or their sum, and `rest`.
 
         Raises:
             RunError: it is unknown; gives the reason.

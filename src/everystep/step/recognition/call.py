@@ -145,12 +145,13 @@ def signature_of(
         raise StrangeError("a function reads numbers from a tensor out of sight")
     if _is_other_when_watched(func, args, keywords):
         raise StrangeError("a function behaves differently while everystep watches")
+    mode = mode_of(modes)  # first: tensors within a transform of torch.func have no memory
     free = is_free(func, args, keywords)
     positional = [_encoded(value, refer, free) for value in args]
     if not keywords:
-        return (func, place, nodes, mode_of(modes), *positional)
+        return (func, place, nodes, mode, *positional)
     named = [(key, _encoded(value, refer, free)) for key, value in keywords.items()]
-    return (func, place, nodes, mode_of(modes), *positional, *named)
+    return (func, place, nodes, mode, *positional, *named)
 
 
 def mode_of(modes: int) -> tuple[Any, ...]:
