@@ -216,6 +216,8 @@ CASES = [
         for size in ([8, 7], [3, 2])
     ),
     ("upsample_nearest2d.default", (rand(1, 2, 3, 4), [6, 8], 2.0, 2.0), {}),
+    ("_upsample_nearest_exact2d.default", (rand(1, 2, 5, 4), [3, 7]), {}),
+    ("_upsample_bilinear2d_aa.default", (rand(1, 2, 8, 7), [3, 4], False), {}),
     ("upsample_nearest1d_backward.default", (rand(2, 3, 8), [8], [2, 3, 5]), {}),
     ("upsample_trilinear3d.default", (rand(1, 2, 3, 2, 4), [4, 5, 6], False), {}),
     ("floor_divide.default", (rand(3, 4) * 9, positive(3, 4)), {}),

@@ -182,6 +182,14 @@ NETWORKS = {
         nn.CrossEntropyLoss(),
     ),
     "attention": (Attention, _columns, nn.MSELoss()),
+    "shuffled": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 4, 2), nn.PixelShuffle(2), nn.Upsample((8, 8), mode="nearest-exact")),
+            *(nn.Flatten(), nn.Linear(64, 4)),
+        ),
+        _images,
+        nn.CrossEntropyLoss(),
+    ),
     "vectors": (Vectors, lambda: (torch.randn(N, 6), torch.randn(N)), nn.MSELoss()),
     "pairs": (Pairs, _columns, nn.MSELoss()),
     "positions": (

@@ -38,7 +38,8 @@ def _resized(call: Call) -> Made:
 def _weights(call: Call, at: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
     """Return the weight of each number of a channel of the argument, of these sizes."""
     is_backward = call.kind.endswith("_backward")
-    name = call.kind.removesuffix("_backward") if is_backward else f"{call.kind}_backward"
+    name = call.operation.name
+    name = name.removesuffix("_backward") if is_backward else f"{name}_backward"
     operator = getattr(torch.ops.aten, name).default
     own = call.results[call.output(0)].shape[2:]
     one = torch.zeros(1, 1, *own, dtype=torch.float64)
@@ -56,7 +57,10 @@ def _weights(call: Call, at: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
     return found
 
 
-_HOW = ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d")
+_HOW = [
+    *("nearest1d", "nearest2d", "nearest3d", "nearest_exact1d", "nearest_exact2d", "nearest_exact3d"),
+    *("linear1d", "bilinear2d", "trilinear3d", "bicubic2d", "bilinear2d_aa", "bicubic2d_aa"),
+]
 RESIZING: dict[str, Callable[[Call], Made]] = {
     **{f"upsample_{how}": _resized for how in _HOW},
     **{f"upsample_{how}_backward": _resized for how in _HOW},

@@ -26,7 +26,8 @@ _ELEMENTWISE = [
     "sigmoid_backward", "leaky_relu_backward", "elu_backward", "hardtanh_backward",
     "hardswish_backward", "hardsigmoid_backward", "hardshrink_backward", "softshrink_backward",
     "softplus_backward", "log_sigmoid_backward", "mse_loss_backward", "smooth_l1_loss_backward",
-    "huber_loss_backward", "binary_cross_entropy_backward", "soft_margin_loss_backward",
+    "huber_loss_backward", "binary_cross_entropy_backward", "soft_margin_loss_backward", "hypot",
+    "erfinv", "lgamma", "digamma",
 ]  # fmt: skip
 _CREATING = [
     "ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like",
@@ -37,7 +38,8 @@ _LINEAR = ["clone", "copy", "_to_copy", "neg", "add", "sub", "rsub"]
 #: Numbers are moved; the other arguments say where to.
 _MOVING = [
     "cat", "stack", "flip", "roll", "repeat", "constant_pad_nd", "index_select", "index", "gather",
-    "tril", "triu", "select_backward", "slice_backward",
+    "tril", "triu", "select_backward", "slice_backward", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "native_channel_shuffle", "rot90",
 ]  # fmt: skip
 
 

@@ -21,9 +21,12 @@ from everystep.replay.rows.results import (
 __all__ = ["LAYERS"]
 
 _PADDING = ("reflection", "replication")
-_UPSAMPLING = (
-    *("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d", "bicubic2d"),
-)
+_LINEAR = ("linear1d", "bilinear2d", "trilinear3d", "bicubic2d")
+_UPSAMPLING = [
+    *(f"upsample_{how}" for how in ("nearest1d", "nearest2d", "nearest3d", *_LINEAR)),
+    *(f"_upsample_{how}" for how in ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d")),
+    *(f"_upsample_{how}_aa" for how in ("bilinear2d", "bicubic2d")),
+]
 #: By the first axis: the tensors that have it.
 _BATCHED = {
     "max_pool2d_with_indices": ("self",),
@@ -46,8 +49,8 @@ _BATCHED = {
     **{f"fractional_max_pool{n}d_backward": ("grad_output", "self", "indices") for n in (2, 3)},
     **{f"{how}_pad{n}d": ("self",) for how in _PADDING for n in (1, 2, 3)},
     **{f"{how}_pad{n}d_backward": ("grad_output", "self") for how in _PADDING for n in (1, 2, 3)},
-    **{f"upsample_{how}": ("self",) for how in _UPSAMPLING},
-    **{f"upsample_{how}_backward": ("grad_output",) for how in _UPSAMPLING},
+    **dict.fromkeys(_UPSAMPLING, ("self",)),
+    **{f"{each}_backward": ("grad_output",) for each in _UPSAMPLING},
     "grid_sampler_2d": ("input", "grid"),
     "grid_sampler_2d_backward": ("grad_output", "input", "grid"),
     "_scaled_dot_product_flash_attention_for_cpu": ("query", "key", "value"),

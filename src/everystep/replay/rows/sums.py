@@ -22,7 +22,7 @@ _ALONG = [
 ]  # fmt: skip
 _REDUCING = [
     "amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "var", "std",
-    "var_mean", "std_mean", "logsumexp", "linalg_vector_norm",
+    "var_mean", "std_mean", "logsumexp", "linalg_vector_norm", "norm",
 ]  # fmt: skip
 
 
