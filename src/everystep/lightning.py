@@ -84,12 +84,16 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log the loss that `training_step` returned, and end the step."""
+        """Log the loss that `training_step` returned, and end the step.
+
+        Of a batch that is accumulated, Lightning hands over a part of it, which is multiplied again.
+        """
         if self._recording is None:
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._recording.log(loss=loss)
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._recording.log(loss=loss * parts if parts > 1 else loss)
         self._recording.end_step()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -100,6 +100,25 @@ def test_only_where_all_is_the_same_does_it_say_so_with_the_numerics():
     ]
 
 
+def test_an_optimizer_that_keeps_more_is_named(tmp_path):
+    def trained(name, **settings):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **settings)
+        with everystep.record(run=tmp_path / name, model=model, optimizer=optimizer) as recording:
+            for x in recording.steps([torch.randn(4, 3) for _ in range(3)]):
+                loss = model(x).pow(2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+        return recording.run
+
+    one, other = trained("one"), trained("other", amsgrad=True)
+    assert one.diff(other, progress=False).operation.causes == ["Adam: amsgrad False | True"]
+    assert other.diff(one, progress=False).operation.causes == ["Adam: amsgrad True | False"]
+
+
 def test_the_order_of_the_runs_does_not_hide_a_default():
     gelu, tanh = (
         Training(with_module(partial(nn.GELU, approximate=name)))() for name in ("none", "tanh")

@@ -44,10 +44,10 @@ def block_of(step: int) -> int:
 
 def digest_of_numbers(steps: NDArray[np.int64], values: NDArray[np.float64]) -> bytes:
     """Return the digest of numbers by step: XXH3, 128 bits, of the steps as int64 and then the values as
-    float64, both little-endian; NaN is the bytes of NumPy's nan.
+    float64, both little-endian; NaN is the bytes of NumPy's nan, and -0.0 is 0.0, as SQLite returns it.
     """
     machine = xxhash.xxh3_128(steps.astype("<i8", copy=False).tobytes())
-    machine.update(values.astype("<f8", copy=False).tobytes())
+    machine.update((values + 0.0).astype("<f8", copy=False).tobytes())
     return machine.digest()
 
 

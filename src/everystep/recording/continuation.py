@@ -14,6 +14,7 @@ from typing import Any
 from everystep.errors import RunError
 from everystep.recording.contents import unpacked
 from everystep.recording.database import Database, Repeat
+from everystep.recording.notice import say
 
 __all__ = ["Continuation", "shortened"]
 
@@ -43,14 +44,34 @@ class Continuation:
         self._database = database
         self._facts = dict(facts)
         self._measurements: list[tuple[str, int, float]] = []
+        self._recorded_values: dict[tuple[str, int], float | None] | None = None
+        self._has_differed = False
 
     def facts(self, facts: Mapping[str, Any]) -> None:
         """Keep facts for later."""
         self._facts |= facts
 
     def measurements(self, rows: Measurements) -> None:
-        """Keep measurements for later."""
-        self._measurements += rows
+        """Keep measurements for later, but for those that the run has; say so where one differs."""
+        again = [row for row in rows if row[1] <= self.recorded]
+        if again and self._recorded_values is None:
+            known = self._database.measurements(min(step for _, step, _ in again))
+            self._recorded_values = {(name, step): value for name, step, value in known}
+        for row in rows:
+            place = row[:2]
+            if self._recorded_values is None or place not in self._recorded_values:
+                self._measurements.append(row)
+            elif not self._has_differed and not _is_same(row[2], self._recorded_values[place]):
+                self._has_differed = True
+                say(self._other_measurement(*row))
+
+    def _other_measurement(self, name: str, step: int, value: float) -> str:
+        assert self._recorded_values is not None
+        cure = "pass what the loop carries from step to step as parts, or later values are others, too"
+        return (
+            f"when step {step} of {self._name} is taken again, {name} is {value!r}; the recorded "
+            f"{self._recorded_values[name, step]!r} is kept. Unless it is a time or the like, {cure}"
+        )
 
     def begin(self) -> None:
         """Write what was kept, in a transaction: the first new step is about to be written."""
@@ -74,8 +95,8 @@ class Continuation:
         again = [*losses[: max(0, self.recorded - first + 1)]]
         known = self._database.losses_between(first, first + len(again) - 1) if again else []
         for loss, (step, expected) in zip(again, known, strict=True):
-            recorded = math.nan if expected is None else expected
-            if loss != recorded and not (math.isnan(loss) and math.isnan(recorded)):
+            if not _is_same(loss, expected):
+                recorded = math.nan if expected is None else expected
                 raise self.differs(step, f"the loss is {loss!r}, but {recorded!r} was recorded")
         return first + len(again), [*losses[len(again) :]]
 
@@ -95,10 +116,15 @@ class Continuation:
     def _compare(self, row: Repeat, before: Repeat) -> None:
         """Compare the batch; of other inputs, those that both have: a watch in full has fewer."""
         now, known = (unpacked(each.inputs, f"step {row.step}") or {} for each in (row, before))
-        given, recorded = _batch(now), _batch(known)
-        is_same = all(given[name] == recorded[name] for name in given.keys() & recorded.keys())
-        if now.get("nesting") != known.get("nesting") or not is_same:
+        given, recorded = (each.get("given", {}) for each in (now, known))
+        others = [name for name in given.keys() & recorded.keys() if given[name] != recorded[name]]
+        if now.get("nesting") != known.get("nesting") or any(n.startswith("batch/") for n in others):
             raise self.differs(row.step, "the batch is not the recorded one")
+        if any(name.startswith("input/") for name in others):
+            raise self.differs(
+                row.step,
+                "it reads other numbers from a tensor that is neither of its batch nor of a part",
+            )
         digests = now.get("digests", {})
         other = [n for n, digest in known.get("digests", {}).items() if digests.get(n, digest) != digest]
         if other:
@@ -119,10 +145,9 @@ class Continuation:
         )
 
 
-def _batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a step was given besides random generators, which depend on what came before."""
-    given = inputs.get("given", {})
-    return {name: each for name, each in given.items() if name.startswith(("batch/", "input/"))}
+def _is_same(number: float, recorded: float | None) -> bool:
+    """Tell whether a number is the recorded one; None means NaN."""
+    return math.isnan(number) if recorded is None else number == recorded
 
 
 def shortened(names: Sequence[str]) -> str:

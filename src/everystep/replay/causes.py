@@ -30,7 +30,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     """Return why an operation has another result, in words."""
     a, b = found.one, found.other
-    if a is None or b is None or not found.results:
+    if a is None or b is None or not found.results or _reads_another(a, b, evidence):
         return _of_another_operation([each for each in (a, b) if each is not None], evidence)
     causes = list(_of_arguments(a, b, found, evidence))
     causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
@@ -45,6 +45,15 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     if evidence.numerics:
         return [f"{COMPUTED_OTHERWISE}, under other numerics: {', '.join(evidence.numerics)}"]
     return [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
+
+
+def _reads_another(a: Observed, b: Observed, evidence: Evidence) -> bool:
+    """Tell whether operations of the same kind read other tensors of the state, which both runs have."""
+    if [*a.inputs] == [*b.inputs] or len(a.inputs) != len(b.inputs):
+        return False
+    before = evidence.around[0].before.keys() & evidence.around[1].before.keys()
+    one, other = ([name for name in seen.inputs if name in before] for seen in (a, b))
+    return one != other and len(one) == len(other)
 
 
 def _of_another_operation(sides: list[Observed], evidence: Evidence) -> list[str]:

@@ -151,4 +151,5 @@ def _first_places(differs: Tensor) -> list[tuple[int, ...]]:
             break
     if not differs.ndim:
         return [()] * len(found)
-    return list(zip(*(axis.tolist() for axis in np.unravel_index(found, differs.shape)), strict=True))
+    places = np.unravel_index(np.asarray(found, dtype=np.int64), differs.shape)
+    return list(zip(*(axis.tolist() for axis in places), strict=True))

@@ -68,7 +68,7 @@ def of_state(name: str, evidence: Evidence) -> Iterator[str]:
         if seeds:
             yield from map(str, seeds)
             return
-    if pair[0] is None:
+    if pair[0] is None or (pair[1] is not None and same_bits(pair[0], pair[1])):
         return
     difference = tensor_difference(_called(name), pair[0], pair[1])
     if difference.elements == 1 and difference.positions:

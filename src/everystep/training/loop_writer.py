@@ -73,6 +73,7 @@ class StepUnderWay(Generic[W]):
         self.nesting: list[Any] = []
         self.logged: dict[str, Any] = {}
         self.loss: Any = None
+        self.loss_version = 0
         self.started = time.perf_counter()
         self._compiled = _compiled()
 
@@ -217,7 +218,9 @@ class LoopWriter:
             after: the live tensors of the parts.
         """
         self.step += 1
-        path = step.watch.end(after, step.loss)
+        # Of a tensor that was changed since it was logged, no operation made the loss.
+        is_as_logged = not isinstance(step.loss, Tensor) or step.loss._version == step.loss_version
+        path = step.watch.end(after, step.loss if is_as_logged else None)
         self.last_path, self.state = path, after
         self._keep_what_is_unknown(step, after)
         try:
@@ -341,7 +344,7 @@ class LoopWriter:
         return {name: digest_of(tensor) for name, tensor in kept.items()}
 
     def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
-        self._losses.append(step.logged.pop("loss", math.nan))
+        self._losses.append(step.logged.pop("loss", None))
         if step.loss is not None:
             is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
             if is_wide or not self._has_loss:  # one that float32 would round widens all of them
@@ -417,9 +420,12 @@ class LoopWriter:
         if not self._taken:
             return
         first = self._taken[0].step
-        losses = [float(loss) for loss in self._losses]
+        losses = [math.nan if loss is None else float(loss) for loss in self._losses]
         measured = [(name, step, float(value)) for name, step, value in self._measured]
-        found = {"loss_dtype": self._loss_dtype} | self._nonfinite_in(first, losses)
+        logged = [
+            (first + place, losses[place]) for place, loss in enumerate(self._losses) if loss is not None
+        ]
+        found = {"loss_dtype": self._loss_dtype} | self._nonfinite_in(logged)
         # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
         recorder.losses(first, losses, measured, self._loop_facts() | found, self._taken)
         self._taken, self._losses, self._measured = [], [], []
@@ -430,11 +436,14 @@ class LoopWriter:
             if self._advanced is not None:
                 self._advanced(first, losses)
 
-    def _nonfinite_in(self, first: int, losses: list[float]) -> dict[str, Any]:
-        """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
+    def _nonfinite_in(self, losses: list[tuple[int, float]]) -> dict[str, Any]:
+        """Return the fact about the first loss that is not finite, and print it; {} if there is none.
+
+        losses: of the steps that have logged one.
+        """
         if not self._has_loss or not self._is_finite:
             return {}
-        for step, loss in enumerate(losses, start=first):
+        for step, loss in losses:
             if not math.isfinite(loss):
                 self._is_finite = False
                 name = self._recorder.directory.name

@@ -277,6 +277,7 @@ class Recording(Generic[R]):
                     step.watch.logged(name, value)
         if "loss" in values:
             step.loss = values["loss"]
+            step.loss_version = step.loss._version if isinstance(step.loss, Tensor) else 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,0 +1,117 @@
+"""What loops log: numbers of any kind, none at all, and other ones when a step is taken again."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import everystep
+
+
+def loop(directory, body, steps=6, **settings):
+    """Record a loop with a body of (model, optimizer, x, number) that returns what it logs."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = [torch.randn(4, 3) for _ in range(steps)]
+    with everystep.record(run=directory, model=model, optimizer=optimizer, **settings) as recording:
+        for number, x in recording.steps(enumerate(data, 1)):
+            logged = body(model, optimizer, x, number)
+            if logged:
+                recording.log(**logged)
+    return everystep.open(directory)
+
+
+def update(model, optimizer, x):
+    loss = model(x).pow(2).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("number", [-0.0, torch.tensor(-0.0)])
+def test_a_run_with_a_negative_zero_is_sound(number, tmp_path):
+    def body(model, optimizer, x, _):
+        update(model, optimizer, x)
+        return {"loss": number, "metric": number}
+
+    run = loop(tmp_path / "run", body)
+    assert run.verify(progress=False).is_exact
+    assert run.doctor(progress=False).is_healthy
+    assert set(run.measured("metric").values()) == {0.0}
+
+
+def test_a_step_without_a_loss_is_not_a_step_with_a_loss_that_is_not_finite(tmp_path, capfd):
+    def body(model, optimizer, x, number):
+        loss = update(model, optimizer, x)
+        return {"loss": loss} if number % 2 else {}
+
+    run = loop(tmp_path / "run", body)
+    assert "nan" not in capfd.readouterr().err
+    assert run.facts.nonfinite_step is None
+    assert run.verify(progress=False).is_exact
+    with_nan = loop(tmp_path / "nan", lambda m, o, x, n: {"loss": update(m, o, x) * math.nan})
+    assert with_nan.facts.nonfinite_step == 1
+
+
+def test_a_loss_that_is_changed_after_it_was_logged(tmp_path):
+    total, expected = torch.zeros(()), []
+
+    def body(model, optimizer, x, number):
+        total.add_(update(model, optimizer, x).detach())
+        expected.append(float(total))
+        return {"loss": total}
+
+    def and_change(model, optimizer, x, number):
+        if number > 1 and number % 2:
+            total.zero_()
+        return body(model, optimizer, x, number)
+
+    run = loop(tmp_path / "run", and_change)
+    assert run.losses["loss"].to_list() == expected
+    assert run.verify(progress=False).is_exact
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    running, expected = torch.zeros(()), []
+    with everystep.record(run=tmp_path / "after", model=model, optimizer=optimizer) as recording:
+        for number, x in enumerate(recording.steps([torch.randn(4, 3) for _ in range(6)])):
+            running += update(model, optimizer, x).detach()
+            recording.log(loss=running)
+            expected.append(float(running))
+            if number % 2:
+                running.zero_()
+    run = everystep.open(tmp_path / "after")
+    assert run.losses["loss"].to_list() == expected
+    assert run.verify(progress=False).is_exact
+    assert run[2].loss == pytest.approx(expected[1], rel=1e-6)
+
+
+def test_what_was_logged_is_kept_when_a_step_is_taken_again(tmp_path, capfd):
+    def with_total(crash):
+        total = 0.0
+
+        def body(model, optimizer, x, number):
+            nonlocal total
+            loss = update(model, optimizer, x)
+            total += loss.item()
+            if number == crash:
+                raise RuntimeError("stop")
+            return {"loss": loss, "total": total}
+
+        return body
+
+    with pytest.raises(RuntimeError, match="stop"):
+        loop(tmp_path / "run", with_total(300), 400, resume=True)
+    before = everystep.open(tmp_path / "run").measured("total")
+    assert len(before) == 299
+    capfd.readouterr()
+    run = loop(tmp_path / "run", with_total(None), 400, resume=True)
+    after = run.measured("total")
+    assert {step: after[step] for step in before} == before
+    said = capfd.readouterr().err
+    assert said.count("is taken again, total is") == 1 and "is kept" in said
+    assert len(after) == 400 and run.doctor(progress=False).is_healthy
