@@ -322,15 +322,19 @@ def test_a_step_that_is_not_there_is_an_error(run):
         run.why(99, "loss")
 
 
-def test_gradients_that_no_optimizer_takes_in_a_step_are_said_to_be_of_operations(small, tmp_path):
+def test_gradients_that_no_optimizer_takes_are_known_where_backward_left_them(small, tmp_path):
     model, x, _ = small
     with everystep.record(run=tmp_path / "run", model=model) as recording:
-        for batch in recording.steps([x, x]):
+        for number, batch in enumerate(recording.steps([x, x])):
             loss = model(batch).square().sum()
-            loss.backward()
+            if not number:
+                loss.backward()
             recording.log(loss=loss)
-    with pytest.raises(ExpressionError, match=r"step 1 hands no gradients to an optimizer; #N is"):
-        recording.run.why(1, "gradients['0.weight'][0, 0]")
+    answer = recording.run.why(1, "gradients['0.weight'][0, 0]")
+    assert answer.number.value == float(model[0].weight.grad[0, 0])
+    assert answer.groups
+    with pytest.raises(ExpressionError, match=r"step 2 has no gradients; #N is"):
+        recording.run.why(2, "gradients['0.weight'][0, 0]")
 
 
 class Unreadable(torch.optim.SGD):

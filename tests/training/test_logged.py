@@ -120,3 +120,61 @@ def test_what_was_logged_is_kept_when_a_step_is_taken_again(tmp_path, capfd, mon
     said = capfd.readouterr().err
     assert said.count("is taken again, total is") == 1 and "is kept" in said
     assert len(after) == 40 and run.doctor(progress=False).is_healthy
+
+
+def gradients_of(run):
+    return [
+        {name: tensor.clone() for name, tensor in run[t].gradients.items()}
+        for t in range(1, len(run) + 1)
+    ]
+
+
+def of_model(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["clipped", "by hand", "accumulated", "scaled"])
+def test_gradients_are_those_that_backward_left(kind, tmp_path):
+    expected = []
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+
+    def body(model, optimizer, x, number):
+        loss = model(x).pow(2).mean()
+        if kind != "accumulated" or number % 3 == 1:
+            model.zero_grad()
+        (scaler.scale(loss) if kind == "scaled" else loss).backward()
+        if kind == "scaled":
+            scaler.unscale_(optimizer)
+        expected.append(of_model(model))
+        if kind in ("clipped", "scaled"):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        if kind == "by hand":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+        elif kind == "scaled":
+            scaler.step(optimizer)
+            scaler.update()
+        elif kind != "accumulated" or number % 3 == 0:
+            optimizer.step()
+        return {"loss": loss}
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = [torch.randn(4, 3) for _ in range(6)]
+    parts = {"scaler": scaler} if kind == "scaled" else {}
+    if kind != "by hand":
+        parts["optimizer"] = optimizer
+    with everystep.record(run=tmp_path / "run", model=model, **parts) as recording:
+        for number, x in recording.steps(enumerate(data, 1)):
+            recording.log(**body(model, optimizer, x, number))
+    run = everystep.open(tmp_path / "run")
+    found = gradients_of(run)
+    assert [each.keys() for each in found] == [each.keys() for each in expected]
+    for one, other in zip(found, expected, strict=True):
+        for name, tensor in other.items():
+            assert torch.equal(one[name], tensor)
+    run.measure("norm(gradients['weight'])", name="size", progress=False)
+    sizes = [float(each["weight"].norm()) for each in expected]
+    assert list(run.measured("size").values()) == pytest.approx(sizes, rel=1e-6)

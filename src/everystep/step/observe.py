@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.program.execute import BoundProgram, Observed, without_autograd
-from everystep.program.operation import Storage, TensorSpec
+from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import leaves
 from everystep.program.plain import Environment, PlainProgram
 from everystep.program.program import OptimizerStep, Program
@@ -18,7 +18,20 @@ from everystep.step.capture import take_watched
 from everystep.step.eager import EagerStep
 from everystep.step.recorder import StepRecorder
 
-__all__ = ["Observation", "Place", "Places", "PlainObserver", "observe_eager", "observe_program"]
+__all__ = [
+    "UNSCALES",
+    "Observation",
+    "Place",
+    "Places",
+    "PlainObserver",
+    "makes_gradients",
+    "observe_eager",
+    "observe_program",
+]
+
+#: The kernel by which a GradScaler divides gradients by its scale.
+UNSCALES = "_amp_foreach_non_finite_check_and_unscale"
+_GRADIENT = "gradient/"
 
 
 class Place(NamedTuple):
@@ -147,6 +160,9 @@ class PlainObserver:
         self._activations: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
         self._read: dict[str, Place] = {}
+        #: What backward last left of each gradient that no optimizer has used yet, and where.
+        self._left: dict[str, tuple[Tensor, Place]] = {}
+        self._names = dict(_pending(program)) | program.gradients
         self._program = program
         self._with_numbers = plain.operations_with(numbers)
         self._due: dict[int, list[str]] = {}
@@ -170,12 +186,19 @@ class PlainObserver:
             self._activations[path] = tuple(self._copy(name, environment) for name in names)
         is_over = index == len(operations)
         if is_over or operations[index].phase == "update":
-            for parameter, name in self._program.gradients.items():
-                if parameter not in self._gradients and environment.is_there(name):
-                    self._gradients[parameter] = self._copy(name, environment)
-                    self._read[parameter] = Place((name,), index)
+            self._read_gradients(index, environment)
         if not is_over:
             self._inputs = {n: self._copy(n, environment) for n in operations[index].reads()}
+
+    def _read_gradients(self, index: int, environment: Environment) -> None:
+        """Keep the gradients that are used from here on: as backward left them, not as clipped."""
+        for parameter, (tensor, place) in self._left.items():
+            self._gradients.setdefault(parameter, tensor)
+            self._read.setdefault(parameter, place)
+        for parameter, name in self._program.gradients.items():
+            if parameter not in self._gradients and environment.is_there(name):
+                self._gradients[parameter] = self._copy(name, environment)
+                self._read[parameter] = Place((name,), index)
 
     def _look_after(self, index: int, environment: Environment) -> None:
         operation = self._with_numbers[index]
@@ -186,6 +209,10 @@ class PlainObserver:
         results = {name: self._copy(name, environment) for name in names}
         others = {name: self._copy(name, environment) for name in written if name not in results}
         self._operations.append(Observed(operation, self._inputs, results, others))
+        if makes_gradients(operation):
+            for parameter, name in self._names.items():
+                if self._storage(name) in changed and environment.is_there(name):
+                    self._left[parameter] = self._copy(name, environment), Place((name,), index + 1)
 
     def _copy(self, name: str, environment: Environment) -> Tensor:
         if name not in self._copies:
@@ -194,6 +221,18 @@ class PlainObserver:
 
     def _storage(self, name: str) -> str:
         return self._program.tensors[name].storage
+
+
+def makes_gradients(operation: Operation) -> bool:
+    """Tell whether an operation is of backward; that a GradScaler divides by its scale is part of it."""
+    return operation.phase == "backward" or operation.name.rstrip("_") == UNSCALES
+
+
+def _pending(program: Program) -> Iterator[tuple[str, str]]:
+    """Yield the gradients that a step leaves behind, by parameter, with the names of their tensors."""
+    for name in (*program.state_names, *program.ends):
+        if name.startswith(_GRADIENT):
+            yield name.removeprefix(_GRADIENT), program.ends.get(name, name)
 
 
 def _named(tensors: Mapping[int, Tensor], names: Mapping[int, str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from everystep.step.plain import BuiltPath
 from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.stand_in import StandIn
 from everystep.training.batch import tensors_of, text_of
-from everystep.training.loop_writer import AnyWatch, StepUnderWay
+from everystep.training.loop_writer import AnyWatch, StepUnderWay, changes_of
 from everystep.training.record import R, Recording
 
 __all__ = ["FunctionRecording"]
@@ -112,6 +112,7 @@ class FunctionRecording(Recording[R]):
         step = StepUnderWay(watch, rates)
         step.batch, step.nesting = seen.copies, seen.nesting
         step.logged, step.loss = dict(logged), logged.get("loss")
+        step.loss_version = changes_of(step.loss)
         writer.add(step, self._elsewhere.copied, state)
         return logged
 

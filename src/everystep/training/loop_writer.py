@@ -40,7 +40,7 @@ from everystep.training.loop_resume import ResumedLoop
 from everystep.training.notices import Notices
 from everystep.training.place import Place
 
-__all__ = ["LoopWriter", "StepUnderWay"]
+__all__ = ["LoopWriter", "StepUnderWay", "changes_of"]
 
 #: Seconds from one time that the recording is passed to the writing thread to the next.
 FLUSH_SECONDS = 0.1
@@ -58,6 +58,11 @@ DIGESTED_A_SECOND = 2e9
 #: What knows what a step does.
 AnyWatch = StepWatch | StrictWatch | TakenByProgram
 W = TypeVar("W", bound=AnyWatch, covariant=True)
+
+
+def changes_of(value: Any) -> int:
+    """Return how often a tensor was changed in place; 0 of all else, or if torch does not count."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 class StepUnderWay(Generic[W]):
@@ -219,7 +224,7 @@ class LoopWriter:
         """
         self.step += 1
         # Of a tensor that was changed since it was logged, no operation made the loss.
-        is_as_logged = not isinstance(step.loss, Tensor) or step.loss._version == step.loss_version
+        is_as_logged = changes_of(step.loss) == step.loss_version
         path = step.watch.end(after, step.loss if is_as_logged else None)
         self.last_path, self.state = path, after
         self._keep_what_is_unknown(step, after)

@@ -29,7 +29,7 @@ from everystep.step.step_watch import StepWatch
 from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_resume import resumed_loop
-from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay
+from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay, changes_of
 from everystep.training.place import Place
 
 __all__ = ["Recording"]
@@ -277,7 +277,7 @@ class Recording(Generic[R]):
                     step.watch.logged(name, value)
         if "loss" in values:
             step.loss = values["loss"]
-            step.loss_version = step.loss._version if isinstance(step.loss, Tensor) else 0
+            step.loss_version = changes_of(step.loss)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

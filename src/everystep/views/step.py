@@ -132,7 +132,7 @@ class _Opened:
             for place in numbers if number else (-1, *numbers):
                 page.text.append(" " * _INDENT).append(self._rows[place + 1]).append("\n")
         if step.gradients:
-            page.heading("grads", "as the optimizer found them")
+            page.heading("grads", "as backward left them")
             self.page.tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
         if left := happened.changed_otherwise:
             page.heading("changed", "otherwise")

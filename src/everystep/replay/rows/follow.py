@@ -14,9 +14,8 @@ from everystep.replay.rows.labels import MIXED, SHARED, Reason, Tracked
 from everystep.replay.rows.memory import Memory
 from everystep.replay.rows.penalties import Penalties
 from everystep.replay.rows.rules import RULES
-from everystep.replay.rows.scaling import UNSCALES
 from everystep.replay.step import Step
-from everystep.step.observe import Place
+from everystep.step.observe import Place, makes_gradients
 
 __all__ = ["Followed", "follow"]
 
@@ -85,18 +84,13 @@ def _after_backward(step: Step, place: Place) -> int:
         seen = step.operations[index]
         written = {step.places.tensors[name].storage for name in (*seen.results, *seen.written)}
         if storage in written:
-            return place.after if _is_backward(seen) else _last_backward(step, index)
+            return place.after if makes_gradients(seen.operation) else _last_backward(step, index)
     return place.after
 
 
 def _last_backward(step: Step, before: int) -> int:
-    last = next((i for i in range(before - 1, -1, -1) if _is_backward(step.operations[i])), before)
-    return last + 1
-
-
-def _is_backward(seen: Observed) -> bool:
-    """Tell whether an operation makes gradients; a GradScaler's scale is no part of them."""
-    return seen.operation.phase == "backward" or seen.operation.name.rstrip("_") == UNSCALES
+    made = (i for i in range(before - 1, -1, -1) if makes_gradients(step.operations[i].operation))
+    return next(made, before) + 1
 
 
 def _take(memory: Memory, penalties: Penalties, index: int, seen: Observed, terms: set[str]) -> None:

@@ -6,10 +6,9 @@ import torch
 
 from everystep.replay.rows.call import Call, Result, Rule
 from everystep.replay.rows.labels import SHARED, Tracked
+from everystep.step.observe import UNSCALES
 
-__all__ = ["SCALING", "UNSCALES"]
-
-UNSCALES = "_amp_foreach_non_finite_check_and_unscale"
+__all__ = ["SCALING"]
 
 
 def _unscaled(call: Call) -> list[Result]:

@@ -136,7 +136,7 @@ def _referred(text: str, reference: Reference, step: Step) -> tuple[list[str], l
     known: Sequence[str] = [*getattr(step, kind)]
     if kind == "gradients" and not known:
         cure = "#N is the result of operation N, of the backward pass too"
-        raise error_at(text, f"step {step.number} hands no gradients to an optimizer; {cure}")
+        raise error_at(text, f"step {step.number} has no gradients; {cure}")
     if name not in known:
         cure = did_you_mean(name, known) or f"this step has {len(known)} {kind}"
         raise error_at(text, f"unknown name {name!r} of {kind}; {cure}")

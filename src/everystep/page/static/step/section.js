@@ -77,7 +77,7 @@ function partsOfSegment(view, entry, list) {
     formulas(() => parameters),
     changes(view, () => parameters),
     scale(),
-    tensors(view, "gradients", parameters, "Gradients, as the optimizer found them"),
+    tensors(view, "gradients", parameters, "Gradients, as backward left them"),
     operationFold(list, entry),
   ];
 }
