@@ -425,3 +425,44 @@ def test_a_step_of_more_operations_than_a_run_may_have_is_recorded_without_them(
     assert recording.run[1].gradients
     with pytest.raises(everystep.EverystepError, match="step 2"):
         recording.run[2].gradients  # noqa: B018
+
+
+class Normalized(nn.Module):
+    """Every layer of torch's that keeps more for backward than it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 3), nn.Linear(16, 3)
+        self.of_channels, self.of_groups = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+        self.of_layers = nn.LayerNorm(4)
+
+    def forward(self, x):
+        h = functional.max_pool2d(self.of_groups(self.of_channels(self.first(x))), 2)
+        h = functional.adaptive_max_pool2d(functional.dropout(h, 0.2), 2).flatten(2).transpose(1, 2)
+        h = functional.scaled_dot_product_attention(*[self.of_layers(h)[:, None]] * 3)
+        return self.last(h.flatten(1))
+
+
+def test_a_step_that_turns_elsewhere_keeps_what_only_autograd_knows(tmp_path):
+    torch.manual_seed(0)
+    model = Normalized()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = [(torch.randn(6, 1, 8, 8), torch.randint(0, 3, (6,))) for _ in range(12)]
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for number, (x, y) in recording.steps(enumerate(data, 1)):
+            loss = functional.cross_entropy(model(x), y)
+            if number % 5 == 0:
+                recording.log(size=loss.detach().abs().max().item())
+            if number > 7:
+                loss = loss + 0.1 * model.last.weight.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    run = everystep.open(tmp_path / "run")
+    assert run.verify(progress=False).is_exact
+    for number in (5, 8, 10):
+        for seen in run[number].operations:
+            assert not [name for name in seen.inputs if name.startswith("input")], seen
+    found = run.rerun(precision="float64", progress=False)
+    assert len(found.losses) == 12 and found.losses == pytest.approx(found.recorded, rel=1e-4)

@@ -23,11 +23,13 @@ from everystep.step.recognition.learner import BACKWARD, likeness_of, optimizer_
 from everystep.step.recognition.memory import Node
 from everystep.step.recognition.optimizer_numbers import Predicted
 from everystep.step.recognition.references import References
+from everystep.step.recognition.saved import saved_results
 from everystep.step.watch import Watch
 
 __all__ = ["OptimizerStep", "Recognizer"]
 
 Number = int | float
+_next_node = torch._C._autograd._get_sequence_nr
 
 
 class OptimizerStep(NamedTuple):
@@ -77,6 +79,7 @@ class Recognizer:
             references.count
         )  # what was first used later may differ from what it was in earlier steps
         self._changed: dict[int, int] = {}
+        self._before = _next_node()
 
     @property
     def is_empty(self) -> bool:
@@ -99,6 +102,7 @@ class Recognizer:
 
     def _go_to(self, node: Node) -> None:
         self._node, self._met = node, self.references.count
+        self._before = _next_node()
 
     def call(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any], place: Any) -> Any:
         """Call a function of torch's. place: of the call in the modules."""
@@ -217,8 +221,12 @@ class Recognizer:
                     changed_unseen.add(place)  # what it is now is from elsewhere
         for place in changed_unseen:
             del lying[place]
+        tables, marks = learned.tables, self._node.marks
+        alive = [tensor for _, tensor in self.references.alive()]
+        operations = tables.operations[: marks.operations]
+        lying |= saved_results(alive, self._before, operations, tables.tensors, lying)
         watch.resume(
-            *(learned.tables, self._node.marks, lying, self.contents),
+            *(tables, marks, lying, self.contents),
             *(self.references.batch_offsets, self.drawn),
         )
         watch.numbers, watch.generators = self.numbers, self.generators
