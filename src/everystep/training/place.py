@@ -130,6 +130,7 @@ class Place:
         self._taken, self._loader = 0, batches
         goal = self._goal
         if goal is not None and self._call < goal.call:
+            self._start_workers(batches, goal)
             return
         iterator = self._skipped(batches, goal) if goal is not None and goal.taken else None
         if iterator is not None:
@@ -158,6 +159,19 @@ class Place:
             self._taken += 1
             self.at_end = {}
             yield batch
+
+    def _start_workers(self, batches: Any, goal: Recorded) -> None:
+        """Start workers that stay from epoch to epoch.
+
+        That draws a random number, for their own seeds, which later epochs do not draw.
+        """
+        stays = isinstance(batches, DataLoader) and batches.num_workers and batches.persistent_workers
+        if stays and batches._iterator is None:
+            assert self._history is not None
+            before = Generators.capture(self._device)
+            self._restore(goal.at_first | self._history(1).generators)
+            iter(batches)
+            before.restore(self._device)
 
     def _skipped(self, batches: Any, goal: Recorded) -> Iterator[Any]:
         """Return an iterator over the batches after those before the goal."""
