@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from everystep.api import record
 from everystep.errors import UsageError
+from everystep.recording.notice import say
 from everystep.run import Run
 from everystep.training.record import Recording
 
@@ -45,6 +46,7 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
         self._recording: Recording[Run] | None = None
         self._is_in_step = False
         self._losses: list[Tensor] = []
+        self._has_said = False
         self._hooks: list[Any] = []
 
     @property
@@ -91,6 +93,12 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
             with self._recording.paused():
                 mean = torch.stack(self._losses).float().mean()
             self._recording.log(loss=mean)
+        elif not self._has_said:
+            self._has_said = True
+            say(
+                "the model returns no loss, so steps are recorded without one; Trainer computes it "
+                "elsewhere, as with label_smoothing_factor"
+            )
         self._is_in_step = False
         self._recording.end_step()
 

@@ -116,9 +116,12 @@ def whatif(
     recorded; everystep fork --without-rows records one.
     """
     from everystep.api import open
+    from everystep.replay.what_if import check_has_rows
     from everystep.views.answers import as_json
     from everystep.views.what_if import what_if_data, what_if_text
 
+    opened = open(run)
+    check_has_rows(opened)
     if without_rows is None and without_rows_of is None:
         raise UsageError(
             "say which rows to leave out: --without-rows 8123,8124, or --without-rows-of STEP; "
@@ -126,7 +129,7 @@ def whatif(
         )
     if at is None and without_rows_of is None:
         raise UsageError("say after which step the trainings start: --at STEP")
-    found = open(run).what_if(
+    found = opened.what_if(
         at,
         until,
         without_rows=row_numbers(without_rows),

@@ -28,7 +28,7 @@ from everystep.step.generators import generators_preserved
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
-__all__ = ["Case", "WhatIf", "what_if"]
+__all__ = ["Case", "WhatIf", "check_has_rows", "what_if"]
 
 #: Trainings between two reports of progress.
 GROUP = 8
@@ -138,6 +138,24 @@ def what_if(
     return WhatIf(run.name, at, until, by, with_all, tuple(others))
 
 
+def check_has_rows(run: RecordedRun) -> None:
+    """Check that everystep makes the batches of a run from the rows of its data.
+
+    Raises:
+        RunError: something else does.
+    """
+    facts = run.facts.training
+    if facts.loop:
+        raise RunError(
+            f"{run.name} was recorded from your own loop, and its programs take batches of their own "
+            "size; leave the rows out in the loop"
+        )
+    if facts.data.lazy:
+        raise RunError(
+            f"{run.name} was trained on a Dataset that is read at every step; leave the rows out there"
+        )
+
+
 def _check(run: RecordedRun, at: int, until: int) -> None:
     """Check that the run decides what its steps see and do, once rows are left out.
 
@@ -148,15 +166,6 @@ def _check(run: RecordedRun, at: int, until: int) -> None:
     facts, name = stretches[-1].facts, run.name
     if at < stretches[-1].first - 1:
         raise RunError(f"step {until} of {name} was trained by other rules than state {at}; start later")
-    if facts.loop:
-        raise RunError(
-            f"{name} was recorded from your own loop, and its programs take batches of their own size; "
-            "leave the rows out in the loop"
-        )
-    if facts.data.lazy:
-        raise RunError(
-            f"{name} was trained on a Dataset that is read at every step; leave the rows out there"
-        )
     for each in facts.schedules.values():
         if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
             raise RunError(

@@ -318,10 +318,11 @@ class Questions(OpenedRun):
             UsageError: rows do not exist, a batch would be empty, or there is nothing to start at.
             RunError: the steps cannot be taken again without the rows; gives the reason.
         """
-        from everystep.replay.what_if import what_if
+        from everystep.replay.what_if import check_has_rows, what_if
         from everystep.views.progress import counting
         from everystep.views.what_if import what_if_text
 
+        check_has_rows(self)
         chosen = [operator.index(row) for row in without_rows]
         if at is None and without_rows_of is None:
             raise UsageError(

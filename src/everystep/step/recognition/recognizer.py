@@ -219,12 +219,17 @@ class Recognizer:
                 lying[place] = tensor
                 if changed.get(number, 0) != self._changed.get(number, 0):
                     changed_unseen.add(place)  # what it is now is from elsewhere
-        for place in changed_unseen:
-            del lying[place]
         tables, marks = learned.tables, self._node.marks
         alive = [tensor for _, tensor in self.references.alive()]
+        hidden = {
+            place
+            for place, storage in enumerate(tables.storages[: marks.storages])
+            if storage.kind == "temporary" and place not in lying
+        }
         operations = tables.operations[: marks.operations]
-        lying |= saved_results(alive, self._before, operations, tables.tensors, lying)
+        lying |= saved_results(alive, self._before, operations, tables.tensors, hidden)
+        for place in changed_unseen:
+            del lying[place]
         watch.resume(
             *(tables, marks, lying, self.contents),
             *(self.references.batch_offsets, self.drawn),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ def saved_results(
     before: int,
     operations: Sequence[SeenOperation],
     tensors: Sequence[CapturedTensor],
-    known: Mapping[int, Tensor],
+    hidden: Collection[int],
 ) -> dict[int, Tensor]:
-    """Return a tensor on each storage that only autograd still knows.
+    """Return a tensor on each storage that only autograd still knows, by the storage's number.
 
     Autograd makes at most one node for each operation, in their order. So the nodes of a kind are the
     operations of that kind, one by one, where there are as many of both.
@@ -34,7 +34,7 @@ def saved_results(
         before: the sequence number that autograd's next node had after these operations.
         operations: of the step so far.
         tensors: that they name.
-        known: a live tensor on each storage by number, as far as there are any.
+        hidden: storages that the operations have made, and no call has returned.
     """
     by_kind: dict[str, list[SeenOperation]] = {}
     for seen in operations:
@@ -44,12 +44,12 @@ def saved_results(
         made = by_kind.get(kind, [])
         if len(own) == len(made):
             for node, seen in zip(own, made, strict=True):
-                found |= _kept(node, seen, tensors, known)
+                found |= _kept(node, seen, tensors, hidden)
     return found
 
 
 def _kept(
-    node: Any, seen: SeenOperation, tensors: Sequence[CapturedTensor], known: Mapping[int, Tensor]
+    node: Any, seen: SeenOperation, tensors: Sequence[CapturedTensor], hidden: Collection[int]
 ) -> dict[int, Tensor]:
     """Return what the node of an operation keeps of its arguments and results."""
     found = {}
@@ -57,11 +57,11 @@ def _kept(
         if not (isinstance(value, str) and value.startswith("%")):
             continue
         expected = tensors[int(value[1:])]
-        if expected.storage in known:
+        if expected.storage not in hidden:
             continue
         try:
             kept = getattr(node, f"_saved_{name}", None)
-        except RuntimeError:  # a backward pass has freed it
+        except RuntimeError:  # a backward pass has freed it, or something has changed it
             continue
         if isinstance(kept, Tensor) and _likeness(kept) == expected[1:]:
             found[expected.storage] = kept
