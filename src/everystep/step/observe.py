@@ -162,7 +162,10 @@ class PlainObserver:
         self._read: dict[str, Place] = {}
         #: What backward last left of each gradient that no optimizer has used yet, and where.
         self._left: dict[str, tuple[Tensor, Place]] = {}
-        self._names = dict(_pending(program)) | program.gradients
+        self._gradients_on: dict[str, list[tuple[str, str]]] = {}
+        for parameter, name in (dict(_pending(program)) | program.gradients).items():
+            on = self._gradients_on.setdefault(program.tensors[name].storage, [])
+            on.append((parameter, name))
         self._program = program
         self._with_numbers = plain.operations_with(numbers)
         self._due: dict[int, list[str]] = {}
@@ -210,8 +213,8 @@ class PlainObserver:
         others = {name: self._copy(name, environment) for name in written if name not in results}
         self._operations.append(Observed(operation, self._inputs, results, others))
         if makes_gradients(operation):
-            for parameter, name in self._names.items():
-                if self._storage(name) in changed and environment.is_there(name):
+            for parameter, name in (each for s in changed for each in self._gradients_on.get(s, ())):
+                if environment.is_there(name):
                     self._left[parameter] = self._copy(name, environment), Place((name,), index + 1)
 
     def _copy(self, name: str, environment: Environment) -> Tensor:

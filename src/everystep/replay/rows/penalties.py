@@ -22,7 +22,12 @@ class Penalties:
 
     def __init__(self, places: Places) -> None:
         self._places = places
+        #: Which parameters a storage was made from without rows; at first, those that lie there.
         self._ways: dict[str, frozenset[str]] = {}
+        for name, spec in places.tensors.items():
+            if name.startswith(_PARAMETER):
+                own = frozenset({name.removeprefix(_PARAMETER)})
+                self._ways[spec.storage] = self._ways.get(spec.storage, frozenset()) | own
         self._ends: set[str] = set()
 
     def note(self, seen: Observed, given: Mapping[str, Tracked], made: Mapping[str, Tracked]) -> None:
@@ -46,15 +51,7 @@ class Penalties:
         return names | (self._of(loss) if loss is not None else frozenset())
 
     def _of(self, name: str) -> frozenset[str]:
-        storage = self._storage(name)
-        if storage in self._ways:
-            return self._ways[storage]
-        own = {
-            each.removeprefix(_PARAMETER)
-            for each, spec in self._places.tensors.items()
-            if spec.storage == storage and each.startswith(_PARAMETER)
-        }
-        return frozenset(own)
+        return self._ways.get(self._storage(name), frozenset())
 
     def _storage(self, name: str) -> str:
         return self._places.tensors[name].storage
