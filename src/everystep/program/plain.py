@@ -241,7 +241,8 @@ class Environment:
         self._program = plain.program
         self._device = device
         self._memory: dict[str, torch.UntypedStorage] = {}
-        self._tensors: dict[str, Tensor] = {}
+        #: The tensors that lie on each storage, by their names.
+        self._tensors: dict[str, dict[str, Tensor]] = {}
         lay_state(plain, state, device)
         for name, spec in plain.state.items():
             self._memory[spec.storage] = state[name].untyped_storage()
@@ -257,12 +258,13 @@ class Environment:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the program, on its live memory."""
-        if name not in self._tensors:
-            spec = self._program.tensors[name]
+        spec = self._program.tensors[name]
+        here = self._tensors.setdefault(spec.storage, {})
+        if name not in here:
             if spec.storage not in self._memory:
                 self._memory[spec.storage] = self._fresh(spec.storage)
-            self._tensors[name] = tensor_on(self._memory[spec.storage], spec)
-        return self._tensors[name]
+            here[name] = tensor_on(self._memory[spec.storage], spec)
+        return here[name]
 
     def is_there(self, name: str) -> bool:
         """Tell whether a tensor's memory exists yet."""
@@ -283,9 +285,7 @@ class Environment:
         if known is not None and known.data_ptr() == storage.data_ptr():
             return  # it wrote in place
         self._memory[spec.storage] = storage
-        for other in [n for n in self._tensors if self._program.tensors[n].storage == spec.storage]:
-            del self._tensors[other]
-        self._tensors[name] = tensor
+        self._tensors[spec.storage] = {name: tensor}
 
     def _fresh(self, storage: str) -> torch.UntypedStorage:
         known = self._program.storages[storage]

@@ -171,7 +171,8 @@ class PlainObserver:
         self._due: dict[int, list[str]] = {}
         for path, index in program.given_after().items():
             self._due.setdefault(index, []).append(path)
-        self._copies: dict[str, Tensor] = {}
+        #: Copies of tensors by their names, of each storage.
+        self._copies: dict[str, dict[str, Tensor]] = {}
         self._inputs: dict[str, Tensor] = {}
 
     def observation(self, loss: Tensor) -> Observation:
@@ -198,6 +199,7 @@ class PlainObserver:
         for parameter, (tensor, place) in self._left.items():
             self._gradients.setdefault(parameter, tensor)
             self._read.setdefault(parameter, place)
+        self._left = {}
         for parameter, name in self._program.gradients.items():
             if parameter not in self._gradients and environment.is_there(name):
                 self._gradients[parameter] = self._copy(name, environment)
@@ -208,7 +210,8 @@ class PlainObserver:
         written = operation.written()
         names = [name for name in operation.results if name] or written
         changed = {self._storage(name) for name in (*names, *written)}
-        self._copies = {n: t for n, t in self._copies.items() if self._storage(n) not in changed}
+        for storage in changed:
+            self._copies.pop(storage, None)
         results = {name: self._copy(name, environment) for name in names}
         others = {name: self._copy(name, environment) for name in written if name not in results}
         self._operations.append(Observed(operation, self._inputs, results, others))
@@ -218,9 +221,10 @@ class PlainObserver:
                     self._left[parameter] = self._copy(name, environment), Place((name,), index + 1)
 
     def _copy(self, name: str, environment: Environment) -> Tensor:
-        if name not in self._copies:
-            self._copies[name] = environment.tensor(name).detach().clone()
-        return self._copies[name]
+        copies = self._copies.setdefault(self._storage(name), {})
+        if name not in copies:
+            copies[name] = environment.tensor(name).detach().clone()
+        return copies[name]
 
     def _storage(self, name: str) -> str:
         return self._program.tensors[name].storage
