@@ -175,6 +175,12 @@ def test_gradients_are_those_that_backward_left(kind, tmp_path):
     for one, other in zip(found, expected, strict=True):
         for name, tensor in other.items():
             assert torch.equal(one[name], tensor)
+    if kind == "accumulated":
+        assert [run[t].dropped.keys() for t in (1, 2, 3)] == [set()] * 3
+        assert run[4].dropped.keys() == {"weight", "bias"}
+        known = run[2].rows.gradients["weight"]
+        assert known.rest == pytest.approx(float(expected[0]["weight"].norm()), rel=1e-6)
+        assert known.whole == pytest.approx(float(expected[1]["weight"].norm()), rel=1e-6)
     run.measure("norm(gradients['weight'])", name="size", progress=False)
     sizes = [float(each["weight"].norm()) for each in expected]
     assert list(run.measured("size").values()) == pytest.approx(sizes, rel=1e-6)

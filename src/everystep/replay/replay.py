@@ -26,6 +26,7 @@ from everystep.replay.loop import LoopStepper
 from everystep.replay.reopen import reopen
 from everystep.replay.step import ReplayStepper, Step, Update
 from everystep.step.generators import Generators, generators_preserved
+from everystep.step.observe import Observation
 from everystep.step.state import State
 from everystep.training.objects import Objects
 
@@ -161,7 +162,7 @@ class Replay:
                 path: given[0] if len(given) == 1 else given
                 for path, given in observation.activations.items()
             },
-            dropped=dropped,
+            dropped={n: each for n, each in dropped.items() if not _is_added_to(observation, n)},
             gradients=observation.gradients,
             updates={
                 name: Update(tensor, after[f"parameter/{name}"])
@@ -382,6 +383,19 @@ def _converted(state: State, conversion: Precision | Placement) -> State:
         return {name: conversion.tensor(name, tensor) for name, tensor in tensors.items()}
 
     return replace(state, parameters=cast(state.parameters), rest=cast(state.rest))
+
+
+def _is_added_to(observation: Observation, parameter: str) -> bool:
+    """Tell whether a step adds to the gradient of the step before, rather than dropping it."""
+    places = observation.places
+    spec = places.tensors.get(f"gradient/{parameter}")
+    if spec is None:
+        return False
+    for seen in observation.operations:
+        named = {*seen.inputs, *seen.results, *seen.written}
+        if spec.storage in {places.tensors[name].storage for name in named}:
+            return "zero" not in seen.operation.name
+    return False
 
 
 def _of_kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Any]:

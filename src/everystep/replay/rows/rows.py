@@ -135,21 +135,35 @@ def rows_of(step: Step) -> Rows:
     # Without numbers, a batch of an experiment is all rows in order.
     is_whole = given is None and step.batch.nested is None
     followed, rounding = follow(step, count), _rounding(step)
-    sizes_of_gradients = [float(g.norm()) for g in step.gradients.values()]
-    floor = _EPS * max([each for each in sizes_of_gradients if isfinite(each)], default=0.0)
+    norms = [float(gradient.norm()) for gradient in step.gradients.values()]
+    floor = _EPS * max((norm for norm in norms if isfinite(norm)), default=0.0)
+
+    def share_of(name: str, tracked: Tracked) -> Share | Reason:
+        before = step.state.get(f"gradient/{name}")
+        rests = None if name in followed.penalized else () if before is None else (before,)
+        return _share(tracked, count, _Asked("the gradient", rounding, floor, rests))
+
     missing = Reason("the step has no loss that an operation returned")
     return Rows(
         step.number,
         tuple(numbers),
         is_known or is_whole,
-        missing if followed.loss is None else _share(followed.loss, count, rounding, 0.0, _LOSS),
-        {
-            name: _of_rows(_share(tracked, count, rounding, floor, "the gradient"), rounding, floor)
-            if name not in followed.penalized
-            else _share(tracked, count, rounding, floor, "the gradient")
-            for name, tracked in followed.gradients.items()
-        },
+        missing if followed.loss is None else _share(followed.loss, count, _Asked(_LOSS, rounding)),
+        {name: share_of(name, tracked) for name, tracked in followed.gradients.items()},
     )
+
+
+class _Asked(NamedTuple):
+    """What is shared among rows, and how exactly.
+
+    rounding: relative to the terms; floor: what is smaller is rounding in any case; rests: what the term
+    of no row may be, besides 0; None: anything.
+    """
+
+    what: str
+    rounding: float
+    floor: float = 0.0
+    rests: tuple[Tensor, ...] | None = None
 
 
 def _rounding(step: Step) -> float:
@@ -159,45 +173,42 @@ def _rounding(step: Step) -> float:
     return max([1e-4, *(8 * torch.finfo(dtype).eps for dtype in dtypes)])
 
 
-def _of_rows(share: Share | Reason, rounding: float, floor: float) -> Share | Reason:
-    """Return a share of a gradient that only rows can make, or why they cannot be told apart."""
-    if isinstance(share, Share):
-        scale = float(share.norms[share.norms.isfinite()].sum()) + abs(share.rest)
-        if share.rest > max(rounding * scale, floor):
-            return Reason("it adds up numbers that are the same for all rows")
-    return share
-
-
-def _share(tracked: Tracked, count: int, rounding: float, floor: float, what: str) -> Share | Reason:
+def _share(tracked: Tracked, count: int, asked: _Asked) -> Share | Reason:
     if tracked.has(MIXED):
         return tracked.reason or Reason("rows are mixed")
     if tracked.value.is_complex():
-        return Reason(f"{what} is complex")
+        return Reason(f"{asked.what} is complex")
     try:
-        return _checked(tracked, count, rounding, floor, what)
+        return _checked(tracked, count, asked)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         line = (str(error).splitlines() or [""])[0]
         return Reason(f"an operator does not run on the numbers of a row alone: {line:.200}")
 
 
-def _checked(tracked: Tracked, count: int, rounding: float, floor: float, what: str) -> Share | Reason:
+def _checked(tracked: Tracked, count: int, asked: _Asked) -> Share | Reason:
     whole = tracked.value.double()
     rest = tracked.term(SHARED).double()
     total, norms = rest.clone(), []
     for row in range(count):
         term = tracked.term(row).double()
         total += term
-        norms.append(_size(term, what))
+        norms.append(_size(term, asked.what))
     found = torch.stack(norms).cpu().reshape(count)
     # Terms are sums themselves, so that rounding is relative to what cancels in them, too.
     scale = float(found[found.isfinite()].abs().sum()) + float(rest[rest.isfinite()].norm())
+    allowed = max(asked.rounding * scale, asked.floor)
     are_finite = total.isfinite()
     off = float((total - whole)[are_finite].norm())
-    if not torch.equal(are_finite, whole.isfinite()) or not off <= max(rounding * scale, floor):
+    if not torch.equal(are_finite, whole.isfinite()) or not off <= allowed:
         return Reason(
-            f"the terms of the rows add up to {what} only within {off:.3g}, more than rounding"
+            f"the terms of the rows add up to {asked.what} only within {off:.3g}, more than rounding"
         )
-    return Share(found, float(_size(whole, what)), float(_size(rest, what)), tracked.is_mean)
+    if asked.rests is not None:
+        strange = [rest, *(rest - known.double() for known in asked.rests if known.shape == rest.shape)]
+        if not min(float(each[each.isfinite()].norm()) for each in strange) <= allowed:
+            return Reason("it adds up numbers that are the same for all rows")
+    sizes = float(_size(whole, asked.what)), float(_size(rest, asked.what))
+    return Share(found, *sizes, tracked.is_mean)
 
 
 def _size(term: Tensor, what: str) -> Tensor:
