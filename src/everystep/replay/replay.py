@@ -392,9 +392,12 @@ def _is_added_to(observation: Observation, parameter: str) -> bool:
     if spec is None:
         return False
     for seen in observation.operations:
-        named = {*seen.inputs, *seen.results, *seen.written}
-        if spec.storage in {places.tensors[name].storage for name in named}:
-            return "zero" not in seen.operation.name
+        read, made = (
+            {places.tensors[name].storage for name in names}
+            for names in (seen.inputs, [*seen.results, *seen.written])
+        )
+        if spec.storage in read | made:
+            return spec.storage in read and "zero" not in seen.operation.name
     return False
 
 
