@@ -50,10 +50,10 @@ def slow_disks(seconds: float) -> list[str]:
     """Train for some seconds on each disk, print a table, and return what failed.
 
     Raises:
-        SystemExit: there is no strace, which delays the calls.
+        SystemExit: strace, which delays the calls, is missing.
     """
     if shutil.which("strace") is None:
-        raise SystemExit("strace delays the syncs of a process, and is not there; install it")
+        raise SystemExit("strace, which delays the syncs of a process, is missing; install it")
     failures = []
     print("each sync, s   before the first step, s    steps  longest, s  closing, s")
     for delay in DELAYS:

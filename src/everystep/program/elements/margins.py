@@ -132,7 +132,8 @@ def _at(call: Call, row: Axis, place: Axis) -> tuple[Axis, ...]:
 
 def _place(call: Call) -> tuple[int, int]:
     """Return the row and the class of the wanted number."""
-    return call.index if len(call.index) == 2 else (0, *call.index)  # type: ignore[return-value]
+    *row, place = call.index
+    return (row[0] if row else 0), place
 
 
 def _gradient_at(call: Call, row: int) -> tuple[int, ...]:
