@@ -184,3 +184,29 @@ def test_gradients_are_those_that_backward_left(kind, tmp_path):
     run.measure("norm(gradients['weight'])", name="size", progress=False)
     sizes = [float(each["weight"].norm()) for each in expected]
     assert list(run.measured("size").values()) == pytest.approx(sizes, rel=1e-6)
+
+
+@pytest.mark.parametrize("sets_to_none", [False, True])
+def test_each_optimizer_has_the_gradients_that_it_took(sets_to_none, tmp_path):
+    torch.manual_seed(0)
+    maker, judge = nn.Linear(3, 4), nn.Linear(4, 1)
+    of_maker, of_judge = (torch.optim.Adam(each.parameters(), lr=0.01) for each in (maker, judge))
+    expected = []
+    parts = {"maker": maker, "judge": judge, "of_maker": of_maker, "of_judge": of_judge}
+    batches = [(torch.randn(5, 3), torch.randn(5, 4)) for _ in range(4)]
+    with everystep.record(run=tmp_path / "run", **parts) as recording:
+        for z, x in recording.steps(batches):
+            of_judge.zero_grad(set_to_none=sets_to_none)
+            loss = nn.functional.softplus(judge(maker(z))).mean() - judge(x).mean()
+            loss.backward()  # into the maker, too
+            taken = {f"judge.{name}": tensor for name, tensor in of_model(judge).items()}
+            of_judge.step()
+            of_maker.zero_grad(set_to_none=sets_to_none)
+            nn.functional.softplus(-judge(maker(z))).mean().backward()
+            expected.append(taken | {f"maker.{n}": tensor for n, tensor in of_model(maker).items()})
+            of_maker.step()
+            recording.log(loss=loss)
+    for one, other in zip(gradients_of(everystep.open(tmp_path / "run")), expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in other.items():
+            assert torch.equal(one[name], tensor)

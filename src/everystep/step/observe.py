@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +178,9 @@ class PlainObserver:
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
         places = _places_of(self._program, self._read)
-        return Observation(loss, self._operations, self._activations, self._gradients, places)
+        order = dict.fromkeys([*self._program.gradients, *self._gradients])
+        gradients = {name: self._gradients[name] for name in order if name in self._gradients}
+        return Observation(loss, self._operations, self._activations, gradients, places)
 
     def look(self, index: int, environment: Environment) -> None:
         """Look at the memory before an operation, that is, after the previous one."""
@@ -189,19 +191,22 @@ class PlainObserver:
             names = self._program.activations[path]
             self._activations[path] = tuple(self._copy(name, environment) for name in names)
         is_over = index == len(operations)
-        if is_over or operations[index].phase == "update":
-            self._read_gradients(index, environment)
+        if is_over:
+            self._read_gradients(self._gradients_on, index, environment)
+        elif operations[index].phase == "update" and not makes_gradients(operations[index]):
+            used = {self._storage(name) for name in operations[index].reads()}
+            self._read_gradients(used, index, environment)
         if not is_over:
             self._inputs = {n: self._copy(n, environment) for n in operations[index].reads()}
 
-    def _read_gradients(self, index: int, environment: Environment) -> None:
+    def _read_gradients(self, storages: Iterable[str], index: int, environment: Environment) -> None:
         """Keep the gradients that are used from here on: as backward left them, not as clipped."""
-        for parameter, (tensor, place) in self._left.items():
-            self._gradients.setdefault(parameter, tensor)
-            self._read.setdefault(parameter, place)
-        self._left = {}
-        for parameter, name in self._program.gradients.items():
-            if parameter not in self._gradients and environment.is_there(name):
+        for parameter, name in (each for s in storages for each in self._gradients_on.get(s, ())):
+            if parameter in self._gradients:
+                continue
+            if parameter in self._left:
+                self._gradients[parameter], self._read[parameter] = self._left[parameter]
+            elif parameter in self._program.gradients and environment.is_there(name):
                 self._gradients[parameter] = self._copy(name, environment)
                 self._read[parameter] = Place((name,), index)
 

@@ -149,7 +149,7 @@ def rows_of(step: Step) -> Rows:
         tuple(numbers),
         is_known or is_whole,
         missing if followed.loss is None else _share(followed.loss, count, _Asked(_LOSS, rounding)),
-        {name: share_of(name, tracked) for name, tracked in followed.gradients.items()},
+        {n: share_of(n, followed.gradients[n]) for n in step.gradients if n in followed.gradients},
     )
 
 
