@@ -26,8 +26,8 @@ numerics.prepare()  # before torch computes
 import torch  # noqa: E402
 
 import everystep  # noqa: E402
+from everystep.device import select  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
-from everystep.experiment.device import select  # noqa: E402
 from everystep.experiment.specification import Experiment, load  # noqa: E402
 from everystep.training.from_experiment import experiment_job  # noqa: E402
 

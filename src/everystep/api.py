@@ -159,7 +159,7 @@ def train(
         drop_last: drop the last batch of an epoch if it is incomplete.
         seed: reseed torch's global generator first. Default: keep its state, and derive the order of
             batches from the seed it was last given (`torch.initial_seed()`).
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`; default: the device of the model.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `auto`; default: the device of the model.
         threads: the number of threads that torch uses.
         schedule: a schedule of the optimizer's learning rate; advanced every `schedule_every`.
         clip_norm: clip the 2-norm of all gradients together to this before the update.

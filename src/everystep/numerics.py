@@ -95,7 +95,7 @@ class Numerics(BaseModel):
             torch_version=torch.__version__,
             architecture=platform.machine(),
             processor=_processor(),
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=_model_of(device),
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
             mkl_cbwr=_mkl_cbwr(),
             threads=torch.get_num_threads(),
@@ -162,12 +162,15 @@ def in_force(
     *,
     deterministic: bool = True,
     flush_denormal: bool = False,
+    suspends_device: bool = False,
 ) -> Iterator[None]:
     """Set deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
 
     All of these belong to the process: of trainings in several threads, the last to end restores them.
 
     deterministic, flush_denormal: set these only to repeat a recording with other values.
+    suspends_device: make new tensors on the CPU, whatever default device the caller has set; set this
+    only if none of the caller's code, which may rely on it, runs inside.
 
     Raises:
         UsageError: the caller has an active mode that changes what torch functions do, or no machine
@@ -175,8 +178,17 @@ def in_force(
     """
     import torch
 
+    from everystep.device import on_cpu
+
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"threads must be from 1 to {MOST_THREADS:,}, not {threads:,}")
+    device = torch.get_default_device()
+    if not suspends_device and device.type != "cpu":
+        raise UsageError(
+            f"the default device is {device} here, but would not be during a replay; call "
+            'torch.set_default_device("cpu") before you call everystep, and move the model and the '
+            "batches yourself"
+        )
     mode = _active_mode()
     if mode is not None:
         raise UsageError(f"{mode} is active here, but would not be during a replay; {_CURE}")
@@ -191,7 +203,8 @@ def in_force(
             torch.set_deterministic_debug_mode("default")
         if flush_denormal:
             torch.set_flush_denormal(True)
-        yield
+        with on_cpu():
+            yield
     finally:
         torch.set_num_threads(threads_before)
         torch.set_default_dtype(dtype_before)
@@ -205,17 +218,18 @@ def _active_mode() -> str | None:
     """Return the caller's active mode that changes what torch functions do, or None."""
     import torch
     from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
 
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    from everystep.device import kinds
+
+    if any(map(torch.is_autocast_enabled, kinds())):
         return "torch.autocast"
     if torch.is_inference_mode_enabled():
         return "torch.inference_mode"
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode"
     for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
-        device = getattr(mode, "device", None)
-        # That new tensors lie on the CPU is so anyway.
-        if type(mode).__name__ != "DeviceContext" or getattr(device, "type", "") != "cpu":
+        if type(mode) is not DeviceContext:
             return f"a TorchFunctionMode ({type(mode).__name__})"
     return None
 
@@ -265,7 +279,7 @@ def _flushes_denormals() -> bool:
     """Find out by computing: torch has a setter for it but no getter."""
     import torch
 
-    return (torch.tensor([1e-39]) * 1).item() == 0
+    return (torch.tensor([1e-39], device="cpu") * 1).item() == 0
 
 
 def _float32_matmul_precision() -> str:
@@ -305,6 +319,16 @@ def _torch_cpu_library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / suffix))
     except OSError:
         return None
+
+
+def _model_of(device: torch.device) -> str:
+    """Return the model of a device, or its kind if the model is not known."""
+    import torch
+
+    if device.type == "cpu":
+        return "cpu"
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name is None else str(name(device))
 
 
 def _processor() -> str:

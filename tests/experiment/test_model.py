@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from everystep.device import select
 from everystep.errors import DataError, DeviceError, ModelError
 from everystep.experiment.data import Data
-from everystep.experiment.device import select
 from everystep.experiment.loss import build_loss, check_loss
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.specification import Loss, Model

@@ -173,6 +173,18 @@ def test_a_recorded_loop_is_taken_in_double_precision(small, tmp_path, kind):
     assert 0 < found.relative.max() < 1e-5
 
 
+def test_weights_that_are_not_laid_row_after_row_go_elsewhere(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1))
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
+    x, y = torch.randn(20, 3, 4, 4).to(memory_format=torch.channels_last), torch.randn(20, 1)
+    with everystep.record(model=network, optimizer=optimizer, run=tmp_path / "loop") as recording:
+        loop(optimizer, x, y, network, lambda loss: recording.log(loss=loss), recording.steps)
+    found = recording.run.rerun(precision="float64", progress=False)
+    assert 0 < found.relative.max() < 1e-5
+
+
 def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
     found = chapter_run.rerun(precision="bfloat16", progress=False)
     # A ReLU with an input near 0 is on in one precision, and off in the other.

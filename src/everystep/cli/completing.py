@@ -83,8 +83,8 @@ def measurement_names(ctx: typer.Context) -> list[str]:
 
 
 def device_names() -> list[str]:
-    """Return the kinds of devices."""
-    return ["cpu", "cuda", "mps", "auto"]
+    """Return the kinds of devices that torch itself has."""
+    return ["cpu", "cuda", "mps", "xpu", "auto"]
 
 
 def engine_names() -> list[str]:

@@ -38,7 +38,7 @@ def train(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps, or auto.", autocompletion=device_names),
+        typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.", autocompletion=device_names),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data, model and batches.")] = None,
     threads: Annotated[int | None, typer.Option(help="Number of threads that torch uses.")] = None,

@@ -29,7 +29,7 @@ def rerun(
     float64: Annotated[bool, typer.Option("--float64", help="All numbers in double precision.")] = False,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="All numbers in bfloat16.")] = False,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Another device: cpu, cuda, cuda:1 or mps.")
+        str | None, typer.Option(metavar="NAME", help="Another device: cpu, cuda, cuda:1, mps or xpu.")
     ] = None,
     python: Annotated[
         str | None, typer.Option(metavar="FILE", help="Another interpreter, with a torch of its own.")

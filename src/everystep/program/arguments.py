@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from everystep.device import kinds
 from everystep.program.operators import NotAllowedError
 
 __all__ = ["DTYPES", "decode", "encode", "fits", "json_floats", "python_floats", "references"]
@@ -37,7 +38,7 @@ _ENUMERATIONS: dict[str, dict[str, Any]] = {
     },
     "float": {"nan": math.nan, "inf": math.inf, "-inf": -math.inf},
 }
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
+_DEVICE = re.compile(r"([a-z]+)(:[0-9]{1,3})?")
 #: Kinds of parameters, as schemas write them, and the key of their arguments.
 _KEYS = {
     "str": "text",
@@ -150,7 +151,8 @@ def _key(value: Any) -> str | None:
     if not isinstance(name, str):
         return None
     if key == "device":
-        return key if _DEVICE.fullmatch(name) else None
+        found = _DEVICE.fullmatch(name)
+        return key if found and found[1] in kinds() else None
     return key if key == "text" or name in _ENUMERATIONS.get(key, ()) else None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.calls import Call, prebuilt_calls
-from everystep.program.memory import copy_into, plan_memory
+from everystep.program.memory import copy_into, copy_on_cpu, plan_memory
 from everystep.program.program import Operation, Program, TensorSpec, decode
 
 __all__ = ["BoundProgram", "Copies", "Memory", "Observed", "allocate", "without_autograd"]
@@ -209,7 +209,7 @@ class BoundProgram:
 
 
 class Copies:
-    """Copies of the memory of a program, each made on first access."""
+    """Copies of the memory of a program on the CPU, each made on first access."""
 
     def __init__(self, program: Program, places: Mapping[str, Memory]) -> None:
         self._program = program
@@ -239,7 +239,7 @@ class Copies:
         place = self._places[storage]
         whole = torch.empty(0, dtype=torch.uint8, device=place.storage.device)
         whole.set_(place.storage, place.start, (self._program.storages[storage].bytes,), (1,))
-        return Memory(whole.clone().untyped_storage())
+        return Memory(copy_on_cpu(whole).untyped_storage())
 
 
 def _run(calls: list[Call]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.program.program import Program
 
-__all__ = ["ALIGNMENT", "MemoryPlan", "copy_into", "plan_memory", "repeats"]
+__all__ = ["ALIGNMENT", "MemoryPlan", "copy_into", "copy_on_cpu", "plan_memory", "repeats"]
 
 #: As torch aligns its own tensors, so that kernels take the same path.
 ALIGNMENT = 64
@@ -68,6 +68,12 @@ def copy_into(target: Tensor, source: Tensor) -> None:
             if stride == 0 and target.shape[dimension] > 1:
                 target, source = target.narrow(dimension, 0, 1), source.narrow(dimension, 0, 1)
     target.copy_(source)
+
+
+def copy_on_cpu(tensor: Tensor) -> Tensor:
+    """Return a copy without autograd, on the CPU."""
+    own = tensor.detach()
+    return own.clone() if own.is_cpu else own.cpu()
 
 
 def _lives(program: Program, names: Collection[str]) -> list[_Life]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.recording.asked import asked_differences, settings_that_differ
 from everystep.recording.facts import TrainingFacts
@@ -88,6 +89,7 @@ class Difference(Shown):
         return not any(parts) and self.steps[0] == self.steps[1]
 
 
+@on_cpu()
 def diff(
     one: RecordedRun,
     other: RecordedRun,

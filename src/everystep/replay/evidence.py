@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from everystep.program.memory import copy_on_cpu
 from everystep.recording.asked import Setting, flat
 from everystep.recording.texts import shortest
 from everystep.replay.replay import Replay
@@ -115,11 +116,11 @@ def around(replay: Replay, number: int) -> Around:
     with replay.in_force(number):
         stepper = replay.go_to(number - 1, replay.stretch_of(number))
         stepper.given(number)  # sets what belongs to the step
-        before = {name: tensor.detach().clone() for name, tensor in stepper.named_state().items()}
+        before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
         generators = stepper.generators(number)
         optimizer = stepper.capture().settings.get("optimizer", {})
         stepper.run(number)
-        after = {name: tensor.detach().clone() for name, tensor in stepper.named_state().items()}
+        after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
     groups = {
         f"{key}[{place}]" if place else key: value
         for place, group in enumerate(optimizer.get("groups", ()))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import BoundProgram
+from everystep.program.memory import copy_on_cpu
 from everystep.replay.expression import Reference
 from everystep.replay.step import ReplayStepper, Step
 
@@ -70,10 +71,10 @@ class Probe:
         number = stepper.state + 1
         self._live = stepper.named_state()
         of_state = {r for r in self._copied if r.kind in ("parameters", "buffers", "updates")}
-        self._copies = {r: self._state(_name_of_state(r)).clone() for r in of_state}
+        self._copies = {r: copy_on_cpu(self._state(_name_of_state(r))) for r in of_state}
         batch = stepper.batch(number).tensors
         observation = stepper.observe()
-        self._live = stepper.named_state()
+        self._live = {name: tensor.cpu() for name, tensor in stepper.named_state().items()}
         seen: dict[str, dict[str, Tensor]] = {
             "batch": batch,
             "gradients": observation.gradients,

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.device import select
 from everystep.errors import ProgramError, RunError
-from everystep.experiment.device import select
 from everystep.program.execute import without_autograd
+from everystep.program.memory import copy_on_cpu
 from everystep.program.placement import Placement
 from everystep.program.plain import Environment, PlainProgram, lay_inputs
 from everystep.program.precision import Precision
@@ -26,7 +27,7 @@ from everystep.replay.columns import Setting
 from everystep.replay.step import Batch, ReplayStepper
 from everystep.step.generators import Generators
 from everystep.step.observe import Observation, PlainObserver
-from everystep.step.state import State
+from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
 __all__ = ["LoopCheckpoint", "LoopStepper", "read_loop_program"]
@@ -127,7 +128,7 @@ class LoopStepper(ReplayStepper):
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
         assert self.state is not None and self._loaded is not None
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in self._tensors.items()}
+        copies = {name: copy_of(tensor) for name, tensor in self._tensors.items()}
         known = self._loaded.parameters
         parameters = {
             path: copies[f"{kind}/{path}"]
@@ -202,7 +203,7 @@ class LoopStepper(ReplayStepper):
         """Return copies of the gradients that are pending, by parameter."""
         prefix = "gradient/"
         return {
-            name.removeprefix(prefix): tensor.detach().clone()
+            name.removeprefix(prefix): copy_on_cpu(tensor)
             for name, tensor in self._tensors.items()
             if name.startswith(prefix)
         }
@@ -220,18 +221,14 @@ class LoopStepper(ReplayStepper):
         return Generators.capture(self._device).tensors() | drawn
 
     def batch(self, number: int) -> Batch:
-        """Return the batch of a step in its original nesting.
+        """Return the batch of a step in its original nesting, on the CPU.
 
         Raises:
             RunError: it was dropped.
         """
         inputs = self._inputs(self._row(number))
         prefix = "batch/"
-        tensors = {
-            n.removeprefix(prefix): t.to(self._device)
-            for n, t in inputs.tensors.items()
-            if n.startswith(prefix)
-        }
+        tensors = {n.removeprefix(prefix): t for n, t in inputs.tensors.items() if n.startswith(prefix)}
         return Batch(tensors, None, nested_again(inputs.nesting, tensors))
 
     def given(self, number: int) -> bytes:

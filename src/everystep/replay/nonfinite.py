@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.program.execute import BoundProgram, Observed
 from everystep.recording.run import RecordedRun
@@ -160,6 +161,7 @@ class FiniteCheck(Visitor):
             flag.logical_and_(looked.all())
 
 
+@on_cpu()
 def find_nonfinite(
     opener: Opener,
     processes: int | None = None,

@@ -104,7 +104,7 @@ def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
     different = torch.zeros(count, dtype=torch.bool)
     for a, b in pairs:
         if len(a) == count:
-            different |= (as_integers(a) != as_integers(b)).reshape(count, -1).any(1).cpu()
+            different |= (as_integers(a) != as_integers(b.to(a.device))).reshape(count, -1).any(1).cpu()
     rows = [step.batch.rows if step.batch.rows is not None else range(count) for step in (one, other)]
     places = torch.nonzero(different).flatten().tolist()
     return [(place, int(rows[0][place]), int(rows[1][place])) for place in places]
@@ -134,6 +134,7 @@ def tensor_difference(name: str, one: Tensor, other: Tensor | None) -> TensorDif
     """Return how two tensors differ. other: None if only one run has it."""
     if other is None or one.shape != other.shape or one.dtype != other.dtype:
         return TensorDifference(name, one.numel(), one.numel(), [], [], None)
+    other = other.to(one.device)
     differs = as_integers(one) != as_integers(other)
     differs = differs.any(-1) if one.is_complex() else differs
     positions = _first_places(differs)

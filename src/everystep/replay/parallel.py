@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from everystep.device import select
 from everystep.errors import RunError
-from everystep.experiment.device import select
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot

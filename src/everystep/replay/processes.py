@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import torch
 
 from everystep import numerics
+from everystep.device import select
 from everystep.errors import RunError, TrainingError
-from everystep.experiment.device import select
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.facts import EAGERLY, EngineFacts, Facts
 from everystep.recording.run import RecordedRun

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from everystep.device import select
 from everystep.errors import ExperimentError, ProgramError, RunError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
-from everystep.experiment.device import select
 from everystep.experiment.specification import load
 from everystep.program.placement import Placement
 from everystep.program.precision import Precision

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from everystep import numerics
+from everystep.device import select
 from everystep.errors import RunError, StepError
-from everystep.experiment.device import select
+from everystep.program.memory import copy_on_cpu
 from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
@@ -143,13 +144,13 @@ class Replay:
         number = stepper.state + 1
         recorded = self.recorded_loss(number)
         dropped = stepper.gradients()
-        before = {name: t.detach().clone() for name, t in stepper.named_state().items()}
+        before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
         is_by_program = stepper.is_by_program(number)
         batch = stepper.batch(number)
         observation = stepper.observe()
         loss = float(observation.loss)
         self.compare(number, [loss], [recorded])
-        after = {name: t.detach().clone() for name, t in stepper.named_state().items()}
+        after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
         return Step(
             number=number,
             loss=loss,
@@ -216,6 +217,7 @@ class Replay:
             known.default_dtype,
             deterministic=known.deterministic_algorithms,
             flush_denormal=known.flush_denormal,
+            suspends_device=True,
         )
         with held, generators_preserved(device):
             if self._generators is not None:

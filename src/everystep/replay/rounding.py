@@ -51,10 +51,12 @@ def tolerance(*dtypes: torch.dtype) -> float:
 def relative_difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of two numbers, divided by the largest number of the first tensor.
 
-    Infinite for other shapes, other whole numbers, or where only one of two is finite.
+    Infinite for other shapes, other whole numbers, or where only one of two is finite. The tensors may
+    be on different devices.
     """
     if one.shape != other.shape:
         return math.inf
+    other = other.to(one.device)
     if one.is_complex():
         one, other = torch.view_as_real(one), torch.view_as_real(other)
     if not one.is_floating_point():

@@ -105,7 +105,7 @@ class Step:
     """Step `number` of a run; it takes state `number - 1` to state `number`.
 
     Everything except `updates` is what the forward and the backward pass saw, on state `number - 1`. All
-    tensors are copies, on the device that replayed the step.
+    tensors are copies on the CPU.
 
     loss: from the replay; recorded_loss: from the recording; diverged_at: the first step, up to this
     one, with a replay that differs from the recording, or None; batch; parameters, buffers: by

@@ -13,7 +13,7 @@ from torch import Tensor
 from everystep.errors import EverystepError, RunError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.program.execute import BoundProgram
-from everystep.program.memory import copy_into
+from everystep.program.memory import copy_into, copy_on_cpu
 from everystep.replay.columns import Setting
 from everystep.replay.step import Batch, ReplayStepper
 from everystep.step.advance import Hook, Losses, advance
@@ -218,10 +218,9 @@ class TrainingStepper(ReplayStepper):
         return Generators.capture(self._training.device).tensors()
 
     def batch(self, number: int) -> Batch:
-        """Return a copy of the batch of a step."""
-        tensors = {
-            name: part.clone() for name, part in zip("xy", self._training.batch(number), strict=True)
-        }
+        """Return a copy of the batch of a step, on the CPU."""
+        given = zip("xy", self._training.batch(number), strict=True)
+        tensors = {name: copy_on_cpu(part) for name, part in given}
         return Batch(tensors, self._batches.indices(number), tuple(tensors.values()))
 
     def given(self, number: int) -> bytes:
@@ -251,7 +250,7 @@ class TrainingStepper(ReplayStepper):
         found = self._training.gradients()
         if self.is_by_program(self.state):
             found = self._programs.bound(self.state).gradients
-        return {name: gradient.detach().clone() for name, gradient in found.items()}
+        return {name: copy_on_cpu(gradient) for name, gradient in found.items()}
 
     def hyperparameters(self) -> dict[str, float]:
         """Return the current learning rates, and the other numbers that ever changed."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from everystep.device import on_cpu
 from everystep.numerics import Numerics
 from everystep.recording.run import RecordedRun
 from everystep.replay.parallel import LossDifference, Visitor, parallel, spans
@@ -59,6 +60,7 @@ class Verification(Shown):
         return not (self.different_steps or self.states or self.problems)
 
 
+@on_cpu()
 def verify(
     opener: Opener,
     processes: int | None = None,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
-from everystep.experiment.device import select
 from everystep.recording.changes import change_files
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Evaluator, read_question

@@ -114,7 +114,7 @@ class Questions(OpenedRun):
             capability: CPU instructions of torch's kernels: `default`, `avx2` or `avx512`.
             mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
             precision: of all floating-point numbers.
-            device: `cpu`, `cuda`, `cuda:1` or `mps`.
+            device: `cpu`, `cuda`, `cuda:1`, `mps` or `xpu`.
             python: another interpreter, with an everystep and a torch of its own.
             beside: other runs; the answer says how far each is from the losses there.
             emit: where to write the operation that parts as a script that needs torch alone.

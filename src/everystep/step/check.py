@@ -95,10 +95,13 @@ def difference(
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
-    """Tell whether two tensors are bit-identical; NaN equals NaN, -0.0 differs from 0.0."""
+    """Tell whether two tensors are bit-identical; NaN equals NaN, -0.0 differs from 0.0.
+
+    They may be on different devices.
+    """
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
-    return torch.equal(as_integers(one), as_integers(two))
+    return torch.equal(as_integers(one), as_integers(two.to(one.device)))
 
 
 def as_integers(tensor: Tensor) -> Tensor:

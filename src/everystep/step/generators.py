@@ -55,8 +55,7 @@ class Generators:
         """Set all of them to what `capture` read; torch's own of another kind of device stays."""
         torch.set_rng_state(self.torch_cpu)
         if self.torch_device is not None and device.type != "cpu":
-            module = torch.cuda if device.type == "cuda" else torch.mps
-            module.set_rng_state(self.torch_device, *([device] if device.type == "cuda" else []))
+            torch.get_device_module(device).set_rng_state(self.torch_device, *_place(device))
         random.setstate(self.python)
         np.random.set_state(self.numpy)
 
@@ -92,8 +91,12 @@ def generators_preserved(device: torch.device) -> Iterator[None]:
 
 
 def _device_generator_state(device: torch.device) -> Tensor | None:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        return torch.mps.get_rng_state()
-    return None
+    if device.type == "cpu":
+        return None
+    state: Tensor = torch.get_device_module(device).get_rng_state(*_place(device))
+    return state
+
+
+def _place(device: torch.device) -> list[torch.device]:
+    """Return which device a function of its module is for; of mps there is only one."""
+    return [] if device.type == "mps" else [device]

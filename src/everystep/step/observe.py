@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import BoundProgram, Observed, without_autograd
+from everystep.program.memory import copy_on_cpu
 from everystep.program.operation import Operation, Storage, TensorSpec
 from everystep.program.operators import leaves
 from everystep.program.plain import Environment, PlainProgram
@@ -61,7 +62,7 @@ class Places(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What was seen of a step; all tensors are copies.
+    """What was seen of a step; all tensors but the loss are copies on the CPU.
 
     activations: what each module returned, by its path; gradients: by parameter, as backward left them.
     """
@@ -228,7 +229,7 @@ class PlainObserver:
     def _copy(self, name: str, environment: Environment) -> Tensor:
         copies = self._copies.setdefault(self._storage(name), {})
         if name not in copies:
-            copies[name] = environment.tensor(name).detach().clone()
+            copies[name] = copy_on_cpu(environment.tensor(name))
         return copies[name]
 
     def _storage(self, name: str) -> str:
@@ -271,12 +272,12 @@ class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
         """Copy the output of a module."""
         super().module_done(path, outputs)
         self.outputs.pop(path, None)
-        self.outputs[path] = tuple(tensor.detach().clone() for tensor in outputs)
+        self.outputs[path] = tuple(map(copy_on_cpu, outputs))
         self.done_after[path] = len(self.operations)
 
     def gradients(self, gradients: dict[str, Tensor]) -> dict[str, int]:
         """Copy the gradients that the backward phase has left."""
-        self.backward_left = {name: gradient.detach().clone() for name, gradient in gradients.items()}
+        self.backward_left = {name: copy_on_cpu(gradient) for name, gradient in gradients.items()}
         self.backward_after = len(self.operations)
         return super().gradients(gradients)
 
@@ -286,15 +287,15 @@ class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
         if self.is_paused:
             return func(*args, **(kwargs or {}))
         arguments = _dense((*args, *(kwargs or {}).values()))
-        given = {self.number(tensor): tensor.detach().clone() for tensor in arguments}
+        given = {self.number(tensor): copy_on_cpu(tensor) for tensor in arguments}
         count = len(self.operations)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if len(self.operations) > count:
             recorded = self.operations[-1]
             after = [t for t in arguments if self.tensors[self.number(t)].storage in recorded.writes]
-            made = {self.number(t): t.detach().clone() for t in _dense(result) or after}
+            made = {self.number(t): copy_on_cpu(t) for t in _dense(result) or after}
             others = {self.number(t): t for t in after}
-            written = {n: t.detach().clone() for n, t in others.items() if n not in made}
+            written = {n: copy_on_cpu(t) for n, t in others.items() if n not in made}
             self.values.append((given, made, written))
         return result
 

@@ -166,8 +166,6 @@ def _geometry(tensor: Tensor) -> str:
 def copy_of(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor on the CPU, row after row."""
     detached = tensor.detach()
-    return (
-        detached.cpu()
-        if detached.device.type != "cpu"
-        else detached.clone(memory_format=torch.contiguous_format)
-    )
+    if detached.is_cpu:
+        return detached.clone(memory_format=torch.contiguous_format)
+    return detached.cpu().contiguous()

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from everystep import numerics
+from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, make_data
-from everystep.experiment.device import select
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
@@ -45,7 +45,8 @@ def train_experiment(
     """
     numerics.prepare()
     device = select(experiment.device)
-    with numerics.in_force(experiment.threads), generators_preserved(device):
+    held = numerics.in_force(experiment.threads, suspends_device=True)
+    with held, generators_preserved(device):
         try:
             job = experiment_job(experiment, name, device)
             return run_job(job, directory, runs, budget, progress)

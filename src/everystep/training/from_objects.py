@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from everystep import numerics
+from everystep.device import select
 from everystep.errors import DataError, DeviceError, ModelError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, split_rows
-from everystep.experiment.device import select
 from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation

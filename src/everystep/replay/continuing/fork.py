@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
 from everystep.experiment.data import Data
-from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.facts import ForkFacts

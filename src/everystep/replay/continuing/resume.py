@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from everystep.device import select
 from everystep.errors import RunError, UsageError
-from everystep.experiment.device import select
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
 from everystep.recording.asked import flat

@@ -15,8 +15,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from everystep.device import select
 from everystep.errors import EverystepError
-from everystep.experiment.device import select
 from everystep.numerics import Numerics
 from everystep.program.placement import Placement
 from everystep.program.precision import Precision

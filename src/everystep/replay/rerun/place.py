@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from everystep.device import select
 from everystep.errors import DeviceError, ExperimentError, Fault, UsageError
-from everystep.experiment.device import select
 from everystep.numerics import MOST_THREADS, Numerics
 
 __all__ = ["CAPABILITIES", "MKL_BRANCHES", "Place"]
@@ -26,7 +26,8 @@ class Place:
     """Where a run is replayed; None is as in the recording.
 
     threads: of torch; capability: instruction set of torch's own kernels; mkl: branch of MKL's
-    reproducibility; precision: of all floating-point numbers; device: `cpu`, `cuda`, `cuda:1`, `mps`;
+    reproducibility; precision: of all floating-point numbers; device: `cpu`, `cuda`, `cuda:1`, `mps`,
+    `xpu`;
     python: another interpreter, which has its own torch.
     """
 

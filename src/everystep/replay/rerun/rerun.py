@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
 from everystep.program.plain import READ
@@ -113,6 +114,7 @@ def relative_distance(one: NDArray[np.float64], other: NDArray[np.float64]) -> N
     return np.where(is_same, 0.0, np.where(both, found, np.inf))
 
 
+@on_cpu()
 def rerun(
     opener: Opener,
     place: Place,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError, did_you_mean
 from everystep.replay.rows.follow import follow
 from everystep.replay.rows.labels import MIXED, SHARED, Reason, Tracked
@@ -116,6 +117,7 @@ class Rows(Shown):
         )
 
 
+@on_cpu()
 def rows_of(step: Step) -> Rows:
     """Return how much of the loss and of the gradients of a step each row of its batch makes.
 

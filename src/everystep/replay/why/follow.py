@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Term, Why
@@ -21,6 +22,7 @@ __all__ = ["why"]
 LONGEST = 8
 
 
+@on_cpu()
 def why(step: Step, expression: str | Spot, *, back: int = 0, depth: int = 1, terms: int = 5) -> Why:
     """Return where a number of a step comes from.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.program.elements import Call, Made, NoRuleError, Piece, how_made
 from everystep.replay.step import Step
@@ -120,6 +121,7 @@ class Session:
         spot = Spot(name, origin.index, len(before.step.operations))
         return self.number(number.step - 1, spot, left[origin.index])
 
+    @on_cpu()
     def why(self, number: Number, terms: int) -> Why:
         """Return where a number comes from."""
         trace = self.trace(number.step)

@@ -105,7 +105,7 @@ ATTRIBUTES: dict[type, frozenset[str]] = {
 } | {
     kind: frozenset(
         {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "itemsize", "nbytes"}
-        | {"T", "mT", "H", "mH", "real", "imag", "is_cuda", "is_cpu", "is_mps", "is_sparse"}
+        | {"T", "mT", "H", "mH", "real", "imag", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_sparse"}
     )
     for kind in TENSOR_TYPES
 }

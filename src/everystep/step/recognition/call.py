@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everystep.device import kinds
+
 __all__ = [
     "FREE",
     "PLAIN_TENSORS",
@@ -167,7 +169,7 @@ def mode_of(modes: int) -> tuple[Any, ...]:
     autocast: Any = _has_autocast()
     if autocast:
         enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
-        autocast = tuple([(enabled(kind), dtype(kind)) for kind in ("cpu", "cuda", "mps")])
+        autocast = tuple([(enabled(kind), dtype(kind)) for kind in kinds()])
     return (autocast, *[ask() for ask in _ASKED])
 
 

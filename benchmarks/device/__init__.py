@@ -1,0 +1,1 @@
+"""Trainings and questions on a device that is not the CPU: `python -m benchmarks.device`."""

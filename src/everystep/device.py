@@ -1,0 +1,65 @@
+"""The device: the named one, or the best available."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from everystep.errors import DeviceError, did_you_mean
+
+__all__ = ["available", "kinds", "on_cpu", "select"]
+
+
+def kinds() -> list[str]:
+    """Return the kinds of devices that a name may begin with, whether they are there or not."""
+    accelerator = torch.accelerator.current_accelerator()
+    here = [] if accelerator is None else [accelerator.type]
+    return list(dict.fromkeys(["cpu", "cuda", "mps", "xpu", *here]))
+
+
+def available() -> list[str]:
+    """Return the devices that are there, the best first; `cpu` always is."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    if accelerator.type == "mps":  # which has one, and no numbers
+        return ["mps", "cpu"]
+    return [*(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())), "cpu"]
+
+
+def select(name: str) -> torch.device:
+    """Return the device of that name: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, or `auto` for the best.
+
+    A backend that extends torch brings a name of its own.
+
+    Raises:
+        DeviceError: the name is unknown, or the device is not available; lists those that are.
+    """
+    there = available()
+    if name == "auto":
+        return torch.device(there[0])
+    kind, _, index = name.partition(":")
+    has_number = kind not in ("cpu", "mps")
+    if kind not in kinds() or (":" in name and not (has_number and index.isdecimal())):
+        is_gpu = kind.lower() in ("gpu", "nvidia", "rocm")
+        cure = did_you_mean("cuda" if is_gpu else name, ["auto", *kinds(), "cuda:0"])
+        raise DeviceError(f"unknown device {name!r}; {cure}".rstrip("; "))
+    wanted = f"{kind}:{index or 0}" if has_number else name
+    if wanted not in there:
+        raise DeviceError(
+            f"device {name!r} is not available; this machine has: {', '.join(there)} (device = "
+            '"auto" uses the first)'
+        )
+    return torch.device(wanted)
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Make new tensors on the CPU inside, whatever default device the caller has set."""
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
