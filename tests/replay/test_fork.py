@@ -143,10 +143,21 @@ class ByHand:
             assert {n: bits(t) for n, t in run.parameters(step).items()} == self.states[step], step
 
 
-def set_lr(lr: float) -> Change:
+def set_lr(lr: float, has_schedule: bool = False) -> Change:
+    """Set the learning rate; a schedule goes on from it."""
+
+    def change(rules: Rules) -> None:
+        set_group(lr=lr)(rules)
+        if has_schedule:
+            rules.made.schedule.base_lrs = [lr]
+
+    return change
+
+
+def set_group(**settings: Any) -> Change:
     def change(rules: Rules) -> None:
         for group in rules.made.optimizer.param_groups:
-            group["lr"] = lr
+            group.update(settings)
 
     return change
 
@@ -259,6 +270,8 @@ def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, 
             ),
         ),
         ("wine", {"batch_size": 8}, set_rule(batch_size=8)),
+        ("wine", {"optimizer.lr": 0.01}, set_lr(0.01, has_schedule=True)),
+        ("wine", {"optimizer.momentum": 0.5}, set_group(momentum=0.5)),
     ],
     ids=lambda given: json.dumps(given) if isinstance(given, dict) else "" if callable(given) else given,
 )
@@ -363,6 +376,28 @@ def test_a_fork_of_a_fork_of_an_experiment():
     expected.assert_is(last, 4, 5, 8, 9)
     assert last.verify(processes=1, progress=False).is_exact
     assert last.facts.fork.parent == "two-layer-1-fork-1"
+
+
+def test_a_fork_of_a_fork_where_that_begins_goes_on_as_it_did():
+    parent = by_train(with_dropout(), steps=STEPS, batch_size=6)
+    rules = {"lr": 0.1, "batch_size": 4, "replace": {"gradients['2.bias']": "0"}}
+    fork = parent.fork(10, **rules, progress=False)
+    same = fork.fork(10, progress=False)
+    assert same.losses.equals(fork.losses)
+    assert same.facts.training.replaced == fork.facts.training.replaced
+    assert same[11].hyperparameters == {"lr": 0.1}
+    assert same.verify(processes=1, progress=False).is_exact
+
+
+def test_a_fork_of_a_fork_of_an_experiment_where_that_begins_goes_on_as_it_did():
+    parent = everystep.train_experiment("two-layer", {"steps": 12}, progress=False)
+    fork = parent.fork(4, {"optimizer.lr": 1e-5, "batch_size": 16, "seed": 3}, progress=False)
+    same = fork.fork(4, progress=False)
+    assert same.losses.equals(fork.losses)
+    assert not same.diff(fork, progress=False).experiments
+    assert same.verify(processes=1, progress=False).is_exact
+    adam = parent.fork(4, {"optimizer.name": "Adam"}, progress=False)
+    assert adam.fork(4, progress=False).losses.equals(adam.losses)
 
 
 def test_what_a_fork_shares_with_its_parent_are_the_same_files():

@@ -573,6 +573,9 @@ def test_programs_alone_go_on_without_the_objects(name, capfd):
     fork = everystep.open("whole").fork(15, progress=False)
     assert fork.losses.equals(whole.losses)
     assert fork.verify(progress=False).is_exact
+    first = everystep.open("whole").fork(0, progress=False)
+    assert first.losses.equals(whole.losses)
+    assert first.verify(progress=False).is_exact and first[5].loss == whole[5].loss
 
 
 def test_a_fork_by_programs_alone_may_have_another_learning_rate():

@@ -214,7 +214,7 @@ def _take(
 
 def _facts(run: RecordedRun, at: int) -> TrainingFacts:
     """Return the facts of the steps that programs alone take after a step."""
-    stretch = [each for each in run.stretches if each.first <= max(at, 1)][-1]
+    stretch = [each for each in run.stretches if each.first <= at + 1][-1]
     engine = stretch.facts.engine
     assert engine is not None
     alone = engine.model_copy(
@@ -230,11 +230,14 @@ def _facts(run: RecordedRun, at: int) -> TrainingFacts:
 
 def _programs_after(engine: EngineFacts, at: int) -> tuple[ProgramFacts, ...]:
     """Return the programs for the steps after `at`."""
-    newest = max((each.since for each in engine.programs if each.since <= at), default=0)
+    newest = max((each.since for each in engine.programs if each.since <= at + 1), default=0)
+    known = tuple(each for each in engine.programs if each.since == newest)
+    if newest == at + 1:
+        return known
     return tuple(
         ProgramFacts(file=each.file, steps="every", since=at + 1)
-        for each in engine.programs
-        if each.since == newest and each.steps != "first"
+        for each in known
+        if each.steps != "first"
     )
 
 

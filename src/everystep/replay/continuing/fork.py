@@ -92,7 +92,7 @@ class Fork:
     @property
     def stretch(self) -> Stretch:
         """The part of the parent that the state belongs to."""
-        return [stretch for stretch in self.run.stretches if stretch.first <= max(self.at, 1)][-1]
+        return [stretch for stretch in self.run.stretches if stretch.first <= self.at + 1][-1]
 
     def state(self, opener: Opener) -> State:
         """Return the parent's state.
@@ -229,9 +229,10 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
         if new.data == old.data:  # also where the seed that it was drawn with changes
             data = stored_data(asked.run, facts) or _made_data(asked.run, old)
         job = experiment_job(new, asked.run.name, device, data)
+        fresh = _settings_of(job.training.optimizer)  # a schedule brings the parent's
         if old.optimizer.name == new.optimizer.name and old.schedule == new.schedule:
             state = asked.with_schedule(job.training, state)
-        before = _bring_to(job.training, state, old, new)
+        before = _bring_to(job.training, state, old, new, fresh)
         if new.seed != old.seed:
             torch.manual_seed(new.seed)
         if data is not None:
@@ -274,10 +275,23 @@ def _fork_objects(
         return asked.train(job, before, own.data is not None, progress)
 
 
-def _bring_to(training: Training, state: State, old: Experiment, new: Experiment) -> dict[str, float]:
-    """Bring a training to the parent's state, except for the changes; return the parent's lr."""
+def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each param group."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def _bring_to(
+    training: Training,
+    state: State,
+    old: Experiment,
+    new: Experiment,
+    fresh: list[dict[str, Any]],
+) -> dict[str, float]:
+    """Bring a training to the parent's state, except for the changes; return the parent's lr.
+
+    fresh: the optimizer's settings in the new experiment, by param group.
+    """
     optimizer, schedule = training.optimizer, training.schedule
-    fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     same_optimizer = old.optimizer.name == new.optimizer.name
     same_schedule = same_optimizer and old.schedule == new.schedule
     try:
@@ -319,7 +333,7 @@ def _set_rate(training: Training, lr: float) -> None:
 def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str, float]:
     """Bring live objects to the parent's state; `keep`: the settings of the optimizer stay."""
     optimizer = training.optimizer
-    fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    fresh = _settings_of(optimizer)
     same = type(optimizer).__qualname__ == state.settings["optimizer"]["class"]
     try:
         state.restore(training.model, training.loss, optimizer if same else None, None, training.device)
