@@ -636,6 +636,61 @@ def test_a_mask_is_no_finding_but_what_it_makes_of_a_row_without_anything_is():
     assert (found.nans, found.infinities) == (6 * 64, 0)
 
 
+class Masked(nn.Module):
+    """Its mask is a buffer of infinities; the logarithm becomes NaN after some steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+        with torch.no_grad():
+            self.last.bias.fill_(1.0)
+            self.last.weight.mul_(0.1)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        weights = (hidden.unsqueeze(-1) * hidden.unsqueeze(-2) + self.mask).softmax(-1)
+        return self.last((weights @ hidden.unsqueeze(-1)).squeeze(-1)).log()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam, partial(Adam, fused=True)])
+def test_a_mask_that_is_a_buffer_hides_nothing(optimizer):
+    run = train(
+        model=Masked,
+        loss=lambda: lambda output, target: output.sum(),
+        optimizer=partial(optimizer, lr=0.05),
+        **{"steps": 60, "batch_size": None},
+    )
+    found = run.first_nonfinite(progress=False)
+    assert 1 < found.step.number == run.facts.nonfinite_step
+    assert found.operation.operation.operator == "aten.log.default"
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+def test_statistics_that_overflow_are_named(optimizer):
+    def large(made):
+        made.model[0].weight *= 1e22
+
+    run = train(large, model=normalized, optimizer=partial(optimizer, lr=1e-3))
+    found = run.first_nonfinite(progress=False)
+    assert math.isfinite(run.losses["loss"][-1])
+    assert (found.step.number, found.name) == (1, "buffer/1.running_var")
+    assert "native_batch_norm" in found.operation.operation.operator and found.why is not None
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x * 1e11)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_moments_that_overflow_are_named(fused):
+    run = train(model=lambda: Scaled(4, 2), optimizer=partial(Adam, lr=1e-3, fused=fused))
+    found = run.first_nonfinite(progress=False)
+    assert math.isfinite(run.losses["loss"][-1])
+    assert found.step.number == 1 and found.name.endswith("exp_avg_sq")
+
+
 def test_the_command_names_the_cause(everystep_command):
     def put(made):
         made.x[13, 1] = math.nan

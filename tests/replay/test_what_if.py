@@ -95,6 +95,15 @@ def test_what_if_is_the_training_by_hand_without_the_rows(tmp_path, batch_size, 
     assert list(together.losses) == hand[4:]
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_each_of_several_trainings_is_what_it_is_alone(tmp_path, at):
+    run = trained(tmp_path / "run")
+    found = run.what_if(at, STEPS, without_rows=range(4), each=True, progress=False)
+    assert len(found.cases) == 4
+    for case in found.cases:
+        assert list(case.losses) == by_hand(case.rows, at)[at:]
+
+
 @pytest.mark.parametrize("batch_size", [6, None])
 def test_a_fork_without_rows_is_the_training_by_hand_and_opens_again(tmp_path, batch_size):
     run = trained(tmp_path / "run", batch_size)

@@ -7,7 +7,7 @@ is an answer of `why`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ from everystep.replay.replay import Replay
 from everystep.replay.shown import Shown
 from everystep.replay.step import ReplayStepper, Step
 from everystep.replay.why import Spot, Why, why
+from everystep.replay.why.trace import is_optimizer_step
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
@@ -38,7 +39,7 @@ class NonFinite(Shown):
     state; name: of the tensor; nans, infinities: their number in it; rows: the affected rows, if the
     tensor has a row for each row of the batch: of the data, or of the batch where your own loop made it.
     why: the first of these numbers, with the numbers that the operation made it from and the rows behind
-    it; None if no operation made it.
+    it; None if no operation made it, or an optimizer, of which only the parameters are known.
     """
 
     step: Step
@@ -61,10 +62,11 @@ class NonFinite(Shown):
     @cached_property
     def why(self) -> Why | None:
         """Where the first of these numbers comes from."""
-        if self.index is None:
+        if self.index is None or self.name not in self.step.places.tensors:
             return None
-        results = self.step.operations[self.index].results
-        place = torch.nonzero(~torch.isfinite(results[self.name]))[0].tolist()
+        made = self.step.operations[self.index]
+        tensor = {**made.results, **made.written}[self.name]
+        place = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         return why(self.step, Spot(self.name, tuple(place), self.index + 1))
 
     @property
@@ -128,7 +130,7 @@ class FiniteCheck(Visitor):
         """Note whether everything in a step was finite; return whether it was."""
         finite = bool(self._plans[bound][1].all())
         if bound.program.optimizer_step is not None and self._training is not None:
-            state = self._training.named_state().values()
+            state = _of_update(self._training.named_state()).values()
             finite &= all(bool(t.isfinite().all()) for t in state if t.is_floating_point())
         return self._note(number, finite)
 
@@ -146,7 +148,7 @@ class FiniteCheck(Visitor):
         flags = torch.ones(len(operations), dtype=torch.bool, device=bound.loss.device)
         after: dict[int, list[Any]] = {}
         for index, operation in enumerate(operations):
-            names = [name for name in operation.results if name] or operation.written()
+            names = dict.fromkeys([*filter(None, operation.results), *operation.written()])
             tensors = [bound.tensor(name) for name in names]
             floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
             if floats:
@@ -185,31 +187,59 @@ def find_nonfinite(
     if (made := _first_made(first)) is not None:
         return made
     meant = frozenset(
-        i for i, each in enumerate(first.operations) if _count(each.results.values()) != (0, 0)
+        i
+        for i, each in enumerate(first.operations)
+        if _count([*each.results.values(), *each.written.values()]) != (0, 0)
     )
-    bound = min(last, run.facts.nonfinite_step or last)
+    bound, begin, made = min(last, run.facts.nonfinite_step or last), 1, None
+    while made is None and begin <= bound:
+        number = _first_suspect(opener, begin, bound, meant, processes, on_progress)
+        if number is None:
+            return None
+        made, begin = _first_made(opener.step(number)), number + 1
+    return made
+
+
+def _first_suspect(
+    opener: Opener,
+    begin: int,
+    bound: int,
+    meant: frozenset[int],
+    processes: int | None,
+    on_progress: Callable[[int], None],
+) -> int | None:
+    """Return the first step from `begin` to `bound` with a value that is not finite, or None.
+
+    Raises:
+        RunError: a replay differs from the recording before that step.
+    """
+    run = opener.run
     steps: dict[int, int | None] = {}
     diverged: list[int] = []
-    replayed = parallel(opener, spans(run, 1, bound), FiniteCheck(meant), processes, on_progress)
+    replayed = parallel(opener, spans(run, begin, bound), FiniteCheck(meant), processes, on_progress)
     with closing(replayed):  # type: ignore[type-var]  # a generator
         for each in replayed:
             steps[each.span.first] = each.result
             diverged += [each.first_loss.step] if each.first_loss else []
-            if each.result is not None and _covers(steps, run, bound, each.result):
+            if each.result is not None and _covers(steps, run, (begin, bound), each.result):
                 break
-    candidates = sorted(step for step in steps.values() if step is not None)
-    if diverged and (not candidates or min(diverged) <= candidates[0]):
+    suspect = min((step for step in steps.values() if step is not None), default=None)
+    if diverged and (suspect is None or min(diverged) <= suspect):
         raise RunError(
             f"the replay of {run.name} differs from its recording at step {min(diverged)}, so its "
             "first NaN or infinity cannot be determined; everystep verify says more"
         )
-    found = (_first_made(opener.step(step)) for step in candidates)
-    return next((made for made in found if made is not None), None)
+    return suspect
 
 
-def _covers(steps: dict[int, int | None], run: RecordedRun, last: int, found: int) -> bool:
+def _covers(steps: dict[int, int | None], run: RecordedRun, ends: tuple[int, int], found: int) -> bool:
     """Tell whether all spans before the step found have been replayed."""
-    return all(span.first in steps for span in spans(run, 1, last) if span.first <= found)
+    return all(span.first in steps for span in spans(run, *ends) if span.first <= found)
+
+
+def _of_update(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a state that an optimizer changes."""
+    return {n: t for n, t in state.items() if n.startswith(("parameter/", "optimizer/"))}
 
 
 def _first_made(step: Step) -> NonFinite | None:
@@ -219,8 +249,11 @@ def _first_made(step: Step) -> NonFinite | None:
         if counts != (0, 0):
             return NonFinite(step, None, name, *counts, _rows(step, tensor))
     for index, observed in enumerate(step.operations):
-        before = _count(observed.inputs.values())
-        for name, tensor in observed.results.items():
+        inputs, results = observed.inputs, {**observed.results, **observed.written}
+        if is_optimizer_step(observed):
+            inputs, results = {**inputs, **_of_update(step.state)}, results | _of_update(step.end)
+        before = _count(inputs.values())
+        for name, tensor in results.items():
             nans, infinities = _count([tensor])
             is_meant = before.infinities > 0 or _is_among_arguments(observed)
             if (nans and not before.nans) or (infinities and before == (0, 0) and not is_meant):

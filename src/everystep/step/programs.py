@@ -139,6 +139,7 @@ class Programs:
         """Return the program of a step, bound to the current tensors of the training."""
         number = self._by_key[self._key(step)]
         if number not in self._bound:
+            self.refresh()  # all are bound to the same tensors
             self._bound[number] = self._bind(self.built[number])
         return self._bound[number]
 
