@@ -161,6 +161,26 @@ def test_what_a_metric_sets_of_the_optimizer_is_recorded(change, optimizer):
     verified(run)
 
 
+HOOKS = {
+    "weight": lambda made: made.model[0].weight.register_hook(lambda gradient: 3 * gradient),
+    "post": lambda made: made.model[0].weight.register_post_accumulate_grad_hook(
+        lambda weight: weight.grad.mul_(3)
+    ),
+    "optimizer": lambda made: made.optimizer.register_step_pre_hook(
+        lambda *_: (made.model[0].weight.grad.mul_(3), None)[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_steps_with_a_hook_that_a_copy_would_not_have_are_not_repeated(name):
+    made = new()
+    HOOKS[name](made)
+    run = by_train(made, steps=3)
+    with pytest.raises(everystep.RunError, match="has a hook, which acts on the original alone"):
+        run[1]
+
+
 def test_an_own_optimizer_whose_steps_become_eager_replays():
     def make():
         made, calls = new(optimizer=OWN["averaging"]), [0]

@@ -53,6 +53,12 @@ class Objects:
         Raises:
             RunError: they cannot be copied.
         """
+        hooked = self._hooked()
+        if hooked is not None:
+            raise RunError(
+                f"{hooked} has a hook, which acts on the original alone: a copy would take other steps; "
+                "write what it does into a step function: everystep.train(step, batches, parts=...)"
+            )
         try:
             with _whole_optimizers():
                 model, loss, optimizer, schedule = copy.deepcopy(
@@ -64,6 +70,16 @@ class Objects:
                 "ones: model=..., loss=..., optimizer=..."
             ) from None
         return replace(self, model=model, loss=loss, optimizer=optimizer, schedule=schedule)
+
+    def _hooked(self) -> str | None:
+        """Return the first tensor, or the optimizer, with a hook; hooks of modules are copied."""
+        for name, parameter in self.model.named_parameters() if self.model is not None else ():
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                return name
+        kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        if any(getattr(self.optimizer, kind, None) for kind in kinds):
+            return f"the optimizer ({type(self.optimizer).__name__})"
+        return None
 
     def _without_graphs(self) -> dict[int, Any]:
         """Return copies, by id, of tensors that the last forward pass left in modules."""
