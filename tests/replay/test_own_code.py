@@ -164,7 +164,7 @@ def test_what_a_metric_sets_of_the_optimizer_is_recorded(change, optimizer):
 HOOKS = {
     "weight": lambda made: made.model[0].weight.register_hook(lambda gradient: 3 * gradient),
     "post": lambda made: made.model[0].weight.register_post_accumulate_grad_hook(
-        lambda weight: weight.grad.mul_(3)
+        lambda weight: (weight.grad.mul_(3), None)[1]
     ),
     "optimizer": lambda made: made.optimizer.register_step_pre_hook(
         lambda *_: (made.model[0].weight.grad.mul_(3), None)[1]

@@ -146,7 +146,7 @@ class Opener:
         self._workers = ExitStack()
         weakref.finalize(self, self._workers.close)
         self._engine: EngineFacts | None = None
-        self._is_over = False
+        self._has_begun = self._is_over = False
 
     @property
     def problems(self) -> list[str]:
@@ -193,7 +193,7 @@ class Opener:
             result: T = self._worker.submit(in_worker, *place, task, *given, **named).result()
         except BrokenProcessPool:
             self._workers.close()
-            self._worker = self._engine = None  # the next question starts another one
+            self._worker, self._has_begun = None, False  # the next question starts another one
             raise _ended_too_early() from None
         return result
 
@@ -210,12 +210,12 @@ class Opener:
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
-        if self._is_over and self._engine is not None:
+        if self._is_over and self._has_begun:
             return
         facts = self.run.facts
         self._is_over = self.run.status != "running"
         engine = facts.training.engine
-        if self._engine is not None and engine == self._engine:
+        if self._has_begun and engine is not None and engine == self._engine:
             return
         self._replay = None
         if not needs_worker(facts):
@@ -223,7 +223,8 @@ class Opener:
         elif self._worker is None:
             threads = facts.training.numerics.threads
             self._worker = self._workers.enter_context(workers(facts, 1, threads))
-        self._engine = engine  # not before: what has failed is tried, and reported, again
+        # Not before: what has failed is tried, and reported, again.
+        self._engine, self._has_begun = engine, True
 
 
 def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
