@@ -174,7 +174,7 @@ def test_an_encoding_without_mathematical_signs_is_no_error():
         (["step", "r\xfcn", "2", "--op", "4"], "d#2 = 2 * (#2 - y)"),
         (["runs", "."], "finished"),
         (["losses", "r\xfcn"], losses[2]),
-        (["diff", "r\xfcn", "r\xfcn"], "the runs are bit-identical"),
+        (["diff", "--thorough", "r\xfcn", "r\xfcn"], "the runs are bit-identical"),
         (["when", "r\xfcn", "loss < 600"], "2"),
         (["train", "--steps", "2", "--run", "\u0142"], losses[1]),
     ):

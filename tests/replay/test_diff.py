@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
+import everystep
 from everystep.errors import DamageWarning
 from everystep.experiment.batches import Batches
 from everystep.recording.snapshots import SnapshotPlan
@@ -609,6 +610,94 @@ def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():
 # The command.
 
 
+def recorded_loop(name, body, batches=None):
+    """Six steps of a small network, by a loop that does something else in each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = batches or [(torch.randn(8, 4), torch.randn(8, 3)) for _ in range(6)]
+    with everystep.record(run=name, model=model, optimizer=optimizer) as recording:
+        for number, (x, y, *_) in enumerate(recording.steps(batches), start=1):
+            optimizer.zero_grad()
+            logged = body(number, model, x, y)
+            logged["loss"].backward()
+            optimizer.step()
+            recording.log(**logged)
+    return recording.run
+
+
+def plainly(number, model, x, y):
+    return {"loss": nn.functional.mse_loss(model(x), y)}
+
+
+def noisily(seeded_after, number, model, x, y):
+    loss = plainly(number, model, x + torch.randn(x.shape), y)
+    if number == seeded_after:
+        torch.manual_seed(99)
+    return loss
+
+
+LOOPS_THAT_DIFFER = {
+    "seed": (
+        *(partial(noisily, after) for after in (None, 3)),
+        (4, "another random draw: torch's generator was set otherwise by step 4"),
+    ),
+    "rows": (
+        *(lambda n, m, x, y, s=s: plainly(n, m, x[s], y[s]) for s in (slice(0, 4), slice(4, 8))),
+        (1, "another part of batch.x"),
+    ),
+    "part of a parameter": (
+        *(
+            lambda n, m, x, y, s=s: {"loss": plainly(n, m, x, y)["loss"] + m[0].weight[s].pow(2).sum()}
+            for s in (slice(0, 4), slice(4, 8))
+        ),
+        (1, "another part of 0.weight"),
+    ),
+    "parameter": (
+        *(
+            lambda n, m, x, y, i=i: {"loss": plainly(n, m, x, y)["loss"] + m[i].bias.pow(2).sum()}
+            for i in (0, 2)
+        ),
+        (1, "other tensors: 0.bias | 2.bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS_THAT_DIFFER)
+def test_what_a_loop_reads_or_draws_otherwise_is_the_cause(name):
+    one, other, (step, cause) = LOOPS_THAT_DIFFER[name]
+    found = recorded_loop("runs/one", one).diff(recorded_loop("runs/other", other), progress=False)
+    assert (found.operation.step, found.operation.causes) == (step, [cause])
+
+
+def test_other_measurements_are_a_difference(everystep_command):
+    def logging(factor, *given):
+        logged = plainly(*given)
+        return logged | {"twice": factor * logged["loss"].item()}
+
+    one, other = (recorded_loop(f"runs/{n}", partial(logging, n)) for n in (1, 2))
+    found = one.diff(other, progress=False)
+    assert not found.is_same and [name for name, _ in found.measured] == ["twice"]
+    code, out, _ = everystep_command("diff", one.directory, other.directory)
+    assert code == 1 and out.endswith("the runs differ in what was measured: twice\n")
+    assert "measured    twice differs from step 1 on: " in out
+
+
+def test_a_batch_that_differs_where_nothing_reads_it_is_found_thoroughly(everystep_command):
+    def batches(weight):
+        torch.manual_seed(1)
+        made = [(torch.randn(8, 4), torch.randn(8, 3), torch.ones(8)) for _ in range(6)]
+        made[2][2][3] = weight
+        return made
+
+    one, other = (recorded_loop(f"runs/{n}", plainly, batches(n)) for n in (1.0, 2.0))
+    assert one.diff(other, progress=False).is_same
+    found = one.diff(other, thorough=True, progress=False)
+    assert not found.is_same and found.unread == ("2 of step 3",)
+    code, out, _ = everystep_command("diff", one.directory, other.directory, "--thorough")
+    assert code == 1 and "2 of step 3 differs; no operation reads it" in out
+
+
 def test_the_command_says_where_runs_part_and_exits_with_1(everystep_command):
     one, other = train(batch_size=6), train(swap(3, 7), batch_size=6)
     code, out, err = everystep_command("diff", "sequential-1", "sequential-2")
@@ -640,7 +729,7 @@ def test_the_command_says_that_runs_are_the_same_and_exits_with_0(everystep_comm
     train()
     code, out, err = everystep_command("diff", "sequential-1", "sequential-2")
     assert (code, err) == (0, "")
-    assert out.endswith("the runs are bit-identical\n")
+    assert out.endswith("identical, bit for bit; --thorough compares every operation\n")
     assert "identical in all 30 common steps" in out
     train(steps=10)
     assert everystep_command("diff", "sequential-1", "sequential-3")[0] == 1

@@ -13,7 +13,7 @@ from everystep.recording.texts import value_text
 from everystep.replay.evidence import Evidence
 from everystep.replay.given import Argument, draws, other_arguments, pairs_of_inputs
 from everystep.replay.operations import OperationDifference, TensorDifference
-from everystep.replay.origins import of_batch, of_draw, of_optimizer, of_state
+from everystep.replay.origins import name_in_words, of_batch, of_draw, of_optimizer, of_state
 
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "causes_of"]
 
@@ -30,8 +30,10 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     """Return why an operation has another result, in words."""
     a, b = found.one, found.other
-    if a is None or b is None or not found.results or _reads_another(a, b, evidence):
+    if a is None or b is None or not found.results:
         return _of_another_operation([each for each in (a, b) if each is not None], evidence)
+    if others := _other_tensors(a, b, evidence):
+        return _of_another_operation([a, b], evidence, f"other tensors: {others[0]} | {others[1]}")
     causes = list(_of_arguments(a, b, found, evidence))
     causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
     if a.operation.operator.startswith("torch.optim."):
@@ -47,17 +49,27 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     return [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
 
 
-def _reads_another(a: Observed, b: Observed, evidence: Evidence) -> bool:
-    """Tell whether operations of the same kind read other tensors of the state, which both runs have."""
+def _other_tensors(a: Observed, b: Observed, evidence: Evidence) -> list[str]:
+    """Return the other tensors, of the batch or the state, that operations of the same kind read.
+
+    Empty if they read the same ones, or any that only one run has.
+    """
     if [*a.inputs] == [*b.inputs] or len(a.inputs) != len(b.inputs):
-        return False
-    before = evidence.around[0].before.keys() & evidence.around[1].before.keys()
-    one, other = ([name for name in seen.inputs if name in before] for seen in (a, b))
-    return one != other and len(one) == len(other)
+        return []
+    known = evidence.around[0].before.keys() & evidence.around[1].before.keys()
+    known |= evidence.steps[0].batch.tensors.keys() & evidence.steps[1].batch.tensors.keys()
+    roots = [[name.partition("~")[0] for name in seen.inputs] for seen in (a, b)]
+    if len({sum(name in known for name in names) for names in roots}) > 1:
+        return []
+    pairs = [(x, y) for x, y in zip(*roots, strict=True) if x != y and x in known and y in known]
+    named = [list(dict.fromkeys(map(name_in_words, names))) for names in zip(*pairs, strict=True)]
+    return [", ".join(names[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED) for names in named]
 
 
-def _of_another_operation(sides: list[Observed], evidence: Evidence) -> list[str]:
-    """Return the settings that say, or may say, why the operations differ."""
+def _of_another_operation(
+    sides: list[Observed], evidence: Evidence, otherwise: str = ANOTHER_OPERATION
+) -> list[str]:
+    """Return the settings that say, or may say, why the operations differ; if none, `otherwise`."""
     near = [each for side in sides for each in _near(side, evidence)]
     if near and all(each.is_torchs for each in near):
         texts = _texts(near)
@@ -66,7 +78,7 @@ def _of_another_operation(sides: list[Observed], evidence: Evidence) -> list[str
         phases = {side.operation.phase for side in sides}
         kinds = {"optimizer"} if phases == {"update"} else {"model", "loss", "part"}
         near = [each for each in evidence.settings if each.kind in kinds]
-    return [f"{ANOTHER_OPERATION}{_perhaps(near)}"]
+    return [f"{otherwise}{_perhaps(near)}"]
 
 
 def _perhaps(settings: list[Setting]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from everystep.device import on_cpu
 from everystep.errors import RunError
@@ -52,7 +53,9 @@ class Difference(Shown):
     first that differs (recorded: of the first run, replayed: of the second), None if all match;
     common_state: the last snapshot that both have and that is identical; states: tensors of the first
     common snapshot that differs; operation: the first that differs, and why; is_thorough: whether every
-    step was replayed; problems: why something could not be compared.
+    step was replayed; problems: why something could not be compared; measured: the measurements that
+    differ, and their first values that do; unread: tensors of a batch that differ and that no operation
+    reads, in words.
     """
 
     names: tuple[str, str]
@@ -66,6 +69,8 @@ class Difference(Shown):
     problems: tuple[str, ...]
     is_thorough: bool = False
     data: tuple[DataDifference, ...] = ()
+    measured: tuple[tuple[str, LossDifference], ...] = ()
+    unread: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         if self.is_same:
@@ -79,13 +84,15 @@ class Difference(Shown):
         elif self.loss is not None:
             found = f"losses differ from step {self.loss.step:,} on"
         else:
-            found = "they differ in their settings or states"
+            found = "they differ in their settings, states, measurements or batches"
         return f"<difference of {self.names[0]} and {self.names[1]}: {found}>"
 
     @property
     def is_same(self) -> bool:
         """Whether the settings and everything compared are identical."""
-        parts = (self.loss, self.states, self.operation, self.experiments)
+        parts = (
+            self.loss, self.states, self.operation, self.experiments, self.measured, self.unread,
+        )  # fmt: skip
         return not any(parts) and self.steps[0] == self.steps[1]
 
 
@@ -123,7 +130,7 @@ def diff(
     if not ends and (experiments or numerics):
         thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
     last = min(steps) if thorough and not ends else min(ends, default=0)
-    operation = None
+    operation, unread = None, []
     if last:
         first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
         search = Lockstep(one, other, objects, on_progress)
@@ -131,6 +138,7 @@ def diff(
             # A state that differs shows in the step after it at the latest.
             operation = search.first(first, min(max(last, first), *steps))
             problems += search.divergences()
+            unread = search.unread
         except RunError as error:
             if asked and not ends:  # all that was asked for cannot be done
                 raise
@@ -148,18 +156,37 @@ def diff(
         problems=tuple(dict.fromkeys(problems)),
         is_thorough=thorough,
         data=data_differences(one, other),
+        measured=tuple(_measured(one, other)),
+        unread=tuple(unread),
     )
 
 
 def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:
     pair = [run.losses["loss"].to_numpy().astype(np.float64) for run in (one, other)]
     count = min(map(len, pair))
-    a, b = (losses[:count] for losses in pair)
-    different = np.flatnonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))
+    return _first_number(np.arange(1, count + 1), pair[0][:count], pair[1][:count])
+
+
+def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossDifference]]:
+    """Yield the measurements that differ at steps that both runs have, and where they begin to."""
+    for name in sorted({*one.measurement_names} & {*other.measurement_names}):
+        pair = one.measured(name), other.measured(name)
+        steps = [step for step in pair[0] if step in pair[1]]
+        a, b = (np.array([values[step] for step in steps]) for values in pair)
+        difference = _first_number(np.array(steps), a, b)
+        if difference is not None:
+            yield name, difference
+
+
+def _first_number(
+    steps: NDArray[np.int64], one: NDArray[np.float64], other: NDArray[np.float64]
+) -> LossDifference | None:
+    """Return the first of two series of numbers that differs; NaN is the same as any NaN."""
+    different = np.flatnonzero((one != other) & ~(np.isnan(one) & np.isnan(other)))
     if not len(different):
         return None
     first = int(different[0])
-    return LossDifference(first + 1, float(a[first]), float(b[first]))
+    return LossDifference(int(steps[first]), float(one[first]), float(other[first]))
 
 
 def _snapshots(
@@ -199,6 +226,8 @@ class Lockstep:
         objects: tuple[Objects | None, Objects | None],
         on_progress: Callable[[int], None],
     ) -> None:
+        #: Tensors of a batch that differ, and that no operation reads, in words.
+        self.unread: list[str] = []
         self._runs = (one, other)
         self._openers = (Opener(one, objects[0]), Opener(other, objects[1]))
         self._on_progress = on_progress
@@ -219,6 +248,7 @@ class Lockstep:
             found = first_difference(one, other) or _unseen_difference(evidence)
             if found is not None:
                 return replace(found, causes=causes_of(found, evidence))
+            self.unread += self.unread or _other_batch(one, other)
         return None
 
     def _evidence(self, one: Step, other: Step) -> Evidence:
@@ -270,6 +300,17 @@ class Lockstep:
 def _facts_at(run: RecordedRun, step: int) -> TrainingFacts:
     """Return how a step of a run was trained."""
     return max((each for each in run.stretches if each.first <= step), key=lambda each: each.first).facts
+
+
+def _other_batch(one: Step, other: Step) -> list[str]:
+    """Return the tensors of a batch that differ, in words."""
+    pair = one.batch.tensors, other.batch.tensors
+    names = [
+        name
+        for name in dict.fromkeys((*pair[0], *pair[1]))
+        if name not in pair[0] or not _is_same(pair[0][name], pair[1].get(name))
+    ]
+    return [f"{name} of step {one.number:,}" for name in names]
 
 
 def _unseen_difference(evidence: Evidence) -> OperationDifference | None:

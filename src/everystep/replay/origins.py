@@ -12,7 +12,7 @@ from everystep.replay.evidence import Evidence
 from everystep.replay.operations import OperationDifference, TensorDifference, tensor_difference
 from everystep.step.check import same_bits
 
-__all__ = ["of_batch", "of_draw", "of_optimizer", "of_state"]
+__all__ = ["name_in_words", "of_batch", "of_draw", "of_optimizer", "of_state"]
 
 #: Rows that are named.
 MOST_ROWS = 6
@@ -22,6 +22,9 @@ def of_batch(name: str, found: OperationDifference, evidence: Evidence) -> Itera
     """Yield why a tensor of the batch differs: other rows, or other numbers in them."""
     one, other = (step.batch.tensors.get(name) for step in evidence.steps)
     assert one is not None
+    if other is not None and same_bits(one, other):
+        yield f"another part of batch.{name}"
+        return
     difference = tensor_difference(name, one, other)
     are_same_rows = found.rows and all(a == b for _, a, b in found.rows)
     if difference.positions and are_same_rows and evidence.has_rows:
@@ -68,9 +71,12 @@ def of_state(name: str, evidence: Evidence) -> Iterator[str]:
         if seeds:
             yield from map(str, seeds)
             return
-    if pair[0] is None or (pair[1] is not None and same_bits(pair[0], pair[1])):
+    if pair[0] is None:
         return
-    difference = tensor_difference(_called(name), pair[0], pair[1])
+    if pair[1] is not None and same_bits(pair[0], pair[1]):
+        yield f"another part of {name_in_words(name)}"
+        return
+    difference = tensor_difference(name_in_words(name), pair[0], pair[1])
     if difference.elements == 1 and difference.positions:
         position, values = difference.positions[0], difference.values[0]
         place = str(list(position)) if position else ""
@@ -108,17 +114,21 @@ def of_optimizer(evidence: Evidence) -> Iterator[str]:
 def of_draw(evidence: Evidence) -> Iterator[str]:
     """Yield why other random numbers are drawn, if the generators differ."""
     one, other = (each.generators for each in evidence.around)
-    names = [n for n in one if n in other and n not in ("python", "numpy")]
-    differing = [n for n in names if not same_bits(one[n], other[n])]
+    names = dict.fromkeys(n for n in (*one, *other) if n not in ("python", "numpy"))
+    differing = [n for n in names if n not in one or n not in other or not same_bits(one[n], other[n])]
     if not differing:
         return
     seeds = [each for each in evidence.settings if each.kind == "seed"]
     if seeds:
         yield "another random draw: seed {} | {}".format(*seeds[0].values)
         return
+    number = evidence.steps[0].number
+    if any(name.startswith("generator/") for name in differing):  # before one of the step's draws
+        yield f"another random draw: torch's generator was set otherwise by step {number:,}"
+        return
     first = [state.rest.get("generator/torch") for state in evidence.first_states]
     is_first = first[0] is not None and first[1] is not None and not same_bits(first[0], first[1])
-    since = 0 if is_first else evidence.steps[0].number - 1
+    since = 0 if is_first else number - 1
     yield f"another random draw: torch's generator differs in state {since:,}"
 
 
@@ -126,7 +136,7 @@ def _numbers_text(values: tuple[float, float]) -> str:
     return " | ".join(shortest(v) if isinstance(v, float) else str(v) for v in values)
 
 
-def _called(name: str) -> str:
+def name_in_words(name: str) -> str:
     """Return what a person calls a tensor of the state."""
     kind, _, rest = name.partition("/")
     if kind == "optimizer":

@@ -75,7 +75,7 @@ class Objects:
         """Return the first tensor, or the optimizer, with a hook; hooks of modules are copied."""
         for name, parameter in self.model.named_parameters() if self.model is not None else ():
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-                return name
+                return str(name)
         kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
         if any(getattr(self.optimizer, kind, None) for kind in kinds):
             return f"the optimizer ({type(self.optimizer).__name__})"

@@ -41,7 +41,11 @@ def diff_text(found: Difference) -> str:
                 f"{shortest(found.loss.replayed)}",
             )
         )
+    for name, each in found.measured:
+        pair = f"{shortest(each.recorded)} and {shortest(each.replayed)}"
+        lines.append(labelled("measured", f"{name} differs from step {each.step:,} on: {pair}"))
     lines.append(labelled("states", _states_text(found)))
+    lines += [labelled("batch", f"{each} differs; no operation reads it") for each in found.unread]
     if found.operation is not None:
         lines += ["", *_operation_lines(found.operation, found.names)]
     lines += [labelled("problem", problem) for problem in found.problems]
@@ -83,6 +87,8 @@ def diff_data(found: Difference) -> dict[str, Any]:
         "loss": None if loss is None else {"step": loss.step, "values": [loss.recorded, loss.replayed]},
         "common_state": found.common_state,
         "thorough": found.is_thorough,
+        "measured": {n: [e.step, e.recorded, e.replayed] for n, e in found.measured},
+        "unread": list(found.unread),
         "data": [_data(each) for each in found.data],
         "states": [_sized(each) for each in found.states],
         "operation": None if operation is None else _operation_data(operation),
@@ -131,7 +137,7 @@ def _what(found: Difference, operation: OperationDifference) -> str:
     if names[0] != names[1]:
         sides = ", ".join(f"{name} in {run}" for name, run in zip(names, found.names, strict=True))
         return f": {sides}{reason}"
-    return f", {names[0]}{reason or ', with identical inputs'}"
+    return f", {names[0]}{reason or ('' if operation.causes else ', with identical inputs')}"
 
 
 def _operation_name(observed: Observed) -> str:
@@ -147,7 +153,9 @@ def _reason(found: Difference, operation: OperationDifference) -> str:
     """Return why an operation differs, as the end of a sentence."""
     from everystep.replay.causes import ANOTHER_OPERATION, COMPUTED_OTHERWISE
 
-    causes = [each for each in operation.causes if each != ANOTHER_OPERATION]
+    causes = operation.causes
+    if causes and causes[0].startswith(ANOTHER_OPERATION):
+        return causes[0].removeprefix(ANOTHER_OPERATION)
     if causes and causes[0].startswith(COMPUTED_OTHERWISE):
         pairs = [f"{key} {one} and {other}" for key, (one, other) in found.numerics.items()]
         numerics = ", ".join(pairs) or "all recorded numerics are, too"
@@ -213,15 +221,21 @@ def _operation_data(found: OperationDifference) -> dict[str, Any]:
 
 
 def _verdict(found: Difference) -> str:
-    if found.loss is not None or found.states or found.operation is not None:
+    if any((found.loss, found.states, found.operation)):
         return "the runs differ"
-    if found.is_same and not found.numerics:
+    if found.unread:
+        return f"the batches differ: {found.unread[0]}, which no operation reads"
+    if found.measured:
+        names = ", ".join(name for name, _ in found.measured[:NAMED])
+        return f"the runs differ in what was measured: {names}"
+    if found.is_same and not found.numerics and found.is_thorough:
         return "the runs are bit-identical"
     if found.steps[0] != found.steps[1] and not found.experiments:
         return f"the first {min(found.steps):,} steps are identical; one run is longer"
     same = f"every loss and every common snapshot of the first {min(found.steps):,} steps is identical"
     if found.is_thorough:
         same = f"every result of every operation of the first {min(found.steps):,} steps is identical"
-    elif found.experiments or found.numerics:
+    else:
+        same += ", bit for bit" if found.is_same else ""
         same += "; --thorough compares every operation"
-    return f"{same}, bit for bit" if found.is_same or found.is_thorough else same
+    return f"{same}, bit for bit" if found.is_thorough else same
