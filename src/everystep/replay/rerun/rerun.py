@@ -183,7 +183,7 @@ def rerun(
         beyond=next((each for each in found if not each.relative <= limit), None),
         farthest=_farthest(found),
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
-        problems=tuple(dict.fromkeys([*_taken_over(run), *opener.problems])),
+        problems=tuple(dict.fromkeys([*_taken_over(run), *_diverged(opener), *opener.problems])),
     )
 
 
@@ -288,6 +288,15 @@ def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, 
         name: (value, there[name]) for name, value in known if name in there and there[name] != value
     }
     return found if place.precision is None else {"precision": ("as recorded", place.precision)} | found
+
+
+def _diverged(opener: Opener) -> Iterator[str]:
+    """Yield in words that a replay as it was recorded differs from the recording, too."""
+    if opener.diverged_at is not None:
+        yield (
+            f"as it was recorded, the replay differs from the recording from step {opener.diverged_at:,} "
+            "on, too: that is not due to the place; everystep verify says more"
+        )
 
 
 def _reads_numbers(program: Program) -> bool:
