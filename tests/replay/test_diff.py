@@ -610,10 +610,10 @@ def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():
 # The command.
 
 
-def recorded_loop(name, body, batches=None):
+def recorded_loop(name, body, batches=None, kind=nn.Sequential):
     """Six steps of a small network, by a loop that does something else in each."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = kind(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = batches or [(torch.randn(8, 4), torch.randn(8, 3)) for _ in range(6)]
     with everystep.record(run=name, model=model, optimizer=optimizer) as recording:
@@ -668,6 +668,38 @@ def test_what_a_loop_reads_or_draws_otherwise_is_the_cause(name):
     one, other, (step, cause) = LOOPS_THAT_DIFFER[name]
     found = recorded_loop("runs/one", one).diff(recorded_loop("runs/other", other), progress=False)
     assert (found.operation.step, found.operation.causes) == (step, [cause])
+
+
+class Net(nn.Sequential):
+    pass
+
+
+class OtherNet(Net):
+    pass
+
+
+def test_a_class_of_your_own_may_be_the_cause_but_need_not_be():
+    def one(number, model, x, y):
+        return plainly(number, model, x + 2, y)
+
+    def other(number, model, x, y):
+        return plainly(number, model, x * 2, y)
+
+    runs = []
+    for kind, body in ((Net, one), (OtherNet, other)):
+        runs.append(recorded_loop(f"runs/{kind.__name__}", body, kind=kind))
+    (cause,) = runs[0].diff(runs[1], progress=False).operation.causes
+    assert cause.startswith("another operation; perhaps because of model: Net(")
+
+
+def test_a_setting_that_is_the_argument_goes_before_one_that_is_what_it_leaves_of_1():
+    runs = [
+        by_train(new_training(mlp, optimizer=partial(SGD, lr=0.1, momentum=m, dampening=d)), steps=4)
+        for m, d in ((0.9, 0.1), (0.8, 0.2))
+    ]
+    found = runs[0].diff(runs[1], progress=False).operation
+    assert found.one.operation.operator.startswith("aten.mul_")
+    assert found.causes == ["SGD: momentum 0.9 | 0.8"]
 
 
 def test_other_measurements_are_a_difference(everystep_command):

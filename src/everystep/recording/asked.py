@@ -132,7 +132,8 @@ def _modules(
             # What lies within a module that only one of them has is not listed again.
             parent = path.rpartition(".")[0]
             if not path or (parent in one) == (parent in other):
-                yield Setting(kind, path, None, None, (texts[0], texts[1]))
+                both = all(each is None or each.is_torchs for each in (a, b))
+                yield Setting(kind, path, None, None, (texts[0], texts[1]), is_torchs=both)
             continue
         is_known = bool(a.settings and b.settings)
         if is_known and (of_own_classes or a.arguments != b.arguments):

@@ -103,7 +103,7 @@ def _of_arguments(
     pairs = [pair for argument in arguments for pair in _pairs_within(argument.values)]
     pairs += [pair for each in numbers for pair in each.values]
     near = _near(a, evidence)
-    known = [each for each in near if _explains(each, pairs)]
+    known = _explaining(near, pairs)
     named = [each for each in known if each.name in {argument.name for argument in arguments}]
     if pairs:
         is_sure = len(near) == 1 and near[0].is_torchs
@@ -160,16 +160,23 @@ def _of_module(path: str, evidence: Evidence) -> list[Setting]:
     return around if all(each.is_torchs for each in around) else []
 
 
-def _explains(setting: Setting, pairs: list[tuple[Any, Any]]) -> bool:
-    """Tell whether a pair of arguments is a pair of a setting, or what torch makes of it."""
+def _explaining(settings: list[Setting], pairs: list[tuple[Any, Any]]) -> list[Setting]:
+    """Return the settings that pairs of arguments are made of: where some are the pair itself, these."""
+    found: list[Setting] = []
+    for pair in pairs:
+        ranked = [(each, _way_to(each, pair)) for each in settings]
+        best = min((way for _, way in ranked if way is not None), default=None)
+        found += [each for each, way in ranked if way is not None and way == best]
+    return [each for each in settings if each in found]
+
+
+def _way_to(setting: Setting, pair: tuple[Any, Any]) -> int | None:
+    """Return in which way torch makes a pair of arguments of a setting, None if in no known one."""
     for one, other in _pairs_within(setting.values):
-        for a, b in pairs:
-            if any(
-                _same_number(a, x) and _same_number(b, y)
-                for x, y in zip(_as_arguments(one), _as_arguments(other), strict=True)
-            ):
-                return True
-    return False
+        for way, (x, y) in enumerate(zip(_as_arguments(one), _as_arguments(other), strict=True)):
+            if _same_number(pair[0], x) and _same_number(pair[1], y):
+                return way
+    return None
 
 
 def _as_arguments(value: Any) -> tuple[Any, Any, Any]:

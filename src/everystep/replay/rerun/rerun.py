@@ -294,8 +294,8 @@ def _diverged(opener: Opener) -> Iterator[str]:
     """Yield in words that a replay as it was recorded differs from the recording, too."""
     if opener.diverged_at is not None:
         yield (
-            f"as it was recorded, the replay differs from the recording from step {opener.diverged_at:,} "
-            "on, too: that is not due to the place; everystep verify says more"
+            "as it was recorded, the replay differs from the recording from step "
+            f"{opener.diverged_at:,} on, too: that is not due to the place; everystep verify says more"
         )
 
 
