@@ -924,7 +924,7 @@ def tensor_that_asks_for_gradients():
     return made._replace(
         step=step,
         parts=made.parts | {"scale": scale},
-        reason="uses gradients of a tensor that is not in any part",
+        reason="uses gradients of a tensor that is not a parameter of a model or optimizer",
     )
 
 

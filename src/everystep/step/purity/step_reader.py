@@ -147,7 +147,9 @@ class _StepCalls(Calls):
     def outside(self, value: Any) -> Any:
         """Note a value that was there before the step."""
         if is_a(value, Tensor) and value.requires_grad and id(value) not in self._parameters:
-            raise NotProvenError("uses gradients of a tensor that is not in any part")
+            raise NotProvenError(
+                "uses gradients of a tensor that is not a parameter of a model or optimizer"
+            )
         if is_a(value, Tensor) and self.is_batch(value):
             raise NotProvenError("reads an outside tensor that shares memory with the batch")
         return super().outside(value)
@@ -202,7 +204,9 @@ class _StepCalls(Calls):
             return tensor.data
         if name == "requires_grad_" and id(tensor) not in self._new:
             if id(tensor) not in self._parameters:
-                raise NotProvenError("calls requires_grad_ of a tensor that is not in any part")
+                raise NotProvenError(
+                    "calls requires_grad_ of a tensor that is not a parameter of a model or optimizer"
+                )
             self._flags.setdefault(id(tensor), (tensor, tensor.requires_grad))
         if name in ("backward", "item", "requires_grad_"):
             owner = Tensor if name == "backward" else torch._C.TensorBase
@@ -316,7 +320,9 @@ class _StepCalls(Calls):
     def _check_trained(self, parameters: list[Any]) -> None:
         for parameter in parameters:
             if id(parameter) not in self._parameters:
-                raise NotProvenError("changes the gradient of a tensor that is not in any part")
+                raise NotProvenError(
+                    "changes the gradient of a tensor that is not a parameter of a model or optimizer"
+                )
 
     def _forward(self, module: nn.Module, args: list[Any], keywords: dict[str, Any]) -> Any:
         self._follower.opened(module, args)
