@@ -594,6 +594,18 @@ def test_a_snapshot_that_cannot_be_read_is_named_and_the_rest_found():
     assert any("000030 was changed after recording" in problem for problem in found.problems)
 
 
+def test_a_state_that_was_altered_is_not_called_identical(everystep_command):
+    one, other = train(), train()
+    path = other.directory / "snapshots" / "000030" / "parameters.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    found = one.diff(other, progress=False)
+    assert found.common_state == 0 and "was changed after recording" in found.problems[0]
+    _, out, _ = everystep_command("diff", one.directory, other.directory)
+    assert out.endswith("nothing that could be compared differs\n")
+
+
 def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():
     one, other = train(), train()
     with closing(sqlite3.connect(other.directory / "run.sqlite")) as database:

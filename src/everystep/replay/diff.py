@@ -211,9 +211,24 @@ def _snapshots(
                 if random or not each.tensor.startswith("generator/")
             ]
             if different:
-                return common, different, problems
+                return _readable(common, one, other, problems), different, problems
         common.append(step)
-    return common, [], problems
+    return _readable(common, one, other, problems), [], problems
+
+
+def _readable(common: list[int], one: RecordedRun, other: RecordedRun, problems: list[str]) -> list[int]:
+    """Return the common states up to the last of which both files are as their digests say."""
+    left = list(common)
+    while left:
+        try:
+            for run in (one, other):
+                row = next(row for row in run.snapshot_rows() if row.step == left[-1])
+                read_snapshot(run.directory, row)
+            break
+        except RunError as error:
+            problems.append(str(error))
+            left.pop()
+    return left
 
 
 class Lockstep:

@@ -228,6 +228,8 @@ def _verdict(found: Difference) -> str:
     if found.measured:
         names = ", ".join(name for name, _ in found.measured[:NAMED])
         return f"the runs differ in what was measured: {names}"
+    if found.is_same and found.problems:
+        return "nothing that could be compared differs"
     if found.is_same and not found.numerics and found.is_thorough:
         return "the runs are bit-identical"
     if found.steps[0] != found.steps[1] and not found.experiments:
