@@ -99,6 +99,21 @@ def test_scaling_is_fitted_on_the_training_rows_as_scikit_learn_does():
     np.testing.assert_allclose(data.validation[0], scaler.transform(values[validation]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.1, 7.0, 98.6, -2.2])
+def test_a_constant_column_is_scaled_to_zero_and_its_unit_is_kept(value):
+    _, validation = split_rows(30, 0.2, seed=0)
+    a = [value] * 30
+    a[int(validation[0])] = value + 0.5
+    data = table({"a": a, "y": range(30)}, scale="standard", validation=0.2)
+    assert set(data.x.flatten().tolist()) == {0}
+    assert data.validation[0].flatten().tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0])
+
+
+def test_a_constant_column_with_missing_values_is_scaled_to_zero():
+    data = table({"a": [0.1] * 12 + [None], "y": range(13)}, scale="standard", missing="mean")
+    assert set(data.x.flatten().tolist()) == {0}
+
+
 def test_missing_values_are_an_error_dropped_or_filled_with_the_mean():
     frame = {"a": [1.0, None, 3.0], "y": [1, 2, 3]}
     with pytest.raises(DataError, match=r"column 'a': 1 of 3 values are missing; set data\.missing"):

@@ -23,9 +23,16 @@ __all__ = [
     "Preparation",
     "Scaling",
     "TablePreparation",
+    "mean_of",
 ]
 
 Class = str | int | float
+
+
+def mean_of(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each column of `values` (N, ...), N above 0; of equal values, that value."""
+    mean: np.ndarray = np.clip(values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+    return mean
 
 
 class Fitted(BaseModel):
@@ -44,9 +51,11 @@ class Scaling(Fitted):
     def fit(cls, values: np.ndarray) -> Scaling:
         """Fit to `values` (N, ...), each position on its own, in float64."""
         flat = values.reshape(len(values), -1).astype(np.float64)
-        deviation = flat.std(axis=0)
+        mean = mean_of(flat)
+        # Not std(), which subtracts a rounded mean: of equal values, what is left is only rounding.
+        deviation = np.sqrt(np.square(flat - mean).mean(axis=0))
         deviation[deviation == 0] = 1
-        return cls(mean=flat.mean(axis=0).tolist(), deviation=deviation.tolist())
+        return cls(mean=mean.tolist(), deviation=deviation.tolist())
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Return `values` (N, ...) scaled, in float64."""

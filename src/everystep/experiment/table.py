@@ -18,6 +18,7 @@ from everystep.experiment.preparation import (
     NumericColumn,
     Scaling,
     TablePreparation,
+    mean_of,
 )
 from everystep.experiment.specification import TableData
 
@@ -65,7 +66,7 @@ class Table:
             known = values.fill_nan(None).drop_nulls().to_numpy()
             if not len(known):
                 raise DataError(f"column {column.name!r} has no values in the training rows")
-            fill = float(known.mean())
+            fill = float(mean_of(known))
             values = values.fill_nan(None).fill_null(fill)
         scaling = Scaling.fit(values.to_numpy()[:, np.newaxis]) if self.specification.scale else None
         return NumericColumn(name=column.name, fill=fill, scaling=scaling)
