@@ -99,6 +99,27 @@ def test_scaling_is_fitted_on_the_training_rows_as_scikit_learn_does():
     np.testing.assert_allclose(data.validation[0], scaler.transform(values[validation]), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"source": "arrays", "x": "x.npy", "y": "y.npy"},
+        {"source": "bundled", "name": "digits"},
+        {"source": "random", "N": 8, "D_in": 4, "D_out": 3},
+    ],
+)
+def test_data_of_any_source_is_scaled_without_validation(source):
+    values = np.random.default_rng(0).normal(5, 3, size=(20, 2, 3))
+    np.save("x.npy", values)
+    np.save("y.npy", np.zeros(20, np.float32))
+    torch.manual_seed(0)
+    plain = make_data(experiment(source), "values")
+    torch.manual_seed(0)
+    data = make_data(experiment(source | {"scale": "standard"}), "values")
+    assert data.validation is None
+    flat = StandardScaler().fit_transform(plain.x.flatten(1).double())
+    np.testing.assert_allclose(data.x, flat.reshape(plain.x.shape), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [0.1, 0.3, 1.1, 7.0, 98.6, -2.2])
 def test_a_constant_column_is_scaled_to_zero_and_its_unit_is_kept(value):
     _, validation = split_rows(30, 0.2, seed=0)

@@ -58,10 +58,12 @@ class Scaling(Fitted):
         return cls(mean=mean.tolist(), deviation=deviation.tolist())
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Return `values` (N, ...) scaled, in float64."""
-        flat = values.reshape(len(values), -1).astype(np.float64)
-        scaled: np.ndarray = (flat - np.array(self.mean)) / np.array(self.deviation)
-        return scaled.reshape(values.shape)
+        """Return `values` (N, ...), also without rows, scaled, in float64."""
+        mean, deviation = (
+            np.array(each).reshape(values.shape[1:]) for each in (self.mean, self.deviation)
+        )
+        scaled: np.ndarray = (values.astype(np.float64) - mean) / deviation
+        return scaled
 
 
 class ArrayPreparation(Fitted):
