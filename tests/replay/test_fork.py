@@ -466,6 +466,15 @@ def test_measurements_up_to_the_fork_are_the_parents():
         assert fork.measured("mean")[24] == fresh(made.x).mean().item()
 
 
+def test_a_fork_measures_metrics_without_a_validation_part_where_its_parent_did():
+    made = new_training()
+    made.metrics = {"mean": mean_of}
+    parent = by_train(made, steps=STEPS, evaluate_every=4)
+    fork = parent.fork(AT + 2, progress=False)
+    assert fork.measured("mean") == parent.measured("mean")
+    assert list(fork.measured("mean")) == list(range(4, STEPS + 1, 4))
+
+
 def mean_of(prediction, target):
     return prediction.mean()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytorch_optimizer import Prodigy
 from tests.training import step_functions
-from tests.training.by_hand import by_train, contents
+from tests.training.by_hand import by_train, contents, new_training
 from tests.training.engine_cases import CASES
 from tests.training.loops import LOOPS, unrecorded
 from torch import nn
@@ -244,6 +244,31 @@ def test_a_run_from_objects_that_was_killed_ends_in_the_bits_of_one_that_was_not
     left, trained = contents(made), contents(new)
     left["generator"] = trained["generator"] = "the caller's own"
     assert trained == left
+
+
+def with_metric():
+    made = new_training()
+    made.metrics = {"mean": lambda prediction, target: prediction.mean()}
+    return made
+
+
+def test_metrics_without_a_validation_part_are_measured_at_the_same_steps():
+    whole = by_train(with_metric(), steps=STEPS, evaluate_every=5)
+    begun = by_train(with_metric(), steps=STEPS // 2, evaluate_every=5)
+    resumed = begun.resume(STEPS, progress=False)
+    assert list(resumed.measured("mean")) == list(range(5, STEPS + 1, 5))
+    assert_same_run(whole, resumed)
+
+
+def test_a_resumed_run_may_have_other_metrics():
+    begun = by_train(with_metric(), steps=10, evaluate_every=5)
+    new = new_training()
+    objects = {"model": new.model, "loss": new.loss, "optimizer": new.optimizer}
+    without = everystep.open(begun.directory).resume(20, **objects, progress=False)
+    assert list(without.measured("mean")) == [5, 10]
+    assert without.facts.training.evaluate_every is None
+    more = without.resume(STEPS, metrics={"largest": lambda p, t: p.max()}, progress=False)
+    assert len(more.measured("largest")) == STEPS - 20
 
 
 def test_other_objects_are_named_before_anything_runs(dying):

@@ -62,11 +62,12 @@ def describe(
     batches: Batches,
     source: dict[str, Any],
     seed: int | None,
-    evaluate_every: int,
+    evaluate_every: int | None,
 ) -> TrainingFacts:
     """Return the facts of a training before it starts.
 
-    seed: the seed of torch's generator, or None if it was not reseeded.
+    seed: the seed of torch's generator, or None if it was not reseeded; evaluate_every: steps between
+    measurements, None if nothing is measured.
     """
     about_data: dict[str, Any] = source | {"rows": batches.rows}
     if data is not None:
@@ -94,7 +95,7 @@ def describe(
         optimizers={"optimizer": optimizer_facts(training.optimizer)},
         schedules=schedules,
         clip_norm=training.clip_norm,
-        evaluate_every=None if validation is None else evaluate_every,
+        evaluate_every=evaluate_every,
         preparation=preparation.model_dump() if preparation else None,
         **circumstances(training.device),
     )

@@ -112,7 +112,8 @@ def experiment_job(
     every = experiment.evaluate_every or default_evaluate_every(steps, batches)
     source = experiment.data.model_dump(exclude_none=True)
     text = experiment.to_toml()
-    facts = describe(training, data, batches, source, experiment.seed, every)
+    measured = every if evaluation else None
+    facts = describe(training, data, batches, source, experiment.seed, measured)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Job(
         name=name,

@@ -98,15 +98,17 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         steps_per_epoch=batches.steps_per_epoch,
         clip_norm=iteration.clip_norm,
     )
+    evaluation = _evaluation(objects, read, device)
     every = iteration.evaluate_every or default_evaluate_every(steps, batches)
+    measured = every if evaluation else None
     source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
     return Job(
         name=_snake(type(objects.model).__name__),
         training=training,
         steps=steps,
-        facts=describe(training, data, batches, source, iteration.seed, every),
+        facts=describe(training, data, batches, source, iteration.seed, measured),
         data=data.to(torch.device("cpu")) if data else None,
-        evaluation=_evaluation(objects, read, device),
+        evaluation=evaluation,
         evaluate_every=every,
         stop_on_nan=iteration.stop_on_nan,
         engine=iteration.engine,

@@ -103,10 +103,11 @@ class Resume:
         run, recorded = self.run, len(self)
         facts = run.facts.training
         job = replacing(job.without_rows(facts.batches.without), facts.replaced)
-        if facts.evaluate_every is not None:
+        if job.evaluation is not None and facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)
             job = job.with_facts(evaluate_every=facts.evaluate_every)
-        changed = changes(facts, job.facts, ("data.digest", *left_out))
+        # A metric more or less changes no step.
+        changed = changes(facts, job.facts, ("data.digest", "evaluate_every", *left_out))
         check_changes(run, changed, is_accepted=self.is_accepted)
         problems: list[str] = []
         state = run.state_near(recorded, on_problem=problems.append)
