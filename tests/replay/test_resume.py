@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import math
 import random
 import re
 import shutil
@@ -244,6 +245,33 @@ def test_a_run_from_objects_that_was_killed_ends_in_the_bits_of_one_that_was_not
     left, trained = contents(made), contents(new)
     left["generator"] = trained["generator"] = "the caller's own"
     assert trained == left
+
+
+def diverging():
+    made = new_training(optimizer=lambda p: torch.optim.SGD(p, lr=1e7))
+    return {
+        "model": made.model,
+        "loss": made.loss,
+        "optimizer": made.optimizer,
+        "data": (made.x, made.y),
+    }
+
+
+@pytest.mark.parametrize("goes_on", ["its own objects", "new ones", "its programs alone"])
+def test_a_resumed_or_forked_run_from_objects_stops_at_nan_if_it_was_asked_to(goes_on):
+    options = {"steps": 2, "stop_on_nan": True, "progress": False}
+    begun = everystep.train(**diverging(), **options)
+    given = diverging() if goes_on == "new ones" else {}
+    run = begun if goes_on == "its own objects" else everystep.open(begun.directory)
+    fork = run.fork(2, steps=30, **given, progress=False)
+    given = diverging() if goes_on == "new ones" else {}
+    for each in (fork, run.resume(30, **given, progress=False)):
+        *finite, last = each.losses["loss"].to_list()
+        assert all(map(math.isfinite, finite)) and not math.isfinite(last)
+        assert (each.status, each.facts.reason) == (
+            "stopped",
+            f"the loss is {last} at step {len(each)} (stop_on_nan)",
+        )
 
 
 def with_metric():

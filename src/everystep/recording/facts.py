@@ -242,6 +242,7 @@ class TrainingFacts(_Fact):
     name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
     replaced: what gradients become after clipping, as expressions by parameter.
     preparation: what was done to the data, as in `experiment.preparation`.
+    stop_on_nan: whether the first loss that is not finite ends the training.
     experiment_file, experiment_digest: the file of the experiment, and its SHA-256.
     """
 
@@ -256,6 +257,7 @@ class TrainingFacts(_Fact):
     schedules: dict[str, ScheduleFacts]
     clip_norm: float | None
     evaluate_every: Whole | None
+    stop_on_nan: bool = False
     numerics: Numerics
     versions: dict[str, str]
     replaced: dict[str, str] = {}

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
+from everystep.experiment.specification import Iteration
 from everystep.numerics import Numerics
 from everystep.recording.facts import (
     BatchFacts,
@@ -61,13 +62,12 @@ def describe(
     data: Data | None,
     batches: Batches,
     source: dict[str, Any],
-    seed: int | None,
+    iteration: Iteration,
     evaluate_every: int | None,
 ) -> TrainingFacts:
     """Return the facts of a training before it starts.
 
-    seed: the seed of torch's generator, or None if it was not reseeded; evaluate_every: steps between
-    measurements, None if nothing is measured.
+    evaluate_every: steps between measurements, None if nothing is measured.
     """
     about_data: dict[str, Any] = source | {"rows": batches.rows}
     if data is not None:
@@ -81,7 +81,7 @@ def describe(
         schedules["schedule"] = schedule_facts(training.schedule, training.schedule_every)
     return TrainingFacts(
         device=str(training.device),
-        seed=seed,
+        seed=iteration.seed,
         data=DataFacts(**about_data),
         batches=BatchFacts(
             batch_size=batches.batch_size,
@@ -96,6 +96,7 @@ def describe(
         schedules=schedules,
         clip_norm=training.clip_norm,
         evaluate_every=evaluate_every,
+        stop_on_nan=iteration.stop_on_nan,
         preparation=preparation.model_dump() if preparation else None,
         **circumstances(training.device),
     )

@@ -113,7 +113,7 @@ def experiment_job(
     source = experiment.data.model_dump(exclude_none=True)
     text = experiment.to_toml()
     measured = every if evaluation else None
-    facts = describe(training, data, batches, source, experiment.seed, measured)
+    facts = describe(training, data, batches, source, experiment, measured)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Job(
         name=name,
@@ -124,7 +124,6 @@ def experiment_job(
         experiment_toml=text,
         evaluation=evaluation,
         evaluate_every=every,
-        stop_on_nan=experiment.stop_on_nan,
         engine=experiment.engine,
         fold=experiment.fold,
         notices=[message] if (message := numerics.warning()) else [],

@@ -56,7 +56,6 @@ class Job:
     experiment_toml: str | None = None
     evaluation: Evaluation | None = None
     evaluate_every: int = 1
-    stop_on_nan: bool = False
     engine: Engine = "auto"
     fold: bool = False
     notices: list[str] = field(default_factory=list)

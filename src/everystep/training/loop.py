@@ -141,7 +141,7 @@ class _Loop:
             if job.evaluation is not None and self._is_evaluation(self.step):
                 self._evaluate()
             self._keep_changes(stepper)
-            if job.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
+            if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
             is_due = self.recorder.plan.is_due(self.step) and not self.recorder.is_behind
@@ -280,7 +280,7 @@ class _Loop:
 
     def _next_stop(self) -> int:
         step, job = self.step, self.job
-        if step < job.start + TIMED_STEPS or job.stop_on_nan:
+        if step < job.start + TIMED_STEPS or job.facts.stop_on_nan:
             return step + 1
         stops = [job.steps, *([self.recorder.recorded] if step < self.recorder.recorded else [])]
         stops.append(step + max(1, int(STRETCH_SECONDS / self._step_seconds)))
@@ -386,7 +386,7 @@ class _Loop:
                 goes_on = "training continues (stop_on_nan = true stops it)"
                 self.progress.notice(
                     f"the loss is {loss} at step {step}; "
-                    f"{'training stops' if self.job.stop_on_nan else goes_on}. "
+                    f"{'training stops' if self.job.facts.stop_on_nan else goes_on}. "
                     f"everystep when {self.recorder.directory.name} nonfinite finds where it came from; "
                     "a smaller lr often helps"
                 )

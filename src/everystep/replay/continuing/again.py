@@ -132,6 +132,7 @@ def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
         "threads": facts.numerics.threads,
         "clip_norm": facts.clip_norm,
         "evaluate_every": facts.evaluate_every,
+        "stop_on_nan": facts.stop_on_nan,
         "engine": engine.asked,
         "fold": engine.fold,
     }

@@ -5,6 +5,7 @@ Where programs took every step, they can take more. Nothing compares these steps
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,8 +165,8 @@ def _go_on(
         if at not in recorder.plan.kept:
             recorder.snapshot(state)
         try:
-            _take(stepper, recorder, steps, interrupt, progress)
-            reason = interrupt.reason
+            stops_on_nan = facts.training.stop_on_nan
+            reason = _take(stepper, recorder, steps, stops_on_nan, interrupt, progress)
             before = 0.0 if resumed is None else resumed.seconds
             seconds = None if before is None else before + time.perf_counter() - started
             status = "finished" if reason is None else "stopped"
@@ -183,17 +184,19 @@ def _take(
     stepper: TrainingStepper,
     recorder: Recorder,
     last: int,
+    stops_on_nan: bool,
     interrupt: Interrupt,
     progress: Progress,
-) -> None:
-    """Take steps up to the last one, record them, and take snapshots."""
+) -> str | None:
+    """Take steps up to the last one, record them, and take snapshots; return why it stopped before."""
     assert stepper.state is not None
-    begin, step_seconds = stepper.state, 0.0
+    begin, step_seconds, reason = stepper.state, 0.0, None
     newest = begin
     while stepper.state < last and not interrupt:
         recorder.check()
         first, started = stepper.state + 1, time.perf_counter()
-        count = max(1, int(STRETCH_SECONDS / step_seconds)) if step_seconds else 1
+        is_timed = step_seconds and not stops_on_nan
+        count = max(1, int(STRETCH_SECONDS / step_seconds)) if is_timed else 1
         ends = [last, stepper.state + count]
         if recorder.plan.interval is not None:
             ends.append((stepper.state // recorder.plan.interval + 1) * recorder.plan.interval)
@@ -208,8 +211,12 @@ def _take(
             newest = stepper.state
         for at, written in recorder.written():
             progress.advance(at, written)
+        if stops_on_nan and not math.isfinite(loss := losses[-1].item()):
+            reason = f"the loss is {loss} at step {stepper.state} (stop_on_nan)"
+            break
     if newest < stepper.state:
         recorder.snapshot(stepper.capture())
+    return reason or interrupt.reason
 
 
 def _facts(run: RecordedRun, at: int) -> TrainingFacts:
