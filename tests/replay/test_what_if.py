@@ -142,6 +142,28 @@ def test_a_fork_without_rows_that_is_stopped_resumes_without_them(tmp_path):
     assert further.losses["loss"].to_list() == by_hand([2], 4, steps=11)
 
 
+def test_a_fork_without_the_rows_of_a_batch_before_it_resumes_without_them(tmp_path):
+    run = trained(tmp_path / "run", batch_size=3)
+    rows = rows_of(run[1])
+    fork = run.fork(4, steps=12, without_rows=rows, directory=tmp_path / "fork", progress=False)
+    further = fork.resume(STEPS, progress=False)
+    assert further.losses["loss"].to_list() == by_hand(rows, 4, batch_size=3)
+
+
+def test_a_fork_of_a_fork_may_have_no_batch_with_the_rows_of_its_parent(tmp_path):
+    run = trained(tmp_path / "run", batch_size=3)
+    row = rows_of(run[12])[0]
+    assert row not in {*rows_of(run[13]), *rows_of(run[14])}
+    first = run.fork(4, without_rows=[row], directory=tmp_path / "first", progress=False)
+    second = first.fork(12, directory=tmp_path / "second", progress=False)
+    assert second.losses["loss"].to_list() == by_hand([row], 4, batch_size=3)
+    asked = rows_of(run[13])[0]
+    third = first.fork(12, without_rows=[asked], directory=tmp_path / "third", progress=False)
+    assert third.losses["loss"].to_list() == by_hand({row: 4, asked: 12}, batch_size=3)
+    with pytest.raises(ExperimentError, match=f"no batch of steps 13 to 14 has {row}; step"):
+        first.fork(12, without_rows=[row], directory=tmp_path / "fourth", progress=False)
+
+
 def test_a_fork_of_a_fork_leaves_out_the_rows_of_both(tmp_path):
     run = trained(tmp_path / "run")
     first = run.fork(4, steps=11, without_rows=[2], directory=tmp_path / "first", progress=False)

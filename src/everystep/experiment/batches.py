@@ -97,22 +97,26 @@ class Batches:
         indices = order[start : start + self.batch_size]
         return self._left(indices) if start // self.batch_size in lacking else indices
 
-    def without_rows(self, rows: Collection[int], first: int, last: int) -> Batches:
+    def without_rows(
+        self, rows: Collection[int], first: int, last: int, inherited: Collection[int] = ()
+    ) -> Batches:
         """Return these batches without some rows.
 
-        first, last: the steps that they are for; each must keep a row, and some must have one of `rows`.
+        first, last: the steps that they are for; each must keep a row, and some must have one of `rows`;
+        inherited: rows to leave out as well, which may be in none of these steps.
 
         Raises:
             ExperimentError: they do not, or a row does not exist.
         """
-        left = replace(self, without=tuple(sorted({*self.without, *rows})), _order={})
+        before = replace(self, without=tuple(sorted({*self.without, *inherited})), _order={})
+        left = replace(before, without=tuple(sorted({*before.without, *rows})), _order={})
         steps = range(first, last + 1)
         if len(left.without) >= self.smallest:
             empty = next((step for step in steps if not left.rows_of(step)), None)
             if empty is not None:
                 problem = f"leaves no row in the batch of step {empty:,}; leave out fewer at once"
                 raise ExperimentError([Fault("without_rows", problem)])
-        if rows and all(left.rows_of(step) == self.rows_of(step) for step in steps):
+        if rows and all(left.rows_of(step) == before.rows_of(step) for step in steps):
             names = ", ".join(map(str, sorted(rows)[:6])) + (", ..." if len(rows) > 6 else "")
             problem = f"no batch of steps {first:,} to {last:,} has {names}; step.batch.rows shows them"
             raise ExperimentError([Fault("without_rows", problem)])

@@ -83,17 +83,20 @@ class Job:
         if faults:
             raise ExperimentError(faults, "the training")
 
-    def without_rows(self, rows: Collection[int]) -> Job:
+    def without_rows(self, rows: Collection[int], start: int, inherited: Collection[int] = ()) -> Job:
         """Return the job with batches that lack some rows.
+
+        rows: those asked for; start: the state that the training begins with; inherited: those that the
+        steps before it lack already.
 
         Raises:
             ExperimentError: a row does not exist, or is in no batch; or a step would have no rows.
             UsageError: the rows are read from a Dataset at every step.
         """
-        if not rows:
+        if not rows and not inherited:
             return self
         batch = self._rows("rows can be left out")
-        batch.use(batch.batches.without_rows(rows, self.start + 1, self.steps))
+        batch.use(batch.batches.without_rows(rows, start + 1, self.steps, inherited))
         known = self.facts.batches.model_copy(update={"without": batch.batches.without})
         return self.with_facts(batches=known)
 

@@ -140,7 +140,7 @@ class Fork:
             name=f"{self.run.name}-fork",
             origin=Origin(self.run, self.at, known | recorded, new_data or bool(self.targets), fork),
         )
-        job = job.without_rows({*self.stretch.facts.batches.without, *self.without})
+        job = job.without_rows(self.without, self.at, self.stretch.facts.batches.without)
         return run_job(job, self.directory, self.runs, self.budget, progress)
 
     def with_schedule(self, training: Training, state: State) -> State:

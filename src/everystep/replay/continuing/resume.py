@@ -102,25 +102,20 @@ class Resume:
         """
         run, recorded = self.run, len(self)
         facts = run.facts.training
-        job = replacing(job.without_rows(facts.batches.without), facts.replaced)
+        state, problems = self._newest_state()
+        # Without a state it was killed before its first one was on disk, and begins.
+        begin = 0 if state is None else state.step
+        job = replace(job, steps=self.last).without_rows((), begin, facts.batches.without)
+        job = replacing(job, facts.replaced)
         if job.evaluation is not None and facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)
             job = job.with_facts(evaluate_every=facts.evaluate_every)
         # A metric more or less changes no step.
         changed = changes(facts, job.facts, ("data.digest", "evaluate_every", *left_out))
         check_changes(run, changed, is_accepted=self.is_accepted)
-        problems: list[str] = []
-        state = run.state_near(recorded, on_problem=problems.append)
         if state is not None:
             check_rules(run, state.step)
             _restore(job.training, state, job.training.device)
-        elif recorded or problems:
-            reason = "; ".join(problems) or "the training ended before it wrote one"
-            raise RunError(
-                f"{run.name} has no readable snapshot to go on from: {reason}; train it again"
-            )
-        # Without a state it was killed before its first one was on disk, and begins.
-        begin = 0 if state is None else state.step
         at = begin if self.is_accepted else recorded
         origin = Origin(
             run=run,
@@ -130,8 +125,23 @@ class Resume:
             has_new_data=facts.data_file is None,
             resumed=resume_facts(run, at, changed),
         )
-        job = replace(job, steps=self.last, origin=origin, notices=[*job.notices, *problems])
+        job = replace(job, origin=origin, notices=[*job.notices, *problems])
         return run_job(job, None, run.directory.parent, self.budget, progress)
+
+    def _newest_state(self) -> tuple[State | None, list[str]]:
+        """Return the newest state that can be read, None if the run has not begun, and what is wrong.
+
+        Raises:
+            RunError: the run has begun, but no state of it can be read.
+        """
+        recorded, problems = len(self), list[str]()
+        state = self.run.state_near(recorded, on_problem=problems.append)
+        if state is None and (recorded or problems):
+            reason = "; ".join(problems) or "the training ended before it wrote one"
+            raise RunError(
+                f"{self.run.name} has no readable snapshot to go on from: {reason}; train it again"
+            )
+        return state, problems
 
 
 def resume(
