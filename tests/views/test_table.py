@@ -65,6 +65,28 @@ def test_a_long_run_is_an_excerpt_that_says_so_and_loses_no_spike(run_of):
     assert "everystep losses 'a run' --csv" in repr(table)
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, 200), (4, 200), (4, 1000)])
+def test_an_excerpt_has_the_extremes_that_its_caption_says(run_of, count, rows):
+    values = np.random.default_rng(0).normal(size=(count + 1, 4321)).astype(np.float32)
+    measured = [
+        (f"m{i}", step, float(value))
+        for i, column in enumerate(values[1:])
+        for step, value in enumerate(column, 1)
+    ]
+    table = loss_table(run_of(values[0].tolist(), measured), rows=rows)
+    assert len(table.frame) <= rows
+    caption = table.caption()
+    (of_losses,) = re.findall(r"of each ([\d,]+) steps the smallest and the largest loss", caption)
+    (of_each,) = re.findall(r"of each ([\d,]+) steps the smallest and the largest value of", caption)
+    kept = dict(zip(table.frame["step"], table.frame.drop("step").rows(), strict=True))
+    for i, column in enumerate(values):
+        width = int((of_each if i else of_losses).replace(",", ""))
+        for start in range(0, 4321, width):
+            stretch = column[start : start + width]
+            found = [kept[n][i] for n in range(start + 1, start + len(stretch) + 1) if n in kept]
+            assert (min(found), max(found)) == (stretch.min(), stretch.max())
+
+
 def test_a_table_of_all_rows_says_nothing_of_an_excerpt(trained):
     assert "excerpt" not in loss_table(RecordedRun(trained)).html().lower()
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import polars
 
-__all__ = ["reduce"]
+__all__ = ["extremes", "reduce"]
 
 
 def reduce(
@@ -32,9 +32,23 @@ def reduce(
     assert buckets >= 1
     if len(frame) <= 2 * buckets:
         return frame
-    steps = frame[step].to_numpy()
+    return _extremes(frame, _starts(frame[step].to_numpy(), buckets), value)
+
+
+def extremes(
+    frame: polars.DataFrame, width: int, step: str = "step", value: str = "loss"
+) -> polars.DataFrame:
+    """Return the rows that `reduce` keeps, with buckets of steps 1 to `width`, and so on.
+
+    A frame of up to two rows for each bucket is returned unchanged.
+    """
+    _, starts = np.unique((frame[step].to_numpy() - 1) // width, return_index=True)
+    return frame if len(frame) <= 2 * len(starts) else _extremes(frame, starts, value)
+
+
+def _extremes(frame: polars.DataFrame, starts: NDArray[np.int64], value: str) -> polars.DataFrame:
+    """Return the rows to keep of a frame in buckets that begin at the rows `starts`."""
     values = frame[value].to_numpy().astype(np.float64)
-    starts = _starts(steps, buckets)
     sizes = np.diff(starts, append=len(values))
 
     finite = np.isfinite(values)

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from everystep.errors import UsageError
 from everystep.views.output_file import write_file
-from everystep.views.reduction import reduce
+from everystep.views.reduction import extremes
 
 if TYPE_CHECKING:
     from everystep.recording.run import RecordedRun
@@ -45,13 +45,14 @@ class LossTable:
         name: str,
         frame: pl.DataFrame,
         total: int,
-        stride: int | None,
+        excerpt: str | None,
         damage: str | None = None,
     ) -> None:
+        """total: rows of the whole table; excerpt: which of them `frame` has, None if all."""
         self.frame = frame
         self._name = name
         self._total = total
-        self._stride = stride
+        self._excerpt = excerpt
         self._damage = damage
 
     def __repr__(self) -> str:
@@ -64,7 +65,7 @@ class LossTable:
         """Return a sentence about the rows, and how to get all if they are an excerpt."""
         if self._damage is not None:
             return self._damage
-        if self._stride is None:
+        if self._excerpt is None:
             return f"{self._total:,} rows, complete"
         return f"{self._excerpt_text()}; all: {self._command()}"
 
@@ -78,7 +79,7 @@ class LossTable:
         columns = [steps.to_list(), *map(shortest_texts, numbers)]
         return {
             "damage": self._damage,
-            "excerpt": None if self._stride is None else self._excerpt_text(),
+            "excerpt": None if self._excerpt is None else self._excerpt_text(),
             "command": self._command(),
             "titles": self.frame.columns,
             "total": len(self.frame),
@@ -89,7 +90,7 @@ class LossTable:
 
     def html(self) -> str:
         """Return a complete page."""
-        is_whole = self._stride is None and self._damage is None
+        is_whole = self._excerpt is None and self._damage is None
         lead = "The loss of every step" if is_whole else "The losses"
         return _rendered("table.html", name=self._name, lead=lead, fragment=Markup(self.fragment()))
 
@@ -102,11 +103,7 @@ class LossTable:
         write_file(path, self.html())
 
     def _excerpt_text(self) -> str:
-        return (
-            f"{len(self.frame):,} of {self._total:,} rows: every {self._stride:,}th step; of each "
-            f"{self._stride:,} steps the smallest and the largest value, and the first that is not "
-            "finite; the first and the last step"
-        )
+        return f"{len(self.frame):,} of {self._total:,} rows: {self._excerpt}"
 
     def _command(self) -> str:
         return f"everystep losses {shlex.quote(self._name)} --csv"
@@ -118,7 +115,8 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     Args:
         run: the run.
         rows: maximum number of rows, at least 100. For a longer run, the table is an excerpt, and says
-            so: evenly spaced steps, all minima and maxima between them, the first, the last.
+            so: evenly spaced steps, the smallest and the largest values of stretches of steps, the
+            first, the last.
 
     Raises:
         UsageError: `rows` is too small.
@@ -141,16 +139,31 @@ def loss_table(run: RecordedRun, rows: int = 100_000) -> LossTable:
     if total <= rows:
         return LossTable(run.name, frame, total, None, run.damage)
     stride = _round_up(8 * total / rows)
+    # All measurements together have as many rows as the losses.
+    wide = _round_up(8 * total * len(measured) / rows) if measured else None
     kept = [
         frame.filter(pl.col("step") % stride == 0)["step"],
-        reduce(losses, max(1, total // stride))["step"],
-        *(
-            reduce(part, max(1, rows // (8 * len(measured))), value=name)["step"]
-            for name, part in measured.items()
-        ),
+        extremes(losses, stride)["step"],
+        *(extremes(part, wide, value=name)["step"] for name, part in measured.items() if wide),
     ]
-    excerpt = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
-    return LossTable(run.name, excerpt, total, stride, run.damage)
+    some = frame.filter(pl.col("step").is_in(pl.concat(kept).unique().implode()))
+    excerpt = _excerpt_text(stride, stride if run.facts.has_loss else None, wide)
+    return LossTable(run.name, some, total, excerpt, run.damage)
+
+
+def _excerpt_text(stride: int, losses: int | None, measurements: int | None) -> str:
+    """Return which rows an excerpt has.
+
+    stride: between evenly spaced steps; losses, measurements: the steps of which it has the smallest and
+    the largest of them; None if there are none.
+    """
+    spans = {"loss": losses, "value of each measurement": measurements}
+    found = [
+        f"of each {span:,} steps the smallest and the largest {what}, and the first that is not finite"
+        for what, span in spans.items()
+        if span is not None
+    ]
+    return "; ".join([f"every {stride:,}th step", *found, "the first and the last step"])
 
 
 def shortest_texts(values: pl.Series) -> list[str]:
