@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -392,6 +393,16 @@ def test_what_is_missing_and_where_files_cannot_be_is_said(everystep_command):
     for command, file in (("losses", "x.csv"), ("table", "x.html"), ("plot", "x.png")):
         code, _, err = everystep_command(command, "two-layer-1", "-o", f"nowhere/{file}")
         assert code == 2 and "the directory nowhere does not exist" in err
+
+
+def test_the_list_of_runs_names_the_first_step_that_is_not_finite(everystep_command):
+    lr = ["--set", "optimizer.lr=1"]
+    everystep_command("train", *lr, "--steps", 20, "--run", "runs/diverged", "-q")
+    losses = everystep.open("diverged").losses["loss"].to_list()
+    assert losses.index(math.inf) < next(i for i, loss in enumerate(losses) if math.isnan(loss))
+    code, out, _ = everystep_command("runs")
+    assert code == 0
+    assert f"finished, not finite at step {losses.index(math.inf) + 1} " in out
 
 
 def test_a_loss_that_is_not_finite_leads_to_its_origin(everystep_command):

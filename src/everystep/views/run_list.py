@@ -28,7 +28,7 @@ _HEADINGS = tuple(
 )
 _STATUS = 1
 #: The status is wrapped to this width before a column is left out.
-_STATUS_WIDTH = len("finished, NaN from")
+_STATUS_WIDTH = len("finished, not finite")
 #: What a narrow terminal does without, in this order: fork of, first loss, started, steps, last loss.
 _UNNEEDED = (6, 3, 5, 2, 4)
 
@@ -149,8 +149,7 @@ def _run_cells(run: Summary) -> tuple[Text, ...]:
     """Return the cells of a run, in the order of `_HEADINGS`."""
     status = Text(run.status, style={"finished": "", "running": "green"}.get(run.status, "yellow"))
     if run.nonfinite_step is not None:
-        what = "NaN from" if math.isnan(run.last_loss or 0.0) else "not finite at"
-        status.append(f", {what} step {run.nonfinite_step:,}", style="red")
+        status.append(f", not finite at step {run.nonfinite_step:,}", style="red")
     if run.damage is not None:
         status.append(", damaged", style="red")
     return (
