@@ -139,6 +139,18 @@ def test_a_metric_sees_the_gradients_of_the_step(optimizer, batch_size):
     assert measured["value"].to_list() == [max(seen[step - 1]) for step in measured["step"]]
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_nothing_is_recorded_of_a_step_after_the_last(stops):
+    trained = new_training(schedule=partial(lr_scheduler.ExponentialLR, gamma=0.5))
+    if stops:
+        trained.loss = lambda prediction, target: (prediction - target).log().sum()
+    metrics = {"largest": lambda prediction, target: prediction.max()}
+    run = by_train(trained, steps=4, metrics=metrics, evaluate_every=1, stop_on_nan=True)
+    assert len(run) == (1 if stops else 4)
+    assert list(run.measured("lr")) == list(range(1, len(run) + 1))
+    assert run.table().frame["step"].to_list() == run.losses["step"].to_list()
+
+
 def sets_lr(trained):
     trained.optimizer.param_groups[0]["lr"] = 0.2
 

@@ -83,6 +83,7 @@ class Stepper:
         self._last: BoundProgram | None = None
         self._captures = 0
         self._moved = 0
+        self._has_other_code_run = False
         self._way_back = WayBack(start)
         self.purity = Purity(training, is_vouched=engine == "program")
         self._look_again()
@@ -124,6 +125,10 @@ class Stepper:
             if self.step in self.checked[-1:] and self._way_back.step != self.step:
                 # Not before now: what follows a step (an evaluation, say) belongs to its state.
                 self._keep_way_back()
+            if self._has_other_code_run:
+                # Not before now: the training may end before there is such a step.
+                self._has_other_code_run = False
+                self.hyperparameters.append((number, self.training.hyperparameters()))
             if self.reason is not None:
                 self._take_eagerly(number)
                 self._check_dataset()
@@ -150,7 +155,7 @@ class Stepper:
         with self._changes.noting(self.training, self.step):
             yield
         self._way_back.close()
-        self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
+        self._has_other_code_run = True
         self._check_dataset()
         if self.reason is None:
             self._compare_guards("during an evaluation")
@@ -183,9 +188,10 @@ class Stepper:
 
     def finish(self) -> None:
         """Set the gradients of the last step where a user looks for them."""
-        if self.training.schedule is not None and self.training.has_tensor_settings:
+        is_changed = self.training.schedule is not None or self._has_other_code_run
+        if is_changed and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
-            self._note_hyperparameters(self.step + 1)
+            self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
         if self._last is not None and self.purity.has_known_optimizer:
             self.programs.hand_over_gradients(self._last)
 
