@@ -1,11 +1,15 @@
 """Accuracy and R² of a validation part, compared with scikit-learn's."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, r2_score
 from torch import nn
+from torch.nn import functional
 
+import everystep
 from everystep.training.measurements import standard_measurements
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -58,6 +62,65 @@ def test_r2_of_equal_targets():
     target = torch.ones(10, 1)
     assert measured(nn.MSELoss(), target.clone(), target, "validation_r2") == 1.0
     assert measured(nn.MSELoss(), target + 0.1, target, "validation_r2") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "rates"),
+    [
+        (nn.PoissonNLLLoss(), torch.exp),
+        (functional.poisson_nll_loss, torch.exp),
+        (partial(functional.poisson_nll_loss, full=True), torch.exp),
+        (nn.PoissonNLLLoss(log_input=False), torch.abs),
+        (partial(functional.poisson_nll_loss, log_input=False), torch.abs),
+    ],
+)
+def test_r2_of_counts_is_that_of_the_predicted_rates(loss, rates):
+    prediction = randn(80, 2)
+    counts = torch.poisson(rates(prediction), generator=GENERATOR)
+    given = prediction if rates is torch.exp else rates(prediction)
+    found = measured(loss, given, counts, "validation_r2")
+    assert found == pytest.approx(r2_score(counts, rates(prediction)), rel=1e-5)
+
+
+def test_a_run_with_poisson_loss_measures_the_r2_of_rates():
+    torch.manual_seed(0)
+    x = torch.randn(200, 1)
+    y = torch.poisson(torch.exp(1 + x))
+    model = nn.Linear(1, 1)
+    run = everystep.train(
+        model, (x, y), loss=nn.PoissonNLLLoss(), optimizer=torch.optim.Adam(model.parameters(), 0.05),
+        steps=100, validation=(x, y), progress=False,
+    )  # fmt: skip
+    expected = r2_score(y, model(x).detach().exp())
+    assert expected > 0.5
+    assert run.measured("validation_r2")[100] == pytest.approx(expected, rel=1e-5)
+
+
+class OfMine(nn.MSELoss):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [
+        (nn.HuberLoss(), ["validation_r2"]),
+        (functional.smooth_l1_loss, ["validation_r2"]),
+        (partial(functional.huber_loss, delta=0.5), ["validation_r2"]),
+        (OfMine(), ["validation_r2"]),
+        (lambda prediction, target: (prediction - target).square().sum(), ["validation_r2"]),
+        (functional.binary_cross_entropy_with_logits, ["validation_accuracy"]),
+        (functional.binary_cross_entropy, ["validation_accuracy"]),
+        (nn.KLDivLoss(), []),
+        (functional.kl_div, []),
+        (nn.CrossEntropyLoss(), []),
+        (nn.MultiLabelSoftMarginLoss(), []),
+        (nn.SoftMarginLoss(), []),
+        (nn.HingeEmbeddingLoss(), []),
+    ],
+)
+def test_r2_only_where_predictions_are_on_the_scale_of_their_targets(loss, names):
+    target = randn(8, 3).softmax(1)
+    assert list(standard_measurements(loss, target)) == ["validation_loss", *names]
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["RESERVED_NAMES", "standard_measurements"]
 
 #: Names that a user's own measurement cannot have.
 RESERVED_NAMES = {"step", "loss", "lr", "validation_loss", "validation_accuracy", "validation_r2"}
+
+#: What a prediction of torch's losses of two classes is compared with, by class and by function.
+_THRESHOLDS = {
+    **{"BCELoss": 0.5, "binary_cross_entropy": 0.5},
+    **{"BCEWithLogitsLoss": 0.0, "binary_cross_entropy_with_logits": 0.0},
+}
+#: Torch's losses of predictions that are on the scale of their targets.
+_OF_VALUES = {
+    *("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss"),
+    *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"),
+}
+_OF_RATES = {"PoissonNLLLoss", "poisson_nll_loss"}
 
 Measurement = Callable[[Tensor, Tensor], Any]
 
@@ -20,16 +35,40 @@ def standard_measurements(loss: Measurement, target: Tensor) -> Mapping[str, Mea
     """Return the measurements that fit a loss and its targets (N, ...), named `validation_...`.
 
     Accuracy for classes (and for the two classes of a binary cross entropy), R² for values in columns
-    (N, k), each None if the prediction has another shape.
+    (N, k), each None if the prediction has another shape. R² only where predictions are on the scale of
+    their targets, or can be brought to it; of a loss that is not torch's, they are taken to be.
     """
+    name = _torchs_name(loss)
     found: dict[str, Measurement] = {"validation_loss": loss}
-    if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
-        found["validation_accuracy"] = _binary_accuracy(0.5 if isinstance(loss, nn.BCELoss) else 0.0)
+    if name in _THRESHOLDS:
+        found["validation_accuracy"] = _binary_accuracy(_THRESHOLDS[name])
     elif target.dtype == torch.int64:
         found["validation_accuracy"] = _accuracy
     elif target.is_floating_point() and target.ndim <= 2 and len(target) > 1:
-        found["validation_r2"] = _r2
+        if name in _OF_RATES:
+            found["validation_r2"] = _r2_of_logs if _predicts_logs(loss) else _r2
+        elif name is None or name in _OF_VALUES:
+            found["validation_r2"] = _r2
     return found
+
+
+def _torchs_name(loss: Any) -> str | None:
+    """Return the name of the loss of torch's that a loss is, or derives from; None if it is another."""
+    if isinstance(loss, nn.Module):
+        own = (each.__name__ for each in type(loss).__mro__ if each.__module__ == nn.MSELoss.__module__)
+        return next((name for name in own if not name.startswith("_")), None)
+    function: Any = loss.func if type(loss) is partial else loss
+    if not isinstance(function, FunctionType):
+        return None
+    name = function.__name__
+    return name if vars(functional).get(name) is function else None
+
+
+def _predicts_logs(loss: Any) -> bool:
+    """Tell whether predictions for a loss of rates are the logarithms of rates, as by default."""
+    if isinstance(loss, nn.PoissonNLLLoss):
+        return loss.log_input
+    return bool(loss.keywords.get("log_input", True)) if type(loss) is partial else True
 
 
 def _accuracy(prediction: Any, target: Tensor) -> Tensor | None:
@@ -70,3 +109,8 @@ def _r2(prediction: Any, target: Tensor) -> Any:
     total = (target - target.mean(0)).square().sum(0)
     score = torch.where(total > 0, 1 - residual / total, (residual == 0).double())
     return score.mean().float()
+
+
+def _r2_of_logs(prediction: Any, target: Tensor) -> Any:
+    """Return R² of the exponentials of predictions."""
+    return _r2(prediction.cpu().double().exp() if isinstance(prediction, Tensor) else prediction, target)
