@@ -14,7 +14,7 @@ from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.finding import RUNS, find_run, find_runs
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.recording.unbegun import remove_unbegun
-from everystep.run import Run, progress_of, run_of
+from everystep.run import Run, progress_of, run_from_objects, run_of
 
 if TYPE_CHECKING:
     import torch
@@ -235,12 +235,7 @@ def train(
         outcome = resume_objects(asked, objects, False, watcher, iteration)
     else:
         outcome = train_objects(objects, iteration, place, RUNS, snapshot_budget, watcher)
-    # The run holds the data, and a fork its own validation part.
-    trained_with = replace(objects, data=None, validation=None, metrics=dict(metrics or {}))
-    run = run_of(outcome, trained_with)
-    if run.facts.training.data.lazy:
-        run = run_of(outcome, replace(trained_with, data=rows))
-    return run
+    return run_from_objects(outcome, replace(objects, metrics=dict(metrics or {})))
 
 
 def _train_step(

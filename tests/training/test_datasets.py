@@ -114,6 +114,15 @@ def test_other_code_is_read_at_every_step_and_rows_that_stayed_the_same_are_in_t
     assert everystep.open(run.directory).verify().is_exact
 
 
+def test_a_resumed_run_opens_its_steps_with_the_dataset_that_trained_it():
+    run = train(Noisy(*rows()))
+    for steps in (len(run) + 3, len(run) + 6):
+        run = run.resume(steps, progress=False)
+        assert len(run) == steps
+        assert run[steps].is_exact and run[2].is_exact
+        assert run.verify(processes=1).is_exact
+
+
 def test_a_dataset_that_draws_opens_its_steps_again_when_it_is_given(capfd):
     dataset = Noisy(*rows())
     run = train(dataset)

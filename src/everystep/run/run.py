@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from everystep.views.report import Report
     from everystep.views.table import LossTable
 
-__all__ = ["Run", "progress_of", "run_of"]
+__all__ = ["Run", "progress_of", "run_from_objects", "run_of"]
 
 
 class Run(Questions):
@@ -188,7 +188,7 @@ class Run(Questions):
             "metrics": metrics,
         }
         outcome, trained = resume(asked, given, self._objects, progress_of(progress))
-        return run_of(outcome, trained and dataclasses.replace(trained, data=None, validation=None))
+        return run_of(outcome) if trained is None else run_from_objects(outcome, trained)
 
     def __repr__(self) -> str:
         summary = self.summary()
@@ -245,6 +245,18 @@ def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
             f"everystep.open('{outcome.directory}')"
         )
     return Run(outcome.directory, objects)
+
+
+def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
+    """Return the run that a training recorded, with the objects that trained it.
+
+    Their data only where the run does not hold it: a Dataset that is read at every step.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C stopped the training.
+    """
+    data = objects.data if run_of(outcome).facts.training.data.lazy else None
+    return run_of(outcome, dataclasses.replace(objects, data=data, validation=None))
 
 
 def progress_of(wanted: bool | Progress) -> Progress:
