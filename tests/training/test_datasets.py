@@ -123,6 +123,17 @@ def test_a_resumed_run_opens_its_steps_with_the_dataset_that_trained_it():
         assert run.verify(processes=1).is_exact
 
 
+def test_a_run_that_holds_its_rows_since_it_was_resumed_opens_the_steps_before():
+    whole = train(Counted(*rows()))
+    run = train(Counted(*rows()), steps=2)  # not all rows
+    run = run.resume(10, progress=False).resume(12, progress=False)
+    assert run.losses.equals(whole.losses)
+    for step in (1, 5, 12):
+        assert run[step].is_exact and bits(run[step].batch.x) == bits(whole[step].batch.x)
+    for at in (1, 5):
+        assert run.fork(at, progress=False).losses.equals(whole.losses)
+
+
 def test_a_dataset_that_draws_opens_its_steps_again_when_it_is_given(capfd):
     dataset = Noisy(*rows())
     run = train(dataset)

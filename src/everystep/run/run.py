@@ -250,12 +250,14 @@ def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:
 def run_from_objects(outcome: Outcome, objects: Objects) -> Run:
     """Return the run that a training recorded, with the objects that trained it.
 
-    Their data only where the run does not hold it: a Dataset that is read at every step.
+    Their data only where the run does not hold it: a Dataset that is read at every step. A resumed run
+    may hold its rows for the new steps alone.
 
     Raises:
         KeyboardInterrupt: Ctrl-C stopped the training.
     """
-    data = objects.data if run_of(outcome).facts.training.data.lazy else None
+    is_read = any(stretch.facts.data.lazy for stretch in run_of(outcome).stretches)
+    data = objects.data if is_read else None
     return run_of(outcome, dataclasses.replace(objects, data=data, validation=None))
 
 

@@ -33,6 +33,7 @@ from everystep.replay.replacing import replacing
 from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
+from everystep.training.arguments import is_dataset
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
@@ -174,7 +175,12 @@ def resume(
         return resume_experiment(asked, progress), None
     objects, is_own = objects_from(given, known)
     if objects is not None:
-        return resume_objects(asked, objects, is_own, progress), objects
+        file = run.facts.training.data_file
+        has_rows = given["data"] is None and file is not None and file.stored
+        # Steps before may need a Dataset that those that follow do not.
+        is_needless = has_rows and is_dataset(objects.data)
+        trained = replace(objects, data=None) if is_needless else objects
+        return resume_objects(asked, trained, is_own, progress), objects
     check_alone(run, "resume(")
     asked.check()
     return resume_alone(run, asked.last, asked.budget, progress), None
