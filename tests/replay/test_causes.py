@@ -1,5 +1,6 @@
 """Why two runs part: in an operation's arguments, its settings, its tensors, or in nothing at all."""
 
+import math
 import re
 from functools import partial
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from benchmarks.faults.kinds.judging import all_kinds, judged
 from benchmarks.faults.kinds.sides import Training, with_module
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import AdamW
 
@@ -18,7 +21,7 @@ from everystep.recording.facts import ModuleFacts
 from everystep.replay.causes import COMPUTED_OTHERWISE, causes_of
 from everystep.replay.evidence import Evidence
 from everystep.replay.operations import OperationDifference, TensorDifference
-from everystep.step.check import Size, size_of_difference
+from everystep.step.check import Size, distance, same_bits, size_of_difference
 from everystep.views.difference import diff_data, diff_sentence, diff_text
 from everystep.views.listed import listed
 
@@ -225,6 +228,62 @@ NAN, INFINITY = float("nan"), float("inf")
 def test_far_apart_numbers_are_measured_as_numbers(one, other, size, text):
     found = size_of_difference(torch.tensor(one), torch.tensor(other))
     assert found == size and str(found) == text
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
+]
+
+
+def place(number, dtype):
+    """The place of a float among those of its dtype: the bits of its magnitude, as Python's integer."""
+    bits = int.from_bytes(torch.tensor([number], dtype=dtype).view(torch.uint8).tolist(), "little")
+    width = 8 * dtype.itemsize
+    if torch.finfo(dtype).min >= 0:
+        return bits
+    magnitude = bits & ((1 << (width - 1)) - 1)
+    return -magnitude if bits >> (width - 1) else magnitude
+
+
+@given(st.sampled_from(DTYPES), st.data())
+def test_the_units_between_two_floats_are_exact(dtype, data):
+    numbers = st.floats() | st.sampled_from([0.0, -0.0, 2.0, -2.0, INFINITY, -INFINITY])
+    drawn = data.draw(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=4))
+    one, other = (torch.tensor(side, dtype=torch.float64).to(dtype) for side in zip(*drawn, strict=True))
+    pairs = list(zip(one.double().tolist(), other.double().tolist(), strict=True))
+    units = distance(one, other)
+    if any(math.isnan(each) for pair in pairs for each in pair):
+        assert units is None
+    else:
+        assert units == max(abs(place(a, dtype) - place(b, dtype)) for a, b in pairs)
+    if not same_bits(one, other):
+        assert size_of_difference(one, other).units == units
+
+
+@given(st.floats(allow_nan=False), st.integers(0, 20))
+def test_a_unit_is_a_step_to_the_next_float(number, steps):
+    after = number
+    for _ in range(steps):
+        after = math.nextafter(after, INFINITY)
+    expected = (
+        steps if math.isfinite(after) else place(INFINITY, torch.float64) - place(number, torch.float64)
+    )
+    assert distance(*(torch.tensor(each, dtype=torch.float64) for each in (number, after))) == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "text"),
+    [
+        (2.0, -2.0, "by at most 4 (2 of the largest)"),
+        (-1e300, 1.0, "by at most 1e+300 (1 of the largest)"),
+        (1.7e308, -1.7e308, ""),
+        (0.0, -0.0, ""),
+    ],
+)
+def test_doubles_of_other_sign_are_measured_as_numbers(one, other, text):
+    tensors = (torch.tensor([each], dtype=torch.float64) for each in (one, other))
+    assert str(size_of_difference(*tensors)) == text
 
 
 def test_whole_numbers_have_a_size_too():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +45,8 @@ class Size(NamedTuple):
     """How far two tensors are apart, at most.
 
     units: in units in the last place, None if undefined; absolute, relative: as a number, and divided by
-    the largest magnitude in either tensor, None while the units are few, or if a number that differs is
-    not finite.
+    the largest magnitude in either tensor, None while the units are few, or if a number that differs, or
+    how far it is apart, is not finite.
     """
 
     units: int | None = None
@@ -126,11 +128,23 @@ def distance(one: Tensor, two: Tensor) -> int | None:
     """
     if not (one.is_floating_point() and one.numel()) or bool((one.isnan() | two.isnan()).any()):
         return None
-    sign = 1 << (8 * one.element_size() - 1)
-    bits = [as_integers(tensor).long() for tensor in (one, two)]
-    # Negative floats count down from -0.0, which is 0.0.
-    in_order = [torch.where(each < 0, -(each & (sign - 1)), each) for each in bits]
-    return int((in_order[0] - in_order[1]).abs().max())
+    places = _in_order(one), _in_order(two)
+    # Numbers of other sign are up to 2**64 units apart, which only unsigned integers hold.
+    high, low = (pick(*places).numpy().view(np.uint64) for pick in (torch.maximum, torch.minimum))
+    return int((high - low).max())
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """Return the places of floats among all of their dtype, in order, in one dimension on the CPU.
+
+    Those of 0.0 and -0.0 are 0.
+    """
+    bits = as_integers(tensor).flatten().cpu().long()
+    if torch.finfo(tensor.dtype).min >= 0:
+        return bits
+    sign = 1 << (8 * tensor.element_size() - 1)
+    magnitudes = bits & (sign - 1)
+    return torch.where(bits & sign != 0, -magnitudes, magnitudes)
 
 
 def size_of_difference(one: Tensor, two: Tensor) -> Size:
@@ -145,12 +159,16 @@ def size_of_difference(one: Tensor, two: Tensor) -> Size:
     if not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
         return Size(units)
     absolute = float((a - b).abs().max())
+    if not math.isfinite(absolute):
+        return Size(units)
     largest = max(_largest(tensor.detach()) for tensor in (one, two))
     return Size(units, absolute, absolute / largest if largest else None)
 
 
 def _largest(tensor: Tensor) -> float:
     """Return the largest magnitude of the finite numbers."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch does not look for infinities among numbers of a byte
     finite = tensor[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
