@@ -1,6 +1,7 @@
 """Loops that do odd things: the same bits as without everystep, and steps that come back exactly."""
 
 import contextlib
+import json
 import random
 
 import numpy as np
@@ -376,6 +377,33 @@ def test_a_step_without_a_program_is_a_problem_and_not_the_end_of_verifying(tmp_
                 monkeypatch.setattr(loop_writer, "build_path", build)
     found = recording.run.verify(processes=1, progress=False)
     assert not found.is_exact and "step 1 of run cannot be replayed: it did" in found.problems[0]
+
+
+def test_steps_that_cannot_be_replayed_do_not_count_as_verified(tmp_path, everystep_command):
+    model = network()
+    with everystep.record(run=tmp_path / "run", model=model) as recording:
+        for x, _ in recording.steps([(torch.full((8, 6), float(n)), n) for n in range(1, 31)]):
+            recording.log(loss=model(x).sum())
+    file = tmp_path / "run/batches/1.bin"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run = everystep.open(tmp_path / "run")
+    found = run.verify(progress=False)
+    assert (found.steps, found.all_steps, sum(found.threads.values())) == (29, 30, 29)
+    assert not found.is_exact and found.different_steps == 0
+    code, out, _ = everystep_command("verify", run.directory)
+    assert code == 1 and "1 of 30 could not be" in out and "29 of 30 bit-identical" in out
+    data = json.loads(everystep_command("verify", run.directory, "--json")[1])
+    assert (data["steps"], data["all_steps"]) == (29, 30)
+    question = "max(activations['4']) > 1e9"
+    assert run.when(question, progress=False).inexact == (30,)
+    code, _, err = everystep_command("when", run.directory, question)
+    assert code == 1 and "steps from 30 on are skipped, because they cannot be replayed" in err
+    measured = run.measure("max(activations['4'])", name="most", progress=False)
+    assert len(measured.values) == 29 and measured.left_out == (30,)
+    with pytest.raises(everystep.RunError, match="step 30, or ends there"):
+        run.when("nonfinite", progress=False)
 
 
 def test_a_compiled_module_is_refused(tmp_path):

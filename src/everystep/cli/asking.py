@@ -257,7 +257,7 @@ def when(
     `nonfinite` finds the operation that made the first NaN or infinity. Exits with 1 if no step matches.
     """
     from everystep.api import open
-    from everystep.views.answers import as_json, when_text
+    from everystep.views.answers import as_json, skipped_text, when_text
 
     if last and all:
         raise UsageError("--last and --all are mutually exclusive")
@@ -267,11 +267,7 @@ def when(
         return
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
-        steps = ", ".join(map(str, found.inexact))
-        hint(
-            f"everystep: steps from {steps} on are skipped, because a replayed loss differs from the "
-            "recorded one; everystep verify says more"
-        )
+        hint(f"everystep: {skipped_text(found.inexact)}; everystep verify says more")
     losses = opened.losses_at(found.steps)
     if json:
         steps_data = [{"step": step, "loss": loss} for step, loss in losses.items()]

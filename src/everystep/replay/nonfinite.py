@@ -221,13 +221,14 @@ def _first_suspect(
         for each in replayed:
             steps[each.span.first] = each.result
             diverged += [each.first_loss.step] if each.first_loss else []
+            diverged += [each.stopped_at] if each.stopped_at else []
             if each.result is not None and _covers(steps, run, (begin, bound), each.result):
                 break
     suspect = min((step for step in steps.values() if step is not None), default=None)
     if diverged and (suspect is None or min(diverged) <= suspect):
         raise RunError(
-            f"the replay of {run.name} differs from its recording at step {min(diverged)}, so its "
-            "first NaN or infinity cannot be determined; everystep verify says more"
+            f"the replay of {run.name} differs from its recording at step {min(diverged)}, or ends "
+            "there, so its first NaN or infinity cannot be determined; everystep verify says more"
         )
     return suspect
 

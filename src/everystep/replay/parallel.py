@@ -36,7 +36,7 @@ __all__ = [
 
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
-#: Steps that run between two looks at the losses.
+#: Steps that run between two looks at the losses; 1 of loops, where each may be the last possible.
 STRIDE = 256
 #: Neighbouring spans that a process is given at once, if there are enough.
 GROUP = 8
@@ -65,8 +65,9 @@ class Replayed:
     """The result of replaying a span.
 
     losses: the number of differing losses, and the first of them; states: tensors of the final state
-    that differ; compared: whether there was a final state to compare; threads: the number of threads,
-    and the numerics; result: of the visitor.
+    that differ; compared: whether there was a final state to compare; stopped_at: the first step that
+    nothing repeats, None if all were taken, or no more were needed; threads: the number of threads, and
+    the numerics; result: of the visitor.
     """
 
     span: Span
@@ -76,13 +77,26 @@ class Replayed:
     first_loss: LossDifference | None = None
     states: list[StateDifference] = field(default_factory=list)
     compared: bool = False
+    stopped_at: int | None = None
     problems: list[str] = field(default_factory=list)
     result: Any = None
 
     @property
     def is_exact(self) -> bool:
-        """Whether all losses and states match the recording."""
+        """Whether all losses and states of the steps taken match the recording."""
         return self.different_losses == 0 and not self.states
+
+    @property
+    def taken(self) -> int:
+        """The number of steps that were taken, for a visitor that needs all of them."""
+        return (self.stopped_at or self.span.last + 1) - self.span.first
+
+    @property
+    def unsound_from(self) -> int | None:
+        """The first step that may differ from the recorded one, or was not taken."""
+        # If only the final state differs, the first differing step of the span is unknown.
+        differs = self.first_loss.step if self.first_loss else self.span.first if self.states else None
+        return min((each for each in (differs, self.stopped_at) if each is not None), default=None)
 
 
 class Visitor:
@@ -232,14 +246,17 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start
+        is_loop = replay.stretches[span.at].facts.loop is not None
         while step < span.last and not visitor.is_done:
             try:
-                losses = visitor.take(replay, min(span.last, step + STRIDE), span).tolist()
+                last = min(span.last, step + (1 if is_loop else STRIDE))
+                losses = visitor.take(replay, last, span).tolist()
             except RunError as error:
-                if not replay.stretches[span.at].facts.loop:
+                if not is_loop:
                     raise
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))
+                found.stopped_at = max(step + 1, span.first)
                 break
             last = step + len(losses)
             _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))

@@ -327,11 +327,10 @@ def _is_settled(done: list[Span], step: int, which: Which, last: int) -> bool:
 
 def _exact(replayed: Replayed) -> tuple[list[tuple[int, float]], list[int]]:
     """Return the answers of steps that are the original, and the first of those that are not."""
-    if replayed.is_exact:
+    unsound = replayed.unsound_from
+    if unsound is None:
         return replayed.result, []
-    # If only the final state differs, the first differing step of the span is unknown.
-    diverged = replayed.first_loss.step if replayed.first_loss else replayed.span.first
-    return [(step, value) for step, value in replayed.result if step < diverged], [diverged]
+    return [(step, value) for step, value in replayed.result if step < unsound], [unsound]
 
 
 def _check_name(run: RecordedRun, name: str, meaning: MeasuredFacts, overwrite: bool) -> bool:

@@ -23,15 +23,16 @@ __all__ = ["Verification", "verify"]
 class Verification(Shown):
     """The result of replaying every step of a run.
 
-    steps: the number of replayed steps; different_steps: the number with another loss; first_loss: the
-    first of these, None if all match; loss_distance: its distance in units in the last place; snapshots:
-    the number of states after state 0 that were compared, of `all_snapshots`; states: how they differ,
-    in order;
+    steps: the number of replayed steps, of `all_steps`; different_steps: the number with another
+    loss; first_loss: the first of these, None if all match; loss_distance: its distance in units in the
+    last place; snapshots: the number of states after state 0 that were compared, of `all_snapshots`;
+    states: how they differ, in order;
     numerics: what bits depend on and differs here, with the recorded and the current value; problems:
     what was unreadable; threads: the number of steps replayed by number of threads.
     """
 
     steps: int
+    all_steps: int
     different_steps: int
     first_loss: LossDifference | None
     loss_distance: int | None
@@ -85,10 +86,11 @@ def verify(
     firsts = [each.first_loss for each in replayed if each.first_loss is not None]
     threads: dict[int, int] = {}
     for each in replayed:
-        taken = each.span.last - each.span.first + 1
-        threads[each.threads] = threads.get(each.threads, 0) + taken
+        if each.taken:
+            threads[each.threads] = threads.get(each.threads, 0) + each.taken
     return Verification(
-        steps=steps,
+        steps=sum(each.taken for each in replayed),
+        all_steps=steps,
         different_steps=sum(each.different_losses for each in replayed),
         first_loss=firsts[0] if firsts else None,
         loss_distance=_loss_distance(run, firsts[0]) if firsts else None,

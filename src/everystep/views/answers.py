@@ -26,6 +26,7 @@ __all__ = [
     "nonfinite_data",
     "nonfinite_text",
     "plain",
+    "skipped_text",
     "tensors_text",
     "verify_data",
     "verify_text",
@@ -63,15 +64,13 @@ def verify_text(name: str, facts: Facts, found: Verification) -> str:
     if found.numerics:
         pairs = (f"{key} {one}, now {two}" for key, (one, two) in found.numerics.items())
         lines.append(labelled("numerics", "recorded with " + "; ".join(pairs)))
-    threads = ", ".join(
-        f"{steps:,} steps with {count} thread{'s' if count > 1 else ''}"
-        for count, steps in sorted(found.threads.items())
-    )
-    lines.append(labelled("replayed", threads or "nothing: the run has no steps"))
+    lines.append(labelled("replayed", _replayed_text(found)))
     if not facts.has_loss:
         lines.append(labelled("losses", "not logged; only the states are compared"))
     elif found.first_loss is None:
-        lines.append(labelled("losses", f"all {found.steps:,} bit-identical"))
+        is_all = found.steps == found.all_steps
+        count = f"all {found.steps:,}" if is_all else f"{found.steps:,} of {found.all_steps:,}"
+        lines.append(labelled("losses", f"{count} bit-identical"))
     else:
         step, recorded, replayed = found.first_loss
         far = _apart(recorded, replayed, found.loss_distance)
@@ -86,6 +85,19 @@ def verify_text(name: str, facts: Facts, found: Verification) -> str:
     lines += [labelled("problem", problem) for problem in found.problems]
     verdict = "replays bit for bit" if found.is_exact else "does not replay bit for bit"
     return "\n".join([*lines, "", f"{name} {verdict}"])
+
+
+def _replayed_text(found: Verification) -> str:
+    if not found.all_steps:
+        return "nothing: the run has no steps"
+    threads = ", ".join(
+        f"{steps:,} step{'s' * (steps != 1)} with {count} thread{'s' * (count > 1)}"
+        for count, steps in sorted(found.threads.items())
+    )
+    missing = found.all_steps - found.steps
+    return (threads or "nothing") + (
+        f"; {missing:,} of {found.all_steps:,} could not be" if missing else ""
+    )
 
 
 def _apart(recorded: float, replayed: float, units: int | None) -> str:
@@ -105,6 +117,7 @@ def verify_data(name: str, found: Verification) -> dict[str, Any]:
         "run": name,
         "exact": found.is_exact,
         "steps": found.steps,
+        "all_steps": found.all_steps,
         "different_steps": found.different_steps,
         "first_different_loss": None
         if loss is None
@@ -130,13 +143,17 @@ def measured_text(found: Measured) -> str:
         f"{number(begin)} at step {first:,}, {number(end)} at step {last:,}"
     )
     if found.left_out:
-        steps = ", ".join(f"{step:,}" for step in found.left_out[:NAMED])
-        text += f"\n{_skipped(steps)}"
+        text += f"\n{skipped_text(found.left_out)}"
     return text
 
 
-def _skipped(steps: str) -> str:
-    return f"steps from {steps} on are skipped, because a replayed loss differs from the recorded one"
+def skipped_text(steps: Sequence[int]) -> str:
+    """Return from which steps on a question was not asked, in each span that was replayed, and why."""
+    named = ", ".join(f"{step:,}" for step in steps[:NAMED])
+    return (
+        f"steps from {named} on are skipped, because they cannot be replayed, or a replayed loss "
+        "differs from the recorded one"
+    )
 
 
 def when_text(found: Found, losses: dict[int, float]) -> str:
@@ -148,8 +165,7 @@ def found_text(found: Found, losses: dict[int, float]) -> str:
     """Return the steps as `when_text` does, or that there is none, and which were skipped."""
     text = when_text(found, losses).rstrip("\n") or "no step matches"
     if found.inexact:
-        steps = ", ".join(f"{step:,}" for step in found.inexact[:NAMED])
-        text += f"\n{_skipped(steps)}"
+        text += f"\n{skipped_text(found.inexact)}"
     return text
 
 

@@ -127,7 +127,7 @@ function expressionField(label, id) {
 function foundSteps(place, { steps, count: all, left_out_from: leftOut = [], nonfinite, text }) {
   if (nonfinite) return originOf(place, nonfinite, text);
   const from = leftOut.map(whole).join(", ");
-  const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact: from step ${from}.`);
+  const left = leftOut.length > 0 && element("p", { class: "note" }, `Not asked, as the replay was not exact, or ended: from step ${from}.`);
   if (!steps.length) return [element("p", { class: "result" }, text?.trim() || "at no step"), left];
   const list = element("ul", { class: "found" });
   const more = button("", () => show(list.children.length + 10 * LISTED), { class: "plain" });
