@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 
 import pytest
 from playwright.sync_api import expect
@@ -83,6 +84,38 @@ def test_points_become_a_line_and_the_axis_logarithmic_and_back(chapter, name):
 def test_l_makes_the_axis_logarithmic(chapter):
     chapter.keyboard.press("l")
     expect(toggle(chapter, "log axis")).to_have_attribute("aria-pressed", "true")
+
+
+#: The numbers at the axis of the loss, which are written, not marked up: their heights, from the top.
+WRITTEN = """() => {
+  const { fillText } = CanvasRenderingContext2D.prototype;
+  window.written = [];
+  window.writeAsBefore = () => (CanvasRenderingContext2D.prototype.fillText = fillText);
+  CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+    const isNumber = this.textAlign === "right" && /^[-+.e\\d]+$/.test(text);
+    if (isNumber) window.written.push(y / devicePixelRatio);
+    return fillText.apply(this, arguments);
+  };
+}"""
+
+
+@pytest.mark.parametrize("most", [0.5, 5.0, 30.0, 400.0, 5e4, 1e30])
+@pytest.mark.parametrize(("path", "height"), [("", 900), ("", 400), ("&step=1", 700)])
+def test_the_numbers_of_a_log_axis_can_be_read(copied, visit, most, path, height):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.forget_after(0)
+        database.write_losses(1, [most, most / 3, 0.2])
+        database.write_facts({"steps": 3})
+    page = visit(f"/runs/{run.name}?log=0{path}", viewport={"width": 1280, "height": height})
+    plot(page)
+    page.evaluate(WRITTEN)
+    toggle(page, "log axis").click()
+    page.wait_for_function("window.written.length > 0")
+    heights = sorted(set(page.evaluate("window.written")))
+    assert len(heights) > 1
+    assert min(below - above for above, below in pairwise(heights)) >= 14
+    page.evaluate("window.writeAsBefore() && null")
 
 
 def test_the_axis_is_the_one_on_which_the_losses_can_be_read(visit, copied):

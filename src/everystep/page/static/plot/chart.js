@@ -2,8 +2,11 @@
 
 import { short, whole } from "../shared/format.js";
 
-/** Lines that a log axis has at most. */
+/** Decades that a log axis has a line for, at most, and pixels between two of its lines, at least. */
 const MOST_DECADES = 12;
+const APART = 16;
+/** What the numbers at the lines of a log axis begin with: as many as there is room for. */
+const LEADING = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 7], [1, 2, 5], [1]];
 /** A measurement has points, too, where it has no more than these: one alone makes no line. */
 const FEW = 40;
 const FONT = "12px system-ui, sans-serif";
@@ -114,11 +117,24 @@ function plainAxis(scale, label, side) {
   return { scale, label, side, stroke: colour("--muted"), font: FONT, labelFont: FONT, labelSize: 20, gap: 6, ticks: { show: false } };
 }
 
-// Over many decades a log axis has a line for each of them, or for every second, third, ...
+// A log axis has a line only where a number fits beside it: of a decade 9, 5, 3 or 1, or 1 for every second decade, third, ...
 function gridLines(chart, splits, isLog) {
+  if (!isLog) return splits;
   const { min, max } = chart.scales.loss;
-  if (!isLog || max < 1000 * min) return splits;
-  const every = Math.ceil(Math.log10(max / min) / MOST_DECADES);
-  const isShown = (split) => Math.abs(Math.round(Math.log10(split)) - Math.log10(split)) < 1e-6 && Math.round(Math.log10(split)) % every === 0;
-  return splits.map((split) => (split !== null && isShown(split) ? split : null));
+  const decades = Math.log10(max / min);
+  const height = (chart.bbox.height / window.devicePixelRatio || chart.height) / decades; // pixels a decade
+  const leading = decades > 3 ? [1] : (LEADING.find((each) => nearest(each) * height >= APART) ?? [1]);
+  const every = Math.ceil(Math.max(decades / MOST_DECADES, APART / height));
+  return splits.map((split) => (split !== null && isShown(split, leading, every) ? split : null));
+}
+
+function isShown(split, leading, every) {
+  const power = Math.floor(Math.log10(split) + 1e-9);
+  const isLeading = leading.includes(Math.round(split / 10 ** power));
+  return isLeading && (leading.length > 1 || power % every === 0);
+}
+
+// How far the nearest two numbers of a decade are apart, in decades.
+function nearest(leading) {
+  return Math.min(...leading.map((number, place) => Math.log10((leading[place + 1] ?? 10) / number)));
 }
