@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import (
     at,
+    changed,
     expect_axe_finds_nothing_serious,
     expect_no_sideways_scrolling,
     expect_step,
@@ -72,6 +73,15 @@ def test_runs_of_nothing_in_common_are_compared_too(visit):
     table = page.locator("table.differences").first
     expect(table).to_contain_text("data.source")
     expect(table).to_contain_text("bundled")
+
+
+def test_a_run_without_steps_has_no_losses_to_tell(copied, visit):
+    run = copied("chapter")
+    with changed(run) as database:
+        database.forget_after(0)
+    page = visit(f"/compare?one={run.name}&other=chapter")
+    expect(page.get_by_text("has no step yet")).to_be_visible()
+    expect(page.locator(".side p.small")).to_have_text(["0 steps", re.compile("^500 steps, loss 628")])
 
 
 def test_a_run_to_compare_with_that_is_not_there_is_said(visit):

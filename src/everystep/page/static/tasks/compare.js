@@ -48,8 +48,14 @@ function headOf(names, found, runs) {
   return element("div", { class: "versus" }, left, swap, right);
 }
 
+// A run without steps, or whose loop logs none, has no loss.
+function briefOf({ steps, first_loss: first, last_loss: last }) {
+  const count = `${whole(steps)} ${steps === 1 ? "step" : "steps"}`;
+  return first === null ? count : `${count}, loss ${short(first)} to ${short(last)}`;
+}
+
 function sideOf(name, run, place, names, runs) {
-  const says = run && !run.problem && `${whole(run.steps)} steps, loss ${short(run.first_loss)} to ${short(run.last_loss)}`;
+  const says = run && !run.problem && briefOf(run);
   const choose = (event) => {
     const chosen = names.with(place, event.target.value);
     go({ view: "compare", one: chosen[0], other: chosen[1] });
