@@ -55,16 +55,25 @@ def accumulation(run):
             recording.log(loss=loss)
 
 
+def read_by_python(run):
+    """Record steps after which Python reads a tensor as a number."""
+    model = nn.Linear(6, 3)
+    with everystep.record(run=run, model=model) as recording:
+        for x in recording.steps([torch.ones(5, 6)] * 4):
+            recording.log(loss=model(x).sum().item())
+
+
 @pytest.fixture(scope="module")
 def loops(recorded):
-    """A GAN with two optimizers, and a model with accumulation, beside the recorded runs."""
+    """A GAN with two optimizers, a model with accumulation, and a number that Python reads."""
     torch.manual_seed(0)
-    gan, accumulated = recorded / "gan", recorded / "accumulated"
-    gan_with_two_optimizers(6, lambda **parts: everystep.record(run=gan, **parts))
-    accumulation(accumulated)
-    yield {"gan": everystep.open(gan), "accumulated": everystep.open(accumulated)}
-    remove(gan)
-    remove(accumulated)
+    runs = {name: recorded / name for name in ("gan", "accumulated", "read")}
+    gan_with_two_optimizers(6, lambda **parts: everystep.record(run=runs["gan"], **parts))
+    accumulation(runs["accumulated"])
+    read_by_python(runs["read"])
+    yield {name: everystep.open(run) for name, run in runs.items()}
+    for run in runs.values():
+        remove(run)
 
 
 @pytest.fixture
@@ -79,6 +88,13 @@ def show(loops, visit):
 
 def headings(page):
     return page.locator(".step h3 > a").all_inner_texts()
+
+
+def test_an_operation_without_results_shows_no_statistics(show):
+    page = show("read", 2)
+    row = page.locator(".operation").filter(has_text="read by Python")
+    expect(row).to_be_visible()
+    expect(row.locator(".statistics")).to_be_hidden()
 
 
 def operation(page, number):
