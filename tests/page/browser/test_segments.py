@@ -90,6 +90,11 @@ def headings(page):
     return page.locator(".step h3 > a").all_inner_texts()
 
 
+def test_the_line_of_a_run_names_each_of_its_optimizers(show):
+    page = show("gan", 3)
+    expect(page.locator(".facts-part > summary")).to_have_text("optimizer_g: Adam; optimizer_d: Adam")
+
+
 def test_an_operation_without_results_shows_no_statistics(show):
     page = show("read", 2)
     row = page.locator(".operation").filter(has_text="read by Python")

@@ -65,7 +65,15 @@ export function factsList({ facts, details, times }) {
 /** Return the facts in a line. */
 export function factsBrief({ facts, is_of_loop: isOfLoop }) {
   const of = new Map(facts);
-  return (isOfLoop ? ["update"] : ["data", "loss", "update"]).filter((label) => of.has(label)).map((label) => of.get(label).split("\n")[0]).join(" · ");
+  return (isOfLoop ? ["update"] : ["data", "loss", "update"]).filter((label) => of.has(label)).map((label) => inLine(of.get(label))).join(" · ");
+}
+
+// Of several optimizers, each with its name, only what they are: one line has no room for all their settings.
+function inLine(text) {
+  const lines = text.split("\n").map((line) => line.trim());
+  const named = /^([^\s:]+: \w+)\(.*\)$/;
+  const areSeveral = lines.filter((line) => named.test(line)).length > 1;
+  return lines.map((line) => (areSeveral ? line.replace(named, "$1") : line)).join("; ");
 }
 
 /** Return the first, the last and the smallest loss. */
