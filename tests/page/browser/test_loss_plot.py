@@ -10,6 +10,8 @@ from tests.page.browser.places import (
     across,
     changed,
     expect_another_picture,
+    expect_axe_finds_nothing_serious,
+    expect_no_sideways_scrolling,
     expect_step,
     part,
     picture,
@@ -116,6 +118,40 @@ def test_the_numbers_of_a_log_axis_can_be_read(copied, visit, most, path, height
     assert len(heights) > 1
     assert min(below - above for above, below in pairwise(heights)) >= 14
     page.evaluate("window.writeAsBefore() && null")
+
+
+def test_many_measurements_leave_the_plot_on_the_first_screen(copied, visit):
+    run = copied("chapter")
+    names = [f"measured {number:03}" for number in range(150)]
+    with changed(run) as database:
+        database.write_measurements([(name, step, float(step)) for name in names for step in (1, 500)])
+    page = visit(f"/runs/{run.name}", viewport={"width": 360, "height": 740})
+    box = plot(page).bounding_box()
+    assert box["y"] + box["height"] < 740
+    more = page.get_by_role("button", name=re.compile(r"^\d+ more$"))
+    more.press("Enter")
+    panel = page.get_by_role("group", name="more measurements")
+    expect(panel.get_by_role("searchbox")).to_be_focused()
+    expect_no_sideways_scrolling(page)
+    expect_axe_finds_nothing_serious(page)
+    page.keyboard.type("D 14")
+    expect(panel.get_by_role("button")).to_have_text(names[140:])
+    panel.get_by_role("button", name=names[147]).click()
+    expect(panel.get_by_role("button", name=names[147])).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(panel).to_be_hidden()
+    expect(more).to_be_focused()
+    expect(toggle(page, names[147])).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("slider", name="step").focus()
+    page.keyboard.press("End")
+    expect(readout(page)).to_contain_text(names[147])
+    toggle(page, names[147]).click()
+    expect(toggle(page, names[147])).to_have_attribute("aria-pressed", "false")
+    more.click()
+    panel.get_by_role("searchbox").fill("nothing")
+    expect(panel.get_by_text("no measurement has this in its name")).to_be_visible()
+    page.mouse.click(*across(plot(page), 0.9))
+    expect(panel).to_be_hidden()
 
 
 def test_the_axis_is_the_one_on_which_the_losses_can_be_read(visit, copied):

@@ -1,6 +1,10 @@
 // The buttons above a plot.
 
 import { element, button } from "../shared/elements.js";
+import { lineChooser } from "./chooser.js";
+
+/** More measurements than this are in a list to search, all but the first of them. */
+const MOST = 6;
 
 /**
  * Make the buttons; return {host, draw(lines, has)}.
@@ -27,16 +31,31 @@ export function plotControls(does) {
     toggle("log axis", isLog, does.isLog, "a logarithmic axis for the loss (l)"),
     smoothing,
   ];
+  const [ofLines, others] = ["", ""].map(() => element("div", { class: "loose" }));
+  const chooser = lineChooser(does.line);
+  host.append(ofLines, chooser.node, others);
+  const placed = new Set(); // lines with a button: one that was chosen stays where it can be taken off again
   const draw = (lines, { hasLoss, isLine, isLog, isZoomed }) => {
-    const focused = [...host.querySelectorAll("button")].indexOf(document.activeElement);
-    host.replaceChildren(
-      ...(lines.length > 1 ? lines.map(series).slice(hasLoss ? 0 : 1) : []),
+    const listed = further(lines);
+    lines.filter((line) => line.isShown || !listed.includes(line)).forEach((line) => placed.add(line));
+    const buttons = () => [...ofLines.children, ...others.children].flatMap((each) => (each.matches("button") ? each : [...each.querySelectorAll("button")]));
+    const focused = buttons().indexOf(document.activeElement);
+    const shown = lines.length > 1 ? lines.filter((line) => placed.has(line)) : [];
+    ofLines.replaceChildren(...shown.map((line) => series(line, lines.indexOf(line))).slice(hasLoss ? 0 : 1));
+    chooser.update(listed);
+    others.replaceChildren(
       ...(hasLoss ? ofLoss(isLine, isLog) : []),
       button("whole run", does.whole, { class: "plain reset", hidden: !isZoomed }),
     );
-    if (focused >= 0) host.querySelectorAll("button")[focused]?.focus();
+    if (focused >= 0) buttons()[focused]?.focus();
   };
   return { host, draw };
+}
+
+// The measurements that are in a list, where there are many.
+function further(lines) {
+  const measured = lines.filter(({ curve }) => curve.measurement !== null);
+  return measured.length > MOST ? measured.slice(MOST - 1) : [];
 }
 
 function smoothingSlider(changed, first) {
