@@ -51,7 +51,57 @@ def is_same(run, sound):
 def test_a_sound_run_is_healthy(sound, everystep_command):
     code, out, _ = everystep_command("doctor", sound)
     assert code == 0
-    assert "losses: 40\n" in out and out.endswith("is healthy\n")
+    assert "losses: 40\n" in out and "losses, measurements, facts, states, data, by their digests" in out
+    assert out.endswith("is sound in what was checked\n")
+
+
+def test_what_has_no_digest_is_said_to_be_unchecked(damaged, everystep_command):
+    run = damaged()
+    program = run / "programs" / "1.json"
+    program.write_text(program.read_text().replace("aten.tanh.default", "aten.sigmoid.default"))
+    code, out, _ = everystep_command("doctor", run)
+    assert code == 0 and "healthy" not in out
+    assert "programs: everystep verify damaged takes each step again" in out
+    found = json.loads(everystep_command("doctor", run, "--json")[1])
+    assert found["unchecked"] == ["programs"] and "states" in found["checked"]
+    assert everystep_command("verify", run)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("gone", "unopened"),
+    [((0,), "none of steps 1 to 9"), ((0, 8), "none of steps 1 to 17"), (range(0, 48, 8), "no step")],
+)
+def test_without_its_first_states_a_run_opens_from_the_next(damaged, everystep_command, gone, unopened):
+    run = damaged()
+    for step in gone:
+        shutil.rmtree(run / "snapshots" / f"{step:06d}")
+    code, out, _ = everystep_command("doctor", run, "--repair", "copy")
+    assert code == 1
+    assert "steps after it open from the state before it" not in out
+    assert out.count(f"without it, {unopened} can be opened, and the run cannot be verified") == len(
+        gone
+    )
+    assert f"the state before the first step is missing: {unopened} can be opened" in out
+    copy = everystep.open("copy")
+    assert unopened in str(copy.facts.repaired.problems)
+    with pytest.raises(everystep.RunError, match=r"from its first state|no readable snapshot"):
+        copy.verify(progress=False)
+    if len(gone) < 3:
+        first = 8 * len(gone) + 2
+        assert copy[first].loss == copy.losses["loss"][first - 1]
+        with pytest.raises(everystep.RunError):
+            copy[first - 1]
+
+
+def test_a_copy_that_cannot_be_replayed_is_not_complete(damaged, everystep_command):
+    run = damaged()
+    data = run / "data.safetensors"
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    code, out, _ = everystep_command("doctor", run, "--repair", "copy")
+    assert code == 1 and "copy/data.safetensors is not the data that the run was trained on" in out
+    assert "data.safetensors" in str(everystep.open("copy").facts.repaired.problems)
+    with pytest.raises(everystep.RunError, match="not the data"):
+        everystep.open("copy").verify(progress=False)
 
 
 @pytest.mark.parametrize(

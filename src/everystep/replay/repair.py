@@ -24,6 +24,7 @@ from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
 from everystep.recording.salvage import Salvaged, salvage
 from everystep.recording.snapshots import PARAMETERS, REST, read_snapshot
+from everystep.replay.file_findings import file_findings
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay, same_number
 from everystep.step.check import state_differences
@@ -55,7 +56,7 @@ class Repaired:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the copy has everything that the run had."""
+        """Whether the copy has everything that the run had, as far as digests tell."""
         return self.steps == self.planned and not self.problems
 
 
@@ -110,7 +111,11 @@ class _Copy:
             states = {row.step: row for row in rows} | unknown
             self._write_losses(database, planned, states, on_progress)
             with database.transaction():
-                self._write_end(database, planned, unknown)
+                self._write_states(database, unknown)
+            copy = RecordedRun(self._target)
+            self._problems += [str(each) for each in file_findings(copy, copy.facts)]
+            with database.transaction():
+                self._write_facts(database, planned)
         finally:
             database.close()
             lock.release()
@@ -236,8 +241,8 @@ class _Copy:
                 f"step {other[0]:,}: {was!r} instead of {now!r}"
             )
 
-    def _write_end(self, database: Database, planned: int, unknown: Mapping[int, SnapshotRow]) -> None:
-        """Write the states that a replay has confirmed, the facts, and the digests."""
+    def _write_states(self, database: Database, unknown: Mapping[int, SnapshotRow]) -> None:
+        """Write the states that a replay has confirmed; remove those after the last step."""
         taken = {step for first, last in self._again for step in range(first, last + 1)}
         for step, row in unknown.items():
             if step in taken and step <= self._steps and self._copy_snapshot(row):
@@ -247,6 +252,9 @@ class _Copy:
         for step in later:
             shutil.rmtree(self._target / f"snapshots/{step:06d}")
         database.forget_after(self._steps)
+
+    def _write_facts(self, database: Database, planned: int) -> None:
+        """Write what the copy is, and the digests."""
         repaired = RepairFacts(
             run=str(self._source), again=tuple(self._again), problems=tuple(self._problems)
         )

@@ -21,10 +21,22 @@ def diagnosis_text(found: Diagnosis) -> str:
         lines += [labelled("place", finding.place), labelled("problem", finding.problem)]
         lines += [labelled("cure", cure), ""]
     lines += [labelled("readable", "\n".join(found.readable) or "nothing")]
+    if found.checked:
+        lines.append(labelled("checked", f"{', '.join(found.checked)}, by their digests"))
+    if found.unchecked:
+        what = ", ".join(found.unchecked)
+        lines.append(
+            labelled("unchecked", f"{what}: everystep verify {found.name} takes each step again")
+        )
     if found.repaired is not None:
         lines.append(labelled("repaired", _repaired_text(found.repaired)))
-    verdict = "is healthy" if found.is_healthy else "is damaged"
-    return "\n".join([*lines, "", f"{found.name} {verdict}"])
+    return "\n".join([*lines, "", f"{found.name} {_verdict(found)}"])
+
+
+def _verdict(found: Diagnosis) -> str:
+    if found.findings:
+        return "is damaged"
+    return "is sound in what was checked" if found.unchecked else "is healthy"
 
 
 def diagnosis_data(found: Diagnosis) -> dict[str, Any]:
@@ -35,6 +47,8 @@ def diagnosis_data(found: Diagnosis) -> dict[str, Any]:
         "healthy": found.is_healthy,
         "findings": [finding._asdict() for finding in found.findings],
         "readable": list(found.readable),
+        "checked": list(found.checked),
+        "unchecked": list(found.unchecked),
         "repaired": repaired
         and {
             "directory": str(repaired.directory),

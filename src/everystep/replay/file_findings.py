@@ -1,0 +1,146 @@
+"""File findings: what is missing, altered or unreadable among the files beside the database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from everystep.errors import EverystepError, RunError
+from everystep.program.program import Program
+from everystep.recording.changes import change_files, read_change
+from everystep.recording.contents import FOLDER as BATCHES
+from everystep.recording.data import read_data
+from everystep.recording.database import FILE_NAME, SnapshotRow, reading
+from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
+from everystep.recording.files import own_path
+from everystep.recording.health import Finding
+from everystep.recording.run import RecordedRun
+from everystep.recording.snapshots import check_snapshot
+
+__all__ = ["MOST_NAMED", "file_findings", "with_digests", "without_digests"]
+
+#: Findings of a kind that are named one by one.
+MOST_NAMED = 20
+_RESTORE = "restore it from a copy of the run"
+
+
+def file_findings(run: RecordedRun, facts: Facts) -> Iterator[Finding]:
+    """Yield what is wrong with states, data, programs, experiments, changes and batches."""
+    try:
+        rows = run.snapshot_rows()
+    except RunError as error:
+        yield Finding(f"{FILE_NAME}, snapshots", str(error))
+        rows = []
+    yield from _state_findings(run, rows, is_begun=bool(rows) or facts.trained is not None)
+    if facts.trained is None:
+        return
+    yield from _stretch_findings(run)
+    for name in change_files(run.directory).values():
+        yield from _checked(name, partial(read_change, run.directory, name), _RESTORE)
+    yield from _batch_findings(run)
+
+
+def with_digests(run: RecordedRun, facts: Facts) -> Iterator[str]:
+    """Yield which files `file_findings` compares with their digests, in words."""
+    yield "states"
+    if facts.trained is None:
+        return
+    stretches = [stretch.facts for stretch in run.stretches]
+    if any(each.data_file is not None and each.data_file.stored for each in stretches):
+        yield "data"
+    if any(each.experiment_digest is not None for each in stretches):
+        yield "experiment"
+
+
+def without_digests(run: RecordedRun, facts: Facts) -> Iterator[str]:
+    """Yield of which files `file_findings` sees only whether they can be read, in words."""
+    if facts.trained is None:
+        return
+    if any(_programs(stretch.facts) for stretch in run.stretches):
+        yield "programs"
+    if change_files(run.directory):
+        yield "changes between steps"
+    # A digest of a batch is by its shape, which only the step that used it knows.
+    if any(stretch.facts.loop is not None for stretch in run.stretches):
+        yield "batches"
+
+
+def _state_findings(run: RecordedRun, rows: list[SnapshotRow], *, is_begun: bool) -> Iterator[Finding]:
+    """Yield which states are missing or altered, and which steps have no state to open from."""
+    problems = {
+        row: [*_checked(row.directory, partial(check_snapshot, run.directory, row), "")] for row in rows
+    }
+    sound = [row.step for row, found in problems.items() if not found]
+    for row, found in problems.items():
+        if any(step < row.step for step in sound):
+            cure = "steps after it open from the state before it; " + Finding._field_defaults["cure"]
+        else:
+            cure = f"{_RESTORE}; without it, {_unopened(run, row.step, sound)}"
+        yield from (finding._replace(cure=cure) for finding in found)
+    if is_begun and 0 not in {row.step for row in rows}:
+        problem = f"the state before the first step is missing: {_unopened(run, 0, sound)}"
+        yield Finding("snapshots", problem, _RESTORE)
+
+
+def _unopened(run: RecordedRun, state: int, sound: list[int]) -> str:
+    """Return which steps have no state to open from, where none up to `state` is sound."""
+    newest, trained = run.newest_step(), run.facts.trained
+    last = min((step for step in sound if step > state), default=newest)
+    # A step drops the gradients of the one before, which only the state of a loop has.
+    last += trained is None or trained.loop is None
+    which = "no step" if last >= newest else f"none of steps 1 to {last:,}"
+    return f"{which} can be opened, and the run cannot be verified"
+
+
+def _stretch_findings(run: RecordedRun) -> Iterator[Finding]:
+    """Yield what is wrong with the data, programs and experiment of each stretch."""
+    for stretch in run.stretches:
+        training = stretch.facts
+        data = training.data_file
+        if data is not None and data.stored:
+            yield from _checked(data.file, partial(read_data, run.directory, data), _RESTORE)
+        for file in dict.fromkeys(_programs(training)):
+            yield from _checked(file, partial(_read_program, run.directory, file), _RESTORE)
+        name = training.experiment_file or "experiment.toml"
+        yield from _checked(name, partial(run.experiment_file, training), _RESTORE)
+
+
+def _programs(training: TrainingFacts) -> list[str]:
+    """Return the files of the programs of a stretch, within the run."""
+    files = [program.file for program in (training.engine or EAGERLY).programs]
+    if training.loop is not None:
+        files += [f"programs/{number + 1}.json" for number in range(training.loop.programs)]
+    return files
+
+
+def _checked(place: str, read: Callable[[], object], cure: str) -> Iterator[Finding]:
+    """Yield what is wrong with a file, as reading it says."""
+    try:
+        read()
+    except (EverystepError, OSError) as error:
+        yield Finding(place, str(error), cure)
+
+
+def _read_program(directory: Path, file: str) -> Program:
+    return Program.from_json(own_path(directory, file).read_bytes())
+
+
+def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
+    """Yield which files of batches are too short for what the database says is in them."""
+    with reading(run.directory / FILE_NAME) as database:
+        try:
+            rows = database.all_contents()
+        except RunError as error:
+            yield Finding(f"{FILE_NAME}, contents", str(error))
+            return
+    ends: dict[int, int] = {}
+    for _, file, place, size in rows:
+        ends[file] = max(ends.get(file, 0), place + size)
+    for file, end in sorted(ends.items())[:MOST_NAMED]:
+        name = f"{BATCHES}/{file}.bin"
+        path = own_path(run.directory, name)
+        size = path.stat().st_size if path.is_file() else -1
+        if size < end:
+            problem = "it is missing" if size < 0 else f"it has {size:,} of {end:,} bytes"
+            yield Finding(name, f"{problem}: steps that need it cannot be replayed", _RESTORE)
