@@ -277,6 +277,23 @@ def test_the_operation_that_parts_is_a_script_that_needs_torch_alone(chapter_run
     assert f"{first!r} and {second!r}" in done.stdout
 
 
+def test_the_script_of_a_jump_shows_what_rerun_says_of_it(tmp_path):
+    """Where the sign of what a ReLU gets is another one in bfloat16, its gradient jumps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
+    run = everystep.train(
+        model, (torch.randn(40, 6), torch.randn(40, 4)), loss=nn.MSELoss(), steps=30, batch_size=5,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1), progress=False,
+        directory=tmp_path / "run",
+    )  # fmt: skip
+    script = tmp_path / "jump.py"
+    found = run.rerun(precision="bfloat16", emit=script, progress=False)
+    assert found.beyond is not None
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    (line,) = [each for each in done.stdout.splitlines() if each.startswith(f"{found.beyond.name}: ")]
+    assert line.endswith(f"by up to {found.beyond.relative:.3g} of the largest number")
+
+
 def test_a_fork_is_taken_from_where_it_begins(chapter_run):
     fork = chapter_run.fork(10, lr=2e-4, steps=14, directory=chapter_run.directory.parent / "fork",
                             progress=False)  # fmt: skip

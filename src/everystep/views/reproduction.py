@@ -25,16 +25,13 @@ Run it beside {inputs}, which has the inputs: python {script}
 import os, subprocess, sys, torch
 
 os.chdir(os.path.dirname(os.path.abspath(__file__)))
-NAMES = {names!r}
+NAMES = {names!r}{about}
 RECORDED = {recorded!r}
 THERE = {there!r}
 PYTHON = {python}
 
-def computed(dtype):
-    given = torch.load({inputs!r}, weights_only=True)
-    if dtype:
-        cast = getattr(torch, dtype)
-        given = {{n: t.to(cast) if t.is_floating_point() else t for n, t in given.items()}}
+def computed(where):
+    given = torch.load({inputs!r}, weights_only=True)[where]
     result = torch.ops.{operator}({call})
     tensors = [result] if isinstance(result, torch.Tensor) else list(result or ())
     return dict(zip(NAMES, tensors or [given[n] for n in NAMES]))
@@ -45,10 +42,8 @@ if len(sys.argv) > 1:
     torch.save(computed(sys.argv[2]), sys.argv[1])
     sys.exit()
 found = []
-for name, python, settings, dtype in (
-    ("recorded", sys.executable, RECORDED, ""), ("there", PYTHON, THERE, {precision!r})
-):
-    subprocess.run([python, {script!r}, name + ".pt", dtype], env=os.environ | settings, check=True)
+for name, python, settings in ("recorded", sys.executable, RECORDED), ("there", PYTHON, THERE):
+    subprocess.run([python, {script!r}, name + ".pt", name], env=os.environ | settings, check=True)
     found.append(torch.load(name + ".pt", weights_only=True))
 for name, one in found[0].items():
     a, b = one.double(), found[1][name].double()
@@ -83,20 +78,25 @@ def reproduce(opener: Opener, found: Rerun, path: Path) -> bool:
     else:
         return False
     observed = opener.step(step).operations[index]
+    # The inputs of the first operation with other bits are the same there.
+    there = None if found.operation is not None else found.there
     known = recorded_numerics(opener.run.facts)
     content = io.BytesIO()
-    torch.save({name: tensor.cpu() for name, tensor in observed.inputs.items()}, content)
+    given = {"recorded": observed.inputs, "there": (there or observed).inputs}
+    torch.save({name: dict(tensors) for name, tensors in given.items()}, content)
     environments = known.environment(), found.place.environment(known)
     name = re.sub(r"[^\w.-]", "_", found.name)  # it must not end the text that it is in
     title = f"Operation #{index} of step {step:,} of {name}: other numbers elsewhere."
     write_file(path.with_suffix(".inputs.pt"), content.getvalue())
-    write_file(path, _script(observed, title, found.place, environments, path))
+    about = "" if there is None else "\n# There, the inputs are those that the step computed there."
+    write_file(path, _script(observed, title, about, found.place, environments, path))
     return True
 
 
 def _script(
     observed: Observed,
     title: str,
+    about: str,
     place: Place,
     environments: tuple[dict[str, str], dict[str, str]],
     path: Path,
@@ -106,6 +106,7 @@ def _script(
     keywords = [f"{key}={_source(value)}" for key, value in operation.keywords.items()]
     return _SCRIPT.format(
         title=title,
+        about=about,
         inputs=path.with_suffix(".inputs.pt").name,
         script=path.name,
         names=[name for name in operation.results if name] or operation.written(),
@@ -114,7 +115,6 @@ def _script(
         python="sys.executable" if place.python is None else repr(place.interpreter),
         operator=operation.operator,
         call=", ".join([*positional, *keywords]),
-        precision=place.precision or "",
     )
 
 

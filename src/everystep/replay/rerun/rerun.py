@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
+from everystep.program.execute import Observed
 from everystep.program.plain import READ
 from everystep.program.precision import counters
 from everystep.program.program import Program
@@ -51,9 +52,10 @@ class Rerun(Shown):
     losses; parts_at: the first step with another loss or another state, None if all bits are the same,
     or in another precision; operation: the first with other bits, in that step; compared: steps that
     were compared from the recorded state before each; rounding: how far apart numbers are by rounding
-    alone; beyond: the first operation of these steps that is farther apart; farthest: the operations
-    that are farthest apart; others: losses of other runs that were asked for, by name; problems: what
-    could not be compared, or was taken from the recording.
+    alone; beyond: the first operation of these steps that is farther apart; there: that operation, with
+    what it read and returned there; farthest: the operations that are farthest apart; others: losses of
+    other runs that were asked for, by name; problems: what could not be compared, or was taken from the
+    recording.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Rerun(Shown):
     compared: tuple[int, ...]
     rounding: float
     beyond: Apart | None
+    there: Observed | None
     farthest: tuple[Apart, ...]
     others: dict[str, NDArray[np.float64]]
     problems: tuple[str, ...]
@@ -164,10 +167,8 @@ def rerun(
                 operation = first_difference(one, process.step(one, opener.state(parts_at - 1)))
         size = max(1, opener.step(first).bytes)
         steps = _spread(first, last, max(2, min(COMPARED, MOST_BYTES // size)))
-        found = [each for step in steps for each in _apart(opener, process, step)]
-    own = torch.float64 if facts.loss_dtype == "float64" else torch.float32
-    dtypes = [own] if place.precision is None else [own, getattr(torch, place.precision)]
-    limit = tolerance(*dtypes)
+        limit = _rounding(facts.loss_dtype, place)
+        found, there = _compared(opener, process, steps, limit)
     return Rerun(
         name=run.name,
         place=place,
@@ -180,7 +181,8 @@ def rerun(
         operation=operation,
         compared=tuple(steps),
         rounding=limit,
-        beyond=next((each for each in found if not each.relative <= limit), None),
+        beyond=next((each for each in found if _is_beyond(each, limit)), None),
+        there=there,
         farthest=_farthest(found),
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
         problems=tuple(dict.fromkeys([*_taken_over(run), *_diverged(opener), *opener.problems])),
@@ -277,9 +279,31 @@ def _own_footprints(replay: Replay, first: int, last: int) -> list[str]:
     return footprints(replay, first, last)
 
 
-def _apart(opener: Opener, process: OtherProcess, step: int) -> list[Apart]:
-    own = opener.step(step)
-    return apart(own, process.step(own, opener.state(step - 1)))
+def _rounding(dtype: str, place: Place) -> float:
+    """Return how far apart numbers are by rounding alone, of a run with losses of a dtype and there."""
+    own = torch.float64 if dtype == "float64" else torch.float32
+    return tolerance(own, *([] if place.precision is None else [getattr(torch, place.precision)]))
+
+
+def _is_beyond(each: Apart, limit: float) -> bool:
+    return not each.relative <= limit
+
+
+def _compared(
+    opener: Opener, process: OtherProcess, steps: Sequence[int], limit: float
+) -> tuple[list[Apart], Observed | None]:
+    """Return how far results of steps are apart, and the first operation beyond a limit, there."""
+    found: list[Apart] = []
+    seen = None
+    for step in steps:
+        own = opener.step(step)
+        there = process.step(own, opener.state(step - 1))
+        new = apart(own, there)
+        first = next((each for each in new if _is_beyond(each, limit)), None)
+        if seen is None and first is not None:
+            seen = there.operations[first.operation]
+        found += new
+    return found, seen
 
 
 def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, tuple[Any, Any]]:
