@@ -30,10 +30,10 @@ def path_of(folder: Path) -> str:
 def load() -> None:
     """Make the device known to torch here; compiles it first, once for each version of torch."""
     import torch
-    from torch.utils import cpp_extension
+    from torch.utils import backend_registration, cpp_extension
 
     extension = cpp_extension.load("simulated", [str(_SOURCE)], extra_cflags=["-O1", "-w"])
-    torch.utils.rename_privateuse1_backend(NAME)
+    backend_registration.rename_privateuse1_backend(NAME)
     module = types.ModuleType(f"torch.{NAME}")
     module.__dict__.update(
         is_available=lambda: True,
@@ -47,6 +47,6 @@ def load() -> None:
         set_rng_state=lambda state, device=None: extension.set_rng_state(state),
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
     )
-    torch._register_device_module(NAME, module)
-    torch.utils.generate_methods_for_privateuse1_backend()
+    torch._register_device_module(NAME, module)  # type: ignore[no-untyped-call]
+    backend_registration.generate_methods_for_privateuse1_backend()
     extension.register()

@@ -81,7 +81,7 @@ class _Ready(NamedTuple):
         """Compute the loss and its gradients."""
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     def update(self) -> None:
@@ -107,7 +107,7 @@ def by_step_function(ready: _Ready, directory: Path) -> Any:
         x, y = batch
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss
@@ -140,7 +140,7 @@ def _network_without_draws() -> nn.Module:
 def _network_of_images() -> nn.Module:
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 3))
-    return network.to(memory_format=torch.channels_last)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 class _NetworkOfWords(nn.Module):
@@ -155,7 +155,8 @@ class _NetworkOfWords(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         """Return a score for each class (N, 3)."""
         places = torch.arange(words.shape[1], device=words.device) / words.shape[1]
-        return self.head(self.encoder(self.embedding(words) + places[:, None]).mean(1))
+        found: Tensor = self.head(self.encoder(self.embedding(words) + places[:, None]).mean(1))
+        return found
 
 
 def _numbers() -> Tensor:
