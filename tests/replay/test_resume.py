@@ -631,6 +631,16 @@ def test_programs_alone_go_on_without_the_objects(name, capfd):
     assert first.verify(progress=False).is_exact and first[5].loss == whole[5].loss
 
 
+def test_programs_alone_note_the_first_loss_that_is_not_finite():
+    everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
+    fork = everystep.open("whole").fork(15, lr=1e30, progress=False)
+    first = next(n for n, loss in fork.losses.rows() if not math.isfinite(loss))
+    assert fork.facts.nonfinite_step == first > 15
+    again = everystep.open(fork.directory).resume(STEPS + 3, progress=False)
+    assert again.facts.nonfinite_step == first
+    assert fork.first_nonfinite(progress=False).step.number <= first
+
+
 def test_a_fork_by_programs_alone_may_have_another_learning_rate():
     everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
     fork = everystep.open("whole").fork(15, lr=0.001, progress=False)

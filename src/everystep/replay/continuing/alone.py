@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from everystep.errors import RunError, UsageError
 from everystep.recording.facts import (
     EngineFacts,
@@ -165,8 +167,9 @@ def _go_on(
         if at not in recorder.plan.kept:
             recorder.snapshot(state)
         try:
-            stops_on_nan = facts.training.stop_on_nan
-            reason = _take(stepper, recorder, steps, stops_on_nan, interrupt, progress)
+            was_finite = (run.facts.nonfinite_step or at + 1) > at
+            rules = facts.training.stop_on_nan, was_finite
+            reason = _take(stepper, recorder, steps, rules, interrupt, progress)
             before = 0.0 if resumed is None else resumed.seconds
             seconds = None if before is None else before + time.perf_counter() - started
             status = "finished" if reason is None else "stopped"
@@ -184,13 +187,16 @@ def _take(
     stepper: TrainingStepper,
     recorder: Recorder,
     last: int,
-    stops_on_nan: bool,
+    rules: tuple[bool, bool],
     interrupt: Interrupt,
     progress: Progress,
 ) -> str | None:
-    """Take steps up to the last one, record them, and take snapshots; return why it stopped before."""
+    """Take steps up to the last one, record them, and take snapshots; return why it stopped before.
+
+    rules: whether it stops at a loss that is not finite, and whether all losses before were finite.
+    """
     assert stepper.state is not None
-    begin, step_seconds, reason = stepper.state, 0.0, None
+    (stops_on_nan, is_finite), begin, step_seconds, reason = rules, stepper.state, 0.0, None
     newest = begin
     while stepper.state < last and not interrupt:
         recorder.check()
@@ -202,7 +208,11 @@ def _take(
             ends.append((stepper.state // recorder.plan.interval + 1) * recorder.plan.interval)
         losses = stepper.run(min(ends))
         step_seconds = (time.perf_counter() - started) / len(losses)
-        recorder.losses(first, losses.tolist())
+        found = torch.nonzero(~torch.isfinite(losses)).flatten().tolist() if is_finite else []
+        recorder.losses(
+            first, losses.tolist(), facts={"nonfinite_step": first + found[0]} if found else {}
+        )
+        is_finite = is_finite and not found
         if stepper.state >= begin + TIMED_STEPS and not recorder.has_interval:
             size = sum(tensor.nbytes for tensor in stepper.named_state().values())
             recorder.choose_interval(step_seconds, size)
