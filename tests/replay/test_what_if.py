@@ -1,6 +1,7 @@
 """Trainings without some rows, and with other targets: as a training by hand that never saw them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,16 +16,19 @@ from everystep.replay.processes import workers
 ROWS, STEPS = 20, 14
 
 
-def made(dropout=0.0):
+ADAM = partial(torch.optim.Adam, lr=0.05)
+
+
+def made(dropout=0.0, optimizer=ADAM):
     torch.manual_seed(3)
     x, y = torch.randn(ROWS, 4), torch.randint(0, 3, (ROWS,))
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
-    return model, x, y, torch.optim.Adam(model.parameters(), lr=0.05)
+    return model, x, y, optimizer(model.parameters())
 
 
-def by_hand(without=(), after=0, targets=None, batch_size=6, dropout=0.0, steps=STEPS):
+def by_hand(without=(), after=0, targets=None, batch_size=6, dropout=0.0, steps=STEPS, optimizer=ADAM):
     """The losses of a training that does not see some rows after a step, which may be one for each."""
-    model, x, y, optimizer = made(dropout)
+    model, x, y, optimizer = made(dropout, optimizer)
     torch.manual_seed(5)
     order = Batches(ROWS, batch_size, seed=5)
     losses = []
@@ -44,8 +48,8 @@ def by_hand(without=(), after=0, targets=None, batch_size=6, dropout=0.0, steps=
     return losses
 
 
-def trained(directory, batch_size=6, dropout=0.0, **options):
-    model, x, y, optimizer = made(dropout)
+def trained(directory, batch_size=6, dropout=0.0, optimizer=ADAM, **options):
+    model, x, y, optimizer = made(dropout, optimizer)
     return everystep.train(
         model,
         (x, y),
@@ -96,12 +100,15 @@ def test_what_if_is_the_training_by_hand_without_the_rows(tmp_path, batch_size, 
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_each_of_several_trainings_is_what_it_is_alone(tmp_path, at):
-    run = trained(tmp_path / "run")
+@pytest.mark.parametrize(
+    "optimizer", [ADAM, partial(ADAM, fused=True), partial(torch.optim.SGD, lr=0.05, momentum=0.9)]
+)
+def test_each_of_several_trainings_is_what_it_is_alone(tmp_path, at, optimizer):
+    run = trained(tmp_path / "run", optimizer=optimizer)
     found = run.what_if(at, STEPS, without_rows=range(4), each=True, progress=False)
     assert len(found.cases) == 4
     for case in found.cases:
-        assert list(case.losses) == by_hand(case.rows, at)[at:]
+        assert list(case.losses) == by_hand(case.rows, at, optimizer=optimizer)[at:]
 
 
 @pytest.mark.parametrize("batch_size", [6, None])
