@@ -185,6 +185,28 @@ def test_weights_that_are_not_laid_row_after_row_go_elsewhere(tmp_path):
     assert 0 < found.relative.max() < 1e-5
 
 
+def test_what_no_replay_has_is_not_blamed_on_the_place(small, tmp_path):
+    model, x, y = small
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logged = []
+
+    def log(loss):
+        recording.log(loss=loss)
+        logged.append(loss)
+        if len(logged) == 3:
+            model[0].weight.data.numpy()[1, 2] += 0.5
+
+    with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "loop") as recording:
+        loop(optimizer, x, y, model, log, recording.steps)
+    found = recording.run.rerun(precision="float64", progress=False)
+    note = "as it was recorded, the replay differs from the recording from step 4 on, too"
+    assert any(problem.startswith(note) for problem in found.problems)
+    # Another question, after steps were opened, knows of it, too.
+    opened = everystep.open(tmp_path / "loop")
+    assert opened[6].diverged_at == 4 and opened.problems
+    assert any("from step 4 on" in each for each in opened.diff(opened, thorough=True).problems)
+
+
 def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
     found = chapter_run.rerun(precision="bfloat16", progress=False)
     # A ReLU with an input near 0 is on in one precision, and off in the other.
