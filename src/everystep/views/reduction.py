@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,27 +43,28 @@ def extremes(
 
     A frame of up to two rows for each bucket is returned unchanged.
     """
-    _, starts = np.unique((frame[step].to_numpy() - 1) // width, return_index=True)
+    steps = frame[step].to_numpy()
+    starts = np.unique(np.searchsorted(steps, np.arange(1, steps[-1] + 1, width)))
     return frame if len(frame) <= 2 * len(starts) else _extremes(frame, starts, value)
 
 
 def _extremes(frame: polars.DataFrame, starts: NDArray[np.int64], value: str) -> polars.DataFrame:
     """Return the rows to keep of a frame in buckets that begin at the rows `starts`."""
-    values = frame[value].to_numpy().astype(np.float64)
-    sizes = np.diff(starts, append=len(values))
-
-    finite = np.isfinite(values)
-    smallest = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
-    largest = np.maximum.reduceat(np.where(finite, values, -np.inf), starts)
-    kept = np.zeros(len(values), dtype=bool)
-    kept[[0, -1]] = True
-    for wanted in (
-        finite & (values == np.repeat(smallest, sizes)),
-        finite & (values == np.repeat(largest, sizes)),
-        ~finite,
-    ):
-        kept[_first_of_each(wanted, starts)] = True
-    return frame[np.flatnonzero(kept)]
+    values = frame[value].to_numpy()
+    kept = [0, len(values) - 1]
+    # One bucket after the other stays in the processor's cache; arrays of all rows do not.
+    for begin, end in pairwise([*starts.tolist(), len(values)]):
+        bucket = values[begin:end]
+        finite = np.isfinite(bucket)
+        if finite.all():
+            kept += [begin + int(bucket.argmin()), begin + int(bucket.argmax())]
+            continue
+        kept.append(begin + int(finite.argmin()))
+        rows = np.flatnonzero(finite)
+        if len(rows):
+            among = bucket[rows]
+            kept += [begin + int(rows[among.argmin()]), begin + int(rows[among.argmax()])]
+    return frame[np.unique(kept)]
 
 
 def _starts(steps: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
@@ -72,10 +74,3 @@ def _starts(steps: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
     starts: NDArray[np.int64] = np.searchsorted(steps, begins + steps[0])
     sizes = np.diff(starts, append=len(steps))
     return starts[sizes > 0]
-
-
-def _first_of_each(wanted: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the index of the first wanted row of each bucket that has one."""
-    rows = np.flatnonzero(wanted)
-    buckets = np.searchsorted(starts, rows, side="right")
-    return rows[np.diff(buckets, prepend=0) > 0]
