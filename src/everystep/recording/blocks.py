@@ -188,13 +188,13 @@ class Blocks(Rows):
 
         root = self.numbers("SELECT rootpage FROM sqlite_master WHERE name = 'steps'", kinds=STEP)[0]
         losses = losses_in_pages(self.path, root)[:newest]
-        steps, sound = np.arange(1, len(losses) + 1), 0
+        sound = 0
         query = "SELECT first, digest FROM blocks WHERE name = ? ORDER BY first"
         for first, digest in self.checked((STEP, BYTES), query, LOSS):
             begin, end = max(first, 1) - 1, min(first + BLOCK - 1, newest)
             if begin != sound or end > len(losses):
                 break
-            if digest_of_numbers(steps[begin:end], losses[begin:end]) != digest:
+            if digest_of_numbers(np.arange(begin + 1, end + 1), losses[begin:end]) != digest:
                 break
             sound = end
         return losses[:sound]

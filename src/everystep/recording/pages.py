@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 __all__ = ["losses_in_pages"]
 
 #: Pages that are read together: so many stay in the processor's cache.
-_TOGETHER = 512
+_TOGETHER = 128
 #: Levels of a table's tree; of SQLite's smallest pages, 2^28 rows have fewer.
 _DEEPEST = 12
 _INTERIOR, _LEAF = 5, 13
