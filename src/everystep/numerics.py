@@ -128,8 +128,13 @@ class Numerics(BaseModel):
         return any(getattr(self, name) != getattr(other, name) for name in settled)
 
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
-        """Return each field that differs, with this value and the other's."""
-        pairs = {name: (value, getattr(other, name)) for name, value in self}
+        """Return each field that differs, with this value and the other's.
+
+        Settings of CUDA are left out where both compute on the CPU.
+        """
+        of_cuda = {"cudnn_benchmark", "cublas_workspace_config"}
+        left_out = of_cuda if self.device == other.device == "cpu" else set()
+        pairs = {name: (value, getattr(other, name)) for name, value in self if name not in left_out}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

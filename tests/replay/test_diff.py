@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import StepLR
 import everystep
 from everystep.errors import DamageWarning
 from everystep.experiment.batches import Batches
+from everystep.numerics import Numerics
 from everystep.recording.snapshots import SnapshotPlan
 from everystep.step.check import StateDifference
 from everystep.views.answers import as_json
@@ -453,6 +454,14 @@ def test_zero_is_not_minus_zero():
 
 def test_where_no_random_number_is_drawn_the_generators_do_not_count():
     assert train().diff(train(draw), progress=False).is_same
+
+
+def test_settings_of_cuda_differ_only_where_it_computes():
+    known = Numerics.read(torch.device("cpu"))
+    other = known.model_copy(update={"cublas_workspace_config": "none", "cudnn_benchmark": True})
+    assert known.differences(other) == {}
+    pair = [each.model_copy(update={"device": "NVIDIA H100"}) for each in (known, other)]
+    assert {*pair[0].differences(pair[1])} == {"cublas_workspace_config", "cudnn_benchmark"}
 
 
 def test_other_threads_are_named_and_found_where_they_matter():

@@ -631,6 +631,34 @@ def test_programs_alone_go_on_without_the_objects(name, capfd):
     assert first.verify(progress=False).is_exact and first[5].loss == whole[5].loss
 
 
+def test_what_was_opened_before_knows_the_steps_of_a_resume():
+    everystep.train_experiment("two-layer", {"steps": 10}, directory="runs/part", progress=False)
+    opened = everystep.open("part")
+    assert opened[10].number == 10
+    everystep.open("part").resume(20, progress=False)
+    assert opened[20].loss == opened.losses["loss"][-1]
+
+
+def test_a_loop_that_was_opened_before_knows_the_steps_of_a_resume():
+    def train(steps, **to):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with everystep.record(model=model, optimizer=optimizer, **to) as recording:
+            for number in recording.steps(range(steps)):
+                loss = model(torch.full((8, 4), number / 10)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+        return recording.run
+
+    opened = everystep.open(train(10, run="runs/part").directory)
+    assert opened[10].number == 10
+    train(20, resume="runs/part")
+    assert opened[20].loss == opened.losses["loss"][-1]
+
+
 def test_programs_alone_note_the_first_loss_that_is_not_finite():
     everystep.train(**mlp_case(ALONE["Adam"]), steps=STEPS, directory="runs/whole")
     fork = everystep.open("whole").fork(15, lr=1e30, progress=False)

@@ -22,6 +22,7 @@ from everystep import numerics
 from everystep.device import select
 from everystep.errors import RunError, TrainingError
 from everystep.numerics import MOST_THREADS, Numerics
+from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EAGERLY, EngineFacts, Facts
 from everystep.recording.run import RecordedRun
 from everystep.replay.replay import Replay
@@ -36,6 +37,8 @@ __all__ = ["Opener", "cores", "in_worker", "needs_worker", "recorded_numerics", 
 
 P = ParamSpec("P")
 T = TypeVar("T")
+#: What tells a run that is over from the same run after it was resumed; None while it is trained.
+Edition = tuple[int, int] | None
 
 
 def recorded_numerics(facts: Facts) -> Numerics:
@@ -96,8 +99,18 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
 
 
 @lru_cache(maxsize=2)
-def _replay(directory: Path, threads: int | None) -> Replay:
+def _replay(directory: Path, threads: int | None, edition: Edition) -> Replay:
     return Replay(RecordedRun(directory), threads=threads)
+
+
+def _edition_of(run: RecordedRun) -> Edition:
+    return None if run.status == "running" else _stamp(run)
+
+
+def _stamp(run: RecordedRun) -> tuple[int, int]:
+    # Not of the log beside it, which a reader makes and removes.
+    status = (run.directory / FILE_NAME).stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def in_worker(
@@ -110,7 +123,7 @@ def in_worker(
 ) -> T:
     """Do something with the replay of a run in this worker: the same one if it needs no objects."""
     if objects is None:
-        return task(_replay(directory, threads), *given, **named)
+        return task(_replay(directory, threads, _edition_of(RecordedRun(directory))), *given, **named)
     return task(Replay(RecordedRun(directory), objects, threads), *given, **named)
 
 
@@ -146,7 +159,8 @@ class Opener:
         self._workers = ExitStack()
         weakref.finalize(self, self._workers.close)
         self._engine: EngineFacts | None = None
-        self._has_begun = self._is_over = False
+        self._has_begun = False
+        self._edition: Edition = None
 
     @property
     def problems(self) -> list[str]:
@@ -210,12 +224,12 @@ class Opener:
 
     def _prepare(self) -> None:
         """Choose where to replay; start again if a run that is being trained has new steps."""
-        if self._is_over and self._has_begun:
+        if self._has_begun and self._edition is not None and self._edition == _stamp(self.run):
             return
         facts = self.run.facts
-        self._is_over = self.run.status != "running"
+        was_running, self._edition = self._edition is None, _edition_of(self.run)
         engine = facts.training.engine
-        if self._has_begun and engine is not None and engine == self._engine:
+        if self._has_begun and was_running and engine is not None and engine == self._engine:
             return
         self._replay = None
         if not needs_worker(facts):
