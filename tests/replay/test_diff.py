@@ -432,7 +432,11 @@ def test_a_longer_run_of_the_same_is_not_the_same(thorough):
     found = train(steps=30).diff(train(steps=20), thorough=thorough, progress=False)
     assert not found.is_same
     assert (found.steps, found.loss, found.states, found.operation) == ((30, 20), None, (), None)
-    assert diff_text(found).endswith("the first 20 steps are identical; one run is longer")
+    what = "result of every operation" if thorough else "loss and every common snapshot"
+    same = f"every {what} of the first 20 steps is identical; one run is longer"
+    assert diff_text(found).endswith(
+        same + ("" if thorough else "; --thorough compares every operation")
+    )
 
 
 def test_nan_is_the_same_as_nan():

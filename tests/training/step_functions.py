@@ -669,7 +669,12 @@ def second_model_in_no_part():
         optimizer.step()
         return loss
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is not in any part")
+    return Case(
+        step,
+        rows(),
+        {"model": model, "optimizer": optimizer},
+        "that is not a parameter of a model or optimizer",
+    )
 
 
 class OwnOptimizer(torch.optim.Optimizer):

@@ -83,6 +83,8 @@ class Difference(Shown):
             )
         elif self.loss is not None:
             found = f"losses differ from step {self.loss.step:,} on"
+        elif not any((self.states, self.experiments, self.measured, self.unread)):
+            found = "one is longer"
         else:
             found = "they differ in their settings, states, measurements or batches"
         return f"<difference of {self.names[0]} and {self.names[1]}: {found}>"

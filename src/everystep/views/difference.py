@@ -49,7 +49,7 @@ def diff_text(found: Difference) -> str:
     if found.operation is not None:
         lines += ["", *_operation_lines(found.operation, found.names)]
     lines += [labelled("problem", problem) for problem in found.problems]
-    return "\n".join([*lines, "", _verdict(found)])
+    return "\n".join([*lines, "", _verdict(found) + _hint(found)])
 
 
 def diff_sentence(found: Difference) -> str:
@@ -232,12 +232,14 @@ def _verdict(found: Difference) -> str:
         return "nothing that could be compared differs"
     if found.is_same and not found.numerics and found.is_thorough:
         return "the runs are bit-identical"
+    what = "result of every operation" if found.is_thorough else "loss and every common snapshot"
+    same = f"every {what} of the first {min(found.steps):,} steps is identical"
     if found.steps[0] != found.steps[1] and not found.experiments:
-        return f"the first {min(found.steps):,} steps are identical; one run is longer"
-    same = f"every loss and every common snapshot of the first {min(found.steps):,} steps is identical"
-    if found.is_thorough:
-        same = f"every result of every operation of the first {min(found.steps):,} steps is identical"
-    else:
-        same += ", bit for bit" if found.is_same else ""
-        same += "; --thorough compares every operation"
-    return f"{same}, bit for bit" if found.is_thorough else same
+        return f"{same}; one run is longer"
+    return f"{same}, bit for bit" if found.is_same or found.is_thorough else same
+
+
+def _hint(found: Difference) -> str:
+    """Return how more is compared, where nothing differs in what was."""
+    differs = (found.loss, found.states, found.operation, found.measured, found.problems)
+    return "" if found.is_thorough or any(differs) else "; --thorough compares every operation"

@@ -39,7 +39,7 @@ def test_names_and_texts_from_runs_are_text(hostile, shared, open_page):
         expect(page.get_by_role("dialog")).to_be_visible()
         page.keyboard.press("Escape")
     page.goto(page.url.partition("/runs/")[0] + f"/compare?one=chapter&other={hostile}")
-    expect(page.locator("p.verdict")).to_contain_text("bit-identical")
+    expect(page.locator("p.verdict")).to_contain_text("is identical, bit for bit")
     assert page.locator("img").count() == 0
 
 

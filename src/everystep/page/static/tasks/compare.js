@@ -177,8 +177,8 @@ function stateText({ elements, size }) {
 }
 
 // Where losses or states differ and no operation was found, looking at all of them finds none either.
-function isWorthAll({ thorough, same, operation, loss, states }) {
-  return !thorough && !same && (operation || !(loss || states.length));
+function isWorthAll({ thorough, operation, loss, states }) {
+  return !thorough && (operation || !(loss || states.length));
 }
 
 function thoroughOf({ operation }, lookAtAll) {
