@@ -24,6 +24,7 @@ from everystep.experiment.batches import Batches
 from everystep.recording import additions
 from everystep.recording.facts import MeasuredFacts, WriterFacts
 from everystep.recording.snapshots import SnapshotPlan
+from everystep.replay import nonfinite
 from everystep.views.terminal import shortest
 
 STEPS = 30
@@ -664,6 +665,35 @@ def test_a_mask_that_is_a_buffer_hides_nothing(optimizer):
     found = run.first_nonfinite(progress=False)
     assert 1 < found.step.number == run.facts.nonfinite_step
     assert found.operation.operation.operator == "aten.log.default"
+
+
+class Padded(nn.Module):
+    """Scores of rows below a bound are hidden by infinities: of some batches, none are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        scores = hidden.masked_fill((x < -1.0) & (x > x.amin(1, keepdim=True)), -math.inf)
+        return self.last(hidden * scores.softmax(-1))
+
+
+def test_masks_that_come_later_are_looked_at_once(monkeypatch):
+    looked_at, judged = [], nonfinite._first_made
+
+    def noted(step):
+        looked_at.append(step.number)
+        return judged(step)
+
+    monkeypatch.setattr(nonfinite, "_first_made", noted)
+    run = train(model=Padded, optimizer=partial(Adam, lr=1e-3), **{"steps": 40, "batch_size": 2})
+    results = {n: [t for o in run[n].operations for t in o.results.values()] for n in range(1, 41)}
+    masked = [number for number, tensors in results.items() if not is_finite(tensors)]
+    assert len(masked) > 4 and masked[0] > 1
+    assert run.first_nonfinite(progress=False) is None
+    assert looked_at == [1, masked[0]]
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Adam])

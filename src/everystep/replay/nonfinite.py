@@ -83,13 +83,13 @@ class _Counts(NamedTuple):
 class FiniteCheck(Visitor):
     """Runs steps, and stops at the first with a value that is unintentionally not finite.
 
-    meant: operations with intentional infinities, such as those of a causal mask: there, only NaNs
-    count.
+    meant: operations with intentional infinities, such as those of a causal mask, and tensors that an
+    optimizer keeps with them, by name: there, only NaNs count.
     """
 
     may_share = True
 
-    def __init__(self, meant: frozenset[int]) -> None:
+    def __init__(self, meant: frozenset[int | str]) -> None:
         self._meant = meant
         self._found: int | None = None
         self._plans: dict[BoundProgram, tuple[list[Any], Tensor]] = {}
@@ -130,8 +130,9 @@ class FiniteCheck(Visitor):
         """Note whether everything in a step was finite; return whether it was."""
         finite = bool(self._plans[bound][1].all())
         if bound.program.optimizer_step is not None and self._training is not None:
-            state = _of_update(self._training.named_state()).values()
-            finite &= all(bool(t.isfinite().all()) for t in state if t.is_floating_point())
+            for name, tensor in _of_update(self._training.named_state()).items():
+                looked = ~tensor.isnan() if name in self._meant else tensor.isfinite()
+                finite &= bool(looked.all())
         return self._note(number, finite)
 
     def _note(self, number: int, finite: bool) -> bool:
@@ -186,17 +187,14 @@ def find_nonfinite(
     first = opener.step(1)
     if (made := _first_made(first)) is not None:
         return made
-    meant = frozenset(
-        i
-        for i, each in enumerate(first.operations)
-        if _count([*each.results.values(), *each.written.values()]) != (0, 0)
-    )
+    meant = _not_finite_in(first)
     bound, begin, made = min(last, run.facts.nonfinite_step or last), 1, None
     while made is None and begin <= bound:
         number = _first_suspect(opener, begin, bound, meant, processes, on_progress)
         if number is None:
             return None
-        made, begin = _first_made(opener.step(number)), number + 1
+        suspect = opener.step(number)
+        made, begin, meant = _first_made(suspect), number + 1, meant | _not_finite_in(suspect)
     return made
 
 
@@ -204,7 +202,7 @@ def _first_suspect(
     opener: Opener,
     begin: int,
     bound: int,
-    meant: frozenset[int],
+    meant: frozenset[int | str],
     processes: int | None,
     on_progress: Callable[[int], None],
 ) -> int | None:
@@ -241,6 +239,17 @@ def _covers(steps: dict[int, int | None], run: RecordedRun, ends: tuple[int, int
 def _of_update(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a state that an optimizer changes."""
     return {n: t for n, t in state.items() if n.startswith(("parameter/", "optimizer/"))}
+
+
+def _not_finite_in(step: Step) -> frozenset[int | str]:
+    """Return the operations of a step with results that are not finite, and what an optimizer has so."""
+    operations = (
+        index
+        for index, each in enumerate(step.operations)
+        if _count([*each.results.values(), *each.written.values()]) != (0, 0)
+    )
+    kept = (name for name, tensor in _of_update(step.end).items() if _count([tensor]) != (0, 0))
+    return frozenset((*operations, *kept))
 
 
 def _first_made(step: Step) -> NonFinite | None:

@@ -48,7 +48,7 @@ function headOf(names, found, runs) {
   return element("div", { class: "versus" }, left, swap, right);
 }
 
-// A run without steps, or whose loop logs none, has no loss.
+// A run without steps has no loss, nor has the run of a loop that logs none.
 function briefOf({ steps, first_loss: first, last_loss: last }) {
   const count = `${whole(steps)} ${steps === 1 ? "step" : "steps"}`;
   return first === null ? count : `${count}, loss ${short(first)} to ${short(last)}`;
