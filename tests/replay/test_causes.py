@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks.faults.kinds.judging import all_kinds, judged
 from benchmarks.faults.kinds.sides import Training, with_module
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import AdamW
@@ -262,13 +262,14 @@ def test_the_units_between_two_floats_are_exact(dtype, data):
 
 
 @given(st.floats(allow_nan=False), st.integers(0, 20))
+@example(-INFINITY, 0)
 def test_a_unit_is_a_step_to_the_next_float(number, steps):
     after = number
     for _ in range(steps):
         after = math.nextafter(after, INFINITY)
-    expected = (
-        steps if math.isfinite(after) else place(INFINITY, torch.float64) - place(number, torch.float64)
-    )
+    # From the largest number on, fewer steps than asked for lead to infinity.
+    ends = place(number, torch.float64), place(after, torch.float64)
+    expected = steps if math.isfinite(after) else ends[1] - ends[0]
     assert distance(*(torch.tensor(each, dtype=torch.float64) for each in (number, after))) == expected
 
 
