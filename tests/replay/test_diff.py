@@ -740,6 +740,17 @@ def test_other_measurements_are_a_difference(everystep_command):
     assert "measured    twice differs from step 1 on: " in out
 
 
+def test_a_learning_rate_holds_until_it_changes_so_it_differs_from_the_first_change_on(
+    everystep_command,
+):
+    for size in (4, 8):
+        train(
+            steps=12, optimizer=partial(SGD, lr=0.05), schedule=partial(StepLR, step_size=size)
+        )  # fmt: skip
+    _, out, _ = everystep_command("diff", "sequential-1", "sequential-2")
+    assert "measured    lr differs from step 5 on: 0.005000000000000001 and 0.05\n" in out
+
+
 def test_a_batch_that_differs_where_nothing_reads_it_is_found_thoroughly(everystep_command):
     def batches(weight):
         torch.manual_seed(1)

@@ -21,6 +21,7 @@ from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.causes import causes_of
+from everystep.replay.columns import Setting
 from everystep.replay.data import DataDifference, data_differences
 from everystep.replay.evidence import Evidence, around
 from everystep.replay.footprints import draws_at_random, footprints, programs_of
@@ -34,6 +35,7 @@ from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.step.check import StateDifference, same_bits, state_differences
+from everystep.step.hyperparameters import is_hyperparameter
 from everystep.training.objects import Objects
 
 __all__ = ["Difference", "diff"]
@@ -171,13 +173,25 @@ def _first_loss(one: RecordedRun, other: RecordedRun) -> LossDifference | None:
 
 def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossDifference]]:
     """Yield the measurements that differ at steps that both runs have, and where they begin to."""
+    last = min(one.newest_step(), other.newest_step())
     for name in sorted({*one.measurement_names} & {*other.measurement_names}):
-        pair = one.measured(name), other.measured(name)
-        steps = [step for step in pair[0] if step in pair[1]]
-        a, b = (np.array([values[step] for step in steps]) for values in pair)
-        difference = _first_number(np.array(steps), a, b)
+        own = [run.measured(name) for run in (one, other)]
+        pair = [_at(run, name, values) for run, values in zip((one, other), own, strict=True)]
+        at_both = ((step, *(at(step) for at in pair)) for step in sorted({*own[0], *own[1]}))
+        known = [row for row in at_both if row[0] <= last and None not in row]
+        steps, a, b = np.array(known, dtype=np.float64).reshape(-1, 3).T
+        difference = _first_number(steps.astype(np.int64), a, b)
         if difference is not None:
             yield name, difference
+
+
+def _at(run: RecordedRun, name: str, values: dict[int, float]) -> Callable[[int], float | None]:
+    """Return what tells a measurement of a step; None where it has none.
+
+    A setting that everystep recorded holds until it changes; what a loop logged does not.
+    """
+    is_held = is_hyperparameter(name) and not run.facts.training.loop
+    return Setting(values).at if is_held else values.get
 
 
 def _first_number(
