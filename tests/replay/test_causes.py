@@ -11,6 +11,7 @@ from benchmarks.faults.kinds.sides import Training, with_module
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 from torch.optim import AdamW
 
 import everystep
@@ -92,7 +93,9 @@ def with_numerics(numerics):
     seen = Observed(operation, {"x": tensor}, {"y": tensor})
     results = [TensorDifference("y", 1, 2, [(0,)], [(1.0, 2.0)], None)]
     unknown = partial(pytest.fail, "nothing of it should be needed")
-    evidence = Evidence((None, None), [], {}, {}, unknown, unknown, numerics, False, False, False)
+    evidence = Evidence(
+        ("one", "other"), (None, None), [], {}, {}, unknown, unknown, numerics, False, False, False
+    )
     return causes_of(OperationDifference(1, 0, seen, seen, results), evidence)
 
 
@@ -290,3 +293,85 @@ def test_doubles_of_other_sign_are_measured_as_numbers(one, other, text):
 def test_whole_numbers_have_a_size_too():
     assert size_of_difference(torch.tensor([3, 8]), torch.tensor([3, 6])) == Size(None, 2.0, 0.25)
     assert size_of_difference(torch.tensor([True]), torch.tensor([False])) == Size()
+
+
+# Loops as people write them: what the command calls the cause.
+
+
+def small():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def usual(model, optimizer, x, y):
+    """A step: forward, loss, zero_grad, backward, update."""
+    loss = functional.mse_loss(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def loop(name, *, step=usual, model=small, after=lambda number, model: None, steps=6, batches=None):
+    """Record a loop. step: takes one; after: called after each step, outside of it."""
+    torch.manual_seed(0)
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    batches = batches or [(torch.randn(6, 4), torch.randn(6, 3)) for _ in range(steps)]
+    number = 0
+    with everystep.record(run=name, model=net, optimizer=optimizer) as recording:
+        for first in range(0, len(batches), 2):
+            for x, y in recording.steps(batches[first : first + 2]):
+                recording.log(loss=step(net, optimizer, x, y))
+            number = first + 2
+            after(number, net)
+
+
+@pytest.fixture
+def said(everystep_command):
+    """Return the lines of a diff of the runs `one` and `other` that begin with a word."""
+
+    def lines(label="cause", *options):
+        code, out, err = everystep_command("diff", "one", "other", *options)
+        assert not err and (code == 1 or "is identical" in out)
+        own = [line for line in out.splitlines() if line.startswith(f"{label} ")]
+        return [line.removeprefix(label).strip() for line in own]
+
+    return lines
+
+
+def edited(number, model):
+    if number == 4:
+        with torch.no_grad():
+            model[3].weight[1, 2] += 0.01
+
+
+def loaded(number, model):
+    if number == 4:
+        torch.manual_seed(1)
+        model.load_state_dict(small().state_dict())
+
+
+def evaluated(number, model):
+    if number == 4:
+        with torch.no_grad():
+            model(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("after", "cause"),
+    [
+        (edited, "3.weight[1, 2] of state 4: "),
+        (loaded, "0.bias of state 4: 8 of 8 numbers, by at most "),
+        (evaluated, "1.num_batches_tracked of state 4: 4 | 5; "),
+    ],
+    ids=lambda given: getattr(given, "__name__", ""),
+)
+@pytest.mark.filterwarnings("ignore:.*outside of a step")
+def test_a_state_that_was_changed_outside_of_a_step_is_said_to_be(said, after, cause):
+    loop("one")
+    loop("other", after=after)
+    causes = said()
+    assert causes and all(
+        each.endswith("; changed outside of a step, after step 4, in other") for each in causes
+    )
+    assert causes[0].startswith(cause)

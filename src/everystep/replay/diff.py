@@ -292,6 +292,7 @@ class Lockstep:
         ]
         openers = self._openers
         return Evidence(
+            names=(self._runs[0].name, self._runs[1].name),
             steps=(one, other),
             settings=settings_that_differ(*facts),
             modules=classes[0],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from everystep.program.memory import copy_on_cpu
 from everystep.recording.asked import Setting, flat
+from everystep.recording.changes import change_files, read_change
 from everystep.recording.texts import shortest
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step
@@ -23,26 +24,30 @@ class Around(NamedTuple):
     """What a step begins and ends with besides its batch.
 
     before, after: tensors of the state, by name; generators: the states of random generators that it
-    draws from, by name; settings: of the optimizer's param groups, and numbers that it keeps, by name.
+    draws from, by name; settings: of the optimizer's param groups, and numbers that it keeps, by name;
+    changed: the tensors that code outside of a step changed just before it.
     """
 
     before: dict[str, Tensor]
     after: dict[str, Tensor]
     generators: dict[str, Tensor]
     settings: dict[str, Any]
+    changed: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What is known of two runs at a step besides its operations.
 
-    steps: in both; settings: those of the trainings that differ; modules, optimizers: the classes of the
-    first run's, by path and by name; look: returns what the step begins and ends with; look_at_first:
-    returns state 0; numerics: those that differ, in words; is_seeded: whether the seed decides on
-    everything that is drawn before the first step; is_data_drawn: whether the data is drawn, too;
-    has_rows: whether batches are rows of data that the runs know by their numbers.
+    names: of the runs; steps: in both; settings: those of both trainings that differ; modules and
+    optimizers: the classes of the first run's, by path and by name; look: returns what the step begins
+    and ends with; look_at_first: returns state 0; numerics: those that differ, in words; is_seeded:
+    whether the seed decides on everything that is drawn before the first step; is_data_drawn: whether
+    the data is drawn, too; has_rows: whether batches are rows of data that the runs know by
+    their numbers.
     """
 
+    names: tuple[str, str]
     steps: tuple[Step, Step]
     settings: list[Setting]
     modules: dict[str, str]
@@ -127,4 +132,6 @@ def around(replay: Replay, number: int) -> Around:
         for key, value in group.items()
         if key not in ("params", "initial_lr")
     }
-    return Around(before, after, generators, groups | flat(optimizer.get("values", {})))
+    file = change_files(replay.run.directory).get(number - 1)
+    changed = frozenset(read_change(replay.run.directory, file) if file else ())
+    return Around(before, after, generators, groups | flat(optimizer.get("values", {})), changed)

@@ -233,6 +233,7 @@ class LoopStepper(ReplayStepper):
 
     def given(self, number: int) -> bytes:
         """Return a fingerprint of the next step's inputs besides its state: numbers and inputs."""
+        self.settle()
         row = self._row(number)
         return (row.numbers or b"") + (row.inputs or b"")
 

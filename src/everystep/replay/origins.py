@@ -76,14 +76,19 @@ def of_state(name: str, evidence: Evidence) -> Iterator[str]:
     if pair[1] is not None and same_bits(pair[0], pair[1]):
         yield f"another part of {name_in_words(name)}"
         return
+    changed = [
+        run for run, each in zip(evidence.names, evidence.around, strict=True) if name in each.changed
+    ]
+    where = f"; changed outside of a step, after step {since:,}, in {' and '.join(changed)}"
+    by = where if changed and since else ""
     difference = tensor_difference(name_in_words(name), pair[0], pair[1])
     if difference.elements == 1 and difference.positions:
         position, values = difference.positions[0], difference.values[0]
         place = str(list(position)) if position else ""
-        yield f"{difference.name}{place} of state {since:,}: {_numbers_text(values)}"
+        yield f"{difference.name}{place} of state {since:,}: {_numbers_text(values)}{by}"
     else:
         text = _tensor_text(difference._replace(name=""), pair)
-        yield f"{difference.name} of state {since:,}: {text}"
+        yield f"{difference.name} of state {since:,}: {text}{by}"
 
 
 def of_optimizer(evidence: Evidence) -> Iterator[str]:
