@@ -467,3 +467,37 @@ def test_output_to_a_full_disk_ends_in_one_message(everystep_command, arguments,
         )  # fmt: skip
     assert done.stderr == "everystep: the output cannot be written: No space left on device\n"
     assert done.returncode == 1
+
+
+def run_with(stdout, *arguments, shell="", **options):
+    command = [sys.executable, "-m", "everystep", *map(str, arguments)]
+    if shell:  # which closes streams as users do
+        command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, **options)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
+def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
+    everystep_command("train", "--steps", 2, "--run", "run", "-q")
+    for arguments in (["verify", "run"], ["step", "run", "2"], ["losses", "run"], ["--version"]):
+        ours, reader = os.pipe()
+        os.close(ours)
+        assert run_with(reader, *arguments) == (141, ""), arguments
+        os.close(reader)
+        closed = "everystep: the output cannot be written: stdout is closed\n"
+        assert run_with(None, *arguments, shell=">&-") == (1, closed), arguments
+    assert run_with(subprocess.DEVNULL, "verify", "run", shell="2>&- <&-") == (0, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
+@pytest.mark.parametrize("shell", ["", ">&-", ">&- 2>&- <&-", "2>&1"])
+def test_a_training_continues_without_a_reader_of_its_lines(shell):
+    ours, reader = os.pipe()
+    os.close(ours)
+    code, err = run_with(reader, "train", "--steps", 4, "--run", "run", shell=shell)
+    os.close(reader)
+    run = everystep.open("run")
+    assert (code, run.status, len(run)) == (0, "finished", 4)
+    assert run.verify(processes=1, progress=False).is_exact
+    assert ("stdout is closed" in err) == (shell == ">&-")

@@ -1,13 +1,12 @@
 """The command line: one thin command per public function.
 
 Data goes to stdout, progress and hints to stderr. Exit code 0: success; 1: the answer is no, or writing
-failed, or that the run is damaged; 2: invalid use; 130: Ctrl-C.
+failed, or that the run is damaged; 2: invalid use; 130: Ctrl-C; 141: the reader of stdout left before it
+had all.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from typing import Annotated
 
@@ -16,7 +15,7 @@ import typer
 from everystep.cli.asking import diff, doctor, measure, rows, verify, when, why
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
-from everystep.cli.output import damage_on_stderr, hint, print_in_any_encoding
+from everystep.cli.output import OutputError, damage_on_stderr, drop_output, hint, prepare_streams
 from everystep.cli.rerunning import rerun, whatif
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError
@@ -74,7 +73,7 @@ def version(
 
 def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
-    print_in_any_encoding()
+    prepare_streams()
     try:
         with damage_on_stderr() as is_damaged:
             try:
@@ -85,19 +84,15 @@ def main() -> None:
                 sys.exit(1)
             finally:
                 sys.stdout.flush()
+    except OutputError as error:
+        drop_output(error)
+        sys.exit(error.exit_code)
     except EverystepError as error:
         hint(f"everystep: {error}")
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); the rest goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
-            raise
-        # What is left to write would fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        hint(f"everystep: the output cannot be written: {error.strerror}")
+        where = "" if error.filename is None else f"{error.filename}: "
+        hint(f"everystep: {where}{error.strerror or error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

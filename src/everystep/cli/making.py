@@ -16,7 +16,7 @@ from everystep.cli.completing import (
     experiment_names,
     experiments_and_files,
 )
-from everystep.cli.output import hint, say
+from everystep.cli.output import hint, say, say_lines
 from everystep.errors import UsageError, did_you_mean
 
 __all__ = ["experiments", "fork", "resume", "train"]
@@ -91,7 +91,7 @@ def train(
     from everystep.views.progress import Silent, TerminalProgress
     from everystep.views.terminal import closing
 
-    piped = None if sys.stdout.isatty() else sys.stdout
+    piped = None if sys.stdout.isatty() else say_lines
     progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
     name = Path(experiment).stem
     budget = snapshot_budget * 1_000_000
@@ -140,7 +140,7 @@ def resume(
     from everystep.views.progress import Silent, TerminalProgress
     from everystep.views.terminal import closing
 
-    piped = None if sys.stdout.isatty() else sys.stdout
+    piped = None if sys.stdout.isatty() else say_lines
     progress = Silent() if quiet else TerminalProgress(show_header=True, lines=piped)
     made = Run(place).resume(
         steps, anyway=anyway, snapshot_budget=snapshot_budget * 1_000_000, progress=progress

@@ -1,23 +1,36 @@
-"""Output of commands besides data: hints and problems on stderr, and files."""
+"""Output of commands: data on stdout, hints and problems on stderr, and files."""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import io
+import os
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from everystep.errors import DamageWarning
+from everystep.errors import DamageWarning, EverystepError
 from everystep.views.printed import clean
 
-__all__ = ["damage_on_stderr", "hint", "print_in_any_encoding", "quoted", "say", "say_written", "tell"]
+__all__ = [
+    "OutputError",
+    "damage_on_stderr",
+    "drop_output",
+    "hint",
+    "prepare_streams",
+    "quoted",
+    "say",
+    "say_lines",
+    "say_written",
+    "tell",
+]
 
 #: What stands for a character that the terminal's encoding lacks.
 _PLAIN = {
@@ -30,8 +43,41 @@ _PLAIN = {
 }
 
 
-def print_in_any_encoding() -> None:
-    """Let stdout and stderr replace the characters that their encoding lacks, in place of an error."""
+class OutputError(EverystepError, OSError):
+    """Stdout cannot be written: the disk is full, it is closed, or its reader has gone (`| head`)."""
+
+    def __init__(self, error: OSError) -> None:
+        reason = "stdout is closed" if error.errno == errno.EBADF else error.strerror
+        super().__init__(f"the output cannot be written: {reason}")
+        self.is_unread = error.errno == errno.EPIPE
+        # What a shell returns for a command that the signal of a closed pipe ends.
+        self.exit_code = 141 if self.is_unread else 1
+
+
+class _Stdout(io.FileIO):
+    """Standard output; raises errors of its own, which are not those of another file or pipe."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            raise OutputError(error) from None
+
+
+class _Stderr(io.FileIO):
+    """Standard error; what cannot be written there is dropped: there is no place to report it."""
+
+    def write(self, content: Any) -> int:
+        with suppress(OSError):
+            super().write(content)
+        return len(content)
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr replace the characters that their encoding lacks; open closed ones.
+
+    A file that is opened while stdout is closed would become stdout.
+    """
 
     def replaced(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
@@ -41,9 +87,27 @@ def print_in_any_encoding() -> None:
         return "".join(plain).encode("ascii", "backslashreplace").decode(), error.end
 
     codecs.register_error("everystep", replaced)
+    for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest free number; stdout fails where it is written
+    sys.stdout = _own_stream(sys.stdout, sys.__stdout__, _Stdout(1, "w", closefd=False))
+    sys.stderr = _own_stream(sys.stderr, sys.__stderr__, _Stderr(2, "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="everystep")
+
+
+def _own_stream(now: Any, first: Any, raw: io.FileIO) -> Any:
+    """Return a stream that writes to `raw`; or the present one, if it is a terminal, or replaced."""
+    if now is not first or (now is not None and now.isatty()):
+        return now
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=None if now is None else now.encoding,
+        line_buffering=raw.fileno() == 2 or (now is not None and now.write_through),
+    )
 
 
 def say_written(path: Path) -> None:
@@ -87,6 +151,21 @@ def tell(problems: list[str]) -> None:
 def say(text: str, *, nl: bool = True) -> None:
     """Print data on stdout; nothing in it steers the terminal."""
     typer.echo(clean(text), nl=nl)
+
+
+def say_lines(text: str) -> None:
+    """Print lines of a training on stdout; where that fails, the training continues without them."""
+    try:
+        say(text, nl=False)
+    except OutputError as error:
+        drop_output(error)
+
+
+def drop_output(error: OutputError) -> None:
+    """Report that stdout cannot be written, and let what is left go nowhere: it would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not error.is_unread:
+        hint(f"everystep: {error}")
 
 
 def hint(text: str) -> None:

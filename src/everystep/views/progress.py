@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -48,10 +47,10 @@ class Silent:
 class TerminalProgress(Silent):
     """Watches a training: the header, then a bar; lines of `step<TAB>loss` if piped.
 
-    Data goes to stdout, everything else to stderr.
+    lines: prints the lines; everything else goes to stderr.
     """
 
-    def __init__(self, *, show_header: bool, lines: TextIO | None) -> None:
+    def __init__(self, *, show_header: bool, lines: Callable[[str], None] | None) -> None:
         self._console = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
         self._show_header = show_header
         self._lines = lines
@@ -84,12 +83,7 @@ class TerminalProgress(Silent):
                 for step, loss in enumerate(losses, first_step)
                 if step in (1, self._last) or step % self._every == 0
             )
-            try:
-                self._lines.write(text)
-                self._lines.flush()
-            except BrokenPipeError:  # the reader has gone (`| head`); the training goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._lines.fileno())
-                self._lines = None
+            self._lines(text)
         self._update(first_step + len(losses) - 1, f"loss {number(losses[-1])}")
 
     def notice(self, message: str) -> None:
