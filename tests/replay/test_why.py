@@ -15,6 +15,7 @@ from torch import nn
 
 import everystep
 from everystep import ExpressionError, RunError, UsageError
+from everystep.recording.texts import shortest
 from everystep.replay.why import Why, follow
 from everystep.views.answers import nonfinite_text
 
@@ -402,3 +403,83 @@ def test_an_answer_shows_itself(run):
     assert "the sum of 10 terms" in answer._repr_html_()
     assert "(forward of 2)" in answer.numbers[0].why()._repr_html_()
     assert answer.to_text() == run[7].why("loss").to_text()
+
+
+class Complex(nn.Module):
+    """Complex numbers in each way that models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = nn.Parameter(torch.randn(3, 2))
+        self.filter = nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+        self.inside = nn.Linear(4, 4)
+
+    def forward(self, x):
+        filtered = torch.fft.rfft(self.inside(x)) * torch.view_as_complex(self.pairs)
+        turned = (filtered + self.filter) * torch.polar(x[:, :3].abs(), x[:, 1:])
+        turned.imag[:, 1] = x[:, 0]
+        halves = torch.view_as_real(turned).flatten(1)
+        return halves.sum(1) + turned.real.square().mean(1) + torch.fft.irfft(turned).abs().sum(1)
+
+
+@pytest.fixture(scope="module")
+def complex_run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("complex") / "run"
+    torch.manual_seed(0)
+    model = Complex()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.randn(5, 4) for _ in range(4)]):
+            optimizer.zero_grad()
+            loss = (model(x) - 1).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    return everystep.open(directory)
+
+
+def test_a_complex_number_is_its_two_parts_and_a_part_is_one_of_them(complex_run):
+    run, step = complex_run, complex_run[3]
+    for place in ((1, 0), (1, 1)):
+        answer = run.why(3, f"gradients['pairs'][{place[0]}, {place[1]}]")
+        assert answer.number.value == step.gradients["pairs"][place].item()
+    update = step.updates["filter"].after[1].item()
+    answer = run.why(3, "updates['filter'].after[1]")
+    assert answer.number.value == update
+    if answer.origin == "parts":
+        assert [each.value for each in answer.numbers] == [update.real, update.imag]
+    assert run.why(3, "updates['filter'].after[1].imag").number.value == update.imag
+    change = step.updates["filter"].change[1].item()
+    assert run.why(3, "updates['filter'][1]").number.value == change
+    earlier = run.why(3, "parameters['filter'][1].real", back=1)
+    assert earlier.causes[0].number.step == 2
+    with pytest.raises(UsageError, match="not complex"):
+        run.why(3, "parameters['inside.weight'][1, 1].real")
+
+
+def test_each_number_of_complex_operations_is_the_one_that_is_recorded(complex_run):
+    step = complex_run[3]
+    looked = 0
+    for index, seen in enumerate(step.operations):
+        for place, (name, tensor) in enumerate(seen.results.items(), start=1):
+            at = tuple(size - 1 for size in tensor.shape)
+            answer = step.why(f"#{index}.{place}{list(at) if at else ''}")
+            for number in (answer.number, *answer.numbers):
+                asked = number.why()
+                assert asked.number == number
+            if answer.origin == "operation" and not isinstance(tensor[at].item(), bool):
+                assert answer.number.value == tensor[at].item() or name in seen.written
+                assert answer.recomputed is None or answer.recomputed == pytest.approx(
+                    answer.number.value, rel=1e-4, abs=1e-6
+                )
+            looked += 1
+    assert looked > 40
+
+
+def test_complex_numbers_are_plain_data_and_text(complex_run, everystep_command):
+    asked = ["why", str(complex_run.directory), "3"]
+    _, given, _ = everystep_command(*asked, "updates['filter'].after[1]", "--json")
+    answer = json.loads(given)
+    assert complex(answer["value"]) == complex_run[3].updates["filter"].after[1].item()
+    _, text, _ = everystep_command(*asked, "gradients['pairs'][1, 1]")
+    assert f"  {shortest(complex_run[3].gradients['pairs'][1, 1].item())}  " in text

@@ -193,7 +193,8 @@ def check_text(each: Why) -> list[tuple[str, str]]:
     text = _text_of(each.recomputed, each.number.dtype)
     if isinstance(each.number.value, bool | int) or each.recomputed != each.recomputed:
         return [("\N{NOT EQUAL TO} ", "bold"), (text, "")]
-    off = four_digits(each.number.value - each.recomputed)
+    off = each.number.value - each.recomputed
+    off = four_digits(abs(off) if isinstance(off, complex) else off)
     return [("\N{ALMOST EQUAL TO} ", "bold"), (text, ""), (f"  off by {off}", "dim")]
 
 
@@ -217,6 +218,10 @@ def value_text(number: Number) -> str:
 
 
 def _text_of(value: Any, dtype: str) -> str:
+    if isinstance(value, complex):
+        half = "float64" if dtype == "complex128" else "float32"
+        real, imaginary = _text_of(value.real, half), _text_of(value.imag, half)
+        return f"{real}{'' if imaginary.startswith('-') else '+'}{imaginary}j"
     if not isinstance(value, float):
         return str(value)
     return shortest(value) if dtype != "float64" else repr(value)
@@ -224,7 +229,7 @@ def _text_of(value: Any, dtype: str) -> str:
 
 def digits_text(value: Any) -> str:
     """Return a term of a sum: it is of double precision, and shown in eight digits."""
-    return f"{value:.8g}" if isinstance(value, float) else str(value)
+    return f"{value:.8g}" if isinstance(value, float | complex) else str(value)
 
 
 def why_data(found: Why) -> dict[str, Any]:
@@ -243,15 +248,18 @@ def why_data(found: Why) -> dict[str, Any]:
             {
                 "text": group.text,
                 "count": group.count,
-                "rest": group.rest,
+                "rest": _plain(group.rest),
                 "terms": [
-                    {"value": term.value, "numbers": {k: _number(n) for k, n in term.numbers.items()}}
+                    {
+                        "value": _plain(term.value),
+                        "numbers": {key: _number(each) for key, each in term.numbers.items()},
+                    }
                     for term in group.terms
                 ],
             }
             for group in found.groups
         ],
-        "recomputed": found.recomputed,
+        "recomputed": _plain(found.recomputed),
         "is_equal": found.is_equal,
         "unknown": list(found.unknown),
         "note": found.note,
@@ -262,11 +270,14 @@ def why_data(found: Why) -> dict[str, Any]:
 
 
 def _number(number: Number) -> dict[str, Any]:
-    value = str(number.value) if isinstance(number.value, complex) else number.value
     return {
         "step": number.step,
         "name": number.name,
-        "value": value,
+        "value": _plain(number.value),
         "dtype": number.dtype,
         "row": number.row,
     }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, complex) else value

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.elements import Formula, Made, Piece, Sum
+from everystep.program.elements import Formula, Made, NoRuleError, Piece, Sum
 from everystep.program.elements.call import numbers_of
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Term, Why
 from everystep.replay.why.trace import same_number_bits
 
-__all__ = ["Tensors", "as_tensor", "computed"]
+__all__ = ["Tensors", "as_tensor", "computed", "same_value_bits"]
 
 
 class Tensors:
@@ -46,12 +46,17 @@ def computed(
 
     made: how, by the rule of the operator; tensors: of the operation; at: makes numbers of pieces;
     terms: how many numbers of each kind are shown.
+
+    Raises:
+        NoRuleError: the rule does not give such complex numbers: it was written for real ones.
     """
     with np.errstate(all="ignore"):
         if isinstance(made, Sum):
             groups, value = _sum(made, tensors, at, terms)
         else:
             groups, value = _formula(made, tensors, at, terms)
+    if np.iscomplexobj(value) and not np.isclose(value, number.value, rtol=1e-3, equal_nan=True):
+        raise NoRuleError("the rule does not give this complex number")
     rounded, is_equal = _compared(value, number)
     divisor = made.divisor if isinstance(made, Sum) else 1.0
     return Why(
@@ -138,13 +143,19 @@ def _total(values: Any) -> Any:
     return math.fsum(values)
 
 
+def same_value_bits(value: Any, number: Number) -> bool:
+    """Tell whether a value of the number's dtype has its bits."""
+    return same_number_bits(torch.tensor(value, dtype=getattr(torch, number.dtype)), as_tensor(number))
+
+
 def _compared(recomputed: Any, number: Number) -> tuple[Any, bool]:
     """Return what a formula gives as a number of the result's dtype, and whether it has its bits."""
     if recomputed is None:
         return None, False
     dtype = getattr(torch, number.dtype)
-    if np.iscomplexobj(recomputed) or dtype.is_complex:
-        return None, False
+    if dtype.is_complex:
+        rounded = torch.tensor(complex(recomputed), dtype=torch.complex128).to(dtype)
+        return rounded.item(), same_value_bits(rounded.item(), number)
     value = float(recomputed)
     if not dtype.is_floating_point and not math.isfinite(value):
         return None, False

@@ -62,7 +62,7 @@ def why(step: Step, expression: str | Spot, *, back: int = 0, depth: int = 1, te
 def _difference(session: Session, text: str, step: Step, numbers: list[Number]) -> Why:
     after, before = numbers
     value = torch.tensor(after.value) - torch.tensor(before.value)
-    own = Number(text, float(value), after.dtype, step.number, None, after.spot, session)
+    own = Number(text, value.item(), after.dtype, step.number, None, after.spot, session)
     groups = tuple(
         Group(name, (Term({name: each}),), 1) for name, each in (("after", after), ("before", before))
     )
@@ -93,7 +93,7 @@ class _Following:
             return
         for number in _main(answer):
             if number.is_made:
-                if depth > 1 or answer.origin == "difference":
+                if depth > 1 or answer.origin in ("difference", "parts"):
                     yield from self._one(number, depth - 1, back)
             else:
                 yield from self._before(number, depth, back)

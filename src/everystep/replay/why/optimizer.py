@@ -45,6 +45,8 @@ def optimizer_rule(step: Step, seen: Observed, name: str, index: tuple[int, ...]
     pieces = {}
     for key, each in given.items():
         tensor = seen.inputs[each] if each in seen.inputs else step.state[each]
+        if tensor.is_complex():  # its real and its imaginary part are updated one by one
+            raise NoRuleError(f"{each} is complex")
         if tuple(tensor.shape) != shape and tensor.numel() != 1:
             raise NoRuleError(f"{each} has another shape than {name}")
         pieces[key] = Piece(each, index if tuple(tensor.shape) == shape else (0,) * tensor.dim())

@@ -8,7 +8,7 @@ import numpy as np
 
 from everystep.program.elements import Formula, Made, NoRuleError, Piece
 from everystep.replay.step import Step
-from everystep.replay.why.trace import Before, Spot, Trace, Written
+from everystep.replay.why.trace import Before, Halves, Spot, Trace, Written
 
 if TYPE_CHECKING:
     from everystep.replay.why.answer import Number
@@ -27,7 +27,7 @@ def rows_behind(session: Session, number: Number) -> tuple[int, ...] | None:
     """
     trace = session.trace(number.step)
     found: set[int] = set()
-    seen: set[Written | Before] = set()
+    seen: set[Written | Before | Halves] = set()
     waiting = [number.spot]
     while waiting:
         spot = waiting.pop()
@@ -37,6 +37,9 @@ def rows_behind(session: Session, number: Number) -> tuple[int, ...] | None:
         seen.add(origin)
         if len(seen) > MOST:
             return None
+        if isinstance(origin, Halves):
+            waiting += [origin.real, origin.imaginary]
+            continue
         if isinstance(origin, Before):
             found |= _rows(trace, Piece(spot.name, spot.index))
             continue

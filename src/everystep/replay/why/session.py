@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,13 @@ from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.program.elements import Call, Made, NoRuleError, Piece, how_made
 from everystep.replay.step import Step
-from everystep.replay.why.answer import Number, Origin, Why
-from everystep.replay.why.compute import Tensors, as_tensor, computed
+from everystep.replay.why.answer import Group, Number, Origin, Term, Why
+from everystep.replay.why.compute import Tensors, as_tensor, computed, same_value_bits
 from everystep.replay.why.optimizer import optimizer_rule
 from everystep.replay.why.rows import row_at
 from everystep.replay.why.trace import (
     Before,
+    Halves,
     Spot,
     Trace,
     Written,
@@ -83,13 +86,15 @@ class Session:
         """Return the number at a spot."""
         trace = self.trace(step.number)
         origin = trace.origin(spot)
+        if isinstance(origin, Halves):
+            return torch.complex(self.read(step, origin.real), self.read(step, origin.imaginary))
         found = trace.after(origin) if isinstance(origin, Written) else trace.at_first(origin)
         if found is not None:
             return found
         for number, seen in enumerate(step.operations):
-            is_same = trace.origin(Spot(spot.name, spot.index, number)) == origin
-            if spot.name in seen.inputs and is_same:
-                return seen.inputs[spot.name][spot.index]
+            if spot.name in seen.inputs and trace.origin(replace(spot, after=number)) == origin:
+                element = seen.inputs[spot.name][spot.index]
+                return element if spot.half is None else torch.view_as_real(element)[spot.half]
         raise UsageError(
             f"nothing in step {step.number} reads {spot.name}, so its numbers are not known"
         )
@@ -115,11 +120,16 @@ class Session:
         now = trace.at_first(origin)
         if left is None or now is None or left.shape != trace.step.state[origin.name].shape:
             return None
-        if not same_number_bits(left[origin.index], now):
-            return None
         name = before.step.places.ends.get(origin.name, origin.name)
-        spot = Spot(name, origin.index, len(before.step.operations))
-        return self.number(number.step - 1, spot, left[origin.index])
+        half = None if origin.part is None else origin.part.half_of(left.dtype)
+        if origin.part is not None and half is None:
+            return None
+        element = left[origin.index]
+        value = element if origin.part is None else origin.part.of(element)
+        if not same_number_bits(value, now):
+            return None
+        spot = Spot(name, origin.index, len(before.step.operations), half)
+        return self.number(number.step - 1, spot, value)
 
     @on_cpu()
     def why(self, number: Number, terms: int) -> Why:
@@ -128,6 +138,8 @@ class Session:
         origin = trace.origin(number.spot)
         if isinstance(origin, Before):
             return self._not_made(number, trace, origin)
+        if isinstance(origin, Halves):
+            return self._halves(number, trace.step, origin)
         seen = trace.step.operations[origin.operation]
         after = trace.after(origin)
         if after is not None and not same_number_bits(after, as_tensor(number)):
@@ -136,18 +148,54 @@ class Session:
                 "operation of the step has changed it since"
             )
             return Why(number, "unseen", trace.step, origin.operation, note=note)
-        try:
-            made, tensors = self.rule(trace.step, origin)
-        except NoRuleError:
-            return Why(number, "operation", trace.step, origin.operation, unknown=tuple(seen.inputs))
         step, operation = trace.step, origin.operation
+        if origin.part is not None:
+            return self._part(number, step, origin, terms)
+        try:
+            made, tensors = self.rule(step, origin)
+        except NoRuleError:
+            return Why(number, "operation", step, operation, unknown=tuple(seen.inputs))
 
         def at(piece: Piece, k: int) -> Number:
             index = piece.at(k)
             spot = Spot(piece.name, index, operation + piece.is_result)
             return self.number(step.number, spot, tensors.of(piece).detach()[index])
 
-        return computed(number, step, operation, made, tensors, at, terms)
+        try:
+            return computed(number, step, operation, made, tensors, at, terms)
+        except NoRuleError:
+            return Why(number, "operation", step, operation, unknown=tuple(seen.inputs))
+
+    def _halves(self, number: Number, step: Step, origin: Halves) -> Why:
+        """Return the answer for a complex number of which the parts were written one by one."""
+        spots = {"real": origin.real, "imaginary": origin.imaginary}
+        numbers = {key: self.number(step.number, s, self.read(step, s)) for key, s in spots.items()}
+        groups = tuple(Group(key, (Term({key: each}),), 1) for key, each in numbers.items())
+        return Why(number, "parts", step, formula="complex(real, imaginary)", groups=groups)
+
+    def _part(self, number: Number, step: Step, origin: Written, terms: int) -> Why:
+        """Return the answer for a number that is a part of what an operation wrote."""
+        trace = self.trace(step.number)
+        dtype, part = trace.spec(origin.name).torch_dtype, origin.part
+        if part is None or part.half_of(dtype) is None:
+            note = f"it wrote {dtype} there, of which these are bits".replace("torch.", "")
+            seen = step.operations[origin.operation]
+            return Why(
+                number, "operation", step, origin.operation, unknown=tuple(seen.inputs), note=note
+            )
+        spot = Spot(origin.name, origin.index, origin.operation + 1)
+        whole = self.why(self.number(step.number, spot, self.read(step, spot)), terms)
+        if whole.origin == "unseen":
+            return replace(whole, number=number)
+        key = "imag" if part.half_of(dtype) else "real"
+        recomputed = whole.recomputed if whole.recomputed is None else getattr(whole.recomputed, key)
+        return replace(
+            whole,
+            number=number,
+            recomputed=recomputed,
+            is_equal=recomputed is not None and same_value_bits(recomputed, number),
+            note=f"its {'imaginary' if key == 'imag' else 'real'} part: {whole.number.name} is complex",
+        )
 
     def rule(self, step: Step, origin: Written) -> tuple[Made, Tensors]:
         """Return how an operation made a number, and its tensors.
@@ -192,9 +240,15 @@ def _row_text(step: Step, row: int | None) -> str:
     return f"row {row} of the data"
 
 
-def _called(trace: Trace, origin: Written | Before) -> tuple[str, int | None]:
+def _called(trace: Trace, origin: Written | Before | Halves) -> tuple[str, int | None]:
     """Return the expression for a number, and its row, if it is of the batch."""
+    if isinstance(origin, Halves):
+        halves = [_called(trace, trace.origin(each)) for each in (origin.real, origin.imaginary)]
+        return f"complex({halves[0][0]}, {halves[1][0]})", halves[0][1]
     index = str([*origin.index]) if origin.index else ""
+    if origin.part is not None:
+        half = origin.part.half_of(trace.spec(origin.name).torch_dtype)
+        index += ".bits" if half is None else (".real", ".imag")[half]
     if isinstance(origin, Written):
         place = f".{origin.place + 1}" if origin.place else ""
         return f"#{origin.operation}{place}{index}", None

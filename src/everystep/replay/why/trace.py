@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from everystep.step.check import same_bits
 
 __all__ = [
     "Before",
+    "Halves",
+    "Part",
     "Spot",
     "Trace",
     "Written",
@@ -34,11 +36,32 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Spot:
-    """A number as it was read: of which tensor, at which index, after how many operations."""
+    """A number as it was read: of which tensor, at which index, after how many operations.
+
+    half: of a complex number, 0 for its real part, 1 for its imaginary part, None for both.
+    """
 
     name: str
     index: tuple[int, ...]
     after: int
+    half: int | None = None
+
+
+class Part(NamedTuple):
+    """Bytes of an element that are read as a number of another dtype. offset: of the first of them."""
+
+    offset: int
+    dtype: torch.dtype
+
+    def half_of(self, element: torch.dtype) -> int | None:
+        """Return which part of a complex number it is (see `Spot`), None if it is neither."""
+        is_half = element.is_complex and element.to_real() == self.dtype
+        return self.offset // self.dtype.itemsize if is_half else None
+
+    def of(self, element: Tensor) -> Tensor:
+        """Return the number (0-dimensional) that these bytes of an element are."""
+        content = element.resolve_conj().reshape(1).clone().view(torch.uint8)
+        return content[self.offset : self.offset + self.dtype.itemsize].clone().view(self.dtype)[0]
 
 
 @dataclass(frozen=True)
@@ -46,22 +69,35 @@ class Written:
     """An operation wrote the number.
 
     operation: its number in the step; place: of the tensor among its results; name, index: the tensor
-    that it wrote, and where in it.
+    that it wrote, and where in it; part: of the element there, None if it was read as it was written.
     """
 
     operation: int
     place: int
     name: str
     index: tuple[int, ...]
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
 class Before:
-    """The number was there before the step. kind: of its storage, as `Storage` has it."""
+    """The number was there before the step.
+
+    kind: of its storage, as `Storage` has it; part: as `Written` has it.
+    """
 
     kind: str
     name: str
     index: tuple[int, ...]
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The real and the imaginary part of a complex number were written one by one."""
+
+    real: Spot
+    imaginary: Spot
 
 
 class Trace:
@@ -80,9 +116,13 @@ class Trace:
                 if name is not None:
                     self._writes[self.spec(name).storage].append((number, place, name))
         self._whole: dict[str, list[str]] = defaultdict(list)
+        #: The sizes of the numbers on each storage, in bytes.
+        self._sizes: dict[str, set[int]] = defaultdict(set)
         for name in (*step.places.tensors, *step.state):
+            spec = self.spec(name)
+            self._sizes[spec.storage].add(spec.torch_dtype.itemsize)
             if "~" not in name:
-                self._whole[self.spec(name).storage].append(name)
+                self._whole[spec.storage].append(name)
 
     def outputs(self, number: int) -> list[str | None]:
         """Return the tensors that an operation wrote: its results, then the arguments it wrote into."""
@@ -111,25 +151,49 @@ class Trace:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return TensorSpec(dtype=dtype, shape=shape, **usual_geometry(name, shape))
 
-    def origin(self, spot: Spot) -> Written | Before:
+    def origin(self, spot: Spot) -> Written | Before | Halves:
         """Return what wrote a number, or what it was before the step."""
         spec = self.spec(spot.name)
-        begin = _byte(spec, spot.index)
+        begin, dtype = _byte(spec, spot.index), spec.torch_dtype
+        if spot.half is not None:
+            dtype = dtype.to_real()
+            begin += spot.half * dtype.itemsize
+        found = self._origin(spot, begin, dtype)
+        if dtype.is_complex and self._sizes[spec.storage] != {dtype.itemsize}:
+            halves = replace(spot, half=0), replace(spot, half=1)
+            elements = [_element(self.origin(each)) for each in halves]
+            if elements[0] != elements[1]:
+                return Halves(*halves)
+        return found
+
+    def _origin(self, spot: Spot, begin: int, dtype: torch.dtype) -> Written | Before:
+        """Return where the first byte of a number is from."""
+        spec = self.spec(spot.name)
         for number, place, name in reversed(self._writes.get(spec.storage, [])):
             if number < spot.after:
                 index = index_at(self.spec(name), begin)
                 if index is not None:
-                    return Written(number, place, name, index)
-        return self.before(spot.name, begin) or Before(self._kind(spec), spot.name, spot.index)
+                    return Written(number, place, name, index, self._part(name, index, begin, dtype))
+        before = self.before(spot.name, begin, dtype)
+        half = self._part(spot.name, spot.index, begin, dtype)
+        return before or Before(self._kind(spec), spot.name, spot.index, half)
 
-    def before(self, name: str, byte: int) -> Before | None:
-        """Return what a byte of a tensor's storage belonged to before the step, if that has a name."""
+    def before(self, name: str, byte: int, dtype: torch.dtype | None = None) -> Before | None:
+        """Return what a byte of a tensor's storage belonged to before the step, if that has a name.
+
+        dtype: that it is read as; default: that of the tensor.
+        """
         spec = self.spec(name)
         for whole in self._whole.get(spec.storage, []):
             index = index_at(self.spec(whole), byte)
             if index is not None:
-                return Before(self._kind(spec), whole, index)
+                part = self._part(whole, index, byte, dtype or spec.torch_dtype)
+                return Before(self._kind(spec), whole, index, part)
         return None
+
+    def _part(self, name: str, index: tuple[int, ...], byte: int, dtype: torch.dtype) -> Part | None:
+        spec = self.spec(name)
+        return None if spec.torch_dtype == dtype else Part(byte - _byte(spec, index), dtype)
 
     def is_written(self, name: str, before: int) -> bool:
         """Tell whether one of the first operations wrote on the storage of a tensor."""
@@ -149,7 +213,7 @@ class Trace:
         tensor = tensors.get(written.name)
         if tensor is None and self._is_last(written):
             tensor = self.step.end.get(written.name)
-        return None if tensor is None else tensor[written.index]
+        return None if tensor is None else _read(tensor[written.index], written.part)
 
     def _is_last(self, written: Written) -> bool:
         writes = self._writes[self.spec(written.name).storage]
@@ -163,12 +227,20 @@ class Trace:
             known = self.step.batch.tensors.get(name)
         spec = self.spec(before.name)
         is_same = known is not None and tuple(known.shape) == spec.shape
-        return known[before.index] if known is not None and is_same else None
+        return _read(known[before.index], before.part) if known is not None and is_same else None
 
 
 def is_optimizer_step(seen: Observed) -> bool:
     """Tell whether an operation is the step of an optimizer as a whole."""
     return seen.operation.operator.startswith("torch.optim.")
+
+
+def _element(origin: Written | Before | Halves) -> Written | Before | Halves:
+    return origin if isinstance(origin, Halves) else replace(origin, part=None)
+
+
+def _read(element: Tensor, part: Part | None) -> Tensor:
+    return element if part is None else part.of(element)
 
 
 def _byte(spec: TensorSpec, index: tuple[int, ...]) -> int:

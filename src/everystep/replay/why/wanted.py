@@ -42,6 +42,8 @@ def wanted(text: str, step: Step, trace: Trace) -> Wanted:
         ExpressionError: the expression is invalid, or names something else than one number of a tensor.
     """
     text = text.strip()
+    half = next((place for place, end in enumerate((".real", ".imag")) if text.endswith(end)), None)
+    text = text if half is None else text[:-5]
     head = _HEAD.match(text)
     expression = parse(_STAND_IN + text[head.end() :] if head else text)
     if len(expression.references) != 1 or not _is_element(expression.text):
@@ -62,7 +64,9 @@ def wanted(text: str, step: Step, trace: Trace) -> Wanted:
     for name, reading in zip(names, after, strict=True):
         shape = trace.spec(name).shape
         index = _index(text, expression, shape)
-        spots.append(Spot(name, index, reading))
+        if half is not None and not trace.spec(name).torch_dtype.is_complex:
+            raise error_at(text, "it is not complex: it has no real and imaginary part")
+        spots.append(Spot(name, index, reading, half))
     return Wanted(False, tuple(spots))
 
 
