@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import threading
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,7 +26,7 @@ from hypothesis import settings  # noqa: E402
 from torch import nn  # noqa: E402
 
 import everystep  # noqa: E402
-from everystep import cli  # noqa: E402
+from everystep import cli, clock  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.program.execute import allocate  # noqa: E402
 from everystep.step import verified  # noqa: E402
@@ -57,6 +58,20 @@ def small():
     torch.manual_seed(1)
     x, y = torch.randn(20, 4), torch.randn(20, 2)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), x, y
+
+
+@pytest.fixture(autouse=True)
+def clock_that_ticks(monkeypatch):
+    """Let a millisecond pass whenever a thread looks at the clock, however fast the machine is."""
+    seconds = threading.local()
+
+    def look():
+        seconds.passed = getattr(seconds, "passed", 0.0) + 0.001
+        return seconds.passed
+
+    monkeypatch.setattr(clock, "now", look)
+    monkeypatch.setattr(clock, "worked", look)
+    monkeypatch.setattr("everystep.replay.diff.THOROUGH_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)

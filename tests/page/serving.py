@@ -18,6 +18,8 @@ from everystep.page.secret import token_of
 from everystep.recording.database import Database
 
 PORT = 8137
+#: Seconds after which something is taken to hang, on the busiest machine.
+PATIENCE = 120
 
 
 def written(directory, losses=(), measurements=(), **facts):
@@ -77,13 +79,13 @@ def served(directory, *arguments):
             address = process.stdout.readline().strip()
             url = httpx.URL(address)
             base = f"http://{url.host}:{url.port}"
-            with httpx.Client(base_url=base, timeout=20) as client:
+            with httpx.Client(base_url=base, timeout=PATIENCE) as client:
                 assert client.get(address).status_code == 200
                 yield SimpleNamespace(address=address, client=client, process=process, port=url.port)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-                process.wait(10)
+                process.wait(PATIENCE)
 
 
 @contextmanager

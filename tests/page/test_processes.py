@@ -4,6 +4,7 @@ import asyncio
 import textwrap
 
 import pytest
+from tests.page.serving import PATIENCE
 
 from everystep.page.processes import Child, Ended
 
@@ -20,7 +21,7 @@ def child(tmp_path, monkeypatch):
         async def main():
             child = await Child.begin("a_child")
             try:
-                return await asyncio.wait_for(use(child), 30)
+                return await asyncio.wait_for(use(child), PATIENCE)
             finally:
                 await child.kill()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
+from tests.page.serving import PATIENCE
 
 import everystep
 from everystep.errors import RunError, UsageError
@@ -80,7 +81,7 @@ def asked_of(directory, use, tasks_of=Here):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
             try:
-                return await asyncio.wait_for(use(client, app.state.tasks), 120)
+                return await asyncio.wait_for(use(client, app.state.tasks), PATIENCE)
             finally:
                 await app.state.tasks.close()
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tests.page.serving import PATIENCE
 
 import everystep
 from everystep.errors import RunError
@@ -104,7 +105,7 @@ def at_desk(directory, use):
         desk = Desk(directory)
         await desk.start()
         try:
-            return await asyncio.wait_for(use(desk), 120)
+            return await asyncio.wait_for(use(desk), PATIENCE)
         finally:
             await desk.close()
 

@@ -7,8 +7,7 @@ import platform
 import shutil
 import sqlite3
 import threading
-import time
-from contextlib import closing
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,65 +21,62 @@ from everystep.recording import connection, lock, recorder
 from everystep.recording.database import Database
 from everystep.recording.run import RecordedRun
 from everystep.recording.write_ahead_log import drop_uncommitted, log_problem
+from everystep.training import loop_writer
 
 
-def loop(directory, seconds, midway=lambda: None):
-    """Record a loop for so long; returns the run, and the seconds that its longest step took."""
+def loop(directory, events=()):
+    """Record a loop of 40 steps, in which something happens after some of them; returns the run."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    began, longest, does = time.monotonic(), 0.0, midway
     with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
-        while time.monotonic() - began < seconds or recording.step_count < 20:
-            before = time.monotonic()
+        for _ in range(40):
             with recording.step(torch.randn(8, 4)):
                 loss = model(torch.randn(8, 4)).pow(2).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 recording.log(loss=loss)
-            longest = max(longest, time.monotonic() - before)
-            if recording.step_count > 10:
-                does()
-                does = lambda: None  # noqa: E731
-            time.sleep(0.005)
-        count = recording.step_count
-    return recording.run, count, longest
+            dict(events).get(recording.step_count, lambda: None)()
+    return recording.run
 
 
 @pytest.mark.parametrize("mode", ["IMMEDIATE", "EXCLUSIVE"])
 def test_steps_wait_while_another_program_holds_the_database(mode, monkeypatch, capfd):
-    monkeypatch.setattr(recorder, "LATE_SECONDS", 0.3)
+    """The loop itself holds the database: a step that waited for it would never end."""
+    for module in (loop_writer, recorder):
+        monkeypatch.setattr(module, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(loop_writer, "FLUSH_SECONDS", 0.0)
+    with ExitStack() as held:
 
-    def hold():
-        def held():
-            with closing(sqlite3.connect("run/run.sqlite", 30, isolation_level=None)) as other:
-                other.execute(f"BEGIN {mode}")
-                is_held.set()
-                time.sleep(1.5)
-                other.execute("ROLLBACK")
+        def hold():
+            other = sqlite3.connect("run/run.sqlite", timeout=60, isolation_level=None)
+            held.callback(other.close)
+            other.execute(f"BEGIN {mode}")
 
-        is_held = threading.Event()
-        threads.append(threading.Thread(target=held))
-        threads[0].start()
-        is_held.wait()
-
-    threads = []
-    run, count, longest = loop("run", 2.5, hold)
-    threads[0].join()
-    assert len(run) == count and run.status == "finished"
-    assert longest < 1.0
+        run = loop("run", {10: hold, 30: held.close})
+    assert len(run) == 40 and run.status == "finished"
     assert capfd.readouterr().err.count("another program that has locked run.sqlite") == 1
     assert run.verify(progress=False).is_exact
 
 
-def test_a_slow_disk_does_not_stop_the_training(monkeypatch, capfd):
-    monkeypatch.setattr(recorder, "LATE_SECONDS", 0.3)
-    sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.4), sync(file)))
-    run, count, longest = loop("run", 0.1)
-    assert len(run) == count and longest < 0.4
-    assert "the last steps are still being written to run: the disk is slow" in capfd.readouterr().err
+def test_a_slow_disk_does_not_stop_the_training(monkeypatch):
+    """The disk is so slow that it waits for the loop."""
+    monkeypatch.setattr(recorder, "LATE_SECONDS", 0.0)
+    sync, is_fast = os.fsync, threading.Event()
+    is_fast.set()
+    monkeypatch.setattr(os, "fsync", lambda file: (is_fast.wait(), sync(file)))
+    said = []
+
+    def say(text):
+        said.append(text)
+        if "the last steps are still being written to run: the disk is slow" in text:
+            is_fast.set()
+
+    monkeypatch.setattr(recorder, "say", say)
+    run = loop("run", {10: is_fast.clear})
+    assert len(run) == 40 and run.status == "finished"
+    assert is_fast.is_set() and len(said) == 2
 
 
 @pytest.fixture
@@ -94,8 +90,8 @@ def without_locks(monkeypatch):
 
 def test_a_training_works_where_files_cannot_be_locked(without_locks, capfd):
     statuses = []
-    run, count, _ = loop("run", 0.0, lambda: statuses.append(RecordedRun("run").status))
-    assert (len(run), run.status, statuses) == (count, "finished", ["running"])
+    run = loop("run", {10: lambda: statuses.append(RecordedRun("run").status)})
+    assert (len(run), run.status, statuses) == (40, "finished", ["running"])
     run.measure("loss", name="again", progress=False)
     assert capfd.readouterr().err.count("cannot be locked") == 1
 

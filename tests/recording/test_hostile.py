@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 
 import pytest
 from tests.recording.hostile import HOSTILE
@@ -10,7 +9,6 @@ from tests.recording.hostile import HOSTILE
 import everystep
 
 #: Seconds that a command may take in this process, on a busy machine.
-SOON = 10.0
 ALWAYS = [
     ["runs", "."],
     ["losses", "run"],
@@ -59,9 +57,7 @@ def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everys
     monkeypatch.chdir(shelf)
     turn = [OTHERS[list(HOSTILE).index(kind) % len(OTHERS)]]
     for command in COMMANDS if os.environ.get("EVERYSTEP_TORTURE") else ALWAYS + turn:
-        began = time.monotonic()
         code, out, err = everystep_command(*command)
-        assert time.monotonic() - began < SOON, command
         assert code in (0, 1, 2), command
         assert code == 0 or out or err, command
         assert not set("\x1b\x07\x9b\u202e\u2066") & set(out + err), command

@@ -19,7 +19,6 @@ from tests.training.loops import LOOPS, unrecorded
 from torch import nn
 
 import everystep
-from everystep.recording import snapshots
 from everystep.recording.contents import packed
 
 STEPS = 70
@@ -354,8 +353,7 @@ def test_rows_that_are_not_finite_are_those_of_the_batch(made):
     assert (found.step.number, found.rows, found.are_rows_of_batch) == (2, (5,), True)
 
 
-def test_snapshots_have_no_gradients_that_the_next_step_drops(made, monkeypatch):
-    monkeypatch.setattr(snapshots, "TIME_SHARE", 100.0)
+def test_snapshots_have_no_gradients_that_the_next_step_drops(made):
     model, optimizer, batch = made
     with everystep.record(model=model, optimizer=optimizer) as recording:
         for x, y in recording.steps([batch] * 80):

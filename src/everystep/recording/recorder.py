@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from everystep import clock
 from everystep.errors import RecordingError, RunError
 from everystep.recording.changes import remove_changes, write_change
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
@@ -487,14 +488,14 @@ class Recorder:
         if known is not None and (state.step < known.recorded or state.step in self.plan.kept):
             self._snapshots_written += 1
             return
-        started, began = time.thread_time(), time.perf_counter()
+        started, began = clock.worked(), clock.now()
         row = write_snapshot(self._home.here / "snapshots", state)
         given_up = self.plan.add(row.step, row.bytes)
         self._in_transaction(lambda: self._database.add_snapshot(row))
         remove_snapshots(self._home.here / "snapshots", given_up, self._forget)
-        self._snapshot_seconds = time.thread_time() - started
+        self._snapshot_seconds = clock.worked() - started
         if row.bytes > LARGE_BYTES:  # the system, which writes it out, takes time from the training too
-            self._snapshot_seconds = time.perf_counter() - began
+            self._snapshot_seconds = clock.now() - began
         self._snapshot_bytes = row.bytes
         self._snapshots_written += 1
 

@@ -6,7 +6,6 @@ on the way is compared with the recorded one, bit for bit.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from everystep import numerics
+from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError
 from everystep.program.memory import copy_on_cpu
@@ -293,9 +292,9 @@ class Replay:
     def _advance(self, stepper: ReplayStepper, last: int) -> None:
         assert stepper.state is not None
         first = stepper.state + 1
-        started = time.perf_counter()
+        started = clock.now()
         losses = stepper.run(last)
-        self._step_seconds = (time.perf_counter() - started) / len(losses)
+        self._step_seconds = (clock.now() - started) / len(losses)
         self.compare(first, losses.tolist(), self.recorded_losses(first, last))
 
     def compare(self, first: int, losses: list[float], recorded: list[float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.overrides import (
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
+from everystep import clock
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.hooks import has_hooks_on_node
@@ -134,7 +134,7 @@ class StepWatch(TorchFunctionMode):
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Note the tensors of the state before the step."""
-        self._began = time.perf_counter()
+        self._began = clock.now()
         plan = self._memory.plan(self._number)
         references = None if plan == "watch" else self._references_of(state)
         root = self._memory.root(references.structure) if references is not None else None
@@ -252,7 +252,7 @@ class StepWatch(TorchFunctionMode):
         """Return what the step did. state: afterwards; loss: the logged loss."""
         path = self._end(state, loss)
         is_recognized = self.recognized is not None
-        self._memory.timed(self._number, time.perf_counter() - self._began, is_recognized=is_recognized)
+        self._memory.timed(self._number, clock.now() - self._began, is_recognized=is_recognized)
         return path
 
     def _end(self, state: Mapping[str, Tensor], loss: Any) -> Path:

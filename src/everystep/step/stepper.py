@@ -11,13 +11,13 @@ what programs rely on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor
 
+from everystep import clock
 from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.execute import BoundProgram
 from everystep.step.advance import Losses, advance, take
@@ -281,9 +281,9 @@ class Stepper:
         if read is not None:
             before.restore(training, forget_new=False)
         self._note_hyperparameters(number)
-        started = time.perf_counter()
+        started = clock.now()
         captured = take_watched(self._eager, number, StepRecorder(training.device), has_update)
-        seconds = time.perf_counter() - started
+        seconds = clock.now() - started
         try:
             if read is not None and read != forward_of(captured):
                 raise NotCapturableError("Python runs other operations than its source says")
@@ -307,12 +307,12 @@ class Stepper:
 
     def _compare_captured(self, number: int, before: Checkpoint, captured: Capture) -> str | None:
         """Compare the new program of a step with the step; return in words what differs, or None."""
-        started = time.perf_counter()
+        started = clock.now()
         reason = self._verifier.compare(
             number, before, captured.loss, forget_new=True, held=captured.held
         )
         if reason is None:
-            self._plan.captured(number, time.perf_counter() - started)
+            self._plan.captured(number, clock.now() - started)
         else:
             self.programs.discard(number)
         return reason
@@ -326,19 +326,19 @@ class Stepper:
 
     def _check(self, number: int) -> None:
         """Run a step by its program and eagerly, and compare; the eager step counts."""
-        started = time.perf_counter()
+        started = clock.now()
         self._read_batch(number)
         self._note_hyperparameters(number)
         loss, reason = self._verifier.check(number)
         self._keep(number, loss)
         if reason is None:
-            self._plan.passed(number, time.perf_counter() - started)
+            self._plan.passed(number, clock.now() - started)
         else:
             self._fail(number, reason)
 
     def _run(self, first: int, last: int) -> None:
         """Run steps by their programs, without checks."""
-        started = time.perf_counter()
+        started = clock.now()
         if self.training.schedule is None and not self.purity.has_foreign_code:
             is_steady = self.training.batch.is_fixed and not self.programs.reads_step
             advance(first, last, self._begin, self._keep_by_program, is_steady=is_steady)
@@ -346,7 +346,7 @@ class Stepper:
                 self._captures = 0
         else:
             self._run_with_python(first, last)
-        self._plan.timed(self.step - first + 1, time.perf_counter() - started)
+        self._plan.timed(self.step - first + 1, clock.now() - started)
 
     def _begin(self, number: int) -> BoundProgram | None:
         """Prepare a step that no user code runs before."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from everystep import clock
 from everystep.errors import DatasetChangedError
 from everystep.recording.data import DATA_FILE
 from everystep.recording.facts import EngineFacts, Facts, ProgramFacts
@@ -229,11 +230,11 @@ class _Loop:
 
         Returns whether a step ran; if not, a failed check went back to an earlier one.
         """
-        before, started = self.step, time.perf_counter()
+        before, started = self.step, clock.now()
         stepper.advance(self._next_stop())
         self.step = stepper.step
         if self.step > before:
-            seconds = (time.perf_counter() - started) / (self.step - before)
+            seconds = (clock.now() - started) / (self.step - before)
             self._step_seconds = min(self._step_seconds, seconds)
         if self.step >= self.job.start + TIMED_STEPS and not self.recorder.has_interval:
             state = self.job.training.named_state()

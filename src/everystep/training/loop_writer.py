@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from everystep import numerics
+from everystep import clock, numerics
 from everystep.recording.contents import digest_of
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import (
@@ -79,7 +79,7 @@ class StepUnderWay(Generic[W]):
         self.logged: dict[str, Any] = {}
         self.loss: Any = None
         self.loss_version = 0
-        self.started = time.perf_counter()
+        self.started = clock.now()
         self._compiled = _compiled()
 
     @property
@@ -159,7 +159,7 @@ class LoopWriter:
         self._loss_dtype = "float64"
         self._flush_at = 0.0
         self._step_seconds = math.inf
-        self._started = time.perf_counter()
+        self._started, self._began = time.perf_counter(), clock.now()
         if resumed is None:
             beginning = parts.snapshot(0)
             trained = facts_of_loop(self._parts, LoopFacts.of(self._parts.named))
@@ -237,7 +237,7 @@ class LoopWriter:
         self._taken.append(self._row(step, after, known, copied))
         self._note_logged(step, path)
         self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
-        self._step_seconds = min(self._step_seconds, time.perf_counter() - step.started)
+        self._step_seconds = min(self._step_seconds, clock.now() - step.started)
         self._keep_pending(known)
         self._compare_with_later()
         self._snapshot_if_due()
@@ -344,7 +344,7 @@ class LoopWriter:
             return {}
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
         seconds = sum(tensor.nbytes for tensor in kept.values()) / DIGESTED_A_SECOND
-        if seconds > DIGEST_SHARE * (time.perf_counter() - self._started):
+        if seconds > DIGEST_SHARE * (clock.now() - self._began):
             return {}
         return {name: digest_of(tensor) for name, tensor in kept.items()}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from everystep import clock
 from everystep.errors import TrainingError, UsageError
 from everystep.recording.facts import FunctionFacts
 from everystep.step.checkpoint import PartsCheckpoint
@@ -247,9 +247,9 @@ class StepFunction:
 
     def _by_python_noted(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Run a step in Python, and note whether it is like those before."""
-        is_watched, started = self._recording.is_watched(number), time.perf_counter()
+        is_watched, started = self._recording.is_watched(number), clock.now()
         logged = self._by_python(batch)
-        seconds = time.perf_counter() - started
+        seconds = clock.now() - started
         path, watch = self._recording.last
         if is_watched:
             return logged
@@ -267,7 +267,7 @@ class StepFunction:
         batch: tuple[Any, ...],
         is_settled: bool,
     ) -> dict[str, Any]:
-        started = time.perf_counter()
+        started = clock.now()
         try:
             logged = self._recording.take(stand_in, state, *batch, is_settled=is_settled, era=self._era)
         except NotProvenError:
@@ -276,7 +276,7 @@ class StepFunction:
         self._by_program += 1
         self._renewals = 0
         self._is_settled = not stand_in.has_schedules
-        self._plan.timed(1, time.perf_counter() - started)
+        self._plan.timed(1, clock.now() - started)
         return logged
 
     def _check(
@@ -287,7 +287,7 @@ class StepFunction:
         Raises:
             TrainingError: they differ.
         """
-        started = time.perf_counter()
+        started = clock.now()
         try:
             numbers = stand_in.numbers()
         except NotProvenError:
@@ -309,7 +309,7 @@ class StepFunction:
                 'later ones are not; engine="eager" trains without programs'
             )
         self._checked.append(number)
-        self._plan.passed(number, time.perf_counter() - started)
+        self._plan.passed(number, clock.now() - started)
         return logged
 
     def _give_up(self, reason: str | None) -> None:
@@ -347,7 +347,7 @@ class StepFunction:
     def _read(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Read a step, undo it, and run it in Python; from then on a program may stand in."""
         self._release()
-        started = time.perf_counter()
+        started = clock.now()
         kind.readings += 1
         if not self._has_programs:
             self._surroundings.begin()
@@ -383,7 +383,7 @@ class StepFunction:
             return logged
         kind.stand_in = stand_in
         self._checked.append(number)
-        self._plan.passed(number, time.perf_counter() - started)
+        self._plan.passed(number, clock.now() - started)
         return logged
 
     def _reading(self, batch: tuple[Any, ...]) -> _Reading:

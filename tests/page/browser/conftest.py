@@ -16,7 +16,7 @@ from itertools import count
 
 import pytest
 from tests.page.browser.places import at
-from tests.page.serving import remove
+from tests.page.serving import PATIENCE, remove
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 #: A browser that looks for nothing outside this machine.
@@ -45,7 +45,7 @@ def chromium():
 def browser(chromium):
     from playwright.sync_api import expect, sync_playwright
 
-    expect.set_options(timeout=30_000)  # a worker imports torch before it opens the first step
+    expect.set_options(timeout=1000 * PATIENCE)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield started
@@ -70,7 +70,7 @@ class View:
     def stop(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
         self.process.stdout.close()
 
 

@@ -80,7 +80,7 @@ def test_the_step_stands_beside_the_plot_where_there_is_room(visit):
     assert heading(page).bounding_box()["x"] > over["x"] + over["width"]
     page.set_viewport_size({"width": 800, "height": 900})
     page.wait_for_function(
-        "document.querySelector('.step').getBoundingClientRect().left < innerWidth / 2", timeout=5000
+        "document.querySelector('.step').getBoundingClientRect().left < innerWidth / 2"
     )
 
 

@@ -4,6 +4,7 @@ import re
 
 from playwright.sync_api import expect
 from tests.page.browser.places import heading, part, plot, row
+from tests.page.serving import PATIENCE
 
 
 def test_a_training_is_seen_while_it_goes_on(train, visit):
@@ -48,7 +49,7 @@ def test_validation_appears_by_itself_and_the_end_is_seen(train, visit):
     row(page, "wine").get_by_role("link", name="wine").click()
     shown = page.get_by_role("group", name="what the plot shows")
     expect(shown.get_by_role("button", name="validation_loss")).to_have_attribute("aria-pressed", "true")
-    assert training.wait(60) == 0
+    assert training.wait(PATIENCE) == 0
     expect(page.locator(".run-head .state")).to_have_text("finished")
     plot(page).page.get_by_role("slider", name="step").focus()
     page.keyboard.press("End")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from everystep import clock
 from everystep.errors import RunError, UsageError
 from everystep.recording.facts import (
     EngineFacts,
@@ -200,14 +201,14 @@ def _take(
     newest = begin
     while stepper.state < last and not interrupt:
         recorder.check()
-        first, started = stepper.state + 1, time.perf_counter()
+        first, started = stepper.state + 1, clock.now()
         is_timed = step_seconds and not stops_on_nan
         count = max(1, int(STRETCH_SECONDS / step_seconds)) if is_timed else 1
         ends = [last, stepper.state + count]
         if recorder.plan.interval is not None:
             ends.append((stepper.state // recorder.plan.interval + 1) * recorder.plan.interval)
         losses = stepper.run(min(ends))
-        step_seconds = (time.perf_counter() - started) / len(losses)
+        step_seconds = (clock.now() - started) / len(losses)
         found = torch.nonzero(~torch.isfinite(losses)).flatten().tolist() if is_finite else []
         recorder.losses(
             first, losses.tolist(), facts={"nonfinite_step": first + found[0]} if found else {}

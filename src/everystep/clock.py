@@ -1,0 +1,19 @@
+"""The clock by which everystep decides how often to check, to take snapshots and to pause.
+
+One place, so that a test can set it: no test may rest on how fast a machine or its disk is. Times that
+are shown to a user are read from the system.
+"""
+
+import time
+
+__all__ = ["now", "worked"]
+
+
+def now() -> float:
+    """Return seconds since some moment."""
+    return time.perf_counter()
+
+
+def worked() -> float:
+    """Return the seconds that the processor has spent on this thread."""
+    return time.thread_time()
