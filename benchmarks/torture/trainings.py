@@ -82,7 +82,11 @@ def named(names: str | None) -> list[Training]:
 
 
 def _lines(file: TextIO) -> TerminalProgress:
-    return TerminalProgress(show_header=False, lines=file)
+    def write(text: str) -> None:
+        file.write(text)
+        file.flush()
+
+    return TerminalProgress(show_header=False, lines=write)
 
 
 def _is_begun(place: Path) -> bool:

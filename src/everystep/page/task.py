@@ -26,6 +26,7 @@ from everystep.page.shelf import shown_name
 from everystep.page.sides import sides
 from everystep.recording.facts import Facts
 from everystep.replay.columns import Found
+from everystep.replay.parent import end_with_stdin
 from everystep.run import Run
 from everystep.views.answers import (
     measured_text,
@@ -53,7 +54,7 @@ _POINTS = 20_000
 
 
 class Voice(Speaker):
-    """Tells the server what happens; if nobody listens any more, the task goes on."""
+    """Tells the server what happens."""
 
     _said = 0.0
 
@@ -93,6 +94,7 @@ def do(request: dict[str, Any], voice: Voice) -> None:
 
 def main() -> None:
     """Do the task that stdin tells."""
+    end_with_stdin(in_order=True)
     limit_memory()
     numerics.prepare()
     voice = Voice.begin()

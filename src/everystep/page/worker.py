@@ -26,6 +26,7 @@ from everystep.page.regions import histogram, npy, regions
 from everystep.page.tensors import tensor_of
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import Facts
+from everystep.replay.parent import end_with_stdin
 from everystep.replay.replay import no_such_step
 from everystep.replay.step import Step
 from everystep.run import Run
@@ -146,6 +147,7 @@ def answers(
 
 def main() -> None:
     """Answer until stdin is closed."""
+    end_with_stdin()
     interruption = Interruption()
     limit_memory()
     numerics.prepare()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -25,6 +27,7 @@ from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EAGERLY, EngineFacts, Facts
 from everystep.recording.run import RecordedRun
+from everystep.replay.parent import end_with
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step
 from everystep.step.state import State
@@ -80,11 +83,13 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
     """
     from loky import ProcessPoolExecutor
 
+    alive, of_parent = Pipe(duplex=False)
     environment = recorded_numerics(facts).environment() | {"OMP_NUM_THREADS": str(threads)}
     # loky takes a process that holds 300 MB more than at its start for one that leaks, warns of it, and
     # starts another, which knows nothing of the run.
     environment["LOKY_MAX_MEMORY_LEAK_SIZE"] = "1e18"
-    executor = ProcessPoolExecutor(count, env=environment, initializer=_begin, initargs=(threads,))
+    begin = {"initializer": _begin, "initargs": (threads, alive)}
+    executor = ProcessPoolExecutor(count, env=environment, **begin)
     try:
         try:
             executor.submit(os.getpid)  # starts the first
@@ -96,6 +101,8 @@ def workers(facts: Facts, count: int, threads: int) -> Iterator[ProcessPoolExecu
         raise _ended_too_early() from None
     finally:
         executor.shutdown(wait=True, kill_workers=True)
+        alive.close()
+        of_parent.close()
 
 
 @lru_cache(maxsize=2)
@@ -134,7 +141,8 @@ def _ended_too_early() -> TrainingError:
     )
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: int, parent: Connection) -> None:
+    end_with(parent)
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)

@@ -23,6 +23,7 @@ from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
+from everystep.replay.parent import end_with_stdin
 from everystep.replay.replay import Replay
 from everystep.step.check import bytes_of, state_differences
 
@@ -130,6 +131,7 @@ def footprints(replay: Replay, first: int, last: int) -> list[str]:
 
 def main() -> None:
     """Answer questions until there are no more."""
+    end_with_stdin()
     answers = Answers()
     actions: dict[str, Callable[..., dict[str, Any]]] = {
         "open": answers.open, "run": answers.run, "compare": answers.compare,
