@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -744,11 +745,73 @@ def test_a_learning_rate_holds_until_it_changes_so_it_differs_from_the_first_cha
     everystep_command,
 ):
     for size in (4, 8):
-        train(
-            steps=12, optimizer=partial(SGD, lr=0.05), schedule=partial(StepLR, step_size=size)
-        )  # fmt: skip
+        train(steps=12, optimizer=partial(SGD, lr=0.05), schedule=partial(StepLR, step_size=size))
     _, out, _ = everystep_command("diff", "sequential-1", "sequential-2")
     assert "measured    lr differs from step 5 on: 0.005000000000000001 and 0.05\n" in out
+
+
+def lstm(directory, change=lambda model: None):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lstm": nn.LSTM(6, 6, batch_first=True), "head": nn.Linear(6, 3)})
+    change(model)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    data = [(torch.randn(12, 7, 6), torch.randn(12, 3)) for _ in range(4)]
+    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
+        for x, y in recording.steps(data):
+            loss = nn.functional.mse_loss(model["head"](model["lstm"](x)[0][:, -1]), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    return everystep.open(directory)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="LSTMs are not of one kernel here")
+def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
+    """An LSTM of oneDNN returns a workspace as its fourth result: bytes, not all of them written."""
+
+    def with_another_bias(model):
+        with torch.no_grad():
+            model["head"].bias[1] += 0.5
+
+    one = lstm("runs/one")
+    lstm("runs/other", with_another_bias)
+    shutil.copytree("runs/one", "runs/copy")
+    code, out, _ = everystep_command("diff", "runs/one", "runs/copy", "--thorough")
+    assert code == 0 and out.endswith("the runs are bit-identical\n")
+    _, out, _ = everystep_command("diff", "runs/one", "runs/other")
+    assert "aten.addmm.default of module head" in out and "rnn_layer" not in out
+    layer = next(
+        place
+        for place, seen in enumerate(one[1].operations)
+        if seen.operation.operator == "aten.mkldnn_rnn_layer.default"
+    )
+    _, out, _ = everystep_command("step", "runs/one", 1, "--phase", "forward")
+    assert re.search(rf"#{layer}\.4  [0-9,]+ uint8  no numbers: memory of the kernel\n", out)
+    _, out, _ = everystep_command("step", "runs/one", 1, "--json")
+    results = json.loads(out)["operations"][layer]["results"]
+    assert [*results.values()][3].keys() == {"shape", "dtype", "unset"}
+    code, _, err = everystep_command("why", "runs/one", 1, f"#{layer}.4[5]")
+    assert code == 2 and f"result 4 of operation #{layer} is memory of the kernel" in err
+    code, out, _ = everystep_command("rerun", "runs/one", "--threads", 2)
+    assert code == 0 and "no result is farther apart than" in out
+    code, _, err = everystep_command("rerun", "runs/one", "--float64")
+    assert code == 2 and "computes in float32 only" in err and "mkldnn.enabled = False" in err
+
+
+def test_numbers_that_an_operation_overwrites_are_not_among_what_differs():
+    def copying(kept, number, model, x, y):
+        kept.copy_(x)
+        return plainly(number, model, kept * 1, y)
+
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        batches = [(torch.randn(8, 4), torch.randn(8, 3)) for _ in range(3)]
+        runs.append(recorded_loop(f"runs/{seed}", partial(copying, torch.randn(8, 4)), batches))
+    found = runs[0].diff(runs[1], progress=False).operation
+    assert found.one.operation.operator == "aten.copy_.default"
+    assert [each.name for each in found.inputs] == ["x"]
 
 
 def test_a_batch_that_differs_where_nothing_reads_it_is_found_thoroughly(everystep_command):

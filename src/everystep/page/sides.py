@@ -57,9 +57,8 @@ def _side(
             {"name": (name, its_name)[place], "called": called.get(name, name), "role": role}
             | _tensor(tensor, its)
             for role, called, mine, others in (
-                ("input", line.given, own.inputs, other.inputs),
-                ("result", line.made, own.results, other.results),
-                ("result", line.made, own.written, other.written),
+                ("input", line.given, own.read, other.read),
+                ("result", line.made, own.made, other.made),
             )
             for name, tensor, its_name, its in _beside(mine, others)
         ],

@@ -9,30 +9,11 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.recording.facts import Facts
 from everystep.replay.step import Step
-from everystep.views.notation import kind_of
 
 __all__ = ["first_of", "id_of_batch", "images_of", "tensor_of", "unset_ids"]
 
 #: Images are drawn as such up to this many pixels along a side.
 _LARGEST_IMAGE = 512
-#: Operations that give memory as they find it.
-_UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
-#: Operations that write to all of what they are given without a look at it.
-_OVERWRITING = {
-    "bernoulli",
-    "cauchy",
-    "copy",
-    "exponential",
-    "fill",
-    "geometric",
-    "log_normal",
-    "normal",
-    "random",
-    "uniform",
-    "zero",
-}
-#: From which of their results on operations give the workspace of a library, not all of it written.
-_WORKSPACES = {"mkldnn_rnn_layer": 3, "cudnn_rnn": 3, "miopen_rnn": 3, "cudnn_batch_norm": 3}
 
 
 def tensor_of(step: Step, id: str, facts: Facts) -> Tensor:
@@ -59,7 +40,9 @@ def tensor_of(step: Step, id: str, facts: Facts) -> Tensor:
     elif kind == "operations":
         found = _of_operation(step, name)
     if id in unset_ids(step):
-        raise UsageError(f"nothing was written to {id} yet, so it has no numbers")
+        raise UsageError(
+            f"{id} has no numbers: it is memory of the kernel, or nothing was written to it yet"
+        )
     if not isinstance(found, Tensor):
         raise UsageError(
             f"step {step.number} has no tensor {id!r:.200}; the step's own list says which there are"
@@ -73,26 +56,8 @@ def id_of_batch(name: str) -> str:
 
 
 def unset_ids(step: Step) -> frozenset[str]:
-    """Return the ids of tensors that nothing was written to yet: their numbers are of no meaning.
-
-    What lies in such memory may be of anything that was computed before, and is shown to nobody.
-    """
-    found: set[str] = set()
-    unset: dict[str, bool] = {}  # by name, as the operations have been run so far
-    for number, seen in enumerate(step.operations):
-        kind = kind_of(seen.operation)
-        for name in seen.inputs:
-            base = name.partition("~")[0]
-            # A program has no operation that only asks for memory.
-            is_first = base not in unset and "/" not in base and name in seen.results
-            if unset.get(base) or (is_first and kind in _OVERWRITING):
-                found.add(f"operations/{number}/inputs/{name}")
-        for place, name in enumerate(seen.results):
-            is_unset = kind in _UNWRITTEN or place >= _WORKSPACES.get(kind, len(seen.results))
-            unset[name.partition("~")[0]] = is_unset
-            if is_unset:
-                found.add(f"operations/{number}/results/{name}")
-    return frozenset(found)
+    """Return the ids of tensors of operations that hold no numbers (`Step.unset`)."""
+    return frozenset(f"operations/{number}/{role}/{name}" for number, role, name in step.unset)
 
 
 def images_of(x: Tensor, facts: Facts) -> Tensor | None:

@@ -19,6 +19,7 @@ from everystep.errors import ProgramError
 from everystep.program.calls import Call, prebuilt_calls
 from everystep.program.memory import copy_into, copy_on_cpu, plan_memory
 from everystep.program.program import Operation, Program, TensorSpec, decode
+from everystep.program.unset import unread_inputs, unset_results
 
 __all__ = ["BoundProgram", "Copies", "Memory", "Observed", "allocate", "without_autograd"]
 
@@ -35,6 +36,19 @@ class Observed(NamedTuple):
     inputs: dict[str, Tensor]
     results: dict[str, Tensor]
     written: dict[str, Tensor] = {}  # noqa: RUF012  # a default that nothing changes
+
+    @property
+    def read(self) -> dict[str, Tensor]:
+        """The inputs of which it reads the numbers."""
+        unread = unread_inputs(self.operation)
+        return {name: tensor for name, tensor in self.inputs.items() if name not in unread}
+
+    @property
+    def made(self) -> dict[str, Tensor]:
+        """The results that have numbers, and what else it wrote into."""
+        unset = unset_results(self.operation)
+        both = (*self.results.items(), *self.written.items())
+        return {name: tensor for name, tensor in both if name not in unset}
 
     def __repr__(self) -> str:
         given, made = (

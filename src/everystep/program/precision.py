@@ -25,6 +25,8 @@ _FIXED_ARGUMENTS = {
     "_amp_update_": ("self", "growth_tracker", "found_inf"),
 }
 _RATE = "hyperparameter/"
+#: Kernels of oneDNN that compute in float32, or return gradients in float32 whatever they are given.
+_ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 
 
 class Precision:
@@ -54,10 +56,16 @@ class Precision:
         """Return a program in this precision.
 
         Raises:
-            ProgramError: it has complex numbers, reads the bits of numbers, or draws random numbers that
-                would be others; names what.
+            ProgramError: it has complex numbers, reads the bits of numbers, draws random numbers that
+                would be others, or has a kernel for float32 alone; names what.
         """
         for operation in program.operations:
+            if operation.name in _ONLY_FLOAT32:
+                raise ProgramError(
+                    f"{operation.operator} computes in float32 only, so these steps do not exist in "
+                    f"{self.name}; train with torch.backends.mkldnn.enabled = False, which computes an "
+                    "LSTM by operations that do"
+                )
             if _draws_others(operation):
                 raise ProgramError(
                     f"{operation.operator} draws other random numbers in {self.name}, so these would be "
@@ -193,8 +201,11 @@ def _draws_others(operation: Operation) -> bool:
     """Tell whether an operation draws random numbers that are others in another dtype."""
     if not draws_random_numbers(operation.resolved) or operation.operator in _SAME_DRAWS:
         return False
+    given = operation.given()
+    if given.get("training") is False:  # a randomized ReLU that is evaluated
+        return False
     may_drop = any(each.name == "dropout_p" for each in parameters(operation.resolved))
-    return not (may_drop and operation.given().get("dropout_p", 0.0) == 0.0)  # attention
+    return not (may_drop and given.get("dropout_p", 0.0) == 0.0)  # attention
 
 
 def _is_counter(name: str) -> bool:

@@ -177,8 +177,12 @@ def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossD
     for name in sorted({*one.measurement_names} & {*other.measurement_names}):
         own = [run.measured(name) for run in (one, other)]
         pair = [_at(run, name, values) for run, values in zip((one, other), own, strict=True)]
-        at_both = ((step, *(at(step) for at in pair)) for step in sorted({*own[0], *own[1]}))
-        known = [row for row in at_both if row[0] <= last and None not in row]
+        known = [
+            (step, a, b)
+            for step in sorted({*own[0], *own[1]})
+            for a, b in [[at(step) for at in pair]]
+            if step <= last and a is not None and b is not None
+        ]
         steps, a, b = np.array(known, dtype=np.float64).reshape(-1, 3).T
         difference = _first_number(steps.astype(np.int64), a, b)
         if difference is not None:

@@ -40,7 +40,7 @@ def footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ran
                 losses = [float(observation.loss)]
                 for observed in observation.operations:
                     digest.update(observed.operation.operator.encode())
-                    for tensor in observed.results.values():
+                    for tensor in observed.made.values():
                         digest.update(bytes_of(tensor))
             else:
                 losses = stepper.run(number).tolist()

@@ -10,6 +10,7 @@ from torch import Tensor
 from everystep.program.execute import Observed
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters, resolve
+from everystep.program.unset import unread_inputs
 from everystep.recording.asked import same_value
 
 __all__ = ["Argument", "draws", "other_arguments", "pairs_of_inputs"]
@@ -40,19 +41,22 @@ def other_arguments(one: Operation, other: Operation) -> list[Argument]:
 def pairs_of_inputs(one: Observed, other: Observed) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the tensors at the same place among the arguments: the first one's name, and both.
 
-    What a random number is written into is left out: the operation does not read it.
+    Those of the same shape are left out if the operation does not read their numbers.
     """
     operation = one.operation
     if not operation.operator.startswith("aten."):
         yield from ((n, t, other.inputs[n]) for n, t in one.inputs.items() if n in other.inputs)
         return
-    overwritten = operation.written() if draws(operation.operator) else []
+    unread = unread_inputs(operation)
     seen = set()
     given = _all_given(operation), _all_given(other.operation)
     for a, b in _pairs([*given[0].values()], [*given[1].values()]):
-        if (a, b) not in seen and a not in overwritten and a in one.inputs and b in other.inputs:
-            seen.add((a, b))
-            yield a, one.inputs[a], other.inputs[b]
+        if (a, b) in seen or a not in one.inputs or b not in other.inputs:
+            continue
+        seen.add((a, b))
+        x, y = one.inputs[a], other.inputs[b]
+        if a not in unread or (x.shape, x.dtype) != (y.shape, y.dtype):
+            yield a, x, y
 
 
 def draws(operator: str) -> bool:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError, RunError
-from everystep.program.arguments import references
 from everystep.program.execute import Observed
 from everystep.program.precision import Precision
 from everystep.replay.processes import Opener
@@ -37,10 +36,6 @@ __all__ = ["Match", "Suspect", "match"]
 #: How far apart numbers are by rounding, where both programs compute in double precision: what Python
 #: made in single precision, such as a factor, is the same in both.
 ROUNDING_IN_DOUBLE = 1e-7
-
-
-#: Arguments of which an operator uses only the shape, besides those of `ones_like` and the like.
-_ONLY_SHAPES = {"nll_loss_backward": {"self"}, "nll_loss2d_backward": {"self"}}
 
 
 class Suspect(NamedTuple):
@@ -234,7 +229,7 @@ class _Values:
         for tensor in (*given, *step.gradients.values(), *step.end.values()):
             self._by_size[tensor.numel()].append((None, tensor))
         for index, seen in enumerate(step.operations):
-            for tensor in (*seen.results.values(), *seen.written.values()):
+            for tensor in seen.made.values():
                 self._by_size[tensor.numel()].append((index, tensor))
 
     def nearest(self, tensor: Tensor) -> tuple[int | None, float]:
@@ -283,7 +278,7 @@ class _Values:
         )
         for later in range(index + 1, len(self._operations)):
             seen = self._operations[later]
-            if seen.operation.phase != "update" and self._places(_used(seen)) & made:
+            if seen.operation.phase != "update" and self._places(seen.read) & made:
                 yield later
             made -= self._places(self._operations[later].results)
             if not made:
@@ -297,21 +292,6 @@ def _main_result(seen: Observed) -> dict[str, Tensor]:
     """Return the result that an operation is for, if it has numbers: another may be only a count."""
     results = [(name, tensor) for name, tensor in seen.results.items() if tensor.is_floating_point()]
     return dict(results[:1])
-
-
-def _used(seen: Observed) -> dict[str, Tensor]:
-    """Return the tensors of which an operation uses the numbers, not only the shape."""
-    operation = seen.operation
-    name = operation.name.removesuffix("_like")
-    shapes = {"self"} if name != operation.name or name.startswith("new_") else set()
-    shapes |= _ONLY_SHAPES.get(name, set())
-    used = {
-        reference
-        for argument, value in operation.given().items()
-        if argument not in shapes
-        for reference in references(value)
-    }
-    return {name: tensor for name, tensor in seen.inputs.items() if name in used}
 
 
 def _views(tensor: Tensor, candidate: Tensor) -> Iterator[Tensor]:

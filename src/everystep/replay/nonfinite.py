@@ -19,6 +19,7 @@ from torch import Tensor
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.program.execute import BoundProgram, Observed
+from everystep.program.unset import unset_results
 from everystep.recording.run import RecordedRun
 from everystep.replay.parallel import Span, Visitor, parallel, spans
 from everystep.replay.processes import Opener
@@ -149,7 +150,7 @@ class FiniteCheck(Visitor):
         flags = torch.ones(len(operations), dtype=torch.bool, device=bound.loss.device)
         after: dict[int, list[Any]] = {}
         for index, operation in enumerate(operations):
-            names = dict.fromkeys([*filter(None, operation.results), *operation.written()])
+            names = {*filter(None, operation.results), *operation.written()} - unset_results(operation)
             tensors = [bound.tensor(name) for name in names]
             floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
             if floats:
@@ -244,9 +245,7 @@ def _of_update(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _not_finite_in(step: Step) -> frozenset[int | str]:
     """Return the operations of a step with results that are not finite, and what an optimizer has so."""
     operations = (
-        index
-        for index, each in enumerate(step.operations)
-        if _count([*each.results.values(), *each.written.values()]) != (0, 0)
+        index for index, each in enumerate(step.operations) if _count(each.made.values()) != (0, 0)
     )
     kept = (name for name, tensor in _of_update(step.end).items() if _count([tensor]) != (0, 0))
     return frozenset((*operations, *kept))
@@ -259,7 +258,7 @@ def _first_made(step: Step) -> NonFinite | None:
         if counts != (0, 0):
             return NonFinite(step, None, name, *counts, _rows(step, tensor))
     for index, observed in enumerate(step.operations):
-        inputs, results = observed.inputs, {**observed.results, **observed.written}
+        inputs, results = observed.read, observed.made
         if is_optimizer_step(observed):
             inputs, results = {**inputs, **_of_update(step.state)}, results | _of_update(step.end)
         before = _count(inputs.values())

@@ -80,9 +80,7 @@ def first_difference(one: Step, other: Step) -> OperationDifference | None:
         a, b = pair
         if a is None or b is None or _outline(a) != _outline(b):
             return OperationDifference(one.number, index, a, b)
-        results = _different(_in_order(a.results, b.results)) + _different(
-            _in_order(a.written, b.written)
-        )
+        results = _different(_in_order(a.made, b.made))
         if results:
             inputs = _different(pairs_of_inputs(a, b))
             names = {each.name.partition("~")[0] for each in inputs}

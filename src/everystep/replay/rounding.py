@@ -36,8 +36,9 @@ def apart(own: Step, there: Step) -> list[Apart]:
     found = []
     for index, (one, other) in enumerate(zip(own.operations, there.operations, strict=True)):
         operation = one.operation
-        for name, tensor in one.results.items():
-            relative = relative_difference(tensor, other.results[name])
+        theirs = other.made
+        for name, tensor in one.made.items():
+            relative = relative_difference(tensor, theirs[name])
             place = own.number, index, operation.operator, operation.phase, operation.module
             found.append(Apart(*place, name, relative))
     return found

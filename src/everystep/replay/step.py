@@ -14,6 +14,7 @@ from torch import Tensor
 from everystep.errors import UsageError
 from everystep.program.execute import Observed
 from everystep.program.operation import Phase
+from everystep.program.unset import overwrites, unset_results
 from everystep.step.advance import Hook
 from everystep.step.observe import Observation, Places
 from everystep.step.state import State
@@ -188,6 +189,28 @@ class Step:
         from everystep.replay.rows import rows_of
 
         return rows_of(self)
+
+    @cached_property
+    def unset(self) -> frozenset[tuple[int, str, str]]:
+        """Tensors of operations that hold no numbers, since a kernel left its own bytes there.
+
+        As (number of the operation, `inputs` or `results`, name). What lies in such memory may be of
+        anything that was computed before, and is shown to nobody.
+        """
+        found: set[tuple[int, str, str]] = set()
+        unset: dict[str, bool] = {}  # by name, as the operations have been run so far
+        for number, seen in enumerate(self.operations):
+            for name in seen.inputs:
+                base = name.partition("~")[0]
+                # A program has no operation that only asks for memory.
+                is_first = base not in unset and "/" not in base and name in seen.results
+                if unset.get(base) or (is_first and overwrites(seen.operation)):
+                    found.add((number, "inputs", name))
+            without_numbers = unset_results(seen.operation)
+            for name in seen.results:
+                unset[name.partition("~")[0]] = name in without_numbers
+            found |= {(number, "results", name) for name in without_numbers}
+        return frozenset(found)
 
     @cached_property
     def bytes(self) -> int:

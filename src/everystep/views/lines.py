@@ -197,10 +197,15 @@ def number_cells(tensor: Tensor | None) -> list[Cell]:
     return [shape, *((text, "", True) for text in (*texts, zeros)), bad]
 
 
-def statistics_text(tensor: Tensor) -> list[tuple[str, str]]:
-    """Return the statistics of a tensor as a line of texts with their styles."""
+def statistics_text(tensor: Tensor, *, is_unset: bool = False) -> list[tuple[str, str]]:
+    """Return the statistics of a tensor as a line of texts with their styles.
+
+    is_unset: whether it is memory without numbers.
+    """
     dtype = str(tensor.dtype).removeprefix("torch.")
     parts = [(f"{shape_text(tensor)} {dtype}", "")]
+    if is_unset:
+        return [*parts, ("  no numbers: memory of the kernel", "dim")]
     if tensor.is_complex():
         parts.append(("  absolute values:", "dim"))
     cells = number_cells(tensor)[1:]

@@ -43,15 +43,18 @@ def write_operation(page: Page, step: Step, place: int, line: Line, about: Mappi
     ):
         page.heading(label)
         for name, tensor in tensors.items():
-            _tensor(page, names.get(name, name), name, tensor, about.get(name))
+            is_unset = (place, label, name) in step.unset
+            _tensor(page, names.get(name, name), name, tensor, about.get(name), is_unset)
 
 
-def _tensor(page: Page, called: str, name: str, tensor: Tensor, about: str | None) -> None:
+def _tensor(
+    page: Page, called: str, name: str, tensor: Tensor, about: str | None, is_unset: bool
+) -> None:
     own = f"{name}, " if name != called else ""
     strides = f"  {own}strides ({', '.join(map(str, tensor.stride()))})"
     page.line((called, "bold"), (strides, "dim"), indent=_INDENT)
-    page.line(*statistics_text(tensor), indent=2 * _INDENT)
+    page.line(*statistics_text(tensor, is_unset=is_unset), indent=2 * _INDENT)
     if about is not None:
         page.wrapped(about, "dim", indent=2 * _INDENT)
-    if page.values or tensor.numel() <= FEW_VALUES:
+    if (page.values or tensor.numel() <= FEW_VALUES) and not is_unset:
         page.numbers(tensor, indent=2 * _INDENT)

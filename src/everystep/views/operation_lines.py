@@ -26,7 +26,7 @@ def operation_lines(operations: Sequence[Observed], lines: Sequence[Line], width
                 (f"#{place}", "dim", False),
                 (_path(seen.operation.module) if shown else "", "cyan", False),
                 (line.short if shown else "", "", False),
-                *number_cells(next(iter(seen.results.values()), None) if shown else None),
+                *number_cells(next(iter(seen.made.values()), None) if shown else None),
                 (seen.operation.operator if shown else "", "dim", False),
             ]
         )

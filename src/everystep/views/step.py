@@ -314,8 +314,9 @@ class _Opened:
         indent = _INDENT + 5
         for name, tensor in seen.results.items():
             several = [(f"{line.made.get(name, name)}  ", "")] if len(seen.results) > 1 else []
-            page.line(*several, *statistics_text(tensor), indent=indent)
-            if page.values:
+            is_unset = (place, "results", name) in self.step.unset
+            page.line(*several, *statistics_text(tensor, is_unset=is_unset), indent=indent)
+            if page.values and not is_unset:
                 page.numbers(tensor, indent=indent)
 
     @cached_property

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.program.execute import Observed
 from everystep.recording.facts import Facts
 from everystep.replay.step import Step, Update, statistics
 from everystep.views.batch import class_names, other_values
@@ -55,10 +54,7 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
         name: _update(update, formulas.get(name), values) for name, update in step.updates.items()
     }
     lines = mathematics(step.operations)
-    content["operations"] = [
-        _operation(place, seen, line, values)
-        for place, (seen, line) in enumerate(zip(step.operations, lines, strict=True))
-    ]
+    content["operations"] = [_operation(step, place, line, values) for place, line in enumerate(lines)]
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
 
@@ -86,7 +82,8 @@ def _update(update: Update, formula: Formula | None, values: bool) -> dict[str, 
     }
 
 
-def _operation(place: int, seen: Observed, line: Line, values: bool) -> dict[str, Any]:
+def _operation(step: Step, place: int, line: Line, values: bool) -> dict[str, Any]:
+    seen = step.operations[place]
     given = {key: value for key, (value, given) in all_arguments(seen.operation).items() if given}
     return {
         "number": place,
@@ -95,8 +92,15 @@ def _operation(place: int, seen: Observed, line: Line, values: bool) -> dict[str
         "operator": seen.operation.operator,
         "mathematics": str(line),
         "arguments": _for_json(given),
-        "inputs": _tensors(seen.inputs, values),
-        "results": _tensors(seen.results, values),
+        **{
+            role: {
+                name: _shape(tensor) | {"unset": True}
+                if (place, role, name) in step.unset
+                else _tensor(tensor, values)
+                for name, tensor in tensors.items()
+            }
+            for role, tensors in (("inputs", seen.inputs), ("results", seen.results))
+        },
     }
 
 
@@ -110,11 +114,7 @@ def _tensors(named: Mapping[str, Any], values: bool) -> dict[str, Any]:
 
 
 def _tensor(tensor: Tensor, values: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        **_for_json(statistics(tensor)._asdict()),
-    }
+    found: dict[str, Any] = _shape(tensor) | _for_json(statistics(tensor)._asdict())
     if tensor.is_complex():
         found["statistics_of"] = "absolute values"
     if values:
@@ -123,6 +123,10 @@ def _tensor(tensor: Tensor, values: bool) -> dict[str, Any]:
         listed = content.tolist()
         found["values"] = listed if is_finite else _for_json(listed)
     return found
+
+
+def _shape(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def _for_json(value: Any) -> Any:

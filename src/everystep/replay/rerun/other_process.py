@@ -60,7 +60,8 @@ class OtherProcess:
             raise self._ended() from None
         answer = self._answer()
         if "error" in answer:
-            raise RunError(f"elsewhere: {answer['error']}")
+            precision = f" in {self._place.precision}" if self._place.precision else ""
+            raise RunError(f"the rerun{precision} failed: {answer['error']}")
         return answer
 
     def footprints(self, first: int, last: int, state: State) -> list[str]:

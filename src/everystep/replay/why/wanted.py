@@ -117,6 +117,9 @@ def _named(text: str, head: re.Match[str], step: Step, trace: Trace) -> list[str
             0,
             head.end(),
         )
+    if (number, "results", given) in step.unset:
+        problem = f"result {place + 1} of operation #{number} is memory of the kernel, without numbers"
+        raise error_at(text, problem, 0, head.end())
     return [given]
 
 
