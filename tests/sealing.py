@@ -6,6 +6,7 @@ from contextlib import closing
 
 from everystep.recording.blocks import block_of, series_of
 from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.files import row_of_file
 
 
 def seal(directory):
@@ -26,3 +27,11 @@ def seal(directory):
         database.seal_blocks()
         database.seal_facts()
     database.close()
+
+
+def seal_files(directory):
+    """Write the digests of the programs, constants, data and changes that a run has now."""
+    paths = [*directory.glob("*.safetensors"), *directory.glob("[pc][rh]*/*.*")]
+    names = [str(path.relative_to(directory)) for path in paths if path.is_file()]
+    with closing(Database.change(directory / FILE_NAME)) as database, database.transaction():
+        database.write_files(row_of_file(name, (directory / name).read_bytes()) for name in names)

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.torture_files import outcome
 from hypothesis import strategies as st
+from tests.sealing import seal_files
 
 __all__ = ["ALTERATIONS", "alter_and_look"]
 
@@ -68,6 +69,8 @@ def _altered(data: Any, place: int, way: int, value: Any) -> Any:
 def program(run: Path, place: int, way: int, value: Any) -> None:
     path = run / "programs" / "1.json"
     path.write_text(json.dumps(_altered(json.loads(path.read_text()), place, way, value)))
+    if place % 2:
+        seal_files(run)
 
 
 @kind

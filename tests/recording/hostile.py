@@ -6,6 +6,8 @@ import shutil
 import sqlite3
 from contextlib import closing
 
+from tests.sealing import seal_files
+
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066"
 
 
@@ -89,6 +91,17 @@ def program(change_data):
         data = json.loads(path.read_text())
         change_data(data)
         path.write_text(json.dumps(data))
+        seal_files(run)
+
+    return change
+
+
+def program_text(text):
+    """Return what replaces the first program, with the digest to match."""
+
+    def change(run):
+        (run / "programs" / "1.json").write_text(text)
+        seal_files(run)
 
     return change
 
@@ -168,8 +181,8 @@ HOSTILE = {
     "earlier huge": fact("earlier", []),
     "300,000 operations": program(_many_operations),
     "program without storages": program(lambda data: data.pop("storages")),
-    "program that is a list": lambda run: (run / "programs" / "1.json").write_text("[]"),
-    "program that is deep": lambda run: (run / "programs" / "1.json").write_text("[" * 200_000),
+    "program that is a list": program_text("[]"),
+    "program that is deep": program_text("[" * 200_000),
     "program with huge shapes": program(
         lambda data: [tensor.update(shape=[2**40] * 8) for tensor in data["tensors"].values()]
     ),

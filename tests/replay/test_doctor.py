@@ -8,10 +8,12 @@ from contextlib import closing
 
 import pytest
 import torch
+from tests.sealing import seal_files
 from tests.training.by_hand import by_train, new_training
 from torch import nn
 
 import everystep
+from everystep.errors import RunError
 from everystep.recording.recorder import Recorder
 from everystep.recording.snapshots import SnapshotPlan
 
@@ -51,20 +53,39 @@ def is_same(run, sound):
 def test_a_sound_run_is_healthy(sound, everystep_command):
     code, out, _ = everystep_command("doctor", sound)
     assert code == 0
-    assert "losses: 40\n" in out and "losses, measurements, facts, states, data, by their digests" in out
-    assert out.endswith("is sound in what was checked\n")
+    assert (
+        "losses: 40\n" in out
+        and "losses, measurements, facts, states, data, programs, by their digests" in out
+    )
+    assert out.endswith("is healthy\n")
 
 
-def test_what_has_no_digest_is_said_to_be_unchecked(damaged, everystep_command):
+def test_one_bit_in_a_program_is_reported_by_every_command(damaged, everystep_command):
     run = damaged()
     program = run / "programs" / "1.json"
-    program.write_text(program.read_text().replace("aten.tanh.default", "aten.sigmoid.default"))
-    code, out, _ = everystep_command("doctor", run)
-    assert code == 0 and "healthy" not in out
-    assert "programs: everystep verify damaged takes each step again" in out
+    program.write_text(program.read_text().replace('"gradient/0.bias"', '"gradient/4.bias"'))
+    for command in (
+        ("step", run, 7), ("verify", run), ("doctor", run), ("why", run, 7, "loss"),
+        ("measure", run, "norm(gradients['0.bias'])"), ("when", run, "max(updates['0.bias']) > 9"),
+        ("rows", run, 7), ("fork", run, "--at", 7, "--run", "fork", "-q"),
+    ):  # fmt: skip
+        code, out, err = everystep_command(*command)
+        assert code and "programs/1.json was changed after recording" in out + err, command
+    with pytest.raises(RunError, match=r"programs/1\.json was changed after recording"):
+        everystep.open(run)[7]
     found = json.loads(everystep_command("doctor", run, "--json")[1])
-    assert found["unchecked"] == ["programs"] and "states" in found["checked"]
-    assert everystep_command("verify", run)[0] == 1
+    assert not found["healthy"] and found["unchecked"] == []
+
+
+def test_a_gradient_has_the_shape_of_its_parameter(damaged):
+    run = damaged()
+    program = run / "programs" / "1.json"
+    data = json.loads(program.read_text())
+    data["gradients"]["0.bias"] = data["gradients"]["2.bias"]
+    program.write_text(json.dumps(data))
+    seal_files(run)
+    with pytest.raises(RunError, match=r"the gradient of '0\.bias' does not have its shape"):
+        everystep.open(run)[7]
 
 
 @pytest.mark.parametrize(
@@ -98,9 +119,9 @@ def test_a_copy_that_cannot_be_replayed_is_not_complete(damaged, everystep_comma
     data = run / "data.safetensors"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     code, out, _ = everystep_command("doctor", run, "--repair", "copy")
-    assert code == 1 and "copy/data.safetensors is not the data that the run was trained on" in out
+    assert code == 1 and "copy/data.safetensors was changed after recording" in out
     assert "data.safetensors" in str(everystep.open("copy").facts.repaired.problems)
-    with pytest.raises(everystep.RunError, match="not the data"):
+    with pytest.raises(everystep.RunError, match="was changed after recording"):
         everystep.open("copy").verify(progress=False)
 
 
@@ -180,6 +201,7 @@ def test_steps_that_lead_elsewhere_are_not_passed_off_as_right(damaged):
     run = damaged("DELETE FROM steps WHERE step BETWEEN 10 AND 20")
     for program in (run / "programs").glob("*.json"):
         program.write_text(program.read_text().replace("aten.tanh.default", "aten.sin.default"))
+    seal_files(run)
     found = everystep.doctor(run, repair="copy", progress=False)
     assert not found.repaired.is_complete
     assert any("do not lead to the state after step 8" in each for each in found.repaired.problems)

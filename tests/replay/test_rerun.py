@@ -16,7 +16,7 @@ import everystep
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
 from everystep.program.placement import Placement
 from everystep.replay.loop import read_loop_program
-from everystep.replay.reopen import read_program
+from everystep.replay.programs import read_program
 from everystep.replay.replay import Replay
 from everystep.replay.rerun import Place
 from everystep.views.reproduction import reproduce
@@ -252,7 +252,7 @@ def test_what_another_device_would_change_is_refused(chapter_run, tmp_path):
         steps=2, directory=tmp_path / "noise", progress=False,
     )  # fmt: skip
     (rule, *_) = run.facts.training.engine.programs
-    program = read_program(run.directory / rule.file).program
+    program = read_program(run, rule.file)
     with pytest.raises(RunError, match="draws other random numbers on cuda:0"):
         Placement("cpu", "cuda:0").program(program)
     with pytest.raises(ExperimentError, match="unknown device 'gpu'; did you mean cuda"):

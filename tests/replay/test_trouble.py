@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from tests.sealing import seal_files
 from tests.training.by_hand import bits, by_train, new_training
 
 import everystep
@@ -69,6 +70,9 @@ def test_without_the_first_state_later_steps_open_all_the_same(run, lost):
 
 def test_altered_data_is_named(run):
     alter(run.directory / "data.safetensors")
+    with pytest.raises(everystep.RunError, match=r"data\.safetensors was changed after recording"):
+        everystep.open(run.directory)[3]
+    seal_files(run.directory)
     with pytest.raises(
         everystep.RunError, match="is not the data that the run was trained on: its digest"
     ):
@@ -78,6 +82,7 @@ def test_altered_data_is_named(run):
 def test_a_program_of_a_newer_version_is_named(run):
     path = run.directory / "programs" / "1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    seal_files(run.directory)
     with pytest.raises(
         everystep.RunError, match=r"1\.json: the program has format 2.*upgrade everystep"
     ):
@@ -87,6 +92,7 @@ def test_a_program_of_a_newer_version_is_named(run):
 def test_an_altered_program_is_never_passed_off_as_the_original(run):
     for path in run.directory.glob("programs/*.json"):
         path.write_text(path.read_text().replace("aten.tanh.default", "aten.sin.default"))
+    seal_files(run.directory)
     opened = everystep.open(run.directory)
     assert not opened[5].is_exact
     assert opened[5].diverged_at == 1

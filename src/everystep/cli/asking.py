@@ -140,8 +140,8 @@ def doctor(
 ) -> None:
     """Say what is wrong with a run, and what can still be read.
 
-    Compares what has digests: numbers, states, data. Of programs and batches it sees only that they can
-    be read; everystep verify replays the steps. Exits with 1 if something is wrong, or did not come back
+    Compares what has digests: numbers, states, data, programs. Of batches it sees only that they can be
+    read; everystep verify replays the steps. Exits with 1 if something is wrong, or did not come back
     in the repaired copy.
     """
     from everystep.api import doctor

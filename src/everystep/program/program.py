@@ -238,6 +238,10 @@ class Program(Model):
         for name in (*loss, *logged, *self.gradients.values(), *shown, *self.ends.values()):
             if name not in self.tensors:
                 raise ValueError(f"unknown tensor {name!r}")
+        for parameter, name in self.gradients.items():
+            own = self.tensors.get(f"parameter/{parameter}")
+            if own is not None and own.shape != self.tensors[name].shape:
+                raise ValueError(f"the gradient of {parameter!r} does not have its shape: {name!r}")
         for name in (*loss, *logged):
             if math.prod(self.tensors[name].shape) != 1:
                 raise ValueError(f"{name!r} is logged, but is not a single number")

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from everystep.errors import RunError
-from everystep.recording.files import own_path
+from everystep.recording.files import FileRow, row_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FOLDER", "change_files", "gone_in", "read_change", "remove_changes", "write_change"]
+__all__ = ["FOLDER", "Change", "changes_in", "read_change", "write_change"]
 
 FOLDER = "changes"
-_NAME = re.compile(r"(\d{1,18})\.safetensors")
+_NAME = re.compile(rf"{FOLDER}/(\d{{1,18}})\.safetensors")
+
+
+class Change(NamedTuple):
+    """What code between two steps changed: tensors by name, and the names of removed ones."""
+
+    tensors: dict[str, Tensor]
+    gone: list[str]
 
 
 def write_change(
     directory: Path, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()
-) -> None:
+) -> FileRow:
     """Write tensors (on the CPU) as they are after `step` and the code that followed it.
 
     gone: the names of removed tensors.
@@ -32,56 +39,33 @@ def write_change(
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     temporary = folder / f".{step:06d}.tmp"
-    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    temporary.write_bytes(save(content, {"gone": json.dumps([*gone])} if gone else None))
-    temporary.rename(folder / f"{step:06d}.safetensors")
+    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = save(own, {"gone": json.dumps([*gone])} if gone else None)
+    temporary.write_bytes(content)
+    row = row_of_file(f"{FOLDER}/{step:06d}.safetensors", content)
+    temporary.rename(directory / row.name)
+    return row
 
 
-def change_files(directory: Path) -> dict[int, str]:
-    """Return the files of a run by step; their names are as within the run."""
-    folder = directory / FOLDER
-    if not folder.is_dir():
-        return {}
-    names = sorted(path.name for path in folder.iterdir())
-    matches = [match for match in map(_NAME.fullmatch, names) if match is not None]
-    return {int(match[1]): f"{FOLDER}/{match[0]}" for match in matches}
+def changes_in(files: Iterable[str]) -> dict[int, str]:
+    """Return the files of changes among those of a run, by step."""
+    matches = [match for match in map(_NAME.fullmatch, files) if match is not None]
+    return {int(match[1]): match[0] for match in matches}
 
 
-def read_change(directory: Path, name: str) -> dict[str, Tensor]:
-    """Read what changed.
+def read_change(content: bytes, place: Path) -> Change:
+    """Return what changed. content: of the file at `place`.
 
     Raises:
-        RunError: the file is missing or unreadable.
+        RunError: the file is unreadable.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = own_path(directory, name)
     try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-
-
-def gone_in(directory: Path, name: str) -> list[str]:
-    """Return the names of removed tensors.
-
-    Raises:
-        RunError: as `read_change`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = own_path(directory, name)
-    try:
-        with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {}).get("gone", "[]"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    return [*map(str, found)] if isinstance(found, list) else []
-
-
-def remove_changes(directory: Path, after: int) -> None:
-    """Remove what changed after steps later than `after`."""
-    for step, name in change_files(directory).items():
-        if step > after:
-            (directory / name).unlink(missing_ok=True)
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        gone = json.loads((header.get("__metadata__") or {}).get("gone", "[]"))
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"{place} cannot be read: {error}") from None
+    return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])

@@ -34,7 +34,7 @@ __all__ = [
 FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -74,6 +74,14 @@ CREATE TABLE contents (
     file INTEGER NOT NULL,                 -- batches/N.bin
     place INTEGER NOT NULL,                -- of its first byte
     bytes INTEGER NOT NULL
+) WITHOUT ROWID;
+
+-- Files of the run besides snapshots, experiments and batches, which have digests of their own. A file
+-- without a row is not of the run.
+CREATE TABLE files (
+    name TEXT PRIMARY KEY,                 -- within the run: 'programs/1.json'
+    bytes INTEGER NOT NULL,
+    digest BLOB NOT NULL                   -- XXH3, 128 bits, of its content
 ) WITHOUT ROWID;
 
 -- Everything else: status, numerics, versions, times. Values are JSON.
@@ -257,7 +265,7 @@ def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
     if version < SCHEMA_VERSION:
         raise RunError(
             f"{path} has format {version}, written by an earlier everystep; this one reads format "
-            f"{SCHEMA_VERSION}, and everystep 0.1 reads format 1"
+            f"{SCHEMA_VERSION} only (everystep 0.1 reads format 1)"
         )
     if _tables(connection) != _own_tables():
         raise RunError(f"{path} has tables that everystep does not create: the database was changed")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from everystep.errors import RunError
 from everystep.recording.facts import DataFileFacts
-from everystep.recording.files import own_path, write_whole
+from everystep.recording.files import FileRow, row_of_file, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,41 +20,48 @@ DATA_FILE = "data.safetensors"
 DATA_LIMIT = 256_000_000
 
 
-def write_data(directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE) -> DataFileFacts:
-    """Write small data (CPU tensors) into a run; return the fact that describes the data."""
+def write_data(
+    directory: Path, tensors: dict[str, Tensor], name: str = DATA_FILE
+) -> tuple[DataFileFacts, list[FileRow]]:
+    """Write small data (CPU tensors) into a run; return the fact that describes it, and its file."""
     from safetensors.torch import save
 
     size = sum(tensor.nbytes for tensor in tensors.values())
     is_small = size <= DATA_LIMIT
+    files = []
     if is_small:
-        write_whole(directory / name, save(_unshared(tensors)))
+        content = save(_unshared(tensors))
+        write_whole(directory / name, content)
+        files.append(row_of_file(name, content))
     # Bits depend on how a tensor lies in memory, too.
     strides = {key: t.stride() for key, t in tensors.items() if not t.is_contiguous()}
-    return DataFileFacts(
+    fact = DataFileFacts(
         file=name, stored=is_small, bytes=size, digest=_digest(tensors), strides=strides
     )
+    return fact, files
 
 
-def read_data(directory: Path, fact: DataFileFacts) -> dict[str, Tensor]:
-    """Read the data of a run: x, y, and validation_x and validation_y if it has them.
+def read_data(content: bytes, place: Path, fact: DataFileFacts) -> dict[str, Tensor]:
+    """Return the data of a run: x, y, and validation_x and validation_y if it has them.
+
+    content: of the file at `place`.
 
     Raises:
-        RunError: the file is missing, or was changed.
+        RunError: the file is unreadable, or has other data.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = own_path(directory, fact.file)
     try:
-        tensors = load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    check_data(tensors, fact, str(path))
+        tensors = load(content)
+    except SafetensorError as error:
+        raise RunError(f"{place} cannot be read: {error}") from None
+    check_data(tensors, fact, str(place))
     try:
         return {name: _laid_out(t, fact.strides.get(name)) for name, t in tensors.items()}
     except RuntimeError:
         raise RunError(
-            f"{directory} has strides that its data cannot have: the database was changed"
+            f"{place} has no data with the recorded strides: the database was changed"
         ) from None
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from everystep.errors import RecordingError, RunError
 from everystep.recording.blocks import LOSS, Blocks, series_of
+from everystep.recording.changes import changes_in
 from everystep.recording.connection import (
     FILE_NAME,
     LOCK_NAME,
@@ -20,6 +21,7 @@ from everystep.recording.connection import (
 )
 from everystep.recording.fact_rows import read_facts, rows_of
 from everystep.recording.facts import MOST_STEPS, Facts
+from everystep.recording.files import FileRow
 from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ MANY = 50_000
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
 _REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES)
 _PLACE = (STEP, STEP, STEP)
+_FILE = (TEXT, STEP, BYTES)
 
 Found = TypeVar("Found")
 
@@ -183,6 +186,14 @@ class Database(Blocks):
         """Delete snapshots, before their directories are removed."""
         self.connection.executemany("DELETE FROM snapshots WHERE step = ?", [(s,) for s in steps])
 
+    def write_files(self, rows: Iterable[FileRow]) -> None:
+        """Enter files that are complete."""
+        self.connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """Delete files, before they are removed."""
+        self.connection.executemany("DELETE FROM files WHERE name = ?", [(name,) for name in names])
+
     def write_repeats(self, rows: Iterable[Repeat]) -> None:
         """Write what repeats steps."""
         self.connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?)", rows)
@@ -195,11 +206,15 @@ class Database(Blocks):
         """Delete all contents of a file, before it is removed."""
         self.connection.execute("DELETE FROM contents WHERE file = ?", (file,))
 
-    def forget_after(self, step: int) -> None:
-        """Delete losses and measurements of later steps."""
+    def forget_after(self, step: int) -> list[str]:
+        """Delete losses, measurements and changes of later steps; return the files to remove."""
         self.open_blocks_after(step)
         for table in ("steps", "measurements", "repeats"):
             self.connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+        changes = changes_in(row.name for row in self.files())
+        later = [name for at, name in changes.items() if at > step]
+        self.remove_files(later)
+        return later
 
     def facts(self) -> Facts:
         """Return all facts."""
@@ -318,6 +333,15 @@ class Database(Blocks):
         """Return the snapshots in order of their steps."""
         rows = self.checked(_SNAPSHOT, "SELECT * FROM snapshots ORDER BY step")
         return [SnapshotRow(*row) for row in rows]
+
+    def file(self, name: str) -> FileRow | None:
+        """Return a file of the run, None if it has none of this name."""
+        rows = self.checked(_FILE, "SELECT * FROM files WHERE name = ?", name)
+        return FileRow(*rows[0]) if rows else None
+
+    def files(self) -> list[FileRow]:
+        """Return the files of the run, by name."""
+        return [FileRow(*row) for row in self.checked(_FILE, "SELECT * FROM files ORDER BY name")]
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
         """Return what repeats steps `first` to `last`, in their order."""

@@ -1,17 +1,66 @@
-"""Files of a run: names stay within it, files are written as a whole, no link is written through."""
+"""Files of a run: names stay within it, files are written as a whole, digests tell changed ones."""
 
 from __future__ import annotations
 
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
 
 from everystep.errors import RunError
 
-__all__ = ["check_writable_files", "own_path", "sweep", "write_whole"]
+__all__ = [
+    "FileRow",
+    "check_writable_files",
+    "constants_of",
+    "own_path",
+    "read_file",
+    "row_of_file",
+    "sweep",
+    "write_whole",
+]
 
 #: Files that are changed in place: a second name of one would be another run's file.
 _CHANGED = ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm", "run.sqlite-journal", "run.lock")
+
+
+class FileRow(NamedTuple):
+    """A file as the database knows it: its name within the run, its size, and XXH3 (128 bits) of it."""
+
+    name: str
+    size: int
+    digest: bytes
+
+
+def row_of_file(name: str, content: bytes) -> FileRow:
+    """Return the row of a file with this content."""
+    return FileRow(name, len(content), xxhash.xxh3_128_digest(content))
+
+
+def constants_of(program: str) -> str:
+    """Return the name of the file with the constants of a program, by that of the program."""
+    return f"{program.removesuffix('.json')}.safetensors"
+
+
+def read_file(directory: Path, row: FileRow) -> bytes:
+    """Return the content of a file of a run, as it was recorded.
+
+    Raises:
+        RunError: it is missing, or was changed.
+    """
+    path = own_path(directory, row.name)
+    try:
+        with path.open("rb") as file:
+            content = file.read(row.size + 1)
+    except (OSError, ValueError, OverflowError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    if row_of_file(row.name, content) != row:
+        raise RunError(
+            f"{path} was changed after recording: its digest differs; restore it from a copy of the run"
+        )
+    return content
 
 
 def own_path(directory: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everystep.recording.changes import FOLDER, change_files
+from everystep.recording.changes import changes_in
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
 from everystep.recording.facts import EarlierFacts
 from everystep.recording.files import own_path
@@ -38,19 +38,22 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
     with reading(parent.directory / FILE_NAME) as known:
         losses = known.losses_between(1, at)
         measured = [row for row in known.measurements() if row[1] <= at]
+        files = known.files()
     database.write_losses(1, [loss for _, loss in losses])
     database.write_measurements(measured)
     snapshots = [row for row in parent.snapshot_rows() if row.step < at]
     for row in snapshots:
         _link_folder(own_path(parent.directory, row.directory), own_path(directory, row.directory))
         database.add_snapshot(row)
-    _link_folder(parent.directory / "programs", directory / "programs")
-    for step, name in change_files(parent.directory).items():
-        if step < at:
-            (directory / FOLDER).mkdir(exist_ok=True)
-            _link(own_path(parent.directory, name), directory / name)
-    for path in parent.directory.glob("data*.safetensors"):
-        _link(path, directory / path.name)
+    changes = changes_in(row.name for row in files)
+    later = {name for step, name in changes.items() if step >= at}
+    taken = [row for row in files if row.name not in later]
+    for name in (row.name for row in taken):
+        source, target = own_path(parent.directory, name), own_path(directory, name)
+        if source.is_file():  # a fork reports what it misses when it is read, as its parent does
+            target.parent.mkdir(exist_ok=True)
+            _link(source, target)
+    database.write_files(taken)
     earlier: list[EarlierFacts] = []
     for stretch in parent.stretches:
         if stretch.first > at:

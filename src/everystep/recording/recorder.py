@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from everystep import clock
 from everystep.errors import RecordingError, RunError
-from everystep.recording.changes import remove_changes, write_change
+from everystep.recording.changes import write_change
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
-from everystep.recording.files import write_whole
+from everystep.recording.files import constants_of, row_of_file, write_whole
 from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
@@ -182,7 +182,7 @@ class Recorder:
         """
         known = self._continuation
         if known is None or step >= known.recorded:
-            self._put(lambda: write_change(self._home.here, step, tensors, gone))
+            self._put(lambda: self._write_change(step, tensors, gone))
 
     def forget_after(self, step: int) -> None:
         """Delete losses, measurements and snapshots of later steps, which will run again."""
@@ -456,14 +456,21 @@ class Recorder:
 
         from everystep.program.checked import note_sound
 
-        path = self._home.here / self.program_file(number)
-        path.parent.mkdir(exist_ok=True)
+        (self._home.here / "programs").mkdir(exist_ok=True)
+        text = program.to_json().encode()
+        contents = {self.program_file(number): text}
         if constants:
             on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
-            write_whole(path.with_suffix(".safetensors"), save(on_cpu))
-        text = program.to_json().encode()
-        write_whole(path, text)
+            contents[constants_of(self.program_file(number))] = save(on_cpu)
+        for name, content in contents.items():
+            write_whole(self._home.here / name, content)
+        rows = [row_of_file(*each) for each in contents.items()]
+        self._in_transaction(lambda: self._database.write_files(rows))
         note_sound(text)  # it comes from torch itself, not from a stranger
+
+    def _write_change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str]) -> None:
+        row = write_change(self._home.here, step, tensors, gone)
+        self._in_transaction(lambda: self._database.write_files([row]))
 
     def _forget_after(self, step: int) -> None:
         if self._continuation is not None:  # what it was resumed with is compared again
@@ -471,15 +478,22 @@ class Recorder:
         later = [taken for taken in self.plan.kept if taken > step]
         for taken in later:
             del self.plan.kept[taken]
-        self._in_transaction(lambda: self._database.forget_after(step))
+        with self._database.transaction():
+            files = self._database.forget_after(step)
+        for name in files:
+            (self._home.here / name).unlink(missing_ok=True)
         remove_snapshots(self._home.here / "snapshots", later, self._forget)
-        remove_changes(self._home.here, step)
         self._last_step = min(self._last_step, step)
         self._passed = min(self._passed, step)
 
     def _write_data(self, tensors: dict[str, Tensor], name: str) -> None:
-        fact = write_data(self._home.here, tensors, name)
-        self._in_transaction(lambda: self._database.write_facts({"data_file": fact}))
+        fact, files = write_data(self._home.here, tensors, name)
+
+        def write() -> None:
+            self._database.write_files(files)
+            self._database.write_facts({"data_file": fact})
+
+        self._in_transaction(write)
 
     def _write_snapshot(self, state: State) -> None:
         import safetensors.torch  # noqa: F401  # so that the first snapshot does not seem slow

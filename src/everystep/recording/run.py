@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import DamageWarning, RunError
+from everystep.recording.changes import Change, changes_in, read_change
 from everystep.recording.contents import Given, read_contents
+from everystep.recording.data import read_data
 from everystep.recording.database import (
     FILE_NAME,
     Database,
@@ -21,8 +23,8 @@ from everystep.recording.database import (
     read_quickly,
     reading,
 )
-from everystep.recording.facts import Facts, TrainingFacts
-from everystep.recording.files import own_path
+from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
+from everystep.recording.files import FileRow, own_path, read_file
 from everystep.recording.health import (
     Finding,
     damage_text,
@@ -376,6 +378,47 @@ class RecordedRun:
             f"{self.name} has no loss for step {expected}, but one for step {step}: the database was "
             "changed"
         )
+
+    def read_file(self, name: str) -> bytes:
+        """Return the content of a program, of its constants, of data or of changes, as recorded.
+
+        name: within the run.
+
+        Raises:
+            RunError: the file is missing, was changed, or is not one of the run.
+        """
+        row = read_quickly(self._database_path, lambda database: database.file(name))
+        if row is None:
+            path = own_path(self.directory, name)
+            raise RunError(
+                f"{path} has no digest in {FILE_NAME}: everystep did not write it, or "
+                "the database was changed"
+            )
+        return read_file(self.directory, row)
+
+    def files(self) -> list[FileRow]:
+        """Return the files with digests, by name."""
+        return read_quickly(self._database_path, Database.files)
+
+    def change_files(self) -> dict[int, str]:
+        """Return the files of what code between two steps changed, by step."""
+        return changes_in(row.name for row in self.files())
+
+    def change(self, name: str) -> Change:
+        """Return what code between two steps changed.
+
+        Raises:
+            RunError: the file is missing, was changed, or is unreadable.
+        """
+        return read_change(self.read_file(name), self.directory / name)
+
+    def data(self, fact: DataFileFacts) -> dict[str, Tensor]:
+        """Return the data of the run: x, y, and validation_x and validation_y if it has them.
+
+        Raises:
+            RunError: the file is missing, was changed, or is unreadable.
+        """
+        return read_data(self.read_file(fact.file), self.directory / fact.file, fact)
 
     def snapshot_rows(self) -> list[SnapshotRow]:
         """Return the database rows of the snapshots, in order."""

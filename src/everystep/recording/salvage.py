@@ -16,6 +16,7 @@ from everystep.recording.blocks import FACTS, LOSS, block_of, digest_of_numbers,
 from everystep.recording.connection import connect_reading
 from everystep.recording.database import Database, Repeat, SnapshotRow
 from everystep.recording.facts import MOST_STEPS
+from everystep.recording.files import FileRow
 from everystep.recording.rows import (
     BYTES,
     LOSSES,
@@ -34,6 +35,7 @@ _TABLES: dict[str, tuple[str, Sequence[Kinds]]] = {
     "steps": ("step", (STEP, LOSSES)),
     "measurements": ("name, step", (TEXT, STEP, VALUES)),
     "snapshots": ("step", (STEP, TEXT, TEXT, STEP)),
+    "files": ("name", (TEXT, STEP, BYTES)),
     "repeats": ("step", (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES)),
     "contents": ("digest", (BYTES, STEP, STEP, STEP)),
     "facts": ("key", (TEXT, TEXT)),
@@ -54,6 +56,7 @@ class Salvaged:
     doubtful: dict[int, float | None]
     measurements: list[tuple[str, int, float | None]]
     snapshots: list[SnapshotRow]
+    files: list[FileRow]
     repeats: list[Repeat]
     contents: list[tuple[bytes, int, int, int]]
     problems: list[str] = field(default_factory=list)
@@ -93,6 +96,7 @@ def salvage(path: Path) -> Salvaged:
         doubtful=doubtful,
         measurements=measured,
         snapshots=[SnapshotRow(*row) for row in tables["snapshots"]],
+        files=[FileRow(*row) for row in tables["files"]],
         repeats=[Repeat(*row) for row in tables["repeats"]],
         contents=tables["contents"],
         problems=problems,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from everystep.errors import RunError
 from everystep.recording.changes import FOLDER as CHANGES
-from everystep.recording.changes import remove_changes
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.database import Database, SnapshotRow
 from everystep.recording.files import sweep
@@ -33,13 +32,15 @@ def tidy(directory: Path, database: Database, recorded: int, at: int) -> None:
         database.remove_snapshots([row.step for row in removed])
     folder = directory / "snapshots"
     remove_snapshots(folder, [row.step for row in removed], lambda steps: None)
-    remove_changes(directory, recorded)
     kept = {f"{row.step:06d}" for row in database.snapshots()}
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
-    for name in (".", CHANGES, "programs"):
-        sweep(directory / name)
+    sweep(directory)
+    files = {row.name for row in database.files()}
+    for path in (*directory.glob(f"{CHANGES}/*"), *directory.glob("programs/*")):
+        if f"{path.parent.name}/{path.name}" not in files:
+            path.unlink(missing_ok=True)
     used = {file for _, file, _, _ in database.all_contents()}
     for path in directory.glob(f"{BATCHES}/*.bin"):
         if path.stem.isdecimal() and int(path.stem) not in used:

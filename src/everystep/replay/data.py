@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
-from everystep.recording.data import read_data
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.replay.operations import TensorDifference, tensor_difference
@@ -40,7 +39,7 @@ def data_differences(one: RecordedRun, other: RecordedRun) -> tuple[DataDifferen
     if not (files[0].stored and files[1].stored):
         return ()
     try:
-        pair = read_data(one.directory, files[0]), read_data(other.directory, files[1])
+        pair = one.data(files[0]), other.data(files[1])
     except RunError:  # the replay says what it needs of it
         return ()
     found = []

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from everystep.program.memory import copy_on_cpu
 from everystep.recording.asked import Setting, flat
-from everystep.recording.changes import change_files, read_change
 from everystep.recording.texts import shortest
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step
@@ -132,6 +131,6 @@ def around(replay: Replay, number: int) -> Around:
         for key, value in group.items()
         if key not in ("params", "initial_lr")
     }
-    file = change_files(replay.run.directory).get(number - 1)
-    changed = frozenset(read_change(replay.run.directory, file) if file else ())
+    file = replay.run.change_files().get(number - 1)
+    changed = frozenset(replay.run.change(file).tensors if file else ())
     return Around(before, after, generators, groups | flat(optimizer.get("values", {})), changed)

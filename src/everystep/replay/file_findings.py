@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 from everystep.errors import EverystepError, RunError
-from everystep.program.program import Program
-from everystep.recording.changes import change_files, read_change
 from everystep.recording.contents import FOLDER as BATCHES
-from everystep.recording.data import read_data
 from everystep.recording.database import FILE_NAME, SnapshotRow, reading
 from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
 from everystep.recording.files import own_path
 from everystep.recording.health import Finding
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import check_snapshot
+from everystep.replay.programs import read_built
 
 __all__ = ["MOST_NAMED", "file_findings", "with_digests", "without_digests"]
 
@@ -36,8 +33,8 @@ def file_findings(run: RecordedRun, facts: Facts) -> Iterator[Finding]:
     if facts.trained is None:
         return
     yield from _stretch_findings(run)
-    for name in change_files(run.directory).values():
-        yield from _checked(name, partial(read_change, run.directory, name), _RESTORE)
+    for name in run.change_files().values():
+        yield from _checked(name, partial(run.change, name), _RESTORE)
     yield from _batch_findings(run)
 
 
@@ -51,16 +48,16 @@ def with_digests(run: RecordedRun, facts: Facts) -> Iterator[str]:
         yield "data"
     if any(each.experiment_digest is not None for each in stretches):
         yield "experiment"
+    if any(map(_programs, stretches)):
+        yield "programs"
+    if run.change_files():
+        yield "changes between steps"
 
 
 def without_digests(run: RecordedRun, facts: Facts) -> Iterator[str]:
     """Yield of which files `file_findings` sees only whether they can be read, in words."""
     if facts.trained is None:
         return
-    if any(_programs(stretch.facts) for stretch in run.stretches):
-        yield "programs"
-    if change_files(run.directory):
-        yield "changes between steps"
     # A digest of a batch is by its shape, which only the step that used it knows.
     if any(stretch.facts.loop is not None for stretch in run.stretches):
         yield "batches"
@@ -99,9 +96,9 @@ def _stretch_findings(run: RecordedRun) -> Iterator[Finding]:
         training = stretch.facts
         data = training.data_file
         if data is not None and data.stored:
-            yield from _checked(data.file, partial(read_data, run.directory, data), _RESTORE)
+            yield from _checked(data.file, partial(run.data, data), _RESTORE)
         for file in dict.fromkeys(_programs(training)):
-            yield from _checked(file, partial(_read_program, run.directory, file), _RESTORE)
+            yield from _checked(file, partial(read_built, run, file), _RESTORE)
         name = training.experiment_file or "experiment.toml"
         yield from _checked(name, partial(run.experiment_file, training), _RESTORE)
 
@@ -120,10 +117,6 @@ def _checked(place: str, read: Callable[[], object], cure: str) -> Iterator[Find
         read()
     except (EverystepError, OSError) as error:
         yield Finding(place, str(error), cure)
-
-
-def _read_program(directory: Path, file: str) -> Program:
-    return Program.from_json(own_path(directory, file).read_bytes())
 
 
 def _batch_findings(run: RecordedRun) -> Iterator[Finding]:

@@ -10,7 +10,6 @@ import torch
 
 from everystep.errors import RunError
 from everystep.recording.facts import EAGERLY
-from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.given import draws
 from everystep.replay.replay import Replay
@@ -75,6 +74,6 @@ def programs_of(run: RecordedRun) -> list[bytes]:
     """Return the programs of a run as they lie on disk; none if one of them cannot be read."""
     rules = (run.facts.training.engine or EAGERLY).programs
     try:
-        return [own_path(run.directory, rule.file).read_bytes() for rule in rules]
-    except (OSError, RunError):
+        return [run.read_file(rule.file) for rule in rules]
+    except RunError:
         return []

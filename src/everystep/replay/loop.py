@@ -17,20 +17,19 @@ from everystep.program.placement import Placement
 from everystep.program.plain import Environment, PlainProgram, lay_inputs
 from everystep.program.precision import Precision
 from everystep.program.program import Program
-from everystep.recording.changes import change_files, gone_in, read_change
 from everystep.recording.contents import Given, digest_of, unpacked
 from everystep.recording.database import Repeat
 from everystep.recording.facts import TrainingFacts
-from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Setting
+from everystep.replay.programs import read_loop_program
 from everystep.replay.step import Batch, ReplayStepper
 from everystep.step.generators import Generators
 from everystep.step.observe import Observation, PlainObserver
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
-__all__ = ["LoopCheckpoint", "LoopStepper", "read_loop_program"]
+__all__ = ["LoopCheckpoint", "LoopStepper"]
 
 #: Rows of the database that are read at once.
 BLOCK = 256
@@ -89,7 +88,7 @@ class LoopStepper(ReplayStepper):
         self._rows: dict[int, Repeat] = {}
         self._tensors: dict[str, Tensor] = {}
         self._loaded: State | None = None
-        self._between = change_files(run.directory)
+        self._between = run.change_files()
         self._settled: int | None = None
         self._has_diverged = False
         if conversion is not None and facts.loop is not None:
@@ -158,9 +157,8 @@ class LoopStepper(ReplayStepper):
         if self.state is None or self.state == self._settled or self.state not in self._between:
             return
         self._settled = self.state
-        file = self._between[self.state]
-        tensors = read_change(self._run.directory, file)
-        for name in gone_in(self._run.directory, file):
+        tensors, gone = self._run.change(self._between[self.state])
+        for name in gone:
             self._tensors.pop(name, None)
         if self._conversion is not None:
             tensors = {name: self._conversion.tensor(name, each) for name, each in tensors.items()}
@@ -365,21 +363,3 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         found[name] = empty.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
     return found
-
-
-def read_loop_program(run: RecordedRun, number: int) -> Program:
-    """Read a program of a recorded loop, by its number.
-
-    Raises:
-        RunError: it cannot be read, or is not valid.
-    """
-    path = own_path(run.directory, f"programs/{number}.json")
-    try:
-        program = Program.from_json(path.read_bytes())
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    except ProgramError as error:
-        raise ProgramError(f"{path}: {error}") from None
-    if not program.is_plain:
-        raise RunError(f"{path} is not the program of a loop: the run was changed")
-    return program

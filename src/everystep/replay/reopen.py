@@ -10,25 +10,23 @@ import sys
 from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from everystep.device import select
-from everystep.errors import ExperimentError, ProgramError, RunError
+from everystep.errors import ExperimentError, RunError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.experiment.specification import load
 from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.program.program import Program
-from everystep.recording.changes import change_files, read_change
-from everystep.recording.data import check_data, read_data
+from everystep.recording.data import check_data
 from everystep.recording.facts import EAGERLY, TrainingFacts
-from everystep.recording.files import own_path
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.columns import Setting
+from everystep.replay.programs import read_built
 from everystep.replay.replacing import with_replacement
 from everystep.replay.stepper import TrainingStepper
 from everystep.step.build import Built
@@ -41,7 +39,7 @@ from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.objects import Objects
 
-__all__ = ["batches_of", "read_program", "reopen", "stored_data"]
+__all__ = ["batches_of", "reopen", "stored_data"]
 
 #: Rules of programs that are read.
 MOST_PROGRAMS = 1000
@@ -72,7 +70,7 @@ def reopen(
         raise RunError(
             f"{run.name} claims more than {MOST_PROGRAMS:,} programs: the database was changed"
         )
-    built = [(rule, read_program(own_path(run.directory, rule.file))) for rule in engine.programs]
+    built = [(rule, read_built(run, rule.file)) for rule in engine.programs]
     if conversion is not None:
         built = [(rule, _converted(each, conversion)) for rule, each in built]
     with generators_preserved(device):
@@ -95,8 +93,8 @@ def reopen(
         programs.use(each, ProgramRule(0, rule.steps, rule.since), _kind_of(each.program, batch))
     settings = _settings(run, stretch.first)
     between = {
-        step: partial(read_change, run.directory, name)
-        for step, name in change_files(run.directory).items()
+        step: partial(lambda name: run.change(name).tensors, name)
+        for step, name in run.change_files().items()
     }
     eager_from = 1 if engine.live_optimizer else engine.eager_from
     return TrainingStepper(training, programs, eager_from, batches, settings, between)
@@ -182,7 +180,7 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     fact = facts.data_file
     if fact is None or not fact.stored:
         return None
-    tensors = read_data(run.directory, fact)
+    tensors = run.data(fact)
     has_validation = {"validation_x", "validation_y"} <= tensors.keys()
     validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
     return Data(tensors["x"], tensors["y"], validation)
@@ -195,26 +193,6 @@ def _kind_of(program: Program, batch: BatchSource) -> Hashable:
         return shape[0] if shape else 0
     specs = (program.tensors[name] for name in "xy")
     return tuple((torch.Size(s.shape), s.torch_dtype, tuple(s.stride), False) for s in specs)
-
-
-def read_program(path: Path) -> Built:
-    """Read a program of a run, and its constants.
-
-    Raises:
-        RunError: it cannot be read, or is not valid.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as load_tensors
-
-    constants = own_path(path.parent, path.with_suffix(".safetensors").name)
-    try:
-        program = Program.from_json(path.read_bytes())
-        content = load_tensors(constants.read_bytes()) if constants.exists() else {}
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    except ProgramError as error:
-        raise ProgramError(f"{path}: {error}") from None
-    return Built(program, content)
 
 
 def _living(

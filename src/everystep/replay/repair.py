@@ -18,7 +18,7 @@ from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow
 from everystep.recording.fact_rows import read_facts
 from everystep.recording.facts import Facts, RepairFacts
-from everystep.recording.files import own_path
+from everystep.recording.files import own_path, row_of_file
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
@@ -132,10 +132,15 @@ class _Copy:
             if place.is_dir() and not place.is_symlink():
                 (self._target / folder).mkdir()
                 chosen += [f"{folder}/{path.name}" for path in place.iterdir()]
+        known = {row.name for row in self._found.files}
         for name in chosen:
             path = self._source / name
-            if path.is_file() and not path.is_symlink():
-                shutil.copyfile(path, self._target / name)
+            if not path.is_file() or path.is_symlink():
+                continue
+            shutil.copyfile(path, self._target / name)
+            if name not in known and not name.endswith((".toml", ".bin")):
+                self._found.files.append(row_of_file(name, path.read_bytes()))
+                self._problems.append(f"{name} has no digest, and is taken over as it is")
 
     def _copy_snapshot(self, row: SnapshotRow) -> bool:
         """Copy a state with the recorded digest; return whether it has."""
@@ -174,6 +179,7 @@ class _Copy:
         database.write_measurements(self._found.measurements)
         for row in snapshots:
             database.add_snapshot(row._replace(directory=f"snapshots/{row.step:06d}"))
+        database.write_files(self._found.files)
         database.write_repeats(self._found.repeats)
         database.write_contents(self._found.contents)
 
@@ -251,7 +257,8 @@ class _Copy:
         database.remove_snapshots(later)
         for step in later:
             shutil.rmtree(self._target / f"snapshots/{step:06d}")
-        database.forget_after(self._steps)
+        for name in database.forget_after(self._steps):
+            (self._target / name).unlink(missing_ok=True)
 
     def _write_facts(self, database: Database, planned: int) -> None:
         """Write what the copy is, and the digests."""

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
-from everystep.recording.changes import change_files
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Evaluator, read_question
 from everystep.replay.expression import Expression
@@ -172,7 +171,7 @@ def _check(run: RecordedRun, at: int, until: int) -> None:
                 f"the learning rate of {name} follows {each.class_name}, which may depend on losses; "
                 "fork the run instead: run.fork(at, without_rows=[...])"
             )
-    changed = [step for step in change_files(run.directory) if at <= step < until]
+    changed = [step for step in run.change_files() if at <= step < until]
     if changed:
         raise RunError(
             f"after step {changed[0]}, code between the steps changed tensors of {name}, and may change "

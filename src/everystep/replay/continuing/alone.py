@@ -22,11 +22,10 @@ from everystep.recording.facts import (
     ResumeFacts,
     TrainingFacts,
 )
-from everystep.recording.files import own_path
 from everystep.recording.recorder import Recorder, create_directory
 from everystep.recording.run import RecordedRun
 from everystep.replay.processes import needs_worker
-from everystep.replay.reopen import read_program
+from everystep.replay.programs import read_program
 from everystep.replay.replay import Replay
 from everystep.replay.stepper import TrainingStepper
 from everystep.step.state import State
@@ -263,7 +262,7 @@ def _reads_rate(run: RecordedRun, facts: TrainingFacts) -> bool:
     """Tell whether the programs take the learning rate from outside."""
     engine = facts.engine
     assert engine is not None
-    programs = [read_program(own_path(run.directory, each.file)).program for each in engine.programs]
+    programs = [read_program(run, each.file) for each in engine.programs]
     return all(p.optimizer_step is not None or p.reads_rates for p in programs)
 
 

@@ -17,12 +17,11 @@ from everystep.program.execute import Observed
 from everystep.program.plain import READ
 from everystep.program.precision import counters
 from everystep.program.program import Program
-from everystep.recording.changes import change_files
 from everystep.recording.facts import EAGERLY
 from everystep.recording.run import RecordedRun
-from everystep.replay.loop import read_loop_program
 from everystep.replay.operations import OperationDifference, first_difference
 from everystep.replay.processes import Opener, recorded_numerics
+from everystep.replay.programs import read_loop_program
 from everystep.replay.replay import Replay
 from everystep.replay.rerun.child import footprints
 from everystep.replay.rerun.other_process import OtherProcess, other_process
@@ -340,5 +339,5 @@ def _taken_over(run: RecordedRun) -> Iterator[str]:
             "Python read numbers from tensors; the steps elsewhere go on with the numbers that were "
             "recorded"
         )
-    if change_files(run.directory):
+    if run.change_files():
         yield "code between steps changed tensors; the steps elsewhere go on with what was recorded"
