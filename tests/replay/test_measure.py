@@ -729,15 +729,17 @@ def test_the_command_names_the_cause(everystep_command):
     step = first_step_with(13)
     code, out, _ = everystep_command("when", "sequential-1", "nonfinite")
     assert code == 0
-    assert out == f"step {step}: x has 1 NaN from the start\n  row 13 of the data\n"
+    assert out == f"step {step}: x of the batch has 1 NaN\n  row 13 of the data\n"
     code, out, _ = everystep_command("when", "sequential-1", "nonfinite", "--json")
     assert json.loads(out) == {
         "step": step,
+        "origin": "batch",
         "operation": None,
         "operator": None,
         "module": None,
         "phase": None,
         "tensor": "x",
+        "by_own_code": "",
         "nans": 1,
         "infinities": 0,
         "rows": [13],
@@ -749,6 +751,74 @@ def test_the_command_names_the_cause(everystep_command):
     train()
     code, out, _ = everystep_command("when", "sequential-2", "nonfinite")
     assert (code, out) == (1, "all results of all operations are finite\n")
+
+
+def _to_gradient(model, optimizer, number):
+    model[0].weight.grad[1, 3] = number
+
+
+def _to_parameter(model, optimizer, number):
+    with torch.no_grad():
+        model[0].weight[1, 3] = number
+
+
+def _to_moment(model, optimizer, number):
+    optimizer.state[model[0].weight]["exp_avg"][1, 3] = number
+
+
+def loop_that_writes(directory, *, within=None, between=None, number=math.nan):
+    """Record a loop that writes a number into step 4, or between steps 4 and 5."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2))
+    optimizer = Adam(model.parameters(), lr=0.05)
+
+    def batches():
+        for step in range(1, 8):
+            if step == 5 and between is not None:
+                between(model, optimizer, number)
+            yield torch.randn(8, 6), torch.randn(8, 2)
+
+    with everystep.record(run=directory, model=model, optimizer=optimizer) as recording:
+        for step, (x, y) in enumerate(recording.steps(batches()), 1):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            if step == 4 and within is not None:
+                within(model, optimizer, number)
+            optimizer.step()
+            recording.log(loss=loss)
+    return everystep.open(directory)
+
+
+def _nonfinite(everystep_command, run):
+    return everystep_command("when", run.directory, "nonfinite")[1]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("write", [_to_gradient, _to_parameter])
+def test_a_number_that_the_loop_writes_is_found_between_two_operations(
+    write, number, tmp_path, everystep_command
+):
+    run = loop_that_writes(tmp_path / "run", within=write, number=number)
+    found = run.first_nonfinite(progress=False)
+    assert (found.step.number, found.origin, found.phase) == (4, "outside", "other")
+    assert found.operation.operation.name == "copy_"
+    (before, after) = found.index - 1, found.index
+    assert f"gave it to the step between operations #{before} and #{after}" in _nonfinite(
+        everystep_command, run
+    )
+    assert found.why.began.origin == "outside"
+    began = run.why(5, "parameters['0.weight'][1, 3]").began
+    assert (began.number.step, began.origin, began.rows) == (4, "outside", ())
+    assert "your own code" in began.note and "of the batch" not in began.note.partition(":")[0]
+
+
+@pytest.mark.parametrize("write", [_to_parameter, _to_moment])
+def test_a_number_that_is_written_between_two_steps_is_found_there(write, tmp_path, everystep_command):
+    run = loop_that_writes(tmp_path / "run", between=write)
+    found = run.first_nonfinite(progress=False)
+    assert (found.step.number, found.origin, found.index) == (5, "between", None)
+    assert "changed after step 4, outside of a step\n" in _nonfinite(everystep_command, run)
 
 
 def test_a_question_that_fails_leaves_the_steps_as_they_are():

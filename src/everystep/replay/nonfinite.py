@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.program.execute import BoundProgram, Observed
+from everystep.program.operation import Phase
 from everystep.program.unset import unset_results
 from everystep.recording.run import RecordedRun
 from everystep.replay.parallel import Span, Visitor, parallel, spans
@@ -31,19 +32,24 @@ from everystep.replay.why.trace import is_optimizer_step
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
+Origin = Literal["operation", "batch", "state", "between", "outside"]
+
 
 @dataclass(frozen=True)
 class NonFinite(Shown):
     """The origin of the first NaN or infinity of a run.
 
-    step: the opened step; index: of the operation that made it, None if it came with the batch or the
-    state; name: of the tensor; nans, infinities: their number in it; rows: the affected rows, if the
-    tensor has a row for each row of the batch: of the data, or of the batch where your own loop made it.
+    step: the opened step; origin: what it came from: an operation, the batch, the state before the step,
+    a change of that state between two steps (`between`), or your own code (`outside`); index: of the
+    operation that made it, or that put what your own code gave it into `name`; name: of the tensor;
+    nans, infinities: their number in it; rows: the affected rows, if the tensor has a row for each row
+    of the batch: of the data, or of the batch where your own loop made it.
     why: the first of these numbers, with the numbers that the operation made it from and the rows behind
     it; None if no operation made it, or an optimizer, of which only the parameters are known.
     """
 
     step: Step
+    origin: Origin
     index: int | None
     name: str
     nans: int
@@ -59,6 +65,11 @@ class NonFinite(Shown):
     def operation(self) -> Observed | None:
         """The operation that made it, with its inputs."""
         return None if self.index is None else self.step.operations[self.index]
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase of the operation."""
+        return None if self.index is None else self.step.phases[self.index]
 
     @cached_property
     def why(self) -> Why | None:
@@ -185,7 +196,7 @@ def find_nonfinite(
         return None
     if opener.objects is not None:
         opener = Opener(run, opener.objects)  # with what they carry besides tensors as it was
-    first = opener.step(1)
+    first = _opened(opener, 1)
     if (made := _first_made(first)) is not None:
         return made
     meant = _not_finite_in(first)
@@ -194,9 +205,14 @@ def find_nonfinite(
         number = _first_suspect(opener, begin, bound, meant, processes, on_progress)
         if number is None:
             return None
-        suspect = opener.step(number)
+        suspect = _opened(opener, number)
         made, begin, meant = _first_made(suspect), number + 1, meant | _not_finite_in(suspect)
     return made
+
+
+def _opened(opener: Opener, number: int) -> Step:
+    """Open a step that knows those before."""
+    return replace(opener.step(number), earlier=opener.step)
 
 
 def _first_suspect(
@@ -252,22 +268,64 @@ def _not_finite_in(step: Step) -> frozenset[int | str]:
 
 
 def _first_made(step: Step) -> NonFinite | None:
-    """Return what made the first NaN or infinity in a step, if anything did."""
-    for name, tensor in (*step.batch.tensors.items(), *step.parameters.items()):
+    """Return what made the first NaN or infinity in a step, or brought it in, if anything did."""
+    for name, tensor in step.batch.tensors.items():
         counts = _count([tensor])
         if counts != (0, 0):
-            return NonFinite(step, None, name, *counts, _rows(step, tensor))
+            return NonFinite(step, "batch", None, name, *counts, _rows(step, tensor))
+    for name, tensor in step.parameters.items():
+        if _count([tensor]) != (0, 0):
+            return _from_state(step, f"parameter/{name}", tensor)
+    kept = _kept_storages(step)
     for index, observed in enumerate(step.operations):
         inputs, results = observed.read, observed.made
         if is_optimizer_step(observed):
             inputs, results = {**inputs, **_of_update(step.state)}, results | _of_update(step.end)
-        before = _count(inputs.values())
+        may_be_meant = _count(inputs.values()) != (0, 0) or _is_among_arguments(observed)
         for name, tensor in results.items():
             nans, infinities = _count([tensor])
-            is_meant = before.infinities > 0 or _is_among_arguments(observed)
-            if (nans and not before.nans) or (infinities and before == (0, 0) and not is_meant):
-                return NonFinite(step, index, name, nans, infinities, _rows(step, tensor))
+            spec = step.places.tensors.get(name)
+            is_kept = spec is not None and spec.storage in kept
+            if not nans and (not infinities or (may_be_meant and not is_kept)):
+                continue
+            # No operation before has made one that counts: what has one already was brought in.
+            given = _given_as(inputs, is_nan=nans > 0)
+            base = (given or "").partition("~")[0]
+            if base in step.state and _count([step.state[base]]) != (0, 0):
+                return _from_state(step, base, step.state[base])
+            is_outside = given is not None and _is_from_outside(step, given)
+            origin: Origin = "outside" if is_outside else "operation"
+            return NonFinite(step, origin, index, name, nans, infinities, _rows(step, tensor))
     return None
+
+
+def _given_as(inputs: Mapping[str, Tensor], *, is_nan: bool) -> str | None:
+    """Return the first input with a NaN, or with an infinity."""
+    counts = {name: _count([tensor]) for name, tensor in inputs.items()}
+    return next((n for n, each in counts.items() if (each.nans if is_nan else each.infinities)), None)
+
+
+def _is_from_outside(step: Step, name: str) -> bool:
+    """Tell whether no operation made a tensor, and it is not of the state."""
+    spec = step.places.tensors.get(name)
+    kind = None if spec is None else step.places.storages[spec.storage].kind
+    return kind in ("input", "constant")
+
+
+def _from_state(step: Step, name: str, tensor: Tensor) -> NonFinite:
+    """Return the answer for a tensor of the state before a step."""
+    before = step.earlier(step.number - 1) if step.earlier and step.number > 1 else None
+    left = None if before is None else before.end.get(name)
+    is_changed = left is not None and _count([left]) == (0, 0)
+    origin: Origin = "between" if is_changed else "state"
+    return NonFinite(step, origin, None, name.removeprefix("parameter/"), *_count([tensor]), ())
+
+
+def _kept_storages(step: Step) -> set[str]:
+    """Return where parameters and gradients are: there, no infinity is meant."""
+    names = [name for name in step.places.tensors if name.startswith(("parameter/", "gradient/"))]
+    names += [name for place in step.places.gradients.values() for name in place.names]
+    return {step.places.tensors[name].storage for name in names if name in step.places.tensors}
 
 
 def _is_among_arguments(observed: Observed) -> bool:

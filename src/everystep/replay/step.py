@@ -148,22 +148,29 @@ class Step:
         """Whether the replay of this step, and of all steps on the way here, matches the recording."""
         return self.diverged_at is None
 
-    def segments(self, parts: Collection[str] = ()) -> list[Segment]:
-        """Return the operations in order, grouped by phase.
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The phase of each operation.
 
         Operations of a loop before its first forward pass, or after its last backward pass, are `other`,
         not part of a loss.
+        """
+        phases = [seen.operation.phase for seen in self.operations]
+        forward = phases.index("forward") if "forward" in phases else 0
+        backward = max((i for i, p in enumerate(phases) if p == "backward"), default=len(phases))
+        return [
+            "other" if phase == "loss" and not forward <= index <= backward else phase
+            for index, phase in enumerate(phases)
+        ]
+
+    def segments(self, parts: Collection[str] = ()) -> list[Segment]:
+        """Return the operations in order, grouped by phase.
 
         parts: names of models and optimizers to keep apart.
         """
         found: list[Segment] = []
-        phases = [seen.operation.phase for seen in self.operations]
-        forward = phases.index("forward") if "forward" in phases else 0
-        backward = max((i for i, p in enumerate(phases) if p == "backward"), default=len(phases))
-        for index, seen in enumerate(self.operations):
-            phase, path = seen.operation.phase, seen.operation.module or ""
-            if phase == "loss" and not forward <= index <= backward:
-                phase = "other"
+        for index, (phase, seen) in enumerate(zip(self.phases, self.operations, strict=True)):
+            path = seen.operation.module or ""
             own = path.partition(".")[0] if phase in ("forward", "update") else ""
             part = own if own in parts else None
             if found and (found[-1].phase, found[-1].part) == (phase, part):

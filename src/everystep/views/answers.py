@@ -171,21 +171,30 @@ def found_text(found: Found, losses: dict[int, float]) -> str:
 
 def nonfinite_text(found: NonFinite | None) -> str:
     """Return what made the first NaN or infinity."""
+    from everystep.replay.origins import name_in_words
+
     if found is None:
         return "all results of all operations are finite"
     parts = [f"{found.nans:,} NaN"] * bool(found.nans) + [f"{found.infinities:,} infinite"] * bool(
         found.infinities
     )
     what = " and ".join(parts)
-    step = found.step.number
+    step, how = found.step.number, _by_own_code(found)
+    how = f"; {how}" if how else ""
     if found.operation is None:
-        lines = [f"step {step:,}: {found.name} has {what} from the start"]
+        is_of_batch = found.origin == "batch"
+        name = f"{found.name} of the batch" if is_of_batch else name_in_words(found.name)
+        lines = [f"step {step:,}: {name} has {what}{'' if is_of_batch else ' from the start'}{how}"]
     else:
         operation = found.operation.operation
         module = f" of module {operation.module}" if operation.module else ""
         lines = [
-            f"step {step:,}, {operation.phase}, operation #{found.index}: {operation.operator}{module} "
-            f"made {found.name} {what}",
+            f"step {step:,}, {found.phase}, operation #{found.index}: {operation.operator}{module} "
+            + (
+                f"made {found.name} {what}"
+                if not how
+                else f"put {what} into {name_in_words(found.name.partition('~')[0])}{how}"
+            ),
             *(f"  from {name}: {_range(tensor)}" for name, tensor in found.operation.inputs.items()),
         ]
     if found.rows:
@@ -200,6 +209,16 @@ def nonfinite_text(found: NonFinite | None) -> str:
     return "\n".join(lines)
 
 
+def _by_own_code(found: NonFinite) -> str:
+    """Return when your own code brought it in, empty if it did not."""
+    if found.origin == "between":
+        return f"changed after step {found.step.number - 1:,}, outside of a step"
+    if found.origin != "outside":
+        return ""
+    when = f"between operations #{found.index - 1} and" if found.index else "before operation"
+    return f"your own code gave it to the step {when} #{found.index}"
+
+
 def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
     """Return the same as plain data."""
     if found is None:
@@ -211,11 +230,13 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
     operation = seen and seen.operation
     return {
         "step": found.step.number,
+        "origin": found.origin,
         "operation": found.index,
         "operator": operation and operation.operator,
         "module": operation and operation.module,
-        "phase": operation and operation.phase,
+        "phase": found.phase,
         "tensor": found.name,
+        "by_own_code": _by_own_code(found),
         "nans": found.nans,
         "infinities": found.infinities,
         "rows": list(found.rows),
@@ -276,6 +297,8 @@ def _range(tensor: Any) -> str:
     from everystep.views.lines import TIMES
 
     found = statistics(tensor)
+    if not tensor.dim():
+        return shortest(tensor.item()) if tensor.is_floating_point() else str(tensor.item())
     shape = TIMES.join(f"{size:,}" for size in tensor.shape) or "number"
     bad = f", {found.nonfinite:,} not finite" if found.nonfinite else ""
     return f"{shape}, {number(found.minimum)} to {number(found.maximum)}{bad}"

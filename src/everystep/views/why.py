@@ -137,7 +137,7 @@ def made_text(found: Why, lines: list[Line] | None = None) -> str:
     operation = found.observed.operation
     left = f"#{found.operation}  {line.left}" if line.left else f"#{found.operation}"
     of = f" of {operation.module}" if operation.module else ""
-    return f"{left} = {line.right}  ({operation.phase}{of})"
+    return f"{left} = {line.right}  ({found.step.phases[found.operation]}{of})"
 
 
 def _below(found: Why) -> Iterator[Why]:
@@ -240,7 +240,7 @@ def why_data(found: Why) -> dict[str, Any]:
         "origin": found.origin,
         "operation": found.operation,
         "operator": seen and seen.operation.operator,
-        "phase": seen and seen.operation.phase,
+        "phase": None if found.operation is None else found.step.phases[found.operation],
         "module": seen and seen.operation.module,
         "formula": found.formula,
         "divisor": found.divisor,

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Number", "Origin", "Term", "Why"]
 
-Origin = Literal["operation", "batch", "state", "setting", "constant", "unseen", "difference", "parts"]
+Origin = Literal[
+    "operation", "batch", "outside", "state", "setting", "constant", "unseen", "difference", "parts"
+]
 
 
 @dataclass(frozen=True)

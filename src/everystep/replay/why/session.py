@@ -219,7 +219,11 @@ class Session:
         kind: Origin = _ORIGINS.get(origin.kind, "constant")
         step = trace.step
         note = ""
-        if kind == "batch":
+        if kind == "batch" and origin.name.removeprefix("batch/") not in step.batch.tensors:
+            kind, note = "outside", "given to the step by your own code: not of the batch"
+            if step.places.has_unseen:
+                note += ", or made by an operation that is kept as numbers only"
+        elif kind == "batch":
             note = _row_text(step, number.row)
         elif kind == "setting":
             note = "a setting of the optimizer at this step"

@@ -63,7 +63,7 @@ class Banner {
 
   #story({ nonfinite: found, text }) {
     if (!found) return element("p", {}, text);
-    const { step, phase, operation, tensor, nans, infinities, rows, inputs, mathematics } = found;
+    const { step, phase, operation, tensor, nans, infinities, rows, inputs, mathematics, by_own_code: how } = found;
     const open = { view: "run", run: this.about.name, step, phase, operation, beside: address.read().beside };
     const counts = [nans && `${whole(nans)} NaN`, infinities && `${whole(infinities)} infinite`].filter(Boolean).join(" and ");
     const where = operation === null ? `Step ${whole(step)}, before any operation` : `Step ${whole(step)}, ${phase}, operation #${operation}`;
@@ -73,7 +73,7 @@ class Banner {
         { class: "origin" },
         `${where}: `,
         mathematics ? element("span", { class: "mono" }, mathematics) : tensor,
-        ` has ${counts}. `,
+        ` has ${counts}${how && `; ${how}`}. `,
         element("a", { href: address.write(open) }, "Open"),
       ),
       element("ul", { class: "inputs" }, ...inputs.map(inputLine)),
