@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from torch.optim import AdamW
 
 import everystep
 from everystep.program.execute import Observed
-from everystep.program.operation import Operation
+from everystep.program.operation import Operation, TensorSpec
 from everystep.recording.asked import asked_differences
 from everystep.recording.facts import ModuleFacts
 from everystep.replay.causes import COMPUTED_OTHERWISE, causes_of
 from everystep.replay.evidence import Evidence
 from everystep.replay.operations import OperationDifference, TensorDifference
+from everystep.replay.step import Batch
 from everystep.step.check import Size, distance, same_bits, size_of_difference
 from everystep.views.difference import diff_data, diff_sentence, diff_text
 from everystep.views.listed import listed
@@ -93,8 +95,12 @@ def with_numerics(numerics):
     seen = Observed(operation, {"x": tensor}, {"y": tensor})
     results = [TensorDifference("y", 1, 2, [(0,)], [(1.0, 2.0)], None)]
     unknown = partial(pytest.fail, "nothing of it should be needed")
+    given = TensorSpec(storage="x", dtype="float32", shape=(2,), stride=(1,))
+    step = SimpleNamespace(
+        operations=[], state={}, batch=Batch({"x": tensor}), places=SimpleNamespace(tensors={"x": given})
+    )
     evidence = Evidence(
-        ("one", "other"), (None, None), [], {}, {}, unknown, unknown, numerics, False, False, False
+        *(("one", "other"), (step, step), [], {}, {}, unknown, unknown, numerics, False, False, False)
     )
     return causes_of(OperationDifference(1, 0, seen, seen, results), evidence)
 
@@ -375,3 +381,132 @@ def test_a_state_that_was_changed_outside_of_a_step_is_said_to_be(said, after, c
         each.endswith("; changed outside of a step, after step 4, in other") for each in causes
     )
     assert causes[0].startswith(cause)
+
+
+def two_products(swaps, model, optimizer, x, y):
+    """A step that multiplies what two layers return, in either order."""
+    q, k = model[0](x), model[1](x)
+    if swaps:
+        q, k = k, q
+    loss = functional.mse_loss((q @ k.T)[:, :3], y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def test_a_product_of_the_same_tensors_in_another_order_is_said_to_be(said):
+    for name, swaps in (("one", False), ("other", True)):
+        loop(
+            name,
+            step=partial(two_products, swaps),
+            model=lambda: nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
+        )
+    assert not said("input")
+    q, k = "#0 addmm of 0", "#1 addmm of 1"
+    assert said() == [f"other inputs: {q}, {k} transposed | {k}, {q} transposed"]
+
+
+def adversaries(detaches, model, optimizer, x, y):
+    """A step of two networks, of which the first may get no gradient by the loss of the second."""
+    fake = model[0](x)
+    loss = functional.softplus(model[1](fake.detach() if detaches else fake)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def test_a_detach_that_was_forgotten_is_another_operation_not_another_layout(said):
+    for name, detaches in (("one", True), ("other", False)):
+        loop(
+            name,
+            step=partial(adversaries, detaches),
+            model=lambda: nn.ModuleList(
+                [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))]
+            ),
+        )
+    assert not said("input")
+    layer = "leaky_relu_backward of 1.1"
+    (cause,) = said()
+    assert re.fullmatch(
+        rf"other inputs: #\d+ {layer} transposed, #0 addmm of 0 \| #\d+ {layer}, 1.0.weight.*", cause
+    )
+
+
+def clipped(first, model, optimizer, x, y):
+    """A step that clips the gradients of the parameters from one on."""
+    loss = functional.mse_loss(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([*model.parameters()][first:], 0.01, foreach=True)
+    optimizer.step()
+    return loss
+
+
+def test_of_a_list_of_tensors_those_are_named_that_only_one_run_has(said):
+    for name, first in (("one", 0), ("other", 1)):
+        loop(name, step=partial(clipped, first))
+    assert not said("input") and not said("result")
+    assert said() == ["other inputs: gradient of 0.weight only in one"]
+
+
+def accumulated(zeroes, to_none, model, optimizer, x, y):
+    """A step that may forget to drop the gradients of the step before."""
+    if zeroes:
+        optimizer.zero_grad(set_to_none=to_none)
+    loss = functional.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_a_zero_grad_that_is_missing_is_called_by_its_name(said, to_none):
+    for name, zeroes in (("one", True), ("other", False)):
+        loop(name, step=partial(accumulated, zeroes, to_none))
+    assert said() == ["zero_grad: one drops the gradients of step 1, and other adds to them"]
+
+
+def every_other(every, model, optimizer, x, y):
+    """A step that updates after some batches only."""
+    loss = functional.mse_loss(model(x), y)
+    loss.backward()
+    model.count = getattr(model, "count", 0) + 1
+    if model.count % every == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss
+
+
+def test_calls_that_only_one_step_has_are_named(said):
+    for name, every in (("one", 2), ("other", 3)):
+        loop(name, step=partial(every_other, every))
+    assert said() == ["another operation; only one has add_ (update) 6 times"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause"),
+    [
+        (
+            lambda given, y, **how: functional.cross_entropy(given, y.argmax(1), **how),
+            "reduction of aten.nll_loss_forward 'mean' | 'sum'",
+        ),
+        (functional.smooth_l1_loss, "reduction of aten.smooth_l1_loss 'mean' | 'sum'"),
+        (
+            functional.l1_loss,
+            "another operation; only one has mean (loss), div (backward); only other has sum (loss)",
+        ),
+    ],
+)
+def test_a_reduction_is_called_by_its_name(said, loss, cause):
+    def step(reduction, model, optimizer, x, y):
+        found = loss(model(x), y, reduction=reduction)
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+        return found
+
+    for name, reduction in (("one", "mean"), ("other", "sum")):
+        loop(name, step=partial(step, reduction), steps=2)
+    assert said() == [cause]

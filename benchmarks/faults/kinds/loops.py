@@ -281,7 +281,7 @@ def kinds() -> Iterator[Kind]:
             (StepFunction(), StepFunction(more=True)),
             1,
             Place("forward", "0", "aten.addmm.default"),
-            ("another operation",),
+            ("another operation; only ... has relu (loss)",),
         ),
     )
     for name, pair, step, place, causes in rows:

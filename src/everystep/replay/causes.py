@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from everystep.program.execute import Observed
 from everystep.recording.asked import Setting
@@ -13,7 +16,7 @@ from everystep.recording.texts import value_text
 from everystep.replay.evidence import Evidence
 from everystep.replay.given import Argument, draws, other_arguments, pairs_of_inputs
 from everystep.replay.operations import OperationDifference, TensorDifference
-from everystep.replay.origins import name_in_words, of_batch, of_draw, of_optimizer, of_state
+from everystep.replay.origins import of_batch, of_draw, of_optimizer, of_state
 
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "causes_of"]
 
@@ -25,23 +28,24 @@ ANOTHER_OPERATION = "another operation"
 MOST_NAMED = 6
 #: The numbers by which torch's kernels know a reduction.
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_NAMES_OF_REDUCTIONS = {number: name for name, number in _REDUCTIONS.items()}
 
 
 def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     """Return why an operation has another result, in words."""
     a, b = found.one, found.other
-    if a is None or b is None or not found.results:
-        return _of_another_operation([each for each in (a, b) if each is not None], evidence)
-    if others := _other_tensors(a, b, evidence):
-        return _of_another_operation([a, b], evidence, f"other tensors: {others[0]} | {others[1]}")
+    if a is None or b is None or not found.is_one_operation:
+        return _of_another_operation(found, evidence)
+    if found.others:
+        return _of_another_operation(found, evidence, _others_text(found.others, evidence))
     causes = list(_of_arguments(a, b, found, evidence))
     causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
     if a.operation.operator.startswith("torch.optim."):
         causes += of_optimizer(evidence)
     if draws(a.operation.operator):
         causes += of_draw(evidence)
-    if not causes:
-        causes += _of_layout(a, b)
+    if not causes and not found.inputs:
+        causes += _of_layout(a, b, evidence)
     if causes or found.inputs:
         return list(dict.fromkeys(causes))
     if evidence.numerics:
@@ -49,27 +53,27 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     return [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
 
 
-def _other_tensors(a: Observed, b: Observed, evidence: Evidence) -> list[str]:
-    """Return the other tensors, of the batch or the state, that operations of the same kind read.
-
-    Empty if they read the same ones, or any that only one run has.
-    """
-    if [*a.inputs] == [*b.inputs] or len(a.inputs) != len(b.inputs):
-        return []
-    known = evidence.around[0].before.keys() & evidence.around[1].before.keys()
-    known |= evidence.steps[0].batch.tensors.keys() & evidence.steps[1].batch.tensors.keys()
-    roots = [[name.partition("~")[0] for name in seen.inputs] for seen in (a, b)]
-    if len({sum(name in known for name in names) for names in roots}) > 1:
-        return []
-    pairs = [(x, y) for x, y in zip(*roots, strict=True) if x != y and x in known and y in known]
-    named = [list(dict.fromkeys(map(name_in_words, names))) for names in zip(*pairs, strict=True)]
-    return [", ".join(names[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED) for names in named]
+def _others_text(others: tuple[list[str], ...], evidence: Evidence) -> str:
+    """Return the inputs that come from another source. others: in words, of both runs."""
+    texts = []
+    for each in others:
+        names = list(dict.fromkeys(each))
+        left = len(names) - MOST_NAMED
+        texts.append(", ".join(names[:MOST_NAMED]) + (f" and {left} more" if left > 0 else ""))
+    if all(texts):
+        return f"other inputs: {' | '.join(texts)}"
+    ((run, text),) = [each for each in zip(evidence.names, texts, strict=True) if each[1]]
+    return f"other inputs: {text} only in {run}"
 
 
 def _of_another_operation(
-    sides: list[Observed], evidence: Evidence, otherwise: str = ANOTHER_OPERATION
+    found: OperationDifference, evidence: Evidence, otherwise: str = ANOTHER_OPERATION
 ) -> list[str]:
-    """Return the settings that say, or may say, why the operations differ; if none, `otherwise`."""
+    """Return the settings that say, or may say, why the operations differ; if none, `otherwise`.
+
+    Without such a setting of torch's own code, what is known are the calls that only one step has.
+    """
+    sides = [each for each in (found.one, found.other) if each is not None]
     near = [each for side in sides for each in _near(side, evidence)]
     if near and all(each.is_torchs for each in near):
         texts = _texts(near)
@@ -78,7 +82,53 @@ def _of_another_operation(
         phases = {side.operation.phase for side in sides}
         kinds = {"optimizer"} if phases == {"update"} else {"model", "loss", "part"}
         near = [each for each in evidence.settings if each.kind in kinds]
-    return [f"{otherwise}{_perhaps(near)}"]
+    if kept := _kept_gradients(found, evidence):
+        return [kept]
+    calls = [
+        f"only {run} has {text}"
+        for run, text in zip(evidence.names, _calls(found, evidence), strict=True)
+        if text
+    ]
+    return ["; ".join([otherwise, *calls]) + _perhaps(near)]
+
+
+def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | None:
+    """Return which run drops the gradients of the step before, if the other adds to these there."""
+    dropped = [step.dropped.keys() for step in evidence.steps]
+    pending = {f"gradient/{name}" for name in dropped[0] ^ dropped[1]}
+    pending &= evidence.steps[0].state.keys() & evidence.steps[1].state.keys()
+    read = {name for each in (found.one, found.other) if each is not None for name in each.inputs}
+    if not pending & {name.partition("~")[0] for name in read}:
+        return None
+    by = 0 if any(name.removeprefix("gradient/") in dropped[0] for name in pending) else 1
+    number = evidence.steps[0].number
+    return (
+        f"zero_grad: {evidence.names[by]} drops the gradients of step {number - 1:,}, "
+        f"and {evidence.names[1 - by]} adds to them"
+    )
+
+
+def _calls(found: OperationDifference, evidence: Evidence) -> list[str]:
+    """Return the operations from here on that only one step has, or more often, in words, for both."""
+    counts = [
+        Counter((_name(each), each.operation.phase) for each in step.operations[found.index :])
+        for step in evidence.steps
+    ]
+    texts = []
+    for own, others in (counts, counts[::-1]):
+        more = [
+            f"{name} ({phase}){f' {count} times' if count > 1 else ''}"
+            for (name, phase), count in (own - others).items()
+        ]
+        left = len(more) - MOST_NAMED
+        texts.append(", ".join(more[:MOST_NAMED]) + (f" and {left} more" if left > 0 else ""))
+    return texts
+
+
+def _name(seen: Observed) -> str:
+    """Return the name of an operator without its overload, or the class of an optimizer."""
+    operator = seen.operation.operator
+    return seen.operation.name if operator.startswith("aten.") else operator.rpartition(".")[2]
 
 
 def _perhaps(settings: list[Setting]) -> str:
@@ -216,15 +266,28 @@ def _argument_text(seen: Observed, argument: Argument, evidence: Evidence) -> st
     owner = evidence.modules.get(path or "")
     module = f"module {' '.join(filter(None, (path, owner)))}: " if path else ""
     operator = seen.operation.operator.rpartition(".")[0]
-    return f"{module}{argument.name} of {operator} {_values_text(argument.values)}"
+    values = argument.values
+    if argument.name == "reduction":
+        values = tuple(_NAMES_OF_REDUCTIONS.get(value, value) for value in values)
+    return f"{module}{argument.name} of {operator} {_values_text(values)}"
 
 
 def _values_text(values: tuple[Any, Any]) -> str:
     return f"{value_text(values[0])} | {value_text(values[1])}"
 
 
-def _of_layout(a: Observed, b: Observed) -> Iterator[str]:
+def _of_layout(a: Observed, b: Observed, evidence: Evidence) -> Iterator[str]:
     """Yield the tensors of the same numbers that lie otherwise in memory, on which bits may depend."""
-    for name, one, other in pairs_of_inputs(a, b):
+    for name, one, other in pairs_of_inputs(a, b, evidence.sources):
         if one.stride() != other.stride():
-            yield f"{name} in memory: strides {one.stride()} | {other.stride()}"
+            source = evidence.sources[0].text(evidence.sources[0].of(name))
+            yield f"{source} in memory: {_layout_text(one)} | {_layout_text(other)}"
+
+
+def _layout_text(tensor: Tensor) -> str:
+    """Return how a tensor lies in memory, by the name of torch's memory format, or by its strides."""
+    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+    for format, dimensions in zip(formats, (tensor.ndim, 4, 5), strict=True):
+        if tensor.ndim == dimensions and tensor.is_contiguous(memory_format=format):
+            return str(format).removeprefix("torch.").removesuffix("_format")
+    return f"strides {tensor.stride()}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from everystep.program.memory import copy_on_cpu
 from everystep.recording.asked import Setting, flat
 from everystep.recording.texts import shortest
+from everystep.replay.given import Sources
 from everystep.replay.replay import Replay
 from everystep.replay.step import Step
 from everystep.step.state import State
@@ -62,6 +63,11 @@ class Evidence:
     def around(self) -> tuple[Around, Around]:
         """What the step begins and ends with, in both."""
         return self.look()
+
+    @cached_property
+    def sources(self) -> tuple[Sources, Sources]:
+        """Where the tensors of the step come from, in both."""
+        return Sources(self.steps[0]), Sources(self.steps[1])
 
     @cached_property
     def first_states(self) -> tuple[State, State]:

@@ -1,4 +1,4 @@
-"""What an operation is given in two runs: tensors, side by side, and all arguments that are none."""
+"""What an operation is given in two runs: tensors, where each comes from, and other arguments."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters, resolve
 from everystep.program.unset import unread_inputs
 from everystep.recording.asked import same_value
+from everystep.replay.step import Step
+from everystep.step.check import same_bits
 
-__all__ = ["Argument", "draws", "other_arguments", "pairs_of_inputs"]
+__all__ = [
+    "Argument",
+    "Source",
+    "Sources",
+    "draws",
+    "name_in_words",
+    "other_arguments",
+    "other_sources",
+    "pairs_of_inputs",
+]
 
 
 class Argument(NamedTuple):
@@ -24,6 +35,141 @@ class Argument(NamedTuple):
 
     name: str
     values: tuple[Any, Any]
+
+
+class Source(NamedTuple):
+    """Where a tensor that an operation is given comes from.
+
+    name: of the memory that it lies in; made_by: the number of the operation of this step that made it,
+    and the place among its results; None if it was there before the step; view: the shape, the strides
+    and the offset of the tensor in that memory.
+    """
+
+    name: str
+    made_by: tuple[int, int] | None
+    view: tuple[Any, ...]
+
+
+class Sources:
+    """Where the tensors of a step come from.
+
+    Args:
+        step: the step.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self._operations = step.operations
+        self._tensors = step.places.tensors
+        self._batch = step.batch.tensors.keys()
+        self._known = step.state.keys() | self._batch
+        self._made: dict[str, tuple[int, int]] = {}
+        read: set[str] = set()
+        for index, seen in enumerate(step.operations):
+            read |= {*map(_memory_of, seen.inputs)}
+            for place, name in enumerate(map(_memory_of, seen.results)):
+                if name not in read:
+                    self._made.setdefault(name, (index, place))
+
+    def of(self, name: str) -> Source:
+        """Return where a tensor comes from, by its name among the arguments of an operation."""
+        memory, spec = _memory_of(name), self._tensors[name]
+        return Source(memory, self._made.get(memory), (spec.shape, spec.stride, spec.offset))
+
+    def knows(self, source: Source) -> bool:
+        """Tell whether a tensor of this name is in the batch, or in the state before the step."""
+        return source.name in self._known
+
+    def text(self, source: Source) -> str:
+        """Return in words where a tensor comes from."""
+        shape, stride, _ = source.view
+        is_transposed = len(shape) > 1 and stride[-2] == 1 < stride[-1]
+        return self._memory_text(source) + " transposed" * is_transposed
+
+    def _memory_text(self, source: Source) -> str:
+        if source.made_by is not None and not source.name.startswith("gradient/"):
+            operation = self._operations[source.made_by[0]].operation
+            module = f" of {operation.module}" if operation.module else ""
+            return f"#{source.made_by[0]} {operation.operator.split('.')[1]}{module}"
+        if source.name in self._batch:
+            return f"batch.{source.name}"
+        is_named = self.knows(source) or source.made_by is not None
+        return name_in_words(source.name) if is_named else "a tensor from outside of the step"
+
+
+def _memory_of(name: str) -> str:
+    """Return the name of the memory of a tensor: `x~1` is a view of `x`."""
+    return name.partition("~")[0]
+
+
+def name_in_words(name: str) -> str:
+    """Return what a person calls a tensor of the state."""
+    kind, _, rest = name.partition("/")
+    if kind == "optimizer":
+        parameter, _, key = rest.rpartition("/")
+        return f"{key} of {parameter}"
+    if kind == "gradient":
+        return f"gradient of {rest}"
+    if kind == "loss":
+        return f"loss.{rest}"
+    return rest if kind in ("parameter", "buffer") else name
+
+
+def other_sources(
+    one: Observed, other: Observed, sources: tuple[Sources, Sources]
+) -> tuple[list[Source], list[Source]]:
+    """Return the tensors that an operator is given from another source in the other run, for both.
+
+    Another view of what the step has made is another source, if its numbers differ. Of lists of
+    different lengths, these are those that only one of them has. Tensors that were there before the
+    step, each under a name that the other run does not know, may be the same.
+    """
+    found: tuple[list[Source], list[Source]] = ([], [])
+    unread = unread_inputs(one.operation)
+    for a, b in _pairs_of_arguments(one, other):
+        names = _references(a), _references(b)
+        first, second = ([*map(side.of, each)] for side, each in zip(sources, names, strict=True))
+        if len(first) == len(second):
+            differ = [
+                (x, y)
+                for x, y, *pair in zip(first, second, *names, strict=True)
+                if _is_other(x, y, one, other, pair, sources)
+                and not (pair[0] in unread and x.view[0] == y.view[0])
+            ]
+            first, second = [x for x, _ in differ], [y for _, y in differ]
+        elif isinstance(a, list) and isinstance(b, list):
+            first, second = (
+                [x for x in first if not any(_is_one_memory(x, y, sources) for y in second)],
+                [y for y in second if not any(_is_one_memory(x, y, sources) for x in first)],
+            )
+        else:  # a tensor or none at all: an argument that differs
+            continue
+        found[0].extend(first)
+        found[1].extend(second)
+    return found
+
+
+def _is_other(
+    x: Source,
+    y: Source,
+    one: Observed,
+    other: Observed,
+    names: list[_Reference],
+    sources: tuple[Sources, Sources],
+) -> bool:
+    """Tell whether two inputs come from another source, or are another view of the same one."""
+    if not _is_one_memory(x, y, sources):
+        return True
+    if x.made_by is None or x.view == y.view:
+        return False
+    # What earlier operations made is the same in both, so that other numbers are another part of it.
+    pair = one.inputs.get(names[0]), other.inputs.get(names[1])
+    return pair[0] is not None and pair[1] is not None and not same_bits(pair[0], pair[1])
+
+
+def _is_one_memory(x: Source, y: Source, sources: tuple[Sources, Sources]) -> bool:
+    if x.made_by or y.made_by:
+        return x.made_by == y.made_by
+    return x.name == y.name or not (sources[1].knows(x) or sources[0].knows(y))
 
 
 def other_arguments(one: Operation, other: Operation) -> list[Argument]:
@@ -38,10 +184,13 @@ def other_arguments(one: Operation, other: Operation) -> list[Argument]:
     ]
 
 
-def pairs_of_inputs(one: Observed, other: Observed) -> Iterator[tuple[str, Tensor, Tensor]]:
+def pairs_of_inputs(
+    one: Observed, other: Observed, sources: tuple[Sources, Sources]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the tensors at the same place among the arguments: the first one's name, and both.
 
-    Those of the same shape are left out if the operation does not read their numbers.
+    Tensors from another source are left out: see `other_sources`. Those of the same shape are left out,
+    too, if the operation does not read their numbers.
     """
     operation = one.operation
     if not operation.operator.startswith("aten."):
@@ -49,14 +198,16 @@ def pairs_of_inputs(one: Observed, other: Observed) -> Iterator[tuple[str, Tenso
         return
     unread = unread_inputs(operation)
     seen = set()
-    given = _all_given(operation), _all_given(other.operation)
-    for a, b in _pairs([*given[0].values()], [*given[1].values()]):
-        if (a, b) in seen or a not in one.inputs or b not in other.inputs:
-            continue
-        seen.add((a, b))
-        x, y = one.inputs[a], other.inputs[b]
-        if a not in unread or (x.shape, x.dtype) != (y.shape, y.dtype):
-            yield a, x, y
+    for first, second in _pairs_of_arguments(one, other):
+        for a, b in zip(_references(first), _references(second), strict=False):
+            if (a, b) in seen or a not in one.inputs or b not in other.inputs:
+                continue
+            seen.add((a, b))
+            x, y = one.inputs[a], other.inputs[b]
+            if a in unread and (x.shape, x.dtype) == (y.shape, y.dtype):
+                continue
+            if not _is_other(sources[0].of(a), sources[1].of(b), one, other, [a, b], sources):
+                yield a, x, y
 
 
 def draws(operator: str) -> bool:
@@ -100,17 +251,30 @@ def _decoded(value: Any) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     """Tell whether two arguments are the same; of tensors, only whether both are there."""
-    if isinstance(one, _Reference) or isinstance(other, _Reference):
-        return isinstance(one, _Reference) and isinstance(other, _Reference)
+    if _is_tensors(one) and _is_tensors(other):
+        return True
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
-    return same_value(one, other)
+    return not (_is_tensors(one) or _is_tensors(other)) and same_value(one, other)
 
 
-def _pairs(one: Any, other: Any) -> Iterator[tuple[str, str]]:
-    """Yield the names of tensors at the same place of both."""
-    if isinstance(one, _Reference) and isinstance(other, _Reference):
-        yield str(one), str(other)
-    elif isinstance(one, list) and isinstance(other, list):
-        for a, b in zip(one, other, strict=False):
-            yield from _pairs(a, b)
+def _is_tensors(value: Any) -> bool:
+    """Tell whether an argument is a tensor, or a list of nothing else."""
+    if isinstance(value, list) and value:
+        return all(map(_is_tensors, value))
+    return isinstance(value, _Reference)
+
+
+def _pairs_of_arguments(one: Observed, other: Observed) -> list[tuple[Any, Any]]:
+    """Return the arguments of an operator of ATen in two runs, as in its schema."""
+    if not one.operation.operator.startswith("aten."):
+        return []
+    given = (_all_given(each.operation).values() for each in (one, other))
+    return list(zip(*given, strict=True))
+
+
+def _references(value: Any) -> list[_Reference]:
+    """Return the names of the tensors in an argument."""
+    if isinstance(value, list):
+        return [name for item in value for name in _references(item)]
+    return [value] if isinstance(value, _Reference) else []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import Observed
-from everystep.replay.given import pairs_of_inputs
+from everystep.replay.given import Sources, other_sources, pairs_of_inputs
 from everystep.replay.step import Step
 from everystep.step.check import Size, as_integers, same_bits, size_of_difference
 
@@ -57,7 +57,8 @@ class OperationDifference:
     step, index: its position; one, other: the operation in each run (None if one run has no such
     operation); results: those that differ, and what else it wrote; inputs: those that already differ;
     rows: of the batch, as (position, row in the first run, row in the second); causes: in words, what
-    differs in all that the operation is given, and where that was set.
+    differs in all that the operation is given, and where that was set; others: in words, inputs that the
+    other run takes from another source, of both.
     """
 
     step: int
@@ -68,6 +69,16 @@ class OperationDifference:
     inputs: list[TensorDifference] = field(default_factory=list)
     rows: list[tuple[int, int, int]] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
+    others: tuple[list[str], ...] = ()
+
+    @property
+    def is_one_operation(self) -> bool:
+        """Whether both runs have the same operator there, for the same purpose."""
+        return (
+            self.one is not None
+            and self.other is not None
+            and _outline(self.one) == _outline(self.other)
+        )
 
 
 def first_difference(one: Step, other: Step) -> OperationDifference | None:
@@ -82,11 +93,18 @@ def first_difference(one: Step, other: Step) -> OperationDifference | None:
             return OperationDifference(one.number, index, a, b)
         results = _different(_in_order(a.made, b.made))
         if results:
-            inputs = _different(pairs_of_inputs(a, b))
+            sources = Sources(one), Sources(other)
+            inputs = _different(pairs_of_inputs(a, b, sources))
+            given = other_sources(a, b, sources)
+            others = tuple([*map(side.text, each)] for side, each in zip(sources, given, strict=True))
             names = {each.name.partition("~")[0] for each in inputs}
             is_of_batch = any(name in one.batch.tensors for name in names)
             rows = _different_rows(one, other) if is_of_batch else []
-            return OperationDifference(one.number, index, a, b, results, inputs, rows)
+            if len(a.results) != len(b.results):  # of lists of tensors, which do not belong together
+                results = []
+            return OperationDifference(
+                one.number, index, a, b, results, inputs, rows, others=others if any(others) else ()
+            )
     return None
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from everystep.recording.asked import same_value
 from everystep.recording.texts import shortest
 from everystep.replay.evidence import Evidence
+from everystep.replay.given import name_in_words
 from everystep.replay.operations import OperationDifference, TensorDifference, tensor_difference
 from everystep.step.check import same_bits
 
-__all__ = ["name_in_words", "of_batch", "of_draw", "of_optimizer", "of_state"]
+__all__ = ["of_batch", "of_draw", "of_optimizer", "of_state"]
 
 #: Rows that are named.
 MOST_ROWS = 6
@@ -139,19 +140,6 @@ def of_draw(evidence: Evidence) -> Iterator[str]:
 
 def _numbers_text(values: tuple[float, float]) -> str:
     return " | ".join(shortest(v) if isinstance(v, float) else str(v) for v in values)
-
-
-def name_in_words(name: str) -> str:
-    """Return what a person calls a tensor of the state."""
-    kind, _, rest = name.partition("/")
-    if kind == "optimizer":
-        parameter, _, key = rest.rpartition("/")
-        return f"{key} of {parameter}"
-    if kind == "gradient":
-        return f"gradient of {rest}"
-    if kind == "loss":
-        return f"loss.{rest}"
-    return rest if kind in ("parameter", "buffer") else name
 
 
 def _tensor_text(difference: TensorDifference, pair: tuple[Tensor | None, ...] = ()) -> str:
