@@ -3,7 +3,8 @@
 import json
 import shutil
 import sqlite3
-from contextlib import closing
+import warnings
+from contextlib import closing, suppress
 
 import pytest
 
@@ -85,6 +86,37 @@ def test_altered_losses_are_said_in_python(altered):
     assert "damaged" in run.plot().labels.caption
     assert "is damaged" in run._repr_html_()
     assert not run.verify(progress=False).is_exact
+
+
+def test_a_bit_in_the_name_of_a_measurement_is_reported(recorded, tmp_path, everystep_command):
+    whole = (recorded / "run.sqlite").read_bytes()
+    expected = everystep.open(recorded).measurements
+    run, name = shutil.copytree(recorded, tmp_path / "run"), b"validation_loss"
+    place = whole.index(name)
+    silent = []
+    while place >= 0:
+        for byte in (0, 4, len(name) - 1):
+            for bit in range(8):
+                content = bytearray(whole)
+                content[place + byte] ^= 1 << bit
+                (run / "run.sqlite").write_bytes(content)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", DamageWarning)
+                    with suppress(everystep.RunError):
+                        found = everystep.open(run).measurements
+                        if not caught and not found.equals(expected):
+                            silent.append((place, byte, bit))
+        place = whole.find(name, place + 1)
+    assert not silent
+    (run / "run.sqlite").write_bytes(whole.replace(name, b"validation_lost", 1))
+    for command in (
+        ["losses", run],
+        ["verify", run],
+        ["doctor", run],
+        ["when", run, "validation_loss > 9"],
+    ):
+        code, out, err = everystep_command(*command)
+        assert code == 1 and "values of validation_loss of steps 1 to 20 are not as they" in out + err
 
 
 def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_command):

@@ -88,8 +88,6 @@ def adding(directory: Path) -> Iterator[Additions]:
             with database.transaction():
                 database.write_facts({"writer": writer_here()})
             yield Additions(database)
-            with database.transaction():
-                database.seal_blocks()
         finally:
             database.close()
     finally:

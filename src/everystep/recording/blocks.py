@@ -1,15 +1,17 @@
 """Blocks: digests over the numbers of a run, so that a changed or missing number is found.
 
-A block is up to 4,096 consecutive steps of one series: the losses, or one measurement. The recorder
-seals a block (writes its digest) in the transaction that adds to it, so the numbers of a killed run have
-digests, too.
+A block is up to 4,096 consecutive steps of one series: the losses, or one measurement. Each transaction
+seals (writes the digest of) the blocks that it changes, so every number has a digest, in a killed run,
+too. A number under a name that has no digest for its block is not one that was recorded.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +25,19 @@ if TYPE_CHECKING:
 
     #: Steps in their order, and their numbers.
     Series = tuple[NDArray[np.int64], NDArray[np.float64]]
+    #: Measurements (name, step, value) in order of names, then steps; None is NaN.
+    Measured = Sequence[tuple[str, int, float | None]]
 
-__all__ = ["BLOCK", "FACTS", "LOSS", "Blocks", "block_of", "digest_of_numbers", "series_of"]
+__all__ = [
+    "BLOCK",
+    "FACTS",
+    "LOSS",
+    "Blocks",
+    "block_of",
+    "digest_of_numbers",
+    "digests_of_measurements",
+    "series_of",
+]
 
 #: Steps of a block; it begins at a multiple of this.
 BLOCK = 4096
@@ -49,6 +62,27 @@ def digest_of_numbers(steps: NDArray[np.int64], values: NDArray[np.float64]) -> 
     machine = xxhash.xxh3_128(steps.astype("<i8", copy=False).tobytes())
     machine.update((values + 0.0).astype("<f8", copy=False).tobytes())
     return machine.digest()
+
+
+def digests_of_measurements(
+    rows: Measured,
+) -> dict[tuple[str, int], bytes]:
+    """Return the digests of measurements (name, step, value), by the name and first step of each block.
+
+    rows: in order of names, then steps; out of this order, the digests are not the recorded ones.
+    """
+    import numpy as np
+
+    found = {}
+    for name, group in groupby(rows, key=itemgetter(0)):
+        _, listed, numbers = zip(*group, strict=True)
+        steps, values = np.array(listed, np.int64), np.array(numbers, np.float64)
+        firsts = steps - steps % BLOCK
+        ends = [*(np.flatnonzero(np.diff(firsts)) + 1).tolist(), len(steps)]
+        for begin, end in pairwise([0, *ends]):
+            digest = digest_of_numbers(steps[begin:end], values[begin:end])
+            found[series_of(name), int(firsts[begin])] = digest
+    return found
 
 
 def _digest_of_facts(rows: Iterable[tuple[str, str]]) -> bytes:
@@ -102,7 +136,7 @@ class Blocks(Rows):
         self.connection.execute("INSERT OR REPLACE INTO blocks VALUES (?, 0, ?)", (FACTS, digest))
 
     def seal_blocks(self) -> None:
-        """Write the digests of all blocks that were changed."""
+        """Write the digests of all blocks that the transaction has changed."""
         rows = []
         for name, first in self._open_blocks:
             growing = self._growing.get((name, first))
@@ -132,9 +166,10 @@ class Blocks(Rows):
             if not self._growing[block].append(steps[here], values[here]):
                 del self._growing[block]
 
-    def forget_growing(self) -> None:
+    def forget_blocks(self) -> None:
         """Forget what was noted of blocks: it may not be what the database has."""
         self._growing.clear()
+        self._open_blocks.clear()
 
     def open_blocks(self, blocks: set[tuple[str, int]]) -> None:
         """Remove the digests of blocks that are about to change."""
@@ -144,23 +179,14 @@ class Blocks(Rows):
 
     def open_blocks_after(self, step: int) -> None:
         """Remove the digests of blocks that have later steps, some of which will be deleted."""
-        self.forget_growing()
+        self._growing.clear()
         query = "SELECT name, first FROM blocks WHERE first + ? > ? AND name <> ?"
         self.open_blocks({*self.rows(query, BLOCK, step + 1, FACTS)})
-
-    def open_unsealed_blocks(self) -> None:
-        """Note the blocks that a process has left without a digest, to seal them."""
-        sealed = {(name, first) for name, first, _ in self.blocks()}
-        newest: int = self.numbers("SELECT coalesce(max(step), 0) FROM steps", kinds=STEP)[0]
-        known = {(LOSS, first) for first in range(0, newest + 1, BLOCK)}
-        query = "SELECT DISTINCT name, step - step % ? FROM measurements"
-        known |= {(series_of(name), first) for name, first in self.rows(query, BLOCK)}
-        self._open_blocks |= known - sealed
 
     def remove_blocks(self, name: str) -> None:
         """Remove the digests of a series that is deleted."""
         self._open_blocks = {block for block in self._open_blocks if block[0] != name}
-        self.forget_growing()
+        self._growing.clear()
         self.connection.execute("DELETE FROM blocks WHERE name = ?", (name,))
 
     def block(self, name: str, first: int) -> Series:
@@ -175,10 +201,11 @@ class Blocks(Rows):
         steps = self.integers(f"SELECT step {among}", *given, *ends, kinds=STEP)
         return steps, self.floats(f"SELECT {column} {among}", *given, *ends, kinds=kinds)
 
-    def blocks(self) -> list[tuple[str, int, bytes]]:
-        """Return the sealed blocks: name, first step, digest."""
-        query = "SELECT name, first, digest FROM blocks ORDER BY name, first"
-        return self.checked((TEXT, STEP, BYTES), query)
+    def blocks(self, series: str | None = None) -> list[tuple[str, int, bytes]]:
+        """Return the sealed blocks, or those of one series: name, first step, digest."""
+        among, given = ("", ()) if series is None else ("WHERE name = ?", (series,))
+        query = f"SELECT name, first, digest FROM blocks {among} ORDER BY name, first"
+        return self.checked((TEXT, STEP, BYTES), query, *given)
 
     def losses_in_pages(self, newest: int) -> NDArray[np.float64]:
         """Return the losses of steps 1 to N, up to `newest`, as far as their digests agree."""

@@ -126,20 +126,21 @@ class Database(Blocks):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes within are committed together, or none."""
+        """All writes within are committed together, with the digests of their blocks, or none."""
         with _writing(self.path):
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self.seal_blocks()
             except BaseException:
-                self.forget_growing()
+                self.forget_blocks()
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 raise
             try:
                 self.connection.execute("COMMIT")
             except sqlite3.Error:
-                self.forget_growing()
+                self.forget_blocks()
                 raise
 
     @contextmanager
@@ -323,9 +324,10 @@ class Database(Blocks):
         self.remove_blocks(series_of(name))
         self.connection.execute("DELETE FROM measurements WHERE name = ?", (name,))
 
-    def measurements(self, since: int = -(2**63)) -> list[tuple[str, int, float | None]]:
+    def measurements(self, since: int | None = None) -> list[tuple[str, int, float | None]]:
         """Return (name, step, value) in order of names, then steps; of step `since` and later."""
         self._check_names()
+        since = -(2**63) if since is None else since
         query = "SELECT name, step, value FROM measurements WHERE step >= ? ORDER BY name, step"
         return self.checked((TEXT, STEP, VALUES), query, since)
 

@@ -11,15 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from everystep.errors import RunError
-from everystep.recording.blocks import BLOCK, FACTS, LOSS, digest_of_numbers
+from everystep.recording.blocks import (
+    BLOCK,
+    FACTS,
+    LOSS,
+    block_of,
+    digest_of_numbers,
+    digests_of_measurements,
+    series_of,
+)
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
 from everystep.recording.write_ahead_log import log_problem
 
 if TYPE_CHECKING:
-    from everystep.recording.blocks import Series
+    from everystep.recording.blocks import Measured, Series
 
-__all__ = ["Finding", "damage_text", "missing_steps", "number_findings", "structure_findings"]
+__all__ = [
+    "Finding",
+    "damage_text",
+    "measurement_findings",
+    "missing_steps",
+    "number_findings",
+    "structure_findings",
+]
 
 #: A run that was closed has digests of all its losses.
 _CLOSED = ("finished", "stopped", "failed")
@@ -95,11 +110,13 @@ def missing_steps(facts: Facts, newest: int) -> Finding | None:
 def number_findings(
     database: Database,
     losses: Series | None = None,
+    measured: Measured | None = None,
     since: int = 0,
 ) -> list[Finding]:
     """Return which losses and measurements are missing or not as recorded.
 
-    losses: all of them, if they have been read already; since: look only at blocks that end later.
+    losses, measured: all of them, if they have been read already; since: look only at blocks that end
+    later.
 
     Raises:
         RunError: the database cannot be read.
@@ -114,12 +131,45 @@ def number_findings(
     ]
     altered = [
         (name, first)
-        for name, first, digest in database.blocks()
-        if name != FACTS and first + BLOCK > since
-        if not _is_sound(database, losses, name, first, digest)
+        for name, first, digest in database.blocks(LOSS)
+        if first + BLOCK > since
+        if not _is_sound(database, losses, first, digest)
     ]
+    found += _altered_findings(altered, newest)
+    try:
+        rows = (
+            database.measurements(block_of(since) if since else None) if measured is None else measured
+        )
+    except RunError as error:
+        return [*found, Finding(f"{FILE_NAME}, measurements", str(error))]
+    return [*found, *measurement_findings(database, rows, since)]
+
+
+def measurement_findings(
+    database: Database, rows: Measured, since: int = 0, only: str | None = None
+) -> list[Finding]:
+    """Return which measurements are missing or not as recorded, or under names that were not recorded.
+
+    rows: all of them, of blocks that end after `since`; only: of the measurement with this name.
+
+    Raises:
+        RunError: the database cannot be read.
+    """
+    recorded = {
+        (name, first): digest
+        for name, first, digest in database.blocks(None if only is None else series_of(only))
+        if name not in (LOSS, FACTS) and first + BLOCK > since
+    }
+    now = digests_of_measurements(rows)
+    altered = [block for block in now.keys() | recorded.keys() if now.get(block) != recorded.get(block)]
+    return _altered_findings(sorted(altered), database.newest_step())
+
+
+def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[Finding]:
+    """Return the findings that these blocks are not as they were recorded."""
+    found = []
     for name, first in altered[:_MOST_NAMED]:
-        last = min(first + BLOCK - 1, newest)
+        last = max(first, min(first + BLOCK - 1, newest))
         table = "steps" if name == LOSS else "measurements"
         what = "losses" if name == LOSS else f"values of {name.partition('/')[2]}"
         found.append(
@@ -141,13 +191,13 @@ def damage_text(name: str, findings: Sequence[Finding]) -> str:
     return f"{name} is damaged: {findings[0]}{more}; everystep doctor {name} says more"
 
 
-def _is_sound(database: Database, losses: Series | None, name: str, first: int, digest: bytes) -> bool:
-    if name == LOSS and losses is not None:
+def _is_sound(database: Database, losses: Series | None, first: int, digest: bytes) -> bool:
+    if losses is not None:
         steps, values = losses
         begin, end = steps.searchsorted([first, first + BLOCK])
         return digest_of_numbers(steps[begin:end], values[begin:end]) == digest
     try:
-        return digest_of_numbers(*database.block(name, first)) == digest
+        return digest_of_numbers(*database.block(LOSS, first)) == digest
     except RunError:
         return False
 

@@ -330,7 +330,6 @@ class Recorder:
         self.plan.pinned = {0} | {each.last for each in earlier}
         self._programs = self._newest_program()
         self._continuation = continuation
-        self._database.open_unsealed_blocks()
         with self._database.transaction():
             known = {"status": "running", "reason": None, "writer": writer_here()}
             self._database.write_facts(known)
@@ -436,7 +435,6 @@ class Recorder:
                 self._database.write_measurements(measured)
                 self._database.write_facts(facts)
             self._database.write_losses(first_step, losses)
-            self._database.seal_blocks()
 
         self._in_transaction(write)
         self._last_step = first_step + len(losses) - 1
@@ -444,12 +442,7 @@ class Recorder:
 
     def _write_last_facts(self, facts: dict[str, Any]) -> None:
         last = facts if self._continuation is None else self._continuation.last_facts(facts)
-
-        def write() -> None:
-            self._database.write_facts(last)
-            self._database.seal_blocks()
-
-        self._in_transaction(write)
+        self._in_transaction(lambda: self._database.write_facts(last))
 
     def _write_program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
         from safetensors.torch import save

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import DamageWarning, RunError
+from everystep.recording.blocks import block_of
 from everystep.recording.changes import Change, changes_in, read_change
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.data import read_data
@@ -28,6 +29,7 @@ from everystep.recording.files import FileRow, own_path, read_file
 from everystep.recording.health import (
     Finding,
     damage_text,
+    measurement_findings,
     missing_steps,
     number_findings,
     structure_findings,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     import polars
     from torch import Tensor
 
-    from everystep.recording.blocks import Series
+    from everystep.recording.blocks import Measured, Series
     from everystep.step.state import State
 
 __all__ = ["EXPERIMENT_FILE", "RecordedRun", "Stretch"]
@@ -120,6 +122,10 @@ class RecordedRun:
 
     def _last_losses(self, count: int | None) -> Series:
         """Return steps and losses, the latter in their own precision."""
+        return self._last_numbers(count)[0]
+
+    def _last_numbers(self, count: int | None) -> tuple[Series, Measured | None]:
+        """Return steps and losses, the latter in their own precision, and what was measured there."""
         import numpy as np
 
         edition, is_written = self._edition(), is_locked(self.directory)
@@ -128,7 +134,10 @@ class RecordedRun:
             steps, losses = database.losses(count)
             since = 0 if count is None or not len(steps) else int(steps[0])
             known = None if since else (steps, losses)
-            found = self._findings_in(database, facts, known, since, is_written)
+            measured = None
+            with suppress(RunError):  # of which a finding says more
+                measured = database.measurements(block_of(since) if since else None)
+            found = self._findings_in(database, facts, known, measured, since, is_written)
         if not since:
             self._found = edition, found
         first = since or 1
@@ -139,16 +148,16 @@ class RecordedRun:
         if facts.loss_dtype != "float64":
             with np.errstate(over="ignore"):
                 losses = losses.astype(np.float32)
-        return steps, losses
+        return (steps, losses), measured
 
     @property
     def measurements(self) -> polars.DataFrame:
         """All measurements besides the loss: columns name, step and value (Float64)."""
-        measured = self._measurements_since(-(2**63))
+        measured = self._measurements_since(None)
         self._warn_of(self.findings())
         return measured
 
-    def _measurements_since(self, step: int) -> polars.DataFrame:
+    def _measurements_since(self, step: int | None) -> polars.DataFrame:
         import polars as pl
 
         rows = self._measured_since(step)
@@ -156,7 +165,7 @@ class RecordedRun:
         frame = pl.DataFrame(rows, schema=schema, orient="row")
         return frame.with_columns(pl.col("value").fill_null(math.nan))
 
-    def _measured_since(self, step: int) -> list[tuple[str, int, float | None]]:
+    def _measured_since(self, step: int | None) -> list[tuple[str, int, float | None]]:
         with reading(self._database_path) as database:
             return database.measurements(step)
 
@@ -175,8 +184,10 @@ class RecordedRun:
 
     def measured(self, name: str) -> dict[int, float]:
         """Return the values of one measurement by step, in order."""
-        with reading(self._database_path) as database:
+        with reading(self._database_path) as database, database.one_moment():
             rows = database.measured(name)
+            found = measurement_findings(database, [(name, *row) for row in rows.items()], only=name)
+        self._warn_of(found)
         return {step: math.nan if value is None else value for step, value in rows.items()}
 
     def table_frame(self, last: int | None = None) -> polars.DataFrame:
@@ -195,11 +206,12 @@ class RecordedRun:
         """Return the columns of `table_frame`: `step` and `loss` as arrays (steps), each measurement as
         a list of numbers, None where there is none.
         """
-        steps, losses = self._last_losses(last)
+        (steps, losses), measured = self._last_numbers(last)
         columns: dict[str, Any] = {"step": steps, "loss": losses}
         first = int(steps[0]) if len(steps) else 1
-        # Their blocks were checked with those of the losses.
-        for name, step, value in self._measured_since(-(2**63) if last is None else first):
+        for name, step, value in measured or ():
+            if last is not None and step < first:
+                continue
             title = f"{name} (measured)" if name in ("step", "loss") else name
             column = columns.setdefault(title, [None] * len(steps))
             if 0 <= step - first < len(steps):
@@ -326,7 +338,7 @@ class RecordedRun:
             losses = None
             with suppress(RunError):  # of which each block says where it is
                 losses = database.losses()
-            found = self._findings_in(database, database.facts(), losses, 0, is_written)
+            found = self._findings_in(database, database.facts(), losses, None, 0, is_written)
         self._found = edition, found
         return found
 
@@ -335,11 +347,12 @@ class RecordedRun:
         database: Database,
         facts: Facts,
         losses: Series | None,
+        measured: Measured | None,
         since: int,
         is_written: bool,
     ) -> list[Finding]:
         found = self._structure_findings(database, facts, is_written)
-        return [*found, *number_findings(database, losses, since)]
+        return [*found, *number_findings(database, losses, measured, since)]
 
     def _edition(self) -> list[tuple[int, int]]:
         """Return what differs after a change of the database: times and sizes of its files."""

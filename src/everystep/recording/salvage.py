@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from everystep.errors import RunError
-from everystep.recording.blocks import FACTS, LOSS, block_of, digest_of_numbers, series_of
+from everystep.recording.blocks import FACTS, LOSS, block_of, digests_of_measurements, series_of
 from everystep.recording.connection import connect_reading
 from everystep.recording.database import Database, Repeat, SnapshotRow
 from everystep.recording.facts import MOST_STEPS
@@ -129,19 +127,11 @@ def _has_facts(database: Database) -> bool:
 
 
 def _altered(tables: dict[str, list[Any]]) -> set[tuple[str, int]]:
-    """Return the blocks with another digest than recorded."""
-    numbers: dict[tuple[str, int], tuple[list[int], list[float | None]]] = {}
-    named = [(LOSS, step, loss) for step, loss in tables["steps"]]
-    for name, step, value in named + [
-        (series_of(name), *more) for name, *more in tables["measurements"]
-    ]:
-        steps, values = numbers.setdefault((name, block_of(step)), ([], []))
-        steps.append(step)
-        values.append(value)
-    found = set()
-    for name, first, digest in tables["blocks"]:
-        steps, values = numbers.get((name, first), ([], []))
-        known = np.array(steps, np.int64), np.array(values, np.float64)
-        if name != FACTS and digest_of_numbers(*known) != digest:
-            found.add((name, first))
-    return found
+    """Return the blocks with another digest than recorded, and those of measurements without one."""
+    now = digests_of_measurements([(LOSS, *row) for row in tables["steps"]])
+    now = {(LOSS, first): digest for (_, first), digest in now.items()}
+    now |= digests_of_measurements(tables["measurements"])
+    recorded = {(name, first): digest for name, first, digest in tables["blocks"] if name != FACTS}
+    without = {block for block in now.keys() - recorded.keys() if block[0] == LOSS}
+    blocks = (now.keys() | recorded.keys()) - without
+    return {block for block in blocks if now.get(block) != recorded.get(block)}

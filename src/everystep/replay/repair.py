@@ -268,7 +268,6 @@ class _Copy:
         is_whole = self._steps == planned and self._facts.status != "running"
         status = self._facts.status if is_whole else "stopped"
         database.write_facts({"status": status, "repaired": repaired})
-        database.seal_blocks()
 
 
 def _take(
