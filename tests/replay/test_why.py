@@ -283,7 +283,7 @@ def test_a_number_of_an_lstm_has_the_row_that_it_was_made_from(tmp_path):
     torch.manual_seed(0)
     opened = NETWORKS["LSTM, Adam"](tmp_path / "run")
     answer = opened.why(5, "#1[2, 3, 0]")
-    assert answer.formula == "an LSTM's output after time 0 to 2"
+    assert (answer.formula, answer.note) == ("", "an LSTM's output after time 0 to 2")
     assert not answer.unknown and answer.recomputed is None
     given = answer.groups[0]
     assert given.text == "input"

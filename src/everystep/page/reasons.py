@@ -10,6 +10,7 @@ from everystep.page.tensors import tensor_of
 from everystep.recording.facts import Facts
 from everystep.replay.step import Step
 from everystep.replay.why import Group, Number, Spot, Why, why
+from everystep.views.terminal import shortest
 from everystep.views.why import check_text, digits_text, made_text, rows_text, value_text
 
 __all__ = ["reason"]
@@ -75,7 +76,9 @@ def _data(found: Why) -> dict[str, Any]:
         "operation": found.operation,
         "formula": found.formula,
         "groups": [_group(group) for group in found.groups],
-        "check": "".join(text for text, _ in check_text(found)) if found.groups else "",
+        "check": "".join(text for text, _ in check_text(found))
+        if found.formula and found.groups
+        else "",
         "is_equal": found.is_equal,
         "unknown": list(found.unknown),
         "note": found.note,
@@ -91,7 +94,8 @@ def _group(group: Group) -> dict[str, Any]:
         "terms": [
             {
                 "value": None if term.value is None else digits_text(term.value),
-                "numbers": [_number(number) for number in term.numbers.values()],
+                "numbers": [_number(number) for number in term.numbers.values()]
+                + [_weight(name, weight) for name, weight in term.weights.items()],
             }
             for term in group.terms
         ],
@@ -106,3 +110,7 @@ def _number(number: Number) -> dict[str, Any]:
         "row": number.row,
         "goes_on": number.is_made or number.name.startswith(("parameters", "buffers", "tensors")),
     }
+
+
+def _weight(name: str, weight: float) -> dict[str, Any]:
+    return {"name": name, "text": shortest(weight), "row": None, "goes_on": False}

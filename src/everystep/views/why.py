@@ -104,6 +104,8 @@ class _Writer:
             self.page.line((self._made(each), ""), indent=_INDENT)
         if each.formula:
             self.page.line(("from ", "dim"), (each.formula, ""), indent=_INDENT)
+        if each.note:
+            self.page.line((each.note, "dim"), indent=_INDENT)
         if each.groups:
             headings, *lines = table_lines(_rows(each))
             for line in [headings] * bool(headings.plain.strip()) + lines:
@@ -112,9 +114,7 @@ class _Writer:
             known = ", ".join(each.unknown)
             text = f"which numbers it used is not known; it was given all of: {known}"
             self.page.wrapped(text, "dim", indent=_INDENT)
-        if each.note:
-            self.page.line((each.note, "dim"), indent=_INDENT)
-        if each.groups and each.origin == "operation":
+        if each.formula and each.groups and each.origin == "operation":
             self.page.line(*check_text(each), indent=_INDENT)
         if rows := rows_text(each):
             self.page.wrapped(rows, "", indent=_INDENT)
@@ -148,12 +148,12 @@ def _below(found: Why) -> Iterator[Why]:
 
 def _rows(each: Why) -> list[list[Cell]]:
     """Return the numbers of an answer as rows of a table: a term, its numbers, where they are from."""
-    most = max(len(term.numbers) for group in each.groups for term in group.terms or (Term({}),))
+    most = max(len(_names(term)) for group in each.groups for term in group.terms or (Term({}),))
     is_sum = any(group.rest is not None or _hasvalue_text(group) for group in each.groups)
     heading: list[Cell] = [("term" if is_sum else "", "dim", is_sum)]
     for place in range(most):
         main = max(each.groups, key=lambda group: group.count)
-        names = [*main.terms[0].numbers] if is_sum and main.terms else []
+        names = _names(main.terms[0]) if is_sum and main.terms else []
         title = names[place] if place < len(names) else " "
         heading += [(title, "dim", False), (" ", "dim", True)]
     rows: list[list[Cell]] = [[*heading, (" ", "dim", False)]]
@@ -172,6 +172,10 @@ def _hasvalue_text(group: Group) -> bool:
     return any(term.value is not None for term in group.terms)
 
 
+def _names(term: Term) -> list[str]:
+    return [*term.numbers, *term.weights]
+
+
 def _row(group: Group, term: Term, most: int) -> list[Cell]:
     first = (group.text, "dim", False) if term.value is None else (digits_text(term.value), "", True)
     cells: list[Cell] = [first]
@@ -180,7 +184,9 @@ def _row(group: Group, term: Term, most: int) -> list[Cell]:
         cells += [(number.name, "", False), (value_text(number), "", True)]
         if number.row is not None:
             where.append(f"row {number.row:,}")
-    cells += [("", "", False)] * (2 * (most - len(term.numbers)))
+    for weight in term.weights.values():
+        cells += [("", "", False), (shortest(weight), "", True)]
+    cells += [("", "", False)] * (2 * (most - len(_names(term))))
     return [*cells, (", ".join(dict.fromkeys(where)), "dim", False)]
 
 
@@ -253,6 +259,7 @@ def why_data(found: Why) -> dict[str, Any]:
                     {
                         "value": _plain(term.value),
                         "numbers": {key: _number(each) for key, each in term.numbers.items()},
+                        "weights": term.weights,
                     }
                     for term in group.terms
                 ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from everystep.program.arguments import decode
+from everystep.program.elements.formula import number_text, parsed, value, written
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 
@@ -26,6 +28,7 @@ __all__ = [
     "Piece",
     "Sum",
     "Terms",
+    "Words",
     "aligned",
     "grid",
     "numbers_of",
@@ -71,13 +74,27 @@ class Piece(NamedTuple):
 class Terms:
     """Terms of a sum, one for each number of its pieces.
 
-    text: one term, with the names of the pieces in it; given: pieces of the same length, by name; of:
-    returns the terms of the pieces' numbers.
+    text: one term, in the language of formulas, with the names of the pieces and settings in it; given:
+    pieces of the same length, by name; settings: numbers, or arrays with one for each term, by name.
     """
 
     text: str
     given: dict[str, Piece]
-    of: Callable[..., Numbers]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """How many terms they are."""
+        return max((piece.size for piece in self.given.values()), default=0)
+
+    @property
+    def shown(self) -> str:
+        """One term as it is shown."""
+        return written(self.text, self.settings, self.given)
+
+    def of(self, numbers: Mapping[str, Numbers]) -> Numbers:
+        """Return the terms of the pieces' numbers."""
+        return np.broadcast_to(value(self.text, {**self.settings, **numbers}), self.size)
 
 
 @dataclass(frozen=True)
@@ -87,21 +104,63 @@ class Sum:
     terms: tuple[Terms, ...]
     divisor: float = 1.0
 
+    @property
+    def shown(self) -> str:
+        """The sum as it is shown."""
+        parts = []
+        for terms in self.terms:
+            text = f"({terms.shown})" if _is_loose(terms.shown) else terms.shown
+            parts.append(text if terms.size == 1 else f"the sum of {terms.size:,} terms {text}")
+        whole = " + ".join(parts)
+        if self.divisor == 1:
+            return whole
+        divisor = int(self.divisor) if float(self.divisor).is_integer() else self.divisor
+        return f"({whole}) / {f'{divisor:,}' if isinstance(divisor, int) else number_text(divisor)}"
+
 
 @dataclass(frozen=True)
 class Formula:
-    """Anything else than a sum.
+    """Anything that is computed and not a sum.
 
-    text: the formula, with the names of the pieces in it; given: the pieces; of: returns what it gives
-    for the numbers of the pieces; None if only the pieces are known.
+    text: the formula, in its language, with the names of the pieces and settings in it; given: the
+    pieces, those that only name a place among them; settings: numbers by name; note: what else there is
+    to say.
     """
 
     text: str
     given: dict[str, Piece] = field(default_factory=dict)
-    of: Callable[..., Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The formula as it is shown."""
+        return written(self.text, self.settings, self.given)
+
+    def of(self, numbers: Mapping[str, Numbers]) -> Any:
+        """Return what it gives for the numbers of the pieces."""
+        return np.reshape(value(self.text, {**self.settings, **numbers}), 1)[0]
 
 
-Made = Sum | Formula
+@dataclass(frozen=True)
+class Words:
+    """Which numbers a number was made from, where no formula gives it from them.
+
+    text: how it was made, in words.
+    """
+
+    text: str
+    given: dict[str, Piece] = field(default_factory=dict)
+
+
+Made = Sum | Formula | Words
+
+
+def _is_loose(text: str) -> bool:
+    """Tell whether a term binds less than the sum that it is in."""
+    tree = parsed(text)
+    is_added = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add | ast.Sub)
+    return is_added or isinstance(tree, ast.IfExp | ast.Compare | ast.BoolOp)
 
 
 class Call:

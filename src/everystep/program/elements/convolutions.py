@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, Sum, grid
+from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, Sum, Words, grid
 from everystep.program.elements.sums import product, single
 
 __all__ = ["CONVOLUTIONS"]
@@ -177,8 +177,8 @@ def _max_pool(call: Call) -> Made:
 
 def _largest(call: Call, window: Piece) -> Made:
     if call.place == 1:
-        return Formula("where the largest of self is", {"self": window})
-    return Formula("the largest of self", {"self": window}, lambda self: np.max(self))
+        return Words("where the largest of self is", {"self": window})
+    return Formula("max(self)", {"self": window})
 
 
 def _max_pool_backward(call: Call) -> Made:
@@ -308,14 +308,10 @@ def _fractional_max_pool(call: Call) -> Made:
     numbers = numbers[::-1] if dims == 2 else numbers
     axes = zip(call.index[before:], shape[before:], kernel, counts, numbers, strict=True)
     window = call.piece("self", *leading, *grid(*(_fractional(*axis) for axis in axes)))
-    if call.place == 1:
-        return Formula("where the largest of self is", {"self": window, "random_samples": samples})
     given = {"self": window, "random_samples": samples}
-    return Formula(
-        "the largest of self , in a window by random_samples",
-        given,
-        lambda self, random_samples: np.max(self),
-    )
+    if call.place == 1:
+        return Words("where the largest of self is", given)
+    return Formula("max(self)", given, note="in a window that random_samples place")
 
 
 def _fractional(o: int, size: int, kernel: int, count: int, sample: float) -> range:

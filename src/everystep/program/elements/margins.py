@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from everystep.program.elements.call import Axis, Call, Formula, Made, Numbers, Sum, Terms
+from everystep.program.elements.call import Axis, Call, Formula, Made, Sum, Terms
 
 __all__ = ["MARGINS"]
 
@@ -27,16 +27,12 @@ def _multi_margin(call: Call) -> Made:
         "self": call.piece("self", *_at(call, row, other)),
         "chosen": call.piece("self", *_at(call, row, chosen)),
     }
-    margin, p = call.scalar("margin"), call.scalar("p")
-    text = f"max( 0 , {margin:g} - chosen + self )" + (" ^ 2" if p == 2 else "")
+    text = "max(0, margin - chosen + self) ^ p"
     if "weight" in call:
         given["weight"] = call.piece("weight", chosen)
         text = f"weight * {text}"
-
-    def of(self: Numbers, chosen: Numbers, weight: Numbers | float = 1) -> Numbers:
-        return np.asarray(weight * np.maximum(0, margin - chosen + self) ** p)
-
-    return Sum((Terms(text, given, of),), float(_divisor(call)))
+    settings = {key: call.scalar(key) for key in ("margin", "p")}
+    return Sum((Terms(text, given, settings),), float(_divisor(call)))
 
 
 def _multi_margin_backward(call: Call) -> Made:
@@ -53,16 +49,13 @@ def _multi_margin_backward(call: Call) -> Made:
     }
     if "weight" in call:
         given["weight"] = call.piece("weight", target)
-    margin, p, divisor = call.scalar("margin"), call.scalar("p"), _divisor(call)
-
-    def of(grad_output: Numbers, self: Numbers, chosen: Numbers, weight: Any = (1,)) -> float:
-        short = margin - chosen[0] + self
-        slope = np.where(short > 0, 2 * short if p == 2 else 1, 0).sum()
-        return float((-1 if own == target else 1) * grad_output[0] * weight[0] * slope / divisor)
-
-    factor = f"{p:g} * " if p != 1 else ""
-    text = f"grad_output{' * weight' if 'weight' in call else ''} * {factor}short / {divisor:g}"
-    return Formula(f"{text}, short = max( 0 , {margin:g} - chosen + self )", given, of)
+    text = "-grad_output" if own == target else "grad_output"
+    if "weight" in call:
+        text += " * weight"
+    short = "margin - chosen + self"
+    slope = f"2 * sum(max(0, {short}))" if call.scalar("p") == 2 else f"sum({short} > 0)"
+    settings = {"margin": call.scalar("margin"), "divisor": _divisor(call)}
+    return Formula(f"{text} * {slope} / divisor", given, settings)
 
 
 def _multilabel_margin(call: Call) -> Made:
@@ -71,10 +64,9 @@ def _multilabel_margin(call: Call) -> Made:
     own = call.index[:1] if call.value("reduction") == 0 and rows > 1 else range(rows)
     if call.place == 1:
         row, place = _place(call)
-        key = call.piece("target", *_at(call, np.full(classes, row), np.arange(classes)))
-        return Formula(
-            f"whether target names {place}", {"target": key}, lambda target: place in _named(target)
-        )
+        count = len(_named(targets[row]))
+        key = call.piece("target", *_at(call, np.full(count, row), np.arange(count)))
+        return Formula("any(target == place)", {"target": key}, {"place": place})
     pairs = [
         (row, chosen, other)
         for row in own
@@ -87,11 +79,7 @@ def _multilabel_margin(call: Call) -> Made:
         "self": call.piece("self", *_at(call, places, other)),
         "chosen": call.piece("self", *_at(call, places, chosen)),
     }
-
-    def of(self: Numbers, chosen: Numbers) -> Numbers:
-        return np.asarray(np.maximum(0, 1 - chosen + self))
-
-    return Sum((Terms("max( 0 , 1 - chosen + self )", given, of),), float(_divisor(call)))
+    return Sum((Terms("max(0, 1 - chosen + self)", given),), float(_divisor(call)))
 
 
 def _multilabel_margin_backward(call: Call) -> Made:
@@ -107,15 +95,11 @@ def _multilabel_margin_backward(call: Call) -> Made:
         "others": call.piece("self", *_at(call, np.full(len(others), row), others)),
         "is_target": call.piece("is_target", *_at(call, np.full(classes, row), np.arange(classes))),
     }
-    divisor, sign = _divisor(call), -1 if own in named else 1
-
-    def of(grad_output: Numbers, self: Numbers, others: Numbers, is_target: Numbers) -> float:
-        count = np.count_nonzero(1 + sign * (self[0] - others) > 0)
-        return float(sign * grad_output[0] * count / divisor)
-
-    margin, which = ("1 - self + others", 0) if own in named else ("1 - others + self", 1)
-    text = f"{'- ' if own in named else ''}grad_output * how many of {margin} are above 0 / {divisor}"
-    return Formula(f"{text}, others where is_target is {which}", given, of)
+    text = "grad_output * sum(1 - others + self > 0) / divisor"
+    if own in named:
+        text = "-grad_output * sum(1 - self + others > 0) / divisor"
+    which = f"others where is_target is {int(own not in named)}"
+    return Formula(text, given, {"divisor": _divisor(call)}, note=which)
 
 
 def _table(call: Call) -> tuple[int, int, list[list[int]]]:

@@ -1,7 +1,8 @@
 """Rules of operators that move numbers, pick some of them, add what meets, or draw.
 
 Where the numbers of an operator that only moves them come from, the operator itself says: it moves
-their positions (int64, from 1; 0 is a place that it fills) in the same way.
+their positions (float64, which every such operator takes; from 1; 0 is a place that it fills) in the
+same way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from everystep.program.elements.call import (
     NoRuleError,
     Piece,
     Sum,
+    Words,
     tensors_in,
 )
 from everystep.program.elements.sums import single
@@ -34,7 +36,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("index", "index_select", "gather", "take", "flip", "roll", "rot90"), ("self",)),
     **dict.fromkeys(("repeat", "tril", "triu", "diag_embed", "constant_pad_nd"), ("self",)),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col"), ("self",)),
-    **dict.fromkeys(("native_channel_shuffle", "narrow_copy", "masked_select"), ("self",)),
+    **dict.fromkeys(("native_channel_shuffle", "masked_select"), ("self",)),
     **dict.fromkeys(("reflection_pad1d", "reflection_pad2d", "reflection_pad3d"), ("self",)),
     **dict.fromkeys(("replication_pad1d", "replication_pad2d", "replication_pad3d"), ("self",)),
     **dict.fromkeys(("cat", "stack", "block_diag"), ("tensors",)),
@@ -64,7 +66,9 @@ def moved(call: Call) -> Made:
             begins[name] = count
             count += call.inputs[name].numel()
     positions = {
-        name: torch.arange(begin, begin + call.inputs[name].numel()).reshape(call.inputs[name].shape)
+        name: torch.arange(begin, begin + call.inputs[name].numel(), dtype=torch.float64).reshape(
+            call.inputs[name].shape
+        )
         for name, begin in begins.items()
     }
     arguments = {}
@@ -79,12 +83,12 @@ def moved(call: Call) -> Made:
     at = int(found[call.index])
     if not at:
         fill = call.arguments.get("value", 0)
-        return Formula(f"{fill}, which it fills in", {}, lambda: float(decode(fill, _no_tensor)))
+        return Formula("value", settings={"value": decode(fill, _no_tensor)}, note="which it fills in")
     name = next(n for n, b in begins.items() if b <= at < b + call.inputs[n].numel())
     index = np.unravel_index(at - begins[name], tuple(call.inputs[name].shape))
     piece = Piece(name, tuple(int(place) for place in index))
     key = next(k for k in keys if name in tensors_in(call.arguments[k]))
-    return Formula(key, {key: piece}, lambda **numbers: numbers[key][0])
+    return Formula(key, {key: piece})
 
 
 def _either(known: dict[str, Tensor], call: Call, name: str) -> Tensor:
@@ -103,15 +107,29 @@ def _result(result: Any, place: int) -> Tensor:
 def filled(call: Call) -> Made:
     """Return the rule of an operator that makes numbers from nothing."""
     if call.kind.startswith("zero") or call.kind == "new_zeros":
-        return Formula("0", {}, lambda: 0.0)
+        return Formula("0")
     if call.kind.startswith("one") or call.kind == "new_ones":
-        return Formula("1", {}, lambda: 1.0)
+        return Formula("1")
+    if call.kind == "eye":
+        return Formula(str(int(len(set(call.index)) == 1)))
+    if call.kind == "arange":
+        return _in_a_row(call, "start + place * step")
+    if call.kind == "linspace":
+        return _in_a_row(call, "start + place * (end - start) / intervals")
     for key in ("value", "fill_value", "s"):
         if isinstance(call.arguments.get(key), str):
-            return Formula("value", {"value": call.piece(key)}, lambda value: value[0])
+            return Formula("value", {"value": call.piece(key)})
         if key in call:
-            return Formula(str(call.value(key)), {}, partial(call.value, key))
-    return Formula(f"{call.kind}, place {call.index}", {})
+            return Formula("value", settings={"value": call.value(key)})
+    raise NoRuleError(call.kind)
+
+
+def _in_a_row(call: Call, text: str) -> Made:
+    settings = {"start": 0, "step": 1, "place": call.index[0]}
+    settings |= {key: call.value(key) for key in ("start", "step", "end") if key in call}
+    if call.kind == "linspace":
+        settings["intervals"] = max(call.value("steps") - 1, 1)
+    return Formula(text, settings=settings)
 
 
 def drawn(call: Call) -> Made:
@@ -121,7 +139,7 @@ def drawn(call: Call) -> Made:
         value = call.arguments.get(key)
         if isinstance(value, str) and call.inputs[value].numel() and not _is_overwritten(call, key):
             given[key] = call.aligned(key)
-    return Formula("drawn by the random generator", given)
+    return Words("drawn by the random generator", given)
 
 
 def _is_overwritten(call: Call, key: str) -> bool:
@@ -131,15 +149,13 @@ def _is_overwritten(call: Call, key: str) -> bool:
 
 def _dropout(call: Call) -> Made:
     if call.place == 1:
-        return Formula("drawn by the random generator", {})
+        return Words("drawn by the random generator")
     p = call.value("p")
     given = {
         "input": call.piece("input", *call.index),
         "mask": call.result_piece(1, *call.index),
     }
-    scale = 1 / (1 - p) if p < 1 else 0.0
-    text = f"input * mask / ( 1 - {p} )"
-    return Formula(text, given, lambda input, mask: input[0] * mask[0] * scale)
+    return Formula("input * mask / (1 - p)" if p < 1 else "input * mask * 0", given, {"p": p})
 
 
 def _padding_backward(call: Call) -> Made:
@@ -159,13 +175,13 @@ def _embedding(call: Call) -> Made:
         "weight": call.piece("weight", row, column),
         "indices": call.piece("indices", *where),
     }
-    return Formula("weight[indices]", given, lambda weight, indices: weight[0])
+    return Formula("weight[indices]", given)
 
 
 def _embedding_backward(call: Call) -> Made:
     row, column = call.index
     if row == call.value("padding_idx"):
-        return Formula("0, of the padding", {}, lambda: 0.0)
+        return Formula("0", note="the row of the padding has no gradient")
     places = np.nonzero(call.tensor("indices").cpu().numpy() == row)
     columns = np.full(len(places[0]) if places else 1, column)
     piece = call.piece("grad_output", *places, columns)
@@ -230,16 +246,15 @@ def _sorted(call: Call) -> Made:
     if call.place == 1:
         places: list[Axis] = list(call.index)
         places[dim] = np.arange(call.shape("self")[dim])
-        return Formula("where in self it is", {"self": call.piece("self", *places)})
+        return Words("where in self it is", {"self": call.piece("self", *places)})
     places = list(call.index)
     places[dim] = int(call.results[call.output(1)][call.index])
     given = {"self": call.piece("self", *places), "indices": call.result_piece(1, *call.index)}
-    return Formula("self at indices", given, lambda self, indices: self[0])
+    return Formula("self[indices]", given)
 
 
 PICKED: dict[str, Callable[[Call], Made]] = {
     "native_dropout": _dropout,
-    "fused_dropout": _dropout,
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_backward,
     "index_put": _index_put,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,12 +13,13 @@ from everystep.program.elements.call import (
     Formula,
     Made,
     NoRuleError,
-    Numbers,
     Piece,
     Sum,
     Terms,
+    Words,
     grid,
 )
+from everystep.program.elements.formula import names_in
 from everystep.program.elements.sums import single
 
 __all__ = ["NORMALIZATIONS", "running"]
@@ -32,37 +32,24 @@ def _row(call: Call, key: str, dim: int) -> Piece:
 
 
 def _softmax(call: Call) -> Made:
-    if not call.index:
-        return Formula("softmax( self )", {"self": call.piece("self")})
-    dim = call.value("dim") % len(call.index)
-    own, is_log = call.index[dim], "log" in call.kind
-
-    def of(self: Numbers) -> Any:
-        shifted = self - np.max(self)
-        total = math.fsum(np.exp(shifted)) if np.isfinite(shifted).all() else np.exp(shifted).sum()
-        return shifted[own] - np.log(total) if is_log else np.exp(shifted[own]) / total
-
-    name = "log_softmax" if is_log else "softmax"
-    return Formula(f"{name}( self ) , place {own}", {"self": _row(call, "self", dim)}, of)
+    given = {"self": call.piece("self", *call.index)}
+    given["row"] = given["self"]
+    if call.index:
+        given["row"] = _row(call, "self", call.value("dim") % len(call.index))
+    if "log" in call.kind:
+        return Formula("self - logsumexp(row)", given)
+    text = "exp(self - logsumexp(row))"
+    return Formula(f"0 if max(row) == -inf else {text}" if "safe" in call.kind else text, given)
 
 
 def _softmax_backward(call: Call) -> Made:
     dim = call.value("dim") % len(call.index)
-    own, is_log = call.index[dim], "log" in call.kind
-    given = {key: _row(call, key, dim) for key in ("grad_output", "output")}
-    if is_log:
-        given["output"] = call.piece("output", *call.index)
-
-        def of(grad_output: Numbers, output: Numbers) -> Any:
-            return grad_output[own] - np.exp(output[0]) * np.sum(grad_output)
-
-        return Formula(f"grad_output[{own}] - exp( output ) * sum( grad_output )", given, of)
-
-    def of_softmax(grad_output: Numbers, output: Numbers) -> Any:
-        return output[own] * (grad_output[own] - np.sum(grad_output * output))
-
-    text = f"output[{own}] * ( grad_output[{own}] - sum( grad_output * output ) )"
-    return Formula(text, given, of_softmax)
+    given = {key: call.piece(key, *call.index) for key in ("grad_output", "output")}
+    given["gradients"] = _row(call, "grad_output", dim)
+    if "log" in call.kind:
+        return Formula("grad_output - exp(output) * sum(gradients)", given)
+    given["outputs"] = _row(call, "output", dim)
+    return Formula("output * (grad_output - sum(gradients * outputs))", given)
 
 
 def _channel(call: Call, key: str, channel: int) -> Piece:
@@ -71,82 +58,60 @@ def _channel(call: Call, key: str, channel: int) -> Piece:
     return call.piece(key, *grid(*axes))
 
 
-def _normalized(
-    self: str, mean: Piece, scale: Piece, given: dict[str, Piece], is_variance: Callable[[Any], Any]
-) -> Made:
-    """Return `(input - mean) * scale * weight + bias`."""
-    given = given | {"mean": mean, "scale": scale}
+def _normalized(call: Call, mean: Piece, scale: Piece, *places: Axis) -> Made:
+    """Return the rule of a number that is normalized by two results.
 
-    def of(input: Numbers, mean: Numbers, scale: Numbers, weight: Any = (1,), bias: Any = (0,)) -> Any:
-        return (input[0] - mean[0]) * is_variance(scale[0]) * weight[0] + bias[0]
-
-    weight = " * weight" if "weight" in given else ""
-    bias = " + bias" if "bias" in given else ""
-    return Formula(f"( input - mean ) * {self}{weight}{bias}", given, of)
+    places: of its weight and bias.
+    """
+    given = {"input": call.piece("input", *call.index), "mean": mean, "scale": scale}
+    return _affine(call, "(input - mean) * scale", given, *places)
 
 
-def _affine(call: Call, *places: Axis) -> dict[str, Piece]:
-    return {key: call.piece(key, *places) for key in ("weight", "bias") if key in call}
+_DEVIATION = "1 / sqrt(mean((input - mean(input)) ^ 2) + eps)"
+
+
+def _affine(call: Call, text: str, given: dict[str, Piece], *places: Axis, **settings: float) -> Made:
+    """Return a formula times a weight plus a bias, of those that there are."""
+    for key, sign in (("weight", "*"), ("bias", "+")):
+        if key in call:
+            text, given = f"{text} {sign} {key}", given | {key: call.piece(key, *places)}
+    return Formula(text, given, settings)
+
+
+def _statistics(call: Call, piece: Piece) -> Made:
+    """Return the rule of the mean, or of the inverse of the deviation, of what is normalized."""
+    if call.place == 1:
+        return Sum((single("input", piece),), float(piece.size))
+    return Formula(_DEVIATION, {"input": piece}, {"eps": call.value("eps")})
 
 
 def _batch_norm(call: Call) -> Made:
     is_training = "no_training" not in call.kind and bool(call.arguments.get("training", True))
     if call.place and not is_training:
-        return Formula("empty", {})
-    eps = call.value("eps")
-    channel = call.index[1] if call.place == 0 else call.index[0]
-    if call.place == 1:
-        piece = _channel(call, "input", channel)
-        return Sum((single("input", piece),), float(piece.size))
-    if call.place == 2:
-        given = {"input": _channel(call, "input", channel)}
-        return Formula("1 / sqrt( variance of input + eps )", given, lambda input: _inverse(input, eps))
-    given = {"input": call.piece("input", *call.index)} | _affine(call, channel)
+        return Words("empty")
+    if call.place:
+        return _statistics(call, _channel(call, "input", call.index[0]))
+    channel = call.index[1]
     if is_training:
         mean, scale = (call.result_piece(place, channel) for place in (1, 2))
-        return _normalized("scale", mean, scale, given, lambda scale: scale)
-    mean, variance = (call.piece(key, channel) for key in ("running_mean", "running_var"))
-    text = f"1 / sqrt( scale + {eps} )"
-    return _normalized(text, mean, variance, given, lambda variance: 1 / np.sqrt(variance + eps))
-
-
-def _inverse(input: Numbers, eps: float) -> Any:
-    deviations = input - math.fsum(input) / len(input)
-    return 1 / np.sqrt(math.fsum(deviations * deviations) / len(input) + eps)
+        return _normalized(call, mean, scale, channel)
+    given = {"input": call.piece("input", *call.index)}
+    given |= {key: call.piece(key, channel) for key in ("running_mean", "running_var")}
+    text = "(input - running_mean) / sqrt(running_var + eps)"
+    return _affine(call, text, given, channel, eps=call.value("eps"))
 
 
 def running(call: Call, key: str) -> Made:
     """Return the rule of `running_mean` or `running_var`, which a batch normalization writes."""
-    momentum, channel = call.scalar("momentum"), call.index[0]
-    own = call.piece(key, channel)
+    channel = call.index[0]
+    given = {key: call.piece(key, channel)}
     if not call.arguments.get("training", True):
-        return Formula(f"{key}, which it leaves as it is", {key: own}, lambda **n: n[key][0])
+        return Formula(key, given, note="which it leaves as it is")
     piece = _channel(call, "input", channel)
-
-    def of(input: Numbers, **running: Numbers) -> Any:
-        mean = math.fsum(input) / len(input)
-        new = mean
-        if key == "running_var":
-            new = math.fsum((input - mean) ** 2) / max(len(input) - 1, 0)
-        return (1 - momentum) * running[key][0] + momentum * new
-
-    what = "mean" if key == "running_mean" else "variance"
-    text = f"{1 - call.value('momentum'):g} * {key} + {call.value('momentum'):g} * {what} of input"
-    return Formula(text, {key: own, "input": piece}, of)
-
-
-def _standard_gradient(gradient: Numbers, normal: Numbers, own: int, scale: float) -> Any:
-    """Return the derivative by number `own` of what was normalized together."""
-    count = len(gradient)
-    mean, along = np.sum(gradient) / count, np.sum(gradient * normal) / count
-    return scale * (gradient[own] - mean - normal[own] * along)
-
-
-def _position(piece: Piece, index: tuple[int, ...]) -> int:
-    found = np.ones(piece.size, dtype=bool)
-    for axis, place in zip(piece.places, index, strict=True):
-        found &= np.asarray(axis) == place
-    return int(np.flatnonzero(found)[0])
+    new = "mean(input)" if key == "running_mean" else "sum((input - mean(input)) ^ 2) / others"
+    settings = {"momentum": call.scalar("momentum"), "others": max(piece.size - 1, 0)}
+    text = f"(1 - momentum) * {key} + momentum * {new}"
+    return Formula(text, given | {"input": piece}, settings)
 
 
 def _batch_norm_backward(call: Call) -> Made:
@@ -158,37 +123,18 @@ def _batch_norm_backward(call: Call) -> Made:
         return Sum((single(gradient, grads),))
     keys = ("save_mean", "save_invstd") if is_training else ("running_mean", "running_var")
     mean, scale = (call.piece(key, channel) for key in keys)
-    eps = call.value("eps")
-
-    def inverse(value: Numbers) -> Any:
-        return value if is_training else 1 / np.sqrt(value + eps)
-
+    scaled = f"* {keys[1]}" if is_training else f"/ sqrt({keys[1]} + eps)"
+    settings = {"eps": call.value("eps")}
     if call.place == 1:
         repeated = {key: _repeated(piece, grads.size) for key, piece in zip(keys, (mean, scale))}  # noqa: B905
-
-        def term(**n: Numbers) -> Any:
-            return n[gradient] * (n["input"] - n[keys[0]]) * inverse(n[keys[1]])
-
-        scaled = f"* {keys[1]}" if is_training else f"/ sqrt( {keys[1]} + {eps} )"
-        text = f"{gradient} * ( input - {keys[0]} ) {scaled}"
-        return Sum((Terms(text, {gradient: grads, "input": inputs} | repeated, term),))
+        text = f"{gradient} * (input - {keys[0]}) {scaled}"
+        return Sum((Terms(text, {gradient: grads, "input": inputs} | repeated, settings),))
     weight = {"weight": call.piece("weight", channel)} if "weight" in call else {}
     if not is_training:
-        one = {gradient: call.piece(gradient, *call.index), keys[1]: scale} | weight
-        return Formula(
-            f"{gradient}{' * weight' if weight else ''} / sqrt( {keys[1]} + {eps} )",
-            one,
-            lambda **n: n[gradient][0] * inverse(n[keys[1]][0]) * n.get("weight", (1,))[0],
-        )
-    own = _position(inputs, call.index)
-
-    def of(**n: Numbers) -> Any:
-        scale = n[keys[1]][0]
-        normal = (n["input"] - n[keys[0]][0]) * scale
-        return _standard_gradient(n[gradient], normal, own, scale * n.get("weight", (1,))[0])
-
-    given = {gradient: grads, "input": inputs, keys[0]: mean, keys[1]: scale} | weight
-    return Formula("the derivative of the normalized channel", given, of)
+        given = {gradient: call.piece(gradient, *call.index), keys[1]: scale} | weight
+        return Formula(f"{gradient}{' * weight' * bool(weight)} {scaled}", given, settings)
+    given = {gradient: grads, "input": inputs, keys[0]: mean, keys[1]: scale}
+    return _derivative(call, given, weight)
 
 
 def _repeated(piece: Piece, count: int) -> Piece:
@@ -203,15 +149,9 @@ def _layer_norm(call: Call) -> Made:
     if call.place == 0:
         leading = (*call.index[:outer], *[0] * inner)
         mean, scale = (call.result_piece(place, *leading) for place in (1, 2))
-        given = {"input": call.piece("input", *call.index)} | _affine(call, *call.index[outer:])
-        return _normalized("scale", mean, scale, given, lambda scale: scale)
+        return _normalized(call, mean, scale, *call.index[outer:])
     axes = [[place] for place in call.index[:outer]] + [range(size) for size in shape[outer:]]
-    piece = call.piece("input", *grid(*axes))
-    if call.place == 1:
-        return Sum((single("input", piece),), float(piece.size))
-    eps = call.value("eps")
-    text = f"1 / sqrt( variance of input + {eps} )"
-    return Formula(text, {"input": piece}, lambda input: _inverse(input, eps))
+    return _statistics(call, call.piece("input", *grid(*axes)))
 
 
 def _layer_norm_backward(call: Call) -> Made:
@@ -230,7 +170,7 @@ def _layer_norm_backward(call: Call) -> Made:
             "mean": call.piece("mean", *flat),
             "rstd": call.piece("rstd", *flat),
         }
-        return Sum((Terms("grad_out * ( input - mean ) * rstd", given, _along_normal),))
+        return Sum((Terms("grad_out * (input - mean) * rstd", given),))
     leading = [[place] for place in call.index[:outer]]
     axes = grid(*leading, *map(range, shape[outer:]))
     inputs = call.piece("input", *axes)
@@ -241,7 +181,7 @@ def _layer_norm_backward(call: Call) -> Made:
         "mean": call.piece("mean", *one),
         "rstd": call.piece("rstd", *one),
     }
-    return _derivative(call, given, inputs, axes[outer:], "row")
+    return _derivative(call, given, _affine_pair(call, axes[outer:], call.index[outer:]))
 
 
 def _in_group(call: Call, key: str, row: int, group: int) -> Piece:
@@ -252,18 +192,12 @@ def _in_group(call: Call, key: str, row: int, group: int) -> Piece:
 
 
 def _group_norm(call: Call) -> Made:
-    eps = call.value("eps")
     if call.place:
-        piece = _in_group(call, "input", *call.index)
-        if call.place == 1:
-            return Sum((single("input", piece),), float(piece.size))
-        text = f"1 / sqrt( variance of input + {eps} )"
-        return Formula(text, {"input": piece}, lambda input: _inverse(input, eps))
+        return _statistics(call, _in_group(call, "input", *call.index))
     row, channel = call.index[:2]
     group = channel // (call.shape("input")[1] // call.value("group"))
     mean, scale = (call.result_piece(place, row, group) for place in (1, 2))
-    given = {"input": call.piece("input", *call.index)} | _affine(call, channel)
-    return _normalized("scale", mean, scale, given, lambda scale: scale)
+    return _normalized(call, mean, scale, channel)
 
 
 def _group_norm_backward(call: Call) -> Made:
@@ -277,35 +211,47 @@ def _group_norm_backward(call: Call) -> Made:
         rows, groups = grads.places[0], np.full(grads.size, channel // size)
         given = {"grad_out": grads, "input": inputs}
         given |= {key: call.piece(key, rows, groups) for key in ("mean", "rstd")}
-        return Sum((Terms("grad_out * ( input - mean ) * rstd", given, _along_normal),))
+        return Sum((Terms("grad_out * (input - mean) * rstd", given),))
     row, group = call.index[0], call.index[1] // size
     inputs = _in_group(call, "input", row, group)
     given = {"grad_out": _in_group(call, "grad_out", row, group), "input": inputs}
     given |= {key: call.piece(key, row, group) for key in ("mean", "rstd")}
-    return _derivative(call, given, inputs, inputs.places[1], "group")
+    return _derivative(call, given, _affine_pair(call, inputs.places[1:2], call.index[1:2]))
 
 
-def _along_normal(grad_out: Numbers, input: Numbers, mean: Numbers, rstd: Numbers) -> Any:
-    return grad_out * (input - mean) * rstd
+def _affine_pair(call: Call, places: Sequence[Axis], own: Sequence[int]) -> dict[str, Piece]:
+    """Return the weights of what was normalized together, and that of the wanted number."""
+    if "weight" not in call:
+        return {}
+    return {"weights": call.piece("weight", *places), "weight": call.piece("weight", *own)}
 
 
-def _derivative(
-    call: Call, given: dict[str, Piece], inputs: Piece, weights: Axis | tuple[Axis, ...], what: str
-) -> Made:
+def _derivative(call: Call, given: dict[str, Piece], weights: dict[str, Piece]) -> Made:
     """Return the derivative by the wanted number of what was normalized together.
 
-    weights: where their weights are.
+    given: gradients, inputs, mean and inverse deviation, under the names of the arguments; weights: the
+    weight of the wanted number, and those of all where they differ.
     """
-    own = _position(inputs, call.index)
-    if "weight" in call:
-        places = weights if isinstance(weights, tuple) else (weights,)
-        given = given | {"weight": call.piece("weight", *places)}
-
-    def of(grad_out: Numbers, input: Numbers, mean: Numbers, rstd: Numbers, weight: Any = 1.0) -> Any:
-        normal = (input - mean[0]) * rstd[0]
-        return _standard_gradient(grad_out * weight, normal, own, rstd[0])
-
-    return Formula(f"the derivative of the normalized {what}", given, of)
+    gradient, _, mean, scale = given
+    numbers = {
+        gradient: call.piece(gradient, *call.index),
+        "gradients": given[gradient],
+        "input": call.piece("input", *call.index),
+        "inputs": given["input"],
+        mean: given[mean],
+        scale: given[scale],
+    }
+    own, every = gradient, "gradients"
+    factor = scale
+    if "weights" in weights:
+        own, every = f"{gradient} * weight", "gradients * weights"
+    elif "weight" in weights:
+        factor = f"weight * {scale}"
+    text = (
+        f"{factor} * ({own} - mean({every}) - normal * mean({every} * normals))"
+        f" where normal = (input - {mean}) * {scale}, normals = (inputs - {mean}) * {scale}"
+    )
+    return Formula(text, numbers | weights)
 
 
 def _attention(call: Call) -> Made:
@@ -316,32 +262,34 @@ def _attention(call: Call) -> Made:
     m = call.shape("key")[-2]
     leading, row = call.index[:2], call.index[2]
     of_keys = leading[0], leading[1] // _sharing(call)
-    is_causal = bool(call.value("is_causal"))
-    scale = call.value("scale") if "scale" in call else 1 / math.sqrt(size)
-    count = min(m, row + 1) if is_causal else m
+    count = min(m, row + 1) if bool(call.value("is_causal")) else m
     given = {
         "query": call.piece("query", *leading, row, np.arange(size)),
         "key": call.piece("key", *of_keys, *grid(range(count), range(size))),
     }
+    scores = "key · query * scale"
     if "attn_mask" in call:
-        shape = call.shape("attn_mask")
-        places = [np.arange(count) if s > 1 else np.zeros(count, dtype=np.int64) for s in shape[-1:]]
-        whole = (*leading, row)[3 - (len(shape) - 1) :]
-        before = [p if s > 1 else 0 for p, s in zip(whole, shape[:-1], strict=True)]
-        given["attn_mask"] = call.piece("attn_mask", *before, *places)
-    if call.place == 0:
-        given["value"] = call.piece("value", *of_keys, np.arange(count), call.index[3])
+        scores += " + attn_mask"
+        given["attn_mask"] = _mask(call, *leading, row, np.arange(count))
+    settings = {"scale": _scale(call)}
+    if call.place == 1:
+        return Formula(f"logsumexp({scores})", given, settings)
+    given["value"] = call.piece("value", *of_keys, np.arange(count), call.index[3])
+    return Formula(f"softmax({scores}) · value", given, settings)
 
-    def of(query: Numbers, key: Numbers, value: Any = None, attn_mask: Any = 0) -> Any:
-        scores = key.reshape(count, size) @ query * scale + attn_mask
-        highest = np.max(scores)
-        weights = np.exp(scores - highest)
-        if value is None:
-            return highest + np.log(weights.sum())
-        return weights @ value / weights.sum()
 
-    what = "softmax( query · key ) · value" if call.place == 0 else "log of the sum of exp"
-    return Formula(what, given, of)
+def _scale(call: Call) -> float:
+    return float(call.value("scale") if "scale" in call else 1 / math.sqrt(call.shape("query")[-1]))
+
+
+def _mask(call: Call, *places: Axis) -> Piece:
+    """Return numbers of the mask, which is broadcast to rows, heads, queries and keys."""
+    shape = call.shape("attn_mask")
+    count = max((len(axis) for axis in places if not isinstance(axis, int)), default=1)
+    axes = [axis if n > 1 else 0 for axis, n in zip(places[4 - len(shape) :], shape, strict=True)]
+    if all(isinstance(axis, int) for axis in axes):
+        return _repeated(call.piece("attn_mask", *axes), count)
+    return call.piece("attn_mask", *axes)
 
 
 def _sharing(call: Call) -> int:
@@ -362,17 +310,39 @@ def _attention_backward(call: Call) -> Made:
     if bool(call.value("is_causal")):
         queries = queries if is_query else range(min(call.index[2], n), n)
         keys = range(min(m, call.index[2] + 1)) if is_query else keys
-    by_query = {"grad_out": "grad_out", "query": "query", "out": "out"}
-    given = {}
-    for key in by_query:
-        size = call.shape(key)[-1]
-        given[key] = call.piece(key, row, *grid(heads, queries, range(size)))
-    given["logsumexp"] = call.piece("logsumexp", row, *grid(heads, queries))
-    for key in ("key", "value"):
-        size = call.shape(key)[-1]
-        given[key] = call.piece(key, row, head // shared if is_query else head, *grid(keys, range(size)))
-    name = ("query", "key", "value")[call.place]
-    return Formula(f"the derivative of attention by its {name}", given)
+    column = call.index[3]
+    of_keys = row, head // shared if is_query else head
+
+    def by_query(key: str, *last: Sequence[int]) -> Piece:
+        return call.piece(key, row, *grid(heads, queries, *last))
+
+    def by_key(key: str, *last: Sequence[int]) -> Piece:
+        return call.piece(key, *of_keys, *grid(keys, *last))
+
+    names = ("grad_out", "query", "out", "key", "value")
+    sizes = {key: range(call.shape(key)[-1]) for key in names}
+    given = {key: by_query(key, sizes[key]) for key in ("query", "grad_out", "out")}
+    given |= {key: by_key(key, sizes[key]) for key in ("key", "value")}
+    given["logsumexp"] = by_query("logsumexp")
+    scores = "key · query * scale" if is_query else "query · key * scale"
+    if "attn_mask" in call:
+        scores += " + attn_mask"
+        given["attn_mask"] = _mask(call, row, *grid(heads, queries, keys))
+    weights = f"weights = exp({scores} - logsumexp)"
+    settings = {"scale": _scale(call), "size": len(sizes["out"])}
+    if call.place == 2:
+        given["column"] = by_query("grad_out", [column])
+        text = f"weights · column where {weights}"
+    elif is_query:
+        given["column"] = by_key("key", [column])
+        slope = "scale * weights * (value · grad_out - sum(grad_out * out))"
+        text = f"{slope} · column where {weights}"
+    else:
+        given["column"] = by_query("query", [column])
+        slope = "scale * weights * (grad_out · value - row_sums(grad_out * out, size))"
+        text = f"{slope} · column where {weights}"
+    used = {key: piece for key, piece in given.items() if key in names_in(text)}
+    return Formula(text, used, settings)
 
 
 NORMALIZATIONS: dict[str, Callable[[Call], Made]] = {

@@ -1,22 +1,252 @@
-"""Rules of the optimizers' kernels, which update many tensors at once, each number by itself."""
+"""The formulas of torch's optimizers, which update each number by itself: of their kernels and steps.
+
+Source: the algorithms in torch's documentation of `torch.optim`, in the order of its implementations,
+which add the weight decay after they change the sign of a gradient that is to be maximized.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
+from everystep.program.elements.call import (
+    Call,
+    Formula,
+    Made,
+    NoRuleError,
+    Piece,
+    Words,
+    aligned,
+)
+from everystep.program.elements.formula import names_in
 
-from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, aligned
+__all__ = ["FUSED", "UPDATES", "Update", "fused", "unscaled", "update", "updated"]
 
-__all__ = ["adam", "fused", "unscaled"]
+Settings = Mapping[str, Any]
 
-#: The lists of each kernel that it writes.
-_LISTS = {
-    "fused_adam": ("self", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
-    "fused_adamw": ("self", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
-    "fused_sgd": ("self", "grads", "momentum_buffer_list"),
-    "fused_adagrad": ("self", "grads", "state_sums"),
+
+class Update(NamedTuple):
+    """What the step of an optimizer makes of a parameter and of its state.
+
+    definitions: what is used more than once, each after what it uses; results: by the name of what is
+    written: `param`, or a tensor of the state. All are in the language of formulas; `grad` and the state
+    are as they were before.
+    """
+
+    definitions: dict[str, str]
+    results: dict[str, str]
+
+    def formula(self, key: str) -> str:
+        """Return the formula of something that is written, with the definitions that it needs."""
+        text = self.definitions.get(self.results[key], self.results[key])
+        needed: list[str] = []
+        self._need(text, needed)
+        if not needed:
+            return text
+        return f"{text} where {', '.join(f'{name} = {self.definitions[name]}' for name in needed)}"
+
+    def _need(self, text: str, needed: list[str]) -> None:
+        for name in names_in(text):
+            if name in self.definitions and name not in needed:
+                self._need(self.definitions[name], needed)
+                needed.append(name)
+
+
+def update(optimizer: str, settings: Settings, *, t: str, is_first: bool = False) -> Update:
+    """Return the formulas of an optimizer by its name in `torch.optim`.
+
+    settings: of its param group; what is not there is off. t: the count of steps, from 1; is_first:
+    whether the state begins with this step.
+    """
+    is_decoupled = optimizer == "AdamW" or bool(settings.get("decoupled_weight_decay"))
+    gradient = "grad / grad_scale" if "grad_scale" in settings else "grad"
+    gradient = f"-{gradient}" if settings.get("maximize") else gradient
+    parameter = "param"
+    if settings.get("weight_decay") and is_decoupled:
+        parameter = "param * (1 - lr * weight_decay)"
+    elif settings.get("weight_decay"):
+        gradient += " + weight_decay * param"
+    is_plain = gradient == "grad"
+    own, results = UPDATES[optimizer]("grad" if is_plain else "g", parameter, settings, is_first)
+    return Update(({} if is_plain else {"g": gradient}) | {"t": t} | own, results)
+
+
+#: Definitions, and results.
+_Formulas = tuple[dict[str, str], dict[str, str]]
+
+
+def _adam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions = {
+        "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
+        "v": f"beta2 * exp_avg_sq + (1 - beta2) * {g} ^ 2",
+    }
+    results = {"exp_avg": "m", "exp_avg_sq": "v"}
+    largest = "v"
+    if s.get("amsgrad"):
+        largest = "w"
+        definitions["w"], results["max_exp_avg_sq"] = "max(max_exp_avg_sq, v)", "w"
+    bottom = f"(sqrt({largest} / (1 - beta2 ^ t)) + eps)"
+    return definitions, results | {"param": f"{p} - lr * m / (1 - beta1 ^ t) / {bottom}"}
+
+
+def _sgd(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    if not s.get("momentum"):
+        return {}, {"param": f"{p} - lr * {g}"}
+    damped = f"(1 - dampening) * {g}" if s.get("dampening") else g
+    definitions = {"b": g if is_first else f"momentum * momentum_buffer + {damped}"}
+    direction = f"({g} + momentum * b)" if s.get("nesterov") else "b"
+    return definitions, {"momentum_buffer": "b", "param": f"{p} - lr * {direction}"}
+
+
+def _adadelta(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions = {
+        "v": f"rho * square_avg + (1 - rho) * {g} ^ 2",
+        "d": f"sqrt(acc_delta + eps) / sqrt(v + eps) * {g}",
+    }
+    delta = "rho * acc_delta + (1 - rho) * d ^ 2"
+    return definitions, {"square_avg": "v", "acc_delta": delta, "param": f"{p} - lr * d"}
+
+
+def _adagrad(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    rate = "lr / (1 + (t - 1) * lr_decay)" if s.get("lr_decay") else "lr"
+    results = {"sum": "v", "param": f"{p} - {rate} * {g} / (sqrt(v) + eps)"}
+    return {"v": f"sum + {g} ^ 2"}, results
+
+
+def _adamax(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions = {
+        "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
+        "u": f"max(beta2 * exp_inf, abs({g}) + eps)",
+    }
+    results = {"exp_avg": "m", "exp_inf": "u", "param": f"{p} - lr / (1 - beta1 ^ t) * m / u"}
+    return definitions, results
+
+
+def _nadam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions = {
+        "now": "beta1 * (1 - 0.5 * 0.96 ^ (t * momentum_decay))",
+        "next": "beta1 * (1 - 0.5 * 0.96 ^ ((t + 1) * momentum_decay))",
+        "q": "mu_product * now",
+        "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
+        "v": f"beta2 * exp_avg_sq + (1 - beta2) * {g} ^ 2",
+    }
+    step = f"(1 - now) / (1 - q) * {g} + next / (1 - q * next) * m"
+    parameter = f"{p} - lr * ({step}) / (sqrt(v / (1 - beta2 ^ t)) + eps)"
+    return definitions, {"mu_product": "q", "exp_avg": "m", "exp_avg_sq": "v", "param": parameter}
+
+
+def _radam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions = {
+        "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
+        "v": f"beta2 * exp_avg_sq + (1 - beta2) * {g} ^ 2",
+        "limit": "2 / (1 - beta2) - 1",
+        "r": "limit - 2 * t * beta2 ^ t / (1 - beta2 ^ t)",
+        "c": "sqrt((r - 4) * (r - 2) * limit / ((limit - 4) * (limit - 2) * r))",
+    }
+    factor = "c * sqrt(1 - beta2 ^ t) / (sqrt(v) + eps) if r > 5 else 1"
+    parameter = f"{p} - lr * m / (1 - beta1 ^ t) * ({factor})"
+    return definitions, {"exp_avg": "m", "exp_avg_sq": "v", "param": parameter}
+
+
+def _rmsprop(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions = {"v": f"alpha * square_avg + (1 - alpha) * {g} ^ 2"}
+    results, square = {"square_avg": "v"}, "v"
+    if s.get("centered"):
+        definitions["a"] = f"alpha * grad_avg + (1 - alpha) * {g}"
+        results["grad_avg"], square = "a", "v - a ^ 2"
+    step = f"{g} / (sqrt({square}) + eps)"
+    if not s.get("momentum"):
+        return definitions, results | {"param": f"{p} - lr * {step}"}
+    definitions["b"] = f"momentum * momentum_buffer + {step}"
+    return definitions, results | {"momentum_buffer": "b", "param": f"{p} - lr * b"}
+
+
+def _rprop(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    definitions = {
+        "f": f"etaplus if {g} * prev > 0 else etaminus if {g} * prev < 0 else 1",
+        "size": "min(max(step_size * f, smallest), largest)",
+        "d": f"0 if {g} * prev < 0 else {g}",
+    }
+    return definitions, {"step_size": "size", "prev": "d", "param": f"{p} - sign(d) * size"}
+
+
+def _asgd(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
+    results = {
+        "param": "x",
+        "ax": "ax + (x - ax) * mu",
+        "eta": "lr / (1 + lambd * lr * t) ^ alpha",
+        "mu": "1 / max(1, t - t0)",
+    }
+    return {"x": f"{p} * (1 - lambd * eta) - eta * {g}"}, results
+
+
+#: The formulas of each optimizer, given those of the gradient and of the parameter after weight decay.
+UPDATES: dict[str, Callable[[str, str, Settings, bool], _Formulas]] = {
+    "ASGD": _asgd,
+    "Adadelta": _adadelta,
+    "Adagrad": _adagrad,
+    "Adam": _adam,
+    "AdamW": _adam,
+    "Adamax": _adamax,
+    "NAdam": _nadam,
+    "RAdam": _radam,
+    "RMSprop": _rmsprop,
+    "Rprop": _rprop,
+    "SGD": _sgd,
+}
+#: The numbers of settings that are tuples.
+_TUPLES = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("etaminus", "etaplus"),
+    "step_sizes": ("smallest", "largest"),
+}
+
+
+def updated(optimizer: str, key: str, settings: Settings, given: Mapping[str, Piece]) -> Formula:
+    """Return the formula of what the step of an optimizer as a whole writes.
+
+    key: `param` or the name of a tensor of the state; given: its numbers before: no state, if the step
+    begins it.
+
+    Raises:
+        NoRuleError: a setting is not a number, or the optimizer has no such state.
+    """
+    numbers: dict[str, Any] = {}
+    for name, keys in _TUPLES.items():
+        numbers |= dict(zip(keys, settings.get(name, ()), strict=False))
+    numbers |= {key: value for key, value in settings.items() if isinstance(value, int | float)}
+    if "lr" not in numbers or (optimizer in ("SGD", "RMSprop") and "momentum" not in numbers):
+        raise NoRuleError("a setting is not known")
+    is_first = not given.keys() - {"param", "grad"}
+    found = update(optimizer, numbers, t="step + 1", is_first=is_first)
+    if is_first:
+        begins = {"eta": numbers["lr"], "mu": 1, "mu_product": 1, "step_size": numbers["lr"]}
+        numbers = {name: begins.get(name, 0) for name in (*found.results, "step")} | numbers
+    if key != "step" and key not in found.results:
+        raise NoRuleError(f"torch.optim.{optimizer} has no {key}")
+    text = "step + 1" if key == "step" else found.formula(key)
+    names = names_in(text)
+    if not {*names} <= {*given, *numbers}:
+        raise NoRuleError("a setting is not a number")
+    return Formula(text, {name: given[name] for name in names if name in given}, numbers)
+
+
+#: The lists of each kernel that it writes, as the optimizer calls their tensors.
+_ADAM = {
+    "self": "param",
+    "grads": "grad",
+    "exp_avgs": "exp_avg",
+    "exp_avg_sqs": "exp_avg_sq",
+    "max_exp_avg_sqs": "max_exp_avg_sq",
+}
+FUSED: dict[str, tuple[str, dict[str, str]]] = {
+    "fused_adam": ("Adam", _ADAM),
+    "fused_adamw": ("AdamW", _ADAM),
+    "fused_sgd": (
+        "SGD",
+        {"self": "param", "grads": "grad", "momentum_buffer_list": "momentum_buffer"},
+    ),
+    "fused_adagrad": ("Adagrad", {"self": "param", "grads": "grad", "state_sums": "sum"}),
 }
 
 
@@ -25,25 +255,36 @@ def fused(call: Call, written: str) -> Made:
 
     written: the name of that tensor.
     """
+    optimizer, keys = FUSED[call.kind]
     lists = {
-        key: call.names(key) for key in (*_LISTS[call.kind], "state_steps") if call.arguments.get(key)
+        name: call.names(key)
+        for key, name in {**keys, "state_steps": "step"}.items()
+        if call.arguments.get(key)
     }
     own, place = next(
         ((key, names.index(written)) for key, names in lists.items() if written in names), ("", -1)
     )
     if place < 0:
         raise NoRuleError("it is not in its lists")
-    given: dict[str, Piece] = {}
-    for key, names in lists.items():
-        if place < len(names):
-            name = names[place]
-            given[_SINGULAR.get(key, key)] = aligned(name, call.inputs[name].shape, call.index)
-    if own == "grads" and "grad_scale" not in call:
-        return Formula("grad, which it leaves as it is", {"grad": given["grad"]}, lambda grad: grad[0])
-    numbers = _settings(call, given)
-    text, function = _update(call.kind, own, numbers)
-    is_scaled = "grad_scale" in call or "found_inf" in call  # which the formula does not have
-    return Formula(text, given, None if is_scaled else function)
+    tensors = {key: names[place] for key, names in lists.items() if place < len(names)}
+    settings: dict[str, Any] = {}
+    for key, value in call.arguments.items():
+        if isinstance(value, str) and key in ("lr", "grad_scale", "found_inf"):
+            tensors[key] = value
+            settings[key] = None
+        elif isinstance(value, int | float):
+            settings[key] = value
+    if own in ("grad", "step"):
+        text = "grad / grad_scale" if own == "grad" and "grad_scale" in tensors else own
+    else:
+        is_first = bool(settings.get("is_first_step"))
+        text = update(optimizer, settings, t="step", is_first=is_first).formula(own)
+    if text == own:
+        return Formula(own, {own: _piece(call, written)}, note="which it leaves as it is")
+    if "found_inf" in tensors:
+        text = f"{own} if found_inf == 1 else {text}"
+    used = [name for name in names_in(text) if name in tensors]
+    return Formula(text, {name: _piece(call, tensors[name]) for name in used}, settings)
 
 
 def unscaled(call: Call, written: str) -> Made:
@@ -52,94 +293,13 @@ def unscaled(call: Call, written: str) -> Made:
     written: the name of the tensor that it writes.
     """
     if written not in call.names("self"):
-        known = aligned(written, call.inputs[written].shape, call.index)
-        return Formula("1 if a gradient is not finite , else found_inf", {"found_inf": known})
-    scale = call.piece("inv_scale", *[0] * call.tensor("inv_scale").dim())
-    given = {"self": aligned(written, call.inputs[written].shape, call.index), "inv_scale": scale}
-    return Formula("self * inv_scale", given, lambda self, inv_scale: self[0] * inv_scale[0])
+        text = "1 if a gradient is not finite, else found_inf"
+        return Words(text, {"found_inf": _piece(call, written)})
+    given = {"self": _piece(call, written), "inv_scale": _piece(call, call.name("inv_scale"))}
+    return Formula("self * inv_scale", given)
 
 
-#: The settings of Adam that its formula has.
-_SETTINGS = ("lr", "beta1", "beta2", "eps", "weight_decay")
-_SINGULAR = {
-    "self": "param",
-    "grads": "grad",
-    "exp_avgs": "exp_avg",
-    "exp_avg_sqs": "exp_avg_sq",
-    "max_exp_avg_sqs": "max_exp_avg_sq",
-    "momentum_buffer_list": "momentum_buffer",
-    "state_sums": "state_sum",
-    "state_steps": "step",
-}
-
-
-def _settings(call: Call, given: dict[str, Piece]) -> dict[str, Any]:
-    """Return the numbers among the arguments; what is a tensor is given by it."""
-    found = {}
-    for key, value in call.arguments.items():
-        if isinstance(value, str) and key in ("lr", "grad_scale", "found_inf"):
-            given[key] = call.piece(key)
-        elif isinstance(value, int | float) and not isinstance(value, str):
-            found[key] = value
-    return found
-
-
-def _update(kind: str, own: str, s: dict[str, Any]) -> tuple[str, Callable[..., Any] | None]:
-    """Return the formula of a tensor that a kernel writes, as torch documents the optimizer."""
-    if kind in ("fused_adam", "fused_adamw"):
-        return adam(kind == "fused_adamw", own, s)
-    text = "updated by the kernel from these numbers"
-    if kind != "fused_sgd" or s.get("momentum") or own != "self":
-        return text, None
-
-    def of(param: Any, grad: Any, lr: Any = None) -> Any:
-        rate = s.get("lr") if lr is None else lr[0]
-        gradient = -grad[0] if s.get("maximize") else grad[0]
-        return param[0] - rate * (gradient + s.get("weight_decay", 0) * param[0])
-
-    decay = f" + {s['weight_decay']} * param" if s.get("weight_decay") else ""
-    rate = s.get("lr", "lr")
-    return f"param - {rate} * ( {'- ' if s.get('maximize') else ''}grad{decay} )", of
-
-
-def adam(is_decoupled: bool, own: str, s: dict[str, Any]) -> tuple[str, Callable[..., Any] | None]:
-    """Return the formula of Adam, or of AdamW, for a tensor that it writes, as text and function.
-
-    own: the list of that tensor; s: the settings. Source: the algorithm in torch's documentation of
-    `torch.optim.Adam` and `AdamW`.
-    """
-    beta1, beta2 = s["beta1"], s["beta2"]
-    decay = s.get("weight_decay", 0)
-    plain = not s.get("amsgrad") and not s.get("maximize") and own in ("self", "exp_avgs", "exp_avg_sqs")
-
-    def gradient(param: Any, grad: Any) -> Any:
-        return grad[0] if is_decoupled or not decay else grad[0] + decay * param[0]
-
-    def average(param: Any, grad: Any, exp_avg: Any) -> Any:
-        return beta1 * exp_avg[0] + (1 - beta1) * gradient(param, grad)
-
-    def square(param: Any, grad: Any, exp_avg_sq: Any) -> Any:
-        return beta2 * exp_avg_sq[0] + (1 - beta2) * gradient(param, grad) ** 2
-
-    def of(
-        param: Any, grad: Any, exp_avg: Any, exp_avg_sq: Any, step: Any, lr: Any = None, **others: Any
-    ) -> Any:
-        mean, second = average(param, grad, exp_avg), square(param, grad, exp_avg_sq)
-        if own == "exp_avgs":
-            return mean
-        if own == "exp_avg_sqs":
-            return second
-        rate = s.get("lr") if lr is None else lr[0]
-        before = param[0] * (1 - rate * decay) if is_decoupled else param[0]
-        denominator = np.sqrt(second / (1 - beta2 ** step[0])) + s["eps"]
-        return before - rate * mean / (1 - beta1 ** step[0]) / denominator
-
-    used = f"( grad + {decay} * param )" if decay and not is_decoupled else "grad"
-    settings = ", ".join(f"{key} {s[key]}" for key in _SETTINGS if key in s)
-    texts = {
-        "exp_avgs": f"{beta1} * exp_avg + {1 - beta1:g} * {used}",
-        "exp_avg_sqs": f"{beta2} * exp_avg_sq + {1 - beta2:g} * {used} ^ 2",
-        "self": "param - lr * mean / ( sqrt( square ) + eps ) , as torch.optim.Adam documents it: "
-        + settings,
-    }
-    return texts.get(own, "updated by the kernel"), of if plain else None
+def _piece(call: Call, name: str) -> Piece:
+    """Return the number of a tensor at the wanted place, or its only one."""
+    shape = call.inputs[name].shape
+    return Piece(name, (0,) * len(shape)) if shape.numel() == 1 else aligned(name, shape, call.index)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, grid
+from everystep.program.elements.call import Call, Made, NoRuleError, Piece, Words, grid
 
 __all__ = ["RECURRENT"]
 
@@ -35,7 +35,7 @@ def _layer(call: Call) -> Made:
     given |= {key: _state(call, key, [row]) for key in ("hx_", "cx_")}
     given |= {f"weight{n}": call.whole(f"weight{n}") for n in range(4)}
     what = "state" if call.place else "output"
-    return Formula(f"an LSTM's {what} after time {times[0]} to {times[-1]}", given)
+    return Words(f"an LSTM's {what} after time {times[0]} to {times[-1]}", given)
 
 
 def _layer_backward(call: Call) -> Made:
@@ -52,7 +52,7 @@ def _layer_backward(call: Call) -> Made:
             given[key] = _state(call, key, rows)
     given |= {f"weight{n}": call.whole(f"weight{n}") for n in range(1, 5)}
     names = ("input", *("weight",) * 4, "first state", "first state")
-    return Formula(f"the derivative of an LSTM by its {names[call.place]}", given)
+    return Words(f"the derivative of an LSTM by its {names[call.place]}", given)
 
 
 RECURRENT: dict[str, Callable[[Call], Made]] = {

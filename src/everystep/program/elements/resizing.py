@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.elements.call import Call, Made, Numbers, Sum, Terms
+from everystep.program.elements.call import Call, Made, Sum, Terms
 from everystep.program.operators import parameters
 
 __all__ = ["RESIZING"]
@@ -25,14 +24,11 @@ def _resized(call: Call) -> Made:
     leading, at = call.index[:2], call.index[2:]
     weights = _weights(call, at, shape[2:])
     places = torch.nonzero(weights, as_tuple=True)
-    values = weights[places].numpy()
     piece = call.piece(key, *leading, *(axis.numpy() for axis in places))
-
-    def of(**numbers: Numbers) -> Numbers:
-        return np.asarray(values * numbers[key])
-
-    is_moved = bool((values == 1).all())
-    return Sum((Terms(key if is_moved else f"{key} * weight of its place", {key: piece}, of),))
+    values = weights[places].numpy()
+    if (values == 1).all():
+        return Sum((Terms(key, {key: piece}),))
+    return Sum((Terms(f"{key} * weight", {key: piece}, {"weight": values}),))
 
 
 def _weights(call: Call, at: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:

@@ -6,22 +6,21 @@ from everystep.program.elements.activations import ACTIVATIONS, WITH_ARGUMENTS
 from everystep.program.elements.call import Call, Made, NoRuleError
 from everystep.program.elements.convolutions import CONVOLUTIONS
 from everystep.program.elements.elementwise import (
+    BY_ARGUMENTS,
     ELEMENTWISE,
-    division,
     elementwise,
     foreach,
-    outer,
 )
 from everystep.program.elements.losses import LOSSES
 from everystep.program.elements.margins import MARGINS
 from everystep.program.elements.movements import DRAWN, FILLED, MOVED, PICKED, drawn, filled, moved
 from everystep.program.elements.normalizations import NORMALIZATIONS, running
-from everystep.program.elements.optimizers import fused, unscaled
+from everystep.program.elements.optimizers import FUSED, fused, unscaled
 from everystep.program.elements.recurrent import RECURRENT
 from everystep.program.elements.resizing import RESIZING
 from everystep.program.elements.sums import PRODUCTS, REDUCTIONS, matrix_product
 
-__all__ = ["how_made"]
+__all__ = ["KINDS", "how_made"]
 
 _RULES = {
     **dict.fromkeys(PRODUCTS, matrix_product),
@@ -33,14 +32,16 @@ _RULES = {
     **PICKED,
     **RECURRENT,
     **RESIZING,
+    **BY_ARGUMENTS,
     **WITH_ARGUMENTS,
     **dict.fromkeys(MOVED, moved),
     **dict.fromkeys(FILLED, filled),
     **dict.fromkeys(DRAWN, drawn),
-    "addr": outer,
-    "div": division,
 }
 _ELEMENTWISE = ELEMENTWISE | ACTIVATIONS
+_UNSCALED = "amp_foreach_non_finite_check_and_unscale"
+#: Every kind that has a rule; `foreach_` before it has the same.
+KINDS = {*_RULES, *_ELEMENTWISE, *FUSED, _UNSCALED}
 
 
 def how_made(call: Call, written: str) -> Made:
@@ -52,9 +53,9 @@ def how_made(call: Call, written: str) -> Made:
     Raises:
         NoRuleError: there is no rule for the operator, or none for these arguments.
     """
-    if call.kind.startswith("fused_") and call.kind != "fused_dropout":
+    if call.kind in FUSED:
         return fused(call, written)
-    if call.kind == "amp_foreach_non_finite_check_and_unscale":
+    if call.kind == _UNSCALED:
         return unscaled(call, written)
     if written not in call.operation.results:
         for key in ("running_mean", "running_var"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from everystep.program.elements.call import (
     Formula,
     Made,
     NoRuleError,
-    Numbers,
     Piece,
     Sum,
     Terms,
@@ -27,18 +25,12 @@ __all__ = ["PRODUCTS", "REDUCTIONS", "along", "dimensions", "matrix_product", "p
 def product(one: tuple[str, Piece], other: tuple[str, Piece], factor: float = 1) -> Terms:
     """Return the products of two pieces, number by number, times a factor."""
     (a, first), (b, second) = one, other
-    text = f"{a} * {b}" if factor == 1 else f"{factor} * {a} * {b}"
-
-    def of(**numbers: Numbers) -> Numbers:
-        return factor * (numbers[a] * numbers[b]) if factor != 1 else numbers[a] * numbers[b]
-
-    return Terms(text, {a: first, b: second}, of)
+    return Terms(f"factor * {a} * {b}", {a: first, b: second}, {"factor": factor})
 
 
 def single(name: str, piece: Piece, factor: float = 1) -> Terms:
     """Return the numbers of a piece times a factor."""
-    text = name if factor == 1 else f"{factor} * {name}"
-    return Terms(text, {name: piece}, lambda **numbers: factor * numbers[name])
+    return Terms(f"factor * {name}", {name: piece}, {"factor": factor})
 
 
 #: Of each kind of matrix product: the matrix that it adds to, the two that it multiplies.
@@ -112,7 +104,7 @@ def _total(call: Call) -> Made:
     piece = along(call, "self", dimensions(call, "self"))
     divisor = float(piece.size) if call.kind == "mean" else 1.0
     if call.kind == "nansum":
-        return Sum((Terms("self", {"self": piece}, lambda self: np.nan_to_num(self, nan=0.0)),))
+        return Sum((Terms("0 if isnan(self) else self", {"self": piece}),))
     return Sum((single("self", piece),), divisor)
 
 
@@ -123,10 +115,9 @@ def _cumulated(call: Call) -> Made:
     return Sum((single("self", call.piece("self", *places)),))
 
 
-def _reduced(name: str, function: Callable[[Numbers], Any]) -> Callable[[Call], Made]:
+def _reduced(text: str) -> Callable[[Call], Made]:
     def rule(call: Call) -> Made:
-        piece = along(call, "self", dimensions(call, "self"))
-        return Formula(f"{name} self", {"self": piece}, lambda self: function(self))
+        return Formula(text, {"self": along(call, "self", dimensions(call, "self"))})
 
     return rule
 
@@ -134,47 +125,27 @@ def _reduced(name: str, function: Callable[[Numbers], Any]) -> Callable[[Call], 
 def _extreme(call: Call) -> Made:
     """Return the rule of `max.dim` and the like, which also return where the number is."""
     if len(call.outputs) < 2:
-        name = "the largest" if call.kind == "max" else "the smallest"
-        function = np.max if call.kind == "max" else np.min
-        return _reduced(f"{name} of", function)(call)
+        return _reduced(f"{call.kind}(self)")(call)
     dim = dimensions(call, "self")[0]
     piece = along(call, "self", (dim,))
     if call.place == 1:
-        return Formula("where in self it is", {"self": piece})
+        return Formula(f"arg{call.kind}(self)", {"self": piece})
     index = call.results[call.output(1)][call.index]
     chosen = Piece(piece.name, piece.at(int(index)))
     where = call.result_piece(1, *call.index)
-    return Formula("self at indices", {"self": chosen, "indices": where}, _first)
-
-
-def _first(**numbers: Numbers) -> Any:
-    return next(iter(numbers.values()))[0]
+    return Formula("self[indices]", {"self": chosen, "indices": where})
 
 
 def _norm(call: Call) -> Made:
     order = call.value("ord") if "ord" in call else call.value("p") if "p" in call else 2
     if not isinstance(order, int | float) or order <= 0:
         raise NoRuleError("of another order")
-    piece = along(call, "self", dimensions(call, "self"))
-
-    def of(self: Numbers) -> Any:
-        if math.isinf(order):
-            return np.max(np.abs(self))
-        if order == 2:
-            return np.sqrt(math.fsum(self * self)) if np.isfinite(self).all() else np.sqrt(self @ self)
-        return np.sum(np.abs(self) ** order) ** (1 / order)
-
-    text = "sqrt of the sum of self ^ 2" if order == 2 else f"norm of order {order:g} of self"
-    return Formula(text, {"self": piece}, of)
-
-
-def _logsumexp(call: Call) -> Made:
-    def of(self: Numbers) -> Any:
-        highest = np.max(self)
-        return highest + np.log(np.sum(np.exp(self - highest)))
-
-    piece = along(call, "self", dimensions(call, "self"))
-    return Formula("log of the sum of exp( self )", {"self": piece}, of)
+    text = "sum(abs(self) ^ order) ^ (1 / order)"
+    if math.isinf(order):
+        text = "max(abs(self))"
+    elif order == 2:
+        text = "sqrt(sum(self ^ 2))"
+    return Formula(text, {"self": along(call, "self", dimensions(call, "self"))}, {"order": order})
 
 
 def _spread(call: Call) -> Made:
@@ -187,14 +158,10 @@ def _spread(call: Call) -> Made:
         correction = float(call.value("correction"))
     elif call.arguments.get("unbiased") is False:
         correction = 0.0
-
-    def of(self: Numbers) -> Any:
-        deviations = self - np.mean(self)
-        variance = math.fsum(deviations * deviations) / max(len(self) - correction, 0)
-        return np.sqrt(variance) if call.kind.startswith("std") else variance
-
-    name = "standard deviation" if call.kind.startswith("std") else "variance"
-    return Formula(f"{name} of self", {"self": piece}, of)
+    text = "sum((self - mean(self)) ^ 2) / count"
+    if call.kind.startswith("std"):
+        text = f"sqrt({text})"
+    return Formula(text, {"self": piece}, {"count": max(piece.size - correction, 0)})
 
 
 def _trilinear(call: Call) -> Made:
@@ -218,7 +185,7 @@ def _trilinear(call: Call) -> Made:
         )
         for name in names
     }
-    return Sum((Terms("i1 * i2 * i3", given, lambda i1, i2, i3: i1 * i2 * i3),))
+    return Sum((Terms("i1 * i2 * i3", given),))
 
 
 def _others(count: int, axes: list[int]) -> list[int]:
@@ -231,19 +198,15 @@ REDUCTIONS: dict[str, Callable[[Call], Made]] = {
     "trilinear": _trilinear,
     "nansum": _total,
     "cumsum": _cumulated,
-    "prod": _reduced("the product of", np.prod),
-    "amax": _reduced("the largest of", np.max),
-    "amin": _reduced("the smallest of", np.min),
-    "any": _reduced("whether any of", np.any),
-    "all": _reduced("whether all of", np.all),
-    "argmax": _reduced("where the largest is, of", np.argmax),
-    "argmin": _reduced("where the smallest is, of", np.argmin),
-    "count_nonzero": _reduced("how many are not 0, of", np.count_nonzero),
+    **{name: _reduced(f"{name}(self)") for name in ("prod", "any", "all", "argmax", "argmin")},
+    "amax": _reduced("max(self)"),
+    "amin": _reduced("min(self)"),
+    "count_nonzero": _reduced("sum(self != 0)"),
+    "logsumexp": _reduced("logsumexp(self)"),
     "max": _extreme,
     "min": _extreme,
     "linalg_vector_norm": _norm,
     "norm": _norm,
-    "logsumexp": _logsumexp,
     "var": _spread,
     "std": _spread,
     "var_mean": _spread,

@@ -58,11 +58,13 @@ class Number:
 class Term:
     """A term of a sum, or a number that a formula is given: numbers by their name in the formula.
 
-    value: of the term; None in a formula.
+    value: of the term; None in a formula; weights: numbers by which the terms differ that are of no
+    tensor, by their name in the formula.
     """
 
     numbers: dict[str, Number]
     value: float | None = None
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,14 @@ class Why(Shown):
 
     number; asked: the expression that named it, if one did; origin: whether an operation made it, or
     what else it is; step: the opened step; operation: the number of the operation in it; formula: how
-    the operation makes it from `groups`, for a sum divided by `divisor`; recomputed: what the formula
-    gives for these numbers in double precision, rounded once to the dtype of the number, None if it was
-    not computed; is_equal: whether these are the bits of the number; unknown: tensors of which the
-    operation used numbers, but which is not known; note: what else there is to say; causes: answers for
-    numbers that were followed as asked, or all that a NaN or infinity came through but for `left_out` in
-    the middle; rows: where that began, the rows of the batch behind it, None if they are not known; of
-    the data if `are_rows_of_data`, else their places in the batch.
+    the operation makes it from `groups`, for a sum divided by `divisor`, empty if only words (`note`)
+    report it; recomputed: what the formula gives for these numbers in double precision, rounded once to
+    the dtype of the number, None if it was not computed; is_equal: whether these are the bits of the
+    number; unknown: tensors of which the operation used numbers, but which is not known; note: what else
+    there is to say; causes: answers for numbers that were followed as asked, or all that a NaN or
+    infinity came through but for `left_out` in the middle; rows: where that began, the rows of the batch
+    behind it, None if they are not known; of the data if `are_rows_of_data`, else their places in the
+    batch.
     """
 
     number: Number

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.elements import Formula, Made, NoRuleError, Piece, Sum
+from everystep.program.elements import Formula, Made, NoRuleError, Piece, Sum, Words
 from everystep.program.elements.call import numbers_of
+from everystep.program.elements.formula import total
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Term, Why
 from everystep.replay.why.trace import same_number_bits
@@ -50,25 +51,27 @@ def computed(
     Raises:
         NoRuleError: the rule does not give such complex numbers: it was written for real ones.
     """
-    with np.errstate(all="ignore"):
+    try:
         if isinstance(made, Sum):
             groups, value = _sum(made, tensors, at, terms)
         else:
             groups, value = _formula(made, tensors, at, terms)
+    except TypeError as error:  # a function of real numbers only
+        raise NoRuleError("the rule does not give this complex number") from error
     if np.iscomplexobj(value) and not np.isclose(value, number.value, rtol=1e-3, equal_nan=True):
         raise NoRuleError("the rule does not give this complex number")
     rounded, is_equal = _compared(value, number)
-    divisor = made.divisor if isinstance(made, Sum) else 1.0
     return Why(
         number,
         "operation",
         step,
         operation,
-        formula=_text(made),
+        formula="" if isinstance(made, Words) else made.shown,
         groups=groups,
-        divisor=divisor,
+        divisor=made.divisor if isinstance(made, Sum) else 1.0,
         recomputed=rounded,
         is_equal=is_equal,
+        note=made.text if isinstance(made, Words) else "" if isinstance(made, Sum) else made.note,
     )
 
 
@@ -76,49 +79,33 @@ def _sum(made: Sum, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[G
     groups, shown = [], []
     for terms in made.terms:
         given = {key: numbers_of(tensors.of(p), p) for key, p in terms.given.items()}
-        values = np.asarray(terms.of(**given))
+        values = terms.of(given)
         largest = _largest(values, count)
         others = np.delete(values, largest)
-        rest = _total(others) if len(others) else None
+        rest = total(others) if len(others) else None
         rows = tuple(
-            Term({key: at(p, k) for key, p in terms.given.items()}, _plain(values[k])) for k in largest
+            Term(
+                {key: at(p, k) for key, p in terms.given.items()},
+                _plain(values[k]),
+                {key: float(of[k]) for key, of in terms.settings.items() if isinstance(of, np.ndarray)},
+            )
+            for k in largest
         )
         shown += [row.value for row in rows] + ([] if rest is None else [rest])
-        groups.append(Group(_tidy(terms.text), rows, len(values), rest))
+        groups.append(Group(terms.shown, rows, len(values), rest))
     with np.errstate(all="ignore"):  # the mean of nothing is NaN
-        return tuple(groups), np.divide(_total(np.asarray(shown)), made.divisor)
+        return tuple(groups), np.divide(total(shown) if len(shown) != 1 else shown[0], made.divisor)
 
 
-def _formula(made: Formula, tensors: Tensors, at: NumberAt, count: int) -> tuple[tuple[Group, ...], Any]:
+def _formula(
+    made: Formula | Words, tensors: Tensors, at: NumberAt, count: int
+) -> tuple[tuple[Group, ...], Any]:
     groups, given = [], {}
     for key, piece in made.given.items():
         given[key] = numbers_of(tensors.of(piece), piece)
         rows = tuple(Term({key: at(piece, k)}) for k in _largest(given[key], count))
         groups.append(Group(key, rows, piece.size))
-    try:
-        return tuple(groups), None if made.of is None else made.of(**given)
-    except (ArithmeticError, TypeError, ValueError):  # such as the logarithm of a number below 0
-        return tuple(groups), None
-
-
-def _text(made: Made) -> str:
-    if isinstance(made, Formula):
-        return _tidy(made.text)
-    parts = []
-    for terms in made.terms:
-        count = max((piece.size for piece in terms.given.values()), default=0)
-        text = _tidy(terms.text)
-        parts.append(text if count == 1 else f"the sum of {count:,} terms {text}")
-    whole = " + ".join(parts)
-    if made.divisor == 1:
-        return whole
-    return f"({whole}) / {made.divisor:,g}"
-
-
-def _tidy(text: str) -> str:
-    for apart, together in (("( ", "("), (" )", ")"), (" ,", ","), ("| ", "|"), (" |", "|")):
-        text = text.replace(apart, together)
-    return text
+    return tuple(groups), None if isinstance(made, Words) else made.of(given)
 
 
 def _plain(value: Any) -> float:
@@ -132,15 +119,6 @@ def _largest(values: Any, count: int) -> Any:
     nans = np.isnan(values)
     order = np.lexsort((np.arange(len(sizes)), -sizes, ~nans))
     return order[:count]
-
-
-def _total(values: Any) -> Any:
-    """Return the exact sum, rounded once to double precision."""
-    if len(values) == 1:
-        return values[0]
-    if np.iscomplexobj(values) or not np.isfinite(values).all():
-        return np.sum(values) if len(values) else 0.0
-    return math.fsum(values)
 
 
 def same_value_bits(value: Any, number: Number) -> bool:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from typing import Any
 
-from everystep.program.elements import Formula, NoRuleError, Piece
-from everystep.program.elements.optimizers import adam
+from everystep.program.elements import Made, NoRuleError, Piece, Words
+from everystep.program.elements.optimizers import UPDATES, updated
 from everystep.program.execute import Observed
 from everystep.replay.step import Step
 
 __all__ = ["optimizer_rule"]
 
-#: Optimizers of torch that update each number from its own gradient and its own state.
-_ELEMENTWISE = {
-    *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"),
-    "SGD",
-}
-#: Tensors that Adam writes, as its kernels call their lists.
-_LISTS = {"param": "self", "exp_avg": "exp_avgs", "exp_avg_sq": "exp_avg_sqs"}
+#: The name of a setting that changes: `lr`, `momentum[1]`, `optimizer.betas.1`.
+_CHANGED = re.compile(r"(optimizer\.)?(?P<key>[^.\[\]]+)(\.(?P<item>\d+))?(\[(?P<group>\d+)\])?")
 
 
-def optimizer_rule(step: Step, seen: Observed, name: str, index: tuple[int, ...]) -> Formula:
+def optimizer_rule(step: Step, seen: Observed, name: str, index: tuple[int, ...]) -> Made:
     """Return the numbers that `torch.optim.NAME` updated a parameter from, or a tensor of its state.
 
     Raises:
         NoRuleError: it may use numbers at other places, too.
     """
     optimizer = seen.operation.operator.rpartition(".")[2]
-    if optimizer not in _ELEMENTWISE:
+    if optimizer not in UPDATES:
         raise NoRuleError(f"{optimizer} does not update each number by itself")
     kind, _, rest = name.partition("/")
     path = rest if kind == "parameter" else rest.rpartition("/")[0]
@@ -51,34 +46,28 @@ def optimizer_rule(step: Step, seen: Observed, name: str, index: tuple[int, ...]
             raise NoRuleError(f"{each} has another shape than {name}")
         pieces[key] = Piece(each, index if tuple(tensor.shape) == shape else (0,) * tensor.dim())
     key = "param" if kind == "parameter" else name.removeprefix(own)
-    text, of = _formula(step, optimizer, path, key)
-    is_new = any(each.startswith(own) and each not in step.state for each in step.end)
-    return Formula(f"{text}; its state begins at 0" if is_new else text, pieces, of)
+    try:
+        return updated(optimizer, key, _settings(step, path), pieces)
+    except NoRuleError:
+        return Words(f"updated by torch.optim.{optimizer} from these numbers and its settings", pieces)
 
 
-def _formula(step: Step, optimizer: str, path: str, key: str) -> tuple[str, Callable[..., Any] | None]:
-    """Return the formula of Adam and AdamW, where all its settings are known; of others, no function."""
-    text = f"updated by torch.optim.{optimizer} from these numbers and its settings"
+def _settings(step: Step, path: str) -> dict[str, Any]:
+    """Return the settings of the param group of a parameter at a step, those that change included."""
     known = step.places.optimizer
     groups = () if known is None else known.groups
     place = next((i for i, group in enumerate(groups) if path in group["params"]), None)
-    if key == "step":
-        return "step + 1", lambda step=(0,): step[0] + 1
-    if place is None or optimizer not in ("Adam", "AdamW") or key not in _LISTS:
-        return text, None
+    if place is None:
+        raise NoRuleError("its param group is not known")
     settings = dict(groups[place])
-    lr = step.hyperparameters.get("lr" if not place else f"lr[{place}]")
-    others = {name for name in step.hyperparameters if not name.startswith("lr")}
-    betas = settings.get("betas")
-    if lr is None or others or not isinstance(betas, list | tuple):
-        return text, None
-    settings |= {"lr": lr, "beta1": betas[0], "beta2": betas[1]}
-    is_decoupled = optimizer == "AdamW" or bool(settings.get("decoupled_weight_decay"))
-    formula, function = adam(is_decoupled, _LISTS[key], settings)
-    if function is None:
-        return text, None
-
-    def of(param: Any, grad: Any, exp_avg: Any = (0,), exp_avg_sq: Any = (0,), step: Any = (0,)) -> Any:
-        return function(param, grad, exp_avg, exp_avg_sq, [step[0] + 1])
-
-    return formula, of
+    for name, value in step.hyperparameters.items():
+        found = _CHANGED.fullmatch(name)
+        if found is None or int(found["group"] or 0) != place:
+            continue
+        if found["item"] is None:
+            settings[found["key"]] = value
+        elif isinstance(there := settings.get(found["key"]), list | tuple):
+            settings[found["key"]] = [
+                value if at == int(found["item"]) else each for at, each in enumerate(there)
+            ]
+    return settings

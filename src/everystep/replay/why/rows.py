@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from everystep.program.elements import Formula, Made, NoRuleError, Piece
+from everystep.program.elements import Made, NoRuleError, Piece, Sum
 from everystep.replay.step import Step
 from everystep.replay.why.trace import Before, Halves, Spot, Trace, Written
 
@@ -59,9 +59,8 @@ def rows_behind(session: Session, number: Number) -> tuple[int, ...] | None:
 
 
 def _pieces(made: Made) -> list[Piece]:
-    if isinstance(made, Formula):
-        return [*made.given.values()]
-    return [piece for terms in made.terms for piece in terms.given.values()]
+    parts = made.terms if isinstance(made, Sum) else (made,)
+    return [piece for part in parts for piece in part.given.values()]
 
 
 def batch_rows(step: Step) -> int:

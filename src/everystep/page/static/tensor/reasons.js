@@ -81,10 +81,11 @@ class Reasons {
     const lines = [element("p", { class: "reason-of" }, element("b", {}, number.name), ` = ${number.text}`, step)];
     if (made) lines.push(element("p", { class: "made" }, made));
     if (formula) lines.push(element("p", { class: "muted small" }, `from ${formula}`));
+    if (note) lines.push(element("p", { class: "muted small" }, note));
     if (groups.length) lines.push(this.#table(groups));
     if (check) lines.push(element("p", { class: isEqual ? "small" : "muted small" }, check));
     if (unknown.length) lines.push(element("p", { class: "muted small" }, `Which numbers it used is not known; it was given all of ${unknown.join(", ")}.`));
-    for (const text of [note, rows]) if (text) lines.push(element("p", { class: "muted small" }, text));
+    if (rows) lines.push(element("p", { class: "muted small" }, rows));
     return lines;
   }
 

@@ -1,0 +1,200 @@
+"""The language of formulas: the text that a person reads is the text that is computed.
+
+A rule writes one text, such as `self + alpha * other`. Names are numbers of tensors, lists of them, or
+settings of the operator; `written` puts the settings in for the reader, `value` computes the same text
+in double precision. A formula that is shown cannot give another number than the one next to it.
+
+`^` is a power. `a if c else b`, comparisons, `and`, `or` and `not` are those of Python, for each number.
+`a · b` is the sum of the products; where `a` has more numbers than `b`, of each row of `a`, a row having
+as many numbers as `b`. `a[b]` is the number of `a` at the place that `b` names: that number is the one
+that is given. `TEXT where x = ..., y = ...` names what is used more than once, each after what it uses.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+__all__ = ["names_in", "number_text", "parsed", "total", "value", "written"]
+
+_NAME = re.compile(r"(?<![\w.])[a-z]\w*(?!\w|\()")
+_WORDS = {"if", "else", "and", "or", "not", "where", "pi", "inf", "nan"}
+#: A factor, a divisor or an exponent of 1, as it is left out for the reader.
+_ONE = re.compile(
+    r"(?<![/^] )(?<![\w.])1(?:\.0)? \* "
+    r"| (?:[*/]|\^) 1(?:\.0)?(?=$|[),]| [-+*/<>=)]| if| else| where| and| or)"
+)
+_DEFINITION = re.compile(r", (?=\w+ = )")
+
+
+def names_in(text: str) -> list[str]:
+    """Return the names of numbers in a formula, in order, functions and definitions not among them."""
+    defined = re.findall(r"(?:where|,) (\w+) = ", text)
+    return [name for name in dict.fromkeys(_NAME.findall(text)) if name not in {*_WORDS, *defined}]
+
+
+def written(text: str, settings: Mapping[str, Any], given: Collection[str]) -> str:
+    """Return a formula as it is shown, with its settings as numbers, unless they differ by term.
+
+    given: the names of the numbers of tensors, which stay names.
+    """
+    names = {*names_in(text)}.difference(given)
+
+    def put(found: re.Match[str]) -> str:
+        setting = settings[found[0]] if found[0] in names else None
+        if setting is None or isinstance(setting, np.ndarray):
+            return found[0]
+        shown = number_text(setting)
+        is_base = shown.startswith("-") and text[found.end() :].startswith(" ^")
+        return f"({shown})" if is_base else shown
+
+    return re.sub(r"(?<=[\w)\]]) \+ -(?=\w)", " - ", _ONE.sub("", _NAME.sub(put, text)))
+
+
+def number_text(number: Any) -> str:
+    """Return a number in the fewest digits that give it back: of float32, where it is one."""
+    if isinstance(number, int) or not math.isfinite(number):
+        return str(number)
+    with np.errstate(over="ignore"):
+        single = np.float32(number)
+    shown = str(single) if float(single) == number else repr(float(number))
+    return shown.removesuffix(".0")
+
+
+def value(text: str, numbers: Mapping[str, Any]) -> Any:
+    """Return what a formula gives, in double precision: a number, or an array with one for each term.
+
+    numbers: arrays, or single numbers, by name.
+    """
+    known = dict(numbers)
+    *definitions, whole = _parsed(text)
+    with np.errstate(all="ignore"):
+        for name, tree in definitions:
+            known[name] = _of(tree, known)
+        return _of(whole[1], known)
+
+
+@cache
+def _parsed(text: str) -> list[tuple[str, ast.expr]]:
+    whole, _, rest = text.partition(" where ")
+    pairs = [each.split(" = ", 1) for each in _DEFINITION.split(rest)] if rest else []
+    texts = [*((name, body) for name, body in pairs), ("", whole)]
+    return [(name, parsed(body)) for name, body in texts]
+
+
+def parsed(text: str) -> ast.expr:
+    """Return the tree of a formula without definitions."""
+    return ast.parse(text.replace("^", "**").replace("·", "@"), mode="eval").body
+
+
+def total(values: Any) -> Any:
+    """Return the exact sum, rounded once to double precision."""
+    values = np.asarray(values)
+    if np.iscomplexobj(values) or not np.isfinite(values).all():
+        return np.sum(values)
+    return math.fsum(values.ravel())
+
+
+def _of(tree: ast.expr, known: Mapping[str, Any]) -> Any:
+    match tree:
+        case ast.Constant():
+            return tree.value
+        case ast.Name():
+            return known[tree.id] if tree.id in known else _CONSTANTS[tree.id]
+        case ast.Subscript():
+            return _of(tree.value, known)
+        case ast.Call(func=ast.Name(id=name)):
+            return _FUNCTIONS[name](*(_of(each, known) for each in tree.args))
+        case ast.UnaryOp():
+            operand = _of(tree.operand, known)
+            return np.equal(operand, 0) if isinstance(tree.op, ast.Not) else np.negative(operand)
+        case ast.BinOp():
+            return _OPERATORS[type(tree.op)](_of(tree.left, known), _of(tree.right, known))
+        case ast.Compare():
+            sides = [_of(each, known) for each in (tree.left, *tree.comparators)]
+            found = [
+                _COMPARISONS[type(each)](*pair)
+                for each, pair in zip(tree.ops, pairwise(sides), strict=True)
+            ]
+            return reduce(np.logical_and, found)
+        case ast.BoolOp():
+            joined = np.logical_and if isinstance(tree.op, ast.And) else np.logical_or
+            return reduce(joined, (_of(each, known) for each in tree.values))
+        case ast.IfExp():
+            return np.where(*(_of(each, known) for each in (tree.test, tree.body, tree.orelse)))
+    raise AssertionError(ast.dump(tree))
+
+
+def _times(a: Any, b: Any) -> Any:
+    rows = np.reshape(a, (-1, np.size(b))) @ np.reshape(b, -1)
+    return rows[0] if len(rows) == 1 else rows
+
+
+def _extreme(one: Callable[[Any], Any], two: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return lambda *given: one(*given) if len(given) == 1 else two(*given)
+
+
+def _mean(x: Any) -> Any:
+    return np.divide(total(x), np.size(x))
+
+
+def _logsumexp(x: Any) -> Any:
+    highest = np.max(x)
+    return highest + np.log(total(np.exp(x - highest))) if np.isfinite(highest) else highest
+
+
+def _row_sums(x: Any, count: Any) -> Any:
+    return np.reshape(x, (-1, int(count))).sum(1)
+
+
+_erf, _erfc = (
+    np.vectorize(lambda x, of=of: of(x) if x == x else x, otypes=[float]) for of in (math.erf, math.erfc)
+)
+_CONSTANTS = {"pi": math.pi, "inf": math.inf, "nan": math.nan}
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: np.add,
+    ast.Sub: np.subtract,
+    ast.Mult: np.multiply,
+    ast.Div: np.divide,
+    ast.Pow: lambda a, b: np.power(np.asarray(a) * 1.0, b),
+    ast.MatMult: _times,
+}
+_COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "log10")},
+    **{name: getattr(np, name) for name in ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    **{name: getattr(np, name) for name in ("floor", "ceil", "trunc", "round", "sign", "abs", "fmod")},
+    **{name: getattr(np, name) for name in ("isnan", "isinf", "prod", "any", "all", "argmax", "argmin")},
+    **{name: getattr(np, name) for name in ("logaddexp", "remainder")},
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "atan2": np.arctan2,
+    "erf": _erf,
+    "erfc": _erfc,
+    "max": _extreme(np.max, np.maximum),
+    "min": _extreme(np.min, np.minimum),
+    "sum": total,
+    "mean": _mean,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "logsumexp": _logsumexp,
+    "softmax": lambda x: np.exp(x - _logsumexp(x)),
+    "row_sums": _row_sums,
+    "bitwise_and": lambda a, b: np.bitwise_and(np.asarray(a, np.int64), np.asarray(b, np.int64)),
+    "bitwise_or": lambda a, b: np.bitwise_or(np.asarray(a, np.int64), np.asarray(b, np.int64)),
+}

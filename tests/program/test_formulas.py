@@ -1,0 +1,206 @@
+"""Every formula that `why` shows, read as it is written and computed with the numbers next to it.
+
+`benchmarks.why_by_hand` reads the text as Python and knows nothing of everystep's rules.
+"""
+
+import random
+import re
+
+import pytest
+import torch
+from benchmarks.why_by_hand import ALL, complaints
+from tests.program.test_elements import CASES, positive, rand
+from torch import nn
+
+import everystep
+from everystep.program.elements.rules import KINDS
+
+#: Operators, or their results, for which there are only words, and why.
+WORDS = {
+    "bernoulli": "drawn",
+    "exponential": "drawn",
+    "multinomial": "drawn",
+    "normal": "drawn",
+    "native_dropout, result 2": "drawn",
+    "rand": "drawn",
+    "rand_like": "drawn",
+    "randint": "drawn",
+    "randn": "drawn",
+    "randn_like": "drawn",
+    "randperm": "drawn",
+    "uniform": "drawn",
+    "amp_foreach_non_finite_check_and_unscale": "whether any of all gradients is infinite",
+    "mkldnn_rnn_layer": "a kernel that shows nothing of what it computes in between",
+    "mkldnn_rnn_layer, result 2": "a kernel that shows nothing of what it computes in between",
+    "mkldnn_rnn_layer, result 3": "a kernel that shows nothing of what it computes in between",
+    "mkldnn_rnn_layer_backward": "a kernel that shows nothing of what it computes in between",
+}
+WORDS |= {f"mkldnn_rnn_layer_backward, result {n}": "as the kernel before" for n in range(2, 8)}
+WORDS |= {
+    f"{name}, result 2": "a place, which is found and not computed"
+    for name in (
+        *("adaptive_max_pool2d", "adaptive_max_pool3d", "fractional_max_pool2d"),
+        *("fractional_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"),
+        *("sort", "topk"),
+    )
+}
+#: Kinds that no case has: a program never holds them, or they draw as those in WORDS do.
+NOT_TRIED = {
+    *("cauchy", "geometric", "log_normal", "normal_functional", "poisson", "randint_like", "random"),
+    *("lift_fresh", "max_pool2d", "avg_pool1d", "linear"),
+}
+DRAWN = [
+    ("bernoulli.default", (torch.rand(3),), {}),
+    ("bernoulli.p", (rand(3), 0.4), {}),
+    ("exponential_.default", (rand(3),), {}),
+    ("multinomial.default", (positive(3), 2), {}),
+    ("normal_.default", (rand(3),), {}),
+    ("native_dropout.default", (rand(3, 4), 0.4, True), {}),
+    ("native_dropout.default", (rand(3, 4), 1.0, True), {}),
+    ("rand.default", ([3],), {}),
+    ("rand_like.default", (rand(3),), {}),
+    ("randint.default", (9, [3]), {}),
+    ("randn.default", ([3],), {}),
+    ("randn_like.default", (rand(3),), {}),
+    ("randperm.default", (3,), {}),
+    ("uniform_.default", (rand(3),), {}),
+]
+EVERY = [*CASES, *DRAWN]
+#: So many operators are called in one step.
+TOGETHER = 12
+GROUPS = [EVERY[begin : begin + TOGETHER] for begin in range(0, len(EVERY), TOGETHER)]
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_in(each)
+
+
+def copied(value):
+    """Return arguments that may be written into, with the strides of those given."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+    return [copied(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def called(name, given, keywords):
+    """Call an operator of aten; return all that it makes or writes, as one number."""
+    kind, overload = name.rsplit(".", 1)
+    given = copied(given) if kind.endswith("_") else given
+    made = getattr(getattr(torch.ops.aten, kind), overload)(*given, **keywords)
+    used = [made, given] if kind.endswith("_") else made
+    return sum(tensor.sum() for tensor in tensors_in(used) if tensor.numel())
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Answers of `why` for numbers of every result of every operator, with what they are of."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("formulas") / "run"
+    batches = [[(given, keywords) for _, given, keywords in group] for group in GROUPS]
+    with everystep.record(run=path, state=torch.zeros(1)) as recording:
+        for group, batch in zip(GROUPS, recording.steps(batches), strict=True):
+            loss = torch.zeros(())
+            for (name, *_), (given, keywords) in zip(group, batch, strict=True):
+                loss = loss + called(name, given, keywords)
+            recording.log(loss=loss)
+    run, chance = everystep.open(path), random.Random(0)
+    found = []
+    for number, group in enumerate(GROUPS, 1):
+        step = run[number]
+        own = {f"aten.{name}" for name, *_ in group}
+        for place, seen in enumerate(step.operations):
+            if seen.operation.operator in own:
+                found += [*asked(step, place, seen, chance)]
+    return found
+
+
+def asked(step, place, seen, chance):
+    kind = re.sub(r"^_|(?<=[a-z0-9])_$", "", seen.operation.name)
+    results = [*seen.operation.results]
+    results += [name for name in seen.operation.written() if name not in results]
+    for result, name in enumerate(results, 1):
+        tensor = seen.results.get(name)
+        if tensor is None or not tensor.numel() or (place, "results", name) in step.unset:
+            continue
+        what = f"{kind}, result {result}" if result > 1 else kind
+        for index in {(0,) * tensor.dim(), tuple(map(chance.randrange, tensor.shape))}:
+            at = f"[{', '.join(map(str, index))}]" if index else ""
+            yield what, step.why(f"#{place}{f'.{result}' if result > 1 else ''}{at}", terms=ALL)
+
+
+def test_each_formula_gives_the_number_that_it_stands_next_to(answers):
+    assert len(answers) > 1000
+    wrong = []
+    for what, answer in answers:
+        if answer.formula and answer.recomputed is None:
+            wrong.append(f"{what}: {answer.formula} is not computed")
+        wrong += [f"{what}: {each}" for each in complaints(answer)]
+    assert wrong == []
+
+
+def test_words_stand_only_where_there_can_be_no_formula(answers):
+    in_words = {
+        re.sub(r"(?<=unscale), result \d", "", what)
+        for what, answer in answers
+        if not answer.formula and not answer.unknown
+    }
+    assert in_words == {*WORDS}
+    assert [what for what, answer in answers if answer.unknown] == []
+
+
+def test_each_rule_is_tried(answers):
+    tried = {re.sub(r", result \d", "", what).removeprefix("foreach_") for what, _ in answers}
+    assert {*KINDS} - tried == NOT_TRIED
+
+
+OPTIMIZERS = [
+    ("SGD", {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True}),
+    ("SGD", {"momentum": 0.9, "nesterov": True, "fused": True, "weight_decay": 0.1}),
+    ("Adam", {"weight_decay": 0.1, "amsgrad": True, "maximize": True}),
+    ("AdamW", {"weight_decay": 0.3}),
+    ("AdamW", {"weight_decay": 0.3, "fused": True, "amsgrad": True}),
+    ("Adadelta", {"weight_decay": 0.1, "maximize": True}),
+    ("Adagrad", {"lr_decay": 0.1, "weight_decay": 0.1, "maximize": True}),
+    ("Adagrad", {"fused": True, "lr_decay": 0.1}),
+    ("Adamax", {"weight_decay": 0.1}),
+    ("NAdam", {"weight_decay": 0.1}),
+    ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
+    ("RAdam", {"weight_decay": 0.1}),
+    ("RAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.9, 0.5)}),
+    ("RMSprop", {"centered": True, "momentum": 0.5, "weight_decay": 0.1}),
+    ("Rprop", {"lr": 0.01}),
+    ("ASGD", {"weight_decay": 0.1, "lambd": 0.01, "t0": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), OPTIMIZERS, ids=str)
+def test_each_formula_of_an_optimizer_gives_the_number(name, settings, small, tmp_path):
+    model, x, y = small
+    optimizer = getattr(torch.optim, name)(model.parameters(), **({"lr": 0.1} | settings))
+    run = everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=optimizer,
+        steps=6,
+        directory=tmp_path / "run",
+        progress=False,
+    )
+    for number in (1, 2, 6):
+        step = run[number]
+        asked = ["updates['0.weight'].after[1, 2]"]
+        if number > 1:  # the first step makes the state
+            asked += [
+                f"tensors['{each}']{'[1, 2]' if step.state[each].dim() else ''}"
+                for each in step.state
+                if each.startswith("optimizer/0.weight/")
+            ]
+        for expression in asked:
+            answer = step.why(expression, terms=ALL)
+            if answer.origin == "operation":
+                assert answer.formula and answer.recomputed is not None
+                assert complaints(answer) == []
