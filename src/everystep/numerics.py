@@ -13,12 +13,15 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from everystep.errors import UsageError
 
@@ -62,6 +65,57 @@ _CBWR_BRANCHES = {
 }
 _CBWR_STRICT = 0x10000
 
+_BOTH = (False, True)
+_PRECISIONS = ("ieee", "tf32", "bf16")
+_CUDA = "backends.cuda."
+
+#: Settings of torch that kernels, or the choice among them, depend on, with the values that they take.
+#: By attribute; where functions read and set one, by the function that sets it.
+_SETTINGS: dict[str, tuple[bool | str, ...]] = {
+    "set_float32_matmul_precision": ("highest", "high", "medium"),  # sets others, so it comes first
+    "backends.mkldnn.enabled": _BOTH,
+    "backends.mkldnn.deterministic": _BOTH,
+    "backends.mkldnn.matmul.fp32_precision": _PRECISIONS,
+    "backends.mkldnn.conv.fp32_precision": _PRECISIONS,
+    "backends.mkldnn.rnn.fp32_precision": _PRECISIONS,
+    "backends.nnpack.set_flags": _BOTH,
+    "backends.opt_einsum.enabled": _BOTH,
+    "backends.opt_einsum.strategy": ("auto", "greedy", "optimal"),
+    "backends.mha.set_fastpath_enabled": _BOTH,
+    _CUDA + "enable_flash_sdp": _BOTH,
+    _CUDA + "enable_mem_efficient_sdp": _BOTH,
+    _CUDA + "enable_math_sdp": _BOTH,
+    _CUDA + "allow_fp16_bf16_reduction_math_sdp": _BOTH,
+}
+#: These have an effect only where torch computes on CUDA, and are recorded there.
+_SETTINGS_OF_CUDA: dict[str, tuple[bool | str, ...]] = {
+    "backends.cudnn.enabled": _BOTH,
+    "backends.cudnn.benchmark": _BOTH,
+    "backends.cudnn.deterministic": _BOTH,
+    "backends.cudnn.conv.fp32_precision": _PRECISIONS,
+    "backends.cudnn.rnn.fp32_precision": _PRECISIONS,
+    _CUDA + "matmul.fp32_precision": _PRECISIONS,
+    _CUDA + "matmul.allow_fp16_accumulation": _BOTH,
+    _CUDA + "matmul.allow_fp16_reduced_precision_reduction": _BOTH,
+    _CUDA + "matmul.allow_bf16_reduced_precision_reduction": _BOTH,
+    _CUDA + "enable_cudnn_sdp": _BOTH,
+    _CUDA + "preferred_blas_library": ("default", "cublas", "cublaslt", "ck"),
+    _CUDA + "preferred_linalg_library": ("default", "cusolver", "magma"),
+}
+#: What reads a setting that a function sets.
+_READERS = {
+    "set_float32_matmul_precision": "get_float32_matmul_precision",
+    "backends.nnpack.set_flags": "_C._get_nnpack_enabled",  # there is no public one
+    "backends.mha.set_fastpath_enabled": "backends.mha.get_fastpath_enabled",
+    _CUDA + "enable_flash_sdp": _CUDA + "flash_sdp_enabled",
+    _CUDA + "enable_mem_efficient_sdp": _CUDA + "mem_efficient_sdp_enabled",
+    _CUDA + "enable_math_sdp": _CUDA + "math_sdp_enabled",
+    _CUDA + "enable_cudnn_sdp": _CUDA + "cudnn_sdp_enabled",
+    _CUDA + "allow_fp16_bf16_reduction_math_sdp": _CUDA + "fp16_bf16_reduction_math_sdp_allowed",
+    _CUDA + "preferred_blas_library": _CUDA + "preferred_blas_library",
+    _CUDA + "preferred_linalg_library": _CUDA + "preferred_linalg_library",
+}
+
 #: What `ATEN_CPU_CAPABILITY` takes, by what torch calls the capability.
 _CAPABILITIES = {"AVX512": "avx512", "AVX2": "avx2", "DEFAULT": "default", "NO AVX": "default"}
 
@@ -81,10 +135,18 @@ class Numerics(BaseModel):
     deterministic_algorithms: bool
     flush_denormal: bool
     default_dtype: str
-    float32_matmul_precision: str
-    onednn: bool
-    cudnn_benchmark: bool
     cublas_workspace_config: str
+    #: By the attribute or the function that sets each, such as `torch.backends.mkldnn.enabled`.
+    settings: dict[str, bool | str] = {}
+
+    @field_validator("settings")
+    @classmethod
+    def _check(cls, settings: dict[str, bool | str]) -> dict[str, bool | str]:
+        for name, choices in (_SETTINGS | _SETTINGS_OF_CUDA).items():
+            value = settings.get(f"torch.{name}", choices[0])
+            if value not in choices:
+                raise ValueError(f"torch.{name} cannot be {value!r:.40}")
+        return settings
 
     @classmethod
     def read(cls, device: torch.device) -> Numerics:
@@ -102,10 +164,12 @@ class Numerics(BaseModel):
             deterministic_algorithms=torch.are_deterministic_algorithms_enabled(),
             flush_denormal=_flushes_denormals(),
             default_dtype=str(torch.get_default_dtype()).removeprefix("torch."),
-            float32_matmul_precision=_float32_matmul_precision(),
-            onednn=bool(torch.backends.mkldnn.enabled),
-            cudnn_benchmark=bool(torch.backends.cudnn.benchmark),
             cublas_workspace_config=os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
+            settings={
+                f"torch.{name}": value
+                for name in (_SETTINGS | _SETTINGS_OF_CUDA if device.type == "cuda" else _SETTINGS)
+                if (value := _setting(name)) is not None
+            },
         )
 
     def environment(self) -> dict[str, str]:
@@ -127,15 +191,19 @@ class Numerics(BaseModel):
         settled = ("cpu_capability", "mkl_cbwr") + ("cublas_workspace_config",) * (self.device != "cpu")
         return any(getattr(self, name) != getattr(other, name) for name in settled)
 
+    def named(self) -> dict[str, Any]:
+        """Return all values by name, each of the settings by its own."""
+        return {name: value for name, value in self if name != "settings"} | self.settings
+
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
-        """Return each field that differs, with this value and the other's.
+        """Return each value that both know and that differs, with the other's.
 
         Settings of CUDA are left out where both compute on the CPU.
         """
-        of_cuda = {"cudnn_benchmark", "cublas_workspace_config"}
-        left_out = of_cuda if self.device == other.device == "cpu" else set()
-        pairs = {name: (value, getattr(other, name)) for name, value in self if name not in left_out}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        left_out = {"cublas_workspace_config"} if self.device == other.device == "cpu" else set()
+        theirs = other.named()
+        pairs = {n: (value, theirs[n]) for n, value in self.named().items() if n in theirs}
+        return {n: pair for n, pair in pairs.items() if pair[0] != pair[1] and n not in left_out}
 
 
 def prepare() -> None:
@@ -167,13 +235,15 @@ def in_force(
     *,
     deterministic: bool = True,
     flush_denormal: bool = False,
+    settings: Mapping[str, bool | str] = MappingProxyType({}),
     suspends_device: bool = False,
 ) -> Iterator[None]:
     """Set deterministic algorithms, unflushed denormals, `threads` and a dtype; restore them after.
 
     All of these belong to the process: of trainings in several threads, the last to end restores them.
 
-    deterministic, flush_denormal: set these only to repeat a recording with other values.
+    deterministic, flush_denormal, settings: set these only to repeat a recording with other values; a
+        setting that this torch does not have is left out.
     suspends_device: make new tensors on the CPU, whatever default device the caller has set; set this
     only if none of the caller's code, which may rely on it, runs inside.
 
@@ -208,12 +278,63 @@ def in_force(
             torch.set_deterministic_debug_mode("default")
         if flush_denormal:
             torch.set_flush_denormal(True)
-        with on_cpu():
+        with _set(settings), on_cpu():
             yield
     finally:
         torch.set_num_threads(threads_before)
         torch.set_default_dtype(dtype_before)
         _held.leave()
+
+
+@contextmanager
+def _set(settings: Mapping[str, bool | str]) -> Iterator[None]:
+    """Set some settings, and restore them after."""
+    before = {f"torch.{name}": _setting(name) for name in _SETTINGS | _SETTINGS_OF_CUDA}
+    try:
+        _apply(settings)
+        yield
+    finally:
+        _apply(before)
+
+
+def _apply(settings: Mapping[str, bool | str | None]) -> None:
+    """Set what differs, of the settings that this torch has."""
+    import torch
+
+    for name in _SETTINGS | _SETTINGS_OF_CUDA:
+        value, now = settings.get(f"torch.{name}"), _setting(name)
+        if value is None or now is None or value == now:
+            continue
+        # This torch may be built without a library; who reads the settings then sees the difference.
+        with suppress(RuntimeError, ValueError):
+            if name in _READERS:
+                attrgetter(name)(torch)(value)
+            else:
+                place, _, attribute = name.rpartition(".")
+                setattr(attrgetter(place)(torch), attribute, value)
+
+
+def _setting(name: str) -> bool | str | None:
+    """Return the value of a setting; None if this torch does not have it, or refuses to read it."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            # torch 2.9 with CUDA warns about reading a precision, and later versions do not.
+            warnings.simplefilter("ignore")
+            value: Any = attrgetter(_READERS.get(name, name))(torch)
+            value = value() if name in _READERS else value
+    except (
+        AttributeError,
+        RuntimeError,
+    ):  # RuntimeError: precisions were set in the old and the new way
+        return None
+    if isinstance(value, tuple):  # whether it reduces in lower precision, and whether it splits sums
+        value = value[0]
+    if value is None or isinstance(value, bool):
+        return value
+    text = str(value).rpartition(".")[2].lower()  # of an enumeration, such as `_BlasBackend.Cublas`
+    return "ieee" if text == "none" else text  # what a library does if nobody has set anything
 
 
 _CURE = "exit it before you call everystep, or move it into the model's forward or the loss"
@@ -287,15 +408,6 @@ def _flushes_denormals() -> bool:
     return (torch.tensor([1e-39], device="cpu") * 1).item() == 0
 
 
-def _float32_matmul_precision() -> str:
-    import torch
-
-    with warnings.catch_warnings():
-        # torch 2.9 with CUDA warns about reading it, and later versions do not.
-        warnings.simplefilter("ignore")
-        return torch.get_float32_matmul_precision()
-
-
 def _mkl_cbwr() -> str:
     """Return MKL's reproducibility mode in effect: 'AVX2,STRICT', 'off', ..., or 'absent'."""
     import torch
@@ -312,6 +424,7 @@ def _mkl_cbwr() -> str:
     return f"{name},STRICT" if value & _CBWR_STRICT else name
 
 
+@cache
 def _torch_cpu_library() -> ctypes.CDLL | None:
     import ctypes
 
@@ -336,6 +449,7 @@ def _model_of(device: torch.device) -> str:
     return device.type if name is None else str(name(device))
 
 
+@cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

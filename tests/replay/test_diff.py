@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
 import everystep
+from everystep import numerics
 from everystep.errors import DamageWarning
 from everystep.experiment.batches import Batches
 from everystep.numerics import Numerics
@@ -463,10 +464,54 @@ def test_where_no_random_number_is_drawn_the_generators_do_not_count():
 
 def test_settings_of_cuda_differ_only_where_it_computes():
     known = Numerics.read(torch.device("cpu"))
-    other = known.model_copy(update={"cublas_workspace_config": "none", "cudnn_benchmark": True})
+    assert not any("cudnn" in name for name in known.settings)
+    other = known.model_copy(update={"cublas_workspace_config": "none"})
     assert known.differences(other) == {}
-    pair = [each.model_copy(update={"device": "NVIDIA H100"}) for each in (known, other)]
-    assert {*pair[0].differences(pair[1])} == {"cublas_workspace_config", "cudnn_benchmark"}
+    pair = [
+        each.model_copy(
+            update={"device": "NVIDIA H100", "settings": {"torch.backends.cudnn.enabled": on}}
+        )
+        for each, on in ((known, True), (other, False))
+    ]
+    assert {*pair[0].differences(pair[1])} == {"cublas_workspace_config", "torch.backends.cudnn.enabled"}
+
+
+def by_chosen_kernels(number, model, x, y):
+    """A step with kernels that settings of the process choose."""
+    images = nn.functional.conv2d(x.reshape(2, 4, 2, 2), torch.full((4, 4, 2, 2), 0.1), padding=1)
+    mixed = nn.functional.scaled_dot_product_attention(images, images, images)
+    return {"loss": mixed.pow(2).mean() + nn.functional.mse_loss(model(x), y)}
+
+
+def test_settings_of_torch_are_recorded_named_and_in_force_in_a_replay(everystep_command):
+    before = Numerics.read(torch.device("cpu"))
+    recorded_loop("runs/one", by_chosen_kernels)
+    with numerics.in_force(settings=before.settings):  # and as before afterwards
+        torch.backends.mkldnn.enabled = False
+        torch.backends.nnpack.set_flags(False)
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.mha.set_fastpath_enabled(False)
+        recorded_loop("runs/other", by_chosen_kernels)
+        torch.backends.cuda.enable_flash_sdp(False)
+        recorded_loop("runs/slow", by_chosen_kernels)
+    now = Numerics.read(torch.device("cpu"))
+    assert now == before
+    code, out, _ = everystep_command("diff", "runs/one", "runs/other")
+    for line in (
+        "torch.set_float32_matmul_precision  highest | medium",
+        "torch.backends.mkldnn.enabled  True | False",
+        "torch.backends.nnpack.set_flags  True | False",
+        "torch.backends.mha.set_fastpath_enabled  True | False",
+    ):
+        assert line in out
+    for name in ("other", "slow"):
+        code, out, _ = everystep_command("verify", f"runs/{name}")
+        assert code == 0 and "replays bit for bit" in out and "numerics" not in out
+    assert Numerics.read(torch.device("cpu")) == before
+    code, out, _ = everystep_command("diff", "runs/other", "runs/slow")
+    assert "_scaled_dot_product_flash_attention_for_cpu" in out
+    cause = "perhaps because of torch.backends.cuda.enable_flash_sdp True and False"
+    assert re.search(rf"cause       another operation; .*{cause}\n", out)
 
 
 def test_other_threads_are_named_and_found_where_they_matter():

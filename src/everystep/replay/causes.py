@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,9 @@ def _of_another_operation(
         for run, text in zip(evidence.names, _calls(found, evidence), strict=True)
         if text
     ]
-    return ["; ".join([otherwise, *calls]) + _perhaps(near)]
+    # Settings of torch decide which operations the same Python runs.
+    of_torch = [each for each in evidence.numerics if each.startswith("torch.")]
+    return ["; ".join([otherwise, *calls]) + _perhaps([*near, *of_torch])]
 
 
 def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | None:
@@ -131,11 +133,11 @@ def _name(seen: Observed) -> str:
     return seen.operation.name if operator.startswith("aten.") else operator.rpartition(".")[2]
 
 
-def _perhaps(settings: list[Setting]) -> str:
+def _perhaps(settings: Sequence[Setting | str]) -> str:
     return f"; perhaps because of {'; '.join(_texts(settings))}" if settings else ""
 
 
-def _texts(settings: list[Setting]) -> list[str]:
+def _texts(settings: Sequence[Setting | str]) -> list[str]:
     texts = list(dict.fromkeys(map(str, settings)))
     left = len(texts) - MOST_NAMED
     return texts[:MOST_NAMED] + ([f"{left} more"] if left > 0 else [])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -242,7 +241,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
     found = Replayed(span, threads)
     known = replay.diverged_at
     with replay.in_force(span.first):
-        found.numerics = _numerics(replay.stretches[span.at].facts.device)
+        found.numerics = Numerics.read(select(replay.stretches[span.at].facts.device))
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start
@@ -269,11 +268,6 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
     found.result = visitor.result()
     found.problems = list(replay.problems)
     return found
-
-
-@cache
-def _numerics(device: str) -> Numerics:
-    return Numerics.read(select(device))
 
 
 def _compare_losses(found: Replayed, first: int, losses: list[float], recorded: list[float]) -> None:

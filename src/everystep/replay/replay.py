@@ -216,6 +216,7 @@ class Replay:
             known.default_dtype,
             deterministic=known.deterministic_algorithms,
             flush_denormal=known.flush_denormal,
+            settings=known.settings,
             suspends_device=True,
         )
         with held, generators_preserved(device):

@@ -130,7 +130,7 @@ def _first_nonfinite(losses: pl.DataFrame) -> tuple[int, str] | None:
 
 def details(facts: Facts) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Return numerics and versions, each as a title, a few words, and all as (label, text)."""
-    numerics, versions = facts.training.numerics.model_dump(), facts.training.versions
+    numerics, versions = facts.training.numerics.named(), facts.training.versions
     return [
         (
             "numerics",

@@ -60,7 +60,7 @@ class Answers:
         with self._free.in_force(first):
             self._free.go_to(first - 1, self._free.stretch_of(first))
             numerics = Numerics.read(there)
-        return {"numerics": numerics.model_dump()}
+        return {"numerics": numerics.named()}
 
     def run(self, last: int) -> dict[str, Any]:
         """Run steps from the current state on, whatever was recorded; return their losses."""

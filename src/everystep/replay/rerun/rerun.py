@@ -308,7 +308,9 @@ def _compared(
 def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, tuple[Any, Any]]:
     """Return what differs there, as far as both everysteps know of it."""
     found = {
-        name: (value, there[name]) for name, value in known if name in there and there[name] != value
+        name: (value, there[name])
+        for name, value in known.named().items()
+        if name in there and there[name] != value
     }
     return found if place.precision is None else {"precision": ("as recorded", place.precision)} | found
 
