@@ -5,6 +5,7 @@ import re
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.faults.kinds.judging import all_kinds, judged
@@ -510,3 +511,111 @@ def test_a_reduction_is_called_by_its_name(said, loss, cause):
     for name, reduction in (("one", "mean"), ("other", "sum")):
         loop(name, step=partial(step, reduction), steps=2)
     assert said() == [cause]
+
+
+def masked_by_numpy(seed):
+    generator = np.random.default_rng(seed)
+    return lambda x: x * torch.from_numpy((generator.random(x.shape) > 0.3).astype("float32"))
+
+
+def noisy(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda x: x + torch.randn(x.shape, generator=generator)
+
+
+def shifted(seed):
+    shift = torch.full((4,), float(seed))
+    return lambda x: x - shift
+
+
+@pytest.mark.parametrize("changed", [masked_by_numpy, noisy, shifted])
+@pytest.mark.filterwarnings("ignore:.*takes a Generator")
+def test_a_tensor_that_is_neither_of_the_batch_nor_of_the_state_is_said_to_be(said, changed):
+    for name, seed in (("one", 1), ("other", 2)):
+        change = changed(seed)
+        loop(name, step=lambda model, optimizer, x, y: usual(model, optimizer, change(x), y))  # noqa: B023
+    (cause,) = said()
+    assert cause.startswith("a tensor from outside of the step: ")
+    assert "; it was made before, or by code that no program records, such as NumPy" in cause
+    assert cause.endswith("(aten.randn.generator takes a Generator)") == (changed is noisy)
+
+
+def halves(module, given, result=None):
+    return given[0] * 0.5 if result is None else result * 0.5
+
+
+class Halves:
+    def __call__(self, *given):
+        return given[-1] * 0.5
+
+
+@pytest.mark.parametrize(
+    ("hooks", "cause"),
+    [
+        (lambda model: model[2].register_forward_hook(halves), "2 Tanh: forward hook None | 'halves'"),
+        (
+            lambda model: model[2].register_forward_hook(lambda *given: given[-1] * 0.5),
+            "2 Tanh: forward hook None | '<lambda> in line ... of test_causes.py'",
+        ),
+        (
+            lambda model: model[3].register_forward_pre_hook(partial(halves, result=None)),
+            "3 Linear: forward pre hook None | 'halves'",
+        ),
+        (
+            lambda model: model[3].weight.register_hook(Halves()),
+            "3 Linear: weight 'float32' | 'float32, hook Halves'",
+        ),
+    ],
+    ids=["function", "lambda", "before", "gradient"],
+)
+def test_a_hook_is_called_by_its_name(said, hooks, cause):
+    def model():
+        made = small()
+        hooks(made)
+        return made
+
+    loop("one")
+    loop("other", model=model)
+    (said_cause,) = said()
+    start, end = ([*f"module {cause}".split("..."), ""])[:2]
+    assert f"; perhaps because of {start}" in said_cause or said_cause.startswith(start)
+    assert said_cause.endswith(end)
+    assert "Tanh.arguments" not in str(said("experiments"))
+
+
+class OwnNetwork(nn.Sequential):
+    pass
+
+
+class SameNetwork(OwnNetwork):
+    pass
+
+
+def test_another_name_of_a_class_is_no_difference_of_the_runs(everystep_command):
+    for name, kind in (("one", OwnNetwork), ("other", SameNetwork)):
+        loop(name, model=lambda: kind(nn.Linear(4, 3)))  # noqa: B023
+    code, out, _ = everystep_command("diff", "one", "other")
+    assert code == 0 and "OwnNetwork() | SameNetwork()" in out
+    assert out.endswith("the runs are bit-identical; only names differ\n")
+
+
+def test_another_file_with_the_same_data_is_no_difference_of_the_runs(tmp_path, everystep_command):
+    columns = {"age": range(12), "height": range(50, 74, 2), "weight": range(9, 45, 3)}
+    for name, order in (("one", ["age", "height", "weight"]), ("other", ["weight", "height", "age"])):
+        lines = [",".join(order), *(",".join(str(columns[c][i]) for c in order) for i in range(12))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+        experiment = {
+            "steps": 3,
+            "data": {
+                "source": "table",
+                "path": str(tmp_path / f"{name}.csv"),
+                "features": ["age", "height"],
+                "target": "weight",
+            },
+            "model": {"layers": ["Linear(2, 1)"]},
+            "loss": {"name": "MSELoss"},
+            "optimizer": {"name": "SGD", "lr": 0.01},
+        }
+        everystep.train_experiment(experiment, directory=name, progress=False)
+    code, out, _ = everystep_command("diff", "one", "other")
+    assert code == 0 and "data.path" in out and "only names differ" in out

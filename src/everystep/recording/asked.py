@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 from everystep.recording.facts import LossFacts, ModuleFacts, TrainingFacts
 from everystep.recording.texts import model_text, value_text, whole_text
 
-__all__ = ["Setting", "asked_differences", "flat", "same_value", "settings_that_differ"]
+__all__ = [
+    "Setting",
+    "asked_differences",
+    "flat",
+    "renamed",
+    "same_value",
+    "settings_that_differ",
+]
 
 Pair = tuple[Any, Any]
 
@@ -29,6 +36,14 @@ class Setting(NamedTuple):
     name: str | None
     values: Pair
     is_torchs: bool = True
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it is only a name of code that is not torch's: of a class, or of a function."""
+        if self.is_torchs or self.name is not None or not all(self.values):
+            return False
+        arguments = [str(value).partition("(")[2] for value in self.values]
+        return self.kind in _OBJECTS and arguments[0] == arguments[1]
 
     @property
     def listed(self) -> str:
@@ -61,6 +76,17 @@ def asked_differences(
     return {each.listed: each.values for each in found}
 
 
+def renamed(one: TrainingFacts, other: TrainingFacts) -> list[str]:
+    """Return which settings that differ are only names, as a list calls them.
+
+    That is a class or a function of one's own; and where the data comes from, if it is the same.
+    """
+    digests = [facts.data_file.digest if facts.data_file else None for facts in (one, other)]
+    is_same_data = digests[0] is not None and digests[0] == digests[1]
+    found = settings_that_differ(one, other)
+    return [e.listed for e in found if e.is_name or (e.kind == "data" and is_same_data)]
+
+
 def settings_that_differ(
     one: TrainingFacts, other: TrainingFacts, *, of_own_classes: bool = True
 ) -> list[Setting]:
@@ -88,7 +114,11 @@ def settings_that_differ(
     if one.loop and other.loop and of_own_classes:
         parts = dict.fromkeys((*one.loop.parts, *other.loop.parts))
         pairs = ((name, (one.loop.parts.get(name), other.loop.parts.get(name))) for name in parts)
-        found += [Setting("part", name, None, None, pair) for name, pair in pairs if pair[0] != pair[1]]
+        found += [
+            Setting("part", name, None, None, pair, is_torchs=False)
+            for name, pair in pairs
+            if pair[0] != pair[1]
+        ]
     if one.engine and other.engine:
         found += _plain("fold", one.engine.folded, other.engine.folded)
     return [*found, *_named("data", {"digest": digests[0]}, {"digest": digests[1]})]
@@ -136,7 +166,8 @@ def _modules(
                 yield Setting(kind, path, None, None, (texts[0], texts[1]), is_torchs=both)
             continue
         is_known = bool(a.settings and b.settings)
-        if is_known and (of_own_classes or a.arguments != b.arguments):
+        is_changed = a.arguments != b.arguments or a.is_torchs != b.is_torchs
+        if is_known and (of_own_classes or is_changed):
             both = a.is_torchs and b.is_torchs
             found = list(_named(kind, a.settings, b.settings, path, a.class_name, is_torchs=both))
             yield from found
@@ -149,7 +180,8 @@ def _losses(one: LossFacts | None, other: LossFacts | None, of_own_classes: bool
     if one is None or other is None or one.class_name != other.class_name:
         texts = [_loss_text(loss) for loss in (one, other)]
         if texts[0] != texts[1]:
-            yield Setting("loss", "", None, None, (texts[0], texts[1]))
+            both = all(loss is None or loss.is_torchs for loss in (one, other))
+            yield Setting("loss", "", None, None, (texts[0], texts[1]), is_torchs=both)
         return
     both = one.is_torchs and other.is_torchs
     if of_own_classes or both:
@@ -170,7 +202,8 @@ def _optimizers(one: TrainingFacts, other: TrainingFacts) -> Iterator[Setting]:
         path = "" if name == "optimizer" else name
         if a is None or b is None or a.class_name != b.class_name:
             texts = [each and whole_text(each) for each in (a, b)]
-            yield Setting("optimizer", path, None, None, (texts[0], texts[1]))
+            both = all(each is None or each.is_torchs for each in (a, b))
+            yield Setting("optimizer", path, None, None, (texts[0], texts[1]), is_torchs=both)
             continue
         for place in range(max(len(a.groups), len(b.groups))):
             groups = [each.groups[place] if place < len(each.groups) else {} for each in (a, b)]
@@ -186,7 +219,8 @@ def _schedules(one: TrainingFacts, other: TrainingFacts, of_own_classes: bool) -
         path = "" if name == "schedule" else name
         if a is None or b is None or a.class_name != b.class_name:
             texts = [each and whole_text(each) for each in (a, b)]
-            yield Setting("schedule", path, None, None, (texts[0], texts[1]))
+            both = all(each is None or each.is_torchs for each in (a, b))
+            yield Setting("schedule", path, None, None, (texts[0], texts[1]), is_torchs=both)
             continue
         both = a.is_torchs and b.is_torchs
         if of_own_classes or both:

@@ -112,8 +112,8 @@ class ModuleFacts(_Fact):
     """A module: its class, and its arguments as torch's own modules print them.
 
     settings: its public attributes that are plain values, and by the names of its own parameters and
-    buffers their dtype, with `frozen` if no gradient is wanted, or None if there is none; is_torchs:
-    whether it is torch's own. Older runs have neither.
+    buffers their dtype, with `frozen` if no gradient is wanted, or None if there is none; also the names
+    of its hooks. is_torchs: whether it is torch's own. Older runs have neither.
     """
 
     class_name: str

@@ -16,7 +16,7 @@ from everystep.recording.texts import value_text
 from everystep.replay.evidence import Evidence
 from everystep.replay.given import Argument, draws, other_arguments, pairs_of_inputs
 from everystep.replay.operations import OperationDifference, TensorDifference
-from everystep.replay.origins import of_batch, of_draw, of_optimizer, of_state
+from everystep.replay.origins import of_batch, of_draw, of_optimizer, of_outside, of_state
 
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "causes_of"]
 
@@ -165,7 +165,8 @@ def _of_arguments(
             yield from evidence.schedules()
         if not known:
             texts = [_argument_text(a, each, evidence) for each in arguments]
-            texts += [f"{each.name}: {_values_text(each.values[0])}" for each in numbers]
+            called = evidence.sources[0].called
+            texts += [f"{called(each.name)}: {_values_text(each.values[0])}" for each in numbers]
             yield from (text + ("" if is_sure else _perhaps(near)) for text in texts)
     elif any(not each.positions for each in found.inputs):  # of another shape or dtype
         yield from (str(each) for each in near if each.kind == "model")
@@ -183,6 +184,8 @@ def _of_inputs(found: OperationDifference, evidence: Evidence, *, is_shape_known
             yield str(evidence.of_group(key, place, each.values[0]))
         elif name in evidence.around[0].before:
             yield from of_state(name, evidence)
+        elif not _is_number_of_step(each, evidence):
+            yield from of_outside(each, evidence)
 
 
 def _is_number_of_step(each: TensorDifference, evidence: Evidence) -> bool:
@@ -282,8 +285,8 @@ def _of_layout(a: Observed, b: Observed, evidence: Evidence) -> Iterator[str]:
     """Yield the tensors of the same numbers that lie otherwise in memory, on which bits may depend."""
     for name, one, other in pairs_of_inputs(a, b, evidence.sources):
         if one.stride() != other.stride():
-            source = evidence.sources[0].text(evidence.sources[0].of(name))
-            yield f"{source} in memory: {_layout_text(one)} | {_layout_text(other)}"
+            layouts = f"{_layout_text(one)} | {_layout_text(other)}"
+            yield f"{evidence.sources[0].called(name)} in memory: {layouts}"
 
 
 def _layout_text(tensor: Tensor) -> str:

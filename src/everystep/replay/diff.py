@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from everystep.device import on_cpu
 from everystep.errors import RunError
-from everystep.recording.asked import asked_differences, settings_that_differ
+from everystep.recording.asked import asked_differences, renamed, settings_that_differ
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import read_snapshot
@@ -56,7 +56,8 @@ class Difference(Shown):
     common_state: the last snapshot that both have and that is identical; states: tensors of the first
     common snapshot that differs; operation: the first that differs, and why; is_thorough: whether every
     step was replayed; problems: why something could not be compared; measured: the measurements that
-    differ, and their first values that do; unread: tensors of a batch that differ and that no operation
+    differ, and their first values that do; renamed: settings of `experiments` that are only names, and
+    change nothing; unread: tensors of a batch that differ and that no operation
     reads, in words.
     """
 
@@ -73,6 +74,7 @@ class Difference(Shown):
     data: tuple[DataDifference, ...] = ()
     measured: tuple[tuple[str, LossDifference], ...] = ()
     unread: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         if self.is_same:
@@ -94,9 +96,8 @@ class Difference(Shown):
     @property
     def is_same(self) -> bool:
         """Whether the settings and everything compared are identical."""
-        parts = (
-            self.loss, self.states, self.operation, self.experiments, self.measured, self.unread,
-        )  # fmt: skip
+        settings = self.experiments.keys() - self.renamed
+        parts = (self.loss, self.states, self.operation, settings, self.measured, self.unread)
         return not any(parts) and self.steps[0] == self.steps[1]
 
 
@@ -162,6 +163,7 @@ def diff(
         data=data_differences(one, other),
         measured=tuple(_measured(one, other)),
         unread=tuple(unread),
+        renamed=tuple(renamed(one.facts.training, other.facts.training)),
     )
 
 
@@ -307,6 +309,9 @@ class Lockstep:
             is_seeded=all((run.directory / EXPERIMENT_FILE).exists() for run in self._runs),
             is_data_drawn=all(each.data.source == "random" for each in facts),
             has_rows=not any(each.loop for each in facts),
+            unseen=tuple(
+                dict.fromkeys(text for each in facts if each.loop for text in each.loop.unseen)
+            ),
         )
 
     def divergences(self) -> list[str]:

@@ -44,7 +44,7 @@ class Evidence:
     and ends with; look_at_first: returns state 0; numerics: those that differ, in words; is_seeded:
     whether the seed decides on everything that is drawn before the first step; is_data_drawn: whether
     the data is drawn, too; has_rows: whether batches are rows of data that the runs know by
-    their numbers.
+    their numbers; unseen: what operations took that no program holds, in words.
     """
 
     names: tuple[str, str]
@@ -58,6 +58,7 @@ class Evidence:
     is_seeded: bool
     is_data_drawn: bool
     has_rows: bool
+    unseen: tuple[str, ...] = ()
 
     @cached_property
     def around(self) -> tuple[Around, Around]:

@@ -85,6 +85,10 @@ class Sources:
         is_transposed = len(shape) > 1 and stride[-2] == 1 < stride[-1]
         return self._memory_text(source) + " transposed" * is_transposed
 
+    def called(self, name: str) -> str:
+        """Return in words where a tensor comes from, by its name among the arguments."""
+        return self.text(self.of(name))
+
     def _memory_text(self, source: Source) -> str:
         if source.made_by is not None and not source.name.startswith("gradient/"):
             operation = self._operations[source.made_by[0]].operation

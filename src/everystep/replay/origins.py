@@ -13,7 +13,7 @@ from everystep.replay.given import name_in_words
 from everystep.replay.operations import OperationDifference, TensorDifference, tensor_difference
 from everystep.step.check import same_bits
 
-__all__ = ["of_batch", "of_draw", "of_optimizer", "of_state"]
+__all__ = ["of_batch", "of_draw", "of_optimizer", "of_outside", "of_state"]
 
 #: Rows that are named.
 MOST_ROWS = 6
@@ -90,6 +90,16 @@ def of_state(name: str, evidence: Evidence) -> Iterator[str]:
     else:
         text = _tensor_text(difference._replace(name=""), pair)
         yield f"{difference.name} of state {since:,}: {text}{by}"
+
+
+def of_outside(found: TensorDifference, evidence: Evidence) -> Iterator[str]:
+    """Yield how a tensor differs that neither the batch, the state nor an operation has."""
+    sources = evidence.sources[0]
+    source = sources.of(found.name)
+    if source.made_by is None and not sources.knows(source):
+        made = "it was made before, or by code that no program records, such as NumPy"
+        noted = f" ({', '.join(evidence.unseen)})" if evidence.unseen else ""
+        yield f"{sources.text(source)}: {_tensor_text(found._replace(name=''))}; {made}{noted}"
 
 
 def of_optimizer(evidence: Evidence) -> Iterator[str]:

@@ -33,9 +33,11 @@ from everystep.step.eager import Training
 from everystep.step.parts import Parts
 from everystep.step.purity.guards import is_plain
 from everystep.step.purity.torchs_own import (
+    hooks_of,
     is_torchs_module,
     is_torchs_optimizer,
     is_torchs_schedule,
+    names_of,
     reason_against_loss,
 )
 
@@ -150,15 +152,14 @@ def facts_of_loop(parts: Parts, loop: LoopFacts) -> TrainingFacts:
 def _modules_of(
     module: nn.Module, path: str, around: frozenset[int]
 ) -> Iterator[tuple[str, ModuleFacts]]:
-    is_torchs = is_torchs_module(module)
     settings = {"training": module.training} | _settings(module) | _own_tensors(module)
     yield (
         path,
         ModuleFacts(
             class_name=type(module).__name__,
-            arguments=module.extra_repr() if is_torchs else "",
-            settings=settings,
-            is_torchs=is_torchs,
+            arguments=module.extra_repr() if is_torchs_module(module, but_hooks=True) else "",
+            settings=settings | hooks_of(module),
+            is_torchs=is_torchs_module(module),
         ),
     )
     around |= {id(module)}
@@ -168,12 +169,16 @@ def _modules_of(
 
 
 def _own_tensors(module: nn.Module) -> dict[str, str | None]:
-    """Return the dtypes of a module's own parameters and buffers, and which parameters are frozen."""
+    """Return the dtypes of a module's own parameters and buffers, which are frozen, and their hooks."""
     found: dict[str, str | None] = {}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         dtype = None if tensor is None else str(tensor.dtype).removeprefix("torch.")
-        found[name] = f"{dtype}, frozen" if is_frozen else dtype
+        kinds = (
+            getattr(tensor, f"_{kind}_hooks", None) for kind in ("backward", "post_accumulate_grad")
+        )
+        hook = "".join(f", hook {names_of(hooks)}" for hooks in kinds if hooks)
+        found[name] = f"{dtype}{', frozen' * is_frozen}{hook}" if dtype else None
     return found
 
 

@@ -171,7 +171,7 @@ def found_text(found: Found, losses: dict[int, float]) -> str:
 
 def nonfinite_text(found: NonFinite | None) -> str:
     """Return what made the first NaN or infinity."""
-    from everystep.replay.origins import name_in_words
+    from everystep.replay.given import name_in_words
 
     if found is None:
         return "all results of all operations are finite"

@@ -82,6 +82,7 @@ def diff_data(found: Difference) -> dict[str, Any]:
         "same": found.is_same,
         "asked": [{"name": each.name, "values": list(each.values)} for each in listed(found)],
         "experiments": {key: list(pair) for key, pair in found.experiments.items()},
+        "renamed": list(found.renamed),
         "numerics": {key: list(pair) for key, pair in found.numerics.items()},
         "steps": list(found.steps),
         "loss": None if loss is None else {"step": loss.step, "values": [loss.recorded, loss.replayed]},
@@ -230,13 +231,14 @@ def _verdict(found: Difference) -> str:
         return f"the runs differ in what was measured: {names}"
     if found.is_same and found.problems:
         return "nothing that could be compared differs"
+    names = "; only names differ" if found.renamed and found.is_same else ""
     if found.is_same and not found.numerics and found.is_thorough:
-        return "the runs are bit-identical"
+        return f"the runs are bit-identical{names}"
     what = "result of every operation" if found.is_thorough else "loss and every common snapshot"
     same = f"every {what} of the first {min(found.steps):,} steps is identical"
     if found.steps[0] != found.steps[1] and not found.experiments:
         return f"{same}; one run is longer"
-    return f"{same}, bit for bit" if found.is_same or found.is_thorough else same
+    return f"{same}, bit for bit{names}" if found.is_same or found.is_thorough else same
 
 
 def _hint(found: Difference) -> str:

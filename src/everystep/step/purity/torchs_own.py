@@ -25,10 +25,12 @@ __all__ = [
     "HOOKS",
     "guard_module",
     "hook_on",
+    "hooks_of",
     "is_torchs_function",
     "is_torchs_module",
     "is_torchs_optimizer",
     "is_torchs_schedule",
+    "names_of",
     "own_modules",
     "reason_against_loss",
     "reason_against_module",
@@ -107,9 +109,38 @@ def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         waiting += [(name, m) for name, m in reversed(within) if is_a(m, nn.Module)]
 
 
-def is_torchs_module(module: nn.Module) -> bool:
-    """Tell whether a module is torch's own and unmodified, whatever its submodules are."""
-    return _problem(module) is None
+def is_torchs_module(module: nn.Module, *, but_hooks: bool = False) -> bool:
+    """Tell whether a module is torch's own and unmodified, whatever its submodules are.
+
+    but_hooks: it may have hooks.
+    """
+    return _problem(module, but_hooks) is None
+
+
+def hooks_of(module: nn.Module) -> dict[str, str]:
+    """Return the hooks of a module: the names of the functions, by what torch calls such a hook."""
+    own = _own_dict(module)
+    return {
+        name.strip("_").removesuffix("s").replace("_", " "): names_of(own[name])
+        for name in HOOKS
+        if own.get(name)
+    }
+
+
+def names_of(hooks: dict[int, Any]) -> str:
+    """Return the names of hooks, each with its line if its function has no name."""
+    return ", ".join(map(_name_of_function, hooks.values()))
+
+
+def _name_of_function(function: Any) -> str:
+    if type(function) is functools.partial:
+        return _name_of_function(function.func)
+    function = function.__func__ if type(function) is types.MethodType else function
+    if type(function) is not types.FunctionType:
+        return class_name(type(function))
+    code = function.__code__
+    place = f" in line {code.co_firstlineno} of {Path(code.co_filename).name}"
+    return code.co_qualname.rpartition("<locals>.")[2] + place * (code.co_name == "<lambda>")
 
 
 def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
@@ -163,11 +194,11 @@ def is_torchs_function(function: Any) -> bool:
     return type(function) is types.FunctionType and function.__code__.co_filename.startswith(_TORCH)
 
 
-def _problem(module: nn.Module) -> str | None:
+def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
     cls, own = type(module), _own_dict(module)
     if not _is_from(cls, "torch.nn.modules."):
         return f"is a {class_name(cls)}, which is not a torch module"
-    if (kind := hook_on(module)) is not None:
+    if not but_hooks and (kind := hook_on(module)) is not None:
         return f"has {kind}"
     for name, value in own.items():
         if name == "forward" or (callable(value) and hasattr(cls, name)):
