@@ -4,10 +4,11 @@ import errno
 import fcntl
 import os
 import platform
+import resource
 import shutil
 import sqlite3
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -166,6 +167,51 @@ def test_a_run_on_a_full_disk_says_that_it_failed_and_resumes(monkeypatch):
     assert len(run) > 0 and not run.problems and run.verify(progress=False).is_exact
     resumed = run.resume(progress=False)
     assert resumed.losses.equals(whole.losses) and resumed.status == "finished"
+
+
+def test_a_run_on_a_full_disk_is_failed_though_nothing_fits_any_more(monkeypatch, everystep_command):
+    transaction = Database.transaction
+    spare = Path("run/run.spare")
+    assert not spare.exists()
+
+    @contextmanager
+    def full(database):
+        with transaction(database):
+            yield
+            if spare.exists() and database.newest_step() >= 20:
+                raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "transaction", full)
+        code, _, err = everystep_command("train", "--steps", 400, "--run", "run", "-q")
+    assert code == 1 and "database or disk is full" in err and not spare.exists()
+    _, out, err = everystep_command("runs", ".")
+    assert " failed " in out and "damaged" not in out + err
+    assert everystep_command("resume", "run", "-q")[0] == 0
+    assert everystep_command("verify", "run")[0] == 0
+
+
+def test_a_measurement_on_a_full_disk_leaves_the_run_whole(everystep_command):
+    settings = {"steps": 3000, "data.N": 4, "data.D_in": 2, "data.D_out": 1}
+    settings |= {"model.layers": ["Linear(2, 1)"]}
+    everystep.train_experiment("two-layer", settings, directory="whole", progress=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (33_000, 37_000, 41_232, 60_000):  # bytes that the log may have, of some 100,000
+        run = shutil.copytree("whole", Path(f"run-{size}"))
+        with closing(sqlite3.connect(run / "run.sqlite")) as reader:  # so that the log stays
+            reader.execute("SELECT count(*) FROM facts").fetchone()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            try:
+                code, _, err = everystep_command("measure", run, "loss + 1", "--name", "more")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert code == 1 and "run.sqlite cannot be written" in err
+            code, out, err = everystep_command("losses", run, "--last", 1)
+            assert (code, err) == (0, "") and "3000" in out
+            assert everystep_command("doctor", run)[0] == 0
+    assert everystep_command("measure", run, "loss + 1", "--name", "more")[0] == 0
+    opened = everystep.open(run)
+    assert len(opened.measured("more")) == 3000 and opened.damage is None
 
 
 def test_names_with_spaces_and_signs_of_200_characters(everystep_command):

@@ -24,6 +24,7 @@ __all__ = [
     "FILE_NAME",
     "LOCK_NAME",
     "SCHEMA_VERSION",
+    "SPARE_NAME",
     "TICK",
     "begin_database",
     "connect_reading",
@@ -33,6 +34,7 @@ __all__ = [
 
 FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
+SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
 SCHEMA_VERSION = 3
 

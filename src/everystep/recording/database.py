@@ -23,6 +23,7 @@ from everystep.recording.fact_rows import read_facts, rows_of
 from everystep.recording.facts import MOST_STEPS, Facts
 from everystep.recording.files import FileRow
 from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
+from everystep.recording.write_ahead_log import drop_uncommitted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,16 +133,22 @@ class Database(Blocks):
             try:
                 yield
                 self.seal_blocks()
+                self.connection.execute("COMMIT")
             except BaseException:
                 self.forget_blocks()
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
+                self._drop_uncommitted()
                 raise
+
+    def _drop_uncommitted(self) -> None:
+        """Cut off what a transaction that failed has left in the log; it would look like damage."""
+        with suppress(sqlite3.Error, OSError):
+            self.connection.execute("BEGIN IMMEDIATE")  # so that no other program writes meanwhile
             try:
-                self.connection.execute("COMMIT")
-            except sqlite3.Error:
-                self.forget_blocks()
-                raise
+                drop_uncommitted(Path(f"{self.path}-wal"))
+            finally:
+                self.connection.execute("ROLLBACK")
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from everystep import clock
 from everystep.errors import RecordingError, RunError
 from everystep.recording.changes import write_change
+from everystep.recording.connection import SPARE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
@@ -29,7 +31,6 @@ from everystep.recording.repeats import Repeats, Taken
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan, remove_snapshots, write_snapshot
 from everystep.recording.tidy import tidy
-from everystep.recording.write_ahead_log import drop_uncommitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,8 @@ __all__ = ["LATE_SECONDS", "Recorder", "create_directory"]
 LATE_SECONDS = 10.0
 #: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
+#: Bytes that a run keeps while it is written: several times what its last facts take.
+_SPARE = 65_536
 
 
 def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
@@ -125,37 +128,31 @@ class Recorder:
         self._error: BaseException | None = None
         self._job_began: float | None = None
         self._is_late = False
-        try:
-            self._lock = locked(self._home.here)
-            (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
-            for name, text in texts.items():
-                write_whole(self._home.here / name, text.encode())
-        except OSError as error:
-            raise self._translated(error, at if is_resumed else 0) from error
-        opened = Database.change if is_resumed else Database.create
-        self._database = opened(self._home.here / FILE_NAME)
         self._continuation: Continuation | None = None
         self._programs = 0
         self._batch_budget = batch_budget
         self._repeats: Repeats | None = None
-        try:
-            if is_resumed:
-                self._resume(facts)
-            else:
-                with self._database.transaction():
-                    inherited = {} if parent is None else self._inherit(parent, at)
-                    if beginning is not None:
-                        row = write_snapshot(self._home.here / "snapshots", beginning)
-                        self._database.add_snapshot(row)
-                        self.plan.kept[row.step] = row.bytes
-                    first = {"status": "running", "writer": writer_here()}
-                    self._database.write_facts(first | inherited | facts.rows())
-        except BaseException as error:
-            self._database.close()
-            self._lock.release()
-            if isinstance(error, OSError):
+        with ExitStack() as closing:
+            closing.callback(self._home.close)
+            try:
+                closing.callback(locked(self._home.here).release)
+                closing.callback(self._remove_spare)
+                # Freed to write that the disk is full. No file system packs random bytes.
+                (self._home.here / SPARE_NAME).write_bytes(os.urandom(_SPARE))
+                (self._home.here / "snapshots").mkdir(exist_ok=is_resumed)
+                for name, text in texts.items():
+                    write_whole(self._home.here / name, text.encode())
+                opened = Database.change if is_resumed else Database.create
+                self._database = opened(self._home.here / FILE_NAME)
+                closing.callback(self._database.close)
+                if is_resumed:
+                    self._resume(facts)
+                else:
+                    self._begin(facts, parent, at, beginning)
+            except OSError as error:
                 raise self._translated(error, at if is_resumed else 0) from error
-            raise
+            #: Ends the writing of the run, in any case.
+            self._closing = closing.pop_all()
         self._thread = threading.Thread(target=self._work, name="everystep recorder", daemon=True)
         self._thread.start()
 
@@ -291,24 +288,33 @@ class Recorder:
             self._close_failed(self._error, facts)
         if self._repeats is not None:
             self._repeats.close()
-        self._database.close()
-        self._lock.release()
-        self._home.close()
+        self._closing.close()
         self.check()
 
     def _close_failed(self, error: BaseException, facts: Mapping[str, Any]) -> None:
-        """Write into the run that writing it failed, if so little still fits; else it seems killed."""
+        """Write into the run that writing it failed, in the space that was kept for it."""
         reason = f"writing the run failed: {_reason(error)}"
         with suppress(Exception):
             self._follow()
             self._database.hurry()
-            log = self._home.here / f"{FILE_NAME}-wal"
-            drop_uncommitted(log)
-            try:
-                finished = facts.get("finished")
-                self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
-            except RecordingError:
-                drop_uncommitted(log)
+            self._remove_spare()
+            finished = facts.get("finished")
+            self._write_last_facts({"status": "failed", "reason": reason, "finished": finished})
+
+    def _remove_spare(self) -> None:
+        with suppress(OSError):
+            (self._home.here / SPARE_NAME).unlink()
+
+    def _begin(self, facts: Facts, parent: RecordedRun | None, at: int, beginning: State | None) -> None:
+        """Write what is known before the first step: all or nothing."""
+        with self._database.transaction():
+            inherited = {} if parent is None else self._inherit(parent, at)
+            if beginning is not None:
+                row = write_snapshot(self._home.here / "snapshots", beginning)
+                self._database.add_snapshot(row)
+                self.plan.kept[row.step] = row.bytes
+            first = {"status": "running", "writer": writer_here()}
+            self._database.write_facts(first | inherited | facts.rows())
 
     def _inherit(self, parent: RecordedRun, at: int) -> dict[str, Any]:
         inherited = inherit(self._home.here, self._database, parent, at)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from everystep.errors import RecordingError
 from everystep.recording.changes import FOLDER as CHANGES
+from everystep.recording.connection import SPARE_NAME
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.database import FILE_NAME, LOCK_NAME, reading
 from everystep.recording.lock import locked
 
 __all__ = ["remove_unbegun"]
 
-_OWN = {"snapshots", "programs", BATCHES, CHANGES, LOCK_NAME}
+_OWN = {"snapshots", "programs", BATCHES, CHANGES, LOCK_NAME, SPARE_NAME}
 
 
 def remove_unbegun(directory: Path) -> bool:
