@@ -19,7 +19,7 @@ import torch
 from everystep.replay.step import Step
 from everystep.replay.why import Number, Why
 
-__all__ = ["ALL", "by_hand", "complaints", "value_of"]
+__all__ = ["ALL", "by_hand", "complaints", "evaluated", "value_of"]
 
 #: More terms than any sum has: every number is shown.
 ALL = 10**9
@@ -117,7 +117,7 @@ def by_hand(answer: Why, *, is_rounded: bool = False) -> float:
             values = [_number(term.numbers[group.text].value) for term in _in_order(group.terms)]
             numbers[group.text] = np.asarray(values).view(_Numbers)
     with np.errstate(all="ignore"):
-        return float(np.asarray(_evaluated(text, numbers)).item())
+        return float(np.asarray(evaluated(text, numbers)).item())
 
 
 def _number(value: Any) -> np.float64:
@@ -133,7 +133,7 @@ def _added(text: str, term: str, group: Any, name: str) -> tuple[str, float]:
     with np.errstate(all="ignore"):
         values = [
             float(
-                _evaluated(
+                evaluated(
                     term, {key: _number(n.value) for key, n in each.numbers.items()} | each.weights
                 )
             )
@@ -157,7 +157,7 @@ def _in_order(terms: Any) -> list[Any]:
     return sorted(terms, key=lambda term: next(iter(term.numbers.values())).spot.index)
 
 
-def _evaluated(text: str, numbers: dict[str, Any]) -> Any:
+def evaluated(text: str, numbers: dict[str, Any]) -> Any:
     """Return the value of a formula as it is shown, read as Python after a few signs are replaced."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text).replace("^", "**").replace("·", "@")
     text = re.sub(r"\b([a-z]\w*)\[[a-z]\w*\]", r"\1", text)  # the number is the one that is named

@@ -308,6 +308,7 @@ CASES = [
     ("addmm_.default", (rand(3, 5), rand(3, 4), rand(4, 5)), {"beta": 0.5, "alpha": -0.1}),
     ("addmv.default", (rand(3), rand(3, 4), rand(4)), {"alpha": -0.1}),
     ("baddbmm.default", (rand(2, 3, 5), rand(2, 3, 4), rand(2, 4, 5)), {"beta": 0, "alpha": 2}),
+    ("addmv.default", (ints(9, 3), ints(9, 3, 4), ints(9, 4)), {"alpha": 1.6, "beta": 0.5}),
     ("addbmm.default", (rand(3, 5), rand(2, 3, 4), rand(2, 4, 5)), {}),
     ("sum.default", (rand(3, 4),), {}),
     ("sum.dim_IntList", (rand(3, 4, 2), [0, -1]), {}),

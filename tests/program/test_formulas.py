@@ -3,12 +3,13 @@
 `benchmarks.why_by_hand` reads the text as Python and knows nothing of everystep's rules.
 """
 
+import json
 import random
 import re
 
 import pytest
 import torch
-from benchmarks.why_by_hand import ALL, complaints
+from benchmarks.why_by_hand import ALL, complaints, evaluated
 from tests.program.test_elements import CASES, positive, rand
 from torch import nn
 
@@ -178,7 +179,9 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize(("name", "settings"), OPTIMIZERS, ids=str)
-def test_each_formula_of_an_optimizer_gives_the_number(name, settings, small, tmp_path):
+def test_each_formula_of_an_optimizer_gives_the_number(
+    name, settings, small, tmp_path, everystep_command
+):
     model, x, y = small
     optimizer = getattr(torch.optim, name)(model.parameters(), **({"lr": 0.1} | settings))
     run = everystep.train(
@@ -204,3 +207,25 @@ def test_each_formula_of_an_optimizer_gives_the_number(name, settings, small, tm
             if answer.origin == "operation":
                 assert answer.formula and answer.recomputed is not None
                 assert complaints(answer) == []
+    _, out, _ = everystep_command("step", run.directory, "6", "--json")
+    update = json.loads(out)["updates"]["0.weight"]
+    expected = run[6].updates["0.weight"].after[1, 2].item()
+    (group,) = optimizer.param_groups
+    assert assigned(update["formula"]["operators"], run[6], group) == pytest.approx(expected, rel=1e-5)
+
+
+def assigned(lines, step, group):
+    """Return what the formula of an update, one assignment after the other, makes of a parameter."""
+    own = "optimizer/0.weight/"
+    tensors = {"param": step.parameters["0.weight"], "grad": step.gradients["0.weight"]}
+    tensors |= {key.removeprefix(own): of for key, of in step.state.items() if key.startswith(own)}
+    names = {key: of[1, 2].double().item() if of.dim() else of.item() for key, of in tensors.items()}
+    for key in ("betas", "etas", "step_sizes"):
+        parts = {"betas": ("beta1", "beta2"), "etas": ("etaminus", "etaplus")}
+        names |= dict(zip(parts.get(key, ("smallest", "largest")), group.get(key, ()), strict=False))
+    names |= {key: of for key, of in group.items() if isinstance(of, int | float)} | {"t": step.number}
+    for line in lines:
+        left, _, right = line.rpartition(" = ")
+        text = right.replace("param.grad", "grad").replace("²", " ^ 2")
+        names[left.strip() or "param"] = float(evaluated(text, names))
+    return names["param"]

@@ -310,7 +310,11 @@ def test_a_gradient_that_comes_from_two_places_is_not_called_whole(opened):
             "param      = param - lr * mean / (sqrt(square) + eps)",
             "aten._fused_adam_",
         ),
-        (lambda p: torch.optim.Rprop(p, lr=0.01), "Rprop(lr=0.01", "Rprop"),
+        (
+            lambda p: torch.optim.Rprop(p, lr=0.01),
+            "param     = param - sign(prev) * step_size",
+            "by 15 operations",
+        ),
     ],
 )
 def test_the_update_in_both_notations(small, opened, make, operators, calls):

@@ -7,12 +7,15 @@ step as a whole), the formula is the one in torch's documentation, if it certain
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from everystep.program.elements.optimizers import FUSED, UPDATES, update
 from everystep.program.execute import Observed
+from everystep.program.operation import Operation
 from everystep.recording.facts import OptimizerFacts
-from everystep.recording.texts import optimizer_parts, optimizers_text
+from everystep.recording.texts import optimizers_text
 from everystep.views.notation import all_arguments, kind_of
 from everystep.views.terminal import shortest
 
@@ -112,10 +115,11 @@ class _Composer:
     def _as_a_whole(self, number: int, seen: Observed) -> None:
         operator = seen.operation.operator
         name = f"{operator}.step()" if operator.startswith("torch.optim.") else operator
+        formula = _of_kernel(seen.operation) or self._documented
         for result in seen.results:
             kind, _, parameter = result.partition("/")
             if kind == "parameter":
-                self._known[parameter] = Formula(self._documented, (name,), (number,))
+                self._known[parameter] = Formula(formula, (name,), (number,))
 
     def _term(self, value: Any, seen: Observed) -> Any:
         if isinstance(value, list | tuple):
@@ -161,6 +165,8 @@ def _composed(kind: str, arguments: dict[str, Any]) -> _Term:
     positional = [_call_text(v) for k, v in arguments.items() if k not in ("alpha", "value")]
     keywords = [f"{k}={_call_text(v)}" for k, v in arguments.items() if k in ("alpha", "value")]
     calls = f"torch.{kind}({', '.join([*positional, *keywords])})"
+    if kind == "neg" and len(terms) == 1:
+        return _Term(f"-{terms[0].within(_PRODUCT)}", calls, _SUM, numbers, of)
     sign = _OPERATORS.get(kind)
     left, right, *_ = *arguments.values(), None, None
     if sign is None or not isinstance(left, _Term) or not isinstance(right, _Term):
@@ -189,30 +195,51 @@ def _operator_text(value: Any) -> str:
     return f"[{', '.join(map(_operator_text, value))}]" if isinstance(value, list) else value.operators
 
 
+#: Settings that make another algorithm, not another number of it.
+_FLAGS = ("amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov")
+
+
 def _documented(optimizer: OptimizerFacts) -> tuple[str, ...] | None:
     """Return the formula of an optimizer of torch as its documentation has it, None if not sure."""
-    name, settings = optimizer_parts({"": optimizer})
-    used = settings.keys() - {"lr", "betas", "eps", "fused", "foreach", "decoupled_weight_decay"}
-    if name in ("Adam", "AdamW") and used <= {"weight_decay"}:
-        before, gradient = "param", "param.grad"
-        if "weight_decay" in settings and "decoupled_weight_decay" in settings:
-            before = "param * (1 - lr * weight_decay)"
-        elif "weight_decay" in settings:
-            gradient = "(param.grad + weight_decay * param)"
-        return (
-            f"exp_avg    = beta1 * exp_avg + (1 - beta1) * {gradient}",
-            f"exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * {gradient}²",
-            f"param      = {before} - lr * mean / (sqrt(square) + eps)",
-            "where mean = exp_avg / (1 - beta1^t), square = exp_avg_sq / (1 - beta2^t)",
-        )
-    if name == "SGD" and settings.keys() <= {"lr", "momentum", "weight_decay", "fused", "foreach"}:
-        gradient = "param.grad"
-        if "weight_decay" in settings:
-            gradient = "(param.grad + weight_decay * param)"
-        if "momentum" not in settings:
-            return (f"param - lr * {gradient}",)
-        return (
-            f"momentum_buffer = momentum * momentum_buffer + {gradient.strip('()')}",
-            "param           = param - lr * momentum_buffer",
-        )
-    return None
+    if optimizer.class_name not in UPDATES or not optimizer.groups:
+        return None
+    flags = [{key: bool(group.get(key)) for key in _FLAGS} for group in optimizer.groups]
+    if any(each != flags[0] for each in flags):
+        return None
+    # A number that is 0 in one param group only is in the formula of all.
+    used = {key: value for group in optimizer.groups for key, value in group.items() if value}
+    if used.get("dampening"):  # its first step is another one
+        return None
+    return _lines(optimizer.class_name, used)
+
+
+def _of_kernel(operation: Operation) -> tuple[str, ...] | None:
+    """Return the formula of a fused optimizer, with the settings that its kernel was called with."""
+    known = FUSED.get(operation.name.strip("_"))
+    if known is None:
+        return None
+    given = {key: value for key, (value, _) in all_arguments(operation).items() if value is not None}
+    return _lines(known[0], given, is_first=bool(given.get("is_first_step")))
+
+
+def _lines(optimizer: str, settings: Mapping[str, Any], *, is_first: bool = False) -> tuple[str, ...]:
+    """Return what an optimizer assigns, one line after the other."""
+    found = update(optimizer, settings, t="t", is_first=is_first)
+    written = {text: key for key, text in found.results.items() if text in found.definitions}
+    assigned = found.definitions | {
+        key: text for key, text in found.results.items() if text not in found.definitions
+    }
+    del assigned["t"]
+
+    def renamed(word: re.Match[str]) -> str:
+        name = written.get(word[0], word[0])
+        return "param.grad" if name == "grad" else name
+
+    lines = {
+        written.get(name, name): re.sub(r"\b[a-z]\w*\b", renamed, text).replace(" ^ 2", "²")
+        for name, text in assigned.items()
+    }
+    if [*lines] == ["param"]:
+        return (lines["param"],)
+    width = max(map(len, lines))
+    return tuple(f"{name:{width}} = {text}" for name, text in lines.items())

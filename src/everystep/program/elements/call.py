@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,8 +215,10 @@ class Call:
         value = self.value(key)
         if not isinstance(value, int | float):
             raise NoRuleError(f"{key} is not a number")
-        is_rounded = isinstance(value, float) and self.dtype in _ROUNDED
-        return float(np.float32(value)) if is_rounded else value
+        if isinstance(value, float) and self.dtype in _ROUNDED:
+            return float(np.float32(value))
+        is_whole = not self.dtype.is_floating_point and not self.dtype.is_complex
+        return int(value) if is_whole and self.dtype != torch.bool and math.isfinite(value) else value
 
     def name(self, key: str) -> str:
         """Return the name of the tensor that an argument is."""

@@ -191,7 +191,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": _extreme(np.min, np.minimum),
     "sum": total,
     "mean": _mean,
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "logsumexp": _logsumexp,
     "softmax": lambda x: np.exp(x - _logsumexp(x)),
     "row_sums": _row_sums,

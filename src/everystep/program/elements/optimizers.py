@@ -85,8 +85,9 @@ def _adam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
     if s.get("amsgrad"):
         largest = "w"
         definitions["w"], results["max_exp_avg_sq"] = "max(max_exp_avg_sq, v)", "w"
-    bottom = f"(sqrt({largest} / (1 - beta2 ^ t)) + eps)"
-    return definitions, results | {"param": f"{p} - lr * m / (1 - beta1 ^ t) / {bottom}"}
+    definitions["mean"] = "m / (1 - beta1 ^ t)"
+    definitions["square"] = f"{largest} / (1 - beta2 ^ t)"
+    return definitions, results | {"param": f"{p} - lr * mean / (sqrt(square) + eps)"}
 
 
 def _sgd(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
@@ -130,8 +131,9 @@ def _nadam(g: str, p: str, s: Settings, is_first: bool) -> _Formulas:
         "m": f"beta1 * exp_avg + (1 - beta1) * {g}",
         "v": f"beta2 * exp_avg_sq + (1 - beta2) * {g} ^ 2",
     }
+    definitions["square"] = "v / (1 - beta2 ^ t)"
     step = f"(1 - now) / (1 - q) * {g} + next / (1 - q * next) * m"
-    parameter = f"{p} - lr * ({step}) / (sqrt(v / (1 - beta2 ^ t)) + eps)"
+    parameter = f"{p} - lr * ({step}) / (sqrt(square) + eps)"
     return definitions, {"mu_product": "q", "exp_avg": "m", "exp_avg_sq": "v", "param": parameter}
 
 
