@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import sqlite3
+import zlib
 from contextlib import closing
 
 import pytest
+import torch
 from tests.training.by_hand import by_train, new_training
 
 import everystep
@@ -70,6 +72,117 @@ def test_a_fork_writes_nothing_outside_its_directory(tmp_path):
     with pytest.raises(RunError, match="outside the run or not a regular file"):
         everystep.open(run.directory).fork(3, directory=tmp_path / "b", progress=False)
     assert not (tmp_path / "outside").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of an experiment that no test may change."""
+    place = tmp_path_factory.mktemp("trained") / "run"
+    return everystep.train_experiment("two-layer", {"steps": 5}, directory=place, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "programs/9.json",
+        "data-9.safetensors",
+        "snapshots/000000/x",
+        "programs/1.json",
+        "data.safetensors",
+        "snapshots/000000/rest.safetensors",
+        "experiment.toml",
+    ],
+)
+def test_nothing_is_taken_into_a_fork_or_a_repaired_copy_through_a_link(
+    trained, tmp_path, name, everystep_command
+):
+    run = shutil.copytree(trained.directory, tmp_path / "run")
+    private = tmp_path / "private"
+    private.write_bytes((run / name).read_bytes() if (run / name).exists() else b"precious")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(private)
+    for place, command in (
+        ("fork", ["fork", "run", "--at", "3", "--run", "fork", "-q"]),
+        ("copy", ["doctor", "run", "--repair", "copy"]),
+    ):
+        code, out, err = everystep_command(*command)
+        assert code == (
+            0 if name.endswith(("9.json", "9.safetensors", "x")) and place == "fork" else code
+        )
+        assert code in (0, 1, 2) and (code == 0 or "link" in out + err)
+        for path in (tmp_path / place).rglob("*"):
+            assert not path.is_symlink() and not path.samefile(private), path
+            assert path.is_dir() or path.read_bytes() != private.read_bytes(), path
+
+
+GIGABYTES_7 = 7_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("programs/1.json", ["step", "run", "2"]),
+        ("data.safetensors", ["step", "run", "2"]),
+        ("snapshots/000000/rest.safetensors", ["step", "run", "2"]),
+        ("experiment.toml", ["fork", "run", "--at", "3", "-q"]),
+    ],
+)
+def test_a_larger_file_than_there_may_be_is_not_read(
+    trained, tmp_path, monkeypatch, name, command, everystep_command
+):
+    run = shutil.copytree(trained.directory, tmp_path / "run")
+    os.truncate(run / name, GIGABYTES_7)  # which takes no place on the disk
+    code, _, err = everystep_command(*command)
+    assert code == 2
+    assert f"{name} cannot be read: it has 7,000,000,000 bytes, more than the" in err
+
+
+def test_a_size_that_the_database_claims_is_bound_by_the_memory(trained, tmp_path, everystep_command):
+    run = shutil.copytree(trained.directory, tmp_path / "run")
+    for name in ("programs/1.json", "snapshots/000000/rest.safetensors"):
+        os.truncate(run / name, 2**43)
+    with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
+        database.execute(f"UPDATE files SET bytes = {2**43}")
+        database.execute(f"UPDATE snapshots SET bytes = {2**43}")
+    for command in (["step", "run", "2"], ["verify", "run", "--processes", "1"], ["doctor", "run"]):
+        code, out, err = everystep_command(*command)
+        assert code in (1, 2) and "it has 8,796,093,022,208 bytes, more than the" in out + err
+
+
+def test_a_text_that_is_short_only_when_packed_is_not_unpacked(tmp_path, everystep_command):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run="run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.ones(3, 2)] * 3):
+            model(x).sum().backward()
+            optimizer.step()
+    bomb = zlib.compress(b"[" + b"[]," * 6_000_000 + b"[]]", 9)
+    for column in ("numbers", "inputs"):
+        shutil.copytree("run", column)
+        with closing(sqlite3.connect(f"{column}/run.sqlite")) as database, database:
+            database.execute(f"UPDATE repeats SET {column} = ?", (bomb,))
+        for command in (["step", column, "2"], ["verify", column, "--processes", "1"]):
+            code, out, err = everystep_command(*command)
+            assert code in (1, 2) and "cannot be read: the database was changed" in out + err
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (".".join(["a"] * 200_000) + "=1", "a line with more than 1,000 dots"),
+        ("a." * 999 + "a=1", "a: unknown key"),
+        ("optimizer." + "a." * 900 + "a=1", "optimizer"),
+        ("a=" + "[" * 5000, "is nested too deep"),
+        ("steps=" + "9" * 5000, "is not valid TOML"),
+        ('name="\\u0000"', "name: unknown key"),
+    ],
+)
+def test_an_experiment_that_is_costly_to_read_is_refused_soon(
+    tmp_path, text, problem, everystep_command
+):
+    (tmp_path / "mine.toml").write_text(text)
+    code, out, err = everystep_command("train", "mine.toml")
+    assert (code, out) == (2, "") and problem in err
 
 
 @pytest.mark.parametrize("threads", [10**9, 0, -1])

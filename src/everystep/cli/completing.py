@@ -57,14 +57,16 @@ def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
     Each with its operator, which zsh and fish show.
     """
     from everystep.recording.finding import find_run
+    from everystep.recording.run import RecordedRun
 
     try:
-        programs = list((find_run(_arguments(ctx, "run")[0]) / "programs").glob("*.json"))
+        run = RecordedRun(find_run(_arguments(ctx, "run")[0]))
+        programs = [file.name for file in run.files() if file.name.endswith(".json")]
         if len(programs) != 1:
             return []
-        operations = json.loads(programs[0].read_text(encoding="utf-8"))["operations"]
+        operations = json.loads(run.read_file(programs[0]))["operations"]
         return [(str(number), each["operator"]) for number, each in enumerate(operations)]
-    except (RunError, OSError, ValueError, LookupError, TypeError):
+    except (RunError, ValueError, LookupError, TypeError):
         return []
 
 

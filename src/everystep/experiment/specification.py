@@ -26,9 +26,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from everystep.bounded import read_regular
 from everystep.errors import ExperimentError, Fault, did_you_mean
 
 __all__ = [
+    "LARGEST",
     "ArrayData",
     "BundledData",
     "DataSpecification",
@@ -43,8 +45,13 @@ __all__ = [
     "built_in",
     "check_iteration",
     "load",
+    "parse",
     "parse_setting",
 ]
+
+#: Bytes of an experiment's file, and dots in one line of it: reading a dotted key takes time that grows
+#: with the square of its parts.
+LARGEST, _MOST_DOTS = 1_000_000, 1_000
 
 BundledName = Literal["digits", "diabetes", "wine", "iris", "breast_cancer"]
 
@@ -243,37 +250,51 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ExperimentError([Fault(text, "write a setting as path=value: optimizer.lr=1e-3")])
     try:
         return path.strip(), tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return path.strip(), value.strip()
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; raises ExperimentError if it is missing or invalid."""
+def parse(content: bytes, where: str) -> dict[str, Any]:
+    """Return the content of an experiment's file, which nobody has checked yet.
+
+    where: the file, for messages.
+
+    Raises:
+        ExperimentError: it is not TOML, or too large.
+    """
+    if len(content) > LARGEST:
+        raise ExperimentError(f"{where} has more than {LARGEST:,} bytes, too many for an experiment")
+    if max(line.count(b".") for line in content.split(b"\n")) > _MOST_DOTS:
+        raise ExperimentError(
+            f"{where} has a line with more than {_MOST_DOTS:,} dots; write long lists on several lines"
+        )
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
+        return tomllib.loads(content.decode())
     except UnicodeDecodeError:
-        raise ExperimentError(f"{path} is not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ExperimentError(f"{path} is not valid TOML: {error}") from None
+        raise ExperimentError(f"{where} is not UTF-8 text") from None
+    except RecursionError:
+        raise ExperimentError(f"{where} is nested too deep") from None
+    except ValueError as error:  # of an integer with thousands of digits, too
+        raise ExperimentError(f"{where} is not valid TOML: {error!s:.300}") from None
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path]:
     """Return the content of an experiment, its name for messages, and the folder of its file."""
     if isinstance(source, Mapping):
         return _copied(source), "the experiment", Path.cwd()
+    path, where = Path(source), str(source)
     if isinstance(source, str) and source in built_in():
-        path = built_in()[source]
-        return _read_toml(path), f"experiment {source}", path.parent
-    path = Path(source)
-    if not path.exists():
-        cure = did_you_mean(str(source), list(built_in()))
+        path, where = built_in()[source], f"experiment {source}"
+    try:
+        content = read_regular(path, LARGEST)
+    except (FileNotFoundError, ValueError):  # a NUL in it
+        cure = did_you_mean(where, list(built_in())) or "run `everystep experiments` to list those"
         raise ExperimentError(
-            f"{str(source)!r} is neither a file nor a built-in experiment; "
-            f"{cure or 'run `everystep experiments` to list those'}"
-        )
-    return _read_toml(path), str(path), path.parent
+            f"{where!r:.200} is neither a file nor a built-in experiment; {cure}"
+        ) from None
+    except OSError as error:
+        raise ExperimentError(f"{where:.200} cannot be read: {error.strerror}") from None
+    return parse(content, where), where, path.parent
 
 
 def _copied(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
@@ -132,12 +131,10 @@ def _settings_of(run: RecordedRun, facts: TrainingFacts) -> tuple[dict[str, Any]
     A run from Python objects has neither.
     """
     try:
-        path = run.experiment_file(facts)
-        return (None if path is None else _flat(tomllib.loads(path.read_text(encoding="utf-8")))), None
+        experiment = run.experiment(facts)
+        return (None if experiment is None else _flat(experiment)), None
     except RunError as error:
         return None, str(error)
-    except (OSError, RecursionError, ValueError) as error:
-        return None, f"the experiment of {run.name} cannot be read: {error}"
 
 
 def _argument(directory: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from everystep.bounded import parse_json
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, encode, json_floats, python_floats, references
 from everystep.program.checked import is_known_sound, note_sound
@@ -186,7 +187,7 @@ class Program(Model):
         if len(text) > MOST_BYTES:
             raise ProgramError(f"the program has more than {MOST_BYTES:,} bytes, too many to read")
         try:
-            data = json.loads(text, parse_constant=_refuse_constant)
+            data = parse_json(text, parse_constant=_refuse_constant)
             completed = json.dumps(_completed(data))
         except (ValueError, RecursionError) as error:
             raise ProgramError(f"not a program: invalid JSON ({error!s:.200})") from None

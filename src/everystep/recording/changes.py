@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from everystep.bounded import parse_json
 from everystep.errors import RunError
 from everystep.recording.files import FileRow, row_of_file
 
@@ -64,8 +65,8 @@ def read_change(content: bytes, place: Path) -> Change:
 
     try:
         tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        gone = json.loads((header.get("__metadata__") or {}).get("gone", "[]"))
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        gone = parse_json((header.get("__metadata__") or {}).get("gone", "[]"))
     except (SafetensorError, ValueError) as error:
         raise RunError(f"{place} cannot be read: {error}") from None
     return Change(tensors, [*map(str, gone)] if isinstance(gone, list) else [])

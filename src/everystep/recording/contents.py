@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import xxhash
 
+from everystep.bounded import MEMORY, parse_json
 from everystep.errors import RunError
-from everystep.recording.files import own_path
+from everystep.recording.files import open_own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +91,8 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
         text = machine.decompress(content, limit)
         if machine.unconsumed_tail:
             raise ValueError("too long")
-        return json.loads(text)
-    except (zlib.error, ValueError, TypeError, RecursionError):
+        return parse_json(text)
+    except (zlib.error, ValueError, TypeError):
         raise RunError(f"{what} cannot be read: the database was changed") from None
 
 
@@ -263,7 +265,7 @@ def read_contents(
             f"{directory} has an input of unknown dtype {given.dtype!r:.40}: the database was changed"
         )
     size = math.prod(given.shape) * dtype.itemsize
-    if sum(places[digest][2] for digest in given.digests) != size:
+    if sum(places[digest][2] for digest in given.digests) != size or size > MEMORY:
         raise RunError(f"{directory / FOLDER} was changed after recording: an input has another size")
     kind = _kind(given.dtype, given.shape, _is_by_row(given.shape, size))
     content = b"".join(_piece(directory, digest, kind, *places[digest]) for digest in given.digests)
@@ -274,11 +276,12 @@ def read_contents(
 
 def _piece(directory: Path, digest: bytes, kind: bytes, file: int, place: int, size: int) -> bytes:
     try:
-        with own_path(directory, f"{FOLDER}/{int(file)}.bin").open("rb") as opened:
+        with open_own(directory, f"{FOLDER}/{file}.bin") as opened:
             opened.seek(place)
-            content = opened.read(size)
-    except (OSError, ValueError, OverflowError, TypeError) as error:
-        raise RunError(f"{directory / FOLDER}/{file}.bin cannot be read: {error}") from None
+            has_all = place + size <= os.fstat(opened.fileno()).st_size
+            content = opened.read(size) if has_all else b""
+    except OSError as error:
+        raise RunError(f"{directory / FOLDER}/{file}.bin cannot be read: {error.strerror}") from None
     if _digest(kind, content) != digest:
         raise RunError(
             f"{directory / FOLDER}/{file}.bin was changed after recording: the digest of an input "

@@ -1,24 +1,35 @@
-"""Files of a run: names stay within it, files are written as a whole, digests tell changed ones."""
+"""Files of a run: the one place that opens them.
+
+Names stay within the run, no link is followed, only regular files are read, and no more of them than a
+bound. Files are written as a whole, and digests tell changed ones.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
+from everystep.bounded import MEMORY, open_regular, read_regular
 from everystep.errors import RunError
 
 __all__ = [
     "FileRow",
     "check_writable_files",
     "constants_of",
+    "has_own",
+    "open_own",
     "own_path",
     "read_file",
+    "read_own",
     "row_of_file",
     "sweep",
+    "take_file",
     "write_whole",
 ]
 
@@ -50,37 +61,106 @@ def read_file(directory: Path, row: FileRow) -> bytes:
     Raises:
         RunError: it is missing, or was changed.
     """
-    path = own_path(directory, row.name)
-    try:
-        with path.open("rb") as file:
-            content = file.read(row.size + 1)
-    except (OSError, ValueError, OverflowError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
+    content = read_own(directory, row.name, row.size)
     if row_of_file(row.name, content) != row:
         raise RunError(
-            f"{path} was changed after recording: its digest differs; restore it from a copy of the run"
+            f"{directory / row.name} was changed after recording: its digest differs; restore it from "
+            "a copy of the run"
         )
     return content
+
+
+def read_own(directory: Path, name: str, limit: int) -> bytes:
+    """Return the content of a file of a run. limit: bytes that it may have.
+
+    Raises:
+        RunError: it is missing, cannot be read, is larger, or is not one of the run.
+    """
+    path = own_path(directory, name)
+    try:
+        return read_regular(path, min(limit, MEMORY), follows_links=False)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def open_own(directory: Path, name: str) -> BinaryIO:
+    """Open a file of a run for reading.
+
+    Raises:
+        RunError: it is missing, cannot be read, or is not one of the run.
+    """
+    path = own_path(directory, name)
+    try:
+        return open_regular(path, follows_links=False)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def has_own(directory: Path, name: str) -> bool:
+    """Return whether a run has a file of this name.
+
+    Raises:
+        RunError: the name is not one of the run, as in `own_path`.
+    """
+    return own_path(directory, name).is_file()
+
+
+def take_file(
+    source: Path, name: str, target: Path, own_name: str | None = None, *, may_share: bool = True
+) -> None:
+    """Give a run a file of another run: a second name of it if the file system has such, or a copy.
+
+    source, target: the directories of the runs; own_name: that of the file in the target; may_share:
+    False for a copy in any case.
+
+    Raises:
+        RunError: the file is missing, cannot be read, or is not one of the run.
+        OSError: it cannot be written.
+    """
+    taken = own_path(target, own_name or name)
+    taken.parent.mkdir(parents=True, exist_ok=True)
+    with open_own(source, name) as file:
+        if may_share:
+            with suppress(OSError):  # another file system, or one without hard links
+                os.link(source / name, taken)
+                if os.path.samestat(os.fstat(file.fileno()), taken.lstat()):
+                    return
+                taken.unlink()  # it was exchanged meanwhile
+        with taken.open("xb") as copy:
+            shutil.copyfileobj(file, copy)
+        shutil.copystat(source / name, taken, follow_symlinks=False)
 
 
 def own_path(directory: Path, name: str) -> Path:
     """Return the path of something in a run's directory, which need not exist.
 
     Raises:
-        RunError: the name leads out of the directory, or to what is neither a file nor a directory
-            (reading a pipe or a device may never end).
+        RunError: the name leads out of the directory, by a link or by itself, or to what is neither a
+            file nor a directory (reading a pipe or a device may never end); or it cannot be looked at.
     """
-    path = directory / name
+    given = PurePath(name)
+    is_own = bool(given.parts) and not given.anchor and ".." not in given.parts
+    place = directory
     try:
-        is_within = path.resolve().is_relative_to(directory.resolve())
-        is_readable = not path.exists() or path.is_file() or path.is_dir()
-    except (OSError, RuntimeError, ValueError):  # links that go in circles, a NUL in it
-        is_within = is_readable = False
-    if not (is_within and is_readable):
+        for part in given.parts if is_own else ():
+            place /= part
+            mode = place.lstat().st_mode
+            is_own &= stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise _unreadable(place, error) from None
+    except ValueError:  # a NUL in it
+        is_own = False
+    if not is_own:
         raise RunError(
-            f"{directory} refers to a file that is outside the run or not a regular file: {name!r:.200}"
+            f"{directory} refers to what is a link, outside the run or not a regular file: {name!r:.200}"
         )
-    return path
+    return directory / name
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path!s:.200} cannot be read: {error.strerror or error}")
 
 
 def check_writable_files(directory: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.recording.changes import changes_in
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
 from everystep.recording.facts import EarlierFacts
-from everystep.recording.files import own_path
+from everystep.recording.files import has_own, take_file
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
+from everystep.recording.snapshots import PARAMETERS, REST
 
 __all__ = ["Inherited", "inherit"]
 
@@ -43,27 +42,24 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
     database.write_measurements(measured)
     snapshots = [row for row in parent.snapshot_rows() if row.step < at]
     for row in snapshots:
-        _link_folder(own_path(parent.directory, row.directory), own_path(directory, row.directory))
+        for name in (PARAMETERS, REST):
+            _take(parent.directory, directory, f"{row.directory}/{name}")
         database.add_snapshot(row)
     changes = changes_in(row.name for row in files)
     later = {name for step, name in changes.items() if step >= at}
     taken = [row for row in files if row.name not in later]
-    for name in (row.name for row in taken):
-        source, target = own_path(parent.directory, name), own_path(directory, name)
-        if source.is_file():  # a fork reports what it misses when it is read, as its parent does
-            target.parent.mkdir(exist_ok=True)
-            _link(source, target)
+    for file in taken:
+        _take(parent.directory, directory, file.name)
     database.write_files(taken)
     earlier: list[EarlierFacts] = []
     for stretch in parent.stretches:
         if stretch.first > at:
             continue
         training = stretch.facts
-        source = own_path(parent.directory, training.experiment_file or EXPERIMENT_FILE)
-        if training.experiment_digest is not None or source.is_file():
+        source = training.experiment_file or EXPERIMENT_FILE
+        if training.experiment_digest is not None or has_own(parent.directory, source):
             name = f"experiment-{stretch.first}.toml"
-            if source.is_file():
-                _link(source, directory / name)
+            _take(parent.directory, directory, source, name)
             training = training.model_copy(update={"experiment_file": name})
         earlier.append(EarlierFacts(last=min(at, stretch.last or at), training=training))
     facts = parent.facts
@@ -78,17 +74,7 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
     return Inherited(facts=kept, snapshots=snapshots, pinned={0} | {each.last for each in earlier})
 
 
-def _link_folder(source: Path, target: Path) -> None:
-    if not source.is_dir():
-        return
-    target.mkdir(parents=True)
-    for path in source.iterdir():
-        _link(path, target / path.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link a file: files of a run never change, so two runs can share them."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
+def _take(source: Path, target: Path, name: str, own_name: str | None = None) -> None:
+    """Take over a file. A fork reports what it misses when it is read, as its parent does."""
+    if has_own(source, name):
+        take_file(source, name, target, own_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import stat
 import time
 from datetime import UTC, datetime
 from functools import cache
@@ -78,7 +79,12 @@ def _say_without_locks(directory: Path) -> None:
 def is_locked(directory: Path) -> bool:
     """Tell whether a process is writing a run."""
     path = directory / LOCK_NAME
-    if path.is_symlink() or not path.is_file():  # no process of ours holds it; creating it is writing
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    # No process of ours holds what is no file of its own; opening it would empty it.
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         return False
     lock = FileLock(path)
     try:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from everystep.errors import DamageWarning, RunError
+from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import block_of
 from everystep.recording.changes import Change, changes_in, read_change
 from everystep.recording.contents import Given, read_contents
@@ -25,7 +25,7 @@ from everystep.recording.database import (
     reading,
 )
 from everystep.recording.facts import DataFileFacts, Facts, TrainingFacts
-from everystep.recording.files import FileRow, own_path, read_file
+from everystep.recording.files import FileRow, has_own, own_path, read_file, read_own
 from everystep.recording.health import (
     Finding,
     damage_text,
@@ -262,29 +262,35 @@ class RecordedRun:
         losses = self.losses_between(first, last)
         return {step: losses[step - first] for step in steps}
 
-    def experiment_file(self, facts: TrainingFacts) -> Path | None:
-        """Return the experiment file of a stretch with these facts, if it has one.
+    def experiment(self, facts: TrainingFacts) -> dict[str, Any] | None:
+        """Return the experiment of a stretch with these facts, if it has one.
 
         Raises:
-            RunError: the file was changed or removed.
+            RunError: its file was changed or removed, or cannot be read.
         """
+        from everystep.experiment.specification import LARGEST, parse
+
         if (lost := self.lost_experiment(facts)) is not None:
             raise RunError(f"{lost} is missing, though the run was trained by it; put it back")
-        path = own_path(self.directory, facts.experiment_file or EXPERIMENT_FILE)
-        if not path.is_file():
+        name = facts.experiment_file or EXPERIMENT_FILE
+        if not has_own(self.directory, name):
             return None
-        digest = facts.experiment_digest
-        if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        content, digest = read_own(self.directory, name, LARGEST), facts.experiment_digest
+        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
             raise RunError(
-                f"{path} was changed after the training (its digest differs), so it does not describe "
-                "the run; restore the original file"
+                f"{self.directory / name} was changed after the training (its digest differs), so it "
+                "does not describe the run; restore the original file"
             )
-        return path
+        try:
+            return parse(content, str(self.directory / name))
+        except ExperimentError as error:
+            raise RunError(str(error)) from None
 
     def lost_experiment(self, facts: TrainingFacts) -> Path | None:
         """Return the experiment file that a stretch was trained by, if it was removed since."""
-        path = own_path(self.directory, facts.experiment_file or EXPERIMENT_FILE)
-        return path if facts.experiment_digest is not None and not path.is_file() else None
+        name = facts.experiment_file or EXPERIMENT_FILE
+        is_lost = facts.experiment_digest is not None and not has_own(self.directory, name)
+        return self.directory / name if is_lost else None
 
     @property
     def stretches(self) -> list[Stretch]:

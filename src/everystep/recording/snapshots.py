@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from everystep.bounded import parse_json
 from everystep.errors import RunError
 from everystep.recording.database import SnapshotRow
-from everystep.recording.files import own_path
+from everystep.recording.files import read_own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +97,7 @@ def read_snapshot(run: Path, row: SnapshotRow) -> State:
     directory = run / row.directory
     try:
         return State(row.step, load(parameters), load(rest), _settings(rest))
-    except (ValidationError, AttributeError, TypeError, RecursionError):
+    except (ValidationError, AttributeError, TypeError):
         raise RunError(f"snapshot {directory} has settings that everystep did not write") from None
     except (SafetensorError, ValueError) as error:
         raise RunError(f"snapshot {directory} cannot be read: {error}") from None
@@ -108,17 +109,14 @@ def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
     Raises:
         RunError: one is missing, or was changed.
     """
-    directory = run / row.directory
-    paths = [own_path(run, f"{row.directory}/{name}") for name in (PARAMETERS, REST)]
-    try:
-        parameters, rest = (path.read_bytes() for path in paths)
-    except OSError as error:
-        raise RunError(f"snapshot {directory} cannot be read: {error.strerror}") from None
-    digest = hashlib.sha256(parameters + rest).hexdigest()
-    if digest != row.digest:
+    parameters = read_own(run, f"{row.directory}/{PARAMETERS}", row.bytes)
+    rest = read_own(run, f"{row.directory}/{REST}", row.bytes)
+    digest = hashlib.sha256(parameters)
+    digest.update(rest)
+    if digest.hexdigest() != row.digest:
         raise RunError(
-            f"snapshot {directory} was changed after recording: its digest is {digest[:12]}..., but "
-            f"the run recorded {row.digest[:12]}..."
+            f"snapshot {run / row.directory} was changed after recording: its digest is "
+            f"{digest.hexdigest()[:12]}..., but the run recorded {row.digest[:12]}..."
         )
     return parameters, rest
 
@@ -126,8 +124,8 @@ def check_snapshot(run: Path, row: SnapshotRow) -> tuple[bytes, bytes]:
 def _settings(content: bytes) -> dict[str, Any]:
     """Return what a state holds besides tensors: a text in the header of its file."""
     size = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
-    settings: dict[str, Any] = json.loads(metadata.get("everystep", "{}"))
+    metadata = parse_json(content[8 : 8 + size]).get("__metadata__") or {}
+    settings: dict[str, Any] = parse_json(metadata.get("everystep", "{}"))
     _Settings.model_validate(settings)
     return settings
 

@@ -100,7 +100,7 @@ def _stretch_findings(run: RecordedRun) -> Iterator[Finding]:
         for file in dict.fromkeys(_programs(training)):
             yield from _checked(file, partial(read_built, run, file), _RESTORE)
         name = training.experiment_file or "experiment.toml"
-        yield from _checked(name, partial(run.experiment_file, training), _RESTORE)
+        yield from _checked(name, partial(run.experiment, training), _RESTORE)
 
 
 def _programs(training: TrainingFacts) -> list[str]:

@@ -155,19 +155,19 @@ def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Ten
         check_data({"x": x, "y": y}, fact, "the given data")
         return x, y
     size = f"{fact.bytes / 1e6:,.0f} MB"
-    if (path := run.experiment_file(facts)) is None:
+    if (experiment := run.experiment(facts)) is None:
         raise RunError(
             f"the data of {run.name} ({size}) was too large to store in the run; open it with "
             "everystep.open(run, data=(x, y))"
         )
     from everystep.training.from_experiment import experiment_job
 
-    data = experiment_job(load(path), run.name, torch.device("cpu")).data
+    data = experiment_job(load(experiment), run.name, torch.device("cpu")).data
     assert data is not None
     tensors = {"x": data.x, "y": data.y}
     if data.validation is not None:
         tensors["validation_x"], tensors["validation_y"] = data.validation
-    check_data(tensors, fact, f"the data described in {path}")
+    check_data(tensors, fact, f"the data that the experiment of {run.name} names")
     return data.x, data.y
 
 
@@ -202,16 +202,16 @@ def _living(
     if objects.model is not None:
         return with_replacement(_from_objects(facts, objects, batch, device), facts.replaced)
     # Without its file, a run is still replayed as far as its programs go.
-    path = None if run.lost_experiment(facts) else run.experiment_file(facts)
-    if path is None:
+    experiment = None if run.lost_experiment(facts) else run.experiment(facts)
+    if experiment is None:
         return None
     from everystep.training.from_experiment import experiment_job
 
     try:
         # Data that the run holds is not read from its source, which may be gone, or named by a stranger.
-        training = experiment_job(load(path), run.name, device, stored_data(run, facts)).training
+        training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training
     except ExperimentError as error:
-        raise RunError(f"{path} cannot be used: {error}") from None
+        raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
     return with_replacement(replace(training, batch=batch, schedule=None), facts.replaced)
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from everystep.bounded import MEMORY
 from everystep.errors import EverystepError, RecordingError, RunError
 from everystep.recording.changes import FOLDER as CHANGES
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow
 from everystep.recording.fact_rows import read_facts
 from everystep.recording.facts import Facts, RepairFacts
-from everystep.recording.files import own_path, row_of_file
+from everystep.recording.files import own_path, read_own, row_of_file, take_file
 from everystep.recording.lock import locked, writer_here
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
@@ -128,29 +129,25 @@ class _Copy:
         names = [path.name for path in self._source.iterdir()]
         chosen = [n for n in names if n.endswith((".safetensors", ".toml"))]
         for folder in _FOLDERS:
-            place = self._source / folder
-            if place.is_dir() and not place.is_symlink():
-                (self._target / folder).mkdir()
-                chosen += [f"{folder}/{path.name}" for path in place.iterdir()]
+            with suppress(RunError):
+                place = own_path(self._source, folder)
+                chosen += [f"{folder}/{path.name}" for path in place.glob("*")]
         known = {row.name for row in self._found.files}
         for name in chosen:
-            path = self._source / name
-            if not path.is_file() or path.is_symlink():
-                continue
-            shutil.copyfile(path, self._target / name)
-            if name not in known and not name.endswith((".toml", ".bin")):
-                self._found.files.append(row_of_file(name, path.read_bytes()))
-                self._problems.append(f"{name} has no digest, and is taken over as it is")
+            with suppress(RunError):  # a link, for example; the copy reports what it misses
+                take_file(self._source, name, self._target, may_share=False)
+                if name not in known and not name.endswith((".toml", ".bin")):
+                    self._found.files.append(row_of_file(name, read_own(self._target, name, MEMORY)))
+                    self._problems.append(f"{name} has no digest, and is taken over as it is")
 
     def _copy_snapshot(self, row: SnapshotRow) -> bool:
         """Copy a state with the recorded digest; return whether it has."""
         name = f"snapshots/{row.step:06d}"
         try:
             read_snapshot(self._source, row)
-            (self._target / name).mkdir(parents=True)
             for file in (PARAMETERS, REST):
-                source = own_path(self._source, f"{row.directory}/{file}")
-                shutil.copyfile(source, self._target / name / file)
+                given = f"{row.directory}/{file}"
+                take_file(self._source, given, self._target, f"{name}/{file}", may_share=False)
         except RunError as error:
             self._problems.append(str(error))
             return False
@@ -349,10 +346,10 @@ def _spans(known: Mapping[int, Any], planned: int) -> Iterator[tuple[int, int, b
 def _row_of(run: Path, step: int, name: str) -> SnapshotRow | None:
     """Return the row of a state that the database does not know; None if it cannot be read as one."""
     try:
-        contents = [own_path(run, f"{name}/{file}").read_bytes() for file in (PARAMETERS, REST)]
+        contents = [read_own(run, f"{name}/{file}", MEMORY) for file in (PARAMETERS, REST)]
         joined = b"".join(contents)
         row = SnapshotRow(step, name, hashlib.sha256(joined).hexdigest(), len(joined))
         state = read_snapshot(run, row)
-    except (OSError, RunError, json.JSONDecodeError):
+    except RunError:
         return None
     return row if state.settings.get("step", step) == step else None

@@ -217,10 +217,10 @@ def _fork_experiment(asked: Fork, opener: Opener, progress: Progress) -> Outcome
     """Create everything from the experiment with its changes."""
     asked.check()
     facts = asked.stretch.facts
-    path = asked.run.experiment_file(facts)
-    if path is None:
+    experiment = asked.run.experiment(facts)
+    if experiment is None:
         raise RunError(f"{asked.run.name} has no experiment: {EXPERIMENT_FILE} is missing")
-    old, new = load(path), load(path, asked.settings)
+    old, new = load(experiment), load(experiment, asked.settings)
     device = select(new.device)
     old, new = with_fused(old, device), with_fused(new, device)
     state = asked.state(opener)

@@ -197,10 +197,10 @@ def resume_experiment(
     """
     run = asked.run
     facts = run.facts.training
-    path = run.experiment_file(facts)
-    if path is None:
+    recorded = run.experiment(facts)
+    if recorded is None:
         raise RunError(f"{run.name} has no experiment: {EXPERIMENT_FILE} is missing; train it again")
-    known = load(path)
+    known = load(recorded)
     if experiment is None:
         asked.check()
         experiment = known
@@ -219,7 +219,7 @@ def resume_experiment(
             _check_same_data(job, facts)
         text, name, digest = None, facts.experiment_file, facts.experiment_digest
         if asked.last != _steps_of(known, facts):
-            text = load(path, {"steps": asked.last}).to_toml()
+            text = load(recorded, {"steps": asked.last}).to_toml()
             name = f"experiment-{len(asked) + 1}.toml"
             digest = hashlib.sha256(text.encode()).hexdigest()
         job = replace(job, experiment_toml=text)

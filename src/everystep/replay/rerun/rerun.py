@@ -197,7 +197,7 @@ def _check_programs(run: RecordedRun) -> None:
     facts = run.stretches[-1].facts
     engine = facts.engine or EAGERLY
     by_python = engine.eager_from is not None or engine.live_optimizer is not None
-    if not facts.loop and by_python and run.experiment_file(facts) is None:
+    if not facts.loop and by_python and run.experiment(facts) is None:
         raise RunError(
             f"Python ran steps of {run.name}, and a rerun has only its programs ({engine.reason}); "
             "train it with code that a program can replace, or record the loop with everystep.record"

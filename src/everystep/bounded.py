@@ -1,0 +1,70 @@
+"""Reading what a stranger may have written: only regular files, and no more than a bound."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["MEMORY", "open_regular", "parse_json", "read_regular"]
+
+#: Values that a text of JSON may have; each takes some 60 bytes or more, whatever its text takes.
+_MOST_VALUES = 5_000_000
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 2**40
+
+
+#: Bytes of memory of this machine: no file that is larger can be read.
+MEMORY = _memory()
+
+
+def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:
+    """Open a file for reading; of a pipe or a device, reading might never end.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags |= 0 if follows_links else getattr(os, "O_NOFOLLOW", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
+def read_regular(path: Path, limit: int, *, follows_links: bool = True) -> bytes:
+    """Return the content of a file of at most `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is larger.
+    """
+    with open_regular(path, follows_links=follows_links) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            reason = f"it has {size:,} bytes, more than the {limit:,} that it may have"
+            raise OSError(errno.EFBIG, reason, str(path))
+        return file.read(limit + 1)[:limit]
+
+
+def parse_json(text: bytes | str, **options: Any) -> Any:
+    """Return the value of a text of JSON.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deep, or has too many values.
+    """
+    marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
+    if sum(map(text.count, marks)) > _MOST_VALUES:  # type: ignore[arg-type]
+        raise ValueError(f"it has more than {_MOST_VALUES:,} values")
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
