@@ -375,3 +375,45 @@ def test_a_sentence_says_where_a_run_parts_and_by_how_much(compatible):
     assert rerun_sentence(double).startswith("In float64, the losses of chapter are farthest")
     same = replace(compatible, losses=compatible.recorded, parts_at=None)
     assert rerun_sentence(same) == "chapter has the same bits there"
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_does_not_count(tmp_path, everystep_command):
+    """Batch norm takes away what the bias of a convolution before it adds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    data = torch.randn(48, 3, 8, 8), torch.randint(0, 3, (48,))
+    everystep.train(
+        model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, steps=6, batch_size=16,
+        directory=tmp_path / "normalized", progress=False,
+    )  # fmt: skip
+    code, out, _ = everystep_command("rerun", "normalized", "--float64")
+    assert code == 0
+    assert "no result is farther apart than 0.0001 of its largest number" in out
+    assert "results that are zero but for rounding do not count; the first:" in out
+    assert "aten.convolution_backward.default of module 0, backward" in out
+    assert "its terms cancel, and rounding is left: at most " in out
+    code, out, _ = everystep_command("rerun", "normalized", "--float64", "--json")
+    found = json.loads(out)
+    assert found["beyond_rounding"] is None
+    residue = found["zero_but_for_rounding"]["residue"]
+    assert residue["argument"] is None and residue["there"] < 1e-12 < residue["own"] < 1e-6
+    assert all(each["relative"] < 1e-4 for each in found["farthest"])
+
+
+def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
+    """The first step of Adam is as long for a gradient of rounding alone as for any other."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2, batch_first=True)  # the bias of its keys changes nothing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    with everystep.record(run="attention", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.randn(4, 6, 8) for _ in range(2)]):
+            loss = model(x, x, x, need_weights=False)[0].pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    _, out, _ = everystep_command("rerun", "attention", "--float64")
+    assert "aten.addcdiv_.default, update" in out
+    assert "numbers of its input tensor1 are zero but for rounding there (at most " in out
+    assert "as the first step of Adam does" in out

@@ -8,10 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.program.arguments import references
+from everystep.program.execute import Observed
 from everystep.replay.step import Step
 from everystep.step.check import FOLD_TOLERANCE
 
-__all__ = ["Apart", "apart", "relative_difference", "tolerance"]
+__all__ = ["Apart", "Residue", "apart", "relative_difference", "tolerance"]
+
+
+class Residue(NamedTuple):
+    """Numbers that are zero but for rounding, which is all that is left where the terms of a sum cancel.
+
+    argument: the parameter of the operation that is given them, None if they are its result; own, there:
+    the largest of them in both replays; of: the largest number of that input, or of all inputs.
+    """
+
+    argument: str | None
+    own: float
+    there: float
+    of: float
 
 
 class Apart(NamedTuple):
@@ -19,7 +34,9 @@ class Apart(NamedTuple):
 
     step, operation: its place, by numbers; operator, phase, module: what it is; name: of the result;
     relative: the largest difference of two numbers, divided by the largest number of that tensor;
-    infinite where only one of the two is finite, or for whole numbers that differ.
+    infinite where only one of the two is finite, or for whole numbers that differ. residue: if that is
+    beyond rounding, the numbers that are zero but for rounding: the result itself, or those of an input
+    where the result is so far apart. follows: whether it is made of a result that is such a residue.
     """
 
     step: int
@@ -29,19 +46,70 @@ class Apart(NamedTuple):
     module: str | None
     name: str
     relative: float
+    residue: Residue | None = None
+    follows: bool = False
+
+    @property
+    def is_residue(self) -> bool:
+        """Whether rounding alone makes the result, so that the difference has no meaning."""
+        return self.follows or (self.residue is not None and self.residue.argument is None)
 
 
-def apart(own: Step, there: Step) -> list[Apart]:
-    """Return how far apart two replays of a step from the same state are, in order of operations."""
+def apart(own: Step, there: Step, limit: float) -> list[Apart]:
+    """Return how far apart two replays of a step from the same state are, in order of operations.
+
+    limit: how far apart numbers are by rounding alone.
+    """
     found = []
+    residues: set[str] = set()
     for index, (one, other) in enumerate(zip(own.operations, there.operations, strict=True)):
-        operation = one.operation
-        theirs = other.made
+        operation, theirs = one.operation, other.made
         for name, tensor in one.made.items():
             relative = relative_difference(tensor, theirs[name])
             place = own.number, index, operation.operator, operation.phase, operation.module
-            found.append(Apart(*place, name, relative))
+            each = Apart(*place, name, relative)
+            if not relative <= limit:
+                follows = any(read.partition("~")[0] in residues for read in one.read)
+                each = each._replace(residue=_residue(one, other, name, limit), follows=follows)
+            found.append(each)
+            (residues.add if each.is_residue else residues.discard)(name.partition("~")[0])
     return found
+
+
+def _residue(one: Observed, other: Observed, name: str, limit: float) -> Residue | None:
+    """Return the numbers that are zero but for rounding: a result that is beyond it, or its inputs."""
+    result, there = one.made[name], other.made[name]
+    read = {n: t for n, t in one.read.items() if t.is_floating_point() and t.numel()}
+    if not result.is_floating_point() or result.shape != there.shape or not result.numel():
+        return None
+    a, b = result.double(), there.double()
+    sizes, distance = (_largest(a), _largest(b)), (a - b).abs()
+    of = max(map(_largest, read.values()), default=0.0)
+    is_sum = any(tensor.numel() > result.numel() for tensor in read.values())
+    # Computed with more digits, nothing is left of it.
+    if is_sum and min(sizes) <= limit * max(sizes) and max(sizes) <= limit * of:
+        return Residue(None, *sizes, of)
+    beyond = ~(distance <= limit * sizes[0])
+    for given, tensor in read.items():
+        if tensor.shape != result.shape:
+            continue
+        x, y = tensor[beyond].double(), other.read[given][beyond].double()
+        if bool(((x - y).abs() > limit * torch.maximum(x.abs(), y.abs())).all()):
+            return Residue(_argument(one, given), _largest(x), _largest(y), _largest(tensor))
+    return None
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest magnitude in a tensor."""
+    return float(tensor.abs().max())
+
+
+def _argument(seen: Observed, name: str) -> str:
+    """Return the parameter of an operation that is given a tensor; the name for an optimizer."""
+    if not seen.operation.operator.startswith("aten."):
+        return name
+    given = seen.operation.given().items()
+    return next((key for key, value in given if name in references(value)), name)
 
 
 def tolerance(*dtypes: torch.dtype) -> float:

@@ -61,8 +61,9 @@ def rerun_data(found: Rerun) -> dict[str, Any]:
         "operation": None if found.operation is None else _operation_data(found.operation),
         "compared_steps": list(found.compared),
         "rounding": found.rounding,
-        "beyond_rounding": None if found.beyond is None else found.beyond._asdict(),
-        "farthest": [each._asdict() for each in found.farthest],
+        "beyond_rounding": None if found.beyond is None else _apart_data(found.beyond),
+        "zero_but_for_rounding": None if found.residue is None else _apart_data(found.residue),
+        "farthest": [_apart_data(each) for each in found.farthest],
         "distance": _distances(found),
         "problems": list(found.problems),
     }
@@ -116,13 +117,39 @@ def _rounding_text(found: Rerun) -> str:
     else:
         lines.append(
             f"first result that is farther apart than {found.rounding:g} of its largest number:\n"
-            f"  {_apart_text(found.beyond)}\n"
-            "  its inputs are within that: it has a jump there, or takes the difference of close numbers"
+            f"  {_apart_text(found.beyond)}\n  {_reason(found.beyond, found)}"
+        )
+    if found.residue is not None:
+        lines.append(
+            "results that are zero but for rounding do not count; the first:\n"
+            f"  {_apart_text(found.residue)}\n  {_reason(found.residue, found)}"
         )
     far = [each for each in found.farthest if each.relative > 0 and each != found.beyond]
     if far:
         lines += ["farthest apart:", *(f"  {_apart_text(each)}" for each in far)]
     return "\n".join(lines)
+
+
+def _reason(each: Apart, found: Rerun) -> str:
+    """Return in a sentence why the results of an operation are farther apart than its inputs."""
+    there = f"in {found.place.precision}" if found.place.precision else "there"
+    residue = each.residue
+    if residue is None:
+        return (
+            "its inputs differ by less than that: the operation enlarges the difference, as the "
+            "subtraction of nearly equal numbers does"
+        )
+    sizes = f"{residue.own:.2g} recorded, {residue.there:.2g} {there}"
+    if each.is_residue:
+        return (
+            f"its terms cancel, and rounding is left: at most {sizes}, from inputs of up to "
+            f"{residue.of:.2g}"
+        )
+    return (
+        f"numbers of its input {residue.argument} are zero but for rounding there (at most {sizes}; the "
+        f"largest of all is {residue.of:.2g}), and the result depends on their sign or their ratio, as "
+        "the first step of Adam does, or the gradient of a ReLU"
+    )
 
 
 def _apart_text(found: Apart) -> str:
@@ -171,6 +198,11 @@ def _operation_data(found: OperationDifference) -> dict[str, Any]:
         "results": [each._asdict() for each in found.results],
         "inputs": [each._asdict() for each in found.inputs],
     }
+
+
+def _apart_data(each: Apart) -> dict[str, Any]:
+    residue = None if each.residue is None else each.residue._asdict()
+    return each._asdict() | {"residue": residue}
 
 
 def _verdict(found: Rerun) -> str:

@@ -52,9 +52,9 @@ class Rerun(Shown):
     or in another precision; operation: the first with other bits, in that step; compared: steps that
     were compared from the recorded state before each; rounding: how far apart numbers are by rounding
     alone; beyond: the first operation of these steps that is farther apart; there: that operation, with
-    what it read and returned there; farthest: the operations that are farthest apart; others: losses of
-    other runs that were asked for, by name; problems: what could not be compared, or was taken from the
-    recording.
+    what it read and returned there; residue: the first with a result that is zero but for rounding: it
+    is not among these; farthest: the operations that are farthest apart; others: losses of other runs
+    that were asked for, by name; problems: what could not be compared, or was taken from the recording.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Rerun(Shown):
     rounding: float
     beyond: Apart | None
     there: Observed | None
+    residue: Apart | None
     farthest: tuple[Apart, ...]
     others: dict[str, NDArray[np.float64]]
     problems: tuple[str, ...]
@@ -180,9 +181,10 @@ def rerun(
         operation=operation,
         compared=tuple(steps),
         rounding=limit,
-        beyond=next((each for each in found if _is_beyond(each, limit)), None),
+        beyond=_first_beyond(found, limit),
         there=there,
-        farthest=_farthest(found),
+        residue=next((each for each in found if each.is_residue and not each.follows), None),
+        farthest=_farthest([each for each in found if not each.is_residue]),
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
         problems=tuple(dict.fromkeys([*_taken_over(run), *_diverged(opener), *opener.problems])),
     )
@@ -284,8 +286,9 @@ def _rounding(dtype: str, place: Place) -> float:
     return tolerance(own, *([] if place.precision is None else [getattr(torch, place.precision)]))
 
 
-def _is_beyond(each: Apart, limit: float) -> bool:
-    return not each.relative <= limit
+def _first_beyond(found: Sequence[Apart], limit: float) -> Apart | None:
+    """Return the first result that is farther apart than a limit, unless rounding alone makes it."""
+    return next((each for each in found if not each.relative <= limit and not each.is_residue), None)
 
 
 def _compared(
@@ -297,8 +300,8 @@ def _compared(
     for step in steps:
         own = opener.step(step)
         there = process.step(own, opener.state(step - 1))
-        new = apart(own, there)
-        first = next((each for each in new if _is_beyond(each, limit)), None)
+        new = apart(own, there, limit)
+        first = _first_beyond(new, limit)
         if seen is None and first is not None:
             seen = there.operations[first.operation]
         found += new
