@@ -743,7 +743,7 @@ def test_the_command_names_the_cause(everystep_command):
         "nans": 1,
         "infinities": 0,
         "rows": [13],
-        "rows_of": "data",
+        "rows_of": "the data",
         "mathematics": None,
         "inputs": [],
         "why": None,

@@ -257,7 +257,7 @@ def test_rows_are_the_gradients_of_single_rows(name, tmp_path):
     model = make()
     step = _train(tmp_path / "run", model, data(), loss)[STEP]
     rows = step.rows
-    assert list(rows.numbers) == step.batch.rows.tolist() and rows.are_in_data
+    assert list(rows.numbers) == step.batch.rows.tolist() and rows.source == "the data"
     losses, norms = _by_hand(model, step.parameters, step.batch, loss)
     _agree(rows.loss, losses)
     assert rows.loss_share.is_mean is (name != "chapter")
@@ -381,7 +381,7 @@ def test_a_loop_with_two_models_micro_batches_and_clipping(loop):
 
     step = record(body)
     losses, norms = _of_both(step, one, two, lambda out, y: ((out - y) ** 2).sum() / 5)
-    assert step.rows.numbers == (0, 1, 2, 3, 4) and not step.rows.are_in_data
+    assert step.rows.numbers == (0, 1, 2, 3, 4) and not step.rows.source
     _agree(step.rows.loss, losses)
     for name, expected in norms.items():
         _agree(step.rows.gradients[name].norms, expected)

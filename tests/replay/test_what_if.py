@@ -258,7 +258,7 @@ def test_rows_that_no_batch_has_and_targets_that_do_not_fit_are_named(tmp_path):
         run.fork(4, steps=6, without_rows=[missing], directory=tmp_path / "a", progress=False)
     with pytest.raises(ExperimentError) as error:
         run.fork(4, relabel={row: 7, 99: 1, 1: 0.5}, directory=tmp_path / "b", progress=False)
-    for part in ("7 is not a class; they are 0 to 2", "no such row", "0.5 is not a class"):
+    for part in ("7 is not a class; they are 0 to 2", "there is no row 99", "0.5 is not a class"):
         assert part in str(error.value)
     assert not (tmp_path / "b").exists()
 

@@ -350,7 +350,7 @@ def test_rows_that_are_not_finite_are_those_of_the_batch(made):
         for batch in recording.steps([(x, y), (worse, y), (x, y)]):
             recording.log(loss=take(model, optimizer, batch))
     found = recording.run.first_nonfinite(progress=False)
-    assert (found.step.number, found.rows, found.are_rows_of_batch) == (2, (5,), True)
+    assert (found.step.number, found.rows, found.step.batch.whole) == (2, (5,), "the batch")
 
 
 def test_snapshots_have_no_gradients_that_the_next_step_drops(made):

@@ -24,7 +24,10 @@ class Batches:
         batch_size: rows per step, or None for all of them, in order.
         seed: decides the order of every epoch.
         drop_last: drop an epoch's last batch if it is incomplete.
-        without: rows that are left out of the batches that they were in; these are smaller then.
+        without: rows, by number, that are left out of the batches that they were in; these are smaller
+            then.
+        numbers: the number of each row in the source of the data; None: its place among the rows.
+        source: what the numbers are of, in words.
 
     Raises:
         ExperimentError: there are no rows, a batch is larger than the data, or a row that is left out
@@ -36,6 +39,8 @@ class Batches:
     seed: int = 0
     drop_last: bool = False
     without: tuple[int, ...] = ()
+    numbers: Tensor | None = field(default=None, repr=False, compare=False)
+    source: str = "the data"
     _order: dict[int, tuple[Tensor, frozenset[int]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -48,10 +53,39 @@ class Batches:
                 f"{self.batch_size} is out of range: there are {self.rows} training rows; use 1 to "
             )
             raise ExperimentError([Fault("batch_size", f"{problem}{self.rows}")])
-        unknown = [row for row in self.without if not 0 <= row < self.rows]
-        if unknown:
-            problem = f"there is no row {unknown[0]:,}; the training rows are 0 to {self.rows - 1:,}"
-            raise ExperimentError([Fault("without_rows", problem)])
+        for row in self.without:
+            if reason := self.why_not(row):
+                raise ExperimentError([Fault("without_rows", reason)])
+
+    def why_not(self, row: int) -> str | None:
+        """Return why there is no row to train on of this number, None if there is one."""
+        if self.numbers is None:
+            last = self.rows - 1
+        elif bool((self.numbers == row).any()):
+            return None
+        else:
+            last = int(self.numbers[-1])
+            if 0 <= row <= last:
+                return f"row {row:,} of {self.source} is not trained on: it is held out, or was dropped"
+        if 0 <= row <= last:
+            return None
+        return f"there is no row {row:,}; the training rows are 0 to {last:,}"
+
+    def places(self, rows: Collection[int]) -> Tensor:
+        """Return the places of rows among those to train on, by their numbers."""
+        given = torch.tensor(sorted(rows), dtype=torch.int64)
+        return given if self.numbers is None else torch.isin(self.numbers, given).nonzero().flatten()
+
+    def numbers_of(self, step: int) -> Tensor | None:
+        """Return the numbers of the rows of a step (from 1), None if they are 0, 1, 2, ...
+
+        Raises:
+            ValueError: the step is below 1.
+        """
+        indices = self.indices(step)
+        if self.numbers is None:
+            return indices
+        return self.numbers if indices is None else self.numbers[indices]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,7 +157,7 @@ class Batches:
         return left
 
     def _left(self, indices: Tensor) -> Tensor:
-        return indices[torch.isin(indices, torch.tensor(self.without), invert=True)]
+        return indices[torch.isin(indices, self.places(self.without), invert=True)]
 
     def of(self, x: Tensor, y: Tensor, *, is_read: bool = False, guards: Any = None) -> RowsOf:
         """Return the batch source for tensors (rows, ...) on any device.
@@ -140,7 +174,7 @@ class Batches:
             generator = derived_generator(self.seed, "epoch", epoch)
             order = torch.randperm(self.rows, generator=generator)
             places = (
-                torch.isin(order, torch.tensor(self.without)).nonzero() if self.without else order[:0]
+                torch.isin(order, self.places(self.without)).nonzero() if self.without else order[:0]
             )
             lacking = frozenset((places.flatten() // self.batch_size).tolist())
             self._order[epoch] = order, lacking

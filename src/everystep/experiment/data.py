@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,41 @@ from everystep.experiment.specification import (
     TableData,
 )
 
-__all__ = ["Data", "Target", "derived_generator", "make_data", "split_rows"]
+__all__ = ["Data", "Numbering", "Target", "derived_generator", "make_data", "split_rows"]
 
 #: What the loss wants of a target: class indices (int64, shape (N,)), or values (floats, (N, ...)).
 Target = Literal["classes", "values"]
+
+
+class Numbering(NamedTuple):
+    """How rows are numbered: by their places in the source of the data, from 0, as a person finds them.
+
+    split_seed: chose those of them that are held out for validation, None if none are; dropped: rows of
+    the source, in order, that are in no tensor.
+    """
+
+    split_seed: int | None = None
+    dropped: tuple[int, ...] = ()
+
+    def numbers(self, rows: int, held_out: int) -> tuple[Tensor, Tensor] | None:
+        """Return the numbers of the rows to train on and of those held out (int64, ascending).
+
+        None if the numbers of the rows to train on are 0, 1, 2, ...; those held out are from elsewhere.
+        """
+        if self == _AS_THEY_ARE:
+            return None
+        is_split = self.split_seed is not None
+        kept = torch.ones(rows + is_split * held_out + len(self.dropped), dtype=torch.bool)
+        kept[list(self.dropped)] = False
+        numbers = kept.nonzero().flatten()
+        if self.split_seed is None:
+            return numbers, torch.arange(held_out)
+        training, validation = _split(len(numbers), held_out, self.split_seed)
+        return numbers[training], numbers[validation]
+
+
+#: Each row has the number of its place.
+_AS_THEY_ARE = Numbering()
 
 
 @dataclass(frozen=True)
@@ -34,13 +65,22 @@ class Data:
     """A data set: rows along the first dimension.
 
     x: (N, ...); y: (N, ...) floats, or (N,) int64 class indices; validation: the same for the held-out
-    rows, or None; preparation: how they were made from the source.
+    rows, or None; preparation: how they were made from the source; numbering: of the rows.
     """
 
     x: Tensor
     y: Tensor
     validation: tuple[Tensor, Tensor] | None = None
     preparation: Preparation | None = None
+    numbering: Numbering = _AS_THEY_ARE
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """The number of each row (N), None if they are 0, 1, 2, ..."""
+        found = self.numbering.numbers(
+            len(self.x), 0 if self.validation is None else len(self.validation[0])
+        )
+        return None if found is None else found[0]
 
     def to(self, device: torch.device) -> Data:
         """Return the data on that device."""
@@ -48,7 +88,7 @@ class Data:
             self.validation[0].to(device),
             self.validation[1].to(device),
         )
-        return Data(self.x.to(device), self.y.to(device), validation, self.preparation)
+        return replace(self, x=self.x.to(device), y=self.y.to(device), validation=validation)
 
 
 def make_data(experiment: Experiment, target: Target) -> Data:
@@ -96,6 +136,10 @@ def split_rows(count: int, validation: float | None, seed: int) -> tuple[Tensor,
             f"validation = {validation} splits {count} rows into {count - kept_out} for training and "
             f"{kept_out} for validation; both need at least one row"
         )
+    return _split(count, kept_out, seed)
+
+
+def _split(count: int, kept_out: int, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(count, generator=derived_generator(seed, "validation"))
     return order[kept_out:].sort().values, order[:kept_out].sort().values
 
@@ -113,6 +157,7 @@ def _from_table(data: TableData, target: Target, seed: int) -> Data:
         torch.from_numpy(y),
         kept_out and (torch.from_numpy(kept_out[0]), torch.from_numpy(kept_out[1])),
         preparation,
+        Numbering(None if kept_out is None else seed, table.dropped),
     )
 
 
@@ -131,7 +176,8 @@ def _from_arrays(x: np.ndarray, y: np.ndarray, experiment: Experiment, target: T
     x_training, y_training = map(torch.from_numpy, preparation.apply(x[training], y[training]))
     x_validation, y_validation = map(torch.from_numpy, preparation.apply(x[validation], y[validation]))
     kept_out = (x_validation, y_validation) if len(validation) else None
-    return Data(x_training, y_training, kept_out, preparation)
+    numbering = Numbering(None if kept_out is None else experiment.seed)
+    return Data(x_training, y_training, kept_out, preparation, numbering)
 
 
 def _load_bundled(name: str) -> tuple[np.ndarray, np.ndarray]:

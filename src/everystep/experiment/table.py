@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from textwrap import shorten
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from everystep.errors import DataError, Fault, did_you_mean
 from everystep.experiment.preparation import (
@@ -24,6 +26,9 @@ from everystep.experiment.specification import TableData
 
 __all__ = ["Table", "read_table"]
 
+#: The numbers of rows in the file.
+Numbers = NDArray[np.int64]
+
 #: Of a table with more columns, so many are named in a message.
 _COLUMNS_NAMED = 20
 #: 2024-03-17, 2024/3/17, 17.3.2024, 3/17/24; with or without a time.
@@ -36,13 +41,17 @@ _MISSING_WORDS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
 
 @dataclass(frozen=True)
 class Table:
-    """A table that has been read and checked, not yet numbers."""
+    """A table that has been read and checked, not yet numbers.
+
+    dropped: the numbers of the rows of the file that are not in it: from 0 below the heading.
+    """
 
     frame: pl.DataFrame
     features: list[str]
     target: list[str]
     classes: bool
     specification: TableData
+    dropped: tuple[int, ...] = ()
 
     def fit(self, training: np.ndarray) -> TablePreparation:
         """Fit the preparation to the training rows (int64 positions)."""
@@ -88,7 +97,7 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     Raises:
         DataError: lists every error.
     """
-    frame = _read(Path(data.path), data.separator)
+    frame, numbers = _read(Path(data.path), data.separator)
     target = [data.target] if isinstance(data.target, str) else list(data.target)
     features = data.features or [name for name in frame.columns if name not in target]
     faults = [
@@ -112,17 +121,21 @@ def read_table(data: TableData, *, classes: bool) -> Table:
     frame = frame.select([*features, *target])
     if frame.height == 0:
         raise DataError(f"{data.path} has no rows")
-    faults = _target_faults(frame, target, classes, data.missing)
-    faults += _feature_faults(frame, features, data.missing)
+    faults = _target_faults(frame, numbers, target, classes, data.missing)
+    faults += _feature_faults(frame, numbers, features, data.missing)
     if faults:
         raise DataError(faults)
+    rows = numbers[-1] + 1
     if data.missing == "drop":
-        frame = _without_missing(frame, data.path)
-    return Table(frame, features, target, classes, data)
+        is_complete = _is_complete(frame, data.path)
+        frame, numbers = frame.filter(is_complete), numbers[is_complete.to_numpy()]
+    dropped = np.setdiff1d(np.arange(rows), numbers)
+    return Table(frame, features, target, classes, data, tuple(dropped.tolist()))
 
 
-def _read(path: Path, separator: str | None) -> pl.DataFrame:
-    readers = {
+def _read(path: Path, separator: str | None) -> tuple[pl.DataFrame, Numbers]:
+    """Return the table, and the number of each row in the file: from 0 below the heading."""
+    readers: dict[str, Callable[[], pl.DataFrame]] = {
         ".csv": lambda: _read_text(path, separator or ","),
         ".tsv": lambda: _read_text(path, separator or "\t"),
         ".txt": lambda: _read_text(path, separator or "\t"),
@@ -138,7 +151,11 @@ def _read(path: Path, separator: str | None) -> pl.DataFrame:
     if path.suffix.lower() not in readers:
         raise DataError(f"data.path: {path.name} has an unknown format; supported: {', '.join(readers)}")
     try:
-        return readers[path.suffix.lower()]()
+        frame = readers[path.suffix.lower()]()
+        is_row = np.ones(frame.height, dtype=bool)
+        if path.suffix.lower() in (".csv", ".tsv", ".txt"):  # empty lines are no rows, but are counted
+            is_row = ~frame.select(pl.all_horizontal(pl.all().is_null())).to_series().to_numpy()
+        return frame.filter(is_row), np.flatnonzero(is_row)
     except pl.exceptions.NoDataError:
         raise DataError(f"{path} has no rows") from None
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
@@ -154,8 +171,7 @@ def _read_text(path: Path, separator: str) -> pl.DataFrame:
     _check_names(path, [(name or "").strip() for name in heading.row(0)])
     # Types are inferred from the whole file: a word in the last row must not be a surprise.
     frame = read(infer_schema_length=None)
-    named = frame.rename({name: name.strip() for name in frame.columns})
-    return named.filter(~pl.all_horizontal(pl.all().is_null()))  # empty lines are no rows
+    return frame.rename({name: name.strip() for name in frame.columns})
 
 
 def _check_text(path: Path, content: bytes) -> None:
@@ -212,7 +228,9 @@ def _missing(column: pl.Series) -> pl.Series:
     return column.is_null() | column.is_nan() if column.dtype.is_float() else column.is_null()
 
 
-def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool, missing: str) -> list[Fault]:
+def _target_faults(
+    frame: pl.DataFrame, numbers: Numbers, target: list[str], classes: bool, missing: str
+) -> list[Fault]:
     faults = []
     if classes and len(target) > 1:
         faults.append(
@@ -231,7 +249,7 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool, missin
             )
         elif column.dtype.is_float() and column.is_infinite().any():
             faults.append(Fault("data.target", f"{name!r} has infinite values"))
-        elif not classes and _is_numeric(column) and (large := _too_large(column)):
+        elif not classes and _is_numeric(column) and (large := _too_large(column, numbers)):
             faults.append(Fault("data.target", f"{name!r} has {large}"))
         elif not classes and _is_date(column):
             faults.append(Fault("data.target", f"{name!r} contains {_dates_text(column)}"))
@@ -239,12 +257,12 @@ def _target_faults(frame: pl.DataFrame, target: list[str], classes: bool, missin
             faults.append(
                 Fault(
                     "data.target",
-                    f"{name!r} contains text, but the loss needs numbers{_first_word(column)}; for "
-                    'classes, use a classification loss: name = "CrossEntropyLoss"',
+                    f"{name!r} contains text, but the loss needs numbers{_first_word(column, numbers)}; "
+                    'for classes, use a classification loss: name = "CrossEntropyLoss"',
                 )
             )
         elif not classes and not _is_numeric(column):
-            faults += _mostly_numbers(column)
+            faults += _mostly_numbers(column, numbers)
     return faults
 
 
@@ -252,7 +270,9 @@ def _is_yes_or_no(column: pl.Series, target: list[str]) -> bool:
     return len(target) == 1 and column.drop_nulls().n_unique() == 2
 
 
-def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> list[Fault]:
+def _feature_faults(
+    frame: pl.DataFrame, numbers: Numbers, features: list[str], missing: str
+) -> list[Fault]:
     faults = []
     for name in features:
         column = frame[name]
@@ -269,7 +289,7 @@ def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> l
             )
         elif column.dtype.is_float() and column.drop_nulls().is_infinite().any():
             faults.append(Fault(f"column {name!r}", "has infinite values; remove those rows"))
-        elif _is_numeric(column) and (large := _too_large(column)):
+        elif _is_numeric(column) and (large := _too_large(column, numbers)):
             faults.append(Fault(f"column {name!r}", f"has {large}"))
         elif _is_date(column):
             cure = f"{_dates_text(column)}, or leave the column out of data.features"
@@ -282,36 +302,36 @@ def _feature_faults(frame: pl.DataFrame, features: list[str], missing: str) -> l
                 )
             )
         elif not _is_numeric(column):
-            faults += _mostly_numbers(column)
+            faults += _mostly_numbers(column, numbers)
     return faults
 
 
-def _too_large(column: pl.Series) -> str:
+def _too_large(column: pl.Series, numbers: Numbers) -> str:
     """Return a message on the first number that would be infinite as float32; empty if there is none."""
     is_large = column.cast(pl.Float64).cast(pl.Float32).is_infinite().fill_null(False)
     place = is_large.arg_max() if is_large.any() else None
     if place is None:
         return ""
-    found = f"a number too large for float32 ({column[place]} in row {place + 1})"
+    found = f"a number too large for float32 ({column[place]} in {_row(numbers, place)})"
     return f"{found}; scale the numbers in the file"
 
 
-def _mostly_numbers(column: pl.Series) -> list[Fault]:
+def _mostly_numbers(column: pl.Series, numbers: Numbers) -> list[Fault]:
     """Find a column of numbers with a few words among them: a slip, not a category."""
     words = column.cast(pl.String).drop_nulls()
-    numbers = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
-    if numbers.sum() * 2 <= len(words):
-        return _with_own_marks(column, words)
+    is_number = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
+    if is_number.sum() * 2 <= len(words):
+        return _with_own_marks(column, words, numbers)
     return [
         Fault(
             f"column {column.name!r}",
-            f"text in a numeric column{_first_word(column)}; correct it, leave the value empty, or "
-            "leave the column out of data.features",
+            f"text in a numeric column{_first_word(column, numbers)}; correct it, leave the value "
+            "empty, or leave the column out of data.features",
         )
     ]
 
 
-def _with_own_marks(column: pl.Series, words: pl.Series) -> list[Fault]:
+def _with_own_marks(column: pl.Series, words: pl.Series, numbers: Numbers) -> list[Fault]:
     """Find a column of numbers with decimal commas or thousands separators."""
     marked = words.str.contains(_OWN_MARKS)
     if marked.sum() * 2 <= len(words):
@@ -320,8 +340,8 @@ def _with_own_marks(column: pl.Series, words: pl.Series) -> list[Fault]:
     return [
         Fault(
             f"column {column.name!r}",
-            f"numbers with commas or thousands separators ({column[place]!r} in row {place + 1}); write "
-            "1234.5, or leave the column out of data.features",
+            f"numbers with commas or thousands separators ({column[place]!r} in "
+            f"{_row(numbers, place)}); write 1234.5, or leave the column out of data.features",
         )
     ]
 
@@ -331,15 +351,21 @@ def _dates_text(column: pl.Series) -> str:
     return f"dates ({first!r}), not numbers; write them as numbers, such as days since the first date"
 
 
-def _first_word(column: pl.Series) -> str:
+def _row(numbers: Numbers, place: int) -> str:
+    """Return what a row is called; line 2 of a text is row 0, where no text spans lines."""
+    return f"row {numbers[place]} (counted from 0)"
+
+
+def _first_word(column: pl.Series, numbers: Numbers) -> str:
     words = column.cast(pl.String)
     is_number = words.str.strip_chars().cast(pl.Float64, strict=False).is_not_null()
     rows = (~is_number & words.is_not_null()).arg_true()
-    return f" ({words[int(rows[0])]!r} in row {int(rows[0]) + 1})" if len(rows) else ""
+    return f" ({words[int(rows[0])]!r} in {_row(numbers, int(rows[0]))})" if len(rows) else ""
 
 
-def _without_missing(frame: pl.DataFrame, path: str) -> pl.DataFrame:
-    complete = frame.filter(~pl.any_horizontal([_missing(column) for column in frame]))
-    if complete.height == 0:
+def _is_complete(frame: pl.DataFrame, path: str) -> pl.Series:
+    """Return which rows have a value in each column."""
+    found = frame.select(~pl.any_horizontal([_missing(column) for column in frame])).to_series()
+    if not found.any():
         raise DataError(f'{path}: every row has a missing value; set data.missing = "mean"')
-    return complete
+    return found

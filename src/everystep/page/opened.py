@@ -143,6 +143,7 @@ def _batch(batch: Batch, facts: Facts, tensors: _Tensors) -> dict[str, Any]:
             for name, tensor in batch.tensors.items()
         ],
         "rows": None if batch.rows is None else batch.rows.tolist(),
+        "rows_of": batch.whole,
         "images": None if images is None else tensors.add("batch.images", images),
         "targets": targets(batch, names),
         "classes": names,

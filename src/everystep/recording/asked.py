@@ -99,7 +99,7 @@ def settings_that_differ(
     found = [
         *_plain("device", one.device, other.device),
         *_plain("seed", one.seed, other.seed),
-        *_named("data", one.data.model_dump(mode="json"), other.data.model_dump(mode="json")),
+        *_named("data", _data(one), _data(other)),
         *_batches(one, other),
         *_modules("model", one.modules, other.modules, of_own_classes),
     ]
@@ -122,6 +122,11 @@ def settings_that_differ(
     if one.engine and other.engine:
         found += _plain("fold", one.engine.folded, other.engine.folded)
     return [*found, *_named("data", {"digest": digests[0]}, {"digest": digests[1]})]
+
+
+def _data(facts: TrainingFacts) -> dict[str, Any]:
+    """Return the settings of the data; how its rows are numbered follows from them."""
+    return facts.data.model_dump(mode="json", exclude={"split_seed", "dropped"})
 
 
 def _plain(kind: str, one: Any, other: Any) -> list[Setting]:

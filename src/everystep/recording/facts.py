@@ -7,12 +7,18 @@ that of the model, too. A database may come from an untrusted source, so reading
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from everystep.errors import RunError
 from everystep.numerics import Numerics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from everystep.experiment.data import Numbering
 
 __all__ = [
     "EAGERLY",
@@ -67,7 +73,8 @@ class _Fact(BaseModel):
 class DataFacts(_Fact):
     """The data: its source and size. An experiment's settings of it are further fields.
 
-    x, y: shapes; rows: to train on; lazy: a Dataset was read at every step, and its rows are unknown.
+    x, y: shapes; rows: to train on; lazy: a Dataset was read at every step, and its rows are unknown;
+    split_seed, dropped: how rows are numbered, see `Numbering`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -80,6 +87,31 @@ class DataFacts(_Fact):
     y: tuple[Whole, ...] | None = None
     validation_rows: Whole | None = None
     lazy: bool = False
+    split_seed: Whole | None = None
+    dropped: tuple[Whole, ...] = ()
+
+    @property
+    def numbering(self) -> Numbering:
+        """How rows are numbered."""
+        from everystep.experiment.data import Numbering  # imports torch
+
+        return Numbering(self.split_seed, self.dropped)
+
+    @property
+    def file(self) -> str | None:
+        """The name of the file that the rows are of, if it is one."""
+        return None if self.path is None else PurePath(self.path).name
+
+    def numbers(self) -> tuple[Tensor, Tensor] | None:
+        """Return the numbers of the rows to train on, and of those held out; see `Numbering`.
+
+        Raises:
+            RunError: there are no such numbers.
+        """
+        try:
+            return self.numbering.numbers(self.rows, self.validation_rows or 0)
+        except (RuntimeError, IndexError):
+            raise RunError("the numbers of rows do not fit: the database was changed") from None
 
 
 class DataFileFacts(_Fact):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from everystep.errors import RunError
 from everystep.experiment.preparation import TablePreparation
@@ -20,8 +21,9 @@ __all__ = ["DataDifference", "data_differences"]
 class DataDifference(NamedTuple):
     """How a tensor of the data differs.
 
-    tensor: the numbers; rows: those that differ; columns: those that differ, by number, of data with
-    two dimensions; names: of all columns, if the data is a table.
+    tensor: the numbers; rows: those that differ, by their numbers in the first run's data; columns:
+    those that differ, by number, of data with two dimensions; names: of all columns, if the data is a
+    table.
     """
 
     tensor: TensorDifference
@@ -56,12 +58,20 @@ def data_differences(one: RecordedRun, other: RecordedRun) -> tuple[DataDifferen
         found.append(
             DataDifference(
                 tensor_difference(name, tensor, its),
-                torch.nonzero(rows).flatten().tolist(),
+                _numbers(facts[0], name, torch.nonzero(rows).flatten()),
                 torch.nonzero(columns).flatten().tolist(),
                 names if len(names) == len(columns) else [],
             )
         )
     return tuple(found)
+
+
+def _numbers(facts: TrainingFacts, name: str, places: Tensor) -> list[int]:
+    """Return the numbers of rows of a tensor in the source of the data."""
+    numbers = facts.data.numbers()
+    if numbers is None:
+        return places.tolist()
+    return numbers[1 if name.startswith("validation_") else 0][places].tolist()
 
 
 def _column_names(facts: list[TrainingFacts]) -> list[str]:

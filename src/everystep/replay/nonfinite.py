@@ -43,7 +43,7 @@ class NonFinite(Shown):
     a change of that state between two steps (`between`), or your own code (`outside`); index: of the
     operation that made it, or that put what your own code gave it into `name`; name: of the tensor;
     nans, infinities: their number in it; rows: the affected rows, if the tensor has a row for each row
-    of the batch: of the data, or of the batch where your own loop made it.
+    of the batch, as `step.batch.whole` numbers them.
     why: the first of these numbers, with the numbers that the operation made it from and the rows behind
     it; None if no operation made it, or an optimizer, of which only the parameters are known.
     """
@@ -80,11 +80,6 @@ class NonFinite(Shown):
         tensor = {**made.results, **made.written}[self.name]
         place = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         return why(self.step, Spot(self.name, tuple(place), self.index + 1))
-
-    @property
-    def are_rows_of_batch(self) -> bool:
-        """Whether `rows` are rows of the batch, since the rows of the data are unknown."""
-        return self.step.batch.rows is None and self.step.batch.nested is not None
 
 
 class _Counts(NamedTuple):

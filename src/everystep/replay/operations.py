@@ -56,7 +56,8 @@ class OperationDifference:
 
     step, index: its position; one, other: the operation in each run (None if one run has no such
     operation); results: those that differ, and what else it wrote; inputs: those that already differ;
-    rows: of the batch, as (position, row in the first run, row in the second); causes: in words, what
+    rows: of the batch, as (position, row in the first run, row in the second); rows_of: what their
+    numbers are of; causes: in words, what
     differs in all that the operation is given, and where that was set; others: in words, inputs that the
     other run takes from another source, of both.
     """
@@ -68,6 +69,7 @@ class OperationDifference:
     results: list[TensorDifference] = field(default_factory=list)
     inputs: list[TensorDifference] = field(default_factory=list)
     rows: list[tuple[int, int, int]] = field(default_factory=list)
+    rows_of: str = "the batch"
     causes: list[str] = field(default_factory=list)
     others: tuple[list[str], ...] = ()
 
@@ -102,8 +104,10 @@ def first_difference(one: Step, other: Step) -> OperationDifference | None:
             rows = _different_rows(one, other) if is_of_batch else []
             if len(a.results) != len(b.results):  # of lists of tensors, which do not belong together
                 results = []
+            rows_of = " | ".join(dict.fromkeys(step.batch.whole for step in (one, other)))
+            shown = others if any(others) else ()
             return OperationDifference(
-                one.number, index, a, b, results, inputs, rows, others=others if any(others) else ()
+                one.number, index, a, b, results, inputs, rows, rows_of, others=shown
             )
     return None
 

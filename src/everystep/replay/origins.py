@@ -50,14 +50,15 @@ def of_batch(name: str, found: OperationDifference, evidence: Evidence) -> Itera
 def _cells_text(difference: TensorDifference, found: OperationDifference) -> str:
     """Return which numbers of the data differ: the only one with its values, or their rows."""
     rows = {place: row for place, row, _ in found.rows}
+    where = "" if found.rows_of in ("the batch", "the data") else f", rows of {found.rows_of}"
     if difference.elements == 1:
         (place, *rest), values = difference.positions[0], difference.values[0]
         cell = [rows[place], *rest]
-        return f"{difference.name}{cell} {_numbers_text(values)}"
+        return f"{difference.name}{cell} {_numbers_text(values)}{where}"
     named = ", ".join(map(str, [*rows.values()][:MOST_ROWS]))
     more = f" and {len(rows) - MOST_ROWS:,} more" if len(rows) > MOST_ROWS else ""
     count = f"{difference.elements:,} numbers of {difference.name}"
-    return f"{count} in row{'s' * (len(rows) > 1)} {named}{more}"
+    return f"{count} in row{'s' * (len(rows) > 1)} {named}{more}{where}"
 
 
 def of_state(name: str, evidence: Evidence) -> Iterator[str]:

@@ -108,7 +108,16 @@ def _converted(built: Built, conversion: Precision | Placement) -> Built:
 def batches_of(facts: TrainingFacts) -> Batches:
     """Return which rows each step saw."""
     known = facts.batches
-    return Batches(facts.data.rows, known.batch_size, known.seed, known.drop_last, without=known.without)
+    numbers = facts.data.numbers()
+    return Batches(
+        facts.data.rows,
+        known.batch_size,
+        known.seed,
+        known.drop_last,
+        without=known.without,
+        numbers=None if numbers is None else numbers[0],
+        source=facts.data.file or "the data",
+    )
 
 
 def _batch(
@@ -183,7 +192,7 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     tensors = run.data(fact)
     has_validation = {"validation_x", "validation_y"} <= tensors.keys()
     validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
-    return Data(tensors["x"], tensors["y"], validation)
+    return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)
 
 
 def _kind_of(program: Program, batch: BatchSource) -> Hashable:

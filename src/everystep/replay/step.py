@@ -32,16 +32,22 @@ class Batch:
 
     tensors: by their path in the batch (N, ...); those of a pair are called `x` and `y`; rows: the row
     numbers in the data (N), None if they are all rows in order, or unknown; nested: the batch in its
-    original nesting, with its tensors.
+    original nesting, with its tensors; source: what the rows are of, in words.
     """
 
     tensors: dict[str, Tensor]
     rows: Tensor | None = None
     nested: Any = None
+    source: str = "the data"
 
     def __repr__(self) -> str:
         tensors = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in self.tensors.items())
         return f"<batch: {tensors or 'no tensors'}>"
+
+    @property
+    def whole(self) -> str:
+        """What its rows are numbered in: the source of the data, or the batch where that is unknown."""
+        return "the batch" if self.rows is None else self.source
 
     @property
     def x(self) -> Tensor:

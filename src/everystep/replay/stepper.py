@@ -221,7 +221,8 @@ class TrainingStepper(ReplayStepper):
         """Return a copy of the batch of a step, on the CPU."""
         given = zip("xy", self._training.batch(number), strict=True)
         tensors = {name: copy_on_cpu(part) for name, part in given}
-        return Batch(tensors, self._batches.indices(number), tuple(tensors.values()))
+        numbers, source = self._batches.numbers_of(number), self._batches.source
+        return Batch(tensors, numbers, tuple(tensors.values()), source)
 
     def given(self, number: int) -> bytes:
         """Return a fingerprint of the next step's inputs besides its state: settings and batch."""

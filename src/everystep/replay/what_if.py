@@ -55,14 +55,15 @@ class Case:
 class WhatIf(Shown):
     """Trainings from state `at` to step `until`, each without some rows.
 
-    by: the expression that is compared at the last step; recorded: what it is with all rows; cases: in
-    order of their values, the smallest first.
+    by: the expression that is compared at the last step; source: what the rows are of; recorded: what
+    it is with all rows; cases: in order of their values, the smallest first.
     """
 
     name: str
     at: int
     until: int
     by: str
+    source: str
     recorded: Case
     cases: tuple[Case, ...]
 
@@ -134,7 +135,8 @@ def what_if(
         others += [Case(*each) for each in found]
         on_progress((until - at) * len(found))
     others.sort(key=lambda case: (case.value is None or case.value != case.value, case.value or 0.0))
-    return WhatIf(run.name, at, until, by, with_all, tuple(others))
+    source = batches_of(run.facts.training).source
+    return WhatIf(run.name, at, until, by, source, with_all, tuple(others))
 
 
 def check_has_rows(run: RecordedRun) -> None:

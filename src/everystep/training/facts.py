@@ -73,7 +73,7 @@ def describe(
     """
     about_data: dict[str, Any] = source | {"rows": batches.rows}
     if data is not None:
-        about_data |= {"x": tuple(data.x.shape), "y": tuple(data.y.shape)}
+        about_data |= {"x": tuple(data.x.shape), "y": tuple(data.y.shape)} | data.numbering._asdict()
     validation = data.validation if data is not None else None
     if validation is not None:
         about_data["validation_rows"] = len(validation[0])

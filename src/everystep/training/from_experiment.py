@@ -82,7 +82,10 @@ def experiment_job(
     experiment = with_fused(experiment, device)
     torch.manual_seed(experiment.seed)
     data = data or make_data(experiment, target_of(experiment.loss))
-    batches = Batches(len(data.x), experiment.batch_size, experiment.seed, experiment.drop_last)
+    order = experiment.batch_size, experiment.seed, experiment.drop_last
+    path = getattr(experiment.data, "path", None)
+    name_of_rows = Path(path).name if path else "the data"
+    batches = Batches(len(data.x), *order, numbers=data.numbers, source=name_of_rows)
     steps = total_steps(experiment.steps, experiment.epochs, batches)
     model = build_model(experiment.model, data.x[:2])
     loss = build_loss(experiment.loss)

@@ -14,7 +14,7 @@ from everystep import numerics
 from everystep.device import select
 from everystep.errors import DataError, DeviceError, ModelError
 from everystep.experiment.batches import Batches
-from everystep.experiment.data import Data, split_rows
+from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
@@ -77,7 +77,8 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     _check_dense(objects)
     read = _read(objects, seed, progress)
     data = read.data
-    batches = Batches(read.rows, iteration.batch_size, seed, iteration.drop_last)
+    numbers = None if data is None else data.numbers
+    batches = Batches(read.rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
     steps = total_steps(iteration.steps, iteration.epochs, batches)
     if data is None:
         notices.append(f"the Dataset is read at every step: {read.against}")
@@ -152,7 +153,8 @@ def _read(objects: Objects, seed: int, progress: Progress) -> _Read:
     x, y = _tensors(pair)
     if isinstance(objects.validation, float):
         training, kept_out = split_rows(len(x), objects.validation, seed)
-        data = Data(x[training], y[training], (x[kept_out], y[kept_out]))
+        held_out = x[kept_out], y[kept_out]
+        data = Data(x[training], y[training], held_out, numbering=Numbering(seed))
         return _Read(data, len(training), guards=guards)
     validation = objects.validation and _tensors(objects.validation)
     if validation and validation[0].shape[1:] != x.shape[1:]:

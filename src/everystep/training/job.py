@@ -83,6 +83,17 @@ class Job:
         if faults:
             raise ExperimentError(faults, "the training")
 
+    def numbered_as(self, facts: TrainingFacts) -> Job:
+        """Return the job with the rows of another training's data, numbered as they were there."""
+        if isinstance(self.training.batch, RowsOf):
+            numbers = facts.data.numbers()
+            batches = self.training.batch.batches
+            known = None if numbers is None else numbers[0]
+            source = facts.data.file or batches.source
+            self.training.batch.use(replace(batches, numbers=known, source=source, _order={}))
+        update = {"split_seed": facts.data.split_seed, "dropped": facts.data.dropped}
+        return self.with_facts(data=self.facts.data.model_copy(update=update))
+
     def without_rows(self, rows: Collection[int], start: int, inherited: Collection[int] = ()) -> Job:
         """Return the job with batches that lack some rows.
 
@@ -112,15 +123,19 @@ class Job:
         batch = self._rows("rows can be relabelled")
         assert self.data is not None
         y = batch.y.clone()
+
+        def at(row: int) -> int:
+            return int(batch.batches.places([row])[0])
+
         faults = [
             Fault(f"relabel {row}", reason)
             for row, target in targets.items()
-            if (reason := _why_not_target(y, row, target))
+            if (reason := batch.batches.why_not(row) or _why_not_target(y, at(row), target))
         ]
         if faults:
             raise ExperimentError(faults, "the fork")
         for row, target in targets.items():
-            y[row] = target
+            y[at(row)] = target
         training = replace(self.training, batch=batch.with_targets(y))
         evaluation = self.evaluation
         if evaluation is not None and self.data.validation is None:  # it measures on these rows
@@ -146,9 +161,7 @@ class Job:
 
 
 def _why_not_target(y: Tensor, row: int, target: float) -> str | None:
-    """Return why a row cannot have another target, or None."""
-    if not 0 <= row < len(y):
-        return f"there is no such row; the training rows are 0 to {len(y) - 1:,}"
+    """Return why a row cannot have another target, or None; row: its place."""
     if y[row].numel() != 1:
         return f"a target has {y[row].numel()} numbers; only single numbers can be replaced"
     if not y.is_floating_point() and not int(y.min()) <= target <= int(y.max()):

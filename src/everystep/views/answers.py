@@ -199,9 +199,8 @@ def nonfinite_text(found: NonFinite | None) -> str:
         ]
     if found.rows:
         more = f" and {len(found.rows) - NAMED:,} more" if len(found.rows) > NAMED else ""
-        whole = "batch" if found.are_rows_of_batch else "data"
         numbers = ", ".join(map(str, found.rows[:NAMED])) + more
-        lines.append(f"  row{'s' * (len(found.rows) > 1)} {numbers} of the {whole}")
+        lines.append(f"  row{'s' * (len(found.rows) > 1)} {numbers} of {found.step.batch.whole}")
     if found.why is not None:
         from everystep.views.why import why_text
 
@@ -240,7 +239,7 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
         "nans": found.nans,
         "infinities": found.infinities,
         "rows": list(found.rows),
-        "rows_of": "batch" if found.are_rows_of_batch else "data",
+        "rows_of": found.step.batch.whole,
         "mathematics": None
         if found.index is None
         else str(mathematics(found.step.operations)[found.index]),

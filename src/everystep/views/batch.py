@@ -16,6 +16,7 @@ from everystep.replay.step import Batch, Step
 __all__ = [
     "MOST_VALUES",
     "about_classes",
+    "about_numbers",
     "class_names",
     "classes_text",
     "columns_of_classes",
@@ -34,6 +35,11 @@ def class_names(facts: Facts) -> list[str] | None:
     trained = facts.trained
     known: Sequence[Any] | None = ((trained and trained.preparation) or {}).get("classes")
     return [str(name) for name in known] if isinstance(known, list | tuple) and known else None
+
+
+def about_numbers(source: str) -> str:
+    """Return what the numbers of rows are; source: what they are of, empty if they are unknown."""
+    return f"row: its {f'number in {source}, counted from 0' if source else 'place in the batch'}"
 
 
 def targets(batch: Batch, names: list[str] | None) -> list[str] | None:

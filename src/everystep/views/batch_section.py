@@ -36,9 +36,10 @@ def _rows_text(step: Step, training: TrainingFacts, *, whole: bool) -> str:
         return "" if step.batch.tensors else "no tensors"
     if rows is None:
         return f"all {total:,} rows, in order"
+    whole_text = "" if step.batch.source == "the data" else f" of {step.batch.source}"
     shown = rows.tolist() if whole else rows[:_ROWS_SHOWN].tolist()
     more = ", ..." if len(shown) < len(rows) else ""
-    return f"rows {', '.join(map(str, shown))}{more} ({len(rows):,} of {total:,})"
+    return f"rows {', '.join(map(str, shown))}{more}{whole_text} ({len(rows):,} of {total:,})"
 
 
 def _write_other_values(page: Page, nested: Any) -> None:

@@ -123,7 +123,9 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
             f"{a} at position {place}" if a == b else f"{a} and {b} at position {place}"
             for place, a, b in found.rows[:NAMED]
         )
-        lines.append(labelled("rows", rows + (", ..." if len(found.rows) > NAMED else "")))
+        rows += ", ..." if len(found.rows) > NAMED else ""
+        counted = "" if found.rows_of == "the batch" else f"; in {found.rows_of}, counted from 0"
+        lines.append(labelled("rows", rows + counted))
     lines += [labelled("cause", cause) for cause in found.causes]
     return lines
 
@@ -217,6 +219,7 @@ def _operation_data(found: OperationDifference) -> dict[str, Any]:
         "results": [_sized(each) for each in found.results],
         "inputs": [_sized(each) for each in found.inputs],
         "rows": [list(row) for row in found.rows],
+        "rows_of": found.rows_of,
         "causes": found.causes,
     }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everystep.errors import RunError, UsageError, did_you_mean
 from everystep.views.answers import NAMED
-from everystep.views.batch import targets
+from everystep.views.batch import about_numbers, targets
 from everystep.views.terminal import number
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def about_rows(rows: Rows, parameter: str | None = None) -> list[str]:
     """Return what the numbers are, and why some are unknown, in lines."""
     from everystep.replay.rows import Share
 
-    lines = [] if rows.are_in_data else ["row: its place in the batch"]
+    lines = [about_numbers(rows.source)]
     share = rows.loss_share
     if isinstance(share, Share):
         what = "mean" if share.is_mean else "sum"
@@ -168,7 +168,7 @@ def rows_data(step: Step, *, by: str | None = None, parameter: str | None = None
     return {
         "step": step.number,
         "by": None if order is None else order[0],
-        "rows_of_data": rows.are_in_data,
+        "rows_of": rows.source or "the batch",
         "loss": {"value": step.loss, "of_rows": "mean" if share.is_mean else "sum", "rest": share.rest}
         if isinstance(share, Share)
         else {"value": step.loss, "unknown": str(share)},

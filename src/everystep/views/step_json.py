@@ -63,6 +63,7 @@ def _tensors_of(step: Step, values: bool) -> dict[str, Any]:
     return {
         "batch": {
             "rows": None if rows is None else rows.tolist(),
+            "rows_of": step.batch.whole,
             **_tensors(step.batch.tensors, values),
         },
         "parameters": _tensors(step.parameters, values),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from everystep.views.batch import about_numbers
 from everystep.views.terminal import number
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def what_if_text(found: WhatIf) -> str:
         f"{left:<{widths[0]}}  {value:>{widths[1]}}  {change:>{widths[2]}}".rstrip()
         for left, value, change in rows
     ]
-    return "\n".join([title, "", *lines])
+    return "\n".join([title, "", *lines, "", about_numbers(found.source)])
 
 
 def what_if_data(found: WhatIf) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def what_if_data(found: WhatIf) -> dict[str, Any]:
         "at": found.at,
         "until": found.until,
         "by": found.by,
+        "rows_of": found.source,
         "recorded": {"value": found.recorded.value, "losses": list(found.recorded.losses)},
         "cases": [
             {"rows": list(case.rows), "value": case.value, "losses": list(case.losses)}

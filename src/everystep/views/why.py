@@ -8,6 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from everystep.replay.why import Group, Number, Term, Why
+from everystep.views.batch import about_numbers
 from everystep.views.lines import Cell, Page, table_lines
 from everystep.views.mathematics import Line, mathematics
 from everystep.views.terminal import number as four_digits
@@ -63,12 +64,18 @@ class _Writer:
         exact = "bit-identical" if step.is_exact else f"differs from step {step.diverged_at} on"
         where = f"{name}, step {step.number:,}" if name else f"step {step.number:,}"
         self.page.line((where, "bold"), (f"  replayed, {exact}", "dim"))
+        blocks = [self.found]
         self._block(self.found)
         if self.found.began is not None:
             self._way(self.found.causes)
-            return
-        for each in _below(self.found):
-            self._block(each)
+        else:
+            blocks += _below(self.found)
+            for each in blocks[1:]:
+                self._block(each)
+        if any(number.row is not None for each in blocks for number in each.numbers):
+            batch = self.found.step.batch
+            self.page.blank()
+            self.page.line((about_numbers("" if batch.rows is None else batch.source), "dim"))
 
     def _way(self, way: tuple[Why, ...]) -> None:
         """Write what a NaN or infinity came through, and where it began."""
@@ -208,14 +215,13 @@ def rows_text(each: Why) -> str:
     """Return the rows of the batch behind a NaN or infinity."""
     if each.rows is None or each.origin == "batch":
         return ""
-    whole = "data" if each.are_rows_of_data else "batch"
     if not each.rows:
-        return f"no row of the {whole} is behind it"
+        return "no row of the batch is behind it"
     if len(each.rows) == each.step_rows and len(each.rows) > 1:
         return f"all {len(each.rows):,} rows of the batch are behind it"
     shown = ", ".join(map(str, each.rows[:10]))
     more = f" and {len(each.rows) - 10:,} more" if len(each.rows) > 10 else ""
-    return f"row{'s' * (len(each.rows) > 1)} {shown}{more} of the {whole}"
+    return f"row{'s' * (len(each.rows) > 1)} {shown}{more} of {each.step.batch.whole}"
 
 
 def value_text(number: Number) -> str:

@@ -130,6 +130,7 @@ class Fork:
             at=self.at,
             changed=self.changed,
         )
+        job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
         job = replacing(job, {**self.stretch.facts.replaced, **self.replaced})
         # With a schedule, all is recorded; otherwise, only what changed.

@@ -106,7 +106,8 @@ class Resume:
         state, problems = self._newest_state()
         # Without a state it was killed before its first one was on disk, and begins.
         begin = 0 if state is None else state.step
-        job = replace(job, steps=self.last).without_rows((), begin, facts.batches.without)
+        job = replace(job, steps=self.last).numbered_as(facts)
+        job = job.without_rows((), begin, facts.batches.without)
         job = replacing(job, facts.replaced)
         if job.evaluation is not None and facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)

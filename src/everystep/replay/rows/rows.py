@@ -45,14 +45,14 @@ class Share(NamedTuple):
 class Rows(Shown):
     """The rows of the batch of a step.
 
-    numbers: the row of the data that each is, or its place in the batch (`are_in_data` is False);
+    numbers: of each row in `source`, what the data is, or its place in the batch where that is empty;
     loss_share: what each row makes of the loss; gradients: of each parameter's gradient; both a `Reason`
     where that is unknown.
     """
 
     step: int
     numbers: tuple[int, ...]
-    are_in_data: bool
+    source: str
     loss_share: Share | Reason
     gradients: dict[str, Share | Reason]
 
@@ -129,13 +129,11 @@ def rows_of(step: Step) -> Rows:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in step.batch.tensors.items())
         why = f"the tensors of the batch have no first axis in common ({shapes})"
         reason = Reason(why if sizes else "the batch has no tensor with rows")
-        return Rows(step.number, (), False, reason, dict.fromkeys(step.gradients, reason))
+        return Rows(step.number, (), "", reason, dict.fromkeys(step.gradients, reason))
     (count,) = sizes
     given = step.batch.rows
     is_known = given is not None and len(given) == count
     numbers = given.tolist() if given is not None and is_known else range(count)
-    # Without numbers, a batch of an experiment is all rows in order.
-    is_whole = given is None and step.batch.nested is None
     followed, rounding = follow(step, count), _rounding(step)
     norms = [float(gradient.norm()) for gradient in step.gradients.values()]
     floor = _EPS * max((norm for norm in norms if isfinite(norm)), default=0.0)
@@ -149,7 +147,7 @@ def rows_of(step: Step) -> Rows:
     return Rows(
         step.number,
         tuple(numbers),
-        is_known or is_whole,
+        step.batch.source if is_known else "",
         missing if followed.loss is None else _share(followed.loss, count, _Asked(_LOSS, rounding)),
         {n: share_of(n, followed.gradients[n]) for n in step.gradients if n in followed.gradients},
     )

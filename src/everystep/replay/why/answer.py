@@ -93,8 +93,7 @@ class Why(Shown):
     number; unknown: tensors of which the operation used numbers, but which is not known; note: what else
     there is to say; causes: answers for numbers that were followed as asked, or all that a NaN or
     infinity came through but for `left_out` in the middle; rows: where that began, the rows of the batch
-    behind it, None if they are not known; of the data if `are_rows_of_data`, else their places in the
-    batch.
+    behind it, None if they are not known, as `step.batch.whole` numbers them.
     """
 
     number: Number
@@ -128,11 +127,6 @@ class Why(Shown):
         """Where a NaN or infinity began, if this is one that came from somewhere else."""
         is_bad = not is_finite(self.number.value) and self.origin != "difference"
         return self.causes[-1] if is_bad and self.causes else None
-
-    @property
-    def are_rows_of_data(self) -> bool:
-        """Whether `rows` are rows of the data."""
-        return self.step.batch.rows is not None or self.step.batch.nested is None
 
     @property
     def step_rows(self) -> int:

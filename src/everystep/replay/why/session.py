@@ -237,11 +237,7 @@ class Session:
 
 
 def _row_text(step: Step, row: int | None) -> str:
-    if row is None:
-        return "of the batch"
-    if step.batch.rows is None and step.batch.nested is not None:
-        return f"row {row} of the batch"
-    return f"row {row} of the data"
+    return "of the batch" if row is None else f"row {row} of {step.batch.whole}"
 
 
 def _called(trace: Trace, origin: Written | Before | Halves) -> tuple[str, int | None]:

@@ -96,5 +96,5 @@ function inputLine({ name, shape, minimum, maximum, not_finite: bad }) {
 function rowsText({ rows, rows_of: of }) {
   const first = rows.slice(0, 8).map(whole).join(", ");
   const more = rows.length > 8 ? ` and ${whole(rows.length - 8)} more` : "";
-  return `${rows.length === 1 ? "Row" : "Rows"} ${first}${more} of the ${of}`;
+  return `${rows.length === 1 ? "Row" : "Rows"} ${first}${more} of ${of}`;
 }

@@ -49,6 +49,7 @@ function rowsOfData() {
   const more = button("", () => tell(!isAll), { class: "plain" });
   const node = element("p", { class: "rows small muted" }, text, " ", more);
   let rows = null;
+  let source = "";
   let isOfLoop = false;
   let isAll = false;
 
@@ -56,7 +57,7 @@ function rowsOfData() {
     isAll = all;
     if (!rows) return setText(text, isOfLoop ? "as your loop had it" : "all rows of the data, in order");
     const listed = isAll ? rows : rows.slice(0, ROWS_SHOWN);
-    setText(text, `${whole(rows.length)} rows of the data: ${listed.join(", ")}${listed.length < rows.length ? ", …" : ""}`);
+    setText(text, `${whole(rows.length)} rows of ${source}: ${listed.join(", ")}${listed.length < rows.length ? ", …" : ""}`);
     setText(more, isAll ? "fewer" : "all");
   }
 
@@ -64,6 +65,7 @@ function rowsOfData() {
     node,
     update({ batch, is_of_loop }) {
       rows = batch.rows;
+      source = batch.rows_of;
       isOfLoop = is_of_loop;
       show(more, Boolean(rows) && rows.length > ROWS_SHOWN);
       tell(isAll);
