@@ -1,5 +1,6 @@
 """Why two runs part: in an operation's arguments, its settings, its tensors, or in nothing at all."""
 
+import json
 import math
 import re
 from functools import partial
@@ -619,3 +620,56 @@ def test_another_file_with_the_same_data_is_no_difference_of_the_runs(tmp_path, 
         everystep.train_experiment(experiment, directory=name, progress=False)
     code, out, _ = everystep_command("diff", "one", "other")
     assert code == 0 and "data.path" in out and "only names differ" in out
+
+
+def batches_of(count, change=lambda batches: None):
+    torch.manual_seed(7)
+    made = [(torch.randn(6, 4), torch.randn(6, 3)) for _ in range(count)]
+    change(made)
+    return made
+
+
+def reordered(batches):
+    x, y = batches[2]
+    order = [0, 4, 2, 1, 3, 5]
+    batches[2] = x[order], y[order]
+
+
+def other_row(batches):
+    batches[2][0][4] += 1
+
+
+def test_rows_that_moved_in_a_batch_are_said_to_have_moved(said):
+    loop("one", batches=batches_of(4))
+    loop("other", batches=batches_of(4, reordered))
+    assert said() == ["batch: the same rows of x in another order"]
+    assert said("rows") == ["1 and 4 at position 1, 3 and 1 at position 3, 4 and 3 at position 4"]
+
+
+def test_a_row_of_a_batch_that_differs_is_called_by_its_position(said):
+    loop("one", batches=batches_of(4))
+    loop("other", batches=batches_of(4, other_row))
+    assert said("rows") == ["4"]
+
+
+def far(batches):
+    batches[4] = batches[4][0], batches[4][1] * 1e4
+
+
+def test_the_first_state_that_differs_is_named_where_it_is_that_of_a_later_step(said, everystep_command):
+    def step(norm, model, optimizer, x, y):
+        loss = functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), norm, foreach=False)
+        optimizer.step()
+        return loss
+
+    for name, norm in (("one", 100.0), ("other", 200.0)):
+        loop(name, step=partial(step, norm), batches=batches_of(6, far))
+    assert said() == ["other of aten.mul 100.0 | 200.0"]
+    assert said("operation")[0].endswith("of step 1")
+    assert said("state") == ["no parameter and no buffer differs before state 5, in which 0.weight does"]
+    assert said("losses")[0].startswith("differ from step 6 on")
+    data = json.loads(everystep_command("diff", "one", "other", "--json")[1])
+    assert data["first_state"] == {"state": 5, "name": "0.weight", "last": 6}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from everystep.replay.causes import causes_of
 from everystep.replay.columns import Setting
 from everystep.replay.data import DataDifference, data_differences
 from everystep.replay.evidence import Evidence, around
-from everystep.replay.footprints import draws_at_random, footprints, programs_of
+from everystep.replay.footprints import draws_at_random, footprints, model_digests, programs_of
+from everystep.replay.given import name_in_words
 from everystep.replay.operations import (
     OperationDifference,
     first_difference,
@@ -38,12 +39,23 @@ from everystep.step.check import StateDifference, same_bits, state_differences
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.training.objects import Objects
 
-__all__ = ["Difference", "diff"]
+__all__ = ["Difference", "FirstState", "diff"]
 
 #: Runs that took less time than this together are replayed whole.
 THOROUGH_SECONDS = 4.0
 #: Steps that are replayed between two looks.
 STRIDE = 64
+
+
+class FirstState(NamedTuple):
+    """The first state in which a parameter or a buffer differs, after the first operation that does.
+
+    state: None if there is none up to state `last`; name: of the tensor.
+    """
+
+    state: int | None
+    name: str
+    last: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Difference(Shown):
     experiments, numerics: settings, and other things that bits depend on, by name, in both; steps: the
     number of steps of each; data: tensors of the data that differ, where both runs hold it; loss: the
     first that differs (recorded: of the first run, replayed: of the second), None if all match;
+    first_state: where that reaches the model, None without an operation;
     common_state: the last snapshot that both have and that is identical; states: tensors of the first
     common snapshot that differs; operation: the first that differs, and why; is_thorough: whether every
     step was replayed; problems: why something could not be compared; measured: the measurements that
@@ -75,6 +88,7 @@ class Difference(Shown):
     measured: tuple[tuple[str, LossDifference], ...] = ()
     unread: tuple[str, ...] = ()
     renamed: tuple[str, ...] = ()
+    first_state: FirstState | None = None
 
     def __repr__(self) -> str:
         if self.is_same:
@@ -135,13 +149,16 @@ def diff(
     if not ends and (experiments or numerics):
         thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
     last = min(steps) if thorough and not ends else min(ends, default=0)
-    operation, unread = None, []
+    operation, first_state, unread = None, None, []
     if last:
         first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
         search = Lockstep(one, other, objects, on_progress)
         try:
             # A state that differs shows in the step after it at the latest.
             operation = search.first(first, min(max(last, first), *steps))
+            if operation is not None:
+                end = max(ends, default=min(steps))
+                first_state = search.first_state(operation.step, min(max(end, operation.step), *steps))
             problems += search.divergences()
             unread = search.unread
         except RunError as error:
@@ -164,6 +181,7 @@ def diff(
         measured=tuple(_measured(one, other)),
         unread=tuple(unread),
         renamed=tuple(renamed(one.facts.training, other.facts.training)),
+        first_state=first_state,
     )
 
 
@@ -282,11 +300,26 @@ class Lockstep:
         for number in self._suspicious(first, last):
             one, other = (opener.step(number) for opener in self._openers)
             evidence = self._evidence(one, other)
-            found = first_difference(one, other) or _unseen_difference(evidence)
+            found = first_difference(one, other, has_rows=evidence.has_rows) or _unseen_difference(
+                evidence
+            )
             if found is not None:
                 return replace(found, causes=causes_of(found, evidence))
             self.unread += self.unread or _other_batch(one, other)
         return None
+
+    def first_state(self, first: int, last: int) -> FirstState:
+        """Return the first of the states `first` to `last` in which the models differ."""
+        begin, count = first, 1
+        while begin <= last:
+            end = min(last, begin + count - 1)
+            pair = [opener.call(model_digests, begin, end) for opener in self._openers]
+            for state, (one, other) in enumerate(zip(*pair, strict=True), start=begin):
+                for name in one:
+                    if name in other and one[name] != other[name]:
+                        return FirstState(state, name_in_words(name), last)
+            begin, count = end + 1, min(8 * count, STRIDE)
+        return FirstState(None, "", last)
 
     def _evidence(self, one: Step, other: Step) -> Evidence:
         """Return what is known of both runs at a step."""

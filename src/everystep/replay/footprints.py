@@ -16,7 +16,7 @@ from everystep.replay.replay import Replay
 from everystep.replay.step import ReplayStepper
 from everystep.step.check import bytes_of
 
-__all__ = ["draws_at_random", "footprints", "programs_of"]
+__all__ = ["draws_at_random", "footprints", "model_digests", "programs_of"]
 
 
 def footprints(replay: Replay, first: int, last: int, by_operation: bool, is_random: bool) -> list[str]:
@@ -46,6 +46,22 @@ def footprints(replay: Replay, first: int, last: int, by_operation: bool, is_ran
             replay.compare(number, losses, replay.recorded_losses(number, number))
             _add_state(digest, stepper)
             found.append(digest.hexdigest())
+    return found
+
+
+def model_digests(replay: Replay, first: int, last: int) -> list[dict[str, bytes]]:
+    """Return digests of the parameters and buffers, by name, of each state from `first` to `last`."""
+    found = []
+    with replay.in_force(first):
+        for number in range(first, last + 1):
+            state = replay.go_to(number).named_state()
+            found.append(
+                {
+                    name: hashlib.sha256(bytes_of(tensor)).digest()
+                    for name, tensor in state.items()
+                    if name.startswith(("parameter/", "buffer/"))
+                }
+            )
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from everystep.program.execute import Observed
 from everystep.replay.given import Sources, other_sources, pairs_of_inputs
 from everystep.replay.step import Step
-from everystep.step.check import Size, as_integers, same_bits, size_of_difference
+from everystep.step.check import Size, as_integers, bytes_of, same_bits, size_of_difference
 
 __all__ = [
     "OperationDifference",
@@ -83,10 +83,12 @@ class OperationDifference:
         )
 
 
-def first_difference(one: Step, other: Step) -> OperationDifference | None:
+def first_difference(one: Step, other: Step, *, has_rows: bool = False) -> OperationDifference | None:
     """Return the first operation of a step with another result, or which only one of them has.
 
     Its causes are not known yet.
+
+    has_rows: whether batches are rows of data that the runs know by their numbers.
     """
     for index in range(max(len(one.operations), len(other.operations))):
         pair = [s.operations[index] if index < len(s.operations) else None for s in (one, other)]
@@ -101,7 +103,7 @@ def first_difference(one: Step, other: Step) -> OperationDifference | None:
             others = tuple([*map(side.text, each)] for side, each in zip(sources, given, strict=True))
             names = {each.name.partition("~")[0] for each in inputs}
             is_of_batch = any(name in one.batch.tensors for name in names)
-            rows = _different_rows(one, other) if is_of_batch else []
+            rows = _different_rows(one, other, has_rows) if is_of_batch else []
             if len(a.results) != len(b.results):  # of lists of tensors, which do not belong together
                 results = []
             rows_of = " | ".join(dict.fromkeys(step.batch.whole for step in (one, other)))
@@ -112,8 +114,12 @@ def first_difference(one: Step, other: Step) -> OperationDifference | None:
     return None
 
 
-def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
-    """Return the positions of a batch that differ, with their row numbers in the data."""
+def _different_rows(one: Step, other: Step, has_rows: bool) -> list[tuple[int, int, int]]:
+    """Return the positions of a batch that differ, with their row numbers in the data.
+
+    Where runs do not know these, rows have the numbers of their positions in the first run's batch, if
+    the second run's batch has the same rows in another order.
+    """
     tensors = one.batch.tensors, other.batch.tensors
     if not tensors[0] or tensors[0].keys() != tensors[1].keys():
         return []
@@ -124,10 +130,24 @@ def _different_rows(one: Step, other: Step) -> list[tuple[int, int, int]]:
     different = torch.zeros(count, dtype=torch.bool)
     for a, b in pairs:
         if len(a) == count:
-            different |= (as_integers(a) != as_integers(b.to(a.device))).reshape(count, -1).any(1).cpu()
-    rows = [step.batch.rows if step.batch.rows is not None else range(count) for step in (one, other)]
+            different |= _rows_that_differ(a, b)
     places = torch.nonzero(different).flatten().tolist()
+    rows = [range(count) if step.batch.rows is None else step.batch.rows for step in (one, other)]
+    if not has_rows:
+        moved = [(a, b) for a, b in pairs if len(a) == count and bool(_rows_that_differ(a, b).any())]
+        contents = [
+            [tuple(bytes_of(pair[side][place]).tobytes() for pair in moved) for place in places]
+            for side in (0, 1)
+        ]
+        if sorted(contents[0]) == sorted(contents[1]):
+            known = dict(zip(contents[0], places, strict=True))
+            return [(place, place, known[each]) for place, each in zip(places, contents[1], strict=True)]
     return [(place, int(rows[0][place]), int(rows[1][place])) for place in places]
+
+
+def _rows_that_differ(one: Tensor, other: Tensor) -> Tensor:
+    differs = as_integers(one) != as_integers(other.to(one.device))
+    return differs.reshape(len(one), -1).any(1).cpu()
 
 
 def _outline(observed: Observed) -> tuple[Any, ...]:

@@ -35,6 +35,9 @@ def of_batch(name: str, found: OperationDifference, evidence: Evidence) -> Itera
         if not set_by:
             yield f"data: {_cells_text(difference, found)}"
         return
+    if found.rows and not evidence.has_rows and all(a != b for _, a, b in found.rows):
+        yield f"batch: the same rows of {name} in another order"
+        return
     # The seed decides on the order of the rows, not on how many there are.
     kinds = ("seed", "batches") if difference.positions else ("batches",)
     order = [[e for e in evidence.settings if e.kind == kind] for kind in kinds]

@@ -48,6 +48,7 @@ def diff_text(found: Difference) -> str:
     lines += [labelled("batch", f"{each} differs; no operation reads it") for each in found.unread]
     if found.operation is not None:
         lines += ["", *_operation_lines(found.operation, found.names)]
+        lines += [labelled("state", text) for text in _first_state_texts(found)]
     lines += [labelled("problem", problem) for problem in found.problems]
     return "\n".join([*lines, "", _verdict(found) + _hint(found)])
 
@@ -67,6 +68,7 @@ def diff_sentence(found: Difference) -> str:
         parts.append(
             f"the first operation that differs is #{operation.index}{at}" + _what(found, operation)
         )
+        parts += _first_state_texts(found)
     elif found.states and found.loss is None:
         first = found.states[0]
         parts.append(f"{first.tensor} of state {first.state:,} differs")
@@ -93,6 +95,7 @@ def diff_data(found: Difference) -> dict[str, Any]:
         "data": [_data(each) for each in found.data],
         "states": [_sized(each) for each in found.states],
         "operation": None if operation is None else _operation_data(operation),
+        "first_state": None if found.first_state is None else found.first_state._asdict(),
         "problems": list(found.problems),
     }
 
@@ -120,7 +123,7 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
     lines += [labelled("input", _tensor_text(each)) for each in found.inputs]
     if found.rows:
         rows = ", ".join(
-            f"{a} at position {place}" if a == b else f"{a} and {b} at position {place}"
+            (f"{a}" if a == b else f"{a} and {b}") + f" at position {place}" * (not place == a == b)
             for place, a, b in found.rows[:NAMED]
         )
         rows += ", ..." if len(found.rows) > NAMED else ""
@@ -128,6 +131,18 @@ def _operation_lines(found: OperationDifference, names: tuple[str, str]) -> list
         lines.append(labelled("rows", rows + counted))
     lines += [labelled("cause", cause) for cause in found.causes]
     return lines
+
+
+def _first_state_texts(found: Difference) -> list[str]:
+    """Return when the difference of an operation reaches the model, unless that is in its own step."""
+    first, operation = found.first_state, found.operation
+    if first is None or operation is None or first.state == operation.step:
+        return []
+    if first.state is None:
+        return [f"no parameter and no buffer differs up to state {first.last:,}"]
+    return [
+        f"no parameter and no buffer differs before state {first.state:,}, in which {first.name} does"
+    ]
 
 
 def _what(found: Difference, operation: OperationDifference) -> str:

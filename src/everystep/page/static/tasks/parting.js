@@ -36,7 +36,8 @@ function causeText(cause) {
 }
 
 function rowsText(rows) {
-  const nameOf = ([place, a, b]) => `${a === b ? `row ${a}` : `rows ${a} and ${b}`} at place ${place}`;
+  const called = (a, b) => (a === b ? `row ${a}` : `rows ${a} and ${b}`);
+  const nameOf = ([place, a, b]) => (a === b && a === place ? called(a, b) : `${called(a, b)} at place ${place}`);
   const named = rows.slice(0, 6).map(nameOf);
   return `In the batch differ: ${named.join(", ")}${rows.length > 6 ? `, and ${whole(rows.length - 6)} more` : ""}.`;
 }
