@@ -411,16 +411,16 @@ def test_a_penalty_belongs_to_no_row(loop):
     ("body", "why"),
     [
         (lambda e, y: (e @ y.T).log_softmax(1).diagonal().mean(), "numbers of different rows"),
-        (lambda e, y: ((e - e.mean(0)) ** 2).mean(), "mixes rows"),
+        (lambda e, y: ((e - e.mean(0)) ** 2).mean(), "adds up numbers of several rows"),
         (lambda e, y: torch.softmax(e, 0).square().sum(), "combines numbers of several rows"),
-        (lambda e, y: (e.sum(0) * e.sum(0)).sum(), "mixes rows"),
+        (lambda e, y: (e.sum(0) * e.sum(0)).sum(), "adds up numbers of several rows"),
         (
             lambda e, y: e[:4].reshape(2, -1).softmax(1).square().sum(),
             "combines numbers of several rows",
         ),
         (lambda e, y: (e * e.roll(1, 0)).mean(), "mixes rows"),
-        (lambda e, y: (e - e.flip(0)).square().mean(), "mixes rows"),
-        (lambda e, y: (torch.eye(len(e)) @ e).square().sum(), "mixes rows"),
+        (lambda e, y: (e - e.flip(0)).square().mean(), "adds up numbers of several rows"),
+        (lambda e, y: (torch.eye(len(e)) @ e).square().sum(), "adds up numbers of several rows"),
         (lambda e, y: e.amax(0).sum() + e.std(0).sum(), "combines numbers of several rows"),
         (lambda e, y: torch.cdist(e, y).mean(), "has no rule"),
     ],
@@ -440,6 +440,36 @@ def test_what_mixes_rows_is_named(loop, body, why):
     assert why in str(rows.loss_share)
     with pytest.raises(RunError, match=r"loss of each row of step 3 is unknown: operation #\d+"):
         _ = rows.loss
+
+
+@pytest.mark.parametrize(
+    ("body", "first", "later"),
+    [
+        (lambda e: (e - e.mean(0)).tanh().sum(), "mean", "tanh"),
+        (lambda e: ((e - e.mean(0)) / (e.var(0) + 1).sqrt()).square().mean(), "mean", "div"),
+        (lambda e: (1 - (e[:, :1] - e[:, :1].T)).clamp_min(0).mean(), "sub", "clamp_min"),
+        (lambda e: e.square().mean().sqrt(), "mean", "sqrt"),
+    ],
+)
+def test_the_sum_that_first_mixes_rows_is_named_before_what_is_not_linear_in_it(
+    loop, body, first, later
+):
+    record, one, two, optimizer = loop
+
+    def whole(x, y):
+        optimizer.zero_grad()
+        loss = body(two(one(x)))
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    step = record(whole)
+    names = [seen.operation.name for seen in step.operations]
+    one_at = names.index(first)
+    two_at = names.index(later, one_at)
+    called = [f"operation #{at} ({step.operations[at].operation.operator})" for at in (one_at, two_at)]
+    expected = f"{called[0]} adds up numbers of several rows, and {called[1]} is not linear in the sum"
+    assert {str(each) for each in (step.rows.loss_share, *step.rows.gradients.values())} == {expected}
 
 
 def test_a_gradient_that_no_number_of_a_row_went_into_is_not_said_to_be_of_no_row(loop):

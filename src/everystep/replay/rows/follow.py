@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everystep.program.execute import Observed
 from everystep.replay.rows.call import Call, MixesError, Result
-from everystep.replay.rows.labels import MIXED, SHARED, Reason, Tracked
+from everystep.replay.rows.labels import MIXED, SHARED, SUM, Reason, Tracked
 from everystep.replay.rows.memory import Memory
 from everystep.replay.rows.penalties import Penalties
 from everystep.replay.rows.rules import RULES
@@ -99,7 +99,11 @@ def _take(memory: Memory, penalties: Penalties, index: int, seen: Observed, term
     made = {**seen.results, **seen.written}
     results, why = _results(memory, seen, given, terms)
     own = Reason(why or "mixes rows", index, seen.operation.operator)
-    earlier = next((each.reason for each in given.values() if each.reason and each.has(MIXED)), None)
+    sums = [each.summed for each in given.values() if each.summed and each.has(SUM)]
+    mixing = [each.reason for each in given.values() if each.reason and each.has(MIXED)]
+    earlier = Reason.first([*mixing, *(each.then(own) for each in sums)])
+    adding = Reason("adds up numbers of several rows", index, seen.operation.operator)
+    summed = Reason.first([*sums, adding])
     is_data = all(each.is_data for each in given.values())
     # A loop that calls functions rather than modules has no other phase before backward.
     is_forward = seen.operation.phase in ("forward", "loss", "other") and index < memory.last_backward
@@ -111,12 +115,12 @@ def _take(memory: Memory, penalties: Penalties, index: int, seen: Observed, term
         is_mixed = bool((result.labels == MIXED).any())
         here = own._replace(why=result.why) if result.why else earlier or own
         reason = here if is_mixed else None
-        tracked = Tracked(tensor, result.labels, result.terms, result.is_mean, reason, is_data)
+        tracked = Tracked(tensor, result.labels, result.terms, result.is_mean, reason, is_data, summed)
         memory.write(name, tracked)
         found[name] = tracked
         if is_mixed and not is_data and is_forward and not result.why:
             is_state = memory.places.storages[memory.places.tensors[name].storage].kind == "state"
-            memory.mixed = memory.mixed or (None if is_state else reason)
+            memory.mixed = Reason.first([memory.mixed, None if is_state else reason])
     if seen.operation.phase not in ("backward", "update"):
         penalties.note(seen, given, found)
 

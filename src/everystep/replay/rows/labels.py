@@ -7,7 +7,8 @@ memory and time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,19 @@ class Reason(NamedTuple):
             return self.why
         return f"operation #{self.operation} ({self.operator}) {self.why}"
 
+    @staticmethod
+    def first(reasons: Iterable[Reason | None]) -> Reason | None:
+        """Return the reason of the first operation, None if there is none."""
+        known = (each for each in reasons if each is not None)
+        return min(known, key=lambda e: math.inf if e.operation is None else e.operation, default=None)
+
+    def then(self, later: Reason) -> Reason:
+        """Return why rows cannot be told apart where a sum over rows goes into a later operation."""
+        why = later.why.replace("mixes rows", "is not linear in the sum")
+        return self._replace(
+            why=f"{self.why}, and operation #{later.operation} ({later.operator}) {why}"
+        )
+
 
 class Tracked(NamedTuple):
     """A tensor of the step, and the rows that its numbers belong to.
@@ -55,7 +69,7 @@ class Tracked(NamedTuple):
     value: as recorded; labels: of the same shape; terms: returns the term of a row of the sum, by its
     place or SHARED, meaningful where the label is SUM; is_mean: whether the sum is a mean of numbers;
     reason: why some labels are MIXED; is_data: whether it was made without the state, so that no
-    gradient goes through it.
+    gradient goes through it; summed: which operation first added up rows, where some labels are SUM.
     """
 
     value: Tensor
@@ -64,6 +78,7 @@ class Tracked(NamedTuple):
     is_mean: bool = False
     reason: Reason | None = None
     is_data: bool = False
+    summed: Reason | None = None
 
     def has(self, label: int) -> bool:
         """Tell whether any number has the label."""

@@ -102,7 +102,7 @@ class Memory:
         if _same_place(last.spec, spec):
             labels = last.tracked.labels.to(value.device)
             return last.tracked._replace(value=value, labels=labels)
-        reason = next((w.tracked.reason for w in reversed(written) if w.tracked.reason), None)
+        reason = Reason.first(each.tracked.reason for each in written)
         sizes = {each.spec.torch_dtype.itemsize for each in written} | {spec.torch_dtype.itemsize}
         if len(sizes) > 1:
             labels = torch.full((), MIXED, dtype=torch.int32).expand(spec.shape)
@@ -115,7 +115,8 @@ class Memory:
         terms = _terms(written, spec, size, value) if bool((labels == SUM).any()) else None
         is_mean = all(w.tracked.is_mean for w in written if w.tracked.terms)
         is_data = all(each.tracked.is_data for each in written)
-        return Tracked(value, labels, terms, is_mean, reason, is_data)
+        summed = Reason.first(w.tracked.summed for w in written if w.tracked.has(SUM))
+        return Tracked(value, labels, terms, is_mean, reason, is_data, summed)
 
     def is_written(self, name: str) -> bool:
         """Tell whether an operation wrote to the memory of a tensor."""
