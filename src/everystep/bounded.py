@@ -1,4 +1,4 @@
-"""Reading what a stranger may have written: only regular files, and no more than a bound."""
+"""Bounds: how many steps a run may have, and how much is read of what a stranger may have written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["MEMORY", "open_regular", "parse_json", "read_regular"]
+from everystep.errors import UsageError
+
+__all__ = ["MEMORY", "MOST_STEPS", "check_steps", "open_regular", "parse_json", "read_regular"]
+
+#: The number that the steps of a run may have.
+MOST_STEPS = 100_000_000_000
 
 #: Values that a text of JSON may have; each takes some 60 bytes or more, whatever its text takes.
 _MOST_VALUES = 5_000_000
@@ -24,6 +29,18 @@ def _memory() -> int:
 
 #: Bytes of memory of this machine: no file that is larger can be read.
 MEMORY = _memory()
+
+
+def check_steps(count: int) -> int:
+    """Return a number of steps.
+
+    Raises:
+        UsageError: no run can have as many.
+    """
+    if count > MOST_STEPS:
+        shown = f"{count:,}" if count < 10**30 else "more than 10^30"
+        raise UsageError(f"{shown} steps are too many; a run has at most {MOST_STEPS:,}")
+    return count
 
 
 def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:

@@ -7,6 +7,7 @@ had all.
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -15,7 +16,14 @@ import typer
 from everystep.cli.asking import diff, doctor, measure, rows, verify, when, why
 from everystep.cli.commands import Commands
 from everystep.cli.making import experiments, fork, resume, train
-from everystep.cli.output import OutputError, damage_on_stderr, drop_output, hint, prepare_streams
+from everystep.cli.output import (
+    OutputError,
+    damage_on_stderr,
+    drop_output,
+    hint,
+    prepare_streams,
+    shortened,
+)
 from everystep.cli.rerunning import rerun, whatif
 from everystep.cli.showing import losses, plot, report, runs, step, table, view
 from everystep.errors import EverystepError
@@ -71,6 +79,11 @@ def version(
         raise typer.Exit
 
 
+#: What the system answers where a name that was typed leads to nothing that can be opened.
+_OF_NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
+_OF_NAMES += (errno.ENAMETOOLONG, errno.EINVAL)
+
+
 def main() -> None:
     """Run the command line; report a user's mistake in one clear message."""
     prepare_streams()
@@ -88,11 +101,11 @@ def main() -> None:
         drop_output(error)
         sys.exit(error.exit_code)
     except EverystepError as error:
-        hint(f"everystep: {error}")
+        hint(f"everystep: {shortened(str(error))}")
         sys.exit(error.exit_code)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
-        hint(f"everystep: {where}{error.strerror or error}")
-        sys.exit(1)
+        hint(f"everystep: {shortened(where)}{error.strerror or error}")
+        sys.exit(2 if error.errno in _OF_NAMES else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -74,8 +74,7 @@ def train(
     """
     from everystep import numerics
     from everystep.experiment.specification import load, parse_setting
-    from everystep.recording.connection import FILE_NAME
-    from everystep.recording.finding import RUNS
+    from everystep.recording.finding import RUNS, is_run
     from everystep.recording.run import RecordedRun
 
     if steps is not None and epochs is not None:
@@ -97,7 +96,7 @@ def train(
     budget = snapshot_budget * 1_000_000
     if resume_run and run is None:
         raise UsageError("--resume needs the run's directory: --run DIR")
-    if resume_run and run is not None and (run / FILE_NAME).exists():
+    if resume_run and run is not None and is_run(run):
         from everystep.replay.continuing import Resume, resume_experiment
 
         asked = Resume(RecordedRun(run), budget=budget)

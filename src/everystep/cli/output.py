@@ -6,6 +6,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -29,6 +30,7 @@ __all__ = [
     "say",
     "say_lines",
     "say_written",
+    "shortened",
     "tell",
 ]
 
@@ -151,6 +153,11 @@ def tell(problems: list[str]) -> None:
 def say(text: str, *, nl: bool = True) -> None:
     """Print data on stdout; nothing in it steers the terminal."""
     typer.echo(clean(text), nl=nl)
+
+
+def shortened(message: str) -> str:
+    """Return a message in which no name fills the terminal."""
+    return re.sub(r"\S{500,}", lambda name: f"{name[0][:80]}...", message)
 
 
 def say_lines(text: str) -> None:

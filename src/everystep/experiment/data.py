@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everystep.bounded import open_regular
 from everystep.errors import DataError, did_you_mean
 from everystep.experiment.files import check_may_be_read
 from everystep.experiment.preparation import ArrayPreparation, Preparation
@@ -232,6 +233,7 @@ def _archive_reader(path: Path) -> Callable[[], dict[str, np.ndarray]]:
 
 def _read_file(path: Path, read: Callable[[], Any]) -> Any:
     try:
+        open_regular(path).close()  # a pipe or a device might never end
         return read()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; data.path is relative to the experiment file") from None

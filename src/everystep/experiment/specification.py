@@ -18,7 +18,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -26,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from everystep.bounded import read_regular
+from everystep.bounded import MOST_STEPS, read_regular
 from everystep.errors import ExperimentError, Fault, did_you_mean
 
 __all__ = [
@@ -149,14 +148,17 @@ class Schedule(NamedSection):
     every: Literal["step", "epoch"] = "step"
 
 
+Steps = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+
+
 class Iteration(Section):
     """How to iterate: what experiment files and the arguments of `train` share."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     device: str | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    steps: NonNegativeInt | None = None
-    epochs: NonNegativeInt | None = None
+    steps: Steps | None = None
+    epochs: Steps | None = None
     batch_size: PositiveInt | None = None
     drop_last: bool = False
     evaluate_every: PositiveInt | None = None

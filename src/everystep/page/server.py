@@ -21,8 +21,7 @@ from everystep.page.app import UntilEnd, application
 from everystep.page.guard import Guard, is_loopback
 from everystep.page.secret import token_of
 from everystep.page.shelf import shown_name
-from everystep.recording.database import FILE_NAME
-from everystep.recording.finding import RUNS, find_run
+from everystep.recording.finding import RUNS, find_run, is_run
 
 __all__ = ["place_of", "serve"]
 
@@ -39,7 +38,7 @@ def place_of(what: str | Path) -> tuple[Path, str | None]:
         RunError: there is neither. runs/ need not exist yet.
     """
     path = Path(what)
-    if path.is_dir() and not (path / FILE_NAME).is_file():
+    if not is_run(path) and path.is_dir():
         return path.resolve(), None
     if path == RUNS and not path.exists():
         return path.resolve(), None

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
 from everystep.recording.blocks import LOSS, Blocks, series_of
 from everystep.recording.changes import changes_in
@@ -20,7 +21,7 @@ from everystep.recording.connection import (
     stillness,
 )
 from everystep.recording.fact_rows import read_facts, rows_of
-from everystep.recording.facts import MOST_STEPS, Facts
+from everystep.recording.facts import Facts
 from everystep.recording.files import FileRow
 from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
 from everystep.recording.write_ahead_log import drop_uncommitted

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
+from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError
 from everystep.numerics import Numerics
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EAGERLY",
     "LONGEST_NOTE",
-    "MOST_STEPS",
     "BatchFacts",
     "DataFacts",
     "DataFileFacts",
@@ -47,8 +47,6 @@ __all__ = [
 
 #: Characters of a note.
 LONGEST_NOTE = 1000
-#: The number of the last step that a run may have.
-MOST_STEPS = 100_000_000_000
 #: A seed has 64 bits.
 Whole = Annotated[int, Field(gt=-(2**64), lt=2**64)]
 #: Plain values by name, as JSON holds them; what it cannot hold is a description.

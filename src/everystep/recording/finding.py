@@ -9,9 +9,21 @@ from pathlib import Path
 from everystep.errors import RunError, did_you_mean
 from everystep.recording.database import FILE_NAME
 
-__all__ = ["RUNS", "find_run", "find_runs"]
+__all__ = ["RUNS", "find_run", "find_runs", "is_run"]
 
 RUNS = Path("runs")
+
+
+def is_run(directory: Path) -> bool:
+    """Return whether a directory has a run.
+
+    Raises:
+        RunError: it cannot be looked into.
+    """
+    try:
+        return (directory / FILE_NAME).is_file()
+    except OSError as error:
+        raise RunError(f"{str(directory)!r:.200} cannot be read: {error.strerror}") from None
 
 
 def find_run(name: str | Path, runs: Path = RUNS) -> Path:
@@ -21,7 +33,7 @@ def find_run(name: str | Path, runs: Path = RUNS) -> Path:
         RunError: the run does not exist; the message names the most similar one.
     """
     for candidate in (Path(name), runs / name):
-        if (candidate / FILE_NAME).is_file():
+        if is_run(candidate):
             return candidate
     if Path(name).exists():
         raise RunError(f"{name} is not a run: {FILE_NAME} is missing")
@@ -29,7 +41,7 @@ def find_run(name: str | Path, runs: Path = RUNS) -> Path:
     cure = (
         did_you_mean(str(name), known) if known else f"{runs}/ has no runs; run `everystep train` first"
     )
-    raise RunError(f"no run {str(name)!r}; {cure or 'run `everystep runs` to list them'}")
+    raise RunError(f"no run {str(name)!r:.200}; {cure or 'run `everystep runs` to list them'}")
 
 
 def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
@@ -38,15 +50,15 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
     Raises:
         RunError: the directory does not exist, or is a run itself.
     """
-    if not Path(directory).is_dir():
-        is_name = (RUNS / directory / FILE_NAME).is_file()
-        cure = f"it is a run in {RUNS}/" if is_name else "`everystep train` creates the first run"
-        raise RunError(f"{directory} is not a directory; {cure}")
-    if (Path(directory) / FILE_NAME).is_file():
-        here = Path(directory)
+    here = Path(directory)
+    if is_run(here):
         around = here / ".." if here.name in ("", "..") else here.parent
         raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs beside it")
-    found = [path.parent for path in Path(directory).glob(f"*/{FILE_NAME}")]
+    if not here.is_dir():
+        is_name = is_run(RUNS / directory)
+        cure = f"it is a run in {RUNS}/" if is_name else "`everystep train` creates the first run"
+        raise RunError(f"{directory} is not a directory; {cure}")
+    found = [path.parent for path in here.glob(f"*/{FILE_NAME}")]
     yield from sorted(found, key=lambda path: _in_order(path.name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import queue
@@ -52,9 +53,11 @@ def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
     """Create a run's directory: that one, or the next free `runs/name-1`, `runs/name-2`, ...
 
     Raises:
-        RunError: `directory` exists already.
+        RunError: `directory` exists already, or cannot be a run's name.
         RecordingError: it cannot be created.
     """
+    if directory is not None:
+        _check_name(directory)
     candidates = [directory] if directory else (runs / f"{name}-{n}" for n in itertools.count(1))
     for candidate in candidates:
         try:
@@ -70,9 +73,25 @@ def create_directory(directory: Path | None, name: str, runs: Path) -> Path:
                 continue
             raise _cannot_create(candidate, f"{candidate.parent} is not a directory") from None
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise RunError(f"a run cannot be named {str(candidate)!r:.80}...: too long") from None
             raise _cannot_create(candidate, error.strerror) from None
         return candidate
     raise AssertionError("the count is endless")
+
+
+def _check_name(directory: Path) -> None:
+    """Check that commands take the name of a new run for a name.
+
+    Raises:
+        RunError: they do not.
+    """
+    for name in (directory.parts[:1] or ("",))[0], directory.name:
+        if name.startswith(("-", "~")) or not name.isprintable():
+            raise RunError(
+                f"a run cannot be named {str(directory)!r:.80}: commands do not take {name!r:.80} for a "
+                "name (an option begins with -, a home directory with ~); choose another name"
+            )
 
 
 def _cannot_create(directory: Path, reason: str | None) -> RecordingError:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError
 from everystep.recording.blocks import FACTS, LOSS, block_of, digests_of_measurements, series_of
 from everystep.recording.connection import connect_reading
 from everystep.recording.database import Database, Repeat, SnapshotRow
-from everystep.recording.facts import MOST_STEPS
 from everystep.recording.files import FileRow
 from everystep.recording.rows import (
     BYTES,

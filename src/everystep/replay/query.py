@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
 from everystep.recording.additions import adding
 from everystep.recording.facts import MeasuredFacts
@@ -257,6 +258,7 @@ def measure(
     """
     if not isinstance(every, int) or every < 1:
         raise UsageError(f"every must be an integer of at least 1, not {every!r:.80}")
+    check_steps(every)
     run = opener.run
     meaning = MeasuredFacts(expression=getattr(question, "text", None) or repr(question), every=every)
     left_out: list[int] = []

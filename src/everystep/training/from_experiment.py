@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from everystep import numerics
+from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
@@ -60,8 +61,12 @@ def train_experiment(
 
 
 def total_steps(steps: int | None, epochs: int | None, batches: Batches) -> int:
-    """Return the number of steps, which may be set in epochs."""
-    return steps if steps is not None else (epochs or 0) * batches.steps_per_epoch
+    """Return the number of steps, which may be set in epochs.
+
+    Raises:
+        UsageError: there are too many.
+    """
+    return check_steps(steps if steps is not None else (epochs or 0) * batches.steps_per_epoch)
 
 
 def default_evaluate_every(steps: int, batches: Batches) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from everystep import numerics
+from everystep.bounded import check_steps
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.specification import Iteration
 from everystep.training.function_recording import FunctionRecording
@@ -117,7 +118,8 @@ def _total(iteration: Iteration, batches: Iterable[Any] | None) -> dict[str, int
     """Return the number of steps, 0 if unknown."""
     if iteration.steps is not None:
         return {"steps": iteration.steps}
-    return {"steps": (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0}
+    count = (iteration.epochs or 0) * len(batches) if isinstance(batches, Sized) else 0
+    return {"steps": check_steps(count)}
 
 
 def _batches(

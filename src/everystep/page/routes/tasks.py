@@ -145,7 +145,9 @@ def _check_new(name: str, request: Request) -> None:
     Raises:
         UsageError: it is not.
     """
-    is_plain = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\:")
+    is_plain = (
+        name.isprintable() and not name.startswith((".", "-", "~")) and not set(name) & set("/\\:")
+    )
     if not is_plain or len(os.fsencode(name)) > _LONGEST_NAME:
         raise UsageError(f"{name!r:.80} cannot be a run's name; write a short one, without / and \\")
     if (request.app.state.shelf.directory / name).exists():

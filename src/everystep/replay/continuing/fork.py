@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import ExperimentError, Fault, RunError, UsageError
 from everystep.experiment.data import Data
@@ -85,7 +86,10 @@ class Fork:
 
         Raises:
             StepError: it does not.
+            UsageError: no run can have as many steps.
         """
+        if isinstance(self.settings.get("steps"), int):
+            check_steps(self.settings["steps"])
         if not 0 <= self.at <= self.run.newest_step():
             raise no_such_step(self.run, self.at)
 

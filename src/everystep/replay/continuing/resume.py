@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
 from everystep.experiment.optimizer import with_fused
@@ -61,8 +62,9 @@ class Resume:
         """Check that there is something to train.
 
         Raises:
-            UsageError: the run has all its steps.
+            UsageError: the run has all its steps, or cannot have as many.
         """
+        check_steps(self.steps or 0)
         status, recorded, planned = self.run.status, len(self), self.run.facts.steps or 0
         if self.steps is not None and self.steps < max(recorded, 1):
             raise UsageError(
