@@ -30,6 +30,7 @@ def change_fact(run, key, change_value):
     value = getattr(run.facts.training, key).model_dump(mode="json")
     change_value(value)
     change(run, "UPDATE facts SET value = ? WHERE key = ?", json.dumps(value), key)
+    change(run, "DELETE FROM blocks WHERE name = 'facts'")
 
 
 @pytest.mark.parametrize("name", ["../other", "/dev/zero", "a/../../b", "link", "pipe", "a\0b", "loop"])

@@ -10,6 +10,7 @@ import pytest
 
 import everystep
 from everystep.errors import DamageWarning
+from everystep.recording.database import Database
 from everystep.recording.write_ahead_log import log_problem
 
 ALTERED = {
@@ -79,8 +80,8 @@ def test_altered_numbers_are_said_by_each_command(altered, everystep_command, tm
 
 
 def test_altered_losses_are_said_in_python(altered):
-    run = everystep.open(altered)
     with pytest.warns(DamageWarning, match="run is damaged: run.sqlite"):
+        run = everystep.open(altered)
         assert len(run.losses) >= 19
     assert "damaged" in run.table(rows=100).caption()
     assert "damaged" in run.plot().labels.caption
@@ -137,6 +138,39 @@ def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_c
     assert "steps 11 to 20 are missing" in err
     _, out, _ = everystep_command("runs", "--json")
     assert [run["damage"] is None for run in json.loads(out)] == [False, False, True]
+
+
+@pytest.mark.parametrize("part", ["header", "middle"])
+def test_a_bit_in_the_log_of_a_killed_run_is_reported_by_every_command(
+    part, tmp_path, everystep_command
+):
+    settings = {"steps": 20, "data.N": 4, "data.D_in": 2, "data.D_out": 1}
+    settings |= {"model.layers": ["Linear(2, 1)"]}
+    run, close = tmp_path / "run", Database.close
+
+    def copy_and_close(database):  # with all that was recorded in the log
+        shutil.copytree("original", run, ignore=shutil.ignore_patterns("*-shm", "*.spare"))
+        close(database)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Database, "close", copy_and_close)
+        everystep.train_experiment("two-layer", settings, directory="original", progress=False)
+    log = run / "run.sqlite-wal"
+    content = bytearray(log.read_bytes())
+    content[20 if part == "header" else len(content) // 2] ^= 4
+    log.write_bytes(content)
+    for number, command in enumerate([
+        ["losses"], ["losses", "--json"], ["table", "-o", "t.html"], ["plot", "-o", "p.svg"],
+        ["report", "-o", "r.html"], ["step", "17"], ["verify"], ["doctor"], ["when", "loss > 1e9"],
+        ["measure", "loss + 1"], ["why", "17", "loss"], ["rows", "17"], ["rerun", "--float64"],
+        ["fork", "--at", "17", "--run", "fork", "-q"], ["diff", "original"], ["resume", "-q"],
+    ]):  # fmt: skip
+        copy = shutil.copytree(run, tmp_path / str(number) / "run")
+        code, out, err = everystep_command(command[0], copy, *command[1:])
+        assert code in (1, 2) and "run.sqlite-wal" in out + err, command
+        assert "remove its directory" not in out + err and "yet" not in err, command
+    with pytest.warns(DamageWarning, match=r"run is damaged: run\.sqlite-wal"):
+        everystep.open(run)
 
 
 @pytest.fixture

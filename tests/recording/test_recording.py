@@ -320,6 +320,7 @@ def test_a_database_that_is_cut_off_is_not_read(tmp_path, missing, ask):
         ("UPDATE steps SET step = 0 WHERE step = 7", "has no loss for step 1, but one for step 0"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::everystep.DamageWarning")
 def test_losses_that_are_missing_are_named(tmp_path, statement, message):
     everystep.train_experiment("two-layer", {"steps": 30}, directory=tmp_path / "run", progress=False)
     with sqlite3.connect(tmp_path / "run" / "run.sqlite") as database:

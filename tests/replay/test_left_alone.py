@@ -92,6 +92,7 @@ def test_what_a_page_has_started_ends_with_it(run):
         (text,) = database.execute("SELECT value FROM facts WHERE key = 'numerics'").fetchone()
         numerics = json.dumps(json.loads(text) | {"mkl_cbwr": "COMPATIBLE"})  # replayed by a process
         database.execute("UPDATE facts SET value = ? WHERE key = 'numerics'", [numerics])
+        database.execute("DELETE FROM blocks WHERE name = 'facts'")
     with served(Path(), "--port", "8237") as server:
         assert server.client.get("/api/runs/run/steps/3", timeout=120).status_code == 200
         opening = below(server.process.pid)

@@ -209,6 +209,7 @@ def of_other_numerics(run):
         numerics = run.facts.training.numerics.model_dump() | {"mkl_cbwr": "COMPATIBLE"} | changed
         with closing(sqlite3.connect(run.directory / "run.sqlite")) as database, database:
             database.execute("UPDATE facts SET value = ? WHERE key = 'numerics'", [json.dumps(numerics)])
+            database.execute("DELETE FROM blocks WHERE name = 'facts'")
         return everystep.open(run.directory)
 
     return open_changed

@@ -78,7 +78,7 @@ def measurement_names(ctx: typer.Context) -> list[str]:
     found: set[str] = set()
     for run in _arguments(ctx, "runs"):
         try:
-            found.update(RecordedRun(find_run(run)).measurement_names)
+            found.update(RecordedRun(find_run(run), may_be_cut=True).measurement_names)
         except RunError:
             continue
     return sorted(found)

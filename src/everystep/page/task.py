@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from everystep import numerics
-from everystep.errors import EverystepError
+from everystep.errors import DamageWarning, EverystepError
 from everystep.experiment.specification import parse_setting
 from everystep.page.columns import reduced
 from everystep.page.memory_limit import limit_memory, memory_message
@@ -95,6 +96,7 @@ def do(request: dict[str, Any], voice: Voice) -> None:
 def main() -> None:
     """Do the task that stdin tells."""
     end_with_stdin(in_order=True)
+    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
     limit_memory()
     numerics.prepare()
     voice = Voice.begin()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from everystep import numerics
-from everystep.errors import EverystepError, RunError, UsageError
+from everystep.errors import DamageWarning, EverystepError, RunError, UsageError
 from everystep.page.memory_limit import limit_memory, memory_message
 from everystep.page.opened import step_json
 from everystep.page.processes import Message, Speaker
@@ -148,6 +149,7 @@ def answers(
 def main() -> None:
     """Answer until stdin is closed."""
     end_with_stdin()
+    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
     interruption = Interruption()
     limit_memory()
     numerics.prepare()

@@ -400,7 +400,7 @@ class Facts(_Fact):
         if self.trained is None:
             raise RunError(
                 "the run has no record of how it was trained: it stopped before training started, or "
-                "its database was changed; remove its directory and train again"
+                "its database is damaged; everystep doctor reports which"
             )
         return self.trained
 

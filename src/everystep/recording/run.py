@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from everystep.errors import DamageWarning, ExperimentError, RunError
 from everystep.recording.blocks import block_of
 from everystep.recording.changes import Change, changes_in, read_change
+from everystep.recording.connection import has_log
 from everystep.recording.contents import Given, read_contents
 from everystep.recording.data import read_data
 from everystep.recording.database import (
@@ -64,6 +65,8 @@ class Stretch(NamedTuple):
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
 
+    It warns if the run is damaged, as far as that shows without reading all numbers.
+
     may_be_cut: do not look at it yet; a finished run may lack its last steps.
 
     Raises:
@@ -76,7 +79,9 @@ class RecordedRun:
         self._found: tuple[list[tuple[int, int]], list[Finding]] | None = None
         if may_be_cut:
             return
-        read_quickly(self._database_path, self._check_whole)
+        # A writer has a log. To ask for its lock takes longer than to read all of this.
+        is_written = has_log(self._database_path) and is_locked(self.directory)
+        read_quickly(self._database_path, lambda database: self._check_whole(database, is_written))
 
     @property
     def name(self) -> str:
@@ -318,18 +323,20 @@ class RecordedRun:
         summary = summary_of(self.name, self.directory, facts, self.status_by(facts), database)
         return summary._replace(damage=damage)
 
-    def _check_whole(self, database: Database) -> None:
-        """Check that the steps of a finished run are there.
+    def _check_whole(self, database: Database, is_written: bool) -> None:
+        """Check that the steps of a finished run are there; warn of other damage.
 
         Raises:
             RunError: some are missing.
         """
-        missing = missing_steps(database.facts(), database.newest_step())
+        facts = database.facts()
+        missing = missing_steps(facts, database.newest_step())
         if missing is not None:
             raise RunError(
                 f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy, or bring "
                 f"the steps back: everystep doctor {self.name} --repair DIR"
             )
+        self._warn_of(self._structure_findings(database, facts, is_written))
 
     def findings(self) -> list[Finding]:
         """Return what is missing or altered among the numbers of the run; reads all of them.

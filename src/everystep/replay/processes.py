@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,7 @@ import torch
 
 from everystep import numerics
 from everystep.device import select
-from everystep.errors import RunError, TrainingError
+from everystep.errors import DamageWarning, RunError, TrainingError
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.database import FILE_NAME
 from everystep.recording.facts import EAGERLY, EngineFacts, Facts
@@ -143,6 +144,7 @@ def _ended_too_early() -> TrainingError:
 
 def _begin(threads: int, parent: Connection) -> None:
     end_with(parent)
+    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
     # Ctrl-C is for the process that waits; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)

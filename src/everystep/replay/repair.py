@@ -113,7 +113,7 @@ class _Copy:
             self._write_losses(database, planned, states, on_progress)
             with database.transaction():
                 self._write_states(database, unknown)
-            copy = RecordedRun(self._target)
+            copy = RecordedRun(self._target, may_be_cut=True)
             self._problems += [str(each) for each in file_findings(copy, copy.facts)]
             with database.transaction():
                 self._write_facts(database, planned)
@@ -218,7 +218,7 @@ class _Copy:
     ) -> list[float]:
         """Return the losses of steps `first` to `last`, as far as a replay gives them."""
         try:
-            opener = Opener(RecordedRun(self._target))
+            opener = Opener(RecordedRun(self._target, may_be_cut=True))
             known = {
                 s: self._found.losses[s] for s in range(first, until + 1) if s in self._found.losses
             }

@@ -367,7 +367,7 @@ class Replay:
 def no_such_step(run: RecordedRun, number: int) -> StepError:
     """Return the error that lists the existing steps."""
     count = run.newest_step()
-    known = f"it has steps 1 to {count}" if count else "it has none yet"
+    known = f"it has steps 1 to {count}" if count else "it has no steps"
     if number == 0:
         known += "; use run.parameters(0) for the state before the first step"
     elif run.status == "running":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 from everystep.device import select
-from everystep.errors import EverystepError
+from everystep.errors import DamageWarning, EverystepError
 from everystep.numerics import Numerics
 from everystep.program.placement import Placement
 from everystep.program.precision import Precision
@@ -132,6 +133,7 @@ def footprints(replay: Replay, first: int, last: int) -> list[str]:
 def main() -> None:
     """Answer questions until there are no more."""
     end_with_stdin()
+    warnings.simplefilter("ignore", DamageWarning)  # who asks reports damage
     answers = Answers()
     actions: dict[str, Callable[..., dict[str, Any]]] = {
         "open": answers.open, "run": answers.run, "compare": answers.compare,
