@@ -90,9 +90,10 @@ def checks_in_time(monkeypatch, checks_at_powers_of_two):
 
 @pytest.fixture(autouse=True, scope="session")
 def a_cache_of_its_own(tmp_path_factory):
-    """Programs that other runs of the tests have found sound are checked again."""
+    """Programs that other runs of the tests have found sound are checked again; no file is noted yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
 
 

@@ -80,8 +80,10 @@ def version(
 
 
 #: What the system answers where a name that was typed leads to nothing that can be opened.
-_OF_NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
-_OF_NAMES += (errno.ENAMETOOLONG, errno.EINVAL)
+_OF_NAMES = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.EINVAL),
+}
 
 
 def main() -> None:

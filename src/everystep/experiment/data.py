@@ -14,7 +14,6 @@ from torch import Tensor
 
 from everystep.bounded import open_regular
 from everystep.errors import DataError, did_you_mean
-from everystep.experiment.files import check_may_be_read
 from everystep.experiment.preparation import ArrayPreparation, Preparation
 from everystep.experiment.specification import (
     ArrayData,
@@ -104,7 +103,6 @@ def make_data(experiment: Experiment, target: Target) -> Data:
     """
     data = experiment.data
     if isinstance(data, TableData):
-        check_may_be_read(data.path)
         return _from_table(data, target, experiment.seed)
     if isinstance(data, RandomData):
         x = torch.randn(data.N, data.D_in)
@@ -112,7 +110,6 @@ def make_data(experiment: Experiment, target: Target) -> Data:
         return _from_arrays(x.numpy(), y.numpy(), experiment, target)
     if isinstance(data, BundledData):
         return _from_arrays(*_load_bundled(data.name), experiment, target)
-    check_may_be_read(data.path or data.x)
     return _from_arrays(*_load_arrays(data), experiment, target)
 
 

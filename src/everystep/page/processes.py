@@ -16,8 +16,6 @@ from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple, Self
 
-from everystep.experiment.files import ONLY_OWN_FILES
-
 __all__ = ["Child", "Ended", "Message", "Speaker"]
 
 #: Bytes that the line of a message may have.
@@ -52,7 +50,7 @@ class Child:
 
         Its stderr is that of the server. Ctrl-C in the server's terminal does not reach it: the server
         ends it, in its own way. Nothing is imported from the directory that the server was started in,
-        which may be a stranger's, and no file is read that a run only names.
+        which may be a stranger's.
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -62,7 +60,7 @@ class Child:
             stdout=PIPE,
             limit=_LONGEST_LINE,
             start_new_session=True,
-            env=environment | os.environ | {"PYTHONSAFEPATH": "1", ONLY_OWN_FILES: "1"},
+            env=environment | os.environ | {"PYTHONSAFEPATH": "1"},
         )
         return cls(process)
 

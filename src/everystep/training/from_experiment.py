@@ -13,6 +13,7 @@ from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data, make_data
+from everystep.experiment.files import check_may_be_read, files_of, note_named
 from everystep.experiment.loss import build_loss, check_loss, target_of
 from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
@@ -45,6 +46,7 @@ def train_experiment(
         RecordingError: writing the run failed.
     """
     numerics.prepare()
+    note_named(files_of(experiment.data))
     device = select(experiment.device)
     held = numerics.in_force(experiment.threads, suspends_device=True)
     with held, generators_preserved(device):
@@ -79,14 +81,17 @@ def experiment_job(
 ) -> Job:
     """Create everything that an experiment names, in the chapter's order; seeds torch's generator.
 
-    data: replaces the experiment's.
+    data: replaces the experiment's, of which no file is read then.
 
     Raises:
-        UsageError: the data or the model is invalid; gives the reason and a fix.
+        UsageError: the data or the model is invalid, or in files that the user has not named; gives the
+            reason and a fix.
     """
     experiment = with_fused(experiment, device)
     torch.manual_seed(experiment.seed)
-    data = data or make_data(experiment, target_of(experiment.loss))
+    if data is None:
+        check_may_be_read(experiment.data)
+        data = make_data(experiment, target_of(experiment.loss))
     order = experiment.batch_size, experiment.seed, experiment.drop_last
     path = getattr(experiment.data, "path", None)
     name_of_rows = Path(path).name if path else "the data"

@@ -12,6 +12,7 @@ import torch
 from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import RunError, UsageError
+from everystep.experiment.files import files_of, note_named
 from everystep.experiment.optimizer import with_fused
 from everystep.experiment.specification import Experiment, Iteration, check_iteration, load
 from everystep.recording.asked import flat
@@ -208,6 +209,7 @@ def resume_experiment(
         asked.check()
         experiment = known
     else:
+        note_named(files_of(experiment.data))
         _check_same_experiment(run, known, with_fused(experiment, select(experiment.device)))
         asked = replace(asked, steps=experiment.steps or _steps_of(experiment, facts))
         if asked.has_all:
