@@ -1,6 +1,7 @@
 """Trainings of the same mathematics that are written differently, and mistakes in one of them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -205,3 +206,42 @@ def test_programs_without_a_double_precision_are_refused(tmp_path):
     other = rounded(tmp_path / "other", torch.bfloat16, noise=True)
     with pytest.raises(RunError, match=r"compute in other precisions.*draws other random numbers"):
         one.match(other)
+
+
+def adam_by_hand(directory, batches, is_corrected):
+    """Adam written out, which counts steps as a number; a mistake leaves out one correction."""
+    torch.manual_seed(0)
+    weight = nn.Linear(6, 3, bias=False).weight.detach().clone()
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    with everystep.record(run=directory, weight=weight, mean=mean, square=square) as recording:
+        for number, x in enumerate(recording.steps(batches), start=1):
+            out = x @ weight.T
+            recording.log(loss=out.pow(2).mean())
+            gradient = (2 * out / out.numel()).T @ x
+            mean.mul_(0.9).add_(gradient, alpha=0.1)
+            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            corrected = square / (1 - 0.999**number) if is_corrected else square
+            weight -= 1e-2 * (mean / (1 - 0.9**number)) / (corrected.sqrt() + 1e-8)
+
+
+def test_neither_a_counter_of_steps_nor_a_constant_is_suspect(everystep_command):
+    torch.manual_seed(1)
+    batches = [torch.randn(8, 6) for _ in range(3)]
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with everystep.record(run="torchs", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps(batches):
+            optimizer.zero_grad()
+            loss = model(x).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    adam_by_hand("right", batches, is_corrected=True)
+    adam_by_hand("wrong", batches, is_corrected=False)
+    code, out, _ = everystep_command("diff", "torchs", "right", "--by-values")
+    assert code == 0 and out.endswith("step 3 matches\n")
+    code, out, _ = everystep_command("diff", "torchs", "wrong", "--by-values")
+    assert code == 1
+    suspect = "first       result of torchs that wrong does not have, from what both have:\n"
+    assert re.search(suspect + r" +#\d+ aten.div.Tensor, update\n", out)

@@ -215,8 +215,11 @@ def pairs_of_inputs(
 
 
 def draws(operator: str) -> bool:
-    """Tell whether an operator draws random numbers."""
-    return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
+    """Tell whether an operator draws random numbers, as far as it is one that programs may use."""
+    try:
+        return operator.startswith("aten.") and draws_random_numbers(resolve(operator, is_plain=True))
+    except ValueError:  # an eager step may contain any operator
+        return False
 
 
 class _Reference(str):

@@ -23,6 +23,7 @@ from torch import Tensor
 from everystep.errors import ProgramError, RunError
 from everystep.program.execute import Observed
 from everystep.program.precision import Precision
+from everystep.replay.given import draws
 from everystep.replay.processes import Opener
 from everystep.replay.replay import Replay
 from everystep.replay.rounding import relative_difference, tolerance
@@ -223,6 +224,14 @@ class _Values:
     def __init__(self, step: Step, limit: float) -> None:
         self._operations = step.operations
         self._storage = {name: spec.storage for name, spec in step.places.tensors.items()}
+        self._kinds = {name: storage.kind for name, storage in step.places.storages.items()}
+        # What counts steps, or is a power of a beta, is one number.
+        counters = [
+            name
+            for name, tensor in (*step.state.items(), *step.end.items())
+            if tensor.numel() == 1 and not name.startswith(("parameter/", "buffer/", "gradient/"))
+        ]
+        self._counters = self._places([*counters, *filter(None, map(step.places.ends.get, counters))])
         self._limit = limit
         self._by_size: dict[int, list[tuple[int | None, Tensor]]] = defaultdict(list)
         given = (*step.state.values(), *step.batch.tensors.values())
@@ -250,13 +259,17 @@ class _Values:
         return best
 
     def suspect(self, others: _Values) -> Suspect | None:
-        """Return the first result that others do not have, nor anything that is computed from it."""
+        """Return the first result that others do not have, nor anything that is computed from it.
+
+        Another program may count steps, or make constants, without tensors.
+        """
+        constant = self._of_constants()
         mains = [_main_result(seen).values() for seen in self._operations]
         known = [all(others.nearest(t)[1] <= self._limit for t in tensors) for tensors in mains]
         for index in reversed(range(len(known))):
             known[index] = known[index] or any(known[later] for later in self._consumers(index))
         for index, seen in enumerate(self._operations):
-            if known[index] or not seen.results:
+            if known[index] or not seen.results or index in constant:
                 continue
             name, tensor = next(iter(seen.results.items()))
             given = all(
@@ -267,6 +280,23 @@ class _Values:
             nearest, distance = others.nearest(tensor)
             return Suspect(index, seen, name, given, nearest, distance)
         return None
+
+    def _of_constants(self) -> set[int]:
+        """Return the operations that compute from constants and counters alone."""
+        found: set[int] = set()
+        written: set[str] = set()
+        constant = set(self._counters)
+        for index, seen in enumerate(self._operations):
+            made = self._places(seen.made)
+            is_new = all(self._kinds.get(place) == "temporary" for place in made) and not made & written
+            given = self._places(seen.read) <= constant and (is_new or made <= constant)
+            if given and not draws(seen.operation.operator):
+                found.add(index)
+                constant |= made
+            else:
+                constant -= made
+            written |= made
+        return found
 
     def _consumers(self, index: int) -> Iterator[int]:
         """Yield the operations that use what an operation is for, until it is overwritten.
@@ -284,7 +314,7 @@ class _Values:
             if not made:
                 return
 
-    def _places(self, tensors: dict[str, Tensor]) -> set[str]:
+    def _places(self, tensors: Iterable[str]) -> set[str]:
         return {self._storage.get(name, name) for name in tensors}
 
 
