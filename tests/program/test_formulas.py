@@ -4,17 +4,23 @@
 """
 
 import json
+import math
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
 from benchmarks.why_by_hand import ALL, complaints, evaluated
 from tests.program.test_elements import CASES, positive, rand
 from torch import nn
+from torch.nn import functional
 
 import everystep
 from everystep.program.elements.rules import KINDS
+from everystep.views.lines import TIMES
+from everystep.views.mathematics import mathematics
+from everystep.views.notation import kind_of
 
 #: Operators, or their results, for which there are only words, and why.
 WORDS = {
@@ -68,7 +74,7 @@ DRAWN = [
 ]
 EVERY = [*CASES, *DRAWN]
 #: So many operators are called in one step.
-TOGETHER = 12
+TOGETHER = 8
 GROUPS = [EVERY[begin : begin + TOGETHER] for begin in range(0, len(EVERY), TOGETHER)]
 
 
@@ -97,8 +103,8 @@ def called(name, given, keywords):
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """Answers of `why` for numbers of every result of every operator, with what they are of."""
+def run(tmp_path_factory):
+    """A run of which the steps call every operator."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("formulas") / "run"
     batches = [[(given, keywords) for _, given, keywords in group] for group in GROUPS]
@@ -108,8 +114,13 @@ def answers(tmp_path_factory):
             for (name, *_), (given, keywords) in zip(group, batch, strict=True):
                 loss = loss + called(name, given, keywords)
             recording.log(loss=loss)
-    run, chance = everystep.open(path), random.Random(0)
-    found = []
+    return everystep.open(path)
+
+
+@pytest.fixture(scope="module")
+def answers(run):
+    """Answers of `why` for numbers of every result of every operator, with what they are of."""
+    found, chance = [], random.Random(0)
     for number, group in enumerate(GROUPS, 1):
         step = run[number]
         own = {f"aten.{name}" for name, *_ in group}
@@ -156,6 +167,145 @@ def test_words_stand_only_where_there_can_be_no_formula(answers):
 def test_each_rule_is_tried(answers):
     tried = {re.sub(r", result \d", "", what).removeprefix("foreach_") for what, _ in answers}
     assert {*KINDS} - tried == NOT_TRIED
+
+
+#: Operations of which the line gives no result by itself, and why.
+NOT_READ = {
+    "batch_norm": "its settings and buffers are of the module",
+    "group_norm": "its settings are of the module",
+    "layer_norm": "its settings are of the module",
+    "dropout": "drawn",
+    "gelu_backward": "the slope of a function has a name only",
+    **dict.fromkeys(("exponential", "normal", "uniform", "bernoulli", "multinomial"), "drawn"),
+    **dict.fromkeys(("rand", "rand_like", "randint", "randn", "randn_like", "randperm"), "drawn"),
+}
+
+
+# The line of a backward operation that is written as a call leaves out the settings of the forward.
+def test_each_operation_as_mathematics_gives_its_result(run):
+    wrong, read = [], set()
+    for number in range(1, len(run) + 1):
+        step = run[number]
+        for line, seen in zip(mathematics(step.operations), step.operations, strict=True):
+            kind = kind_of(seen.operation)
+            is_call = line.right.startswith(f"{kind}(")
+            if kind in NOT_READ or ("backward" in kind and is_call) or not seen.results:
+                continue
+            try:
+                found = first(read_as_torch(line, seen))
+            except Exception as error:
+                wrong.append(f"{seen.operation.operator}: {line.right}: {error!r}")
+                continue
+            name = next(name for name in (*seen.operation.results, *seen.results) if name)
+            expected = seen.results[name]
+            read.add(kind)
+            if found.numel() == expected.numel():
+                found = found.reshape(expected.shape)
+            if not torch.allclose(
+                found.double().expand(expected.shape), expected.double(), 1e-4, 1e-5, equal_nan=True
+            ):
+                wrong.append(f"{seen.operation.operator}: {line.right}")
+    assert wrong == []
+    assert len(read) > 200
+
+
+def first(result):
+    return first(result[0]) if isinstance(result, list | tuple) else torch.as_tensor(result)
+
+
+#: How the signs of a line are written in Python.
+_IN_PYTHON = [
+    ("²", "**2"),
+    (r"\^", "**"),
+    ("·", "@"),
+    (TIMES, ":"),
+    (r", (stride|padding|dilation|output_padding|groups) ([\d:]+)", r", \1=[\2]"),
+    (r"max_pool\((\w+), ([\d:]+)", r"max_pool(\1, [\2]"),
+    (":", ", "),
+    (r"(conv\w*\(.*)\) \+ (\w+)$", r"\1, bias=\2)"),
+    (r"(.+) if (.+) else 0$", r"chosen(\1, \2)"),
+    (r"(.+) at (\w+) else 0$", r"placed(\1, \2)"),
+    (r"sum of (\w+) at (\w+)", r"added(\1, \2)"),
+    (r"(\w+)\[(\w+)\]", r"picked(\1, \2)"),
+    (r"=(floor|trunc|tanh|none)\b", r"='\1'"),
+    (r"\b([a-z]\w*)\(", r"f_\1("),
+]
+
+
+def read_as_torch(line, seen):
+    """Evaluate a line as torch would, with its names for tensors."""
+    known, text = Functions(seen), line.right
+    texts = sorted({*line.given.values()} - {"1"}, key=len, reverse=True)
+    for place, called in enumerate(texts):
+        given = next(name for name, each in line.given.items() if each == called)
+        known[f"v{place}_"] = seen.inputs[given].clone()
+        text = re.sub(rf"(?<![\w.#]){re.escape(called)}(?![a-z0-9_])", f"v{place}_", text)
+    for sign, python in _IN_PYTHON:
+        text = re.sub(sign, python, text)
+    return eval(text, {"__builtins__": {}}, known)
+
+
+#: What an argument without a default is where it is not written, by its type.
+OFF = {"bool": False, "Optional": None, "List": []}
+
+
+class Functions(dict):
+    """Functions by name; those that are not here are the operators of aten."""
+
+    def __init__(self, seen):
+        shape = next((each.shape for each in seen.results.values()), ())
+        picks = "nll" in seen.operation.name
+        super().__init__(
+            f_sum=lambda x, *dims: x.double().sum(dims or None, keepdim=bool(dims)),
+            f_mean=lambda x, *dims: x.double().mean(dims or None, keepdim=bool(dims)),
+            f_copy=torch.clone,
+            f_exp=torch.exp,
+            f_floor=torch.floor,
+            f_trunc=torch.trunc,
+            f_conv=functional_of("conv", seen),
+            f_conv_transpose=functional_of("conv_transpose", seen),
+            f_max_pool=functional.max_pool2d,
+            f_attention=partial(functional.scaled_dot_product_attention, enable_gqa=True),
+            f_chosen=lambda value, condition: torch.where(condition, value, 0.0),
+            f_placed=lambda value, at: torch.zeros(shape).scatter(
+                -1, at[:, None], value.float().expand(len(at), 1)
+            ),
+            f_added=lambda value, at: torch.zeros(shape).index_add(
+                0, at.flatten(), value.flatten(0, -2)
+            ),
+            f_picked=lambda x, at: x.gather(-1, at[..., None])[..., 0] if picks else x[at],
+            inf=math.inf,
+        )
+        self.operator = seen.operation.resolved
+
+    def __missing__(self, name):
+        if not name.startswith("f_"):
+            raise KeyError(name)
+
+        def called(*given, **settings):
+            parameters = self.operator._schema.arguments
+            known = dict(zip((each.name for each in parameters), given, strict=False)) | settings
+            for each in parameters:  # what is off is not written
+                if each.name not in known and not each.has_default_value():
+                    known[each.name] = OFF[str(each.type).partition("[")[0]]
+            made = self.operator(**known)
+            return known[parameters[0].name] if made is None else made
+
+        return called
+
+
+def functional_of(name, seen):
+    dims = next((each.dim() for each in seen.inputs.values()), 2) - 2
+
+    def called(x, weight, groups=(1,), **settings):
+        function = getattr(functional, f"{name}{dims}d")
+        sizes = {
+            key: of if isinstance(of, torch.Tensor) else (of * dims)[:dims]
+            for key, of in settings.items()
+        }
+        return function(x, weight, groups=groups[0], **sizes)
+
+    return called
 
 
 OPTIMIZERS = [

@@ -89,21 +89,38 @@ def right_side(call: Call) -> str:
 
 
 def _as_call(call: Call) -> str:
-    """Return `name(arguments)`: tensors, and what is not the default."""
-    texts = []
+    """Return `name(arguments)`: tensors, and what is not the default, by name after what is left out.
+
+    The settings of a backward operation are those of the operation that it is of.
+    """
+    defaults = _defaults(call.seen.operation)
+    is_backward = "backward" in call.kind
+    texts, is_named = [], False
     for key, (value, is_given) in call.arguments.items():
         tensors = list(references(value))
-        if tensors and not isinstance(value, str):
-            texts.append(call[key] if len(tensors) <= 3 else f"{len(tensors)} tensors")
-        elif tensors:
-            texts.append(call[key])
-        elif is_given and not _is_nothing(value) and "backward" not in call.kind:
-            texts.append(call[key] if key.isdigit() else f"{key}={call[key]}")
+        if not tensors and (is_backward or not is_given or _is_usual(value, defaults.get(key))):
+            is_named = not is_backward
+            continue
+        text = call[key] if len(tensors) <= 3 else f"{len(tensors)} tensors"
+        is_named = (is_named or not tensors) and not key.isdigit()
+        texts.append(f"{key}={text}" if is_named else text)
     return f"{call.kind}({', '.join(texts)})"
 
 
-def _is_nothing(value: Any) -> bool:
-    return value is None or value is False or value == [] or isinstance(value, dict)
+def _defaults(operation: Operation) -> dict[str, Any]:
+    try:
+        return {each.name: each.default for each in parameters(operation.resolved)}
+    except ValueError:  # an eager step may contain any operator
+        return {}
+
+
+def _is_usual(value: Any, default: Any) -> bool:
+    """Tell whether an argument changes nothing of what is computed."""
+    if isinstance(value, dict):
+        return not {"text", "float"} & value.keys() or value.get("text") == default
+    if isinstance(value, list | tuple) and isinstance(default, int):
+        return all(each == default for each in value)
+    return value == default or (default is None and (value is False or value == []))
 
 
 def _sum_of(left: str, right: str, factor: Any) -> str:
@@ -153,8 +170,21 @@ def _squared_error_backward(call: Call) -> str:
     return f"{factor}2 * ({call['self']} - {call['target']}){count}"
 
 
-def _negative_log_likelihood(call: Call) -> str:
+def _division(call: Call) -> str:
+    quotient = f"{call['self']} / {call['other']}"
+    mode = call.value("rounding_mode") if "rounding_mode" in call.arguments else None
+    return f"{call['rounding_mode']}({quotient})" if mode else quotient
+
+
+def _is_plain_likelihood(call: Call) -> bool:
+    """Tell whether a negative log likelihood is of rows that all count alike."""
     if call.value("weight") is not None or call.tensor("self").dim() > 2:
+        return False
+    return not bool((call.tensor("target") == call.value("ignore_index")).any())
+
+
+def _negative_log_likelihood(call: Call) -> str:
+    if not _is_plain_likelihood(call):
         return ""
     chosen = f"{call['self']}[{call['target']}]"
     return {0: f"-{chosen}", 1: f"-mean({chosen})", 2: f"-sum({chosen})"}.get(
@@ -163,10 +193,10 @@ def _negative_log_likelihood(call: Call) -> str:
 
 
 def _negative_log_likelihood_backward(call: Call) -> str:
-    if call.value("weight") is not None or call.value("reduction") not in (1, 2):
+    if not _is_plain_likelihood(call) or call.value("reduction") not in (1, 2):
         return ""
     total = call.tensor("total_weight").item() if call.value("reduction") == 1 else 1
-    factor = f"-{call['grad_output']}" + (f" / {total:,g}" if total != 1 else "")
+    factor = f"-{call['grad_output']}" + (f" / {total:,.17g}" if total != 1 else "")
     return f"{factor} at {call['target']} else 0"
 
 
@@ -180,22 +210,48 @@ def _log_softmax_backward(call: Call) -> str:
     return f"{gradient} - exp({call['output']}) * sum({gradient}, {call['dim']})"
 
 
-def _convolution(call: Call) -> str:
-    def setting(key: str, usual: int) -> str:
-        sizes = call.value(key)
-        if all(size == usual for size in sizes):
-            return ""
-        return f", {key} {TIMES.join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))}"
+def _setting(call: Call, key: str, usual: Any) -> str:
+    sizes = call.value(key)
+    sizes = [sizes] if isinstance(sizes, int) else sizes
+    if not sizes or all(size == usual for size in sizes) or sizes == usual:
+        return ""
+    return f", {key} {TIMES.join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))}"
 
+
+#: The settings of a convolution that change nothing.
+_OF_CONVOLUTIONS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
+
+
+def _convolution(call: Call) -> str:
     name = "conv_transpose" if call.value("transposed") else "conv"
-    settings = setting("stride", 1) + setting("padding", 0) + setting("dilation", 1)
+    settings = "".join(_setting(call, key, usual) for key, usual in _OF_CONVOLUTIONS.items())
     bias = f" + {call['bias']}" if call.value("bias") is not None else ""
-    groups = f", groups {call['groups']}" if call.value("groups") != 1 else ""
-    return f"{name}({call['input']}, {call['weight']}{settings}{groups}){bias}"
+    return f"{name}({call['input']}, {call['weight']}{settings}){bias}"
 
 
 def _pooled(call: Call) -> str:
-    return f"max_pool({call['self']}, {TIMES.join(map(str, call.value('kernel_size')))})"
+    kernel = call.value("kernel_size")
+    settings = "".join(
+        _setting(call, key, usual)
+        for key, usual in (("stride", kernel), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
+    )
+    return f"max_pool({call['self']}, {TIMES.join(map(str, kernel))}{settings})"
+
+
+def _gelu(call: Call) -> str:
+    return f"gelu({call['self']})" if call["approximate"] == "none" else ""
+
+
+def _gelu_backward(call: Call) -> str:
+    if call["approximate"] != "none":
+        return ""
+    return f"{call['grad_output']} * gelu'({call['self']})"
+
+
+def _embedding_backward(call: Call) -> str:
+    if call.value("padding_idx") >= 0 or call.value("scale_grad_by_freq"):
+        return ""
+    return f"sum of {call['grad_output']} at {call['indices']}"
 
 
 def _threshold_backward(call: Call) -> str:
@@ -217,7 +273,7 @@ _WRITTEN: dict[str, Callable[[Call], str]] = {
     "add": _added,
     "sub": _subtracted,
     "mul": lambda call: f"{call['self']} * {call['other']}",
-    "div": lambda call: f"{call['self']} / {call['other']}",
+    "div": _division,
     "gt": lambda call: f"{call['self']} > {call['other']}",
     "lt": lambda call: f"{call['self']} < {call['other']}",
     "neg": lambda call: f"-{call['self']}",
@@ -226,7 +282,7 @@ _WRITTEN: dict[str, Callable[[Call], str]] = {
     "sum": _reduced("sum"),
     "mean": _reduced("mean"),
     "relu": lambda call: f"relu({call['self']})",
-    "gelu": lambda call: f"gelu({call['self']})",
+    "gelu": _gelu,
     "softmax": lambda call: f"softmax({call['self']}, {call['dim']})",
     "log_softmax": lambda call: f"log_softmax({call['self']}, {call['dim']})",
     "mse_loss": _squared_error,
@@ -236,7 +292,7 @@ _WRITTEN: dict[str, Callable[[Call], str]] = {
     "threshold_backward": _threshold_backward,
     "tanh_backward": lambda call: f"{call['grad_output']} * (1 - {call['output']}²)",
     "sigmoid_backward": lambda c: f"{c['grad_output']} * {c['output']} * (1 - {c['output']})",
-    "gelu_backward": lambda call: f"{call['grad_output']} * gelu'({call['self']})",
+    "gelu_backward": _gelu_backward,
     "softmax_backward_data": _softmax_backward,
     "log_softmax_backward_data": _log_softmax_backward,
     "convolution": _convolution,
@@ -247,9 +303,10 @@ _WRITTEN: dict[str, Callable[[Call], str]] = {
     "bernoulli": lambda call: f"1 with probability {call['p']}, else 0",
     "max_pool2d": _pooled,
     "embedding": lambda call: f"{call['weight']}[{call['indices']}]",
-    "embedding_dense_backward": lambda c: f"sum of {c['grad_output']} at {c['indices']}",
+    "embedding_dense_backward": _embedding_backward,
     "local_scalar_dense": lambda call: f"read by Python: {call['self']}",
     "nonzero": lambda call: f"where {call['self']} is not 0",
     "masked_select": lambda call: f"{call['self']}[{call['mask']}]",
     "clone": lambda call: f"copy({call['self']})",
+    "copy": lambda call: f"copy({call['src']})",
 }
