@@ -281,6 +281,7 @@ CASES = [
     ("fill_.Scalar", (rand(3, 4), 2.5), {}),
     ("full_like.default", (rand(3, 4), 2.5), {}),
     ("threshold_backward.default", (rand(3, 4), rand(3, 4), 0), {}),
+    ("threshold_backward.default", (rand(3), torch.tensor([math.nan, 1.0, -1.0]), 0), {}),
     ("tanh_backward.default", (rand(3, 4), torch.tanh(rand(3, 4))), {}),
     ("sigmoid_backward.default", (rand(3, 4), torch.rand(3, 4)), {}),
     ("silu_backward.default", (rand(3, 4), rand(3, 4)), {}),

@@ -223,7 +223,7 @@ _IN_PYTHON = [
     (r"max_pool\((\w+), ([\d:]+)", r"max_pool(\1, [\2]"),
     (":", ", "),
     (r"(conv\w*\(.*)\) \+ (\w+)$", r"\1, bias=\2)"),
-    (r"(.+) if (.+) else 0$", r"chosen(\1, \2)"),
+    (r"(.+) if (.+) else (.+)$", r"chosen(\2, \1, \3)"),
     (r"(.+) at (\w+) else 0$", r"placed(\1, \2)"),
     (r"sum of (\w+) at (\w+)", r"added(\1, \2)"),
     (r"(\w+)\[(\w+)\]", r"picked(\1, \2)"),
@@ -266,7 +266,7 @@ class Functions(dict):
             f_conv_transpose=functional_of("conv_transpose", seen),
             f_max_pool=functional.max_pool2d,
             f_attention=partial(functional.scaled_dot_product_attention, enable_gqa=True),
-            f_chosen=lambda value, condition: torch.where(condition, value, 0.0),
+            f_chosen=torch.where,
             f_placed=lambda value, at: torch.zeros(shape).scatter(
                 -1, at[:, None], value.float().expand(len(at), 1)
             ),

@@ -255,7 +255,10 @@ def _embedding_backward(call: Call) -> str:
 
 
 def _threshold_backward(call: Call) -> str:
-    return f"{call['grad_output']} if {call['self']} > {call['threshold']} else 0"
+    gradient, given, threshold = (call[key] for key in ("grad_output", "self", "threshold"))
+    if bool(call.tensor("self").isnan().any()):  # it lets the gradient of NaN through
+        return f"0 if {given} <= {threshold} else {gradient}"
+    return f"{gradient} if {given} > {threshold} else 0"
 
 
 def _normalised(call: Call) -> str:
