@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from everystep.errors import Fault
 from everystep.program.arguments import DTYPES, fits, references
 from everystep.program.operators import PLAIN_ONLY, computes, parameters, resolve, writes
 
@@ -21,6 +22,7 @@ __all__ = [
     "Phase",
     "Storage",
     "TensorSpec",
+    "path_faults",
     "usual_geometry",
 ]
 
@@ -32,6 +34,18 @@ DIMENSIONS = 64
 Phase = Literal["forward", "loss", "zero_grad", "backward", "update", "other"]
 Natural = Annotated[int, Field(ge=0, le=LIMIT)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+#: Characters of the name of a part, a module, or a tensor in one: longer names are made of it.
+LONGEST_PATH = 900
+
+
+def path_faults(names: Iterable[str]) -> Iterator[Fault]:
+    """Yield which names of parts, modules, or tensors of them or a batch are too long for a program."""
+    for name in names:
+        if len(name) > LONGEST_PATH:
+            yield Fault(
+                f"{name[:40]}...",
+                f"its name has {len(name):,} characters; a run holds names of up to {LONGEST_PATH:,}",
+            )
 
 
 class Model(BaseModel):

@@ -23,6 +23,7 @@ __all__ = [
     "APPLICATION_ID",
     "FILE_NAME",
     "LOCK_NAME",
+    "LONGEST_VALUE",
     "SCHEMA_VERSION",
     "SPARE_NAME",
     "TICK",
@@ -105,8 +106,8 @@ CREATE TABLE blocks (
 TICK = 50_000_000
 #: Seconds that another program may hold the database: a writer of ours never keeps readers waiting.
 _PATIENCE = 1.0
-#: Bytes that a text or a blob may have.
-_LONGEST_VALUE = 16_000_000
+#: Bytes that a text or a blob may have, where it is written and where it is read.
+LONGEST_VALUE = 16_000_000
 
 
 def begin_database(path: Path) -> None:
@@ -218,7 +219,7 @@ def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
     for connect in (still,) if is_still else (partial(opened, f"{uri}?mode=ro"), beside):
         try:
             connection = connect()
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()

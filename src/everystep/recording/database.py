@@ -15,6 +15,7 @@ from everystep.recording.changes import changes_in
 from everystep.recording.connection import (
     FILE_NAME,
     LOCK_NAME,
+    LONGEST_VALUE,
     begin_database,
     connect_reading,
     has_log,
@@ -23,6 +24,7 @@ from everystep.recording.connection import (
 from everystep.recording.fact_rows import read_facts, rows_of
 from everystep.recording.facts import Facts
 from everystep.recording.files import FileRow
+from everystep.recording.names import LONGEST_NAME, MOST_NAMES
 from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
 from everystep.recording.write_ahead_log import drop_uncommitted
 
@@ -47,8 +49,6 @@ __all__ = [
 #: Seconds that a writer waits for another program that has locked the database; what is to be written
 #: waits in memory.
 PATIENCE = 60.0
-#: Characters of a measurement's name, and how many names a run may have.
-LONGEST_NAME, MOST_NAMES = 10_000, 10_000
 #: So many losses are read from the file's pages: fewer are read by SQL as fast.
 MANY = 50_000
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
@@ -407,7 +407,9 @@ class Database(Blocks):
 
 
 def _connected(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
+    found = sqlite3.connect(path, PATIENCE, isolation_level=None, check_same_thread=False)
+    found.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+    return found
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from everystep.bounded import check_steps
 from everystep.errors import ExpressionError, UsageError
 from everystep.recording.additions import adding
 from everystep.recording.facts import MeasuredFacts
+from everystep.recording.names import check_measurement_names
 from everystep.recording.run import RecordedRun
 from everystep.replay.columns import Answers, Evaluator, Found, Which, ask_columns, chosen
 from everystep.replay.expression import Expression, Reference
@@ -340,7 +341,9 @@ def _check_name(run: RecordedRun, name: str, meaning: MeasuredFacts, overwrite: 
     if not name or name in RESERVED_NAMES:
         raise UsageError(f"{name!r} is not allowed as the name of a measurement; choose another name")
     known = run.facts.measured
-    if name not in run.measurement_names:
+    before = run.measurement_names
+    check_measurement_names({*before, name})
+    if name not in before:
         return True
     if name not in known:
         raise UsageError(f"{run.name} already recorded {name!r} during training; choose another name")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
+from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled
 from everystep.step.generators import Generators
 from everystep.step.named_state import entries_of, registered, state_dict_of
@@ -68,6 +69,8 @@ class Parts:
             for name, module in self.modules.items()
             if any(map(is_compiled, module.modules()))
         ]
+        paths = dict.fromkeys((*self.named, *self.module_paths().values()))
+        faults += path_faults(dict.fromkeys((*paths, *(n.partition("/")[2] for n in self.state()))))
         for name, tensor in self.state().items():
             path = name.partition("/")[2]
             if isinstance(

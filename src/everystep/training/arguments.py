@@ -20,7 +20,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from everystep.errors import Fault
+from everystep.errors import Fault, UsageError
+from everystep.program.operation import path_faults
+from everystep.recording.names import check_measurement_names
 from everystep.training.measurements import RESERVED_NAMES
 from everystep.training.rows import called, unfit
 
@@ -64,6 +66,8 @@ def model_faults(model: Any) -> Faults:
             )
         yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
         return
+    yield from path_faults(dict.fromkeys(path for path, _ in model.named_modules()))
+    yield from path_faults(dict.fromkeys((*model.state_dict(), *dict(model.named_parameters()))))
     lazy = [
         name
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -127,6 +131,10 @@ def metrics_faults(metrics: Any) -> Faults:
     ):
         yield Fault("metrics", "must map names to callables of (prediction, target)")
         return
+    try:
+        check_measurement_names({*RESERVED_NAMES, *metrics})
+    except UsageError as error:
+        yield Fault("metrics", str(error))
     taken = ", ".join(sorted(RESERVED_NAMES & set(metrics)))
     if taken:
         problem = f"{taken}: reserved for columns of the loss table; choose other names"

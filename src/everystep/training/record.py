@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RecordingError, RunError, UsageError
+from everystep.program.operation import path_faults
+from everystep.recording.names import check_measurement_names
 from everystep.recording.notice import say
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
@@ -80,6 +82,8 @@ class Recording(Generic[R]):
         self._copies = BatchCopies()
         self._under_way: StepUnderWay[StepWatch | StrictWatch] | None = None
         self._names: dict[Tensor, str] = {}
+        #: The names of measurements that the run has, or will have.
+        self._measured: set[str] = set()
         self._left_at: int | None = None
         self._last: AnyWatch | None = None
         self._iterator: weakref.ref[Any] | None = None
@@ -112,6 +116,9 @@ class Recording(Generic[R]):
             )
         _check_alone()
         self._parts.check()
+        before = () if self._resumed is None else self._resumed.measurement_names
+        self._measured = {*before, *self._parts.rates()}
+        check_measurement_names(self._measured)
         self._writer = self._begun() if self._resumed is None else self._gone_on()
         self._follower.begin()
         self._interrupt.listen()
@@ -262,7 +269,8 @@ class Recording(Generic[R]):
             values: numbers, or tensors with one element; they are detached and copied.
 
         Raises:
-            UsageError: no step is in progress, or a value is not one number.
+            UsageError: no step is in progress, a value is not one number, or a name is too long, or one
+                of too many.
         """
         step = self._under_way
         if step is None:
@@ -270,6 +278,10 @@ class Recording(Generic[R]):
                 "log is called outside of a step; call it in the body of the loop over "
                 "recording.steps(...), or inside recording.step(batch)"
             )
+        new = values.keys() - self._measured - {"loss"}
+        if new:
+            check_measurement_names(self._measured | new)
+            self._measured |= new
         with self.paused():
             for name, value in values.items():
                 step.logged[name] = _number(name, value)
@@ -344,6 +356,8 @@ class Recording(Generic[R]):
             raise UsageError("add_batch is called outside of a step")
         path = str(len(step.nesting)) if step.nesting else ""
         tensors = tensors_of(batch, path)
+        if faults := [*path_faults(tensors)]:
+            raise UsageError(faults, "the batch")
         step.nesting.append(text_of(batch, path))
         with self.paused():
             step.batch |= self._copies.of(tensors)
