@@ -483,6 +483,21 @@ def by_chosen_kernels(number, model, x, y):
     return {"loss": mixed.pow(2).mean() + nn.functional.mse_loss(model(x), y)}
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch knows one way")
+def test_a_precision_that_is_set_in_the_new_way_is_recorded_named_and_in_force(everystep_command):
+    before = Numerics.read(torch.device("cpu"))
+    train(steps=4)
+    with numerics.in_force(settings=before.settings):
+        # torch refuses to give it the name that it had in the old way.
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        train(steps=4)
+    assert Numerics.read(torch.device("cpu")) == before
+    _, out, _ = everystep_command("diff", "sequential-1", "sequential-2")
+    assert "torch.backends.mkldnn.matmul.fp32_precision  ieee | bf16" in out
+    code, out, _ = everystep_command("verify", "sequential-2")
+    assert code == 0 and "numerics" not in out
+
+
 def test_settings_of_torch_are_recorded_named_and_in_force_in_a_replay(everystep_command):
     before = Numerics.read(torch.device("cpu"))
     recorded_loop("runs/one", by_chosen_kernels)
@@ -494,8 +509,7 @@ def test_settings_of_torch_are_recorded_named_and_in_force_in_a_replay(everystep
         recorded_loop("runs/other", by_chosen_kernels)
         torch.backends.cuda.enable_flash_sdp(False)
         recorded_loop("runs/slow", by_chosen_kernels)
-    now = Numerics.read(torch.device("cpu"))
-    assert now == before
+    assert Numerics.read(torch.device("cpu")) == before
     code, out, _ = everystep_command("diff", "runs/one", "runs/other")
     for line in (
         "torch.set_float32_matmul_precision  highest | medium",
@@ -843,6 +857,16 @@ def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
     assert code == 0 and "no result is farther apart than" in out
     code, _, err = everystep_command("rerun", "runs/one", "--float64")
     assert code == 2 and "computes in float32 only" in err and "mkldnn.enabled = False" in err
+
+
+def test_noise_that_nothing_writes_is_not_compared(everystep_command):
+    def evaluating(number, model, x, y):
+        return plainly(number, model, nn.functional.rrelu(x, training=False), y)
+
+    recorded_loop("runs/one", evaluating)
+    shutil.copytree("runs/one", "runs/copy")
+    code, out, _ = everystep_command("diff", "runs/one", "runs/copy", "--thorough")
+    assert code == 0 and out.endswith("the runs are bit-identical\n")
 
 
 def test_numbers_that_an_operation_overwrites_are_not_among_what_differs():

@@ -31,7 +31,7 @@ from everystep.step.check import bytes_of, state_differences
 __all__ = ["PROTOCOL", "footprints", "main"]
 
 #: Of the questions and answers: both ends must have the same.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Answers:

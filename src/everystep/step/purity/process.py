@@ -44,7 +44,14 @@ def process_settings(device: torch.device) -> dict[str, Any]:
     }
     for kind in {"cpu", device.type}:
         found[f"autocast on {kind}"] = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return found | {name: getattr(torch._C, name)() for name in _flags()}
+    return found | {name: _flag(name) for name in _flags()}
+
+
+def _flag(name: str) -> Any:
+    try:
+        return getattr(torch._C, name)()
+    except RuntimeError as error:  # a precision that was set in the new way has no name in the old one
+        return str(error)
 
 
 @cache
