@@ -69,9 +69,9 @@ class OperationDifference:
     results: list[TensorDifference] = field(default_factory=list)
     inputs: list[TensorDifference] = field(default_factory=list)
     rows: list[tuple[int, int, int]] = field(default_factory=list)
-    rows_of: str = "the batch"
     causes: list[str] = field(default_factory=list)
     others: tuple[list[str], ...] = ()
+    rows_of: str = "the batch"
 
     @property
     def is_one_operation(self) -> bool:
