@@ -364,6 +364,42 @@ def test_each_formula_of_an_optimizer_gives_the_number(
     assert assigned(update["formula"]["operators"], run[6], group) == pytest.approx(expected, rel=1e-5)
 
 
+#: What the formula of an update calls as torch does.
+CALLS = {
+    "f_addcdiv": lambda x, a, b, value=1: x + value * a / b,
+    "f_addcmul": lambda x, a, b, value=1: x + value * a * b,
+    "f_lerp": lambda x, end, weight: x + weight * (end - x),
+    "f_maximum": max,
+}
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "RMSprop"])
+def test_a_formula_without_decay_is_not_shown_once_there_is_a_decay(
+    name, small, tmp_path, everystep_command
+):
+    model, x, y = small
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, weight_decay=0)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for number, (inputs, targets) in enumerate(recording.steps([(x, y)] * 5), 1):
+            if number == 3:
+                optimizer.param_groups[0]["weight_decay"] = 0.5
+            optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    for number in (2, 4):
+        step = recording.run[number]
+        _, out, _ = everystep_command("step", recording.run.directory, str(number), "--json")
+        lines = json.loads(out)["updates"]["0.weight"]["formula"]["operators"]
+        expected = step.updates["0.weight"].after[1, 2].item()
+        (group,) = optimizer.param_groups
+        if not lines[0].endswith("as the run began"):
+            assert assigned(lines, step, group) == pytest.approx(expected, rel=1e-5)
+        else:
+            assert number == 4
+
+
 def assigned(lines, step, group):
     """Return what the formula of an update, one assignment after the other, makes of a parameter."""
     own = "optimizer/0.weight/"
@@ -377,5 +413,5 @@ def assigned(lines, step, group):
     for line in lines:
         left, _, right = line.rpartition(" = ")
         text = right.replace("param.grad", "grad").replace("²", " ^ 2")
-        names[left.strip() or "param"] = float(evaluated(text, names))
+        names[left.strip() or "param"] = float(evaluated(text, CALLS | names))
     return names["param"]

@@ -68,8 +68,8 @@ class _Composer:
     def __init__(self, optimizers: Mapping[str, OptimizerFacts]) -> None:
         alone = next(iter(optimizers.values())) if len(optimizers) == 1 else None
         known = _documented(alone) if alone and alone.is_torchs else None
-        # Its settings may have changed since.
-        self._documented = known or (f"{optimizers_text(optimizers)}, as the run began",)
+        self._settings = (f"{optimizers_text(optimizers)}, as the run began",)
+        self._documented = known or self._settings
         self._terms: dict[str, _Term] = {}
         self._known: dict[str, Formula] = {}
 
@@ -82,7 +82,7 @@ class _Composer:
         arguments = {
             key: self._term(value, seen)
             for key, (value, is_given) in all_arguments(seen.operation).items()
-            if is_given
+            if is_given and key != "out"
         }
         results = [name for name in seen.operation.results if name] or list(seen.results)
         for place, name in enumerate(results):
@@ -110,7 +110,16 @@ class _Composer:
         if len(term.calls) <= LONGEST and is_of_itself:
             return Formula((term.operators,), (term.calls,), numbers)
         calls = f"by {len(numbers)} operations"
-        return Formula(self._documented, (calls,), numbers)
+        return Formula(self._settings if self._decays_now(name) else self._documented, (calls,), numbers)
+
+    def _decays_now(self, name: str) -> bool:
+        """Tell whether the operations decay a parameter, and the documented formula does not."""
+        if any(text in line for text in ("weight_decay", "lambd") for line in self._documented):
+            return False
+        own = f"optimizer/{name.partition('/')[2]}/"
+        state = (term.operators for each, term in self._terms.items() if each.startswith(own))
+        is_in_state = any(re.search(r"\bparam\b(?!\.)", text) for text in state)
+        return is_in_state or "param *" in self._terms[name].operators
 
     def _as_a_whole(self, number: int, seen: Observed) -> None:
         operator = seen.operation.operator
