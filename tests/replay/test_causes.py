@@ -99,7 +99,10 @@ def with_numerics(numerics):
     unknown = partial(pytest.fail, "nothing of it should be needed")
     given = TensorSpec(storage="x", dtype="float32", shape=(2,), stride=(1,))
     step = SimpleNamespace(
-        operations=[], state={}, batch=Batch({"x": tensor}), places=SimpleNamespace(tensors={"x": given})
+        operations=[seen],
+        state={},
+        batch=Batch({"x": tensor}),
+        places=SimpleNamespace(tensors={"x": given}),
     )
     evidence = Evidence(
         *(("one", "other"), (step, step), [], {}, {}, unknown, unknown, numerics, False, False, False)
@@ -673,3 +676,84 @@ def test_the_first_state_that_differs_is_named_where_it_is_that_of_a_later_step(
     assert said("losses")[0].startswith("differ from step 6 on")
     data = json.loads(everystep_command("diff", "one", "other", "--json")[1])
     assert data["first_state"] == {"state": 5, "name": "0.weight", "last": 6}
+
+
+def evaluating(kind):
+    def step(after, model, optimizer, x, y):
+        model.count = getattr(model, "count", 0) + 1
+        if after is not None and model.count > after:
+            model.eval()
+        return usual(model, optimizer, x, y)
+
+    for name, after in (("one", None), ("other", 3)):
+        loop(
+            name,
+            step=partial(step, after),
+            model=lambda: nn.Sequential(nn.Linear(4, 8), kind(), nn.Linear(8, 3)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (
+            partial(nn.BatchNorm1d, 8),
+            "module 1 BatchNorm1d: training of aten.native_batch_norm True | False",
+        ),
+        (
+            partial(nn.Dropout, 0.2),
+            "module 1 Dropout, which does nothing in eval mode, computes only in one",
+        ),
+    ],
+    ids=["BatchNorm", "Dropout"],
+)
+def test_a_module_that_is_in_eval_mode_is_named(said, kind, cause):
+    evaluating(kind)
+    (found,) = said()
+    assert found.startswith(f"another operation; {cause}; only one has ")
+    assert said("operation")[0].endswith("of step 4")
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_another_shape_of_the_target_is_named(said):
+    def step(is_flat, model, optimizer, x, y):
+        return usual(model, optimizer, x, y[:, 0] if is_flat else y[:, :1])
+
+    for name, is_flat in (("one", False), ("other", True)):
+        loop(name, step=partial(step, is_flat), model=lambda: nn.Linear(4, 1))
+    (cause,) = said()
+    assert not said("input")
+    assert cause.startswith(
+        "other inputs: #0 addmm (6, 1), batch.y (6, 1) | #0 addmm (6, 6), batch.y (6, 6)"
+    )
+
+
+def test_an_image_that_lies_otherwise_in_memory_is_said_to_lie_channels_last(said):
+    def images(last):
+        torch.manual_seed(5)
+        made = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+        return [
+            (x.to(memory_format=torch.channels_last) if last else x, torch.zeros(4, 2)) for x in made
+        ]
+
+    def net():
+        layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AvgPool2d(4), nn.Flatten()
+        return nn.Sequential(*layers, nn.Linear(8, 2))
+
+    for name, last in (("one", False), ("other", True)):
+        loop(name, model=net, batches=images(last))
+    causes = said()
+    if not causes:
+        pytest.skip("bits do not depend on the layout here")
+    assert all(each.endswith(" in memory: contiguous | channels_last") for each in causes)
+    assert causes[-1].startswith("batch.x in memory")
+
+
+def test_a_conversion_is_named_with_what_it_converts_to(said):
+    def step(dtype, model, optimizer, x, y):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            return usual(model, optimizer, x, y)
+
+    for name, dtype in (("one", None), ("other", torch.bfloat16)):
+        loop(name, step=partial(step, dtype), model=lambda: nn.Linear(4, 3))
+    assert said()[0].startswith("another operation; only other has _to_copy to bfloat16 (forward) ")

@@ -921,7 +921,8 @@ def test_the_command_says_where_runs_part_and_exits_with_1(everystep_command):
     assert lines[where + 2].startswith("result      addmm: 8 of 48 elements differ, by at most ")
     assert lines[where + 3].strip().startswith(f"[{rows[0][0]}, 0]")
     assert any(line.startswith("input       x: 4 of 24 elements differ") for line in lines)
-    assert f"rows        {rows[0][1]} at position {rows[0][0]}" in lines
+    known = f"{rows[0][1]} at position {rows[0][0]}; in the data, counted from 0"
+    assert f"rows        {known}" in lines
     assert lines[-1] == "the runs differ"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     if draws(a.operation.operator):
         causes += of_draw(evidence)
     if not causes and not found.inputs:
-        causes += _of_layout(a, b, evidence)
+        causes += _of_layout(found, evidence)
     if causes or found.inputs:
         return list(dict.fromkeys(causes))
     if evidence.numerics:
@@ -55,6 +56,8 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
 
 def _others_text(others: tuple[list[str], ...], evidence: Evidence) -> str:
     """Return the inputs that come from another source. others: in words, of both runs."""
+    if others[0] == others[1]:
+        return f"another part of {', '.join(dict.fromkeys(others[0]))}"
     texts = []
     for each in others:
         names = list(dict.fromkeys(each))
@@ -80,7 +83,7 @@ def _of_another_operation(
         return texts if len(texts) == 1 else [f"one or more of: {'; '.join(texts)}"]
     if not near:
         phases = {side.operation.phase for side in sides}
-        kinds = {"optimizer"} if phases == {"update"} else {"model", "loss", "part"}
+        kinds = {"optimizer"} if phases == {"update"} else {"model", "parameters", "loss", "part"}
         near = [each for each in evidence.settings if each.kind in kinds]
     if kept := _kept_gradients(found, evidence):
         return [kept]
@@ -91,7 +94,34 @@ def _of_another_operation(
     ]
     # Settings of torch decide which operations the same Python runs.
     of_torch = [each for each in evidence.numerics if each.startswith("torch.")]
-    return ["; ".join([otherwise, *calls]) + _perhaps([*near, *of_torch])]
+    known = [otherwise, *_modes(found, evidence), *calls]
+    return ["; ".join(known) + _perhaps([*near, *of_torch])]
+
+
+def _modes(found: OperationDifference, evidence: Evidence) -> list[str]:
+    """Return what differs in the forward pass of the module there, such as whether it trains."""
+    paths = {each.operation.module for each in (found.one, found.other) if each is not None}
+    texts: list[str] = []
+    for path in sorted(filter(None, paths)):
+        sides = [
+            {
+                each.operation.operator: each
+                for each in step.operations
+                if (each.operation.phase, each.operation.module) == ("forward", path)
+            }
+            for step in evidence.steps
+        ]
+        owner, runs = evidence.modules.get(path, ""), [bool(side) for side in sides]
+        if "Dropout" in owner and runs[0] is not runs[1]:
+            only = evidence.names[runs.index(True)]
+            texts.append(
+                f"module {path} {owner}, which does nothing in eval mode, computes only in {only}"
+            )
+        for operator in sides[0].keys() & sides[1].keys():
+            one, other = (side[operator] for side in sides)
+            arguments = other_arguments(one.operation, other.operation)
+            texts += [_argument_text(one, each, evidence) for each in arguments]
+    return texts[:MOST_NAMED]
 
 
 def _kept_gradients(found: OperationDifference, evidence: Evidence) -> str | None:
@@ -130,6 +160,10 @@ def _calls(found: OperationDifference, evidence: Evidence) -> list[str]:
 def _name(seen: Observed) -> str:
     """Return the name of an operator without its overload, or the class of an optimizer."""
     operator = seen.operation.operator
+    if operator == "aten._to_copy.default":
+        given = (seen.operation.keywords.get(name) for name in ("dtype", "memory_format"))
+        to = [kind for each in given if isinstance(each, dict) for kind in each.values()]
+        return " ".join(["_to_copy to", *(kind for kind in to if kind != "preserve_format")])
     return seen.operation.name if operator.startswith("aten.") else operator.rpartition(".")[2]
 
 
@@ -281,12 +315,32 @@ def _values_text(values: tuple[Any, Any]) -> str:
     return f"{value_text(values[0])} | {value_text(values[1])}"
 
 
-def _of_layout(a: Observed, b: Observed, evidence: Evidence) -> Iterator[str]:
-    """Yield the tensors of the same numbers that lie otherwise in memory, on which bits may depend."""
-    for name, one, other in pairs_of_inputs(a, b, evidence.sources):
-        if one.stride() != other.stride():
-            layouts = f"{_layout_text(one)} | {_layout_text(other)}"
-            yield f"{evidence.sources[0].called(name)} in memory: {layouts}"
+def _of_layout(found: OperationDifference, evidence: Evidence) -> Iterator[str]:
+    """Yield the tensors of the same numbers that lie otherwise in memory, on which bits may depend.
+
+    If all of these were made in the step, also the first that an earlier operation was given.
+    """
+    operations = [step.operations for step in evidence.steps]
+    number = found.index
+    own = [*_other_layouts(operations[0][number], operations[1][number], evidence)]
+    yield from (text for text, _ in own)
+    if own and all(is_made for _, is_made in own):
+        earlier = (
+            text
+            for one, other in zip(operations[0][:number], operations[1][:number], strict=True)
+            for text, is_made in _other_layouts(one, other, evidence)
+            if not is_made
+        )
+        yield from islice(earlier, 1)
+
+
+def _other_layouts(one: Observed, other: Observed, evidence: Evidence) -> Iterator[tuple[str, bool]]:
+    """Yield the inputs that lie otherwise in memory, in words, and whether the step made them."""
+    sources = evidence.sources[0]
+    for name, x, y in pairs_of_inputs(one, other, evidence.sources):
+        if x.stride() != y.stride():
+            layouts = f"{_layout_text(x)} | {_layout_text(y)}"
+            yield f"{sources.called(name)} in memory: {layouts}", sources.of(name).made_by is not None
 
 
 def _layout_text(tensor: Tensor) -> str:

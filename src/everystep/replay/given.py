@@ -24,6 +24,7 @@ __all__ = [
     "other_arguments",
     "other_sources",
     "pairs_of_inputs",
+    "source_texts",
 ]
 
 
@@ -60,8 +61,8 @@ class Sources:
     def __init__(self, step: Step) -> None:
         self._operations = step.operations
         self._tensors = step.places.tensors
-        self._batch = step.batch.tensors.keys()
-        self._known = step.state.keys() | self._batch
+        self._batch = step.batch.tensors
+        self._state = step.state
         self._made: dict[str, tuple[int, int]] = {}
         read: set[str] = set()
         for index, seen in enumerate(step.operations):
@@ -77,7 +78,12 @@ class Sources:
 
     def knows(self, source: Source) -> bool:
         """Tell whether a tensor of this name is in the batch, or in the state before the step."""
-        return source.name in self._known
+        return source.name in self._state or source.name in self._batch
+
+    def content(self, source: Source) -> Tensor | None:
+        """Return what the batch, or the state before the step, has under the name of a source."""
+        found = self._batch.get(source.name)
+        return self._state.get(source.name) if found is None else found
 
     def text(self, source: Source) -> str:
         """Return in words where a tensor comes from."""
@@ -98,6 +104,18 @@ class Sources:
             return f"batch.{source.name}"
         is_named = self.knows(source) or source.made_by is not None
         return name_in_words(source.name) if is_named else "a tensor from outside of the step"
+
+
+def source_texts(
+    given: tuple[list[Source], list[Source]], sources: tuple[Sources, Sources]
+) -> tuple[list[str], list[str]]:
+    """Return in words where tensors come from, with their shapes where only these differ."""
+    texts = tuple([*map(side.text, each)] for side, each in zip(sources, given, strict=True))
+    for place, (x, y) in enumerate(zip(*given, strict=False)):
+        if texts[0][place] == texts[1][place] and x.view[0] != y.view[0]:
+            texts[0][place] += f" {x.view[0]}"
+            texts[1][place] += f" {y.view[0]}"
+    return texts[0], texts[1]
 
 
 def _memory_of(name: str) -> str:
@@ -163,11 +181,13 @@ def _is_other(
     """Tell whether two inputs come from another source, or are another view of the same one."""
     if not _is_one_memory(x, y, sources):
         return True
-    if x.made_by is None or x.view == y.view:
-        return False
-    # What earlier operations made is the same in both, so that other numbers are another part of it.
     pair = one.inputs.get(names[0]), other.inputs.get(names[1])
-    return pair[0] is not None and pair[1] is not None and not same_bits(pair[0], pair[1])
+    if x.view == y.view or pair[0] is None or pair[1] is None or same_bits(pair[0], pair[1]):
+        return False
+    # What earlier operations made is the same in both. Other numbers are then another part of it.
+    contents = [side.content(each) for side, each in zip(sources, (x, y), strict=True)]
+    is_same = contents[0] is not None and contents[1] is not None and same_bits(contents[0], contents[1])
+    return x.made_by is not None or is_same
 
 
 def _is_one_memory(x: Source, y: Source, sources: tuple[Sources, Sources]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import Observed
-from everystep.replay.given import Sources, other_sources, pairs_of_inputs
+from everystep.replay.given import Sources, other_sources, pairs_of_inputs, source_texts
 from everystep.replay.step import Step
 from everystep.step.check import Size, as_integers, bytes_of, same_bits, size_of_difference
 
@@ -57,9 +57,8 @@ class OperationDifference:
     step, index: its position; one, other: the operation in each run (None if one run has no such
     operation); results: those that differ, and what else it wrote; inputs: those that already differ;
     rows: of the batch, as (position, row in the first run, row in the second); rows_of: what their
-    numbers are of; causes: in words, what
-    differs in all that the operation is given, and where that was set; others: in words, inputs that the
-    other run takes from another source, of both.
+    numbers are of; causes: in words, what differs in all that the operation is given, and where that was
+    set; others: in words, inputs that the other run takes from another source, of both.
     """
 
     step: int
@@ -99,8 +98,7 @@ def first_difference(one: Step, other: Step, *, has_rows: bool = False) -> Opera
         if results:
             sources = Sources(one), Sources(other)
             inputs = _different(pairs_of_inputs(a, b, sources))
-            given = other_sources(a, b, sources)
-            others = tuple([*map(side.text, each)] for side, each in zip(sources, given, strict=True))
+            others = source_texts(other_sources(a, b, sources), sources)
             names = {each.name.partition("~")[0] for each in inputs}
             is_of_batch = any(name in one.batch.tensors for name in names)
             rows = _different_rows(one, other, has_rows) if is_of_batch else []
@@ -109,7 +107,7 @@ def first_difference(one: Step, other: Step, *, has_rows: bool = False) -> Opera
             rows_of = " | ".join(dict.fromkeys(step.batch.whole for step in (one, other)))
             shown = others if any(others) else ()
             return OperationDifference(
-                one.number, index, a, b, results, inputs, rows, rows_of, others=shown
+                one.number, index, a, b, results, inputs, rows, others=shown, rows_of=rows_of
             )
     return None
 
