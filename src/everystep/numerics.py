@@ -65,41 +65,41 @@ _CBWR_BRANCHES = {
 }
 _CBWR_STRICT = 0x10000
 
-_BOTH = (False, True)
+_OFF, _ON = (False, True), (True, False)
 _PRECISIONS = ("ieee", "tf32", "bf16")
 _CUDA = "backends.cuda."
 
-#: Settings of torch that kernels, or the choice among them, depend on, with the values that they take.
-#: By attribute; where functions read and set one, by the function that sets it.
+#: Settings of torch that kernels, or the choice among them, depend on, with the values that they take,
+#: torch's own first. By attribute; where functions read and set one, by the function that sets it.
 _SETTINGS: dict[str, tuple[bool | str, ...]] = {
     "set_float32_matmul_precision": ("highest", "high", "medium"),  # sets others, so it comes first
-    "backends.mkldnn.enabled": _BOTH,
-    "backends.mkldnn.deterministic": _BOTH,
+    "backends.mkldnn.enabled": _ON,
+    "backends.mkldnn.deterministic": _OFF,
     "backends.mkldnn.matmul.fp32_precision": _PRECISIONS,
     "backends.mkldnn.conv.fp32_precision": _PRECISIONS,
     "backends.mkldnn.rnn.fp32_precision": _PRECISIONS,
-    "backends.nnpack.set_flags": _BOTH,
-    "backends.opt_einsum.enabled": _BOTH,
+    "backends.nnpack.set_flags": _ON,
+    "backends.opt_einsum.enabled": _ON,
     "backends.opt_einsum.strategy": ("auto", "greedy", "optimal"),
-    "backends.mha.set_fastpath_enabled": _BOTH,
-    _CUDA + "enable_flash_sdp": _BOTH,
-    _CUDA + "enable_mem_efficient_sdp": _BOTH,
-    _CUDA + "enable_math_sdp": _BOTH,
-    _CUDA + "allow_fp16_bf16_reduction_math_sdp": _BOTH,
+    "backends.mha.set_fastpath_enabled": _ON,
+    _CUDA + "enable_flash_sdp": _ON,
+    _CUDA + "enable_mem_efficient_sdp": _ON,
+    _CUDA + "enable_math_sdp": _ON,
+    _CUDA + "allow_fp16_bf16_reduction_math_sdp": _OFF,
 }
 #: These have an effect only where torch computes on CUDA, and are recorded there.
 _SETTINGS_OF_CUDA: dict[str, tuple[bool | str, ...]] = {
-    "backends.cudnn.enabled": _BOTH,
-    "backends.cudnn.benchmark": _BOTH,
-    "backends.cudnn.deterministic": _BOTH,
-    "backends.cudnn.conv.fp32_precision": _PRECISIONS,
-    "backends.cudnn.rnn.fp32_precision": _PRECISIONS,
+    "backends.cudnn.enabled": _ON,
+    "backends.cudnn.benchmark": _OFF,
+    "backends.cudnn.deterministic": _OFF,
+    "backends.cudnn.conv.fp32_precision": ("tf32", "ieee", "bf16"),
+    "backends.cudnn.rnn.fp32_precision": ("tf32", "ieee", "bf16"),
     _CUDA + "matmul.fp32_precision": _PRECISIONS,
-    _CUDA + "matmul.allow_fp16_accumulation": _BOTH,
-    _CUDA + "matmul.allow_fp16_reduced_precision_reduction": _BOTH,
-    _CUDA + "matmul.allow_bf16_reduced_precision_reduction": _BOTH,
-    _CUDA + "enable_cudnn_sdp": _BOTH,
-    _CUDA + "preferred_blas_library": ("default", "cublas", "cublaslt", "ck"),
+    _CUDA + "matmul.allow_fp16_accumulation": _OFF,
+    _CUDA + "matmul.allow_fp16_reduced_precision_reduction": _ON,
+    _CUDA + "matmul.allow_bf16_reduced_precision_reduction": _ON,
+    _CUDA + "enable_cudnn_sdp": _ON,
+    _CUDA + "preferred_blas_library": ("cublas", "default", "cublaslt", "ck"),
     _CUDA + "preferred_linalg_library": ("default", "cusolver", "magma"),
 }
 #: What reads a setting that a function sets.
@@ -194,6 +194,14 @@ class Numerics(BaseModel):
     def named(self) -> dict[str, Any]:
         """Return all values by name, each of the settings by its own."""
         return {name: value for name, value in self if name != "settings"} | self.settings
+
+    def statements(self) -> list[str]:
+        """Return Python that sets what differs from torch's own settings in a new process."""
+        return [
+            f"torch.{name}({value!r})" if name in _READERS else f"torch.{name} = {value!r}"
+            for name, choices in (_SETTINGS | _SETTINGS_OF_CUDA).items()
+            if (value := self.settings.get(f"torch.{name}", choices[0])) != choices[0]
+        ]
 
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
         """Return each value that both know and that differs, with the other's.

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import everystep
+from everystep import numerics
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
+from everystep.numerics import Numerics
 from everystep.program.placement import Placement
 from everystep.replay.loop import read_loop_program
 from everystep.replay.programs import read_program
@@ -417,3 +419,25 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
     assert "aten.addcdiv_.default, update" in out
     assert "numbers of its input tensor1 are zero but for rounding there (at most " in out
     assert "as the first step of Adam does" in out
+
+
+def test_the_script_of_an_operation_has_the_settings_of_torch(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1000, 100), nn.Linear(100, 10))
+    before = Numerics.read(torch.device("cpu"))
+    with numerics.in_force(settings=before.settings):  # and as before afterwards
+        torch.backends.mkldnn.enabled = False
+        torch.backends.nnpack.set_flags(False)
+        run = everystep.train(
+            model, (torch.randn(64, 1000), torch.randn(64, 10)), loss=nn.MSELoss(), steps=2,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.01), progress=False,
+            directory=tmp_path / "run",
+        )  # fmt: skip
+    script = tmp_path / "parts.py"
+    found = run.rerun(mkl="COMPATIBLE", emit=script, progress=False)
+    assert found.operation.one.operation.operator == "aten.addmm.default"
+    text = script.read_text()
+    for line in ("torch.backends.mkldnn.enabled = False", "torch.backends.nnpack.set_flags(False)"):
+        assert f"\n    {line}\n" in text
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{found.operation.results[0].name}: ")

@@ -11,6 +11,7 @@ import torch
 
 from everystep.errors import UsageError
 from everystep.program.execute import Observed
+from everystep.program.unset import unset_results
 from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.rerun import Place, Rerun
 from everystep.views.output_file import write_file
@@ -34,11 +35,11 @@ def computed(where):
     given = torch.load({inputs!r}, weights_only=True)[where]
     result = torch.ops.{operator}({call})
     tensors = [result] if isinstance(result, torch.Tensor) else list(result or ())
-    return dict(zip(NAMES, tensors or [given[n] for n in NAMES]))
+    return {{n: t for n, t in zip(NAMES, tensors or [given[n] for n in NAMES]) if n}}
 
 if len(sys.argv) > 1:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_deterministic_debug_mode("warn")
+    torch.set_deterministic_debug_mode("warn"){settings}
     torch.save(computed(sys.argv[2]), sys.argv[1])
     sys.exit()
 found = []
@@ -89,7 +90,8 @@ def reproduce(opener: Opener, found: Rerun, path: Path) -> bool:
     title = f"Operation #{index} of step {step:,} of {name}: other numbers elsewhere."
     write_file(path.with_suffix(".inputs.pt"), content.getvalue())
     about = "" if there is None else "\n# There, the inputs are those that the step computed there."
-    write_file(path, _script(observed, title, about, found.place, environments, path))
+    script = _script(observed, title, about, found.place, environments, known.statements(), path)
+    write_file(path, script)
     return True
 
 
@@ -99,6 +101,7 @@ def _script(
     about: str,
     place: Place,
     environments: tuple[dict[str, str], dict[str, str]],
+    settings: list[str],
     path: Path,
 ) -> str:
     operation = observed.operation
@@ -109,7 +112,10 @@ def _script(
         about=about,
         inputs=path.with_suffix(".inputs.pt").name,
         script=path.name,
-        names=[name for name in operation.results if name] or operation.written(),
+        # Without those that have no numbers.
+        names=[None if n in unset_results(operation) else n for n in operation.results if n]
+        or operation.written(),
+        settings="".join(f"\n    {line}" for line in settings),
         recorded=environments[0],
         there=environments[1],
         python="sys.executable" if place.python is None else repr(place.interpreter),
