@@ -847,7 +847,7 @@ def test_the_memory_of_a_kernel_is_not_compared_nor_shown(everystep_command):
         if seen.operation.operator == "aten.mkldnn_rnn_layer.default"
     )
     _, out, _ = everystep_command("step", "runs/one", 1, "--phase", "forward")
-    assert re.search(rf"#{layer}\.4  [0-9,]+ uint8  no numbers: memory of the kernel\n", out)
+    assert re.search(rf"#{layer}\.4  [0-9,]+ uint8  no numbers, only memory\n", out)
     _, out, _ = everystep_command("step", "runs/one", 1, "--json")
     results = json.loads(out)["operations"][layer]["results"]
     assert [*results.values()][3].keys() == {"shape", "dtype", "unset"}

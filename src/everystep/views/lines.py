@@ -205,7 +205,7 @@ def statistics_text(tensor: Tensor, *, is_unset: bool = False) -> list[tuple[str
     dtype = str(tensor.dtype).removeprefix("torch.")
     parts = [(f"{shape_text(tensor)} {dtype}", "")]
     if is_unset:
-        return [*parts, ("  no numbers: memory of the kernel", "dim")]
+        return [*parts, ("  no numbers, only memory", "dim")]
     if tensor.is_complex():
         parts.append(("  absolute values:", "dim"))
     cells = number_cells(tensor)[1:]

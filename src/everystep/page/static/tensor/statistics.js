@@ -30,7 +30,7 @@ export function statisticsLine({ norm = false } = {}) {
       shape.title = seen.dtype;
       setText(alarm, seen.nonfinite ? `${whole(seen.nonfinite)} not finite` : "");
       show(alarm, Boolean(seen.nonfinite));
-      setText(unset, seen.unset ? "nothing is written to it yet" : isComplex(seen) ? "of absolute values" : "");
+      setText(unset, seen.unset ? "no numbers, only memory" : isComplex(seen) ? "of absolute values" : "");
       const isNumber = seen.shape.every((size) => size === 1);
       for (const { key, tell } of entries) {
         const isTold = isNumber ? key === "mean" : true;
@@ -44,7 +44,7 @@ export function statisticsLine({ norm = false } = {}) {
 /** Return statistics as a sentence, for labels. */
 export function statisticsText(seen) {
   if (!seen) return "not at this step";
-  if (seen.unset) return `${shapeText(seen.shape)} ${seen.dtype}, nothing is written to it yet`;
+  if (seen.unset) return `${shapeText(seen.shape)} ${seen.dtype}, no numbers, only memory`;
   const numbers = ENTRIES.map(([name, key]) => `${name} ${short(seen[key])}`);
   if (isComplex(seen)) numbers.push("of absolute values");
   const bad = seen.nonfinite ? [`${whole(seen.nonfinite)} not finite`] : [];

@@ -85,7 +85,7 @@ class TensorPanel {
     show(this.along.node, isDrawn && this.id !== "batch.images");
     this.along.update(this.content, this.id);
     show(this.bars.node, isDrawn && seen.shape.some((size) => size > 1));
-    const empty = seen?.unset ? "no numbers: nothing is written to it yet" : "no numbers: its shape has a 0";
+    const empty = seen?.unset ? "no numbers, only memory" : "no numbers: its shape has a 0";
     this.trouble.className = isDrawn ? "alarm small" : "muted small";
     if (!isDrawn) return this.#tell(seen ? empty : "not at this step");
     this.node.setAttribute("aria-busy", "true");
