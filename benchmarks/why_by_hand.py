@@ -32,6 +32,11 @@ _BATCH = re.compile(r"batch\.(\w+)(\[.*\])?")
 
 def value_of(step: Step, name: str) -> Any:
     """Return the number that a name means, read from the tensors of a step."""
+    if name.endswith((".real", ".imag")):
+        whole = value_of(step, name[:-5])
+        return None if whole is None else getattr(whole, name[-4:])
+    if name.startswith("complex("):
+        return None
     if found := _NAME.fullmatch(name):
         seen = step.operations[int(found[1])]
         if seen.operation.operator.startswith("torch.optim."):

@@ -483,3 +483,27 @@ def test_complex_numbers_are_plain_data_and_text(complex_run, everystep_command)
     assert complex(answer["value"]) == complex_run[3].updates["filter"].after[1].item()
     _, text, _ = everystep_command(*asked, "gradients['pairs'][1, 1]")
     assert f"  {shortest(complex_run[3].gradients['pairs'][1, 1].item())}  " in text
+
+
+def test_bits_that_are_read_as_another_dtype_are_said_to_be_bits(tmp_path):
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for x in recording.steps([torch.randn(6, 4) for _ in range(2)]):
+            optimizer.zero_grad()
+            rounded = (x.view(torch.int32) & -65536).view(torch.float32)
+            loss = model(rounded).square().mean()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    step = everystep.open(tmp_path / "run")[2]
+    (x,) = step.batch
+    at = [seen.operation.name for seen in step.operations].index("addmm")
+    factor = step.why(f"#{at}[0, 0]", terms=9).groups[-1].terms[0].numbers["mat1"]
+    assert factor.value in (x[0].view(torch.int32) & -65536).view(torch.float32).tolist()
+    made = factor.why()
+    assert (made.number, made.recomputed, made.note) == (
+        factor,
+        None,
+        "it wrote int32 there, of which these are bits",
+    )

@@ -108,7 +108,8 @@ def _number(number: Number) -> dict[str, Any]:
         "step": number.step,
         "text": value_text(number),
         "row": number.row,
-        "goes_on": number.is_made or number.name.startswith(("parameters", "buffers", "tensors")),
+        "goes_on": not number.name.endswith(".bits")
+        and (number.is_made or number.name.startswith(("parameters", "buffers", "tensors"))),
     }
 
 
