@@ -8,6 +8,7 @@ import shutil
 import pytest
 from benchmarks.torture_files import alterations, killed_run, outcome, shown, small_run
 
+from everystep.errors import DamageWarning
 from everystep.recording.run import RecordedRun
 
 
@@ -48,5 +49,6 @@ def test_the_write_ahead_log_of_a_killed_run_loses_nothing_without_a_word(record
         content = bytearray(log)
         content[place] ^= 8
         (copy / "run.sqlite-wal").write_bytes(content)
-        assert "run.sqlite-wal: " in (RecordedRun(copy).summary().damage or "")
+        with pytest.warns(DamageWarning, match=r"run\.sqlite-wal: "):
+            assert "run.sqlite-wal: " in (RecordedRun(copy).summary().damage or "")
         shutil.rmtree(copy)
