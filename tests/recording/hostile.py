@@ -1,13 +1,18 @@
 """Runs as a stranger might send them: each is altered in one way, on purpose."""
 
+import hashlib
 import json
 import os
 import shutil
 import sqlite3
 from contextlib import closing
 
+import torch
 from tests.sealing import seal_files
 
+from everystep.recording.data import _digest
+
+REST = "snapshots/000000/rest.safetensors"
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066"
 
 
@@ -106,19 +111,45 @@ def program_text(text):
     return change
 
 
+def tensors(name, change_tensors):
+    """Return what changes the tensors of a file, with the digests to match."""
+
+    def change(run):
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+
+        with safe_open(run / name, "pt") as file:
+            about = file.metadata()
+        found = load_file(run / name)
+        change_tensors(found)
+        save_file(found, run / name, about)
+        _seal_state(run)
+        fact = json.dumps(
+            {"file": name, "stored": True, "bytes": 1, "digest": _digest(found), "strides": {}}
+        )
+        if name == "data.safetensors":
+            sql(("UPDATE facts SET value = ? WHERE key = 'data_file'", (fact,)))(run)
+        seal_files(run)
+
+    return change
+
+
+def _seal_state(run):
+    files = [run / "snapshots" / "000000" / f"{name}.safetensors" for name in ("parameters", "rest")]
+    content = b"".join(file.read_bytes() for file in files)
+    digest = hashlib.sha256(content).hexdigest()
+    sql(("UPDATE snapshots SET digest = ?, bytes = ? WHERE step = 0", (digest, len(content))))(run)
+
+
 def metadata(text):
     """Return what replaces what a state holds besides tensors, with the digest to match."""
 
     def change(run):
-        import hashlib
-
         from safetensors.torch import load_file, save_file
 
         path = run / "snapshots" / "000000" / "rest.safetensors"
         save_file(load_file(path), path, {"everystep": text})
-        content = (path.parent / "parameters.safetensors").read_bytes() + path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        sql(("UPDATE snapshots SET digest = ? WHERE step = 0", (digest,)))(run)
+        _seal_state(run)
 
     return change
 
@@ -191,6 +222,33 @@ HOSTILE = {
     "state with a strange optimizer": metadata('{"step": 0, "optimizer": 5, "groups": "x"}'),
     "state with huge settings": metadata(json.dumps({"step": 2**70, "groups": [{"lr": "x"}]})),
     "state that is cut": lambda run: os.truncate(run / "snapshots/000000/rest.safetensors", 12),
+    "state with another position of a generator": tensors(
+        REST, lambda found: found["generator/numpy.position"].fill_(2**40)
+    ),
+    "state with a generator of another shape": tensors(
+        REST, lambda found: found.update({"generator/numpy.gauss": torch.zeros(3, 5, 7)})
+    ),
+    "state without a generator": tensors(REST, lambda found: found.pop("generator/python")),
+    "state with a torch generator of noise": tensors(
+        REST, lambda found: found.update({"generator/torch": torch.ones(7, dtype=torch.uint8)})
+    ),
+    "state with another shape": tensors(
+        "snapshots/000000/parameters.safetensors",
+        lambda found: found.update({"0.weight": torch.zeros(3, 5, 7)}),
+    ),
+    "data without y": tensors("data.safetensors", lambda found: found.pop("y")),
+    "data with another y": tensors(
+        "data.safetensors", lambda found: found.update(y=torch.zeros(64, 10, dtype=torch.int64))
+    ),
+    "data of another shape": tensors(
+        "data.safetensors", lambda found: found.update(x=torch.zeros(64, 3))
+    ),
+    "data with too few targets": tensors(
+        "data.safetensors", lambda found: found.update(y=torch.zeros(3, 10))
+    ),
+    "data that is a number": tensors(
+        "data.safetensors", lambda found: found.update(y=torch.tensor(1.0))
+    ),
     "experiment that is huge": lambda run: (run / "experiment.toml").write_text("a=1\n" * 1_000_000),
     "text for the database": lambda run: (run / "run.sqlite").write_text("nothing"),
     "pipe for a lock": pipe_for_a_lock,

@@ -75,6 +75,8 @@ def reopen(
         built = [(rule, _converted(each, conversion)) for rule, each in built]
     with generators_preserved(device):
         batch = _batch(run, facts, objects, batches, device, conversion)
+        if not isinstance(batch, DatasetBatches):
+            _check_batch(run, batch, [each.program for _, each in built])
         needs_model = is_living or engine.eager_from is not None or engine.live_optimizer is not None
         if needs_model and conversion is not None:
             raise RunError(
@@ -131,6 +133,8 @@ def _batch(
     """Return the batch source: rows of the run's data, or a Dataset that is read."""
     if not facts.data.lazy:
         x, y = (part.to(device) for part in _data(run, facts, objects))
+        if not (x.ndim and y.ndim and len(x) == len(y)):
+            raise RunError(f"the data of {run.name} does not have a target for each row")
         if conversion is not None:
             x, y = conversion.tensor("x", x), conversion.tensor("y", y)
         count = len(x)
@@ -148,6 +152,21 @@ def _batch(
     if facts.data.lazy:
         return DatasetBatches(objects.data, batches, device)
     return batches.of(x, y, is_read=facts.data.source == "dataset")
+
+
+def _check_batch(run: RecordedRun, batch: BatchSource, programs: list[Program]) -> None:
+    """Check that the rows of the data are what the programs read.
+
+    Raises:
+        RunError: they have another shape or dtype.
+    """
+    for name, rows in zip("xy", batch(1), strict=True):
+        specs = [program.tensors[name] for program in programs if name in program.tensors]
+        if any((*each.shape[1:], each.torch_dtype) != (*rows.shape[1:], rows.dtype) for each in specs):
+            raise RunError(
+                f"{run.name} has a program for another {name} than the rows of its data: the run was "
+                "changed"
+            )
 
 
 def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Tensor, Tensor]:
@@ -190,6 +209,8 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     if fact is None or not fact.stored:
         return None
     tensors = run.data(fact)
+    if not {"x", "y"} <= tensors.keys():
+        raise RunError(f"{fact.file} of {run.name} has no x and y: the run was changed")
     has_validation = {"validation_x", "validation_y"} <= tensors.keys()
     validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
     return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everystep.errors import RunError
+
 __all__ = ["Generators", "generators_preserved"]
 
 
@@ -36,28 +38,37 @@ class Generators:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Generators:
-        """Return what `tensors` was made from."""
-        gauss = tensors["python.gauss"].tolist()
-        position, has_gauss = tensors["numpy.position"].tolist()
-        keys = tensors["numpy"].numpy().astype(np.uint32)
-        return cls(
-            torch_cpu=tensors["torch"].cpu(),
-            torch_device=tensors.get("device"),
-            python=(
-                random.Random.VERSION,
-                tuple(tensors["python"].tolist()),
-                gauss[0] if gauss else None,
-            ),
-            numpy=("MT19937", keys, position, has_gauss, tensors["numpy.gauss"].item()),
-        )
+        """Return what `tensors` was made from.
+
+        Raises:
+            RunError: `tensors` returns no such tensors.
+        """
+        with _as_recorded():
+            gauss = [float(each) for each in tensors["python.gauss"].tolist()]
+            position, has_gauss = tensors["numpy.position"].tolist()
+            keys = tensors["numpy"].numpy().astype(np.uint32)
+            if not 0 <= position <= len(keys):  # NumPy would read what is behind them
+                raise ValueError
+            words = tuple(tensors["python"].tolist())
+            return cls(
+                torch_cpu=tensors["torch"].cpu(),
+                torch_device=tensors.get("device"),
+                python=(random.Random.VERSION, words, gauss[0] if gauss else None),
+                numpy=("MT19937", keys, position, has_gauss, tensors["numpy.gauss"].item()),
+            )
 
     def restore(self, device: torch.device) -> None:
-        """Set all of them to what `capture` read; torch's own of another kind of device stays."""
-        torch.set_rng_state(self.torch_cpu)
-        if self.torch_device is not None and device.type != "cpu":
-            torch.get_device_module(device).set_rng_state(self.torch_device, *_place(device))
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
+        """Set all of them to what `capture` read; torch's own of another kind of device stays.
+
+        Raises:
+            RunError: they cannot be in this state.
+        """
+        with _as_recorded():
+            torch.set_rng_state(self.torch_cpu)
+            if self.torch_device is not None and device.type != "cpu":
+                torch.get_device_module(device).set_rng_state(self.torch_device, *_place(device))
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
 
     def same_as(self, other: Generators) -> bool:
         """Tell whether torch's generators were the same when these were read."""
@@ -78,6 +89,17 @@ class Generators:
             "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
         }
         return found if self.torch_device is None else found | {"device": self.torch_device}
+
+
+@contextmanager
+def _as_recorded() -> Iterator[None]:
+    """Report what torch, Python and NumPy make of a state that none of them was in."""
+    try:
+        yield
+    except (LookupError, RuntimeError, TypeError, ValueError, OverflowError):
+        raise RunError(
+            "the state of the random generators is not one that everystep wrote: the run was changed"
+        ) from None
 
 
 @contextmanager
