@@ -169,6 +169,7 @@ def slow(run):
     multiply = more | {"operator": "aten.mm.default", "arguments": ["large", "large"]}
     data["operations"] = [fill, *[multiply] * 300, *data["operations"]]
     path.write_text(json.dumps(data))
+    seal_files(run)
 
 
 def test_what_takes_too_long_is_given_up_and_others_go_on(directory, trained, monkeypatch):
@@ -192,6 +193,7 @@ LIMITED = """
 import json, sys
 from everystep.page import worker
 from everystep.page.memory_limit import limit_memory
+from tests.sealing import seal_files
 limit_memory(1_500_000_000)
 run = sys.argv[1]
 for kind, size in (("content", 2**40), ("content", 10), ("content", 2**31)):
