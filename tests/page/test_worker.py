@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.page.serving import PATIENCE
+from tests.sealing import seal_files
 
 import everystep
 from everystep.errors import RunError
