@@ -194,7 +194,6 @@ LIMITED = """
 import json, sys
 from everystep.page import worker
 from everystep.page.memory_limit import limit_memory
-from tests.sealing import seal_files
 limit_memory(1_500_000_000)
 run = sys.argv[1]
 for kind, size in (("content", 2**40), ("content", 10), ("content", 2**31)):
