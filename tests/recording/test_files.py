@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from tests.recording.hostile import tensors
 from tests.training.by_hand import by_train, new_training
 
 import everystep
@@ -184,6 +185,16 @@ def test_an_experiment_that_is_costly_to_read_is_refused_soon(
     (tmp_path / "mine.toml").write_text(text)
     code, out, err = everystep_command("train", "mine.toml")
     assert (code, out) == (2, "") and problem in err
+
+
+def test_a_class_that_there_is_not_is_named_by_the_step(tmp_path, everystep_command):
+    everystep.train_experiment("digits", {"steps": 4}, directory="run", progress=False)
+    change = tensors("data.safetensors", lambda found: found["y"].fill_(2**40))
+    change(tmp_path / "run")
+    for command in (["step", "run", "2"], ["rows", "run", "2"], ["verify", "run", "--processes", "1"]):
+        code, out, err = everystep_command(*command)
+        assert code in (1, 2), command
+        assert "the program of step 1 cannot run: Target 1099511627776 is out of bounds" in out + err
 
 
 @pytest.mark.parametrize("threads", [10**9, 0, -1])

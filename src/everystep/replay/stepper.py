@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from everystep.errors import EverystepError, RunError
+from everystep.errors import EverystepError, ProgramError, RunError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_into, copy_on_cpu
@@ -146,7 +146,15 @@ class TrainingStepper(ReplayStepper):
         ends = [last, first + self._losses.room - 1, self._programs.until(first) or last]
         ends += [] if self._eager_from is None else [self._eager_from - 1]
         is_steady = self._is_steady(first)
-        advance(first, min(ends), self._begin_by_program, self._keep, is_steady=is_steady, hook=hook)
+        advance(
+            first,
+            min(ends),
+            self._begin_by_program,
+            self._keep,
+            is_steady=is_steady,
+            hook=hook,
+            failed=_refused,
+        )
         return self._losses.collect()
 
     def _begin_by_program(self, number: int) -> BoundProgram | None:
@@ -327,3 +335,11 @@ def _named(number: int) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RunError(f"step {number} fails during the replay: {reason}") from error
+
+
+def _refused(number: int, error: Exception) -> Exception:
+    """Return the error that a program of a run does not fit its values."""
+    if isinstance(error, EverystepError):
+        return error
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ProgramError(f"the program of step {number:,} cannot run: {reason:.300}")

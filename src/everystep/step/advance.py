@@ -36,6 +36,7 @@ def advance(
     *,
     is_steady: bool = False,
     hook: Hook | None = None,
+    failed: Callable[[int, Exception], Exception] | None = None,
 ) -> None:
     """Run the steps `first` to `last` by their programs, up to one that has none.
 
@@ -46,6 +47,7 @@ def advance(
         keep: called with each step that ran, and its program.
         is_steady: the program of the first step runs all of them, with everything in place.
         hook: looks at the steps, and may end them early.
+        failed: returns what to raise in place of a kernel's error in a step.
 
     Raises:
         RuntimeError: a kernel refuses its arguments (or IndexError, ValueError, TypeError).
@@ -61,8 +63,13 @@ def advance(
                 if bound is None:
                     return
                 calls = bound.calls if hook is None else hook.calls(bound)
-            for call in calls:
-                call()
+            try:
+                for call in calls:
+                    call()
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                if failed is None:
+                    raise
+                raise failed(number, error) from None
             keep(number, bound)
             if hook is not None and not hook.after(number, bound):
                 return
