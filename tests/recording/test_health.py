@@ -120,6 +120,20 @@ def test_a_bit_in_the_name_of_a_measurement_is_reported(recorded, tmp_path, ever
         assert code == 1 and "values of validation_loss of steps 1 to 20 are not as they" in out + err
 
 
+def test_a_bit_in_the_schema_is_reported(recorded, tmp_path, everystep_command):
+    run = shutil.copytree(recorded, tmp_path / "run")
+    whole = (run / "run.sqlite").read_bytes()
+    begin = whole.index(b"CREATE TABLE blocks")
+    for place in range(begin, begin + 60, 3):
+        content = bytearray(whole)
+        content[place] ^= 0x80
+        (run / "run.sqlite").write_bytes(content)
+        with pytest.raises(everystep.RunError, match=r"run\.sqlite"):
+            everystep.open(run)
+    code, _, err = everystep_command("losses", run)
+    assert code and "run.sqlite" in err
+
+
 def test_the_list_of_runs_says_which_are_damaged(recorded, tmp_path, everystep_command):
     for name in ("whole", "shortened", "described"):
         shutil.copytree(recorded, tmp_path / "runs" / name)

@@ -450,7 +450,7 @@ def reading(path: Path, *, is_still: bool = False) -> Iterator[Database]:
     """
     try:
         connection = connect_reading(path, is_still=is_still)
-    except (OSError, sqlite3.Error) as error:  # removed, or replaced, between two looks at it
+    except (OSError, sqlite3.Error, UnicodeError) as error:  # removed, or replaced, between two looks
         raise RunError(f"{path} cannot be read: {error}") from None
     try:
         yield Database(connection, path)
