@@ -810,6 +810,29 @@ def test_a_learning_rate_holds_until_it_changes_so_it_differs_from_the_first_cha
     assert "measured    lr differs from step 5 on: 0.005000000000000001 and 0.05\n" in out
 
 
+def test_the_rate_of_a_loop_holds_too_and_what_it_logs_itself_does_not(everystep_command):
+    for size in (4, 8):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        optimizer = SGD(model.parameters(), lr=0.05)
+        schedule = StepLR(optimizer, size)
+        with everystep.record(model=model, optimizer=optimizer) as recording:
+            for step, x in enumerate(recording.steps([torch.ones(2, 3)] * 12), 1):
+                loss = model(x).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                recording.log(loss=loss)
+                if step % 5 == 0:
+                    recording.log(momentum=step + size)
+    _, out, _ = everystep_command("diff", "loop-1", "loop-2")
+    assert "lr differs from step 5 on: 0.005000000000000001 and 0.05\n" in out
+    assert "momentum differs from step 5 on: 9.0 and 13.0\n" in out
+    found = everystep.open("loop-1").when("momentum > 0", which="all", progress=False)
+    assert found.steps == (5, 10)
+
+
 def lstm(directory, change=lambda model: None):
     torch.manual_seed(0)
     model = nn.ModuleDict({"lstm": nn.LSTM(6, 6, batch_first=True), "head": nn.Linear(6, 3)})

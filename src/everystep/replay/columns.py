@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,17 @@ from everystep.step.hyperparameters import is_hyperparameter
 if TYPE_CHECKING:
     from everystep.replay.hooks import OpenedStep, Probe
 
-__all__ = ["Answers", "Evaluator", "Found", "Setting", "Which", "ask_columns", "chosen", "read_question"]
+__all__ = [
+    "Answers",
+    "Evaluator",
+    "Found",
+    "Setting",
+    "Which",
+    "ask_columns",
+    "chosen",
+    "read_question",
+    "recorded_at",
+]
 
 #: Steps in the `repr` of an answer.
 SHOWN = 10
@@ -91,6 +101,18 @@ class Setting:
         return self._values[index] if index >= 0 else None
 
 
+def recorded_at(run: RecordedRun, name: str) -> Callable[[int], float | None]:
+    """Return what tells a measurement of a step, None where it has none.
+
+    A setting of an optimizer is recorded when it changes, and holds until then; of a loop, these are the
+    learning rates. What a loop logs belongs to its step.
+    """
+    training, values = run.facts.training, run.measured(name)
+    is_rate = name.partition("[")[0].rpartition(".")[2] == "lr" and bool(training.optimizers)
+    is_held = is_rate if training.loop else is_hyperparameter(name)
+    return Setting(values).at if is_held else values.get
+
+
 class _NothingThereError(Exception):
     """Something that an expression names has no value at this step."""
 
@@ -101,10 +123,7 @@ class Evaluator:
     def __init__(self, expression: Expression, run: RecordedRun, as_condition: bool) -> None:
         self._evaluate = expression.truth if as_condition else expression.number
         names = {r.name for r in expression.references if r.kind == "measurements"}
-        self._recorded = {
-            name: Setting(run.measured(name)).at if is_hyperparameter(name) else run.measured(name).get
-            for name in names
-        }
+        self._recorded = {name: recorded_at(run, name) for name in names}
         self.previous_loss: float | None = None
 
     def answer(self, number: int, loss: float, probe: Probe | OpenedStep | None) -> float | None:

@@ -21,7 +21,7 @@ from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.causes import causes_of
-from everystep.replay.columns import Setting
+from everystep.replay.columns import recorded_at
 from everystep.replay.data import DataDifference, data_differences
 from everystep.replay.evidence import Evidence, around
 from everystep.replay.footprints import draws_at_random, footprints, model_digests, programs_of
@@ -36,7 +36,6 @@ from everystep.replay.processes import Opener, recorded_numerics
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.step.check import StateDifference, same_bits, state_differences
-from everystep.step.hyperparameters import is_hyperparameter
 from everystep.training.objects import Objects
 
 __all__ = ["Difference", "FirstState", "diff"]
@@ -196,7 +195,7 @@ def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossD
     last = min(one.newest_step(), other.newest_step())
     for name in sorted({*one.measurement_names} & {*other.measurement_names}):
         own = [run.measured(name) for run in (one, other)]
-        pair = [_at(run, name, values) for run, values in zip((one, other), own, strict=True)]
+        pair = [recorded_at(run, name) for run in (one, other)]
         known = [
             (step, a, b)
             for step in sorted({*own[0], *own[1]})
@@ -207,15 +206,6 @@ def _measured(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, LossD
         difference = _first_number(steps.astype(np.int64), a, b)
         if difference is not None:
             yield name, difference
-
-
-def _at(run: RecordedRun, name: str, values: dict[int, float]) -> Callable[[int], float | None]:
-    """Return what tells a measurement of a step; None where it has none.
-
-    A setting that everystep recorded holds until it changes; what a loop logged does not.
-    """
-    is_held = is_hyperparameter(name) and not run.facts.training.loop
-    return Setting(values).at if is_held else values.get
 
 
 def _first_number(
