@@ -143,12 +143,12 @@ def small_loop(directory: Path) -> Path:
             with recording.step((x, y)):
                 loss = nn.functional.mse_loss(model(x), y)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 recording.log(loss=loss, size=x.square().mean())
             if recording.step_count == 5:
                 with torch.no_grad():
-                    model[0].bias += 1
+                    model.state_dict()["0.bias"].add_(1)
     with closing(sqlite3.connect(directory / "run.sqlite")) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return directory
@@ -330,4 +330,4 @@ def main(most: int = SAMPLES, through: str = "files") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:2]), *sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else SAMPLES, *sys.argv[2:3]))

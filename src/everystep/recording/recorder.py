@@ -87,7 +87,9 @@ def _check_name(directory: Path) -> None:
         RunError: they do not.
     """
     for name in (directory.parts[:1] or ("",))[0], directory.name:
-        if name.startswith(("-", "~")) or not name.isprintable():
+        # Bytes that are no text in the encoding of the file system come as surrogates.
+        shown = "".join(sign for sign in name if not "\udc80" <= sign <= "\udcff")
+        if name.startswith(("-", "~")) or not shown.isprintable():
             raise RunError(
                 f"a run cannot be named {str(directory)!r:.80}: commands do not take {name!r:.80} for a "
                 "name (an option begins with -, a home directory with ~); choose another name"

@@ -67,7 +67,9 @@ def model_faults(model: Any) -> Faults:
         yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
         return
     yield from path_faults(dict.fromkeys(path for path, _ in model.named_modules()))
-    yield from path_faults(dict.fromkeys((*model.state_dict(), *dict(model.named_parameters()))))
+    yield from path_faults(
+        dict.fromkeys((*dict(model.named_parameters()), *dict(model.named_buffers())))
+    )
     lazy = [
         name
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
