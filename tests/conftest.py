@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,7 +34,6 @@ from everystep.step import verified  # noqa: E402
 from everystep.step.build import build  # noqa: E402
 from everystep.step.capture import take_watched  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.step.recognition import memory  # noqa: E402
 from everystep.step.recorder import StepRecorder  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
@@ -60,26 +60,24 @@ def small():
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), x, y
 
 
+def _tick(seconds):
+    seconds.passed = getattr(seconds, "passed", 0.0) + 0.001
+    return seconds.passed
+
+
 @pytest.fixture(autouse=True)
 def clock_that_ticks(monkeypatch):
     """Let a millisecond pass whenever a thread looks at the clock, however fast the machine is."""
-    seconds = threading.local()
-
-    def look():
-        seconds.passed = getattr(seconds, "passed", 0.0) + 0.001
-        return seconds.passed
-
-    monkeypatch.setattr(clock, "now", look)
-    monkeypatch.setattr(clock, "worked", look)
+    for name in ("now", "worked"):
+        monkeypatch.setattr(clock, name, partial(_tick, threading.local()))
     monkeypatch.setattr("everystep.replay.diff.THOROUGH_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)
 def checks_at_powers_of_two(monkeypatch):
     """Check steps 2, 4, 8, ... and the last, however long that takes on a busy machine."""
-    for module in (verified, memory):
-        monkeypatch.setattr(module, "LIGHT_SECONDS", math.inf)
-        monkeypatch.setattr(module, "CHECK_SHARE", 0.0)
+    monkeypatch.setattr(verified, "LIGHT_SECONDS", math.inf)
+    monkeypatch.setattr(verified, "CHECK_SHARE", 0.0)
 
 
 @pytest.fixture

@@ -35,14 +35,3 @@ def test_a_method_that_is_exchanged_is_called_once(name, monkeypatch):
     plain = trained(lambda model, optimizer: unrecorded(model=model, optimizer=optimizer))
     recorded = trained(lambda model, optimizer: everystep.record(model=model, optimizer=optimizer))
     assert recorded == plain
-
-
-def test_a_method_that_is_put_back_is_torchs_own(monkeypatch):
-    from everystep.step.recognition.call import are_methods_torchs_own
-
-    usual = torch.Tensor.relu
-    assert are_methods_torchs_own()
-    monkeypatch.setattr(torch.Tensor, "relu", lambda x: usual(x) * 2)
-    assert not are_methods_torchs_own()
-    monkeypatch.setattr(torch.Tensor, "relu", usual)
-    assert are_methods_torchs_own()

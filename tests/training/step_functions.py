@@ -96,7 +96,7 @@ for _name, _make in {
 @case
 def asgd():
     """Its parameters are not treated alike as far as is known."""
-    return usual(torch.optim.ASGD)._replace(reason="do not recur at each step")
+    return usual(torch.optim.ASGD)._replace(reason="does not treat all its parameters alike")
 
 
 @case

@@ -418,7 +418,7 @@ def test_a_program_that_is_demanded_must_be_there():
         trained(seeded(CASES["printed"]), 20, engine="program", directory="refused")
     run = everystep.open("refused")
     assert run.facts.status == "failed"
-    assert len(run) == 4
+    assert len(run) == 3
 
 
 def test_few_heavy_steps_are_left_to_python_unless_a_program_is_demanded(checks_in_time, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from everystep.program.operators import leaves
 from everystep.program.program import Phase
 
 __all__ = ["Follower", "is_compiled"]
+
+_next_node = torch._C._autograd._get_sequence_nr
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -56,7 +59,9 @@ class Follower:
         self._thread = threading.get_ident()
         self._open: list[str | None] = []
         self._optimizer: list[str | None] = []
-        self._module_of_node: dict[int, str | None] = {}
+        # The modules that ran in turn, and the number of the first node of the graph that each made.
+        self._modules: list[str | None] = [None]
+        self._nodes: list[int] = [0]
         self._hooks: list[Any] = []
         self.where: tuple[Any, ...] = ()
 
@@ -77,11 +82,18 @@ class Follower:
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
-        self._open, self._optimizer, self._module_of_node = [], [], {}
+        self._open, self._optimizer, self._modules, self._nodes = [], [], [], []
         self._moved()
 
     def _moved(self) -> None:
         self.where = (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:])
+        self._modules.append(self._open[-1] if self._open else None)
+        self._nodes.append(_next_node())
+
+    def _module_of(self, node: int) -> str | None:
+        """Return the module that ran when a node of the graph was made, None if there was none."""
+        place = bisect_right(self._nodes, node) - 1
+        return self._modules[place] if place >= 0 and node < _next_node() else None
 
     def place(self, is_zeroing: bool) -> tuple[Phase, str | None]:
         """Return the phase, and the module or optimizer, of the current operation.
@@ -90,17 +102,14 @@ class Follower:
         """
         node = torch._C._current_autograd_node()
         if node is not None:
-            return "backward", self._module_of_node.get(node._sequence_nr())
+            return "backward", self._module_of(node._sequence_nr())
         module = self._open[-1] if self._open else None
         if module is not None:
-            # The node that autograd has just made for this operation, if it made one.
-            self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
             return "forward", module or None
         if self._optimizer:
             return "update", self._optimizer[-1]
         if is_zeroing:
             return "zero_grad", None
-        self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, None)
         return ("loss" if torch.is_grad_enabled() else "other"), None
 
     def _is_ours(self) -> bool:

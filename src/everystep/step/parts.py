@@ -258,7 +258,7 @@ class _Layout:
             tables += [entries for _, entries in entries_of(optimizer)]
         self._optimizers = [(o, o.state, o.param_groups) for o in optimizers.values()]
         groups = [group["params"] for o in optimizers.values() for group in o.param_groups]
-        self._tables = [(table, _objects(table)) for table in tables]
+        self._tables = [(table, [*table], [*table.values()], _objects(table)) for table in tables]
         self._groups = [(group, [*group]) for group in groups]
         self._counts = [(o.param_groups, len(o.param_groups)) for o in optimizers.values()]
         self._is_sure = not any(map(keeps_own_state, optimizers.values()))
@@ -270,7 +270,7 @@ class _Layout:
             and all(o.state is state and o.param_groups is g for o, state, g in self._optimizers)
             and all(len(groups) == count for groups, count in self._counts)
             and all(len(g) == len(k) and all(map(is_, g, k)) for g, k in self._groups)
-            and all(_has_objects(table, known) for table, known in self._tables)
+            and all(_has_objects(*each) for each in self._tables)
         )
 
 
@@ -279,8 +279,10 @@ def _objects(table: Mapping[Any, Any]) -> list[Any]:
     return [*table, *[value for value in table.values() if isinstance(value, _WITH_TENSORS)]]
 
 
-def _has_objects(table: Mapping[Any, Any], known: list[Any]) -> bool:
-    """Tell whether a table holds the same objects as before."""
+def _has_objects(table: Mapping[Any, Any], keys: list[Any], values: list[Any], known: list[Any]) -> bool:
+    """Tell whether a table holds the same objects as before, whatever numbers it holds besides."""
+    if len(table) == len(keys) and all(map(is_, table, keys)) and all(map(is_, table.values(), values)):
+        return True
     objects = _objects(table)
     return len(objects) == len(known) and all(map(is_, objects, known))
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import NotAllowedError, leaves, resolve, writes
@@ -125,6 +126,15 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self.is_paused = False
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Let torch compute within as it does without a mode."""
+        _pop_mode()
+        try:
+            yield
+        finally:
+            _push_mode(self)
 
     @contextmanager
     def modules(self, model: nn.Module) -> Iterator[None]:

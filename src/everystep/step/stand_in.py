@@ -1,9 +1,9 @@
 """Stand-in: a program that runs a user's step in place of its Python.
 
 Two facts together allow it. The step was *read*: as long as what it uses from outside stays the same,
-its source makes the same calls of torch functions. And it was *recognized*: the same calls, on such a
-state and such a batch, run the same operations. The result of the program is compared with Python's step
-on a copy of the state, at first and at steps 2, 4, 8, ..., bit for bit.
+its source makes the same calls of torch functions. And it was *followed*: on such a state and such a
+batch, it runs the operations of an earlier step. The program is compared with Python's step on a copy of
+the state, at first and at steps 2, 4, 8, ..., bit for bit.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.program.plain import READ, PlainProgram, lies_as
 from everystep.step.comparison import Comparison
+from everystep.step.cursor import Cursor, OptimizerStep
+from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.step_reader import Event
 from everystep.step.purity.values import Read
-from everystep.step.recognition.optimizer_numbers import OptimizerNumbers
-from everystep.step.recognition.recognizer import OptimizerStep, Recognizer
 from everystep.step.taken import TakenByProgram
 
 __all__ = ["StandIn"]
@@ -44,7 +44,7 @@ class StandIn:
         parts: of the training.
         built: the program.
         path: what each step does.
-        seen: the recognizer of the Python step that it was built from.
+        seen: the Python step that it was built from.
         events: what happens in a step besides operations, in order.
         batch: the names of the tensors of the batch.
         plain: logged values of each step that are not tensors: numbers that never change, or were read.
@@ -63,7 +63,7 @@ class StandIn:
         parts: Parts,
         built: BuiltPath,
         path: Path,
-        seen: Recognizer,
+        seen: Cursor,
         events: Sequence[Event],
         batch: Sequence[str],
         plain: Mapping[str, Any],

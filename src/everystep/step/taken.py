@@ -19,7 +19,7 @@ class TakenByProgram:
     another version than before, although it may have other values.
     """
 
-    surprise = changed_elsewhere = None
+    changed_elsewhere = None
     is_paused = is_empty = False
 
     def __init__(

@@ -8,7 +8,8 @@ sparse tensor, an explicit generator) runs unseen, and the tensors that it retur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from everystep.step.known_operators import KnownOperator, known_operator
 from everystep.step.path import FLOAT, INT, Marks, Path, SeenOperation, Tables
 from everystep.step.seen_tensors import SeenTensors, UnseenError, is_plain
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "run_counted"]
 
 _CONSTANTS = {bool, int, float, torch.dtype, torch.layout, torch.memory_format, torch.device}
 
@@ -245,9 +246,17 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         return self._see(func, known, args, keywords)
 
     def _see(
-        self, func: Any, known: KnownOperator, args: tuple[Any, ...], keywords: dict[str, Any]
+        self,
+        func: Any,
+        known: KnownOperator,
+        args: tuple[Any, ...],
+        keywords: dict[str, Any],
+        run: Callable[..., Any] | None = None,
     ) -> Any:
-        """Run an operation and note it; one that a program cannot hold runs unseen."""
+        """Run an operation and note it; one that a program cannot hold runs unseen.
+
+        run: returns its result, if it has run already.
+        """
         count = len(self.numbers)
         try:
             if known.how != "see":
@@ -261,7 +270,12 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
             return self._run_unseen(func, known, args, keywords, str(error))
         if known.draws:
             self._note_generator()
-        result = _run_counted(func, args, keywords) if known.writes_list else func(*args, **keywords)
+        call = run or (partial(run_counted, func) if known.writes_list else func)
+        try:
+            result = call(*args, **keywords)
+        except BaseException:  # the loop may catch it, and continue
+            del self.numbers[count:]
+            raise
         if known.draws:
             self._drawn = torch.get_rng_state()
         if known.is_read:
@@ -381,7 +395,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         }
 
 
-def _run_counted(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+def run_counted(func: Any, *args: Any, **keywords: Any) -> Any:
     """Run an operator on lists; torch counts its writes as it does without a watch.
 
     Its kernel may write each tensor by a separate operator, which torch does not count below a mode.

@@ -15,6 +15,7 @@ from everystep.step.check import same_bits
 from everystep.step.checkpoint import PartsCheckpoint
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
+from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
@@ -41,6 +42,7 @@ class FunctionRecording(Recording[R]):
     """A recording of a step function: its calls, and the steps by programs."""
 
     _seen: _SeenBatch | None = None
+    _optimizers = OptimizerNumbers()
 
     @property
     def parts(self) -> Parts:
@@ -72,14 +74,6 @@ class FunctionRecording(Recording[R]):
     def program_of(self, path: Path) -> BuiltPath | None:
         """Return the program of an observed step, None if it has none."""
         return self._open().program_of(path)
-
-    def is_watched(self, number: int) -> bool:
-        """Tell whether Python's step is watched in full in any case, so that it is not recognized."""
-        return self._memory.is_watched(number)
-
-    def will_be_compared(self, number: int) -> None:
-        """Note that Python's step is compared with a program, so that it need not be watched in full."""
-        self._memory.compared(number)
 
     def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
         """Note how the steps of a function run. facts: returns the current facts."""

@@ -26,13 +26,13 @@ from everystep.recording.recorder import LATE_SECONDS, Recorder
 from everystep.recording.repeats import Taken
 from everystep.step.build import NotCapturableError
 from everystep.step.check import state_differences
+from everystep.step.cursor import Cursor
 from everystep.step.elsewhere import version_of
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath, build_path
 from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.state import State, copy_of
-from everystep.step.step_watch import StepWatch
 from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop
 from everystep.training.loop import now
@@ -56,7 +56,7 @@ DIGEST_SHARE = 0.01
 DIGESTED_A_SECOND = 2e9
 
 #: What knows what a step does.
-AnyWatch = StepWatch | StrictWatch | TakenByProgram
+AnyWatch = Cursor | StrictWatch | TakenByProgram
 W = TypeVar("W", bound=AnyWatch, covariant=True)
 
 

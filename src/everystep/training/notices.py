@@ -19,8 +19,6 @@ class _Seen(Protocol):
     @property
     def unseen(self) -> Iterable[str]: ...
     @property
-    def surprise(self) -> str | None: ...
-    @property
     def changed_elsewhere(self) -> str | None: ...
 
 
@@ -44,8 +42,6 @@ class Notices:
 
     def of_step(self, step: int, seen: _Seen, *, is_compiled: bool) -> None:
         """Report what the recording of a step lacks. is_compiled: torch.compile ran in it."""
-        if seen.surprise is not None:
-            say(f"step {step}: {seen.surprise}; everystep fully watches each step from here on")
         for reason in seen.unseen:
             if reason not in self.unseen and len(self.unseen) < MOST_SAID:
                 self.unseen.add(reason)

@@ -7,7 +7,7 @@ import itertools
 import signal
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -21,13 +21,14 @@ from everystep.recording.names import check_measurement_names
 from everystep.recording.notice import say
 from everystep.recording.recorder import create_directory
 from everystep.recording.run import RecordedRun
+from everystep.step.cursor import Cursor
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
+from everystep.step.known_paths import KnownPaths
+from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.step.purity.step_reader import StrictWatch
-from everystep.step.recognition.memory import Memory
-from everystep.step.step_watch import StepWatch
 from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_resume import resumed_loop
@@ -45,6 +46,8 @@ class Recording(Generic[R]):
 
     Use it as a context manager; `everystep.record` creates it.
     """
+
+    _optimizers: OptimizerNumbers | None = None
 
     def __init__(
         self,
@@ -78,9 +81,9 @@ class Recording(Generic[R]):
             self._optimizer_ends,
         )
         self._elsewhere = Elsewhere()
-        self._memory = Memory()
+        self._paths = KnownPaths()
         self._copies = BatchCopies()
-        self._under_way: StepUnderWay[StepWatch | StrictWatch] | None = None
+        self._under_way: StepUnderWay[Cursor | StrictWatch] | None = None
         self._names: dict[Tensor, str] = {}
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
@@ -282,7 +285,7 @@ class Recording(Generic[R]):
         if new:
             check_measurement_names(self._measured | new)
             self._measured |= new
-        with self.paused():
+        with self._aside(values.values()):
             for name, value in values.items():
                 step.logged[name] = _number(name, value)
                 if name != "loss" and isinstance(value, Tensor):
@@ -307,6 +310,14 @@ class Recording(Generic[R]):
         finally:
             watch.is_paused = False
 
+    def _aside(self, values: Iterable[Any]) -> AbstractContextManager[Any]:
+        """Return a context in which what everystep computes from some values is not part of the step.
+
+        A class of one's own needs torch's dispatcher; with plain tensors, Python need not see each call.
+        """
+        is_plain = all(type(v) in _PLAIN or not isinstance(v, Tensor) for v in values)
+        return torch._C._DisableTorchDispatch() if is_plain else self.paused()
+
     def begin_step(self, batch: Any = None) -> None:
         """Begin a step if you can use neither `steps` nor `step`; `end_step` ends it.
 
@@ -324,12 +335,11 @@ class Recording(Generic[R]):
         self._place.at_end = {}
         state = self._parts.state()
         writer.note_changes(state)
-        watch = StepWatch(
-            writer.step + 1, self._memory, self._parts.device, self._follower, self._elsewhere
-        )
+        device = self._parts.device
+        watch = Cursor(self._paths, device, self._follower, self._elsewhere, self._optimizers)
         self._begin(watch, state, batch)
 
-    def _begin(self, watch: StepWatch | StrictWatch, state: dict[str, Tensor], batch: Any) -> None:
+    def _begin(self, watch: Cursor | StrictWatch, state: dict[str, Tensor], batch: Any) -> None:
         self._names = self._parts.parameter_names()
         rates = self._parts.rates()
         watch.begin(state)
@@ -359,7 +369,7 @@ class Recording(Generic[R]):
         if faults := [*path_faults(tensors)]:
             raise UsageError(faults, "the batch")
         step.nesting.append(text_of(batch, path))
-        with self.paused():
+        with self._aside(tensors.values()):
             step.batch |= self._copies.of(tensors)
             step.watch.add_batch(tensors)
 
@@ -369,7 +379,7 @@ class Recording(Generic[R]):
         if step is not None:
             self._last = step.watch
             if step.is_compiled:
-                self._memory.given_up = "torch.compile is in use"
+                self._paths.given_up = "torch.compile is in use"
             with self._writing():
                 self._open().add(step, self._elsewhere.copied, self._parts.state())
                 self._elsewhere.clean()
@@ -383,7 +393,7 @@ class Recording(Generic[R]):
         """Write everything recorded so far to disk; this also happens several times a second."""
         self._open().flush()
 
-    def _close(self) -> StepUnderWay[StepWatch | StrictWatch] | None:
+    def _close(self) -> StepUnderWay[Cursor | StrictWatch] | None:
         """End the current step without recording it; return it."""
         step, self._under_way = self._under_way, None
         if step is not None:
@@ -424,7 +434,7 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
-                if isinstance(self._under_way.watch, StepWatch):  # the other does not record the step
+                if isinstance(self._under_way.watch, Cursor):  # the other does not record the step
                     self._under_way.rates |= self._parts.rates(optimizer)
                 self._under_way.watch.optimizer_begins(
                     optimizer, name, has_arguments, lambda: self._gradients_of(optimizer)
@@ -454,6 +464,7 @@ class Recording(Generic[R]):
         return self._writer
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 #: They count what they iterate over, or iterate over something else besides.
 _COUNTING = (enumerate, zip, itertools.islice, itertools.zip_longest)
 #: The exit status of a process that SIGTERM ended.

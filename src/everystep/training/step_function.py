@@ -13,13 +13,13 @@ from everystep import clock
 from everystep.errors import TrainingError, UsageError
 from everystep.recording.facts import FunctionFacts
 from everystep.step.checkpoint import PartsCheckpoint
+from everystep.step.cursor import Cursor
 from everystep.step.path import Path
 from everystep.step.purity.attributes import NotProvenError
 from everystep.step.purity.step_reader import Event, StepReader
 from everystep.step.purity.surroundings import Surroundings
 from everystep.step.purity.values import Read
 from everystep.step.stand_in import StandIn
-from everystep.step.step_watch import StepWatch
 from everystep.step.verified import CheckPlan
 from everystep.training.batch import key_of, tensors_of
 from everystep.training.function_recording import FunctionRecording
@@ -61,13 +61,13 @@ class _Reading(NamedTuple):
 class _Kind:
     """What is known of steps with one kind of batch.
 
-    is_recognized: whether Python's last was; seconds: the shortest time that one took; operations: its
-    number of them; unlike: how many in a row were not recognized; readings: how often such a step was
-    read; is_left: to Python, for good.
+    is_followed: whether Python's last was like one before; seconds: the shortest time that one took;
+    operations: its number of them; unlike: how many in a row were not; readings: how often such a step
+    was read; is_left: to Python, for good.
     """
 
     stand_in: StandIn | None = None
-    is_recognized: bool = False
+    is_followed: bool = False
     seconds: float = math.inf
     operations: int = 0
     unlike: int = 0
@@ -207,9 +207,7 @@ class StepFunction:
 
     def _may_read(self, number: int, kind: _Kind) -> bool:
         """Tell whether to read a step: its calls are known, and a program may save time."""
-        if self._recording.is_watched(number):
-            return False
-        if kind.is_recognized:
+        if kind.is_followed:
             self._is_too_short = not self._saves_time(number, kind)
             return not self._is_too_short
         return kind.unlike == MOST_UNLIKE
@@ -247,15 +245,13 @@ class StepFunction:
 
     def _by_python_noted(self, number: int, kind: _Kind, batch: tuple[Any, ...]) -> dict[str, Any]:
         """Run a step in Python, and note whether it is like those before."""
-        is_watched, started = self._recording.is_watched(number), clock.now()
+        started = clock.now()
         logged = self._by_python(batch)
         seconds = clock.now() - started
         path, watch = self._recording.last
-        if is_watched:
-            return logged
-        kind.is_recognized = isinstance(watch, StepWatch) and watch.recognized is not None
-        kind.unlike = 0 if kind.is_recognized else kind.unlike + 1
-        if kind.is_recognized:
+        kind.is_followed = isinstance(watch, Cursor) and watch.is_followed
+        kind.unlike = 0 if kind.is_followed else kind.unlike + 1
+        if kind.is_followed:
             kind.seconds, kind.operations = min(seconds, kind.seconds), len(path.operations)
         return logged
 
@@ -271,7 +267,7 @@ class StepFunction:
         try:
             logged = self._recording.take(stand_in, state, *batch, is_settled=is_settled, era=self._era)
         except NotProvenError:
-            kind.stand_in, kind.is_recognized = None, False
+            kind.stand_in, kind.is_followed = None, False
             return self._by_python(batch)
         self._by_program += 1
         self._renewals = 0
@@ -291,10 +287,9 @@ class StepFunction:
         try:
             numbers = stand_in.numbers()
         except NotProvenError:
-            kind.stand_in, kind.is_recognized = None, False
+            kind.stand_in, kind.is_followed = None, False
             return self._by_python(batch)
         before, copies = PartsCheckpoint(self._parts), _copies(batch)
-        self._recording.will_be_compared(number)
         logged = self._by_python(batch)
         path, watch = self._recording.last
         if path != stand_in.path or not stand_in.foresees(numbers, watch.numbers):
@@ -359,9 +354,9 @@ class StepFunction:
         before, copies = PartsCheckpoint(self._parts), _copies(batch)
         logged = self._by_python(batch)
         path, watch = self._recording.last
-        seen = watch.recognized if isinstance(watch, StepWatch) else None
+        seen = watch if isinstance(watch, Cursor) and watch.is_followed else None
         if seen is None:  # it was another step than those before
-            kind.is_recognized = False
+            kind.is_followed = False
             if kind.readings == MOST_READINGS or kind.unlike == MOST_UNLIKE:
                 self._leave(kind, "the same calls of torch functions do not recur at each step")
             return logged

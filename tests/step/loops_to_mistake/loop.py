@@ -10,7 +10,7 @@ STEPS = 28
 
 
 class Loops(dict):
-    """Loops by name, each with how many of its steps must be recognised at least."""
+    """Loops by name, each with how many of its steps must be followed at least."""
 
     def __call__(self, least):
         def noted(function):

@@ -62,7 +62,7 @@ class Purity:
             lambda: _but_optimizer(training.named_state()),
             training.device,
         )
-        self.reason = next(self._surroundings.reasons(), None)
+        self.reason = next(self._surroundings.reasons(), None) or _fast_path(training.model)
         self._readings: dict[Hashable, list[Shown]] = {}
 
     def begin(self) -> None:
@@ -131,6 +131,18 @@ class Purity:
         for value in (*loss.args, *loss.keywords.values()):
             if is_a(value, Tensor):
                 guards.tensor(value, "a tensor of the loss", is_state=False)
+
+
+def _fast_path(model: Any) -> str | None:
+    """Return in words which layer of a model computes in another way where it is watched, or None.
+
+    In `eval()`, torch's attention takes a fast path, but not while a function mode is on the stack.
+    """
+    layers = nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, layers) and not module.training:
+            return f"{path} ({type(module).__name__}) is in eval(), where torch has a fast path for it"
+    return None
 
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -338,7 +338,6 @@ class StrictWatch(Watch):  # type: ignore[no-untyped-call]
         NotProvenError: an operation changes something else, or a program cannot hold it.
     """
 
-    surprise: str | None = None
     changed_unseen: tuple[str, ...] = ()
 
     def optimizer_begins(

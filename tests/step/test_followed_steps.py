@@ -1,4 +1,4 @@
-"""Steps that are recognised by their calls, in loops that try to make one step pass for another."""
+"""Steps that are followed on known paths, in loops that try to make one step pass for another."""
 
 import random
 
@@ -13,33 +13,17 @@ from torch import nn
 from torch.nn import functional
 
 import everystep
-from everystep.step.recognition.memory import Memory
-from everystep.step.recognition.recognizer import Recognizer
+from everystep.step.cursor import Cursor
+from everystep.step.known_paths import KnownPaths
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-#: torch itself takes another way backward through these where a mode of its dispatcher is in force.
-OTHER_BITS = {"products_with_zeros"}
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                name in OTHER_BITS,
-                reason="a full watch changes the bits of prod's gradient",
-                strict=True,
-            ),
-        )
-        for name in LOOPS
-    ],
-)
-def test_steps_are_what_they_were(name, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("name", LOOPS)
+def test_steps_are_what_they_were(name, tmp_path, monkeypatch):
     function, least = LOOPS[name]
-    recognized = []
-    monkeypatch.setattr(Memory, "recognized", noting(Memory.recognized, recognized))
+    followed = []
+    monkeypatch.setattr(KnownPaths, "followed", noting(KnownPaths.followed, followed))
 
     def seeded(record):
         torch.manual_seed(0)
@@ -54,10 +38,8 @@ def test_steps_are_what_they_were(name, tmp_path, monkeypatch, capfd):
     ]
     run = everystep.open(tmp_path / "run")
     found = run.verify(processes=1, progress=False)
-    err = capfd.readouterr().err
     assert found.is_exact, found
-    assert "other operations than before" not in err
-    assert len(recognized) >= least
+    assert len(followed) >= least
     assert run[11].is_exact
 
 
@@ -103,7 +85,7 @@ def departs_in_the_optimizer(model, optimizer, x, y, departs):
 )
 def test_a_step_that_departs_has_the_operations_that_it_would_have_in_full(body, tmp_path, monkeypatch):
     resumed = []
-    monkeypatch.setattr(Recognizer, "resume", noting(Recognizer.resume, resumed))
+    monkeypatch.setattr(Cursor, "resume", noting(Cursor.resume, resumed))
 
     def recorded(name):
         torch.manual_seed(0)
@@ -117,20 +99,20 @@ def test_a_step_that_departs_has_the_operations_that_it_would_have_in_full(body,
         found = [seen.operation for seen in run[step].operations]
         return [(o.operator, o.phase, o.arguments, o.results) for o in found]
 
-    run = recorded("recognised")
-    assert len(resumed) == 2  # what a step does after it departs is not remembered
+    run = recorded("followed")
+    assert len(resumed) == 1  # the second departs as the first
     assert run.verify(processes=1, progress=False).is_exact
-    monkeypatch.setattr(Memory, "plan", lambda memory, step: "watch")
+    monkeypatch.setattr(KnownPaths, "may_follow", lambda paths: False)
     full = recorded("full")
     for step in (6, 7, 10, 11, 12):
         assert operations(run, step) == operations(full, step)
 
 
-def test_masks_of_a_count_met_before_are_recognized(tmp_path, capsys):
+def test_masks_of_a_count_met_before_are_followed(tmp_path):
     x, y = torch.randn(6, 3), torch.randn(6)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    recognized = []
+    followed = []
     with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
         for number in range(1, 31):
             mask = torch.arange(6) < 2 + number % 3
@@ -140,7 +122,6 @@ def test_masks_of_a_count_met_before_are_recognized(tmp_path, capsys):
                 loss.backward()
                 optimizer.step()
                 recording.log(loss=loss)
-            recognized.append(recording._last.recognized is not None)
-    assert sum(recognized[16:]) >= 12
-    assert "the same calls" not in capsys.readouterr().err
+            followed.append(recording._last.is_followed)
+    assert sum(followed[16:]) >= 12
     assert everystep.open(tmp_path / "run").verify(progress=False, processes=1).is_exact

@@ -1,1 +1,0 @@
-"""Recognizes steps of a loop by their calls of torch functions."""

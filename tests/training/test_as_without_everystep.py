@@ -1,0 +1,290 @@
+"""What torch computes in another way while something watches it: a recorded loop has its own bits.
+
+Each case is a loop of somebody else's kind. It is run alone, recorded, and as a step function.
+"""
+
+import pytest
+import torch
+from tests.training.by_hand import bits
+from torch import nn
+from torch.nn import functional
+
+import everystep
+
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def usual(model, loss_of, lr=0.1, **others):
+    """Return the parts of a loop, and its step on a batch."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9)
+
+    def step(x):
+        loss = loss_of(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return {"model": model, "optimizer": optimizer} | others, step
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
+
+
+@case
+def a_teacher_in_eval(monkeypatch):
+    student, teacher = network(), encoder()
+
+    def loss(x):
+        with torch.no_grad():
+            target = teacher(x)
+        return functional.mse_loss(student(x), target)
+
+    return usual(student, loss, teacher=teacher)
+
+
+@case
+def attention_in_eval(monkeypatch):
+    model, attention = network(), nn.MultiheadAttention(8, 2, batch_first=True).eval()
+
+    def loss(x):
+        with torch.no_grad():
+            seen = attention(x, x, x, need_weights=False)[0]
+        return functional.mse_loss(model(x), seen)
+
+    return usual(model, loss, attention=attention)
+
+
+@case
+def a_validation_that_decides_on_the_rate(monkeypatch):
+    model, judge = network(), encoder()
+    parts, step = usual(model, lambda x: model(x).square().mean())
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(parts["optimizer"], patience=1, threshold=0.05)
+    held_out = torch.randn(4, 3, 8)
+
+    def validated(x):
+        loss = step(x)
+        with torch.no_grad():
+            schedule.step((judge(model(held_out)) - held_out).square().mean())
+        return loss
+
+    return parts | {"judge": judge, "schedule": schedule}, validated
+
+
+@case
+def a_function_of_torch_that_is_replaced(monkeypatch):
+    """As packages do that add a weight or a label smoothing."""
+    original = functional.cross_entropy
+    monkeypatch.setattr(
+        functional, "cross_entropy", lambda *args, **named: original(*args, **named) * 2.0
+    )
+    model, criterion = network(), nn.CrossEntropyLoss()
+    return usual(model, lambda x: criterion(model(x).flatten(0, 1), torch.zeros(12, dtype=torch.long)))
+
+
+@case
+def a_product(monkeypatch):
+    """Noisy or, as in multiple-instance learning."""
+    model = network()
+
+    def loss(x):
+        any_of = 1 - (1 - torch.sigmoid(model(x))).prod(dim=1)
+        return functional.binary_cross_entropy(any_of, (x[:, 0] > 0).float())
+
+    return usual(model, loss)
+
+
+@case
+def a_filled_mask(monkeypatch):
+    model = network()
+
+    def loss(x):
+        out = model(x)
+        return (out.masked_fill(x > 0.3, out.mean()) * out).logsumexp(-1).mean()
+
+    return usual(model, loss)
+
+
+@case
+def optimizers_that_step_in_the_backward_pass(monkeypatch):
+    model = network()
+    optimizers = {p: torch.optim.Adam([p], lr=1e-2) for p in model.parameters()}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+
+    def step(x):
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    return {"model": model} | {f"o{n}": each for n, each in enumerate(optimizers.values())}, step
+
+
+@case
+def an_operation_that_fails_and_is_tried_in_another_way(monkeypatch):
+    model = network()
+
+    def loss(x):
+        out = model(x)
+        try:
+            out = out.add(torch.ones(5), alpha=2.0)
+        except RuntimeError:
+            out = out.add(torch.ones(8), alpha=3.0)
+        return out.square().mean()
+
+    return usual(model, loss)
+
+
+@case
+def a_gradient_that_an_inner_tensor_retains(monkeypatch):
+    model = network()
+
+    def step(x):
+        hidden = model[0](x)
+        hidden.retain_grad()
+        loss = model[2](model[1](hidden)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        model[0].weight.grad.add_(hidden.grad.mean() * 0.1)
+        optimizer.step()
+        return loss
+
+    parts, _ = usual(model, None)
+    optimizer = parts["optimizer"]
+    return parts, step
+
+
+@case
+def a_graph_from_before_the_step(monkeypatch):
+    """The factor is an attribute of a node that no operation of the step shows."""
+    model, scale, numbers = network(), nn.Parameter(torch.ones(8)), iter(range(1, 100))
+    parts, _ = usual(model, None)
+    optimizer, made = parts["optimizer"], []
+
+    def step(x):
+        made.append(scale * float(next(numbers)))
+        loss = (model(x) * made[-2]).square().mean() if len(made) > 1 else model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward(retain_graph=True)
+        with torch.no_grad():
+            scale.mul_(0.99) if scale.grad is None else scale.sub_(scale.grad.clamp(-1, 1) * 0.01)
+        scale.grad = None
+        optimizer.step()
+        made[:] = [made[-1].detach() * scale]
+        return loss
+
+    return parts | {"scale": scale}, step
+
+
+def made(name, monkeypatch):
+    torch.manual_seed(0)
+    parts, step = CASES[name](monkeypatch)
+    return parts, step, list(torch.randn(20, 4, 3, 8))
+
+
+def state_of(parts):
+    return [
+        bits(t)
+        for part in parts.values()
+        if isinstance(part, nn.Module)
+        for t in part.state_dict().values()
+    ]
+
+
+@pytest.fixture(params=CASES)
+def alone(request, monkeypatch):
+    """A case, its losses and its end without everystep."""
+    with monkeypatch.context() as patch:
+        parts, step, batches = made(request.param, patch)
+        return request.param, [step(x).item() for x in batches], state_of(parts)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+def test_a_recorded_loop(alone, monkeypatch):
+    name, losses, state = alone
+    parts, step, batches = made(name, monkeypatch)
+    with everystep.record(**parts) as recording:
+        for x in recording.steps(batches):
+            recording.log(loss=step(x))
+    assert recording.run.losses["loss"].to_list() == losses
+    assert state_of(parts) == state
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
+def test_a_step_function(alone, monkeypatch):
+    name, losses, state = alone
+    parts, step, batches = made(name, monkeypatch)
+    run = everystep.train(step, batches, parts=parts, epochs=1, progress=False)
+    assert run.losses["loss"].to_list() == losses
+    assert state_of(parts) == state
+    assert run.verify(processes=1, progress=False).is_exact
+
+
+class Product(nn.Module):
+    def forward(self, x):
+        return 1 - (1 - torch.sigmoid(x)).prod(dim=-1, keepdim=True)
+
+
+class Frozen(nn.Module):
+    """Stays in eval(), whatever the model around it does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.inner.eval()
+        return self
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("first", [nn.Identity, encoder, lambda: Frozen(encoder())])
+@pytest.mark.parametrize("last", [Product, nn.Identity])
+def test_a_model(first, last):
+    def trained(take):
+        torch.manual_seed(0)
+        model = nn.Sequential(first(), network(), last())
+        x, y = torch.randn(4, 3, 8), torch.rand(4, 3, 1)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        return take(model, x, y, torch.optim.SGD(weights, lr=0.1, momentum=0.9))
+
+    def by_hand(model, x, y, optimizer):
+        losses = []
+        for _ in range(20):
+            loss = functional.l1_loss(model(x), y.expand_as(model(x)))
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return losses
+
+    def by_train(model, x, y, optimizer):
+        y = y.expand_as(model(x)).contiguous()
+        run = everystep.train(
+            model, (x, y), loss=nn.L1Loss(), optimizer=optimizer, steps=20, progress=False
+        )
+        assert run.verify(processes=1, progress=False).is_exact
+        return run.losses["loss"].to_list()
+
+    assert trained(by_train) == trained(by_hand)
