@@ -3,11 +3,14 @@
 Each case is a loop of somebody else's kind. It is run alone, recorded, and as a step function.
 """
 
+import numpy as np
 import pytest
 import torch
 from tests.training.by_hand import bits
+from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 
@@ -288,3 +291,64 @@ def test_a_model(first, last):
         return run.losses["loss"].to_list()
 
     assert trained(by_train) == trained(by_hand)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_refused_with_the_cure():
+    model = torch.jit.script(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.randn(4, 8), torch.randn(4, 8)
+    for begin in (
+        lambda: everystep.record(model=model, optimizer=optimizer),
+        lambda: everystep.train(lambda x: None, [data], parts={"model": model}, steps=1),
+        lambda: everystep.train(model, data, loss=nn.MSELoss(), optimizer=optimizer, steps=1),
+    ):
+        with pytest.raises(ValueError, match=r"is scripted .* pass the module it was made from"):
+            begin()
+
+
+def test_a_loader_of_accelerate_is_drawn_from_as_any_other():
+    from accelerate import Accelerator
+
+    def losses(record):
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True)
+        model = network()
+        data = TensorDataset(torch.randn(64, 8), torch.randint(0, 8, (64,)))
+        loader = DataLoader(data, batch_size=16, shuffle=True)
+        given = model, torch.optim.AdamW(model.parameters(), lr=1e-2), loader
+        model, optimizer, loader = accelerator.prepare(*given)
+        found = []
+        with record(model=model, optimizer=optimizer.optimizer) as recording:
+            for _ in range(3):
+                for x, y in recording.steps(loader):
+                    loss = functional.cross_entropy(model(x), y)
+                    optimizer.zero_grad()
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    recording.log(loss=loss)
+                    found.append(loss.item())
+        return found, recording
+
+    expected, _ = losses(unrecorded)
+    found, recording = losses(everystep.record)
+    assert found == expected
+    assert recording.run.status == "finished" and recording.run.verify(progress=False).is_exact
+
+
+def test_memory_that_numpy_writes_is_kept_as_each_step_has_read_it():
+    """It is large, and torch does not count what NumPy writes."""
+    torch.manual_seed(0)
+    memory = np.zeros((20_000, 64), dtype=np.float32)
+    wrapped, model = torch.from_numpy(memory), nn.Linear(64, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rows = torch.arange(16)
+    with everystep.record(model=model, optimizer=optimizer) as recording:
+        for step in recording.steps(range(6)):
+            memory[: 4 * step + 4] = step + 1
+            loss = (model(wrapped[rows]) - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recording.log(loss=loss)
+    assert recording.run.verify(processes=1, progress=False).is_exact

@@ -12,9 +12,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["Elsewhere", "version_of", "versions_of"]
 
-#: Memory of so many bytes is compared at every step; of more, torch's count of changes.
-LOOKED_AT_BYTES = 4_000_000
-
 
 @dataclass
 class Elsewhere:
@@ -34,11 +31,14 @@ class Elsewhere:
         known = self._copies.get(storage._cdata)
         with torch._C._DisableTorchDispatch():
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            if known is not None and known[1] == version and not known[0].expired():
-                # NumPy changes memory, and torch does not count that.
-                is_looked_at = tensor.device.type == "cpu" and storage.nbytes() <= LOOKED_AT_BYTES
-                if not is_looked_at or torch.equal(whole, known[2]):
-                    return known[2]
+            if (
+                known is not None
+                and known[1] == version
+                and not known[0].expired()
+                # NumPy changes memory of the CPU, and torch does not count that.
+                and (tensor.device.type != "cpu" or torch.equal(whole, known[2]))
+            ):
+                return known[2]
             copy = whole.cpu().clone()
         self.copied += copy.nbytes
         if version is not None:

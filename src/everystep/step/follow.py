@@ -15,11 +15,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from everystep.errors import UsageError
+from everystep.errors import Fault, UsageError
 from everystep.program.operators import leaves
 from everystep.program.program import Phase
 
-__all__ = ["Follower", "is_compiled"]
+__all__ = ["Follower", "is_compiled", "scripted_fault"]
 
 _next_node = torch._C._autograd._get_sequence_nr
 
@@ -28,6 +28,15 @@ def is_compiled(module: nn.Module) -> bool:
     """Tell whether calls of a module run a graph of torch.compile's."""
     is_around = type(module).__module__.startswith("torch._dynamo")
     return is_around or module._compiled_call_impl is not None
+
+
+def scripted_fault(name: str, module: nn.Module) -> Fault | None:
+    """Return what is wrong with a module that torch.jit.script or torch.jit.trace has made, or None."""
+    if not any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        return None
+    return Fault(
+        name, "is scripted (torch.jit); its code is not Python's, so pass the module it was made from"
+    )
 
 
 class Follower:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
-from everystep.step.follow import is_compiled
+from everystep.step.follow import is_compiled, scripted_fault
 from everystep.step.generators import Generators
 from everystep.step.named_state import entries_of, registered, state_dict_of
 from everystep.step.own_state import keeps_own_state
@@ -294,6 +294,8 @@ def _check(named: Mapping[str, Any]) -> None:
     for name, part in named.items():
         if not name.isidentifier():
             faults.append(Fault(name, "the name of a part must be a Python identifier"))
+        if isinstance(part, nn.Module) and (fault := scripted_fault(name, part)):
+            faults.append(fault)
         holds = isinstance(part, nn.Module | torch.optim.Optimizer | Tensor | dict | list | tuple)
         if isinstance(part, type) or part is None or not (holds or hasattr(part, "__dict__")):
             kind = part.__name__ if isinstance(part, type) else type(part).__name__

@@ -23,6 +23,7 @@ from torch.utils.data import (
 from everystep.errors import Fault, UsageError
 from everystep.program.operation import path_faults
 from everystep.recording.names import check_measurement_names
+from everystep.step.follow import scripted_fault
 from everystep.training.measurements import RESERVED_NAMES
 from everystep.training.rows import called, unfit
 
@@ -65,6 +66,9 @@ def model_faults(model: Any) -> Faults:
                 "; write the function as the forward of a module, or pass parts= to train your own step"
             )
         yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
+        return
+    if fault := scripted_fault("model", model):
+        yield fault
         return
     yield from path_faults(dict.fromkeys(path for path, _ in model.named_modules()))
     yield from path_faults(

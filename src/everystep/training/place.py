@@ -272,7 +272,9 @@ def is_indexed(batches: Any) -> bool:
 
 
 def _has_state(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    has_methods = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    # Accelerate's loaders have the methods, and a state only if they are asked to keep one.
+    return has_methods and bool(getattr(loader, "use_stateful_dataloader", True))
 
 
 def _own_generators(loader: Any) -> dict[str, torch.Generator]:
