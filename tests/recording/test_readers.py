@@ -59,11 +59,12 @@ def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path
     running = RecordedRun(place).facts
     with pytest.warns(DamageWarning, match="steps 6 to 9 are missing"):
         assert len(RecordedRun(place).losses) == 5
-    is_held = iter([True])
-    monkeypatch.setattr("everystep.recording.run.is_locked", lambda directory: next(is_held, False))
+    is_held = [True]
+    monkeypatch.setattr("everystep.recording.run.is_locked", lambda directory: is_held[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(RecordedRun(place).losses) == 5
+    is_held[:] = [False]
     assert RecordedRun(place).status_by(running) == "killed"
     monkeypatch.setattr(RecordedRun, "facts", finished)
     assert RecordedRun(place).status_by(running) == "finished"

@@ -237,9 +237,17 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
                 at.next = self.at = entry
                 return
             self._watch_on()
+        storages = self.marks().storages
         note()
         if self.at is not None:
-            self._add(key, new)
+            if key[0] != "batch" and self._has_brought(storages):
+                self.leave()  # its content is kept each time
+            else:
+                self._add(key, new)
+
+    def _has_brought(self, storages: int) -> bool:
+        """Tell whether memory from elsewhere was noted since there were so many storages."""
+        return bool(self.kept_places(storages, self.marks().storages))
 
     # Calls.
 
@@ -511,9 +519,11 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         with torch._C._DisableTorchDispatch():
             path = self._followed_path(state, loss) if self.is_followed else None
             if path is None:
+                storages = self.marks().storages
                 path = super().end(state, loss)
                 if self.at is not None:
-                    self.at.ending = self._ending(state, loss, path)
+                    is_same = not self._has_brought(storages)
+                    self.at.ending = self._ending(state, loss, path) if is_same else None
                     self.paths.learned()
         self.numbers = self.numbers.copy()  # the list itself belongs to the recording
         return path
