@@ -56,15 +56,17 @@ def test_a_run_that_ends_while_it_is_read_is_neither_damaged_nor_killed(tmp_path
         database.forget_after(5)
         database.write_facts({"status": "running"})
         database.seal_blocks()
-    running = RecordedRun(place).facts
     with pytest.warns(DamageWarning, match="steps 6 to 9 are missing"):
-        assert len(RecordedRun(place).losses) == 5
+        run = RecordedRun(place)
+    running = run.facts
+    assert len(run.losses) == 5
     is_held = [True]
-    monkeypatch.setattr("everystep.recording.run.is_locked", lambda directory: is_held[0])
+    for name in ("is_locked", "has_log"):
+        monkeypatch.setattr(f"everystep.recording.run.{name}", lambda path: is_held[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(RecordedRun(place).losses) == 5
     is_held[:] = [False]
-    assert RecordedRun(place).status_by(running) == "killed"
+    assert run.status_by(running) == "killed"
     monkeypatch.setattr(RecordedRun, "facts", finished)
-    assert RecordedRun(place).status_by(running) == "finished"
+    assert run.status_by(running) == "finished"
