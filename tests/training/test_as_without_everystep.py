@@ -195,6 +195,40 @@ def a_graph_from_before_the_step(monkeypatch):
     return parts | {"scale": scale}, step
 
 
+@case
+def an_exponent_that_changes(monkeypatch):
+    """The gradient of a power is another operation where the exponent is 0 or 1."""
+    model, exponents = network(), iter([0.0, 0.0, 2.0, 1.0, 0.0, 3.0] * 4)
+    return usual(model, lambda x: (model(x).abs() ** next(exponents) + model(x)).sum(), lr=1e-4)
+
+
+@case
+def sequences_of_other_lengths_at_each_step(monkeypatch):
+    """The lengths are read where no operation of torch's dispatcher shows it."""
+    lstm, head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 1)
+    model = nn.ModuleDict({"lstm": lstm, "head": head})
+    lengths = iter([[3, 2, 1, 1], [3, 2, 1, 1], [2, 2, 2, 1], [3, 3, 3, 3], [3, 2, 1, 1]] * 5)
+
+    def loss(x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(next(lengths)), batch_first=True)
+        return head(lstm(packed)[1][0][-1]).square().mean()
+
+    return usual(model, loss)
+
+
+@case
+def results_of_other_shapes_at_each_step(monkeypatch):
+    model, kept = network(), torch.empty(0)
+
+    def loss(x):
+        out = model(x)
+        torch.masked_select(x, x > 0, out=kept.resize_(0))
+        chosen = out[(x > 0.5) & (out.detach() < 1)]
+        return out.square().mean() + kept.mean() * out.mean() + chosen.sum() / 100
+
+    return usual(model, loss)
+
+
 def made(name, monkeypatch):
     torch.manual_seed(0)
     parts, step = CASES[name](monkeypatch)
@@ -229,7 +263,9 @@ def test_a_recorded_loop(alone, monkeypatch):
             recording.log(loss=step(x))
     assert recording.run.losses["loss"].to_list() == losses
     assert state_of(parts) == state
-    assert recording.run.verify(processes=1, progress=False).is_exact
+    run = recording.run
+    assert run.verify(processes=1, progress=False).is_exact
+    assert all(run[number].is_exact for number in (3, 9, len(batches)))
 
 
 def test_a_step_function(alone, monkeypatch):

@@ -68,7 +68,8 @@ class BackwardPasses:
         entry = cursor.at
         assert entry is not None
         jump = entry.jump if cursor.is_followed else None
-        if jump is not None and (not jump[1] or [*map(repr, cursor.numbers)] == jump[2]):
+        # Numbers that the graph was made with are in its nodes, and not in its key.
+        if jump is not None and [*map(repr, cursor.numbers)] == jump[2]:
             result = self._unwatched(outputs, args, kwargs)
             self._jump(entry, graph, result)
             return result

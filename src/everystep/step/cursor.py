@@ -310,7 +310,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         """Run a call watched, and write it down."""
         known, tensors = known_operator(func), self._tensors
         try:
-            if known.how not in ("pass", "make", "see"):
+            if known.how not in ("pass", "make", "see") or known.has_out:  # it may resize its `out`
                 raise StrangeError
             is_seen = known.how == "see"  # the numbers of a view belong to its geometry
             pairs = zip(args, known.places, strict=False)
@@ -631,6 +631,8 @@ def _all_items(value: Any) -> list[Any]:
 
 def _is_shaped(func: Any, args: Any) -> bool:
     """Tell whether the shapes of an operation's results depend on numbers."""
+    if func.overloadpacket.__name__ == "_pack_padded_sequence":  # torch has no tag on it
+        return True
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
     if func.overloadpacket.__name__ not in ("index", "_unsafe_index"):
