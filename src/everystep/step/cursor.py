@@ -8,7 +8,7 @@ that are new are written down. A backward pass of a known graph runs unwatched, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -310,7 +310,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         """Run a call watched, and write it down."""
         known, tensors = known_operator(func), self._tensors
         try:
-            if known.how not in ("pass", "make", "see") or known.has_out:  # it may resize its `out`
+            if known.how not in ("pass", "make", "see") or (known.has_out and _resizes(func)):
                 raise StrangeError
             is_seen = known.how == "see"  # the numbers of a view belong to its geometry
             pairs = zip(args, known.places, strict=False)
@@ -627,6 +627,14 @@ def _all_items(value: Any) -> list[Any]:
     if isinstance(value, list | tuple):
         return [each for item in value for each in _all_items(item)]
     return [value]
+
+
+@cache
+def _resizes(func: Any) -> bool:
+    """Tell whether an operator gives its `out` a shape that depends on numbers."""
+    packet = func.overloadpacket
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    return any(torch.Tag.dynamic_output_shape in each.tags for each in overloads)
 
 
 def _is_shaped(func: Any, args: Any) -> bool:
