@@ -10,6 +10,7 @@ from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
 from torch import nn
 from torch.nn import functional
+from torch.utils import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
@@ -104,6 +105,97 @@ def a_product(monkeypatch):
     def loss(x):
         any_of = 1 - (1 - torch.sigmoid(model(x))).prod(dim=1)
         return functional.binary_cross_entropy(any_of, (x[:, 0] > 0).float())
+
+    return usual(model, loss)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def noisy_or(out):
+    return 1 - (1 - torch.sigmoid(out)).prod(dim=1)
+
+
+@case
+def a_product_below_a_function_of_ones_own(monkeypatch):
+    model = network()
+    return usual(model, lambda x: noisy_or(Doubled.apply(model(x))).log().mean())
+
+
+@case
+def a_product_and_a_hook_that_changes_the_state(monkeypatch):
+    model, seen = network(), torch.zeros(8)
+
+    def note(gradient):
+        seen.add_(gradient.sum((0, 1)))
+        model[2].bias.detach().mul_(0.999)
+        return gradient * 0.5
+
+    def loss(x):
+        out = model(x)
+        out.register_hook(note)
+        return noisy_or(out).log().mean()
+
+    parts, step = usual(model, loss)
+
+    def noted(x):
+        found = step(x)
+        with torch.no_grad():
+            model[0].weight.add_(seen[0] * 1e-3)
+        return found
+
+    return parts | {"seen": seen}, noted
+
+
+@case
+def a_product_and_an_optimizer_in_the_backward_pass(monkeypatch):
+    model = network()
+    optimizers = {p: torch.optim.Adam([p], lr=1e-2) for p in model.parameters()}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+
+    def step(x):
+        loss = noisy_or(model(x)).log().mean()
+        loss.backward()
+        return loss
+
+    return {"model": model} | {f"o{n}": each for n, each in enumerate(optimizers.values())}, step
+
+
+@case
+def a_penalty_on_the_gradient_of_a_product(monkeypatch):
+    model = network()
+
+    def loss(x):
+        x = x.clone().requires_grad_()
+        out = noisy_or(model(x)).sum()
+        (gradient,) = torch.autograd.grad(out, x, create_graph=True)
+        return out * 0.1 + (gradient.norm(dim=-1) - 1).square().mean()
+
+    return usual(model, loss)
+
+
+@case
+def a_product_that_is_computed_again_in_the_backward_pass(monkeypatch):
+    model = network()
+
+    def loss(x):
+        out = checkpoint.checkpoint(
+            lambda x: noisy_or(model(x)), x.clone().requires_grad_(), use_reentrant=True
+        )
+        return out.log().mean()
 
     return usual(model, loss)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from everystep.step.entries import Entry
-from everystep.step.graph import Graph, graph_of
+from everystep.step.graph import Graph, graph_of, leaves_if_other
 from everystep.step.hooks import handles
 
 if TYPE_CHECKING:
@@ -52,10 +52,13 @@ class BackwardPasses:
         if not cursor.has_saved_hooks:
             graph = graph_of(outputs, args, kwargs, self._since, self._handles)
         if graph is None or cursor.paths.have_hooks(graph.leaves):
-            return engine(outputs, *args, **kwargs)
+            leaves = leaves_if_other(outputs)
+            if leaves is None:
+                return engine(outputs, *args, **kwargs)
+            return self._run_by_content(leaves, outputs, args, kwargs, runs_python=True)
         self._handles = handles()  # looking for hooks has registered some
         if graph.is_other:
-            return self._run_by_content(graph, outputs, args, kwargs)
+            return self._run_by_content(graph.leaves, outputs, args, kwargs)
         if cursor.at is None:
             return engine(outputs, *args, **kwargs)
         return self._run_graph(graph, outputs, args, kwargs)
@@ -75,7 +78,7 @@ class BackwardPasses:
             return result
         result = self._engine(outputs, *args, **kwargs)
         if cursor.at is not None:
-            self._ends(entry, begin, _left(graph, result))
+            self._ends(entry, begin, _left(graph.leaves, result))
         return result
 
     def _begins(self, graph: Graph) -> bool:
@@ -107,16 +110,23 @@ class BackwardPasses:
         cursor.numbers += numbers
         tensors = cursor.paths.tensors
         tensors.drop_between(entry.met, end.met)
-        for number, tensor in zip(end.key[-1], _left(graph, result), strict=True):
+        for number, tensor in zip(end.key[-1], _left(graph.leaves, result), strict=True):
             if number is not None and number >= entry.met and tensor is not None:
                 tensors.met[number], tensors.lies[number] = ref(tensor), tensor.data_ptr()
         cursor.at = end
 
-    def _run_by_content(self, graph: Graph, outputs: Any, args: Any, kwargs: Any) -> Any:
-        """Run a pass that has other bits where it is watched; what it leaves is kept by content."""
-        before = [leaf.grad for leaf in graph.leaves]
+    def _run_by_content(
+        self, leaves: list[Tensor], outputs: Any, args: Any, kwargs: Any, *, runs_python: bool = False
+    ) -> Any:
+        """Run a pass that has other bits where it is watched; what it leaves is kept by content.
+
+        runs_python: whether hooks or functions of the user's may run in it, and change anything.
+        """
+        cursor = self._cursor
+        before = [leaf.grad for leaf in leaves]
+        versions = cursor.state_versions()
         result = self._unwatched(outputs, args, kwargs)
-        self._cursor.note_unwatched(before, _left(graph, result))
+        cursor.note_unwatched(before, _left(leaves, result), versions, runs_python=runs_python)
         return result
 
     def _unwatched(self, outputs: Any, args: Any, kwargs: Any) -> Any:
@@ -127,9 +137,9 @@ class BackwardPasses:
             _push_mode(self._cursor)
 
 
-def _left(graph: Graph, result: Any) -> list[Tensor | None]:
+def _left(leaves: list[Tensor], result: Any) -> list[Tensor | None]:
     """Return the tensors that a pass leaves: gradients of leaves, and results."""
-    return [*(leaf.grad for leaf in graph.leaves), *(result or ())]
+    return [*(leaf.grad for leaf in leaves), *(result or ())]
 
 
 def _can_jump(entry: Entry, end: Entry) -> bool:

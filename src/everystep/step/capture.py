@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everystep.program.program import STEP
 from everystep.step.eager import EagerStep, Training, check_loss_value
-from everystep.step.graph import OTHER_WHEN_WATCHED, has_other_bits
+from everystep.step.graph import OTHER_WHEN_WATCHED, leaves_if_other
 from everystep.step.recorder import (
     CapturedOperation,
     CapturedStorage,
@@ -88,7 +88,7 @@ def take_watched(
                 step.zero_grad()
         recorder.enter("backward")
         with _held_back(training, recorder, is_needed=not has_update) as held, recorder.hooks_seen():
-            if has_other_bits(loss):
+            if leaves_if_other([loss]) is not None:
                 recorder.refusals.append(Refusal("backward", OTHER_WHEN_WATCHED))
                 with recorder.left():
                     loss.backward()  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everystep.step.backward import BackwardPasses
 from everystep.step.checks import MISS, check_of
-from everystep.step.elsewhere import Elsewhere, versions_of
+from everystep.step.elsewhere import Elsewhere, version_of, versions_of
 from everystep.step.entries import Ending, Entry, Learned, flattened, geometry
 from everystep.step.follow import Follower
 from everystep.step.graph import OTHER_WHEN_WATCHED
@@ -495,22 +495,39 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
             if tensors.place(tensor.untyped_storage()) is None and place in self._storage_of:
                 tensors.keep_place(tensor, self._storage_of.index(place))
 
-    def note_unwatched(self, before: Iterable[Tensor | None], left: Iterable[Tensor | None]) -> None:
+    def state_versions(self) -> list[tuple[Tensor, int | None]]:
+        """Return the tensors of the state, each with how often it was changed."""
+        tensors = [*self._state.values()]
+        return [*zip(tensors, versions_of(tensors), strict=True)]
+
+    def note_unwatched(
+        self,
+        before: Iterable[Tensor | None],
+        left: Iterable[Tensor | None],
+        versions: Iterable[tuple[Tensor, int | None]],
+        *,
+        runs_python: bool,
+    ) -> None:
         """Note that a backward pass ran unwatched: the tensors that it has left are from elsewhere.
 
         Args:
             before: the gradients before it.
             left: those after it, and its results.
+            versions: what `state_versions` returned before it.
+            runs_python: whether code of the user's may have run in it, and changed anything.
         """
         with torch._C._DisableTorchDispatch():
             self.leave()
             self.unseen[OTHER_WHEN_WATCHED] = self.unseen.get(OTHER_WHEN_WATCHED, 0) + 1
-            for gradient in before:
-                if gradient is not None:
-                    self._seen.note_changed_unseen(gradient)
-            for tensor in left:
-                if tensor is not None and is_plain(tensor):
-                    self._number(tensor)
+            changed = [gradient for gradient in before if gradient is not None]
+            if runs_python:
+                self._seen.forget_all_but_state()
+                changed += [tensor for tensor, version in versions if version_of(tensor) != version]
+            for tensor in changed:
+                self._seen.note_changed_unseen(tensor)
+            for each in left:
+                if each is not None and is_plain(each):
+                    self._number(each)
 
     # The end.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from everystep.step.hooks import handles
 
-__all__ = ["OTHER_WHEN_WATCHED", "Graph", "graph_of", "has_other_bits"]
+__all__ = ["OTHER_WHEN_WATCHED", "Graph", "graph_of", "leaves_if_other"]
 
 _sum: Any = torch.ones(1, requires_grad=True).expand(2)
 _ACCUMULATE = type(_sum.grad_fn.next_functions[0][0])
@@ -101,18 +102,21 @@ def graph_of(outputs: Any, args: Any, kwargs: Any, since: int, known_handles: in
     return Graph((tuple(kinds), tuple(edges), settings), leaves, given, is_other)
 
 
-def has_other_bits(loss: Tensor) -> bool:
-    """Tell whether torch computes other bits where the backward pass of a loss is watched."""
-    waiting = [] if loss.grad_fn is None else [loss.grad_fn]
+def leaves_if_other(outputs: Iterable[Any]) -> list[Tensor] | None:
+    """Return the leaves of a pass that has other bits where it is watched, None of any other."""
+    roots = (output.grad_fn for output in outputs if isinstance(output, Tensor))
+    waiting: list[Any] = [node for node in roots if node is not None]
     met: set[Any] = set(waiting)
+    is_other, leaves = False, []
     while waiting:
         node = waiting.pop()
-        if _has_other_bits(node):
-            return True
+        is_other = is_other or _has_other_bits(node)
+        if type(node) is _ACCUMULATE:
+            leaves.append(node.variable)
         following = {each for each, _ in node.next_functions if each is not None} - met
         met |= following
         waiting += following
-    return False
+    return leaves if is_other else None
 
 
 def _has_other_bits(node: Any) -> bool:

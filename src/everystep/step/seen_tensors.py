@@ -120,6 +120,13 @@ class SeenTensors:
         self._place_of.pop(place, None)
         self._elsewhere.forget(place)  # a kernel may not count its changes
 
+    def forget_all_but_state(self) -> None:
+        """Note that anything may have been changed unseen: treat all other memory as new."""
+        for storage, place in [*self._place_of.items()]:
+            if self.storages[place].kind != "state":
+                del self._place_of[storage]
+                self._elsewhere.forget(storage)
+
     def kinds(self) -> tuple[StorageKind, ...]:
         """Return the origin of each storage."""
         return tuple(StorageKind(s.kind, s.bytes, s.host) for s in self.storages)
