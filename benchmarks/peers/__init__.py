@@ -93,12 +93,6 @@ PEERS = [
         '`engine="program"`; capturing and checking the program is within the time. Recorded as above.',
     ),
     Peer(
-        "everystep-folded",
-        "everystep, program folded",
-        "benchmarks.peers.everystep_train:prepare_folded",
-        '`engine="program", fold=True`. Recorded as above.',
-    ),
-    Peer(
         "lightning",
         "PyTorch Lightning",
         "benchmarks.peers.lightning_trainer:prepare",

@@ -9,7 +9,7 @@ import everystep
 from benchmarks.peers import Training
 from benchmarks.workloads import SEED, Workload
 
-__all__ = ["prepare_eager", "prepare_folded", "prepare_program"]
+__all__ = ["prepare_eager", "prepare_program"]
 
 
 def prepare_eager(workload: Workload, folder: Path) -> Training:
@@ -22,14 +22,7 @@ def prepare_program(workload: Workload, folder: Path) -> Training:
     return _prepare(workload, folder, "program")
 
 
-def prepare_folded(workload: Workload, folder: Path) -> Training:
-    """Return the training with the step as a folded program."""
-    return _prepare(workload, folder, "program", fold=True)
-
-
-def _prepare(
-    workload: Workload, folder: Path, engine: Literal["eager", "program"], fold: bool = False
-) -> Training:
+def _prepare(workload: Workload, folder: Path, engine: Literal["eager", "program"]) -> Training:
     start = workload.make()
 
     def train() -> list[float]:
@@ -42,7 +35,6 @@ def _prepare(
             batch_size=workload.batch_size,
             seed=SEED,
             engine=engine,
-            fold=fold,
             directory=folder / "run",
             progress=False,
         )

@@ -119,7 +119,6 @@ def train(
     evaluate_every: int | None = None,
     stop_on_nan: bool = False,
     engine: Literal["auto", "program", "eager"] = "auto",
-    fold: bool = False,
     directory: str | Path | None = None,
     resume: bool | str | Path = False,
     anyway: bool = False,
@@ -173,8 +172,6 @@ def train(
             and run Python otherwise, with the reason; `eager`: run Python at every step; `program`: like
             `auto`, but trust code that everystep cannot read, and raise an error if no program can run a
             step. For a step function, unreadable source is an error, too.
-        fold: let the program fold updates into the matrix products that compute their gradients: faster,
-            but rounded differently from the eager step. Needs a torch optimizer and no schedule.
         directory: the run's directory, which must not exist; default: the next free one in runs/.
         resume: the run to go on with, after it was killed or stopped: its directory, or its name in
             runs/. True: go on with `directory` if that exists, and begin it otherwise. The other
@@ -207,13 +204,12 @@ def train(
         evaluate_every=evaluate_every,
         stop_on_nan=stop_on_nan,
         engine=engine,
-        fold=fold,
     )
     place = None if directory is None else Path(directory)
     if parts is not None:
         others = {
             **{"loss": loss, "optimizer": optimizer, "batch_size": batch_size, "drop_last": drop_last},
-            **{"device": device, "schedule": schedule, "clip_norm": clip_norm, "fold": fold},
+            **{"device": device, "schedule": schedule, "clip_norm": clip_norm},
             **{"validation": validation, "metrics": metrics, "evaluate_every": evaluate_every},
             **{"dataset_limit": dataset_limit},
         }

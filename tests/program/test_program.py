@@ -94,7 +94,6 @@ def test_programs_of_many_kinds_are_read_as_they_were_written(
 TRAININGS = {
     "short last batches": {"batch_size": 6},
     "clipped": {"clip_norm": 0.1},
-    "folded": {"fold": True},
     "one step of Adam": {"optimizer": torch.optim.Adam},
     "fused": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)},
     "with an infinite lr": {"optimizer": lambda p: torch.optim.Adam(p, lr=float("inf"))},

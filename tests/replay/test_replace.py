@@ -199,23 +199,6 @@ def test_a_users_optimizer_gets_the_replaced_gradient(tmp_path):
     assert torch.equal(opened.parameters(STEPS)["0.weight"], hand[1]["0.weight"])
 
 
-@pytest.mark.parametrize("batch_size", [6, None])
-def test_folded_updates_read_the_replaced_gradient(tmp_path, batch_size):
-    run = trained(tmp_path / "run", "GradientDescent", batch_size=batch_size, fold=True)
-    fork = forked(run, {W0: f"{W0} * step", B2: "0"}, tmp_path / "fork")
-    assert fork.facts.training.engine.folded
-    assert fork.facts.training.engine.eager_from is None
-
-    def change(gradients, parameters, step, loss):
-        return {"0.weight": gradients["0.weight"] * step, "2.bias": torch.zeros(3)}
-
-    losses, parameters = by_hand(change, "GradientDescent", batch_size=batch_size)
-    assert fork.losses["loss"].to_list() == pytest.approx(losses, rel=1e-4)
-    assert torch.equal(fork.parameters(STEPS)["2.bias"], run.parameters(AT)["2.bias"])
-    assert torch.allclose(fork.parameters(STEPS)["0.weight"], parameters["0.weight"], rtol=1e-3)
-    assert everystep.open(fork.directory).verify(processes=1, progress=False).is_exact
-
-
 class Scaled(nn.Module):
     """A model with a parameter of one number, and a buffer."""
 

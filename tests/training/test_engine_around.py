@@ -295,21 +295,6 @@ def test_a_demanded_program_takes_the_steps():
     assert run.facts.training.engine.verified_to == 50
 
 
-@pytest.mark.parametrize("optimizer", [descent, partial(torch.optim.SGD, lr=0.05)])
-def test_folded_steps_are_close_and_the_same_again(optimizer):
-    losses = by_hand(new_training(optimizer=optimizer), steps=200)
-    one, two = new_training(optimizer=optimizer), new_training(optimizer=optimizer)
-    first = by_train(one, steps=200, fold=True)
-    second = by_train(two, steps=200, fold=True)
-    assert first.losses["loss"].to_list() == pytest.approx(losses, rel=1e-4)
-    assert first.losses["loss"].to_list() != losses
-    assert first.losses.equals(second.losses)
-    assert contents(one) == contents(two)
-    assert first.facts.training.engine.fold
-    assert first.facts.training.engine.reason is None
-    assert all(parameter.grad is not None for parameter in one.model.parameters())
-
-
 @pytest.mark.parametrize(
     "optimizer", [momentum, partial(torch.optim.AdamW, fused=True), torch.optim.Adam]
 )
@@ -429,23 +414,3 @@ def test_a_dataset_read_at_every_step_is_read_once_for_each(dataset, model, batc
     assert run.facts.training.data.lazy
     if dataset is OfAnyLength:
         assert len(run.facts.training.engine.programs) == 7  # the first step, and six lengths
-
-
-def test_where_nothing_can_be_folded_the_run_says_so_and_is_held_to_every_bit():
-    settings = {"steps": 20, "optimizer": {"name": "Adam"}}
-    run = everystep.train_experiment("two-layer", settings | {"fold": True}, progress=False)
-    exact = everystep.train_experiment("two-layer", settings, progress=False)
-    assert (run.facts.training.engine.fold, run.facts.training.engine.folded) == (True, False)
-    assert run.losses.equals(exact.losses)
-
-
-class Own(torch.optim.SGD):
-    """An optimizer of the user."""
-
-
-def test_fold_needs_an_update_that_a_program_can_have():
-    with pytest.raises(everystep.UsageError, match="fold: needs a fixed lr, but a schedule is set"):
-        everystep.train_experiment("wine", {"epochs": 2, "fold": True}, progress=False)
-    made = new_training(optimizer=partial(Own, lr=0.1))
-    with pytest.raises(everystep.UsageError, match="fold: needs a torch optimizer, but Own is"):
-        by_train(made, steps=3, fold=True)

@@ -303,11 +303,6 @@ def _clipping() -> Iterator[Kind]:
         )
 
 
-def _folded() -> Iterator[Kind]:
-    one, other = (Training(options={"fold": on}) for on in (False, True))
-    yield Kind("fold", one, other, 1, update("aten.mul.Tensor"), ("fold: False | True",))
-
-
 def kinds() -> Iterator[Kind]:
     """Yield the kinds."""
     yield from _losses()
@@ -315,4 +310,3 @@ def kinds() -> Iterator[Kind]:
     yield from _taken_by_python()
     yield from _schedules()
     yield from _clipping()
-    yield from _folded()

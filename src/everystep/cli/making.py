@@ -49,12 +49,6 @@ def train(
             autocompletion=engine_names,
         ),
     ] = None,
-    fold: Annotated[
-        bool | None,
-        typer.Option(
-            "--fold", help="Fold updates into matrix products: faster, but rounds differently."
-        ),
-    ] = None,
     run: Annotated[
         Path | None,
         typer.Option(
@@ -82,7 +76,7 @@ def train(
     numerics.prepare()
     overrides: dict[str, Any] = dict(parse_setting(text) for text in settings or [])
     shorthands = {"steps": steps, "epochs": epochs, "device": device, "seed": seed, "threads": threads}
-    shorthands |= {"engine": engine, "fold": fold}
+    shorthands |= {"engine": engine}
     overrides |= {key: value for key, value in shorthands.items() if value is not None}
     loaded = load(experiment, overrides)
 

@@ -165,7 +165,6 @@ class Iteration(Section):
     clip_norm: PositiveFloat | None = None
     stop_on_nan: bool = False
     engine: Literal["auto", "program", "eager"] = "auto"
-    fold: bool = False
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Self:

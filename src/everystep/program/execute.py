@@ -116,19 +116,13 @@ class BoundProgram:
         sizes = {place.storage.data_ptr(): place.storage.nbytes() for place in temporary.values()}
         self.temporary_bytes = sum(sizes.values())
         self.loss = torch.empty(0) if program.loss is None else self._tensors[program.loss]
-        derived = program.derived_gradients
-        self.gradients = {
-            name: self._tensors[tensor]
-            for name, tensor in program.gradients.items()
-            if name not in derived
-        }
+        self.gradients = {name: self._tensors[tensor] for name, tensor in program.gradients.items()}
         self._optimizer_step = optimizer_step
         with without_autograd():
             for operation in program.once:
                 self._run_once(operation)
             self._calls_of = [self._calls(operation) for operation in program.operations]
-            steps = zip(program.operations, self._calls_of, strict=True)
-            self.calls = list(chain.from_iterable(calls for each, calls in steps if not each.derived))
+            self.calls = list(chain.from_iterable(self._calls_of))
             if device.type == "cuda" and not any(s.host for s in program.storages.values()):
                 self.calls = _as_graph(self.calls)
         if optimizer_step is not None and program.optimizer_step is not None:
@@ -179,10 +173,7 @@ class BoundProgram:
             yield self._observe_optimizer(copies)
 
     def calls_with(self, after: Mapping[int, Sequence[Call]]) -> list[Call]:
-        """Return the calls of an observed step: `after` runs after operation i (-1: before all).
-
-        They also compute gradients that the folded program skips.
-        """
+        """Return the calls of an observed step: `after` runs after operation i (-1: before all)."""
         found = list(after.get(-1, ()))
         for index, calls in enumerate(self._calls_of):
             found += [*calls, *after.get(index, ())]

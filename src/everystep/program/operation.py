@@ -116,8 +116,7 @@ class Operation(Model):
 
     operator: `aten.name.overload`; arguments and keywords: as `encode` writes them; results: names of
     the result tensors, in order, null for a result that is not a tensor; module: the path of its module,
-    also in the backward phase; derived: runs only when someone observes the step, because another
-    operation does its work in the update.
+    also in the backward phase.
     """
 
     phase: Phase
@@ -126,7 +125,6 @@ class Operation(Model):
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = {}
     results: tuple[Name | None, ...] = ()
-    derived: bool = False
 
     @property
     def resolved(self) -> Any:

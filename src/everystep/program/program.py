@@ -116,13 +116,6 @@ class Program(Model):
     ends: dict[Name, Name] = Field(default_factory=dict)
     gone: tuple[Name, ...] = ()
 
-    @property
-    def derived_gradients(self) -> set[str]:
-        """The parameters with a gradient that is computed only when someone observes the step."""
-        derived = {n for o in self.operations if o.derived for n in o.results if n}
-        storages = {self.tensors[name].storage for name in derived}
-        return {p for p, name in self.gradients.items() if self.tensors[name].storage in storages}
-
     def given_after(self) -> dict[str, int]:
         """Return the operation after which each module's output exists (-1: before all), by its path.
 

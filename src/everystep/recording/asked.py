@@ -119,8 +119,6 @@ def settings_that_differ(
             for name, pair in pairs
             if pair[0] != pair[1]
         ]
-    if one.engine and other.engine:
-        found += _plain("fold", one.engine.folded, other.engine.folded)
     return [*found, *_named("data", {"digest": digests[0]}, {"digest": digests[1]})]
 
 

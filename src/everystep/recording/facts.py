@@ -195,16 +195,13 @@ class ProgramFacts(_Fact):
 class EngineFacts(_Fact):
     """How the steps ran.
 
-    asked, fold: as requested; folded: whether loss and update are folded into the program;
-    stands_behind: `proven`, `vouched`, or `alone` (no Python was there to compare with);
-    live_optimizer: the class of an optimizer that ran in Python at every step; checks: how often
+    asked: as requested; stands_behind: `proven`, `vouched`, or `alone` (no Python was there to compare
+    with); live_optimizer: the class of an optimizer that ran in Python at every step; checks: how often
     programs were compared with Python, last at step `verified_to`; eager_from: the first step that
     Python ran, for that `reason`.
     """
 
     asked: str
-    fold: bool
-    folded: bool
     stands_behind: str
     live_optimizer: str | None
     programs: tuple[ProgramFacts, ...]
@@ -217,8 +214,6 @@ class EngineFacts(_Fact):
 #: Unless a run says otherwise, Python ran the steps.
 EAGERLY = EngineFacts(
     asked="auto",
-    fold=False,
-    folded=False,
     stands_behind="proven",
     live_optimizer=None,
     programs=(),

@@ -90,7 +90,7 @@ def reopen(
             )
         if training is None:
             training = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
-    programs = Programs(training, fold=False, first_step=stretch.first)
+    programs = Programs(training, first_step=stretch.first)
     for rule, each in built:
         programs.use(each, ProgramRule(0, rule.steps, rule.since), _kind_of(each.program, batch))
     settings = _settings(run, stretch.first)

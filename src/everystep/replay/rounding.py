@@ -11,9 +11,16 @@ from torch import Tensor
 from everystep.program.arguments import references
 from everystep.program.execute import Observed
 from everystep.replay.step import Step
-from everystep.step.check import FOLD_TOLERANCE
 
 __all__ = ["Apart", "Residue", "apart", "relative_difference", "tolerance"]
+
+#: How far apart numbers are by rounding alone, relative to the largest number of a tensor.
+_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 
 
 class Residue(NamedTuple):
@@ -114,7 +121,7 @@ def _argument(seen: Observed, name: str) -> str:
 
 def tolerance(*dtypes: torch.dtype) -> float:
     """Return how far apart numbers of these dtypes are by rounding alone, relative to the largest."""
-    return max((FOLD_TOLERANCE[dtype] for dtype in dtypes if dtype in FOLD_TOLERANCE), default=1e-4)
+    return max((_TOLERANCE[dtype] for dtype in dtypes if dtype in _TOLERANCE), default=1e-4)
 
 
 def relative_difference(one: Tensor, other: Tensor) -> float:

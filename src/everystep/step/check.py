@@ -28,15 +28,6 @@ __all__ = [
 ]
 
 _OF_MODEL = re.compile(r"^(parameter|buffer)/")
-#: How far a folded program may be from the eager step, relative to the largest number of a tensor.
-FOLD_TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
-
-
 #: Units in the last place that a person can still picture; beyond them, a size is given as a number.
 READABLE = 9_999
 
@@ -82,16 +73,13 @@ class StateDifference(NamedTuple):
         return Size(self.largest, self.absolute, self.relative)
 
 
-def difference(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, folded: bool = False
-) -> str | None:
-    """Return the name of the first tensor with different bits (values, if `folded`), or None."""
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with different bits, or None."""
     for name in expected.keys() | found.keys():
         if name not in expected or name not in found:
             return name
     for name, tensor in expected.items():
-        same = _is_close if folded else same_bits
-        if not same(tensor, found[name]):
+        if not same_bits(tensor, found[name]):
             return name
     return None
 
@@ -171,14 +159,6 @@ def _largest(tensor: Tensor) -> float:
         tensor = tensor.float()  # torch does not look for infinities among numbers of a byte
     finite = tensor[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def _is_close(one: Tensor, two: Tensor) -> bool:
-    if not one.is_floating_point():
-        return same_bits(one, two)
-    largest = one.detach().abs().max() if one.numel() else 0
-    tolerance = FOLD_TOLERANCE.get(one.dtype, 1e-4)
-    return bool(((one - two).abs() <= tolerance * largest).all()) or same_bits(one, two)
 
 
 def state_differences(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import BoundProgram, allocate
-from everystep.program.fold import fold_updates
 from everystep.program.program import STEP, Program, TensorSpec, hyperparameter
 from everystep.step.build import Built
 from everystep.step.eager import EagerStep, Training
@@ -45,17 +44,11 @@ class Programs:
 
     Args:
         training: the training.
-        fold: whether to fold updates into matrix products.
         first_step: the first step; it may create state that later ones find.
-
-    is_folded: whether they may round differently from the eager step.
     """
 
-    def __init__(self, training: Training, fold: bool, first_step: int = 1) -> None:
+    def __init__(self, training: Training, first_step: int = 1) -> None:
         self.built: list[Built] = []
-        # A folded program contains the lr as a number, so the lr must not change.
-        self._may_fold = fold and training.schedule is None
-        self.is_folded = False
         self._training = training
         self._since = [first_step]
         self._eager = EagerStep(training)
@@ -99,10 +92,6 @@ class Programs:
 
     def add(self, step: int, built: Built) -> None:
         """Use this program for all steps of the kind of `step`; an equal one is kept once."""
-        if self._may_fold:
-            folded = fold_updates(built.program, self._training.rates())
-            self.is_folded |= folded is not built.program
-            built = built._replace(program=folded)
         same = (number for number, known in enumerate(self.built) if _are_equal(known, built))
         number = next(same, len(self.built))
         if number == len(self.built):

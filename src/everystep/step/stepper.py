@@ -48,7 +48,6 @@ class Stepper:
         steps: the last step.
         engine: `eager`; `program`, which trusts code that cannot be read, and raises if no program can
             run a step; or `auto`.
-        fold: fold updates into the operations that compute their gradients, which changes rounding.
         start: the initial state of the training; steps are counted from there.
 
     step: the last step that ran; reason: why steps run eagerly, or None; eager_from: the first of these;
@@ -65,14 +64,13 @@ class Stepper:
         training: Training,
         steps: int,
         engine: Engine = "auto",
-        fold: bool = False,
         start: int = 0,
     ) -> None:
         self.training = training
         self.start = self.step = start
         self.reason: str | None = None
         self.eager_from: int | None = None
-        self.programs = Programs(training, fold, start + 1)
+        self.programs = Programs(training, start + 1)
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
         self._steps = steps
         self._engine = engine

@@ -105,9 +105,7 @@ class Verifier:
         found = {n: t for n, t in training.named_state().items() if n in expected.tensors}
         found |= self._given_by(bound)
         self._add_held(wanted, found, held)
-        derived = {f"gradient/{name}" for name in bound.program.derived_gradients}
-        compared = {name: tensor for name, tensor in wanted.items() if name not in derived}
-        return self._what_differs(compared, found, expected)
+        return self._what_differs(wanted, found, expected)
 
     def _check_until_update(self, number: int, before: Checkpoint) -> tuple[Tensor, str | None]:
         """Run a step by its program and eagerly up to its update, and compare; the eager step counts.
@@ -151,13 +149,12 @@ class Verifier:
         of_program: Checkpoint | None = None,
     ) -> str | None:
         """Return in words what a program computed differently from Python, or None."""
-        name = difference(wanted, found, folded=self.programs.is_folded)
+        name = difference(wanted, found)
         device = self.training.device
         generators = of_program.generators if of_program else Generators.capture(device)
         if name is None and not expected.generators.same_as(generators):
             name = "the random generator"
-        kind = "values beyond the tolerance" if self.programs.is_folded else "different bits"
-        return None if name is None else f"its program gives {kind} in {name}"
+        return None if name is None else f"its program gives different bits in {name}"
 
     def _given_by(self, bound: BoundProgram) -> dict[str, Tensor]:
         """Return the loss and the gradients of a program."""

@@ -138,7 +138,6 @@ def experiment_job(
         evaluation=evaluation,
         evaluate_every=every,
         engine=experiment.engine,
-        fold=experiment.fold,
         notices=[message] if (message := numerics.warning()) else [],
     )
 

@@ -112,7 +112,6 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         evaluation=evaluation,
         evaluate_every=every,
         engine=iteration.engine,
-        fold=iteration.fold,
         notices=notices,
     )
 

@@ -17,7 +17,6 @@ from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFac
 from everystep.recording.run import RecordedRun
 from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
-from everystep.step.purity.torchs_own import is_torchs_optimizer
 from everystep.step.stepper import Engine
 
 __all__ = ["Job", "Origin", "Outcome", "Progress"]
@@ -57,7 +56,6 @@ class Job:
     evaluation: Evaluation | None = None
     evaluate_every: int = 1
     engine: Engine = "auto"
-    fold: bool = False
     notices: list[str] = field(default_factory=list)
     origin: Origin | None = None
 
@@ -65,23 +63,11 @@ class Job:
         """Check what neither a program nor an eager step can do, before writing anything.
 
         Raises:
-            ExperimentError: lists every invalid argument, with a fix.
+            ExperimentError: gradients are switched off.
         """
-        training, faults = self.training, []
-        if self.fold and self.engine != "eager":
-            if training.schedule is not None:
-                faults.append(
-                    Fault("fold", "needs a fixed lr, but a schedule is set; remove one of them")
-                )
-            if not is_torchs_optimizer(training.optimizer):
-                name = type(training.optimizer).__name__
-                faults.append(
-                    Fault("fold", f"needs a torch optimizer, but {name} is not one; remove fold")
-                )
         if not torch.is_grad_enabled():
-            faults.append(Fault("train", "is called within torch.no_grad(); call it outside"))
-        if faults:
-            raise ExperimentError(faults, "the training")
+            fault = Fault("train", "is called within torch.no_grad(); call it outside")
+            raise ExperimentError([fault], "the training")
 
     def numbered_as(self, facts: TrainingFacts) -> Job:
         """Return the job with the rows of another training's data, numbered as they were there."""

@@ -133,7 +133,7 @@ class _Loop:
         """Run all steps; return None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
-        stepper = self._stepper = Stepper(job.training, job.steps, job.engine, job.fold, job.start)
+        stepper = self._stepper = Stepper(job.training, job.steps, job.engine, job.start)
         self._keep_engine(stepper)
         flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
@@ -303,8 +303,6 @@ class _Loop:
         file = self.recorder.program_file
         engine = EngineFacts(
             asked=self.job.engine,
-            fold=self.job.fold,
-            folded=programs.is_folded,
             stands_behind=stepper.purity.stands_behind,
             live_optimizer=live,
             programs=tuple(

@@ -129,9 +129,8 @@ def engine_text(facts: Facts) -> str:
         return "eagerly"
     if engine.eager_from == 1:
         return f"eagerly: {engine.reason}"
-    program = "folded program" if engine.folded else "program"
     if engine.stands_behind == "alone":
-        return f"by {program} alone, without the objects that trained it; not checked against Python"
+        return "by program alone, without the objects that trained it; not checked against Python"
     stands_behind = (
         'trusted by engine="program"'
         if engine.stands_behind == "vouched"
@@ -140,7 +139,7 @@ def engine_text(facts: Facts) -> str:
     live = engine.live_optimizer
     update = f"; {live} runs in Python at every step" if live else ""
     found = (
-        f"by {program}, {stands_behind}{update}; "
+        f"by program, {stands_behind}{update}; "
         f"checked against Python {_counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
     )
     if engine.eager_from is None:

@@ -134,5 +134,4 @@ def iteration_of(facts: TrainingFacts, steps: int | None) -> dict[str, Any]:
         "evaluate_every": facts.evaluate_every,
         "stop_on_nan": facts.stop_on_nan,
         "engine": engine.asked,
-        "fold": engine.fold,
     }
