@@ -51,7 +51,7 @@ def _print_row(workload: Workload) -> None:
     state = sum(tensor.nbytes for tensor in training.named_state().values())
     eager = EagerStep(training)
     x, y = training.batch(3)
-    asked_eagerly = _asked(lambda: eager.take(3, x, y))
+    asked_eagerly = _asked(lambda: eager.take(x, y))
     with without_autograd():
         asked = _asked(bound.run)
         objects = _objects(bound)

@@ -36,7 +36,7 @@ def test_it_goes_on_with_the_eager_bits(training, program_of, memory_of):
     built = program_of(training)
     losses = run(bound(built, memory_of(built, training)), 20)
     eager = EagerStep(training)
-    assert losses == [eager.take(1, *training.batch(1)).item() for _ in range(20)]
+    assert losses == [eager.take(*training.batch(1)).item() for _ in range(20)]
 
 
 def test_read_from_json_it_is_the_same(training, program_of, memory_of):
@@ -112,7 +112,7 @@ def test_a_state_of_other_strides_is_put_where_the_program_has_it(make_trainee, 
     built = program_of(training)
     losses = run(bound(built, memory_of(built, training)), 3)
     eager = EagerStep(training)
-    assert losses == [eager.take(1, *training.batch(1)).item() for _ in range(3)]
+    assert losses == [eager.take(*training.batch(1)).item() for _ in range(3)]
 
 
 def test_temporary_memory_is_shared_by_those_that_follow_each_other(make_trainee, program_of, memory_of):

@@ -314,37 +314,6 @@ def by_hand(tree):
     return ARITHMETIC[sign](by_hand(left), by_hand(right))
 
 
-@given(TREES.filter(lambda tree: "//" not in str(tree) and "%" not in str(tree)))
-def test_numbers_that_stay_tensors_are_those_numbers(tree):
-    plain = parse(written(tree)).number(value_of)
-    values = {
-        name: torch.tensor(VALUES[name], dtype=torch.float64) for name in ("loss", "previous.loss")
-    }
-    live = parse(written(tree), is_live=True).evaluate(lambda reference: values[str(reference)])
-    assert float(live) == pytest.approx(plain, rel=1e-12, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("norm(gradients['0.weight']) * 2", 2.0 * (2 * W).norm().item()),
-        ("numel(parameters['0.weight'])", 6),
-        ("nonfinite(gradients['bad']) / 2", 1.5),
-        ("1 if any(isnan(gradients['bad'])) else 2", 1),
-        ("(max(batch.x) > 4) + (loss > 1) + (not loss)", 2),
-        ("loss and 0 or max(batch.y)", 1),
-        ("-max(gradients['half']) / 3", -100),
-    ],
-)  # fmt: skip
-def test_numbers_of_live_expressions_stay_tensors(text, expected):
-    values = {**VALUES, "loss": torch.tensor(3.5)}
-    value = parse(text, is_live=True).evaluate(lambda reference: values[str(reference)])
-    if isinstance(value, torch.Tensor):
-        assert value.dtype == torch.float64
-        assert value.shape == ()
-    assert float(value) == expected
-
-
 @given(TREES)
 def test_arithmetic_is_that_of_python(tree):
     asked = parse(written(tree))

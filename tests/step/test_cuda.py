@@ -31,7 +31,7 @@ def test_the_graph_gives_the_eager_bits(dropout):
         stepper.advance(100)
         torch.manual_seed(1)
         step = EagerStep(by_hand)
-        losses = [step.take(number, *by_hand.batch(number)) for number in range(1, 101)]
+        losses = [step.take(*by_hand.batch(number)) for number in range(1, 101)]
     assert stepper.reason is None
     assert torch.equal(stepper.collect()[1], torch.stack(losses))
     assert len(stepper.programs.bound(100).calls) == 1

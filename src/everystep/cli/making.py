@@ -186,13 +186,6 @@ def fork(
         list[str] | None,
         typer.Option(metavar="ROW=TARGET", help="Another target for a row of the data. Repeatable."),
     ] = None,
-    replace: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GRADIENT=EXPRESSION",
-            help="What a gradient becomes before each update: \"gradients['0.weight']=0\". Repeatable.",
-        ),
-    ] = None,
     directory: Annotated[
         Path | None, typer.Option("--run", metavar="DIR", help="Directory of the fork; must not exist.")
     ] = None,
@@ -214,7 +207,6 @@ def fork(
         steps=steps,
         without_rows=row_numbers(without_rows),
         relabel=dict(map(_target, relabel or [])),
-        replace=_replacements(replace or []),
         directory=directory,
         snapshot_budget=snapshot_budget * 1_000_000,
         progress=not quiet,
@@ -231,20 +223,6 @@ def _target(text: str) -> tuple[int, float]:
         return int(row), float(target)
     except ValueError:
         raise UsageError(f"--relabel {text}: write ROW=TARGET, two numbers: --relabel 8123=4") from None
-
-
-def _replacements(texts: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for text in texts:
-        target, equals, expression = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise UsageError(
-                f"--replace {text}: write GRADIENT=EXPRESSION: --replace \"gradients['0.weight']=0\""
-            )
-        if target in found:
-            raise UsageError(f"--replace {target} is there twice; write one expression for it")
-        found[target] = expression
-    return found
 
 
 def _first_sentence(path: Path) -> str:

@@ -13,7 +13,7 @@ from everystep.page.network import network
 from everystep.page.tensors import first_of, id_of_batch, images_of, unset_ids
 from everystep.program.operation import Operation
 from everystep.recording.facts import Facts, ModuleFacts, TrainingFacts
-from everystep.recording.texts import loss_text, optimizer_parts, replaced_texts
+from everystep.recording.texts import loss_text, optimizer_parts
 from everystep.replay.step import Batch, Step, statistics
 from everystep.run import Run
 from everystep.views.answers import plain
@@ -70,7 +70,6 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
         "problems": run.problems,
         "hyperparameters": step.hyperparameters,
         "clip_norm": training.clip_norm,
-        "replaced": replaced_texts(training.replaced),
         "optimizer": {"name": optimizer, "settings": settings},
         "loss_function": {"name": training.loss.class_name if training.loss else loss, "text": loss},
         "batch": _batch(step.batch, facts, tensors),

@@ -35,7 +35,6 @@ from everystep.program.soundness import check_soundness
 __all__ = [
     "FORMAT_VERSION",
     "MOST_ENTRIES",
-    "STEP",
     "Operation",
     "OptimizerStep",
     "Phase",
@@ -157,7 +156,7 @@ class Program(Model):
     @property
     def reads_rates(self) -> bool:
         """Whether it reads the learning rate from outside, so that it may change."""
-        return any(name != STEP for name in self.of_kind("hyperparameter"))
+        return bool(self.of_kind("hyperparameter"))
 
     def to_json(self) -> str:
         """Return the program as JSON: a line for each storage, tensor and operation."""
@@ -259,10 +258,6 @@ def _check_size(data: dict[str, Any]) -> None:
 def hyperparameter(name: str, group: int, dtype: str) -> str:
     """Return the name of a number of the optimizer's param group that may change from step to step."""
     return f"hyperparameter/{group}/{name}/{dtype}"
-
-
-#: The number of the step, for a program that reads it.
-STEP = hyperparameter("step", 0, "float64")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -109,7 +109,6 @@ def settings_that_differ(
     found += _optimizers(one, other)
     found += _schedules(one, other, of_own_classes)
     found += _plain("clip_norm", one.clip_norm, other.clip_norm)
-    found += _named("replace", one.replaced, other.replaced)
     found += _plain("evaluate_every", one.evaluate_every, other.evaluate_every)
     if one.loop and other.loop and of_own_classes:
         parts = dict.fromkeys((*one.loop.parts, *other.loop.parts))

@@ -265,7 +265,6 @@ class TrainingFacts(_Fact):
     modules: of the model, by path, each before its submodules; with several models, paths begin with the
     name of the model. parameters: the number of elements of all parameters. optimizers, schedules: by
     name. loss: None in a user's loop. seed: None if torch's generator was not reseeded.
-    replaced: what gradients become after clipping, as expressions by parameter.
     preparation: what was done to the data, as in `experiment.preparation`.
     stop_on_nan: whether the first loss that is not finite ends the training.
     experiment_file, experiment_digest: the file of the experiment, and its SHA-256.
@@ -285,7 +284,6 @@ class TrainingFacts(_Fact):
     stop_on_nan: bool = False
     numerics: Numerics
     versions: dict[str, str]
-    replaced: dict[str, str] = {}
     preparation: dict[str, Any] | None = None
     experiment_file: str | None = None
     experiment_digest: str | None = None

@@ -14,7 +14,6 @@ __all__ = [
     "model_text",
     "optimizer_parts",
     "optimizers_text",
-    "replaced_texts",
     "schedule_text",
     "shortest",
     "value_text",
@@ -139,11 +138,6 @@ def whole_text(thing: ModuleFacts | OptimizerFacts | ScheduleFacts) -> str:
     settings = ", ".join(f"{key}={value_text(value)}" for key, value in thing.settings.items())
     every = f", every {thing.every}" if thing.every else ""
     return f"{thing.class_name}({settings}){every}"
-
-
-def replaced_texts(replaced: Mapping[str, str]) -> list[str]:
-    """Return what gradients become before each update; replaced: expressions by parameter."""
-    return [f"gradients[{name!r}] = {expression}" for name, expression in replaced.items()]
 
 
 def schedule_text(schedules: Mapping[str, ScheduleFacts]) -> str | None:

@@ -106,7 +106,7 @@ class Evidence:
         found = self.current + [
             each
             for each in self.settings
-            if each.kind in ("optimizer", "clip_norm", "replace") and (each.path, each.name) not in names
+            if each.kind in ("optimizer", "clip_norm") and (each.path, each.name) not in names
         ]
         its = (module or "").partition(".")[0]
         if its not in self.optimizers:

@@ -27,7 +27,6 @@ from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.columns import Setting
 from everystep.replay.programs import read_built
-from everystep.replay.replacing import with_replacement
 from everystep.replay.stepper import TrainingStepper
 from everystep.step.build import Built
 from everystep.step.eager import BatchSource, Training
@@ -230,7 +229,7 @@ def _living(
 ) -> Training | None:
     """Return the training with its model, from the user or from the experiment, if there is one."""
     if objects.model is not None:
-        return with_replacement(_from_objects(facts, objects, batch, device), facts.replaced)
+        return _from_objects(facts, objects, batch, device)
     # Without its file, a run is still replayed as far as its programs go.
     experiment = None if run.lost_experiment(facts) else run.experiment(facts)
     if experiment is None:
@@ -242,7 +241,7 @@ def _living(
         training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training
     except ExperimentError as error:
         raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
-    return with_replacement(replace(training, batch=batch, schedule=None), facts.replaced)
+    return replace(training, batch=batch, schedule=None)
 
 
 def _from_objects(

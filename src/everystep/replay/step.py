@@ -118,7 +118,7 @@ class Step:
     one, with a replay that differs from the recording, or None; batch; parameters, buffers: by
     name; activations: the output of each module, by its path (a tuple if it returned several tensors);
     dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
-    backward pass left them (clipping and replacing them is the first part of the update); updates: by
+    backward pass left them (clipping them is the first part of the update); updates: by
     parameter; operations: in order, with inputs and results; hyperparameters: the lr and similar
     settings, `lr[1]` for the second param group; is_by_program: whether a program replayed it, or
     Python; epoch: from 0;

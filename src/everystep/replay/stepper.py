@@ -126,7 +126,7 @@ class TrainingStepper(ReplayStepper):
                 continue
             self._begin_eagerly(number)
             with _named(number):
-                losses.append(self._eager.take(number, *self._training.batch(number)).reshape(1))
+                losses.append(self._eager.take(*self._training.batch(number)).reshape(1))
             self.state = number
         return torch.cat(losses).cpu() if losses else torch.empty(0)
 
@@ -170,7 +170,6 @@ class TrainingStepper(ReplayStepper):
     def _is_steady(self, first: int) -> bool:
         """Tell whether one program runs the steps from `first` on without preparation in between."""
         is_alike = self._training.batch.is_fixed and not self._settings and not self._between
-        is_alike = is_alike and not self._programs.reads_step
         return is_alike and first > self._programs.since(first)
 
     def observe(self) -> Observation:

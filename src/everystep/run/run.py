@@ -76,7 +76,6 @@ class Run(Questions):
         metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None,
         without_rows: Iterable[int] = (),
         relabel: Mapping[int, float] | None = None,
-        replace: Mapping[str, str] | None = None,
         directory: str | Path | None = None,
         snapshot_budget: int = DEFAULT_BUDGET,
         progress: bool | Progress = True,
@@ -97,11 +96,6 @@ class Run(Questions):
                 they took every step (only `lr` and `steps` may change).
             without_rows: rows of the data to leave out of the batches that they were in.
             relabel: other targets, by row of the data.
-            replace: what gradients become between backward (with clipping) and the update of each step:
-                `{"gradients['0.weight']": "clip(gradients['0.weight'], -1, 1)"}`. Expressions read
-                the gradients as backward and clipping left them, parameters, buffers, the batch, the
-                loss and the step. Their result has the gradient's shape and dtype, or is a constant
-                that fills it. Forks of the fork replace it, too, until one sets the gradient to itself.
             directory: the fork's directory, which must not exist; default: the next free one in runs/.
             snapshot_budget: maximum bytes of snapshots.
             progress: show a progress bar if stderr is a terminal; or an object that watches the
@@ -115,7 +109,6 @@ class Run(Questions):
             KeyboardInterrupt: on Ctrl-C, after finishing the step and closing the fork.
         """
         from everystep.replay.continuing import Fork, fork
-        from everystep.replay.replacing import asked_replacements
 
         short = {"lr": lr, "steps": steps, "batch_size": batch_size, "seed": seed}
         changed = {name: value for name, value in short.items() if value is not None}
@@ -129,7 +122,6 @@ class Run(Questions):
             snapshot_budget,
             without=tuple(sorted({operator.index(row) for row in without_rows})),
             targets=dict(relabel or {}),
-            replaced=asked_replacements(replace or {}, self.measurement_names),
         )
         given = {
             **{"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule},

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from everystep.program.program import STEP
 from everystep.step.eager import EagerStep, Training, check_loss_value
 from everystep.step.graph import OTHER_WHEN_WATCHED, leaves_if_other
 from everystep.step.recorder import (
@@ -19,7 +18,6 @@ from everystep.step.recorder import (
     Refusal,
     StepRecorder,
 )
-from everystep.step.replacement import counted
 
 __all__ = ["Capture", "begin_watching", "take_watched"]
 
@@ -70,9 +68,6 @@ def take_watched(
     x, y = training.batch(number)
     before = training.named_state()
     named = begin_watching(training, x, y, recorder)
-    count = counted(number, training.device)
-    if training.replacement is not None and training.replacement.reads_step:
-        named[STEP] = recorder.know(count, "hyperparameter")
     with recorder.numbers_seen(), recorder, recorder.modules(training.model):
         prediction = training.model(x)
         recorder.enter("loss")
@@ -97,7 +92,7 @@ def take_watched(
             with recorder.paused():
                 gradients = recorder.gradients(training.gradients())
         recorder.enter("update")
-        step.change_gradients(count, loss, x, y)
+        step.clip()
         update_from = len(recorder.operations)
         if has_update:
             recorder.in_optimizer = True

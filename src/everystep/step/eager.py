@@ -14,8 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
 from everystep.step.hyperparameters import hyperparameters
-from everystep.step.named_state import first_names, named_state, parameter_names, registered
-from everystep.step.replacement import Replacement, UnderWay, counted
+from everystep.step.named_state import first_names, named_state, parameter_names
 from everystep.step.state import State
 
 _OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
@@ -49,8 +48,7 @@ class Training:
     """Everything that a step needs, live.
 
     loss: a function of (prediction, target) that returns one number; clip_norm: the largest 2-norm of
-    all gradients together; replacement: what gradients become after that; steps_per_epoch: for a
-    schedule that advances every epoch.
+    all gradients together; steps_per_epoch: for a schedule that advances every epoch.
     """
 
     model: nn.Module
@@ -62,7 +60,6 @@ class Training:
     schedule_every: Literal["step", "epoch"] = "step"
     steps_per_epoch: int = 1
     clip_norm: float | None = None
-    replacement: Replacement | None = None
 
     def state(self, step: int) -> State:
         """Return a copy of the state after `step`."""
@@ -76,13 +73,6 @@ class Training:
         """Return the live gradients by their parameter's name."""
         named = first_names(self.model) | parameter_names(self.model, self.optimizer)
         return {name: p.grad for p, name in named.items() if p.grad is not None}
-
-    def under_way(self, step: Tensor, loss: Tensor, x: Tensor, y: Tensor) -> UnderWay:
-        """Return a step between its backward pass and its update."""
-        named = first_names(self.model) | parameter_names(self.model, self.optimizer)
-        parameters = {name: parameter for parameter, name in named.items()}
-        buffers = dict(registered(self.model, "_buffers"))
-        return UnderWay(step, loss, {"x": x, "y": y}, parameters, buffers, self.gradients())
 
     def rates(self) -> dict[int, float]:
         """Return the current learning rate of each param group that has one, by its number."""
@@ -107,25 +97,21 @@ class EagerStep:
         self.training = training
         self.advance = _advancing(training)
 
-    def take(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+    def take(self, x: Tensor, y: Tensor) -> Tensor:
         """Run a whole step on a batch, except the schedule; return the loss, still on the device.
-
-        number: of the step.
 
         Raises:
             ExperimentError: the loss is not one number.
             ModelError: the loss does not depend on any parameter.
         """
-        value = self.differentiate(number, x, y)
+        value = self.differentiate(x, y)
         self.update()
         return value
 
-    def differentiate(
-        self, number: int, x: Tensor, y: Tensor, held: dict[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """Run a step up to its update: forward, loss, zero the gradients, backward, clip, replace.
+    def differentiate(self, x: Tensor, y: Tensor, held: dict[Tensor, Tensor] | None = None) -> Tensor:
+        """Run a step up to its update: forward, loss, zero the gradients, backward, clip.
 
-        number: of the step; held: is given copies of the gradients that the optimizer did not drop, by
+        held: is given copies of the gradients that the optimizer did not drop, by
         parameter.
 
         Raises:
@@ -139,8 +125,7 @@ class EagerStep:
             parameters = (p for group in self.training.optimizer.param_groups for p in group["params"])
             held |= {p: p.grad.clone() for p in parameters if p.grad is not None}
         loss.backward()  # type: ignore[no-untyped-call]
-        if self.changes_gradients:
-            self.change_gradients(counted(number, self.training.device), loss, x, y)
+        self.clip()
         return value
 
     @property
@@ -162,26 +147,13 @@ class EagerStep:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    @property
-    def changes_gradients(self) -> bool:
-        """Whether the training changes gradients between backward and the update."""
-        return self.training.clip_norm is not None or self.training.replacement is not None
-
-    def change_gradients(self, step: Tensor, loss: Tensor, x: Tensor, y: Tensor) -> None:
-        """Clip the gradients, and replace some of them, if the training does.
-
-        step: its number, from `counted`; loss: as the forward pass left it.
-
-        Raises:
-            ExperimentError: a gradient cannot be replaced.
-        """
+    def clip(self) -> None:
+        """Clip the gradients, if the training does."""
         training = self.training
         if training.clip_norm is not None:
             groups = training.optimizer.param_groups
             clipped = [parameter for group in groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(clipped, training.clip_norm)
-        if training.replacement is not None:
-            training.replacement.apply(training.under_way(step, loss, x, y))
 
     def update(self) -> None:
         """Do what `optimizer.step()` does, without torch's wrapper if that has no effect.

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from everystep.program.execute import BoundProgram, allocate
-from everystep.program.program import STEP, Program, TensorSpec, hyperparameter
+from everystep.program.program import Program, TensorSpec, hyperparameter
 from everystep.step.build import Built
 from everystep.step.eager import EagerStep, Training
 from everystep.step.named_state import first_names, parameter_names
-from everystep.step.replacement import counted
 
 __all__ = ["ProgramRule", "Programs"]
 
@@ -56,18 +55,12 @@ class Programs:
         self._bound: dict[int, BoundProgram] = {}
         self._bound_to: list[int] = []
         self._state_names: set[str] = set()
-        self._step = counted(0, training.device)
         self._look_at_optimizer()
 
     @property
     def has_optimizer_step(self) -> bool:
         """Whether one of them ends in the step of an optimizer."""
         return any(known.program.optimizer_step is not None for known in self.built)
-
-    @property
-    def reads_step(self) -> bool:
-        """Whether one of them reads the number of the step."""
-        return any(STEP in known.program.storages for known in self.built)
 
     def has(self, step: int) -> bool:
         """Tell whether there is a program for a step."""
@@ -169,9 +162,7 @@ class Programs:
         return None
 
     def load_batch(self, step: int, bound: BoundProgram) -> None:
-        """Copy the batch of a step, and its number, to where its program reads them."""
-        if STEP in bound.program.storages:
-            self._step.fill_(step)
+        """Copy the batch of a step to where its program reads it."""
         if not self._training.batch.is_fixed:
             self._training.batch.into(step, bound.tensor("x"), bound.tensor("y"))
 
@@ -243,7 +234,7 @@ class Programs:
     def _bind(self, built: Built) -> BoundProgram:
         training, program = self._training, built.program
         memory = dict(training.named_state())
-        memory |= {STEP: self._step} | {name: tensor for name, (_, tensor) in self._rates.items()}
+        memory |= {name: tensor for name, (_, tensor) in self._rates.items()}
         values = dict(built.constants)
         if training.batch.is_fixed:
             for name, tensor in zip("xy", training.batch(1), strict=True):

@@ -209,7 +209,7 @@ class Stepper:
         if (
             reason is None
             and self._eager.has_own_zero_grad
-            and (self.training.device.type != "cpu" or self._eager.changes_gradients)
+            and (self.training.device.type != "cpu" or self.training.clip_norm is not None)
         ):
             reason = "the optimizer has a custom zero_grad"
         if reason is not None:
@@ -260,7 +260,7 @@ class Stepper:
         x, y = self.training.batch(number)
         self._last = None
         self._note_hyperparameters(number)
-        self._keep(number, self._eager.take(number, x, y))
+        self._keep(number, self._eager.take(x, y))
 
     def _capture(self, number: int) -> None:
         """Run a step eagerly, capture it, and use its program from now on if its result is identical."""
@@ -338,7 +338,7 @@ class Stepper:
         """Run steps by their programs, without checks."""
         started = clock.now()
         if self.training.schedule is None and not self.purity.has_foreign_code:
-            is_steady = self.training.batch.is_fixed and not self.programs.reads_step
+            is_steady = self.training.batch.is_fixed
             advance(first, last, self._begin, self._keep_by_program, is_steady=is_steady)
             if self.step == last:
                 self._captures = 0

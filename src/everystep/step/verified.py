@@ -50,7 +50,7 @@ class Verifier:
         """
         before = self.saved()
         if self.has_update:
-            loss = self._eager.take(number, *self.training.batch(number))
+            loss = self._eager.take(*self.training.batch(number))
             return loss, self.compare(number, before, loss, forget_new=False)
         loss, reason = self._check_until_update(number, before)
         self._eager.update()
@@ -123,7 +123,7 @@ class Verifier:
         found = of_program.tensors | {n: t.clone() for n, t in self._given_by(bound).items()}
         before.restore(training, forget_new=False)
         held: dict[Tensor, Tensor] = {}
-        loss = self._eager.differentiate(number, *training.batch(number), held)
+        loss = self._eager.differentiate(*training.batch(number), held)
         expected = Checkpoint(training, has_optimizer=False)
         wanted = expected.tensors | {"loss": loss.reshape(())}
         wanted |= {f"gradient/{name}": gradient for name, gradient in training.gradients().items()}

@@ -13,7 +13,7 @@ from rich.text import Text
 from everystep.errors import UsageError, did_you_mean
 from everystep.program.operation import Phase
 from everystep.recording.facts import Facts, LoopFacts
-from everystep.recording.texts import loss_text, optimizer_parts, replaced_texts
+from everystep.recording.texts import loss_text, optimizer_parts
 from everystep.replay.step import Step
 from everystep.views.batch import about_classes, class_names
 from everystep.views.batch_section import write_batch
@@ -253,8 +253,6 @@ class _Opened:
         page.heading("update", ", ".join([name, *(f"{key} = {value}" for key, value in shown.items())]))
         if self.training.clip_norm is not None:
             page.line((self._clipping(self.training.clip_norm), ""), indent=_INDENT)
-        for text in replaced_texts(self.training.replaced):
-            page.wrapped(f"replaced: {text}", "", indent=_INDENT)
         formulas = update_formulas(step.operations, self.training.optimizers)
         self._formulas(formulas)
         page.blank()

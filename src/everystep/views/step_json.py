@@ -41,7 +41,6 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
         "is_by_program": step.is_by_program,
         "hyperparameters": step.hyperparameters,
         "clip_norm": training.clip_norm,
-        "replaced": training.replaced,
     }
     content = _for_json(content) | _tensors_of(step, values)
     content["batch_values"] = {

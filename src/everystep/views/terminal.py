@@ -22,7 +22,6 @@ from everystep.recording.texts import (
     loss_text,
     model_text,
     optimizers_text,
-    replaced_texts,
     schedule_text,
     shortest,
 )
@@ -227,9 +226,8 @@ def _data_text(training: TrainingFacts) -> str:
 def _update_text(training: TrainingFacts) -> str:
     limit, schedule = training.clip_norm, schedule_text(training.schedules)
     clipping = [] if limit is None else [f"gradients clipped to norm {limit:g}"]
-    replaced = [f"replaced: {text}" for text in replaced_texts(training.replaced)]
     following = [schedule] if schedule else []
-    return "\n".join([*clipping, *replaced, optimizers_text(training.optimizers), *following])
+    return "\n".join([*clipping, optimizers_text(training.optimizers), *following])
 
 
 def _steps_text(steps: int, training: TrainingFacts) -> str:

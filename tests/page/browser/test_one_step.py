@@ -5,7 +5,6 @@ import re
 import pytest
 from playwright.sync_api import expect
 from tests.page.browser.places import expect_step, heading, part, unfold
-from tests.page.serving import remove
 
 import everystep
 
@@ -51,32 +50,6 @@ def test_a_step_shows_the_very_numbers_that_python_gives(chapter, step):
         expect(row).to_contain_text(f"norm {gradient.norm():.4g}".rstrip("0"))
     dropped = unfold(part(page, "Zero grad"), "0.weight.grad")
     expect(dropped).to_contain_text(f"norm {step.dropped['0.weight'].norm():.4g}".rstrip("0"))
-
-
-def test_a_gradient_that_a_fork_replaces_is_named_in_its_own_steps(recorded, visit):
-    place = recorded / "replaced"
-    gradient = "gradients['0.weight']"
-    parent = everystep.open(recorded / "chapter")
-    try:
-        parent.fork(
-            137,
-            replace={gradient: f"clip({gradient}, -1, 1)"},
-            steps=140,
-            directory=place,
-            progress=False,
-        )
-        page = visit("/runs/replaced?step=138")
-        expect_step(page, 138, 140)
-        update = part(page, "Update")
-        expect(update).to_contain_text(f"Replaced: {gradient} = clip({gradient}, -1, 1).")
-        page.keyboard.press("ArrowLeft")
-        expect_step(page, 137, 140)
-        expect(update.get_by_text("Replaced:")).to_be_hidden()
-        # The step before, which is read ahead, is answered before this one; then the run goes.
-        visit("/runs/chapter?step=5")
-        expect_step(page, 5)
-    finally:
-        remove(place)
 
 
 def test_the_update_is_told_in_both_notations_with_its_relative_size(chapter, step):

@@ -21,7 +21,6 @@ from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.facts import ForkFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.recording.texts import replaced_texts
 from everystep.replay.continuing.again import (
     check_alone,
     iteration_of,
@@ -34,7 +33,6 @@ from everystep.replay.continuing.again import (
 from everystep.replay.continuing.alone import fork_alone
 from everystep.replay.processes import Opener
 from everystep.replay.reopen import stored_data
-from everystep.replay.replacing import replacing
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
 from everystep.step.named_state import parameter_names
@@ -56,8 +54,7 @@ class Fork:
 
     settings: what changes, by path, as in an experiment; of a run from Python objects, `lr` and the
     arguments of `train` that are plain values; without: rows of the data that are left out of the
-    batches that they were in; targets: other targets, by row; replaced: expressions that gradients
-    become, by parameter.
+    batches that they were in; targets: other targets, by row.
     """
 
     run: RecordedRun
@@ -68,7 +65,6 @@ class Fork:
     budget: int = DEFAULT_BUDGET
     without: tuple[int, ...] = ()
     targets: Mapping[int, float] = field(default_factory=dict)
-    replaced: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -78,8 +74,6 @@ class Fork:
             found["without_rows"] = list(self.without)
         if self.targets:
             found["relabel"] = [f"{row}={target:g}" for row, target in self.targets.items()]
-        if self.replaced:
-            found["replace"] = replaced_texts(self.replaced)
         return found
 
     def check(self) -> None:
@@ -137,7 +131,6 @@ class Fork:
         )
         job = job if new_data else job.numbered_as(self.stretch.facts)
         job = job.relabelled(self.targets)
-        job = replacing(job, {**self.stretch.facts.replaced, **self.replaced})
         # With a schedule, all is recorded; otherwise, only what changed.
         known = {} if job.training.schedule else hyperparameters
         recorded = recorded_hyperparameters(self.run, self.at)

@@ -31,7 +31,6 @@ from everystep.replay.continuing.again import (
 )
 from everystep.replay.continuing.alone import resume_alone
 from everystep.replay.reopen import stored_data
-from everystep.replay.replacing import replacing
 from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
@@ -111,7 +110,6 @@ class Resume:
         begin = 0 if state is None else state.step
         job = replace(job, steps=self.last).numbered_as(facts)
         job = job.without_rows((), begin, facts.batches.without)
-        job = replacing(job, facts.replaced)
         if job.evaluation is not None and facts.evaluate_every is not None:
             job = replace(job, evaluate_every=facts.evaluate_every)
             job = job.with_facts(evaluate_every=facts.evaluate_every)

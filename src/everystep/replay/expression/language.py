@@ -1,8 +1,7 @@
 """The operators and functions, for plain numbers and for tensors, and the constants.
 
 A plain number acts like a tensor of one element. Everything else is assumed to be a tensor, so plain
-numbers do not need torch. Numbers are read from tensors (`PLAIN`), or stay tensors (`LIVE`), so that the
-operations of an expression can be recorded.
+numbers do not need torch.
 """
 
 from __future__ import annotations
@@ -12,23 +11,18 @@ import math
 import operator
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 __all__ = [
     "ARGUMENTS",
     "CONSTANTS",
     "FUNCTIONS",
-    "LIVE",
     "OF_EACH",
     "OPERATIONS",
-    "PLAIN",
-    "Mode",
     "bounded",
     "is_number",
-    "negated",
     "plain",
     "truth",
-    "where",
 ]
 
 OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
@@ -75,52 +69,18 @@ def _single(value: Any) -> Any:
 
 def truth(value: Any) -> bool:
     """Tell whether a number, or the one element of a tensor, is not 0."""
-    return bool(value if is_number(value) else _condition(value))
-
-
-def _condition(value: Any) -> Any:
-    if value.numel() != 1:
+    if not is_number(value) and value.numel() != 1:
         shape = tuple(value.shape)
         raise ValueError(f"a tensor of shape {shape} is not a condition; use any(...) or all(...) of it")
-    return value
+    return bool(value)
 
 
-class Mode(NamedTuple):
-    """What becomes of tensors of one element.
-
-    number: applied to what functions of all elements return; truth: to conditions; compared: to what
-    comparisons return.
-    """
-
-    number: Callable[[Any], Any]
-    truth: Callable[[Any], Any]
-    compared: Callable[[Any], Any]
-
-
-def _live(value: Any) -> Any:
+def _as_number(value: Any) -> Any:
     """Return a tensor of one element as what a plain number is to other tensors."""
     return value if is_number(value) else _single(value).reshape(()).double()
 
 
-def _live_truth(value: Any) -> Any:
-    return bool(value) if is_number(value) else _condition(value).reshape(()) != 0
-
-
-def _live_compared(value: Any) -> Any:
-    """Return a truth about numbers as a number, so that it adds up as Python's do."""
-    return value if is_number(value) or value.dim() else _live(value)
-
-
-PLAIN = Mode(plain, truth, lambda value: value)
-LIVE = Mode(_live, _live_truth, _live_compared)
-
-
-def negated(condition: Any) -> Any:
-    """Return the opposite of a condition."""
-    return not condition if is_number(condition) else ~condition
-
-
-def where(condition: Any, yes: Any, no: Any) -> Any:
+def _where(condition: Any, yes: Any, no: Any) -> Any:
     """Return, for each element, `yes` where the condition holds, and `no` elsewhere."""
     if all(map(is_number, (condition, yes, no))):
         return yes if condition else no
@@ -185,7 +145,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log10": lambda x: _of_each(x, math.log10),
     "sign": lambda x: (x > 0) - (x < 0) if is_number(x) else x.sign(),
     "clip": lambda x, low, high: _clip(x, low, high),
-    "where": where,
+    "where": _where,
     "sum": lambda x: x + 0 if is_number(x) else _sum(x),
     "mean": lambda x: float(x) if is_number(x) else _floating(x).mean(),
     "std": lambda x: math.nan if _is_single(x) else _floating(x).std(),
@@ -261,11 +221,11 @@ def _extreme(choose: Callable[[list[Any]], Any], values: tuple[Any, ...]) -> Any
         return math.nan if any(map(math.isnan, values)) else choose([*values])
     import torch
 
-    return reduce(getattr(torch, f"{choose.__name__}imum"), _all_tensors(*map(_live, values)))
+    return reduce(getattr(torch, f"{choose.__name__}imum"), _all_tensors(*map(_as_number, values)))
 
 
 def _clip(x: Any, low: Any, high: Any) -> Any:
-    low, high = _live(low), _live(high)
+    low, high = _as_number(low), _as_number(high)
     if is_number(low) and is_number(high):
         if not is_number(x):
             return x.clamp(low, high)

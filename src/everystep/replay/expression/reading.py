@@ -6,7 +6,7 @@ import ast
 import re
 import warnings
 from collections.abc import Callable, Collection
-from functools import partial, reduce
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -15,15 +15,12 @@ from everystep.replay.expression.language import (
     ARGUMENTS,
     CONSTANTS,
     FUNCTIONS,
-    LIVE,
     OF_EACH,
     OPERATIONS,
-    PLAIN,
-    Mode,
     bounded,
     is_number,
-    negated,
-    where,
+    plain,
+    truth,
 )
 from everystep.replay.expression.question import (
     LANGUAGE,
@@ -48,13 +45,11 @@ _DEEPEST = 100  # levels of nesting
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError, OverflowError)
 
 
-def parse(text: str, measurements: Collection[str] = (), *, is_live: bool = False) -> Expression:
+def parse(text: str, measurements: Collection[str] = ()) -> Expression:
     """Parse an expression.
 
     measurements: recorded names. They may be written bare (`lr` for `measurements['lr']`) if they are
-    identifiers and mean nothing else here. is_live: numbers that are computed from tensors stay tensors
-    (float64, of one element), and no operation depends on their values: of `a if c else b`, both are
-    computed.
+    identifiers and mean nothing else here.
 
     Raises:
         ExpressionError: the expression is invalid.
@@ -74,7 +69,7 @@ def parse(text: str, measurements: Collection[str] = (), *, is_live: bool = Fals
     end = column(text, body.end_col_offset)
     if "#" in text[end:]:
         raise error_at(text, "comments are not supported", text.index("#", end), len(text))
-    reader = _Reader(text, frozenset(measurements) - LANGUAGE, LIVE if is_live else PLAIN)
+    reader = _Reader(text, frozenset(measurements) - LANGUAGE)
     evaluate = reader.read(body)
     return Expression(text, frozenset(reader.references), evaluate)
 
@@ -82,10 +77,9 @@ def parse(text: str, measurements: Collection[str] = (), *, is_live: bool = Fals
 class _Reader:
     """Turns the nodes of an expression into closures, and notes what they refer to."""
 
-    def __init__(self, text: str, bare: frozenset[str], mode: Mode) -> None:
+    def __init__(self, text: str, bare: frozenset[str]) -> None:
         self.text = text
         self.bare = bare
-        self.mode = mode
         self.references: set[Reference] = set()
         self.depth = 0
 
@@ -117,7 +111,7 @@ class _Reader:
 
     def operation(self, node: ast.expr, sign: ast.AST) -> Callable[..., Any]:
         if isinstance(sign, ast.Not):
-            return lambda value: self.mode.compared(negated(self.mode.truth(value)))
+            return lambda value: not truth(value)
         if type(sign) not in OPERATIONS:
             raise self.error(node, why_refused(sign))
         return OPERATIONS[type(sign)]
@@ -204,7 +198,7 @@ class _Reader:
         function = FUNCTIONS[name]
         if name in OF_EACH:
             return self.apply(node, function, *node.args)
-        return self.apply(node, lambda *values: self.mode.number(function(*values)), *node.args)
+        return self.apply(node, lambda *values: plain(function(*values)), *node.args)
 
     def binary(self, node: ast.BinOp) -> Evaluate:
         # a + b + c + ... is nested as deep as it is long; here it is a loop.
@@ -232,7 +226,7 @@ class _Reader:
         def chain(*values: Any) -> Any:  # elementwise
             neighbours = zip(comparisons, values, values[1:], strict=False)
             results = (compare(a, b) for compare, a, b in neighbours)
-            return self.mode.compared(reduce(lambda so_far, result: result & so_far, results))
+            return reduce(lambda so_far, result: result & so_far, results)
 
         return self.apply(node, chain, node.left, *node.comparators)
 
@@ -243,29 +237,17 @@ class _Reader:
         def connected(value_of: ValueOf) -> Any:
             value = operands[0][1](value_of)
             for (place, _), (_, operand) in pairwise(operands):
-                pair = partial(_same, value), partial(operand, value_of)
-                yes, no = pair if decides else pair[::-1]
-                value = self.either(node, self.attempt(place, self.mode.truth, value), yes, no)
+                if self.attempt(place, truth, value) is decides:
+                    break
+                value = operand(value_of)
             return value
 
         return connected
 
     def choice(self, node: ast.IfExp) -> Evaluate:
-        test = self.apply(node.test, self.mode.truth, node.test)
+        test = self.apply(node.test, truth, node.test)
         yes, no = self.read(node.body), self.read(node.orelse)
-        return lambda value_of: self.either(
-            node, test(value_of), partial(yes, value_of), partial(no, value_of)
-        )
-
-    def either(self, node: ast.expr, test: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-        """Return one of two values; computes both only if the condition is a tensor."""
-        if is_number(test):
-            return (yes if test else no)()
-        return self.attempt(node, where, test, yes(), no())
-
-
-def _same(value: Any) -> Any:
-    return value
+        return lambda value_of: (yes if test(value_of) else no)(value_of)
 
 
 def _dotted(node: ast.expr) -> tuple[str, bool]:

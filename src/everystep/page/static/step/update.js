@@ -15,7 +15,7 @@ const SMALLEST = -6;
 export function update(view) {
   const settings = element("p", { class: "settings-line" });
   const all = ({ updates }) => updates.map(({ parameter }) => parameter);
-  return [fixed(settings, (content) => setText(settings, settingsText(content))), clipping(), replaced(), formulas(all), changes(view, all), scale()];
+  return [fixed(settings, (content) => setText(settings, settingsText(content))), clipping(), formulas(all), changes(view, all), scale()];
 }
 
 /** Return an optimizer with its settings, those that are recorded at each step before the others. */
@@ -49,14 +49,6 @@ function clipping() {
     const norm = Math.sqrt(squares.reduce((sum, square) => sum + square, 0));
     const effect = norm + 1e-6 <= clip_norm ? "are not clipped" : "are clipped";
     setText(node, `First, the gradients, of norm ${short(norm)}, ${effect}: clip_norm = ${short(clip_norm)}.`);
-  });
-}
-
-function replaced() {
-  const node = element("p", { class: "small" });
-  return fixed(node, ({ replaced }) => {
-    node.hidden = !replaced.length;
-    setText(node, `Replaced: ${replaced.join("; ")}.`);
   });
 }
 
