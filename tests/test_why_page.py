@@ -18,11 +18,10 @@ BLOCK = re.compile(
 REST = "...\n"
 
 
-def run(script: str, directory: Path) -> str:
+def run(script: str, directory: Path) -> None:
     command = [sys.executable, "-X", "utf8", script]
     done = subprocess.run(command, cwd=directory, capture_output=True, encoding="utf-8", timeout=240)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_stories_are_true(tmp_path, monkeypatch, everystep_command) -> None:
@@ -47,4 +46,3 @@ def test_the_stories_are_true(tmp_path, monkeypatch, everystep_command) -> None:
             if varies:
                 printed, shown = (NUMBER.sub("#", text) for text in (printed, shown))
             assert_same_output(printed, shown)
-    assert "differ, by up to" in run("repro.py", tmp_path)

@@ -147,16 +147,6 @@ def _forks(run: Any, other: Any, found: Trained, expected: Trained) -> str | Non
     return None if fork.losses.equals(other.losses) else "other losses than trained from the start"
 
 
-def _is_nearly_right_elsewhere(run: Any, other: Any, found: Trained, expected: Trained) -> str | None:
-    from everystep import RunError
-
-    try:
-        rerun = run.rerun(device="cpu", progress=False)
-    except RunError as error:
-        return None if "draws other random numbers" in str(error) else str(error)
-    return None if rerun.relative.max() < 1e-3 else str(rerun)
-
-
 _QUESTIONS: dict[str, Question] = {
     "same bits": _has_same_bits,
     "verify": _verifies,
@@ -166,7 +156,6 @@ _QUESTIONS: dict[str, Question] = {
     "rows": _knows_rows,
     "diff": _finds_difference,
     "fork": _forks,
-    "rerun on the CPU": _is_nearly_right_elsewhere,
 }
 
 if __name__ == "__main__":

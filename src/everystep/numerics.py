@@ -195,14 +195,6 @@ class Numerics(BaseModel):
         """Return all values by name, each of the settings by its own."""
         return {name: value for name, value in self if name != "settings"} | self.settings
 
-    def statements(self) -> list[str]:
-        """Return Python that sets what differs from torch's own settings in a new process."""
-        return [
-            f"torch.{name}({value!r})" if name in _READERS else f"torch.{name} = {value!r}"
-            for name, choices in (_SETTINGS | _SETTINGS_OF_CUDA).items()
-            if (value := self.settings.get(f"torch.{name}", choices[0])) != choices[0]
-        ]
-
     def differences(self, other: Numerics) -> dict[str, tuple[Any, Any]]:
         """Return each value that both know and that differs, with the other's.
 

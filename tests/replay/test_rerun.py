@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,15 +12,8 @@ import torch
 from torch import nn
 
 import everystep
-from everystep import numerics
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
-from everystep.numerics import Numerics
-from everystep.program.placement import Placement
-from everystep.replay.loop import read_loop_program
-from everystep.replay.programs import read_program
-from everystep.replay.replay import Replay
 from everystep.replay.rerun import Place
-from everystep.views.reproduction import reproduce
 from everystep.views.rerun import rerun_data, rerun_sentence
 
 STEPS = 30
@@ -95,12 +87,11 @@ def test_it_names_the_first_operation_with_other_bits(compatible):
 
 def test_the_same_numerics_give_the_same_bits(chapter_run, everystep_command):
     capability = chapter_run.facts.training.numerics.cpu_capability.lower().replace("no avx", "default")
-    arguments = ["--capability", capability, "--emit", "none.py", "-o", "both.png"]
+    arguments = ["--capability", capability, "-o", "both.png"]
     code, out, err = everystep_command("rerun", chapter_run.directory, *arguments)
     assert code == 0
     assert f"all {STEPS} bit-identical" in out
     assert out.endswith("chapter has the same bits there\n")
-    assert "no operation parts" in err
     assert "both.png" in err
 
 
@@ -216,106 +207,12 @@ def test_a_step_function_of_rounding_is_found_beyond_rounding(chapter_run):
     assert found.beyond.relative > found.rounding == 0.05
 
 
-def steps_of(x):
-    """A recorded loop that makes tensors on its device by name."""
-    model = nn.Linear(4, 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    with everystep.record(model=model, optimizer=optimizer) as recording:
-        for batch in recording.steps([x] * 4):
-            shift = torch.full((2,), 0.5, device=batch.device)
-            loss = (model(batch) + shift).square().mean() + torch.zeros((), device="cpu")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recording.log(loss=loss)
-    return recording.run
-
-
-def test_programs_are_placed_on_another_device_by_each_argument_that_names_it():
-    run = steps_of(torch.randn(6, 4))
-    program = read_loop_program(run, run.facts.training.loop.programs)
-    named = re.findall(r'"device": ?"([^"]*)"', program.to_json())
-    assert named
-    placed = Placement("cpu", "cuda:0").program(program)
-    assert re.findall(r'"device": ?"([^"]*)"', placed.to_json()) == ["cuda:0"] * len(named)
-    # Where both are the same device, nothing differs.
-    replay = Replay(run, conversion=Placement("cpu", "cpu"))
-    with replay.in_force(1):
-        losses = replay.go_to(0).run(4).tolist()
-    assert losses == run.losses["loss"].to_list()
-    assert run.rerun(device="cpu", progress=False).has_same_bits
-
-
-def test_what_another_device_would_change_is_refused(chapter_run, tmp_path):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = everystep.train(
-        model, (torch.randn(8, 4), torch.randn(8, 4)), loss=nn.MSELoss(), optimizer=optimizer,
-        steps=2, directory=tmp_path / "noise", progress=False,
-    )  # fmt: skip
-    (rule, *_) = run.facts.training.engine.programs
-    program = read_program(run, rule.file)
-    with pytest.raises(RunError, match="draws other random numbers on cuda:0"):
-        Placement("cpu", "cuda:0").program(program)
-    with pytest.raises(ExperimentError, match="unknown device 'gpu'; did you mean cuda"):
-        chapter_run.rerun(device="gpu", progress=False)
-    with pytest.raises(ExperimentError, match="cannot change together with float64"):
-        chapter_run.rerun(device="cpu", precision="float64", progress=False)
-    with pytest.raises(UsageError, match="emit writes no script for another device"):
-        chapter_run.rerun(device="cpu", emit=tmp_path / "repro.py", progress=False)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused(chapter_run, everystep_command):
-    code, _, err = everystep_command("rerun", chapter_run.directory, "--device", "cuda")
-    assert code == 2
-    assert "device 'cuda' is not available; this machine has: cpu" in err
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
-def test_another_device_gives_the_same_up_to_rounding(chapter_run):
-    found = chapter_run.rerun(device="cuda", progress=False)
-    assert found.changed["device"][1] != "cpu"
-    assert found.beyond is None
-    np.testing.assert_allclose(found.losses, found.recorded, rtol=1e-4)
-
-
 def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):
     nearer = chapter_run.rerun(precision="float64", beside=[chapter_run], progress=False)
     distance = rerun_data(nearer)["distance"]["chapter"]
     relative = abs(nearer.recorded - nearer.losses) / nearer.losses
     assert distance == {"median": np.median(relative), "largest": relative.max()}
     assert set(compatible.curves) == {"chapter", "chapter, elsewhere"}
-
-
-def test_the_operation_that_parts_is_a_script_that_needs_torch_alone(chapter_run, compatible, tmp_path):
-    script = tmp_path / "repro.py"
-    assert reproduce(chapter_run._opener, replace(compatible, name='a """ name'), script)
-    text = script.read_text()
-    assert len(text.splitlines()) <= 40
-    assert "everystep" not in text
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    (result,) = compatible.operation.results
-    assert done.stdout.startswith(f"addmm: {result.elements:,} of {result.of:,} differ")
-    first, second = result.values[0]
-    assert f"{first!r} and {second!r}" in done.stdout
-
-
-def test_the_script_of_a_jump_shows_what_rerun_says_of_it(tmp_path):
-    """Where the sign of what a ReLU gets is another one in bfloat16, its gradient jumps."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
-    run = everystep.train(
-        model, (torch.randn(40, 6), torch.randn(40, 4)), loss=nn.MSELoss(), steps=30, batch_size=5,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1), progress=False,
-        directory=tmp_path / "run",
-    )  # fmt: skip
-    script = tmp_path / "jump.py"
-    found = run.rerun(precision="bfloat16", emit=script, progress=False)
-    assert found.beyond is not None
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    (line,) = [each for each in done.stdout.splitlines() if each.startswith(f"{found.beyond.name}: ")]
-    assert line.endswith(f"by up to {found.beyond.relative:.3g} of the largest number")
 
 
 def test_a_fork_is_taken_from_where_it_begins(chapter_run):
@@ -419,25 +316,3 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
     assert "aten.addcdiv_.default, update" in out
     assert "numbers of its input tensor1 are zero but for rounding there (at most " in out
     assert "as the first step of Adam does" in out
-
-
-def test_the_script_of_an_operation_has_the_settings_of_torch(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1000, 100), nn.Linear(100, 10))
-    before = Numerics.read(torch.device("cpu"))
-    with numerics.in_force(settings=before.settings):  # and as before afterwards
-        torch.backends.mkldnn.enabled = False
-        torch.backends.nnpack.set_flags(False)
-        run = everystep.train(
-            model, (torch.randn(64, 1000), torch.randn(64, 10)), loss=nn.MSELoss(), steps=2,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.01), progress=False,
-            directory=tmp_path / "run",
-        )  # fmt: skip
-    script = tmp_path / "parts.py"
-    found = run.rerun(mkl="COMPATIBLE", emit=script, progress=False)
-    assert found.operation.one.operation.operator == "aten.addmm.default"
-    text = script.read_text()
-    for line in ("torch.backends.mkldnn.enabled = False", "torch.backends.nnpack.set_flags(False)"):
-        assert f"\n    {line}\n" in text
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{found.operation.results[0].name}: ")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument, row_numbers
-from everystep.cli.output import hint, say, say_written
+from everystep.cli.output import say, say_written
 from everystep.errors import UsageError
 
 __all__ = ["rerun", "whatif"]
@@ -28,9 +28,6 @@ def rerun(
     ] = None,
     float64: Annotated[bool, typer.Option("--float64", help="All numbers in double precision.")] = False,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="All numbers in bfloat16.")] = False,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Another device: cpu, cuda, cuda:1, mps or xpu.")
-    ] = None,
     python: Annotated[
         str | None, typer.Option(metavar="FILE", help="Another interpreter, with a torch of its own.")
     ] = None,
@@ -43,10 +40,6 @@ def rerun(
         typer.Option("-o", "--output", metavar="FILE", help="Plot both losses (.png, .svg or .pdf)."),
     ] = None,
     log: Annotated[bool, typer.Option("--log", help="Plot on a log axis.")] = False,
-    emit: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the operation that parts as a script (.py)."),
-    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Take the steps of a run elsewhere, and say where they part from the recording, and by how much.
@@ -66,10 +59,8 @@ def rerun(
         capability=capability,
         mkl=mkl,
         precision="float64" if float64 else "bfloat16" if bfloat16 else None,
-        device=device,
         python=python,
         beside=[open(each) for each in beside or ()],
-        emit=emit,
     )
     say(as_json(rerun_data(found)) if json else rerun_text(found))
     if output is not None:
@@ -77,11 +68,6 @@ def rerun(
 
         save_plot(curves_plot(found.curves, log=log), output)
         say_written(output)
-    if emit is not None:
-        if found.operation is None and found.beyond is None:
-            hint("no operation parts, so there is no script to write")
-        else:
-            say_written(emit)
     if found.place.precision is None and not found.has_same_bits:
         raise typer.Exit(1)
 

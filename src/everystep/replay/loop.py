@@ -13,7 +13,6 @@ from everystep.device import select
 from everystep.errors import ProgramError, RunError
 from everystep.program.execute import without_autograd
 from everystep.program.memory import copy_on_cpu
-from everystep.program.placement import Placement
 from everystep.program.plain import Environment, PlainProgram, lay_inputs
 from everystep.program.precision import Precision
 from everystep.program.program import Program
@@ -76,7 +75,7 @@ class LoopStepper(ReplayStepper):
         run: RecordedRun,
         facts: TrainingFacts,
         diverged: Callable[[int, str], None],
-        conversion: Precision | Placement | None = None,
+        conversion: Precision | None = None,
     ) -> None:
         self.state: int | None = None
         self._run = run
@@ -341,7 +340,7 @@ class LoopStepper(ReplayStepper):
         return _Inputs(tensors, content.get("nesting"), digests)
 
     def _converted(
-        self, conversion: Precision | Placement, program: int, inputs: dict[str, Tensor]
+        self, conversion: Precision, program: int, inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the inputs of a step, tensors of the batch and bytes of others, converted."""
         prefix = "input/"

@@ -19,7 +19,6 @@ from everystep.errors import ExperimentError, RunError
 from everystep.experiment.batches import Batches
 from everystep.experiment.data import Data
 from everystep.experiment.specification import load
-from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.data import check_data
@@ -48,7 +47,7 @@ def reopen(
     run: RecordedRun,
     stretch: Stretch,
     objects: Objects,
-    conversion: Precision | Placement | None = None,
+    conversion: Precision | None = None,
     *,
     is_living: bool = False,
 ) -> TrainingStepper:
@@ -101,7 +100,7 @@ def reopen(
     return TrainingStepper(training, programs, eager_from, batches, settings, between)
 
 
-def _converted(built: Built, conversion: Precision | Placement) -> Built:
+def _converted(built: Built, conversion: Precision) -> Built:
     constants = conversion.contents(built.program, built.constants)
     return Built(conversion.program(built.program), constants)
 
@@ -127,7 +126,7 @@ def _batch(
     objects: Objects,
     batches: Batches,
     device: torch.device,
-    conversion: Precision | Placement | None,
+    conversion: Precision | None,
 ) -> BatchSource:
     """Return the batch source: rows of the run's data, or a Dataset that is read."""
     if not facts.data.lazy:

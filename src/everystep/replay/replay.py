@@ -18,7 +18,6 @@ from everystep import clock, numerics
 from everystep.device import select
 from everystep.errors import RunError, StepError
 from everystep.program.memory import copy_on_cpu
-from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
@@ -47,7 +46,7 @@ class Replay:
         run: the run.
         objects: the objects that trained it, for steps that no program runs.
         threads: number of threads that torch uses; default: as many as in the training.
-        conversion: of its programs, to another precision or device; default: as in the training.
+        conversion: of its programs, to another precision; default: as in the training.
 
     problems: found on the way, such as an unreadable snapshot; diverged_at: the first step with another
     loss in the replay, None if there was none.
@@ -58,7 +57,7 @@ class Replay:
         run: RecordedRun,
         objects: Objects | None = None,
         threads: int | None = None,
-        conversion: Precision | Placement | None = None,
+        conversion: Precision | None = None,
     ) -> None:
         self.run = run
         self.problems: list[str] = []
@@ -68,11 +67,6 @@ class Replay:
         self._losses: dict[int, list[float]] = {}
         self._rows: list[SnapshotRow] | None = None
         self.stretches = run.stretches
-        if isinstance(conversion, Placement):
-            there = {"device": conversion.name}
-            self.stretches = [
-                each._replace(facts=each.facts.model_copy(update=there)) for each in self.stretches
-            ]
         self._objects = objects or Objects()
         self._threads = threads
         self._conversion = conversion
@@ -380,7 +374,7 @@ def same_number(one: float, two: float) -> bool:
     return one == two or (one != one and two != two)
 
 
-def _converted(state: State, conversion: Precision | Placement) -> State:
+def _converted(state: State, conversion: Precision) -> State:
     def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: conversion.tensor(name, tensor) for name, tensor in tensors.items()}
 

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from everystep.errors import UsageError
@@ -99,10 +98,8 @@ class Questions(OpenedRun):
         capability: str | None = None,
         mkl: str | None = None,
         precision: Literal["float64", "bfloat16"] | None = None,
-        device: str | None = None,
         python: str | None = None,
         beside: Sequence[Questions] = (),
-        emit: str | Path | None = None,
         progress: Counting = True,
     ) -> Rerun:
         """Take the steps of the run elsewhere, and return where they part from the recording.
@@ -114,10 +111,8 @@ class Questions(OpenedRun):
             capability: CPU instructions of torch's kernels: `default`, `avx2` or `avx512`.
             mkl: branch of MKL's reproducibility: `OFF`, `COMPATIBLE`, `AVX2`, ...
             precision: of all floating-point numbers.
-            device: `cpu`, `cuda`, `cuda:1`, `mps` or `xpu`.
             python: another interpreter, with an everystep and a torch of its own.
             beside: other runs; the answer says how far each is from the losses there.
-            emit: where to write the operation that parts as a script that needs torch alone.
             progress: as in `measure`.
 
         Raises:
@@ -127,16 +122,11 @@ class Questions(OpenedRun):
         """
         from everystep.replay.rerun import Place, rerun
         from everystep.views.progress import counting
-        from everystep.views.reproduction import reproduce
         from everystep.views.rerun import rerun_text
 
-        if emit is not None and device is not None:
-            raise UsageError("emit writes no script for another device; leave one of them out")
-        place = Place(threads, capability, mkl, precision, device, python)
+        place = Place(threads, capability, mkl, precision, python)
         with counting("taking steps", len(self), progress) as on_progress:
             found = rerun(self._opener, place, beside, on_progress)
-        if emit is not None:
-            reproduce(self._opener, found, Path(emit))
         return replace(found, to_text=partial(rerun_text, found))
 
     def measure(

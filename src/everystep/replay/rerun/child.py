@@ -19,7 +19,6 @@ from torch import Tensor
 from everystep.device import select
 from everystep.errors import DamageWarning, EverystepError
 from everystep.numerics import Numerics
-from everystep.program.placement import Placement
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
@@ -31,7 +30,7 @@ from everystep.step.check import bytes_of, state_differences
 __all__ = ["PROTOCOL", "footprints", "main"]
 
 #: Of the questions and answers: both ends must have the same.
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class Answers:
@@ -44,23 +43,15 @@ class Answers:
         self._replay: Replay | None = None
         self._free: Replay | None = None
 
-    def open(
-        self, run: str, threads: int, precision: str | None, device: str | None, first: int
-    ) -> dict[str, Any]:
+    def open(self, run: str, threads: int, precision: str | None, first: int) -> dict[str, Any]:
         """Open a run; return the numerics there. first: the step that a free replay begins with."""
         recorded = RecordedRun(Path(run))
-        known = recorded.facts.training.device
-        there = select(device or known)
-        wanted: Precision | Placement | None = None
-        if precision is not None:
-            wanted = Precision(getattr(torch, precision))
-        elif there != select(known):
-            wanted = Placement(known, str(there))
+        wanted = None if precision is None else Precision(getattr(torch, precision))
         self._replay = Replay(recorded, threads=threads, conversion=wanted)
         self._free = Replay(recorded, threads=threads, conversion=wanted)
         with self._free.in_force(first):
             self._free.go_to(first - 1, self._free.stretch_of(first))
-            numerics = Numerics.read(there)
+            numerics = Numerics.read(select(recorded.facts.training.device))
         return {"numerics": numerics.named()}
 
     def run(self, last: int) -> dict[str, Any]:

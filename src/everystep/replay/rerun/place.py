@@ -7,8 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from everystep.device import select
-from everystep.errors import DeviceError, ExperimentError, Fault, UsageError
+from everystep.errors import ExperimentError, Fault, UsageError
 from everystep.numerics import MOST_THREADS, Numerics
 
 __all__ = ["CAPABILITIES", "MKL_BRANCHES", "Place"]
@@ -26,16 +25,14 @@ class Place:
     """Where a run is replayed; None is as in the recording.
 
     threads: of torch; capability: instruction set of torch's own kernels; mkl: branch of MKL's
-    reproducibility; precision: of all floating-point numbers; device: `cpu`, `cuda`, `cuda:1`, `mps`,
-    `xpu`;
-    python: another interpreter, which has its own torch.
+    reproducibility; precision: of all floating-point numbers; python: another interpreter, which has
+    its own torch.
     """
 
     threads: int | None = None
     capability: str | None = None
     mkl: str | None = None
     precision: Literal["float64", "bfloat16"] | None = None
-    device: str | None = None
     python: str | None = None
 
     def check(self) -> None:
@@ -48,8 +45,7 @@ class Place:
         if self == Place():
             raise UsageError(
                 "a rerun needs something that differs from the recording: threads, capability, mkl, "
-                "float64, bfloat16, device or python (everystep verify replays the run as it was "
-                "recorded)"
+                "float64, bfloat16 or python (everystep verify replays the run as it was recorded)"
             )
         faults = []
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
@@ -65,13 +61,6 @@ class Place:
         if self.precision is not None and self.precision not in PRECISIONS:
             known = " or ".join(PRECISIONS)
             faults.append(Fault("precision", f"must be {known}, not {self.precision!r:.40}"))
-        if self.device is not None and self.precision is not None:
-            faults.append(Fault("device", f"cannot change together with {self.precision}; ask for one"))
-        if self.device is not None and self.python is None:  # another torch may have other devices
-            try:
-                select(self.device)
-            except DeviceError as error:
-                faults.append(Fault("device", str(error)))
         if self.python is not None and shutil.which(self.python) is None:
             faults.append(Fault("python", f"{self.python} is not a program that can be run"))
         if faults:
@@ -89,10 +78,6 @@ class Place:
             found["OMP_NUM_THREADS"] = str(self.threads)
         if self.capability is not None:
             found["ATEN_CPU_CAPABILITY"] = self.capability
-        if self.device is not None:
-            # Deterministic products of matrices need it on a GPU.
-            known = found.get("CUBLAS_WORKSPACE_CONFIG")
-            found["CUBLAS_WORKSPACE_CONFIG"] = known or ":4096:8"
         if self.mkl is not None:
             # MKL takes a variable that is empty as one that is not set.
             found["MKL_CBWR"] = "" if self.mkl.upper() == "OFF" else self.mkl.upper()

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from everystep.device import on_cpu
 from everystep.errors import RunError, UsageError
 from everystep.numerics import Numerics
-from everystep.program.execute import Observed
 from everystep.program.plain import READ
 from everystep.program.precision import counters
 from everystep.program.program import Program
@@ -51,10 +50,10 @@ class Rerun(Shown):
     losses; parts_at: the first step with another loss or another state, None if all bits are the same,
     or in another precision; operation: the first with other bits, in that step; compared: steps that
     were compared from the recorded state before each; rounding: how far apart numbers are by rounding
-    alone; beyond: the first operation of these steps that is farther apart; there: that operation, with
-    what it read and returned there; residue: the first with a result that is zero but for rounding: it
-    is not among these; farthest: the operations that are farthest apart; others: losses of other runs
-    that were asked for, by name; problems: what could not be compared, or was taken from the recording.
+    alone; beyond: the first result of these steps that is farther apart; residue: the first result that
+    is zero but for rounding: it is not among these; farthest: the operations that are farthest apart;
+    others: losses of other runs that were asked for, by name; problems: what could not be compared, or
+    was taken from the recording.
     """
 
     name: str
@@ -69,7 +68,6 @@ class Rerun(Shown):
     compared: tuple[int, ...]
     rounding: float
     beyond: Apart | None
-    there: Observed | None
     residue: Apart | None
     farthest: tuple[Apart, ...]
     others: dict[str, NDArray[np.float64]]
@@ -154,7 +152,6 @@ def rerun(
             run=str(run.directory.absolute()),
             threads=place.threads or known.threads,
             precision=place.precision,
-            device=place.device,
             first=first,
         )
         search = _Search(opener, process, first, last)
@@ -168,7 +165,7 @@ def rerun(
         size = max(1, opener.step(first).bytes)
         steps = _spread(first, last, max(2, min(COMPARED, MOST_BYTES // size)))
         limit = _rounding(facts.loss_dtype, place)
-        found, there = _compared(opener, process, steps, limit)
+        found = _compared(opener, process, steps, limit)
     return Rerun(
         name=run.name,
         place=place,
@@ -182,7 +179,6 @@ def rerun(
         compared=tuple(steps),
         rounding=limit,
         beyond=_first_beyond(found, limit),
-        there=there,
         residue=next((each for each in found if each.is_residue and not each.follows), None),
         farthest=_farthest([each for each in found if not each.is_residue]),
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
@@ -291,21 +287,13 @@ def _first_beyond(found: Sequence[Apart], limit: float) -> Apart | None:
     return next((each for each in found if not each.relative <= limit and not each.is_residue), None)
 
 
-def _compared(
-    opener: Opener, process: OtherProcess, steps: Sequence[int], limit: float
-) -> tuple[list[Apart], Observed | None]:
-    """Return how far results of steps are apart, and the first operation beyond a limit, there."""
+def _compared(opener: Opener, process: OtherProcess, steps: Sequence[int], limit: float) -> list[Apart]:
+    """Return how far results of steps are apart."""
     found: list[Apart] = []
-    seen = None
     for step in steps:
         own = opener.step(step)
-        there = process.step(own, opener.state(step - 1))
-        new = apart(own, there, limit)
-        first = _first_beyond(new, limit)
-        if seen is None and first is not None:
-            seen = there.operations[first.operation]
-        found += new
-    return found, seen
+        found += apart(own, process.step(own, opener.state(step - 1)), limit)
+    return found
 
 
 def _changed(known: Numerics, there: dict[str, Any], place: Place) -> dict[str, tuple[Any, Any]]:
