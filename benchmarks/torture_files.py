@@ -265,7 +265,7 @@ def answer_outcome(answer: tuple[int, str, str], expected: tuple[int, str, str])
     if answer == expected:
         return "sound", ""
     is_said = any(word in out + err for word in _DAMAGED)
-    if is_said and (code in (1, 2) or "problem " in out):  # diff compares what is sound
+    if is_said and code in (1, 2):
         return ("said" if out else "refused"), err or out
     return "WRONG", f"exit code {code}: {(err or out)[-300:]}"
 

@@ -41,7 +41,6 @@ def run(trained, tmp_path):
         (["train", "--run", "~/run"], "do not take '~' for a name"),
         (["fork", "run", "--at", "3", "--run", "~"], "do not take '~' for a name"),
         (["fork", "run", "--at", "3", "--run", "-rf"], "do not take '-rf' for a name"),
-        (["doctor", "run", "--repair", "-rf"], "do not take '-rf' for a name"),
         (["train", "--steps", MANY], "steps: should be less than or equal to 100000000000"),
         (["train", "--epochs", MANY], "epochs: should be less than or equal to 100000000000"),
         (["train", "--epochs", "100000000000", "--set", "batch_size=1"], "steps are too many"),

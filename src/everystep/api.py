@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,7 +13,7 @@ from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.finding import RUNS, find_run, find_runs
 from everystep.recording.snapshots import DEFAULT_BUDGET
 from everystep.recording.unbegun import remove_unbegun
-from everystep.run import Run, progress_of, run_from_objects, run_of
+from everystep.run import Run, diagnosis_of, progress_of, run_from_objects, run_of
 
 if TYPE_CHECKING:
     import torch
@@ -60,26 +59,18 @@ def open(
     return Run(find_run(run), objects)
 
 
-def doctor(run: str | Path, *, repair: str | Path | None = None, progress: bool = True) -> Diagnosis:
-    """Say what is wrong with a run, and what can still be read; also of one that cannot be opened.
+def doctor(run: str | Path, *, export: str | Path | None = None) -> Diagnosis:
+    """Report what is wrong with a run, and what can still be read; also of one that cannot be opened.
 
     Args:
         run: the directory, or a name in runs/.
-        repair: where to write a repaired copy: what is sound, and lost steps taken again by replay.
-        progress: show a progress bar if stderr is a terminal.
+        export: where to write the numbers that can be read, as CSV: series, step, value, and whether the
+            digest is the `same`, `differs`, or there is `none`.
 
     Raises:
-        RunError: there is no such run; or, with `repair`, nothing can be read, or the place exists.
-        RecordingError: the copy cannot be written.
+        RunError: there is no such run; or, with `export`, its database cannot be opened.
     """
-    from everystep.replay.doctor import doctor
-    from everystep.views.diagnosis import diagnosis_text
-    from everystep.views.progress import counting
-
-    target = None if repair is None else Path(repair)
-    with counting("replaying", 0, progress and repair is not None) as on_progress:
-        found = doctor(find_run(run), target, on_progress)
-    return replace(found, to_text=partial(diagnosis_text, found))
+    return diagnosis_of(find_run(run), export)
 
 
 def runs(directory: str | Path = RUNS) -> list[Run]:

@@ -8,7 +8,6 @@ import shutil
 import pytest
 from benchmarks.torture_files import alterations, killed_run, outcome, shown, small_run
 
-from everystep.errors import DamageWarning
 from everystep.recording.run import RecordedRun
 
 
@@ -33,22 +32,6 @@ def test_nothing_wrong_is_passed_off_as_right(recorded, tmp_path):
         alteration.apply(copy)
         found[alteration] = outcome(copy, expected)
         shutil.rmtree(copy)
-    assert not {
-        each: what for each, what in found.items() if what[0] not in ("refused", "said", "sound")
-    }
+    allowed = ("refused", "said", "sound")
+    assert not {each: what for each, what in found.items() if what[0] not in allowed}
     assert {what for what, _ in found.values()} >= {"said", "sound"}
-
-
-def test_the_write_ahead_log_of_a_killed_run_loses_nothing_without_a_word(recorded, tmp_path):
-    run, _ = recorded
-    if run.name != "killed":
-        pytest.skip("a finished run has no log")
-    log = (run / "run.sqlite-wal").read_bytes()
-    for place in range(5, len(log), len(log) // 12):
-        copy = shutil.copytree(run, tmp_path / "altered")
-        content = bytearray(log)
-        content[place] ^= 8
-        (copy / "run.sqlite-wal").write_bytes(content)
-        with pytest.warns(DamageWarning, match=r"run\.sqlite-wal: "):
-            assert "run.sqlite-wal: " in (RecordedRun(copy).summary().damage or "")
-        shutil.rmtree(copy)

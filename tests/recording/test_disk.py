@@ -21,7 +21,6 @@ from everystep.errors import RecordingError, RunError
 from everystep.recording import connection, lock, recorder
 from everystep.recording.database import Database
 from everystep.recording.run import RecordedRun
-from everystep.recording.write_ahead_log import drop_uncommitted, log_problem
 from everystep.training import loop_writer
 
 
@@ -230,22 +229,3 @@ def test_names_with_spaces_and_signs_of_200_characters(everystep_command):
     ):  # fmt: skip
         code, _, err = everystep_command(*command)
         assert code == 0, (command, err)
-
-
-def test_what_a_full_disk_cut_off_is_dropped_from_the_log(tmp_path):
-    run = written(tmp_path / "run", [2.0, 1.0], status="running")
-    database = Database.change(run / "run.sqlite")
-    with database.transaction():
-        database.write_losses(3, [0.5])
-    log = run / "run.sqlite-wal"
-    whole = log.read_bytes()
-    frame = whole[32 : 32 + 24 + 4096]
-    for torn in (frame[:1000], frame, frame + frame[:1000]):
-        log.write_bytes(whole + torn)
-        assert log_problem(log) is not None
-        drop_uncommitted(log)
-        assert log.read_bytes() == whole
-    with database.transaction():
-        database.write_losses(4, [0.25])
-    database.close()
-    assert RecordedRun(run).losses["loss"].to_list() == [2.0, 1.0, 0.5, 0.25]

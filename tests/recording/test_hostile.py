@@ -23,7 +23,7 @@ OTHERS = [
     ["report", "run", "-o", "../report.html"],
     ["step", "run", "-1", "--json"],
     ["verify", "run", "--processes", "1"],
-    ["doctor", "run", "--repair", "../copy"],
+    ["doctor", "run", "--export", "../numbers.csv"],
     ["diff", "run", "good"],
     ["fork", "run", "--at", "2", "--steps", "4", "--run", "../fork", "-q"],
     ["resume", "run", "--steps", "7", "-q"],

@@ -676,8 +676,12 @@ def test_a_state_that_was_altered_is_not_called_identical(everystep_command):
     found = one.diff(other, progress=False)
     before = max({*one.snapshots} & {*other.snapshots} - {30})
     assert found.common_state == before and "was changed after recording" in found.problems[0]
-    _, out, _ = everystep_command("diff", one.directory, other.directory)
-    assert out.endswith("nothing that could be compared differs\n")
+    assert not found.is_same and not found.is_complete
+    code, out, _ = everystep_command("diff", one.directory, other.directory)
+    assert code == 1
+    assert out.endswith(
+        "no loss and no state that could be compared differs; not everything could be compared\n"
+    )
 
 
 def test_a_recorded_loss_that_was_altered_is_no_difference_of_operations():

@@ -1,10 +1,13 @@
-"""What is wrong with a run is named with its place, and a repaired copy has what can be brought back."""
+"""What is wrong with a run is named with its place, and what can be read is written, with its digest."""
 
+import csv
 import json
 import os
 import shutil
 import sqlite3
+import struct
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,11 +48,6 @@ def damaged(sound, tmp_path):
     return make
 
 
-def is_same(run, sound):
-    one, other = everystep.open(run), everystep.open(sound)
-    return one.losses.equals(other.losses) and one.verify(progress=False).is_exact
-
-
 def test_a_sound_run_is_healthy(sound, everystep_command):
     code, out, _ = everystep_command("doctor", sound)
     assert code == 0
@@ -74,7 +72,7 @@ def test_one_bit_in_a_program_is_reported_by_every_command(damaged, everystep_co
     with pytest.raises(RunError, match=r"programs/1\.json was changed after recording"):
         everystep.open(run)[7]
     found = json.loads(everystep_command("doctor", run, "--json")[1])
-    assert not found["healthy"] and found["unchecked"] == []
+    assert not found["healthy"]
 
 
 def test_a_gradient_has_the_shape_of_its_parameter(damaged):
@@ -96,33 +94,37 @@ def test_without_its_first_states_a_run_opens_from_the_next(damaged, everystep_c
     run = damaged()
     for step in gone:
         shutil.rmtree(run / "snapshots" / f"{step:06d}")
-    code, out, _ = everystep_command("doctor", run, "--repair", "copy")
+    code, out, _ = everystep_command("doctor", run)
     assert code == 1
     assert "steps after it open from the state before it" not in out
     assert out.count(f"without it, {unopened} can be opened, and the run cannot be verified") == len(
         gone
     )
-    assert f"the state before the first step is missing: {unopened} can be opened" in out
-    copy = everystep.open("copy")
-    assert unopened in str(copy.facts.repaired.problems)
+    opened = everystep.open(run)
     with pytest.raises(everystep.RunError, match=r"from its first state|no readable snapshot"):
-        copy.verify(progress=False)
+        opened.verify(progress=False)
     if len(gone) < 3:
         first = 8 * len(gone) + 2
-        assert copy[first].loss == copy.losses["loss"][first - 1]
+        assert opened[first].loss == opened.losses["loss"][first - 1]
         with pytest.raises(everystep.RunError):
-            copy[first - 1]
+            opened[first - 1]
 
 
-def test_a_copy_that_cannot_be_replayed_is_not_complete(damaged, everystep_command):
-    run = damaged()
-    data = run / "data.safetensors"
-    data.write_bytes(data.read_bytes()[:-1] + b"x")
-    code, out, _ = everystep_command("doctor", run, "--repair", "copy")
-    assert code == 1 and "copy/data.safetensors was changed after recording" in out
-    assert "data.safetensors" in str(everystep.open("copy").facts.repaired.problems)
-    with pytest.raises(everystep.RunError, match="was changed after recording"):
-        everystep.open("copy").verify(progress=False)
+def test_a_run_whose_database_has_no_first_state_says_so(damaged):
+    found = str(everystep.doctor(damaged("DELETE FROM snapshots WHERE step = 0")))
+    assert "the state before the first step is missing: none of steps 1 to 9 can be opened" in found
+
+
+def exported(run, everystep_command):
+    """Return the rows that `doctor --export` writes."""
+    code, out, err = everystep_command("doctor", run, "--export", "numbers.csv")
+    assert code == 1 and "is damaged" in out and "numbers.csv" in err
+    with Path("numbers.csv").open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def losses_of(rows):
+    return {int(row["step"]): float(row["value"]) for row in rows if row["series"] == "loss"}
 
 
 @pytest.mark.parametrize(
@@ -135,19 +137,30 @@ def test_a_copy_that_cannot_be_replayed_is_not_complete(damaged, everystep_comma
         (["UPDATE steps SET step = -3 WHERE step = 1"], "steps begin at -3"),
     ],
 )  # fmt: skip
-def test_lost_losses_are_taken_again(damaged, sound, everystep_command, statements, problem):
+def test_numbers_that_are_lost_or_altered_are_named_and_the_others_exported(
+    damaged, sound, everystep_command, statements, problem
+):
     run = damaged(*statements)
-    code, out, _ = everystep_command("doctor", run, "--repair", "copy")
-    assert code == 0
-    assert problem in out and "damaged is damaged" in out
-    assert is_same("copy", sound)
-    copy = everystep.open("copy")
-    assert copy.status == "finished" and copy.doctor().is_healthy
-    assert copy.facts.repaired.again and str(run) == copy.facts.repaired.run
-    assert copy.snapshots == everystep.open(sound).snapshots
+    code, out, _ = everystep_command("doctor", run)
+    assert code == 1
+    assert problem in out and out.endswith("damaged is damaged\n")
+    rows = exported(run, everystep_command)
+    digests = {(int(row["step"]) > 0, row["digest"]) for row in rows if row["series"] == "loss"}
+    assert digests <= {(True, "differs"), (False, "none")}
+    with closing(sqlite3.connect(run / "run.sqlite")) as database:
+        assert losses_of(rows) == dict(database.execute("SELECT step, loss FROM steps"))
 
 
-def test_a_repair_never_writes_into_the_damaged_run(damaged):
+def test_exported_numbers_of_a_sound_run_have_the_recorded_digests(sound, tmp_path):
+    run = everystep.open(sound)
+    assert run.doctor(export=tmp_path / "numbers.csv").is_healthy
+    with (tmp_path / "numbers.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [*losses_of(rows).values()] == run.losses["loss"].to_list()
+    assert {row["digest"] for row in rows} == {"same"}
+
+
+def test_doctor_never_writes_into_the_run(damaged):
     run = damaged("DELETE FROM steps WHERE step = 7")
 
     def contents():
@@ -155,90 +168,87 @@ def test_a_repair_never_writes_into_the_damaged_run(damaged):
         return {path: content for path in names if (content := path.read_bytes())}
 
     before = contents()
-    everystep.doctor(run, repair="copy", progress=False)
+    everystep.doctor(run, export="numbers.csv")
     assert contents() == before
-    with pytest.raises(everystep.RunError, match="already exists"):
-        everystep.doctor(run, repair=run, progress=False)
 
 
-def test_states_that_only_the_disk_knows_tell_which_steps_are_missing(damaged, sound):
+def test_states_that_only_the_disk_knows_tell_which_steps_are_missing(damaged):
     run = damaged(
         "DELETE FROM steps WHERE step > 20", "DELETE FROM snapshots WHERE step > 20",
         "UPDATE facts SET value = '\"running\"' WHERE key = 'status'",
     )  # fmt: skip
-    found = everystep.doctor(run, repair="copy", progress=False)
+    found = everystep.doctor(run)
     assert any("steps 21 to 40 are missing" in str(each) for each in found.findings)
-    assert (found.repaired.steps, found.repaired.planned) == (40, 40)
-    assert everystep.open("copy").losses.equals(everystep.open(sound).losses)
-    assert everystep.open("copy").snapshots[-1] == 40
 
 
-def test_a_state_that_is_altered_is_left_out_of_the_copy(damaged, sound):
-    run = damaged("DELETE FROM steps WHERE step = 18")
-    path = run / "snapshots" / "000016" / "parameters.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    found = everystep.doctor(run, repair="copy", progress=False)
-    assert any(each.place == "snapshots/000016" for each in found.findings)
-    assert not found.repaired.is_complete and "000016 was changed" in found.repaired.problems[0]
-    assert is_same("copy", sound)
-    assert 16 not in everystep.open("copy").snapshots
-
-
-def test_steps_that_cannot_be_taken_again_are_named(damaged, everystep_command):
-    run = damaged("DELETE FROM steps WHERE step BETWEEN 10 AND 20")
-    for program in (run / "programs").glob("*.json"):
-        program.unlink()
-    code, out, _ = everystep_command("doctor", run, "--repair", "copy", "--json")
-    found = json.loads(out)
-    assert code == 1
-    assert {each["place"] for each in found["findings"]} >= {"programs/1.json", "run.sqlite, steps"}
-    assert found["repaired"]["steps"] == 0 and not found["repaired"]["complete"]
-    assert any("steps 1 to 40 could not be brought back" in p for p in found["repaired"]["problems"])
-    assert everystep.open("copy").status == "stopped"
-
-
-def test_steps_that_lead_elsewhere_are_not_passed_off_as_right(damaged):
-    run = damaged("DELETE FROM steps WHERE step BETWEEN 10 AND 20")
-    for program in (run / "programs").glob("*.json"):
-        program.write_text(program.read_text().replace("aten.tanh.default", "aten.sin.default"))
-    seal_files(run)
-    found = everystep.doctor(run, repair="copy", progress=False)
-    assert not found.repaired.is_complete
-    assert any("do not lead to the state after step 8" in each for each in found.repaired.problems)
-    assert found.repaired.steps == 0
-
-
-@pytest.mark.parametrize("missing", [1, 5000])
-def test_a_database_that_is_cut_off_is_salvaged(damaged, sound, missing):
+@pytest.mark.parametrize("missing", [1, 5000, 9000])
+def test_of_a_database_that_is_cut_off_the_pages_that_are_there_are_exported(
+    damaged, sound, everystep_command, missing
+):
     run = damaged()
     os.truncate(run / "run.sqlite", (run / "run.sqlite").stat().st_size - missing)
-    try:
-        found = everystep.doctor(run, repair="copy", progress=False)
-    except everystep.RunError as error:
-        assert "cannot be read" in str(error) or "invalid" in str(error)
-    else:
-        assert "cut off" in str(found.findings)
-        assert len(everystep.open("copy")) == found.repaired.steps
+    assert "cut off" in str(everystep.doctor(run).findings)
+    found = losses_of(exported(run, everystep_command))
+    expected = dict(enumerate(everystep.open(sound).losses["loss"].to_list(), 1))
+    assert found == {step: expected[step] for step in found}
 
 
-def test_a_loop_of_your_own_is_repaired_too(tmp_path):
+def test_a_malformed_page_loses_its_own_rows_only(tmp_path, everystep_command):
+    run = tmp_path / "long"
+    model = nn.Linear(2, 1)
+    losses = everystep.train(
+        model, (torch.randn(4, 2), torch.randn(4, 1)), loss=nn.MSELoss(), steps=3000,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01), directory=run, progress=False,
+    ).losses["loss"].to_list()  # fmt: skip
+    with closing(sqlite3.connect(run / "run.sqlite")) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray((run / "run.sqlite").read_bytes())
+    middle = content.index(struct.pack(">d", losses[1500]))
+    page = middle - middle % 4096
+    content[page : page + 8] = b"\xff" * 8
+    (run / "run.sqlite").write_bytes(content)
+    code, _, err = everystep_command("losses", run)
+    assert code == 2 and "run.sqlite cannot be read: database disk image is malformed" in err
+    rows = exported(run, everystep_command)
+    found = losses_of(rows)
+    assert 2000 < len(found) < 3000 and {1, 3000} <= found.keys()
+    assert found == {step: losses[step - 1] for step in found}
+    assert {row["digest"] for row in rows if row["series"] == "loss"} == {"differs"}
+
+
+def test_a_file_that_is_no_database_has_nothing_to_export(damaged, everystep_command):
+    run = damaged()
+    (run / "run.sqlite").write_bytes(b"nothing" * 3000)
+    code, out, err = everystep_command("doctor", run, "--export", "numbers.csv")
+    assert code == 2 and "parameters of states 000000" in out
+    assert "run.sqlite cannot be read" in err and not Path("numbers.csv").exists()
+
+
+def test_rows_of_batches_are_compared_with_their_digests(tmp_path, everystep_command):
     torch.manual_seed(0)
-    model = nn.Linear(4, 2)
+    model = nn.Linear(40, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x, y = torch.randn(20, 4), torch.randn(20, 2)
+    x, y = torch.randn(20, 40), torch.randn(20, 2)
     with everystep.record(model=model, optimizer=optimizer) as recording:
-        for number in recording.steps(range(20)):
-            loss = nn.functional.mse_loss(model(x[number : number + 1]), y[number : number + 1])
+        for rows in recording.steps(range(0, 20, 4)):
+            loss = nn.functional.mse_loss(model(x[rows : rows + 4]), y[rows : rows + 4])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             recording.log(loss=loss)
-    run, losses = recording.run, recording.run.losses
-    with closing(sqlite3.connect(run.directory / "run.sqlite")) as database, database:
-        database.execute("DELETE FROM steps WHERE step > 12")
-    found = everystep.doctor(run.directory, repair="copy", progress=False)
-    assert found.repaired.again == ((1, 20),) and found.repaired.is_complete
-    assert everystep.open("copy").losses.equals(losses)
+    run = recording.run.directory
+    code, out, _ = everystep_command("doctor", run)
+    assert code == 0 and "batches, by their digests" in out
+    file = run / "batches" / "1.bin"
+    whole = file.read_bytes()
+    for changed in (whole[:200] + bytes([whole[200] ^ 1]) + whole[201:], whole[:-1]):
+        file.write_bytes(changed)
+        code, out, _ = everystep_command("doctor", run)
+        assert code == 1 and out.count("problem ") == 1
+        assert "batches/1.bin was changed after recording" in out
+    file.unlink()
+    code, out, _ = everystep_command("doctor", run)
+    assert code == 1 and "batches/1.bin cannot be read" in out
 
 
 def test_a_removed_experiment_is_named(tmp_path, everystep_command):

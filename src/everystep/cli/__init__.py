@@ -51,7 +51,7 @@ for command, line in (
     (report, "Write everything about a run as one page."),
     (step, "Open a step: batch, operations, gradients, updates."),
     (verify, "Replay every step, and compare it bit for bit."),
-    (doctor, "Say what is wrong with a run; write a repaired copy."),
+    (doctor, "Say what is wrong with a run, and what can still be read."),
     (diff, "Show where two runs differ, down to the operation."),
     (rerun, "Take the steps under other numerics, and compare."),
     (fork, "Continue a run from any step, with changes."),

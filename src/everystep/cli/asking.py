@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everystep.cli.arguments import JsonOption, ProcessesOption, RunArgument
-from everystep.cli.output import hint, quoted, say, tell
+from everystep.cli.output import hint, quoted, say, say_written, tell
 from everystep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -130,28 +130,29 @@ def verify(run: RunArgument, processes: ProcessesOption = None, json: JsonOption
 
 def doctor(
     run: RunArgument,
-    repair: Annotated[
+    export: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Write what is sound, and lost steps taken again, as a new run."
-        ),
+        typer.Option(metavar="FILE", help="Write the numbers that can be read as CSV."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Say what is wrong with a run, and what can still be read.
 
-    Compares what has digests: numbers, states, data, programs. Of batches it sees only that they can be
-    read; everystep verify replays the steps. Exits with 1 if something is wrong, or did not come back
-    in the repaired copy.
+    Compares numbers, states, data, programs and batches with their digests; everystep verify replays the
+    steps. Exits with 1 if something is wrong. The last column of the CSV says whether the digest of a
+    number is the same, differs, or there is none.
     """
     from everystep.api import doctor
+    from everystep.recording.finding import find_run
     from everystep.views.answers import as_json
-    from everystep.views.diagnosis import diagnosis_data, diagnosis_text
+    from everystep.views.diagnosis import diagnosis_data, diagnosis_text, export_numbers
 
-    found = doctor(run, repair=repair)
+    found = doctor(run)
     say(as_json(diagnosis_data(found)) if json else diagnosis_text(found))
-    is_well = found.is_healthy if found.repaired is None else found.repaired.is_complete
-    if not is_well:
+    if export is not None:
+        export_numbers(find_run(run), export)
+        say_written(export)
+    if not found.is_healthy:
         raise typer.Exit(1)
 
 

@@ -207,25 +207,6 @@ class Blocks(Rows):
         query = f"SELECT name, first, digest FROM blocks {among} ORDER BY name, first"
         return self.checked((TEXT, STEP, BYTES), query, *given)
 
-    def losses_in_pages(self, newest: int) -> NDArray[np.float64]:
-        """Return the losses of steps 1 to N, up to `newest`, as far as their digests agree."""
-        import numpy as np
-
-        from everystep.recording.pages import losses_in_pages
-
-        root = self.numbers("SELECT rootpage FROM sqlite_master WHERE name = 'steps'", kinds=STEP)[0]
-        losses = losses_in_pages(self.path, root)[:newest]
-        sound = 0
-        query = "SELECT first, digest FROM blocks WHERE name = ? ORDER BY first"
-        for first, digest in self.checked((STEP, BYTES), query, LOSS):
-            begin, end = max(first, 1) - 1, min(first + BLOCK - 1, newest)
-            if begin != sound or end > len(losses):
-                break
-            if digest_of_numbers(np.arange(begin + 1, end + 1), losses[begin:end]) != digest:
-                break
-            sound = end
-        return losses[:sound]
-
     def sealed_losses(self) -> tuple[int, int]:
         """Return how many blocks of losses are sealed, and the first step of the newest, -1 if none."""
         query = "SELECT count(*), coalesce(max(first), -1) FROM blocks WHERE name = ?"

@@ -132,7 +132,8 @@ def begin_database(path: Path) -> None:
 def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False) -> sqlite3.Connection:
     """Return a read-only connection to a run's database.
 
-    is_whole: refuse a database that is cut off. is_still: the caller makes sure that nobody writes it
+    is_whole: refuse a database that is cut off, and one with pages that SQLite finds damaged when it
+    opens it. is_still: the caller makes sure that nobody writes it
     (see `stillness`).
 
     Raises:
@@ -141,7 +142,7 @@ def connect_reading(path: Path, *, is_whole: bool = True, is_still: bool = False
     _check_files(path)
     if is_whole:
         _check_size(path)
-    connection = _connect(path, is_still=is_still)
+    connection = _connect(path, is_whole=is_whole, is_still=is_still)
     try:
         _check_identity(connection, path)
     except BaseException:
@@ -208,7 +209,7 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, is_whole: bool, is_still: bool) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
     opened = partial(sqlite3.connect, uri=True, isolation_level=None, timeout=_PATIENCE)
     still = partial(opened, f"{uri}?mode=ro&immutable=1")
@@ -222,6 +223,8 @@ def _connect(path: Path, *, is_still: bool) -> sqlite3.Connection:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
+            if not is_whole:  # SQLite reads the pages that are there
+                connection.execute("PRAGMA writable_schema = ON")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except (OSError, sqlite3.Error, UnicodeError) as error:  # the last of a message with bad bytes
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:

@@ -32,8 +32,10 @@ __all__ = [
     "DEFAULT_BATCH_BUDGET",
     "Contents",
     "Given",
+    "Inputs",
     "digest_of",
     "given_of",
+    "inputs_of",
     "packed",
     "read_contents",
     "unpacked",
@@ -93,6 +95,32 @@ def unpacked(content: bytes | None, what: str, limit: int = 256_000_000) -> Any:
             raise ValueError("too long")
         return parse_json(text)
     except (zlib.error, ValueError, TypeError):
+        raise RunError(f"{what} cannot be read: the database was changed") from None
+
+
+class Inputs(NamedTuple):
+    """What a step was given, as the database holds it.
+
+    given: by `batch/name` and `input/name`; nesting: of the batch; digests: of the state after the step,
+    by name, if it has any.
+    """
+
+    given: dict[str, Given]
+    nesting: Any
+    digests: dict[str, Any]
+
+
+def inputs_of(content: bytes | None, what: str) -> Inputs:
+    """Return the inputs of a step. content: as a run keeps them; what: names them in an error.
+
+    Raises:
+        RunError: they cannot be read.
+    """
+    found = unpacked(content, what) or {"nesting": None, "given": {}}
+    try:
+        given = {name: Given.from_json(each) for name, each in found["given"].items()}
+        return Inputs(given, found.get("nesting"), dict(found.get("digests", {})))
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise RunError(f"{what} cannot be read: the database was changed") from None
 
 

@@ -1,4 +1,4 @@
-"""A run's SQLite database. With `blocks`, the only module that contains SQL."""
+"""A run's SQLite database. With `blocks` and `readable`, the only module that contains SQL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from everystep.recording.connection import (
     LONGEST_VALUE,
     begin_database,
     connect_reading,
-    has_log,
     stillness,
 )
 from everystep.recording.fact_rows import read_facts, rows_of
@@ -26,7 +25,6 @@ from everystep.recording.facts import Facts
 from everystep.recording.files import FileRow
 from everystep.recording.names import LONGEST_NAME, MOST_NAMES
 from everystep.recording.rows import BYTES, LOSSES, MAYBE_BYTES, MAYBE_STEP, STEP, TEXT, VALUES
-from everystep.recording.write_ahead_log import drop_uncommitted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +47,6 @@ __all__ = [
 #: Seconds that a writer waits for another program that has locked the database; what is to be written
 #: waits in memory.
 PATIENCE = 60.0
-#: So many losses are read from the file's pages: fewer are read by SQL as fast.
-MANY = 50_000
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
 _REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES)
 _PLACE = (STEP, STEP, STEP)
@@ -139,17 +135,7 @@ class Database(Blocks):
                 self.forget_blocks()
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
-                self._drop_uncommitted()
                 raise
-
-    def _drop_uncommitted(self) -> None:
-        """Cut off what a transaction that failed has left in the log; it would look like damage."""
-        with suppress(sqlite3.Error, OSError):
-            self.connection.execute("BEGIN IMMEDIATE")  # so that no other program writes meanwhile
-            try:
-                drop_uncommitted(Path(f"{self.path}-wal"))
-            finally:
-                self.connection.execute("ROLLBACK")
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
@@ -236,11 +222,8 @@ class Database(Blocks):
         newest, first = self.newest_step(), self.first_step()
         if last is not None:
             first = newest - last + 1 if first is None else max(first, newest - last + 1)
-        if first is None or first > 0:
-            losses = self.losses_after((first or 1) - 1)
-        else:  # which only an altered run has
-            query = "SELECT loss FROM steps WHERE step >= ? ORDER BY step"
-            losses = self.floats(query, first, kinds=LOSSES)
+        query = "SELECT loss FROM steps WHERE step >= ? ORDER BY step"
+        losses = self.floats(query, 1 if first is None else first, kinds=LOSSES)
         if first is None or len(losses) == newest - first + 1:  # so there is no gap
             return np.arange(newest + 1 - len(losses), newest + 1), losses
         query = "SELECT step FROM steps WHERE step >= ? ORDER BY step"
@@ -255,16 +238,7 @@ class Database(Blocks):
 
     def losses_after(self, step: int) -> NDArray[np.float64]:
         """Return the losses of the steps after `step`, in their order."""
-        import numpy as np
-
-        newest, query = self.newest_step(), "SELECT loss FROM steps WHERE step > ? ORDER BY step"
-        known = np.empty(0)
-        # On POSIX systems, a process that closes a file loses the locks that SQLite holds on it for this
-        # process. They matter while someone may write, which a log shows.
-        if step >= 0 and newest - step >= MANY and not has_log(self.path):
-            known = self.losses_in_pages(newest)
-        later = self.floats(query, max(step, len(known)) if len(known) else step, kinds=LOSSES)
-        return np.concatenate([known[step:], later]) if len(later) else known[step:]
+        return self.floats("SELECT loss FROM steps WHERE step > ? ORDER BY step", step, kinds=LOSSES)
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""
@@ -358,6 +332,11 @@ class Database(Blocks):
         query = "SELECT * FROM repeats WHERE step BETWEEN ? AND ? ORDER BY step"
         return [Repeat(*row) for row in self.checked(_REPEAT, query, first, last)]
 
+    def repeats_after(self, step: int, most: int) -> list[Repeat]:
+        """Return what repeats the first steps after `step`, in their order, up to `most` of them."""
+        query = "SELECT * FROM repeats WHERE step > ? ORDER BY step LIMIT ?"
+        return [Repeat(*row) for row in self.checked(_REPEAT, query, step, most)]
+
     def all_contents(self) -> list[tuple[bytes, int, int, int]]:
         """Return the locations of all contents (digest, file, place, bytes)."""
         query = "SELECT digest, file, place, bytes FROM contents"
@@ -386,7 +365,10 @@ class Database(Blocks):
 
     def check_quickly(self, most: int = 10) -> list[str]:
         """Return what SQLite finds wrong with the database, in its words."""
-        found = self.rows(f"PRAGMA quick_check({most})")
+        try:
+            found = self.connection.execute(f"PRAGMA quick_check({most})").fetchall()
+        except (sqlite3.Error, UnicodeError) as error:  # so damaged that the check itself ends
+            return [str(error)]
         return [str(text) for (text,) in found if text != "ok"]
 
     def _check_names(self) -> None:

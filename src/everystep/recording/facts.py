@@ -38,7 +38,6 @@ __all__ = [
     "ModuleFacts",
     "OptimizerFacts",
     "ProgramFacts",
-    "RepairFacts",
     "ResumeFacts",
     "ScheduleFacts",
     "TrainingFacts",
@@ -326,18 +325,6 @@ class ResumeFacts(_Fact):
     changed: tuple[str, ...] = ()
 
 
-class RepairFacts(_Fact):
-    """The damaged run that this one is a repaired copy of.
-
-    run: its directory; again: first and last of the steps that were taken again by replay; problems:
-    what was not brought back, in words.
-    """
-
-    run: str
-    again: tuple[tuple[Whole, Whole], ...] = ()
-    problems: tuple[str, ...] = ()
-
-
 class WriterFacts(_Fact):
     """The process that last wrote the run: its number, its host, and since when."""
 
@@ -360,7 +347,6 @@ class Facts(_Fact):
     batches_lost_to: the last step with dropped inputs; measured: in hindsight, by name; note: the user's
     own words, in one line; earlier: of the steps of a fork's parent, and those before each time that the
     run was resumed, in the order of the steps; resumed: each time; writer: the process that last wrote;
-    repaired: of a repaired copy;
     trained: see `training`.
     """
 
@@ -380,7 +366,6 @@ class Facts(_Fact):
     earlier: tuple[EarlierFacts, ...] = ()
     resumed: tuple[ResumeFacts, ...] = ()
     writer: WriterFacts | None = None
-    repaired: RepairFacts | None = None
     trained: TrainingFacts | None = None
 
     @property

@@ -105,13 +105,10 @@ def has_own(directory: Path, name: str) -> bool:
     return own_path(directory, name).is_file()
 
 
-def take_file(
-    source: Path, name: str, target: Path, own_name: str | None = None, *, may_share: bool = True
-) -> None:
+def take_file(source: Path, name: str, target: Path, own_name: str | None = None) -> None:
     """Give a run a file of another run: a second name of it if the file system has such, or a copy.
 
-    source, target: the directories of the runs; own_name: that of the file in the target; may_share:
-    False for a copy in any case.
+    source, target: the directories of the runs; own_name: that of the file in the target.
 
     Raises:
         RunError: the file is missing, cannot be read, or is not one of the run.
@@ -120,12 +117,11 @@ def take_file(
     taken = own_path(target, own_name or name)
     taken.parent.mkdir(parents=True, exist_ok=True)
     with open_own(source, name) as file:
-        if may_share:
-            with suppress(OSError):  # another file system, or one without hard links
-                os.link(source / name, taken)
-                if os.path.samestat(os.fstat(file.fileno()), taken.lstat()):
-                    return
-                taken.unlink()  # it was exchanged meanwhile
+        with suppress(OSError):  # another file system, or one without hard links
+            os.link(source / name, taken)
+            if os.path.samestat(os.fstat(file.fileno()), taken.lstat()):
+                return
+            taken.unlink()  # it was exchanged meanwhile
         with taken.open("xb") as copy:
             shutil.copyfileobj(file, copy)
         shutil.copystat(source / name, taken, follow_symlinks=False)

@@ -22,7 +22,6 @@ from everystep.recording.blocks import (
 )
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
-from everystep.recording.write_ahead_log import log_problem
 
 if TYPE_CHECKING:
     from everystep.recording.blocks import Measured, Series
@@ -40,7 +39,10 @@ __all__ = [
 _CLOSED = ("finished", "stopped", "failed")
 #: Blocks and files of a kind that are named one by one.
 _MOST_NAMED = 5
-_DOCTOR = "everystep doctor RUN --repair DIR writes a copy of what is sound"
+_RESTORE = (
+    f"restore {FILE_NAME} from a copy of the run; everystep doctor RUN --export FILE.csv writes the "
+    "numbers that can be read, each with what its digest says"
+)
 
 
 class Finding(NamedTuple):
@@ -48,7 +50,7 @@ class Finding(NamedTuple):
 
     place: str
     problem: str
-    cure: str = _DOCTOR
+    cure: str = _RESTORE
 
     def __str__(self) -> str:
         return f"{self.place}: {self.problem}"
@@ -66,8 +68,6 @@ def structure_findings(
     """
     found = []
     newest, first = database.newest_step(), database.first_step()
-    if not is_written and (problem := log_problem(directory / f"{FILE_NAME}-wal")):
-        found.append(Finding(f"{FILE_NAME}-wal", f"{problem}: the newest steps may be missing"))
     if first is not None and first != 1:
         found.append(
             Finding(f"{FILE_NAME}, steps", f"steps begin at {first:,}; a recording begins at step 1")

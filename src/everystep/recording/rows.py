@@ -50,7 +50,7 @@ class Rows:
         try:
             return self.connection.execute(query, arguments).fetchall()
         except (sqlite3.Error, UnicodeError) as error:
-            raise RunError(f"{self.path} cannot be read: {error}") from None
+            raise self._unreadable(error) from None
 
     def checked(self, kinds: Sequence[Kinds], query: str, *arguments: Any) -> list[Any]:
         """Return the rows of a query, in which each column has only values of some types.
@@ -72,7 +72,7 @@ class Rows:
         try:
             found = list(chain.from_iterable(self.connection.execute(query, arguments)))
         except (sqlite3.Error, UnicodeError) as error:
-            raise RunError(f"{self.path} cannot be read: {error}") from None
+            raise self._unreadable(error) from None
         if kinds is not None:
             self._check(found, kinds)
         return found
@@ -99,9 +99,16 @@ class Rows:
             found = chain.from_iterable(self.connection.execute(query, arguments))
             return np.fromiter(found, np.float64)
         except (sqlite3.Error, UnicodeError) as error:
-            raise RunError(f"{self.path} cannot be read: {error}") from None
+            raise self._unreadable(error) from None
         except (TypeError, ValueError):  # NULL, or what should not be there
             return np.array(self.numbers(query, *arguments, kinds=kinds), np.float64)
+
+    def _unreadable(self, error: Exception) -> RunError:
+        is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+        cure = (
+            f"; everystep doctor {self.path.parent.name} reports what can be read" if is_damaged else ""
+        )
+        return RunError(f"{self.path} cannot be read: {error}{cure}")
 
     def _check(self, values: Iterable[Any], allowed: Kinds) -> None:
         if not set(map(type, values)) <= allowed.types:

@@ -333,8 +333,8 @@ class RecordedRun:
         missing = missing_steps(facts, database.newest_step())
         if missing is not None:
             raise RunError(
-                f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy, or bring "
-                f"the steps back: everystep doctor {self.name} --repair DIR"
+                f"{self.name} is damaged: {missing.problem}; restore {FILE_NAME} from a copy; everystep "
+                f"doctor {self.name} --export FILE.csv writes the numbers that can be read"
             )
         self._warn_of(self._structure_findings(database, facts, is_written))
 

@@ -67,7 +67,8 @@ class Difference(Shown):
     first_state: where that reaches the model, None without an operation;
     common_state: the last snapshot that both have and that is identical; states: tensors of the first
     common snapshot that differs; operation: the first that differs, and why; is_thorough: whether every
-    step was replayed; problems: why something could not be compared; measured: the measurements that
+    step was replayed; problems: why something could not be compared; is_complete: whether all common
+    snapshots could be read, and the replays are those of the recordings; measured: the measurements that
     differ, and their first values that do; renamed: settings of `experiments` that are only names, and
     change nothing; unread: tensors of a batch that differ and that no operation
     reads, in words.
@@ -82,6 +83,7 @@ class Difference(Shown):
     states: tuple[StateDifference, ...]
     operation: OperationDifference | None
     problems: tuple[str, ...]
+    is_complete: bool = True
     is_thorough: bool = False
     data: tuple[DataDifference, ...] = ()
     measured: tuple[tuple[str, LossDifference], ...] = ()
@@ -100,18 +102,22 @@ class Difference(Shown):
             )
         elif self.loss is not None:
             found = f"losses differ from step {self.loss.step:,} on"
-        elif not any((self.states, self.experiments, self.measured, self.unread)):
+        elif self.steps[0] != self.steps[1] and not any(
+            (self.states, self.experiments, self.measured, self.unread)
+        ):
             found = "one is longer"
+        elif not self.is_complete:
+            found = "not everything could be compared"
         else:
             found = "they differ in their settings, states, measurements or batches"
         return f"<difference of {self.names[0]} and {self.names[1]}: {found}>"
 
     @property
     def is_same(self) -> bool:
-        """Whether the settings and everything compared are identical."""
+        """Whether the settings and everything compared are identical, and nothing was unreadable."""
         settings = self.experiments.keys() - self.renamed
         parts = (self.loss, self.states, self.operation, settings, self.measured, self.unread)
-        return not any(parts) and self.steps[0] == self.steps[1]
+        return not any(parts) and self.steps[0] == self.steps[1] and self.is_complete
 
 
 @on_cpu()
@@ -149,6 +155,7 @@ def diff(
         thorough |= sum(run.facts.seconds or 0.0 for run in (one, other)) < THOROUGH_SECONDS
     last = min(steps) if thorough and not ends else min(ends, default=0)
     operation, first_state, unread = None, None, []
+    is_complete = not problems
     if last:
         first = 1 if thorough else 1 + max((state for state in common if state < last), default=0)
         search = Lockstep(one, other, objects, on_progress)
@@ -158,7 +165,9 @@ def diff(
             if operation is not None:
                 end = max(ends, default=min(steps))
                 first_state = search.first_state(operation.step, min(max(end, operation.step), *steps))
-            problems += search.divergences()
+            diverged = search.divergences()
+            is_complete &= not diverged
+            problems += diverged
             unread = search.unread
         except RunError as error:
             if asked and not ends:  # all that was asked for cannot be done
@@ -175,6 +184,7 @@ def diff(
         states=tuple(states),
         operation=operation,
         problems=tuple(dict.fromkeys(problems)),
+        is_complete=is_complete,
         is_thorough=thorough,
         data=data_differences(one, other),
         measured=tuple(_measured(one, other)),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from everystep.errors import RunError
@@ -13,8 +13,7 @@ from everystep.recording.facts import Facts
 from everystep.recording.health import Finding, number_findings
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import check_snapshot
-from everystep.replay.file_findings import MOST_NAMED, file_findings, with_digests, without_digests
-from everystep.replay.repair import Repaired, repair
+from everystep.replay.file_findings import MOST_NAMED, checked_files, file_findings
 from everystep.replay.shown import Shown
 
 __all__ = ["Diagnosis", "doctor"]
@@ -25,16 +24,13 @@ class Diagnosis(Shown):
     """What is wrong with a run.
 
     findings: each with its place and a cure; readable: what can still be read, in words; checked: what
-    was compared with its digest; unchecked: what has none, which only `verify` compares; repaired: the
-    copy that was written, if one was asked for.
+    was compared with its digest.
     """
 
     name: str
     findings: tuple[Finding, ...]
     readable: tuple[str, ...]
     checked: tuple[str, ...] = ()
-    unchecked: tuple[str, ...] = ()
-    repaired: Repaired | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -46,26 +42,12 @@ class Diagnosis(Shown):
         return f"<diagnosis of {self.name}: {found}>"
 
 
-def doctor(
-    directory: Path, target: Path | None = None, on_progress: Callable[[int], None] = lambda steps: None
-) -> Diagnosis:
-    """Look at everything that a run consists of; replays nothing (`verify` does).
-
-    Args:
-        directory: of the run.
-        target: where to write a repaired copy, if wanted.
-        on_progress: called with the number of lost steps just taken again.
+def doctor(directory: Path) -> Diagnosis:
+    """Look at everything that a run consists of; writes nothing, and replays nothing (`verify` does).
 
     Raises:
-        RunError: there is no such run; or, with `target`, nothing can be read, or `target` exists.
-        RecordingError: the copy cannot be written.
+        RunError: there is no such run.
     """
-    found = _diagnosed(directory)
-    repaired = None if target is None else repair(directory, target, on_progress)
-    return replace(found, repaired=repaired)
-
-
-def _diagnosed(directory: Path) -> Diagnosis:
     if not (directory / FILE_NAME).exists() and not directory.is_dir():
         raise RunError(f"{directory} is not a run: {FILE_NAME} is missing")
     name = directory.resolve().name.encode("utf-8", "replace").decode()
@@ -74,9 +56,7 @@ def _diagnosed(directory: Path) -> Diagnosis:
         run = RecordedRun(directory, may_be_cut=True)
         facts = run.facts
     except RunError as error:
-        finding = Finding(
-            FILE_NAME, str(error), "restore it from a copy of the run, or try --repair DIR"
-        )
+        finding = Finding(FILE_NAME, str(error))
         return Diagnosis(name, (*links, finding), (*_states_without_database(directory),))
     numbers = [] if run.status == "running" else [*_database_findings(run)]
     found = [*links, *numbers, *file_findings(run, facts)]
@@ -85,8 +65,7 @@ def _diagnosed(directory: Path) -> Diagnosis:
         name,
         tuple(found),
         tuple(_readable(run, facts)),
-        (*checked, *with_digests(run, facts)),
-        tuple(without_digests(run, facts)),
+        (*checked, *checked_files(run, facts)),
     )
 
 

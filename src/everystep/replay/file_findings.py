@@ -1,4 +1,4 @@
-"""File findings: what is missing, altered or unreadable among the files beside the database."""
+"""File findings: what is missing, altered or unreadable among the files next to the database."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from everystep.errors import EverystepError, RunError
+from everystep.recording.blocks import BLOCK
 from everystep.recording.contents import FOLDER as BATCHES
-from everystep.recording.database import FILE_NAME, SnapshotRow, reading
+from everystep.recording.contents import Given, inputs_of, read_contents
+from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
 from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
-from everystep.recording.files import own_path
 from everystep.recording.health import Finding
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import check_snapshot
 from everystep.replay.programs import read_built
 
-__all__ = ["MOST_NAMED", "file_findings", "with_digests", "without_digests"]
+__all__ = ["MOST_NAMED", "checked_files", "file_findings"]
 
 #: Findings of a kind that are named one by one.
 MOST_NAMED = 20
@@ -38,7 +39,7 @@ def file_findings(run: RecordedRun, facts: Facts) -> Iterator[Finding]:
     yield from _batch_findings(run)
 
 
-def with_digests(run: RecordedRun, facts: Facts) -> Iterator[str]:
+def checked_files(run: RecordedRun, facts: Facts) -> Iterator[str]:
     """Yield which files `file_findings` compares with their digests, in words."""
     yield "states"
     if facts.trained is None:
@@ -52,14 +53,7 @@ def with_digests(run: RecordedRun, facts: Facts) -> Iterator[str]:
         yield "programs"
     if run.change_files():
         yield "changes between steps"
-
-
-def without_digests(run: RecordedRun, facts: Facts) -> Iterator[str]:
-    """Yield of which files `file_findings` sees only whether they can be read, in words."""
-    if facts.trained is None:
-        return
-    # A digest of a batch is by its shape, which only the step that used it knows.
-    if any(stretch.facts.loop is not None for stretch in run.stretches):
+    if any(each.loop is not None for each in stretches):
         yield "batches"
 
 
@@ -71,7 +65,7 @@ def _state_findings(run: RecordedRun, rows: list[SnapshotRow], *, is_begun: bool
     sound = [row.step for row, found in problems.items() if not found]
     for row, found in problems.items():
         if any(step < row.step for step in sound):
-            cure = "steps after it open from the state before it; " + Finding._field_defaults["cure"]
+            cure = f"{_RESTORE}; until then, steps after it open from the state before it"
         else:
             cure = f"{_RESTORE}; without it, {_unopened(run, row.step, sound)}"
         yield from (finding._replace(cure=cure) for finding in found)
@@ -120,20 +114,33 @@ def _checked(place: str, read: Callable[[], object], cure: str) -> Iterator[Find
 
 
 def _batch_findings(run: RecordedRun) -> Iterator[Finding]:
-    """Yield which files of batches are too short for what the database says is in them."""
+    """Yield which files of batches are not as they were recorded, by the digests of their rows."""
+    altered: set[int] = set()
+    cure = f"{_RESTORE}; without it, steps that need it cannot be replayed"
     with reading(run.directory / FILE_NAME) as database:
         try:
-            rows = database.all_contents()
+            for given in _given(database):
+                places = database.contents(given.digests)
+                file = next((place[0] for place in places.values()), 0)
+                if file not in altered and len(altered) < MOST_NAMED:
+                    read = partial(read_contents, run.directory, places, given)
+                    for finding in _checked(f"{BATCHES}/{file}.bin", read, cure):
+                        altered.add(file)
+                        yield finding
         except RunError as error:
-            yield Finding(f"{FILE_NAME}, contents", str(error))
-            return
-    ends: dict[int, int] = {}
-    for _, file, place, size in rows:
-        ends[file] = max(ends.get(file, 0), place + size)
-    for file, end in sorted(ends.items())[:MOST_NAMED]:
-        name = f"{BATCHES}/{file}.bin"
-        path = own_path(run.directory, name)
-        size = path.stat().st_size if path.is_file() else -1
-        if size < end:
-            problem = "it is missing" if size < 0 else f"it has {size:,} of {end:,} bytes"
-            yield Finding(name, f"{problem}: steps that need it cannot be replayed", _RESTORE)
+            yield Finding(f"{FILE_NAME}, repeats", str(error))
+
+
+def _given(database: Database) -> Iterator[Given]:
+    """Yield what steps were given, row by row, each once."""
+    seen: set[bytes] = set()
+    step = 0
+    while rows := database.repeats_after(step, BLOCK):
+        for row in rows:
+            for given in inputs_of(row.inputs, f"the input of step {row.step}").given.values():
+                for digest in given.digests:
+                    if digest not in seen:
+                        seen.add(digest)
+                        shape = given.shape if len(given.digests) == 1 else (1, *given.shape[1:])
+                        yield Given(given.dtype, shape, (digest,))
+        step = rows[-1].step

@@ -16,7 +16,7 @@ from everystep.program.memory import copy_on_cpu
 from everystep.program.plain import Environment, PlainProgram, lay_inputs
 from everystep.program.precision import Precision
 from everystep.program.program import Program
-from everystep.recording.contents import Given, digest_of, unpacked
+from everystep.recording.contents import digest_of, inputs_of, unpacked
 from everystep.recording.database import Repeat
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun
@@ -320,13 +320,8 @@ class LoopStepper(ReplayStepper):
 
     def _inputs(self, row: Repeat) -> _Inputs:
         what = f"the input of step {row.step} of {self._run.name}"
-        content = unpacked(row.inputs, what) or {"nesting": None, "given": {}}
-        try:
-            given = {name: Given.from_json(each) for name, each in content["given"].items()}
-            digests = dict(content.get("digests", {}))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise RunError(f"{what} cannot be read: the database was changed") from None
-        found = self._run.contents(given)
+        inputs = inputs_of(row.inputs, what)
+        found = self._run.contents(inputs.given)
         missing = next((name for name, tensor in found.items() if tensor is None), None)
         if missing is not None:
             raise RunError(
@@ -337,7 +332,7 @@ class LoopStepper(ReplayStepper):
         if self._conversion is not None and row.program is not None:
             self._program(row)
             tensors = self._converted(self._conversion, row.program, tensors)
-        return _Inputs(tensors, content.get("nesting"), digests)
+        return _Inputs(tensors, inputs.nesting, inputs.digests)
 
     def _converted(
         self, conversion: Precision, program: int, inputs: dict[str, Tensor]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from everystep.recording.finding import RUNS
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
-from everystep.run.questions import Counting, Questions
+from everystep.run.questions import Questions
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from everystep.views.report import Report
     from everystep.views.table import LossTable
 
-__all__ = ["Run", "progress_of", "run_from_objects", "run_of"]
+__all__ = ["Run", "diagnosis_of", "progress_of", "run_from_objects", "run_of"]
 
 
 class Run(Questions):
@@ -38,24 +38,16 @@ class Run(Questions):
     run.
     """
 
-    def doctor(self, *, repair: str | Path | None = None, progress: Counting = True) -> Diagnosis:
-        """Say what is wrong with the run, and what can still be read; replays nothing, as `verify` does.
+    def doctor(self, *, export: str | Path | None = None) -> Diagnosis:
+        """Report what is wrong with the run, and what can still be read; replays nothing.
 
-        repair: where to write a repaired copy: what is sound, and lost steps taken again by replay.
+        export: where to write the numbers that can be read, as CSV: series, step, value, and whether the
+        digest is the `same`, `differs`, or there is `none`.
 
         Raises:
-            RunError: with `repair`, nothing can be read, or the place exists.
-            RecordingError: the copy cannot be written.
+            RunError: with `export`, the database cannot be opened.
         """
-        from everystep.replay.doctor import doctor
-        from everystep.views.diagnosis import diagnosis_text
-        from everystep.views.progress import counting
-
-        target = None if repair is None else Path(repair)
-        wanted = progress if target is not None else False
-        with counting("replaying", len(self), wanted) as on_progress:
-            found = doctor(self.directory, target, on_progress)
-        return dataclasses.replace(found, to_text=partial(diagnosis_text, found))
+        return diagnosis_of(self.directory, export)
 
     def fork(
         self,
@@ -223,6 +215,21 @@ class Run(Questions):
         from everystep.views.summary import summary_html
 
         return summary_html(self)
+
+
+def diagnosis_of(directory: Path, export: str | Path | None = None) -> Diagnosis:
+    """Return what is wrong with a run; export: where to write the numbers that can be read.
+
+    Raises:
+        RunError: there is no such run; or, with `export`, its database cannot be opened.
+    """
+    from everystep.replay.doctor import doctor
+    from everystep.views.diagnosis import diagnosis_text, export_numbers
+
+    found = doctor(directory)
+    if export is not None:
+        export_numbers(directory, export)
+    return dataclasses.replace(found, to_text=partial(diagnosis_text, found))
 
 
 def run_of(outcome: Outcome, objects: Objects | None = None) -> Run:

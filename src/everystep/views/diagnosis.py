@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everystep.recording.database import FILE_NAME
+from everystep.recording.readable import readable_numbers
 from everystep.views.answers import labelled
+from everystep.views.output_file import write_file
 
 if TYPE_CHECKING:
     from everystep.replay.doctor import Diagnosis
-    from everystep.replay.repair import Repaired
 
-__all__ = ["diagnosis_data", "diagnosis_text"]
+__all__ = ["diagnosis_data", "diagnosis_text", "export_numbers"]
 
 
 def diagnosis_text(found: Diagnosis) -> str:
-    """Return what is wrong with a run, what can be read, and what a repair brought back, in lines."""
+    """Return what is wrong with a run, and what can be read, in lines."""
     lines: list[str] = []
     for finding in found.findings:
         cure = finding.cure.replace("RUN", found.name)
@@ -23,47 +26,25 @@ def diagnosis_text(found: Diagnosis) -> str:
     lines += [labelled("readable", "\n".join(found.readable) or "nothing")]
     if found.checked:
         lines.append(labelled("checked", f"{', '.join(found.checked)}, by their digests"))
-    if found.unchecked:
-        what = ", ".join(found.unchecked)
-        lines.append(
-            labelled("unchecked", f"{what}: everystep verify {found.name} takes each step again")
-        )
-    if found.repaired is not None:
-        lines.append(labelled("repaired", _repaired_text(found.repaired)))
-    return "\n".join([*lines, "", f"{found.name} {_verdict(found)}"])
+    return "\n".join([*lines, "", f"{found.name} {'is healthy' if found.is_healthy else 'is damaged'}"])
 
 
-def _verdict(found: Diagnosis) -> str:
-    if found.findings:
-        return "is damaged"
-    return "is sound in what was checked" if found.unchecked else "is healthy"
+def export_numbers(directory: Path, file: str | Path) -> None:
+    """Write the numbers of a run that can be read as CSV; see `readable_numbers`.
+
+    Raises:
+        RunError: the database cannot be opened.
+        UsageError: the file cannot be written.
+    """
+    write_file(file, readable_numbers(directory / FILE_NAME))
 
 
 def diagnosis_data(found: Diagnosis) -> dict[str, Any]:
     """Return the same as plain data."""
-    repaired = found.repaired
     return {
         "run": found.name,
         "healthy": found.is_healthy,
         "findings": [finding._asdict() for finding in found.findings],
         "readable": list(found.readable),
         "checked": list(found.checked),
-        "unchecked": list(found.unchecked),
-        "repaired": repaired
-        and {
-            "directory": str(repaired.directory),
-            "steps": repaired.steps,
-            "planned_steps": repaired.planned,
-            "taken_again": [list(span) for span in repaired.again],
-            "problems": list(repaired.problems),
-            "notes": list(repaired.notes),
-            "complete": repaired.is_complete,
-        },
     }
-
-
-def _repaired_text(repaired: Repaired) -> str:
-    spans = ", ".join(f"{first:,} to {last:,}" for first, last in repaired.again)
-    again = [f"steps {spans} taken again by replay"] if spans else []
-    kept = f"{repaired.directory}: {repaired.steps:,} of {repaired.planned:,} steps"
-    return "\n".join([kept, *again, *repaired.notes, *repaired.problems])

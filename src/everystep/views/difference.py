@@ -82,6 +82,7 @@ def diff_data(found: Difference) -> dict[str, Any]:
     return {
         "runs": list(found.names),
         "same": found.is_same,
+        "complete": found.is_complete,
         "asked": [{"name": each.name, "values": list(each.values)} for each in listed(found)],
         "experiments": {key: list(pair) for key, pair in found.experiments.items()},
         "renamed": list(found.renamed),
@@ -247,6 +248,8 @@ def _verdict(found: Difference) -> str:
     if found.measured:
         names = ", ".join(name for name, _ in found.measured[:NAMED])
         return f"the runs differ in what was measured: {names}"
+    if not found.is_complete:
+        return "no loss and no state that could be compared differs; not everything could be compared"
     if found.is_same and found.problems:
         return "nothing that could be compared differs"
     names = "; only names differ" if found.renamed and found.is_same else ""

@@ -13,7 +13,6 @@ from everystep.recording.facts import (
     Facts,
     ForkFacts,
     FunctionFacts,
-    RepairFacts,
     ResumeFacts,
     TrainingFacts,
 )
@@ -68,7 +67,6 @@ def header_rows(facts: Facts) -> list[tuple[str, str]]:
         ("update", _update_text(training)),
         ("steps", _steps_text(facts.steps or 0, training)),
         *([("fork of", _fork_text(facts.fork))] if facts.fork else []),
-        *([("copy of", _repaired_text(facts.repaired))] if facts.repaired else []),
         *([("resumed", _resumed_text(facts.resumed))] if facts.resumed else []),
     ]
 
@@ -190,13 +188,6 @@ def _fork_text(fork: ForkFacts) -> str:
     return f"{fork.parent}, with its steps up to {fork.at:,}" + (
         f"; from there on {changed}" if changed else ""
     )
-
-
-def _repaired_text(repaired: RepairFacts) -> str:
-    """Return what a repaired copy is a copy of, what was taken again, and what did not come back."""
-    spans = ", ".join(f"{first:,} to {last:,}" for first, last in repaired.again)
-    again = f"; steps {spans} were taken again by replay" if spans else ""
-    return "\n".join([f"{repaired.run}, which was damaged{again}", *repaired.problems])
 
 
 def _resumed_text(resumed: Sequence[ResumeFacts]) -> str:
