@@ -116,18 +116,10 @@ class RecordedRun:
     @property
     def losses(self) -> polars.DataFrame:
         """The loss of every step: columns step (Int64) and loss, in the loss's own precision."""
-        return self.last_losses(None)
-
-    def last_losses(self, count: int | None) -> polars.DataFrame:
-        """Return the losses of the last `count` steps, or of all."""
         import polars as pl
 
-        steps, losses = self._last_losses(count)
+        (steps, losses), _ = self._last_numbers(None)
         return pl.DataFrame({"step": steps, "loss": losses})
-
-    def _last_losses(self, count: int | None) -> Series:
-        """Return steps and losses, the latter in their own precision."""
-        return self._last_numbers(count)[0]
 
     def _last_numbers(self, count: int | None) -> tuple[Series, Measured | None]:
         """Return steps and losses, the latter in their own precision, and what was measured there."""
