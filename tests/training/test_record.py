@@ -449,6 +449,85 @@ def test_data_from_elsewhere_is_kept_once_or_not_at_all(made, monkeypatch):
     assert sizes[1] < sizes[0]
 
 
+def windows_of_a_text(t):
+    """As a language model is trained that cuts its batches out of one long tensor."""
+    at = torch.randint(len(TEXT) - 4, (6,))
+    return torch.stack([TEXT[i : i + 4] for i in at]) / 50
+
+
+def a_slice(t):
+    return TEXT[7 * t : 7 * t + 24].view(6, 4).to(torch.float64).float() / 50
+
+
+def a_growing_memory(t):
+    MEMORY[t] = torch.randn(4)
+    return MEMORY[torch.randint(0, t + 1, (6,))]
+
+
+def picked_rows(t):
+    at = torch.from_numpy(np.random.default_rng(t).permutation(1000)[:6])
+    return MEMORY.index_select(0, at) + at[:, None] / 1000
+
+
+TEXT, MEMORY = torch.arange(100_000) % 50, torch.zeros(1000, 4)
+
+
+@pytest.mark.parametrize("batch", [windows_of_a_text, a_slice, a_growing_memory, picked_rows])
+def test_what_a_loop_cuts_out_of_its_data_is_an_input(made, batch):
+    """Each step reads other places: it is kept by content, in one program, without the data itself."""
+
+    def trained(record):
+        seeded()
+        MEMORY.zero_()
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        losses = []
+        with record(model=model, optimizer=optimizer) as recording:
+            for t in range(40):
+                with recording.step():
+                    loss = (model(batch(t)) - 1).square().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    recording.log(loss=loss)
+                losses.append(loss.item())
+        return recording, losses
+
+    expected = trained(unrecorded)[1]
+    recording, losses = trained(everystep.record)
+    assert losses == expected
+    run = everystep.open(recording.run.directory)
+    assert run.verify(processes=1, progress=False).is_exact
+    assert run.facts.training.loop.programs <= 2
+    kept = sum(path.stat().st_size for path in (run.directory / "batches").iterdir())
+    assert kept < 400_000  # the states of the generator among it
+    assert run[23].is_exact and run[23].loss == losses[22]
+
+
+def test_a_gradient_flows_through_what_is_picked_from_outside(made):
+    """A table that is no part, but is trained."""
+
+    def trained(record):
+        seeded()
+        table = torch.randn(10, 4, requires_grad=True)
+        model = nn.Linear(4, 1)
+        losses = []
+        with record(model=model) as recording:
+            for _ in range(12):
+                with recording.step():
+                    loss = (model(table[torch.randint(10, (3,))]) - 1).square().mean()
+                    (gradient,) = torch.autograd.grad(loss, table)
+                    with torch.no_grad():
+                        table.sub_(gradient, alpha=0.1)
+                    recording.log(loss=loss)
+                losses.append(loss.item())
+        return recording, losses
+
+    recording, losses = trained(everystep.record)
+    assert losses == trained(unrecorded)[1]
+    assert recording.run.verify(processes=1, progress=False).is_exact
+
+
 def test_a_pause_is_no_part_of_the_step(made):
     model, optimizer, batch = made
     with everystep.record(model=model, optimizer=optimizer) as recording:

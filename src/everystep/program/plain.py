@@ -38,6 +38,8 @@ __all__ = [
 READ = "aten._local_scalar_dense.default"
 #: Operators with `Scalar` arguments that decide the shape of their result.
 _SHAPED_BY_NUMBERS = {"arange", "range"}
+#: Whole numbers that bound a draw.
+_BOUNDS = {"randint": {"low", "high"}, "randint_like": {"low", "high"}, "random_": {"from", "to"}}
 
 Number = int | float
 
@@ -55,12 +57,16 @@ class PlainStep(NamedTuple):
 @cache
 def _slots(operator: Any) -> frozenset[str]:
     """Return the arguments of an operator that hold numbers which may differ at each step."""
-    if operator.overloadpacket.__name__ in _SHAPED_BY_NUMBERS:
+    name = operator.overloadpacket.__name__
+    if name in _SHAPED_BY_NUMBERS:
         return frozenset()
+    bounds: set[str] = _BOUNDS.get(name, set())
     # A number may replace a tensor, too.
     kinds = ("number", "float", "Tensor")
     held = [f"{holder}[{kind}]" for holder in ("Optional", "List") for kind in kinds]
-    return frozenset(p.name for p in parameters(operator) if p.kind in (*kinds, *held))
+    return frozenset(
+        p.name for p in parameters(operator) if p.kind in (*kinds, *held) or p.name in bounds
+    )
 
 
 def is_number_slot(operator: Any, name: str) -> bool:

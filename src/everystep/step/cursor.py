@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.program.operators import leaves
 from everystep.step.backward import BackwardPasses
 from everystep.step.checks import MISS, check_of
 from everystep.step.elsewhere import Elsewhere, version_of, versions_of
 from everystep.step.entries import Ending, Entry, Learned, flattened, geometry
 from everystep.step.follow import Follower
+from everystep.step.gathered import gathers_data
 from everystep.step.graph import OTHER_WHEN_WATCHED
 from everystep.step.known_operators import KnownOperator, known_operator
 from everystep.step.known_paths import KnownPaths
@@ -275,11 +277,45 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
                         at.next = entry
                         return self._went(entry, func, args, kwargs, result)
             self._tensors.forget_brought()
-        if known_operator(func).how == "decompose":
+        known = known_operator(func)
+        if known.how == "decompose":
             return super().__torch_dispatch__(func, types, args, kwargs)
+        if self._gathers(known, args, kwargs or {}):
+            return func(*args, **(kwargs or {}))
         if self.is_followed:
             self._watch_on()
         return self._learn(func, types, args, kwargs or {})
+
+    def _gathers(self, known: KnownOperator, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
+        """Tell whether an operation only reads data from outside, which is kept as its result."""
+        if self.at is None:
+            return super()._gathers(known, args, keywords)
+        given = leaves([*args, *keywords.values()])
+        return gathers_data(known, given, self._is_met, self._is_drawn)
+
+    def _is_met(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is on memory that the step knows."""
+        storage, met = tensor.untyped_storage(), self._tensors
+        if self._known(tensor) is not None or met.place(storage) is not None:
+            return True
+        others = (each for each in met.alive(0, met.count).values() if is_plain(each))
+        return any(each.untyped_storage()._cdata == storage._cdata for each in others)
+
+    def _is_drawn(self, tensor: Tensor) -> bool:
+        """Tell whether the step has drawn a tensor at random, from nothing else."""
+        entry = self.at
+        if entry is None:
+            return super()._is_drawn(tensor)
+        number = self._known(tensor)
+        while number is not None and entry.parent is not None and number < entry.parent.met:
+            entry = entry.parent
+        if entry.key[0] == "shape" and entry.parent is not None:
+            entry = entry.parent
+        if number is None or entry.key[0] != "call":
+            return False
+        _, _, tokens, named, _ = entry.key
+        given = _all_tokens((*tokens, *(token for _, token in named)))
+        return entry.draws and not any(token[0] in ("r", "a", "x") for token in given)
 
     def _went(self, entry: Entry, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
         """Go to the point after a call that was compared and made."""

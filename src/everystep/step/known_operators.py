@@ -24,6 +24,8 @@ _OTHER_GEOMETRY = {
     *("unsqueeze_", "set_"),
 }
 _ZEROING = {"zero_", "_foreach_zero_"}
+#: They pick numbers by an index.
+_PICKING = {"gather", "index", "index_select", "take"}
 
 
 class KnownOperator(NamedTuple):
@@ -44,6 +46,8 @@ class KnownOperator(NamedTuple):
     is_read: bool = False
     is_zeroing: bool = False
     writes_list: bool = False
+    picks: bool = False
+    copies: bool = False
 
 
 _known: dict[int, KnownOperator] = {}
@@ -84,6 +88,8 @@ def _learn(func: Any) -> KnownOperator:
             text == READ,
             name in _ZEROING,
             "foreach" in name and bool(writes(func)),
+            name in _PICKING,
+            name == "copy_",
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
         known = KnownOperator("has no schema" if how == "see" else how)

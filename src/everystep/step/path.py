@@ -11,7 +11,7 @@ from everystep.program.plain import READ
 from everystep.program.program import Phase
 from everystep.step.recorder import CapturedTensor
 
-__all__ = ["FLOAT", "INT", "Marks", "Path", "SeenOperation", "StorageKind", "Tables"]
+__all__ = ["FLOAT", "INT", "Marks", "Path", "SeenOperation", "StorageKind", "Tables", "is_name"]
 
 
 class _Slot:
@@ -39,6 +39,13 @@ class SeenOperation(NamedTuple):
     results: tuple[str | None, ...]
     writes: tuple[int, ...]
     numbers: int
+
+
+def is_name(value: Any) -> bool:
+    """Tell whether an argument of an observed operation is a tensor, or has one in it."""
+    if isinstance(value, tuple):
+        return any(map(is_name, value))
+    return isinstance(value, str) and value.startswith("%")
 
 
 class StorageKind(NamedTuple):

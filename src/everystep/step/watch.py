@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from everystep.program.operator_mode import OperatorMode
-from everystep.program.operators import leaves, parameters, writes
+from everystep.program.operators import draws_random_numbers, leaves, parameters, writes
 from everystep.program.plain import READ
 from everystep.step.elsewhere import Elsewhere, version_of
 from everystep.step.follow import Follower
+from everystep.step.gathered import gathers_data
 from everystep.step.known_operators import KnownOperator, known_operator
-from everystep.step.path import FLOAT, INT, Marks, Path, SeenOperation, Tables
+from everystep.step.path import FLOAT, INT, Marks, Path, SeenOperation, Tables, is_name
 from everystep.step.seen_tensors import SeenTensors, UnseenError, is_plain
 
 __all__ = ["Watch", "run_counted"]
@@ -243,7 +244,23 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
             for tensor in leaves(result):
                 self._number(tensor, "temporary")
             return result
+        if self._gathers(known, args, keywords):
+            return func(*args, **keywords)
         return self._see(func, known, args, keywords)
+
+    def _gathers(self, known: KnownOperator, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
+        """Tell whether an operation only reads data from outside, which is kept as its result."""
+        tensors = leaves([*args, *keywords.values()])
+        return gathers_data(known, tensors, lambda t: self.place_of(t) is not None, self._is_drawn)
+
+    def _is_drawn(self, tensor: Tensor) -> bool:
+        """Tell whether the step has drawn a tensor at random, from nothing else."""
+        place = self.place_of(tensor)
+        for seen in self._operations:
+            if place in seen.writes:
+                values = (*seen.arguments, *(value for _, value in seen.keywords))
+                return draws_random_numbers(seen.operator) and not any(map(is_name, values))
+        return False
 
     def _see(
         self,
