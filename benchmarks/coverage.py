@@ -102,7 +102,7 @@ def outcome(make: Make) -> Outcome:
     same = same_bits(stepper.collect()[1], losses) and all(
         same_bits(tensor, other[name]) for name, tensor in state.items()
     )
-    return Outcome(same, stepper.reason, _update_of(stepper))
+    return Outcome(same, stepper.reason or stepper.by_python, _update_of(stepper))
 
 
 def _step_by_hand(step: EagerStep, number: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which ordinary models are trained by a program, and which eagerly, and why.
+"""The steps of which ordinary models a program can repeat, and why not those of the others.
 
 `python -m benchmarks.ordinary_models [name ...]`. Ten models as users write them, the smallest
 architecture of each family of torchvision, and some of Hugging Face, with weights drawn here: each is
@@ -83,11 +83,11 @@ class Model:
 class Outcome:
     """How a training went.
 
-    by_program: whether programs took all steps; reason: if they did not, why; differs: the first thing
+    is_repeated: whether programs repeat all steps; reason: if they do not, why; differs: the first thing
     that has other bits than in the loop by hand, None if there is none; seconds: that it took.
     """
 
-    by_program: bool
+    is_repeated: bool
     reason: str
     differs: str | None
     seconds: float
@@ -133,12 +133,13 @@ def train_twice(model: Model) -> Outcome:
             seconds = time.perf_counter() - begin
             return Outcome(False, f"refused: {error}", "no training", seconds)
         seconds = time.perf_counter() - begin
-        reason = run.facts.training.engine.reason
+        engine = run.facts.training.engine
         found = fingerprints(contents(made))
         names = [name for name in expected | found if expected.get(name) != found.get(name)]
         if run.losses["loss"].to_list() != losses:
             names.insert(0, "loss")
-    return Outcome(reason is None, reason or "", names[0] if names else None, seconds)
+    reason = engine.reason or "" if engine.eager_from is not None else ""
+    return Outcome(engine.eager_from is None, reason, names[0] if names else None, seconds)
 
 
 def fingerprints(found: Mapping[str, Any]) -> dict[str, str]:
@@ -157,9 +158,11 @@ def summary(outcomes: Mapping[Model, Outcome]) -> Iterator[str]:
     yield f"torch {torch.__version__}:"
     for library in dict.fromkeys(model.library for model in outcomes):
         those = [outcome for model, outcome in outcomes.items() if model.library == library]
-        by_program = sum(outcome.by_program for outcome in those)
+        repeated = sum(outcome.is_repeated for outcome in those)
         same = sum(outcome.differs is None for outcome in those)
-        counts = f"of {len(those)}, {by_program} by program, {same} with the bits of the loop by hand"
+        counts = (
+            f"of {len(those)}, {repeated} repeated by programs, {same} with the bits of the loop by hand"
+        )
         yield f"- {library}: {counts}"
 
 
@@ -171,7 +174,7 @@ def table(outcomes: Mapping[Model, Outcome]) -> Iterator[str]:
         cells = [
             model.library,
             model.name,
-            "by program" if outcome.by_program else "eagerly",
+            "repeated" if outcome.is_repeated else "by Python alone",
             "yes" if outcome.differs is None else f"no: {outcome.differs}",
             f"{outcome.seconds:.1f}",
             outcome.reason,

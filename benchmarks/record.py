@@ -4,9 +4,10 @@
 first ten left out; recorded steps are written to disk, snapshots among them. Medians over the rounds.
 
 The second table is of whole trainings, from the call to the closed run: the loop as it is, the same step
-as a function (`everystep.train(step, batches, parts=...)`), and `everystep.train(model, (x, y), ...)`.
-Where a machine's speed changes from one training to the next, their ratio says little: so it also says
-how long the function's training took besides its usual steps (the median step, as often as there are).
+as a function that is vouched for (`everystep.train(step, batches, parts=..., engine="program")`), and
+`everystep.train(model, (x, y), ...)`. Where a machine's speed changes from one training to the next,
+their ratio says little: so it also says how long the function's training took besides its usual steps
+(the median step, as often as there are).
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def _plainly(loop: Loop, run: Path) -> None:
 def _as_function(loop: Loop, run: Path, batches: Iterable[Any] | None = None) -> None:
     parts = {"model": loop.model, "optimizer": loop.optimizer}
     given = batches or [loop.batch]
-    everystep.train(_step_of(loop), given, parts=parts, steps=loop.steps, directory=run, progress=False)
+    options: Any = {"parts": parts, "steps": loop.steps, "engine": "program"}
+    everystep.train(_step_of(loop), given, **options, directory=run, progress=False)
 
 
 def _unusual_seconds(loop: Loop) -> float:

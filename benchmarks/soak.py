@@ -53,7 +53,7 @@ def step(batch):
     optimizer.step()
     return loss
 everystep.train(step, endless(), parts={"model": model, "optimizer": optimizer}, steps=steps,
-                directory=directory, snapshot_budget=budget, progress=False)
+                engine="program", directory=directory, snapshot_budget=budget, progress=False)
 """,
     "loop": """
 parts = {"model": model, "optimizer": optimizer}

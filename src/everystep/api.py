@@ -130,16 +130,15 @@ def train(
     run = everystep.train(step, loader, parts={"model": model, "optimizer": optimizer}, steps=1000)
 
     everystep records each call, as `everystep.record` records a loop. The step returns the loss, or a
-    dict of numbers such as `{"loss": loss, "accuracy": accuracy}`, or None. If everystep can read its
-    source and the step does nothing but tensor operations, a program runs most steps in place of Python.
+    dict of numbers such as `{"loss": loss, "accuracy": accuracy}`, or None.
 
     Args:
         model: any module, in the mode (`train()`, `eval()`) to train in; or a step function of the
             batch.
         data: x (N, ...) and y (N, ...), tensors or NumPy arrays, or a map-style Dataset of pairs.
-            everystep reads a Dataset once if it is torch's own, or if its code is proven to return the
-            same rows, and at every step otherwise. For a step function: a DataLoader, or any other
-            iterable that yields the batches of one epoch each time; None: call the step without a batch.
+            everystep reads a Dataset once if it is torch's own, of tensors, and at every step otherwise.
+            For a step function: a DataLoader, or any other iterable that yields the batches of one epoch
+            each time; None: call the step without a batch.
         parts: what a step function carries from call to call, by any names, as in `record`.
         loss: a function of (prediction, target) that returns one number.
         optimizer: the optimizer of the model's parameters: `everystep.GradientDescent`, or any torch
@@ -159,10 +158,11 @@ def train(
         evaluate_every: steps between measurements; default: an epoch, or a hundredth of the steps if
             every step sees all rows. The last step is always measured.
         stop_on_nan: stop at the first loss that is not finite; otherwise record it and print a notice.
-        engine: `auto`: run steps by a program if the Python it replaces is proven to do nothing else,
-            and run Python otherwise, with the reason; `eager`: run Python at every step; `program`: like
-            `auto`, but trust code that everystep cannot read, and raise an error if no program can run a
-            step. For a step function, unreadable source is an error, too.
+        engine: `auto`: run steps by a program if the model and the loss are torch's own, and run Python
+            otherwise, with the reason; `eager`: run Python at every step; `program`: you vouch that your
+            code does the same operations at every step: programs run most steps, and are compared with
+            Python in some; raise an error if no program can. Python runs every step of a step function
+            unless you vouch for it.
         directory: the run's directory, which must not exist; default: the next free one in runs/.
         resume: the run to go on with, after it was killed or stopped: its directory, or its name in
             runs/. True: go on with `directory` if that exists, and begin it otherwise. The other

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.fuzz.loops import digest
 
 import everystep
+from everystep.errors import TrainingError
 
 __all__ = ["FUNCTIONS", "Function", "train_and_compare"]
 
@@ -127,7 +128,7 @@ RETURNS = [
     "return loss.item()",
     "return {'loss': loss.detach() * 2, 'norm': model[0].weight.norm()}",
 ]
-#: Parts of statements that Python runs at every step; half of the functions have none.
+#: Parts of statements that no program repeats; half of the functions have none, and are vouched for.
 IMPURE = (
     "state[",
     "seen",
@@ -139,6 +140,7 @@ IMPURE = (
     "> 0.9",
     "val()",
     "zero_()",
+    "param_groups",
 )
 OPTIMIZERS = [
     "SGD(model.parameters(), lr=0.05, momentum=0.9)",
@@ -151,10 +153,14 @@ OPTIMIZERS = [
 
 @dataclass(frozen=True)
 class Function:
-    """The source of a module with `parts` and `step`, and the number of rows of each batch."""
+    """The source of a module with `parts` and `step`, and the number of rows of each batch.
+
+    is_vouched: whether programs may run its steps.
+    """
 
     source: str
     rows: tuple[int, ...]
+    is_vouched: bool
 
 
 @st.composite
@@ -164,7 +170,8 @@ def _functions(draw: st.DrawFn) -> Function:
         dropout=draw(st.sampled_from([0.0, 0.3])),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
     )
-    without = IMPURE if draw(st.booleans()) else ()
+    is_vouched = draw(st.booleans())
+    without = IMPURE if is_vouched else ()
 
     def some(among: list[str], least: int, most: int) -> list[str]:
         known = [line for line in among if not any(part in line for part in without)]
@@ -176,7 +183,7 @@ def _functions(draw: st.DrawFn) -> Function:
     lines = [*(f"global {name}" for name in assigned), "x, y = batch", *lines]
     body = "".join(f"    {line}\n" for line in lines)
     rows = draw(st.sampled_from([(8,), (8,), (8, 8, 4), (8, 1, 8, 4)]))
-    return Function(head + body, rows)
+    return Function(head + body, rows, is_vouched)
 
 
 #: Random step functions.
@@ -246,7 +253,9 @@ def _by_hand(module: Any, batches: _Batches) -> tuple[list[float], str | None]:
 
 
 def train_and_compare(function: Function, folder: Path) -> str:
-    """Train by hand and by everystep; return who ran most steps, "program" or "python", or "raises".
+    """Train by hand and by everystep; return who ran the steps, "program" or "python", or "raises".
+
+    A step that is vouched for may be "refused".
 
     Raises:
         AssertionError: a bit differs, or the run does not verify.
@@ -264,8 +273,12 @@ def train_and_compare(function: Function, folder: Path) -> str:
             parts=module.parts,
             steps=STEPS,
             directory=folder / f"run-{number}",
+            engine="program" if function.is_vouched else "auto",
             progress=False,
         )
+    except TrainingError as refused:
+        assert function.is_vouched and "no program can run these steps" in str(refused), refused
+        return "refused"
     except Exception as raised:
         assert error is not None and error.partition(":")[2].strip() in str(raised), raised
         return "raises"
@@ -277,8 +290,8 @@ def train_and_compare(function: Function, folder: Path) -> str:
     verified = run.verify(processes=1, progress=False)
     assert verified.is_exact, repr(verified)
     loop = run.facts.training.loop
-    assert loop is not None and loop.function is not None
-    return "program" if loop.function.by_program else "python"
+    assert loop is not None
+    return "program" if loop.function is not None and loop.function.by_program else "python"
 
 
 _NUMBERS = iter(range(10**9))

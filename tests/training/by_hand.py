@@ -27,6 +27,7 @@ __all__ = [
     "Changed",
     "Made",
     "assert_eager",
+    "assert_python",
     "assert_same",
     "bits",
     "by_hand",
@@ -303,13 +304,27 @@ def assert_same(make, steps, **options):
 
 
 def assert_eager(run, capfd, step, reason):
-    """Assert from which step on Python ran, and that stderr says why."""
+    """Assert from which step on Python ran and no program repeats, and that stderr has why, once."""
     engine = run.facts.training.engine
     assert engine.eager_from == step
     assert reason in engine.reason
     since = f" from step {step} on" if step > 1 else ""
-    message = f"Python runs the steps{since}: {engine.reason}"
+    assert capfd.readouterr().err.count(f"Python runs the steps{since}: {_first(engine.reason)}") == 1
+
+
+def assert_python(run, capfd):
+    """Assert that Python ran every step, that stderr has why, once, and that programs repeat them."""
+    engine = run.facts.training.engine
+    assert engine.stands_behind == "python"
+    assert engine.eager_from is None
+    assert engine.programs
+    message = f'Python runs the steps: {engine.reason}; engine="program" vouches for such code'
     assert capfd.readouterr().err.count(message) == 1
+    assert everystep.open(run.directory).verify(progress=False, processes=1).is_exact
+
+
+def _first(reason):
+    return reason.partition(";")[0]
 
 
 class Changed(nn.Module):

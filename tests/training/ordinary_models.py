@@ -1,8 +1,8 @@
 """Ten well-known models as their users write them, small, with ordinary data, losses and optimizers.
 
 Each is written in a style of its own: with a config object, a list of layers, class attributes, keyword
-arguments, helper functions, whatever is usual for its kind. None was written to be easily read by a
-program. The benchmark `python -m benchmarks.ordinary_models` trains them too.
+arguments, helper functions, whatever is usual for its kind. The benchmark
+`python -m benchmarks.ordinary_models` trains them too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["ORDINARY_MODELS", "OrdinaryModel"]
 class OrdinaryModel:
     """A model, its data, its loss and its optimizer.
 
-    by_program: whether programs are expected to take all steps.
+    is_repeated: whether a program is expected to repeat its steps.
     """
 
     name: str
@@ -36,7 +36,7 @@ class OrdinaryModel:
     loss: Callable[[Any, Tensor], Tensor]
     optimizer: Callable[[Any], Optimizer]
     batch_size: int | None = None
-    by_program: bool = True
+    is_repeated: bool = True
 
     def make(self) -> Made:
         """Return new objects; the same numbers at every call."""

@@ -1,7 +1,6 @@
-"""Steps as people write them, as functions: what programs may take, and what Python must.
+"""Steps as people write them, as functions: those that programs run where the user vouches, and others.
 
-A case makes its parts, its step and its batches; it says whether programs take steps of it, or a part of
-the reason why not.
+A case makes its parts, its step and its batches, and has a part of the reason why no program can run it.
 """
 
 import math
@@ -9,7 +8,6 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -25,7 +23,7 @@ BY_PROGRAM = None
 class Case(NamedTuple):
     """A training.
 
-    reason: why Python takes every step, None where programs take some; least: how many of forty.
+    reason: why no program can run its steps, None where programs run some; least: how many of forty.
     """
 
     step: Callable[..., Any]
@@ -96,7 +94,7 @@ for _name, _make in {
 @case
 def asgd():
     """Its parameters are not treated alike as far as is known."""
-    return usual(torch.optim.ASGD)._replace(reason="does not treat all its parameters alike")
+    return usual(torch.optim.ASGD)._replace(reason="ASGD is not known to be an optimizer of torch")
 
 
 @case
@@ -532,23 +530,7 @@ def method():
     return Case(trainer.step, rows(), {"model": trainer.model, "optimizer": trainer.optimizer})
 
 
-# What Python must take.
-
-
-@case
-def counted():
-    """A step that counts, and draws by it."""
-    seen = []
-    return usual(lambda p: torch.optim.SGD(p, lr=0.1), after=lambda: seen.append(1))._replace(
-        reason="changes a list from before"
-    )
-
-
-@case
-def printed():
-    """A step that prints."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), before=lambda: print(end=""))
-    return made._replace(reason="calls print")
+# What no program can run.
 
 
 @case
@@ -567,7 +549,7 @@ def branched_by_chance():
         optimizer.step()
         return loss
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "random")
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "Python runs other operations")
 
 
 @case
@@ -586,40 +568,14 @@ def branched_by_a_number():
         optimizer.step()
         return loss
 
-    return Case(
-        step, rows(), {"model": model, "optimizer": optimizer}, "branches on a number in a tensor"
-    )
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "and may branch on it")
 
 
 @case
 def number_computed():
     """A step that computes with a number of Python's."""
     made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    return made._replace(step=lambda batch: made.step(batch).item() * 2, reason="computes with")
-
-
-@case
-def number_compared():
-    """A step that compares a number of Python's."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-
-    def step(batch):
-        loss = made.step(batch)
-        return {"loss": loss, f"loss {loss.item() > 0}": 1.0}
-
-    return made._replace(step=step, reason="compares")
-
-
-@case
-def branched_by_a_read_number():
-    """A step that decides by a number of Python's."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-
-    def step(batch):
-        loss = made.step(batch).item()
-        return loss if loss else 0.0
-
-    return made._replace(step=step, reason="branches on a number in a tensor")
+    return made._replace(step=lambda batch: made.step(batch).item() * 2, reason="and may branch on it")
 
 
 @case
@@ -651,7 +607,7 @@ def outside_of_parts():
         optimizer.step()
         return loss
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "that is not in any part")
+    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "a tensor that is in no part")
 
 
 @case
@@ -673,7 +629,7 @@ def second_model_in_no_part():
         step,
         rows(),
         {"model": model, "optimizer": optimizer},
-        "that is not a parameter of a model or optimizer",
+        "the same calls of torch functions do not recur",
     )
 
 
@@ -694,7 +650,7 @@ class OwnOptimizer(torch.optim.Optimizer):
 @case
 def own_optimizer():
     """An optimizer of the user's own."""
-    return usual(OwnOptimizer)._replace(reason="which is not a torch optimizer")
+    return usual(OwnOptimizer)._replace(reason="OwnOptimizer is not known to be an optimizer of torch")
 
 
 @case
@@ -705,16 +661,7 @@ def averaged_by_torch():
     made = usual(
         lambda p: torch.optim.SGD(p, lr=0.1), model, after=lambda: average.update_parameters(model)
     )
-    return made._replace(
-        parts=made.parts | {"average": average}, reason="average.update_parameters(model)"
-    )
-
-
-@case
-def with_numpy():
-    """A step that draws from NumPy's generator."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1), before=lambda: np.random.random_sample())
-    return made._replace(reason="random_sample")
+    return made._replace(parts=made.parts | {"average": average}, reason="and may branch on it")
 
 
 @case
@@ -836,17 +783,6 @@ def schedule_of_another_package():
 
 
 @case
-def schedule_with_an_effect():
-    """Only on a branch that is not taken while the step is read."""
-    seen = []
-
-    def factor(step):
-        return 0.9**step if step < 20 else len(seen) or seen.append(step) or 1.0
-
-    return scheduled(factor)._replace(reason="calls a function that does more than arithmetic")
-
-
-@case
 def recurrent():
     """Weights that are used several times."""
 
@@ -910,27 +846,7 @@ def layer_frozen_every_other_time():
         first.requires_grad_(not first.requires_grad)
         return made.step(batch)
 
-    return made._replace(step=step, reason="changes requires_grad of a parameter")
-
-
-@case
-def tensor_that_asks_for_gradients():
-    """It is what `float` returns."""
-    made = usual(lambda p: torch.optim.SGD(p, lr=0.1))
-    scale = torch.ones(4)
-
-    def step(batch):
-        x, y = batch
-        scale.requires_grad_(False)
-        loss = made.step((x * scale, y))
-        scale.float().requires_grad_()
-        return loss
-
-    return made._replace(
-        step=step,
-        parts=made.parts | {"scale": scale},
-        reason="uses gradients of a tensor that is not a parameter of a model or optimizer",
-    )
+    return made._replace(step=step, reason="requires_grad or hooks of 0.weight change repeatedly")
 
 
 @case
@@ -945,27 +861,8 @@ def rate_that_is_logged():
         schedule.step()
         return {"loss": loss, "rate": optimizer.param_groups[0]["lr"]}
 
-    return made._replace(step=step, parts=made.parts | {"schedule": schedule}, least=0)
-
-
-@case
-def another_batch_at_hand():
-    """A tensor from outside that is a batch of its own at some steps."""
-    batches = pairs(5)
-    other = batches[4][0]
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-    def step(batch):
-        loss = functional.mse_loss(model(batch[0]), batch[1]) + model(other).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    order = [batches[i] for i in [4] * 6 + [0, 1] + [4] * 30]
-    parts = {"model": model, "optimizer": optimizer}
-    return Case(step, order, parts, "shares memory with the batch")
+    reason = "rate is computed by Python"
+    return made._replace(step=step, parts=made.parts | {"schedule": schedule}, reason=reason)
 
 
 @case
@@ -997,7 +894,7 @@ def mask_that_torch_looks_at():
 
     batches = [(torch.randn(2, 5, 8), other if number in (7, 10) else causal) for number in range(12)]
     parts = {"model": model, "optimizer": optimizer}
-    return Case(step, batches, parts, "a function of torch branches on a number")
+    return Case(step, batches, parts, "or a function of torch, reads a number")
 
 
 @case

@@ -410,7 +410,7 @@ def test_a_dataset_read_at_every_step_is_read_once_for_each(dataset, model, batc
     assert run.losses["loss"].to_list() == losses
     assert contents(trained) == left
     assert (random.getstate(), np.random.get_state()[1].tolist()) == others
-    assert run.facts.training.engine.reason is None
+    assert run.facts.training.engine.eager_from is None
     assert run.facts.training.data.lazy
     if dataset is OfAnyLength:
         assert len(run.facts.training.engine.programs) == 7  # the first step, and six lengths

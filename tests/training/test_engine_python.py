@@ -1,22 +1,23 @@
-"""Where no program can stand in for Python, training goes on eagerly, and is the loop's all the same."""
+"""Python of the user's runs at every step, and is the loop's; programs repeat it where they can."""
 
 import random
 
-import numpy as np
 import pytest
 import torch
 from tests.training.by_hand import (
     Changed,
     assert_eager,
+    assert_python,
     assert_same,
     by_hand,
     by_train,
     mlp,
     new_training,
 )
-from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.optim import optimizer as torch_optimizer
+
+import everystep
 
 CALLS = []
 
@@ -34,28 +35,32 @@ def counted(_, h):
     return h
 
 
-#: What a forward does to its module and to what it gives, and a part of the reason that is given for it.
-REASONS = {
-    "if": (lambda _, h: h if h.sum() > 0 else 2 * h, "`h.sum() > 0` branches on a number in a tensor"),
-    "item": (lambda _, h: h / h.detach().abs().max().item(), "calls Tensor.item"),
-    "numpy": (lambda _, h: h * float(h.detach().numpy().max()), "calls Tensor.numpy"),
-    "asarray": (lambda _, h: h * float(np.asarray(h.detach()).max()), "calls asarray"),
-    "tolist": (lambda _, h: h * max(h[0].tolist()), "calls Tensor.tolist"),
+def held(m, h):
+    m.h = h
+    return h
+
+
+#: What a forward does to its module and to what it gives, and why no program repeats it, or None.
+FORWARDS = {
+    "plain": (lambda _, h: torch.tanh(h), None),
+    "try": (tried, None),
+    "global": (counted, None),
+    "print": (lambda _, h: print(end="") or h, None),
+    "if": (lambda _, h: h if h.sum() > 0 else 2 * h, "returns a number to Python"),
+    "item": (lambda _, h: h / h.detach().abs().max().item(), "returns a number to Python"),
+    "numpy": (lambda _, h: h * float(h.detach().numpy().max()), "numpy"),
+    "tolist": (lambda _, h: h * max(h[0].tolist()), "returns numbers to Python"),
     "mask": (lambda _, h: h + h[h > 0].mean(), "selects by a mask"),
-    "nonzero": (lambda _, h: h + h.detach().gt(0).nonzero().sum(), "calls Tensor.nonzero"),
-    "unique": (lambda _, h: h * len(h.detach().round().unique()), "calls Tensor.unique"),
-    "random": (lambda _, h: h * random.random(), "`random.random()` calls random"),
-    "attribute": (lambda m, h: h * m.__dict__.setdefault("a", 1), "reads __dict__"),
-    "try": (tried, "uses try"),
-    "global": (counted, "declares a global"),
-    "list": (lambda _, h: h * len(CALLS.append(1) or CALLS), "changes a list from before"),
-    "generator": (lambda m, h: h + torch.randn(2, generator=m.generator), "passes a Generator"),
+    "random": (lambda _, h: h * random.random(), "random numbers from Python or NumPy"),
+    "attribute": (held, "h of the model changes"),
+    "list": (lambda _, h: h * len(CALLS.append(1) or CALLS), "different bits"),
+    "generator": (lambda m, h: h + torch.randn(2, generator=m.generator), "enerator"),
 }
 
 
-@pytest.mark.parametrize("kind", REASONS)
-def test_python_that_is_not_proven_runs_at_every_step_and_the_reason_is_said_once(kind, capfd):
-    change, reason = REASONS[kind]
+@pytest.mark.parametrize("kind", FORWARDS)
+def test_python_of_the_users_runs_at_every_step_and_that_is_said_once(kind, capfd):
+    change, reason = FORWARDS[kind]
 
     def make():
         CALLS.clear()
@@ -64,24 +69,45 @@ def test_python_that_is_not_proven_runs_at_every_step_and_the_reason_is_said_onc
         return model
 
     run = assert_same(lambda: new_training(make), 20)
-    assert_eager(run, capfd, 1, reason)
-    assert ".py:" in run.facts.training.engine.reason or kind == "mask"
+    if reason is None:
+        assert_python(run, capfd)
+    else:
+        assert_eager(run, capfd, 1, reason)
+    assert run.facts.training.engine.reason.startswith("the model is a Changed, which is not a torch")
 
 
-def test_what_is_known_to_change_keeps_nobody_from_a_program(capfd):
-    """The parameters and the optimizer, held by the loss and by the model, as for a penalty."""
+@pytest.mark.parametrize("kind", [kind for kind, (_, reason) in FORWARDS.items() if reason is None])
+def test_programs_run_the_steps_where_the_user_vouches(kind):
+    made = new_training(lambda: Changed(FORWARDS[kind][0]))
+    run = by_train(made, steps=20, engine="program")
+    assert run.losses["loss"].to_list() == by_hand(
+        new_training(lambda: Changed(FORWARDS[kind][0])), steps=20
+    )
+    engine = run.facts.training.engine
+    assert (engine.stands_behind, engine.reason) == ("vouched", None)
+    assert "which you vouched for" in run._repr_html_()
 
-    def make():
-        trained, mse = new_training(), nn.MSELoss()
-        parameters = [*trained.model.parameters()]
-        trained.model[0].held = parameters
-        trained.model.optimizer = trained.optimizer
-        trained.loss = lambda p, t: mse(p, t) + 0.01 * sum(q.square().sum() for q in parameters)
-        return trained
 
-    run = assert_same(make, 50)
-    assert run.facts.training.engine.reason is None
-    assert capfd.readouterr().err == ""
+def test_a_run_of_the_users_python_goes_on_with_the_objects_alone():
+    made = new_training(lambda: Changed(FORWARDS["plain"][0]))
+    run = everystep.open(by_train(made, steps=20).directory)
+    assert run[13].operations
+    with pytest.raises(everystep.UsageError, match="Python ran its steps, or a part of them; pass"):
+        run.fork(10)
+    made = new_training(lambda: Changed(FORWARDS["plain"][0]))
+    fork = run.fork(10, model=made.model, loss=made.loss, optimizer=made.optimizer, progress=False)
+    assert fork.losses["loss"].to_list() == run.losses["loss"].to_list()
+
+
+def test_what_a_forward_changes_unseen_is_found_when_its_steps_are_opened(checks_in_time):
+    calls = []
+
+    def change(_, h):
+        return h * (2 if calls.append(1) or len(calls) == 11 else 1)
+
+    run = by_train(new_training(lambda: Changed(change)), steps=12)
+    report = everystep.open(run.directory).verify(progress=False, processes=1)
+    assert not report.is_exact
 
 
 # Hooks.
@@ -170,6 +196,5 @@ def test_a_forward_that_was_exchanged_runs_at_every_step(capfd):
         model[0].forward = forward
         return model
 
-    assert_eager(
-        assert_same(lambda: new_training(make), 50), capfd, 1, "a Linear, where forward was replaced"
-    )
+    run = assert_same(lambda: new_training(make), 50)
+    assert_eager(run, capfd, 1, "module 0 has a forward that differs from its class")

@@ -1,4 +1,4 @@
-"""Ordinary models, as users write them, train as in the loop written out by hand, and by program."""
+"""Ordinary models, as users write them, train as in the loop written out by hand."""
 
 import pytest
 from tests.training.by_hand import assert_same
@@ -11,14 +11,9 @@ STEPS = 30
 def test_training_has_the_bits_of_the_loop(case):
     run = assert_same(case.make, STEPS, batch_size=case.batch_size)
     engine = run.facts.training.engine
-    assert (engine.eager_from is None) == case.by_program, engine.reason
-    assert (engine.reason is None) == case.by_program
+    assert engine.stands_behind == "python"
+    assert (engine.eager_from is None) == case.is_repeated, engine.reason
     losses = run.losses["loss"]
     assert losses[-1] < losses[0], (
         "it does not learn: the data or the settings are not what they should be"
     )
-
-
-def test_nine_of_ten_are_expected_to_be_taken_by_program():
-    assert len(ORDINARY_MODELS) == 10
-    assert sum(case.by_program for case in ORDINARY_MODELS) >= 9

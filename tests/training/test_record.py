@@ -640,7 +640,7 @@ def test_the_learning_rate_of_a_step_that_a_program_runs_is_the_one_that_it_uses
         return loss
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    run = everystep.train(step, [(x, y)], parts=parts, steps=24, progress=False)
+    run = everystep.train(step, [(x, y)], parts=parts, steps=24, engine="program", progress=False)
     assert run.facts.training.loop.function.by_program > 10
     for number in range(1, 25):
         assert run[number].hyperparameters["lr"] == pytest.approx(0.1 * 0.5 ** ((number - 1) // 3))

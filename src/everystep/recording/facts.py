@@ -194,10 +194,11 @@ class ProgramFacts(_Fact):
 class EngineFacts(_Fact):
     """How the steps ran.
 
-    asked: as requested; stands_behind: `proven`, `vouched`, or `alone` (no Python was there to compare
-    with); live_optimizer: the class of an optimizer that ran in Python at every step; checks: how often
-    programs were compared with Python, last at step `verified_to`; eager_from: the first step that
-    Python ran, for that `reason`.
+    asked: as requested; stands_behind: `known` (all Python is torch's own), `vouched` (by the user),
+    `alone` (no Python was there to compare with), or `python` (Python ran every step, and programs only
+    repeat them); live_optimizer: the class of an optimizer that ran in Python at every step; checks: how
+    often programs were compared with Python, last at step `verified_to`; eager_from: the first step that
+    Python ran and no program repeats; reason: why Python ran steps.
     """
 
     asked: str
@@ -213,7 +214,7 @@ class EngineFacts(_Fact):
 #: Unless a run says otherwise, Python ran the steps.
 EAGERLY = EngineFacts(
     asked="auto",
-    stands_behind="proven",
+    stands_behind="known",
     live_optimizer=None,
     programs=(),
     checks=0,
@@ -224,14 +225,14 @@ EAGERLY = EngineFacts(
 
 
 class FunctionFacts(_Fact):
-    """How the steps of a user's step function ran.
+    """How the steps of a step function ran that the user vouched for.
 
-    after: the last step before them, 0 unless the run was resumed; by_program: the number of steps that
-    a program ran; checks: how often programs were compared with
-    Python, last at step `verified_to`; reason: why Python ran the others, None if it ran them only to
-    compare.
+    stands_behind: `vouched`; after: the last step before them, 0 unless the run was resumed; by_program:
+    the number of steps that a program ran; checks: how often programs were compared with Python, last at
+    step `verified_to`; reason: why no program ran a step, or None.
     """
 
+    stands_behind: str = "vouched"
     after: Whole = 0
     by_program: Whole
     checks: Whole
@@ -242,7 +243,7 @@ class FunctionFacts(_Fact):
 class LoopFacts(_Fact):
     """A user's loop: the class of each part, the number of programs, and what programs cannot hold.
 
-    function: how its step function ran, if it has one.
+    function: how programs ran its step function, if the user vouched for that.
     """
 
     parts: dict[str, str]

@@ -311,6 +311,11 @@ class Replay:
         engine = self.stretches[self.stretch_of(step)].facts.engine
         if engine is None:
             return
+        if engine.stands_behind == "python" and engine.eager_from is None:
+            self._note(
+                f"Python ran the steps ({engine.reason}), and your code may have done something else in "
+                "some of them than where a program was compared with it"
+            )
         live, eager_from = engine.live_optimizer, engine.eager_from
         if self._objects.model is None or not (live or (eager_from is not None and eager_from <= step)):
             return

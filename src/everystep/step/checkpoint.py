@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.program.memory import copy_into
 from everystep.step.check import same_bits
@@ -17,9 +16,8 @@ from everystep.step.eager import Training
 from everystep.step.generators import Generators
 from everystep.step.named_state import entries_of, parameter_names
 from everystep.step.own_state import captured, keeps_own_state, restore
-from everystep.step.parts import Parts
 
-__all__ = ["Change", "ChangeLog", "Checkpoint", "PartsCheckpoint"]
+__all__ = ["Change", "ChangeLog", "Checkpoint"]
 
 #: Tensors that the optimizer keeps.
 _OF_OPTIMIZER = ("optimizer/", "group/")
@@ -95,54 +93,6 @@ class Checkpoint:
         if forget_new:
             for key in entries.keys() - saved.keys() - tensors.keys():
                 del entries[key]
-
-
-class PartsCheckpoint:
-    """A copy of everything that the parts of a training carry between steps, to restore once.
-
-    state: the live tensors by name, including pending gradients; copies: of their values; generators:
-    their state.
-    """
-
-    def __init__(self, parts: Parts) -> None:
-        self.state = parts.state()
-        self.copies = {name: tensor.detach().clone() for name, tensor in self.state.items()}
-        self.generators = Generators.capture(parts.device)
-        self._parts = parts
-        self._gradients = [(parameter, parameter.grad) for parameter in parts.parameter_names()]
-        self._optimizers = [
-            (
-                optimizer,
-                [(group, _plain_data(group)) for group in optimizer.param_groups],
-                {p: (entries, _plain_data(entries), {*entries}) for p, entries in entries_of(optimizer)},
-            )
-            for optimizer in parts.optimizers.values()
-        ]
-        schedules = [part for part in parts.named.values() if isinstance(part, LRScheduler)]
-        inner = [each for schedule in schedules for each in _schedules(schedule)]
-        self._schedules = [(each, _plain_data(vars(each))) for each in inner]
-
-    def restore(self) -> None:
-        """Restore the parts after a step was read."""
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-        for optimizer, groups, known in self._optimizers:
-            for group, numbers in groups:
-                group.update(_plain_data(numbers))
-            for parameter, entries in list(entries_of(optimizer)):
-                if parameter not in known:
-                    del optimizer.state[parameter]
-                    continue
-                _, numbers, keys = known[parameter]
-                for key in entries.keys() - keys:
-                    del entries[key]  # type: ignore[attr-defined]
-                entries.update(_plain_data(numbers))  # type: ignore[attr-defined]
-        for schedule, numbers in self._schedules:
-            vars(schedule).update(_plain_data(numbers))
-        with torch.no_grad():
-            for name, tensor in self.state.items():
-                copy_into(tensor, self.copies[name])
-        self.generators.restore(self._parts.device)
 
 
 class Change(NamedTuple):

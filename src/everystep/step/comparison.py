@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,27 @@ from everystep.program.live import LiveProgram
 from everystep.program.memory import copy_into
 from everystep.program.plain import PlainProgram, lay_inputs, lay_state, tensor_on
 from everystep.step.check import same_bits
-from everystep.step.checkpoint import PartsCheckpoint
 from everystep.step.parts import Parts
 from everystep.step.plain import BuiltPath
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "PartsCopy"]
 
 Number = int | float
 #: A copy of so many bytes, of the state and of the program's memory, is kept for the next comparison.
 SMALL_BYTES = 16_000_000
+
+
+class PartsCopy(NamedTuple):
+    """What the parts carry before a step: copies of their tensors by name, and torch's generator."""
+
+    tensors: dict[str, Tensor]
+    generator: Tensor
+
+    @classmethod
+    def of(cls, parts: Parts) -> PartsCopy:
+        """Copy what the parts carry now."""
+        copies = {name: tensor.detach().clone() for name, tensor in parts.state().items()}
+        return cls(copies, torch.get_rng_state())
 
 
 class Comparison:
@@ -59,7 +71,7 @@ class Comparison:
 
     def difference(
         self,
-        before: PartsCheckpoint,
+        before: PartsCopy,
         batch: Mapping[str, Tensor],
         numbers: Sequence[Number],
         logged: Mapping[str, Any],
@@ -73,7 +85,7 @@ class Comparison:
             logged: what Python's step has given.
         """
         plain = self._plain_program
-        live, copies = self._bound_to_copies(before.copies)
+        live, copies = self._bound_to_copies(before.tensors)
         inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
         laid = lay_inputs(plain, inputs)
         given = {
@@ -82,7 +94,7 @@ class Comparison:
             if name in batch
         }
         after = torch.get_rng_state()
-        torch.set_rng_state(before.generators.torch_cpu)
+        torch.set_rng_state(before.generator)
         try:
             with without_autograd():
                 live.load(given)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from everystep.program.operator_mode import OperatorMode
@@ -36,6 +35,8 @@ _EVERYSTEP = str(Path(__file__).parent.parent)
 _TORCH = str(Path(torch.__file__).parent)
 _PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
 _NONE: frozenset[int] = frozenset()
+#: Methods of tensors that return numbers to Python without an operation.
+_TAKING = ("tolist", "numpy", "__array__", "__dlpack__")
 _STANDARD_LIBRARY = str(Path(threading.__file__).parent)
 #: It puts functions of its own into the standard library's typing; torch imports it.
 _TYPING = str(sys.modules["typing_extensions"].__file__)
@@ -174,9 +175,31 @@ class StepRecorder(OperatorMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def numbers_seen(self) -> Iterator[None]:
-        """Detect when Python reads numbers of a tensor bypassing the dispatcher."""
-        with _NumbersTaken(self):
+        """Detect when Python reads numbers of a tensor bypassing the dispatcher.
+
+        Methods are exchanged, because torch computes in other ways under a mode for its functions.
+        """
+        own = {name: vars(Tensor).get(name) for name in _TAKING}
+        for name in _TAKING:
+            setattr(Tensor, name, self._noting(getattr(Tensor, name), f"Tensor.{name}"))
+        try:
             yield
+        finally:
+            for name, usual in own.items():
+                if usual is None:  # a base of Tensor has it
+                    delattr(Tensor, name)
+                else:
+                    setattr(Tensor, name, usual)
+
+    def _noting(self, usual: Any, name: str) -> Any:
+        watched = threading.get_ident()
+
+        def taking(tensor: Tensor, *args: Any, **keywords: Any) -> Any:
+            if threading.get_ident() == watched:
+                self.numbers_taken(tensor, name)
+            return usual(tensor, *args, **keywords)
+
+        return taking
 
     @contextmanager
     def hooks_seen(self) -> Iterator[None]:
@@ -404,22 +427,6 @@ def _is_known(frame: types.FrameType) -> bool:
     return (
         file == "<string>" and caller is not None and (caller.f_code.co_filename.startswith(_EVERYSTEP))
     )
-
-
-class _NumbersTaken(TorchFunctionMode):
-    """Observes the methods of tensors that return numbers to Python without an operation."""
-
-    def __init__(self, recorder: StepRecorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("tolist", "numpy", "__array__", "__dlpack__") and isinstance(args[0], Tensor):
-            self._recorder.numbers_taken(args[0], f"Tensor.{name}")
-        return func(*args, **(kwargs or {}))
 
 
 class _Encoded(NamedTuple):

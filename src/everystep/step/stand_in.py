@@ -1,9 +1,10 @@
 """Stand-in: a program that runs a user's step in place of its Python.
 
-Two facts together allow it. The step was *read*: as long as what it uses from outside stays the same,
-its source makes the same calls of torch functions. And it was *followed*: on such a state and such a
-batch, it runs the operations of an earlier step. The program is compared with Python's step on a copy of
-the state, at first and at steps 2, 4, 8, ..., bit for bit.
+The user vouches that the step runs the same operations each time. What can be seen is looked at: the
+step was *followed* (on such a state and such a batch, it ran the operations of an earlier step), and its
+numbers are those of torch's optimizers, are read from tensors and only logged, or stay the same. The
+program is compared with Python's step on a copy of the state, at first and at steps 2, 4, 8, ..., bit
+for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.errors import ProgramError
 from everystep.program.execute import without_autograd
@@ -21,20 +22,104 @@ from everystep.program.live import LiveProgram
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.program.plain import READ, PlainProgram, lies_as
-from everystep.step.comparison import Comparison
+from everystep.step.check import same_bits
+from everystep.step.comparison import Comparison, PartsCopy
 from everystep.step.cursor import Cursor, OptimizerStep
+from everystep.step.eager import changes_more_than_lr
 from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
-from everystep.step.purity.attributes import NotProvenError
-from everystep.step.purity.step_reader import Event
-from everystep.step.purity.values import Read
 from everystep.step.taken import TakenByProgram
+from everystep.step.torchs_own import is_torchs_schedule
 
-__all__ = ["StandIn"]
+__all__ = ["Around", "NotReplaceableError", "StandIn"]
 
 Number = int | float
+CURE = "return the tensor instead of a Python number"
+
+
+class NotReplaceableError(Exception):
+    """A step that a program cannot run in place of Python; the message gives the reason."""
+
+
+class Around:
+    """What a step of Python does besides operations: its optimizers step, its schedules advance.
+
+    Args:
+        parts: of the training; the step is about to run.
+
+    optimizers: that stepped, in order.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._parts = parts
+        self._schedules = [part for part in parts.named.values() if isinstance(part, LRScheduler)]
+        self._before = [*map(_steps_taken, self._schedules)]
+        self._settings = self._settings_now()
+        self._early: list[LRScheduler] = []
+
+    def optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer starts a step."""
+        self.optimizers.append(optimizer)
+        for schedule, before in zip(self._schedules, self._before, strict=True):
+            if schedule.optimizer is optimizer and _steps_taken(schedule) != before:
+                self._early.append(schedule)
+
+    def schedules(self) -> list[LRScheduler]:
+        """Return the schedules that the step has advanced, each once, after its optimizer.
+
+        Raises:
+            NotReplaceableError: it has changed the settings of an optimizer in another way.
+        """
+        advanced = []
+        for schedule, before in zip(self._schedules, self._before, strict=True):
+            if _steps_taken(schedule) == before:
+                continue
+            problem, groups = "", schedule.optimizer.param_groups
+            if not is_torchs_schedule(schedule, but_functions=True):
+                problem = "is not a schedule of torch; advance it between steps"
+            elif isinstance(schedule, ReduceLROnPlateau) or _steps_taken(schedule) != before + 1:
+                problem = "does not advance by one step; advance it between steps"
+            elif any(each is schedule for each in self._early):
+                problem = "advances before its optimizer steps; advance it afterwards"
+            elif any(isinstance(value, Tensor) for group in groups for value in group.values()):
+                problem = "sets a learning rate that is a tensor; use a number"
+            if problem:
+                raise NotReplaceableError(f"{type(schedule).__name__} {problem}")
+            advanced.append(schedule)
+        now = self._settings_now()
+        for name, optimizer in self._parts.optimizers.items():
+            own = [schedule for schedule in advanced if schedule.optimizer is optimizer]
+            expected = [repr(each.get_last_lr()) for each in own] or [self._settings[name][0]]
+            is_more = any(map(changes_more_than_lr, own))
+            if now[name][0] not in expected or (now[name][1] != self._settings[name][1] and not is_more):
+                raise NotReplaceableError(
+                    f"the step changes settings of {name}; do so between steps, or by a schedule of "
+                    "torch that is among the parts"
+                )
+        return advanced
+
+    def _settings_now(self) -> dict[str, tuple[str, str]]:
+        """Return the learning rates and the other settings of each optimizer, comparable."""
+        found = {}
+        for name, optimizer in self._parts.optimizers.items():
+            rates = [group.get("lr") for group in optimizer.param_groups]
+            others = [
+                {key: value for key, value in group.items() if key not in ("params", "lr")}
+                for group in optimizer.param_groups
+            ]
+            found[name] = repr(rates), repr(others)
+        return found
+
+
+def _steps_taken(schedule: Any) -> int:
+    """Return how often a schedule has advanced; a chain of schedules advances all of them."""
+    own = vars(schedule)
+    if "last_epoch" in own:
+        return int(own["last_epoch"])
+    return _steps_taken(own["_schedulers"][0]) if own.get("_schedulers") else 0
 
 
 class StandIn:
@@ -44,18 +129,15 @@ class StandIn:
         parts: of the training.
         built: the program.
         path: what each step does.
-        seen: the Python step that it was built from.
-        events: what happens in a step besides operations, in order.
-        batch: the names of the tensors of the batch.
-        plain: logged values of each step that are not tensors: numbers that never change, or were read.
-        reads: the places of the numbers that a step reads and only logs.
+        seen: the Python step that it was built from; `around`: what that step did besides operations.
+        batch: the tensors of the batch, by name.
+        plain: values that this step has logged, and that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
 
-    path: what each step does; has_schedules: whether it advances schedules; difference: compares a step
-    of Python with the program, as `Comparison` has it.
+    path: what each step does; has_schedules: whether it advances schedules.
 
     Raises:
-        NotProvenError: the next step may do something else; says what.
+        NotReplaceableError: the next step may do something else; says what.
     """
 
     def __init__(
@@ -64,10 +146,9 @@ class StandIn:
         built: BuiltPath,
         path: Path,
         seen: Cursor,
-        events: Sequence[Event],
-        batch: Sequence[str],
+        around: Around,
+        batch: Mapping[str, Tensor],
         plain: Mapping[str, Any],
-        reads: set[int],
         *,
         is_quiet: bool,
     ) -> None:
@@ -78,7 +159,8 @@ class StandIn:
         self._contents = dict(seen.contents)
         self._batch = [*batch]
         self._plain = plain
-        self._optimizer_steps, self._schedules = _steps_of(seen.optimizer_steps, events)
+        self._optimizer_steps = _steps_of(seen.optimizer_steps, around.optimizers)
+        self._schedules = around.schedules()
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._optimizer_numbers = OptimizerNumbers()
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
@@ -92,42 +174,65 @@ class StandIn:
         #: The batch that the program holds, and the numbers of the next step, until something else runs.
         self._loaded: list[Tensor] = []
         self._predicted: list[Number] | None = None
-        ranges = [(step.begin, step.end) for step in self._optimizer_steps]
-        outside = [p for p in path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
-        if not reads.issuperset(outside):
-            raise NotProvenError("a function of torch branches on a number in a tensor")
-        #: Of the numbers that Python reads itself: the places among those that the program has.
-        self._read = {place: built.kept.index(place) for place in outside if place in built.kept}
-        reason = self._reason_against()
+        #: The places of the numbers that Python reads, by the name under which it logs them.
+        self._logged_reads = self._places_of_logged()
+        #: Of these places: those among the numbers that the program has.
+        self._read = {place: built.kept.index(place) for place in self._logged_reads.values()}
+        reason = self._reason_against(batch)
         if reason is not None:
-            raise NotProvenError(reason)
+            raise NotReplaceableError(reason)
         compared = plain_program, self._bind, self._inputs, self._read
-        self.difference = Comparison(parts, built, *compared, draws=self._draws).difference
+        self._comparison = Comparison(parts, built, *compared, draws=self._draws)
         lying = {path.tensors[number].storage: name for name, number in path.named}
         self._written = [
             lying[storage] for each in path.operations for storage in each.writes if storage in lying
         ]
         self.has_schedules = bool(self._schedules)
 
-    def _reason_against(self) -> str | None:
+    def _places_of_logged(self) -> dict[str, int]:
+        """Return which logged numbers Python has read, and where.
+
+        Raises:
+            NotReplaceableError: it reads a number that it does not log, or one of several equal ones.
+        """
+        ranges = [(step.begin, step.end) for step in self._optimizer_steps]
+        read = [p for p in self.path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
+        found: dict[str, int] = {}
+        for name, value in self._plain.items():
+            places = [place for place in read if repr(self._numbers[place]) == repr(value)]
+            if len(places) > 1:
+                raise NotReplaceableError(f"it is unclear which number {name} is; {CURE}")
+            if places and places[0] not in self._built.kept:
+                raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
+            if places:
+                found[name] = places[0]
+        if not set(read) <= {*found.values()}:
+            raise NotReplaceableError(
+                "Python, or a function of torch, reads a number from a tensor, and may branch on it; "
+                "compute with the tensor, or only return the number"
+            )
+        return found
+
+    def _reason_against(self, batch: Mapping[str, Tensor]) -> str | None:
         path = self.path
         other = [name for name, _ in path.ends if not name.startswith("gradient/")]
         other += [name for name in path.gone if not name.startswith("gradient/")]
         if other:
             return f"{other[0].partition('/')[2]} is another tensor after each step"
-        for name, value in self._plain.items():
-            if isinstance(value, Read) and value.place not in self._built.kept:
-                return f"{name} is returned as a Python number; return the tensor"
         tensors, storages = self._built.program.tensors, self._built.program.storages
-        for name in self._batch:
+        for name, tensor in batch.items():
             if name in tensors and storages[tensors[name].storage].kind != "input":
                 return f"{name} of the batch shares memory with a part"
-        for name, tensor in self._built.program.ends.items():
-            if storages[tensors[tensor].storage].kind != "temporary":
+            if tensor.requires_grad:
+                return f"{name} of the batch requires a gradient"
+        for name, number in self._built.program.ends.items():
+            if storages[tensors[number].storage].kind != "temporary":
                 return f"the gradient of {name.partition('/')[2]} shares memory with something else"
-        given = {p for p in self._built.inputs.values() if p not in self._contents}
-        if any(not given.isdisjoint(each.writes) for each in path.operations):
-            return "the step changes its batch"
+        inputs = set(self._built.inputs.values())
+        written = {storage for each in path.operations for storage in each.writes} & inputs
+        if written:
+            is_outside = not written.isdisjoint(self._contents)
+            return "the step changes " + ("a tensor that is in no part" if is_outside else "its batch")
         for seen in path.operations:
             if str(seen.operator) != READ and _is_shaped(seen, path):
                 return f"{seen.operator} returns shapes that depend on values"
@@ -183,14 +288,12 @@ class StandIn:
             is_settled: nothing has run since the last step, which a program ran.
 
         Raises:
-            NotProvenError: an optimizer would take another step than before; nothing was done yet.
+            NotReplaceableError: an optimizer would take another step than before; nothing was done yet.
             RuntimeError: a kernel refuses its arguments.
         """
         live = self._live
         assert live is not None
         numbers = self.numbers()
-        for schedule in self._schedules:
-            schedule.step()
         tensors = [*batch.values()]
         is_loaded = [*map(id, tensors)] == [*map(id, self._loaded)]
         taken = TakenByProgram(self.path, numbers, self._contents, is_still=is_settled)
@@ -213,14 +316,13 @@ class StandIn:
         if not is_settled:  # a graph that somebody keeps must notice the writes
             written = [state[name] for name in self._written if name in state]
             torch.autograd.graph.increment_version(written)
+        for schedule in self._schedules:
+            schedule.step()
         read = {place: done.numbers[index] for place, index in self._read.items()}
         for place, number in read.items():
             numbers[place] = number
-        logged = {
-            name: read[value.place] if isinstance(value, Read) else value
-            for name, value in self._plain.items()
-        }
-        return taken, done.given | logged
+        logged = {name: read[place] for name, place in self._logged_reads.items()}
+        return taken, {**done.given, **self._plain, **logged}
 
     def release(self, state: dict[str, Tensor]) -> bool:
         """Give the parts copies of the gradients that the program writes into; return whether it did.
@@ -264,7 +366,45 @@ class StandIn:
                 found[f"input/{name}"] = content if known.host else content.to(self._parts.device)
         return found
 
-    def foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
+    def difference(
+        self,
+        numbers: Sequence[Number],
+        seen: Cursor,
+        around: Around,
+        before: PartsCopy,
+        batch: Mapping[str, Tensor],
+        logged: Mapping[str, Any],
+    ) -> str | None:
+        """Compare the program with a step of Python on the same path; return in words what differs.
+
+        Args:
+            numbers: predicted for that step.
+            seen, around: that step.
+            before: the parts before it.
+            batch: copies of its tensors.
+            logged: what it has logged.
+        """
+        try:
+            schedules = around.schedules()
+        except NotReplaceableError as error:
+            return str(error)
+        if schedules != self._schedules:
+            return "not every step advances the same schedules; advance them between steps"
+        if not self._foresees(numbers, seen.numbers):
+            return "a Python number in the step changes from step to step; compute it with tensors"
+        for storage, content in self._contents.items():
+            now = seen.contents.get(storage)
+            if now is None or not (now is content or same_bits(now, content)):
+                return "a tensor from outside changes; make it a part, or pass it in the batch"
+        plain = {name: value for name, value in logged.items() if not isinstance(value, Tensor)}
+        read = {name: seen.numbers[place] for name, place in self._logged_reads.items()}
+        expected = {**self._plain, **read}
+        for name in {**plain, **expected}:
+            if name not in plain or name not in expected or repr(plain[name]) != repr(expected[name]):
+                return f"{name} is computed by Python; {CURE}"
+        return self._comparison.difference(before, batch, seen.numbers, logged)
+
+    def _foresees(self, numbers: Sequence[Number], seen: Sequence[Number]) -> bool:
         """Tell whether the numbers of a Python step were predicted, except those that it reads."""
         return len(numbers) == len(seen) and all(
             repr(one) == repr(two)
@@ -276,7 +416,7 @@ class StandIn:
         """Return the numbers of the next step.
 
         Raises:
-            NotProvenError: an optimizer runs another step than before.
+            NotReplaceableError: an optimizer runs another step than before.
         """
         if self._predicted is not None:
             return self._predicted.copy()
@@ -285,7 +425,7 @@ class StandIn:
         for what in self._optimizer_steps:
             predicted = self._optimizer_numbers.predict(what.optimizer, what.gradients)
             if predicted is None or predicted.structure != what.structure:
-                raise NotProvenError("the optimizer runs another step than before")
+                raise NotReplaceableError("the optimizer runs another step than before")
             own = predicted.operators(what.way)
             numbers[what.begin : what.end] = [n for _, each in own for n in each]
             is_constant &= predicted.is_constant
@@ -316,26 +456,23 @@ def _share_as(state: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> b
 
 
 def _steps_of(
-    optimizer_steps: Sequence[OptimizerStep], events: Sequence[Event]
-) -> tuple[list[OptimizerStep], list[LRScheduler]]:
-    """Return the optimizer steps and the advancing schedules, each in order.
+    known: Sequence[OptimizerStep], optimizers: Sequence[torch.optim.Optimizer]
+) -> list[OptimizerStep]:
+    """Return the steps of optimizers, in order.
 
     Raises:
-        NotProvenError: an optimizer's step was not seen as a whole, or its schedule advances before it.
+        NotReplaceableError: the numbers of one cannot be predicted.
     """
-    seen = {id(step.optimizer): step for step in optimizer_steps}
-    steps: list[OptimizerStep] = []
-    schedules: list[LRScheduler] = []
-    for event in events:
-        if event.kind == "schedule":
-            schedules.append(event.what)
-        elif id(event.what) not in seen:
-            raise NotProvenError(f"{type(event.what).__name__} does not treat all its parameters alike")
-        elif any(schedule.optimizer is event.what for schedule in schedules):
-            raise NotProvenError("a schedule advances before its optimizer steps")
-        else:
-            steps.append(seen[id(event.what)])
-    return steps, schedules
+    steps = {id(step.optimizer): step for step in known}
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if id(optimizer) not in steps:
+            raise NotReplaceableError(
+                f"{name} is not known to be an optimizer of torch that treats all its parameters alike"
+            )
+        if sum(each is optimizer for each in optimizers) > 1:
+            raise NotReplaceableError(f"{name} steps twice")
+    return [*known]
 
 
 def _is_shaped(seen: Any, path: Path) -> bool:

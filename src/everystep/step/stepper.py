@@ -4,9 +4,11 @@ A step of a new kind (the first one, another batch shape) runs eagerly and is ca
 later steps if it gives identical bits. At steps 2, 4, 8, ..., then at an interval that costs less than a
 hundredth of the time, and at the last step, the program is checked against the eager step again.
 
-`purity` decides whether a program may stand in at all. Code that is neither torch's nor read (a custom
-optimizer, schedule, Dataset or metric) runs at every step, once; after it has run, everystep compares
-what programs rely on.
+`acceleration` decides whether a program may stand in at all. Where the model or the loss is not torch's
+own, and the user does not vouch for it, Python runs every step; a program is captured and checked all
+the same, and repeats the steps when the run is opened. Other code of the user's (an optimizer, a
+schedule, a Dataset, a metric) runs at every step, once; after it has run, everystep compares what
+programs rely on.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ from torch import Tensor
 from everystep import clock
 from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.execute import BoundProgram
+from everystep.step.acceleration import Acceleration, StandsBehind
 from everystep.step.advance import Losses, advance, take
 from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import Capture, take_watched
 from everystep.step.checkpoint import Change, ChangeLog, Checkpoint
 from everystep.step.eager import EagerStep, Training
+from everystep.step.generators import Generators
 from everystep.step.programs import Programs
-from everystep.step.purity.attributes import NotProvenError
-from everystep.step.purity.examine import Purity, forward_of
-from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.step.recorder import StepRecorder
+from everystep.step.torchs_own import is_torchs_schedule
 from everystep.step.verified import CheckPlan, Verifier, WayBack
 
 __all__ = ["Engine", "Stepper"]
@@ -46,11 +48,12 @@ class Stepper:
     Args:
         training: the training; modified in place.
         steps: the last step.
-        engine: `eager`; `program`, which trusts code that cannot be read, and raises if no program can
+        engine: `eager`; `program`, which trusts code that is not torch's, and raises if no program can
             run a step; or `auto`.
         start: the initial state of the training; steps are counted from there.
 
-    step: the last step that ran; reason: why steps run eagerly, or None; eager_from: the first of these;
+    step: the last step that ran; reason: why no program repeats steps, or None; eager_from: the first of
+    these; by_python: why Python runs every step, although programs may repeat them, or None;
     checked: the steps at which a program passed a check; programs: those captured; hyperparameters:
     (step, the lr and similar settings by name) of each step since the last `collect` before which they
     may have changed.
@@ -69,6 +72,7 @@ class Stepper:
         self.training = training
         self.start = self.step = start
         self.reason: str | None = None
+        self.by_python: str | None = None
         self.eager_from: int | None = None
         self.programs = Programs(training, start + 1)
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
@@ -83,9 +87,10 @@ class Stepper:
         self._moved = 0
         self._has_other_code_run = False
         self._way_back = WayBack(start)
-        self.purity = Purity(training, is_vouched=engine == "program")
+        self.acceleration = Acceleration(training, is_vouched=engine == "program")
         self._look_again()
         if self.reason is None:
+            self.by_python = self.acceleration.by_python
             self._keep_way_back()
 
     @property
@@ -103,9 +108,16 @@ class Stepper:
         return self._plan.checked
 
     @property
+    def stands_behind(self) -> StandsBehind:
+        """What justifies the programs, as `Acceleration` has it."""
+        if self.by_python is not None:
+            return "python"
+        return "vouched" if self.acceleration.stands_behind == "vouched" else "known"
+
+    @property
     def live_optimizer(self) -> str | None:
         """The class of an optimizer that runs as Python at every step, after a program's backward."""
-        is_live = bool(self.programs.built) and not self.purity.has_known_optimizer
+        is_live = bool(self.programs.built) and not self.acceleration.has_known_optimizer
         return type(self.training.optimizer).__qualname__ if is_live else None
 
     def advance(self, last: int) -> None:
@@ -136,6 +148,12 @@ class Stepper:
             elif self._plan.is_due(number, self._steps):
                 self._check(number)
                 self._after_python()
+            elif self.by_python is not None:
+                started = clock.now()
+                self._take_eagerly(number)
+                self._check_dataset()
+                self._captures = 0
+                self._plan.timed(1, clock.now() - started)
             else:
                 last_unchecked = self._plan.until(self._steps) - 1
                 self._run(number, min(last, last_unchecked, self.step + self._losses.room))
@@ -160,7 +178,7 @@ class Stepper:
 
     def _hand_over_gradients(self) -> None:
         """Set the gradients of the last step where other code looks for them."""
-        if self._last is not None and self.purity.has_known_optimizer:
+        if self._last is not None and self.acceleration.has_known_optimizer:
             self.programs.hand_over_gradients(self._last, as_copies=True)
 
     def _check_dataset(self) -> None:
@@ -190,22 +208,28 @@ class Stepper:
         if is_changed and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
             self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
-        if self._last is not None and self.purity.has_known_optimizer:
+        if self._last is not None and self.acceleration.has_known_optimizer:
             self.programs.hand_over_gradients(self._last)
 
     # What runs the steps.
 
     def _look_again(self) -> None:
         """Examine the training: at first, and after a change to something that programs depend on."""
-        was_known = self.purity.has_known_optimizer
-        self.purity = Purity(self.training, is_vouched=self._engine == "program")
+        before = self.acceleration
+        self.acceleration = Acceleration(self.training, is_vouched=self._engine == "program")
         self._eager = EagerStep(self.training)
         self._verifier = Verifier(
-            self.training, self.programs, self._eager, self.purity.has_known_optimizer
+            self.training, self.programs, self._eager, self.acceleration.has_known_optimizer
         )
-        reason = 'engine="eager" is set' if self._engine == "eager" else self.purity.reason
-        if reason is None and was_known and self.programs.built and not self.purity.has_known_optimizer:
-            reason = "the optimizer's step was replaced"
+        reason = 'engine="eager" is set' if self._engine == "eager" else self.acceleration.reason
+        now = self.acceleration
+        if reason is None and self.programs.built:
+            if before.has_known_optimizer and not now.has_known_optimizer:
+                reason = "the optimizer's step was replaced"
+            elif before.by_python is None:
+                reason = now.by_python
+        if reason is None and not now.has_known_optimizer:
+            reason = now.by_python  # a program without the update repeats no step
         if (
             reason is None
             and self._eager.has_own_zero_grad
@@ -218,12 +242,12 @@ class Stepper:
     def _after_python(self) -> None:
         """After a Python step: compare what programs depend on, if the step may have changed it."""
         self._check_dataset()
-        if self.reason is None and self.purity.has_foreign_code:
+        if self.reason is None and self.acceleration.has_foreign_code:
             self._compare_guards()
 
     def _compare_guards(self, when: str = "") -> bool:
         """Compare what programs depend on after other code has run; return whether it still holds."""
-        state, has_update = self.training.named_state(), self.purity.has_known_optimizer
+        state, has_update = self.training.named_state(), self.acceleration.has_known_optimizer
         self._moved = self._moved + 1 if self.programs.refresh(state) else 0
         if self._moved > MOST_CAPTURES:
             self._go_on_eagerly("parameters move to other memory at every step")
@@ -231,7 +255,7 @@ class Stepper:
         if has_update:
             self.programs.load_rates()
         since = self.programs.since(self.step)
-        changed = self.purity.difference(state) or self.programs.misfit(
+        changed = self.acceleration.difference(state) or self.programs.misfit(
             state, since, has_update=has_update
         )
         if changed is None:
@@ -246,11 +270,17 @@ class Stepper:
         return False
 
     def _go_on_eagerly(self, reason: str, first: int | None = None) -> None:
-        """Run all steps from `first` on (or the next) in Python."""
+        """Run all steps from `first` on (or the next) in Python, and repeat them so.
+
+        Where Python ran all steps anyway, no program is kept: what it does may differ from step to step.
+        """
         if self._engine == "program":
             raise TrainingError(
                 f'no program can run these steps: {reason}; engine="auto" runs them in Python'
             )
+        if self.by_python is not None:
+            self.reason, self.eager_from = f"{self.by_python}; {reason}", self.start + 1
+            return
         self.reason = reason
         self.eager_from = self.step + 1 if first is None else first
 
@@ -264,31 +294,22 @@ class Stepper:
 
     def _capture(self, number: int) -> None:
         """Run a step eagerly, capture it, and use its program from now on if its result is identical."""
-        training, has_update = self.training, self.purity.has_known_optimizer
+        training, has_update = self.training, self.acceleration.has_known_optimizer
         self._read_batch(number)
         if self.programs.since(number) == number:
-            self.purity.begin()
+            self.acceleration.begin()
         before = self._verifier.saved()
-        try:
-            read = self.purity.read(*training.batch(number)) if self.purity.is_read else None
-        except NotProvenError as error:
-            before.restore(training, forget_new=False)
-            self._go_on_eagerly(str(error))
-            self._take_eagerly(number)
-            return
-        if read is not None:
-            before.restore(training, forget_new=False)
         self._note_hyperparameters(number)
-        started = clock.now()
+        generators, started = Generators.capture(training.device), clock.now()
         captured = take_watched(self._eager, number, StepRecorder(training.device), has_update)
         seconds = clock.now() - started
         try:
-            if read is not None and read != forward_of(captured):
-                raise NotCapturableError("Python runs other operations than its source says")
+            if self.by_python and generators.drawn_outside_torch(Generators.capture(training.device)):
+                raise NotCapturableError("the step draws random numbers from Python or NumPy")
             built = build(captured, training, has_update)
             if has_update and built.program.optimizer_step is None:
                 reads_rates = built.program.reads_rates
-                self.purity.guard_update(but_lr=reads_rates or training.schedule is not None)
+                self.acceleration.guard_update(but_lr=reads_rates or training.schedule is not None)
             self.programs.add(number, built)
             # The program of a first step takes no other: going back alone needs it.
             takes_more = number > self.programs.since(number)
@@ -337,7 +358,7 @@ class Stepper:
     def _run(self, first: int, last: int) -> None:
         """Run steps by their programs, without checks."""
         started = clock.now()
-        if self.training.schedule is None and not self.purity.has_foreign_code:
+        if self.training.schedule is None and not self.acceleration.has_foreign_code:
             is_steady = self.training.batch.is_fixed
             advance(first, last, self._begin, self._keep_by_program, is_steady=is_steady)
             if self.step == last:
@@ -374,14 +395,14 @@ class Stepper:
             self._note_hyperparameters(number)
             bound = (
                 take(programs, number)
-                if self.purity.has_known_optimizer
+                if self.acceleration.has_known_optimizer
                 else self._run_with_optimizer(number)
             )
             self._captures = 0
             self._last = bound
             self._keep(number, bound.loss)
             self._check_dataset()
-            if self.purity.has_foreign_code:
+            if self.acceleration.has_foreign_code:
                 self._way_back.close()
                 if not self._compare_guards():
                     return
@@ -404,7 +425,7 @@ class Stepper:
             TrainingError: it changes what the rest of the program depends on.
         """
         self._eager.zero_grad()
-        changed = self.purity.difference()
+        changed = self.acceleration.difference()
         if changed is not None:
             raise TrainingError(
                 f"{changed} in the optimizer's zero_grad, between forward and backward of step "
@@ -432,7 +453,7 @@ class Stepper:
 
     def _keep_way_back(self) -> None:
         """Keep a copy of the verified state, if it may be needed."""
-        is_possible = not self.purity.has_foreign_code
+        is_possible = not self.acceleration.has_foreign_code
         self._way_back.keep(self.training, self.step, is_possible=is_possible)
 
     def _fail(self, number: int, reason: str) -> None:
@@ -445,7 +466,7 @@ class Stepper:
             TrainingError: other code has run since the last good check, and cannot be undone.
         """
         verified = self._way_back.step
-        if verified >= number - 1:
+        if verified >= number - 1 or self.by_python is not None:
             self._go_on_eagerly(f"{reason} at step {number}", number)
             return
         self._way_back.go(self.training, number, reason)

@@ -1,4 +1,4 @@
-"""A map-style Dataset: read once if that is proven to equal reading it at every step."""
+"""A map-style Dataset: read once if it is torch's own, of tensors, and at every step otherwise."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from torch.utils.data import (
 )
 
 from everystep.errors import DataError, Fault
-from everystep.step.purity.callables import TENSOR_TYPES
-from everystep.step.purity.effects import RowReader
-from everystep.step.purity.guards import Guards, is_plain
+from everystep.step.guards import Guards, is_plain
+from everystep.step.torchs_own import TENSOR_TYPES
 from everystep.training.rows import called, unfit
 
 __all__ = ["DEFAULT_DATASET_LIMIT", "collate_rows", "length_of", "read_once", "read_rows"]
@@ -31,24 +30,22 @@ _ROWS_AT_ONCE = 256
 
 def read_once(
     dataset: Dataset[Any], limit: int, progress: Callable[[int, int], None]
-) -> tuple[tuple[Tensor, Tensor], Guards]:
-    """Read all rows of a Dataset if its code is proven to have no effect and to draw nothing.
+) -> tuple[tuple[Tensor, Tensor], Guards] | None:
+    """Read all rows of a Dataset if it is torch's own, of tensors: reading it has no effect.
 
     progress: called with the number of rows read, and of all rows.
 
-    Returns x and y, and what must stay the same for the rows to stay the same.
+    Returns x and y, and what must stay the same for the rows to stay the same; None for any other
+    Dataset, which must be read at every step.
 
     Raises:
-        NotProvenError: it must be read at every step; gives the reason.
-        DataError: it has no length, no rows, rows that are not pairs, or more than `limit` bytes.
+        DataError: it has no rows, rows that are not pairs, or more than `limit` bytes.
     """
+    if not _is_torchs(dataset):
+        return None
     guards = Guards()
-    if _is_torchs(dataset):
-        _guard(dataset, guards)
-        return read_rows(dataset, dataset.__getitem__, limit, progress), guards
-    length_of(dataset)
-    reader = RowReader(guards)
-    return read_rows(dataset, lambda row: reader.row(dataset, row), limit, progress), guards
+    _guard(dataset, guards)
+    return read_rows(dataset, dataset.__getitem__, limit, progress), guards
 
 
 def read_rows(
@@ -103,7 +100,7 @@ def length_of(dataset: Dataset[Any]) -> int:
 
 
 def _is_torchs(dataset: Any) -> bool:
-    """Tell whether a Dataset is torch's own, of tensors: reading it has no effect."""
+    """Tell whether a Dataset is torch's own, of tensors."""
     if type(dataset) is TensorDataset:
         return all(type(tensor) in TENSOR_TYPES for tensor in dataset.tensors)
     if type(dataset) is Subset:

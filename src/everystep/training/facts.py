@@ -30,9 +30,9 @@ from everystep.recording.facts import (
     TrainingFacts,
 )
 from everystep.step.eager import Training
+from everystep.step.guards import is_plain
 from everystep.step.parts import Parts
-from everystep.step.purity.guards import is_plain
-from everystep.step.purity.torchs_own import (
+from everystep.step.torchs_own import (
     hooks_of,
     is_torchs_module,
     is_torchs_optimizer,

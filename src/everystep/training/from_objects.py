@@ -18,9 +18,8 @@ from everystep.experiment.data import Data, Numbering, split_rows
 from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
+from everystep.step.guards import Guards
 from everystep.step.named_state import named_state
-from everystep.step.purity.attributes import NotProvenError
-from everystep.step.purity.guards import Guards
 from everystep.training.arguments import is_dataset
 from everystep.training.dataset import length_of, read_once
 from everystep.training.dataset_batches import DatasetBatches
@@ -81,7 +80,8 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     batches = Batches(read.rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
     steps = total_steps(iteration.steps, iteration.epochs, batches)
     if data is None:
-        notices.append(f"the Dataset is read at every step: {read.against}")
+        kind = type(objects.data).__name__
+        notices.append(f"the Dataset is read at every step: {kind} is not one of torch's, of tensors")
         dataset = cast("Dataset[Any]", objects.data)
         batch: BatchSource = DatasetBatches(dataset, batches, device, objects.dataset_limit)
     else:
@@ -129,24 +129,23 @@ def _check_dense(objects: Objects) -> None:
 class _Read(NamedTuple):
     """The data as far as it could be read before training.
 
-    data: None if it must be read at every step, for the reason `against`; rows: to train on; guards:
-    what must stay the same for data read from a Dataset.
+    data: None if it must be read at every step; rows: to train on; guards: what must stay the same for
+    data read from a Dataset.
     """
 
     data: Data | None
     rows: int
     validation: Pair | None = None
-    against: str = ""
     guards: Guards | None = None
 
 
 def _read(objects: Objects, seed: int, progress: Progress) -> _Read:
     guards = None
     if is_dataset(objects.data):
-        try:
-            pair, guards = read_once(objects.data, objects.dataset_limit, progress.reading)
-        except NotProvenError as error:
-            return _read_lazily(objects, str(error))
+        once = read_once(objects.data, objects.dataset_limit, progress.reading)
+        if once is None:
+            return _read_lazily(objects)
+        pair, guards = once
     else:
         pair = cast(Pair, objects.data)
     x, y = _tensors(pair)
@@ -162,15 +161,16 @@ def _read(objects: Objects, seed: int, progress: Progress) -> _Read:
     return _Read(Data(x, y, validation or None), len(x), guards=guards)
 
 
-def _read_lazily(objects: Objects, against: str) -> _Read:
+def _read_lazily(objects: Objects) -> _Read:
     """Prepare for a Dataset that is read at every step."""
-    problem = f"the Dataset is read at every step ({against})"
+    kind = type(objects.data).__name__
+    problem = f"the Dataset is read at every step ({kind} is not one of torch's, of tensors)"
     if isinstance(objects.validation, float):
         raise DataError(f"{problem}, so its rows cannot be split; pass validation=(x, y)")
     if objects.metrics and objects.validation is None:
         raise DataError(f"{problem}, so metrics need separate rows; pass validation=(x, y)")
     validation = objects.validation and _tensors(objects.validation)
-    return _Read(None, length_of(cast("Dataset[Any]", objects.data)), validation or None, against)
+    return _Read(None, length_of(cast("Dataset[Any]", objects.data)), validation or None)
 
 
 def _tensors(pair: Pair) -> tuple[Tensor, Tensor]:

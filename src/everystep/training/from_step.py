@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
 from everystep.training.place import is_quiet
 from everystep.training.rows import called
-from everystep.training.step_function import StepFunction
+from everystep.training.step_function import VouchedStep, run_step
 
 __all__ = ["check_step", "train_step"]
 
@@ -102,10 +103,13 @@ def _take_all(
 ) -> None:
     """Call the step for each batch, until a signal or a loss that is not finite ends the training."""
     total = _total(iteration, batches)["steps"] or None
-    function = StepFunction(step, recording, iteration.engine, total, is_quiet(batches))
-    recording.note_function(lambda: function.facts)
+    take: Callable[..., dict[str, Any]] = partial(run_step, step, recording)
+    if iteration.engine == "program":
+        vouched = VouchedStep(step, recording, total, is_quiet(batches))
+        recording.note_function(lambda: vouched.facts)
+        take = vouched.take
     for batch in _batches(batches, iteration, recording, progress):
-        logged = function.take(*([] if batches is None else [batch]))
+        logged = take(*([] if batches is None else [batch]))
         if iteration.stop_on_nan and not math.isfinite(loss := _loss_of(logged)):
             recording.stop(f"the loss is {loss} (stop_on_nan)")
             return

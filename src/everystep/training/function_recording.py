@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from everystep.program.memory import copy_into
 from everystep.recording.facts import FunctionFacts
-from everystep.step.check import same_bits
-from everystep.step.checkpoint import PartsCheckpoint
-from everystep.step.elsewhere import Elsewhere
-from everystep.step.follow import Follower
 from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
-from everystep.step.purity.step_reader import StrictWatch
-from everystep.step.stand_in import StandIn
+from everystep.step.stand_in import Around, StandIn
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.loop_writer import AnyWatch, StepUnderWay, changes_of
 from everystep.training.record import R, Recording
@@ -39,20 +32,18 @@ class _SeenBatch(NamedTuple):
 
 
 class FunctionRecording(Recording[R]):
-    """A recording of a step function: its calls, and the steps by programs."""
+    """A recording of a step function: its calls, and the steps by programs.
 
+    around: what the current step does besides operations, where somebody asks for it.
+    """
+
+    around: Around | None = None
     _seen: _SeenBatch | None = None
-    _optimizers = OptimizerNumbers()
 
     @property
     def parts(self) -> Parts:
         """What is trained."""
         return self._parts
-
-    @property
-    def follower(self) -> Follower:
-        """Follows which module runs."""
-        return self._follower
 
     @property
     def step_count(self) -> int:
@@ -76,8 +67,14 @@ class FunctionRecording(Recording[R]):
         return self._open().program_of(path)
 
     def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
-        """Note how the steps of a function run. facts: returns the current facts."""
+        """Note that programs run steps of a function. facts: returns how, so far."""
         self._open().function = facts
+        self._optimizers = OptimizerNumbers()
+
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        if self.around is not None and self._under_way is not None:
+            self.around.optimizer_begins(optimizer)
+        super()._optimizer_begins(optimizer, has_arguments)
 
     def take(
         self, stand_in: StandIn, state: dict[str, Tensor], *batch: Any, is_settled: bool, era: int
@@ -90,7 +87,7 @@ class FunctionRecording(Recording[R]):
             era: the number of the current stretch of such steps.
 
         Raises:
-            NotProvenError: the program cannot run this step; nothing has happened yet.
+            NotReplaceableError: the program cannot run this step; nothing has happened yet.
             RecordingError: writing the run failed.
         """
         writer = self._open()
@@ -124,29 +121,3 @@ class FunctionRecording(Recording[R]):
         writer = self._open()
         if writer.state is not None and stand_in.release(writer.state):
             writer.note_versions()
-
-    @contextmanager
-    def rehearsed(self, *batch: Any) -> Iterator[StrictWatch]:
-        """Run a step inside without recording it; restore everything afterwards."""
-        writer, parts = self._open(), self._parts
-        watch = StrictWatch(parts.device, self._follower, Elsewhere())
-        writer.note_changes(parts.state())
-        checkpoint = PartsCheckpoint(parts)
-        tensors = [tensor for each in batch for tensor in tensors_of(each).values()]
-        copies = [tensor.detach().clone() for tensor in tensors]
-        try:
-            self._begin(watch, checkpoint.state, *(batch or (None,)))
-            yield watch
-        finally:
-            self._close()
-            checkpoint.restore()
-            with torch.no_grad():
-                for tensor, copy in zip(tensors, copies, strict=True):
-                    if not same_bits(tensor, copy):
-                        copy_into(tensor, copy)
-            writer.note_versions()
-
-    def path_of(self, watch: StrictWatch) -> Path:
-        """Return the path of a rehearsed step that has ended."""
-        step = self._close()
-        return watch.end(self._parts.state(), None if step is None else step.loss)

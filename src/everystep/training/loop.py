@@ -23,8 +23,8 @@ from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import expected_to_change
 from everystep.step.programs import ProgramRule
-from everystep.step.purity.torchs_own import is_torchs_schedule
 from everystep.step.stepper import Stepper
+from everystep.step.torchs_own import is_torchs_schedule
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Job, Origin, Outcome, Progress
@@ -127,6 +127,7 @@ class _Loop:
         self._nonfinite_step = _nonfinite_before(job.origin)
         self._programs_written = 0
         self._has_lost = False
+        self._has_said_python = False
         self._engine: EngineFacts | None = None
 
     def run(self, interrupt: Interrupt) -> str | None:
@@ -295,7 +296,8 @@ class _Loop:
         """Write down which programs there are, how far they are verified, and what is eager, and why."""
         programs, live = stepper.programs, stepper.live_optimizer
         # Programs without their update repeat no step; the user's own optimizer is needed for that.
-        rules = programs.rules() if live is None else []
+        is_kept = live is None and (stepper.by_python is None or stepper.eager_from is None)
+        rules = programs.rules() if is_kept else []
         if rules:
             for number in range(self._programs_written, len(programs.built)):
                 self.recorder.program(number + 1, *programs.built[number])
@@ -303,7 +305,7 @@ class _Loop:
         file = self.recorder.program_file
         engine = EngineFacts(
             asked=self.job.engine,
-            stands_behind=stepper.purity.stands_behind,
+            stands_behind=stepper.stands_behind,
             live_optimizer=live,
             programs=tuple(
                 ProgramFacts(file=file(rule.number + 1), steps=rule.steps, since=rule.since)
@@ -312,13 +314,15 @@ class _Loop:
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,
             eager_from=stepper.eager_from and max(stepper.eager_from, self.recorder.recorded + 1),
-            reason=stepper.reason,
+            reason=stepper.reason or stepper.by_python,
         )
         if engine == self._engine:
             return
         eager_before = self._engine and self._engine.eager_from
-        if engine.eager_from != eager_before and self.job.engine != "eager":
-            self._go_back(stepper)
+        if self.job.engine != "eager":
+            if engine.eager_from != eager_before:
+                self._go_back(stepper)
+            self._say_python(engine, stepper)
         self.recorder.facts({"engine": engine})
         self._engine = engine
 
@@ -328,11 +332,18 @@ class _Loop:
         self.recorder.forget_after(last)
         self._measurements = [row for row in self._measurements if row[1] <= last]
         self._snapshot_step = min(self._snapshot_step, last)
-        first = stepper.eager_from or 1
-        since = f" from step {first} on" if first > self.job.start + 1 else ""
-        is_read = "`" in (stepper.reason or "")
-        cure = '; engine="program" trusts such code without proof' if is_read else ""
-        self.progress.notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
+
+    def _say_python(self, engine: EngineFacts, stepper: Stepper) -> None:
+        """Report, once, from which step on Python runs the steps, and why."""
+        if self._has_said_python or engine.reason is None:
+            return
+        self._has_said_python = True
+        is_all = stepper.by_python is not None or (stepper.eager_from or 1) <= self.job.start + 1
+        since = "" if is_all else f" from step {stepper.eager_from} on"
+        against = stepper.acceleration.by_python
+        is_vouchable = against is not None and stepper.acceleration.reason is None
+        cure = '; engine="program" vouches for such code' if is_vouchable else ""
+        self.progress.notice(f"Python runs the steps{since}: {engine.reason}{cure}")
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there

@@ -31,7 +31,6 @@ from everystep.step.elsewhere import version_of
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath, build_path
-from everystep.step.purity.step_reader import StrictWatch
 from everystep.step.state import State, copy_of
 from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop
@@ -56,7 +55,7 @@ DIGEST_SHARE = 0.01
 DIGESTED_A_SECOND = 2e9
 
 #: What knows what a step does.
-AnyWatch = Cursor | StrictWatch | TakenByProgram
+AnyWatch = Cursor | TakenByProgram
 W = TypeVar("W", bound=AnyWatch, covariant=True)
 
 

@@ -28,7 +28,6 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
-from everystep.step.purity.step_reader import StrictWatch
 from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_resume import resumed_loop
@@ -83,7 +82,7 @@ class Recording(Generic[R]):
         self._elsewhere = Elsewhere()
         self._paths = KnownPaths()
         self._copies = BatchCopies()
-        self._under_way: StepUnderWay[Cursor | StrictWatch] | None = None
+        self._under_way: StepUnderWay[Cursor] | None = None
         self._names: dict[Tensor, str] = {}
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
@@ -339,7 +338,7 @@ class Recording(Generic[R]):
         watch = Cursor(self._paths, device, self._follower, self._elsewhere, self._optimizers)
         self._begin(watch, state, batch)
 
-    def _begin(self, watch: Cursor | StrictWatch, state: dict[str, Tensor], batch: Any) -> None:
+    def _begin(self, watch: Cursor, state: dict[str, Tensor], batch: Any) -> None:
         self._names = self._parts.parameter_names()
         rates = self._parts.rates()
         watch.begin(state)
@@ -393,7 +392,7 @@ class Recording(Generic[R]):
         """Write everything recorded so far to disk; this also happens several times a second."""
         self._open().flush()
 
-    def _close(self) -> StepUnderWay[Cursor | StrictWatch] | None:
+    def _close(self) -> StepUnderWay[Cursor] | None:
         """End the current step without recording it; return it."""
         step, self._under_way = self._under_way, None
         if step is not None:
@@ -434,8 +433,7 @@ class Recording(Generic[R]):
         if self._under_way is not None:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
-                if isinstance(self._under_way.watch, Cursor):  # the other does not record the step
-                    self._under_way.rates |= self._parts.rates(optimizer)
+                self._under_way.rates |= self._parts.rates(optimizer)
                 self._under_way.watch.optimizer_begins(
                     optimizer, name, has_arguments, lambda: self._gradients_of(optimizer)
                 )

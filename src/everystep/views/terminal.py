@@ -124,37 +124,35 @@ def engine_text(facts: Facts) -> str:
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
     if engine is None:
         return "eagerly"
-    if engine.eager_from == 1:
+    if engine.eager_from == 1 or (engine.eager_from is not None and not engine.programs):
         return f"eagerly: {engine.reason}"
     if engine.stands_behind == "alone":
         return "by program alone, without the objects that trained it; not checked against Python"
-    stands_behind = (
-        'trusted by engine="program"'
-        if engine.stands_behind == "vouched"
-        else "proven equivalent to Python"
-    )
     live = engine.live_optimizer
     update = f"; {live} runs in Python at every step" if live else ""
-    found = (
-        f"by program, {stands_behind}{update}; "
+    checks = (
         f"checked against Python {_counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
     )
+    if engine.stands_behind == "python":
+        return f"by Python: {engine.reason}; repeated by program, {checks}"
+    vouched = ', which you vouched for (engine="program")' if engine.stands_behind == "vouched" else ""
+    found = f"by program{vouched}{update}; {checks}"
     if engine.eager_from is None:
         return found
     return f"{found}; eagerly from step {engine.eager_from:,}: {engine.reason}"
 
 
 def _function_text(function: FunctionFacts, steps: int) -> str:
-    """Return how the steps of a step function ran."""
+    """Return how the steps of a vouched step function ran."""
     if not function.by_program:
         reason = f": {function.reason}" if function.reason else ""
-        return f"Python ran every step{reason}"
+        return f"Python ran every step, although you vouched for them{reason}"
     since = f" after step {function.after:,}" if function.after else ""
-    text = (
-        f"a program ran {function.by_program:,} of {steps - function.after:,} steps{since}, checked "
-        f"against Python {_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
+    return (
+        f'a program, which you vouched for (engine="program"), ran {function.by_program:,} of '
+        f"{steps - function.after:,} steps{since}, checked against Python "
+        f"{_counted(function.checks, 'time')}, last at step {function.verified_to:,}"
     )
-    return text if function.reason is None else f"{text}; then Python: {function.reason}"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -4,9 +4,9 @@ import math
 import random
 
 import torch
-from tests.training.by_hand import momentum, new_training
-from tests.training.python_cases.case import Case, Network, Table
-from tests.training.python_cases.places import PLACES, counting
+from tests.training.by_hand import Changed, momentum, new_training
+from tests.training.python_cases.case import WHEN, Case, Network, Table
+from tests.training.python_cases.own import COUNTS, factor_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as people write
 from torch.optim import lr_scheduler
@@ -321,22 +321,26 @@ class KeepsItsActivations(Network):
         return self.inner[2](h)
 
 
+def counting(at):
+    """Return a model that computes something else from its call `at` on."""
+    factor = factor_of(COUNTS["a closure"], WHEN["from"], at)
+    return Changed(lambda model, h: h * factor())
+
+
 def evaluated_and_counting(at):
     """Evaluations are calls too."""
-    count = PLACES["a list"]
-    trained = new_training(lambda: counting(count, lambda calls, at: calls >= at, at))
+    trained = new_training(lambda: counting(at))
     trained.metrics = {"mine": lambda prediction, target: 0.0}
     return trained
 
 
 def scheduled_by_validation(at):
     """Evaluations decide the lr."""
-    count = PLACES["a helper object"]
 
     def schedule(optimizer):
         return lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.5)
 
-    return new_training(lambda: counting(count, lambda calls, at: calls >= at, at), schedule=schedule)
+    return new_training(lambda: counting(at), schedule=schedule)
 
 
 def _cases():

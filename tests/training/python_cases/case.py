@@ -22,15 +22,13 @@ class Case:
     """A training in which Python does something at a step between two checks of an engine.
 
     make: gives new objects, the same at every call, from the step of the change; at: that step, or
-    None where nothing changes; program: whether a program takes the steps, True or False where that
-    is sure; raises: whether the loop by hand ends with an error; options: further ones of `train` and
-    of the loop by hand.
+    None where nothing changes; raises: whether the loop by hand ends with an error; options: further
+    ones of `train` and of the loop by hand.
     """
 
     name: str
     make: Callable[[int], Made]
     at: int | None = None
-    program: bool | None = None
     raises: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -415,7 +415,7 @@ def _cases():
             rows = "all rows" if batch_size is None else f"{batch_size} rows"
             options = {"batch_size": batch_size}
             yield Case(f"a data set {name}, {rows} a step", make_rows, at, options=options)
-    yield Case("a data set of tensors", of_tensors, program=True)
+    yield Case("a data set of tensors", of_tensors)
 
 
 METRIC_CASES = [*_cases()]

@@ -198,7 +198,7 @@ def _check_programs(run: RecordedRun) -> None:
     if not facts.loop and by_python and run.experiment(facts) is None:
         raise RunError(
             f"Python ran steps of {run.name}, and a rerun has only its programs ({engine.reason}); "
-            "train it with code that a program can replace, or record the loop with everystep.record"
+            "record the loop with everystep.record"
         )
     if facts.data.lazy:
         raise RunError(f"{run.name} was trained on a Dataset that is not in the run, so it stays here")

@@ -8,7 +8,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim.lr_scheduler import LRScheduler
+from torch.overrides import get_overridable_functions
 
 from everystep.gradient_descent import GradientDescent
-from everystep.step.purity.callables import TENSOR_TYPES, is_allowed_function
-from everystep.step.purity.guards import Guards, class_dict, class_name, is_a, is_plain, kind_of
+from everystep.step.guards import (
+    Guards,
+    class_dict,
+    class_name,
+    has_comparable_numbers,
+    is_a,
+    is_plain,
+    kind_of,
+)
 
 __all__ = [
     "HOOKS",
+    "TENSOR_TYPES",
+    "guard_contents",
     "guard_module",
     "hook_on",
     "hooks_of",
@@ -36,6 +46,8 @@ __all__ = [
     "reason_against_module",
 ]
 
+#: Exact types of tensors; a subclass may have methods of its own.
+TENSOR_TYPES: frozenset[type] = frozenset({Tensor, nn.Parameter})
 #: Where a module keeps its hooks, and what they are called.
 HOOKS = {
     "_forward_hooks": "a forward hook",
@@ -47,26 +59,26 @@ _TORCH = str(Path(torch.__file__).parent)
 _LOOKED_UP = ("forward", "__call__", "_call_impl", "__getattr__", "__setattr__")
 
 
-def reason_against_module(module: nn.Module) -> str | None:
+def reason_against_module(module: nn.Module, name: str = "the model") -> str | None:
     """Return why a module or a submodule is not torch's own and unmodified, or None."""
     for path, each in own_modules(module):
         problem = _problem(each)
         if problem is not None:
-            return f"{f'module {path}' if path else 'the module'} {problem}"
+            return f"{f'module {path}' if path else name} {problem}"
     return None
 
 
 def reason_against_loss(loss: Any) -> str | None:
     """Return why a loss is not torch's own, or None."""
     if is_a(loss, nn.Module):
-        return reason_against_module(loss)
-    if is_allowed_function(loss):
+        return reason_against_module(loss, "the loss")
+    if _is_overridable(loss):
         return None
-    if type(loss) is functools.partial and is_allowed_function(loss.func):
+    if type(loss) is functools.partial and _is_overridable(loss.func):
         given = (*loss.args, *loss.keywords.values())
         if all(is_plain(value) or type(value) in TENSOR_TYPES for value in given):
             return None
-    return "the loss is not a torch function"
+    return f"the loss is {_name_of_function(loss)}, which is not a function of torch"
 
 
 def hook_on(module: nn.Module) -> str | None:
@@ -75,23 +87,28 @@ def hook_on(module: nn.Module) -> str | None:
     return next((kind for name, kind in HOOKS.items() if own.get(name)), None)
 
 
-def guard_module(module: nn.Module, guards: Guards, path: str = "") -> None:
-    """Note everything that torch's own modules hold: settings, tensors, and the absence of hooks."""
-    for place, each in own_modules(module):
-        where = ".".join(filter(None, (path, place)))
-        where = f"module {where}" if where else "the module"
-        for container in _containers(vars(each)):
-            guards.contents(container, where)
-        for value in vars(each).values():
-            if is_a(value, Tensor):
-                guards.tensor(value, f"a tensor of {where}", is_state=False)
-        cls = type(each)
-        guards.read((id(each), "*class"), f"the class of {where}", type, each)
-        guards.read((id(each), "*dict"), f"the dict of {where}", _identity_of_dict, each)
-        for name in _LOOKED_UP:
-            where = f"{name} of the class {cls.__name__}"
-            guards.read((id(cls), "*found", name), where, getattr, cls, name)
-        guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
+def guard_module(module: nn.Module, where: str, guards: Guards) -> None:
+    """Note everything that one of torch's own modules holds, and the methods of its class.
+
+    where: its name in messages.
+    """
+    guard_contents(module, where, guards)
+    cls = type(module)
+    for name in _LOOKED_UP:
+        guards.read((id(cls), "*found", name), f"{name} of the class {cls.__name__}", getattr, cls, name)
+    guards.read((id(cls), "*methods"), f"a method of the class {cls.__name__}", _methods_of, cls)
+
+
+def guard_contents(module: nn.Module, where: str, guards: Guards) -> None:
+    """Note everything that a module holds: settings, tensors, hooks. It runs no code of its class."""
+    own = _own_dict(module)
+    for container in _containers(own):
+        guards.contents(container, where)
+    for value in own.values():
+        if is_a(value, Tensor) and has_comparable_numbers(value):
+            guards.tensor(value, f"a tensor of {where}", is_state=False)
+    guards.read((id(module), "*class"), f"the class of {where}", type, module)
+    guards.read((id(module), "*dict"), f"the dict of {where}", _identity_of_dict, module)
 
 
 def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -161,25 +178,23 @@ def is_torchs_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     return is_wrapped and not _exchanged(optimizer, but="step") and all(map(_is_known, settings))
 
 
-def is_torchs_schedule(
-    schedule: LRScheduler | None, may_call: Callable[[Any], bool] = lambda function: False
-) -> bool:
+def is_torchs_schedule(schedule: LRScheduler | None, *, but_functions: bool = False) -> bool:
     """Tell whether a schedule and its inner schedules are torch's, and call no user function.
 
-    may_call: tells which functions of the user they may call.
+    but_functions: they may call functions of the user's.
     """
     if schedule is None:
         return True
     cls = type(schedule)
-    known = getattr(torch.optim.lr_scheduler, cls.__name__, None) is cls
     functions = [*getattr(schedule, "lr_lambdas", ()), getattr(schedule, "_scale_fn_custom", None)]
-    is_fine = all(function is None or may_call(function) for function in functions)
-    inner = getattr(schedule, "_schedulers", ())
     return (
-        known
-        and is_fine
+        getattr(torch.optim.lr_scheduler, cls.__name__, None) is cls
+        and (but_functions or all(function is None for function in functions))
         and not _exchanged(schedule)
-        and all(is_torchs_schedule(each, may_call) for each in inner)
+        and all(
+            is_torchs_schedule(each, but_functions=but_functions)
+            for each in getattr(schedule, "_schedulers", ())
+        )
     )
 
 
@@ -192,6 +207,19 @@ def _exchanged(value: Any, but: str = "") -> bool:
 def is_torchs_function(function: Any) -> bool:
     """Tell whether a function of Python was written by torch."""
     return type(function) is types.FunctionType and function.__code__.co_filename.startswith(_TORCH)
+
+
+def _is_overridable(function: Any) -> bool:
+    """Tell whether a function is one of torch's that take tensors, by identity."""
+    return id(function) in _overridable_functions()
+
+
+@functools.cache
+def _overridable_functions() -> dict[int, Any]:
+    """Return torch's functions of tensors by their identity; holding them keeps it theirs."""
+    places = get_overridable_functions().items()
+    found = [f for place, functions in places if type(place) is types.ModuleType for f in functions]
+    return {id(function): function for function in found}
 
 
 def _problem(module: nn.Module, but_hooks: bool = False) -> str | None:
@@ -227,7 +255,7 @@ def _own_dict(module: nn.Module) -> dict[str, Any]:
 
 
 def _identity_of_dict(module: nn.Module) -> int:
-    return id(vars(module))
+    return id(_own_dict(module))
 
 
 def _is_from(cls: type, package: str) -> bool:
@@ -251,14 +279,21 @@ def _is_known(value: Any) -> bool:
     if _is_from(kind, "torch.nn."):  # options of a loss
         return hasattr(value, "__dict__") and all(map(is_plain, vars(value).values()))
     # Recurrent layers refer to their weights.
-    return kind is weakref.ReferenceType or is_allowed_function(value) or is_torchs_function(value)
+    return kind is weakref.ReferenceType or _is_overridable(value) or is_torchs_function(value)
 
 
-def _containers(own: dict[str, Any] | list[Any]) -> Iterator[Any]:
+def _containers(own: dict[str, Any]) -> Iterator[Any]:
     """Yield a dict and all dicts and lists within it."""
-    yield own
-    for value in own.values() if isinstance(own, dict) else own:
-        if type(value) is list or is_a(value, dict):
-            yield from _containers(value)
-        elif not is_a(value, Tensor, nn.Module) and _is_from(type(value), "torch.nn."):
-            yield vars(value)
+    seen: set[int] = set()
+    waiting: list[Any] = [own]
+    while waiting:
+        container = waiting.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        yield container
+        for value in container.values() if isinstance(container, dict) else container:
+            if type(value) is list or is_a(value, dict):
+                waiting.append(value)
+            elif not is_a(value, Tensor, nn.Module) and _is_from(type(value), "torch.nn."):
+                waiting.append(vars(value))

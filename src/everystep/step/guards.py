@@ -1,4 +1,4 @@
-"""Guards: the values that a step used from outside, to compare after other code has run."""
+"""Guards: values that a step depends on, to compare after other code has run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = [
     "Guards",
     "class_dict",
     "class_name",
+    "has_comparable_numbers",
     "held",
     "is_a",
     "is_plain",
     "kind_of",
-    "mro_of",
     "same_value",
 ]
 
@@ -111,7 +111,6 @@ class Guards:
         self._contents: dict[int, _Contents] = {}
         self._tensors: dict[int, tuple[str, Tensor, _Geometry, Tensor | bytes | None]] = {}
         self._versions: dict[int, int] = {}
-        self._arrays: dict[int, tuple[str, np.ndarray[Any, Any], Any, bytes]] = {}
         self._flat: tuple[list[Any], list[Any], list[int]] | None = None
 
     def read(self, key: Any, where: str, again: Callable[..., Any], *given: Any) -> Any:
@@ -132,20 +131,6 @@ class Guards:
             numbers = None if is_state else _numbers_of(tensor)
             self._tensors[id(tensor)] = where, tensor, _Geometry.of(tensor), numbers
             self._versions[id(tensor)] = tensor._version
-
-    def array(self, array: np.ndarray[Any, Any], where: str) -> None:
-        """Note an array and its numbers."""
-        if id(array) not in self._arrays:
-            self._arrays[id(array)] = where, array, _geometry_of(array), _digest(array)
-
-    def knows(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor was noted."""
-        return id(tensor) in self._tensors
-
-    @property
-    def state_tensors(self) -> list[Tensor]:
-        """The tensors that were noted as state."""
-        return [tensor for _, tensor, _, numbers in self._tensors.values() if numbers is None]
 
     def difference(self, *, is_thorough: bool = True) -> str | None:
         """Return in words what changed, or None.
@@ -172,11 +157,6 @@ class Guards:
                 is_thorough and not _same_numbers(tensor, numbers)
             ):
                 yield f"the values of {where} change"
-        if not is_thorough:
-            return
-        for where, array, layout, digest in self._arrays.values():
-            if _geometry_of(array) != layout or _digest(array) != digest:
-                yield f"{where} changes"
 
     def _same_contents(self) -> bool:
         """Compare all contents at once, by identity: that is fast, and runs no user code."""
@@ -203,6 +183,12 @@ class Guards:
         self._flat = None
 
 
+def has_comparable_numbers(tensor: Tensor) -> bool:
+    """Tell whether the numbers of a tensor can be noted: it is dense, and has memory that is counted."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return is_dense and tensor.device.type != "meta" and not tensor.is_inference()
+
+
 def _numbers_of(tensor: Tensor) -> Tensor | bytes:
     """Return a copy of a tensor's numbers, or a digest of them."""
     # A recorder in force must see operations of the step alone.
@@ -216,10 +202,6 @@ def _same_numbers(tensor: Tensor, numbers: Tensor | bytes) -> bool:
     if isinstance(numbers, Tensor):
         return same_bits(tensor, numbers)
     return _numbers_of(tensor) == numbers
-
-
-def _geometry_of(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-    return array.dtype, array.shape, array.strides
 
 
 def _digest(array: np.ndarray[Any, Any]) -> bytes:
@@ -269,21 +251,14 @@ def class_dict(cls: type) -> Any:
     return type.__dict__["__dict__"].__get__(cls)
 
 
-def mro_of(cls: type) -> tuple[type, ...]:
-    """Return a class and its bases, without asking its metaclass."""
-    found: tuple[type, ...] = type.__dict__["__mro__"].__get__(cls)
-    return found
-
-
 def class_name(cls: type) -> str:
     """Return the name of a class, without asking its metaclass."""
     return str(type.__dict__["__name__"].__get__(cls))
 
 
 def held(holder: Any, name: str) -> Any:
-    """Return what a class, a module of Python, a function or a tensor itself holds, or ABSENT."""
-    own = class_dict(holder) if issubclass(type(holder), type) else vars(holder)
-    return own.get(name, ABSENT)
+    """Return what an object itself holds under a name, or ABSENT."""
+    return vars(holder).get(name, ABSENT)
 
 
 def same_value(one: Any, two: Any) -> bool:

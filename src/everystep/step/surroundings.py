@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from everystep.step.guards import ABSENT, Guards, held
 from everystep.step.hooks import has_hooks_on_node
-from everystep.step.purity.guards import ABSENT, Guards, held
-from everystep.step.purity.process import (
-    functions_of_torch,
-    process_settings,
-    reason_against_process,
+from everystep.step.torchs_own import (
+    HOOKS,
+    guard_contents,
+    guard_module,
+    hook_on,
+    is_torchs_function,
+    is_torchs_module,
+    is_torchs_optimizer,
+    own_modules,
 )
-from everystep.step.purity.torchs_own import HOOKS, hook_on, own_modules
 
 __all__ = ["Surroundings"]
 
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_FLAG = re.compile(r"_get_\w*(enabled|deterministic|allow|tf32|benchmark|precision|uninitialized)\w*")
+_PLACES = (torch, torch.nn.functional, torch.autograd, torch.Tensor)
+_HOOKS_ON_OPTIMIZERS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
 class Surroundings:
@@ -34,6 +44,8 @@ class Surroundings:
         named_state: returns the live tensors that are carried from step to step, by name, as far as
             code needs them as they are.
         device: of the training.
+        is_vouched: whether the user vouches for code that is not torch's; what modules of such code
+            hold may change, except for their tensors, modules, hooks and mode.
 
     guards: what must stay as it is, besides what is always compared.
     """
@@ -44,8 +56,11 @@ class Surroundings:
         optimizers: Mapping[str, torch.optim.Optimizer],
         named_state: Callable[[], Mapping[str, Tensor]],
         device: torch.device,
+        *,
+        is_vouched: bool,
     ) -> None:
         self.guards = Guards()
+        self._is_vouched = is_vouched
         self._modules = modules
         self._optimizers = optimizers
         self._named_state = named_state
@@ -56,7 +71,7 @@ class Surroundings:
 
     def reasons(self) -> Iterator[str]:
         """Yield why Python must run at every step, whatever its code is."""
-        against = reason_against_process()
+        against = _reason_against_process()
         if against is not None:
             yield against
         for name, part in self._modules.items():
@@ -82,16 +97,25 @@ class Surroundings:
     def begin(self) -> None:
         """Note everything again, before capturing a program that depends on it."""
         guards = self.guards = Guards()
-        for part in self._modules.values():
-            for _, module in own_modules(part):
-                _guard_registered(module, guards)
+        for name, part in self._modules.items():
+            for path, module in own_modules(part):
+                where = f"module {path}" if path and name == "the model" else name
+                if is_torchs_module(module):
+                    guard_module(module, where, guards)
+                elif not self._is_vouched:
+                    guard_contents(module, where, guards)
+                else:
+                    _guard_registered(module, where, guards)
         for name, tensor in self._named_state().items():
             guards.tensor(tensor, name.partition("/")[2], is_state=True)
         guards.read("storages", "the sharing of memory between tensors", self._shared)
-        self._settings = process_settings(self._device)
-        self._functions = functions_of_torch()
+        for name, optimizer in self._optimizers.items():
+            if is_torchs_optimizer(optimizer):
+                self._guard_optimizer(name)
+        self._settings = _process_settings(self._device)
+        self._functions = _functions_of_torch()
 
-    def guard_optimizer(self, name: str) -> None:
+    def _guard_optimizer(self, name: str) -> None:
         """Note what makes an optimizer torch's own, and which parameters it has."""
         optimizer, guards = self._optimizers[name], self.guards
         key = id(optimizer)
@@ -118,11 +142,6 @@ class Surroundings:
                     where = f"{key} of param group {index}"
                     self.guards.read((id(optimizer), index, key), where, _setting, optimizer, index, key)
 
-    def guard_shared(self, others: tuple[Tensor, ...]) -> None:
-        """Note which tensors, including other ones from outside, share memory."""
-        where = "the sharing of memory between tensors"
-        self.guards.read(("shared", len(others)), where, self._shared, others)
-
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
         """Return in words what changed since programs were captured, or None.
 
@@ -135,8 +154,8 @@ class Surroundings:
             self._state = None
 
     def _difference(self) -> str | None:
-        now = process_settings(self._device)
-        if not all(map(is_, functions_of_torch(), self._functions)):
+        now = _process_settings(self._device)
+        if not all(map(is_, _functions_of_torch(), self._functions)):
             return "a function of torch changes"
         changed = (f"{name} changes" for name, value in self._settings.items() if now[name] != value)
         return next(changed, None) or self.guards.difference() or self._hooked_node()
@@ -156,11 +175,11 @@ class Surroundings:
             found = next(hooked, None)
         return None if found is None else f"other code has a hook on the graph node of {found}"
 
-    def _shared(self, others: tuple[Tensor, ...] = ()) -> str:
-        """Return, for each tensor of the state and of others, the first that uses the same memory."""
+    def _shared(self) -> str:
+        """Return, for each tensor of the state, the first that uses the same memory."""
         first: dict[int, int] = {}
-        state = (self._state or self._named_state()).items()
-        places = (tensor.untyped_storage()._cdata for tensor in (*(t for _, t in state), *others))
+        state = self._state or self._named_state()
+        places = (tensor.untyped_storage()._cdata for tensor in state.values())
         return str([first.setdefault(place, index) for index, place in enumerate(places)])
 
 
@@ -181,9 +200,114 @@ def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
     return tuple(found) if type(found) is list else found
 
 
-def _guard_registered(module: nn.Module, guards: Guards) -> None:
+def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:
+    """Note which tensors, modules and hooks a module has, its mode, and a forward of its own."""
     own = vars(module)
-    where = f"a {type(module).__name__}"
     for name in ("_parameters", "_buffers", "_modules", *HOOKS):
         if name in own:
             guards.contents(own[name], f"{name} of {where}")
+    for name in ("training", "forward"):
+        guards.read((id(module), name), f"{name} of {where}", held, module, name)
+
+
+# Settings of the process.
+
+
+def _process_settings(device: torch.device) -> dict[str, Any]:
+    """Return the settings by name; equal as long as none has changed."""
+    found: dict[str, Any] = {
+        "the default dtype": torch.get_default_dtype(),
+        "the default device": str(torch.get_default_device()),
+        "the number of threads": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "the fast path of attention": torch.backends.mha.get_fastpath_enabled(),
+        "the number of active function modes": torch._C._len_torch_function_stack(),
+        "the number of active dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "hooks on all modules": _hooks_on_all(),
+        "hooks on saved tensors": _has_tensor_hooks(),
+        "the number of methods of Tensor": len(vars(torch.Tensor)),
+    }
+    for kind in {"cpu", device.type}:
+        found[f"autocast on {kind}"] = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return found | {name: _flag(name) for name in _flags()}
+
+
+def _flag(name: str) -> Any:
+    try:
+        return getattr(torch._C, name)()
+    except RuntimeError as error:  # a precision that was set in the new way has no name in the old one
+        return str(error)
+
+
+@cache
+def _flags() -> tuple[str, ...]:
+    """Return the names of torch's own functions that tell how kernels are chosen, of this torch."""
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 warns, once, of a function that it calls old
+        for name in filter(_FLAG.fullmatch, dir(torch._C)):
+            try:
+                getattr(torch._C, name)()
+            except (TypeError, RuntimeError):  # it wants arguments, or another build
+                continue
+            found.append(name)
+    return tuple(found)
+
+
+def _functions_of_torch() -> list[Any]:
+    """Return the functions in torch's own modules, which user code may replace."""
+    return [
+        value
+        for place, names in zip(_PLACES, _names_of_functions(), strict=True)
+        for value in map(vars(place).get, names)
+    ]
+
+
+@cache
+def _names_of_functions() -> tuple[tuple[str, ...], ...]:
+    kinds = (types.FunctionType, types.BuiltinFunctionType)
+    return tuple(
+        tuple(
+            name
+            for name, value in vars(place).items()
+            if isinstance(value, kinds) or (place is torch.Tensor and callable(value))
+        )
+        for place in _PLACES
+    )
+
+
+def _reason_against_process() -> str | None:
+    """Return why Python must run at every step, whatever the model, or None."""
+    if _hooks_on_all():
+        return "the process has a hook on all modules or optimizers"
+    if torch.is_anomaly_enabled():
+        return "anomaly detection is on"
+    if _has_tensor_hooks():
+        return "torch.autograd.graph.saved_tensors_hooks are active"
+    for name, value in vars(torch.nn.functional).items():
+        if type(value) is types.FunctionType and not is_torchs_function(value):
+            return f"torch.nn.functional.{name} was replaced"
+    return None
+
+
+def _has_tensor_hooks() -> bool:
+    """Tell whether hooks on saved tensors are active."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None
+
+
+def _hooks_on_all() -> bool:
+    """Tell whether there is a hook on all modules or all optimizers; torch's own do not count."""
+    modules, optimizers = vars(nn.modules.module), vars(sys.modules[torch.optim.Optimizer.__module__])
+    found = [hook for name in HOOKS for hook in modules[f"_global{name}"].values()]
+    found += [hook for name in _HOOKS_ON_OPTIMIZERS for hook in optimizers.get(name, {}).values()]
+    return not all(map(_is_harmless, found))
+
+
+def _is_harmless(hook: Any) -> bool:
+    """Tell whether a hook is torch's own, or that of a capture in another thread."""
+    function = getattr(hook, "__func__", hook)
+    origin = str(getattr(function, "__module__", None) or type(hook).__module__)
+    return is_torchs_function(function) or origin.startswith("everystep.")
