@@ -1,6 +1,6 @@
 """Which modules and optimizers of torch are trained by a program, and which eagerly, and why.
 
-`python -m benchmarks.coverage [--write docs/how-it-works.md]`. Every sample of torch's own list of
+`python -m benchmarks.coverage [--write docs/coverage.md]`. Every sample of torch's own list of
 modules (one or two of each), and every optimizer of `torch.optim`, is trained for 50 steps by the
 engine and by a loop written out by hand; "by program" is said only where losses, parameters and
 buffers have the same bits.
