@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/why.md print what these pages show, in their order."""
+"""The commands in README.md, docs/why.md and docs/reference.md print what these pages show."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ def begins_with(line: str, part: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("page", "languages", "count"), [("docs/why.md", "python console", 10), ("README.md", "console", 5)]
+    ("page", "languages", "count"),
+    [
+        ("docs/why.md", "python console", 10),
+        ("README.md", "console", 5),
+        ("docs/reference.md", "console", 1),
+    ],
 )
 def test_the_commands_print_what_is_shown(
     page, languages, count, tmp_path, monkeypatch, everystep_command
