@@ -17,19 +17,18 @@ COLUMNS = ("peer", "median", "us/step", "ratio", "quartiles", "of peak", "first 
 WIDTHS = (30, 10, 10, 9, 19, 9, 11, 0)
 HOW_TO_READ = """\
 - **median**: seconds of one training, over the rounds, from the model and the data in memory to the
-  losses as Python numbers. Making data and parameters, importing and converting is not in it.
+  losses as Python numbers. It excludes making data and parameters, importing and converting.
 - **us/step**: the median divided by the number of steps, in microseconds.
-- **ratio**: time in parts of the plain loop's *in the same round*, the median over rounds; below 1 is
+- **ratio**: time divided by the plain loop's *in the same round*, the median over rounds; below 1 is
   faster than the plain loop.
-- **quartiles**: of these ratios; of the plain loop itself, of its times to their median, which shows
+- **quartiles**: of these ratios. For the plain loop, of its times divided by their median, which shows
   how quiet the machine was.
 - **of peak**: the floating point operations of the matrix products and convolutions of a plain step,
-  over the median time, in parts of the peak above, which is torch's: JAX and scikit-learn multiply
-  with other libraries, so theirs may be more than all of it.
-- **first run**: seconds of the warm-up, which is not among the rounds and compiles where there is a
-  compiler.
+  divided by the median time, as a share of the peak above. This peak is torch's; JAX and scikit-learn
+  use other libraries and may exceed it.
+- **first run**: seconds of the warm-up, which is not among the rounds and includes compilation.
 - **losses**: `equal` means that every loss of every run equals the plain loop's bit for bit; otherwise
-  by which part the last loss is off, in the worst of all runs."""
+  the relative error of the last loss, in the worst of all runs."""
 
 
 @dataclass(frozen=True)
