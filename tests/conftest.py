@@ -35,6 +35,7 @@ from everystep.step.build import build  # noqa: E402
 from everystep.step.capture import take_watched  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
 from everystep.step.recorder import StepRecorder  # noqa: E402
+from everystep.step.stepper import Stepper  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
 pytest.register_assert_rewrite("tests.training.by_hand")
@@ -117,6 +118,19 @@ def make_trainee():
         )
 
     return make
+
+
+def stepper_of(training, *arguments, **options):
+    """Return a stepper whose Python steps nobody watches."""
+    step = EagerStep(training)
+
+    def by_python(number, x, y):
+        loss = step.take(x, y)
+        if step.advance is not None:
+            step.advance(number)
+        return loss
+
+    return Stepper(training, *arguments, **options, by_python=by_python)
 
 
 @pytest.fixture

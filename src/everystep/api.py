@@ -38,15 +38,16 @@ def open(
 ) -> Run:
     """Open a run by its directory, or by its name in runs/.
 
-    Pass the objects that trained the run only to open steps that Python ran (wholly or in part), or if
-    the run does not hold its data. everystep copies them and leaves them unchanged.
+    A run opens without the objects that trained it. Pass them to continue it or to ask what if, in
+    another process than the one that trained it, or if the run does not hold its data. everystep copies
+    them and leaves them unchanged.
 
     Args:
         run: the directory, or a name in runs/.
         model: the model as it was before training, in the same mode.
         loss: a function of (prediction, target).
         optimizer: the optimizer of the model's parameters.
-        data: x (N, ...) and y (N, ...), the training rows, or the Dataset that was read at every step.
+        data: x (N, ...) and y (N, ...), the training rows, or the Dataset.
 
     Raises:
         RunError: the run does not exist; the message names the most similar run.

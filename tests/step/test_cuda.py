@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.conftest import stepper_of
 from torch import nn
 
 import everystep
 from everystep.experiment.batches import Batches
 from everystep.step.eager import EagerStep, Training
-from everystep.step.stepper import Stepper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
@@ -27,7 +27,7 @@ def test_the_graph_gives_the_eager_bits(dropout):
     with everystep.numerics.in_force():
         ours, by_hand = training(dropout), training(dropout)
         torch.manual_seed(1)
-        stepper = Stepper(ours, 100, engine="program")
+        stepper = stepper_of(ours, 100, engine="program")
         stepper.advance(100)
         torch.manual_seed(1)
         step = EagerStep(by_hand)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.conftest import stepper_of
 from torch import nn
 
 from everystep.errors import TrainingError
 from everystep.step import advance, verified
-from everystep.step.stepper import Stepper
 from everystep.step.verified import CheckPlan
 
 
@@ -22,7 +22,7 @@ def take(stepper, steps, stretch=1000):
 
 
 def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee):
-    stepper = Stepper(make_trainee(*small), 300)
+    stepper = stepper_of(make_trainee(*small), 300)
     take(stepper, 300)
     assert stepper.checked == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
 
@@ -73,17 +73,17 @@ def test_the_program_of_a_heavy_first_step_is_not_compared(
     small, make_trainee, checks_in_time, monkeypatch
 ):
     monkeypatch.setattr(verified, "LIGHT_SECONDS", 0.0)
-    stepper = Stepper(make_trainee(*small), 20)
+    stepper = stepper_of(make_trainee(*small), 20)
     take(stepper, 20)
     assert stepper.checked == [2]
     assert len(stepper.programs.built) == 1 and stepper.reason is None
-    stepper = Stepper(make_trainee(*small), 1)
+    stepper = stepper_of(make_trainee(*small), 1)
     take(stepper, 1)
     assert stepper.checked == [1]  # the last
 
 
 def test_a_short_last_batch_has_a_program_of_its_own(small, make_trainee):
-    stepper = Stepper(make_trainee(*small, batch_size=8), 30)
+    stepper = stepper_of(make_trainee(*small, batch_size=8), 30)
     take(stepper, 30)
     assert stepper.reason is None
     shapes = [built.program.tensors["x"].shape for built in stepper.programs.built]
@@ -95,12 +95,12 @@ def test_where_a_program_is_demanded_its_absence_is_an_error(small, make_trainee
     model, x, y = small
     model.register_forward_hook(lambda *_: None)
     with pytest.raises(TrainingError, match=r"the model has a forward hook.*auto"):
-        Stepper(make_trainee(model, x, y), 10, engine="program")
+        stepper_of(make_trainee(model, x, y), 10, engine="program")
 
 
 def test_losses_wait_until_they_are_collected(small, make_trainee, monkeypatch):
     monkeypatch.setattr(advance, "ROOM", 16)
-    stepper = Stepper(make_trainee(*small), 100)
+    stepper = stepper_of(make_trainee(*small), 100)
     stepper.advance(100)
     assert stepper.step == 16
     assert stepper.is_full
@@ -114,7 +114,7 @@ def test_losses_wait_until_they_are_collected(small, make_trainee, monkeypatch):
 def test_the_caller_finds_the_gradients_of_the_last_step(small, make_trainee):
     model, x, y = small
     training = make_trainee(model, x, y)
-    stepper = Stepper(training, 1000)
+    stepper = stepper_of(training, 1000)
     stepper.advance(50)  # no step at which gradients would be there from a check
     before = [p.detach().clone() for p in model.parameters()]
     stepper.finish()

@@ -313,14 +313,18 @@ def assert_eager(run, capfd, step, reason):
 
 
 def assert_python(run, capfd):
-    """Assert that Python ran every step, that stderr has why, once, and that programs repeat them."""
+    """Assert that Python ran every step, that stderr has why, once, and that all of them open again."""
     engine = run.facts.training.engine
-    assert engine.stands_behind == "python"
-    assert engine.eager_from is None
-    assert engine.programs
-    message = f'Python runs the steps: {engine.reason}; engine="program" vouches for such code'
-    assert capfd.readouterr().err.count(message) == 1
+    assert engine.eager_from == 1 and not engine.programs
+    assert capfd.readouterr().err.count(f"Python runs the steps: {engine.reason}") == 1
     assert everystep.open(run.directory).verify(progress=False, processes=1).is_exact
+
+
+def is_of_torch(run):
+    """Tell whether a training has nothing but torch's own modules, loss and optimizer."""
+    facts = run.facts.training
+    parts = (*facts.modules.values(), facts.loss, *facts.optimizers.values())
+    return all(part.is_torchs for part in parts)
 
 
 def _first(reason):

@@ -25,10 +25,7 @@ __all__ = ["ORDINARY_MODELS", "OrdinaryModel"]
 
 @dataclass(frozen=True)
 class OrdinaryModel:
-    """A model, its data, its loss and its optimizer.
-
-    is_repeated: whether a program is expected to repeat its steps.
-    """
+    """A model, its data, its loss and its optimizer."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -36,7 +33,6 @@ class OrdinaryModel:
     loss: Callable[[Any, Tensor], Tensor]
     optimizer: Callable[[Any], Optimizer]
     batch_size: int | None = None
-    is_repeated: bool = True
 
     def make(self) -> Made:
         """Return new objects; the same numbers at every call."""

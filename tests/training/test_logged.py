@@ -41,7 +41,7 @@ def test_a_run_with_a_negative_zero_is_sound(number, tmp_path):
 
     run = loop(tmp_path / "run", body)
     assert run.verify(progress=False).is_exact
-    assert run.doctor(progress=False).is_healthy
+    assert run.doctor().is_healthy
     assert set(run.measured("metric").values()) == {0.0}
 
 
@@ -119,7 +119,7 @@ def test_what_was_logged_is_kept_when_a_step_is_taken_again(tmp_path, capfd, mon
     assert {step: after[step] for step in before} == before
     said = capfd.readouterr().err
     assert said.count("is taken again, total is") == 1 and "is kept" in said
-    assert len(after) == 40 and run.doctor(progress=False).is_healthy
+    assert len(after) == 40 and run.doctor().is_healthy
 
 
 def gradients_of(run):

@@ -189,7 +189,7 @@ def test_a_dataset_that_gives_other_rows_each_time_is_read_lazily(small, capfd):
     model, x, y = small
     before = torch.get_rng_state()
     run = train(model, Augmented(x, y), batch_size=6, steps=1)
-    assert "to open its steps, pass the Dataset" in capfd.readouterr().err
+    assert "the Dataset is read at every step" in capfd.readouterr().err
     assert run.facts.training.data.lazy
     assert not (run.directory / "data.safetensors").exists()
     torch.set_rng_state(before)

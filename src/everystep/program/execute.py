@@ -136,19 +136,6 @@ class BoundProgram:
         """
         _run(self.calls)
 
-    def run_forward(self) -> None:
-        """Run the forward pass and the loss alone; call it inside `without_autograd`, on a CPU."""
-        _run(list(chain.from_iterable(self._calls_of[: self._forward_until])))
-
-    def run_backward(self) -> None:
-        """Run the rest of the step after `run_forward`."""
-        _run(list(chain.from_iterable(self._calls_of[self._forward_until :])))
-
-    @property
-    def _forward_until(self) -> int:
-        phases = [operation.phase in ("forward", "loss") for operation in self.program.operations]
-        return phases.index(False) if False in phases else len(phases)
-
     def copies(self) -> Copies:
         """Return what copies tensors while the step is observed."""
         return Copies(self.program, self._places)

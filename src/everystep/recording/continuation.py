@@ -108,9 +108,10 @@ class Continuation:
         """
         again = [row for row in rows if row.step <= self.recorded]
         if again:
-            known = self._database.repeats(again[0].step, again[-1].step)
-            for row, before in zip(again, known, strict=True):
-                self._compare(row, before)
+            known = {row.step: row for row in self._database.repeats(again[0].step, again[-1].step)}
+            for row in again:
+                if row.step in known:
+                    self._compare(row, known[row.step])
         return [*rows[len(again) :]]
 
     def _compare(self, row: Repeat, before: Repeat) -> None:

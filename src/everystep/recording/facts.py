@@ -194,28 +194,28 @@ class ProgramFacts(_Fact):
 class EngineFacts(_Fact):
     """How the steps ran.
 
-    asked: as requested; stands_behind: `known` (all Python is torch's own), `vouched` (by the user),
-    `alone` (no Python was there to compare with), or `python` (Python ran every step, and programs only
-    repeat them); live_optimizer: the class of an optimizer that ran in Python at every step; checks: how
-    often programs were compared with Python, last at step `verified_to`; eager_from: the first step that
-    Python ran and no program repeats; reason: why Python ran steps.
+    asked: as requested; stands_behind: `known` (programs ran in place of torch's own Python), `vouched`
+    (of the user's), or `alone` (no Python was there to compare with); checks: how often programs were
+    compared with Python, last at step `verified_to`; eager_from: the first step that Python ran, for
+    that `reason`; watched: the numbers of the programs of such steps; unseen: what no program holds, in
+    words.
     """
 
     asked: str
     stands_behind: str
-    live_optimizer: str | None
     programs: tuple[ProgramFacts, ...]
     checks: Whole
     verified_to: Whole
     eager_from: Whole | None
     reason: str | None
+    watched: tuple[Whole, ...] = ()
+    unseen: tuple[str, ...] = ()
 
 
 #: Unless a run says otherwise, Python ran the steps.
 EAGERLY = EngineFacts(
     asked="auto",
     stands_behind="known",
-    live_optimizer=None,
     programs=(),
     checks=0,
     verified_to=0,

@@ -25,6 +25,7 @@ __all__ = [
     "has_own",
     "open_own",
     "own_path",
+    "program_file",
     "read_file",
     "read_own",
     "row_of_file",
@@ -53,6 +54,11 @@ def row_of_file(name: str, content: bytes) -> FileRow:
 def constants_of(program: str) -> str:
     """Return the name of the file with the constants of a program, by that of the program."""
     return f"{program.removesuffix('.json')}.safetensors"
+
+
+def program_file(number: int) -> str:
+    """Return the name of the file of a program, by its number (from 1) in the run."""
+    return f"programs/{number}.json"
 
 
 def read_file(directory: Path, row: FileRow) -> bytes:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from everystep.recording.changes import changes_in
+from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
 from everystep.recording.facts import EarlierFacts
 from everystep.recording.files import has_own, take_file
@@ -38,8 +39,14 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
         losses = known.losses_between(1, at)
         measured = [row for row in known.measurements() if row[1] <= at]
         files = known.files()
+        repeats, contents = known.repeats(1, at), known.all_contents()
     database.write_losses(1, [loss for _, loss in losses])
     database.write_measurements(measured)
+    database.write_repeats(repeats)
+    if repeats:
+        database.write_contents(contents)
+        for number in {file for _, file, _, _ in contents}:
+            _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
     snapshots = [row for row in parent.snapshot_rows() if row.step < at]
     for row in snapshots:
         for name in (PARAMETERS, REST):
@@ -71,6 +78,8 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
     }
     if facts.nonfinite_step is not None and facts.nonfinite_step <= at:
         kept["nonfinite_step"] = facts.nonfinite_step
+    if facts.batches_lost_to is not None:
+        kept["batches_lost_to"] = min(facts.batches_lost_to, at)
     return Inherited(facts=kept, snapshots=snapshots, pinned={0} | {each.last for each in earlier})
 
 

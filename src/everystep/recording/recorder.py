@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import queue
 import threading
@@ -23,7 +24,7 @@ from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, Database
 from everystep.recording.facts import Facts
-from everystep.recording.files import constants_of, row_of_file, write_whole
+from everystep.recording.files import constants_of, program_file, row_of_file, write_whole
 from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
     from everystep.program.program import Program
     from everystep.step.state import State
 
-__all__ = ["LATE_SECONDS", "Recorder", "create_directory"]
+__all__ = ["Recorder", "create_directory"]
 
 #: Seconds that one write takes, or that the training waits for the disk, until it is said.
 LATE_SECONDS = 10.0
+#: Bytes of batches that may wait to be written, before the training waits.
+MOST_WAITING = 512_000_000
 #: From so many bytes of a snapshot on, the time to write it counts, not only that of the thread.
 LARGE_BYTES = 1_000_000
 #: Bytes that a run keeps while it is written: several times what its last facts take.
@@ -190,9 +193,11 @@ class Recorder:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self._put(lambda: self._write_data(tensors, name))
 
-    def program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
-        """Write a program, and the bytes of its constants beside it."""
+    def program(self, program: Program, constants: dict[str, Tensor]) -> int:
+        """Write a program, and the bytes of its constants next to it; return its number in the run."""
+        self._programs = number = self._programs + 1
         self._put(lambda: self._write_program(number, program, constants))
+        return number
 
     def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
         """Write tensors (on the CPU) that code between two steps changed after `step`.
@@ -252,10 +257,23 @@ class Recorder:
         """The newest step that the run had when it was resumed; 0 for a new run."""
         return 0 if self._continuation is None else self._continuation.recorded
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes of inputs that are not written yet."""
-        return self._bytes_asked - self._bytes_written
+    def wait(self) -> None:
+        """Wait for the disk if too much is queued.
+
+        Raises:
+            RecordingError: writing the run failed.
+        """
+        self.check()
+        began = time.monotonic()
+        while (waiting := self._bytes_asked - self._bytes_written) > MOST_WAITING:
+            time.sleep(0.001)
+            self.check()
+            if time.monotonic() - began > LATE_SECONDS:
+                began = math.inf
+                say(
+                    f"{waiting / 1e6:,.0f} MB of batches wait to be written to {self.directory}, and "
+                    "the training waits for the disk"
+                )
 
     @property
     def has_interval(self) -> bool:
@@ -367,13 +385,9 @@ class Recorder:
         return max((int(path.stem) for path in files if path.stem.isdecimal()), default=0)
 
     @property
-    def programs_before(self) -> int:
-        """How many programs the run had before this training: a parent's, or before it was resumed."""
+    def program_count(self) -> int:
+        """How many programs the run has; those of a parent, or from before it was resumed, included."""
         return self._programs
-
-    def program_file(self, number: int) -> str:
-        """Return the file of program `number` (from 1) of this training; a parent's come before."""
-        return f"programs/{self._programs + number}.json"
 
     def _put(self, job: Callable[[], None]) -> None:
         self._queue.put(job)
@@ -426,9 +440,9 @@ class Recorder:
         taken: Sequence[Taken],
     ) -> None:
         again = min(max(0, self._passed + 1 - first_step), len(losses))
-        self._passed = max(self._passed, first_step + len(losses) - 1)
         if taken:
-            self._write_repeats(taken[again:])
+            self._write_repeats([row for row in taken if row.step > self._passed])
+        self._passed = max(self._passed, first_step + len(losses) - 1)
         self._write_losses(first_step + again, losses[again:], measured, facts)
 
     def _write_repeats(self, rows: Sequence[Taken]) -> None:
@@ -479,10 +493,11 @@ class Recorder:
 
         (self._home.here / "programs").mkdir(exist_ok=True)
         text = program.to_json().encode()
-        contents = {self.program_file(number): text}
+        file = program_file(number)
+        contents = {file: text}
         if constants:
             on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
-            contents[constants_of(self.program_file(number))] = save(on_cpu)
+            contents[constants_of(file)] = save(on_cpu)
         for name, content in contents.items():
             write_whole(self._home.here / name, content)
         rows = [row_of_file(*each) for each in contents.items()]

@@ -61,6 +61,12 @@ class Stretch(NamedTuple):
     last: int | None
     facts: TrainingFacts
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether Python took these steps, each with a program and inputs of its own."""
+        since = self.facts.engine.eager_from if self.facts.engine else None
+        return self.facts.loop is not None or (since is not None and self.first >= since)
+
 
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
@@ -291,13 +297,19 @@ class RecordedRun:
 
     @property
     def stretches(self) -> list[Stretch]:
-        """The parts of the run that were trained by the same rules: one, or more for a fork."""
+        """The parts of the run whose steps were taken in the same way: one, or more for a fork."""
         facts = self.facts
-        found, first = [], 1
-        for earlier in facts.earlier:
-            found.append(Stretch(first, earlier.last, earlier.training))
-            first = earlier.last + 1
-        return [*found, Stretch(first, None, facts.training)]
+        found: list[Stretch] = []
+        first = 1
+        for last, training in (*((e.last, e.training) for e in facts.earlier), (None, facts.training)):
+            engine = training.engine
+            turn = None if engine is None else engine.eager_from
+            if turn is not None and first < turn and (last is None or turn <= last):
+                found.append(Stretch(first, turn - 1, training))
+                first = turn
+            found.append(Stretch(first, last, training))
+            first = (last or 0) + 1
+        return found
 
     def newest_step(self) -> int:
         """Return the number of the newest step, 0 if there is none."""

@@ -11,6 +11,7 @@ from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import Given, inputs_of, read_contents
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
 from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
+from everystep.recording.files import program_file
 from everystep.recording.health import Finding
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import check_snapshot
@@ -101,7 +102,7 @@ def _programs(training: TrainingFacts) -> list[str]:
     """Return the files of the programs of a stretch, within the run."""
     files = [program.file for program in (training.engine or EAGERLY).programs]
     if training.loop is not None:
-        files += [f"programs/{number + 1}.json" for number in range(training.loop.programs)]
+        files += [program_file(number + 1) for number in range(training.loop.programs)]
     return files
 
 

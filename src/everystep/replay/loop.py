@@ -1,9 +1,9 @@
-"""Loop: replays a user's recorded loop with plain programs alone."""
+"""Loop: replays steps that Python took and everystep watched, with plain programs alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from everystep.device import select
 from everystep.errors import ProgramError, RunError
+from everystep.experiment.batches import RowsOf
 from everystep.program.execute import without_autograd
 from everystep.program.memory import copy_on_cpu
 from everystep.program.plain import Environment, PlainProgram, lay_inputs
@@ -18,13 +19,15 @@ from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.contents import digest_of, inputs_of, unpacked
 from everystep.recording.database import Repeat
-from everystep.recording.facts import TrainingFacts
-from everystep.recording.run import RecordedRun
-from everystep.replay.columns import Setting
+from everystep.recording.facts import EAGERLY
+from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.programs import read_loop_program
+from everystep.replay.reopen import batches_of, settings_of
 from everystep.replay.step import Batch, ReplayStepper
 from everystep.step.generators import Generators
+from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.observe import Observation, PlainObserver
+from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
 
@@ -36,6 +39,7 @@ BLOCK = 256
 MOST_NAMED = 3
 _GENERATOR = re.compile(r"generator/([0-9]{1,9})")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
+_OWN_GRADIENT = f"{PREFIX}gradient/"
 
 
 class LoopCheckpoint(NamedTuple):
@@ -57,28 +61,35 @@ class _Inputs(NamedTuple):
 
 
 class LoopStepper(ReplayStepper):
-    """Replays a recorded loop, in any order of loading and running.
+    """Replays watched steps, in any order of loading and running.
 
     Args:
         run: the run.
-        facts: of its training.
+        stretch: the steps, of a user's loop or of everystep's own.
+        rule: returns the batches of everystep's own steps, None where each row holds its batch.
         diverged: called with a step that differs from the recording, and how, in words.
         conversion: of its programs and their inputs, None as recorded.
 
     state: the step after which the current state is, None before one is loaded.
     """
 
-    has_gradients_in_state = True
-
     def __init__(
         self,
         run: RecordedRun,
-        facts: TrainingFacts,
+        stretch: Stretch,
+        rule: RowsOf | None,
         diverged: Callable[[int, str], None],
         conversion: Precision | None = None,
     ) -> None:
+        facts = stretch.facts
         self.state: int | None = None
         self._run = run
+        self._facts = facts
+        self._rule = rule
+        self._is_own_loop = facts.loop is not None
+        #: A snapshot of everystep's own steps lacks the gradients that the next step drops.
+        self.has_gradients_in_state = self._is_own_loop
+        self._loaded_at: int | None = None
         self._device = select(facts.device)
         self._diverged = diverged
         self._conversion = conversion
@@ -90,11 +101,11 @@ class LoopStepper(ReplayStepper):
         self._between = run.change_files()
         self._settled: int | None = None
         self._has_diverged = False
-        if conversion is not None and facts.loop is not None:
-            for number in range(1, facts.loop.programs + 1):
+        if conversion is not None:
+            for number in self._numbers_of_programs():
                 self._program(Repeat(0, number, None, None))  # they say what else has it
-        names = filter(_RATE.fullmatch, run.measurement_names)
-        self._rates = {name: Setting(run.measured(name)) for name in names}
+        is_held = _RATE.fullmatch if self._is_own_loop else is_hyperparameter
+        self._settings = settings_of(run, filter(is_held, run.measurement_names), stretch.first)
 
     def load(self, state: State) -> None:
         """Restore a state from disk.
@@ -102,11 +113,16 @@ class LoopStepper(ReplayStepper):
         Raises:
             RunError: it is not a state of a loop.
         """
-        names, named = state.settings.get("names"), state.named()
+        names = state.settings.get("names" if self._is_own_loop else "live")
         if not isinstance(names, list):
-            raise RunError(f"state {state.step} of {self._run.name} is not a state of a recorded loop")
+            raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
+        named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
         self._tensors = {n: named[n].to(self._device, copy=True) for n in names if n in named}
-        self._loaded = state
+        for name in named:  # those that an optimizer of a class of its own keeps
+            if name.startswith(_OWN_GRADIENT):
+                pending = f"gradient/{name.removeprefix(_OWN_GRADIENT)}"
+                self._tensors[pending] = named[name].to(self._device, copy=True)
+        self._loaded, self._loaded_at = state, state.step
         self._settled = None
         self._has_diverged = False
         self.state = state.step
@@ -120,12 +136,14 @@ class LoopStepper(ReplayStepper):
         """Bring everything back to what `save` returned after `step`."""
         self._tensors = _copies(saved.tensors)
         saved.generators.restore(self._device)
-        self._settled = None
+        self._settled = self._loaded_at = None
         self.state = step
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
         assert self.state is not None and self._loaded is not None
+        if not self._is_own_loop:  # its snapshots have what changed after the step
+            self.settle()
         copies = {name: copy_of(tensor) for name, tensor in self._tensors.items()}
         known = self._loaded.parameters
         parameters = {
@@ -148,7 +166,8 @@ class LoopStepper(ReplayStepper):
         }
         generators = Generators.capture(self._device).tensors()
         rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
-        settings = self._loaded.settings | {"step": self.state, "names": [*copies]}
+        names = "names" if self._is_own_loop else "live"
+        settings = self._loaded.settings | {"step": self.state, names: [*copies]}
         return State(self.state, parameters, rest, settings)
 
     def settle(self) -> None:
@@ -159,6 +178,7 @@ class LoopStepper(ReplayStepper):
         tensors, gone = self._run.change(self._between[self.state])
         for name in gone:
             self._tensors.pop(name, None)
+        tensors = {n: each for n, each in tensors.items() if not n.startswith("generator/")}
         if self._conversion is not None:
             tensors = {name: self._conversion.tensor(name, each) for name, each in tensors.items()}
         self._tensors |= {name: tensor.to(self._device) for name, tensor in tensors.items()}
@@ -188,8 +208,7 @@ class LoopStepper(ReplayStepper):
         observer = PlainObserver(self._program(row), self._numbers(row))
         loss = self._take(number, observer.look)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
-        training = self._run.facts.training.loop
-        has_unseen = training is None or bool(training.unseen)
+        has_unseen = bool((self._facts.loop or self._facts.engine or EAGERLY).unseen)
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
 
     def named_state(self) -> dict[str, Tensor]:
@@ -206,10 +225,30 @@ class LoopStepper(ReplayStepper):
         }
 
     def hyperparameters(self) -> dict[str, float]:
-        """Return the learning rates of the last step."""
+        """Return the learning rates of the last step, and other settings that ever changed."""
         assert self.state is not None
-        found = {name: rate.at(self.state) for name, rate in self._rates.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        found = {name: each.at(self.state) for name, each in self._settings.items()}
+        known = {name: value for name, value in found.items() if value is not None}
+        return known if self._is_own_loop else self._rates_of_state() | known
+
+    def _rates_of_state(self) -> dict[str, float]:
+        """Return the learning rates in the state that was loaded."""
+        groups = self._loaded.settings.get("optimizer", {}).get("groups", []) if self._loaded else []
+        found = {}
+        for index, group in enumerate(groups):
+            rate = group.get("lr", self._tensors.get(f"group/{index}/lr"))
+            if isinstance(rate, int | float | Tensor):
+                found[f"lr[{index}]" if index else "lr"] = float(rate)
+        return found
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of the last step are available."""
+        return self.has_gradients_in_state or self._loaded_at != self.state
+
+    def epoch(self, number: int) -> int:
+        """Return the epoch of a step, from 0; a user's loop has no epochs."""
+        return 0 if self._is_own_loop else batches_of(self._facts).epoch(number)
 
     def generators(self, number: int) -> dict[str, Tensor]:
         """Return the states of the random generators that the next step draws from, by name."""
@@ -226,20 +265,32 @@ class LoopStepper(ReplayStepper):
         inputs = self._inputs(self._row(number))
         prefix = "batch/"
         tensors = {n.removeprefix(prefix): t for n, t in inputs.tensors.items() if n.startswith(prefix)}
-        return Batch(tensors, None, nested_again(inputs.nesting, tensors))
+        nested = nested_again(inputs.nesting, tensors)
+        if self._is_own_loop:
+            return Batch(tensors, None, nested)
+        batches = batches_of(self._facts)
+        return Batch(tensors, batches.numbers_of(number), nested, batches.source)
 
     def given(self, number: int) -> bytes:
         """Return a fingerprint of the next step's inputs besides its state: numbers and inputs."""
         self.settle()
         row = self._row(number)
-        return (row.numbers or b"") + (row.inputs or b"")
+        of_rule = b""
+        if self._rule is not None:
+            inputs = self._inputs(row).tensors
+            digests = (digest_of(inputs[f"batch/{name}"]).encode() for name in "xy")
+            of_rule = b"".join(digests)
+        return (row.numbers or b"") + (row.inputs or b"") + of_rule
 
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
-        loop = self._run.facts.training.loop
-        count = loop.programs if loop else 0
-        plain = [self._program(Repeat(0, n, None, None)).program for n in range(1, count + 1)]
+        numbers = self._numbers_of_programs()
+        plain = [self._program(Repeat(0, n, None, None)).program for n in numbers]
         return list(dict.fromkeys(path for program in plain for path in program.activations))
+
+    def _numbers_of_programs(self) -> Sequence[int]:
+        loop = self._facts.loop
+        return (self._facts.engine or EAGERLY).watched if loop is None else range(1, loop.programs + 1)
 
     def _take(self, number: int, look: Callable[[int, Environment], None] | None = None) -> float:
         self.settle()
@@ -329,6 +380,9 @@ class LoopStepper(ReplayStepper):
                 "(batch_budget of everystep.record); later steps may still open"
             )
         tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        if self._rule is not None and "batch/x" not in tensors:
+            rows = zip("xy", self._rule(row.step), strict=True)
+            tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
         if self._conversion is not None and row.program is not None:
             self._program(row)
             tensors = self._converted(self._conversion, row.program, tensors)

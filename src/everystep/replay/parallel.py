@@ -35,7 +35,7 @@ __all__ = [
 
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
-#: Steps that run between two looks at the losses; 1 of loops, where each may be the last possible.
+#: Steps that run between two looks at the losses; 1 of watched steps: each may be the last possible.
 STRIDE = 256
 #: Neighbouring spans that a process is given at once, if there are enough.
 GROUP = 8
@@ -245,13 +245,13 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start
-        is_loop = replay.stretches[span.at].facts.loop is not None
+        is_watched = replay.stretches[span.at].is_watched
         while step < span.last and not visitor.is_done:
             try:
-                last = min(span.last, step + (1 if is_loop else STRIDE))
+                last = min(span.last, step + (1 if is_watched else STRIDE))
                 losses = visitor.take(replay, last, span).tolist()
             except RunError as error:
-                if not is_loop:
+                if not is_watched:
                     raise
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))
@@ -259,8 +259,6 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
                 break
             last = step + len(losses)
             _compare_losses(found, step + 1, losses, replay.recorded_losses(step + 1, last))
-            if found.first_loss is not None:
-                replay.note_divergence(found.first_loss.step)
             step = last
         if step == span.last:
             _compare_state(found, replay, span)
@@ -293,4 +291,5 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     found.compared = True
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at
-    found.states = state_differences(recorded, here, only_model=is_fork)
+    is_watched = replay.stretches[span.at].is_watched
+    found.states = state_differences(recorded, here, only_model=is_fork, only_seen=is_watched)

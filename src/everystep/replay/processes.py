@@ -26,7 +26,7 @@ from everystep.device import select
 from everystep.errors import DamageWarning, RunError, TrainingError
 from everystep.numerics import MOST_THREADS, Numerics
 from everystep.recording.database import FILE_NAME
-from everystep.recording.facts import EAGERLY, EngineFacts, Facts
+from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.run import RecordedRun
 from everystep.replay.parent import end_with
 from everystep.replay.replay import Replay
@@ -252,10 +252,9 @@ class Opener:
 
 
 def _needed(run: RecordedRun, objects: Objects | None) -> Objects | None:
-    """Return the objects if the run cannot be replayed without them, else None."""
+    """Return the objects if the run cannot be replayed without their data, else None."""
     for stretch in run.stretches:
-        facts, engine = stretch.facts, stretch.facts.engine or EAGERLY
-        stored = not facts.data.lazy and (facts.data_file is None or facts.data_file.stored)
-        if engine.eager_from is not None or engine.live_optimizer or not stored:
+        file = stretch.facts.data_file
+        if file is not None and not file.stored:
             return objects
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from everystep.errors import ProgramError, RunError
 from everystep.program.program import Program
-from everystep.recording.files import constants_of
+from everystep.recording.files import constants_of, program_file
 from everystep.recording.run import RecordedRun
 from everystep.step.build import Built
 
@@ -48,7 +48,7 @@ def read_loop_program(run: RecordedRun, number: int) -> Program:
     Raises:
         RunError: it cannot be read, or is not valid.
     """
-    name = f"programs/{number}.json"
+    name = program_file(number)
     program = read_program(run, name)
     if not program.is_plain:
         raise RunError(f"{run.directory / name} is not the program of a loop: the run was changed")

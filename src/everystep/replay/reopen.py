@@ -1,13 +1,14 @@
 """Reopen: restores a recorded training, so that any of its steps can be replayed.
 
-With programs, none of the run's code is needed: a skeleton of the training is enough. Steps that Python
-ran need the model, the loss and the optimizer themselves: from the run's experiment, or from the user.
+With programs, none of the run's code is needed: a skeleton of the training is enough. Steps other than
+the recorded ones (of a what-if, or on the way to a state from which Python continues) need the model,
+the loss and the optimizer themselves: from the run's experiment, or from the user.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from everystep.device import select
 from everystep.errors import ExperimentError, RunError
-from everystep.experiment.batches import Batches
+from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.data import Data
 from everystep.experiment.specification import load
 from everystep.program.precision import Precision
@@ -37,7 +38,7 @@ from everystep.training.dataset import length_of, read_rows
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.objects import Objects
 
-__all__ = ["batches_of", "reopen", "stored_data"]
+__all__ = ["batches_of", "reopen", "rule_of", "settings_of", "stored_data"]
 
 #: Rules of programs that are read.
 MOST_PROGRAMS = 1000
@@ -75,15 +76,10 @@ def reopen(
         batch = _batch(run, facts, objects, batches, device, conversion)
         if not isinstance(batch, DatasetBatches):
             _check_batch(run, batch, [each.program for _, each in built])
-        needs_model = is_living or engine.eager_from is not None or engine.live_optimizer is not None
-        if needs_model and conversion is not None:
-            raise RunError(
-                f"Python ran steps of {run.name}, and only programs can be replayed in {conversion.name}"
-            )
-        training = _living(run, facts, objects, batch, device) if needs_model else None
+        training = _living(run, facts, objects, batch, device) if is_living else None
         if training is None and is_living:
             raise RunError(
-                f"batches without some rows need the objects that trained {run.name}: "
+                f"steps other than the recorded ones need the objects that trained {run.name}: "
                 "everystep.open(run, model=..., loss=..., optimizer=...)"
             )
         if training is None:
@@ -91,13 +87,31 @@ def reopen(
     programs = Programs(training, first_step=stretch.first)
     for rule, each in built:
         programs.use(each, ProgramRule(0, rule.steps, rule.since), _kind_of(each.program, batch))
-    settings = _settings(run, stretch.first)
+    settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), stretch.first)
     between = {
         step: partial(lambda name: run.change(name).tensors, name)
         for step, name in run.change_files().items()
     }
-    eager_from = 1 if engine.live_optimizer else engine.eager_from
-    return TrainingStepper(training, programs, eager_from, batches, settings, between)
+    return TrainingStepper(training, programs, engine.eager_from, batches, settings, between)
+
+
+def rule_of(
+    run: RecordedRun,
+    stretch: Stretch,
+    objects: Objects,
+    conversion: Precision | None = None,
+) -> RowsOf | None:
+    """Return the batches of everystep's own steps, None where each step holds its batch.
+
+    Raises:
+        RunError: the data is missing or unreadable; reports a fix.
+    """
+    facts = stretch.facts
+    if facts.loop is not None or facts.data.lazy:
+        return None
+    found = _batch(run, facts, objects, batches_of(facts), select(facts.device), conversion)
+    assert isinstance(found, RowsOf)
+    return found
 
 
 def _converted(built: Built, conversion: Precision) -> Built:
@@ -257,16 +271,7 @@ def _skeleton(
     run: RecordedRun, stretch: Stretch, programs: list[Program], batch: BatchSource, device: torch.device
 ) -> Training:
     if not programs:
-        live = (stretch.facts.engine or EAGERLY).live_optimizer
-        why = (
-            f"{live}, a custom optimizer, made every update of {run.name}"
-            if live
-            else f"Python ran the steps of {run.name}, and no program can repeat them"
-        )
-        raise RunError(
-            f"{why}; open the run with the objects that trained it: everystep.open(run, model=..., "
-            "loss=..., optimizer=...)"
-        )
+        raise RunError(f"{run.name} has no program for its steps: the database was changed")
     problems: list[str] = []
     # Any state says what the optimizer is like; from the first of the stretch it is quickest to go on.
     state = run.state_near(stretch.first, on_problem=problems.append)
@@ -283,10 +288,13 @@ def _skeleton(
     return make_skeleton(programs, state, batch, device, stretch.facts.clip_norm)
 
 
-def _settings(run: RecordedRun, first: int) -> dict[str, Setting]:
-    """Return what changed from step `first` on; what held before is in the state that it begins with."""
+def settings_of(run: RecordedRun, names: Iterable[str], first: int) -> dict[str, Setting]:
+    """Return what changed from step `first` on; what held before is in the state that it begins with.
+
+    names: of measurements that are settings.
+    """
     found = {}
-    for name in filter(is_hyperparameter, run.measurement_names):
+    for name in names:
         values = {step: value for step, value in run.measured(name).items() if step >= first}
         if values:
             found[name] = Setting(values)

@@ -22,7 +22,7 @@ from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.replay.loop import LoopStepper
-from everystep.replay.reopen import reopen
+from everystep.replay.reopen import reopen, rule_of
 from everystep.replay.step import ReplayStepper, Step, Update
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.observe import Observation
@@ -298,33 +298,12 @@ class Replay:
             if not same_number(loss, known):
                 if self.diverged_at is None or step < self.diverged_at:
                     self.diverged_at = step
-                self.note_divergence(step)
                 return
 
     def _diverged_by(self, number: int) -> int | None:
         """Return the first step that diverged, if it is not after step `number`."""
         diverged = self.diverged_at
         return diverged if diverged is not None and diverged <= number else None
-
-    def note_divergence(self, step: int) -> None:
-        """Note why the bits of a step may differ from the recording, if Python replayed it."""
-        engine = self.stretches[self.stretch_of(step)].facts.engine
-        if engine is None:
-            return
-        if engine.stands_behind == "python" and engine.eager_from is None:
-            self._note(
-                f"Python ran the steps ({engine.reason}), and your code may have done something else in "
-                "some of them than where a program was compared with it"
-            )
-        live, eager_from = engine.live_optimizer, engine.eager_from
-        if self._objects.model is None or not (live or (eager_from is not None and eager_from <= step)):
-            return
-        reason = f"{live} is a custom optimizer" if live else engine.reason
-        self._note(
-            f"Python runs the steps ({reason}), and your model, loss or optimizer may hold something "
-            "that the run does not, such as a counter; open the run with new objects, as they were "
-            "before training: everystep.open(run, model=..., loss=..., optimizer=...)"
-        )
 
     def _spacing(self) -> int:
         return max(1, int(KEPT_SECONDS / self._step_seconds)) if self._step_seconds else 8
@@ -341,12 +320,12 @@ class Replay:
 
     def _stepper_of(self, at: int) -> ReplayStepper:
         if at not in self._steppers:
-            facts = self.stretches[at].facts
-            self._steppers[at] = (
-                LoopStepper(self.run, facts, self._diverge, self._conversion)
-                if facts.loop
-                else reopen(self.run, self.stretches[at], self._objects, self._conversion)
-            )
+            stretch, conversion = self.stretches[at], self._conversion
+            if stretch.is_watched:
+                rule = rule_of(self.run, stretch, self._objects, conversion)
+                self._steppers[at] = LoopStepper(self.run, stretch, rule, self._diverge, conversion)
+            else:
+                self._steppers[at] = reopen(self.run, stretch, self._objects, conversion)
         return self._steppers[at]
 
     def _diverge(self, step: int, problem: str) -> None:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from everystep.step.eager import Training
@@ -22,9 +23,7 @@ from everystep.step.torchs_own import (
     reason_against_module,
 )
 
-__all__ = ["Acceleration", "StandsBehind"]
-
-StandsBehind = Literal["known", "vouched", "python"]
+__all__ = ["Acceleration"]
 
 _OPTIMIZER = "the optimizer"
 
@@ -36,27 +35,18 @@ class Acceleration:
         training: what is trained.
         is_vouched: whether the user vouches for code that is not torch's.
 
-    reason: why no program can be used, or None; by_python: why Python runs every step, although a
-    program may repeat it later, or None; has_known_optimizer: whether the update is torch's own, and so
-    may be in a program (any other optimizer is run at every step); has_foreign_code: whether code that
-    is neither torch's nor everystep's runs between two steps of programs; stands_behind: what justifies
-    the programs: the code is `known`, or `vouched` for; or `python` runs the steps itself.
+    reason: why Python runs every step, or None; is_vouchable: whether nothing stands against a program
+    but code that the user may vouch for; has_foreign_code: whether a schedule of the user's runs between
+    two steps; stands_behind: what justifies the programs: the code is `known`, or `vouched` for.
     """
 
     def __init__(self, training: Training, is_vouched: bool = False) -> None:
         self._training = training
         against = reason_against_module(training.model) or reason_against_loss(training.loss)
-        self.by_python = None if is_vouched else against
-        self.stands_behind: StandsBehind = (
-            "known" if against is None else "vouched" if is_vouched else "python"
+        self.stands_behind: Literal["known", "vouched"] = (
+            "vouched" if is_vouched and against is not None else "known"
         )
-        self.has_known_optimizer = is_torchs_optimizer(training.optimizer)
-        self.has_foreign_code = (
-            not self.has_known_optimizer
-            or not is_torchs_schedule(training.schedule)
-            or training.batch.runs_python
-            or self.by_python is not None
-        )
+        self.has_foreign_code = not is_torchs_schedule(training.schedule)
         parts = {"the model": training.model, "the loss": training.loss}
         self._surroundings = Surroundings(
             {name: part for name, part in parts.items() if isinstance(part, nn.Module)},
@@ -65,7 +55,13 @@ class Acceleration:
             training.device,
             is_vouched=is_vouched,
         )
-        self.reason = next(self._surroundings.reasons(), None)
+        other = (
+            _against_optimizer(training.optimizer)
+            or ("the Dataset is read at every step" if training.batch.runs_python else None)
+            or next(self._surroundings.reasons(), None)
+        )
+        self.reason = other if is_vouched else against or other
+        self.is_vouchable = against is not None and other is None
 
     def begin(self) -> None:
         """Note all settings again: a program is about to be captured that holds for these."""
@@ -97,6 +93,15 @@ class Acceleration:
         for value in (*loss.args, *loss.keywords.values()):
             if is_a(value, Tensor):
                 guards.tensor(value, "a tensor of the loss", is_state=False)
+
+
+def _against_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
+    """Return in words why no program may run the update, or None."""
+    if not is_torchs_optimizer(optimizer):
+        return f"{type(optimizer).__qualname__} is not one of torch's optimizers"
+    if "zero_grad" in vars(optimizer):
+        return "the optimizer has a custom zero_grad"
+    return None
 
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -75,23 +75,13 @@ def advance(
                 return
 
 
-def take(programs: Programs, number: int, *, between: Callable[[], None] | None = None) -> BoundProgram:
-    """Run one step by its program, with the learning rates as they are; return the program.
-
-    between: called between the forward and the backward pass, on a CPU.
-    """
+def take(programs: Programs, number: int) -> BoundProgram:
+    """Run one step by its program, with the learning rates as they are; return the program."""
     bound = programs.bound(number)
     programs.load_batch(number, bound)
     programs.load_rates()
-    if between is None:
-        with without_autograd():
-            bound.run()
-        return bound
     with without_autograd():
-        bound.run_forward()
-    between()
-    with without_autograd():
-        bound.run_backward()
+        bound.run()
     return bound
 
 

@@ -53,10 +53,8 @@ class Named(NamedTuple):
     ends: dict[str, str]
 
 
-def build(captured: Capture, training: Training, has_update: bool = True) -> Built:
+def build(captured: Capture, training: Training) -> Built:
     """Return the program of a captured step.
-
-    has_update: whether the update was captured, too; without it, the program ends with the gradients.
 
     Raises:
         NotCapturableError: a part of it is not an operation on tensors; names the part.
@@ -65,8 +63,6 @@ def build(captured: Capture, training: Training, has_update: bool = True) -> Bui
     for where, reason, reads in captured.refusals:
         if where != "optimizer" and (reads is None or not reads <= fixed):
             raise NotCapturableError(f"in the {where} phase, {reason}")
-    if not has_update:
-        return Builder(captured, captured.operations, ("optimizer/", "group/")).program(None)
     update = Update(captured, training)
     if update.problem is not None:
         raise NotCapturableError(update.problem)

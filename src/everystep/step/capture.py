@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from everystep.step.eager import EagerStep, Training, check_loss_value
@@ -28,8 +25,7 @@ class Capture:
 
     loss: its value; refusals: what cannot be in a program; update_from: the number of operations before
     the optimizer's; named: the tensors with a name (state, inputs) before the step; appeared: state that
-    it created; replaced: state with a tensor that it replaced by another; held: copies of gradients that
-    the optimizer had not dropped, by parameter.
+    it created; replaced: state with a tensor that it replaced by another.
     """
 
     loss: Tensor
@@ -44,7 +40,6 @@ class Capture:
     loss_tensor: int | None = None
     gradients: dict[str, int] = field(default_factory=dict)
     activations: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    held: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
 def begin_watching(training: Training, x: Tensor, y: Tensor, recorder: StepRecorder) -> dict[str, int]:
@@ -53,13 +48,8 @@ def begin_watching(training: Training, x: Tensor, y: Tensor, recorder: StepRecor
     return named | {name: recorder.know(t, "input") for name, t in (("x", x), ("y", y))}
 
 
-def take_watched(
-    step: EagerStep, number: int, recorder: StepRecorder, has_update: bool = True
-) -> Capture:
+def take_watched(step: EagerStep, number: int, recorder: StepRecorder) -> Capture:
     """Run step `number` eagerly, observed by a recorder, and return the observations.
-
-    has_update: whether to run and observe the update, too; without it, the optimizer's `zero_grad` is
-    not observed either.
 
     Raises:
         whatever the step raises.
@@ -76,13 +66,9 @@ def take_watched(
         with recorder.paused():
             value = loss.detach().clone()
         recorder.enter("zero_grad")
-        if has_update:
-            step.zero_grad()
-        else:
-            with recorder.paused():
-                step.zero_grad()
+        step.zero_grad()
         recorder.enter("backward")
-        with _held_back(training, recorder, is_needed=not has_update) as held, recorder.hooks_seen():
+        with recorder.hooks_seen():
             if leaves_if_other([loss]) is not None:
                 recorder.refusals.append(Refusal("backward", OTHER_WHEN_WATCHED))
                 with recorder.left():
@@ -94,9 +80,8 @@ def take_watched(
         recorder.enter("update")
         step.clip()
         update_from = len(recorder.operations)
-        if has_update:
-            recorder.in_optimizer = True
-            step.update()
+        recorder.in_optimizer = True
+        step.update()
     found = Capture(
         loss=value,
         tensors=recorder.tensors,
@@ -108,34 +93,11 @@ def take_watched(
         loss_tensor=recorder.number(loss),
         gradients=gradients,
         activations=recorder.activations,
-        held=held,
     )
     _compare_state(found, recorder, before, training.named_state())
     _note_changed_constants(found)
     _note_changed_inputs(found, training.batch.is_fixed)
     return found
-
-
-@contextmanager
-def _held_back(
-    training: Training, recorder: StepRecorder, is_needed: bool
-) -> Iterator[dict[Tensor, Tensor]]:
-    """Set gradients aside that an optimizer has not dropped; what backward makes is then added to them.
-
-    As autograd does, but so that the backward phase begins without gradients. Yields copies of them.
-    """
-    parameters = (p for group in training.optimizer.param_groups for p in group["params"])
-    held = {p: p.grad for p in parameters if is_needed and p.grad is not None}
-    with recorder.paused():
-        copies = {parameter: gradient.clone() for parameter, gradient in held.items()}
-    for parameter in held:
-        parameter.grad = None
-    yield copies
-    with torch.no_grad(), recorder.paused():
-        for parameter, gradient in held.items():
-            if parameter.grad is not None:
-                gradient.add_(parameter.grad)
-            parameter.grad = gradient
 
 
 def _compare_state(

@@ -162,14 +162,15 @@ def _largest(tensor: Tensor) -> float:
 
 
 def state_differences(
-    recorded: State, replayed: State, *, only_model: bool = False
+    recorded: State, replayed: State, *, only_model: bool = False, only_seen: bool = False
 ) -> list[StateDifference]:
     """Return the tensors of two states that differ, except Python's and NumPy's generators.
 
-    only_model: compare only parameters and buffers.
+    only_model: compare only parameters and buffers; only_seen: only what operations of steps can change,
+    which excludes random generators, and what an optimizer keeps besides tensors.
     """
     found = []
-    both = _compared(recorded), _compared(replayed)
+    both = [_compared(state, only_seen=only_seen) for state in (recorded, replayed)]
     for name in sorted(both[0] | both[1]):
         if only_model and not name.startswith(("parameters/", "buffer/")):
             continue
@@ -187,10 +188,11 @@ def state_differences(
     return found
 
 
-def _compared(state: State) -> set[str]:
-    # Draws of a user's loop between its steps are not repeated; steps get the recorded generators.
+def _compared(state: State, *, only_seen: bool) -> set[str]:
+    # Draws of Python between steps are not repeated; steps get the recorded generators.
     is_own_loop = "names" in state.settings
-    left_out = ("generator/", PREFIX) if is_own_loop else ("generator/python", "generator/numpy")
+    is_seen = is_own_loop or only_seen
+    left_out = ("generator/", PREFIX) if is_seen else ("generator/python", "generator/numpy")
     own = {n for n in state.rest if not n.startswith(left_out)}
     found = own | {f"parameters/{name}" for name in state.parameters}
     # The tensors of a state_dict may change meanwhile, as layers are added and removed.

@@ -97,35 +97,28 @@ class EagerStep:
         self.training = training
         self.advance = _advancing(training)
 
-    def take(self, x: Tensor, y: Tensor) -> Tensor:
-        """Run a whole step on a batch, except the schedule; return the loss, still on the device.
+    def take(self, x: Tensor, y: Tensor, log: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
+        """Run a step on a batch: forward, loss, zero the gradients, backward, clip, update.
+
+        Returns a copy of the loss, still on the device. The schedule is left to the caller.
+
+        Args:
+            x, y: the batch.
+            log: called with the loss itself before the gradients are zeroed.
 
         Raises:
             ExperimentError: the loss is not one number.
             ModelError: the loss does not depend on any parameter.
         """
-        value = self.differentiate(x, y)
-        self.update()
-        return value
-
-    def differentiate(self, x: Tensor, y: Tensor, held: dict[Tensor, Tensor] | None = None) -> Tensor:
-        """Run a step up to its update: forward, loss, zero the gradients, backward, clip.
-
-        held: is given copies of the gradients that the optimizer did not drop, by
-        parameter.
-
-        Raises:
-            as `take`.
-        """
         loss = self.training.loss(self.training.model(x), y)
         check_loss_value(loss)
-        value = loss.detach().clone()  # it may be a view of what the update changes
+        with torch._C._DisableTorchDispatch():  # not an operation of the step
+            value = loss.detach().clone()  # it may be a view of what the update changes
+        log(loss)
         self.zero_grad()
-        if held is not None:
-            parameters = (p for group in self.training.optimizer.param_groups for p in group["params"])
-            held |= {p: p.grad.clone() for p in parameters if p.grad is not None}
         loss.backward()  # type: ignore[no-untyped-call]
         self.clip()
+        self.update()
         return value
 
     @property

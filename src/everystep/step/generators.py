@@ -76,12 +76,6 @@ class Generators:
         same_on_device = one is two or (one is not None and two is not None and torch.equal(one, two))
         return same_on_device and torch.equal(self.torch_cpu, other.torch_cpu)
 
-    def drawn_outside_torch(self, other: Generators) -> bool:
-        """Tell whether Python's or NumPy's generator was not the same when these were read."""
-        return self.python != other.python or any(
-            not np.array_equal(one, two) for one, two in zip(self.numpy, other.numpy, strict=True)
-        )
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the states as tensors, by name."""
         _, words, gauss = self.python

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PREFIX", "captured", "decoded", "encoded", "keeps_own_state", "restore"]
+__all__ = [
+    "PREFIX",
+    "captured",
+    "decoded",
+    "encoded",
+    "keeps_own_state",
+    "live_tensors",
+    "restore",
+]
 
 #: Prefix of the names of tensors that only this module knows.
 PREFIX = "own/"
@@ -53,6 +61,19 @@ def captured(
         if name not in _OF_TORCH
     }
     return walk.tensors | _pending(optimizer, names), data
+
+
+def live_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], known: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of `captured` that the optimizer itself holds, not copies of other things."""
+    if not keeps_own_state(optimizer):
+        return {}
+    walk = _Capturing(names, known)
+    for name, value in vars(optimizer).items():
+        if name not in _OF_TORCH:
+            walk.encoded(value, name)
+    return {name: tensor for name, tensor in walk.tensors.items() if name not in walk.copied}
 
 
 def restore(
@@ -110,6 +131,8 @@ class _Capturing:
     ) -> None:
         self._left_alone = left_alone
         self.tensors: dict[str, Tensor] = {}
+        #: Those that were made of something else, such as an array.
+        self.copied: set[str] = set()
         self._names = names
         self._known = {id(tensor): name for name, tensor in known.items()}
         self._ids = {id(parameter): name for parameter, name in names.items()}
@@ -137,7 +160,7 @@ class _Capturing:
         if type(value) in (set, frozenset) and all(map(_is_plain, value)):
             return {type(value).__name__: sorted(value, key=repr)}
         if isinstance(value, torch.Generator):
-            return {"generator": self._kept(value.get_state(), place)}
+            return {"generator": self._kept_copy(value.get_state(), place)}
         if type(value) in _DICTS and all(map(self._is_key, value)):
             items = enumerate(value.items())
             return {"dict": [[self._key(k), self.encoded(v, f"{place}.{i}")] for i, (k, v) in items]}
@@ -154,13 +177,18 @@ class _Capturing:
         self.tensors[f"{PREFIX}{place}"] = tensor
         return f"{PREFIX}{place}"
 
+    def _kept_copy(self, tensor: Tensor, place: str) -> str:
+        name = self._kept(tensor, place)
+        self.copied.add(name)
+        return name
+
     def _array(self, value: Any, place: str) -> Any:
         kind = "scalar" if isinstance(value, np.generic) else "array"
         try:
             tensor = torch.from_numpy(np.array(value, order="C"))
         except (TypeError, ValueError):  # texts, dates, structures: torch has no such numbers
             return {"left": f"array of {value.dtype}"}
-        return {kind: self._kept(tensor, place)}
+        return {kind: self._kept_copy(tensor, place)}
 
     def _is_key(self, key: Any) -> bool:
         is_known = isinstance(key, Tensor) and key in self._names

@@ -100,8 +100,15 @@ class _PlainBuilder(Builder):
     """Builds a plain program: exactly the observed operations."""
 
     def __init__(self, captured: Capture, path: Path) -> None:
-        super().__init__(captured, captured.operations)
         self._path = path
+        super().__init__(captured, captured.operations)
+
+    def _name_storages(self, operations: list[CapturedOperation]) -> None:
+        """Name storages; one that becomes state in the step has the name that it gets there."""
+        for name, number in self._path.ends:
+            if name not in self._state and not name.startswith("gradient/"):
+                self._names.setdefault(self._captured.tensors[number].storage, name)
+        super()._name_storages(operations)
 
     def built(self) -> BuiltPath:
         """Return the program."""

@@ -143,11 +143,10 @@ class Programs:
             self._bound_to = now
         return has_moved
 
-    def misfit(self, state: Mapping[str, Tensor], since: int, *, has_update: bool) -> str | None:
+    def misfit(self, state: Mapping[str, Tensor], since: int) -> str | None:
         """Return in words what of the state has another geometry than programs expect, or None.
 
-        state: of the training now; since: the programs with this `since`; has_update: whether they run
-        the update, too.
+        state: of the training now; since: the programs with this `since`.
         """
         numbers = {n for key, n in self._by_key.items() if key.since == since}
         for program in (self.built[number].program for number in numbers):
@@ -155,7 +154,7 @@ class Programs:
                 tensor, spec = state.get(name), program.tensors.get(name)
                 if spec is not None and (tensor is None or not _is_as(tensor, spec)):
                     return f"{name.partition('/')[2]} changes its shape, dtype or memory"
-            if has_update and program.optimizer_step is None:
+            if program.optimizer_step is None:
                 known = {name for name in state if name.startswith("optimizer/")}
                 if not known <= set(program.of_kind("state")) | set(program.tensors):
                     return "the state of the optimizer changes"
@@ -185,26 +184,6 @@ class Programs:
                 for name, gradient in gradients.items()
             }
         self._hand_over(gradients)
-
-    def hand_over_copies(self, step: int) -> None:
-        """Set each parameter's gradient to a copy, or add it to an existing one, as autograd does.
-
-        A custom optimizer may keep or change it.
-        """
-        own = {p for group in self._training.optimizer.param_groups for p in group["params"]}
-        gradients = self.bound(step).gradients
-        for parameter, name in self._parameters:
-            gradient = gradients.get(name)
-            if parameter not in own:
-                parameter.grad = gradient if gradient is not None else parameter.grad
-            elif gradient is not None and parameter.grad is None:
-                parameter.grad = gradient.clone()
-            elif gradient is not None:
-                parameter.grad.add_(gradient)  # type: ignore[union-attr]
-
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        """Return every parameter of the model and the optimizer."""
-        return {name: parameter for parameter, name in self._parameters}
 
     def _append(self, built: Built) -> None:
         self.built.append(built)

@@ -19,7 +19,7 @@ from everystep.step.named_state import (
     state_dict_of,
 )
 from everystep.step.optimizer_state import optimizer_settings, restore_optimizer
-from everystep.step.own_state import PREFIX, captured, keeps_own_state, restore
+from everystep.step.own_state import PREFIX, captured, keeps_own_state, live_tensors, restore
 from everystep.step.plain_data import plain, update_plain
 
 __all__ = ["State", "copy_of"]
@@ -31,7 +31,7 @@ class State:
 
     step: 0 before the first step; parameters: exactly `model.state_dict()`; rest: buffers outside it,
     optimizer tensors and generators, by `kind/name`; settings: everything that is not a tensor (param
-    groups, schedule), in JSON form.
+    groups, schedule), in JSON form, and in `live` the names of the tensors that a step can use.
     """
 
     step: int
@@ -51,18 +51,19 @@ class State:
     ) -> State:
         """Copy the state after `step`; touches neither the training nor its generators."""
         parameters = {name: copy_of(value) for name, value in state_dict_of(model).items()}
+        live = named_state(model, loss, optimizer)
         rest = {
             name: copy_of(value)
-            for name, value in named_state(model, loss, optimizer).items()
+            for name, value in live.items()
             if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
         }
         generators = Generators.capture(device).tensors()
         names = parameter_names(model, optimizer)
         settings: dict[str, Any] = {"step": step, "optimizer": optimizer_settings(optimizer, names)}
         if keeps_own_state(optimizer):
-            live = named_state(model, loss, optimizer)
             own, settings["own"] = captured(optimizer, names, live)
             rest |= {name: copy_of(value) for name, value in own.items()}
+        settings["live"] = [*live, *live_tensors(optimizer, names, live)]
         if schedule is not None:
             settings["schedule"] = plain(schedule.state_dict())
         return cls(

@@ -13,7 +13,7 @@ programs rely on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -22,13 +22,12 @@ from torch import Tensor
 from everystep import clock
 from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.execute import BoundProgram
-from everystep.step.acceleration import Acceleration, StandsBehind
+from everystep.step.acceleration import Acceleration
 from everystep.step.advance import Losses, advance, take
 from everystep.step.build import NotCapturableError, build
 from everystep.step.capture import Capture, take_watched
 from everystep.step.checkpoint import Change, ChangeLog, Checkpoint
 from everystep.step.eager import EagerStep, Training
-from everystep.step.generators import Generators
 from everystep.step.programs import Programs
 from everystep.step.recorder import StepRecorder
 from everystep.step.torchs_own import is_torchs_schedule
@@ -51,9 +50,9 @@ class Stepper:
         engine: `eager`; `program`, which trusts code that is not torch's, and raises if no program can
             run a step; or `auto`.
         start: the initial state of the training; steps are counted from there.
+        by_python: takes a whole step on a batch, in Python, and advances the schedule; returns the loss.
 
-    step: the last step that ran; reason: why no program repeats steps, or None; eager_from: the first of
-    these; by_python: why Python runs every step, although programs may repeat them, or None;
+    step: the last step that ran; reason: why Python runs steps, or None; eager_from: the first of these;
     checked: the steps at which a program passed a check; programs: those captured; hyperparameters:
     (step, the lr and similar settings by name) of each step since the last `collect` before which they
     may have changed.
@@ -68,16 +67,18 @@ class Stepper:
         steps: int,
         engine: Engine = "auto",
         start: int = 0,
+        *,
+        by_python: Callable[[int, Tensor, Tensor], Tensor],
     ) -> None:
         self.training = training
         self.start = self.step = start
         self.reason: str | None = None
-        self.by_python: str | None = None
         self.eager_from: int | None = None
         self.programs = Programs(training, start + 1)
         self.hyperparameters: list[tuple[int, dict[str, float]]] = []
         self._steps = steps
         self._engine = engine
+        self._by_python = by_python
         self._plan = CheckPlan(start)
         self._losses = Losses()
         self._changes = ChangeLog()
@@ -90,7 +91,6 @@ class Stepper:
         self.acceleration = Acceleration(training, is_vouched=engine == "program")
         self._look_again()
         if self.reason is None:
-            self.by_python = self.acceleration.by_python
             self._keep_way_back()
 
     @property
@@ -106,19 +106,6 @@ class Stepper:
     def checked(self) -> list[int]:
         """The steps at which a program was checked against the eager step, and passed."""
         return self._plan.checked
-
-    @property
-    def stands_behind(self) -> StandsBehind:
-        """What justifies the programs, as `Acceleration` has it."""
-        if self.by_python is not None:
-            return "python"
-        return "vouched" if self.acceleration.stands_behind == "vouched" else "known"
-
-    @property
-    def live_optimizer(self) -> str | None:
-        """The class of an optimizer that runs as Python at every step, after a program's backward."""
-        is_live = bool(self.programs.built) and not self.acceleration.has_known_optimizer
-        return type(self.training.optimizer).__qualname__ if is_live else None
 
     def advance(self, last: int) -> None:
         """Run steps up to `last`, or until there are enough losses to collect.
@@ -148,12 +135,6 @@ class Stepper:
             elif self._plan.is_due(number, self._steps):
                 self._check(number)
                 self._after_python()
-            elif self.by_python is not None:
-                started = clock.now()
-                self._take_eagerly(number)
-                self._check_dataset()
-                self._captures = 0
-                self._plan.timed(1, clock.now() - started)
             else:
                 last_unchecked = self._plan.until(self._steps) - 1
                 self._run(number, min(last, last_unchecked, self.step + self._losses.room))
@@ -164,21 +145,26 @@ class Stepper:
     def foreign_code(self) -> Iterator[None]:
         """Run code that may change the training; note its changes, which stay.
 
+        Where Python runs the steps, the watch of the next step notes them.
+
         Programs continue with changed values of tensors. If something else changes that they depend on,
         they are captured again.
         """
+        if self.reason is not None:
+            yield
+            self._has_other_code_run = True
+            return
         self._hand_over_gradients()
         with self._changes.noting(self.training, self.step):
             yield
         self._way_back.close()
         self._has_other_code_run = True
         self._check_dataset()
-        if self.reason is None:
-            self._compare_guards("during an evaluation")
+        self._compare_guards("during an evaluation")
 
     def _hand_over_gradients(self) -> None:
         """Set the gradients of the last step where other code looks for them."""
-        if self._last is not None and self.acceleration.has_known_optimizer:
+        if self._last is not None:
             self.programs.hand_over_gradients(self._last, as_copies=True)
 
     def _check_dataset(self) -> None:
@@ -208,34 +194,17 @@ class Stepper:
         if is_changed and self.training.has_tensor_settings:
             # Such settings are state, and the last state has them as the next step would.
             self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
-        if self._last is not None and self.acceleration.has_known_optimizer:
+        if self._last is not None:
             self.programs.hand_over_gradients(self._last)
 
     # What runs the steps.
 
     def _look_again(self) -> None:
         """Examine the training: at first, and after a change to something that programs depend on."""
-        before = self.acceleration
         self.acceleration = Acceleration(self.training, is_vouched=self._engine == "program")
         self._eager = EagerStep(self.training)
-        self._verifier = Verifier(
-            self.training, self.programs, self._eager, self.acceleration.has_known_optimizer
-        )
+        self._verifier = Verifier(self.training, self.programs, self._eager)
         reason = 'engine="eager" is set' if self._engine == "eager" else self.acceleration.reason
-        now = self.acceleration
-        if reason is None and self.programs.built:
-            if before.has_known_optimizer and not now.has_known_optimizer:
-                reason = "the optimizer's step was replaced"
-            elif before.by_python is None:
-                reason = now.by_python
-        if reason is None and not now.has_known_optimizer:
-            reason = now.by_python  # a program without the update repeats no step
-        if (
-            reason is None
-            and self._eager.has_own_zero_grad
-            and (self.training.device.type != "cpu" or self.training.clip_norm is not None)
-        ):
-            reason = "the optimizer has a custom zero_grad"
         if reason is not None:
             self._go_on_eagerly(reason)
 
@@ -247,17 +216,14 @@ class Stepper:
 
     def _compare_guards(self, when: str = "") -> bool:
         """Compare what programs depend on after other code has run; return whether it still holds."""
-        state, has_update = self.training.named_state(), self.acceleration.has_known_optimizer
+        state = self.training.named_state()
         self._moved = self._moved + 1 if self.programs.refresh(state) else 0
         if self._moved > MOST_CAPTURES:
             self._go_on_eagerly("parameters move to other memory at every step")
             return False
-        if has_update:
-            self.programs.load_rates()
+        self.programs.load_rates()
         since = self.programs.since(self.step)
-        changed = self.acceleration.difference(state) or self.programs.misfit(
-            state, since, has_update=has_update
-        )
+        changed = self.acceleration.difference(state) or self.programs.misfit(state, since)
         if changed is None:
             return True
         self._captures += 1
@@ -270,17 +236,11 @@ class Stepper:
         return False
 
     def _go_on_eagerly(self, reason: str, first: int | None = None) -> None:
-        """Run all steps from `first` on (or the next) in Python, and repeat them so.
-
-        Where Python ran all steps anyway, no program is kept: what it does may differ from step to step.
-        """
+        """Run all steps from `first` on (or the next) in Python."""
         if self._engine == "program":
             raise TrainingError(
                 f'no program can run these steps: {reason}; engine="auto" runs them in Python'
             )
-        if self.by_python is not None:
-            self.reason, self.eager_from = f"{self.by_python}; {reason}", self.start + 1
-            return
         self.reason = reason
         self.eager_from = self.step + 1 if first is None else first
 
@@ -290,24 +250,29 @@ class Stepper:
         x, y = self.training.batch(number)
         self._last = None
         self._note_hyperparameters(number)
-        self._keep(number, self._eager.take(x, y))
+        self._keep_loss(number, self._by_python(number, x, y))
+
+    def _take_again(self, number: int, before: Checkpoint, reason: str) -> None:
+        """Take a step once more in Python, and all later ones: no program stands in for it."""
+        before.restore(self.training, forget_new=True)
+        self._go_on_eagerly(f"{reason} at step {number}", number)
+        x, y = self.training.batch(number)
+        self._keep_loss(number, self._by_python(number, x, y))
 
     def _capture(self, number: int) -> None:
         """Run a step eagerly, capture it, and use its program from now on if its result is identical."""
-        training, has_update = self.training, self.acceleration.has_known_optimizer
-        self._read_batch(number)
+        training = self.training
+        self._last = None
         if self.programs.since(number) == number:
             self.acceleration.begin()
-        before = self._verifier.saved()
+        before = Checkpoint(training)
         self._note_hyperparameters(number)
-        generators, started = Generators.capture(training.device), clock.now()
-        captured = take_watched(self._eager, number, StepRecorder(training.device), has_update)
+        started = clock.now()
+        captured = take_watched(self._eager, number, StepRecorder(training.device))
         seconds = clock.now() - started
         try:
-            if self.by_python and generators.drawn_outside_torch(Generators.capture(training.device)):
-                raise NotCapturableError("the step draws random numbers from Python or NumPy")
-            built = build(captured, training, has_update)
-            if has_update and built.program.optimizer_step is None:
+            built = build(captured, training)
+            if built.program.optimizer_step is None:
                 reads_rates = built.program.reads_rates
                 self.acceleration.guard_update(but_lr=reads_rates or training.schedule is not None)
             self.programs.add(number, built)
@@ -318,37 +283,31 @@ class Stepper:
                 reason = self._compare_captured(number, before, captured)
         except NotCapturableError as error:
             reason = str(error)
-        if not has_update:
-            self._eager.update()
-        self._keep(number, captured.loss)
-        if reason is not None:
-            self._go_on_eagerly(f"{reason} at step {number}", number)
+        if reason is None:
+            self._keep(number, captured.loss)
+        else:
+            self._take_again(number, before, reason)
 
     def _compare_captured(self, number: int, before: Checkpoint, captured: Capture) -> str | None:
         """Compare the new program of a step with the step; return in words what differs, or None."""
         started = clock.now()
-        reason = self._verifier.compare(
-            number, before, captured.loss, forget_new=True, held=captured.held
-        )
+        reason = self._verifier.compare(number, before, captured.loss, forget_new=True)
         if reason is None:
             self._plan.captured(number, clock.now() - started)
         else:
             self.programs.discard(number)
         return reason
 
-    def _read_batch(self, number: int) -> None:
-        """Read the batch from a Dataset before anything else, as a loop does: it may draw."""
-        if self.training.batch.runs_python:
-            self._hand_over_gradients()
-            self.training.batch(number)
-        self._last = None
-
     def _check(self, number: int) -> None:
         """Run a step by its program and eagerly, and compare; the eager step counts."""
         started = clock.now()
-        self._read_batch(number)
+        self._last = None
         self._note_hyperparameters(number)
-        loss, reason = self._verifier.check(number)
+        before = Checkpoint(self.training)
+        loss, reason = self._verifier.check(number, before)
+        if reason is not None and self._way_back.step >= number - 1:
+            self._take_again(number, before, reason)
+            return
         self._keep(number, loss)
         if reason is None:
             self._plan.passed(number, clock.now() - started)
@@ -381,23 +340,13 @@ class Stepper:
         self.step = number
 
     def _run_with_python(self, first: int, last: int) -> None:
-        """Run steps with a schedule, a Dataset or the user's optimizer between them."""
-        programs, training = self.programs, self.training
+        """Run steps with a schedule between them."""
+        programs = self.programs
         for number in range(first, last + 1):
-            if training.batch.runs_python:
-                self._hand_over_gradients()
-                training.batch(number)
-                self._way_back.close()
-                if not self._compare_guards("in the Dataset"):
-                    return
             if not programs.has(number):
                 return
             self._note_hyperparameters(number)
-            bound = (
-                take(programs, number)
-                if self.acceleration.has_known_optimizer
-                else self._run_with_optimizer(number)
-            )
+            bound = take(programs, number)
             self._captures = 0
             self._last = bound
             self._keep(number, bound.loss)
@@ -407,36 +356,9 @@ class Stepper:
                 if not self._compare_guards():
                     return
 
-    def _run_with_optimizer(self, number: int) -> BoundProgram:
-        """Run a step by its program up to the update, and the update by the user's own optimizer."""
-        if self._eager.has_own_zero_grad:
-            bound = take(self.programs, number, between=lambda: self._zero_grad(number))
-        else:
-            self._eager.zero_grad()
-            bound = take(self.programs, number)
-        self.programs.hand_over_copies(number)
-        self._eager.update()
-        return bound
-
-    def _zero_grad(self, number: int) -> None:
-        """Call the user's own zero_grad in the middle of a step.
-
-        Raises:
-            TrainingError: it changes what the rest of the program depends on.
-        """
-        self._eager.zero_grad()
-        changed = self.acceleration.difference()
-        if changed is not None:
-            raise TrainingError(
-                f"{changed} in the optimizer's zero_grad, between forward and backward of step "
-                f'{number}; use engine="eager" for such an optimizer'
-            )
-
     def _keep(self, number: int, loss: Tensor) -> None:
         """After a step: keep its loss, and advance the schedule."""
-        self._losses.make_room(loss)
-        self._losses.keep(loss.detach())
-        self.step = number
+        self._keep_loss(number, loss)
         if self._eager.advance is None:
             return
         if is_torchs_schedule(self.training.schedule):
@@ -445,6 +367,11 @@ class Stepper:
         self._hand_over_gradients()
         with self._changes.noting(self.training, number):
             self._eager.advance(number)
+
+    def _keep_loss(self, number: int, loss: Tensor) -> None:
+        self._losses.make_room(loss)
+        self._losses.keep(loss.detach())
+        self.step = number
 
     def _note_hyperparameters(self, number: int) -> None:
         """Note the lr and similar settings before a step, if something may have changed them."""
@@ -457,18 +384,12 @@ class Stepper:
         self._way_back.keep(self.training, self.step, is_possible=is_possible)
 
     def _fail(self, number: int, reason: str) -> None:
-        """Handle a failed check: no program runs from here on.
-
-        The step itself counts if no program ran since the last good check. Otherwise training goes back
-        to that check, or ends if that is not possible.
+        """After a failed check, go back to the last good one; no program runs from there on.
 
         Raises:
             TrainingError: other code has run since the last good check, and cannot be undone.
         """
         verified = self._way_back.step
-        if verified >= number - 1 or self.by_python is not None:
-            self._go_on_eagerly(f"{reason} at step {number}", number)
-            return
         self._way_back.go(self.training, number, reason)
         self._losses.drop(number - verified)
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from everystep.step.check import difference
 from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import EagerStep, Training
 from everystep.step.generators import Generators
+from everystep.step.named_state import first_names, parameter_names
 from everystep.step.programs import Programs
 
 __all__ = ["CheckPlan", "Verifier", "WayBack"]
@@ -32,33 +31,20 @@ class Verifier:
         training: the training.
         programs: the programs to compare.
         eager: the step in Python.
-        has_update: whether programs run the update, too; without it, the optimizer itself does.
     """
 
-    def __init__(
-        self, training: Training, programs: Programs, eager: EagerStep, has_update: bool
-    ) -> None:
+    def __init__(self, training: Training, programs: Programs, eager: EagerStep) -> None:
         self.training = training
         self.programs = programs
-        self.has_update = has_update
         self._eager = eager
 
-    def check(self, number: int) -> tuple[Tensor, str | None]:
-        """Run a whole step both ways.
+    def check(self, number: int, before: Checkpoint) -> tuple[Tensor, str | None]:
+        """Run a whole step both ways, from the current state, `before`.
 
         Returns the loss, and what differs, in words, or None.
         """
-        before = self.saved()
-        if self.has_update:
-            loss = self._eager.take(*self.training.batch(number))
-            return loss, self.compare(number, before, loss, forget_new=False)
-        loss, reason = self._check_until_update(number, before)
-        self._eager.update()
-        return loss, reason
-
-    def saved(self) -> Checkpoint:
-        """Return a copy of the state, as far as programs change it."""
-        return Checkpoint(self.training, has_optimizer=self.has_update)
+        loss = self._eager.take(*self.training.batch(number))
+        return loss, self.compare(number, before, loss, forget_new=False)
 
     def compare(
         self,
@@ -67,21 +53,21 @@ class Verifier:
         loss: Tensor,
         *,
         forget_new: bool,
-        held: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ) -> str | None:
         """Run the program of a step that just ran eagerly, from the state before, and compare.
 
-        forget_new: whether to drop optimizer state created since; held: copies of gradients from before
-        the backward pass, by parameter.
+        forget_new: whether to drop optimizer state created since.
 
         Returns what differs, in words, or None; the training is then as the eager step left it.
         """
-        expected = self.saved()
+        expected = Checkpoint(self.training)
         wanted = expected.tensors | {"loss": loss.reshape(())}
         wanted |= {f"gradient/{name}": g.clone() for name, g in self.training.gradients().items()}
-        gradients = {p: p.grad for p in self.programs.parameters_by_name().values()}
+        model, optimizer = self.training.model, self.training.optimizer
+        parameters = first_names(model) | parameter_names(model, optimizer)
+        gradients = {parameter: parameter.grad for parameter in parameters}
         try:
-            reason = self._difference(number, before, wanted, expected, held, forget_new)
+            reason = self._difference(number, before, wanted, expected, forget_new)
         except Exception as error:  # whatever torch's kernels make of what they are given
             reason = f"its program fails ({error})"
         for parameter, gradient in gradients.items():  # a program hands its own to an optimizer
@@ -96,7 +82,6 @@ class Verifier:
         before: Checkpoint,
         wanted: dict[str, Tensor],
         expected: Checkpoint,
-        held: Mapping[Tensor, Tensor],
         forget_new: bool,
     ) -> str | None:
         """Run a step by its program, and return in words what differs, or None."""
@@ -107,54 +92,14 @@ class Verifier:
         bound = take(programs, number)
         found = {n: t for n, t in training.named_state().items() if n in expected.tensors}
         found |= self._given_by(bound)
-        self._add_held(wanted, found, held)
         return self._what_differs(wanted, found, expected)
 
-    def _check_until_update(self, number: int, before: Checkpoint) -> tuple[Tensor, str | None]:
-        """Run a step by its program and eagerly up to its update, and compare; the eager step counts.
-
-        Returns the loss, and in words what differs, or None.
-        """
-        training = self.training
-        bound = self.programs.bound(number)
-        failed = None
-        try:
-            take(self.programs, number)
-        except Exception as error:  # whatever torch's kernels make of what they are given
-            failed = f"its program fails ({error})"
-        of_program = Checkpoint(training, has_optimizer=False)
-        found = of_program.tensors | {n: t.clone() for n, t in self._given_by(bound).items()}
-        before.restore(training, forget_new=False)
-        held: dict[Tensor, Tensor] = {}
-        loss = self._eager.differentiate(*training.batch(number), held)
-        expected = Checkpoint(training, has_optimizer=False)
-        wanted = expected.tensors | {"loss": loss.reshape(())}
-        wanted |= {f"gradient/{name}": gradient for name, gradient in training.gradients().items()}
-        self._add_held(wanted, found, held)
-        return loss, failed or self._what_differs(wanted, found, expected, of_program)
-
-    def _add_held(
-        self, wanted: dict[str, Tensor], found: dict[str, Tensor], held: Mapping[Tensor, Tensor]
-    ) -> None:
-        """Add a program's gradients to those that an optimizer had not dropped, as autograd does."""
-        for name, parameter in self.programs.parameters_by_name().items():
-            key = f"gradient/{name}"
-            if parameter in held and key in found:
-                found[key] = held[parameter] + found[key]
-            elif parameter in held:
-                wanted.pop(key, None)
-
     def _what_differs(
-        self,
-        wanted: dict[str, Tensor],
-        found: dict[str, Tensor],
-        expected: Checkpoint,
-        of_program: Checkpoint | None = None,
+        self, wanted: dict[str, Tensor], found: dict[str, Tensor], expected: Checkpoint
     ) -> str | None:
         """Return in words what a program computed differently from Python, or None."""
         name = difference(wanted, found)
-        device = self.training.device
-        generators = of_program.generators if of_program else Generators.capture(device)
+        generators = Generators.capture(self.training.device)
         if name is None and not expected.generators.same_as(generators):
             name = "the random generator"
         return None if name is None else f"its program gives different bits in {name}"

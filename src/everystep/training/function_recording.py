@@ -15,8 +15,9 @@ from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
 from everystep.step.stand_in import Around, StandIn
 from everystep.training.batch import tensors_of, text_of
-from everystep.training.loop_writer import AnyWatch, StepUnderWay, changes_of
+from everystep.training.loop_writer import StepUnderWay, changes_of
 from everystep.training.record import R, Recording
+from everystep.training.step_rows import AnyWatch
 
 __all__ = ["FunctionRecording"]
 

@@ -17,6 +17,7 @@ from everystep import clock
 from everystep.errors import DatasetChangedError
 from everystep.recording.data import DATA_FILE
 from everystep.recording.facts import EngineFacts, Facts, ProgramFacts
+from everystep.recording.files import program_file
 from everystep.recording.recorder import Recorder, create_directory
 from everystep.recording.run import EXPERIMENT_FILE
 from everystep.step.eager import changes_more_than_lr
@@ -29,6 +30,7 @@ from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.resumed import facts_resumed, seconds_in_all
+from everystep.training.watched_steps import WatchedSteps
 
 __all__ = ["now", "run_job"]
 
@@ -83,6 +85,8 @@ def _run(training: _Loop, recorder: Recorder, interrupt: Interrupt) -> str | Non
     except BaseException as error:
         _finish_failed(recorder, training, error)
         raise
+    finally:
+        training.watched.finish()
     return reason
 
 
@@ -115,6 +119,8 @@ class _Loop:
         self.recorder = recorder
         self.progress = progress
         self.step = job.start
+        self.watched = WatchedSteps(job.training, recorder, is_by_rule=job.data is not None)
+        self._lost_to = 0
         self._stepper: Stepper | None = None
         self._step_seconds = math.inf
         self._measurements: list[tuple[str, int, float]] = []
@@ -125,16 +131,16 @@ class _Loop:
         self._loss_dtype: Any = None
         self._snapshot_step = -1 if job.origin is None else job.start
         self._nonfinite_step = _nonfinite_before(job.origin)
-        self._programs_written = 0
+        self._program_files: list[str] = []
         self._has_lost = False
-        self._has_said_python = False
         self._engine: EngineFacts | None = None
 
     def run(self, interrupt: Interrupt) -> str | None:
         """Run all steps; return None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
-        stepper = self._stepper = Stepper(job.training, job.steps, job.engine, job.start)
+        settings = job.steps, job.engine, job.start
+        stepper = self._stepper = Stepper(job.training, *settings, by_python=self.watched.take)
         self._keep_engine(stepper)
         flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
@@ -146,8 +152,7 @@ class _Loop:
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
-            is_due = self.recorder.plan.is_due(self.step) and not self.recorder.is_behind
-            if is_due or self.step == self.recorder.recorded:
+            if self._is_snapshot_due():
                 self._snapshot()
             if interrupt:
                 self.flush()
@@ -193,6 +198,7 @@ class _Loop:
             return
         hyperparameters = self._stepper.hyperparameters
         first, values = self._stepper.collect()
+        taken = self.watched.collect()
         for step, each in hyperparameters:
             changed = [
                 (name, step, value) for name, value in each.items() if self._known.get(name) != value
@@ -209,7 +215,9 @@ class _Loop:
         if values.dtype != self._loss_dtype:
             self._loss_dtype = values.dtype
             found["loss_dtype"] = str(values.dtype).removeprefix("torch.")
-        self.recorder.losses(first, losses, measured, found | self._nonfinite_in(first, losses))
+        found |= self._nonfinite_in(first, losses)
+        self.recorder.losses(first, losses, measured, found, taken)
+        self.recorder.wait()
         self.show_written()
         self._keep_engine(self._stepper)
 
@@ -225,6 +233,16 @@ class _Loop:
                 named["validation_x"], named["validation_y"] = job.data.validation
             is_fork = job.origin is not None and job.origin.fork is not None
             recorder.data(named, f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE)
+
+    def _is_snapshot_due(self) -> bool:
+        recorder = self.recorder
+        if recorder.lost_to > self._lost_to:
+            # Old batches were dropped: everything from here on must open without them.
+            self._lost_to = recorder.lost_to
+            recorder.plan.pinned = {0, self.step}
+            return True
+        is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
+        return is_due or self.step == recorder.recorded
 
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next one with something to do.
@@ -255,18 +273,6 @@ class _Loop:
             shapes = {name: tuple(part.shape) for name, part in zip("xy", rows, strict=True)}
             data = self.job.facts.data.model_copy(update={"lazy": False} | shapes)
             self.recorder.facts({"data": data})
-            return
-        if batch.differs and not batch.draws:
-            self.progress.notice(
-                "the run holds no data, so its steps cannot be opened again: the Dataset returns "
-                "other rows each time, and draws from no generator that the run holds"
-            )
-            return
-        reason = "draws random numbers" if batch.draws else "was not read completely"
-        self.progress.notice(
-            f"the run holds no data, because the Dataset {reason}; to open its steps, pass the "
-            "Dataset: everystep.open(run, data=dataset)"
-        )
 
     def _keep_changes(self, stepper: Stepper) -> None:
         """Record changes by other code between two steps."""
@@ -294,35 +300,30 @@ class _Loop:
 
     def _keep_engine(self, stepper: Stepper) -> None:
         """Write down which programs there are, how far they are verified, and what is eager, and why."""
-        programs, live = stepper.programs, stepper.live_optimizer
-        # Programs without their update repeat no step; the user's own optimizer is needed for that.
-        is_kept = live is None and (stepper.by_python is None or stepper.eager_from is None)
-        rules = programs.rules() if is_kept else []
+        programs = stepper.programs
+        rules = programs.rules()
         if rules:
-            for number in range(self._programs_written, len(programs.built)):
-                self.recorder.program(number + 1, *programs.built[number])
-            self._programs_written = len(programs.built)
-        file = self.recorder.program_file
+            for built in programs.built[len(self._program_files) :]:
+                self._program_files.append(program_file(self.recorder.program(*built)))
         engine = EngineFacts(
             asked=self.job.engine,
-            stands_behind=stepper.stands_behind,
-            live_optimizer=live,
+            stands_behind=stepper.acceleration.stands_behind,
             programs=tuple(
-                ProgramFacts(file=file(rule.number + 1), steps=rule.steps, since=rule.since)
+                ProgramFacts(file=self._program_files[rule.number], steps=rule.steps, since=rule.since)
                 for rule in _from(self.recorder.recorded + 1, rules)
             ),
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,
             eager_from=stepper.eager_from and max(stepper.eager_from, self.recorder.recorded + 1),
-            reason=stepper.reason or stepper.by_python,
+            reason=stepper.reason,
+            watched=self.watched.programs,
+            unseen=self.watched.unseen,
         )
         if engine == self._engine:
             return
         eager_before = self._engine and self._engine.eager_from
-        if self.job.engine != "eager":
-            if engine.eager_from != eager_before:
-                self._go_back(stepper)
-            self._say_python(engine, stepper)
+        if self.job.engine != "eager" and engine.eager_from != eager_before:
+            self._go_back(stepper)
         self.recorder.facts({"engine": engine})
         self._engine = engine
 
@@ -332,18 +333,11 @@ class _Loop:
         self.recorder.forget_after(last)
         self._measurements = [row for row in self._measurements if row[1] <= last]
         self._snapshot_step = min(self._snapshot_step, last)
-
-    def _say_python(self, engine: EngineFacts, stepper: Stepper) -> None:
-        """Report, once, from which step on Python runs the steps, and why."""
-        if self._has_said_python or engine.reason is None:
-            return
-        self._has_said_python = True
-        is_all = stepper.by_python is not None or (stepper.eager_from or 1) <= self.job.start + 1
-        since = "" if is_all else f" from step {stepper.eager_from} on"
-        against = stepper.acceleration.by_python
-        is_vouchable = against is not None and stepper.acceleration.reason is None
+        first = stepper.eager_from or 1
+        since = f" from step {first} on" if first > self.job.start + 1 else ""
+        is_vouchable = stepper.acceleration.is_vouchable
         cure = '; engine="program" vouches for such code' if is_vouchable else ""
-        self.progress.notice(f"Python runs the steps{since}: {engine.reason}{cure}")
+        self.progress.notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there

@@ -8,13 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from everystep import clock, numerics
-from everystep.recording.contents import digest_of
 from everystep.recording.continuation import shortened
 from everystep.recording.facts import (
     Facts,
@@ -22,15 +21,13 @@ from everystep.recording.facts import (
     LoopFacts,
 )
 from everystep.recording.notice import say
-from everystep.recording.recorder import LATE_SECONDS, Recorder
+from everystep.recording.recorder import Recorder
 from everystep.recording.repeats import Taken
-from everystep.step.build import NotCapturableError
 from everystep.step.check import state_differences
-from everystep.step.cursor import Cursor
 from everystep.step.elsewhere import version_of
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
-from everystep.step.plain import BuiltPath, build_path
+from everystep.step.plain import BuiltPath
 from everystep.step.state import State, copy_of
 from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop
@@ -38,6 +35,7 @@ from everystep.training.loop import now
 from everystep.training.loop_resume import ResumedLoop
 from everystep.training.notices import Notices
 from everystep.training.place import Place
+from everystep.training.step_rows import AnyWatch, StepRows, WrittenProgram
 
 __all__ = ["LoopWriter", "StepUnderWay", "changes_of"]
 
@@ -45,17 +43,7 @@ __all__ = ["LoopWriter", "StepUnderWay", "changes_of"]
 FLUSH_SECONDS = 0.1
 #: Steps that are timed before the snapshots' interval is chosen.
 TIMED_STEPS = 8
-#: Bytes of batches that may wait to be written, before the loop waits.
-MOST_WAITING = 512_000_000
-#: Paths that are remembered; a loop in which every step has another would fill the memory.
-MOST_PATHS = 200
-#: Digests of the state are taken if that takes no more than this share of the time so far, at so many
-#: bytes a second.
-DIGEST_SHARE = 0.01
-DIGESTED_A_SECOND = 2e9
 
-#: What knows what a step does.
-AnyWatch = Cursor | TakenByProgram
 W = TypeVar("W", bound=AnyWatch, covariant=True)
 
 
@@ -99,13 +87,6 @@ class StepUnderWay(Generic[W]):
         return self.watch.is_empty and not self.logged
 
 
-class _Program(NamedTuple):
-    """A program of the run, and its number."""
-
-    number: int
-    built: BuiltPath
-
-
 class LoopWriter:
     """Turns watched steps into what a run stores, and passes it to the recorder.
 
@@ -141,14 +122,10 @@ class LoopWriter:
         self.last_path: StepPath | None = None
         self.state: dict[str, Tensor] | None = None
         self.function: Callable[[], FunctionFacts] | None = None
-        self._programs: dict[StepPath, _Program | None] = {}
-        self._program_count = 0
-        self._copied = 0
         self._taken: list[Taken] = []
         self._losses: list[Any] = []
         self._measured: list[tuple[str, int, Any]] = []
         self._rates: dict[str, float] = {}
-        self._generator = torch.get_rng_state()
         self._pending: State | None = None
         self._lost_to = 0
         self._notices = Notices()
@@ -172,6 +149,7 @@ class LoopWriter:
             self._recorder = Recorder(
                 directory, resumed.facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
             )
+        self._rows = StepRows(self._recorder)
         self._versions = _versions(self._parts.state())
         if message := numerics.warning():
             say(message)
@@ -187,17 +165,7 @@ class LoopWriter:
         Raises:
             RecordingError: writing the run failed.
         """
-        self._recorder.check()
-        began = time.monotonic()
-        while self._recorder.waiting_bytes > MOST_WAITING:
-            time.sleep(0.001)
-            self._recorder.check()
-            if time.monotonic() - began > LATE_SECONDS:
-                began = math.inf
-                say(
-                    f"{self._recorder.waiting_bytes / 1e6:,.0f} MB of batches wait to be written to "
-                    f"{self.directory}, and the training waits for the disk"
-                )
+        self._recorder.wait()
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store what the loop changed since the last step, outside of any. state: the current one."""
@@ -227,17 +195,14 @@ class LoopWriter:
         path = step.watch.end(after, step.loss if is_as_logged else None)
         self.last_path, self.state = path, after
         self._keep_what_is_unknown(step, after)
-        try:
-            known = self._programs[path]
-        except KeyError:
-            known = self._programs[path] = self._build(path, step)
-            if len(self._programs) > MOST_PATHS:  # a path that occurs again then has two programs
-                del self._programs[next(iter(self._programs))]
-        self._taken.append(self._row(step, after, known, copied))
+        inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
+        inputs |= self._place.generators
+        given = after, inputs, step.nested, copied
+        self._taken.append(self._rows.row(self.step, step.watch, path, *given))
         self._note_logged(step, path)
         self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
         self._step_seconds = min(self._step_seconds, clock.now() - step.started)
-        self._keep_pending(known)
+        self._keep_pending(self._rows.program_of(path))
         self._compare_with_later()
         self._snapshot_if_due()
         self._is_still = isinstance(step.watch, TakenByProgram) and step.watch.is_still
@@ -249,7 +214,7 @@ class LoopWriter:
 
     def program_of(self, path: StepPath) -> BuiltPath | None:
         """Return the program of a path, None if it has none."""
-        known = self._programs.get(path)
+        known = self._rows.program_of(path)
         return None if known is None else known.built
 
     def note_versions(self) -> None:
@@ -300,52 +265,6 @@ class LoopWriter:
         tensors, settings = self._place.settings()
         state = self._whole.snapshot(self.step)
         return State(state.step, state.parameters, state.rest | tensors, state.settings | settings)
-
-    def _build(self, path: StepPath, step: StepUnderWay[AnyWatch]) -> _Program | None:
-        try:
-            built = build_path(path, step.watch.numbers)
-        except NotCapturableError as error:
-            say(f"step {self.step} cannot be replayed without your code: {error}")
-            return None
-        self._program_count += 1
-        self._recorder.program(self._program_count, built.program, {})
-        return _Program(self._recorder.programs_before + self._program_count, built)
-
-    def _row(
-        self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor], known: _Program | None, copied: int
-    ) -> Taken:
-        inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
-        size = sum(tensor.nbytes for tensor in inputs.values()) + copied - self._copied
-        self._copied = copied
-        if known is None:
-            inputs |= self._place.generators
-            return Taken(self.step, None, None, inputs, step.nested, size, {})
-        for name, storage in known.built.inputs.items():
-            content = step.watch.content(storage)
-            if content is not None and name not in step.batch:
-                inputs[f"input/{name}"] = content
-        for draw, generator in step.watch.generators.items():
-            # A replay has the generator as the last draw left it, in this step or one before.
-            if draw or not torch.equal(generator, self._generator):
-                inputs[f"generator/{draw}"] = generator
-        self._generator = step.watch.drawn if step.watch.drawn is not None else self._generator
-        inputs |= self._place.generators
-        numbers = known.built.numbers(step.watch.numbers)
-        digests = self._digests(state)
-        return Taken(self.step, known.number, numbers, inputs, step.nested, size, digests)
-
-    def _digests(self, state: dict[str, Tensor]) -> dict[str, str]:
-        """Return digests of the state after step 1, 2, 4, 8, ..., except gradients, which may be gone.
-
-        They show between which steps something wrote where torch does not see it.
-        """
-        if self.step & (self.step - 1):
-            return {}
-        kept = {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
-        seconds = sum(tensor.nbytes for tensor in kept.values()) / DIGESTED_A_SECOND
-        if seconds > DIGEST_SHARE * (clock.now() - self._began):
-            return {}
-        return {name: digest_of(tensor) for name, tensor in kept.items()}
 
     def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
         self._losses.append(step.logged.pop("loss", None))
@@ -402,7 +321,7 @@ class LoopWriter:
         if (is_due or self.step == recorder.recorded) and self._pending is None:
             self._pending = self._snapshot()
 
-    def _keep_pending(self, following: _Program | None = None) -> None:
+    def _keep_pending(self, following: WrittenProgram | None = None) -> None:
         """Write the snapshot that waits: with its gradients only if the step after it has used them."""
         if self._pending is None:
             return
@@ -461,7 +380,7 @@ class LoopWriter:
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(
             parts=LoopFacts.of(self._parts.named).parts,
-            programs=self._recorder.programs_before + self._program_count,
+            programs=self._recorder.program_count,
             unseen=tuple(sorted(self._notices.unseen)),
             has_loss=self._has_loss,
             function=None if self.function is None else self.function(),

@@ -31,8 +31,9 @@ from everystep.step.parts_state import PartsState
 from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_resume import resumed_loop
-from everystep.training.loop_writer import AnyWatch, LoopWriter, StepUnderWay, changes_of
+from everystep.training.loop_writer import LoopWriter, StepUnderWay, changes_of
 from everystep.training.place import Place
+from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Recording"]
 

@@ -115,10 +115,10 @@ def seconds_in_all(origin: Origin | None, seconds: float) -> float | None:
 
 def facts_resumed(run: RecordedRun, trained: TrainingFacts, steps: int, resumed: ResumeFacts) -> Facts:
     """Return the facts of a run that is resumed, to be written with its first new step."""
-    before, newest = run.facts, run.stretches[-1]
+    before = run.facts
     earlier = before.earlier
-    if resumed.at >= newest.first:
-        earlier = (*earlier, EarlierFacts(last=resumed.at, training=newest.facts))
+    if resumed.at > max((each.last for each in earlier), default=0):
+        earlier = (*earlier, EarlierFacts(last=resumed.at, training=before.training))
     return Facts(
         steps=steps, trained=trained, earlier=earlier, resumed=(*before.resumed, resumed), finished=None
     )

@@ -123,23 +123,19 @@ def engine_text(facts: Facts) -> str:
             return f"by your own loop; {kept}"
         return f"by your own step; {kept}; {_function_text(loop.function, facts.steps or 0)}"
     if engine is None:
-        return "eagerly"
+        return "by Python"
     if engine.eager_from == 1 or (engine.eager_from is not None and not engine.programs):
-        return f"eagerly: {engine.reason}"
+        return f"by Python: {engine.reason}"
     if engine.stands_behind == "alone":
         return "by program alone, without the objects that trained it; not checked against Python"
-    live = engine.live_optimizer
-    update = f"; {live} runs in Python at every step" if live else ""
     checks = (
         f"checked against Python {_counted(engine.checks, 'time')}, last at step {engine.verified_to:,}"
     )
-    if engine.stands_behind == "python":
-        return f"by Python: {engine.reason}; repeated by program, {checks}"
     vouched = ', which you vouched for (engine="program")' if engine.stands_behind == "vouched" else ""
-    found = f"by program{vouched}{update}; {checks}"
+    found = f"by program{vouched}; {checks}"
     if engine.eager_from is None:
         return found
-    return f"{found}; eagerly from step {engine.eager_from:,}: {engine.reason}"
+    return f"{found}; by Python from step {engine.eager_from:,}: {engine.reason}"
 
 
 def _function_text(function: FunctionFacts, steps: int) -> str:

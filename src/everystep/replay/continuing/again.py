@@ -14,9 +14,11 @@ from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.replay.continuing.alone import reason_against
-from everystep.replay.reopen import stored_data
+from everystep.replay.reopen import reopen, stored_data
+from everystep.replay.replay import Replay
 from everystep.step.generators import generators_preserved
 from everystep.step.hyperparameters import is_hyperparameter
+from everystep.step.state import State
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
 from everystep.training.objects import Objects
 
@@ -26,6 +28,7 @@ __all__ = [
     "objects_from",
     "prepared",
     "recorded_hyperparameters",
+    "state_to_continue",
     "torchs_errors",
     "with_data",
 ]
@@ -68,6 +71,34 @@ def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
     else:
         what = f"{run.name} was trained from Python objects, which the run does not hold"
     raise RunError(f"{what}, and its programs cannot go on alone: {reason}; {cure}")
+
+
+def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:
+    """Return a state from which Python can continue.
+
+    A replay of steps that Python took knows their tensors; what objects hold besides (a counter, a
+    schedule's rate) only Python brings from the last snapshot to the state.
+
+    Args:
+        replay: of the run.
+        number: the step before the state.
+        objects: those that trained it, if it has no experiment.
+
+    Raises:
+        RunError: a needed file is missing or unreadable.
+    """
+    run = replay.run
+    stretch = replay.stretches[replay.stretch_of(number)]
+    if not stretch.is_watched or number in run.snapshots or stretch.facts.loop is not None:
+        return replay.state(number)
+    begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
+    with replay.in_force(number):
+        stepper = reopen(run, stretch, objects or Objects(), is_living=True)
+        stepper.load(begin)
+        losses = stepper.run(number).tolist()
+        first = begin.step + 1
+        replay.compare(first, losses, replay.recorded_losses(first, number))
+        return stepper.capture()
 
 
 def with_data(objects: Objects, run: RecordedRun, facts: TrainingFacts, call: str) -> Objects:

@@ -46,8 +46,7 @@ def reason_against(run: RecordedRun) -> str | None:
     """Return why programs alone cannot go on with a run, None if they can."""
     facts = run.facts.training
     engine = facts.engine
-    by_python = engine is None or engine.eager_from is not None or engine.stands_behind == "python"
-    if engine is None or by_python or engine.live_optimizer is not None:
+    if engine is None or engine.eager_from is not None:
         return "Python ran its steps, or a part of them"
     if facts.schedules:
         return f"it has a schedule ({next(iter(facts.schedules.values())).class_name})"

@@ -27,6 +27,7 @@ from everystep.replay.continuing.again import (
     objects_from,
     prepared,
     recorded_hyperparameters,
+    state_to_continue,
     torchs_errors,
     with_data,
 )
@@ -93,13 +94,17 @@ class Fork:
         """The part of the parent that the state belongs to."""
         return [stretch for stretch in self.run.stretches if stretch.first <= self.at + 1][-1]
 
-    def state(self, opener: Opener) -> State:
+    def state(self, opener: Opener, objects: Objects | None = None) -> State:
         """Return the parent's state.
+
+        Args:
+            opener: of the parent.
+            objects: those that trained it, if it has no experiment.
 
         Raises:
             RunError: it cannot be reached, or not bit for bit.
         """
-        state = opener.state(self.at)
+        state = opener.call(state_to_continue, self.at, objects)
         diverged = opener.diverged_at
         if diverged is not None and diverged <= self.at:
             raise RunError(
@@ -253,7 +258,7 @@ def _fork_objects(
     settings = dict(asked.settings)
     lr = settings.pop("lr", None)
     iteration = check_iteration(**(iteration_of(facts, asked.run.facts.steps) | settings))
-    state = asked.state(opener)
+    state = asked.state(opener, objects)
     own = objects.copied() if is_own else objects
     trained = with_data(own, asked.run, facts, "fork(..., ")
     device = select(facts.device)

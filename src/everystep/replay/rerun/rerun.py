@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from everystep.device import on_cpu
-from everystep.errors import RunError, UsageError
+from everystep.errors import UsageError
 from everystep.numerics import Numerics
 from everystep.program.plain import READ
 from everystep.program.precision import counters
 from everystep.program.program import Program
-from everystep.recording.facts import EAGERLY
 from everystep.recording.run import RecordedRun
 from everystep.replay.operations import OperationDifference, first_difference
 from everystep.replay.processes import Opener, recorded_numerics
@@ -140,7 +139,6 @@ def rerun(
     """
     place.check()
     run = opener.run
-    _check_programs(run)
     facts, first, last = run.facts, run.stretches[-1].first, run.newest_step()
     if last < first:
         raise UsageError(f"{run.name} has no steps to take elsewhere")
@@ -184,24 +182,6 @@ def rerun(
         others={each.name: np.array(each.losses_between(first, last)) for each in others},
         problems=tuple(dict.fromkeys([*_taken_over(run), *_diverged(opener), *opener.problems])),
     )
-
-
-def _check_programs(run: RecordedRun) -> None:
-    """Check that another process needs nothing that only the user has.
-
-    Raises:
-        RunError: it needs objects, or a Dataset.
-    """
-    facts = run.stretches[-1].facts
-    engine = facts.engine or EAGERLY
-    by_python = engine.eager_from is not None or engine.live_optimizer is not None
-    if not facts.loop and by_python and run.experiment(facts) is None:
-        raise RunError(
-            f"Python ran steps of {run.name}, and a rerun has only its programs ({engine.reason}); "
-            "record the loop with everystep.record"
-        )
-    if facts.data.lazy:
-        raise RunError(f"{run.name} was trained on a Dataset that is not in the run, so it stays here")
 
 
 class _Search:

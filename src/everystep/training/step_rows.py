@@ -1,0 +1,126 @@
+"""Step rows: what repeats each watched step: its program, its numbers and its inputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everystep import clock
+from everystep.recording.contents import digest_of
+from everystep.recording.notice import say
+from everystep.recording.recorder import Recorder
+from everystep.recording.repeats import Taken
+from everystep.step.build import NotCapturableError
+from everystep.step.cursor import Cursor
+from everystep.step.path import Path
+from everystep.step.plain import BuiltPath, build_path
+from everystep.step.taken import TakenByProgram
+
+__all__ = ["AnyWatch", "StepRows", "WrittenProgram"]
+
+#: Paths that are remembered; a training in which every step has another would fill the memory.
+MOST_PATHS = 200
+#: Digests of the state are taken if that takes no more than this share of the time so far, at so many
+#: bytes a second.
+DIGEST_SHARE = 0.01
+DIGESTED_A_SECOND = 2e9
+
+#: What knows what a step does.
+AnyWatch = Cursor | TakenByProgram
+
+
+class WrittenProgram(NamedTuple):
+    """A program of the run, and its number."""
+
+    number: int
+    built: BuiltPath
+
+
+class StepRows:
+    """Turns watched steps into rows, and writes their programs.
+
+    Args:
+        recorder: of the run.
+
+    written: the numbers of the programs so far.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.written: list[int] = []
+        self._recorder = recorder
+        self._programs: dict[Path, WrittenProgram | None] = {}
+        self._generator = torch.get_rng_state()
+        self._copied = 0
+        self._began = clock.now()
+
+    def program_of(self, path: Path) -> WrittenProgram | None:
+        """Return the program of a path that a row was made of, None if it has none."""
+        return self._programs.get(path)
+
+    def row(
+        self,
+        step: int,
+        watch: AnyWatch,
+        path: Path,
+        state: dict[str, Tensor],
+        inputs: dict[str, Tensor],
+        nesting: Any = None,
+        copied: int = 0,
+    ) -> Taken:
+        """Return the row of a step that is over.
+
+        Args:
+            step: its number.
+            watch: which has seen it.
+            path: what it did.
+            state: the live tensors after it.
+            inputs: what it was given that the watch does not know, by the names that rows have.
+            nesting: of its batch.
+            copied: bytes from outside that were copied since the training began.
+        """
+        try:
+            known = self._programs[path]
+        except KeyError:
+            known = self._programs[path] = self._build(step, path, watch)
+            if len(self._programs) > MOST_PATHS:  # a path that occurs again then has two programs
+                del self._programs[next(iter(self._programs))]
+        size = sum(t.nbytes for n, t in inputs.items() if n.startswith("batch/"))
+        size, self._copied = size + copied - self._copied, copied
+        if known is None:
+            return Taken(step, None, None, inputs, nesting, size, {})
+        for name, storage in known.built.inputs.items():
+            content = watch.content(storage)
+            if content is not None and f"batch/{name}" not in inputs:
+                inputs[f"input/{name}"] = content
+        for draw, generator in watch.generators.items():
+            # A replay has the generator as the last draw left it, in this step or one before.
+            if draw or not torch.equal(generator, self._generator):
+                inputs[f"generator/{draw}"] = generator
+        self._generator = watch.drawn if watch.drawn is not None else self._generator
+        numbers = known.built.numbers(watch.numbers)
+        return Taken(step, known.number, numbers, inputs, nesting, size, self._digests(step, state))
+
+    def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | None:
+        try:
+            built = build_path(path, watch.numbers)
+        except NotCapturableError as error:
+            say(f"step {step} cannot be replayed without your code: {error}")
+            return None
+        number = self._recorder.program(built.program, {})
+        self.written.append(number)
+        return WrittenProgram(number, built)
+
+    def _digests(self, step: int, state: dict[str, Tensor]) -> dict[str, str]:
+        """Return digests of the state after step 1, 2, 4, 8, ..., except gradients, which may be gone.
+
+        They show between which steps something wrote where torch does not see it.
+        """
+        if step & (step - 1):
+            return {}
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
+        seconds = sum(tensor.nbytes for tensor in kept.values()) / DIGESTED_A_SECOND
+        if seconds > DIGEST_SHARE * (clock.now() - self._began):
+            return {}
+        return {name: digest_of(tensor) for name, tensor in kept.items()}
