@@ -8,7 +8,7 @@ the loss and the optimizer themselves: from the run's experiment, or from the us
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -86,7 +86,7 @@ def reopen(
             training = _skeleton(run, stretch, [b.program for _, b in built], batch, device)
     programs = Programs(training, first_step=stretch.first)
     for rule, each in built:
-        programs.use(each, ProgramRule(0, rule.steps, rule.since), _kind_of(each.program, batch))
+        programs.use(each, ProgramRule(0, rule.steps, rule.since), _rows_of(each.program))
     settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), stretch.first)
     between = {
         step: partial(lambda name: run.change(name).tensors, name)
@@ -228,13 +228,10 @@ def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
     return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)
 
 
-def _kind_of(program: Program, batch: BatchSource) -> Hashable:
-    """Return the kind of batch of a program, in the terms of the batch source."""
-    if not isinstance(batch, DatasetBatches):
-        shape = program.tensors["x"].shape
-        return shape[0] if shape else 0
-    specs = (program.tensors[name] for name in "xy")
-    return tuple((torch.Size(s.shape), s.torch_dtype, tuple(s.stride), False) for s in specs)
+def _rows_of(program: Program) -> int:
+    """Return how many rows the batches of a program have."""
+    shape = program.tensors["x"].shape
+    return shape[0] if shape else 0
 
 
 def _living(

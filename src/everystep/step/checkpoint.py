@@ -19,9 +19,6 @@ from everystep.step.own_state import captured, keeps_own_state, restore
 
 __all__ = ["Change", "ChangeLog", "Checkpoint"]
 
-#: Tensors that the optimizer keeps.
-_OF_OPTIMIZER = ("optimizer/", "group/")
-
 
 class Checkpoint:
     """A copy of everything that a training carries from one step to the next, in memory.
@@ -30,24 +27,18 @@ class Checkpoint:
 
     Args:
         training: the training.
-        has_optimizer: whether to include the state of the optimizer.
     """
 
-    def __init__(self, training: Training, has_optimizer: bool = True) -> None:
+    def __init__(self, training: Training) -> None:
         optimizer = training.optimizer
-        self.tensors = {
-            name: tensor.detach().clone()
-            for name, tensor in training.named_state().items()
-            if has_optimizer or not name.startswith(_OF_OPTIMIZER)
-        }
+        self.tensors = {name: tensor.detach().clone() for name, tensor in training.named_state().items()}
         self.generators = Generators.capture(training.device)
-        self._has_optimizer = has_optimizer
-        self._names = parameter_names(training.model, optimizer) if has_optimizer else {}
+        self._names = parameter_names(training.model, optimizer)
         self._own: tuple[dict[str, Tensor], Any] | None = None
-        if has_optimizer and keeps_own_state(optimizer):
+        if keeps_own_state(optimizer):
             own, data = captured(optimizer, self._names, training.named_state())
             self._own = {name: tensor.detach().clone() for name, tensor in own.items()}, data
-        elif has_optimizer:
+        else:
             self._entries = {p: _plain_data(entries) for p, entries in entries_of(optimizer)}
             self._groups = [_plain_data(group) for group in optimizer.param_groups]
         self._schedules = [_plain_data(vars(each)) for each in _schedules(training.schedule)]
@@ -61,7 +52,7 @@ class Checkpoint:
         if self._own is not None:
             own, data = self._own
             restore(training.optimizer, self._names, self.tensors | own, data)
-        elif self._has_optimizer:
+        else:
             self._restore_optimizer(training.optimizer, forget_new)
         with torch.no_grad():
             for name, tensor in training.named_state().items():

@@ -1,14 +1,12 @@
-"""The stepper: runs the steps of a training, by a program if one may stand in, else as Python.
+"""The stepper: runs the steps of a training, by a program where one may, else in Python.
 
-A step of a new kind (the first one, another batch shape) runs eagerly and is captured; its program runs
-later steps if it gives identical bits. At steps 2, 4, 8, ..., then at an interval that costs less than a
-hundredth of the time, and at the last step, the program is checked against the eager step again.
+A step of a new kind (the first one, another batch shape) runs in Python and is captured; its program
+runs later steps if it gives identical bits. At steps 2, 4, 8, ..., then at an interval that costs less
+than a hundredth of the time, and at the last step, the program is checked against Python again.
 
-`acceleration` decides whether a program may stand in at all. Where the model or the loss is not torch's
-own, and the user does not vouch for it, Python runs every step; a program is captured and checked all
-the same, and repeats the steps when the run is opened. Other code of the user's (an optimizer, a
-schedule, a Dataset, a metric) runs at every step, once; after it has run, everystep compares what
-programs rely on.
+`acceleration` decides whether a program may run steps at all. If not, Python runs all of them, each
+watched (see `training/watched_steps.py`). After a schedule or a metric of the user's has run, everystep
+compares what programs rely on.
 """
 
 from __future__ import annotations
@@ -317,7 +315,7 @@ class Stepper:
     def _run(self, first: int, last: int) -> None:
         """Run steps by their programs, without checks."""
         started = clock.now()
-        if self.training.schedule is None and not self.acceleration.has_foreign_code:
+        if self.training.schedule is None:
             is_steady = self.training.batch.is_fixed
             advance(first, last, self._begin, self._keep_by_program, is_steady=is_steady)
             if self.step == last:

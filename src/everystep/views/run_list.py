@@ -15,7 +15,7 @@ from everystep.recording.summary import Summary
 from everystep.views.printed import one_line
 from everystep.views.terminal import json_number, number
 
-__all__ = ["runs_json", "runs_table", "runs_tables"]
+__all__ = ["runs_json", "runs_tables"]
 
 #: A column of notes has at least so many characters, or it is left out.
 _NARROWEST_NOTES = 16
@@ -90,15 +90,6 @@ def _in_moments(runs: Iterable[Summary]) -> Iterator[list[Summary]]:
             some, began = [], time.monotonic()
     if some:
         yield some
-
-
-def runs_table(runs: Iterable[Summary], width: int | None = None) -> Table:
-    """Return the runs as a table: name, status, steps, first and last loss, when, and of what a fork.
-
-    width: columns of the terminal; what matters least is left out of a narrow one. A wide one has notes
-    at the end of the lines.
-    """
-    return _runs_table([*runs], width)[0]
 
 
 def _runs_table(
