@@ -222,7 +222,7 @@ def test_a_run_in_place_of_a_directory_of_runs_is_said(everystep_command):
     everystep_command("train", "--steps", 0, "-q")
     code, out, err = everystep_command("runs", "runs/two-layer-1")
     assert (code, out) == (2, "")
-    assert "runs/two-layer-1 is a run; `everystep runs runs` lists the runs beside it" in err
+    assert "runs/two-layer-1 is a run; `everystep runs runs` lists the runs next to it" in err
 
 
 def test_runs_are_listed_by_number(everystep_command):

@@ -37,7 +37,7 @@ class Record(pl.Callback):  # type: ignore[misc]  # no types come with it
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         if "resume" in options:
             raise UsageError(
-                "Record cannot resume a run, since the trainer chooses the batches; go on from the "
+                "Record cannot resume a run, since the trainer chooses the batches; continue from the "
                 "trainer's checkpoint, trainer.fit(..., ckpt_path=...), in a new run"
             )
         self._run, self._options = run, options

@@ -39,7 +39,7 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:
         if "resume" in options:
             raise UsageError(
-                "Record cannot resume a run, since the trainer chooses the batches; go on from the "
+                "Record cannot resume a run, since the trainer chooses the batches; continue from the "
                 "trainer's checkpoint, trainer.train(resume_from_checkpoint=True), in a new run"
             )
         self._run, self._options = run, options
@@ -97,7 +97,7 @@ class Record(transformers.TrainerCallback):  # type: ignore[misc]  # untyped the
             self._has_said = True
             say(
                 "the model returns no loss, so steps are recorded without one; Trainer computes it "
-                "elsewhere, as with label_smoothing_factor"
+                "itself, as with label_smoothing_factor"
             )
         self._is_in_step = False
         self._recording.end_step()

@@ -67,7 +67,7 @@ def test_a_number_of_the_state_is_followed_into_the_step_before(run, server):
         ({"id": "gradients/nothing", "index": "1"}, "no tensor"),
         ({"id": "operations/0/results/addmm", "index": "1"}, "no number at (1,)"),
         ({"of": "max(loss)"}, "not a computation"),
-        ({}, "say which tensor"),
+        ({}, "no tensor given"),
     ],
 )
 def test_what_is_not_there_is_an_error(run, server, query, message):

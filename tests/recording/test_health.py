@@ -70,7 +70,7 @@ def test_altered_numbers_are_said_by_each_command(altered, everystep_command, tm
         code, out, err = everystep_command(*command)
         assert code == 1
         assert err.count("run is damaged: run.sqlite") == 1
-        assert "everystep doctor run says more" in err
+        assert "run everystep doctor run for details" in err
         if "--json" in command:
             assert json.loads(out)
     for page in ("table.html", "report.html"):

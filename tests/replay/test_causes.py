@@ -113,7 +113,7 @@ def with_numerics(numerics):
 def test_only_where_all_is_the_same_does_it_say_so_with_the_numerics():
     assert with_numerics([]) == [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
     assert with_numerics(["threads 1 and 2"]) == [
-        f"{COMPUTED_OTHERWISE}, under other numerics: threads 1 and 2"
+        f"{COMPUTED_OTHERWISE}, under different numerics: threads 1 and 2"
     ]
 
 
@@ -409,7 +409,7 @@ def test_a_product_of_the_same_tensors_in_another_order_is_said_to_be(said):
         )
     assert not said("input")
     q, k = "#0 addmm of 0", "#1 addmm of 1"
-    assert said() == [f"other inputs: {q}, {k} transposed | {k}, {q} transposed"]
+    assert said() == [f"different inputs: {q}, {k} transposed | {k}, {q} transposed"]
 
 
 def adversaries(detaches, model, optimizer, x, y):
@@ -435,7 +435,7 @@ def test_a_detach_that_was_forgotten_is_another_operation_not_another_layout(sai
     layer = "leaky_relu_backward of 1.1"
     (cause,) = said()
     assert re.fullmatch(
-        rf"other inputs: #\d+ {layer} transposed, #0 addmm of 0 \| #\d+ {layer}, 1.0.weight.*", cause
+        rf"different inputs: #\d+ {layer} transposed, #0 addmm of 0 \| #\d+ {layer}, 1.0.weight.*", cause
     )
 
 
@@ -453,7 +453,7 @@ def test_of_a_list_of_tensors_those_are_named_that_only_one_run_has(said):
     for name, first in (("one", 0), ("other", 1)):
         loop(name, step=partial(clipped, first))
     assert not said("input") and not said("result")
-    assert said() == ["other inputs: gradient of 0.weight only in one"]
+    assert said() == ["different inputs: gradient of 0.weight only in one"]
 
 
 def accumulated(zeroes, to_none, model, optimizer, x, y):
@@ -724,7 +724,7 @@ def test_another_shape_of_the_target_is_named(said):
     (cause,) = said()
     assert not said("input")
     assert cause.startswith(
-        "other inputs: #0 addmm (6, 1), batch.y (6, 1) | #0 addmm (6, 6), batch.y (6, 6)"
+        "different inputs: #0 addmm (6, 1), batch.y (6, 1) | #0 addmm (6, 6), batch.y (6, 6)"
     )
 
 

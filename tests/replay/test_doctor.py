@@ -263,7 +263,7 @@ def test_a_removed_experiment_is_named(tmp_path, everystep_command):
     assert "experiment.toml is missing, though the run was trained by it; put it back" in out
     code, _, error = everystep_command("fork", run.directory, "--at", 5, "--set", "seed=3")
     assert code == 2
-    assert "experiment.toml of run is missing, and its programs cannot go on alone" in error
+    assert "experiment.toml of run is missing, and its programs cannot continue it alone" in error
     assert "put the file back, or pass the objects" in error
 
     fork = opened.fork(5, lr=1e-3, directory=tmp_path / "fork", progress=False)

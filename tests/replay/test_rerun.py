@@ -80,8 +80,8 @@ def test_it_names_the_first_operation_with_other_bits(compatible):
     assert compatible.operation.one.operation.operator == "aten.addmm.default"
     assert not compatible.operation.inputs
     text = compatible.to_text()
-    assert "first other bits: operation #0 of step 1, aten.addmm.default of module 0, forward" in text
-    assert text.endswith("chapter has other bits there from step 1 on")
+    assert "first difference: operation #0 of step 1, aten.addmm.default of module 0, forward" in text
+    assert text.endswith("chapter differs from step 1 on")
     assert json.loads(json.dumps(rerun_data(compatible)))["parts_at"] == 1
 
 
@@ -91,7 +91,7 @@ def test_the_same_numerics_give_the_same_bits(chapter_run, everystep_command):
     code, out, err = everystep_command("rerun", chapter_run.directory, *arguments)
     assert code == 0
     assert f"all {STEPS} bit-identical" in out
-    assert out.endswith("chapter has the same bits there\n")
+    assert out.endswith("chapter is bit-identical under these conditions\n")
     assert "both.png" in err
 
 
@@ -192,7 +192,7 @@ def test_what_no_replay_has_is_not_blamed_on_the_place(small, tmp_path):
     with everystep.record(model=model, optimizer=optimizer, run=tmp_path / "loop") as recording:
         loop(optimizer, x, y, model, log, recording.steps)
     found = recording.run.rerun(precision="float64", progress=False)
-    note = "as it was recorded, the replay differs from the recording from step 4 on, too"
+    note = "a replay under the recorded conditions also differs from the recording, from step 4 on"
     assert any(problem.startswith(note) for problem in found.problems)
     # Another question, after steps were opened, knows of it, too.
     opened = everystep.open(tmp_path / "loop")
@@ -212,7 +212,7 @@ def test_of_two_runs_it_says_which_is_nearer(chapter_run, compatible, tmp_path):
     distance = rerun_data(nearer)["distance"]["chapter"]
     relative = abs(nearer.recorded - nearer.losses) / nearer.losses
     assert distance == {"median": np.median(relative), "largest": relative.max()}
-    assert set(compatible.curves) == {"chapter", "chapter, elsewhere"}
+    assert set(compatible.curves) == {"chapter", "chapter, rerun"}
 
 
 def test_a_fork_is_taken_from_where_it_begins(chapter_run):
@@ -270,13 +270,13 @@ def test_a_sentence_says_where_a_run_parts_and_by_how_much(compatible):
     losses[6] *= 1.25
     found = rerun_sentence(replace(compatible, losses=losses, parts_at=2))
     assert found == (
-        "chapter has other bits there from step 2 on; its losses are farthest from the recorded losses "
+        "chapter differs from step 2 on; its losses are farthest from the recorded losses "
         "at step 7, by 0.25 times the recorded one"
     )
     double = replace(compatible, losses=losses, place=Place(precision="float64"))
     assert rerun_sentence(double).startswith("In float64, the losses of chapter are farthest")
     same = replace(compatible, losses=compatible.recorded, parts_at=None)
-    assert rerun_sentence(same) == "chapter has the same bits there"
+    assert rerun_sentence(same) == "chapter is bit-identical under these conditions"
 
 
 def test_a_gradient_that_is_zero_but_for_rounding_does_not_count(tmp_path, everystep_command):
@@ -291,10 +291,10 @@ def test_a_gradient_that_is_zero_but_for_rounding_does_not_count(tmp_path, every
     )  # fmt: skip
     code, out, _ = everystep_command("rerun", "normalized", "--float64")
     assert code == 0
-    assert "no result is farther apart than 0.0001 of its largest number" in out
-    assert "results that are zero but for rounding do not count; the first:" in out
+    assert "all results are within 0.0001 of their largest number" in out
+    assert "results that are zero except for rounding do not count; the first:" in out
     assert "aten.convolution_backward.default of module 0, backward" in out
-    assert "its terms cancel, and rounding is left: at most " in out
+    assert "its terms cancel, and only rounding errors remain: at most " in out
     code, out, _ = everystep_command("rerun", "normalized", "--float64", "--json")
     found = json.loads(out)
     assert found["beyond_rounding"] is None
@@ -317,5 +317,5 @@ def test_rounding_that_adam_divides_by_its_own_size_is_named(everystep_command):
             recording.log(loss=loss)
     _, out, _ = everystep_command("rerun", "attention", "--float64")
     assert "aten.addcdiv_.default, update" in out
-    assert "numbers of its input tensor1 are zero but for rounding there (at most " in out
+    assert "numbers of its input tensor1 are zero except for rounding (at most " in out
     assert "as the first step of Adam does" in out

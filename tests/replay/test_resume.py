@@ -186,7 +186,7 @@ def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
     with closing(sqlite3.connect(run.directory / "run.sqlite")) as database, database:
         database.execute("UPDATE steps SET loss = loss + 1 WHERE step = ?", (len(run),))
     count = len(run)
-    with pytest.raises(RunError, match=rf"when step {count} is taken again, the loss is"):
+    with pytest.raises(RunError, match=rf"when step {count} is repeated, the loss is"):
         everystep.open(run.directory).resume(progress=False)
     assert everystep.open(run.directory).facts.status == "running"  # as it was
     assert len(everystep.open(run.directory)) == count
@@ -701,7 +701,7 @@ def test_programs_alone_are_refused_where_code_had_a_part():
     case = mlp_case(ALONE["SGD"])
     schedule = torch.optim.lr_scheduler.StepLR(case["optimizer"], 2)
     everystep.train(**case, schedule=schedule, steps=10, directory="runs/scheduled")
-    with pytest.raises(RunError, match=r"cannot go on alone: it has a schedule \(StepLR\); pass"):
+    with pytest.raises(RunError, match=r"cannot continue it alone: it has a schedule \(StepLR\); pass"):
         everystep.open("scheduled").resume(20)
     everystep.train(**mlp_case(ALONE["SGD"]), engine="eager", steps=10, directory="runs/eager")
     with pytest.raises(RunError, match="Python ran its steps"):

@@ -222,7 +222,7 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
     said = run.what_if(5, len(run), without_rows_of=6, each=True, progress=False)
     assert (found.at, found.until, found.cases) == (5, len(run), said.cases)
     assert run.what_if(without_rows_of=6 - len(run) - 1, each=True, progress=False).cases == said.cases
-    with pytest.raises(UsageError, match="after which step the trainings start"):
+    with pytest.raises(UsageError, match="the step after which the trainings start"):
         run.what_if(without_rows=[2])
     for arguments, cure in (([], "--without-rows-of STEP"), (["--without-rows", "2"], "--at STEP")):
         code, _, err = everystep_command("whatif", run.directory, *arguments)
@@ -233,7 +233,7 @@ def test_it_starts_before_the_step_and_ends_with_the_run_unless_it_is_said(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"without_rows": []}, "say which rows to leave out"),
+        ({"without_rows": []}, "no rows to leave out"),
         ({"without_rows": [99]}, "there is no row 99; the training rows are 0 to 19"),
         ({"without_rows_of": 6}, "leaves no row in the batch of step 6"),
         (

@@ -508,5 +508,5 @@ def test_bits_that_are_read_as_another_dtype_are_said_to_be_bits(tmp_path):
     assert (made.number, made.recomputed, made.note) == (
         factor,
         None,
-        "it wrote int32 there, of which these are bits",
+        "it wrote int32 there, and these are some of its bits",
     )

@@ -118,7 +118,7 @@ def test_what_was_logged_is_kept_when_a_step_is_taken_again(tmp_path, capfd, mon
     after = run.measured("total")
     assert {step: after[step] for step in before} == before
     said = capfd.readouterr().err
-    assert said.count("is taken again, total is") == 1 and "is kept" in said
+    assert said.count("is repeated, total is") == 1 and "is kept" in said
     assert len(after) == 40 and run.doctor().is_healthy
 
 

@@ -417,7 +417,9 @@ def test_a_compiled_module_is_refused(tmp_path):
     ):
         pass
     with (
-        pytest.raises(everystep.UsageError, match="uncompiled while everystep watches, with other bits"),
+        pytest.raises(
+            everystep.UsageError, match="uncompiled while everystep watches, with different results"
+        ),
         everystep.record(run=tmp_path / "two", model=model) as recording,
     ):
         for x, _ in recording.steps(batches()):

@@ -210,7 +210,7 @@ def _threads() -> Iterator[Kind]:
             losses.append(nn.functional.mse_loss(prediction, y, reduction="sum").item())
     if losses[0] != losses[1]:
         place = Place("loss", None, "aten.mse_loss.default")
-        cause = "the same inputs give other bits, under other numerics: threads 1 and 2"
+        cause = "the same inputs give different results, under different numerics: threads 1 and 2"
         yield Kind("threads", one, other, 1, place, (cause,), ())
 
 

@@ -42,7 +42,7 @@ app = typer.Typer(
 #: What a command does, in a line of the list of commands on 80 columns.
 for command, line in (
     (train, "Train an experiment, and record every step."),
-    (resume, "Go on with a training that was killed or stopped."),
+    (resume, "Continue a training that was killed or stopped."),
     (experiments, "List the built-in experiments, or print one to copy."),
     (runs, "List runs."),
     (losses, "Print the loss and the measurements of every step."),
@@ -51,9 +51,9 @@ for command, line in (
     (report, "Write everything about a run as one page."),
     (step, "Open a step: batch, operations, gradients, updates."),
     (verify, "Replay every step, and compare it bit for bit."),
-    (doctor, "Say what is wrong with a run, and what can still be read."),
+    (doctor, "Report what is wrong with a run, and what is readable."),
     (diff, "Show where two runs differ, down to the operation."),
-    (rerun, "Take the steps under other numerics, and compare."),
+    (rerun, "Repeat the steps under different numerics, and compare."),
     (fork, "Continue a run from any step, with changes."),
     (whatif, "Train again without some rows, and rank them."),
     (measure, "Add a measurement to a finished run."),

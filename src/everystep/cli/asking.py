@@ -269,7 +269,7 @@ def when(
         return
     found = opened.when(condition, "last" if last else "all" if all else "first", processes=processes)
     if found.inexact:
-        hint(f"everystep: {skipped_text(found.inexact)}; everystep verify says more")
+        hint(f"everystep: {skipped_text(found.inexact)}; run everystep verify for details")
     losses = opened.losses_at(found.steps)
     if json:
         steps_data = [{"step": step, "loss": loss} for step, loss in losses.items()]

@@ -21,7 +21,7 @@ _INSTEAD = {
     "serve": "everystep view opens the page",
     "tensorboard": "everystep view opens the page",
     "compare": "everystep diff RUN RUN compares two runs",
-    "continue": "everystep resume RUN goes on with a run, everystep fork RUN --at STEP in a new one",
+    "continue": "everystep resume RUN continues a run, everystep fork RUN --at STEP in a new run",
     "export": "everystep losses RUN --csv prints the losses; parameters are in "
     "RUN/snapshots/*/parameters.safetensors",
     "predict": "load the parameters in Python: "

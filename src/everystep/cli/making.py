@@ -45,7 +45,8 @@ def train(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="program, eager, or auto: by program where the bits are identical.",
+            help="eager: Python runs every step; auto: programs run the steps if all code is torch's; "
+            "program: the same, and you vouch for your own code.",
             autocompletion=engine_names,
         ),
     ] = None,
@@ -56,7 +57,7 @@ def train(
         ),
     ] = None,
     resume_run: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --run DIR if it exists.")
+        bool, typer.Option("--resume", help="Resume the run in --run DIR if it exists.")
     ] = False,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
@@ -112,14 +113,14 @@ def resume(
         bool,
         typer.Option(
             "--anyway",
-            help="Go on although versions, data or numerics changed; discards the recorded steps after "
+            help="Resume although versions, data or numerics changed; discards the recorded steps after "
             "the newest snapshot.",
         ),
     ] = False,
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
-    """Go on with a training that was killed or stopped, to the same bits as without the interruption."""
+    """Continue a training that was killed or stopped; results are those of an uninterrupted one."""
     from everystep.recording.finding import find_run
     from everystep.recording.run import RecordedRun
 

@@ -33,7 +33,7 @@ def rerun(
     ] = None,
     beside: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="RUN", help="Lay this run beside, too. Repeatable."),
+        typer.Option("--with", metavar="RUN", help="Also plot and compare this run. Repeatable."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -42,10 +42,10 @@ def rerun(
     log: Annotated[bool, typer.Option("--log", help="Plot on a log axis.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Take the steps of a run elsewhere, and say where they part from the recording, and by how much.
+    """Repeat the steps of a run under different numerics, and report where they diverge, and how far.
 
-    Elsewhere: under other numerics, in another precision, or by another torch. The programs of the run
-    do it, without its code. Exits with 1 if bits differ under other numerics or another torch.
+    Also in another precision, or with another torch. The programs of the run compute the steps, without
+    its code. Exits with 1 if results differ under different numerics or another torch.
     """
     from everystep.api import open
     from everystep.views.answers import as_json
@@ -88,7 +88,7 @@ def whatif(
         int | None, typer.Option(metavar="STEP", help="Leave out the rows of the batch of this step.")
     ] = None,
     each: Annotated[
-        bool, typer.Option("--each", help="Leave out one row after the other, not all at once.")
+        bool, typer.Option("--each", help="Leave out each row alone, not all at once.")
     ] = False,
     by: Annotated[
         str, typer.Option(metavar="EXPRESSION", help="What to compare: norm(gradients['0.weight']).")
@@ -110,11 +110,11 @@ def whatif(
     check_has_rows(opened)
     if without_rows is None and without_rows_of is None:
         raise UsageError(
-            "say which rows to leave out: --without-rows 8123,8124, or --without-rows-of STEP; "
+            "no rows to leave out: add --without-rows 8123,8124, or --without-rows-of STEP; "
             f"everystep rows {run} STEP ranks those of a step"
         )
     if at is None and without_rows_of is None:
-        raise UsageError("say after which step the trainings start: --at STEP")
+        raise UsageError("no start: add --at STEP, the step after which the trainings start")
     found = opened.what_if(
         at,
         until,

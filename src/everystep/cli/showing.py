@@ -88,7 +88,7 @@ def _say_killed(directories: list[Path]) -> None:
     for run in sorted(found, key=lambda run: run.last_written)[-_MOST_KILLED:]:
         facts = run.facts
         how = ending(run, facts, "killed", run.newest_step())
-        hint(f"{run.name}: {how}; go on: {going_on(run, facts)}")
+        hint(f"{run.name}: {how}; resume with {going_on(run, facts)}")
 
 
 def losses(

@@ -121,5 +121,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    text = "everystep failed at this, and says in its terminal why; that should be reported"
+    text = "everystep failed at this; the reason is in its terminal. Please report it"
     return JSONResponse({"error": text}, 500)

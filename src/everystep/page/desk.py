@@ -108,7 +108,7 @@ class Desk:
         except Ended as ended:
             raise NoAnswer(
                 f"the process that opens steps {ended}; ask again, and a new one does it. If it ends "
-                "again, `everystep step` in a terminal may say why"
+                "again, `everystep step` in a terminal may show why"
             ) from None
         except asyncio.CancelledError:  # what it would still answer is nobody's
             exchange.cancel()

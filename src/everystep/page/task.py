@@ -116,7 +116,7 @@ def _measure(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     except KeyboardInterrupt:
         count = len(run.measured(asked["name"] or expression))
         raise KeyboardInterrupt(
-            f"stopped; {count:,} values are kept, and measuring the same again goes on from there"
+            f"stopped; {count:,} values are kept, and measuring the same again continues from there"
         ) from None
     return {
         "name": found.name,
@@ -192,7 +192,7 @@ def _rerun(asked: dict[str, Any], voice: Voice) -> dict[str, Any]:
     )
     steps = np.arange(found.first, found.first + len(found.losses))
     return {
-        "there": found.place.precision or "elsewhere",
+        "there": found.place.precision or "rerun",
         "farthest": float(found.relative.max()),
         "sentence": rerun_sentence(found),
         "text": rerun_text(found),

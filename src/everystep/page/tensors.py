@@ -44,9 +44,7 @@ def tensor_of(step: Step, id: str, facts: Facts) -> Tensor:
             f"{id} has no numbers: it is memory of the kernel, or nothing was written to it yet"
         )
     if not isinstance(found, Tensor):
-        raise UsageError(
-            f"step {step.number} has no tensor {id!r:.200}; the step's own list says which there are"
-        )
+        raise UsageError(f"step {step.number} has no tensor {id!r:.200}; see the step's list of tensors")
     return found
 
 

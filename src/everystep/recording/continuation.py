@@ -67,9 +67,9 @@ class Continuation:
 
     def _other_measurement(self, name: str, step: int, value: float) -> str:
         assert self._recorded_values is not None
-        cure = "pass what the loop carries from step to step as parts, or later values are others, too"
+        cure = "pass what the loop carries from step to step as parts, or later values will differ, too"
         return (
-            f"when step {step} of {self._name} is taken again, {name} is {value!r}; the recorded "
+            f"when step {step} of {self._name} is repeated, {name} is {value!r}; the recorded "
             f"{self._recorded_values[name, step]!r} is kept. Unless it is a time or the like, {cure}"
         )
 
@@ -124,12 +124,12 @@ class Continuation:
         if any(name.startswith("input/") for name in others):
             raise self.differs(
                 row.step,
-                "it reads other numbers from a tensor that is neither of its batch nor of a part",
+                "it reads different numbers from a tensor that is neither of its batch nor of a part",
             )
         digests = now.get("digests", {})
         other = [n for n, digest in known.get("digests", {}).items() if digests.get(n, digest) != digest]
         if other:
-            raise self.differs(row.step, f"it leaves another state ({shortened(other)})")
+            raise self.differs(row.step, f"it leaves a different state ({shortened(other)})")
 
     def differs(self, step: int, problem: str) -> RunError:
         """Return the error of a step that is not as recorded when it is taken again."""
@@ -140,7 +140,7 @@ class Continuation:
                 "as parts, or count from recording.step_count"
             )
         return RunError(
-            f"{self._name} cannot be resumed exactly: when step {step} is taken again, {problem}. The "
+            f"{self._name} cannot be resumed exactly: when step {step} is repeated, {problem}. The "
             f"run is as it was. {cure}. Or resume with --anyway (anyway=True), which discards the "
             "recorded steps after the snapshot"
         )

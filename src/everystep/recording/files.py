@@ -179,7 +179,9 @@ def check_writable_files(directory: Path) -> None:
             is_file = stat.S_ISREG(status.st_mode)
             is_shared = is_file and name in _CHANGED and status.st_nlink > 1
             if not is_plain or is_shared:
-                what = "has a second name elsewhere" if is_shared else "is a link, or no regular file"
+                what = (
+                    "has a second name (a hard link)" if is_shared else "is a link, or no regular file"
+                )
                 raise RunError(
                     f"{path} {what}, so everystep does not write into this run; copy the run "
                     "(cp -rL) and use the copy"

@@ -53,7 +53,7 @@ def find_runs(directory: str | Path = RUNS) -> Iterator[Path]:
     here = Path(directory)
     if is_run(here):
         around = here / ".." if here.name in ("", "..") else here.parent
-        raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs beside it")
+        raise RunError(f"{directory} is a run; `everystep runs {around}` lists the runs next to it")
     if not here.is_dir():
         is_name = is_run(RUNS / directory)
         cure = f"it is a run in {RUNS}/" if is_name else "`everystep train` creates the first run"

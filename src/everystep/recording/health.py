@@ -41,7 +41,7 @@ _CLOSED = ("finished", "stopped", "failed")
 _MOST_NAMED = 5
 _RESTORE = (
     f"restore {FILE_NAME} from a copy of the run; everystep doctor RUN --export FILE.csv writes the "
-    "numbers that can be read, each with what its digest says"
+    "numbers that can be read, each with whether its digest matches"
 )
 
 
@@ -188,7 +188,7 @@ def _altered_findings(altered: Sequence[tuple[str, int]], newest: int) -> list[F
 def damage_text(name: str, findings: Sequence[Finding]) -> str:
     """Return in a line that a run is damaged, and what to do."""
     more = f" (and {len(findings) - 1:,} more)" if len(findings) > 1 else ""
-    return f"{name} is damaged: {findings[0]}{more}; everystep doctor {name} says more"
+    return f"{name} is damaged: {findings[0]}{more}; run everystep doctor {name} for details"
 
 
 def _is_sound(database: Database, losses: Series | None, first: int, digest: bytes) -> bool:

@@ -304,8 +304,8 @@ class Recorder:
             self._is_late = True
             say(
                 f"a write to {self.directory} takes more than {LATE_SECONDS:.0f} seconds (a slow disk, "
-                f"a large state, or another program that has locked {FILE_NAME}); the training goes on, "
-                "and its steps wait in memory"
+                f"a large state, or another program that has locked {FILE_NAME}); the training "
+                "continues, and its steps wait in memory"
             )
         if isinstance(self._error, RunError | GoneError):
             raise self._error

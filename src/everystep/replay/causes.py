@@ -22,7 +22,7 @@ from everystep.replay.origins import of_batch, of_draw, of_optimizer, of_outside
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "causes_of"]
 
 #: All that the operation is given is the same.
-COMPUTED_OTHERWISE = "the same inputs give other bits"
+COMPUTED_OTHERWISE = "the same inputs give different results"
 #: Nothing that was asked for says why one run has an operation that the other has not.
 ANOTHER_OPERATION = "another operation"
 #: Settings that are named where it is open which of them is the cause.
@@ -50,7 +50,7 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
     if causes or found.inputs:
         return list(dict.fromkeys(causes))
     if evidence.numerics:
-        return [f"{COMPUTED_OTHERWISE}, under other numerics: {', '.join(evidence.numerics)}"]
+        return [f"{COMPUTED_OTHERWISE}, under different numerics: {', '.join(evidence.numerics)}"]
     return [f"{COMPUTED_OTHERWISE}; all recorded numerics are the same"]
 
 
@@ -64,9 +64,9 @@ def _others_text(others: tuple[list[str], ...], evidence: Evidence) -> str:
         left = len(names) - MOST_NAMED
         texts.append(", ".join(names[:MOST_NAMED]) + (f" and {left} more" if left > 0 else ""))
     if all(texts):
-        return f"other inputs: {' | '.join(texts)}"
+        return f"different inputs: {' | '.join(texts)}"
     ((run, text),) = [each for each in zip(evidence.names, texts, strict=True) if each[1]]
-    return f"other inputs: {text} only in {run}"
+    return f"different inputs: {text} only in {run}"
 
 
 def _of_another_operation(

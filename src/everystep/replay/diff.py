@@ -97,9 +97,8 @@ class Difference(Shown):
         elif self.operation is not None:
             one = self.operation.one or self.operation.other
             name = f", {one.operation.operator}" if one is not None else ""
-            found = (
-                f"they part in step {self.operation.step:,} at operation #{self.operation.index}{name}"
-            )
+            place = f"step {self.operation.step:,} at operation #{self.operation.index}"
+            found = f"they diverge in {place}{name}"
         elif self.loss is not None:
             found = f"losses differ from step {self.loss.step:,} on"
         elif self.steps[0] != self.steps[1] and not any(

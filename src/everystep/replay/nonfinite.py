@@ -238,7 +238,7 @@ def _first_suspect(
     if diverged and (suspect is None or min(diverged) <= suspect):
         raise RunError(
             f"the replay of {run.name} differs from its recording at step {min(diverged)}, or ends "
-            "there, so its first NaN or infinity cannot be determined; everystep verify says more"
+            "there, so its first NaN or infinity cannot be determined; run everystep verify for details"
         )
     return suspect
 

@@ -142,7 +142,7 @@ def of_draw(evidence: Evidence) -> Iterator[str]:
         return
     number = evidence.steps[0].number
     if any(name.startswith("generator/") for name in differing):  # before one of the step's draws
-        yield f"another random draw: torch's generator was set otherwise by step {number:,}"
+        yield f"another random draw: torch's generator was set to a different state by step {number:,}"
         return
     first = [state.rest.get("generator/torch") for state in evidence.first_states]
     is_first = first[0] is not None and first[1] is not None and not same_bits(first[0], first[1])

@@ -124,8 +124,8 @@ def what_if(
     recorded = run.losses_between(at + 1, until)
     if not all(map(same_number, with_all.losses, recorded)):
         raise RunError(
-            f"steps {at + 1:,} to {until:,} of {run.name} cannot be taken again bit for bit, so nothing "
-            "can be said of others; everystep verify says more"
+            f"steps {at + 1:,} to {until:,} of {run.name} cannot be replayed bit for bit, so trainings "
+            "without rows cannot be compared with them; run everystep verify for details"
         )
     on_progress(until - at)
     others: list[Case] = []
@@ -166,7 +166,9 @@ def _check(run: RecordedRun, at: int, until: int) -> None:
     stretches = [each for each in run.stretches if each.first <= until]
     facts, name = stretches[-1].facts, run.name
     if at < stretches[-1].first - 1:
-        raise RunError(f"step {until} of {name} was trained by other rules than state {at}; start later")
+        raise RunError(
+            f"step {until} of {name} was trained with different settings than state {at}; start later"
+        )
     for each in facts.schedules.values():
         if each.class_name == ReduceLROnPlateau.__name__ or not each.is_torchs:
             raise RunError(

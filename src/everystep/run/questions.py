@@ -316,8 +316,8 @@ class Questions(OpenedRun):
         chosen = [operator.index(row) for row in without_rows]
         if at is None and without_rows_of is None:
             raise UsageError(
-                "say after which step the trainings start, at, or of which step all rows are left out, "
-                "without_rows_of"
+                "no start: pass at, the step after which the trainings start, or "
+                "without_rows_of, the step to leave out the rows of"
             )
         until = self.newest_step() if until is None else self._number(until)
         if without_rows_of is not None:
@@ -328,7 +328,7 @@ class Questions(OpenedRun):
             chosen += range(count) if batch.rows is None else batch.rows.tolist()
         rows = sorted(set(chosen))
         if not rows:
-            raise UsageError("say which rows to leave out: without_rows, or without_rows_of a step")
+            raise UsageError("no rows to leave out: pass without_rows, or without_rows_of")
         cases = [(row,) for row in rows] if each else [tuple(rows)]
         assert at is not None
         steps = (until - at) * (len(cases) + 1)

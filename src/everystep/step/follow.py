@@ -134,8 +134,8 @@ class Follower:
             if is_compiled(module):
                 raise UsageError(
                     f"{type(module).__name__} is compiled (torch.compile); torch would run it "
-                    "uncompiled while everystep watches, with other bits; use the uncompiled module "
-                    "in the loop"
+                    "uncompiled while everystep watches, with different results; use the uncompiled "
+                    "module in the loop"
                 )
             # A module that is not a part, such as a loss, belongs to the module around it.
             around = self._open[-1] if self._open else None

@@ -21,7 +21,7 @@ _kinds: dict[type, bool] = {}
 
 #: What is said of a pass with such a node.
 OTHER_WHEN_WATCHED = (
-    "the gradient of prod, or of the value of masked_fill, has other bits when it is watched"
+    "the gradient of prod, or of the value of masked_fill, is not bit-identical when it is watched"
 )
 
 

@@ -61,7 +61,9 @@ class SeenTensors:
         if place is None:
             if kind == "argument":
                 if storage.nbytes() > MOST_BYTES:
-                    raise UnseenError(f"uses a slice of {storage.nbytes() / 1e6:,.0f} MB from elsewhere")
+                    raise UnseenError(
+                        f"uses a slice of {storage.nbytes() / 1e6:,.0f} MB that is not in any part"
+                    )
                 kind = "input"
             place = self._meet(tensor, storage, kind)
         seen = (place, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -73,7 +73,9 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
     state = run.state_near(recorded, on_problem=problems.append)
     if state is None:
         reason = "; ".join(problems) or "the training ended before it wrote one"
-        raise RunError(f"{run.name} has no readable snapshot to go on from: {reason}; record it again")
+        raise RunError(
+            f"{run.name} has no readable snapshot to continue from: {reason}; record it again"
+        )
     check_rules(run, state.step)
     at, later = (state.step, None) if is_accepted else (recorded, state)
     earlier = run.state_near(state.step - 1, on_problem=problems.append)

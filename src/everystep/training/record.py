@@ -235,8 +235,8 @@ class Recording(Generic[R]):
         if counting is not None and not _counts_from(counting, (taken, self.step_count)):
             name = type(counting).__name__
             raise UsageError(
-                f"the loop goes on after {taken:,} batches, but {name}(...) around recording.steps(...) "
-                f"begins again; write it within: recording.steps({name}(...))"
+                f"the loop continues after {taken:,} batches, but {name}(...) around "
+                f"recording.steps(...) starts again; move it inside: recording.steps({name}(...))"
             )
         self._restore()
         self._open().note_versions()

@@ -56,8 +56,8 @@ def check_changes(run: RecordedRun, changed: tuple[str, ...], *, is_accepted: bo
     if not changed or is_accepted:
         return
     raise RunError(
-        "\n  ".join([f"{run.name} was trained otherwise (before | now):", *changed])
-        + "\nresume it as it was trained, or accept this with --anyway (anyway=True), which discards "
+        "\n  ".join([f"{run.name} was trained with different settings (before | now):", *changed])
+        + "\nrestore what changed, or accept this with --anyway (anyway=True), which discards "
         "the recorded steps after the newest snapshot; to train with other settings, fork the run"
     )
 
@@ -76,9 +76,9 @@ def check_rules(run: RecordedRun, step: int) -> None:
         )
     if step < (since := changed_at(facts)):
         raise RunError(
-            f"{run.name} cannot be resumed: from step {since + 1:,} on it was trained otherwise than "
-            f"before, and its snapshots from step {since:,} on are missing or damaged; fork it at "
-            f"step {step:,}"
+            f"{run.name} cannot be resumed: from step {since + 1:,} on it was trained with "
+            f"different settings, and its snapshots from step {since:,} on are missing or damaged; fork "
+            f"it at step {step:,}"
         )
 
 

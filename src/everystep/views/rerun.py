@@ -23,7 +23,7 @@ def rerun_text(found: Rerun) -> str:
     lines = [labelled("run", f"{found.name}, steps {found.first:,} to {last:,}")]
     if found.changed:
         pairs = (f"{name}: {one} | {there}" for name, (one, there) in found.changed.items())
-        lines.append(labelled("elsewhere", "\n".join(pairs)))
+        lines.append(labelled("changed", "\n".join(pairs)))
     lines.append(labelled("losses", _losses_text(found)))
     if found.operation is not None:
         lines.append(labelled("bits", _bits_text(found.operation)))
@@ -97,7 +97,7 @@ def _bits_text(found: OperationDifference) -> str:
     operation = observed.operation
     module = f" of module {operation.module}" if operation.module else ""
     lines = [
-        f"first other bits: operation #{found.index} of step {found.step:,}, {operation.operator}"
+        f"first difference: operation #{found.index} of step {found.step:,}, {operation.operator}"
         f"{module}, {operation.phase}"
     ]
     for each in found.results:
@@ -111,9 +111,11 @@ def _bits_text(found: OperationDifference) -> str:
 def _rounding_text(found: Rerun) -> str:
     count = len(found.compared)
     steps = "1 step was" if count == 1 else f"{count} steps were"
-    lines = [f"{steps} taken from recorded states, step {found.compared[0]:,} to {found.compared[-1]:,}"]
+    lines = [
+        f"{steps} repeated from recorded states, step {found.compared[0]:,} to {found.compared[-1]:,}"
+    ]
     if found.beyond is None:
-        lines.append(f"no result is farther apart than {found.rounding:g} of its largest number")
+        lines.append(f"all results are within {found.rounding:g} of their largest number")
     else:
         lines.append(
             f"first result that is farther apart than {found.rounding:g} of its largest number:\n"
@@ -121,7 +123,7 @@ def _rounding_text(found: Rerun) -> str:
         )
     if found.residue is not None:
         lines.append(
-            "results that are zero but for rounding do not count; the first:\n"
+            "results that are zero except for rounding do not count; the first:\n"
             f"  {_apart_text(found.residue)}\n  {_reason(found.residue, found)}"
         )
     far = [each for each in found.farthest if each.relative > 0 and each != found.beyond]
@@ -132,7 +134,7 @@ def _rounding_text(found: Rerun) -> str:
 
 def _reason(each: Apart, found: Rerun) -> str:
     """Return in a sentence why the results of an operation are farther apart than its inputs."""
-    there = f"in {found.place.precision}" if found.place.precision else "there"
+    there = f"in {found.place.precision}" if found.place.precision else "in the rerun"
     residue = each.residue
     if residue is None:
         return (
@@ -142,11 +144,11 @@ def _reason(each: Apart, found: Rerun) -> str:
     sizes = f"{residue.own:.2g} recorded, {residue.there:.2g} {there}"
     if each.is_residue:
         return (
-            f"its terms cancel, and rounding is left: at most {sizes}, from inputs of up to "
+            f"its terms cancel, and only rounding errors remain: at most {sizes}, from inputs of up to "
             f"{residue.of:.2g}"
         )
     return (
-        f"numbers of its input {residue.argument} are zero but for rounding there (at most {sizes}; the "
+        f"numbers of its input {residue.argument} are zero except for rounding (at most {sizes}; the "
         f"largest of all is {residue.of:.2g}), and the result depends on their sign or their ratio, as "
         "the first step of Adam does, or the gradient of a ReLU"
     )
@@ -154,7 +156,7 @@ def _reason(each: Apart, found: Rerun) -> str:
 
 def _apart_text(found: Apart) -> str:
     module = f" of module {found.module}" if found.module else ""
-    far = f"{found.relative:.2g}" if np.isfinite(found.relative) else "other"
+    far = f"{found.relative:.2g}" if np.isfinite(found.relative) else "differs"
     return f"{far:<8} #{found.operation} of step {found.step:,}, {found.operator}{module}, {found.phase}"
 
 
@@ -208,12 +210,12 @@ def _apart_data(each: Apart) -> dict[str, Any]:
 def _verdict(found: Rerun) -> str:
     if found.place.precision is not None:
         if not found.has_loss:
-            return f"{found.name} was taken in {found.place.precision}"
+            return f"{found.name} was repeated in {found.place.precision}"
         far = number(float(found.relative.max()))
         there = f"the losses in {found.place.precision}"
         return f"{there} are within {far} of those of {found.name}, relative to these"
     if found.has_same_bits:
-        return f"{found.name} has the same bits there"
+        return f"{found.name} is bit-identical under these conditions"
     if found.parts_at is None:
-        return f"{found.name} has other bits there, but its steps from recorded states do not"
-    return f"{found.name} has other bits there from step {found.parts_at:,} on"
+        return f"{found.name} differs under these conditions, but its steps from recorded states do not"
+    return f"{found.name} differs from step {found.parts_at:,} on"

@@ -135,7 +135,7 @@ class _Opened:
             page.heading("grads", "as backward left them")
             self.page.tensors({f"{name}.grad": tensor for name, tensor in step.gradients.items()})
         if left := happened.changed_otherwise:
-            page.heading("changed", "otherwise")
+            page.heading("changed", "outside the updates")
             rows = [update_row(name, step.updates[name], None) for name in left]
             page.table([update_headings(), *rows])
         self._complex_numbers()
@@ -193,7 +193,7 @@ class _Opened:
 
     def _exactness(self) -> str:
         step = self.step
-        how = "by program" if step.is_by_program else "eagerly"
+        how = "by program" if step.is_by_program else "in Python"
         if self.training.loop is not None:
             how = "without your loop code"
         if step.is_exact and not self.training.has_loss:

@@ -98,7 +98,7 @@ def test_a_run_leads_to_its_comparison_and_to_its_overlay(visit):
     page.get_by_role("button", name="Compare", exact=True).click()
     choice = page.get_by_role("dialog", name="digits and …")
     choice.get_by_role("listitem").filter(has_text="diverged").get_by_role(
-        "link", name="show beside"
+        "link", name="plot together"
     ).click()
     expect(page).to_have_url(re.compile(r"/runs/digits\?beside=diverged$"))
     expect(choice).to_be_hidden()

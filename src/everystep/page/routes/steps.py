@@ -121,7 +121,7 @@ def _step(request: Request) -> int:
 def _id(request: Request) -> str:
     id = request.query_params.get("id")
     if not id:
-        raise UsageError("say which tensor: ?id=batch.x; the step's content says which there are")
+        raise UsageError("no tensor given: add ?id=batch.x; the step's content lists its tensors")
     return id
 
 

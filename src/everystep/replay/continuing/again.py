@@ -70,7 +70,7 @@ def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
         what, cure = f"{lost.name} of {run.name} is missing", f"put the file back, or {cure}"
     else:
         what = f"{run.name} was trained from Python objects, which the run does not hold"
-    raise RunError(f"{what}, and its programs cannot go on alone: {reason}; {cure}")
+    raise RunError(f"{what}, and its programs cannot continue it alone: {reason}; {cure}")
 
 
 def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> State:

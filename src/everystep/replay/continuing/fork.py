@@ -109,8 +109,8 @@ class Fork:
         if diverged is not None and diverged <= self.at:
             raise RunError(
                 f"state {self.at} of {self.run.name} cannot be restored bit for bit: in the replay, "
-                f"the loss of step {diverged} differs from the recording (everystep verify says "
-                "more); snapshots: "
+                f"the loss of step {diverged} differs from the recording (run everystep verify "
+                "for details); snapshots: "
                 + ", ".join(map(str, self.run.snapshots))
                 + "".join(f"; {problem}" for problem in opener.problems)
             )

@@ -95,7 +95,7 @@ class Resume:
         """
         last = self.steps or self.run.facts.steps
         if last is None:
-            raise RunError(f"{self.run.name} does not say how many steps it has; set steps")
+            raise RunError(f"{self.run.name} has no planned number of steps; set steps")
         return last
 
     def train(self, job: Job, progress: Progress, left_out: tuple[str, ...] = ()) -> Outcome:
@@ -142,7 +142,7 @@ class Resume:
         if state is None and (recorded or problems):
             reason = "; ".join(problems) or "the training ended before it wrote one"
             raise RunError(
-                f"{self.run.name} has no readable snapshot to go on from: {reason}; train it again"
+                f"{self.run.name} has no readable snapshot to continue from: {reason}; train it again"
             )
         return state, problems
 
@@ -170,7 +170,7 @@ def resume(
     run = asked.run
     if run.facts.training.loop:
         raise RunError(
-            f"{run.name} was recorded from your own loop, which goes on with the loop: "
+            f"{run.name} was recorded from your own loop; resume it in the loop: "
             f"everystep.record(..., resume={str(run.directory)!r})"
         )
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:

@@ -84,7 +84,9 @@ class OtherProcess:
         file.unlink()
         table = answer["operations"]
         if len(table) != len(own.operations):
-            raise RunError(f"step {own.number} has other operations elsewhere: the run was changed")
+            raise RunError(
+                f"step {own.number} has different operations in the rerun: the run was changed"
+            )
         operations = tuple(
             Observed(
                 seen.operation, *({name: tensors[key] for name, key in each.items()} for each in row)
@@ -117,7 +119,7 @@ class OtherProcess:
         said = (self._folder / "errors").read_text(encoding="utf-8", errors="replace").strip()
         reason = said.splitlines()[-1] if said else f"exit status {self._process.returncode}"
         cure = f"; {self._cure}" if "NotFoundError" in said else ""
-        return TrainingError(f"the process that replays elsewhere ended early: {reason:.400}{cure}")
+        return TrainingError(f"the process of the rerun ended early: {reason:.400}{cure}")
 
     @property
     def _cure(self) -> str:

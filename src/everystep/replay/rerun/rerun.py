@@ -76,9 +76,9 @@ class Rerun(Shown):
         if self.place.precision is not None:
             found = f"{len(self.losses):,} steps in {self.place.precision}"
         elif self.parts_at is None:
-            found = f"{len(self.losses):,} steps have the same bits"
+            found = f"{len(self.losses):,} steps are bit-identical"
         else:
-            found = f"the bits part in step {self.parts_at:,}"
+            found = f"differs from step {self.parts_at:,} on"
         return f"<rerun of {self.name}: {found}>"
 
     @property
@@ -96,7 +96,7 @@ class Rerun(Shown):
         """The losses as recorded, there, and of the runs laid beside, by name: columns step and loss."""
         import polars as pl
 
-        there = self.place.precision or "elsewhere"
+        there = self.place.precision or "rerun"
         losses = {self.name: self.recorded, f"{self.name}, {there}": self.losses} | self.others
         steps = np.arange(self.first, self.first + len(self.losses))
         return {
@@ -141,7 +141,7 @@ def rerun(
     run = opener.run
     facts, first, last = run.facts, run.stretches[-1].first, run.newest_step()
     if last < first:
-        raise UsageError(f"{run.name} has no steps to take elsewhere")
+        raise UsageError(f"{run.name} has no steps to repeat")
     known = recorded_numerics(facts)
     recorded = np.array(run.losses_between(first, last))
     with other_process(place, place.environment(known)) as process:
@@ -290,8 +290,8 @@ def _diverged(opener: Opener) -> Iterator[str]:
     """Yield in words that a replay as it was recorded differs from the recording, too."""
     if opener.diverged_at is not None:
         yield (
-            "as it was recorded, the replay differs from the recording from step "
-            f"{opener.diverged_at:,} on, too: that is not due to the place; everystep verify says more"
+            "a replay under the recorded conditions also differs from the recording, from step "
+            f"{opener.diverged_at:,} on; run everystep verify for details"
         )
 
 
@@ -308,9 +308,6 @@ def _taken_over(run: RecordedRun) -> Iterator[str]:
     numbers = range(1, loop.programs + 1 if loop else 1)
     programs = (read_loop_program(run, number) for number in numbers)
     if any(_reads_numbers(program) for program in programs):
-        yield (
-            "Python read numbers from tensors; the steps elsewhere go on with the numbers that were "
-            "recorded"
-        )
+        yield ("Python read numbers from tensors; the repeated steps use the recorded numbers")
     if run.change_files():
-        yield "code between steps changed tensors; the steps elsewhere go on with what was recorded"
+        yield "code between steps changed tensors; the repeated steps use the recorded changes"

@@ -178,7 +178,7 @@ class Session:
         trace = self.trace(step.number)
         dtype, part = trace.spec(origin.name).torch_dtype, origin.part
         if part is None or part.half_of(dtype) is None:
-            note = f"it wrote {dtype} there, of which these are bits".replace("torch.", "")
+            note = f"it wrote {dtype} there, and these are some of its bits".replace("torch.", "")
             seen = step.operations[origin.operation]
             return Why(
                 number, "operation", step, origin.operation, unknown=tuple(seen.inputs), note=note

@@ -28,6 +28,6 @@ export async function compare(place) {
   const link = (other, text) => element("a", { href: address.write(other) }, text);
   chooseRun(place.run, runs, (other) => [
     link({ view: "compare", one: place.run, other }, "compare"),
-    link({ ...place, beside: [...new Set([...place.beside, other])] }, "show beside"),
+    link({ ...place, beside: [...new Set([...place.beside, other])] }, "plot together"),
   ]);
 }

@@ -30,7 +30,7 @@ export function statusLine(about, speed) {
 /** Return where a run comes from and what was forked from it. */
 export function lineage({ name, parent, forks, unread }) {
   const link = (run, beside = []) => element("a", { href: address.write({ view: "run", run, beside }) }, run);
-  const overlay = (other) => element("a", { href: address.write({ view: "run", run: name, beside: [other] }) }, "show beside");
+  const overlay = (other) => element("a", { href: address.write({ view: "run", run: name, beside: [other] }) }, "plot together");
   const parts = [];
   if (parent) parts.push(element("span", {}, "fork of ", link(parent[0]), ` at ${whole(parent[1])} (`, overlay(parent[0]), ")"));
   for (const fork of forks) {

@@ -49,7 +49,7 @@ function ofLoop({ segments, changed_otherwise, gradients }) {
   const pending = gradients.map(({ parameter }) => parameter).filter((parameter) => !used.has(parameter));
   const rest = [
     ...(pending.length ? [{ key: "gradients", title: "Gradients", pending }] : []),
-    ...(changed_otherwise.length ? [{ key: "changed", title: "Changed otherwise", changed: changed_otherwise }] : []),
+    ...(changed_otherwise.length ? [{ key: "changed", title: "Changed outside the updates", changed: changed_otherwise }] : []),
   ];
   return [...together(entries), ...rest];
 }

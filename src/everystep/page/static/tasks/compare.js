@@ -130,8 +130,8 @@ function verdictOf(result) {
 function detailsOf(view, result, lookAtAll) {
   return [
     result.operation && partingView(result),
-    differencesTable("What was asked for differently", view.names, result.asked.map(({ name, values }) => [name, values])),
-    differencesTable("What bits depend on besides", view.names, Object.entries(result.numerics)),
+    differencesTable("Settings that differ", view.names, result.asked.map(({ name, values }) => [name, values])),
+    differencesTable("Numerics that differ", view.names, Object.entries(result.numerics)),
     statesOf(result),
     isWorthAll(result) ? thoroughOf(result, lookAtAll) : null,
     terminalOf(view, result),
@@ -183,8 +183,8 @@ function isWorthAll({ thorough, operation, loss, states }) {
 
 function thoroughOf({ operation }, lookAtAll) {
   const says = operation
-    ? "Losses and states on disk say where to look. An operation may have differed before, without showing in either."
-    : "Losses and states on disk are the same. An operation may still differ without showing in either.";
+    ? "These are the first differences in the losses and the states on disk. An operation may have differed earlier, without effect on either."
+    : "Losses and states on disk are the same. An operation may still differ, without effect on either.";
   return element("section", { class: "thorough" },
     element("h2", {}, "More thoroughly"), element("p", { class: "muted" }, says), button("Look at every operation", lookAtAll));
 }
@@ -193,5 +193,5 @@ function terminalOf({ names, directory }, { text, thorough }) {
   const places = names.map((name) => quoted(directory === "runs" ? name : `${directory}/${name}`));
   const command = ["everystep", "diff", ...places, ...(thorough ? ["--thorough"] : [])].join(" ");
   return element("details", { class: "more terminal" }, element("summary", {}, "As text"),
-    commandLine("From the command line", command).node, commandLine("What it says", text).node);
+    commandLine("From the command line", command).node, commandLine("Its output", text).node);
 }

@@ -44,7 +44,7 @@ export function languageHelp() {
   return element(
     "details",
     { class: "more language" },
-    element("summary", {}, "What an expression can say"),
+    element("summary", {}, "What an expression can contain"),
     element("dl", {}, ...language.flatMap(([code, says]) => [element("dt", { class: "mono" }, code), element("dd", {}, says)])),
     element("p", { class: "muted small" }, "Expressions are read as such; nothing in them is run as Python."),
   );

@@ -38,7 +38,7 @@ export function forkDialog(about, step) {
 
 function introduction({ name }, step) {
   const kept = step ? `${name}'s steps up to ${whole(step)}` : `${name}'s data and first parameters`;
-  return `It has ${kept}, and goes on with what you change here.`;
+  return `It has ${kept}, and continues with what you change here.`;
 }
 
 // Start the fork; as soon as it has begun, it is shown beside its parent.

@@ -90,7 +90,7 @@ function finding(place) {
 function verifying(place) {
   const question = questionForm(place, {
     title: "Verify",
-    says: "Takes every step again, and compares each loss and each snapshot, bit for bit.",
+    says: "Replays every step, and compares each loss and each snapshot, bit for bit.",
     options: [],
     verb: "Verify",
     path: "verify",

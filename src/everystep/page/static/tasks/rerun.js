@@ -18,7 +18,7 @@ export function rerunning(place) {
   const drawn = { plot: null, isClosed: false };
   const question = questionForm(place, {
     title: "Rerun",
-    says: "Takes every step elsewhere, and says where it parts from the recording, and by how much.",
+    says: "Repeats every step under different conditions, and reports where it diverges from the recording, and how far.",
     options: [labelled("precision", precision), labelled("threads", threads), labelled("MKL", mkl), labelled("CPU", capability)],
     verb: "Rerun",
     path: "rerun",
@@ -33,7 +33,7 @@ export function rerunning(place) {
       if (result.losses) overlay(place, host, result, drawn);
       return [
         element("p", { class: "result" }, `${result.sentence}.`),
-        result.losses && numberOf(result.farthest) < VISIBLE && element("p", { class: "muted small" }, "In the plot, the curves lie on each other."),
+        result.losses && numberOf(result.farthest) < VISIBLE && element("p", { class: "muted small" }, "In the plot, the curves coincide."),
         host,
         element("details", { class: "more" }, element("summary", {}, "Details"), element("pre", { tabIndex: 0 }, result.text)),
       ];
