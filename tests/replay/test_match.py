@@ -204,7 +204,9 @@ def test_other_weights_in_another_precision_are_said_to_be_missing(in_single, tm
 def test_programs_without_a_double_precision_are_refused(tmp_path):
     one = rounded(tmp_path / "one", noise=True)
     other = rounded(tmp_path / "other", torch.bfloat16, noise=True)
-    with pytest.raises(RunError, match=r"compute in other precisions.*draws other random numbers"):
+    with pytest.raises(
+        RunError, match=r"compute in different precisions.*draws different random numbers"
+    ):
         one.match(other)
 
 

@@ -253,7 +253,7 @@ def test_noise_is_other_noise_in_another_precision(tmp_path):
         model, (x, y), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         steps=3, progress=False, directory=tmp_path / "noisy",
     )  # fmt: skip
-    with pytest.raises(RunError, match="draws other random numbers in float64"):
+    with pytest.raises(RunError, match="draws different random numbers in float64"):
         run.rerun(precision="float64", progress=False)
 
 

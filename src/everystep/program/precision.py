@@ -68,8 +68,8 @@ class Precision:
                 )
             if _draws_others(operation):
                 raise ProgramError(
-                    f"{operation.operator} draws other random numbers in {self.name}, so these would be "
-                    "other steps"
+                    f"{operation.operator} draws different random numbers in {self.name}, so these "
+                    "would be different steps"
                 )
         kept = counters(program)
         self._kept |= {n for n in program.state_names if program.tensors[n].storage in kept}

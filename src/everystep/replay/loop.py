@@ -360,7 +360,7 @@ class LoopStepper(ReplayStepper):
         if row.program is None:
             raise RunError(
                 f"step {row.step} of {self._run.name} cannot be replayed: it did something that a "
-                "program cannot hold, as a notice said when it was recorded"
+                "program cannot hold, as a notice reported when it was recorded"
             )
         if row.program not in self._programs:
             program = self._recorded[row.program] = read_loop_program(self._run, row.program)

@@ -183,8 +183,8 @@ def _in_double(one: Opener, other: Opener, number: int) -> tuple[Step, Step]:
         return one.call(_step_in_double, first), other.call(_step_in_double, second)
     except ProgramError as error:
         raise RunError(
-            f"{one.run.name} and {other.run.name} compute in other precisions, so step {number} would "
-            f"be compared in double precision, which is not possible: {error}"
+            f"{one.run.name} and {other.run.name} compute in different precisions, so step {number} "
+            f"would be compared in double precision, which is not possible: {error}"
         ) from None
 
 

@@ -107,7 +107,7 @@ class Comparison:
         other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
         name = next(other, None)
         if name is not None:
-            return f"the program computes other values of {name.partition('/')[2]} than Python"
+            return f"the program computes different values of {name.partition('/')[2]} than Python"
         for place, index in self._read.items():
             if repr(done.numbers[index]) != repr(numbers[place]):
                 return "the program reads another number than Python"
@@ -117,7 +117,7 @@ class Comparison:
                 value.detach().reshape(()), tensor.reshape(())
             ):
                 return f"the program computes another {name} than Python"
-        return None if is_drawn_alike else "the program draws other random numbers than Python"
+        return None if is_drawn_alike else "the program draws different random numbers than Python"
 
     def _bound_to_copies(self, state: Mapping[str, Tensor]) -> tuple[LiveProgram, dict[str, Tensor]]:
         """Return the program on a copy of a state, and the copy; a small one serves again."""

@@ -56,8 +56,8 @@ class Objects:
         hooked = self._hooked()
         if hooked is not None:
             raise RunError(
-                f"{hooked} has a hook, which acts on the original alone: a copy would take other steps; "
-                "write what it does into a step function: everystep.train(step, batches, parts=...)"
+                f"{hooked} has a hook, which acts on the original alone: a copy would differ; write "
+                "what it does into a step function: everystep.train(step, batches, parts=...)"
             )
         try:
             with _whole_optimizers():

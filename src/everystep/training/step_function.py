@@ -258,7 +258,7 @@ class VouchedStep:
         copies = {name: tensor.detach().clone() for name, tensor in _tensors_of(batch).items()}
         logged, around = self._by_python(batch)
         path, seen = self._recording.last
-        reason = "Python runs other operations than before"
+        reason = "Python runs different operations than before"
         if path == stand_in.path and isinstance(seen, Cursor) and seen.is_followed:
             reason = stand_in.difference(numbers, seen, around, before, copies, logged) or ""
         if not reason:

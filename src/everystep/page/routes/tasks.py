@@ -136,7 +136,7 @@ def _task(request: Request) -> Task | None:
 
 
 def _unknown() -> Response:
-    return JSONResponse({"error": "there is no such task any more; ask again"}, 404)
+    return JSONResponse({"error": "this task does not exist any more; ask again"}, 404)
 
 
 def _check_new(name: str, request: Request) -> None:

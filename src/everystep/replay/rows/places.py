@@ -63,7 +63,7 @@ def _put(call: Call, whole: Tracked, given: Tracked) -> Tensor:
         return call.again(self=labels[0], values=labels[1])[0]
     (where, *more) = indices
     if more or where.value.shape != whole.value.shape or given.value.numel() != 1:
-        raise MixesError("puts numbers where rows say")
+        raise MixesError("puts numbers at places that depend on rows")
     return elementwise([whole.labels, where.labels, given.labels.reshape(())])
 
 
