@@ -136,11 +136,11 @@ def doctor(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what is wrong with a run, and what can still be read.
+    """Report what is wrong with a run, and what is still readable.
 
     Compares numbers, states, data, programs and batches with their digests; everystep verify replays the
-    steps. Exits with 1 if something is wrong. The last column of the CSV says whether the digest of a
-    number is the same, differs, or there is none.
+    steps. Exits with 1 if something is wrong. The last column of the CSV shows if the digest of a
+    number matches, differs or is missing.
     """
     from everystep.api import doctor
     from everystep.recording.finding import find_run

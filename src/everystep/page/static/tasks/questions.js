@@ -138,7 +138,7 @@ function foundSteps(place, { steps, count: all, left_out_from: leftOut = [], non
     more.hidden = !rest;
   };
   show(LISTED);
-  const listed = all > steps.length ? `, of which the first ${whole(steps.length)} are listed` : "";
+  const listed = all > steps.length ? `; the first ${whole(steps.length)} are listed` : "";
   const count = all > 1 && element("p", { class: "result" }, `${whole(all)} steps${listed}`);
   return [count, list, more, left];
 }
