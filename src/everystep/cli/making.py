@@ -120,7 +120,7 @@ def resume(
     snapshot_budget: BudgetOption = 512,
     quiet: QuietOption = False,
 ) -> None:
-    """Continue a training that was killed or stopped; results are those of an uninterrupted one."""
+    """Continue a training that was killed or stopped, bit-identical to an uninterrupted one."""
     from everystep.recording.finding import find_run
     from everystep.recording.run import RecordedRun
 
