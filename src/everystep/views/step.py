@@ -193,7 +193,7 @@ class _Opened:
 
     def _exactness(self) -> str:
         step = self.step
-        how = "by program" if step.is_by_program else "in Python"
+        how = "by program" if step.is_by_program else "without your code"
         if self.training.loop is not None:
             how = "without your loop code"
         if step.is_exact and not self.training.has_loss:
