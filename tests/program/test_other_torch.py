@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import everystep
-from everystep.errors import ProgramError
+from everystep.errors import ProgramError, TrainingError
 from everystep.program import operators, trusting
 from everystep.program.operators import NotAllowedError, resolve
 from everystep.program.program import Program
@@ -31,10 +31,16 @@ class Distances(nn.Module):
         return torch.cdist(x, self.points)
 
 
-def train(model, x, y):
+def train(model, x, y, engine="auto"):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     return everystep.train(
-        model, (x, y), loss=nn.MSELoss(), optimizer=optimizer, steps=4, progress=False
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=optimizer,
+        steps=4,
+        engine=engine,
+        progress=False,
     )
 
 
@@ -65,8 +71,7 @@ def test_a_tensor_never_gets_the_memory_of_another():
 @pytest.mark.usefixtures("without_caches")
 def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, monkeypatch):
     _, x, _ = small
-    run = train(Distances(), x, torch.zeros(20, 3))
-    assert run.facts.training.engine.eager_from is None
+    run = train(Distances(), x, torch.zeros(20, 3), "program")
     text = (run.directory / run.facts.training.engine.programs[0].file).read_text()
     assert "_cdist_backward" in text
 
@@ -76,9 +81,9 @@ def test_a_kernel_with_other_arguments_is_not_used_and_the_step_says_so(small, m
         each.cache_clear()
     with pytest.raises(ProgramError, match=r"_cdist_backward\.default has another signature in torch"):
         Program.from_json(text)
-    run = train(Distances(), x, torch.zeros(20, 3))
-    assert run.facts.training.engine.eager_from == 1
-    assert "has another signature in torch" in run.facts.training.engine.reason
+    with pytest.raises(TrainingError, match="has another signature in torch"):
+        train(Distances(), x, torch.zeros(20, 3), "program")
+    assert len(train(Distances(), x, torch.zeros(20, 3)).losses) == 4
 
 
 @pytest.mark.usefixtures("without_caches")
@@ -89,10 +94,11 @@ def test_an_argument_of_the_backward_pass_of_which_nothing_is_known_is_refused(m
 
 
 @pytest.mark.usefixtures("without_caches")
-def test_a_torch_without_what_programs_need_takes_steps_eagerly(small, monkeypatch):
+def test_a_torch_without_what_programs_need_takes_steps_in_python(small, monkeypatch, capsys):
     needed = (*operators._NEEDED, ("torch._C", torch._C, ("_gone",)))
     monkeypatch.setattr(operators, "_NEEDED", needed)
     run = train(*small)
     assert run.facts.training.engine.eager_from == 1
     assert "has no torch._C._gone, which everystep needs" in run.facts.training.engine.reason
     assert len(run.losses) == 4
+    assert "step 1" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from everystep import clock
+from everystep.program.operators import NotAllowedError
 from everystep.recording.contents import digest_of
 from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
@@ -105,7 +106,7 @@ class StepRows:
     def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | None:
         try:
             built = build_path(path, watch.numbers)
-        except NotCapturableError as error:
+        except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return None
         number = self._recorder.program(built.program, {})
