@@ -172,7 +172,7 @@ def test_a_killed_run_says_so_and_how_to_go_on(dying, everystep_command):
     run = killed_experiment(dying, "two-layer", {"steps": 60}, (20,))
     words = rf"killed after step {len(run)} of 60, 20\d\d-"
     _, _, said = everystep_command("runs")
-    assert re.search(words, said) and "go on: everystep resume killed" in said
+    assert re.search(words, said) and "resume with everystep resume killed" in said
     report = run.report()
     assert re.search(words, report) and "everystep resume killed" in report
     assert "everystep resume killed" in run._repr_html_()

@@ -549,7 +549,9 @@ def branched_by_chance():
         optimizer.step()
         return loss
 
-    return Case(step, rows(), {"model": model, "optimizer": optimizer}, "Python runs other operations")
+    return Case(
+        step, rows(), {"model": model, "optimizer": optimizer}, "Python runs different operations"
+    )
 
 
 @case

@@ -421,6 +421,22 @@ def test_a_model(first, last):
     assert trained(by_train) == trained(by_hand)
 
 
+def test_a_compiled_model_is_refused_with_the_cure(tmp_path):
+    model = torch.compile(network(), backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"is compiled .* pass the uncompiled module"):
+        everystep.train(
+            model,
+            (torch.randn(4, 8), torch.randn(4, 8)),
+            loss=nn.MSELoss(),
+            optimizer=optimizer,
+            steps=2,
+            directory=tmp_path / "run",
+            progress=False,
+        )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module_is_refused_with_the_cure():
     model = torch.jit.script(network())

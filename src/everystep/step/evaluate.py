@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from everystep.errors import ExperimentError, Fault
 from everystep.program.memory import copy_into
+from everystep.step.check import same_bits
 from everystep.step.generators import generators_preserved
 from everystep.step.torchs_own import reason_against_loss, reason_against_module
 
@@ -106,4 +107,5 @@ def _evaluating(model: nn.Module, functions: Mapping[str, Any]) -> Iterator[None
         for module, training in modes:
             module.training = training
         for buffer, before in buffers:
-            copy_into(buffer, before)
+            if not same_bits(buffer, before):  # a write counts as a change
+                copy_into(buffer, before)

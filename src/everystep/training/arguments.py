@@ -23,7 +23,7 @@ from torch.utils.data import (
 from everystep.errors import Fault, UsageError
 from everystep.program.operation import path_faults
 from everystep.recording.names import check_measurement_names
-from everystep.step.follow import scripted_fault
+from everystep.step.follow import is_compiled, scripted_fault
 from everystep.training.measurements import RESERVED_NAMES
 from everystep.training.rows import called, unfit
 
@@ -69,6 +69,9 @@ def model_faults(model: Any) -> Faults:
         return
     if fault := scripted_fault("model", model):
         yield fault
+        return
+    if any(map(is_compiled, model.modules())):
+        yield Fault("model", "is compiled (torch.compile); pass the uncompiled module")
         return
     yield from path_faults(dict.fromkeys(path for path, _ in model.named_modules()))
     yield from path_faults(
