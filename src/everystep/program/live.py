@@ -7,6 +7,7 @@ step makes. Numbers of the step are put in their places before each run.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from everystep.program.execute import BoundProgram, Memory
 from everystep.program.memory import ALIGNMENT, copy_into
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
+from everystep.program.optimizers import BoundOptimizer, OptimizerOperator
 from everystep.program.plain import READ, is_number, is_number_slot
 from everystep.program.program import Program
 
@@ -108,26 +110,43 @@ class LiveProgram(BoundProgram):
                 slots += _slots(value, keywords, name)
         self._puts += slots
         if operation.operator == READ:
-            return self._reading(arguments[0], is_known=operation.phase == "update")
+            return self._reading(arguments[0])
         results = [None if name is None else self.tensor(name) for name in operation.results]
+        if isinstance(operator, OptimizerOperator):
+            return [_stepping(operator, arguments, keywords, results)]
         made = late_calls if slots else prebuilt_calls
         return made(operator, arguments, keywords, results)
 
-    def _reading(self, tensor: Tensor, *, is_known: bool) -> list[Call]:
-        """Return what reads a number from a tensor; those of optimizers are known before."""
+    def _reading(self, tensor: Tensor) -> list[Call]:
+        """Return what reads a number from a tensor."""
         place = len(self._puts)
         self._puts.append(lambda number: None)
 
         def read() -> None:
             self._numbers[place] = tensor.item()
 
-        return [] if is_known else [read]
+        return [read]
 
     def _decoded(self, value: Any) -> Any:
         try:
             return decode(value, self.tensor)
         except ValueError as error:
             raise ProgramError(str(error)) from None
+
+
+def _stepping(
+    operator: OptimizerOperator,
+    arguments: Sequence[Any],
+    settings: Mapping[str, Any],
+    results: Sequence[Tensor | None],
+) -> Call:
+    """Return what takes the step of an optimizer, with the settings that it finds."""
+    if results:
+        raise ProgramError(f"{operator} creates tensors, which only the first step of a training does")
+    try:
+        return partial(BoundOptimizer(operator, *arguments).step, settings)
+    except ValueError as error:
+        raise ProgramError(f"{operator}: {error}") from None
 
 
 def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from everystep.errors import Fault
 from everystep.program.arguments import DTYPES, fits, references
 from everystep.program.operators import PLAIN_ONLY, computes, parameters, resolve, writes
+from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 
 __all__ = [
     "DIMENSIONS",
@@ -114,9 +115,9 @@ class TensorSpec(Model):
 class Operation(Model):
     """An operator applied to tensors.
 
-    operator: `aten.name.overload`; arguments and keywords: as `encode` writes them; results: names of
-    the result tensors, in order, null for a result that is not a tensor; module: the path of its module,
-    also in the backward phase.
+    operator: `aten.name.overload`, or `optim.name.step` for the whole step of one of torch's optimizers;
+    arguments and keywords: as `encode` writes them; results: names of the result tensors, in order, null
+    for a result that is not a tensor; module: the path of its module, also in the backward phase.
     """
 
     phase: Phase
@@ -129,7 +130,12 @@ class Operation(Model):
     @property
     def resolved(self) -> Any:
         """The operator itself."""
-        return resolve(self.operator, is_plain=self.operator in PLAIN_ONLY)
+        return resolve(self.operator, is_plain=self.is_plain_only)
+
+    @property
+    def is_plain_only(self) -> bool:
+        """Whether only a plain program may have it."""
+        return self.operator in PLAIN_ONLY or self.operator in OPTIMIZERS
 
     @property
     def name(self) -> str:
@@ -161,10 +167,13 @@ class Operation(Model):
             ValueError: reports what is wrong.
         """
         operator = self.resolved
-        if self.operator in PLAIN_ONLY and not is_plain:
+        if self.is_plain_only and not is_plain:
             raise ValueError(f"{operator} is allowed only in plain programs")
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors already have their shapes")
+        if isinstance(operator, OptimizerOperator):
+            self._check_optimizer(operator, tensors)
+            return
         self._check_arguments()
         missing = next((n for n in (*self.reads(), *self.results) if n and n not in tensors), None)
         if missing is not None:
@@ -178,6 +187,14 @@ class Operation(Model):
         )
         if by_mask and not is_plain:
             raise ValueError(f"{operator} selects by a mask: the shape of the result depends on values")
+
+    def _check_optimizer(self, operator: OptimizerOperator, tensors: Mapping[str, TensorSpec]) -> None:
+        if len(self.arguments) != len(ARGUMENTS) or not self.keywords.keys().isdisjoint(ARGUMENTS):
+            raise ValueError(f"{operator} takes {len(ARGUMENTS)} arguments, and its settings by name")
+        operator.check(self.given(), self.results, tensors)
+        missing = next((n for n in (*self.reads(), *self.results) if n not in tensors), None)
+        if missing is not None:
+            raise ValueError(f"{operator}: unknown tensor {missing!r}")
 
     def _check_arguments(self) -> None:
         operator = self.resolved

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.allowed import ALLOWED
+from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 from everystep.program.trusting import what_is_unknown
 
 __all__ = [
@@ -100,6 +101,8 @@ class Parameter(NamedTuple):
 def resolve(name: str, *, is_plain: bool = False) -> Any:
     """Return the operator `aten.name.overload` of `torch.ops`, if a step that is captured may call it.
 
+    A plain program may also have `optim.name.step`, the step of one of torch's optimizers.
+
     An allowed operator computes tensors from tensors and numbers alone: it reads no file, starts
     nothing, changes no tensor's shape or memory, and its results' shapes do not depend on the numbers
     in its tensors. A program contains those that compute, see `computes`.
@@ -112,6 +115,8 @@ def resolve(name: str, *, is_plain: bool = False) -> Any:
     missing = next(_missing(), None)
     if missing is not None:
         raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which everystep needs")
+    if is_plain and name in OPTIMIZERS:
+        return OPTIMIZERS[name]
     match = _NAME.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
     if match is None or not isinstance(packet, _Packet):
@@ -174,6 +179,8 @@ def _is_taken_apart(schema: Any) -> bool:
 @cache
 def computes(operator: Any) -> bool:
     """Tell whether the operator computes numbers; others give a view or memory, which programs state."""
+    if isinstance(operator, OptimizerOperator):
+        return True
     results = operator._schema.returns
     is_view = any(r.alias_info and not r.alias_info.is_write for r in results)
     return not is_view and operator.overloadpacket.__name__ not in _MEMORY_ONLY
@@ -182,6 +189,11 @@ def computes(operator: Any) -> bool:
 @cache
 def parameters(operator: Any) -> tuple[Parameter, ...]:
     """Return the parameters of an operator, the positional ones first."""
+    if isinstance(operator, OptimizerOperator):
+        return tuple(
+            Parameter(name, "settings", None, name in ARGUMENTS, True, None)
+            for name in (*ARGUMENTS, *operator.settings)
+        )
     return tuple(
         Parameter(
             name=a.name,
@@ -215,6 +227,8 @@ def out_variant(operator: Any) -> tuple[Any, tuple[str, ...]] | None:
 @cache
 def writes(operator: Any) -> frozenset[str]:
     """Return the names of the arguments that the operator writes into."""
+    if isinstance(operator, OptimizerOperator):
+        return frozenset(("parameters", "kept"))
     schema = operator._schema
     declared = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
     undeclared = _UNDECLARED_WRITES.get(schema.name.removeprefix("aten::"), ())

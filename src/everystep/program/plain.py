@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import copy_into
 from everystep.program.operation import Operation, TensorSpec
 from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.optimizers import OptimizerOperator
 from everystep.program.program import Program
 
 __all__ = [
@@ -57,6 +59,8 @@ class PlainStep(NamedTuple):
 @cache
 def _slots(operator: Any) -> frozenset[str]:
     """Return the arguments of an operator that hold numbers which may differ at each step."""
+    if isinstance(operator, OptimizerOperator):
+        return frozenset(operator.settings)
     name = operator.overloadpacket.__name__
     if name in _SHAPED_BY_NUMBERS:
         return frozenset()
@@ -104,6 +108,11 @@ class PlainProgram:
         if len(numbers) != wanted:
             raise ProgramError(f"the step has {len(numbers)} numbers, but its program needs {wanted}")
         return iter(numbers)
+
+    def numbers_of(self, numbers: Sequence[Number]) -> list[list[Number]]:
+        """Return the numbers of a step by operation."""
+        left = self._iterated(numbers)
+        return [list(islice(left, call.numbers)) for call in self._calls]
 
     def operations_with(self, numbers: Sequence[Number]) -> list[Operation]:
         """Return the operations with the numbers of a step in them."""

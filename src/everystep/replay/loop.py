@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from everystep.errors import ProgramError, RunError
 from everystep.experiment.batches import RowsOf
 from everystep.program.execute import without_autograd
 from everystep.program.memory import copy_on_cpu
-from everystep.program.plain import Environment, PlainProgram, lay_inputs
+from everystep.program.plain import Environment, PlainProgram, PlainStep, lay_inputs
 from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.contents import digest_of, inputs_of, unpacked
@@ -24,6 +26,7 @@ from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.programs import read_loop_program
 from everystep.replay.reopen import batches_of, settings_of
 from everystep.replay.step import Batch, ReplayStepper
+from everystep.step.expanded import Expanded, expanded
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.observe import Observation, PlainObserver
@@ -40,6 +43,10 @@ MOST_NAMED = 3
 _GENERATOR = re.compile(r"generator/([0-9]{1,9})")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
 _OWN_GRADIENT = f"{PREFIX}gradient/"
+
+
+class _FoundError(Exception):
+    """Ends a run of a program that has come far enough."""
 
 
 class LoopCheckpoint(NamedTuple):
@@ -204,12 +211,31 @@ class LoopStepper(ReplayStepper):
         """
         assert self.state is not None
         number = self.state + 1
+        self.settle()
         row = self._row(number)
-        observer = PlainObserver(self._program(row), self._numbers(row))
-        loss = self._take(number, observer.look)
+        known = self._program(row), self._numbers(row)
+        with without_autograd():
+            expansion = expanded(*known, self._tensors, self._device, partial(self._before, row))
+        observer = PlainObserver(expansion.plain, expansion.numbers)
+        loss = self._take(number, observer.look, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
         has_unseen = bool((self._facts.loop or self._facts.engine or EAGERLY).unseen)
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
+
+    def _before(self, row: Repeat, index: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return copies of tensors of a step's program, by name, as they are before an operation."""
+        found: dict[str, Tensor] = {}
+
+        def look(place: int, environment: Environment) -> None:
+            if place == index:
+                found.update((name, environment.tensor(name).clone()) for name in names)
+                raise _FoundError
+
+        drawn, plain = Generators.capture(self._device), self._program(row)
+        with suppress(_FoundError):
+            _run(plain, _copies(self._tensors), self._inputs(row).tensors, self._numbers(row), look)
+        drawn.restore(self._device)
+        return found
 
     def named_state(self) -> dict[str, Tensor]:
         """Return the live tensors of the state by name."""
@@ -292,19 +318,22 @@ class LoopStepper(ReplayStepper):
         loop = self._facts.loop
         return (self._facts.engine or EAGERLY).watched if loop is None else range(1, loop.programs + 1)
 
-    def _take(self, number: int, look: Callable[[int, Environment], None] | None = None) -> float:
+    def _take(
+        self,
+        number: int,
+        look: Callable[[int, Environment], None] | None = None,
+        expansion: Expanded | None = None,
+    ) -> float:
+        """Run a step, or its expansion."""
         self.settle()
         row = self._row(number)
-        plain, inputs, numbers = self._program(row), self._inputs(row), self._numbers(row)
-        generators = {
-            int(found[1]): tensor
-            for name, tensor in inputs.tensors.items()
-            if (found := _GENERATOR.fullmatch(name))
-        }
+        inputs = self._inputs(row)
+        if expansion is None:
+            expansion = Expanded(self._program(row), self._numbers(row), {})
+        plain, numbers, more = expansion
         try:
             with without_autograd():
-                given = lay_inputs(plain, inputs.tensors)
-                taken = plain.run(self._tensors, given, numbers, generators, look)
+                taken = _run(plain, self._tensors, inputs.tensors | more, numbers, look)
         except (ProgramError, ValueError) as error:
             raise RunError(f"step {number} of {self._run.name} cannot be replayed: {error}") from None
         self.state = number
@@ -397,6 +426,19 @@ class LoopStepper(ReplayStepper):
         cast = conversion.contents(self._recorded[program], others)
         tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
         return tensors | {prefix + name: content for name, content in cast.items()}
+
+
+def _run(
+    plain: PlainProgram,
+    state: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    numbers: list[int | float],
+    look: Callable[[int, Environment], None] | None,
+) -> PlainStep:
+    """Run a step on a state, with its inputs by the names that a row has."""
+    drawn = ((_GENERATOR.fullmatch(name), tensor) for name, tensor in inputs.items())
+    generators = {int(found[1]): tensor for found, tensor in drawn if found}
+    return plain.run(state, lay_inputs(plain, inputs), numbers, generators, look)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ class BackwardPasses:
     def _run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         cursor, engine = self._cursor, self._engine
         is_ours = not cursor.is_paused and threading.get_ident() == self._thread
+        if is_ours:
+            cursor.recover()
         if not is_ours or _get_current_dispatch_mode() is not cursor:
             return engine(outputs, *args, **kwargs)
         graph = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ from everystep.step.graph import OTHER_WHEN_WATCHED
 from everystep.step.known_operators import KnownOperator, known_operator
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import StrangeError
-from everystep.step.optimizer_numbers import OptimizerNumbers
+from everystep.step.optimizer_call import OptimizerCall
+from everystep.step.optimizer_steps import OptimizerStep, OptimizerSteps
 from everystep.step.path import Marks, Path
 from everystep.step.saved import saved_results
 from everystep.step.seen_tensors import is_plain
-from everystep.step.watch import Watch, run_counted
+from everystep.step.watch import Kept, Made, Watch, run_counted
 
-__all__ = ["Cursor", "OptimizerStep"]
+__all__ = ["Cursor"]
 
 #: They mark a stretch of time for a profiler.
 _NO_OPERATIONS = ("profiler", "prim")
@@ -41,34 +42,17 @@ _DATA = torch._C.TensorBase.data
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-class OptimizerStep(NamedTuple):
-    """The step of one of torch's optimizers, the numbers of which can be predicted.
-
-    begin, end: the range of its numbers among those of the step; way, structure: as in `Predicted`;
-    gradients: the dtypes of those that it used, by the id of their parameter.
-    """
-
-    optimizer: torch.optim.Optimizer
-    begin: int
-    end: int
-    way: str
-    structure: Any
-    gradients: dict[int, torch.dtype]
-
-
 class Cursor(Watch):  # type: ignore[no-untyped-call]
     """Watches one step of a loop, from `begin` to `end`; in force while it is entered.
 
     Args:
         paths: of the recording.
         device, follower, elsewhere: as `Watch` has them.
-        optimizers: predicts the numbers of torch's optimizers, where somebody asks for these.
 
     at: the point of the path at which the step is, None if it cannot be remembered; is_followed: whether
     the step is like one before, so far; contents: the bytes of what the step brought from elsewhere, by
-    the number of the storage; optimizer_steps: steps of torch's optimizers, with `optimizers`;
-    changed_unseen: names of the state that something has changed which the dispatcher did not show;
-    has_saved_hooks: whether a hook of the user's packs what autograd saves.
+    the number of the storage; changed_unseen: names of the state that something has changed which the
+    dispatcher did not show; has_saved_hooks: whether a hook of the user's packs what autograd saves.
     """
 
     def __init__(
@@ -77,18 +61,14 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         device: torch.device,
         follower: Follower,
         elsewhere: Elsewhere,
-        optimizers: OptimizerNumbers | None = None,
     ) -> None:
         super().__init__(device, follower, elsewhere)
         self.paths = paths
         self.at: Entry | None = None
         self.is_followed = self.has_saved_hooks = False
         self.contents: dict[int, Tensor] = {}
-        self.optimizer_steps: list[OptimizerStep] = []
         self.changed_unseen: list[str] = []
         self.numbers = paths.tensors.numbers
-        self._optimizers = optimizers
-        self._predicted: tuple[torch.optim.Optimizer, Any, int] | None = None
         self._outside = elsewhere
         self._tensors = paths.tensors
         self._storage_of: list[int | None] = []
@@ -98,6 +78,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         self._state: Mapping[str, Tensor] = {}
         self._versions: list[int | None] = []
         self._backward = BackwardPasses(self)
+        self._optimizer_steps = OptimizerSteps(self)
         self._depth = 0
 
     @property
@@ -169,28 +150,54 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
             has_arguments: whether it is given a closure, or something else.
             gradients: returns those of its parameters, by name.
         """
-        self._uses("optimizer begins", name, gradients())
-        if self._optimizers is not None and not has_arguments:
-            predicted = self._optimizers.predict(optimizer)
-            self._predicted = predicted and (optimizer, predicted, len(self.numbers))
+        self._optimizer_steps.begins(optimizer, name, has_arguments, gradients)
 
     def optimizer_ends(self, name: str | None, gradients: Callable[[], Mapping[str, Tensor]]) -> None:
         """Note that an optimizer ended a step."""
-        if self._predicted is not None:
-            (optimizer, predicted, begin), self._predicted = self._predicted, None
-            own = [*map(repr, self.numbers[begin:])]
-            for way in ("loop", "list"):
-                if own == [repr(n) for _, each in predicted.operators(way) for n in each]:
-                    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                    used = {id(p): p.grad.dtype for p in parameters if p.grad is not None}
-                    seen = begin, len(self.numbers), way, predicted.structure, used
-                    self.optimizer_steps.append(OptimizerStep(optimizer, *seen))
-                    break
-        self._uses("optimizer ends", name, gradients())
+        self._optimizer_steps.ends(name, gradients)
 
-    def _uses(self, kind: str, name: str | None, gradients: Mapping[str, Tensor]) -> None:
+    @property
+    def optimizer_steps(self) -> list[OptimizerStep]:
+        """The steps of torch's optimizers that ran as one operation."""
+        return self._optimizer_steps.seen
+
+    def uses(self, kind: str, name: str | None, gradients: Mapping[str, Tensor]) -> None:
+        """Note which gradients an optimizer uses that is watched."""
         note = partial(self.optimizer_uses, gradients)
         self.happens(kind, name, (*gradients,), tensors=gradients.values(), note=note)
+
+    def may_have_met(self, call: OptimizerCall) -> bool:
+        """Tell whether the step knows what an optimizer uses, unless one like it is expected anyway."""
+        expected = None if self.at is None or not self.is_followed else self.at.next
+        if self.at is None or (expected is not None and expected.key[0] == "optimizer"):
+            return True
+        return all(self._known(tensor) is not None for tensor in call.tensors())
+
+    def optimizer_stepped(
+        self,
+        step: OptimizerCall,
+        kept: Kept,
+        made: Made,
+        name: str | None,
+        gradients: Mapping[str, Tensor],
+    ) -> None:
+        """Note a step of an optimizer that has run unwatched; see `add_optimizer_step`."""
+
+        def note() -> None:
+            self.add_optimizer_step(step, kept, made, name)
+            self.optimizer_uses(gradients)
+
+        if self.is_followed:
+            self.numbers += step.numbers()
+        new = [each[3] for each in made]
+        self._go(("optimizer ends", *[each[:3] for each in made]), new, note)
+
+    def allow_changes(self, since: list[tuple[Tensor, int | None]]) -> None:
+        """Do not count the changes of the state since `state_versions` returned `since`."""
+        for place, ((_, before), (_, now)) in enumerate(zip(since, self.state_versions(), strict=True)):
+            known = self._versions[place] if place < len(self._versions) else None
+            if before is not None and now is not None and known is not None:
+                self._versions[place] = known + now - before
 
     def happens(
         self,
@@ -205,6 +212,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
             tensors: that have a part in it; the step must have met them.
             note: notes it in the watch.
         """
+        self._optimizer_steps.recover()
         at = self.at
         if at is None:
             with torch._C._DisableTorchDispatch():
@@ -531,6 +539,10 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
             if tensors.place(tensor.untyped_storage()) is None and place in self._storage_of:
                 tensors.keep_place(tensor, self._storage_of.index(place))
 
+    def recover(self) -> None:
+        """Watch again if a step of an optimizer has raised; see `OptimizerSteps.recover`."""
+        self._optimizer_steps.recover()
+
     def state_versions(self) -> list[tuple[Tensor, int | None]]:
         """Return the tensors of the state, each with how often it was changed."""
         tensors = [*self._state.values()]
@@ -652,6 +664,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
     def __exit__(self, *error: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
+            self._optimizer_steps.recover()
             self._backward.leave()
             del torch.Tensor.data
             self._close_trail()

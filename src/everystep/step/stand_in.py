@@ -24,9 +24,10 @@ from everystep.program.operators import draws_random_numbers
 from everystep.program.plain import READ, PlainProgram, lies_as
 from everystep.step.check import same_bits
 from everystep.step.comparison import Comparison, PartsCopy
-from everystep.step.cursor import Cursor, OptimizerStep
+from everystep.step.cursor import Cursor
 from everystep.step.eager import changes_more_than_lr
-from everystep.step.optimizer_numbers import OptimizerNumbers
+from everystep.step.optimizer_call import OptimizerCall
+from everystep.step.optimizer_steps import OptimizerStep
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
@@ -162,7 +163,6 @@ class StandIn:
         self._optimizer_steps = _steps_of(seen.optimizer_steps, around.optimizers)
         self._schedules = around.schedules()
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
-        self._optimizer_numbers = OptimizerNumbers()
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
         plain_program = PlainProgram(built.program, parts.device)
         self._state = plain_program.state
@@ -171,9 +171,8 @@ class StandIn:
         self._places: list[int] = []
         self._era: int | None = None
         self._live: LiveProgram | None = None
-        #: The batch that the program holds, and the numbers of the next step, until something else runs.
+        #: The batch that the program holds, until something else runs.
         self._loaded: list[Tensor] = []
-        self._predicted: list[Number] | None = None
         #: The places of the numbers that Python reads, by the name under which it logs them.
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
@@ -195,8 +194,7 @@ class StandIn:
         Raises:
             NotReplaceableError: it reads a number that it does not log, or one of several equal ones.
         """
-        ranges = [(step.begin, step.end) for step in self._optimizer_steps]
-        read = [p for p in self.path.places_of_reads() if not any(b <= p < e for b, e in ranges)]
+        read = [*self.path.places_of_reads()]
         found: dict[str, int] = {}
         for name, value in self._plain.items():
             places = [place for place in read if repr(self._numbers[place]) == repr(value)]
@@ -246,7 +244,7 @@ class StandIn:
         era: within the same era, only programs have run.
         """
         if era != self._era:
-            self._loaded, self._predicted = [], None
+            self._loaded = []
         elif self._live is not None and not self._moves:
             return True
         found = {name: state[name] for name in self._state if name in state}
@@ -418,18 +416,12 @@ class StandIn:
         Raises:
             NotReplaceableError: an optimizer runs another step than before.
         """
-        if self._predicted is not None:
-            return self._predicted.copy()
         numbers = self._numbers.copy()
-        is_constant = True
-        for what in self._optimizer_steps:
-            predicted = self._optimizer_numbers.predict(what.optimizer, what.gradients)
-            if predicted is None or predicted.structure != what.structure:
+        for step in self._optimizer_steps:
+            call = OptimizerCall.of(step.optimizer)
+            if call is None or call.settings_layout != step.layout:
                 raise NotReplaceableError("the optimizer runs another step than before")
-            own = predicted.operators(what.way)
-            numbers[what.begin : what.end] = [n for _, each in own for n in each]
-            is_constant &= predicted.is_constant
-        self._predicted = numbers.copy() if is_constant else None
+            numbers[step.begin : step.end] = call.numbers()
         return numbers
 
 

@@ -22,10 +22,16 @@ from everystep.step.elsewhere import Elsewhere, version_of
 from everystep.step.follow import Follower
 from everystep.step.gathered import gathers_data
 from everystep.step.known_operators import KnownOperator, known_operator
+from everystep.step.optimizer_call import OptimizerCall
 from everystep.step.path import FLOAT, INT, Marks, Path, SeenOperation, Tables, is_name
 from everystep.step.seen_tensors import SeenTensors, UnseenError, is_plain
 
-__all__ = ["Watch", "run_counted"]
+__all__ = ["Kept", "Made", "Watch", "run_counted"]
+
+#: What an optimizer keeps of each parameter, by key.
+Kept = list[dict[str, Tensor]]
+#: What its step has created: the group, the place of the parameter in it, the key, and the tensor.
+Made = list[tuple[int, int, str, Tensor]]
 
 _CONSTANTS = {bool, int, float, torch.dtype, torch.layout, torch.memory_format, torch.device}
 
@@ -332,6 +338,41 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         if value is None or kind in _CONSTANTS:
             return value
         raise UnseenError(f"takes a {kind.__name__}")
+
+    def encode(self, tensors: list[Tensor]) -> None:
+        """Check that a program can hold tensors as arguments.
+
+        Raises:
+            UnseenError: it cannot; gives the reason.
+        """
+        self._argument(tensors, False)
+
+    def add_optimizer_step(self, step: OptimizerCall, kept: Kept, made: Made, name: str | None) -> None:
+        """Note a step of an optimizer, which has run unwatched, as one operation.
+
+        Args:
+            step: what it is.
+            kept: what the optimizer kept before it, by parameter and key.
+            made: what it has created: the group, the place of the parameter, the key, and the tensor.
+            name: of the optimizer.
+        """
+        own = iter(kept)
+        held = [[[x for pair in next(own).items() for x in pair] for _ in g] for g in step.parameters]
+        gradients = [[parameter.grad for parameter in group] for group in step.parameters]
+        places = [each[:3] for each in made]
+        given = (step.parameters, gradients, held, places)
+        arguments = tuple([self._argument(value, False) for value in given])
+        count = len(self.numbers)
+        settings = tuple([(key, self._argument(v, True)) for key, v in step.settings.items()])
+        results, _ = self._results([each[3] for each in made])
+        written = [p for group in step.parameters for p in group]
+        written += [tensor for each in kept for tensor in each.values()]
+        writes = tuple(dict.fromkeys(self._seen.tensors[self._number(t)].storage for t in written))
+        numbers = len(self.numbers) - count
+        operator = step.operator
+        self._operations.append(
+            SeenOperation("update", name, operator, arguments, settings, results, writes, numbers)
+        )
 
     def _note_generator(self) -> None:
         """Note the state of torch's generator before a draw, if the last draw left it otherwise."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from everystep.recording.facts import FunctionFacts
-from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.plain import BuiltPath
@@ -70,7 +69,6 @@ class FunctionRecording(Recording[R]):
     def note_function(self, facts: Callable[[], FunctionFacts]) -> None:
         """Note that programs run steps of a function. facts: returns how, so far."""
         self._open().function = facts
-        self._optimizers = OptimizerNumbers()
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
         if self.around is not None and self._under_way is not None:

@@ -25,7 +25,6 @@ from everystep.step.cursor import Cursor
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
-from everystep.step.optimizer_numbers import OptimizerNumbers
 from everystep.step.parts import Parts
 from everystep.step.parts_state import PartsState
 from everystep.training.batch import BatchCopies, tensors_of, text_of
@@ -46,8 +45,6 @@ class Recording(Generic[R]):
 
     Use it as a context manager; `everystep.record` creates it.
     """
-
-    _optimizers: OptimizerNumbers | None = None
 
     def __init__(
         self,
@@ -336,7 +333,7 @@ class Recording(Generic[R]):
         state = self._parts.state()
         writer.note_changes(state)
         device = self._parts.device
-        watch = Cursor(self._paths, device, self._follower, self._elsewhere, self._optimizers)
+        watch = Cursor(self._paths, device, self._follower, self._elsewhere)
         self._begin(watch, state, batch)
 
     def _begin(self, watch: Cursor, state: dict[str, Tensor], batch: Any) -> None:
@@ -431,7 +428,7 @@ class Recording(Generic[R]):
             self._under_way.watch.module_done(path, outputs)
 
     def _optimizer_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
-        if self._under_way is not None:
+        if self._under_way is not None and not self._under_way.watch.is_paused:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
                 self._under_way.rates |= self._parts.rates(optimizer)
@@ -440,7 +437,7 @@ class Recording(Generic[R]):
                 )
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._under_way is not None:
+        if self._under_way is not None and not self._under_way.watch.is_paused:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
                 self._under_way.watch.optimizer_ends(name, lambda: self._gradients_of(optimizer))

@@ -1,0 +1,186 @@
+"""Optimizers: the step of one of torch's own optimizers, as one operation of a program.
+
+Its operations depend on the class, on the settings, and on the number of steps taken; torch's own code
+computes them. An `OptimizerOperator` has as much of the form of an operator of `torch.ops` as programs
+need.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.gradient_descent import GradientDescent
+
+__all__ = ["ARGUMENTS", "OPTIMIZERS", "BoundOptimizer", "OptimizerOperator"]
+
+#: The positional arguments: lists by param group of tensors. `kept`: for each parameter, what the
+#: optimizer keeps, as keys and tensors in turn; `made`: the group, the parameter and the key of what the
+#: step creates, which are its results.
+ARGUMENTS = ("parameters", "gradients", "kept", "made")
+#: Classes that treat each parameter by itself, and whose `step` runs no code but torch's.
+_KINDS = (
+    *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
+    *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
+    *(torch.optim.RMSprop, torch.optim.Rprop),
+)
+
+
+#: What an optimizer keeps that is one number, whatever the shape of the parameter.
+_NUMBERS = {"step", "mu_product"}
+
+
+class OptimizerOperator:
+    """The step of an optimizer of one class.
+
+    settings: the keys of its param groups that a step depends on.
+    """
+
+    tags: tuple[torch.Tag, ...] = ()
+
+    def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
+        self.kind = kind
+        known = inspect.signature(kind.__init__).parameters
+        self.settings = tuple(name for name in known if name not in ("self", "params"))
+        self.overloadpacket = SimpleNamespace(__name__=kind.__name__)
+
+    def __str__(self) -> str:
+        return f"optim.{self.kind.__name__}.step"
+
+    def _op(
+        self,
+        parameters: Sequence[Sequence[Tensor]],
+        gradients: Sequence[Sequence[Tensor]],
+        kept: Sequence[Sequence[Sequence[Any]]],
+        made: Sequence[Sequence[Any]],
+        **settings: Sequence[Any],
+    ) -> list[Tensor]:
+        return BoundOptimizer(self, parameters, gradients, kept, made).step(settings)
+
+    def check(
+        self, given: Mapping[str, Any], results: Sequence[Any], tensors: Mapping[str, Any]
+    ) -> None:
+        """Check the arguments of such an operation, as a program holds them.
+
+        Args:
+            given: by name.
+            results: names.
+            tensors: the specs of the tensors of the program, by name.
+
+        Raises:
+            ValueError: reports what is wrong.
+        """
+        if set(given) != {*ARGUMENTS, *self.settings}:
+            raise ValueError(f"{self} takes {', '.join((*ARGUMENTS, *self.settings))}")
+        parameters, gradients, kept, made = (given[name] for name in ARGUMENTS)
+        lists = (parameters, gradients, kept, made, *(given[name] for name in self.settings))
+        if not all(isinstance(each, list | tuple) for each in lists):
+            raise ValueError(f"{self} takes lists")
+        if not all(len(each) == len(parameters) for each in (gradients, kept, *lists[4:])):
+            raise ValueError(f"{self} takes as many items in each list as there are param groups")
+        for group in zip(parameters, gradients, kept, strict=True):
+            if not all(isinstance(each, list | tuple) and len(each) == len(group[0]) for each in group):
+                raise ValueError(f"{self} takes a gradient for each parameter, and what is kept of it")
+            for parameter, gradient, own in zip(*group, strict=True):
+                self._check_one(parameter, gradient, own, tensors)
+        if len(results) != len(made) or None in results:
+            raise ValueError(f"{self} returns {len(made)} results, not {len(results)}")
+        for each in made:
+            is_place = isinstance(each, list | tuple) and len(each) == 3
+            if not is_place or not all(isinstance(number, int) for number in each[:2]):
+                raise ValueError(f"{self} returns something of no parameter")
+            if not 0 <= each[0] < len(parameters) or not 0 <= each[1] < len(parameters[each[0]]):
+                raise ValueError(f"{self} returns something of no parameter")
+            if _key(each[2]) is None:
+                raise ValueError(f"{self} returns something without a key")
+
+    def _check_one(self, parameter: Any, gradient: Any, kept: Any, tensors: Mapping[str, Any]) -> None:
+        is_list = isinstance(kept, list | tuple) and len(kept) % 2 == 0
+        names = (parameter, gradient, *(kept[1::2] if is_list else (None,)))
+        if not all(isinstance(name, str) for name in names) or None in map(_key, kept[::2]):
+            raise ValueError(f"{self} takes tensors, and what is kept by key")
+        unknown = next((name for name in names if name not in tensors), None)
+        if unknown is not None:
+            raise ValueError(f"{self}: unknown tensor {unknown!r}")
+        own = tensors[parameter]
+        if (tensors[gradient].shape, tensors[gradient].dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{self}: {gradient} does not have the shape and dtype of {parameter}")
+        for key, name in zip(map(_key, kept[::2]), kept[1::2], strict=True):
+            spec = tensors[name]
+            if spec.shape if key in _NUMBERS else (spec.shape, spec.dtype) != (own.shape, own.dtype):
+                raise ValueError(f"{self}: {name} does not fit {parameter} as its {key}")
+        # A fused kernel reads and writes each as so many numbers without gaps.
+        for spec in (tensors[name] for name in names):
+            if spec.end < (spec.offset + math.prod(spec.shape)) * spec.torch_dtype.itemsize:
+                raise ValueError(f"{self}: the numbers of {parameter} share memory")
+
+
+def _key(value: Any) -> str | None:
+    """Return the text that an argument of a program is, None if it is something else."""
+    if isinstance(value, dict) and [*value] == ["text"] and isinstance(value["text"], str):
+        return value["text"]
+    return None
+
+
+class BoundOptimizer:
+    """An optimizer of torch's on given tensors.
+
+    Args:
+        operator: its class.
+        parameters, gradients, kept, made: as in `ARGUMENTS`; texts stand for themselves.
+    """
+
+    def __init__(
+        self,
+        operator: OptimizerOperator,
+        parameters: Sequence[Sequence[Tensor]],
+        gradients: Sequence[Sequence[Tensor]],
+        kept: Sequence[Sequence[Sequence[Any]]],
+        made: Sequence[Sequence[Any]],
+    ) -> None:
+        groups = [{"params": [*group]} for group in parameters]
+        make: Any = operator.kind
+        self._optimizer = make(groups or [{"params": []}])
+        self._given: list[tuple[Tensor, Tensor]] = []
+        for group, own_gradients in zip(parameters, gradients, strict=True):
+            self._given += zip(group, own_gradients, strict=True)
+        for group, own in zip(parameters, kept, strict=True):
+            for parameter, items in zip(group, own, strict=True):
+                if items:
+                    pairs = zip(items[::2], items[1::2], strict=True)
+                    self._optimizer.state[parameter] = dict(pairs)
+        self._made = [(parameters[group][place], key) for group, place, key in made]
+        # Without the hooks of all optimizers, and with the caller's choice whether autograd records.
+        self._step = inspect.unwrap(operator.kind.step)
+
+    def step(self, settings: Mapping[str, Sequence[Any]]) -> list[Tensor]:
+        """Take a step with settings, by key and param group; return what `made` names.
+
+        Raises:
+            ValueError, RuntimeError, KeyError: they do not fit the tensors.
+        """
+        for place, group in enumerate(self._optimizer.param_groups):
+            for key, values in settings.items():
+                value = values[place]
+                group[key] = tuple(value) if isinstance(value, list) else value
+        for parameter, gradient in self._given:
+            parameter.grad = gradient
+        try:
+            with torch.no_grad():
+                self._step(self._optimizer)
+            return [self._optimizer.state[parameter][key] for parameter, key in self._made]
+        except KeyError as error:
+            raise ValueError(f"the optimizer keeps no {error}") from None
+        finally:
+            for parameter, _ in self._given:
+                parameter.grad = None
+
+
+#: The operators by their names.
+OPTIMIZERS = {str(each): each for each in map(OptimizerOperator, _KINDS)}

@@ -1,0 +1,192 @@
+"""The step of one of torch's own optimizers is one operation, and opens to all that it ran."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from torch import nn, optim
+
+import everystep
+from everystep.errors import ProgramError
+from everystep.gradient_descent import GradientDescent
+from everystep.program.program import Program
+
+OPTIMIZERS = {
+    "gradient_descent": lambda p: GradientDescent(p, 0.1),
+    "sgd": lambda p: optim.SGD(p, 0.1, weight_decay=0.0),
+    "sgd_momentum": lambda p: optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd_fused": lambda p: optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "adam": lambda p: optim.Adam(p, 0.01),
+    "adam_amsgrad": lambda p: optim.Adam(p, 0.01, amsgrad=True, maximize=True),
+    "adam_tensor_rate": lambda p: optim.Adam(p, torch.tensor(0.01)),
+    "adamw_foreach": lambda p: optim.AdamW(p, 0.01, foreach=True),
+    "adamw_fused": lambda p: optim.AdamW(p, 0.01, fused=True),
+    "nadam": optim.NAdam,
+    "radam": lambda p: optim.RAdam(p, 0.1),
+    "adamax": optim.Adamax,
+    "adagrad": lambda p: optim.Adagrad(p, initial_accumulator_value=0.1),
+    "adadelta": optim.Adadelta,
+    "rmsprop": lambda p: optim.RMSprop(p, momentum=0.9, centered=True),
+    "rprop": optim.Rprop,
+}
+
+
+class Unrecorded:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def steps(self, batches):
+        yield from batches
+
+    def log(self, **numbers):
+        pass
+
+
+def trained(make, record, change=lambda optimizer, step: None):
+    """Train 12 steps; return the parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    first, second = [{"params": each.parameters()} for each in (model[0], model[2])]
+    optimizer = make([first, second])
+    x, y = torch.randn(9, 6), torch.randn(9, 1)
+    with record(model=model, optimizer=optimizer) as recording:
+        for step in recording.steps(range(1, 13)):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            change(optimizer, step)
+            recording.log(loss=loss)
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def set_settings(optimizer, step):
+    rate = optimizer.param_groups[1]["lr"]
+    if isinstance(rate, torch.Tensor):
+        rate.fill_(0.02 / step)
+    else:
+        optimizer.param_groups[1]["lr"] = 0.02 / step
+    if step == 6 and type(optimizer.param_groups[0].get("weight_decay")) is float:
+        optimizer.param_groups[0]["weight_decay"] = 0.3
+
+
+def assert_verified(run):
+    found = run.verify(processes=1, progress=False)
+    assert found.is_exact, found
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
+    make = OPTIMIZERS[name]
+    expected = trained(make, lambda **parts: Unrecorded(), set_settings)
+    found = trained(make, lambda **p: everystep.record(run=tmp_path / "run", **p), set_settings)
+    assert all(map(torch.equal, expected, found))
+    run = everystep.open(tmp_path / "run")
+    assert_verified(run)
+    # The first step makes what the optimizer keeps; settings are numbers of the steps after it.
+    assert len([*(tmp_path / "run" / "programs").iterdir()]) <= 2
+    for number in (1, 7, 12):
+        step = run[number]
+        updates = [each.operation for each in step.operations if each.operation.phase == "update"]
+        assert updates and all(each.operator.startswith("aten.") for each in updates)
+    if name == "sgd":
+        before, after, step = run.parameters(6), run.parameters(7), run[7]
+        decayed = step.gradients["0.bias"].add(before["0.bias"], alpha=0.3)
+        assert torch.equal(after["0.bias"], before["0.bias"].add(decayed, alpha=-0.1))
+        rate = -0.02 / 6
+        assert torch.equal(after["2.bias"], before["2.bias"].add(step.gradients["2.bias"], alpha=rate))
+
+
+def test_a_step_that_raises_is_watched_again_from_the_next_one_on(tmp_path):
+    def change(optimizer, step):
+        if step % 4 == 0:
+            rate = optimizer.param_groups[1]["lr"]
+            optimizer.param_groups[1]["lr"] = None
+            with contextlib.suppress(TypeError):
+                optimizer.step()  # the first group is updated by then
+            optimizer.param_groups[1]["lr"] = rate
+
+    make = OPTIMIZERS["sgd"]
+    expected = trained(make, lambda **parts: Unrecorded(), change)
+    found = trained(make, lambda **p: everystep.record(run=tmp_path / "run", **p), change)
+    assert all(map(torch.equal, expected, found))
+    assert_verified(everystep.open(tmp_path / "run"))
+
+
+def test_a_rate_that_the_step_itself_computes(tmp_path):
+    torch.manual_seed(0)
+    model, rate = nn.Linear(6, 1), torch.tensor(0.1)
+    optimizer = optim.Adam(model.parameters(), rate)
+    x, y = torch.randn(9, 6), torch.randn(9, 1)
+    with everystep.record(run=tmp_path / "run", model=model, optimizer=optimizer) as recording:
+        for _ in recording.steps(range(4)):
+            loss = nn.functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            rate.copy_(loss.detach() * 0.1)
+            optimizer.step()
+            recording.log(loss=loss)
+    run = everystep.open(tmp_path / "run")
+    assert_verified(run)
+    # What Adam computes depends on the rate, which is known in the step only.
+    step = run[3]
+    assert all(each.operation.operator.startswith("aten.") for each in step.operations)
+    after = {name: t for each in step.operations for name, t in each.made.items()}
+    assert torch.equal(after["parameter/weight"], run.parameters(3)["weight"])
+
+
+def test_what_somebody_else_runs_in_a_step_is_watched(tmp_path):
+    def make(groups):
+        optimizer = optim.SGD(groups, 0.1)
+
+        def halve(optimizer, *given):
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad.mul_(0.5)
+
+        optimizer.register_step_pre_hook(halve)
+        return optimizer
+
+    expected = trained(make, lambda **parts: Unrecorded())
+    found = trained(make, lambda **p: everystep.record(run=tmp_path / "run", **p))
+    assert all(map(torch.equal, expected, found))
+    assert_verified(everystep.open(tmp_path / "run"))
+
+
+CHANGES = {
+    "a gradient of another shape": lambda each: each["arguments"][1][0].__setitem__(0, "loss"),
+    "an unknown tensor": lambda each: each["arguments"][0][0].__setitem__(0, "nothing"),
+    "a number for a tensor": lambda each: each["arguments"][0][0].__setitem__(0, 3),
+    "too few gradients": lambda each: each["arguments"][1][0].pop(),
+    "too few groups": lambda each: each["arguments"][1].pop(),
+    "kept without a key": lambda each: each["arguments"][2][0][0].pop(0),
+    "kept of another shape": lambda each: each["arguments"][2][0][0].__setitem__(3, "loss"),
+    "an unknown setting": lambda each: each["keywords"].__setitem__("closure", [None, None]),
+    "a setting too few": lambda each: each["keywords"].pop("lr"),
+    "a setting for one group": lambda each: each["keywords"]["lr"].pop(),
+    "no lists": lambda each: each["arguments"].__setitem__(0, "loss"),
+    "a result that nothing makes": lambda each: each.__setitem__("results", ["loss"]),
+    "a place that there is not": lambda each: each["arguments"][3].append([7, 0, {"text": "step"}]),
+    "an argument too few": lambda each: each["arguments"].pop(),
+    "another class": lambda each: each.__setitem__("operator", "optim.LBFGS.step"),
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    place = tmp_path_factory.mktemp("program") / "run"
+    trained(OPTIMIZERS["adam_amsgrad"], lambda **parts: everystep.record(run=place, **parts))
+    return (place / "programs" / "2.json").read_text()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_program_that_somebody_has_changed_is_refused(name, program):
+    Program.from_json(program)
+    data = json.loads(program)
+    (step,) = [each for each in data["operations"] if each["operator"].startswith("optim.")]
+    CHANGES[name](step)
+    with pytest.raises(ProgramError, match="not a valid program"):
+        Program.from_json(json.dumps(data))
