@@ -1,8 +1,8 @@
 """Optimizers that others have published, as their packages list them, and how each is made.
 
-An optimizer that a package lists is tried, whether it is named here or not: most are made from the
-parameters alone. `SETTINGS` says how the others are made, `NEEDS` what those need that a plain loop
-does not do, and `NOT_TRIED` which are left out, and why.
+An optimizer that a package lists is tried, whether it is named here or not; one that two packages list is
+tried once. Most are made from the parameters alone. `SETTINGS` says how the others are made, `NEEDS` what
+those need that a plain loop does not do, and `NOT_TRIED` which are left out, and why.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ MATRICES_ONLY = {"pytorch_optimizer.SpectralSphere"}
 
 def _listed() -> dict[str, type[optim.Optimizer]]:
     """Return every optimizer that the packages list and do not take from torch, by its name."""
-    found = {}
-    for package in (pytorch_optimizer, torch_optimizer, schedulefree):
+    found, names = {}, set()
+    for package in (schedulefree, pytorch_optimizer, torch_optimizer):
         for name, kind in sorted(vars(package).items()):
             is_optimizer = isinstance(kind, type) and issubclass(kind, optim.Optimizer)
-            if is_optimizer and not kind.__module__.startswith("torch.optim"):
+            is_torchs = is_optimizer and kind.__module__.startswith("torch.optim")
+            if is_optimizer and not is_torchs and name.lower() not in names:
+                names.add(name.lower())
                 found[f"{package.__name__}.{name}"] = kind
     return found
 
@@ -126,7 +128,6 @@ SETTINGS: dict[str, Make] = {
     "pytorch_optimizer.SpectralSphere": of_the_parameters(solver_max_iterations=10),
     "pytorch_optimizer.TRAC": around(optim.Adam),
     "pytorch_optimizer.WSAM": wsam,
-    "torch_optimizer.Lookahead": around(torch_optimizer.Yogi),
 } | {
     name: in_training_mode(of_the_parameters())
     for name, kind in LISTED.items()
@@ -150,7 +151,6 @@ NEEDS = {
     # Gradients that have gradients.
     "pytorch_optimizer.AdaHessian": "does not have a grad_fn",
     "pytorch_optimizer.SophiaH": "does not have a grad_fn",
-    "torch_optimizer.Adahessian": "create_graph",
     # They update parameters in the backward pass, and have no step.
     "pytorch_optimizer.AdaLOMO": "NotImplementedError",
     "pytorch_optimizer.LOMO": "NotImplementedError",

@@ -6,7 +6,7 @@ from tests.training.published_optimizers import NEEDS, TRIED, new_published_trai
 
 from everystep.errors import EverystepError
 
-STEPS = 40
+STEPS = 12
 
 pytestmark = [
     # Of torch, about the oldest ones of torch_optimizer.

@@ -1,6 +1,5 @@
 """Modules that carry something from step to step, as people write them."""
 
-import math
 import random
 
 import torch
@@ -17,22 +16,10 @@ MODELS = model = Table()
 
 
 @model
-class AnnealsItsTemperature(Network):
-    def __init__(self):
-        super().__init__()
-        self.temperature = 2.0
-
-    def forward(self, x):
-        if self.training:
-            self.temperature = max(0.5, self.temperature * 0.97)
-        return self.inner(x) / self.temperature
-
-
-@model
 class WarmsUp(Network):
-    """Counts its steps in a number, and is another from the thirtieth on."""
+    """Counts its steps in a number, and is another from the tenth on."""
 
-    def __init__(self, warmup_steps=30):
+    def __init__(self, warmup_steps=10):
         super().__init__()
         self.step, self.warmup_steps = 0, warmup_steps
 
@@ -69,18 +56,6 @@ class MovingAverageInABuffer(Network):
         if self.training:
             with torch.no_grad():
                 self.mean.mul_(0.9).add_(0.1 * h.mean(0))
-        return h - self.mean
-
-
-@model
-class MovingAverageInANewBuffer(Network):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(2))
-
-    def forward(self, x):
-        h = self.inner(x)
-        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
         return h - self.mean
 
 
@@ -123,20 +98,7 @@ class CountsBatches(Network):
 
     def forward(self, x):
         self.batches.add_(1)
-        return self.inner(x) * torch.clamp(self.batches / 50, max=1.0)
-
-
-@model
-class MakesItsMaskOnce(Network):
-    def __init__(self):
-        super().__init__()
-        self.mask = None
-
-    def forward(self, x):
-        h = self.inner(x)
-        if self.mask is None or self.mask.size(0) < h.size(1):
-            self.mask = torch.tril(torch.ones(2, 2))
-        return h @ self.mask
+        return self.inner(x) * torch.clamp(self.batches / 15, max=1.0)
 
 
 @model
@@ -154,13 +116,6 @@ class ClampsItsWeights(Network):
         with torch.no_grad():
             for parameter in self.inner.parameters():
                 parameter.clamp_(-0.4, 0.4)
-        return self.inner(x)
-
-
-@model
-class ClampsTheDataOfItsWeights(Network):
-    def forward(self, x):
-        self.inner[0].weight.data.clamp_(-0.4, 0.4)
         return self.inner(x)
 
 
@@ -212,22 +167,8 @@ class TeacherForcing(Network):
 
 
 @model
-class ScheduledByItsEpoch(Network):
-    """A step beyond a list of milestones."""
-
-    def __init__(self):
-        super().__init__()
-        self.milestones, self.calls = [23, 50, 71], 0
-
-    def forward(self, x):
-        self.calls += 1
-        passed = sum(self.calls >= milestone for milestone in self.milestones)
-        return self.inner(x) * math.pow(0.5, passed)
-
-
-@model
 class GrowsItsLayers(Network):
-    """Progressive growing: a layer more at the thirtieth call."""
+    """Progressive growing: a layer more at the tenth call."""
 
     def __init__(self):
         super().__init__()
@@ -235,7 +176,7 @@ class GrowsItsLayers(Network):
 
     def forward(self, x):
         self.calls += 1
-        for layer in self.layers[: 1 + self.calls // 30]:
+        for layer in self.layers[: 1 + self.calls // 10]:
             x = x + layer(x)
         return self.inner(x)
 
@@ -249,14 +190,14 @@ class UnfreezesOnTheWay(Network):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls == 41:
+        if self.calls == 9:
             self.inner[0].requires_grad_(True)
         return self.inner(x)
 
 
 @model
 class SwitchesItsMode(Network):
-    """Batch norm is frozen from the fiftieth call on."""
+    """Batch norm is frozen from the thirteenth call on."""
 
     def __init__(self):
         super().__init__()
@@ -264,7 +205,7 @@ class SwitchesItsMode(Network):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls == 50:
+        if self.calls == 13:
             self.norm.eval()
         return self.inner(self.norm(x))
 
@@ -351,8 +292,8 @@ def _cases():
 
         options = {"batch_size": 8 if kind is BranchesOnTheSizeOfItsBatch else None}
         yield Case(f"a module that carries something, {name}", make, options=options)
-    yield Case("a count of steps and evaluations", evaluated_and_counting, 70)
-    yield Case("a count of steps and evaluations for a schedule", scheduled_by_validation, 70)
+    yield Case("a count of steps and evaluations", evaluated_and_counting, 12)
+    yield Case("a count of steps and evaluations for a schedule", scheduled_by_validation, 12)
 
 
 CARRYING_CASES = [*_cases()]

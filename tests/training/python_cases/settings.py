@@ -1,6 +1,7 @@
 """What a forward only reads, and other code sets between two steps.
 
-Each setting gives a model and a function that sets it: to 2.0, or back to 1.0.
+Each setting gives a model and a function that sets it: to 2.0, or back to 1.0. Most cases set it back
+before the next check of a program.
 """
 
 import math
@@ -11,7 +12,7 @@ from tests.training.python_cases.case import WHEN, Case, Network, Table, moments
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as all_modules
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrize, prune
 from torch.optim import lr_scheduler
 from torch.optim import optimizer as all_optimizers
 
@@ -131,12 +132,6 @@ def the_mode_of_a_dropout(_):
 def the_mode_of_a_batch_norm(_):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     return model, lambda value: model[1].train(value == 1.0)
-
-
-@setting
-def the_mode_of_the_model(_):
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
-    return model, lambda value: model.train(value == 1.0)
 
 
 @setting
@@ -297,12 +292,6 @@ def a_forward_hook(_):
 
 
 @setting
-def a_forward_hook_before(_):
-    model = mlp()
-    return model, hooked(lambda: model[2].register_forward_pre_hook(lambda m, x: (2 * x[0],)))
-
-
-@setting
 def a_backward_hook(_):
     model = mlp()
     return model, hooked(
@@ -411,12 +400,6 @@ def the_forward_of_a_module(_):
 
 
 @setting
-def the_call_impl_of_a_module(_):
-    model = mlp()
-    return model, exchanged(model[1], "_call_impl", lambda x: 2 * x.tanh())
-
-
-@setting
 def the_forward_of_torchs_class(_):
     return mlp(), exchanged(nn.Tanh, "forward", lambda self, x: 2 * x.tanh())
 
@@ -509,19 +492,6 @@ def a_parametrization(_):
             parametrize.register_parametrization(model[0], "weight", Doubling())
         else:
             parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
-
-    return model, change
-
-
-@setting
-def a_weight_norm(_):
-    model = mlp()
-
-    def change(value):
-        if value == 2.0:
-            parametrizations.weight_norm(model[0])
-        else:
-            parametrize.remove_parametrizations(model[0], "weight")
 
     return model, change
 
@@ -664,7 +634,7 @@ class SwitchingMetric:
         self.switch, self.calls = switch, 0
 
     def __call__(self, prediction, target):
-        self.calls += EVALUATE_EVERY
+        self.calls += 1
         return self.switch(self.calls)
 
 
@@ -675,8 +645,6 @@ def a_metric(trained, switch):
 
 #: Torch's schedules keep hold of the step that an optimizer has.
 ONLY_BY = {"the step of torchs optimizer": "a metric"}
-#: Steps between two calls of a metric.
-EVALUATE_EVERY = 7
 
 
 def set_between_steps(setting, changer, when, at):
@@ -699,14 +667,13 @@ def _cases():
     changers = [*CHANGERS]
     for number, (name, setting) in enumerate(SETTINGS.items()):
         who = ONLY_BY.get(name, changers[number % len(changers)])
-        when, step = next(moment)
-        when = "from" if who == "a metric" else when
+        _, step = next(moment)
 
-        def make(at, setting=setting, changer=CHANGERS[who], when=WHEN[when]):
-            return set_between_steps(setting, changer, when, at)
+        def make(at, setting=setting, changer=CHANGERS[who]):
+            return set_between_steps(setting, changer, WHEN["five times from"], at)
 
-        options = {"evaluate_every": EVALUATE_EVERY} if who == "a metric" else {}
-        yield Case(f"reads {name}, set by {who}, {when} {step}", make, step, options=options)
+        options = {"evaluate_every": 1} if who == "a metric" else {}
+        yield Case(f"reads {name}, set by {who} for five steps from {step}", make, step, options=options)
 
 
 SETTING_CASES = [*_cases()]
