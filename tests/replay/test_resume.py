@@ -31,7 +31,7 @@ from everystep.training import loop
 from everystep.training.loop_writer import LoopWriter
 from everystep.views.progress import Silent
 
-STEPS = 40
+STEPS = 30
 
 
 class Killed(BaseException):
@@ -127,7 +127,7 @@ def killed_experiment(dying, experiment, settings, deaths):
 
 @pytest.mark.parametrize(
     ("experiment", "settings", "deaths"),
-    [("two-layer", {"steps": 60}, (2, 30)), ("digits", {"steps": 26}, (24,)), (OWN, {}, (5, 17, 33))],
+    [("two-layer", {"steps": 20}, (2, 12)), ("digits", {"steps": 26}, (24,)), (OWN, {}, (5, 22))],
 )
 def test_an_experiment_that_was_killed_ends_in_the_bits_of_one_that_was_not(
     experiment, settings, deaths, dying
@@ -156,11 +156,11 @@ def test_a_finished_run_is_trained_further(everystep_command):
 def test_train_with_resume_begins_a_run_goes_on_with_it_and_leaves_a_finished_one(
     dying, everystep_command
 ):
-    killed_experiment(dying, "two-layer", {"steps": 60}, (20,))
-    command = ("train", "two-layer", "--steps", "60", "--run", "runs/killed", "--resume", "-q")
+    killed_experiment(dying, "two-layer", {"steps": 20}, (12,))
+    command = ("train", "two-layer", "--steps", "20", "--run", "runs/killed", "--resume", "-q")
     assert everystep_command(*command)[0] == 0
     run = everystep.open("killed")
-    assert len(run) == 60 and run.facts.status == "finished"
+    assert len(run) == 20 and run.facts.status == "finished"
     assert everystep_command(*command)[0] == 0
     code, _, said = everystep_command(*command, "--set", "optimizer.lr=1e-3")
     assert code == 2
@@ -169,8 +169,8 @@ def test_train_with_resume_begins_a_run_goes_on_with_it_and_leaves_a_finished_on
 
 
 def test_a_killed_run_says_so_and_how_to_go_on(dying, everystep_command):
-    run = killed_experiment(dying, "two-layer", {"steps": 60}, (20,))
-    words = rf"killed after step {len(run)} of 60, 20\d\d-"
+    run = killed_experiment(dying, "two-layer", {"steps": 20}, (12,))
+    words = rf"killed after step {len(run)} of 20, 20\d\d-"
     _, _, said = everystep_command("runs")
     assert re.search(words, said) and "resume with everystep resume killed" in said
     report = run.report()
@@ -179,7 +179,7 @@ def test_a_killed_run_says_so_and_how_to_go_on(dying, everystep_command):
 
 
 def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
-    run = killed_experiment(dying, "two-layer", {"steps": 60}, (30,))
+    run = killed_experiment(dying, "two-layer", {"steps": 20}, (12,))
     snapshots = [row for row in run.snapshot_rows() if row.step >= len(run) - 2]
     for row in snapshots:
         shutil.rmtree(run.directory / row.directory)
@@ -191,23 +191,23 @@ def test_steps_that_are_taken_again_must_give_the_recorded_losses(dying):
     assert everystep.open(run.directory).facts.status == "running"  # as it was
     assert len(everystep.open(run.directory)) == count
     accepted = everystep.open(run.directory).resume(anyway=True, progress=False)
-    whole = everystep.train_experiment("two-layer", {"steps": 60}, progress=False)
+    whole = everystep.train_experiment("two-layer", {"steps": 20}, progress=False)
     assert accepted.losses.equals(whole.losses)
 
 
 def test_a_snapshot_that_cannot_be_read_is_left_out_and_removed(dying):
-    run = killed_experiment(dying, "two-layer", {"steps": 60}, (30,))
+    run = killed_experiment(dying, "two-layer", {"steps": 20}, (12,))
     newest = run.snapshot_rows()[-1]
     file = run.directory / newest.directory / "parameters.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     resumed = everystep.open(run.directory).resume(progress=False)
-    whole = everystep.train_experiment("two-layer", {"steps": 60}, progress=False)
+    whole = everystep.train_experiment("two-layer", {"steps": 20}, progress=False)
     assert_same_run(whole, resumed)
     assert len(resumed.verify(progress=False).problems) == 0
 
 
 def test_a_run_that_is_being_trained_names_its_process(dying, everystep_command):
-    run = killed_experiment(dying, "two-layer", {"steps": 60}, (30,))
+    run = killed_experiment(dying, "two-layer", {"steps": 20}, (12,))
     recorder = Recorder(run.directory, run.facts, 10**9, at=0, is_resumed=True)
     try:
         code, _, said = everystep_command("resume", "killed")
@@ -381,10 +381,10 @@ CARRY_NOTHING = [
 @pytest.mark.parametrize("name", CARRY_NOTHING)
 def test_a_loop_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     seeded()
-    losses, states = LOOPS[name](30, unrecorded)
-    resumed, resumed_states = by_loop(lambda record: LOOPS[name](30, record), (6, 19))
+    losses, states = LOOPS[name](20, unrecorded)
+    resumed, resumed_states = by_loop(lambda record: LOOPS[name](20, record), (6, 14))
     run = everystep.open("runs/killed")
-    assert len(run) == 30 and run.facts.status == "finished"
+    assert len(run) == 20 and run.facts.status == "finished"
     assert resumed[-1] == losses[-1]
     for one, other in zip(states, resumed_states, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -489,9 +489,9 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(dying):
     def body(record):
         x, y = tensors().tensors
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
         with record(model=model, optimizer=optimizer) as recording:
-            for _ in range(recording.step_count, 20):
+            for _ in range(recording.step_count, 9):
                 with recording.step({"x": x, "y": y}):
 
                     def closure():
@@ -505,7 +505,7 @@ def test_a_loop_that_marks_its_steps_goes_on_by_their_count(dying):
 
     seeded()
     whole = body(lambda **parts: everystep.record(run="runs/whole", **parts))
-    assert torch.equal(whole, by_loop(body, (5, 12)))
+    assert torch.equal(whole, by_loop(body, (3, 6)))
     assert_same_run(everystep.open("whole"), everystep.open("killed"))
 
 

@@ -32,7 +32,7 @@ class Case:
     loss: Callable[[], Any]
     optimizer: Callable[[nn.Module, Any], optim.Optimizer]
     schedule: Callable[[Any], Any] | None = None
-    steps: int = 50
+    steps: int = 20
     batch_size: int | None = None
     drop_last: bool = False
     clip_norm: float | None = None
@@ -533,10 +533,10 @@ OPTIMIZERS = [
 ]
 
 halving = partial(lr_scheduler.StepLR, step_size=7, gamma=0.5)
-cosine = partial(lr_scheduler.CosineAnnealingLR, T_max=50)
-one_cycle = partial(lr_scheduler.OneCycleLR, max_lr=0.05, total_steps=60)
+cosine = partial(lr_scheduler.CosineAnnealingLR, T_max=20)
+one_cycle = partial(lr_scheduler.OneCycleLR, max_lr=0.05, total_steps=30)
 cyclic = partial(lr_scheduler.CyclicLR, base_lr=0.001, max_lr=0.02, step_size_up=7)
-restarts = partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=10)
+restarts = partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=6)
 plateau = partial(lr_scheduler.ReduceLROnPlateau, patience=0)
 slowing = partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step))
 slowing_apart = partial(lr_scheduler.LambdaLR, lr_lambda=[lambda s: 1 / (1 + s), lambda s: 0.9**s])

@@ -216,7 +216,7 @@ def gradient_scaler_with_an_overflow(steps, record):
         for number, (inputs, targets) in enumerate(recording.steps(endless(loader(x, y), steps))):
             optimizer.zero_grad()
             loss = functional.mse_loss(model(inputs), targets)
-            if number % 50 == 30:
+            if number == 12:
                 loss = loss * float("inf")
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -315,18 +315,18 @@ def two_schedules_and_layers_unfrozen_on_the_way(steps, record):
     optimizer = torch.optim.AdamW(
         [{"params": head.parameters()}, {"params": body.parameters(), "lr": 1e-4}]
     )
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=20)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
     losses = []
     with record(model=model, optimizer=optimizer, warmup=warmup, cosine=cosine) as recording:
         for number, (inputs, targets) in enumerate(recording.steps(endless(loader(x, y), steps))):
-            if number == 25:
+            if number == 15:
                 body.requires_grad_(True)
             loss = functional.smooth_l1_loss(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            (warmup if number < 20 else cosine).step()
+            (warmup if number < 10 else cosine).step()
             recording.log(loss=loss)
             losses.append(loss.item())
     return losses, [model.state_dict()]
@@ -336,10 +336,10 @@ def two_schedules_and_layers_unfrozen_on_the_way(steps, record):
 def lbfgs_with_line_search(steps, record):
     x, y = data()
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2, line_search_fn="strong_wolfe")
     losses = []
     with record(model=model, optimizer=optimizer) as recording:
-        for inputs, targets in recording.steps([(x, y)] * min(steps, 20)):
+        for inputs, targets in recording.steps([(x, y)] * min(steps, 8)):
 
             def closure(inputs=inputs, targets=targets):
                 optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """Optimizers that others have published, as their packages list them, and how each is made.
 
-An optimizer that a package lists is tried, whether it is named here or not; one that two packages list is
-tried once. Most are made from the parameters alone. `SETTINGS` says how the others are made, `NEEDS` what
+An optimizer that a package lists is tried, whether it is named here or not, and once where two packages
+list it. Most are made from the parameters alone. `SETTINGS` says how the others are made, `NEEDS` what
 those need that a plain loop does not do, and `NOT_TRIED` which are left out, and why.
 """
 

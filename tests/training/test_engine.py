@@ -1,4 +1,7 @@
-"""Training by program gives the very bits of a loop written out by hand, and says who took the steps."""
+"""Training by program gives the very bits of a loop written out by hand, and says who took the steps.
+
+Every loss and snapshot comes back from disk.
+"""
 
 from functools import partial
 
@@ -21,6 +24,7 @@ from torch.optim import lr_scheduler
 
 import everystep
 from everystep.program.program import Program
+from everystep.recording.snapshots import SnapshotPlan
 
 
 def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():
@@ -37,7 +41,8 @@ def test_every_optimizer_of_torch_that_needs_no_closure_is_among_the_cases():
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_training_has_the_bits_of_the_loop(case, capfd):
+def test_training_has_the_bits_of_the_loop_and_every_step_comes_back(case, capfd, monkeypatch):
+    monkeypatch.setattr(SnapshotPlan, "choose_interval", lambda plan, *_: setattr(plan, "interval", 8))
     made = case.make()
     losses = by_hand(made, **case.options)
     expected = contents(made)
@@ -54,6 +59,12 @@ def test_training_has_the_bits_of_the_loop(case, capfd):
         assert run.facts.training.engine.reason is None
         assert run.facts.training.engine.verified_to == case.steps
         assert capfd.readouterr().err == ""
+    generator = torch.get_rng_state()
+    run = everystep.open(run.directory)
+    found = run.verify(processes=1, progress=False)
+    assert found.is_exact, found
+    assert (found.steps, found.snapshots) == (len(losses), len(run.snapshots) - 1)
+    assert torch.equal(torch.get_rng_state(), generator)
     for rule in run.facts.training.engine.programs:
         assert Program.from_json((run.directory / rule.file).read_bytes()).torch == torch.__version__
 
@@ -118,10 +129,10 @@ OPTIMIZER_OF = {
 }
 BATCH_SIZES = {"two-layer": None, "diabetes": 32, "wine": 16, "digits": 64}
 LENGTHS = {
-    "two-layer": {"steps": 60},
-    "diabetes": {"epochs": 6},
-    "wine": {"epochs": 8},
-    "digits": {"epochs": 1},
+    "two-layer": {"steps": 20},
+    "diabetes": {"epochs": 2},
+    "wine": {"epochs": 3},
+    "digits": {"steps": 18},
 }
 
 
