@@ -584,7 +584,7 @@ def with_activation(model, activation):
 
 def make_case(name):
     case = next(case for case in CASES if case.name == name)
-    return case.make(), case.options
+    return case.make(), case.options | {"steps": STEPS}
 
 
 def objects_of(made: Made) -> dict[str, Any]:

@@ -308,7 +308,7 @@ def test_an_optimizer_with_state_of_its_own_opens_verifies_and_forks(optimizer):
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_optimizer.SOAP", "torch_optimizer.Lookahead", "pytorch_optimizer.Ranger21"]
+    "name", ["pytorch_optimizer.SOAP", "pytorch_optimizer.Lookahead", "pytorch_optimizer.Ranger21"]
 )
 def test_published_optimizers_replay_from_the_middle(name):
     run = by_train(new_published_training(name), steps=STEPS, snapshot_budget=10**9)
