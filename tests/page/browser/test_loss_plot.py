@@ -101,8 +101,8 @@ WRITTEN = """() => {
 }"""
 
 
-@pytest.mark.parametrize("most", [0.5, 5.0, 30.0, 400.0, 5e4, 1e30])
-@pytest.mark.parametrize(("path", "height"), [("", 900), ("", 400), ("&step=1", 700)])
+@pytest.mark.parametrize("most", [0.5, 30.0, 5e4, 1e30])
+@pytest.mark.parametrize(("path", "height"), [("", 900), ("&step=1", 700)])
 def test_the_numbers_of_a_log_axis_can_be_read(copied, visit, most, path, height):
     run = copied("chapter")
     with changed(run) as database:

@@ -70,10 +70,9 @@ def test_rows_are_ranked_when_asked_for_and_the_address_says_how(visit, ranked, 
     expect_rows(page, ranked(8, "loss")[:10])
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_link_ranks_them_on_a_phone_too(visit, ranked, scheme):
+def test_a_link_ranks_them_on_a_phone_too(visit, ranked):
     phone = {"width": 390, "height": 844}
-    page = visit("/runs/digits?step=7&open=rows+by+gradient", viewport=phone, color_scheme=scheme)
+    page = visit("/runs/digits?step=7&open=rows+by+gradient", viewport=phone, color_scheme="dark")
     expect_rows(page, ranked(7, "gradient")[:10])
     header = page.get_by_role("columnheader", name="gradient", exact=True)
     expect(header).to_have_attribute("aria-sort", "descending")
