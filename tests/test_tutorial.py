@@ -84,7 +84,7 @@ def test_python_prints_what_is_shown_and_gives_the_published_losses(tmp_path: Pa
         assert abs(loss - published) <= half_a_unit + 2e-4 * published, f"step {step}: {loss}, {text}"
 
 
-def test_commands_succeed_and_print_what_is_shown(tmp_path: Path) -> None:
+def test_commands_succeed_and_print_what_is_shown(tmp_path: Path, everystep_command) -> None:
     console = "".join(content for language, content in blocks() if language == "console")
     commands = re.split(r"^\$ ", console, flags=re.MULTILINE)[1:]
     assert commands
@@ -92,7 +92,8 @@ def test_commands_succeed_and_print_what_is_shown(tmp_path: Path) -> None:
         line, _, shown = command.partition("\n")
         program, *arguments = shlex.split(line)
         assert program == "everystep"
-        printed = execute(["-c", "from everystep.cli import main; main()", *arguments], tmp_path)
+        code, printed, said = everystep_command(*arguments)
+        assert code == 0, said
         if shown.strip():
             assert_same_output(printed, shown.rstrip("\n") + "\n")
 
@@ -135,6 +136,5 @@ def test_the_python_of_the_readme_and_of_the_reference_runs(page, before, count,
     text = (Path(__file__).parent.parent / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == count
-    for block in blocks:
-        command = [sys.executable, "-c", before + block]
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    command = [sys.executable, "-c", "\n".join([before, *blocks])]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)

@@ -26,7 +26,7 @@ def torture(*arguments):
 
 
 def test_death_at_operations_on_files_loses_nothing():
-    done = torture("operations", "--only", "chapter-whole-batch", "--each", "60")
+    done = torture("operations", "--only", "chapter-whole-batch", "--each", "120")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failures" in f" {done.stdout.splitlines()[-1]}"
 
