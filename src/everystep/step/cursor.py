@@ -93,12 +93,13 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Note the tensors of the state before the step."""
         self._state, self.paths.step = state, self
-        may_follow = self.paths.may_follow() and all(map(is_plain, state.values()))
-        self._tensors.begin(state if may_follow else {})
+        same = self._tensors.same(state)
+        may_follow = self.paths.may_follow() and all(map(is_plain, [*state.values()][same:]))
+        self._tensors.begin(state if may_follow else {}, same if may_follow else 0)
         if not may_follow:
             super().begin(state)
             return
-        self.at = root = self.paths.root(state)
+        self.at = root = self.paths.root(state, same)
         self._versions = versions_of(state.values())
         self.is_followed = bool(root.children) or root.ending is not None
         if not self.is_followed:
@@ -179,16 +180,16 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         kept: Kept,
         made: Made,
         name: str | None,
-        gradients: Mapping[str, Tensor],
+        gradients: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         """Note a step of an optimizer that has run unwatched; see `add_optimizer_step`."""
 
         def note() -> None:
             self.add_optimizer_step(step, kept, made, name)
-            self.optimizer_uses(gradients)
+            self.optimizer_uses(gradients())
 
         if self.is_followed:
-            self.numbers += step.numbers()
+            self.numbers += step.settings.numbers
         new = [each[3] for each in made]
         self._go(("optimizer ends", *[each[:3] for each in made]), new, note)
 

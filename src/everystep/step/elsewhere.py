@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Elsewhere", "version_of", "versions_of"]
+__all__ = ["Elsewhere", "version_of", "versions_by_name", "versions_of"]
 
 
 @dataclass
@@ -62,6 +62,14 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int | None]:
         return [tensor._version for tensor in tensors]
     except RuntimeError:
         return [version_of(tensor) for tensor in tensors]
+
+
+def versions_by_name(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:
+    """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
+    tensors = [*state.values()]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    keys = zip(map(id, tensors), versions_of(tensors), addresses, strict=True)
+    return dict(zip(state, keys, strict=True))
 
 
 def version_of(tensor: Tensor) -> int | None:

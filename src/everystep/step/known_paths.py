@@ -12,6 +12,7 @@ from torch import Tensor
 from everystep.step.entries import Entry, geometry
 from everystep.step.hooks import handles, has_hooks_on_node
 from everystep.step.met_tensors import MetTensors
+from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.path import Marks
 
 __all__ = ["KnownPaths"]
@@ -26,17 +27,20 @@ _BEGIN = Marks(0, 0, 0, 0, 0, 0, 0)
 class KnownPaths:
     """The paths of a recording, as a tree.
 
-    tensors: those of the step under way; given_up: why no step is followed any more, in words, or None.
+    tensors: those of the step under way; calls: of optimizers; given_up: why no step is followed any
+    more, in words, or None.
     """
 
     def __init__(self) -> None:
         self.tensors = MetTensors()
+        self.calls = OptimizerCalls()
         self.step: Any = None
         self.given_up: str | None = None
         self._roots: dict[Any, Entry] = {}
         self._learned = self._new = self._rest = 0
         self._next_rest = 1
-        self._last: tuple[list[Any], Any] | None = None
+        self._last: tuple[list[Any], Entry] | None = None
+        self._lies: list[tuple[Any, ...]] = []
         self._handles = -1
         self._without_hooks: dict[int, Any] = {}
 
@@ -49,23 +53,27 @@ class KnownPaths:
             return False
         return True
 
-    def root(self, state: Mapping[str, Tensor]) -> Entry:
-        """Return the point at which steps begin that have such a state."""
+    def root(self, state: Mapping[str, Tensor], same: int) -> Entry:
+        """Return the point at which steps begin that have such a state.
+
+        same: how many of its tensors, the first ones, are as they were at the last call.
+        """
         tensors = [*state.values()]
-        lies = [(id(t), t.data_ptr(), t.shape) for t in tensors]
-        last = self._last
-        if last is not None and last[0] == lies and last[1][0] == tuple(state):
-            structure = last[1]
-        else:
-            places: dict[int, int] = {}
-            shared = [places.setdefault(t.untyped_storage()._cdata, n) for n, t in enumerate(tensors)]
-            sizes = [t.untyped_storage().nbytes() for t in tensors]
-            structure = tuple(state), *map(geometry, tensors), *shared, *sizes
-            self._last = lies, structure
-        root = self._roots.get(structure)
-        if root is None:
-            root = self._roots[structure] = Entry("root", None, _BEGIN, len(tensors))
-        return root
+        lies = self._lies[:same]
+        for tensor in tensors[same:]:
+            storage = tensor.untyped_storage()
+            lies.append((geometry(tensor), storage.nbytes(), storage._cdata))
+        self._lies = lies
+        places: dict[int, int] = {}
+        shared = [places.setdefault(each[2], number) for number, each in enumerate(lies)]
+        looks = [*state, *shared, *[each[:2] for each in lies]]
+        if self._last is None or self._last[0] != looks:
+            key = tuple(looks)
+            root = self._roots.get(key)
+            if root is None:
+                root = self._roots[key] = Entry("root", None, _BEGIN, len(tensors))
+            self._last = looks, root
+        return self._last[1]
 
     def have_hooks(self, leaves: Iterable[Tensor]) -> bool:
         """Tell whether Python runs where autograd adds to the gradients of some tensors."""
@@ -91,6 +99,6 @@ class KnownPaths:
         self._learned += 1
         self._new += 1
         if self._learned > _MOST_LEARNED:
-            self._learned, self._roots = 0, {}
+            self._learned, self._roots, self._last = 0, {}, None
         if self._new > _PATIENCE:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

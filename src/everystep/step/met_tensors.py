@@ -23,6 +23,10 @@ def _gone() -> None:
     return None
 
 
+def _looks(tensor: Tensor) -> Any:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
 class StrangeError(Exception):
     """Something that cannot be compared at a later step."""
 
@@ -42,17 +46,36 @@ class MetTensors:
         self._indexed = 0
         self._number_of: dict[int, int] = {}
         self._places: dict[int, tuple[Any, int]] = {}
+        #: These, of as many tensors of the state as have stayed the same.
+        self._lasting: tuple[int, dict[int, int], dict[int, tuple[Any, int]]] = (0, {}, {})
+        self._looks: list[Any] = []
         self._brought: list[int] = []
 
-    def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Begin a step, which knows the tensors of the state."""
+    def same(self, state: Mapping[str, Tensor]) -> int:
+        """Return how many tensors of a state, the first ones, are as they were at the last `begin`."""
+        known = zip(state.values(), self.met, self.lies, self._looks, strict=False)
+        for number, (tensor, reference, lies, looks) in enumerate(known):
+            if reference() is not tensor or lies != tensor.data_ptr() or looks != _looks(tensor):
+                return number
+        return min(len(state), len(self._looks))
+
+    def begin(self, state: Mapping[str, Tensor], same: int) -> None:
+        """Begin a step, which knows the tensors of the state. same: as `same` has returned it."""
         del self.numbers[:]
-        self._number_of.clear()
-        self._places.clear()
         self._brought.clear()
-        for number, tensor in enumerate(state.values()):
-            self.meet(tensor, number)
-        self.count = self._indexed = len(state)
+        tensors = [*state.values()]
+        known, number_of, places = self._lasting
+        if known > same:
+            known, number_of, places = 0, {}, {}
+        self._number_of, self._places = number_of.copy(), places.copy()
+        for number in range(known, len(tensors)):
+            if known < number == same:
+                self._lasting = same, self._number_of.copy(), self._places.copy()
+            self.meet(tensors[number], number)
+        if known < same == len(tensors):
+            self._lasting = same, self._number_of.copy(), self._places.copy()
+        self._looks[same:] = map(_looks, tensors[same:])
+        self.count = self._indexed = len(tensors)
 
     def meet(self, tensor: Tensor, number: int, origin: int | None = None) -> None:
         """Note a tensor by a number. origin: the one by which its memory is known, None if it is new."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from everystep.program.operators import leaves
 from everystep.program.optimizers import OPTIMIZERS, OptimizerOperator
 
-__all__ = ["OptimizerCall"]
+__all__ = ["OptimizerCall", "OptimizerCalls", "Settings"]
 
 Number = int | float
 _BY_KIND = {operator.kind: operator for operator in OPTIMIZERS.values()}
@@ -22,76 +23,95 @@ _OWN = {
     *("_warned_capturable_if_run_uncaptured", "_step_supports_amp_scaling", "_step_count"),
     "_need_device_dtype_check_for_fused",
 }
+_NOTHING: dict[str, Any] = {}
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+
+
+class Settings(NamedTuple):
+    """The settings of an optimizer.
+
+    values: by key, a list by param group; layout: all but the numbers, comparable; numbers: in the order
+    in which a program has them.
+    """
+
+    values: dict[str, tuple[Any, ...]]
+    layout: tuple[Any, ...]
+    numbers: list[Number]
 
 
 class OptimizerCall(NamedTuple):
     """A step of an optimizer that is one operation.
 
-    operator: of a program; settings: by key, a list by param group; parameters: by group, those that
-    have a gradient; state: of the optimizer.
+    operator: of a program; parameters: by group, those that have a gradient; state: of the optimizer.
     """
 
     operator: OptimizerOperator
-    settings: dict[str, tuple[Any, ...]]
+    settings: Settings
     parameters: list[list[Tensor]]
     state: Mapping[Tensor, dict[str, Any]]
 
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters, their gradients, what the optimizer keeps of them, and its settings."""
+        found: list[Any] = []
+        for parameter in (p for group in self.parameters for p in group):
+            found += (parameter, parameter.grad, *self.state.get(parameter, _NOTHING).values())
+        found += leaves([*self.settings.values.values()])
+        return found
+
+    def kept(self) -> list[dict[str, Tensor]]:
+        """Return what the optimizer keeps of each parameter, by key."""
+        return [self.state.get(p, _NOTHING).copy() for group in self.parameters for p in group]
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What a step depends on besides numbers and tensors, comparable."""
+        state = self.state
+        keys = [tuple([(*state.get(p, _NOTHING),) for p in group]) for group in self.parameters]
+        return (*keys, self.settings.layout)
+
+
+class OptimizerCalls:
+    """Finds out what the next step of an optimizer is."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[list[Any], Settings | None]] = {}
+
+    def of(self, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
         """Return the next step of an optimizer, None if it is not of torch's own code alone."""
         operator = _BY_KIND.get(type(optimizer))
         if operator is None or any(getattr(optimizer, name) for name in _HOOKS):
             return None
         if any(len(hooks) > 1 for hooks in _HOOKS_OF_ALL):  # one is everystep's
             return None
-        if any(key not in _OWN and not key.startswith("_optimizer_") for key in vars(optimizer)):
+        own = vars(optimizer).keys() - _OWN
+        if own and not all(key.startswith("_optimizer_") for key in own):
+            return None
+        settings = self._settings(operator, optimizer)
+        if settings is None:
             return None
         groups = optimizer.param_groups
-        if any(group.get("differentiable") for group in groups):
-            return None
-        settings = {key: tuple([group[key] for group in groups]) for key in operator.settings}
-        if not all(map(_is_setting, settings.values())):
-            return None
         parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        call = cls(operator, settings, parameters, optimizer.state)
-        return call if call._keeps_tensors() else None
+        call = OptimizerCall(operator, settings, parameters, optimizer.state)
+        return call if all(isinstance(tensor, Tensor) for tensor in call.tensors()) else None
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield the parameters, their gradients, what the optimizer keeps of them, and its settings."""
-        for parameter in (p for group in self.parameters for p in group):
-            yield parameter
-            yield parameter.grad  # type: ignore[misc]
-            yield from (t for t in self.state.get(parameter, {}).values() if t is not None)
-        yield from leaves([*self.settings.values()])
-
-    def _keeps_tensors(self) -> bool:
-        kept = (v for group in self.parameters for p in group for v in self.state.get(p, {}).values())
-        return all(value is None or isinstance(value, Tensor) for value in kept)
-
-    def kept(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return what the optimizer keeps of a parameter, by key."""
-        own = self.state.get(parameter, {})
-        return {key: value for key, value in own.items() if value is not None}
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """What a step depends on besides numbers and tensors, comparable."""
-        keys = tuple(tuple([(*self.kept(p),) for p in group]) for group in self.parameters)
-        return keys, self.settings_layout
-
-    @property
-    def settings_layout(self) -> tuple[Any, ...]:
-        """What a step depends on of the settings besides numbers, comparable."""
-        return tuple(map(_without_numbers, self.settings.values()))
-
-    def numbers(self) -> list[Number]:
-        """Return the numbers among the settings, in the order in which a program has them."""
-        found: list[Number] = []
-        for values in self.settings.values():
-            _collect(values, found)
-        return found
+    def _settings(
+        self, operator: OptimizerOperator, optimizer: torch.optim.Optimizer
+    ) -> Settings | None:
+        groups = optimizer.param_groups
+        given = [operator, *[group.get(key) for key in operator.settings for group in groups]]
+        # They are mostly the same objects as before, and none of them can change.
+        known = self._known.get(id(optimizer))
+        if known is not None and len(known[0]) == len(given) and all(map(is_, known[0], given)):
+            return known[1]
+        values = {key: tuple([group.get(key) for group in groups]) for key in operator.settings}
+        settings = None
+        if all(map(_is_setting, values.values())) and not any(values.get("differentiable", ())):
+            numbers: list[Number] = []
+            _collect((*values.values(),), numbers)
+            settings = Settings(values, _without_numbers((*values.values(),)), numbers)
+        self._known[id(optimizer)] = given, settings
+        return settings
 
 
 def _is_setting(value: Any) -> bool:

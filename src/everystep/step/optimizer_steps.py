@@ -7,7 +7,6 @@ the tensors that it is given, and these are noted. Other optimizers are watched 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 
 from everystep.step.optimizer_call import OptimizerCall
 from everystep.step.seen_tensors import UnseenError, is_plain
-from everystep.step.watch import Kept, Made
+from everystep.step.watch import Kept
 
 if TYPE_CHECKING:
     from everystep.step.cursor import Cursor
@@ -27,7 +26,7 @@ __all__ = ["OptimizerStep", "OptimizerSteps"]
 class OptimizerStep(NamedTuple):
     """A step of an optimizer that was one operation.
 
-    begin, end: the range of its settings among the numbers of the step; layout: their `settings_layout`.
+    begin, end: the range of its settings among the numbers of the step; layout: all but these.
     """
 
     optimizer: torch.optim.Optimizer
@@ -70,29 +69,30 @@ class OptimizerSteps:
         cursor = self._cursor
         self.recover()
         is_ours = _get_current_dispatch_mode() is cursor and not has_arguments
-        call = OptimizerCall.of(optimizer) if is_ours else None
+        call = cursor.paths.calls.of(optimizer) if is_ours else None
         if call is None or not cursor.may_have_met(call):
             cursor.uses("optimizer begins", name, gradients())
             return
-        found = gradients()
-        note = partial(cursor.optimizer_uses, found)
-        what = ("optimizer", call.operator, name, (*found,), call.layout)
-        cursor.happens(*what, tensors=[*found.values(), *call.tensors()], note=note)
+
+        def note() -> None:
+            cursor.optimizer_uses(gradients())
+
+        cursor.happens("optimizer", call.operator, name, call.layout, tensors=call.tensors(), note=note)
         if not cursor.is_followed and not self._can_hold(call):
             cursor.leave()
             return
-        kept = [call.kept(p) for group in call.parameters for p in group]
-        self._under_way = _UnderWay(optimizer, call, kept, cursor.state_versions())
+        self._under_way = _UnderWay(optimizer, call, call.kept(), cursor.state_versions())
         _pop_mode()
 
     def _can_hold(self, call: OptimizerCall) -> bool:
         """Tell whether a program can hold the step: it knows all memory that the step uses."""
         cursor = self._cursor
         with torch._C._DisableTorchDispatch():
-            if not all(is_plain(t) and cursor.place_of(t) is not None for t in call.tensors()):
+            tensors = call.tensors()
+            if not all(is_plain(t) and cursor.place_of(t) is not None for t in tensors):
                 return False
             try:
-                cursor.encode([*call.tensors()])
+                cursor.encode(tensors)
             except UnseenError:
                 return False
         return True
@@ -105,21 +105,19 @@ class OptimizerSteps:
             return
         cursor, call = self._cursor, under_way.call
         _push_mode(cursor)
-        made: Made = []
-        before = iter(under_way.before)
-        for place, group in enumerate(call.parameters):
-            for index, parameter in enumerate(group):
-                known = next(before)
-                for key, tensor in call.kept(parameter).items():
-                    if known.get(key) is not tensor:
-                        made.append((place, index, key, tensor))
-        numbers = call.numbers()
-        begin = len(cursor.numbers)
+        places = [(g, index) for g, group in enumerate(call.parameters) for index in range(len(group))]
+        made = [
+            (*place, key, tensor)
+            for place, known, now in zip(places, under_way.before, call.kept(), strict=True)
+            for key, tensor in now.items()
+            if known.get(key) is not tensor
+        ]
+        begin, settings = len(cursor.numbers), call.settings
         with torch._C._DisableTorchDispatch():
-            cursor.optimizer_stepped(call, under_way.before, made, name, gradients())
+            cursor.optimizer_stepped(call, under_way.before, made, name, gradients)
             cursor.allow_changes(under_way.versions)
-        end = begin + len(numbers)
-        self.seen.append(OptimizerStep(under_way.optimizer, begin, end, call.settings_layout))
+        end = begin + len(settings.numbers)
+        self.seen.append(OptimizerStep(under_way.optimizer, begin, end, settings.layout))
 
     def recover(self) -> None:
         """Watch again after an optimizer's step that raised: what was not seen is kept by content.

@@ -26,7 +26,7 @@ from everystep.step.check import same_bits
 from everystep.step.comparison import Comparison, PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import changes_more_than_lr
-from everystep.step.optimizer_call import OptimizerCall
+from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.optimizer_steps import OptimizerStep
 from everystep.step.parts import Parts
 from everystep.step.path import Path
@@ -161,6 +161,7 @@ class StandIn:
         self._batch = [*batch]
         self._plain = plain
         self._optimizer_steps = _steps_of(seen.optimizer_steps, around.optimizers)
+        self._calls = OptimizerCalls()
         self._schedules = around.schedules()
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
@@ -418,10 +419,10 @@ class StandIn:
         """
         numbers = self._numbers.copy()
         for step in self._optimizer_steps:
-            call = OptimizerCall.of(step.optimizer)
-            if call is None or call.settings_layout != step.layout:
+            call = self._calls.of(step.optimizer)
+            if call is None or call.settings.layout != step.layout:
                 raise NotReplaceableError("the optimizer runs another step than before")
-            numbers[step.begin : step.end] = call.numbers()
+            numbers[step.begin : step.end] = call.settings.numbers
         return numbers
 
 

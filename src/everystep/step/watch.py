@@ -363,7 +363,7 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         given = (step.parameters, gradients, held, places)
         arguments = tuple([self._argument(value, False) for value in given])
         count = len(self.numbers)
-        settings = tuple([(key, self._argument(v, True)) for key, v in step.settings.items()])
+        settings = tuple([(key, self._argument(v, True)) for key, v in step.settings.values.items()])
         results, _ = self._results([each[3] for each in made])
         written = [p for group in step.parameters for p in group]
         written += [tensor for each in kept for tensor in each.values()]

@@ -24,7 +24,7 @@ from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
 from everystep.recording.repeats import Taken
 from everystep.step.check import state_differences
-from everystep.step.elsewhere import version_of
+from everystep.step.elsewhere import versions_by_name
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
 from everystep.step.plain import BuiltPath
@@ -150,7 +150,7 @@ class LoopWriter:
                 directory, resumed.facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
             )
         self._rows = StepRows(self._recorder)
-        self._versions = _versions(self._parts.state())
+        self._versions = versions_by_name(self._parts.state())
         if message := numerics.warning():
             say(message)
 
@@ -169,7 +169,7 @@ class LoopWriter:
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store what the loop changed since the last step, outside of any. state: the current one."""
-        now = _versions(state)
+        now = versions_by_name(state)
         if now == self._versions:
             return
         changed = {n: state[n] for n in now if self._versions.get(n) != now[n]}
@@ -207,7 +207,7 @@ class LoopWriter:
         self._snapshot_if_due()
         self._is_still = isinstance(step.watch, TakenByProgram) and step.watch.is_still
         if not self._is_still:
-            self._versions = _versions(after)
+            self._versions = versions_by_name(after)
         if time.perf_counter() >= self._flush_at:
             self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
@@ -219,7 +219,7 @@ class LoopWriter:
 
     def note_versions(self) -> None:
         """Note that the state equals that after the last step, although tensors were written since."""
-        self._versions = _versions(self._parts.state())
+        self._versions = versions_by_name(self._parts.state())
 
     def forget_versions(self) -> None:
         """Discard an incomplete step: no snapshot may hold the current state."""
@@ -246,7 +246,7 @@ class LoopWriter:
         self._keep_pending()
         self.flush()
         # A program writes gradients as Python does, and nothing has run since.
-        is_last = self._is_still or self._versions == _versions(self._parts.state())
+        is_last = self._is_still or self._versions == versions_by_name(self._parts.state())
         if self.step and not is_pending and is_last:
             last = self._snapshot()
             # A draw that found no more batches may have used the generators, and no step did.
@@ -392,8 +392,3 @@ def _compiled() -> int:
     """Return the number of functions that torch.compile has processed in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["frames"]["total"]) if dynamo is not None else 0
-
-
-def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:
-    """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
-    return {n: (id(t), version_of(t), t.data_ptr()) for n, t in state.items()}

@@ -81,7 +81,6 @@ class Recording(Generic[R]):
         self._paths = KnownPaths()
         self._copies = BatchCopies()
         self._under_way: StepUnderWay[Cursor] | None = None
-        self._names: dict[Tensor, str] = {}
         #: The names of measurements that the run has, or will have.
         self._measured: set[str] = set()
         self._left_at: int | None = None
@@ -337,7 +336,6 @@ class Recording(Generic[R]):
         self._begin(watch, state, batch)
 
     def _begin(self, watch: Cursor, state: dict[str, Tensor], batch: Any) -> None:
-        self._names = self._parts.parameter_names()
         rates = self._parts.rates()
         watch.begin(state)
         self._follower.step_begins()
@@ -443,7 +441,7 @@ class Recording(Generic[R]):
                 self._under_way.watch.optimizer_ends(name, lambda: self._gradients_of(optimizer))
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        names = self._names
+        names = self._parts.parameter_names()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
 

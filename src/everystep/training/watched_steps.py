@@ -9,7 +9,7 @@ from everystep.recording.recorder import Recorder
 from everystep.recording.repeats import Taken
 from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
-from everystep.step.elsewhere import Elsewhere, version_of
+from everystep.step.elsewhere import Elsewhere, version_of, versions_by_name
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.named_state import first_names, parameter_names
@@ -96,7 +96,7 @@ class WatchedSteps:
         self._taken.append(self._rows.row(number, watch, path, after, inputs, text_of((x, y)), copied))
         self._elsewhere.clean()
         self._notices.of_step(number, watch, is_compiled=False)
-        self._versions = _versions(after)
+        self._versions = versions_by_name(after)
         return loss
 
     def collect(self) -> list[Taken]:
@@ -148,7 +148,7 @@ class WatchedSteps:
 
     def _note_changes(self, step: int, state: dict[str, Tensor]) -> None:
         """Store what code between two steps has changed: a metric, a schedule, a Dataset."""
-        before, now = self._versions, _versions(state)
+        before, now = self._versions, versions_by_name(state)
         if before is None or before == now:
             return
         changed = {name: copy_of(state[name]) for name in now if before.get(name) != now[name]}
@@ -173,8 +173,3 @@ class WatchedSteps:
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for p, name in self._names().items() if p.grad is not None}
-
-
-def _versions(state: dict[str, Tensor]) -> dict[str, tuple[int, int | None, int]]:
-    """Return keys that change with the values of a tensor; `tensor.data = ...` counts nothing."""
-    return {n: (id(t), version_of(t), t.data_ptr()) for n, t in state.items()}
