@@ -83,18 +83,13 @@ for _name, _make in {
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
     "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "asgd": torch.optim.ASGD,
     "lr_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
     "groups": lambda p: torch.optim.SGD(
         [{"params": [each], "lr": 0.1 / (i + 1)} for i, each in enumerate(p)], momentum=0.5
     ),
 }.items():
     CASES[_name] = lambda make=_make: usual(make)
-
-
-@case
-def asgd():
-    """Its parameters are not treated alike as far as is known."""
-    return usual(torch.optim.ASGD)._replace(reason="ASGD is not known to be an optimizer of torch")
 
 
 @case
@@ -652,7 +647,7 @@ class OwnOptimizer(torch.optim.Optimizer):
 @case
 def own_optimizer():
     """An optimizer of the user's own."""
-    return usual(OwnOptimizer)._replace(reason="OwnOptimizer is not known to be an optimizer of torch")
+    return usual(OwnOptimizer)._replace(reason="OwnOptimizer is not one of torch's own optimizers")
 
 
 @case

@@ -29,6 +29,8 @@ OPTIMIZERS = {
     "adadelta": optim.Adadelta,
     "rmsprop": lambda p: optim.RMSprop(p, momentum=0.9, centered=True),
     "rprop": optim.Rprop,
+    "asgd": lambda p: optim.ASGD(p, 0.1, t0=3, weight_decay=0.1),
+    "adafactor": optim.Adafactor,
 }
 
 
@@ -178,7 +180,7 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     place = tmp_path_factory.mktemp("program") / "run"
-    trained(OPTIMIZERS["adam_amsgrad"], lambda **parts: everystep.record(run=place, **parts))
+    trained(OPTIMIZERS["adamw_fused"], lambda **parts: everystep.record(run=place, **parts))
     return (place / "programs" / "2.json").read_text()
 
 

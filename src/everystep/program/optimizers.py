@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -24,16 +25,12 @@ __all__ = ["ARGUMENTS", "OPTIMIZERS", "BoundOptimizer", "OptimizerOperator"]
 #: optimizer keeps, as keys and tensors in turn; `made`: the group, the parameter and the key of what the
 #: step creates, which are its results.
 ARGUMENTS = ("parameters", "gradients", "kept", "made")
-#: Classes that treat each parameter by itself, and whose `step` runs no code but torch's.
+#: Classes whose `step` takes no closure, and runs no code but torch's.
 _KINDS = (
     *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
     *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
-    *(torch.optim.RMSprop, torch.optim.Rprop),
+    *(torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor),
 )
-
-
-#: What an optimizer keeps that is one number, whatever the shape of the parameter.
-_NUMBERS = {"step", "mu_product"}
 
 
 class OptimizerOperator:
@@ -46,7 +43,8 @@ class OptimizerOperator:
 
     def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
         self.kind = kind
-        known = inspect.signature(kind.__init__).parameters
+        bases = kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)]
+        known = dict.fromkeys(n for base in bases for n in inspect.signature(base).parameters)
         self.settings = tuple(name for name in known if name not in ("self", "params"))
         self.overloadpacket = SimpleNamespace(__name__=kind.__name__)
 
@@ -89,6 +87,8 @@ class OptimizerOperator:
                 raise ValueError(f"{self} takes a gradient for each parameter, and what is kept of it")
             for parameter, gradient, own in zip(*group, strict=True):
                 self._check_one(parameter, gradient, own, tensors)
+                if any(given.get("fused", ())):
+                    self._check_fused(parameter, gradient, own, tensors)
         if len(results) != len(made) or None in results:
             raise ValueError(f"{self} returns {len(made)} results, not {len(results)}")
         for each in made:
@@ -111,14 +111,19 @@ class OptimizerOperator:
         own = tensors[parameter]
         if (tensors[gradient].shape, tensors[gradient].dtype) != (own.shape, own.dtype):
             raise ValueError(f"{self}: {gradient} does not have the shape and dtype of {parameter}")
-        for key, name in zip(map(_key, kept[::2]), kept[1::2], strict=True):
+
+    def _check_fused(
+        self, parameter: str, gradient: str, kept: Sequence[Any], tensors: Mapping[str, Any]
+    ) -> None:
+        """Check what a fused kernel trusts: each tensor has as many numbers, side by side."""
+        own = tensors[parameter]
+        for key, name in ((None, parameter), (None, gradient), *zip(kept[::2], kept[1::2], strict=True)):
             spec = tensors[name]
-            if spec.shape if key in _NUMBERS else (spec.shape, spec.dtype) != (own.shape, own.dtype):
-                raise ValueError(f"{self}: {name} does not fit {parameter} as its {key}")
-        # A fused kernel reads and writes each as so many numbers without gaps.
-        for spec in (tensors[name] for name in names):
+            is_step = _key(key) == "step" and not spec.shape and spec.dtype == "float32"
+            if not is_step and (spec.shape, spec.dtype) != (own.shape, own.dtype):
+                raise ValueError(f"{self}: {name} does not fit {parameter}, and the step is fused")
             if spec.end < (spec.offset + math.prod(spec.shape)) * spec.torch_dtype.itemsize:
-                raise ValueError(f"{self}: the numbers of {parameter} share memory")
+                raise ValueError(f"{self}: the numbers of {name} share memory, and the step is fused")
 
 
 def _key(value: Any) -> str | None:
@@ -144,9 +149,12 @@ class BoundOptimizer:
         kept: Sequence[Sequence[Sequence[Any]]],
         made: Sequence[Sequence[Any]],
     ) -> None:
-        groups = [{"params": [*group]} for group in parameters]
-        make: Any = operator.kind
-        self._optimizer = make(groups or [{"params": []}])
+        # Its constructor would import torch's compiler, which takes a second.
+        self._optimizer = object.__new__(operator.kind)
+        self._optimizer.defaults = {}
+        self._optimizer.state = defaultdict(dict)
+        self._optimizer.param_groups = [{"params": [*group]} for group in parameters]
+        self._optimizer._warned_capturable_if_run_uncaptured = True
         self._given: list[tuple[Tensor, Tensor]] = []
         for group, own_gradients in zip(parameters, gradients, strict=True):
             self._given += zip(group, own_gradients, strict=True)

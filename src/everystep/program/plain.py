@@ -7,7 +7,7 @@ belong to the step: torch's Adam has other bias corrections at every step, but o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -103,6 +103,16 @@ class PlainProgram:
             if program.storages[spec.storage].kind == "input"
         }
 
+    @cached_property
+    def written(self) -> list[list[str]]:
+        """The names of the tensors that each operation writes into, results aside."""
+        return [operation.written() for operation in self.program.operations]
+
+    @cached_property
+    def given_after(self) -> dict[str, int]:
+        """See `Program.given_after`."""
+        return self.program.given_after()
+
     def _iterated(self, numbers: Sequence[Number]) -> Iterator[Number]:
         wanted = sum(call.numbers for call in self._calls)
         if len(numbers) != wanted:
@@ -113,6 +123,10 @@ class PlainProgram:
         """Return the numbers of a step by operation."""
         left = self._iterated(numbers)
         return [list(islice(left, call.numbers)) for call in self._calls]
+
+    def operation_with(self, place: int, numbers: Sequence[Number]) -> Operation:
+        """Return an operation with its numbers of a step in it."""
+        return self._calls[place].with_numbers(iter(numbers))
 
     def operations_with(self, numbers: Sequence[Number]) -> list[Operation]:
         """Return the operations with the numbers of a step in them."""

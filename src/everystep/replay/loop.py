@@ -26,7 +26,7 @@ from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.programs import read_loop_program
 from everystep.replay.reopen import batches_of, settings_of
 from everystep.replay.step import Batch, ReplayStepper
-from everystep.step.expanded import Expanded, expanded
+from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter
 from everystep.step.observe import Observation, PlainObserver
@@ -101,6 +101,7 @@ class LoopStepper(ReplayStepper):
         self._diverged = diverged
         self._conversion = conversion
         self._programs: dict[int, PlainProgram] = {}
+        self._expanders: dict[PlainProgram, Expander] = {}
         self._recorded: dict[int, Program] = {}
         self._rows: dict[int, Repeat] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -213,9 +214,12 @@ class LoopStepper(ReplayStepper):
         number = self.state + 1
         self.settle()
         row = self._row(number)
-        known = self._program(row), self._numbers(row)
+        plain = self._program(row)
+        if plain not in self._expanders:
+            self._expanders[plain] = Expander(plain, self._device)
+        given = self._numbers(row), self._tensors, partial(self._before, row)
         with without_autograd():
-            expansion = expanded(*known, self._tensors, self._device, partial(self._before, row))
+            expansion = self._expanders[plain].expanded(*given)
         observer = PlainObserver(expansion.plain, expansion.numbers)
         loss = self._take(number, observer.look, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))

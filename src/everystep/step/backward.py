@@ -47,7 +47,7 @@ class BackwardPasses:
         cursor, engine = self._cursor, self._engine
         is_ours = not cursor.is_paused and threading.get_ident() == self._thread
         if is_ours:
-            cursor.recover()
+            cursor.optimizers.recover()
         if not is_ours or _get_current_dispatch_mode() is not cursor:
             return engine(outputs, *args, **kwargs)
         graph = None

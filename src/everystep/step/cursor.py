@@ -26,7 +26,7 @@ from everystep.step.known_operators import KnownOperator, known_operator
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import StrangeError
 from everystep.step.optimizer_call import OptimizerCall
-from everystep.step.optimizer_steps import OptimizerStep, OptimizerSteps
+from everystep.step.optimizer_steps import OptimizerSteps
 from everystep.step.path import Marks, Path
 from everystep.step.saved import saved_results
 from everystep.step.seen_tensors import is_plain
@@ -52,7 +52,8 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
     at: the point of the path at which the step is, None if it cannot be remembered; is_followed: whether
     the step is like one before, so far; contents: the bytes of what the step brought from elsewhere, by
     the number of the storage; changed_unseen: names of the state that something has changed which the
-    dispatcher did not show; has_saved_hooks: whether a hook of the user's packs what autograd saves.
+    dispatcher did not show; optimizers: their steps; has_saved_hooks: whether a hook of the user's packs
+    what autograd saves.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         self._state: Mapping[str, Tensor] = {}
         self._versions: list[int | None] = []
         self._backward = BackwardPasses(self)
-        self._optimizer_steps = OptimizerSteps(self)
+        self.optimizers = OptimizerSteps(self)
         self._depth = 0
 
     @property
@@ -137,31 +138,6 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
     def _lies_on_known(self, tensor: Tensor) -> bool:
         return not is_plain(tensor) or self._tensors.place(tensor.untyped_storage()) is not None
 
-    def optimizer_begins(
-        self,
-        optimizer: torch.optim.Optimizer,
-        name: str | None,
-        has_arguments: bool,
-        gradients: Callable[[], Mapping[str, Tensor]],
-    ) -> None:
-        """Note that an optimizer starts a step.
-
-        Args:
-            name: of the optimizer.
-            has_arguments: whether it is given a closure, or something else.
-            gradients: returns those of its parameters, by name.
-        """
-        self._optimizer_steps.begins(optimizer, name, has_arguments, gradients)
-
-    def optimizer_ends(self, name: str | None, gradients: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Note that an optimizer ended a step."""
-        self._optimizer_steps.ends(name, gradients)
-
-    @property
-    def optimizer_steps(self) -> list[OptimizerStep]:
-        """The steps of torch's optimizers that ran as one operation."""
-        return self._optimizer_steps.seen
-
     def uses(self, kind: str, name: str | None, gradients: Mapping[str, Tensor]) -> None:
         """Note which gradients an optimizer uses that is watched."""
         note = partial(self.optimizer_uses, gradients)
@@ -213,7 +189,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
             tensors: that have a part in it; the step must have met them.
             note: notes it in the watch.
         """
-        self._optimizer_steps.recover()
+        self.optimizers.recover()
         at = self.at
         if at is None:
             with torch._C._DisableTorchDispatch():
@@ -540,10 +516,6 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
             if tensors.place(tensor.untyped_storage()) is None and place in self._storage_of:
                 tensors.keep_place(tensor, self._storage_of.index(place))
 
-    def recover(self) -> None:
-        """Watch again if a step of an optimizer has raised; see `OptimizerSteps.recover`."""
-        self._optimizer_steps.recover()
-
     def state_versions(self) -> list[tuple[Tensor, int | None]]:
         """Return the tensors of the state, each with how often it was changed."""
         tensors = [*self._state.values()]
@@ -665,7 +637,7 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
     def __exit__(self, *error: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._optimizer_steps.recover()
+            self.optimizers.recover()
             self._backward.leave()
             del torch.Tensor.data
             self._close_trail()

@@ -17,12 +17,15 @@ from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, BoundOptimizer
 from everystep.program.plain import PlainProgram, tensor_on
 from everystep.program.program import Program
 from everystep.step.elsewhere import Elsewhere
-from everystep.step.plain import build_path
+from everystep.step.path import Path
+from everystep.step.plain import BuiltPath, build_path
 from everystep.step.watch import Watch
 
-__all__ = ["Expanded", "expanded"]
+__all__ = ["Expanded", "Expander"]
 
 Number = int | float
+#: Returns copies of tensors of a program, by name, as they are before an operation.
+Before = Callable[[int, Sequence[str]], dict[str, Tensor]]
 
 
 class Expanded(NamedTuple):
@@ -36,37 +39,81 @@ class Expanded(NamedTuple):
     inputs: dict[str, Tensor]
 
 
-#: Returns copies of tensors of a program, by name, as they are before an operation.
-Before = Callable[[int, Sequence[str]], dict[str, Tensor]]
-
-
-def expanded(
-    plain: PlainProgram,
-    numbers: Sequence[Number],
-    state: Mapping[str, Tensor],
-    device: torch.device,
-    before: Before,
-) -> Expanded:
-    """Return a step with the operations of its optimizers' steps.
+class Expander:
+    """Expands steps with a program.
 
     Args:
         plain: the program.
-        numbers: of the step, for this program.
-        state: before the step, by name: how many steps an optimizer has taken decides what it does.
-        device: where the program runs.
-        before: runs the step up to an operation, where the state does not tell what it is given.
+        device: where it runs.
     """
-    program = plain.program
-    if not any(operation.operator in OPTIMIZERS for operation in program.operations):
-        return Expanded(plain, [*numbers], {})
-    expansion = _Expansion(program, state, device, before)
-    pairs = zip(plain.operations_with(numbers), plain.numbers_of(numbers), strict=True)
-    for index, (operation, own) in enumerate(pairs):
-        expansion.add(index, operation, own)
-    return Expanded(PlainProgram(expansion.program(), device), expansion.numbers, expansion.inputs)
+
+    def __init__(self, plain: PlainProgram, device: torch.device) -> None:
+        self._plain = plain
+        self._device = device
+        operations = plain.program.operations
+        self._places = [n for n, each in enumerate(operations) if each.operator in OPTIMIZERS]
+        #: By place: what an optimizer reads as a number, and whether the state before the step tells it.
+        self._small = {place: _small(operations[place], plain.program) for place in self._places}
+        self._is_told = {place: self._tells(place) for place in self._places}
+        self._last: tuple[list[Path], _Spliced] | None = None
+
+    def _tells(self, place: int) -> bool:
+        """Tell whether what an optimizer reads as a number is in the state, and unchanged until then."""
+        program = self._plain.program
+        written: set[str] = set()
+        made: set[str | None] = set()
+        for each in program.operations[:place]:
+            if each.operator in OPTIMIZERS:  # its stand-ins have what it has written
+                made.update(each.results)
+            else:
+                names = (*each.written(), *filter(None, each.results))
+                written |= {program.tensors[name].storage for name in names}
+        return all(
+            (name in program.state_names or name in made)
+            and program.tensors[name].storage not in written
+            for name in self._small[place]
+        )
+
+    def expanded(
+        self, numbers: Sequence[Number], state: Mapping[str, Tensor], before: Before
+    ) -> Expanded:
+        """Return a step with the operations of its optimizers' steps.
+
+        Args:
+            numbers: of the step, for this program.
+            state: before the step, by name: how many steps an optimizer has taken decides what it does.
+            before: runs the step up to an operation, where the state does not tell what it is given.
+        """
+        if not self._places:
+            return Expanded(self._plain, [*numbers], {})
+        own = self._plain.numbers_of(numbers)
+        stand_ins = _StandIns(self._plain.program, state, self._device)
+        watched: list[tuple[Path, Watch]] = []
+        for place in self._places:
+            if not self._is_told[place]:
+                stand_ins.set(before(place, self._small[place]))
+            watched.append(stand_ins.take(self._plain.operation_with(place, own[place])))
+        paths = [path for path, _ in watched]
+        if self._last is None or self._last[0] != paths:
+            self._last = paths, _Spliced(self._plain, self._places, watched, self._device)
+        spliced = self._last[1]
+        inputs: dict[str, Tensor] = {}
+        for place, (_, watch), (built, names) in zip(self._places, watched, spliced.parts, strict=True):
+            own[place] = built.numbers(watch.numbers)
+            for name, storage in built.inputs.items():
+                content = watch.content(storage)
+                assert content is not None
+                inputs[f"input/{names[name]}"] = content
+        return Expanded(spliced.plain, [number for each in own for number in each], inputs)
 
 
-class _Place:
+def _small(operation: Operation, program: Program) -> list[str]:
+    """Return the tensors of a single number that an optimizer keeps, or has as a setting."""
+    given = operation.arguments[ARGUMENTS.index("kept")], *operation.keywords.values()
+    return [name for name in references(given) if not program.tensors[name].shape]
+
+
+class _Following:
     """Stands for what follows modules and optimizers: all is of one operation."""
 
     where: tuple[Any, ...] = ()
@@ -79,92 +126,89 @@ class _Place:
         return self._place
 
 
-class _Expansion:
-    def __init__(
-        self, program: Program, state: Mapping[str, Tensor], device: torch.device, before: Before
-    ) -> None:
-        self._before = before
-        self.numbers: list[Number] = []
-        self.inputs: dict[str, Tensor] = {}
+class _StandIns:
+    """Tensors that lie as those of a program, on other memory."""
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor], device: torch.device) -> None:
         self._program = program
         self._state = state
         self._device = device
-        self._operations: list[Operation] = []
-        self._tensors = dict(program.tensors)
-        self._storages = dict(program.storages)
         self._memory: dict[str, torch.UntypedStorage] = {}
-        self._stand_ins: dict[str, Tensor] = {}
-        self._written: set[str] = set()
+        self._tensors: dict[str, Tensor] = {}
 
-    def program(self) -> Program:
-        """Return the program."""
-        parts = {
-            "operations": tuple(self._operations),
-            "tensors": self._tensors,
-            "storages": self._storages,
-        }
-        return self._program.model_copy(update=parts)
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Set the values of some."""
+        for name, tensor in values.items():
+            self._tensor(name).copy_(tensor)
 
-    def add(self, index: int, operation: Operation, numbers: Sequence[Number]) -> None:
-        """Add an operation, with its numbers in it; that of an optimizer in its parts."""
-        if operation.operator not in OPTIMIZERS:
-            self._operations.append(operation)
-            self.numbers += numbers
-            written = (*operation.written(), *filter(None, operation.results))
-            self._written |= {self._tensors[name].storage for name in written}
-            return
-        self._set_numbers(index, operation)
-        before = {name: self._stand_in(name) for name in operation.reads()}
-        arguments = [decode(value, self._stand_in) for value in operation.arguments]
-        settings = {key: decode(v, self._stand_in) for key, v in operation.keywords.items()}
+    def take(self, operation: Operation) -> tuple[Path, Watch]:
+        """Take the step of an optimizer, whose numbers are in the operation, and watch it."""
+        given = {name: self._tensor(name) for name in operation.reads()}
+        arguments = [decode(value, self._tensor) for value in operation.arguments]
+        settings = {key: decode(value, self._tensor) for key, value in operation.keywords.items()}
         optimizer = BoundOptimizer(OPTIMIZERS[operation.operator], *arguments)
-        place: Any = _Place(operation)
-        watch = Watch(self._device, place, Elsewhere())
-        watch.begin(before)
+        following: Any = _Following(operation)
+        watch = Watch(self._device, following, Elsewhere())
+        watch.begin(given)
         with watch:
             made = optimizer.step(settings)
-        results = dict(zip((name for name in operation.results if name), made, strict=True))
-        self._stand_ins |= results
-        path = watch.end(before | results, None)
-        built = build_path(path, watch.numbers)
-        self.numbers += built.numbers(watch.numbers)
-        places = self._splice(built.program)
-        for name, storage in built.inputs.items():
-            content = watch.content(storage)
-            assert content is not None
-            self.inputs[f"input/{places[name]}"] = content
+        results = dict(zip(filter(None, operation.results), made, strict=True))
+        self._tensors |= results
+        return watch.end(given | results, None), watch
 
-    def _set_numbers(self, index: int, operation: Operation) -> None:
-        """Give what an optimizer reads as a number the value that it has by then."""
-        given = operation.arguments[ARGUMENTS.index("kept")], *operation.keywords.values()
-        small = [name for name in references(given) if not self._tensors[name].shape]
-        is_there = all(name in self._state or name in self._stand_ins for name in small)
-        if not is_there or any(self._tensors[name].storage in self._written for name in small):
-            for name, tensor in self._before(index, small).items():
-                self._stand_in(name).copy_(tensor)
-
-    def _stand_in(self, name: str) -> Tensor:
-        """Return a tensor as one of the program lies; one of a single number has the same value."""
-        if name not in self._stand_ins:
-            spec = self._tensors[name]
+    def _tensor(self, name: str) -> Tensor:
+        """Return the stand-in of a tensor; one of a single number has its value in the state."""
+        if name not in self._tensors:
+            spec = self._program.tensors[name]
             if spec.storage not in self._memory:
-                size = self._storages[spec.storage].bytes
-                place = torch.device("cpu") if self._storages[spec.storage].host else self._device
-                whole = torch.zeros(size, dtype=torch.uint8, device=place)
+                storage = self._program.storages[spec.storage]
+                place = torch.device("cpu") if storage.host else self._device
+                whole = torch.zeros(storage.bytes, dtype=torch.uint8, device=place)
                 self._memory[spec.storage] = whole.untyped_storage()
             tensor = tensor_on(self._memory[spec.storage], spec)
             if not spec.shape and name in self._state:
                 tensor.copy_(self._state[name])
-            self._stand_ins[name] = tensor
-        return self._stand_ins[name]
+            self._tensors[name] = tensor
+        return self._tensors[name]
 
-    def _splice(self, part: Program) -> dict[str, str]:
-        """Add the operations of a program, in which tensors of the outer one have their names.
 
-        Returns the new names of its storages.
+class _Spliced:
+    """A program with those of its optimizers' steps in it.
+
+    parts: these, each with the new names of its storages.
+    """
+
+    def __init__(
+        self,
+        plain: PlainProgram,
+        places: Sequence[int],
+        watched: Sequence[tuple[Path, Watch]],
+        device: torch.device,
+    ) -> None:
+        program = plain.program
+        self.parts: list[tuple[BuiltPath, dict[str, str]]] = []
+        self._tensors = dict(program.tensors)
+        self._storages = dict(program.storages)
+        operations = [[each] for each in program.operations]
+        for place, (path, watch) in zip(places, watched, strict=True):
+            built = build_path(path, watch.numbers)
+            outer = program.operations[place]
+            operations[place], names = self._renamed(built.program, {*outer.reads()})
+            self.parts.append((built, names))
+        parts = {
+            "operations": tuple(each for own in operations for each in own),
+            "tensors": self._tensors,
+            "storages": self._storages,
+        }
+        self.plain = PlainProgram(program.model_copy(update=parts), device)
+
+    def _renamed(self, part: Program, known: set[str]) -> tuple[list[Operation], dict[str, str]]:
+        """Return the operations of a part, and the new names of its storages.
+
+        known: tensors of the outer program, which have their names in the part.
         """
         names = {tensor: name for name, tensor in part.ends.items()}
-        names |= {name: name for name in part.tensors if name in self._stand_ins}
+        names |= {name: name for name in part.tensors if name in known}
         places = {part.tensors[n].storage: self._tensors[name].storage for n, name in names.items()}
         for name in part.storages.keys() - places.keys():
             places[name] = next(_free(name, self._storages))
@@ -173,14 +217,7 @@ class _Expansion:
             names[name] = next(_free(name, self._tensors))
             spec = part.tensors[name]
             self._tensors[names[name]] = spec.model_copy(update={"storage": places[spec.storage]})
-        for each in part.operations:
-            renamed = {
-                "arguments": tuple(_with_names(value, names) for value in each.arguments),
-                "keywords": {key: _with_names(v, names) for key, v in each.keywords.items()},
-                "results": tuple(None if n is None else names[n] for n in each.results),
-            }
-            self._operations.append(each.model_copy(update=renamed))
-        return places
+        return [_with_names(each, names) for each in part.operations], places
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> Iterator[str]:
@@ -192,8 +229,17 @@ def _free(name: str, taken: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}_{number}"
 
 
-def _with_names(value: Any, names: Mapping[str, str]) -> Any:
-    """Return an argument with other names of tensors."""
-    if isinstance(value, str):
-        return names[value]
-    return [_with_names(item, names) for item in value] if isinstance(value, list | tuple) else value
+def _with_names(operation: Operation, names: Mapping[str, str]) -> Operation:
+    """Return an operation with other names of tensors."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, str):
+            return names[value]
+        return [*map(renamed, value)] if isinstance(value, list | tuple) else value
+
+    changed = {
+        "arguments": tuple(map(renamed, operation.arguments)),
+        "keywords": {key: renamed(value) for key, value in operation.keywords.items()},
+        "results": tuple(None if name is None else names[name] for name in operation.results),
+    }
+    return operation.model_copy(update=changed)

@@ -100,11 +100,11 @@ def observe_program(bound: BoundProgram) -> Observation:
         loss = bound.loss.clone()
     in_order = {path: activations[path] for path in program.activations}
     read = {n: Place((name,), last_backward + 1) for n, name in program.gradients.items()}
-    return Observation(loss, seen, in_order, gradients, _places_of(program, read))
+    places = _places_of(program, program.given_after(), read)
+    return Observation(loss, seen, in_order, gradients, places)
 
 
-def _places_of(program: Program, gradients: Mapping[str, Place]) -> Places:
-    after = program.given_after()
+def _places_of(program: Program, after: Mapping[str, int], gradients: Mapping[str, Place]) -> Places:
     return Places(
         tensors=program.tensors,
         storages=program.storages,
@@ -167,10 +167,11 @@ class PlainObserver:
         for parameter, name in (dict(_pending(program)) | program.gradients).items():
             on = self._gradients_on.setdefault(program.tensors[name].storage, [])
             on.append((parameter, name))
+        self._plain = plain
         self._program = program
         self._with_numbers = plain.operations_with(numbers)
         self._due: dict[int, list[str]] = {}
-        for path, index in program.given_after().items():
+        for path, index in plain.given_after.items():
             self._due.setdefault(index, []).append(path)
         #: Copies of tensors by their names, of each storage.
         self._copies: dict[str, dict[str, Tensor]] = {}
@@ -178,7 +179,7 @@ class PlainObserver:
 
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
-        places = _places_of(self._program, self._read)
+        places = _places_of(self._program, self._plain.given_after, self._read)
         order = dict.fromkeys([*self._program.gradients, *self._gradients])
         gradients = {name: self._gradients[name] for name in order if name in self._gradients}
         return Observation(loss, self._operations, self._activations, gradients, places)
@@ -213,7 +214,7 @@ class PlainObserver:
 
     def _look_after(self, index: int, environment: Environment) -> None:
         operation = self._with_numbers[index]
-        written = operation.written()
+        written = self._plain.written[index]
         names = [name for name in operation.results if name] or written
         changed = {self._storage(name) for name in (*names, *written)}
         for storage in changed:

@@ -65,7 +65,13 @@ class OptimizerSteps:
         has_arguments: bool,
         gradients: Callable[[], Mapping[str, Tensor]],
     ) -> None:
-        """Note that an optimizer starts a step; see `Cursor.optimizer_begins`."""
+        """Note that an optimizer starts a step.
+
+        Args:
+            name: of the optimizer.
+            has_arguments: whether it is given a closure, or something else.
+            gradients: returns those of its parameters, by name.
+        """
         cursor = self._cursor
         self.recover()
         is_ours = _get_current_dispatch_mode() is cursor and not has_arguments

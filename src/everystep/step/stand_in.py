@@ -160,7 +160,7 @@ class StandIn:
         self._contents = dict(seen.contents)
         self._batch = [*batch]
         self._plain = plain
-        self._optimizer_steps = _steps_of(seen.optimizer_steps, around.optimizers)
+        self._optimizer_steps = _steps_of(seen.optimizers.seen, around.optimizers)
         self._calls = OptimizerCalls()
         self._schedules = around.schedules()
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
@@ -461,7 +461,7 @@ def _steps_of(
         name = type(optimizer).__name__
         if id(optimizer) not in steps:
             raise NotReplaceableError(
-                f"{name} is not known to be an optimizer of torch that treats all its parameters alike"
+                f"{name} is not one of torch's own optimizers, or other code has changed it"
             )
         if sum(each is optimizer for each in optimizers) > 1:
             raise NotReplaceableError(f"{name} steps twice")

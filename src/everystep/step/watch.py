@@ -121,14 +121,6 @@ class Watch(OperatorMode):  # type: ignore[no-untyped-call]
         """Return which storages, of those with numbers from `begin` to `end`, are kept by content."""
         return [p for p in range(begin, end) if self._seen.storages[p].content is not None]
 
-    def operators(self, begin: int, end: int) -> list[tuple[Any, tuple[int | float, ...]]]:
-        """Return the operators from one place to another, each with its numbers of the step."""
-        found, place = [], sum(each.numbers for each in self._operations[:begin])
-        for seen in self._operations[begin:end]:
-            found.append((seen.operator, tuple(self.numbers[place : place + seen.numbers])))
-            place += seen.numbers
-        return found
-
     def resume(
         self,
         tables: Tables,

@@ -430,7 +430,7 @@ class Recording(Generic[R]):
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
                 self._under_way.rates |= self._parts.rates(optimizer)
-                self._under_way.watch.optimizer_begins(
+                self._under_way.watch.optimizers.begins(
                     optimizer, name, has_arguments, lambda: self._gradients_of(optimizer)
                 )
 
@@ -438,7 +438,7 @@ class Recording(Generic[R]):
         if self._under_way is not None and not self._under_way.watch.is_paused:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
-                self._under_way.watch.optimizer_ends(name, lambda: self._gradients_of(optimizer))
+                self._under_way.watch.optimizers.ends(name, lambda: self._gradients_of(optimizer))
 
     def _gradients_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         names = self._parts.parameter_names()

@@ -165,11 +165,11 @@ class WatchedSteps:
 
     def _optimizer_begins(self, optimizer: optim.Optimizer, has_arguments: bool) -> None:
         if self._under_way is not None:
-            self._under_way.optimizer_begins(optimizer, None, has_arguments, self._gradients)
+            self._under_way.optimizers.begins(optimizer, None, has_arguments, self._gradients)
 
     def _optimizer_ends(self, optimizer: optim.Optimizer) -> None:
         if self._under_way is not None:
-            self._under_way.optimizer_ends(None, self._gradients)
+            self._under_way.optimizers.ends(None, self._gradients)
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for p, name in self._names().items() if p.grad is not None}

@@ -41,7 +41,7 @@ def chromium():
 
 
 # While it is driven, an event loop runs in the thread of the tests, which other tests cannot bear.
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser(chromium):
     from playwright.sync_api import expect, sync_playwright
 
@@ -213,7 +213,7 @@ GO = """path => {
 }"""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def windows(browser, shared):
     """Windows that stay open from test to test, by their options: the page is loaded but once."""
     opened = {}
