@@ -63,6 +63,25 @@ def test_any_sqlite_client_reads_the_run_while_training_goes_on(small):
     assert run.status == "finished"
 
 
+def test_what_is_written_while_a_run_is_opened_is_no_damage(small, monkeypatch):
+    model, x, y = small
+    run = train(model, (x, y))
+    writer = Database.change(run.directory / "run.sqlite")
+    read = Database.numbers
+
+    def numbers(database, query, *values):
+        """Read the digest of the facts; a writer then replaces both."""
+        found = read(database, query, *values)
+        if "digest" in query and database is not writer:
+            with writer.transaction():
+                writer.write_facts({"seconds": 1000.0})
+        return found
+
+    monkeypatch.setattr(Database, "numbers", numbers)
+    assert everystep.open(run.directory).facts.seconds == 1000.0  # and nothing warns
+    writer.close()
+
+
 def train(model, data, **options):
     settings = {"loss": nn.MSELoss(), "steps": 5, "progress": False} | options
     settings.setdefault("optimizer", everystep.GradientDescent(model.parameters(), lr=0.01))

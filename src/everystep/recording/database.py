@@ -403,9 +403,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def read_quickly(path: Path, read: Callable[[Database], Found]) -> Found:
-    """Return what `read` returns of a run's database; one that nobody writes is read without locks.
+    """Return what `read` returns of a run's database, all of it as it was at one moment.
 
-    That takes a third of the time, and leaves no file of SQLite's beside a database that was closed.
+    One that nobody writes is read without locks. That takes a third of the time, and leaves no file of
+    SQLite's beside a database that was closed.
 
     Raises:
         RunError: as `reading`.
@@ -416,7 +417,7 @@ def read_quickly(path: Path, read: Callable[[Database], Found]) -> Found:
             found = read(database)
             if stillness(path) == before:
                 return found
-    with reading(path) as database:
+    with reading(path) as database, database.one_moment():
         return read(database)
 
 
