@@ -551,8 +551,8 @@ class Verifier:
         return found
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # which closes its pipes, and waits
+            pass
 
 
 def record_and_compare(loop: Loop, directory: Path, verifier: Verifier) -> str:
