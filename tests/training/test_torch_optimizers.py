@@ -1,16 +1,21 @@
 """The step of one of torch's own optimizers is one operation, and opens to all that it ran."""
 
 import contextlib
+import functools
 import json
+import sys
 
 import pytest
 import torch
+from tests.training.loops import unrecorded
 from torch import nn, optim
 
 import everystep
 from everystep.errors import ProgramError
 from everystep.gradient_descent import GradientDescent
 from everystep.program.program import Program
+
+sgd_module = sys.modules["torch.optim.sgd"]
 
 OPTIMIZERS = {
     "gradient_descent": lambda p: GradientDescent(p, 0.1),
@@ -32,20 +37,6 @@ OPTIMIZERS = {
     "asgd": lambda p: optim.ASGD(p, 0.1, t0=3, weight_decay=0.1),
     "adafactor": optim.Adafactor,
 }
-
-
-class Unrecorded:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def steps(self, batches):
-        yield from batches
-
-    def log(self, **numbers):
-        pass
 
 
 def trained(make, record, change=lambda optimizer, step: None):
@@ -84,7 +75,7 @@ def assert_verified(run):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
     make = OPTIMIZERS[name]
-    expected = trained(make, lambda **parts: Unrecorded(), set_settings)
+    expected = trained(make, unrecorded, set_settings)
     found = trained(make, lambda **p: everystep.record(run=tmp_path / "run", **p), set_settings)
     assert all(map(torch.equal, expected, found))
     run = everystep.open(tmp_path / "run")
@@ -113,7 +104,7 @@ def test_a_step_that_raises_is_watched_again_from_the_next_one_on(tmp_path):
             optimizer.param_groups[1]["lr"] = rate
 
     make = OPTIMIZERS["sgd"]
-    expected = trained(make, lambda **parts: Unrecorded(), change)
+    expected = trained(make, unrecorded, change)
     found = trained(make, lambda **p: everystep.record(run=tmp_path / "run", **p), change)
     assert all(map(torch.equal, expected, found))
     assert_verified(everystep.open(tmp_path / "run"))
@@ -152,10 +143,66 @@ def test_what_somebody_else_runs_in_a_step_is_watched(tmp_path):
         optimizer.register_step_pre_hook(halve)
         return optimizer
 
-    expected = trained(make, lambda **parts: Unrecorded())
+    expected = trained(make, unrecorded)
     found = trained(make, lambda **p: everystep.record(run=tmp_path / "run", **p))
     assert all(map(torch.equal, expected, found))
     assert_verified(everystep.open(tmp_path / "run"))
+
+
+def patched_step(patch):
+    step = optim.SGD.step
+
+    @functools.wraps(step)
+    def halved(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.mul_(0.5)
+        return step(self, closure)
+
+    patch.setattr(optim.SGD, "step", halved)
+
+
+def patched_function(patch):
+    update = sgd_module.sgd
+
+    def halved(parameters, gradients, *args, **keywords):
+        update(parameters, [gradient * 0.5 for gradient in gradients], *args, **keywords)
+
+    patch.setattr(sgd_module, "sgd", halved)
+
+
+def patched_method(patch):
+    collect = optim.SGD._init_group
+
+    def halved(self, group, parameters, gradients, buffers):
+        found = collect(self, group, parameters, gradients, buffers)
+        gradients[:] = [gradient * 0.5 for gradient in gradients]
+        return found
+
+    patch.setattr(optim.SGD, "_init_group", halved)
+
+
+@pytest.mark.parametrize("is_from_the_start", [True, False])
+@pytest.mark.parametrize("replace", [patched_step, patched_function, patched_method])
+def test_what_somebody_has_put_in_the_place_of_torchs_code_is_watched(
+    replace, is_from_the_start, tmp_path, monkeypatch
+):
+    def change(optimizer, step):
+        if step == 5 and not is_from_the_start:
+            replace(monkeypatch)
+
+    def run(record):
+        with monkeypatch.context() as patch:
+            if is_from_the_start:
+                replace(patch)
+            found = trained(OPTIMIZERS["sgd"], record, change)
+        monkeypatch.undo()
+        return found
+
+    expected = run(unrecorded)
+    found = run(lambda **parts: everystep.record(run=tmp_path / "run", **parts))
+    assert all(map(torch.equal, expected, found))
+    assert not all(map(torch.equal, expected, trained(OPTIMIZERS["sgd"], unrecorded)))
+    assert_verified(everystep.open(tmp_path / "run"))  # without what was replaced
 
 
 CHANGES = {

@@ -25,7 +25,7 @@ __all__ = ["ARGUMENTS", "OPTIMIZERS", "BoundOptimizer", "OptimizerOperator"]
 #: optimizer keeps, as keys and tensors in turn; `made`: the group, the parameter and the key of what the
 #: step creates, which are its results.
 ARGUMENTS = ("parameters", "gradients", "kept", "made")
-#: Classes whose `step` takes no closure, and runs no code but torch's.
+#: Classes whose `step` runs no code but torch's, where it gets no closure.
 _KINDS = (
     *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
     *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
@@ -164,14 +164,14 @@ class BoundOptimizer:
                     pairs = zip(items[::2], items[1::2], strict=True)
                     self._optimizer.state[parameter] = dict(pairs)
         self._made = [(parameters[group][place], key) for group, place, key in made]
-        # Without the hooks of all optimizers, and with the caller's choice whether autograd records.
+        # Without what torch wraps around it: hooks, marks for a profiler, a call of the compiler.
         self._step = inspect.unwrap(operator.kind.step)
 
     def step(self, settings: Mapping[str, Sequence[Any]]) -> list[Tensor]:
         """Take a step with settings, by key and param group; return what `made` names.
 
         Raises:
-            ValueError, RuntimeError, KeyError: they do not fit the tensors.
+            ValueError, RuntimeError: they do not fit the tensors.
         """
         for place, group in enumerate(self._optimizer.param_groups):
             for key, values in settings.items():

@@ -1,7 +1,7 @@
 """Plain: an interpreter of plain programs, which calls operators one after the other as a loop did.
 
 A plain program describes one observed step of a loop. Its numbers (`Scalar` and `float` arguments)
-belong to the step: torch's Adam has other bias corrections at every step, but one program.
+belong to the step: a loop with another learning rate at every step has one program.
 """
 
 from __future__ import annotations

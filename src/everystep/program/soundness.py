@@ -237,7 +237,7 @@ def results_on_meta(operation: Operation, tensors: Mapping[str, Tensor]) -> list
         Exception: whatever torch raises for tensors that do not fit.
     """
     operator = operation.resolved
-    if isinstance(operator, OptimizerOperator):
+    if isinstance(operator, OptimizerOperator):  # Python, which reads numbers that these have not
         raise NotImplementedError
     arguments = [decode(value, tensors.__getitem__) for value in operation.arguments]
     keywords = {k: decode(v, tensors.__getitem__) for k, v in operation.keywords.items()}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping
 from operator import is_
+from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import typing_extensions
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -24,6 +29,8 @@ _OWN = {
     "_need_device_dtype_check_for_fused",
 }
 _NOTHING: dict[str, Any] = {}
+_TRUSTED = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
+_STANDARD_LIBRARY = str(Path(inspect.__file__).parent)
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
@@ -76,6 +83,7 @@ class OptimizerCalls:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[list[Any], Settings | None]] = {}
+        self._code: dict[type, _Code] = {}
 
     def of(self, optimizer: torch.optim.Optimizer) -> OptimizerCall | None:
         """Return the next step of an optimizer, None if it is not of torch's own code alone."""
@@ -87,8 +95,10 @@ class OptimizerCalls:
         own = vars(optimizer).keys() - _OWN
         if own and not all(key.startswith("_optimizer_") for key in own):
             return None
+        if operator.kind not in self._code:
+            self._code[operator.kind] = _Code(operator.kind)
         settings = self._settings(operator, optimizer)
-        if settings is None:
+        if settings is None or not self._code[operator.kind].is_torchs():
             return None
         groups = optimizer.param_groups
         parameters = [[p for p in group["params"] if p.grad is not None] for group in groups]
@@ -112,6 +122,49 @@ class OptimizerCalls:
             settings = Settings(values, _without_numbers((*values.values(),)), numbers)
         self._known[id(optimizer)] = given, settings
         return settings
+
+
+class _Code:
+    """The functions that the step of a class may run: its own, and those of its modules.
+
+    A program names the class only, so what somebody has put in the place of one of them must be watched.
+    """
+
+    def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
+        bases = kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer) + 1]
+        tables: list[Mapping[str, Any]] = [vars(base) for base in bases]
+        tables += [vars(sys.modules[base.__module__]) for base in bases]
+        self._kind = kind
+        self._functions = [
+            (table, name, value)
+            for table in tables
+            for name, value in table.items()
+            if type(value) is FunctionType
+            and name != "step"  # which torch wraps once there is an object
+        ]
+        self._is_known = all(_is_written_by_torch(value) for _, _, value in self._functions)
+        self._step: Any = None
+
+    def is_torchs(self) -> bool:
+        """Tell whether all of them are torch's, now."""
+        if not self._is_known or any(table.get(name) is not f for table, name, f in self._functions):
+            return False
+        step = self._kind.step
+        if step is not self._step:
+            if not _is_written_by_torch(step):
+                return False
+            self._step = step
+        return True
+
+
+def _is_written_by_torch(function: Any) -> bool:
+    """Tell whether torch, everystep or the standard library has a function, and what it wraps."""
+    while type(function) is FunctionType:
+        file = function.__code__.co_filename
+        if not file.startswith(_TRUSTED) and file != typing_extensions.__file__:
+            return "site-packages" not in file and file.startswith(_STANDARD_LIBRARY)
+        function = getattr(function, "__wrapped__", None)
+    return function is None
 
 
 def _is_setting(value: Any) -> bool:

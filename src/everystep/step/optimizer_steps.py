@@ -97,6 +97,9 @@ class OptimizerSteps:
             tensors = call.tensors()
             if not all(is_plain(t) and cursor.place_of(t) is not None for t in tensors):
                 return False
+            parameters = [p for group in call.parameters for p in group]
+            if any(p.grad is None or p.grad.dtype != p.dtype for p in parameters):
+                return False
             try:
                 cursor.encode(tensors)
             except UnseenError:
