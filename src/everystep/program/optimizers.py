@@ -25,7 +25,7 @@ __all__ = ["ARGUMENTS", "OPTIMIZERS", "BoundOptimizer", "OptimizerOperator"]
 #: optimizer keeps, as keys and tensors in turn; `made`: the group, the parameter and the key of what the
 #: step creates, which are its results.
 ARGUMENTS = ("parameters", "gradients", "kept", "made")
-#: Classes whose `step` runs no code but torch's, where it gets no closure.
+#: Classes with a `step` that runs only torch's code, unless it gets a closure.
 _KINDS = (
     *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
     *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
