@@ -6,7 +6,7 @@ that of the model, too. A database may come from an untrusted source, so reading
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,7 +37,6 @@ __all__ = [
     "MeasuredFacts",
     "ModuleFacts",
     "OptimizerFacts",
-    "ProgramFacts",
     "ResumeFacts",
     "ScheduleFacts",
     "TrainingFacts",
@@ -183,32 +182,24 @@ class LossFacts(_Fact):
     modules: dict[str, ModuleFacts]
 
 
-class ProgramFacts(_Fact):
-    """A program's file, and which steps it runs: `first`, `later` or `every`, from `since` on."""
-
-    file: str
-    steps: Literal["first", "later", "every"]
-    since: Whole
-
-
 class EngineFacts(_Fact):
     """How the steps ran.
 
     asked: as requested; stands_behind: `known` (programs ran in place of torch's own Python), `vouched`
-    (of the user's), or `alone` (no Python was there to compare with); checks: how often programs were
-    compared with Python, last at step `verified_to`; eager_from: the first step that Python ran, for
-    that `reason`; watched: the numbers of the programs of such steps; unseen: what no program holds, in
-    words.
+    (of the user's), or `alone` (no Python was there to compare with); programs: their numbers, those of
+    steps that Python ran included; by_program: how many steps programs ran; checks: how often they were
+    compared with Python, last at step `verified_to`; eager_from: the step from which on Python ran all,
+    for that `reason`; unseen: what no program holds, in words.
     """
 
     asked: str
     stands_behind: str
-    programs: tuple[ProgramFacts, ...]
+    programs: tuple[Whole, ...]
+    by_program: Whole
     checks: Whole
     verified_to: Whole
     eager_from: Whole | None
     reason: str | None
-    watched: tuple[Whole, ...] = ()
     unseen: tuple[str, ...] = ()
 
 
@@ -217,6 +208,7 @@ EAGERLY = EngineFacts(
     asked="auto",
     stands_behind="known",
     programs=(),
+    by_program=0,
     checks=0,
     verified_to=0,
     eager_from=1,
@@ -290,6 +282,19 @@ class TrainingFacts(_Fact):
     data_file: DataFileFacts | None = None
     engine: EngineFacts | None = None
     loop: LoopFacts | None = None
+
+    @property
+    def programs(self) -> Sequence[int]:
+        """The numbers of the programs of the steps."""
+        if self.loop is not None:
+            return range(1, self.loop.programs + 1)
+        return () if self.engine is None else self.engine.programs
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """What no program holds of the steps, in words."""
+        taken = self.loop or self.engine
+        return () if taken is None else taken.unseen
 
     @property
     def has_loss(self) -> bool:

@@ -61,12 +61,6 @@ class Stretch(NamedTuple):
     last: int | None
     facts: TrainingFacts
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether Python took these steps, each with a program and inputs of its own."""
-        since = self.facts.engine.eager_from if self.facts.engine else None
-        return self.facts.loop is not None or (since is not None and self.first >= since)
-
 
 class RecordedRun:
     """A run on disk. It reads everything on demand, also during training.
@@ -302,11 +296,6 @@ class RecordedRun:
         found: list[Stretch] = []
         first = 1
         for last, training in (*((e.last, e.training) for e in facts.earlier), (None, facts.training)):
-            engine = training.engine
-            turn = None if engine is None else engine.eager_from
-            if turn is not None and first < turn and (last is None or turn <= last):
-                found.append(Stretch(first, turn - 1, training))
-                first = turn
             found.append(Stretch(first, last, training))
             first = (last or 0) + 1
         return found

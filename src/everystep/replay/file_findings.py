@@ -100,10 +100,7 @@ def _stretch_findings(run: RecordedRun) -> Iterator[Finding]:
 
 def _programs(training: TrainingFacts) -> list[str]:
     """Return the files of the programs of a stretch, within the run."""
-    files = [program.file for program in (training.engine or EAGERLY).programs]
-    if training.loop is not None:
-        files += [program_file(number + 1) for number in range(training.loop.programs)]
-    return files
+    return [*map(program_file, training.programs)]
 
 
 def _checked(place: str, read: Callable[[], object], cure: str) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from everystep.errors import RunError
-from everystep.recording.facts import EAGERLY
+from everystep.recording.files import program_file
 from everystep.recording.run import RecordedRun
 from everystep.replay.given import draws
 from everystep.replay.replay import Replay
@@ -73,8 +73,7 @@ def _add_state(digest: Any, stepper: ReplayStepper) -> None:
 
 def draws_at_random(run: RecordedRun) -> bool:
     """Tell whether a step of the run draws random numbers, if programs show it; otherwise it may."""
-    engine = run.facts.training.engine or EAGERLY
-    if engine.eager_from is not None:
+    if run.facts.training.loop or run.facts.training.unseen:
         return True
     try:
         return any(
@@ -88,8 +87,7 @@ def draws_at_random(run: RecordedRun) -> bool:
 
 def programs_of(run: RecordedRun) -> list[bytes]:
     """Return the programs of a run as they lie on disk; none if one of them cannot be read."""
-    rules = (run.facts.training.engine or EAGERLY).programs
     try:
-        return [run.read_file(rule.file) for rule in rules]
+        return [run.read_file(program_file(number)) for number in run.facts.training.programs]
     except RunError:
         return []

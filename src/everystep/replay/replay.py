@@ -22,7 +22,7 @@ from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
 from everystep.replay.loop import LoopStepper
-from everystep.replay.reopen import reopen, rule_of
+from everystep.replay.reopen import rule_of
 from everystep.replay.step import ReplayStepper, Step, Update
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.observe import Observation
@@ -321,11 +321,8 @@ class Replay:
     def _stepper_of(self, at: int) -> ReplayStepper:
         if at not in self._steppers:
             stretch, conversion = self.stretches[at], self._conversion
-            if stretch.is_watched:
-                rule = rule_of(self.run, stretch, self._objects, conversion)
-                self._steppers[at] = LoopStepper(self.run, stretch, rule, self._diverge, conversion)
-            else:
-                self._steppers[at] = reopen(self.run, stretch, self._objects, conversion)
+            rule = rule_of(self.run, stretch, self._objects, conversion)
+            self._steppers[at] = LoopStepper(self.run, stretch, rule, self._diverge, conversion)
         return self._steppers[at]
 
     def _diverge(self, step: int, problem: str) -> None:

@@ -20,7 +20,8 @@ from everystep.replay.expression import Expression
 from everystep.replay.hooks import Probe
 from everystep.replay.processes import Opener, cores, in_worker, recorded_numerics, workers
 from everystep.replay.query import check_question
-from everystep.replay.reopen import batches_of, reopen
+from everystep.replay.batches import batches_of
+from everystep.replay.living import Living
 from everystep.replay.replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
 from everystep.step.generators import generators_preserved
@@ -235,7 +236,7 @@ def _train(
     tensors = {each for each in question.references if each.kind not in ("loss", "step")}
     found = []
     with replay.in_force(at + 1), generators_preserved(select(stretch.facts.device)):
-        stepper = reopen(run, stretch, objects or Objects(), is_living=True)
+        stepper = Living(run, stretch, objects or Objects())
         stepper.load(state)
         saved = stepper.save()
         evaluator, values = Evaluator(question, run, False), list[float | None]()

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from everystep.step.eager import Training
 from everystep.step.guards import is_a
@@ -36,17 +37,20 @@ class Acceleration:
         is_vouched: whether the user vouches for code that is not torch's.
 
     reason: why Python runs every step, or None; is_vouchable: whether nothing stands against a program
-    but code that the user may vouch for; has_foreign_code: whether a schedule of the user's runs between
-    two steps; stands_behind: what justifies the programs: the code is `known`, or `vouched` for.
+    but code that the user may vouch for; stands_behind: what justifies the programs: the code is
+    `known`, or `vouched` for.
     """
 
     def __init__(self, training: Training, is_vouched: bool = False) -> None:
         self._training = training
-        against = reason_against_module(training.model) or reason_against_loss(training.loss)
+        against = (
+            reason_against_module(training.model)
+            or reason_against_loss(training.loss)
+            or _against_functions(training.schedule)
+        )
         self.stands_behind: Literal["known", "vouched"] = (
             "vouched" if is_vouched and against is not None else "known"
         )
-        self.has_foreign_code = not is_torchs_schedule(training.schedule)
         parts = {"the model": training.model, "the loss": training.loss}
         self._surroundings = Surroundings(
             {name: part for name, part in parts.items() if isinstance(part, nn.Module)},
@@ -57,6 +61,7 @@ class Acceleration:
         )
         other = (
             _against_optimizer(training.optimizer)
+            or _against_schedule(training)
             or ("the Dataset is read at every step" if training.batch.runs_python else None)
             or next(self._surroundings.reasons(), None)
         )
@@ -74,13 +79,6 @@ class Acceleration:
         state: of the training now, if already known.
         """
         return self._surroundings.difference(None if state is None else _but_optimizer(state))
-
-    def guard_update(self, *, but_lr: bool) -> None:
-        """Note the settings of the optimizer, which are among the operations of its update.
-
-        but_lr: except for the learning rate, which they read at every step.
-        """
-        self._surroundings.guard_settings(_OPTIMIZER, but_lr=but_lr)
 
     def _guard_loss(self) -> None:
         """Note what a loss holds that is a function of torch with some of its arguments."""
@@ -102,6 +100,23 @@ def _against_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     if "zero_grad" in vars(optimizer):
         return "the optimizer has a custom zero_grad"
     return None
+
+
+def _against_schedule(training: Training) -> str | None:
+    """Return in words why Python must advance the schedule, or None."""
+    schedule = training.schedule
+    if not is_torchs_schedule(schedule, but_functions=True):
+        return f"{type(schedule).__qualname__} is not one of torch's schedules"
+    if schedule is not None and training.has_tensor_settings:
+        return "a schedule sets a learning rate that is a tensor"
+    return None
+
+
+def _against_functions(schedule: LRScheduler | None) -> str | None:
+    """Return in words which code of the user's a schedule of torch's calls, or None."""
+    if is_torchs_schedule(schedule) or not is_torchs_schedule(schedule, but_functions=True):
+        return None
+    return f"{type(schedule).__qualname__} calls a function of yours"
 
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class Training:
     steps_per_epoch: int = 1
     clip_norm: float | None = None
 
-    def state(self, step: int) -> State:
+    def snapshot(self, step: int) -> State:
         """Return a copy of the state after `step`."""
         return State.capture(step, self.model, self.loss, self.optimizer, self.schedule, self.device)
 

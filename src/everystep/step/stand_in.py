@@ -1,10 +1,9 @@
-"""Stand-in: a program that runs a user's step in place of its Python.
+"""Stand-in: a program that runs a step in place of its Python.
 
-The user vouches that the step runs the same operations each time. What can be seen is looked at: the
-step was *followed* (on such a state and such a batch, it ran the operations of an earlier step), and its
-numbers are those of torch's optimizers, are read from tensors and only logged, or stay the same. The
-program is compared with Python's step on a copy of the state, at first and at steps 2, 4, 8, ..., bit
-for bit.
+The step is torch's own code, or the user vouches that it runs the same operations each time. What can be
+seen is looked at: its numbers are those of torch's optimizers, are read from tensors and only logged, or
+stay the same. The program is compared with Python's step on a copy of the state, at first and at steps
+2, 4, 8, ..., bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.program.plain import READ, PlainProgram, lies_as
 from everystep.step.check import same_bits
-from everystep.step.comparison import Comparison, PartsCopy
+from everystep.step.comparison import Carried, Comparison, PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.optimizer_call import OptimizerCalls
@@ -34,7 +33,7 @@ from everystep.step.plain import BuiltPath
 from everystep.step.taken import TakenByProgram
 from everystep.step.torchs_own import is_torchs_schedule
 
-__all__ = ["Around", "NotReplaceableError", "StandIn"]
+__all__ = ["Around", "CreatesTensorsError", "NotReplaceableError", "StandIn"]
 
 Number = int | float
 CURE = "return the tensor instead of a Python number"
@@ -42,6 +41,10 @@ CURE = "return the tensor instead of a Python number"
 
 class NotReplaceableError(Exception):
     """A step that a program cannot run in place of Python; the message gives the reason."""
+
+
+class CreatesTensorsError(NotReplaceableError):
+    """A step that leaves other tensors in the state than it found, as the first of a training does."""
 
 
 class Around:
@@ -127,15 +130,18 @@ class StandIn:
     """Runs the steps with a batch of one kind.
 
     Args:
-        parts: of the training.
+        parts: what is trained.
         built: the program.
         path: what each step does.
-        seen: the Python step that it was built from; `around`: what that step did besides operations.
+        seen: the Python step that it was built from.
+        optimizers: those that stepped in it, in order.
+        schedules: those that it has advanced.
         batch: the tensors of the batch, by name.
         plain: values that this step has logged, and that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
 
-    path: what each step does; has_schedules: whether it advances schedules.
+    path: what each step does; schedules: those that it advances; live: the program on the tensors that
+    `is_ready` was given last.
 
     Raises:
         NotReplaceableError: the next step may do something else; says what.
@@ -143,11 +149,12 @@ class StandIn:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: Carried,
         built: BuiltPath,
         path: Path,
         seen: Cursor,
-        around: Around,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedules: Sequence[LRScheduler],
         batch: Mapping[str, Tensor],
         plain: Mapping[str, Any],
         *,
@@ -157,12 +164,13 @@ class StandIn:
         self._built = built
         self.path = path
         self._numbers = [*seen.numbers]
-        self._contents = dict(seen.contents)
+        brought = ((place, seen.content(place)) for place in built.inputs.values())
+        self._contents = {place: content for place, content in brought if content is not None}
         self._batch = [*batch]
         self._plain = plain
-        self._optimizer_steps = _steps_of(seen.optimizers.seen, around.optimizers)
+        self._optimizer_steps = _steps_of(seen.optimizers.seen, optimizers)
         self._calls = OptimizerCalls()
-        self._schedules = around.schedules()
+        self.schedules = [*schedules]
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
         plain_program = PlainProgram(built.program, parts.device)
@@ -171,23 +179,26 @@ class StandIn:
         self._is_quiet = is_quiet
         self._places: list[int] = []
         self._era: int | None = None
-        self._live: LiveProgram | None = None
+        self.live: LiveProgram | None = None
         #: The batch that the program holds, until something else runs.
         self._loaded: list[Tensor] = []
         #: The places of the numbers that Python reads, by the name under which it logs them.
         self._logged_reads = self._places_of_logged()
         #: Of these places: those among the numbers that the program has.
         self._read = {place: built.kept.index(place) for place in self._logged_reads.values()}
-        reason = self._reason_against(batch)
+        reason = self._reason_against(batch, seen)
         if reason is not None:
             raise NotReplaceableError(reason)
+        other = [name for name, _ in path.ends if not name.startswith("gradient/")]
+        other += [name for name in path.gone if not name.startswith("gradient/")]
+        if other:
+            raise CreatesTensorsError(f"{other[0].partition('/')[2]} is another tensor after each step")
         compared = plain_program, self._bind, self._inputs, self._read
         self._comparison = Comparison(parts, built, *compared, draws=self._draws)
         lying = {path.tensors[number].storage: name for name, number in path.named}
         self._written = [
             lying[storage] for each in path.operations for storage in each.writes if storage in lying
         ]
-        self.has_schedules = bool(self._schedules)
 
     def _places_of_logged(self) -> dict[str, int]:
         """Return which logged numbers Python has read, and where.
@@ -212,12 +223,12 @@ class StandIn:
             )
         return found
 
-    def _reason_against(self, batch: Mapping[str, Tensor]) -> str | None:
+    def _reason_against(self, batch: Mapping[str, Tensor], seen: Cursor) -> str | None:
         path = self.path
-        other = [name for name, _ in path.ends if not name.startswith("gradient/")]
-        other += [name for name in path.gone if not name.startswith("gradient/")]
-        if other:
-            return f"{other[0].partition('/')[2]} is another tensor after each step"
+        if seen.unseen:
+            return f"a program cannot hold {next(iter(seen.unseen))}"
+        if seen.changed_unseen:
+            return f"something changes {seen.changed_unseen[0].partition('/')[2]} where torch does not see it"
         tensors, storages = self._built.program.tensors, self._built.program.storages
         for name, tensor in batch.items():
             if name in tensors and storages[tensors[name].storage].kind != "input":
@@ -232,9 +243,9 @@ class StandIn:
         if written:
             is_outside = not written.isdisjoint(self._contents)
             return "the step changes " + ("a tensor that is in no part" if is_outside else "its batch")
-        for seen in path.operations:
-            if str(seen.operator) != READ and _is_shaped(seen, path):
-                return f"{seen.operator} returns shapes that depend on values"
+        for each in path.operations:
+            if str(each.operator) != READ and _is_shaped(each, path):
+                return f"{each.operator} returns shapes that depend on values"
         if self._draws and self._parts.device.type != "cpu":
             return "random numbers are drawn on a device other than the CPU"
         return None
@@ -246,7 +257,7 @@ class StandIn:
         """
         if era != self._era:
             self._loaded = []
-        elif self._live is not None and not self._moves:
+        elif self.live is not None and not self._moves:
             return True
         found = {name: state[name] for name in self._state if name in state}
         if len(found) < len(self._state):
@@ -256,11 +267,11 @@ class StandIn:
             is_known = era == self._era and not name.startswith("gradient/")
             if not is_known and not lies_as(tensor, self._state[name]):
                 return False
-        if self._live is None or places != self._places:
+        if self.live is None or places != self._places:
             if not _share_as(found, self._state):
                 return False
             try:
-                self._live = self._bind(found)
+                self.live = self._bind(found)
             except ProgramError:
                 return False
             self._places, self._loaded = places, []
@@ -270,11 +281,11 @@ class StandIn:
     @property
     def bytes(self) -> int:
         """The memory that the program holds besides the state and the batch."""
-        return 0 if self._live is None else self._live.temporary_bytes
+        return 0 if self.live is None else self.live.temporary_bytes
 
     def let_go(self) -> None:
         """Give up the memory of the program; `is_ready` binds it again."""
-        self._live = None
+        self.live = None
 
     def take(
         self, state: dict[str, Tensor], batch: Mapping[str, Tensor], *, is_settled: bool
@@ -290,21 +301,14 @@ class StandIn:
             NotReplaceableError: an optimizer would take another step than before; nothing was done yet.
             RuntimeError: a kernel refuses its arguments.
         """
-        live = self._live
+        live = self.live
         assert live is not None
         numbers = self.numbers()
-        tensors = [*batch.values()]
-        is_loaded = [*map(id, tensors)] == [*map(id, self._loaded)]
-        taken = TakenByProgram(self.path, numbers, self._contents, is_still=is_settled)
-        if self._draws:
-            taken.generators[0] = torch.get_rng_state()
+        taken = self._begun(numbers, is_still=is_settled)
+        self.load(batch)
         with without_autograd():
-            if not is_loaded:
-                live.load(batch)
-                self._loaded = tensors
             done = live.take(self._built.numbers(numbers))
-        if self._draws:
-            taken.drawn = torch.get_rng_state()
+        self.end(taken)
         if any(state.get(name) is not tensor for name, tensor in live.ends.items()):
             self._hand_out(state, live.ends)
             taken.is_still = False
@@ -315,7 +319,7 @@ class StandIn:
         if not is_settled:  # a graph that somebody keeps must notice the writes
             written = [state[name] for name in self._written if name in state]
             torch.autograd.graph.increment_version(written)
-        for schedule in self._schedules:
+        for schedule in self.schedules:
             schedule.step()
         read = {place: done.numbers[index] for place, index in self._read.items()}
         for place, number in read.items():
@@ -323,12 +327,59 @@ class StandIn:
         logged = {name: read[place] for name, place in self._logged_reads.items()}
         return taken, {**done.given, **self._plain, **logged}
 
+    def load(self, batch: Mapping[str, Tensor]) -> None:
+        """Put a batch where the program reads it, unless it is there already."""
+        assert self.live is not None
+        tensors = [*batch.values()]
+        if [*map(id, tensors)] != [*map(id, self._loaded)]:
+            with without_autograd():
+                self.live.load(batch)
+            self._loaded = tensors
+
+    def begin(self, numbers: list[Number]) -> TakenByProgram:
+        """Get ready for steps with these numbers, which `live` runs; `end` ends them."""
+        assert self.live is not None
+        self.live.put(self._built.numbers(numbers))
+        return self._begun(numbers, is_still=True)
+
+    def _begun(self, numbers: list[Number], *, is_still: bool) -> TakenByProgram:
+        taken = TakenByProgram(self.path, numbers, self._contents, is_still=is_still)
+        if self._draws:
+            taken.generators[0] = torch.get_rng_state()
+        return taken
+
+    def end(self, taken: TakenByProgram) -> None:
+        """Note what steps have left that `begin` began."""
+        if self._draws:
+            taken.drawn = torch.get_rng_state()
+
+    @property
+    def places(self) -> list[Tensor]:
+        """Where the program reads the tensors of a batch, in their order."""
+        assert self.live is not None
+        return [self.live.tensor(name) for name in self._batch]
+
+    def hand_out(self, state: dict[str, Tensor], *, as_copies: bool) -> None:
+        """Set the gradients that the last step of the program has left.
+
+        Args:
+            state: the live tensors, which become those with these gradients.
+            as_copies: for code that may keep them while the program continues to write into its own.
+        """
+        assert self.live is not None
+        ends = self.live.ends
+        for name, tensor in (_copies(ends) if as_copies else ends).items():
+            self._set_gradient(state, name, tensor)
+        for name in self.path.gone:
+            self._set_gradient(state, name, None)
+        torch.autograd.graph.increment_version([state[name] for name in self._written if name in state])
+
     def release(self, state: dict[str, Tensor]) -> bool:
         """Give the parts copies of the gradients that the program writes into; return whether it did.
 
         To be called before other code runs, which may keep them.
         """
-        ends = {} if self._live is None else self._live.ends
+        ends = {} if self.live is None else self.live.ends
         lent = {name: tensor for name, tensor in ends.items() if state.get(name) is tensor}
         for name, tensor in _copies(lent).items():
             self._set_gradient(state, name, tensor)
@@ -369,7 +420,6 @@ class StandIn:
         self,
         numbers: Sequence[Number],
         seen: Cursor,
-        around: Around,
         before: PartsCopy,
         batch: Mapping[str, Tensor],
         logged: Mapping[str, Any],
@@ -378,21 +428,15 @@ class StandIn:
 
         Args:
             numbers: predicted for that step.
-            seen, around: that step.
+            seen: that step.
             before: the parts before it.
             batch: copies of its tensors.
             logged: what it has logged.
         """
-        try:
-            schedules = around.schedules()
-        except NotReplaceableError as error:
-            return str(error)
-        if schedules != self._schedules:
-            return "not every step advances the same schedules; advance them between steps"
         if not self._foresees(numbers, seen.numbers):
             return "a Python number in the step changes from step to step; compute it with tensors"
         for storage, content in self._contents.items():
-            now = seen.contents.get(storage)
+            now = seen.content(storage)
             if now is None or not (now is content or same_bits(now, content)):
                 return "a tensor from outside changes; make it a part, or pass it in the batch"
         plain = {name: value for name, value in logged.items() if not isinstance(value, Tensor)}

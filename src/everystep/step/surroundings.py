@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everystep.step.guards import ABSENT, Guards, held
+from everystep.step.guards import Guards, held
 from everystep.step.hooks import has_hooks_on_node
 from everystep.step.torchs_own import (
     HOOKS,
@@ -130,18 +130,6 @@ class Surroundings:
             guards.read((key, "own", method), where, held, optimizer, method)
             guards.read((key, "class", method), where, getattr, type(optimizer), method)
 
-    def guard_settings(self, name: str, *, but_lr: bool) -> None:
-        """Note the settings of an optimizer, which are among the operations of its update.
-
-        but_lr: except for the learning rate, which they read at every step.
-        """
-        optimizer = self._optimizers[name]
-        for index, group in enumerate(optimizer.param_groups):
-            for key in group:
-                if key != "params" and not (key == "lr" and but_lr):
-                    where = f"{key} of param group {index}"
-                    self.guards.read((id(optimizer), index, key), where, _setting, optimizer, index, key)
-
     def difference(self, state: Mapping[str, Tensor] | None = None) -> str | None:
         """Return in words what changed since programs were captured, or None.
 
@@ -191,13 +179,6 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> str:
 def _functions_in(module: types.ModuleType) -> str:
     """Return which functions a module of Python has."""
     return str([id(value) for value in vars(module).values() if type(value) is types.FunctionType])
-
-
-def _setting(optimizer: torch.optim.Optimizer, index: int, key: str) -> Any:
-    """Return the current value of a setting of a param group."""
-    groups = optimizer.param_groups
-    found = groups[index].get(key, ABSENT) if index < len(groups) else ABSENT
-    return tuple(found) if type(found) is list else found
 
 
 def _guard_registered(module: nn.Module, where: str, guards: Guards) -> None:

@@ -1,113 +1,19 @@
-"""Verified: compares programs with the eager step, and decides when."""
+"""Verified: when programs are compared with Python, and the last state that was found right."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from everystep.errors import TrainingError
-from everystep.program.execute import BoundProgram
-from everystep.step.advance import take
-from everystep.step.check import difference
 from everystep.step.checkpoint import Checkpoint
-from everystep.step.eager import EagerStep, Training
-from everystep.step.generators import Generators
-from everystep.step.named_state import first_names, parameter_names
-from everystep.step.programs import Programs
+from everystep.step.eager import Training
 
-__all__ = ["CheckPlan", "Verifier", "WayBack"]
+__all__ = ["CheckPlan", "WayBack"]
 
 #: Checks may take this share of the time, once the steps 2, 4, 8, ... are that far apart. A check that
 #: takes longer than so many seconds may not take more before either, nor at the last step.
 CHECK_SHARE = 0.01
 LIGHT_SECONDS = 0.03
-
-
-class Verifier:
-    """Runs a step by its program and in Python, and compares the two; Python's step counts.
-
-    Args:
-        training: the training.
-        programs: the programs to compare.
-        eager: the step in Python.
-    """
-
-    def __init__(self, training: Training, programs: Programs, eager: EagerStep) -> None:
-        self.training = training
-        self.programs = programs
-        self._eager = eager
-
-    def check(self, number: int, before: Checkpoint) -> tuple[Tensor, str | None]:
-        """Run a whole step both ways, from the current state, `before`.
-
-        Returns the loss, and what differs, in words, or None.
-        """
-        loss = self._eager.take(*self.training.batch(number))
-        return loss, self.compare(number, before, loss, forget_new=False)
-
-    def compare(
-        self,
-        number: int,
-        before: Checkpoint,
-        loss: Tensor,
-        *,
-        forget_new: bool,
-    ) -> str | None:
-        """Run the program of a step that just ran eagerly, from the state before, and compare.
-
-        forget_new: whether to drop optimizer state created since.
-
-        Returns what differs, in words, or None; the training is then as the eager step left it.
-        """
-        expected = Checkpoint(self.training)
-        wanted = expected.tensors | {"loss": loss.reshape(())}
-        wanted |= {f"gradient/{name}": g.clone() for name, g in self.training.gradients().items()}
-        model, optimizer = self.training.model, self.training.optimizer
-        parameters = first_names(model) | parameter_names(model, optimizer)
-        gradients = {parameter: parameter.grad for parameter in parameters}
-        try:
-            reason = self._difference(number, before, wanted, expected, forget_new)
-        except Exception as error:  # whatever torch's kernels make of what they are given
-            reason = f"its program fails ({error})"
-        for parameter, gradient in gradients.items():  # a program hands its own to an optimizer
-            parameter.grad = gradient
-        if reason is not None:
-            expected.restore(self.training, forget_new=False)
-        return reason
-
-    def _difference(
-        self,
-        number: int,
-        before: Checkpoint,
-        wanted: dict[str, Tensor],
-        expected: Checkpoint,
-        forget_new: bool,
-    ) -> str | None:
-        """Run a step by its program, and return in words what differs, or None."""
-        training, programs = self.training, self.programs
-        programs.refresh()
-        program = programs.bound(number).program
-        before.restore(training, forget_new=forget_new and program.optimizer_step is not None)
-        bound = take(programs, number)
-        found = {n: t for n, t in training.named_state().items() if n in expected.tensors}
-        found |= self._given_by(bound)
-        return self._what_differs(wanted, found, expected)
-
-    def _what_differs(
-        self, wanted: dict[str, Tensor], found: dict[str, Tensor], expected: Checkpoint
-    ) -> str | None:
-        """Return in words what a program computed differently from Python, or None."""
-        name = difference(wanted, found)
-        generators = Generators.capture(self.training.device)
-        if name is None and not expected.generators.same_as(generators):
-            name = "the random generator"
-        return None if name is None else f"its program gives different bits in {name}"
-
-    def _given_by(self, bound: BoundProgram) -> dict[str, Tensor]:
-        """Return the loss and the gradients of a program."""
-        gradients = {f"gradient/{name}": gradient for name, gradient in bound.gradients.items()}
-        return gradients | {"loss": bound.loss.reshape(())}
 
 
 @dataclass
@@ -175,10 +81,9 @@ class WayBack:
         self.step = step
         self._checkpoint: Checkpoint | None = None
 
-    def keep(self, training: Training, step: int, *, is_possible: bool) -> None:
-        """Keep a copy of the verified state, if going back to it may be possible."""
-        self.step = step
-        self._checkpoint = Checkpoint(training) if is_possible else None
+    def keep(self, training: Training, step: int) -> None:
+        """Keep a copy of the verified state."""
+        self.step, self._checkpoint = step, Checkpoint(training)
 
     def close(self) -> None:
         """Close the way back: unknown code has run, and cannot be undone."""

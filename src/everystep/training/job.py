@@ -17,7 +17,7 @@ from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFac
 from everystep.recording.run import RecordedRun
 from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
-from everystep.step.stepper import Engine
+from everystep.training.stepper import Engine
 
 __all__ = ["Job", "Origin", "Outcome", "Progress"]
 

@@ -16,20 +16,18 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep import clock
 from everystep.errors import DatasetChangedError
 from everystep.recording.data import DATA_FILE
-from everystep.recording.facts import EngineFacts, Facts, ProgramFacts
-from everystep.recording.files import program_file
+from everystep.recording.facts import EngineFacts, Facts
 from everystep.recording.recorder import Recorder, create_directory
 from everystep.recording.run import EXPERIMENT_FILE
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import expected_to_change
-from everystep.step.programs import ProgramRule
-from everystep.step.stepper import Stepper
 from everystep.step.torchs_own import is_torchs_schedule
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.resumed import facts_resumed, seconds_in_all
+from everystep.training.stepper import Stepper
 from everystep.training.watched_steps import WatchedSteps
 
 __all__ = ["now", "run_job"]
@@ -101,7 +99,7 @@ def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tupl
         return recorder, facts.model_copy(update={"name": place.name})
     place = create_directory(directory, job.name, runs)
     parent, fork = (origin.run, origin.fork) if origin else (None, None)
-    beginning = job.training.state(job.start) if origin else None
+    beginning = job.training.snapshot(job.start) if origin else None
     facts = Facts(name=place.name, started=now(), steps=job.steps, trained=job.facts, fork=fork)
     try:
         recorder = Recorder(place, facts, budget, parent, job.start, texts=texts, beginning=beginning)
@@ -131,7 +129,6 @@ class _Loop:
         self._loss_dtype: Any = None
         self._snapshot_step = -1 if job.origin is None else job.start
         self._nonfinite_step = _nonfinite_before(job.origin)
-        self._program_files: list[str] = []
         self._has_lost = False
         self._engine: EngineFacts | None = None
 
@@ -140,7 +137,7 @@ class _Loop:
         job = self.job
         self._keep_beginning()
         settings = job.steps, job.engine, job.start
-        stepper = self._stepper = Stepper(job.training, *settings, by_python=self.watched.take)
+        stepper = self._stepper = Stepper(job.training, self.watched, *settings)
         self._keep_engine(stepper)
         flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
@@ -300,23 +297,15 @@ class _Loop:
 
     def _keep_engine(self, stepper: Stepper) -> None:
         """Write down which programs there are, how far they are verified, and what is eager, and why."""
-        programs = stepper.programs
-        rules = programs.rules()
-        if rules:
-            for built in programs.built[len(self._program_files) :]:
-                self._program_files.append(program_file(self.recorder.program(*built)))
         engine = EngineFacts(
             asked=self.job.engine,
             stands_behind=stepper.acceleration.stands_behind,
-            programs=tuple(
-                ProgramFacts(file=self._program_files[rule.number], steps=rule.steps, since=rule.since)
-                for rule in _from(self.recorder.recorded + 1, rules)
-            ),
+            programs=self.watched.programs,
+            by_program=stepper.by_program,
             checks=len(stepper.checked),
             verified_to=stepper.checked[-1] if stepper.checked else 0,
             eager_from=stepper.eager_from and max(stepper.eager_from, self.recorder.recorded + 1),
             reason=stepper.reason,
-            watched=self.watched.programs,
             unseen=self.watched.unseen,
         )
         if engine == self._engine:
@@ -341,7 +330,7 @@ class _Loop:
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there
-        self.recorder.snapshot(self.job.training.state(self.step))
+        self.recorder.snapshot(self.job.training.snapshot(self.step))
         self._snapshot_step = self.step
 
     def _expected(self) -> dict[str, float]:
@@ -404,18 +393,6 @@ def _evaluated(evaluation: Evaluation, follows: ReduceLROnPlateau | None) -> dic
     if follows is not None:
         follows.step(measured["validation_loss"])
     return measured
-
-
-def _from(step: int, rules: list[ProgramRule]) -> list[ProgramRule]:
-    """Return the rules for the steps from `step` on: a resumed run has others for those before."""
-    newest = max((rule.since for rule in rules if rule.since < step), default=0)
-    found = []
-    for rule in rules:
-        if rule.since >= step:
-            found.append(rule)
-        elif rule.since == newest and rule.steps != "first":
-            found.append(ProgramRule(rule.number, "every", step))
-    return found
 
 
 def _next_multiple(step: int, interval: int) -> int:

@@ -214,7 +214,8 @@ class VouchedStep:
                 raise NotReplaceableError(f"{min(unknown)} is not the result of an operation")
             if built is None:
                 raise NotReplaceableError("a program cannot hold the step")
-            known = self._parts, built, path, seen, around, _tensors_of(batch), plain
+            did = around.optimizers, around.schedules()
+            known = self._parts, built, path, seen, *did, _tensors_of(batch), plain
             kind.stand_in = StandIn(*known, is_quiet=self._is_quiet)
         except NotReplaceableError as error:
             self._leave(kind, str(error))
@@ -236,7 +237,7 @@ class VouchedStep:
             return self._by_python(batch)[0]
         self._by_program += 1
         self._renewals = 0
-        self._is_settled = not stand_in.has_schedules
+        self._is_settled = not stand_in.schedules
         self._plan.timed(1, clock.now() - started)
         return logged
 
@@ -260,7 +261,9 @@ class VouchedStep:
         path, seen = self._recording.last
         reason = "Python runs different operations than before"
         if path == stand_in.path and isinstance(seen, Cursor) and seen.is_followed:
-            reason = stand_in.difference(numbers, seen, around, before, copies, logged) or ""
+            reason = _other_schedules(around, stand_in) or (
+                stand_in.difference(numbers, seen, before, copies, logged) or ""
+            )
         if not reason:
             kind.is_checked = True
             self._checked.append(number)
@@ -306,6 +309,17 @@ class VouchedStep:
         """Return what the parts carry, except gradients."""
         state = self._parts.state()
         return {name: tensor for name, tensor in state.items() if not name.startswith("gradient/")}
+
+
+def _other_schedules(around: Around, stand_in: StandIn) -> str | None:
+    """Return in words why a program cannot advance schedules as a step of Python did, or None."""
+    try:
+        schedules = around.schedules()
+    except NotReplaceableError as error:
+        return str(error)
+    if schedules != stand_in.schedules:
+        return "not every step advances the same schedules; advance them between steps"
+    return None
 
 
 def _tensors_of(batch: tuple[Any, ...]) -> dict[str, Tensor]:

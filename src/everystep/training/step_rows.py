@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from everystep import clock
 from everystep.program.operators import NotAllowedError
+from everystep.program.program import Program
 from everystep.recording.contents import digest_of
 from everystep.recording.notice import say
-from everystep.recording.recorder import Recorder
 from everystep.recording.repeats import Taken
 from everystep.step.build import NotCapturableError
 from everystep.step.cursor import Cursor
@@ -19,7 +20,7 @@ from everystep.step.path import Path
 from everystep.step.plain import BuiltPath, build_path
 from everystep.step.taken import TakenByProgram
 
-__all__ = ["AnyWatch", "StepRows", "WrittenProgram"]
+__all__ = ["AnyWatch", "StepRows", "StepWriter", "WrittenProgram"]
 
 #: Paths that are remembered; a training in which every step has another would fill the memory.
 MOST_PATHS = 200
@@ -30,6 +31,16 @@ DIGESTED_A_SECOND = 2e9
 
 #: What knows what a step does.
 AnyWatch = Cursor | TakenByProgram
+
+
+class StepWriter(Protocol):
+    """Writes what belongs to steps, as a `Recorder` does."""
+
+    def program(self, program: Program, constants: dict[str, Tensor]) -> int:
+        """Write a program; return its number in the run."""
+
+    def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
+        """Write tensors (on the CPU) that code changed after a step."""
 
 
 class WrittenProgram(NamedTuple):
@@ -43,14 +54,14 @@ class StepRows:
     """Turns watched steps into rows, and writes their programs.
 
     Args:
-        recorder: of the run.
+        writer: of the run.
 
     written: the numbers of the programs so far.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, writer: StepWriter) -> None:
         self.written: list[int] = []
-        self._recorder = recorder
+        self._writer = writer
         self._programs: dict[Path, WrittenProgram | None] = {}
         self._generator = torch.get_rng_state()
         self._copied = 0
@@ -59,6 +70,10 @@ class StepRows:
     def program_of(self, path: Path) -> WrittenProgram | None:
         """Return the program of a path that a row was made of, None if it has none."""
         return self._programs.get(path)
+
+    def forget_generator(self) -> None:
+        """Note the generator again at the next draw: it is not as the last row left it."""
+        self._generator = torch.empty(0, dtype=torch.uint8)
 
     def row(
         self,
@@ -109,7 +124,7 @@ class StepRows:
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return None
-        number = self._recorder.program(built.program, {})
+        number = self._writer.program(built.program, {})
         self.written.append(number)
         return WrittenProgram(number, built)
 

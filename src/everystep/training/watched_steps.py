@@ -1,12 +1,19 @@
-"""Watched steps: those that Python runs, each watched as a step of a user's own loop is."""
+"""Watched steps: those of a training that Python or a program takes, and what repeats each of them.
+
+Python's steps are watched as those of a user's own loop are.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
 
 import torch
 from torch import Tensor, optim
 
-from everystep.recording.recorder import Recorder
 from everystep.recording.repeats import Taken
+from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
 from everystep.step.elsewhere import Elsewhere, version_of, versions_by_name
@@ -14,30 +21,75 @@ from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
 from everystep.step.named_state import first_names, parameter_names
 from everystep.step.own_state import live_tensors
+from everystep.step.path import Path
+from everystep.step.plain import BuiltPath
+from everystep.step.stand_in import NotReplaceableError, StandIn
 from everystep.step.state import copy_of
+from everystep.step.taken import TakenByProgram
 from everystep.training.batch import BatchCopies, text_of
 from everystep.training.notices import Notices
-from everystep.training.step_rows import StepRows
+from everystep.training.step_rows import StepRows, StepWriter
 
-__all__ = ["WatchedSteps"]
+__all__ = ["TrainingParts", "WatchedSteps"]
+
+
+class TrainingParts:
+    """What a training of a model carries from step to step, as parts of a loop are known.
+
+    Args:
+        training: the training.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self.device = training.device
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the live tensors by name; pending gradients among them."""
+        training, names = self._training, self.parameter_names()
+        found = training.named_state()
+        found |= live_tensors(training.optimizer, names, found)
+        for parameter, name in names.items():
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout is torch.strided:
+                found[f"gradient/{name}"] = gradient
+        return found
+
+    def parameter_names(self) -> dict[Tensor, str]:
+        """Return each parameter of the model and of the optimizer with its name."""
+        model, optimizer = self._training.model, self._training.optimizer
+        return first_names(model) | parameter_names(model, optimizer)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients by the names of their parameters."""
+        return {name: p.grad for p, name in self.parameter_names().items() if p.grad is not None}
+
+
+class LastProgram(NamedTuple):
+    """The program of a step that Python took, with the numbers of the step, and what it brought."""
+
+    built: BuiltPath
+    numbers: list[int | float]
+    inputs: dict[str, Tensor]
 
 
 class WatchedSteps:
-    """Takes steps in Python while a cursor watches them, and keeps what repeats each of them.
+    """Takes steps in Python while a cursor watches them, and keeps what repeats each step.
 
     Args:
         training: what is trained.
-        recorder: of the run.
+        writer: of the run.
         is_by_rule: whether the run has the rows of the batches, so that a rule finds those of each step.
 
-    programs: the numbers of the programs written so far; unseen: what no program holds, in words.
+    parts: what it carries from step to step.
     """
 
-    def __init__(self, training: Training, recorder: Recorder, *, is_by_rule: bool) -> None:
+    def __init__(self, training: Training, writer: StepWriter, *, is_by_rule: bool) -> None:
+        self.parts = TrainingParts(training)
         self._training = training
-        self._recorder = recorder
+        self._writer = writer
         self._eager = EagerStep(training)
-        self._rows = StepRows(recorder)
+        self._rows = StepRows(writer)
         self._taken: list[Taken] = []
         self._notices = Notices()
         self._elsewhere = Elsewhere()
@@ -48,6 +100,8 @@ class WatchedSteps:
         self._data_versions: list[int | None] | None = None
         self._versions: dict[str, tuple[int, int | None, int]] | None = None
         self._under_way: Cursor | None = None
+        #: The last step that Python took, what it did, and its loss.
+        self._last: tuple[Cursor, Path, Tensor] | None = None
         #: The loss of the step under way, and how often it had been changed.
         self._logged: tuple[Tensor | None, int | None] = None, 0
         self._follower: Follower | None = None
@@ -62,6 +116,14 @@ class WatchedSteps:
         """What no program holds, in words."""
         return tuple(sorted(self._notices.unseen))
 
+    @property
+    def has_rule(self) -> bool:
+        """Whether a rule still finds the rows of each step: not if the data was changed."""
+        batch = self._training.batch
+        if not self._is_by_rule or not batch.is_fixed or self._data_versions is None:
+            return self._is_by_rule
+        return self._data_versions == [*map(version_of, batch(1))]
+
     def take(self, number: int, x: Tensor, y: Tensor) -> Tensor:
         """Take a whole step on a batch, and advance the schedule; return the loss.
 
@@ -69,7 +131,7 @@ class WatchedSteps:
             as `EagerStep.take`.
         """
         follower = self._follower or self._begin()
-        state = self._state()
+        state = self.parts.state()
         self._note_changes(number - 1, state)
         watch = Cursor(self._paths, self._training.device, follower, self._elsewhere)
         watch.begin(state)
@@ -84,25 +146,101 @@ class WatchedSteps:
                     self._eager.advance(number)
             finally:
                 self._under_way = None
-        after = self._state()
+        after = self.parts.state()
         (logged, version), self._logged = self._logged, (None, 0)
         # Of a tensor that was changed since then, no operation made the loss.
         is_as_logged = logged is not None and version_of(logged) == version
         path = watch.end(after, logged if is_as_logged else None)
         if watch.changed_unseen:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
-            self._recorder.change(number, changed)
+            self._writer.change(number, changed)
         copied = self._elsewhere.copied
         self._taken.append(self._rows.row(number, watch, path, after, inputs, text_of((x, y)), copied))
         self._elsewhere.clean()
         self._notices.of_step(number, watch, is_compiled=False)
         self._versions = versions_by_name(after)
+        self._last = watch, path, loss
         return loss
+
+    def program_of_last(self) -> LastProgram | None:
+        """Return the program of the last step that Python took, None if it has none."""
+        assert self._last is not None
+        watch, path, _ = self._last
+        known = self._rows.program_of(path)
+        if known is None:
+            return None
+        brought = {f"input/{n}": watch.content(place) for n, place in known.built.inputs.items()}
+        inputs = {name: content for name, content in brought.items() if content is not None}
+        return LastProgram(known.built, known.built.numbers(watch.numbers), inputs)
+
+    def stand_in(self, x: Tensor, y: Tensor) -> StandIn:
+        """Return a program that runs steps like the last one, which Python took on such a batch.
+
+        Raises:
+            NotReplaceableError: there is none; gives the reason.
+        """
+        assert self._last is not None
+        watch, path, _ = self._last
+        known = self._rows.program_of(path)
+        if known is None:
+            raise NotReplaceableError("a program cannot hold the step")
+        if path.loss is None or path.storages[path.tensors[path.loss].storage].kind != "temporary":
+            raise NotReplaceableError("the loss is not the result of an operation of the step")
+        optimizers, schedules = [self._training.optimizer], ()
+        about = known.built, path, watch, optimizers, schedules, {"x": x, "y": y}, {}
+        return StandIn(self.parts, *about, is_quiet=True)
+
+    def difference(
+        self,
+        stand_in: StandIn,
+        numbers: Sequence[int | float] | None,
+        before: PartsCopy,
+        x: Tensor,
+        y: Tensor,
+    ) -> str | None:
+        """Compare a program with the last step, which Python took; return in words what differs.
+
+        Args:
+            stand_in: the program.
+            numbers: that were predicted for the step, None if none were.
+            before: the state before it.
+            x, y: its batch.
+        """
+        assert self._last is not None
+        watch, path, loss = self._last
+        if path != stand_in.path:
+            return "Python runs different operations than before"
+        numbers = watch.numbers if numbers is None else numbers
+        return stand_in.difference(numbers, watch, before, {"x": x, "y": y}, {"loss": loss})
+
+    def add(self, first: int, count: int, taken: TakenByProgram, path: Path) -> None:
+        """Note that a program has run `count` steps from `first` on, with the same numbers."""
+        row = self._rows.row(first, taken, path, {}, {})
+        if count > 1 and taken.generators:  # which are those before the first step
+            inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
+            self._taken += [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
+        else:
+            self._taken.append(row._replace(count=count))
 
     def collect(self) -> list[Taken]:
         """Return the rows of the steps taken since the last call."""
         taken, self._taken = self._taken, []
         return taken
+
+    def forget_after(self, step: int) -> None:
+        """Discard what was kept of later steps: the training goes back to the state after this one."""
+        self._taken = [
+            row._replace(count=min(row.count, step - row.step + 1))
+            for row in self._taken
+            if row.step <= step
+        ]
+        self._rows.forget_generator()
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """Note that what has changed since the last step belongs to it, or was recorded."""
+        if self._versions is not None:
+            self._versions = versions_by_name(self.parts.state())
 
     def finish(self) -> None:
         """Stop following modules and optimizers."""
@@ -131,21 +269,6 @@ class WatchedSteps:
         copies = self._copies.of({"x": x, "y": y})
         return {f"batch/{name}": copy for name, copy in copies.items()}
 
-    def _state(self) -> dict[str, Tensor]:
-        """Return the live tensors that the training carries, pending gradients included."""
-        training = self._training
-        found = training.named_state()
-        found |= live_tensors(training.optimizer, self._names(), found)
-        for parameter, name in self._names().items():
-            gradient = parameter.grad
-            if gradient is not None and gradient.layout is torch.strided:
-                found[f"gradient/{name}"] = gradient
-        return found
-
-    def _names(self) -> dict[Tensor, str]:
-        model, optimizer = self._training.model, self._training.optimizer
-        return first_names(model) | parameter_names(model, optimizer)
-
     def _note_changes(self, step: int, state: dict[str, Tensor]) -> None:
         """Store what code between two steps has changed: a metric, a schedule, a Dataset."""
         before, now = self._versions, versions_by_name(state)
@@ -154,7 +277,7 @@ class WatchedSteps:
         changed = {name: copy_of(state[name]) for name in now if before.get(name) != now[name]}
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
         if changed or gone:
-            self._recorder.change(step, changed, gone)
+            self._writer.change(step, changed, gone)
 
     def _log(self, loss: Tensor) -> None:
         self._logged = loss, version_of(loss)
@@ -165,11 +288,9 @@ class WatchedSteps:
 
     def _optimizer_begins(self, optimizer: optim.Optimizer, has_arguments: bool) -> None:
         if self._under_way is not None:
-            self._under_way.optimizers.begins(optimizer, None, has_arguments, self._gradients)
+            gradients = self.parts.gradients
+            self._under_way.optimizers.begins(optimizer, None, has_arguments, gradients)
 
     def _optimizer_ends(self, optimizer: optim.Optimizer) -> None:
         if self._under_way is not None:
-            self._under_way.optimizers.ends(None, self._gradients)
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad for p, name in self._names().items() if p.grad is not None}
+            self._under_way.optimizers.ends(None, self.parts.gradients)

@@ -14,7 +14,8 @@ from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.run import RecordedRun
 from everystep.replay.continuing.alone import reason_against
-from everystep.replay.reopen import reopen, stored_data
+from everystep.replay.batches import stored_data
+from everystep.replay.living import Living
 from everystep.replay.replay import Replay
 from everystep.step.generators import generators_preserved
 from everystep.step.hyperparameters import is_hyperparameter
@@ -89,11 +90,13 @@ def state_to_continue(replay: Replay, number: int, objects: Objects | None) -> S
     """
     run = replay.run
     stretch = replay.stretches[replay.stretch_of(number)]
-    if not stretch.is_watched or number in run.snapshots or stretch.facts.loop is not None:
+    engine = stretch.facts.engine
+    turn = None if engine is None else engine.eager_from
+    if turn is None or turn > number or number in run.snapshots:
         return replay.state(number)
     begin = run.state_near(number, after=stretch.first - 2) or replay.state(stretch.first - 1)
     with replay.in_force(number):
-        stepper = reopen(run, stretch, objects or Objects(), is_living=True)
+        stepper = Living(run, stretch, objects or Objects(), "eager")
         stepper.load(begin)
         losses = stepper.run(number).tolist()
         first = begin.step + 1

@@ -14,20 +14,14 @@ import torch
 
 from everystep import clock
 from everystep.errors import RunError, UsageError
-from everystep.recording.facts import (
-    EngineFacts,
-    Facts,
-    ForkFacts,
-    ProgramFacts,
-    ResumeFacts,
-    TrainingFacts,
-)
+from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorder import Recorder, create_directory
+from everystep.recording.repeats import Taken
 from everystep.recording.run import RecordedRun
+from everystep.replay.further import FurtherSteps
+from everystep.replay.loop import LoopStepper
 from everystep.replay.processes import needs_worker
-from everystep.replay.programs import read_program
 from everystep.replay.replay import Replay
-from everystep.replay.stepper import TrainingStepper
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
@@ -52,9 +46,7 @@ def reason_against(run: RecordedRun) -> str | None:
         return f"it has a schedule ({next(iter(facts.schedules.values())).class_name})"
     if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         return "the run does not hold its data"
-    if not _programs_after(engine, run.newest_step()):
-        return "it has too few steps: no program takes later ones"
-    return None
+    return FurtherSteps(run).reason_against()
 
 
 def resume_alone(run: RecordedRun, steps: int, budget: int, progress: Progress) -> Outcome:
@@ -93,7 +85,7 @@ def fork_alone(
     lr: another learning rate; None: the run's.
 
     Raises:
-        UsageError: the programs do not read the learning rate, or there is no step to take.
+        UsageError: there is no step to take.
         RunError: they cannot go on, or a replay differs from the recording.
         RecordingError: writing the run failed.
     """
@@ -103,11 +95,6 @@ def fork_alone(
         )
     # An experiment of the parent does not describe the fork.
     trained = _facts(run, at).model_copy(update={"experiment_file": None, "experiment_digest": None})
-    if lr is not None and not _reads_rate(run, trained):
-        raise UsageError(
-            f"the programs of {run.name} hold its learning rate as a number; to change it, pass the "
-            "objects: fork(..., model=..., loss=..., optimizer=...)"
-        )
     place = create_directory(directory, f"{run.name}-fork", runs)
     changed = {} if lr is None else {"lr": lr}
     fork = ForkFacts(parent=run.name, directory=str(run.directory), at=at, changed=changed)
@@ -150,9 +137,9 @@ def _go_on(
                 f"{run.name} cannot be replayed bit for bit: the loss of step {replay.diverged_at} "
                 "differs"
             )
-        assert isinstance(stepper, TrainingStepper)
-        if lr is not None:
-            stepper.set_rate(lr)
+        assert isinstance(stepper, LoopStepper)
+        further = FurtherSteps(run, lr)
+        stepper.go_on(further.row)
         state = stepper.capture()
         recorder, started = record(state), time.perf_counter()
         progress.begin(recorder.directory, facts)
@@ -169,7 +156,7 @@ def _go_on(
         try:
             was_finite = (run.facts.nonfinite_step or at + 1) > at
             rules = facts.training.stop_on_nan, was_finite
-            reason = _take(stepper, recorder, steps, rules, interrupt, progress)
+            reason = _take(stepper, further, recorder, steps, rules, interrupt, progress)
             before = 0.0 if resumed is None else resumed.seconds
             seconds = None if before is None else before + time.perf_counter() - started
             status = "finished" if reason is None else "stopped"
@@ -184,7 +171,8 @@ def _go_on(
 
 
 def _take(
-    stepper: TrainingStepper,
+    stepper: LoopStepper,
+    further: FurtherSteps,
     recorder: Recorder,
     last: int,
     rules: tuple[bool, bool],
@@ -209,9 +197,9 @@ def _take(
         losses = stepper.run(min(ends))
         step_seconds = (clock.now() - started) / len(losses)
         found = torch.nonzero(~torch.isfinite(losses)).flatten().tolist() if is_finite else []
-        recorder.losses(
-            first, losses.tolist(), facts={"nonfinite_step": first + found[0]} if found else {}
-        )
+        facts = {"nonfinite_step": first + found[0]} if found else {}
+        taken = [further.taken(number) for number in range(first, stepper.state + 1)]
+        recorder.losses(first, losses.tolist(), (), facts, taken)
         is_finite = is_finite and not found
         if stepper.state >= begin + TIMED_STEPS and not recorder.has_interval:
             size = sum(tensor.nbytes for tensor in stepper.named_state().values())
@@ -234,36 +222,8 @@ def _facts(run: RecordedRun, at: int) -> TrainingFacts:
     stretch = [each for each in run.stretches if each.first <= at + 1][-1]
     engine = stretch.facts.engine
     assert engine is not None
-    alone = engine.model_copy(
-        update={
-            "stands_behind": "alone",
-            "programs": _programs_after(engine, at),
-            "checks": 0,
-            "verified_to": 0,
-        }
-    )
-    return stretch.facts.model_copy(update={"engine": alone})
-
-
-def _programs_after(engine: EngineFacts, at: int) -> tuple[ProgramFacts, ...]:
-    """Return the programs for the steps after `at`."""
-    newest = max((each.since for each in engine.programs if each.since <= at + 1), default=0)
-    known = tuple(each for each in engine.programs if each.since == newest)
-    if newest == at + 1:
-        return known
-    return tuple(
-        ProgramFacts(file=each.file, steps="every", since=at + 1)
-        for each in known
-        if each.steps != "first"
-    )
-
-
-def _reads_rate(run: RecordedRun, facts: TrainingFacts) -> bool:
-    """Tell whether the programs take the learning rate from outside."""
-    engine = facts.engine
-    assert engine is not None
-    programs = [read_program(run, each.file) for each in engine.programs]
-    return all(p.optimizer_step is not None or p.reads_rates for p in programs)
+    alone = {"stands_behind": "alone", "by_program": 0, "checks": 0, "verified_to": 0}
+    return stretch.facts.model_copy(update={"engine": engine.model_copy(update=alone)})
 
 
 def _environment(run: RecordedRun) -> str:

@@ -33,7 +33,7 @@ from everystep.replay.continuing.again import (
 )
 from everystep.replay.continuing.alone import fork_alone
 from everystep.replay.processes import Opener
-from everystep.replay.reopen import stored_data
+from everystep.replay.batches import stored_data
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
 from everystep.step.named_state import parameter_names

@@ -30,7 +30,7 @@ from everystep.replay.continuing.again import (
     with_data,
 )
 from everystep.replay.continuing.alone import resume_alone
-from everystep.replay.reopen import stored_data
+from everystep.replay.batches import stored_data
 from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State

@@ -1,0 +1,156 @@
+"""Batches: those of everystep's own steps, from the data of a run, and the settings of their optimizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from everystep.device import select
+from everystep.errors import RunError
+from everystep.experiment.batches import Batches, RowsOf
+from everystep.experiment.data import Data
+from everystep.experiment.specification import load
+from everystep.program.precision import Precision
+from everystep.recording.data import check_data
+from everystep.recording.facts import TrainingFacts
+from everystep.recording.run import RecordedRun, Stretch
+from everystep.replay.columns import Setting
+from everystep.step.eager import BatchSource
+from everystep.training.dataset import length_of, read_rows
+from everystep.training.dataset_batches import DatasetBatches
+from everystep.training.objects import Objects
+
+__all__ = ["batch_source", "batches_of", "rule_of", "settings_of", "stored_data"]
+
+
+def rule_of(
+    run: RecordedRun,
+    stretch: Stretch,
+    objects: Objects,
+    conversion: Precision | None = None,
+) -> RowsOf | None:
+    """Return the batches of everystep's own steps, None where each step holds its batch.
+
+    Raises:
+        RunError: the data is missing or unreadable; reports a fix.
+    """
+    facts = stretch.facts
+    if facts.loop is not None or facts.data.lazy:
+        return None
+    found = batch_source(run, facts, objects, select(facts.device), conversion)
+    assert isinstance(found, RowsOf)
+    return found
+
+
+def batches_of(facts: TrainingFacts) -> Batches:
+    """Return which rows each step saw."""
+    known = facts.batches
+    numbers = facts.data.numbers()
+    return Batches(
+        facts.data.rows,
+        known.batch_size,
+        known.seed,
+        known.drop_last,
+        without=known.without,
+        numbers=None if numbers is None else numbers[0],
+        source=facts.data.file or "the data",
+    )
+
+
+def batch_source(
+    run: RecordedRun,
+    facts: TrainingFacts,
+    objects: Objects,
+    device: torch.device,
+    conversion: Precision | None = None,
+) -> BatchSource:
+    """Return the batches: rows of the run's data, or a Dataset that is read.
+
+    Raises:
+        RunError: the data is missing or unreadable, or is not the run's; reports a fix.
+    """
+    batches = batches_of(facts)
+    if not facts.data.lazy:
+        x, y = (part.to(device) for part in _data(run, facts, objects))
+        if not (x.ndim and y.ndim and len(x) == len(y)):
+            raise RunError(f"the data of {run.name} does not have a target for each row")
+        if conversion is not None:
+            x, y = conversion.tensor("x", x), conversion.tensor("y", y)
+        count = len(x)
+    elif objects.data is None or isinstance(objects.data, tuple | list):
+        raise RunError(
+            f"{run.name} was trained on a Dataset that everystep read at every step, so the run has "
+            "no rows; open it with everystep.open(run, data=dataset)"
+        )
+    else:
+        count = length_of(objects.data)
+    if count != batches.rows:
+        raise RunError(
+            f"{run.name} was trained on {batches.rows:,} rows of data, but the data has {count:,}"
+        )
+    if facts.data.lazy:
+        return DatasetBatches(objects.data, batches, device)
+    return batches.of(x, y, is_read=facts.data.source == "dataset")
+
+
+def _data(run: RecordedRun, facts: TrainingFacts, objects: Objects) -> tuple[Tensor, Tensor]:
+    fact = facts.data_file
+    if fact is None:
+        raise RunError(f"{run.name} has no data yet; training has only just started")
+    if (stored := stored_data(run, facts)) is not None:
+        return stored.x, stored.y
+    if objects.data is not None:
+        given = objects.data
+        if not isinstance(given, tuple | list):
+            given = read_rows(given, given.__getitem__, sys.maxsize, lambda done, total: None)
+        x, y = (torch.as_tensor(part) for part in given)
+        check_data({"x": x, "y": y}, fact, "the given data")
+        return x, y
+    size = f"{fact.bytes / 1e6:,.0f} MB"
+    if (experiment := run.experiment(facts)) is None:
+        raise RunError(
+            f"the data of {run.name} ({size}) was too large to store in the run; open it with "
+            "everystep.open(run, data=(x, y))"
+        )
+    from everystep.training.from_experiment import experiment_job
+
+    data = experiment_job(load(experiment), run.name, torch.device("cpu")).data
+    assert data is not None
+    tensors = {"x": data.x, "y": data.y}
+    if data.validation is not None:
+        tensors["validation_x"], tensors["validation_y"] = data.validation
+    check_data(tensors, fact, f"the data that the experiment of {run.name} names")
+    return data.x, data.y
+
+
+def stored_data(run: RecordedRun, facts: TrainingFacts) -> Data | None:
+    """Return the data that a run holds, or None.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    fact = facts.data_file
+    if fact is None or not fact.stored:
+        return None
+    tensors = run.data(fact)
+    if not {"x", "y"} <= tensors.keys():
+        raise RunError(f"{fact.file} of {run.name} has no x and y: the run was changed")
+    has_validation = {"validation_x", "validation_y"} <= tensors.keys()
+    validation = (tensors["validation_x"], tensors["validation_y"]) if has_validation else None
+    return Data(tensors["x"], tensors["y"], validation, numbering=facts.data.numbering)
+
+
+def settings_of(run: RecordedRun, names: Iterable[str], first: int) -> dict[str, Setting]:
+    """Return what changed from step `first` on; what held before is in the state that it begins with.
+
+    names: of measurements that are settings.
+    """
+    found = {}
+    for name in names:
+        values = {step: value for step, value in run.measured(name).items() if step >= first}
+        if values:
+            found[name] = Setting(values)
+    return found

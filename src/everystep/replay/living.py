@@ -1,0 +1,256 @@
+"""Living: steps of a run that nothing has recorded, with the objects that trained it.
+
+Those of a what-if, and those on the way to a state from which Python continues. The objects come from the
+run's experiment, or from the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from everystep.bounded import MOST_STEPS
+from everystep.device import select
+from everystep.errors import EverystepError, ExperimentError, RunError
+from everystep.experiment.batches import Batches, RowsOf
+from everystep.experiment.specification import load
+from everystep.program.execute import without_autograd
+from everystep.program.memory import copy_into, copy_on_cpu
+from everystep.program.plain import PlainProgram, lay_inputs
+from everystep.program.program import Program
+from everystep.recording.facts import TrainingFacts
+from everystep.recording.run import RecordedRun, Stretch
+from everystep.replay.batches import batch_source, settings_of, stored_data
+from everystep.replay.step import Batch
+from everystep.step.checkpoint import Checkpoint
+from everystep.step.eager import BatchSource, Training
+from everystep.step.generators import Generators
+from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
+from everystep.step.observe import Observation, PlainObserver
+from everystep.step.state import State
+from everystep.training.dataset_batches import DatasetBatches
+from everystep.training.objects import Objects
+from everystep.training.stepper import Engine, Stepper
+from everystep.training.watched_steps import WatchedSteps
+
+__all__ = ["Living"]
+
+
+class _Unwritten:
+    """Takes what belongs to steps, and writes none of it."""
+
+    def __init__(self) -> None:
+        self._programs = 0
+
+    def program(self, program: Program, constants: dict[str, Tensor]) -> int:
+        """Return the next number of a program."""
+        self._programs += 1
+        return self._programs
+
+    def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
+        """Forget what code between two steps has changed."""
+
+
+class Living:
+    """A training of a run, alive again.
+
+    Args:
+        run: the run.
+        stretch: the part of it that the training is of.
+        objects: those that trained it, if it has no experiment.
+        engine: `auto`: programs may take steps; `eager`: Python takes all, as objects may hold more than
+            tensors.
+
+    state: the step after which its state is, None before one is loaded.
+
+    Raises:
+        RunError: there are no objects, or a file of the run is missing or unreadable.
+    """
+
+    def __init__(
+        self, run: RecordedRun, stretch: Stretch, objects: Objects, engine: Engine = "auto"
+    ) -> None:
+        facts = stretch.facts
+        device = select(facts.device)
+        batch = batch_source(run, facts, objects, device)
+        training = _training(run, facts, objects, batch, device)
+        if training is None:
+            raise RunError(
+                f"steps other than the recorded ones need the objects that trained {run.name}: "
+                "everystep.open(run, model=..., loss=..., optimizer=...)"
+            )
+        self.state: int | None = None
+        self._run = run
+        self._training = training
+        self._settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), stretch.first)
+        self._between = run.change_files()
+        self._settled: int | None = None
+        self._watched = WatchedSteps(training, _Unwritten(), is_by_rule=not isinstance(batch, DatasetBatches))
+        self._stepper = Stepper(training, self._watched, MOST_STEPS, engine)
+
+    def load(self, state: State) -> None:
+        """Bring the training to a state from disk.
+
+        Raises:
+            RunError: it does not belong to this training.
+        """
+        training = self._training
+        try:
+            state.restore(training.model, training.loss, training.optimizer, None, training.device)
+        except ValueError as error:
+            raise RunError(
+                f"state {state.step} does not fit the training: {error}; open the run with objects as "
+                "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
+            ) from None
+        self._moved(state.step)
+
+    def save(self) -> Checkpoint:
+        """Return a copy of the current state."""
+        return Checkpoint(self._training)
+
+    def restore(self, step: int, saved: Checkpoint) -> None:
+        """Bring the training back to what `save` returned after `step`."""
+        saved.restore(self._training, forget_new=True)
+        self._moved(step)
+
+    def capture(self) -> State:
+        """Return the current state in the form that is written to disk."""
+        assert self.state is not None
+        self._settle()
+        if self._training.has_tensor_settings:
+            self._set_hyperparameters(self.state + 1)
+        return self._training.snapshot(self.state)
+
+    def use(self, batches: Batches) -> None:
+        """From the next step on, let steps see these batches of the same rows."""
+        assert isinstance(self._training.batch, RowsOf)
+        self._training.batch.use(batches)
+
+    def run(self, last: int) -> Tensor:
+        """Run the steps up to `last`; return their losses (steps), on the CPU.
+
+        Raises:
+            RunError: a step fails.
+        """
+        assert self.state is not None
+        losses: list[Tensor] = []
+        while self.state < last:
+            stepper = self._ready()
+            alone = self._settings or self._between  # which may change before each step
+            with self._failing():
+                stepper.advance(self.state + 1 if alone else last)
+            losses.append(stepper.collect()[1])
+            self.state = stepper.step
+        return torch.cat(losses).cpu() if losses else torch.empty(0)
+
+    def observe(self) -> Observation:
+        """Run the next step in Python, and return everything in it.
+
+        Raises:
+            RunError: it fails, or no program holds what it does.
+        """
+        assert self.state is not None
+        self._ready()
+        watched, number, device = self._watched, self.state + 1, self._training.device
+        before = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
+        generators = Generators.capture(device)
+        with self._failing():
+            batch = dict(zip("xy", self._training.batch(number), strict=True))
+            given = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
+            watched.take(number, *batch.values())
+        self.state = number
+        program = watched.program_of_last()
+        if program is None:
+            raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
+        after = Generators.capture(device)
+        generators.restore(device)
+        plain = PlainProgram(program.built.program, device)
+        observer = PlainObserver(plain, program.numbers)
+        with without_autograd():
+            inputs = lay_inputs(plain, given | program.inputs)
+            done = plain.run(before, inputs, program.numbers, {}, observer.look)
+        after.restore(device)
+        assert done.loss is not None
+        return observer.observation(done.loss)
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the live tensors of the state by name."""
+        return self._training.named_state()
+
+    def batch(self, number: int) -> Batch:
+        """Return a copy of the batch of a step, on the CPU."""
+        tensors = {n: copy_on_cpu(t) for n, t in zip("xy", self._training.batch(number), strict=True)}
+        return Batch(tensors, None, tuple(tensors.values()))
+
+    def _ready(self) -> Stepper:
+        """Return what takes the next step, with the training as it was before that step."""
+        assert self.state is not None
+        self._settle()
+        self._set_hyperparameters(self.state + 1)
+        if self._stepper.step != self.state:
+            self._stepper.restart(self.state)
+        return self._stepper
+
+    def _moved(self, step: int) -> None:
+        self.state = self._settled = step
+        if isinstance(self._training.batch, DatasetBatches):
+            self._training.batch.forget()
+        self._stepper.restart(step)
+
+    def _settle(self) -> None:
+        """Apply what other code changed after the last step, before anything else runs."""
+        assert self.state is not None
+        if self.state not in self._between or self._settled == self.state:
+            return
+        self._settled = self.state
+        tensors = self._run.change(self._between[self.state]).tensors
+        live = self._training.named_state()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in live and live[name].shape == tensor.shape:
+                    copy_into(live[name], tensor)
+
+    def _set_hyperparameters(self, step: int) -> None:
+        for name, setting in self._settings.items():
+            value = setting.at(step)
+            if value is not None:
+                set_hyperparameter(self._training.optimizer, name, value)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Name the step in which user code or torch raised."""
+        try:
+            yield
+        except EverystepError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            number = self._stepper.step + 1
+            raise RunError(f"step {number} fails during the replay: {reason}") from error
+
+
+def _training(
+    run: RecordedRun, facts: TrainingFacts, objects: Objects, batch: BatchSource, device: torch.device
+) -> Training | None:
+    """Return the training with its model, from the user or from the experiment, if there is one."""
+    if objects.model is not None:
+        objects.check_complete()
+        own = objects.copied()
+        own.model.to(device)
+        return Training(own.model, own.loss, own.optimizer, batch, device, clip_norm=facts.clip_norm)
+    # Without its file, a run is still replayed as far as its programs go.
+    experiment = None if run.lost_experiment(facts) else run.experiment(facts)
+    if experiment is None:
+        return None
+    from everystep.training.from_experiment import experiment_job
+
+    try:
+        # Data that the run holds is not read from its source, which may be gone, or named by a stranger.
+        training = experiment_job(load(experiment), run.name, device, stored_data(run, facts)).training
+    except ExperimentError as error:
+        raise RunError(f"the experiment of {run.name} cannot be used: {error}") from None
+    return replace(training, batch=batch, schedule=None)

@@ -1,0 +1,386 @@
+"""The stepper: runs the steps of a training, by a program where one may, else in Python.
+
+Python's steps are watched (see `watched_steps`). What the first two of a kind (another batch shape) have
+done becomes a program, which runs later steps of that kind in its place. At steps 2, 4, 8, ..., then at
+an interval that costs less than a hundredth of the time, and at the last step, Python runs the step and
+the program is compared with it.
+
+`acceleration` decides whether a program may run steps at all. If not, Python runs all of them. After a
+schedule or a metric of the user's has run, everystep compares what programs rely on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor
+
+from everystep import clock
+from everystep.errors import DatasetChangedError, TrainingError
+from everystep.program.execute import without_autograd
+from everystep.step.acceleration import Acceleration
+from everystep.step.checkpoint import Change, ChangeLog
+from everystep.step.comparison import PartsCopy
+from everystep.step.eager import EagerStep, Training
+from everystep.step.losses import Losses
+from everystep.step.stand_in import CreatesTensorsError, NotReplaceableError, StandIn
+from everystep.step.verified import CheckPlan, WayBack
+from everystep.training.watched_steps import WatchedSteps
+
+__all__ = ["Engine", "Stepper"]
+
+Engine = Literal["auto", "program", "eager"]
+
+#: How often in a row programs may be made again without one running a step.
+MOST_RENEWALS = 3
+
+
+class Stepper:
+    """Runs the steps of a training, and keeps their losses until they are collected.
+
+    Args:
+        training: the training; modified in place.
+        watched: takes steps in Python, and keeps what repeats each step.
+        steps: the last step.
+        engine: `eager`; `program`, which trusts code that is not torch's, and raises if no program can
+            run a step; or `auto`.
+        start: the initial state of the training; steps are counted from there.
+
+    step: the last step that ran; reason: why Python runs steps, or None; eager_from: the first of these;
+    by_program: how many steps programs have run; checked: the steps at which a program passed a check;
+    hyperparameters: (step, the lr and similar settings by name) of each step since the last `collect`
+    before which they may have changed.
+
+    Raises:
+        TrainingError: `engine="program"`, and no program can run a step.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        watched: WatchedSteps,
+        steps: int,
+        engine: Engine = "auto",
+        start: int = 0,
+    ) -> None:
+        self.training = training
+        self.start = self.step = start
+        self.reason: str | None = None
+        self.eager_from: int | None = None
+        self.by_program = 0
+        self.hyperparameters: list[tuple[int, dict[str, float]]] = []
+        self._watched = watched
+        self._steps = steps
+        self._engine = engine
+        self._advance_schedule = EagerStep(training).advance
+        self._plan = CheckPlan(start)
+        self._losses = Losses()
+        self._changes = ChangeLog()
+        #: The programs, by the shape of their batches; the step before the first that they may run.
+        self._stand_ins: dict[Any, StandIn] = {}
+        self._since = start
+        #: The program that ran the last step, None if Python did.
+        self._last: StandIn | None = None
+        self._renewals = 0
+        self._era = 0
+        self._has_other_code_run = False
+        self._way_back = WayBack(start)
+        self.acceleration = Acceleration(training, is_vouched=engine == "program")
+        self._examine()
+        if self.reason is None:
+            self._keep_way_back()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether losses must be collected before more steps can run."""
+        return self._losses.room <= 0
+
+    def last_loss(self) -> float:
+        """Return the loss of the last step."""
+        return self._losses.last()
+
+    @property
+    def checked(self) -> list[int]:
+        """The steps at which a program was compared with Python, and passed."""
+        return self._plan.checked
+
+    def advance(self, last: int) -> None:
+        """Run steps up to `last`, or until there are enough losses to collect.
+
+        A failed check may move `step` back to the last checked step; what was collected of later steps
+        is then void.
+
+        Raises:
+            TrainingError: `engine="program"`, and no program can run a step; or a check failed, and
+                training cannot go back.
+        """
+        while self.step < last and not self.is_full:
+            number = self.step + 1
+            if self.step in self.checked[-1:] and self._way_back.step != self.step:
+                # Not before now: what follows a step (an evaluation, say) belongs to its state.
+                self._keep_way_back()
+            if self._has_other_code_run:
+                # Not before now: the training may end before there is such a step.
+                self._has_other_code_run = False
+                self.hyperparameters.append((number, self.training.hyperparameters()))
+            stand_in = self._ready(number) if self.reason is None else None
+            if self.reason is not None:
+                self._by_python(number)
+            elif stand_in is None:
+                self._make(number)
+            elif self._plan.is_due(number, self._steps):
+                self._check(number, stand_in)
+            else:
+                last_unchecked = self._plan.until(self._steps) - 1
+                self._run(number, min(last, last_unchecked, self.step + self._losses.room))
+            if self.step < number:
+                return
+
+    def restart(self, step: int) -> None:
+        """Continue after another state, which somebody has brought the training to."""
+        self._losses.drop(self._losses.count)
+        self._watched.forget_after(step)
+        self.step, self._last, self._era = step, None, self._era + 1
+        if self.reason is None:
+            self._keep_way_back()
+
+    @contextmanager
+    def foreign_code(self) -> Iterator[None]:
+        """Run code that may change the training; note its changes, which stay.
+
+        Programs continue with changed values of tensors. If something else changes that they depend on,
+        they are made again.
+        """
+        self._hand_over_gradients(as_copies=True)
+        with self._changes.noting(self.training, self.step):
+            yield
+        self._watched.note_versions()
+        self._way_back.close()
+        self._has_other_code_run, self._era = True, self._era + 1
+        self._check_dataset()
+        if self.reason is None:
+            self._compare_guards()
+
+    def _hand_over_gradients(self, *, as_copies: bool) -> None:
+        """Set the gradients of the last step where other code looks for them.
+
+        as_copies: for code that may keep them while programs continue to write into their own.
+        """
+        if self._last is not None:
+            self._last.hand_out(self._watched.parts.state(), as_copies=as_copies)
+            self._watched.note_versions()
+
+    def _check_dataset(self) -> None:
+        """Check that a Dataset read once would still return the same rows, as far as that is fast.
+
+        Raises:
+            TrainingError: it would not.
+        """
+        guards = self.training.batch.guards
+        changed = None if guards is None else guards.difference(is_thorough=False)
+        if changed is not None:
+            raise DatasetChangedError(changed, self.step)
+
+    def collect_changes(self) -> list[tuple[int, Change]]:
+        """Return the changes by other code, with their steps, since the last call."""
+        return self._changes.collect()
+
+    def collect(self) -> tuple[int, Tensor]:
+        """Return the step of the first loss not yet collected, and the losses from there on."""
+        first = self.step - self._losses.count + 1
+        self.hyperparameters = []
+        return first, self._losses.collect()
+
+    def finish(self) -> None:
+        """Set the gradients of the last step where a user looks for them."""
+        is_changed = self.training.schedule is not None or self._has_other_code_run
+        if is_changed and self.training.has_tensor_settings:
+            # Such settings are state, and the last state has them as the next step would.
+            self.hyperparameters.append((self.step + 1, self.training.hyperparameters()))
+        self._hand_over_gradients(as_copies=False)
+
+    # What runs the steps.
+
+    def _examine(self) -> None:
+        """Examine the training: at first, and after a change to something that programs depend on."""
+        self.acceleration = Acceleration(self.training, is_vouched=self._engine == "program")
+        reason = 'engine="eager" is set' if self._engine == "eager" else self.acceleration.reason
+        if reason is not None:
+            self._leave_to_python(reason)
+
+    def _compare_guards(self) -> None:
+        """Compare what programs depend on after other code has run; make them again if it changed."""
+        if not self._watched.has_rule:
+            self._leave_to_python("your code changes the data")
+            return
+        changed = self.acceleration.difference(self.training.named_state())
+        if changed is None:
+            return
+        self._renewals += 1
+        if self._renewals > MOST_RENEWALS:
+            self._leave_to_python(f"{changed} during an evaluation repeatedly")
+            return
+        self._stand_ins, self._last, self._since = {}, None, self.step
+        self._examine()
+
+    def _leave_to_python(self, reason: str, first: int | None = None) -> None:
+        """Run all steps from `first` on (or the next) in Python."""
+        if self._engine == "program":
+            raise TrainingError(
+                f'no program can run these steps: {reason}; engine="auto" runs them in Python'
+            )
+        self._hand_over_gradients(as_copies=True)
+        self._stand_ins, self._last = {}, None
+        self.reason = reason
+        self.eager_from = self.step + 1 if first is None else first
+
+    def _ready(self, number: int) -> StandIn | None:
+        """Return the program of a step on the current tensors, None if it has none."""
+        stand_in = self._stand_ins.get(self.training.batch.shape(number))
+        if stand_in is None or not stand_in.is_ready(self._watched.parts.state(), self._era):
+            return None
+        return stand_in
+
+    # Steps.
+
+    def _by_python(self, number: int) -> tuple[Tensor, Tensor]:
+        """Run a step in Python; return its batch."""
+        self._hand_over_gradients(as_copies=True)
+        self._last, self._era = None, self._era + 1
+        if self.training.schedule is not None or self.reason is not None:
+            self.hyperparameters.append((number, self.training.hyperparameters()))
+        x, y = self.training.batch(number)
+        self._keep_loss(number, self._watched.take(number, x, y))
+        self._check_dataset()
+        return x, y
+
+    def _make(self, number: int) -> None:
+        """Run a step in Python, and make a program for such steps of what it has done."""
+        is_first = self._since == self.step
+        if is_first:
+            self.acceleration.begin()
+        before = PartsCopy.of(self._watched.parts)
+        started = clock.now()
+        x, y = self._by_python(number)
+        is_light = self._plan.is_light(clock.now() - started)
+        try:
+            stand_in = self._watched.stand_in(x, y)
+            started = clock.now()
+            # The program of a first step may be compared later: a short training has none to run by it.
+            is_compared = is_light or not is_first or number == self._steps
+            reason = self._watched.difference(stand_in, None, before, x, y) if is_compared else None
+        except CreatesTensorsError as error:
+            if is_first:
+                return  # it makes what later ones find
+            reason = str(error)
+        except NotReplaceableError as error:
+            reason = str(error)
+        if reason is not None:
+            self._leave_to_python(f"{reason} at step {number}", number)
+            return
+        self._stand_ins[self.training.batch.shape(number)] = stand_in
+        if is_compared:
+            self._plan.captured(number, clock.now() - started)
+
+    def _check(self, number: int, stand_in: StandIn) -> None:
+        """Run a step in Python, and compare its program with it; Python's step counts.
+
+        Raises:
+            TrainingError: they differ, and other code has run since the last good check.
+        """
+        started = clock.now()
+        numbers = self._numbers_of(number, stand_in)
+        if numbers is None:
+            self._make(number)
+            return
+        before = PartsCopy.of(self._watched.parts)
+        x, y = self._by_python(number)
+        reason = self._watched.difference(stand_in, numbers, before, x, y)
+        if reason is None:
+            self._plan.passed(number, clock.now() - started)
+        elif self._way_back.step >= number - 1:
+            self._leave_to_python(f"{reason} at step {number}", number)
+        else:
+            self._go_back(number, reason)
+
+    def _go_back(self, number: int, reason: str) -> None:
+        """After a failed check, go back to the last good one; no program runs from there on.
+
+        Raises:
+            TrainingError: other code has run since the last good check, and cannot be undone.
+        """
+        verified = self._way_back.step
+        self._way_back.go(self.training, number, reason)
+        self._losses.drop(number - verified)
+        self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
+        self._changes.forget_after(verified)
+        self._watched.forget_after(verified)
+        self.step, self._last = verified, None
+        self._leave_to_python(f"{reason} at step {number}", verified + 1)
+
+    def _run(self, first: int, last: int) -> None:
+        """Run steps by their programs, without checks, up to one that has none."""
+        started = clock.now()
+        stand_in: StandIn | None = None
+        while self.step < last:
+            number = self.step + 1
+            wanted = self._stand_ins.get(self.training.batch.shape(number))
+            if wanted is None or wanted is not stand_in:
+                stand_in = self._ready(number)
+            numbers = None if stand_in is None else self._numbers_of(number, stand_in)
+            if stand_in is None or numbers is None:
+                break
+            if self.training.schedule is None:
+                self._run_alike(stand_in, numbers, last)
+                continue
+            self.hyperparameters.append((number, self.training.hyperparameters()))
+            self._run_alike(stand_in, numbers, number)
+            if self._advance_schedule is not None:
+                self._advance_schedule(number)
+        self._renewals = 0
+        self._check_dataset()
+        self._plan.timed(self.step - first + 1, clock.now() - started)
+
+    def _numbers_of(self, number: int, stand_in: StandIn) -> list[int | float] | None:
+        """Return the numbers of a step, None if its program cannot run it any more."""
+        try:
+            return stand_in.numbers()
+        except NotReplaceableError:
+            del self._stand_ins[self.training.batch.shape(number)]
+            return None
+
+    def _run_alike(self, stand_in: StandIn, numbers: list[int | float], last: int) -> None:
+        """Run steps with the same program and the same numbers, up to one that needs another program."""
+        batch, live, begin = self.training.batch, stand_in.live, self.step + 1
+        assert live is not None
+        self._last, shape = stand_in, batch.shape(begin)
+        self._losses.make_room(live.loss)
+        taken = stand_in.begin(numbers)
+        if batch.is_fixed:
+            stand_in.load(dict(zip("xy", batch(begin), strict=True)))
+        try:
+            with without_autograd():
+                for number in range(begin, last + 1):
+                    if not batch.is_fixed:
+                        if number > begin and batch.shape(number) != shape:
+                            break
+                        batch.into(number, *stand_in.places)
+                    live.run()
+                    self._losses.keep(live.loss)
+                    self.step = number
+        finally:
+            if self.step >= begin:
+                stand_in.end(taken)
+                self._watched.add(begin, self.step - begin + 1, taken, stand_in.path)
+                self.by_program += self.step - begin + 1
+
+    def _keep_loss(self, number: int, loss: Tensor) -> None:
+        self._losses.make_room(loss)
+        self._losses.keep(loss.detach())
+        self.step = number
+
+    def _keep_way_back(self) -> None:
+        """Keep a copy of the verified state."""
+        self._way_back.keep(self.training, self.step)
