@@ -86,6 +86,8 @@ class BoundProgram:
         optimizer_step: called if the program has an optimizer step; the gradients are in `gradients` by
             then.
         own: other memory of storages that are not temporary, by name.
+        steady: places of operations that have the same results at every step: they run once, when the
+            program is bound. Nothing else may write what they write.
 
     `loss` and `gradients` are the live tensors that hold them after each step; `temporary_bytes` is the
     memory that the program itself uses.
@@ -95,6 +97,8 @@ class BoundProgram:
     """
 
     is_plain = False
+    #: Whether its calls do the same at every step, so that a graph of CUDA may replay them.
+    _repeats = True
 
     def __init__(
         self,
@@ -104,11 +108,13 @@ class BoundProgram:
         optimizer_step: Callable[[], Any] | None = None,
         *,
         own: Mapping[str, Memory] = MappingProxyType({}),
+        steady: Collection[int] = (),
     ) -> None:
         if program.is_plain is not self.is_plain:
             raise ProgramError("a plain program has numbers of its steps; bind it as a LiveProgram")
         self.program = program
-        temporary = _temporary_memory(program, device)
+        once = [*program.once, *(program.operations[place] for place in sorted(steady))]
+        temporary = _temporary_memory(program, device, once)
         self._places = _given_memory(program, memory, own) | temporary
         self._tensors = {
             name: _tensor_on(self._places[spec.storage], spec) for name, spec in program.tensors.items()
@@ -119,11 +125,18 @@ class BoundProgram:
         self.gradients = {name: self._tensors[tensor] for name, tensor in program.gradients.items()}
         self._optimizer_step = optimizer_step
         with without_autograd():
-            for operation in program.once:
+            for operation in once:
                 self._run_once(operation)
-            self._calls_of = [self._calls(operation) for operation in program.operations]
+            self._calls_of = [
+                [] if place in steady else self._calls(operation)
+                for place, operation in enumerate(program.operations)
+            ]
             self.calls = list(chain.from_iterable(self._calls_of))
-            if device.type == "cuda" and not any(s.host for s in program.storages.values()):
+            if (
+                device.type == "cuda"
+                and self._repeats
+                and not any(s.host for s in program.storages.values())
+            ):
                 self.calls = _as_graph(self.calls)
         if optimizer_step is not None and program.optimizer_step is not None:
             self.calls.append(optimizer_step)
@@ -305,15 +318,20 @@ def _given_memory(
     return found
 
 
-def _temporary_memory(program: Program, device: torch.device) -> dict[str, Memory]:
-    """Return memory for the temporary storages: one block for all that need not persist."""
+def _temporary_memory(
+    program: Program, device: torch.device, once: Sequence[Operation]
+) -> dict[str, Memory]:
+    """Return memory for the temporary storages: one block for all that need not persist.
+
+    once: operations that do not run at each step.
+    """
     names = program.of_kind("temporary")
     shown = filter(
         None,
         (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values()),
     )
     kept = {program.tensors[name].storage for name in shown}
-    kept |= {program.tensors[n].storage for operation in program.once for n in operation.results if n}
+    kept |= {program.tensors[n].storage for operation in once for n in _written(operation)}
     alone = {name for name in names if name in kept or program.storages[name].host}
     plan = plan_memory(program, [name for name in names if name not in alone])
     cpu = torch.device("cpu")
@@ -327,6 +345,10 @@ def _temporary_memory(program: Program, device: torch.device) -> dict[str, Memor
     except RuntimeError as error:
         raise ProgramError(f"not enough memory for the program: {error}") from None
     return own | {name: Memory(shared, start) for name, start in plan.offsets.items()}
+
+
+def _written(operation: Operation) -> list[str]:
+    return [*filter(None, operation.results), *operation.written()]
 
 
 def _allocate(size: int, device: torch.device) -> torch.UntypedStorage:

@@ -1,30 +1,32 @@
-"""Live: a plain program that runs steps of a training in place of the recorded Python.
+"""Live: a plain program that is bound to memory, and runs one step after the other there.
 
-It is bound to the live tensors of the training, and to memory of its own for the batch and for what the
-step makes. Numbers of the step are put in their places before each run.
+It is bound to the live tensors of a training, and to memory of its own for the batch and for what the
+step makes. Numbers of the step are put in their places before a run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError
-from everystep.program.arguments import decode
+from everystep.program.arguments import decode, references
 from everystep.program.calls import Call, late_calls, prebuilt_calls
 from everystep.program.execute import BoundProgram, Memory
 from everystep.program.memory import ALIGNMENT, copy_into
 from everystep.program.operation import Operation
-from everystep.program.operators import parameters
+from everystep.program.operators import draws_random_numbers, parameters
 from everystep.program.optimizers import BoundOptimizer, OptimizerOperator
 from everystep.program.plain import READ, is_number, is_number_slot
 from everystep.program.program import Program
+from everystep.program.unset import unread_inputs
 
-__all__ = ["LiveProgram", "LiveStep"]
+__all__ = ["LiveProgram", "LiveStep", "has_fixed_shapes"]
 
 Number = int | float
 #: Puts a number of the step where an operation finds it.
@@ -45,20 +47,30 @@ class LiveStep(NamedTuple):
 class LiveProgram(BoundProgram):
     """A plain program, bound to the live tensors of a training.
 
+    A step is `put`, if its numbers differ from those of the step before; `load`, if its batch does; and
+    `run`. `take` does the first and the last, and returns copies.
+
     Args:
         program: the program to run.
         state: the tensors of the training by name; their memory must not move.
         inputs: bytes of each input storage that does not belong to the batch, by the storage's name.
         batch: the names of the tensors of the batch.
         device: the device of memory that the program allocates.
+        fixed: tensors of a batch that is the same at every step, by name. The program reads them where
+            they are, if they lie as it expects, and a copy if not: see `in_place`.
 
-    ends: the tensors that state names have after the step. The next step writes into them again.
+    loss: the live tensor of the loss, or a NaN to be set from outside if the program has none; logged:
+    the live tensors of all numbers that the step logs, by name; ends: the tensors that state names have
+    after the step. The next step writes into all of them again. numbers: of the step, with those that
+    it read after it ran; reads: the places of these among the numbers; in_place: the names of tensors of
+    the batch that the program reads where they are; draws: whether the step draws random numbers.
 
     Raises:
         ProgramError: the program cannot be bound to these tensors; gives the reason.
     """
 
     is_plain = True
+    _repeats = False  # its numbers change
 
     def __init__(
         self,
@@ -67,20 +79,49 @@ class LiveProgram(BoundProgram):
         inputs: Mapping[str, Tensor],
         batch: Collection[str],
         device: torch.device,
+        *,
+        fixed: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        self._numbers: list[Number] = []
+        self.numbers: list[Number] = []
+        self.reads: list[int] = []
         self._puts: list[_Put] = []
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
-        self._batch = _BatchMemory(program, [name for name in batch if name in program.tensors], device)
-        super().__init__(program, known | dict(inputs), device, own=self._batch.memory)
+        given = [name for name in batch if name in program.tensors]
+        here = _in_place(program, {name: fixed[name] for name in given if name in fixed}, device)
+        self.in_place = frozenset(n for n in given if program.tensors[n].storage in here)
+        self._batch = _BatchMemory(program, [n for n in given if n not in self.in_place], device)
+        super().__init__(
+            program, known | dict(inputs), device, own=self._batch.memory | here, steady=_steady(program)
+        )
+        if program.loss is None:
+            self.loss = torch.full((), math.nan, dtype=torch.float64)
         self._batch.bind(self.tensor)
+        if fixed:
+            self.load(fixed)
         logged = {} if program.loss is None else {"loss": program.loss}
-        self._logged = {n: self.tensor(tensor) for n, tensor in (logged | program.logged).items()}
+        self.logged = {n: self.tensor(tensor) for n, tensor in (logged | program.logged).items()}
         self.ends = {name: self.tensor(tensor) for name, tensor in program.ends.items()}
+        self.draws = any(draws_random_numbers(each.resolved) for each in program.operations)
 
     def load(self, batch: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a batch, of the geometry of the program, to where it reads them."""
         self._batch.load(batch)
+
+    def put(self, numbers: Sequence[Number]) -> None:
+        """Put the numbers of a step where its operations find them.
+
+        numbers: in the order of the operations, with one for each that the step reads.
+
+        Raises:
+            ProgramError: there are more or fewer than the program needs.
+        """
+        if len(numbers) != len(self._puts):
+            raise ProgramError(
+                f"the step has {len(numbers)} numbers, but its program needs {len(self._puts)}"
+            )
+        self.numbers = [*numbers]
+        for put, number in zip(self._puts, numbers, strict=True):
+            put(number)
 
     def take(self, numbers: Sequence[Number]) -> LiveStep:
         """Run a step on the loaded batch; call it inside `without_autograd`.
@@ -90,11 +131,9 @@ class LiveProgram(BoundProgram):
         Raises:
             RuntimeError: a kernel rejects its arguments (or IndexError, ValueError, TypeError).
         """
-        self._numbers = [*numbers]
-        for put, number in zip(self._puts, self._numbers, strict=True):
-            put(number)
+        self.put(numbers)
         self.run()
-        return LiveStep({name: t.clone() for name, t in self._logged.items()}, self._numbers)
+        return LiveStep({name: t.clone() for name, t in self.logged.items()}, self.numbers)
 
     def _calls(self, operation: Operation) -> list[Call]:
         operator = operation.resolved
@@ -120,10 +159,11 @@ class LiveProgram(BoundProgram):
     def _reading(self, tensor: Tensor) -> list[Call]:
         """Return what reads a number from a tensor."""
         place = len(self._puts)
+        self.reads.append(place)
         self._puts.append(lambda number: None)
 
         def read() -> None:
-            self._numbers[place] = tensor.item()
+            self.numbers[place] = tensor.item()
 
         return [read]
 
@@ -132,6 +172,79 @@ class LiveProgram(BoundProgram):
             return decode(value, self.tensor)
         except ValueError as error:
             raise ProgramError(str(error)) from None
+
+
+def has_fixed_shapes(program: Program) -> bool:
+    """Tell whether no result has a shape that depends on the numbers in tensors."""
+    return not any(_has_shape_of_values(each, program) for each in program.operations)
+
+
+def _has_shape_of_values(operation: Operation, program: Program) -> bool:
+    if torch.Tag.dynamic_output_shape not in operation.resolved.tags:
+        return False
+    if operation.name not in ("index", "_unsafe_index"):
+        return True
+    masks = references(operation.given()["indices"])
+    return any(program.tensors[name].dtype in ("bool", "uint8") for name in masks)
+
+
+def _steady(program: Program) -> list[int]:
+    """Return the operations that have the same results at every step.
+
+    They read only results of each other, no number of the step, and draw nothing. Each is the only one
+    that writes its results, which no state name has after the step.
+    """
+    writers: dict[str, int] = {}
+    for operation in program.operations:
+        for storage in {program.tensors[name].storage for name in _written(operation)}:
+            writers[storage] = writers.get(storage, 0) + 1
+    handed_out = {program.tensors[name].storage for name in program.ends.values()}
+    fixed: set[str] = set()
+    found = []
+    for place, operation in enumerate(program.operations):
+        unread = unread_inputs(operation)
+        reads = {program.tensors[name].storage for name in operation.reads() if name not in unread}
+        writes = {program.tensors[name].storage for name in _written(operation)}
+        is_own = all(
+            program.storages[name].kind == "temporary"
+            and writers[name] == 1
+            and name not in handed_out | reads
+            for name in writes
+        )
+        if writes and is_own and reads <= fixed and not _has_numbers(operation):
+            fixed |= writes
+            found.append(place)
+    return found
+
+
+def _written(operation: Operation) -> list[str]:
+    return [*filter(None, operation.results), *operation.written()]
+
+
+def _has_numbers(operation: Operation) -> bool:
+    """Tell whether an operation has numbers of the step, or draws some."""
+    operator = operation.resolved
+    given = operation.given().items()
+    return draws_random_numbers(operator) or any(
+        is_number_slot(operator, name) and _holds_number(value) for name, value in given
+    )
+
+
+def _holds_number(value: Any) -> bool:
+    return any(map(_holds_number, value)) if isinstance(value, list | tuple) else is_number(value)
+
+
+class _Stepping:
+    """Takes the step of an optimizer, with the settings that it finds in their place."""
+
+    def __init__(
+        self, operator: OptimizerOperator, arguments: Sequence[Any], settings: Mapping[str, Any]
+    ) -> None:
+        self._optimizer = BoundOptimizer(operator, *arguments)
+        self._settings = settings
+
+    def __call__(self) -> None:
+        self._optimizer.step(self._settings)
 
 
 def _stepping(
@@ -144,7 +257,7 @@ def _stepping(
     if results:
         raise ProgramError(f"{operator} creates tensors, which only the first step of a training does")
     try:
-        return partial(BoundOptimizer(operator, *arguments).step, settings)
+        return _Stepping(operator, arguments, settings)
     except ValueError as error:
         raise ProgramError(f"{operator}: {error}") from None
 
@@ -156,11 +269,36 @@ def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:
         for index, item in enumerate(value):
             yield from _slots(item, items, index)
     elif is_number(value):
+        kind = int if isinstance(value, int) else float
 
         def put(number: Number) -> None:
-            target[place] = number
+            target[place] = kind(number)
 
         yield put
+
+
+def _in_place(program: Program, fixed: Mapping[str, Tensor], device: torch.device) -> dict[str, Memory]:
+    """Return the memory of tensors of a batch that a program can read where they are, by storage."""
+    written = {program.tensors[name].storage for op in program.operations for name in _written(op)}
+    found = {}
+    for name, tensor in fixed.items():
+        spec = program.tensors[name]
+        begin = spec.offset * tensor.itemsize
+        others = [t for n, t in program.tensors.items() if t.storage == spec.storage and n != name]
+        is_alone = all(begin <= t.offset * t.torch_dtype.itemsize and t.end <= spec.end for t in others)
+        place = torch.device("cpu") if program.storages[spec.storage].host else device
+        lies_so = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())) == (
+            spec.torch_dtype,
+            spec.shape,
+            spec.stride,
+        )
+        # Where kernels meet other boundaries of memory, they may add up in another order.
+        is_aligned = (tensor.data_ptr() - begin) % ALIGNMENT == 0
+        is_here = tensor.device.type == place.type and tensor.layout == torch.strided
+        if is_alone and lies_so and is_aligned and is_here and spec.storage not in written:
+            start = int(tensor.storage_offset()) * tensor.itemsize - begin
+            found[spec.storage] = Memory(tensor.untyped_storage(), start)
+    return found
 
 
 class _BatchMemory:

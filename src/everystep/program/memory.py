@@ -85,6 +85,10 @@ def _lives(program: Program, names: Collection[str]) -> list[_Life]:
             storage = program.tensors[tensor].storage
             first.setdefault(storage, index)
             last[storage] = index
+    for path, index in program.given_after().items():  # what a module returned is looked at then
+        for tensor in program.activations[path]:
+            storage = program.tensors[tensor].storage
+            last[storage] = max(last.get(storage, end), index)
     return [
         _Life(name, program.storages[name].bytes, first.get(name, 0), last.get(name, end))
         for name in names

@@ -37,7 +37,7 @@ FILE_NAME = "run.sqlite"
 LOCK_NAME = "run.lock"
 SPARE_NAME = "run.spare"
 APPLICATION_ID = 0x65767374  # "evst"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 SCHEMA = """
 -- One row a step that was taken. SQLite turns NaN into NULL, so NULL means NaN; infinities are kept.
@@ -63,12 +63,13 @@ CREATE TABLE snapshots (
     bytes INTEGER NOT NULL
 );
 
--- Steps of a loop that is not everystep's: what repeats each of them.
+-- What repeats watched steps. A row is of `count` consecutive steps that have all of it in common.
 CREATE TABLE repeats (
-    step INTEGER PRIMARY KEY,
-    program INTEGER,                       -- programs/N.json; NULL: nothing repeats the step
+    step INTEGER PRIMARY KEY,              -- the first of them
+    program INTEGER,                       -- programs/N.json; NULL: nothing repeats the steps
     numbers BLOB,                          -- of its operators and those that Python read: JSON, zlib
-    inputs BLOB                            -- what it was given, by content: JSON, zlib
+    inputs BLOB,                           -- what each step was given, by content: JSON, zlib
+    count INTEGER NOT NULL                 -- from 1
 );
 
 -- Tensors that steps were given, or rows of them, by a digest of their bytes (XXH3, 128 bits).

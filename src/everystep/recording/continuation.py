@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from everystep.bounded import MOST_STEPS
 from everystep.errors import RunError
 from everystep.recording.contents import unpacked
-from everystep.recording.database import Database, Repeat
+from everystep.recording.database import Database, Repeat, cut
 from everystep.recording.notice import say
 
 __all__ = ["Continuation", "shortened"]
@@ -101,18 +102,17 @@ class Continuation:
         return first + len(again), [*losses[len(again) :]]
 
     def new_repeats(self, rows: Sequence[Repeat]) -> list[Repeat]:
-        """Compare what recorded steps of a loop were given; return the rows of the others.
+        """Compare what recorded steps of a loop were given; return the rows of the other steps.
 
         Raises:
             RunError: something differs.
         """
-        again = [row for row in rows if row.step <= self.recorded]
-        if again:
-            known = {row.step: row for row in self._database.repeats(again[0].step, again[-1].step)}
-            for row in again:
-                if row.step in known:
-                    self._compare(row, known[row.step])
-        return [*rows[len(again) :]]
+        again = cut(rows, 1, self.recorded)
+        known = self._database.repeats(again[0].step, again[-1].last) if again else []
+        for row in again:
+            for before in cut(known, row.step, row.last):
+                self._compare(row._replace(step=before.step), before)
+        return cut(rows, self.recorded + 1, MOST_STEPS)
 
     def _compare(self, row: Repeat, before: Repeat) -> None:
         """Compare the batch; of other inputs, those that both have: a watch in full has fewer."""

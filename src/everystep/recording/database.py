@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
@@ -39,6 +41,7 @@ __all__ = [
     "MeasurementEnds",
     "Repeat",
     "SnapshotRow",
+    "cut",
     "read_quickly",
     "reading",
 ]
@@ -48,7 +51,7 @@ __all__ = [
 #: waits in memory.
 PATIENCE = 60.0
 _SNAPSHOT = (STEP, TEXT, TEXT, STEP)
-_REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES)
+_REPEAT = (STEP, MAYBE_STEP, MAYBE_BYTES, MAYBE_BYTES, STEP)
 _PLACE = (STEP, STEP, STEP)
 _FILE = (TEXT, STEP, BYTES)
 
@@ -74,15 +77,45 @@ class MeasurementEnds(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """The data that repeats a step of a user's loop.
+    """The data that repeats watched steps: `count` of them, from `step` on.
 
-    program: its number, None if nothing repeats the step; numbers, inputs: as written.
+    program: its number, None if nothing repeats the steps; numbers, inputs: of each, as written.
     """
 
     step: int
     program: int | None
     numbers: bytes | None
     inputs: bytes | None
+    count: int = 1  # type: ignore[assignment]  # the method of tuples is not needed
+
+    @property
+    def last(self) -> int:
+        """The last of the steps."""
+        return self.step + self.count - 1
+
+
+class _OfSteps(Protocol):
+    """A row of `count` consecutive steps, from `step` on."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    def _replace(self, *, step: int, count: int) -> Self: ...
+
+
+_Row = TypeVar("_Row", bound=_OfSteps)
+
+
+def cut(rows: Sequence[_Row], first: int, last: int) -> list[_Row]:
+    """Return the rows of steps `first` to `last` alone: one that reaches beyond them is shortened.
+
+    rows: in the order of their steps; no two have a step in common.
+    """
+    begin = bisect_left(rows, first, key=lambda row: row.step + row.count - 1)
+    end = bisect_right(rows, last, key=lambda row: row.step)
+    spans = ((r, max(r.step, first), min(r.step + r.count - 1, last)) for r in rows[begin:end])
+    return [row._replace(step=a, count=b - a + 1) for row, a, b in spans if a <= b]
 
 
 class Database(Blocks):
@@ -191,7 +224,7 @@ class Database(Blocks):
 
     def write_repeats(self, rows: Iterable[Repeat]) -> None:
         """Write what repeats steps."""
-        self.connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?)", rows)
+        self.connection.executemany("INSERT INTO repeats VALUES (?, ?, ?, ?, ?)", rows)
 
     def write_contents(self, rows: Iterable[tuple[bytes, int, int, int]]) -> None:
         """Write the locations of contents (digest, file, place, bytes)."""
@@ -206,6 +239,8 @@ class Database(Blocks):
         self.open_blocks_after(step)
         for table in ("steps", "measurements", "repeats"):
             self.connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+        shorten = "UPDATE repeats SET count = min(count, ? - step + 1)"
+        self.connection.execute(f"{shorten} WHERE step = (SELECT max(step) FROM repeats)", (step,))
         changes = changes_in(row.name for row in self.files())
         later = [name for at, name in changes.items() if at > step]
         self.remove_files(later)
@@ -328,14 +363,30 @@ class Database(Blocks):
         return [FileRow(*row) for row in self.checked(_FILE, "SELECT * FROM files ORDER BY name")]
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
-        """Return what repeats steps `first` to `last`, in their order."""
-        query = "SELECT * FROM repeats WHERE step BETWEEN ? AND ? ORDER BY step"
-        return [Repeat(*row) for row in self.checked(_REPEAT, query, first, last)]
+        """Return the rows that repeat any of steps `first` to `last`, in their order.
+
+        The first and the last of them may reach beyond: see `cut`.
+        """
+        return self._repeats(first, last, -1)
 
     def repeats_after(self, step: int, most: int) -> list[Repeat]:
-        """Return what repeats the first steps after `step`, in their order, up to `most` of them."""
-        query = "SELECT * FROM repeats WHERE step > ? ORDER BY step LIMIT ?"
-        return [Repeat(*row) for row in self.checked(_REPEAT, query, step, most)]
+        """Return the first rows that repeat any step after `step`, in their order, up to `most`."""
+        return self._repeats(step + 1, 2**63 - 1, most + 1)[:most]
+
+    def _repeats(self, first: int, last: int, limit: int) -> list[Repeat]:
+        """Return rows that repeat any of steps `first` to `last`; -1 is no limit.
+
+        The limit counts the newest row that begins at `first` or before, which may end before it, too.
+        """
+        begin = "(SELECT coalesce(max(step), 1) FROM repeats WHERE step <= ?)"
+        query = f"SELECT * FROM repeats WHERE step BETWEEN {begin} AND ? ORDER BY step LIMIT ?"
+        rows = [Repeat(*row) for row in self.checked(_REPEAT, query, first, last, limit)]
+        are_apart = all(row.last < later.step for row, later in pairwise(rows))
+        if not are_apart or any(not 1 <= row.step <= row.last <= MOST_STEPS for row in rows):
+            raise RunError(
+                f"{self.path} has rows that repeat no steps, or the same ones: the database was changed"
+            )
+        return rows[1:] if rows and rows[0].last < first else rows
 
     def all_contents(self) -> list[tuple[bytes, int, int, int]]:
         """Return the locations of all contents (digest, file, place, bytes)."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from everystep.recording.changes import changes_in
 from everystep.recording.contents import FOLDER as BATCHES
-from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
+from everystep.recording.database import FILE_NAME, Database, SnapshotRow, cut, reading
 from everystep.recording.facts import EarlierFacts
 from everystep.recording.files import has_own, take_file
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
@@ -39,7 +39,7 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
         losses = known.losses_between(1, at)
         measured = [row for row in known.measurements() if row[1] <= at]
         files = known.files()
-        repeats, contents = known.repeats(1, at), known.all_contents()
+        repeats, contents = cut(known.repeats(1, at), 1, at), known.all_contents()
     database.write_losses(1, [loss for _, loss in losses])
     database.write_measurements(measured)
     database.write_repeats(repeats)

@@ -16,13 +16,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from everystep import clock
+from everystep.bounded import MOST_STEPS
 from everystep.errors import RecordingError, RunError
 from everystep.recording.changes import write_change
 from everystep.recording.connection import SPARE_NAME
 from everystep.recording.contents import DEFAULT_BATCH_BUDGET
 from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
-from everystep.recording.database import FILE_NAME, Database
+from everystep.recording.database import FILE_NAME, Database, cut
 from everystep.recording.facts import Facts
 from everystep.recording.files import constants_of, program_file, row_of_file, write_whole
 from everystep.recording.home import GoneError, Home
@@ -226,7 +227,7 @@ class Recorder:
     ) -> None:
         """Write the losses of consecutive steps, with what was measured and found: all or nothing.
 
-        taken: what repeats the steps, of a loop that is not everystep's.
+        taken: what repeats the steps, if they were watched.
         Steps that were passed before are left out: Ctrl-C may come before the caller notes it.
         """
         self._bytes_asked += sum(row.bytes for row in taken)
@@ -441,7 +442,7 @@ class Recorder:
     ) -> None:
         again = min(max(0, self._passed + 1 - first_step), len(losses))
         if taken:
-            self._write_repeats([row for row in taken if row.step > self._passed])
+            self._write_repeats(cut(taken, self._passed + 1, MOST_STEPS))
         self._passed = max(self._passed, first_step + len(losses) - 1)
         self._write_losses(first_step + again, losses[again:], measured, facts)
 

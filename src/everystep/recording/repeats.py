@@ -1,4 +1,4 @@
-"""Repeats: what repeats the steps of a user's loop, as the database has it."""
+"""Repeats: what repeats watched steps, as the database has it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Repeats", "Taken"]
 
 
 class Taken(NamedTuple):
-    """A step of a user's loop, as it is written.
+    """Watched steps, as they are written: `count` of them, from `step` on.
 
-    program: its number, None if nothing repeats the step; numbers: of its operators, and those that
-    Python read; inputs: on the CPU, by name; nesting: the nesting of its batch; bytes: of new inputs;
-    digests: of the state afterwards, by name, if computed.
+    program: its number, None if nothing repeats the steps; numbers: of its operators, and those that
+    Python read; inputs: of each step, on the CPU, by name; nesting: the nesting of its batch; bytes: of
+    new inputs; digests: of the state afterwards, by name, if computed, of a single step only.
     """
 
     step: int
@@ -30,6 +30,7 @@ class Taken(NamedTuple):
     nesting: Any
     bytes: int
     digests: dict[str, str]
+    count: int = 1  # type: ignore[assignment]  # the method of tuples is not needed
 
 
 class Repeats:
@@ -60,13 +61,20 @@ class Repeats:
             RunError: a step is not the recorded one.
             RecordingError: they cannot be written.
         """
-        found = []
+        found: list[Repeat] = []
         for row in rows:
-            given = self._contents.add(row.step, row.inputs)
+            given = self._contents.add(row.step + row.count - 1, row.inputs)
             digests = {"digests": row.digests} if row.digests else {}
             inputs = self._packed_inputs(row.nesting, given, digests)
             numbers = packed(row.numbers) if row.numbers else None
-            found.append(Repeat(row.step, row.program, numbers, inputs))
+            now = Repeat(row.step, row.program, numbers, inputs, row.count)
+            before = found[-1] if found else None
+            # Steps with batches by rule often have everything in common.
+            is_joined = before is not None and not given and not digests and before.last + 1 == now.step
+            if before is not None and is_joined and before[1:4] == now[1:4]:
+                found[-1] = before._replace(count=before.count + now.count)
+            else:
+                found.append(now)
         new = found if compare is None else compare(found)
         with self._database.transaction():
             self._contents.commit(self._database)

@@ -445,7 +445,7 @@ class RecordedRun:
             return database.snapshots()
 
     def repeats(self, first: int, last: int) -> list[Repeat]:
-        """Return the data that replays steps of a user's loop, in order."""
+        """Return the rows that repeat any of steps `first` to `last`: see `Database.repeats`."""
         with reading(self._database_path) as database:
             return database.repeats(first, last)
 

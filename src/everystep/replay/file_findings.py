@@ -141,4 +141,4 @@ def _given(database: Database) -> Iterator[Given]:
                         seen.add(digest)
                         shape = given.shape if len(given.digests) == 1 else (1, *given.shape[1:])
                         yield Given(given.dtype, shape, (digest,))
-        step = rows[-1].step
+        step = rows[-1].last

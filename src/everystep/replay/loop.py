@@ -20,7 +20,7 @@ from everystep.program.plain import Environment, PlainProgram, PlainStep, lay_in
 from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.contents import digest_of, inputs_of, unpacked
-from everystep.recording.database import Repeat
+from everystep.recording.database import Repeat, cut
 from everystep.recording.facts import EAGERLY
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.programs import read_loop_program
@@ -103,7 +103,7 @@ class LoopStepper(ReplayStepper):
         self._programs: dict[int, PlainProgram] = {}
         self._expanders: dict[PlainProgram, Expander] = {}
         self._recorded: dict[int, Program] = {}
-        self._rows: dict[int, Repeat] = {}
+        self._rows: list[Repeat] = []
         self._tensors: dict[str, Tensor] = {}
         self._loaded: State | None = None
         self._between = run.change_files()
@@ -370,16 +370,18 @@ class LoopStepper(ReplayStepper):
     def _digested_before(self, number: int) -> int:
         """Return the last step before one with digests of the state, 0 if there is none."""
         earlier = [2**power for power in range(number.bit_length()) if 2**power < number]
-        rows = (row for step in reversed(earlier) for row in self._run.repeats(step, step))
-        return next((row.step for row in rows if self._inputs(row).digests), 0)
+        rows = ((step, row) for step in reversed(earlier) for row in self._run.repeats(step, step))
+        return next((step for step, row in rows if self._inputs(row).digests), 0)
 
     def _row(self, number: int) -> Repeat:
-        if number not in self._rows:
-            self._rows = {row.step: row for row in self._run.repeats(number, number + BLOCK - 1)}
-        row = self._rows.get(number)
-        if row is None:
+        """Return what repeats a step, as a row of this step alone."""
+        found = cut(self._rows, number, number)
+        if not found:
+            self._rows = self._run.repeats(number, number + BLOCK - 1)
+            found = cut(self._rows, number, number)
+        if not found:
             raise RunError(f"{self._run.name} has no record of step {number}: the database was changed")
-        return row
+        return found[0]
 
     def _numbers(self, row: Repeat) -> list[int | float]:
         found = unpacked(row.numbers, f"step {row.step} of {self._run.name}") or []

@@ -1,0 +1,200 @@
+"""Rows of the table `repeats`, of which one may be of many steps."""
+
+import sqlite3
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import everystep
+from everystep.bounded import MOST_STEPS
+from everystep.errors import RunError
+from everystep.recording.contents import packed
+from everystep.recording.continuation import Continuation
+from everystep.recording.database import FILE_NAME, Database, Repeat, cut
+from everystep.recording.repeats import Repeats, Taken
+
+
+class Custom(torch.nn.Module):
+    """A model that is not one of torch's own, so that Python runs each step of its training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def _by_step(rows):
+    """Return what rows say of each step."""
+    return {row.step + n: row[1:4] for row in rows for n in range(row.count)}
+
+
+def _between(by_step, first, last):
+    return {step: each for step, each in by_step.items() if first <= step <= last}
+
+
+@st.composite
+def rows_of_steps(draw, *, has_gaps=True):
+    """Draw rows in order."""
+    rows, step = [], 1
+    for _ in range(draw(st.integers(0, 6))):
+        step += draw(st.integers(0, 3)) if has_gaps else 0
+        count = draw(st.integers(1, 5))
+        inputs = packed({"nesting": draw(st.integers(0, 1)), "given": {}})
+        rows.append(Repeat(step, draw(st.sampled_from([None, 1])), None, inputs, count))
+        step += count
+    return rows
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    with closing(Database.create(tmp_path_factory.mktemp("rows") / FILE_NAME)) as made:
+        yield made
+
+
+def _replace_all(database, rows):
+    with database.transaction():
+        database.forget_after(0)
+        database.write_repeats(rows)
+
+
+@given(rows_of_steps(), st.integers(0, 30), st.integers(0, 30))
+def test_a_cut_keeps_what_rows_say_of_each_step(rows, first, last):
+    assert _by_step(cut(rows, first, last)) == _between(_by_step(rows), first, last)
+
+
+@given(rows=rows_of_steps(), first=st.integers(0, 30), length=st.integers(0, 9), most=st.integers(1, 3))
+def test_rows_that_reach_into_a_range_are_read(database, rows, first, length, most):
+    last = first + length
+    _replace_all(database, rows)
+    assert database.repeats(first, last) == [r for r in rows if r.step <= last and r.last >= first]
+    found, step = [], first
+    while some := database.repeats_after(step, most):
+        assert len(some) <= most
+        found += some
+        step = some[-1].last
+    assert found == [row for row in rows if row.last > first]
+
+
+@given(rows=rows_of_steps(), step=st.integers(0, 30))
+def test_forgotten_steps_shorten_the_row_that_reaches_beyond(database, rows, step):
+    _replace_all(database, rows)
+    with database.transaction():
+        database.forget_after(step)
+    assert database.repeats(1, MOST_STEPS) == cut(rows, 1, step)
+
+
+def test_reading_a_step_looks_at_one_row(database):
+    """However many there are: the row that has it is found by its key."""
+    statements = []
+    _replace_all(database, [Repeat(step, 1, None, None, 2) for step in range(1, 4000, 2)])
+    database.connection.set_trace_callback(statements.append)
+    assert database.repeats(2000, 2000) == [Repeat(1999, 1, None, None, 2)]
+    database.connection.set_trace_callback(None)
+    plan = [row[3] for row in database.connection.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
+    assert not any(line.startswith("SCAN") for line in plan), plan
+
+
+@given(taken=rows_of_steps(has_gaps=False), cuts=st.data())
+def test_a_resumed_training_compares_recorded_steps_and_returns_the_others(taken, cuts):
+    steps = sum(row.count for row in taken)
+    recorded = cuts.draw(st.integers(0, steps))
+    ends = sorted({0, recorded, *cuts.draw(st.lists(st.integers(0, recorded), max_size=3))})
+    known = [row for a, b in pairwise(ends) for row in cut(taken, a + 1, b)]
+    changed = cuts.draw(st.integers(1, recorded)) if recorded and cuts.draw(st.booleans()) else None
+    with TemporaryDirectory() as folder:
+        path = Path(folder)
+        with closing(Database.create(path / FILE_NAME)) as database:
+            with database.transaction():
+                database.write_losses(1, [0.5] * recorded)
+                database.write_repeats(known)
+            continuation = Continuation(path, database, {})
+            if changed is None:
+                new = continuation.new_repeats(taken)
+                assert _by_step(new) == _between(_by_step(taken), recorded + 1, steps)
+                return
+            other = Repeat(changed, 1, None, packed({"nesting": "another", "given": {}}))
+            changed_rows = [*cut(taken, 1, changed - 1), other, *cut(taken, changed + 1, steps)]
+            with pytest.raises(RunError, match=f"when step {changed} is repeated, the batch is not"):
+                continuation.new_repeats(changed_rows)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([None, [1.5]]), st.integers(0, 3))))
+def test_equal_consecutive_steps_are_written_as_one_row(steps):
+    """Unless they were given something, or have digests."""
+    taken, at = [], 1
+    for count, numbers, kind in steps:
+        inputs = {"batch/x": torch.ones(2)} if kind == 1 else {}
+        digests = {"parameter/w": "00"} if kind == 2 else {}
+        taken.append(Taken(at, 1, numbers, inputs, None, 8, digests, 1 if digests else count))
+        at += taken[-1].count
+    with TemporaryDirectory() as folder, closing(Database.create(Path(folder, FILE_NAME))) as database:
+        writer = Repeats(Path(folder), database, 1e6, 0)
+        writer.write(taken, None)
+        writer.close()
+        rows = database.repeats(1, MOST_STEPS)
+    contents = [(row.numbers, bool(row.inputs), bool(row.digests)) for row in taken]
+    joined = sum(a == b and not any(b[1:]) for a, b in pairwise(contents))
+    assert len(rows) == len(taken) - joined
+    assert sorted(_by_step(rows)) == list(range(1, at))
+    for row in taken:
+        for each in cut(rows, row.step, row.step + row.count - 1):
+            assert each.numbers == (packed(row.numbers) if row.numbers else None)
+
+
+@pytest.fixture(scope="module")
+def by_rule(tmp_path_factory):
+    """Return a run of 50 watched steps: 33 to 50 have one row."""
+    torch.manual_seed(0)
+    model = Custom()
+    data = torch.randn(20, 4), torch.randn(20, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    options = {"loss": torch.nn.MSELoss(), "optimizer": optimizer, "progress": False}
+    place = tmp_path_factory.mktemp("rows") / "run"
+    return everystep.train(model, data, steps=50, directory=place, **options)
+
+
+def _rows(run):
+    with closing(sqlite3.connect(run.directory / FILE_NAME)) as database:
+        return database.execute("SELECT step, count FROM repeats ORDER BY step").fetchall()
+
+
+def test_watched_steps_with_batches_by_rule_share_rows(by_rule):
+    assert _rows(by_rule)[-1] == (33, 18)
+    assert by_rule.verify(processes=1, progress=False).is_exact
+    steps = [by_rule[number] for number in (40, 33, 50, 49)]
+    assert [float(step.loss) for step in steps] == [
+        by_rule.losses["loss"][n - 1] for n in (40, 33, 50, 49)
+    ]
+
+
+def test_a_fork_ends_the_row_of_its_parent_at_its_state(by_rule, tmp_path):
+    fork = by_rule.fork(40, lr=0.02, directory=tmp_path / "fork", progress=False)
+    assert (33, 8) in _rows(fork) and sum(count for _, count in _rows(fork)) == 50
+    assert fork.verify(processes=1, progress=False).is_exact
+    assert float(fork[37].loss) == by_rule.losses["loss"][36]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("count", 0), ("count", -1), ("count", "many"), ("count", 1.5), ("count", 2**60), ("step", 30)],
+)
+def test_a_changed_number_of_steps_is_refused(by_rule, tmp_path, column, value):
+    run = tmp_path / "run"
+    with closing(sqlite3.connect(by_rule.directory / FILE_NAME)) as database:
+        run.mkdir()
+        with closing(sqlite3.connect(run / FILE_NAME)) as copy, copy:
+            database.backup(copy)
+            copy.execute(f"UPDATE repeats SET {column} = ? WHERE step = 33", (value,))
+    with (
+        pytest.raises(RunError, match="the database was changed"),
+        closing(Database.change(run / FILE_NAME)) as database,
+    ):
+        database.repeats(20, 40)
