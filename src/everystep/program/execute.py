@@ -110,10 +110,8 @@ class BoundProgram:
         own: Mapping[str, Memory] = MappingProxyType({}),
         steady: Collection[int] = (),
     ) -> None:
-        if program.is_plain is not self.is_plain:
-            raise ProgramError("a plain program has numbers of its steps; bind it as a LiveProgram")
         self.program = program
-        once = [*program.once, *(program.operations[place] for place in sorted(steady))]
+        once = [program.operations[place] for place in sorted(steady)]
         temporary = _temporary_memory(program, device, once)
         self._places = _given_memory(program, memory, own) | temporary
         self._tensors = {
@@ -138,8 +136,6 @@ class BoundProgram:
                 and not any(s.host for s in program.storages.values())
             ):
                 self.calls = _as_graph(self.calls)
-        if optimizer_step is not None and program.optimizer_step is not None:
-            self.calls.append(optimizer_step)
 
     def run(self) -> None:
         """Run the step on what the memory holds; call it inside `without_autograd`.
@@ -169,32 +165,17 @@ class BoundProgram:
             results = {name: copies.tensor(name) for name in names}
             others = {name: copies.tensor(name) for name in written if name not in results}
             yield Observed(operation, inputs, results, others)
-        if self.program.optimizer_step is not None and self._optimizer_step is not None:
-            yield self._observe_optimizer(copies)
 
     def calls_with(self, after: Mapping[int, Sequence[Call]]) -> list[Call]:
         """Return the calls of an observed step: `after` runs after operation i (-1: before all)."""
         found = list(after.get(-1, ()))
         for index, calls in enumerate(self._calls_of):
             found += [*calls, *after.get(index, ())]
-        if self._optimizer_step is not None and self.program.optimizer_step is not None:
-            found.append(self._optimizer_step)
         return found
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the program, on its live memory."""
         return self._tensors[name]
-
-    def _observe_optimizer(self, copies: Copies) -> Observed:
-        step = self.program.optimizer_step
-        assert step is not None and self._optimizer_step is not None
-        state = [name for name in self.program.tensors if name.startswith("parameter/")]
-        state = [name for name in state if name.partition("/")[2] in self.program.gradients]
-        inputs = {name: copies.tensor(name) for name in (*state, *self.program.gradients.values())}
-        self._optimizer_step()
-        copies.forget(state)
-        operation = Operation(phase="update", operator=f"torch.optim.{step.name}")
-        return Observed(operation, inputs, {name: copies.tensor(name) for name in state})
 
     def _run_once(self, operation: Operation) -> None:
         try:
@@ -272,10 +253,8 @@ def allocate(program: Program, values: Mapping[str, Tensor], device: torch.devic
                 memory[name] = torch.zeros(storage.bytes, dtype=torch.uint8, device=place)
             except RuntimeError as error:
                 raise ProgramError(f"not enough memory for {name}: {error}") from None
-            if storage.kind == "constant" and name in values:
-                memory[name].copy_(values[name][: storage.bytes])
     for name, spec in program.tensors.items():
-        if name in values and program.storages[spec.storage].kind not in ("temporary", "constant"):
+        if name in values and program.storages[spec.storage].kind != "temporary":
             given = Memory(memory[spec.storage].untyped_storage())
             copy_into(_tensor_on(given, spec), values[name])
     return memory

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from everystep.errors import Fault
 from everystep.program.arguments import DTYPES, fits, references
-from everystep.program.operators import PLAIN_ONLY, computes, parameters, resolve, writes
+from everystep.program.operators import BY_VALUES, computes, parameters, resolve, writes
 from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperator
 
 __all__ = [
@@ -58,13 +58,12 @@ class Model(BaseModel):
 class Storage(Model):
     """A piece of memory.
 
-    kind: where its content comes from. `input`: the batch; `state`: parameters, buffers, optimizer
-    tensors; `constant`: tensors from elsewhere, stored beside the program; `hyperparameter`: numbers
-    that may change from step to step, such as the lr; `temporary`: the step itself. host: in the CPU's
-    memory although the step runs on another device.
+    kind: where its content comes from. `input`: the batch, and other tensors from outside; `state`:
+    parameters, buffers, optimizer tensors; `temporary`: the step itself. host: in the CPU's memory
+    although the step runs on another device.
     """
 
-    kind: Literal["input", "state", "constant", "hyperparameter", "temporary"]
+    kind: Literal["input", "state", "temporary"]
     bytes: Natural
     host: bool = False
 
@@ -130,12 +129,12 @@ class Operation(Model):
     @property
     def resolved(self) -> Any:
         """The operator itself."""
-        return resolve(self.operator, is_plain=self.is_plain_only)
+        return resolve(self.operator)
 
     @property
-    def is_plain_only(self) -> bool:
-        """Whether only a plain program may have it."""
-        return self.operator in PLAIN_ONLY or self.operator in OPTIMIZERS
+    def is_by_values(self) -> bool:
+        """Whether its results depend on more than the shapes of its arguments."""
+        return self.operator in BY_VALUES or self.operator in OPTIMIZERS
 
     @property
     def name(self) -> str:
@@ -158,17 +157,13 @@ class Operation(Model):
         known = (p.name for p in parameters(self.resolved) if p.name in written)
         return [tensor for name in known for tensor in references(given.get(name))]
 
-    def check(self, tensors: Mapping[str, TensorSpec], *, is_plain: bool = False) -> None:
+    def check(self, tensors: Mapping[str, TensorSpec]) -> None:
         """Check that the operator is allowed, and that its arguments have the right kinds.
-
-        is_plain: whether it belongs to a plain program, which may read numbers as well.
 
         Raises:
             ValueError: reports what is wrong.
         """
         operator = self.resolved
-        if self.is_plain_only and not is_plain:
-            raise ValueError(f"{operator} is allowed only in plain programs")
         if not computes(operator):
             raise ValueError(f"{operator} computes nothing: tensors already have their shapes")
         if isinstance(operator, OptimizerOperator):
@@ -182,11 +177,6 @@ class Operation(Model):
         kinds = [kind for kind in kinds if kind != "number"]
         if len(self.results) != len(kinds) and "List[Tensor]" not in kinds:
             raise ValueError(f"{operator} returns {len(kinds)} results, not {len(self.results)}")
-        by_mask = self.name == "index" and any(
-            tensors[name].dtype in ("bool", "uint8") for name in references(self.given()["indices"])
-        )
-        if by_mask and not is_plain:
-            raise ValueError(f"{operator} selects by a mask: the shape of the result depends on values")
 
     def _check_optimizer(self, operator: OptimizerOperator, tensors: Mapping[str, TensorSpec]) -> None:
         if len(self.arguments) != len(ARGUMENTS) or not self.keywords.keys().isdisjoint(ARGUMENTS):

@@ -15,7 +15,7 @@ from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperato
 from everystep.program.trusting import what_is_unknown
 
 __all__ = [
-    "PLAIN_ONLY",
+    "BY_VALUES",
     "NotAllowedError",
     "Parameter",
     "computes",
@@ -33,7 +33,7 @@ _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
 #: Operators that only a plain program may use: one gives a number to Python, the shapes of the results
 #: of two depend on numbers, and two are those of a scaler of gradients, which check what they are given.
-PLAIN_ONLY = {
+BY_VALUES = {
     *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
     *("aten._amp_foreach_non_finite_check_and_unscale_.default", "aten._amp_update_scale_.default"),
 }
@@ -98,16 +98,13 @@ class Parameter(NamedTuple):
 
 
 @cache
-def resolve(name: str, *, is_plain: bool = False) -> Any:
-    """Return the operator `aten.name.overload` of `torch.ops`, if a step that is captured may call it.
+def resolve(name: str) -> Any:
+    """Return an operator that a program may have.
 
-    A plain program may also have `optim.name.step`, the step of one of torch's optimizers.
-
-    An allowed operator computes tensors from tensors and numbers alone: it reads no file, starts
-    nothing, changes no tensor's shape or memory, and its results' shapes do not depend on the numbers
-    in its tensors. A program contains those that compute, see `computes`.
-
-    is_plain: whether it is for a plain program, which may use `PLAIN_ONLY`, too.
+    That is `aten.name.overload` of `torch.ops`, or `optim.name.step`, the step of one of torch's
+    optimizers. It computes tensors from tensors and numbers alone: it reads no file, starts nothing, and
+    changes no tensor's shape or memory. Except for `BY_VALUES`, the shapes of its results do not depend
+    on the numbers in its tensors. A program contains those that compute, see `computes`.
 
     Raises:
         NotAllowedError: it is unknown, or not such an operation.
@@ -115,7 +112,7 @@ def resolve(name: str, *, is_plain: bool = False) -> Any:
     missing = next(_missing(), None)
     if missing is not None:
         raise NotAllowedError(f"torch {torch.__version__} has no {missing}, which everystep needs")
-    if is_plain and name in OPTIMIZERS:
+    if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     match = _NAME.fullmatch(name)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
@@ -124,7 +121,7 @@ def resolve(name: str, *, is_plain: bool = False) -> Any:
     if match[2] not in packet.overloads():
         raise NotAllowedError(f"{name:.80}: {match[1]} has no overload {match[2]:.80}")
     operator = getattr(packet, match[2])
-    reason = None if is_plain and name in PLAIN_ONLY else _reason_against(match[1], operator)
+    reason = None if name in BY_VALUES else _reason_against(match[1], operator)
     if reason:
         raise NotAllowedError(f"{name} {reason}")
     return operator

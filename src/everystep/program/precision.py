@@ -24,7 +24,6 @@ _FIXED_ARGUMENTS = {
     "_amp_foreach_": ("found_inf", "inv_scale"),
     "_amp_update_": ("self", "growth_tracker", "found_inf"),
 }
-_RATE = "hyperparameter/"
 #: Kernels of oneDNN that compute in float32, or return gradients in float32 whatever they are given.
 _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 
@@ -32,7 +31,7 @@ _ONLY_FLOAT32 = {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"}
 class Precision:
     """A dtype for all floating-point numbers of a program, its state and its inputs.
 
-    What counts steps keeps its dtype, and learning rates have at least float32, as in torch.
+    What counts the steps of an optimizer keeps its dtype.
 
     Args:
         dtype: torch.float64 or torch.bfloat16.
@@ -74,31 +73,20 @@ class Precision:
         kept = counters(program)
         self._kept |= {n for n in program.state_names if program.tensors[n].storage in kept}
         self._kept |= {n for n, t in program.ends.items() if program.tensors[t].storage in kept}
-        names = {name: self._rate(name) for name in program.of_kind("hyperparameter")}
-        cast = program.model_copy(
-            update={
-                "once": tuple(self._operation(each, names, program, kept) for each in program.once),
-                "operations": tuple(
-                    self._operation(each, names, program, kept) for each in program.operations
-                ),
-                "tensors": {names.get(name, name): spec for name, spec in program.tensors.items()},
-            }
-        )
-        dtypes = self._dtypes(cast, names, kept)
+        operations = tuple(self._operation(each, program, kept) for each in program.operations)
+        cast = program.model_copy(update={"operations": operations})
+        dtypes = self._dtypes(cast, kept)
         tensors = {
-            name: self._spec(spec, names, dtypes.get(spec.storage))
-            for name, spec in cast.tensors.items()
+            name: self._spec(spec, dtypes.get(spec.storage)) for name, spec in cast.tensors.items()
         }
         storages = {
-            names.get(name, name): self._storage(program, name, storage, dtypes.get(name))
+            name: self._storage(program, name, storage, dtypes.get(name))
             for name, storage in program.storages.items()
         }
         cast = cast.model_copy(update={"tensors": tensors, "storages": storages})
         return Program.from_json(cast.to_json())  # which checks it again
 
-    def _dtypes(
-        self, program: Program, names: Mapping[str, str], kept: set[str]
-    ) -> dict[str, torch.dtype]:
+    def _dtypes(self, program: Program, kept: set[str]) -> dict[str, torch.dtype]:
         """Return the dtypes of storages that have floating-point numbers, by name.
 
         Some operations return another dtype than they are given, so each is asked, on tensors without
@@ -107,17 +95,15 @@ class Precision:
         found = {}
         for spec in program.tensors.values():
             if spec.torch_dtype.is_floating_point:
-                is_own = spec.storage in kept or spec.storage in names
+                is_own = spec.storage in kept
                 found[spec.storage] = spec.torch_dtype if is_own else self.dtype
-        for name, new in names.items():
-            found[name] = DTYPES[new.rpartition("/")[2]]
 
         def on_meta(name: str) -> Tensor:
             spec = program.tensors[name]
             dtype = found.get(spec.storage, spec.torch_dtype)
             return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device="meta")
 
-        for operation in (*program.once, *program.operations):
+        for operation in program.operations:
             needed = {*operation.reads()}
             try:
                 results = results_on_meta(operation, {name: on_meta(name) for name in needed})
@@ -166,32 +152,22 @@ class Precision:
         count = -(-storage.bytes // dtypes.pop().itemsize)
         return storage.model_copy(update={"bytes": count * dtype.itemsize})
 
-    def _spec(self, spec: TensorSpec, names: Mapping[str, str], dtype: torch.dtype | None) -> TensorSpec:
+    def _spec(self, spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
         if dtype is None or not spec.torch_dtype.is_floating_point:
             return spec
-        name = str(dtype).removeprefix("torch.")
-        return spec.model_copy(update={"storage": names.get(spec.storage, spec.storage), "dtype": name})
+        return spec.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
-    def _rate(self, name: str) -> str:
-        """Return the name of a learning rate in this precision: a float32 one would be rounded."""
-        place, _, dtype = name.rpartition("/")
-        return f"{place}/float64" if self.dtype == torch.float64 and dtype == "float32" else name
-
-    def _operation(
-        self, operation: Operation, names: Mapping[str, str], program: Program, kept: set[str]
-    ) -> Operation:
+    def _operation(self, operation: Operation, program: Program, kept: set[str]) -> Operation:
         made = {program.tensors[name].storage for name in operation.results if name}
         if made and made <= kept:
             return operation
-        keywords = {key: self._argument(value, names) for key, value in operation.keywords.items()}
-        arguments = tuple(self._argument(value, names) for value in operation.arguments)
+        keywords = {key: self._argument(value) for key, value in operation.keywords.items()}
+        arguments = tuple(map(self._argument, operation.arguments))
         return operation.model_copy(update={"arguments": arguments, "keywords": keywords})
 
-    def _argument(self, value: Any, names: Mapping[str, str]) -> Any:
-        if isinstance(value, str):
-            return names.get(value, value)
+    def _argument(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [self._argument(each, names) for each in value]
+            return [*map(self._argument, value)]
         if isinstance(value, dict) and "dtype" in value and DTYPES[value["dtype"]].is_floating_point:
             return {"dtype": self.name}
         return value
@@ -224,5 +200,4 @@ def _kept(program: Program) -> Iterator[str]:
     for operation in program.operations:
         fixed = (names for kind, names in _FIXED_ARGUMENTS.items() if operation.name.startswith(kind))
         for name in next(fixed, ()):
-            tensors = references(operation.given().get(name))
-            yield from (each for each in tensors if not each.startswith(_RATE))
+            yield from references(operation.given().get(name))

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from everystep.bounded import parse_json
 from everystep.errors import ProgramError
-from everystep.program.arguments import decode, encode, json_floats, python_floats, references
+from everystep.program.arguments import decode, encode, json_floats, references
 from everystep.program.checked import is_known_sound, note_sound
 from everystep.program.operation import (
     DIMENSIONS,
@@ -36,14 +35,12 @@ __all__ = [
     "FORMAT_VERSION",
     "MOST_ENTRIES",
     "Operation",
-    "OptimizerStep",
     "Phase",
     "Program",
     "Storage",
     "TensorSpec",
     "decode",
     "encode",
-    "hyperparameter",
     "references",
 ]
 
@@ -52,51 +49,17 @@ FORMAT_VERSION = 1
 MOST_BYTES, MOST_ENTRIES = 100_000_000, 200_000
 
 
-class OptimizerStep(Model):
-    """The step of a `torch.optim` optimizer that reads numbers, and so is not a list of operations.
-
-    groups: the settings of each param group, with the names of its parameters under `params`.
-    """
-
-    name: Name
-    groups: tuple[dict[str, Any], ...]
-
-    @field_validator("groups")
-    @classmethod
-    def _with_special_floats(cls, groups: tuple[dict[str, Any], ...]) -> Any:
-        return tuple(map(python_floats, groups))
-
-    def check(self, tensors: Mapping[str, TensorSpec]) -> None:
-        """Check that torch has the optimizer, and the program its parameters.
-
-        Raises:
-            ValueError: reports what is wrong.
-        """
-        optimizer = getattr(torch.optim, self.name, None)
-        is_optimizer = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
-        if not is_optimizer or optimizer in (torch.optim.Optimizer, torch.optim.LBFGS):
-            raise ValueError(f"torch.optim has no optimizer {self.name!r:.80} with a step of its own")
-        for group in self.groups:
-            names = group.get("params")
-            if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-                raise ValueError(f"{self.name}: a param group has no names for its parameters")
-            missing = next((name for name in names if f"parameter/{name}" not in tensors), None)
-            if missing is not None:
-                raise ValueError(f"{self.name}: unknown tensor {f'parameter/{missing}'!r}")
-
-
 class Program(Model):
     """The operations of a step, in order, and their tensors.
 
-    once: operations with the same results at every step; they run when the program is bound.
-    loss: the name of the loss; gradients: of each parameter's gradient; activations: of each module's
-    output, by the module's path; optimizer_step: replaces operations of the update.
+    loss: the name of the loss, None if the step has none; gradients: of each parameter's gradient;
+    activations: of each module's output, by the module's path; logged: of other logged numbers; ends:
+    the tensor of a state name after the step, if it differs from before; gone: names of the state that
+    the step removed.
 
-    is_plain: whether it repeats one step of a loop with the plain interpreter (`plain.py`), which calls
-    operators as the loop did. Such a program may have no loss, and other `logged` numbers. It may read
-    numbers, and the shapes of its results may depend on values: what Python did with them shows in the
-    operations that follow. ends: the tensor of a state name after the step, if it differs from before;
-    gone: names of the state that the step removed.
+    It repeats one observed step: its numbers (`Scalar` and `float` arguments) belong to that step. It
+    may read numbers, and the shapes of its results may depend on values: what Python did with them shows
+    in the operations that follow.
     """
 
     format: Literal["everystep program"] = "everystep program"
@@ -104,13 +67,10 @@ class Program(Model):
     torch: str
     storages: dict[Name, Storage]
     tensors: dict[Name, TensorSpec]
-    once: tuple[Operation, ...] = ()
     operations: tuple[Operation, ...]
-    optimizer_step: OptimizerStep | None = None
     loss: Name | None = None
     gradients: dict[str, Name] = Field(default_factory=dict)
     activations: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
-    is_plain: bool = False
     logged: dict[str, Name] = Field(default_factory=dict)
     ends: dict[Name, Name] = Field(default_factory=dict)
     gone: tuple[Name, ...] = ()
@@ -152,11 +112,6 @@ class Program(Model):
     def of_kind(self, kind: str) -> list[str]:
         """Return the names of the storages of a kind."""
         return [name for name, storage in self.storages.items() if storage.kind == kind]
-
-    @property
-    def reads_rates(self) -> bool:
-        """Whether it reads the learning rate from outside, so that it may change."""
-        return bool(self.of_kind("hyperparameter"))
 
     def to_json(self) -> str:
         """Return the program as JSON: a line for each storage, tensor and operation."""
@@ -210,9 +165,8 @@ class Program(Model):
 
     def placed_operations(self) -> Iterator[tuple[str, Operation]]:
         """Yield all operations in the order in which they run, with their place: `operations.3`."""
-        for table, operations in (("once", self.once), ("operations", self.operations)):
-            for index, operation in enumerate(operations):
-                yield f"{table}.{index}", operation
+        for index, operation in enumerate(self.operations):
+            yield f"operations.{index}", operation
 
     @model_validator(mode="after")
     def _check(self) -> Program:
@@ -222,7 +176,7 @@ class Program(Model):
             tensor.check(name, self.storages)
         for place, operation in self.placed_operations():
             try:
-                operation.check(self.tensors, is_plain=self.is_plain)
+                operation.check(self.tensors)
             except ValueError as error:  # NotAllowedError is one
                 raise ValueError(f"{place}: {error}") from None
         shown = [name for names in self.activations.values() for name in names]
@@ -238,26 +192,15 @@ class Program(Model):
         for name in (*loss, *logged):
             if math.prod(self.tensors[name].shape) != 1:
                 raise ValueError(f"{name!r} is logged, but is not a single number")
-        if not self.is_plain and (self.loss is None or self.logged or self.ends or self.gone):
-            raise ValueError("only a plain program may omit the loss or exchange tensors of the state")
-        if self.is_plain and (self.once or self.optimizer_step is not None):
-            raise ValueError("a plain program may have only operations")
-        if self.optimizer_step is not None:
-            self.optimizer_step.check(self.tensors)
         return self
 
 
 def _check_size(data: dict[str, Any]) -> None:
     """Check that a program is not too large to be checked."""
-    for key in ("once", "operations", "tensors", "storages"):
+    for key in ("operations", "tensors", "storages"):
         entries = data.get(key)
         if isinstance(entries, list | dict) and len(entries) > MOST_ENTRIES:
             raise ProgramError(f"the program has more than {MOST_ENTRIES:,} {key}, too many to read")
-
-
-def hyperparameter(name: str, group: int, dtype: str) -> str:
-    """Return the name of a number of the optimizer's param group that may change from step to step."""
-    return f"hyperparameter/{group}/{name}/{dtype}"
 
 
 def _refuse_constant(name: str) -> Any:

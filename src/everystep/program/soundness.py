@@ -102,7 +102,7 @@ class _Check:
             Exception: whatever torch raises; ValueError for what is found here.
         """
         operation = self._operations[index]
-        if operation.is_plain_only:  # their results do not depend on shapes alone
+        if operation.is_by_values:  # their results do not depend on shapes alone
             return
         if operation.name in FORWARD:
             self._check_forward(index)

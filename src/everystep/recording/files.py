@@ -21,7 +21,6 @@ from everystep.errors import RunError
 __all__ = [
     "FileRow",
     "check_writable_files",
-    "constants_of",
     "has_own",
     "open_own",
     "own_path",
@@ -49,11 +48,6 @@ class FileRow(NamedTuple):
 def row_of_file(name: str, content: bytes) -> FileRow:
     """Return the row of a file with this content."""
     return FileRow(name, len(content), xxhash.xxh3_128_digest(content))
-
-
-def constants_of(program: str) -> str:
-    """Return the name of the file with the constants of a program, by that of the program."""
-    return f"{program.removesuffix('.json')}.safetensors"
 
 
 def program_file(number: int) -> str:

@@ -25,7 +25,7 @@ from everystep.recording.continuation import Continuation
 from everystep.recording.data import DATA_FILE, DATA_LIMIT, write_data
 from everystep.recording.database import FILE_NAME, Database, cut
 from everystep.recording.facts import Facts
-from everystep.recording.files import constants_of, program_file, row_of_file, write_whole
+from everystep.recording.files import program_file, row_of_file, write_whole
 from everystep.recording.home import GoneError, Home
 from everystep.recording.inheritance import inherit
 from everystep.recording.lock import locked, writer_here
@@ -194,10 +194,10 @@ class Recorder:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self._put(lambda: self._write_data(tensors, name))
 
-    def program(self, program: Program, constants: dict[str, Tensor]) -> int:
-        """Write a program, and the bytes of its constants next to it; return its number in the run."""
+    def program(self, program: Program) -> int:
+        """Write a program; return its number in the run."""
         self._programs = number = self._programs + 1
-        self._put(lambda: self._write_program(number, program, constants))
+        self._put(lambda: self._write_program(number, program))
         return number
 
     def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
@@ -487,22 +487,14 @@ class Recorder:
         last = facts if self._continuation is None else self._continuation.last_facts(facts)
         self._in_transaction(lambda: self._database.write_facts(last))
 
-    def _write_program(self, number: int, program: Program, constants: dict[str, Tensor]) -> None:
-        from safetensors.torch import save
-
+    def _write_program(self, number: int, program: Program) -> None:
         from everystep.program.checked import note_sound
 
         (self._home.here / "programs").mkdir(exist_ok=True)
         text = program.to_json().encode()
         file = program_file(number)
-        contents = {file: text}
-        if constants:
-            on_cpu = {name: tensor.cpu() for name, tensor in constants.items()}
-            contents[constants_of(file)] = save(on_cpu)
-        for name, content in contents.items():
-            write_whole(self._home.here / name, content)
-        rows = [row_of_file(*each) for each in contents.items()]
-        self._in_transaction(lambda: self._database.write_files(rows))
+        write_whole(self._home.here / file, text)
+        self._in_transaction(lambda: self._database.write_files([row_of_file(file, text)]))
         note_sound(text)  # it comes from torch itself, not from a stranger
 
     def _write_change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Batches: those of everystep's own steps, from the data of a run, and the settings of their optimizer."""
+"""Batches: those of everystep's own steps, from the data of a run, and recorded settings."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from everystep.recording.texts import value_text
 from everystep.replay.evidence import Evidence
 from everystep.replay.given import Argument, draws, other_arguments, pairs_of_inputs
 from everystep.replay.operations import OperationDifference, TensorDifference
-from everystep.replay.origins import of_batch, of_draw, of_optimizer, of_outside, of_state
+from everystep.replay.origins import of_batch, of_draw, of_outside, of_state
 
 __all__ = ["ANOTHER_OPERATION", "COMPUTED_OTHERWISE", "causes_of"]
 
@@ -41,8 +41,6 @@ def causes_of(found: OperationDifference, evidence: Evidence) -> list[str]:
         return _of_another_operation(found, evidence, _others_text(found.others, evidence))
     causes = list(_of_arguments(a, b, found, evidence))
     causes += _of_inputs(found, evidence, is_shape_known=bool(causes))
-    if a.operation.operator.startswith("torch.optim."):
-        causes += of_optimizer(evidence)
     if draws(a.operation.operator):
         causes += of_draw(evidence)
     if not causes and not found.inputs:

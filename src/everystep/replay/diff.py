@@ -29,7 +29,6 @@ from everystep.replay.given import name_in_words
 from everystep.replay.operations import (
     OperationDifference,
     first_difference,
-    tensor_difference,
 )
 from everystep.replay.parallel import LossDifference
 from everystep.replay.processes import Opener, recorded_numerics
@@ -299,9 +298,7 @@ class Lockstep:
         for number in self._suspicious(first, last):
             one, other = (opener.step(number) for opener in self._openers)
             evidence = self._evidence(one, other)
-            found = first_difference(one, other, has_rows=evidence.has_rows) or _unseen_difference(
-                evidence
-            )
+            found = first_difference(one, other, has_rows=evidence.has_rows)
             if found is not None:
                 return replace(found, causes=causes_of(found, evidence))
             self.unread += self.unread or _other_batch(one, other)
@@ -384,23 +381,6 @@ def _other_batch(one: Step, other: Step) -> list[str]:
         if name not in pair[0] or not _is_same(pair[0][name], pair[1].get(name))
     ]
     return [f"{name} of step {one.number:,}" for name in names]
-
-
-def _unseen_difference(evidence: Evidence) -> OperationDifference | None:
-    """Return the step of an optimizer as a whole, if only tensors that it keeps differ after it."""
-    one, other = evidence.steps
-    pair = [step.operations[-1] for step in (one, other) if step.operations]
-    if len(pair) < 2 or not pair[0].operation.operator.startswith("torch.optim."):
-        return None
-    after = [each.after for each in evidence.around]
-    found = [
-        tensor_difference(name, tensor, after[1].get(name))
-        for name, tensor in after[0].items()
-        if name.startswith("optimizer/") and not _is_same(tensor, after[1].get(name))
-    ]
-    if not found:
-        return None
-    return OperationDifference(one.number, len(one.operations) - 1, pair[0], pair[1], found)
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:

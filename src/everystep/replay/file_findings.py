@@ -10,12 +10,12 @@ from everystep.recording.blocks import BLOCK
 from everystep.recording.contents import FOLDER as BATCHES
 from everystep.recording.contents import Given, inputs_of, read_contents
 from everystep.recording.database import FILE_NAME, Database, SnapshotRow, reading
-from everystep.recording.facts import EAGERLY, Facts, TrainingFacts
+from everystep.recording.facts import Facts
 from everystep.recording.files import program_file
 from everystep.recording.health import Finding
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import check_snapshot
-from everystep.replay.programs import read_built
+from everystep.replay.programs import read_program
 
 __all__ = ["MOST_NAMED", "checked_files", "file_findings"]
 
@@ -50,7 +50,7 @@ def checked_files(run: RecordedRun, facts: Facts) -> Iterator[str]:
         yield "data"
     if any(each.experiment_digest is not None for each in stretches):
         yield "experiment"
-    if any(map(_programs, stretches)):
+    if any(each.programs for each in stretches):
         yield "programs"
     if run.change_files():
         yield "changes between steps"
@@ -92,15 +92,10 @@ def _stretch_findings(run: RecordedRun) -> Iterator[Finding]:
         data = training.data_file
         if data is not None and data.stored:
             yield from _checked(data.file, partial(run.data, data), _RESTORE)
-        for file in dict.fromkeys(_programs(training)):
-            yield from _checked(file, partial(read_built, run, file), _RESTORE)
+        for number in dict.fromkeys(training.programs):
+            yield from _checked(program_file(number), partial(read_program, run, number), _RESTORE)
         name = training.experiment_file or "experiment.toml"
         yield from _checked(name, partial(run.experiment, training), _RESTORE)
-
-
-def _programs(training: TrainingFacts) -> list[str]:
-    """Return the files of the programs of a stretch, within the run."""
-    return [*map(program_file, training.programs)]
 
 
 def _checked(place: str, read: Callable[[], object], cure: str) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from everystep.recording.database import Repeat
 from everystep.recording.repeats import Taken
 from everystep.recording.run import RecordedRun
 from everystep.replay.batches import batches_of
-from everystep.replay.programs import read_loop_program
+from everystep.replay.programs import read_program
 
 __all__ = ["FurtherSteps"]
 
@@ -102,7 +102,7 @@ class FurtherSteps:
 
     def _program(self, number: int) -> Program:
         if number not in self._programs:
-            self._programs[number] = read_loop_program(self._run, number)
+            self._programs[number] = read_program(self._run, number)
         return self._programs[number]
 
     def _makes_state(self, program: int) -> bool:

@@ -237,7 +237,7 @@ def pairs_of_inputs(
 def draws(operator: str) -> bool:
     """Tell whether an operator draws random numbers, as far as it is one that programs may use."""
     try:
-        return operator.startswith("aten.") and draws_random_numbers(resolve(operator, is_plain=True))
+        return operator.startswith("aten.") and draws_random_numbers(resolve(operator))
     except ValueError:  # an eager step may contain any operator
         return False
 

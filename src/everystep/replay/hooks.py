@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,30 @@ from torch import Tensor
 from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_on_cpu
 from everystep.replay.expression import Reference
-from everystep.replay.step import ReplayStepper, Step
+from everystep.replay.step import Batch, Step
+from everystep.step.observe import Observation
 
 __all__ = ["OpenedStep", "Probe"]
 
 Values = dict[Reference, Tensor]
+
+
+class Observed(Protocol):
+    """What takes the steps of a training, one by one.
+
+    state: the step after which its state is.
+    """
+
+    state: int | None
+
+    def named_state(self) -> dict[str, Tensor]:
+        """Return the live tensors of the state by name."""
+
+    def batch(self, number: int) -> Batch:
+        """Return the batch of a step."""
+
+    def observe(self) -> Observation:
+        """Run the next step, and return everything in it."""
 
 
 class Probe:
@@ -34,7 +53,7 @@ class Probe:
 
     def __init__(
         self,
-        stepper: ReplayStepper,
+        stepper: Observed,
         references: Collection[Reference],
         answer: Callable[[int, float], bool],
     ) -> None:

@@ -1,7 +1,7 @@
 """Living: steps of a run that nothing has recorded, with the objects that trained it.
 
-Those of a what-if, and those on the way to a state from which Python continues. The objects come from the
-run's experiment, or from the user.
+Those of a what-if, and those on the way to a state from which Python continues. The objects come from
+the run's experiment, or from the user.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Unwritten:
     def __init__(self) -> None:
         self._programs = 0
 
-    def program(self, program: Program, constants: dict[str, Tensor]) -> int:
+    def program(self, program: Program) -> int:
         """Return the next number of a program."""
         self._programs += 1
         return self._programs
@@ -86,10 +86,14 @@ class Living:
         self.state: int | None = None
         self._run = run
         self._training = training
-        self._settings = settings_of(run, filter(is_hyperparameter, run.measurement_names), stretch.first)
+        self._settings = settings_of(
+            run, filter(is_hyperparameter, run.measurement_names), stretch.first
+        )
         self._between = run.change_files()
         self._settled: int | None = None
-        self._watched = WatchedSteps(training, _Unwritten(), is_by_rule=not isinstance(batch, DatasetBatches))
+        self._watched = WatchedSteps(
+            training, _Unwritten(), is_by_rule=not isinstance(batch, DatasetBatches)
+        )
         self._stepper = Stepper(training, self._watched, MOST_STEPS, engine)
 
     def load(self, state: State) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +22,13 @@ from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.contents import digest_of, inputs_of, unpacked
 from everystep.recording.database import Repeat, cut
-from everystep.recording.facts import EAGERLY
 from everystep.recording.run import RecordedRun, Stretch
-from everystep.replay.programs import read_loop_program
-from everystep.replay.reopen import batches_of, settings_of
+from everystep.replay.batches import batches_of, settings_of
+from everystep.replay.programs import read_program
 from everystep.replay.step import Batch, ReplayStepper
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
-from everystep.step.hyperparameters import is_hyperparameter
+from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
 from everystep.step.observe import Observation, PlainObserver
 from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
@@ -109,8 +109,9 @@ class LoopStepper(ReplayStepper):
         self._between = run.change_files()
         self._settled: int | None = None
         self._has_diverged = False
+        self._further: Callable[[int], Repeat] | None = None
         if conversion is not None:
-            for number in self._numbers_of_programs():
+            for number in self._facts.programs:
                 self._program(Repeat(0, number, None, None))  # they say what else has it
         is_held = _RATE.fullmatch if self._is_own_loop else is_hyperparameter
         self._settings = settings_of(run, filter(is_held, run.measurement_names), stretch.first)
@@ -176,7 +177,13 @@ class LoopStepper(ReplayStepper):
         rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
         names = "names" if self._is_own_loop else "live"
         settings = self._loaded.settings | {"step": self.state, names: [*copies]}
+        if "optimizer" in settings:
+            settings["optimizer"] = self._optimizer_settings(settings["optimizer"])
         return State(self.state, parameters, rest, settings)
+
+    def go_on(self, further: Callable[[int], Repeat]) -> None:
+        """Run steps that the run does not have. further: returns what repeats each."""
+        self._further = further
 
     def settle(self) -> None:
         """Apply what the loop changed after the last step, outside of any step."""
@@ -223,7 +230,7 @@ class LoopStepper(ReplayStepper):
         observer = PlainObserver(expansion.plain, expansion.numbers)
         loss = self._take(number, observer.look, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
-        has_unseen = bool((self._facts.loop or self._facts.engine or EAGERLY).unseen)
+        has_unseen = bool(self._facts.unseen)
         return found._replace(places=found.places._replace(has_unseen=has_unseen))
 
     def _before(self, row: Repeat, index: int, names: Sequence[str]) -> dict[str, Tensor]:
@@ -260,6 +267,15 @@ class LoopStepper(ReplayStepper):
         found = {name: each.at(self.state) for name, each in self._settings.items()}
         known = {name: value for name, value in found.items() if value is not None}
         return known if self._is_own_loop else self._rates_of_state() | known
+
+    def _optimizer_settings(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the optimizer with the numbers that the last step has used."""
+        groups = [dict(group) for group in known["groups"]]
+        for name, setting in self._settings.items():
+            value = setting.at(self.state or 0)
+            if value is not None:
+                set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
+        return known | {"groups": groups}
 
     def _rates_of_state(self) -> dict[str, float]:
         """Return the learning rates in the state that was loaded."""
@@ -305,22 +321,18 @@ class LoopStepper(ReplayStepper):
         """Return a fingerprint of the next step's inputs besides its state: numbers and inputs."""
         self.settle()
         row = self._row(number)
-        of_rule = b""
+        inputs = inputs_of(row.inputs, f"the input of step {row.step} of {self._run.name}").given
+        given = repr(sorted(inputs.items())).encode()
         if self._rule is not None:
-            inputs = self._inputs(row).tensors
-            digests = (digest_of(inputs[f"batch/{name}"]).encode() for name in "xy")
-            of_rule = b"".join(digests)
-        return (row.numbers or b"") + (row.inputs or b"") + of_rule
+            tensors = self._inputs(row).tensors
+            given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
+        return (row.numbers or b"") + given
 
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
-        numbers = self._numbers_of_programs()
+        numbers = self._facts.programs
         plain = [self._program(Repeat(0, n, None, None)).program for n in numbers]
         return list(dict.fromkeys(path for program in plain for path in program.activations))
-
-    def _numbers_of_programs(self) -> Sequence[int]:
-        loop = self._facts.loop
-        return (self._facts.engine or EAGERLY).watched if loop is None else range(1, loop.programs + 1)
 
     def _take(
         self,
@@ -374,6 +386,8 @@ class LoopStepper(ReplayStepper):
         return next((step for step, row in rows if self._inputs(row).digests), 0)
 
     def _row(self, number: int) -> Repeat:
+        if self._further is not None:
+            return self._further(number)
         """Return what repeats a step, as a row of this step alone."""
         found = cut(self._rows, number, number)
         if not found:
@@ -398,7 +412,7 @@ class LoopStepper(ReplayStepper):
                 "program cannot hold, as a notice reported when it was recorded"
             )
         if row.program not in self._programs:
-            program = self._recorded[row.program] = read_loop_program(self._run, row.program)
+            program = self._recorded[row.program] = read_program(self._run, row.program)
             if self._conversion is not None:
                 program = self._conversion.program(program)
             self._programs[row.program] = PlainProgram(program, self._device)

@@ -28,7 +28,6 @@ from everystep.replay.replay import Replay
 from everystep.replay.shown import Shown
 from everystep.replay.step import ReplayStepper, Step
 from everystep.replay.why import Spot, Why, why
-from everystep.replay.why.trace import is_optimizer_step
 
 __all__ = ["NonFinite", "find_nonfinite"]
 
@@ -136,10 +135,6 @@ class FiniteCheck(Visitor):
     def after(self, number: int, bound: BoundProgram) -> bool:
         """Note whether everything in a step was finite; return whether it was."""
         finite = bool(self._plans[bound][1].all())
-        if bound.program.optimizer_step is not None and self._training is not None:
-            for name, tensor in _of_update(self._training.named_state()).items():
-                looked = ~tensor.isnan() if name in self._meant else tensor.isfinite()
-                finite &= bool(looked.all())
         return self._note(number, finite)
 
     def _note(self, number: int, finite: bool) -> bool:
@@ -274,8 +269,6 @@ def _first_made(step: Step) -> NonFinite | None:
     kept = _kept_storages(step)
     for index, observed in enumerate(step.operations):
         inputs, results = observed.read, observed.made
-        if is_optimizer_step(observed):
-            inputs, results = {**inputs, **_of_update(step.state)}, results | _of_update(step.end)
         may_be_meant = _count(inputs.values()) != (0, 0) or _is_among_arguments(observed)
         for name, tensor in results.items():
             nans, infinities = _count([tensor])

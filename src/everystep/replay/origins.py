@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from everystep.recording.asked import same_value
 from everystep.recording.texts import shortest
 from everystep.replay.evidence import Evidence
 from everystep.replay.given import name_in_words
 from everystep.replay.operations import OperationDifference, TensorDifference, tensor_difference
 from everystep.step.check import same_bits
 
-__all__ = ["of_batch", "of_draw", "of_optimizer", "of_outside", "of_state"]
+__all__ = ["of_batch", "of_draw", "of_outside", "of_state"]
 
 #: Rows that are named.
 MOST_ROWS = 6
@@ -102,31 +101,6 @@ def of_outside(found: TensorDifference, evidence: Evidence) -> Iterator[str]:
         made = "it was made before, or by code that no program records, such as NumPy"
         noted = f" ({', '.join(evidence.unseen)})" if evidence.unseen else ""
         yield f"{sources.text(source)}: {_tensor_text(found._replace(name=''))}; {made}{noted}"
-
-
-def of_optimizer(evidence: Evidence) -> Iterator[str]:
-    """Yield what differs of all that an optimizer's step is given besides parameters and gradients."""
-    one, other = evidence.around
-    names = [
-        name
-        for name in dict.fromkeys((*one.settings, *other.settings))
-        if not same_value(one.settings.get(name), other.settings.get(name))
-    ]
-    for name in names:
-        parameter, _, key = name.rpartition("/")
-        called = f"{key} of {parameter}" if parameter else name
-        yield str(evidence.of_optimizer(called, (one.settings.get(name), other.settings.get(name))))
-    if names:
-        yield from evidence.schedules()
-    for name, tensor in one.before.items():
-        its = other.before.get(name)
-        if its is not None and same_bits(tensor, its):
-            continue
-        if name.startswith("optimizer/"):
-            yield from of_state(name, evidence)
-        elif name.startswith("group/") and its is not None and tensor.numel() == 1:
-            _, place, key = name.split("/", 2)
-            yield str(evidence.of_group(key, place, (tensor.item(), its.item())))
 
 
 def of_draw(evidence: Evidence) -> Iterator[str]:

@@ -36,7 +36,7 @@ __all__ = [
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
 #: Steps that run between two looks at the losses; 1 of watched steps: each may be the last possible.
-STRIDE = 256
+STRIDE = 1
 #: Neighbouring spans that a process is given at once, if there are enough.
 GROUP = 8
 #: Spans for each core, where spans should be long.
@@ -245,14 +245,11 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
         start = visitor.begin(replay, span)
         replay.go_to(start, span.at)
         step = start
-        is_watched = replay.stretches[span.at].is_watched
         while step < span.last and not visitor.is_done:
             try:
-                last = min(span.last, step + (1 if is_watched else STRIDE))
+                last = min(span.last, step + STRIDE)
                 losses = visitor.take(replay, last, span).tolist()
             except RunError as error:
-                if not is_watched:
-                    raise
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))
                 found.stopped_at = max(step + 1, span.first)
@@ -291,5 +288,4 @@ def _compare_state(found: Replayed, replay: Replay, span: Span) -> None:
     found.compared = True
     # A fork may begin with another optimizer, or other random numbers, than its parent ended with.
     is_fork = replay.stretch_of(span.last + 1) != span.at
-    is_watched = replay.stretches[span.at].is_watched
-    found.states = state_differences(recorded, here, only_model=is_fork, only_seen=is_watched)
+    found.states = state_differences(recorded, here, only_model=is_fork, only_seen=True)

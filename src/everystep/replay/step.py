@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.program.execute import Observed
+from everystep.program.calls import Call
+from everystep.program.execute import BoundProgram, Observed
 from everystep.program.operation import Phase
 from everystep.program.unset import overwrites, unset_results
-from everystep.step.advance import Hook
 from everystep.step.observe import Observation, Places
 from everystep.step.state import State
 
@@ -248,6 +248,16 @@ class Step:
             f"<everystep step {self.number}: loss {self.loss:.6g}, {exact}; "
             f"{len(self.operations)} operations, {len(self.updates)} updates>"
         )
+
+
+class Hook(Protocol):
+    """Observes steps while programs run them. The bits of a step are the same with and without it."""
+
+    def calls(self, bound: BoundProgram) -> list[Call]:
+        """Return the calls of a step, with observing calls in between."""
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Observe a step that just ran; return whether to continue."""
 
 
 class ReplayStepper(Protocol):

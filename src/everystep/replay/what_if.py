@@ -15,13 +15,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from everystep.device import select
 from everystep.errors import ExpressionError, RunError, UsageError
 from everystep.recording.run import RecordedRun
+from everystep.replay.batches import batches_of
 from everystep.replay.columns import Evaluator, read_question
 from everystep.replay.expression import Expression
 from everystep.replay.hooks import Probe
+from everystep.replay.living import Living
 from everystep.replay.processes import Opener, cores, in_worker, recorded_numerics, workers
 from everystep.replay.query import check_question
-from everystep.replay.batches import batches_of
-from everystep.replay.living import Living
 from everystep.replay.replay import Replay, no_such_step, same_number
 from everystep.replay.shown import Shown
 from everystep.step.generators import generators_preserved

@@ -1,156 +1,165 @@
-"""Build: a program from a captured step, with readable names."""
+"""Build: the program of an observed step, as data with readable names."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from everystep.program.arguments import encode
 from everystep.program.operators import draws_random_numbers
-from everystep.program.program import (
-    MOST_ENTRIES,
-    Operation,
-    OptimizerStep,
-    Program,
-    Storage,
-    TensorSpec,
-)
-from everystep.step.capture import Capture
-from everystep.step.eager import Training
-from everystep.step.recorder import CapturedOperation
-from everystep.step.unchanging import Effect, unchanging, unchanging_in
-from everystep.step.update import Update
+from everystep.program.plain import READ
+from everystep.program.program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
+from everystep.step.path import FLOAT, INT, Path
 
-__all__ = ["Builder", "Built", "Named", "NotCapturableError", "build", "checked", "named_operations"]
+__all__ = ["BuiltPath", "NotCapturableError", "build_path"]
+
+Number = int | float
 
 
 class NotCapturableError(Exception):
     """A step that is not a program; the message gives the reason."""
 
 
-class Built(NamedTuple):
-    """A program, and the content of its constants: the bytes of each storage, by name."""
+class BuiltPath(NamedTuple):
+    """A program for all steps with a path.
+
+    kept: which of the numbers of a step belong to operations that the program has; inputs: the number of
+    each input's storage, by the storage's name in the program.
+    """
 
     program: Program
-    constants: dict[str, Tensor]
+    kept: tuple[int, ...]
+    inputs: dict[str, int]
+
+    def numbers(self, seen: Sequence[Number]) -> list[Number]:
+        """Return the numbers of a step that its program needs."""
+        return [seen[place] for place in self.kept]
 
 
-class Named(NamedTuple):
-    """What was seen of a step, with names, and nothing left out.
-
-    names: of tensors, by number; tensors, storages: by name; ends: the tensor that a state name has
-    after the step, if it is another.
-    """
-
-    operations: list[Operation]
-    names: dict[int, str]
-    tensors: dict[str, TensorSpec]
-    storages: dict[str, Storage]
-    ends: dict[str, str]
-
-
-def build(captured: Capture, training: Training) -> Built:
-    """Return the program of a captured step.
+def build_path(path: Path, numbers: Sequence[Number]) -> BuiltPath:
+    """Return the program of a path; it contains the numbers of the first step with this path.
 
     Raises:
-        NotCapturableError: a part of it is not an operation on tensors; names the part.
+        NotCapturableError: a program cannot hold it; gives the reason.
     """
-    fixed = unchanging_in(captured)
-    for where, reason, reads in captured.refusals:
-        if where != "optimizer" and (reads is None or not reads <= fixed):
-            raise NotCapturableError(f"in the {where} phase, {reason}")
-    update = Update(captured, training)
-    if update.problem is not None:
-        raise NotCapturableError(update.problem)
-    left_out = ("optimizer/",) if update.is_optimizer_step else ()
-    builder = Builder(captured, update.operations(), left_out)
-    return builder.program(update.optimizer_step() if update.is_optimizer_step else None)
+    return _Builder(path).built(numbers)
 
 
-def named_operations(captured: Capture) -> Named:
-    """Return all observed operations, and their tensors, with names.
-
-    They may differ at the next step, and may be incomplete.
-    """
-    builder = Builder(captured, captured.operations)
-    return builder.named_operations()
-
-
-class Builder:
+class _Builder:
     """Gives everything a name, and leaves out what has no effect."""
 
-    def __init__(
-        self, captured: Capture, operations: list[CapturedOperation], left_out: tuple[str, ...] = ()
-    ) -> None:
-        self._captured = captured
-
-        # If the optimizer step is one operation, what it creates and replaces is not in the program.
-        def ours(tensors: dict[str, int]) -> dict[str, int]:
-            return {n: number for n, number in tensors.items() if not n.startswith(left_out)}
-
-        self._state = ours(captured.named | captured.appeared)
-        self._appeared = ours(captured.appeared)
-        self._replaced = ours(captured.replaced)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        unused = path.unused_gradients()
+        self._state = {name: number for name, number in path.named if name not in unused}
         self._names: dict[int, str] = {}
-        self._taken = Counter([*captured.named])  # a part of the batch may have the name of an operator
+        self._taken = Counter([*self._state])  # a part of the batch may have the name of an operator
         self._views: dict[str, int] = {}
         self._storages: dict[str, Storage] = {}
         self._tensors: dict[str, TensorSpec] = {}
-        self._constants: dict[str, Tensor] = {}
         self._tensor_names: dict[int, str] = {}
-        self._name_storages(operations)
-        self._recorded = operations
+        self._name_storages()
 
-    def program(self, optimizer_step: OptimizerStep | None) -> Built:
-        """Return the program."""
-        captured = self._captured
+    def built(self, numbers: Sequence[Number]) -> BuiltPath:
+        """Return the program. numbers: of a step."""
+        path = self._path
         for name, number in self._state.items():
             self._add_tensor(name, number)
-        gradients = {name: self._named(n, f"gradient/{name}") for name, n in captured.gradients.items()}
-        assert captured.loss_tensor is not None
-        loss = self._named(captured.loss_tensor, "loss")
-        operations = [*self._first_values(), *map(self._operation, self._recorded), *self._exchanges()]
-        activations = {
-            path: tuple(map(self._tensor, numbers)) for path, numbers in captured.activations.items()
+        loss = None if path.loss is None else self._named(path.loss, self._unused("loss"))
+        gradients = {
+            name: self._named(number, self._unused(f"gradient/{name}"))
+            for name, number in path.gradients
         }
+        operations = [*self._operations(iter(numbers))]
+        ends = {name: self._tensor(number) for name, number in path.ends}
+        activations = {name: tuple(map(self._tensor, places)) for name, places in path.activations}
+        logged = {name: self._tensor(number) for name, number in path.logged}
         shown = {name for names in activations.values() for name in names}
-        kept = self._with_effect(operations, {loss, *gradients.values(), *shown})
-        once, every = self._split(kept, set(gradients.values()) | {loss})
-        used = {n for o in kept for n in (*o.reads(), *o.results) if n} | shown | {loss}
-        used |= set(gradients.values()) | set(self._state)
+        shown |= {*gradients.values(), *ends.values(), *logged.values()} | ({loss} if loss else set())
+        kept = self._with_effect(operations, shown)
+        kept |= self._checkable_reads(operations, kept)
+        used = {n for o in operations if id(o) in kept for n in (*o.reads(), *o.results) if n}
+        used |= shown | set(self._state)
         tensors = {name: spec for name, spec in self._tensors.items() if name in used}
         storages = self._used_storages(tensors)
-        program = checked(
+        program = _checked(
             torch=torch.__version__,
             storages=storages,
             tensors=tensors,
-            once=tuple(once),
-            operations=tuple(every),
-            optimizer_step=optimizer_step,
+            operations=tuple(o for o in operations if id(o) in kept),
             loss=loss,
             gradients=gradients,
             activations=activations,
+            logged=logged,
+            ends=ends,
+            gone=path.gone,
         )
-        return Built(program, {n: c for n, c in self._constants.items() if n in storages})
+        place_of = {name: place for place, name in self._names.items()}
+        inputs = {n: place_of[n] for n, storage in storages.items() if storage.kind == "input"}
+        return BuiltPath(program, tuple(self._kept_numbers(operations, kept)), inputs)
 
-    def named_operations(self) -> Named:
-        """Return the operations and the tensors with names, nothing left out."""
-        for name, number in self._state.items():
+    # Names.
+
+    def _name_storages(self) -> None:
+        """Name storages after state, gradients and the loss; others after their operator.
+
+        One that becomes state in the step has the name that it gets there.
+        """
+        path, storage_of = self._path, [tensor.storage for tensor in self._path.tensors]
+        made = {n: k for n, k in path.ends if n not in self._state and not n.startswith("gradient/")}
+        loss = {} if path.loss is None else {"loss": path.loss}
+        named = dict(path.named)
+        gradients = {f"gradient/{n}": k for n, k in path.gradients if f"gradient/{n}" not in named}
+        for known in (made, loss, self._state, gradients):
+            for name, number in known.items():
+                self._names.setdefault(storage_of[number], name)
+        for seen in path.operations:
+            for reference in filter(None, seen.results):
+                storage = storage_of[int(reference[1:])]
+                if storage not in self._names:
+                    self._names[storage] = self._free(seen.operator.overloadpacket.__name__)
+        for place, known_as in enumerate(path.storages):
+            if place not in self._names:
+                self._names[place] = self._free(known_as.kind)
+
+    def _free(self, base: str) -> str:
+        self._taken[base] += 1
+        count = self._taken[base]
+        return base if count == 1 else f"{base}_{count}"
+
+    def _unused(self, name: str) -> str:
+        return f"{name} (new)" if name in self._tensors else name
+
+    def _named(self, number: int, name: str) -> str:
+        """Return the name of a tensor; name it `name` unless it already has one."""
+        if number not in self._tensor_names:
             self._add_tensor(name, number)
-        for name, number in self._captured.gradients.items():
-            self._named(number, f"gradient/{name}")
-        assert self._captured.loss_tensor is not None
-        self._named(self._captured.loss_tensor, "loss")
-        operations = [self._operation(recorded) for recorded in self._recorded]
-        shown = [n for numbers in self._captured.activations.values() for n in numbers]
-        for number in (*shown, *self._captured.replaced.values()):
-            self._tensor(number)
-        ends = {name: self._tensor_names[n] for name, n in self._captured.replaced.items()}
-        return Named(operations, self._tensor_names, self._tensors, self._storages, ends)
+        return self._tensor_names[number]
+
+    def _tensor(self, number: int) -> str:
+        if number not in self._tensor_names:
+            seen = self._path.tensors[number]
+            base = self._names[seen.storage]
+            whole = base not in self._tensors and seen.offset == 0
+            self._views[base] = self._views.get(base, 0) + (not whole)
+            self._add_tensor(base if whole else f"{base}~{self._views[base]}", number)
+        return self._tensor_names[number]
+
+    def _add_tensor(self, name: str, number: int) -> None:
+        seen = self._path.tensors[number]
+        storage, place = self._path.storages[seen.storage], self._names[seen.storage]
+        if place not in self._storages:
+            self._storages[place] = Storage(kind=storage.kind, bytes=storage.bytes, host=storage.host)  # type: ignore[arg-type]
+        dtype = str(seen.dtype).removeprefix("torch.")
+        self._tensors[name] = TensorSpec(
+            storage=place, dtype=dtype, shape=seen.shape, stride=seen.stride, offset=seen.offset
+        )
+        self._tensor_names.setdefault(number, name)
 
     def _used_storages(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Storage]:
         """Return the storages of tensors; for a batch that is a slice of more data, that slice."""
@@ -165,140 +174,83 @@ class Builder:
             if name in ends
         }
 
-    def _name_storages(self, operations: list[CapturedOperation]) -> None:
-        """Name storages after state, gradients and the loss; others after their operator."""
-        captured = self._captured
-        known = self._state | {f"gradient/{name}": n for name, n in captured.gradients.items()}
-        if captured.loss_tensor is not None:
-            known = {"loss": captured.loss_tensor} | known
-        for name, number in known.items():
-            self._names.setdefault(captured.tensors[number].storage, name)
-        for recorded in operations:
-            for reference in filter(None, recorded.results):
-                storage = captured.tensors[int(reference[1:])].storage
-                if storage not in self._names:
-                    self._names[storage] = self._free(recorded.operator.overloadpacket.__name__)
-        for number, seen in enumerate(captured.storages):
-            if number not in self._names:
-                self._names[number] = self._free(seen.kind)
+    # Operations.
 
-    def _free(self, base: str) -> str:
-        self._taken[base] += 1
-        count = self._taken[base]
-        return base if count == 1 else f"{base}_{count}"
+    def _operations(self, numbers: Iterator[Number]) -> Iterator[Operation]:
+        """Yield the operations with the numbers of a step; what Python read is in no argument."""
+        for seen in self._path.operations:
+            arguments = tuple(self._argument(value, numbers) for value in seen.arguments)
+            keywords = {key: self._argument(value, numbers) for key, value in seen.keywords}
+            results = tuple(None if r is None else self._tensor(int(r[1:])) for r in seen.results)
+            if str(seen.operator) == READ:
+                next(numbers)
+            yield Operation(
+                phase=seen.phase,
+                module=seen.module,
+                operator=str(seen.operator),
+                arguments=arguments,
+                keywords=keywords,
+                results=results,
+            )
 
-    def _named(self, number: int, name: str) -> str:
-        """Return the name of a tensor; name it `name` unless it already has one."""
-        if number not in self._tensor_names:
-            self._add_tensor(name, number)
-        return self._tensor_names[number]
-
-    def _tensor(self, number: int) -> str:
-        if number not in self._tensor_names:
-            captured = self._captured
-            base = self._names[captured.tensors[number].storage]
-            whole = base not in self._tensors and captured.tensors[number].offset == 0
-            self._views[base] = self._views.get(base, 0) + (not whole)
-            self._add_tensor(base if whole else f"{base}~{self._views[base]}", number)
-        return self._tensor_names[number]
-
-    def _add_tensor(self, name: str, number: int) -> None:
-        captured = self._captured
-        seen = captured.tensors[number]
-        storage = captured.storages[seen.storage]
-        place = self._names[seen.storage]
-        kind = "state" if place in self._appeared else storage.kind
-        if place not in self._storages:
-            self._storages[place] = Storage(kind=kind, bytes=storage.bytes, host=storage.host)  # type: ignore[arg-type]
-            if kind == "constant" and storage.content is not None:
-                self._constants[place] = storage.content
-        dtype = str(seen.dtype).removeprefix("torch.")
-        self._tensors[name] = TensorSpec(
-            storage=place, dtype=dtype, shape=seen.shape, stride=seen.stride, offset=seen.offset
-        )
-        self._tensor_names.setdefault(number, name)
-
-    def _reference(self, value: Any) -> Any:
+    def _argument(self, value: Any, numbers: Iterator[Number]) -> Any:
+        """Return an argument as a program holds it."""
         if isinstance(value, str):
-            return self._tensor(int(value[1:])) if value.startswith("%") else self._hyperparameter(value)
-        if isinstance(value, list | tuple):
-            return [self._reference(item) for item in value]
-        return value
+            return self._tensor(int(value[1:]))
+        if value is INT or value is FLOAT:
+            return encode(next(numbers), _no_tensor)
+        if isinstance(value, tuple) and len(value) == 2 and value[0] == "text":
+            return {"text": value[1]}
+        if isinstance(value, tuple):
+            return [self._argument(item, numbers) for item in value]
+        return encode(value, _no_tensor)
 
-    def _hyperparameter(self, name: str) -> str:
-        dtype = name.rpartition("/")[2]
-        size = getattr(torch, dtype).itemsize
-        self._storages.setdefault(name, Storage(kind="hyperparameter", bytes=size))
-        self._tensors.setdefault(name, TensorSpec(storage=name, dtype=dtype, shape=(), stride=()))
-        return name
-
-    def _operation(self, recorded: CapturedOperation) -> Operation:
-        return Operation(
-            phase=recorded.phase,
-            module=recorded.module,
-            operator=str(recorded.operator),
-            arguments=tuple(map(self._reference, recorded.arguments)),
-            keywords={key: self._reference(value) for key, value in recorded.keywords.items()},
-            results=tuple(None if r is None else self._tensor(int(r[1:])) for r in recorded.results),
-        )
-
-    def _first_values(self) -> list[Operation]:
-        """Return the operations that initialize state which the step creates from nothing."""
-        found = []
-        for name, number in self._appeared.items():
-            storage = self._captured.storages[self._captured.tensors[number].storage]
-            if storage.content is not None:
-                constant = self._free("constant")
-                self._constants[constant] = storage.content
-                self._storages[constant] = Storage(
-                    kind="constant", bytes=storage.bytes, host=storage.host
-                )
-                self._tensors[constant] = self._tensors[name].model_copy(update={"storage": constant})
-                found.append(_copy_operation(name, constant))
-        return found
-
-    def _exchanges(self) -> list[Operation]:
-        """Return copies into the state for tensors that the step replaced."""
-        return [_copy_operation(name, self._tensor(number)) for name, number in self._replaced.items()]
-
-    def _with_effect(self, operations: list[Operation], wanted: set[str]) -> list[Operation]:
-        """Drop operations with unused results, except those that draw random numbers."""
+    def _with_effect(self, operations: Sequence[Operation], wanted: set[str]) -> set[int]:
+        """Return the ids of operations with results that are used, or that draw random numbers."""
         needed = {self._tensors[name].storage for name in wanted}
         needed |= {name for name, storage in self._storages.items() if storage.kind == "state"}
-        kept = []
+        kept = set()
         for operation in reversed(operations):
-            effect = self._effect(operation)
-            if effect.is_random or not needed.isdisjoint(effect.writes):
-                kept.append(operation)
-                needed |= {self._tensors[name].storage for name in operation.reads()}
-        return kept[::-1]
+            is_used = not needed.isdisjoint(self._writes(operation))
+            if is_used or draws_random_numbers(operation.resolved):
+                kept.add(id(operation))
+                if not operation.operator.split(".")[1].endswith("_like"):  # it reads only a shape
+                    needed |= {self._tensors[name].storage for name in operation.reads()}
+        return kept
 
-    def _split(
-        self, operations: list[Operation], every_step: set[str]
-    ) -> tuple[list[Operation], list[Operation]]:
-        """Separate the operations with the same results at every step from the others."""
-        effects = [self._effect(operation) for operation in operations]
-        own = ("constant", "temporary")
-        candidates = {name for name, storage in self._storages.items() if storage.kind in own}
-        candidates -= {self._tensors[name].storage for name in every_step}
-        fixed = unchanging(effects, candidates)
-        is_once = [bool(effect.writes) and fixed.issuperset(effect.writes) for effect in effects]
-        once = [operation for operation, once in zip(operations, is_once, strict=True) if once]
-        every = [operation for operation, once in zip(operations, is_once, strict=True) if not once]
-        return once, every
+    def _writes(self, operation: Operation) -> set[str]:
+        """Return the storages that an operation writes."""
+        names = filter(None, (*operation.results, *operation.written()))
+        return {self._tensors[name].storage for name in names}
 
-    def _effect(self, operation: Operation) -> Effect:
-        only_shape = operation.operator.split(".")[1].endswith("_like")
-        reads = [] if only_shape else operation.reads()
-        writes = filter(None, (*operation.results, *operation.written()))
-        return Effect(
-            {self._tensors[name].storage for name in reads},
-            {self._tensors[name].storage for name in writes},
-            draws_random_numbers(operation.resolved),
-        )
+    def _checkable_reads(self, operations: Sequence[Operation], kept: set[int]) -> set[int]:
+        """Return the reads of numbers that are computed anyway: they check a replay.
+
+        What Python did with a number that no operation needs shows in the operations after it.
+        """
+        left_out: set[str] = set()
+        found: set[int] = set()
+        for operation in operations:
+            if operation.operator == READ:
+                if left_out.isdisjoint(self._tensors[name].storage for name in operation.reads()):
+                    found.add(id(operation))
+            elif id(operation) not in kept:
+                left_out |= self._writes(operation)
+        return found
+
+    def _kept_numbers(self, operations: Sequence[Operation], kept: set[int]) -> Iterator[int]:
+        place = 0
+        for operation, seen in zip(operations, self._path.operations, strict=True):
+            if id(operation) in kept:
+                yield from range(place, place + seen.numbers)
+            place += seen.numbers
 
 
-def checked(**parts: Any) -> Program:
+def _no_tensor(tensor: Tensor) -> str:
+    raise AssertionError("tensors are numbered already")
+
+
+def _checked(**parts: Any) -> Program:
     """Return a program of these parts.
 
     Raises:
@@ -311,9 +263,3 @@ def checked(**parts: Any) -> Program:
         return Program(**parts)
     except ValidationError as error:
         raise NotCapturableError(f"a program cannot hold it: {error.errors()[0]['msg']}") from None
-
-
-def _copy_operation(target: str, source: str) -> Operation:
-    return Operation(
-        phase="update", operator="aten.copy_.default", arguments=(target, source), results=(target,)
-    )

@@ -12,8 +12,8 @@ from everystep.program.execute import without_autograd
 from everystep.program.live import LiveProgram
 from everystep.program.memory import copy_into
 from everystep.program.plain import PlainProgram, lay_inputs, lay_state, tensor_on
+from everystep.step.build import BuiltPath
 from everystep.step.check import same_bits
-from everystep.step.plain import BuiltPath
 
 __all__ = ["Carried", "Comparison", "PartsCopy"]
 

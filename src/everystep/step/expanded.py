@@ -16,9 +16,9 @@ from everystep.program.operation import Operation, Phase
 from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, BoundOptimizer
 from everystep.program.plain import PlainProgram, tensor_on
 from everystep.program.program import Program
+from everystep.step.build import BuiltPath, build_path
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.path import Path
-from everystep.step.plain import BuiltPath, build_path
 from everystep.step.watch import Watch
 
 __all__ = ["Expanded", "Expander"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,12 @@ __all__ = [
 _NAME = re.compile(r"(lr|momentum|beta1|optimizer\.([^.\[\]]+)(?:\.(\d+))?)(?:\[(\d+)\])?")
 _SHORT = {("lr", None): "lr", ("momentum", None): "momentum", ("betas", 0): "beta1"}
 _PLACES = {name: place for place, name in _SHORT.items()}
+
+
+class HasGroups(Protocol):
+    """An optimizer, or what has param groups as one."""
+
+    param_groups: list[dict[str, Any]]
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -52,7 +58,7 @@ def is_hyperparameter(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def set_hyperparameter(optimizer: torch.optim.Optimizer, name: str, value: float) -> None:
+def set_hyperparameter(optimizer: HasGroups, name: str, value: float) -> None:
     """Set a number by its name in `hyperparameters`; ignore a param group that does not exist."""
     match = _NAME.fullmatch(name)
     index = int(match[4] or 0) if match else 0

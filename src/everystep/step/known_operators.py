@@ -66,7 +66,7 @@ def _learn(func: Any) -> KnownOperator:
         how = "pass"
     else:
         try:
-            resolve(text, is_plain=True)
+            resolve(text)
         except NotAllowedError as error:
             how = str(error).removeprefix(f"{text} ")
             if _is_composite(func):  # it arrives whole in inference mode alone

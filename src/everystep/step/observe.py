@@ -1,23 +1,17 @@
-"""Observe: runs a step with everything in it observable, by a program or eagerly."""
+"""Observe: what is seen of a step that a program repeats: operations, activations, gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from everystep.program.execute import BoundProgram, Observed, without_autograd
+from everystep.program.execute import Observed
 from everystep.program.memory import copy_on_cpu
 from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.operators import leaves
 from everystep.program.plain import Environment, PlainProgram
-from everystep.program.program import OptimizerStep, Program
-from everystep.step.build import named_operations
-from everystep.step.capture import take_watched
-from everystep.step.eager import EagerStep
-from everystep.step.recorder import StepRecorder
+from everystep.program.program import Program
 
 __all__ = [
     "UNSCALES",
@@ -26,8 +20,6 @@ __all__ = [
     "Places",
     "PlainObserver",
     "makes_gradients",
-    "observe_eager",
-    "observe_program",
 ]
 
 #: The kernel by which a GradScaler divides gradients by its scale.
@@ -47,8 +39,8 @@ class Places(NamedTuple):
 
     tensors, storages: by name; activations, gradients: where they were read, by path and by parameter;
     loss: the name of the loss, None if the step has none; ends: the tensor that a state name means after
-    the step, if it is another than before; optimizer: the step of an optimizer as a whole, if it is one;
-    has_unseen: whether operations may have run that are not among those of the step.
+    the step, if it is another than before; has_unseen: whether operations may have run that are not
+    among those of the step.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -57,7 +49,6 @@ class Places(NamedTuple):
     gradients: Mapping[str, Place]
     loss: str | None
     ends: Mapping[str, str]
-    optimizer: OptimizerStep | None = None
     has_unseen: bool = False
 
 
@@ -74,36 +65,6 @@ class Observation(NamedTuple):
     places: Places
 
 
-def observe_program(bound: BoundProgram) -> Observation:
-    """Run the step of a program on the content of its memory, and observe everything."""
-    program = bound.program
-    due: dict[int, list[str]] = {}
-    for path, index in program.given_after().items():
-        due.setdefault(index, []).append(path)
-    last_backward = program.backward_until()
-    copies = bound.copies()
-    activations: dict[str, tuple[Tensor, ...]] = {}
-    gradients: dict[str, Tensor] = {}
-    seen: list[Observed] = []
-
-    def look(index: int) -> None:
-        for path in due.get(index, ()):
-            activations[path] = tuple(map(copies.tensor, program.activations[path]))
-        if index == last_backward:
-            gradients.update({n: copies.tensor(tensor) for n, tensor in program.gradients.items()})
-
-    with without_autograd():
-        look(-1)
-        for index, observed in enumerate(bound.observe(copies)):
-            seen.append(observed)
-            look(index)
-        loss = bound.loss.clone()
-    in_order = {path: activations[path] for path in program.activations}
-    read = {n: Place((name,), last_backward + 1) for n, name in program.gradients.items()}
-    places = _places_of(program, program.given_after(), read)
-    return Observation(loss, seen, in_order, gradients, places)
-
-
 def _places_of(program: Program, after: Mapping[str, int], gradients: Mapping[str, Place]) -> Places:
     return Places(
         tensors=program.tensors,
@@ -112,37 +73,7 @@ def _places_of(program: Program, after: Mapping[str, int], gradients: Mapping[st
         gradients=gradients,
         loss=program.loss,
         ends=program.ends,
-        optimizer=program.optimizer_step,
     )
-
-
-def observe_eager(step: EagerStep, number: int) -> Observation:
-    """Run step `number` in Python, and observe everything.
-
-    This includes operations that a program could not hold, but not those that return numbers to Python.
-
-    Raises:
-        whatever the step raises.
-    """
-    watcher = _Watcher(step.training.device)
-    captured = take_watched(step, number, watcher)
-    named = named_operations(captured)
-    names = named.names
-    seen = [
-        Observed(operation, *(_named(tensors, names) for tensors in values))
-        for operation, values in zip(named.operations, watcher.values, strict=True)
-    ]
-    activations = {
-        path: Place(tuple(names[n] for n in numbers), watcher.done_after[path])
-        for path, numbers in captured.activations.items()
-    }
-    gradients = {
-        name: Place((names[n],), watcher.backward_after) for name, n in captured.gradients.items()
-    }
-    assert captured.loss_tensor is not None
-    loss = names[captured.loss_tensor]
-    places = Places(named.tensors, named.storages, activations, gradients, loss, named.ends)
-    return Observation(captured.loss, seen, watcher.outputs, watcher.backward_left, places)
 
 
 class PlainObserver:
@@ -247,59 +178,3 @@ def _pending(program: Program) -> Iterator[tuple[str, str]]:
     for name in (*program.state_names, *program.ends):
         if name.startswith(_GRADIENT):
             yield name.removeprefix(_GRADIENT), program.ends.get(name, name)
-
-
-def _named(tensors: Mapping[int, Tensor], names: Mapping[int, str]) -> dict[str, Tensor]:
-    return {names[number]: tensor for number, tensor in tensors.items()}
-
-
-class _Watcher(StepRecorder):  # type: ignore[no-untyped-call]
-    """Keeps copies of inputs and results of operations, of activations and of gradients.
-
-    values: of each operation, its inputs, its results, and what else it wrote into, by the number of the
-    tensor; done_after, backward_after: how many operations had run when a module was done, and when
-    backward was.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.values: list[tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]] = []
-        self.outputs: dict[str, tuple[Tensor, ...]] = {}
-        self.done_after: dict[str, int] = {}
-        self.backward_left: dict[str, Tensor] = {}
-        self.backward_after = 0
-
-    def module_done(self, path: str, outputs: list[Tensor]) -> None:
-        """Copy the output of a module."""
-        super().module_done(path, outputs)
-        self.outputs.pop(path, None)
-        self.outputs[path] = tuple(map(copy_on_cpu, outputs))
-        self.done_after[path] = len(self.operations)
-
-    def gradients(self, gradients: dict[str, Tensor]) -> dict[str, int]:
-        """Copy the gradients that the backward phase has left."""
-        self.backward_left = {name: copy_on_cpu(gradient) for name, gradient in gradients.items()}
-        self.backward_after = len(self.operations)
-        return super().gradients(gradients)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.is_paused:
-            return func(*args, **(kwargs or {}))
-        arguments = _dense((*args, *(kwargs or {}).values()))
-        given = {self.number(tensor): copy_on_cpu(tensor) for tensor in arguments}
-        count = len(self.operations)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if len(self.operations) > count:
-            recorded = self.operations[-1]
-            after = [t for t in arguments if self.tensors[self.number(t)].storage in recorded.writes]
-            made = {self.number(t): copy_on_cpu(t) for t in _dense(result) or after}
-            others = {self.number(t): t for t in after}
-            written = {n: copy_on_cpu(t) for n, t in others.items() if n not in made}
-            self.values.append((given, made, written))
-        return result
-
-
-def _dense(value: Any) -> list[Tensor]:
-    return [tensor for tensor in leaves(value) if tensor.layout == torch.strided]

@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
+
 from everystep.program.plain import READ
 from everystep.program.program import Phase
-from everystep.step.recorder import CapturedTensor
 
-__all__ = ["FLOAT", "INT", "Marks", "Path", "SeenOperation", "StorageKind", "Tables", "is_name"]
+__all__ = [
+    "FLOAT",
+    "INT",
+    "Marks",
+    "Path",
+    "SeenOperation",
+    "SeenTensor",
+    "StorageKind",
+    "Tables",
+    "is_name",
+]
 
 
 class _Slot:
@@ -24,10 +35,20 @@ class _Slot:
 INT, FLOAT = _Slot(int), _Slot(float)
 
 
+class SeenTensor(NamedTuple):
+    """An observed tensor: its storage, and its geometry in elements."""
+
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 class SeenOperation(NamedTuple):
     """An observed operation.
 
-    arguments, keywords: tensors are `%3`, the number of a CapturedTensor; numbers of the step are slots;
+    arguments, keywords: tensors are `%3`, the number of a SeenTensor; numbers of the step are slots;
     results: numbers of tensors; writes: storages; numbers: how many of the step's numbers it uses.
     """
 
@@ -76,7 +97,7 @@ class Tables(NamedTuple):
     """
 
     operations: tuple[SeenOperation, ...]
-    tensors: tuple[CapturedTensor, ...]
+    tensors: tuple[SeenTensor, ...]
     storages: tuple[StorageKind, ...]
     named: tuple[tuple[str, int], ...]
     marked: tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -93,7 +114,7 @@ class Path:
     """
 
     operations: tuple[SeenOperation, ...]
-    tensors: tuple[CapturedTensor, ...]
+    tensors: tuple[SeenTensor, ...]
     storages: tuple[StorageKind, ...]
     named: tuple[tuple[str, int], ...]
     ends: tuple[tuple[str, int], ...]

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.step.path import SeenOperation
-from everystep.step.recorder import CapturedTensor
+from everystep.step.path import SeenOperation, SeenTensor
 
 __all__ = ["saved_results"]
 
@@ -21,7 +20,7 @@ def saved_results(
     alive: Iterable[Tensor],
     before: int,
     operations: Sequence[SeenOperation],
-    tensors: Sequence[CapturedTensor],
+    tensors: Sequence[SeenTensor],
     hidden: Collection[int],
 ) -> dict[int, Tensor]:
     """Return a tensor on each storage that only autograd still knows, by the storage's number.
@@ -49,7 +48,7 @@ def saved_results(
 
 
 def _kept(
-    node: Any, seen: SeenOperation, tensors: Sequence[CapturedTensor], hidden: Collection[int]
+    node: Any, seen: SeenOperation, tensors: Sequence[SeenTensor], hidden: Collection[int]
 ) -> dict[int, Tensor]:
     """Return what the node of an operation keeps of its arguments and results."""
     found = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from everystep.program.arguments import DTYPES
 from everystep.program.memory import ALIGNMENT
 from everystep.step.elsewhere import Elsewhere
-from everystep.step.path import Marks, StorageKind, Tables
-from everystep.step.recorder import CapturedStorage, CapturedTensor
+from everystep.step.path import Marks, SeenTensor, StorageKind, Tables
 
 __all__ = ["SeenTensors", "UnseenError", "is_plain"]
 
@@ -28,6 +28,17 @@ class UnseenError(Exception):
     """An operation that a program cannot hold; the message gives the reason."""
 
 
+@dataclass
+class SeenStorage:
+    """An observed storage. content: of one from outside, when it was first read."""
+
+    kind: str
+    bytes: int
+    host: bool
+    reference: StorageWeakRef
+    content: Tensor | None = None
+
+
 class SeenTensors:
     """The tensors that a step used, by number, and their storages, by place.
 
@@ -40,8 +51,8 @@ class SeenTensors:
 
     def __init__(self, device: torch.device, elsewhere: Elsewhere) -> None:
         self.names: list[str] = []
-        self.tensors: list[CapturedTensor] = []
-        self.storages: list[CapturedStorage] = []
+        self.tensors: list[SeenTensor] = []
+        self.storages: list[SeenStorage] = []
         self._is_elsewhere = device.type != "cpu"
         self._elsewhere = elsewhere
         self._number_of: dict[tuple[Any, ...], int] = {}
@@ -71,7 +82,7 @@ class SeenTensors:
         if number is None:
             number = self._number_of[seen] = len(self.tensors)
             self.names.append(f"%{number}")
-            self.tensors.append(CapturedTensor(place, seen[1], tuple(seen[2]), seen[3], int(seen[4])))
+            self.tensors.append(SeenTensor(place, seen[1], tuple(seen[2]), seen[3], int(seen[4])))
         return number
 
     def number_of_argument(self, tensor: Tensor) -> int:
@@ -135,7 +146,7 @@ class SeenTensors:
 
     def with_batch_moved(
         self, named: Iterable[int]
-    ) -> tuple[tuple[CapturedTensor, ...], tuple[StorageKind, ...]]:
+    ) -> tuple[tuple[SeenTensor, ...], tuple[StorageKind, ...]]:
         """Return the tensors and storages, those of the batch as if they lay at the beginning of memory.
 
         A batch may be any part of more data. What remains of its place is its alignment.
@@ -176,7 +187,7 @@ class SeenTensors:
                 storage = lying[place].untyped_storage()
                 reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
                 self._place_of[storage._cdata] = place
-            self.storages.append(CapturedStorage(*kind, reference, contents.get(place)))
+            self.storages.append(SeenStorage(*kind, reference, contents.get(place)))
 
     def _is_within(self, number: int, place: int) -> bool:
         """Tell whether a tensor lies within one that is kept with the batch or the state."""
@@ -196,11 +207,11 @@ class SeenTensors:
         content = self._elsewhere.of(tensor) if kind == "input" else None
         # A batch is copied elsewhere, and so it is an input without content here.
         kind = "input" if kind == "batch" else kind
-        self.storages.append(CapturedStorage(kind, storage.nbytes(), host, reference, content))
+        self.storages.append(SeenStorage(kind, storage.nbytes(), host, reference, content))
         return place
 
 
-def _with_batch_at(tables: Tables, offsets: Mapping[str, int], count: int) -> list[CapturedTensor]:
+def _with_batch_at(tables: Tables, offsets: Mapping[str, int], count: int) -> list[SeenTensor]:
     """Return the first tensors of a step, for another offset of the batch in its memory."""
     moved: dict[int, int] = {}
     for name, number in tables.named:
@@ -215,12 +226,12 @@ def _with_batch_at(tables: Tables, offsets: Mapping[str, int], count: int) -> li
     ]
 
 
-def _extent(tensor: CapturedTensor) -> tuple[int, int]:
+def _extent(tensor: SeenTensor) -> tuple[int, int]:
     """Return the first byte of a tensor in its storage, and the one after its last."""
     return tensor.offset * tensor.dtype.itemsize, _end_of(tensor)
 
 
-def _end_of(tensor: CapturedTensor) -> int:
+def _end_of(tensor: SeenTensor) -> int:
     """Return how many bytes of its storage a tensor needs."""
     if 0 in tensor.shape:
         return tensor.offset * tensor.dtype.itemsize

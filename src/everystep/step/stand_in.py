@@ -9,6 +9,7 @@ stay the same. The program is compared with Python's step on a copy of the state
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from everystep.program.live import LiveProgram
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.program.plain import READ, PlainProgram, lies_as
+from everystep.step.build import BuiltPath
 from everystep.step.check import same_bits
 from everystep.step.comparison import Carried, Comparison, PartsCopy
 from everystep.step.cursor import Cursor
@@ -29,7 +31,6 @@ from everystep.step.optimizer_call import OptimizerCalls
 from everystep.step.optimizer_steps import OptimizerStep
 from everystep.step.parts import Parts
 from everystep.step.path import Path
-from everystep.step.plain import BuiltPath
 from everystep.step.taken import TakenByProgram
 from everystep.step.torchs_own import is_torchs_schedule
 
@@ -139,6 +140,7 @@ class StandIn:
         batch: the tensors of the batch, by name.
         plain: values that this step has logged, and that are not tensors.
         is_quiet: whether only torch's code runs between two steps.
+        fixed: the tensors of a batch that is the same at every step, by name.
 
     path: what each step does; schedules: those that it advances; live: the program on the tensors that
     `is_ready` was given last.
@@ -159,6 +161,7 @@ class StandIn:
         plain: Mapping[str, Any],
         *,
         is_quiet: bool,
+        fixed: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._parts = parts
         self._built = built
@@ -177,6 +180,7 @@ class StandIn:
         self._state = plain_program.state
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         self._is_quiet = is_quiet
+        self._fixed = fixed
         self._places: list[int] = []
         self._era: int | None = None
         self.live: LiveProgram | None = None
@@ -228,7 +232,8 @@ class StandIn:
         if seen.unseen:
             return f"a program cannot hold {next(iter(seen.unseen))}"
         if seen.changed_unseen:
-            return f"something changes {seen.changed_unseen[0].partition('/')[2]} where torch does not see it"
+            name = seen.changed_unseen[0].partition("/")[2]
+            return f"something changes {name} where torch does not see it"
         tensors, storages = self._built.program.tensors, self._built.program.storages
         for name, tensor in batch.items():
             if name in tensors and storages[tensors[name].storage].kind != "input":
@@ -404,7 +409,8 @@ class StandIn:
 
     def _bind(self, state: Mapping[str, Tensor]) -> LiveProgram:
         contents = {name.removeprefix("input/"): tensor for name, tensor in self._inputs().items()}
-        return LiveProgram(self._built.program, state, contents, self._batch, self._parts.device)
+        given = self._built.program, state, contents, self._batch, self._parts.device
+        return LiveProgram(*given, fixed=self._fixed)
 
     def _inputs(self) -> dict[str, Tensor]:
         """Return the bytes of inputs that are not in the batch, by the name of their storage."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from everystep.recording.facts import FunctionFacts
+from everystep.step.build import BuiltPath
 from everystep.step.parts import Parts
 from everystep.step.path import Path
-from everystep.step.plain import BuiltPath
 from everystep.step.stand_in import Around, StandIn
 from everystep.training.batch import tensors_of, text_of
 from everystep.training.loop_writer import StepUnderWay, changes_of

@@ -23,11 +23,11 @@ from everystep.recording.facts import (
 from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
 from everystep.recording.repeats import Taken
+from everystep.step.build import BuiltPath
 from everystep.step.check import state_differences
 from everystep.step.elsewhere import versions_by_name
 from everystep.step.parts_state import PartsState
 from everystep.step.path import Path as StepPath
-from everystep.step.plain import BuiltPath
 from everystep.step.state import State, copy_of
 from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop

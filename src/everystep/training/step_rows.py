@@ -14,10 +14,9 @@ from everystep.program.program import Program
 from everystep.recording.contents import digest_of
 from everystep.recording.notice import say
 from everystep.recording.repeats import Taken
-from everystep.step.build import NotCapturableError
+from everystep.step.build import BuiltPath, NotCapturableError, build_path
 from everystep.step.cursor import Cursor
 from everystep.step.path import Path
-from everystep.step.plain import BuiltPath, build_path
 from everystep.step.taken import TakenByProgram
 
 __all__ = ["AnyWatch", "StepRows", "StepWriter", "WrittenProgram"]
@@ -36,7 +35,7 @@ AnyWatch = Cursor | TakenByProgram
 class StepWriter(Protocol):
     """Writes what belongs to steps, as a `Recorder` does."""
 
-    def program(self, program: Program, constants: dict[str, Tensor]) -> int:
+    def program(self, program: Program) -> int:
         """Write a program; return its number in the run."""
 
     def change(self, step: int, tensors: dict[str, Tensor], gone: Sequence[str] = ()) -> None:
@@ -124,7 +123,7 @@ class StepRows:
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
             return None
-        number = self._writer.program(built.program, {})
+        number = self._writer.program(built.program)
         self.written.append(number)
         return WrittenProgram(number, built)
 

@@ -261,19 +261,18 @@ class Stepper:
         is_first = self._since == self.step
         if is_first:
             self.acceleration.begin()
-        before = PartsCopy.of(self._watched.parts)
-        started = clock.now()
+        before = None if is_first else PartsCopy.of(self._watched.parts)
         x, y = self._by_python(number)
-        is_light = self._plan.is_light(clock.now() - started)
+        started = clock.now()
         try:
             stand_in = self._watched.stand_in(x, y)
-            started = clock.now()
-            # The program of a first step may be compared later: a short training has none to run by it.
-            is_compared = is_light or not is_first or number == self._steps
-            reason = self._watched.difference(stand_in, None, before, x, y) if is_compared else None
+            # The first step may begin without gradients, and make what later ones find.
+            if before is None:
+                return
+            reason = self._watched.difference(stand_in, None, before, x, y)
         except CreatesTensorsError as error:
-            if is_first:
-                return  # it makes what later ones find
+            if before is None:
+                return
             reason = str(error)
         except NotReplaceableError as error:
             reason = str(error)
@@ -281,8 +280,7 @@ class Stepper:
             self._leave_to_python(f"{reason} at step {number}", number)
             return
         self._stand_ins[self.training.batch.shape(number)] = stand_in
-        if is_compared:
-            self._plan.captured(number, clock.now() - started)
+        self._plan.captured(number, clock.now() - started)
 
     def _check(self, number: int, stand_in: StandIn) -> None:
         """Run a step in Python, and compare its program with it; Python's step counts.

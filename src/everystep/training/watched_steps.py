@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-
 import torch
 from torch import Tensor, optim
 
 from everystep.recording.repeats import Taken
+from everystep.step.build import BuiltPath
 from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
@@ -22,7 +22,6 @@ from everystep.step.known_paths import KnownPaths
 from everystep.step.named_state import first_names, parameter_names
 from everystep.step.own_state import live_tensors
 from everystep.step.path import Path
-from everystep.step.plain import BuiltPath
 from everystep.step.stand_in import NotReplaceableError, StandIn
 from everystep.step.state import copy_of
 from everystep.step.taken import TakenByProgram
@@ -186,9 +185,19 @@ class WatchedSteps:
             raise NotReplaceableError("a program cannot hold the step")
         if path.loss is None or path.storages[path.tensors[path.loss].storage].kind != "temporary":
             raise NotReplaceableError("the loss is not the result of an operation of the step")
-        optimizers, schedules = [self._training.optimizer], ()
-        about = known.built, path, watch, optimizers, schedules, {"x": x, "y": y}, {}
-        return StandIn(self.parts, *about, is_quiet=True)
+        batch = {"x": x, "y": y}
+        return StandIn(
+            self.parts,
+            known.built,
+            path,
+            watch,
+            optimizers=[self._training.optimizer],
+            schedules=[],
+            batch=batch,
+            plain={},
+            is_quiet=True,
+            fixed=batch if self._training.batch.is_fixed else {},
+        )
 
     def difference(
         self,

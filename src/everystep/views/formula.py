@@ -17,7 +17,6 @@ from everystep.program.operation import Operation
 from everystep.recording.facts import OptimizerFacts
 from everystep.recording.texts import optimizers_text
 from everystep.views.notation import all_arguments, kind_of
-from everystep.views.terminal import shortest
 
 __all__ = ["Formula", "update_formulas"]
 
@@ -76,7 +75,7 @@ class _Composer:
     def apply(self, number: int, seen: Observed) -> None:
         """Add an operation."""
         kind = kind_of(seen.operation)
-        if seen.operation.operator.startswith("torch.optim.") or kind.startswith("fused_"):
+        if kind.startswith("fused_"):
             self._as_a_whole(number, seen)
             return
         arguments = {
@@ -122,13 +121,11 @@ class _Composer:
         return is_in_state or "param *" in self._terms[name].operators
 
     def _as_a_whole(self, number: int, seen: Observed) -> None:
-        operator = seen.operation.operator
-        name = f"{operator}.step()" if operator.startswith("torch.optim.") else operator
         formula = _of_kernel(seen.operation) or self._documented
         for result in seen.results:
             kind, _, parameter = result.partition("/")
             if kind == "parameter":
-                self._known[parameter] = Formula(formula, (name,), (number,))
+                self._known[parameter] = Formula(formula, (seen.operation.operator,), (number,))
 
     def _term(self, value: Any, seen: Observed) -> Any:
         if isinstance(value, list | tuple):
@@ -140,10 +137,7 @@ class _Composer:
             return _Term(str(text), str(text))
         if value in self._terms:
             return self._terms[value]
-        if value.startswith("hyperparameter/"):
-            text = repr(float(shortest(seen.inputs[value].item())))
-        else:
-            text = _own_name(value)
+        text = _own_name(value)
         return _Term(text, text, parameters=_parameter_of(value))
 
 

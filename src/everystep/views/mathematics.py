@@ -151,9 +151,6 @@ def _lasting_name(base: str) -> str | None:
         return f"{rest}.grad"
     if kind == "optimizer" and rest:
         return rest.replace("/", ".")
-    if kind == "hyperparameter" and rest:
-        group, setting, _ = f"{rest}//".split("/", 2)
-        return setting if group == "0" else f"{setting}[{group}]"
     return base if base in ("x", "y", "loss") else None
 
 

@@ -20,7 +20,7 @@ from everystep.program.elements.call import (
 )
 from everystep.program.elements.formula import names_in
 
-__all__ = ["FUSED", "UPDATES", "Update", "fused", "unscaled", "update", "updated"]
+__all__ = ["FUSED", "UPDATES", "Update", "fused", "unscaled", "update"]
 
 Settings = Mapping[str, Any]
 
@@ -197,42 +197,6 @@ UPDATES: dict[str, Callable[[str, str, Settings, bool], _Formulas]] = {
     "SGD": _sgd,
 }
 #: The numbers of settings that are tuples.
-_TUPLES = {
-    "betas": ("beta1", "beta2"),
-    "etas": ("etaminus", "etaplus"),
-    "step_sizes": ("smallest", "largest"),
-}
-
-
-def updated(optimizer: str, key: str, settings: Settings, given: Mapping[str, Piece]) -> Formula:
-    """Return the formula of what the step of an optimizer as a whole writes.
-
-    key: `param` or the name of a tensor of the state; given: its numbers before: no state, if the step
-    begins it.
-
-    Raises:
-        NoRuleError: a setting is not a number, or the optimizer has no such state.
-    """
-    numbers: dict[str, Any] = {}
-    for name, keys in _TUPLES.items():
-        numbers |= dict(zip(keys, settings.get(name, ()), strict=False))
-    numbers |= {key: value for key, value in settings.items() if isinstance(value, int | float)}
-    if "lr" not in numbers or (optimizer in ("SGD", "RMSprop") and "momentum" not in numbers):
-        raise NoRuleError("a setting is not known")
-    is_first = not given.keys() - {"param", "grad"}
-    found = update(optimizer, numbers, t="step + 1", is_first=is_first)
-    if is_first:
-        begins = {"eta": numbers["lr"], "mu": 1, "mu_product": 1, "step_size": numbers["lr"]}
-        numbers = {name: begins.get(name, 0) for name in (*found.results, "step")} | numbers
-    if key != "step" and key not in found.results:
-        raise NoRuleError(f"torch.optim.{optimizer} has no {key}")
-    text = "step + 1" if key == "step" else found.formula(key)
-    names = names_in(text)
-    if not {*names} <= {*given, *numbers}:
-        raise NoRuleError("a setting is not a number")
-    return Formula(text, {name: given[name] for name in names if name in given}, numbers)
-
-
 #: The lists of each kernel that it writes, as the optimizer calls their tensors.
 _ADAM = {
     "self": "param",

@@ -13,8 +13,8 @@ from everystep import numerics
 from everystep.errors import EverystepError, RunError, TrainingError
 from everystep.recording.facts import EAGERLY, TrainingFacts
 from everystep.recording.run import RecordedRun
-from everystep.replay.continuing.alone import reason_against
 from everystep.replay.batches import stored_data
+from everystep.replay.continuing.alone import reason_against
 from everystep.replay.living import Living
 from everystep.replay.replay import Replay
 from everystep.step.generators import generators_preserved

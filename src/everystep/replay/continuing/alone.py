@@ -16,7 +16,6 @@ from everystep import clock
 from everystep.errors import RunError, UsageError
 from everystep.recording.facts import Facts, ForkFacts, ResumeFacts, TrainingFacts
 from everystep.recording.recorder import Recorder, create_directory
-from everystep.recording.repeats import Taken
 from everystep.recording.run import RecordedRun
 from everystep.replay.further import FurtherSteps
 from everystep.replay.loop import LoopStepper

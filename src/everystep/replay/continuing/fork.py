@@ -21,6 +21,7 @@ from everystep.experiment.specification import Experiment, check_iteration, load
 from everystep.recording.facts import ForkFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun, Stretch
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.replay.batches import stored_data
 from everystep.replay.continuing.again import (
     check_alone,
     iteration_of,
@@ -33,7 +34,6 @@ from everystep.replay.continuing.again import (
 )
 from everystep.replay.continuing.alone import fork_alone
 from everystep.replay.processes import Opener
-from everystep.replay.batches import stored_data
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
 from everystep.step.named_state import parameter_names

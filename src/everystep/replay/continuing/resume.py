@@ -20,6 +20,7 @@ from everystep.recording.data import check_data
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import EXPERIMENT_FILE, RecordedRun
 from everystep.recording.snapshots import DEFAULT_BUDGET
+from everystep.replay.batches import stored_data
 from everystep.replay.continuing.again import (
     check_alone,
     iteration_of,
@@ -30,7 +31,6 @@ from everystep.replay.continuing.again import (
     with_data,
 )
 from everystep.replay.continuing.alone import resume_alone
-from everystep.replay.batches import stored_data
 from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State

@@ -19,7 +19,7 @@ from everystep.program.program import Program
 from everystep.recording.run import RecordedRun
 from everystep.replay.operations import OperationDifference, first_difference
 from everystep.replay.processes import Opener, recorded_numerics
-from everystep.replay.programs import read_loop_program
+from everystep.replay.programs import read_program
 from everystep.replay.replay import Replay
 from everystep.replay.rerun.child import footprints
 from everystep.replay.rerun.other_process import OtherProcess, other_process
@@ -306,7 +306,7 @@ def _taken_over(run: RecordedRun) -> Iterator[str]:
     """Yield what a rerun takes from the recording instead of computing it."""
     loop = run.stretches[-1].facts.loop
     numbers = range(1, loop.programs + 1 if loop else 1)
-    programs = (read_loop_program(run, number) for number in numbers)
+    programs = (read_program(run, number) for number in numbers)
     if any(_reads_numbers(program) for program in programs):
         yield ("Python read numbers from tensors; the repeated steps use the recorded numbers")
     if run.change_files():

@@ -13,7 +13,6 @@ from everystep.program.elements import Call, Made, NoRuleError, Piece, how_made
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Origin, Term, Why
 from everystep.replay.why.compute import Tensors, as_tensor, computed, same_value_bits
-from everystep.replay.why.optimizer import optimizer_rule
 from everystep.replay.why.rows import row_at
 from everystep.replay.why.trace import (
     Before,
@@ -21,7 +20,6 @@ from everystep.replay.why.trace import (
     Spot,
     Trace,
     Written,
-    is_optimizer_step,
     same_number_bits,
 )
 
@@ -29,7 +27,7 @@ __all__ = ["MOST_TOGETHER", "Session"]
 
 #: So many steps are opened together on the way back.
 MOST_TOGETHER = 8
-_ORIGINS: dict[str, Origin] = {"input": "batch", "state": "state", "hyperparameter": "setting"}
+_ORIGINS: dict[str, Origin] = {"input": "batch", "state": "state"}
 
 
 class Session:
@@ -204,9 +202,6 @@ class Session:
             NoRuleError: which numbers it made it from is not known.
         """
         trace, seen = self.trace(step.number), step.operations[origin.operation]
-        if is_optimizer_step(seen):
-            tensors = Tensors({**step.state, **seen.inputs}, {**step.end, **seen.results})
-            return optimizer_rule(step, seen, origin.name, origin.index), tensors
         results = seen.results
         if origin.name not in results:  # written, but nobody looked at it: only its dtype counts
             empty = torch.empty(0, dtype=trace.spec(origin.name).torch_dtype)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.execute import Observed
 from everystep.program.operation import TensorSpec, usual_geometry
 from everystep.replay.step import Step
 from everystep.step.check import same_bits
@@ -29,7 +28,6 @@ __all__ = [
     "Written",
     "index_at",
     "is_finite",
-    "is_optimizer_step",
     "same_number_bits",
 ]
 
@@ -127,9 +125,6 @@ class Trace:
     def outputs(self, number: int) -> list[str | None]:
         """Return the tensors that an operation wrote: its results, then the arguments it wrote into."""
         seen = self.step.operations[number]
-        if is_optimizer_step(seen):
-            written = (name for name in self.step.end if name.startswith("optimizer/"))
-            return [*seen.results, *written]
         try:
             written_into = seen.operation.written()
         except ValueError:  # an eager step may contain any operator
@@ -208,8 +203,6 @@ class Trace:
         """Return the number (0-dimensional) that an operation wrote, None if nobody looked at it."""
         seen = self.step.operations[written.operation]
         tensors = seen.results
-        if is_optimizer_step(seen):
-            tensors = {**self.step.end, **seen.results}
         tensor = tensors.get(written.name)
         if tensor is None and self._is_last(written):
             tensor = self.step.end.get(written.name)
@@ -228,11 +221,6 @@ class Trace:
         spec = self.spec(before.name)
         is_same = known is not None and tuple(known.shape) == spec.shape
         return _read(known[before.index], before.part) if known is not None and is_same else None
-
-
-def is_optimizer_step(seen: Observed) -> bool:
-    """Tell whether an operation is the step of an optimizer as a whole."""
-    return seen.operation.operator.startswith("torch.optim.")
 
 
 def _element(origin: Written | Before | Halves) -> Written | Before | Halves:
