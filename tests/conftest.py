@@ -29,13 +29,9 @@ from torch import nn  # noqa: E402
 import everystep  # noqa: E402
 from everystep import cli, clock  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
-from everystep.program.execute import allocate  # noqa: E402
 from everystep.step import verified  # noqa: E402
-from everystep.step.build import build  # noqa: E402
-from everystep.step.capture import take_watched  # noqa: E402
-from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.step.recorder import StepRecorder  # noqa: E402
-from everystep.step.stepper import Stepper  # noqa: E402
+from everystep.step.eager import Training  # noqa: E402
+from everystep.training.watched_steps import WatchedSteps  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
 pytest.register_assert_rewrite("tests.training.by_hand")
@@ -120,43 +116,37 @@ def make_trainee():
     return make
 
 
-def stepper_of(training, *arguments, **options):
-    """Return a stepper whose Python steps nobody watches."""
-    step = EagerStep(training)
+class Unwritten:
+    """Takes the programs of steps, and what code changed between them, and writes nothing."""
 
-    def by_python(number, x, y):
-        loss = step.take(x, y)
-        if step.advance is not None:
-            step.advance(number)
-        return loss
+    def __init__(self):
+        self.programs = []
 
-    return Stepper(training, *arguments, **options, by_python=by_python)
+    def program(self, program):
+        self.programs.append(program)
+        return len(self.programs)
 
-
-@pytest.fixture
-def program_of():
-    """Take a step of a training, and return its program and the content of its constants."""
-
-    def program_of(training, step=1):
-        return build(take_watched(EagerStep(training), step, StepRecorder(training.device)), training)
-
-    return program_of
+    def change(self, step, tensors, gone=()):
+        pass
 
 
 @pytest.fixture
-def memory_of():
-    """Return memory for a program, filled from a training as it is now."""
+def step_of():
+    """Take a step of a training in Python; return its program, its numbers and what it brought."""
 
-    def memory_of(built, training):
-        values = dict(training.named_state())
-        values["x"], values["y"] = training.batch(1)
-        for index, rate in training.rates().items():
-            for dtype in (torch.float32, torch.float64):
-                name = f"hyperparameter/{index}/lr/{str(dtype).removeprefix('torch.')}"
-                values[name] = torch.tensor(rate, dtype=dtype)
-        return allocate(built.program, values | built.constants, training.device)
+    def step_of(training, step=1):
+        watched = WatchedSteps(training, Unwritten(), is_by_rule=True)
+        watched.take(step, *training.batch(step))
+        watched.finish()
+        return watched.program_of_last()
 
-    return memory_of
+    return step_of
+
+
+@pytest.fixture
+def program_of(step_of):
+    """Take a step of a training in Python, and return its program."""
+    return lambda training, step=1: step_of(training, step).built.program
 
 
 @pytest.fixture

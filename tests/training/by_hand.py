@@ -315,7 +315,7 @@ def assert_eager(run, capfd, step, reason):
 def assert_python(run, capfd):
     """Assert that Python ran every step, that stderr has why, once, and that all of them open again."""
     engine = run.facts.training.engine
-    assert engine.eager_from == 1 and not engine.programs
+    assert engine.eager_from == 1 and not engine.by_program
     assert capfd.readouterr().err.count(f"Python runs the steps: {engine.reason}") == 1
     assert everystep.open(run.directory).verify(progress=False, processes=1).is_exact
 

@@ -567,8 +567,18 @@ SCHEDULES = [
     row("StepLR", optimizer=descent, schedule=halving),
     row("StepLR of SGD", schedule=halving),
     row("StepLR every epoch", optimizer=adamw, schedule=halving, schedule_every="epoch", batch_size=6),
-    row("StepLR of Adam with an lr tensor", optimizer=of_lr_tensor(Adam, fused=True), schedule=halving),
-    row("StepLR of SGD with an lr tensor", optimizer=of_lr_tensor(SGD), schedule=halving),
+    row(
+        "StepLR of Adam with an lr tensor",
+        optimizer=of_lr_tensor(Adam, fused=True),
+        schedule=halving,
+        eager=(1, "a learning rate that is a tensor"),
+    ),
+    row(
+        "StepLR of SGD with an lr tensor",
+        optimizer=of_lr_tensor(SGD),
+        schedule=halving,
+        eager=(1, "a learning rate that is a tensor"),
+    ),
     row(
         "StepLR of the user's optimizer",
         optimizer=of(Signs, lr=0.01),
@@ -582,12 +592,22 @@ SCHEDULES = [
     row("CyclicLR", schedule=cyclic),
     row("ReduceLROnPlateau", optimizer=of(Adam, lr=0.1, fused=True), schedule=plateau),
     row("ReduceLROnPlateau of SGD", optimizer=of(SGD, lr=0.5), schedule=plateau),
-    row("LambdaLR", optimizer=descent, schedule=slowing),
-    row("LambdaLR of two groups", optimizer=in_groups(GradientDescent), schedule=slowing_apart),
-    row("LambdaLR of fused groups", optimizer=in_groups(AdamW, fused=True), schedule=slowing_apart),
+    row("LambdaLR", optimizer=descent, schedule=slowing, eager=(1, "calls a function of yours")),
+    row(
+        "LambdaLR of two groups",
+        optimizer=in_groups(GradientDescent),
+        schedule=slowing_apart,
+        eager=(1, "calls a function of yours"),
+    ),
+    row(
+        "LambdaLR of fused groups",
+        optimizer=in_groups(AdamW, fused=True),
+        schedule=slowing_apart,
+        eager=(1, "calls a function of yours"),
+    ),
     row("SequentialLR", optimizer=adamw, schedule=sequential),
     row("ChainedScheduler", optimizer=adamw, schedule=chained),
-    row("a schedule of the user", schedule=Warm),
+    row("a schedule of the user", schedule=Warm, eager=(1, "is not one of torch's schedules")),
 ]
 
 BATCHES = [

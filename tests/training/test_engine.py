@@ -24,6 +24,7 @@ from torch.optim import lr_scheduler
 
 import everystep
 from everystep.program.program import Program
+from everystep.recording.files import program_file
 from everystep.recording.snapshots import SnapshotPlan
 
 
@@ -65,8 +66,9 @@ def test_training_has_the_bits_of_the_loop_and_every_step_comes_back(case, capfd
     assert found.is_exact, found
     assert (found.steps, found.snapshots) == (len(losses), len(run.snapshots) - 1)
     assert torch.equal(torch.get_rng_state(), generator)
-    for rule in run.facts.training.engine.programs:
-        assert Program.from_json((run.directory / rule.file).read_bytes()).torch == torch.__version__
+    for number in run.facts.training.engine.programs:
+        file = run.directory / program_file(number)
+        assert Program.from_json(file.read_bytes()).torch == torch.__version__
 
 
 #: Kernels that split their work by threads, at any size; and some that do not.

@@ -95,6 +95,7 @@ def _into_results(
     """Return what computes the results into their place, and the keywords that it needs."""
     variant = out_variant(operator)
     can_be_given = all(r is not None and not repeats(r) for r in results)
+    can_be_given &= str(operator) not in _ELEMENTWISE_LOSSES  # which resize the tensor that they get
     if str(operator) == "aten.native_batch_norm.default":
         # torch 2.13 leaves the saved statistics unwritten where the input is strided.
         can_be_given &= arguments[0].is_contiguous()

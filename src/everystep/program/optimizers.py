@@ -30,6 +30,7 @@ _KINDS = (
     *(GradientDescent, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam),
     *(torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta),
     *(torch.optim.RMSprop, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor),
+    *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []),  # new in torch 2.9
 )
 
 

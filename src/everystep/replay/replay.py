@@ -21,8 +21,8 @@ from everystep.program.memory import copy_on_cpu
 from everystep.program.precision import Precision
 from everystep.recording.database import SnapshotRow
 from everystep.recording.run import RecordedRun
-from everystep.replay.loop import LoopStepper
 from everystep.replay.batches import rule_of
+from everystep.replay.loop import LoopStepper
 from everystep.replay.step import ReplayStepper, Step, Update
 from everystep.step.generators import Generators, generators_preserved
 from everystep.step.observe import Observation

@@ -167,7 +167,7 @@ class StandIn:
         self._built = built
         self.path = path
         self._numbers = [*seen.numbers]
-        brought = ((place, seen.content(place)) for place in built.inputs.values())
+        brought = ((place, seen.content(place)) for place in range(len(path.storages)))
         self._contents = {place: content for place, content in brought if content is not None}
         self._batch = [*batch]
         self._plain = plain
@@ -243,7 +243,7 @@ class StandIn:
         for name, number in self._built.program.ends.items():
             if storages[tensors[number].storage].kind != "temporary":
                 return f"the gradient of {name.partition('/')[2]} shares memory with something else"
-        inputs = set(self._built.inputs.values())
+        inputs = {place for place, known in enumerate(path.storages) if known.kind == "input"}
         written = {storage for each in path.operations for storage in each.writes} & inputs
         if written:
             is_outside = not written.isdisjoint(self._contents)
