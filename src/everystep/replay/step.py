@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from everystep.errors import UsageError
-from everystep.program.execute import Observed
+from everystep.program.calls import Call
+from everystep.program.execute import BoundProgram, Observed
 from everystep.program.operation import Phase
 from everystep.program.unset import overwrites, unset_results
-from everystep.step.advance import Hook
 from everystep.step.observe import Observation, Places
 from everystep.step.state import State
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from everystep.replay.rows import Rows
     from everystep.replay.why import Why
 
-__all__ = ["Batch", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
+__all__ = ["Batch", "Hook", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,16 @@ class Step:
         )
 
 
+class Hook(Protocol):
+    """Observes steps while bound programs run them. A step has the same bits with and without it."""
+
+    def calls(self, bound: BoundProgram) -> list[Call]:
+        """Return the calls of a step, with observing calls in between."""
+
+    def after(self, number: int, bound: BoundProgram) -> bool:
+        """Observe a step that just ran; return whether to continue."""
+
+
 class ReplayStepper(Protocol):
     """What a replay needs from a recorded training, of everystep or of a user's loop.
 
@@ -286,10 +296,14 @@ class ReplayStepper(Protocol):
     def watch(self, last: int, hook: Hook) -> Tensor:
         """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
 
-        A program must run the next step. `watch` ends at the first step that no program runs, or when
-        the hook says so.
+        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that none
+        runs, or when the hook returns so.
         """
-        raise AssertionError("no program runs its steps in place of Python")
+        raise AssertionError("no bound program runs its steps")
+
+    def can_watch(self, number: int) -> bool:
+        """Tell whether a hook can observe the next step: a program that is bound runs it."""
+        return self.is_by_program(number)
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it."""
