@@ -6,7 +6,7 @@ ends, gradients when the backward phase ends. Everything else runs at full speed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from everystep.program.execute import BoundProgram
 from everystep.program.memory import copy_on_cpu
+from everystep.program.program import Program
 from everystep.replay.expression import Reference
 from everystep.replay.step import Batch, Step
-from everystep.step.observe import Observation
+from everystep.step.observe import Observation, Place, gradients_by_parameter, makes_gradients
 
 __all__ = ["OpenedStep", "Probe"]
 
@@ -67,9 +68,12 @@ class Probe:
         self._copies: Values = {}
         self._before: Values = {}
         self._live: dict[str, Tensor] = {}
+        self._is_live = False
 
     def calls(self, bound: BoundProgram) -> list[Any]:
         """Return the calls of a step, with copies in between."""
+        if not self._is_live:
+            self._live, self._is_live = self._stepper.named_state(), True
         if bound not in self._plans:
             self._plans[bound] = self._plan(bound)
         calls, self._copies = self._plans[bound]
@@ -80,7 +84,7 @@ class Probe:
         return self._finish(number, bound.loss.item())
 
     def observe(self) -> float:
-        """Run a step that no program runs, and observe it; return its loss.
+        """Run a step that no bound program runs, and observe it; return its loss.
 
         Raises:
             RunError: there is neither a program nor a model to run it.
@@ -94,6 +98,7 @@ class Probe:
         batch = stepper.batch(number).tensors
         observation = stepper.observe()
         self._live = {name: tensor.cpu() for name, tensor in stepper.named_state().items()}
+        self._is_live = False
         seen: dict[str, dict[str, Tensor]] = {
             "batch": batch,
             "gradients": observation.gradients,
@@ -127,25 +132,38 @@ class Probe:
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Values]:
         """Return the calls of a step with copies in between, and where the copies are."""
         program, given_after = bound.program, bound.program.given_after()
-        self._live = self._stepper.named_state()
+        gradients = _gradients_of(program)
         copies: Values = {}
         after: dict[int, list[Any]] = {}
         for reference in self._copied:
             kind, name = reference.kind, reference.name
-            known = {"activations": set(program.activations), "gradients": set(program.gradients)}
-            if name not in known.get(kind, {name}):
-                continue
             if kind == "activations":
+                if not program.activations.get(name):
+                    continue
                 source, place = bound.tensor(program.activations[name][0]), given_after[name]
             elif kind == "gradients":
-                source, place = bound.tensor(program.gradients[name]), program.backward_until()
-            elif kind == "batch":
+                if name not in gradients:
+                    continue
+                source, place = bound.tensor(gradients[name].names[0]), gradients[name].after - 1
+            elif kind == "batch" and name in program.tensors:
                 source, place = bound.tensor(name), -1
             else:
-                source, place = self._state(_name_of_state(reference)), -1
+                after.setdefault(-1, []).append(partial(self._copy, reference, copies))
+                continue
             copies[reference] = torch.empty_like(source)
             after.setdefault(place, []).append(partial(copies[reference].copy_, source))
         return bound.calls_with(after), copies
+
+    def _copy(self, reference: Reference, copies: Values) -> None:
+        """Copy a tensor of the state, or one of the batch that the step does not use."""
+        if reference.kind != "batch":
+            copies[reference] = self._state(_name_of_state(reference)).clone()
+            return
+        assert self._stepper.state is not None
+        copies.pop(reference, None)
+        batch = self._stepper.batch(self._stepper.state + 1).tensors
+        if reference.name in batch:
+            copies[reference] = batch[reference.name]
 
     def _finish(self, number: int, loss: float) -> bool:
         """Answer a step, and keep what the next one needs of it; return whether to continue."""
@@ -193,6 +211,35 @@ class OpenedStep:
             self._step.batch.tensors if kind == "batch" else getattr(self._step, kind)
         )
         return named
+
+
+def _gradients_of(program: Program) -> dict[str, Place]:
+    """Return where each gradient is read, by parameter: as backward leaves it, before an update uses it.
+
+    See `PlainObserver`, which reads them in an opened step.
+    """
+    found = {}
+    for parameter, name in gradients_by_parameter(program).items():
+        storage = program.tensors[name].storage
+        is_there, left, place = program.storages[storage].kind != "temporary", 0, None
+        for index, operation in enumerate(program.operations):
+            makes = makes_gradients(operation)
+            is_used = operation.phase == "update" and not makes
+            if is_used and storage in _storages(operation.reads(), program):
+                place = left or (index if is_there and parameter in program.gradients else None)
+                if place is not None:
+                    break
+            if storage in _storages((*filter(None, operation.results), *operation.written()), program):
+                is_there, left = True, index + 1 if makes else left
+        if place is None and (left or (is_there and parameter in program.gradients)):
+            place = left or len(program.operations)
+        if place is not None:
+            found[parameter] = Place((name,), place)
+    return found
+
+
+def _storages(names: Iterable[str], program: Program) -> set[str]:
+    return {program.tensors[name].storage for name in names}
 
 
 def _name_of_state(reference: Reference) -> str:

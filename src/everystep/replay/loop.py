@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,12 +21,14 @@ from everystep.program.memory import copy_on_cpu
 from everystep.program.plain import Environment, PlainProgram, PlainStep, lay_inputs
 from everystep.program.precision import Precision
 from everystep.program.program import Program
-from everystep.recording.contents import digest_of, inputs_of, unpacked
+from everystep.recording.contents import digest_of, unpacked
 from everystep.recording.database import Repeat, cut
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.batches import batches_of, settings_of
+from everystep.replay.bound_steps import BoundStep, BoundSteps, replace_state
 from everystep.replay.programs import read_program
-from everystep.replay.step import Batch, ReplayStepper
+from everystep.replay.step import Batch, Hook, ReplayStepper
+from everystep.replay.stored_inputs import StoredInputs
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
@@ -38,6 +41,8 @@ __all__ = ["LoopCheckpoint", "LoopStepper"]
 
 #: Rows of the database that are read at once.
 BLOCK = 256
+#: Steps that are looked at in advance: to bind their program, and to read their inputs at once.
+LOOK_AHEAD = 64
 #: Tensors that a message names.
 MOST_NAMED = 3
 _GENERATOR = re.compile(r"generator/([0-9]{1,9})")
@@ -103,8 +108,14 @@ class LoopStepper(ReplayStepper):
         self._programs: dict[int, PlainProgram] = {}
         self._expanders: dict[PlainProgram, Expander] = {}
         self._recorded: dict[int, Program] = {}
-        self._rows: list[Repeat] = []
+        self._rows: dict[int, Repeat] = {}
+        self._losses: dict[int, float] = {}
+        self._stored = StoredInputs(run)
+        self._read_ahead = 0
         self._tensors: dict[str, Tensor] = {}
+        self._bound = BoundSteps(self._tensors, self._device)
+        #: A step that failed after others of the same call; the next call raises this.
+        self._failed: tuple[int, RunError] | None = None
         self._loaded: State | None = None
         self._between = run.change_files()
         self._settled: int | None = None
@@ -126,11 +137,11 @@ class LoopStepper(ReplayStepper):
         if not isinstance(names, list):
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
-        self._tensors = {n: named[n].to(self._device, copy=True) for n in names if n in named}
+        tensors = {n: named[n] for n in names if n in named}
         for name in named:  # those that an optimizer of a class of its own keeps
             if name.startswith(_OWN_GRADIENT):
-                pending = f"gradient/{name.removeprefix(_OWN_GRADIENT)}"
-                self._tensors[pending] = named[name].to(self._device, copy=True)
+                tensors[f"gradient/{name.removeprefix(_OWN_GRADIENT)}"] = named[name]
+        self._replace(tensors, self._here)
         self._loaded, self._loaded_at = state, state.step
         self._settled = None
         self._has_diverged = False
@@ -143,10 +154,23 @@ class LoopStepper(ReplayStepper):
 
     def restore(self, step: int, saved: LoopCheckpoint) -> None:
         """Bring everything back to what `save` returned after `step`."""
-        self._tensors = _copies(saved.tensors)
+        self._replace(saved.tensors, _copies)
         saved.generators.restore(self._device)
         self._settled = self._loaded_at = None
         self.state = step
+
+    def _replace(
+        self, tensors: dict[str, Tensor], copies: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> None:
+        """Let these be the tensors of the state."""
+        for name in self._tensors.keys() - tensors.keys():
+            del self._tensors[name]
+        replace_state(self._tensors, tensors, copies)
+        self._bound.touched()
+        self._failed, self._read_ahead = None, 0
+
+    def _here(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()}
 
     def capture(self) -> State:
         """Return the current state in the form that is written to disk."""
@@ -184,6 +208,7 @@ class LoopStepper(ReplayStepper):
     def go_on(self, further: Callable[[int], Repeat]) -> None:
         """Run steps that the run does not have. further: returns what repeats each."""
         self._further = further
+        self._rows = {}
 
     def settle(self) -> None:
         """Apply what the loop changed after the last step, outside of any step."""
@@ -196,7 +221,8 @@ class LoopStepper(ReplayStepper):
         tensors = {n: each for n, each in tensors.items() if not n.startswith("generator/")}
         if self._conversion is not None:
             tensors = {name: self._conversion.tensor(name, each) for name, each in tensors.items()}
-        self._tensors |= {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        replace_state(self._tensors, tensors, self._here)
+        self._bound.touched()
 
     def run(self, last: int) -> Tensor:
         """Run the steps up to `last`; return their losses (steps), on the CPU.
@@ -206,10 +232,127 @@ class LoopStepper(ReplayStepper):
         Raises:
             RunError: nothing repeats a step, or its inputs were dropped.
         """
-        losses = []
-        while self.state is not None and self.state < last:
-            losses.append(self._take(self.state + 1))
+        return self._advance(last)
+
+    def watch(self, last: int, hook: Hook) -> Tensor:
+        """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
+
+        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that none
+        runs, or when the hook returns so.
+
+        Raises:
+            RunError: as `run`.
+        """
+        return self._advance(last, hook)
+
+    def can_watch(self, number: int) -> bool:
+        """Tell whether a hook can observe the next step: a program that is bound runs it."""
+        return self._begin(number, number + BLOCK) is not None
+
+    def _advance(self, last: int, hook: Hook | None = None) -> Tensor:
+        """Run steps; if one fails after others, return the losses of these: the next call raises."""
+        losses: list[float] = []
+        assert self.state is not None
+        goes_on = True
+        try:
+            while goes_on and self.state < last:
+                self._raise_failed(self.state + 1)
+                goes_on = self._run_bound(last, hook, losses)
+                if hook is None and self.state < last:
+                    self._read_inputs(self.state + 1, last)
+                    losses.append(self._take(self.state + 1))
+        except RunError as error:
+            if not losses:
+                raise
+            self._failed = self.state + 1, error
         return torch.tensor(losses, dtype=torch.float64)
+
+    def _raise_failed(self, number: int) -> None:
+        if self._failed is not None and self._failed[0] == number:
+            raise self._failed[1]
+
+    def _run_bound(self, last: int, hook: Hook | None, losses: list[float]) -> bool:
+        """Run steps by bound programs, up to one that none can run; return whether a hook continues.
+
+        losses: to add theirs to.
+        """
+        assert self.state is not None
+        with without_autograd():
+            while self.state < last:
+                number = self.state + 1
+                bound = self._begin(number, last)
+                if bound is None:
+                    return hook is None
+                live = bound.live
+                calls = live.calls if hook is None else hook.calls(live)
+                if live.draws and bound.generator is not None:
+                    torch.set_rng_state(bound.generator)
+                try:
+                    for call in calls:
+                        call()
+                except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                    raise self._not_replayed(number, reason) from None
+                self._end(number, bound)
+                losses.append(live.loss.item())
+                if hook is not None and not hook.after(number, live):
+                    return False
+        return True
+
+    def _begin(self, number: int, last: int) -> BoundStep | None:
+        """Prepare a step; return the program that runs it, None if the interpreter must.
+
+        last: the last step that is about to run.
+        """
+        self.settle()
+        row = self._row(number)
+        if row.program is None:
+            return None
+        plain = self._program(row)
+        bound = self._bound.find(row, plain)
+        if bound is None or row.inputs != bound.inputs:
+            self._read_inputs(number, last)
+            given = self._stored.given(row)
+            rule = None if "batch/x" in given.given else self._rule
+            if bound is None and self._bound.is_worth(row, self._rows_of(number, last)):
+                bound = self._bound.bind(row, plain, given, self._inputs(row).tensors, rule)
+            if bound is None:
+                return None
+            if not bound.is_for(given, is_by_rule=rule is not None):
+                self._bound.drop(row.program)
+                return None
+            if not bound.load(row, given, lambda row: self._inputs(row).tensors):
+                return None
+        if not bound.put(row, self._numbers):
+            return None
+        if bound.is_by_rule and self._rule is not None and not bound.load_rows(number, self._rule):
+            return None
+        return bound
+
+    def _end(self, number: int, bound: BoundStep) -> None:
+        """Compare a step that a bound program has run with its row."""
+        self._bound.end(bound)
+        self.state = number
+        if bound.live.program.loss is None:
+            bound.live.loss.fill_(self._recorded_loss(number))
+        if bound.reads and (differs := bound.different_read()) is not None:
+            self._differ(number, differs)
+        if bound.digests:
+            self._compare_digests(number, bound.digests)
+
+    def _read_inputs(self, number: int, last: int) -> None:
+        """Read the inputs of the next steps at once, unless that was done."""
+        if number > self._read_ahead:
+            self._row(number)
+            rows = self._rows_of(number, last)
+            if len(rows) > 1:
+                self._stored.read_ahead(rows)
+            self._read_ahead = number + len(rows) - 1
+
+    def _rows_of(self, first: int, last: int) -> list[Repeat]:
+        """Return the rows of the next steps, as far as they have been read."""
+        steps = range(first, min(last, first + LOOK_AHEAD) + 1)
+        return [self._rows[step] for step in steps if step in self._rows]
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it.
@@ -321,8 +464,7 @@ class LoopStepper(ReplayStepper):
         """Return a fingerprint of the next step's inputs besides its state: numbers and inputs."""
         self.settle()
         row = self._row(number)
-        inputs = inputs_of(row.inputs, f"the input of step {row.step} of {self._run.name}").given
-        given = repr(sorted(inputs.items())).encode()
+        given = repr(sorted(self._stored.given(row).given.items())).encode()
         if self._rule is not None:
             tensors = self._inputs(row).tensors
             given += b"".join(digest_of(tensors[f"batch/{name}"]).encode() for name in "xy")
@@ -341,9 +483,11 @@ class LoopStepper(ReplayStepper):
         expansion: Expanded | None = None,
     ) -> float:
         """Run a step, or its expansion."""
+        self._raise_failed(number)
         self.settle()
         row = self._row(number)
         inputs = self._inputs(row)
+        self._bound.interpreted(row)
         if expansion is None:
             expansion = Expanded(self._program(row), self._numbers(row), {})
         plain, numbers, more = expansion
@@ -351,15 +495,24 @@ class LoopStepper(ReplayStepper):
             with without_autograd():
                 taken = _run(plain, self._tensors, inputs.tensors | more, numbers, look)
         except (ProgramError, ValueError) as error:
-            raise RunError(f"step {number} of {self._run.name} cannot be replayed: {error}") from None
+            raise self._not_replayed(number, str(error)) from None
         self.state = number
         if taken.differs is not None:
-            self._diverged(number, f"step {number} differs from the recording: {taken.differs}")
+            self._differ(number, taken.differs)
         self._compare_digests(number, inputs.digests)
-        if taken.loss is None:
-            (recorded,) = self._run.losses_between(number, number) or [float("nan")]
-            return recorded
-        return float(taken.loss)
+        return self._recorded_loss(number) if taken.loss is None else float(taken.loss)
+
+    def _not_replayed(self, number: int, reason: str) -> RunError:
+        return RunError(f"step {number} of {self._run.name} cannot be replayed: {reason}")
+
+    def _differ(self, number: int, how: str) -> None:
+        self._diverged(number, f"step {number} differs from the recording: {how}")
+
+    def _recorded_loss(self, number: int) -> float:
+        if number not in self._losses:
+            recorded = self._run.losses_between(number, number + BLOCK - 1)
+            self._losses = dict(enumerate(recorded, start=number))
+        return self._losses.get(number, math.nan)
 
     def _compare_digests(self, number: int, digests: dict[str, Any]) -> None:
         """Compare the state after a step with its recorded digests, until one differs."""
@@ -386,16 +539,19 @@ class LoopStepper(ReplayStepper):
         return next((step for step, row in rows if self._inputs(row).digests), 0)
 
     def _row(self, number: int) -> Repeat:
-        if self._further is not None:
-            return self._further(number)
         """Return what repeats a step, as a row of this step alone."""
-        found = cut(self._rows, number, number)
-        if not found:
-            self._rows = self._run.repeats(number, number + BLOCK - 1)
-            found = cut(self._rows, number, number)
-        if not found:
+        if number not in self._rows:
+            last = number + BLOCK - 1
+            if self._further is not None:
+                self._rows = {step: self._further(step) for step in range(number, last + 1)}
+            else:
+                rows = cut(self._run.repeats(number, last), number, last)
+                steps = ((row, row.step + place) for row in rows for place in range(row.count))
+                self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
+        row = self._rows.get(number)
+        if row is None:
             raise RunError(f"{self._run.name} has no record of step {number}: the database was changed")
-        return found[0]
+        return row
 
     def _numbers(self, row: Repeat) -> list[int | float]:
         found = unpacked(row.numbers, f"step {row.step} of {self._run.name}") or []
@@ -419,16 +575,8 @@ class LoopStepper(ReplayStepper):
         return self._programs[row.program]
 
     def _inputs(self, row: Repeat) -> _Inputs:
-        what = f"the input of step {row.step} of {self._run.name}"
-        inputs = inputs_of(row.inputs, what)
-        found = self._run.contents(inputs.given)
-        missing = next((name for name, tensor in found.items() if tensor is None), None)
-        if missing is not None:
-            raise RunError(
-                f"{what} was dropped ({missing}), because the batches exceeded the budget "
-                "(batch_budget of everystep.record); later steps may still open"
-            )
-        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        inputs = self._stored.given(row)
+        tensors = self._stored.tensors(row)
         if self._rule is not None and "batch/x" not in tensors:
             rows = zip("xy", self._rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}

@@ -20,6 +20,7 @@ from everystep.device import on_cpu
 from everystep.errors import RunError
 from everystep.program.execute import BoundProgram, Observed
 from everystep.program.operation import Phase
+from everystep.program.optimizers import OPTIMIZERS
 from everystep.program.unset import unset_results
 from everystep.recording.run import RecordedRun
 from everystep.replay.parallel import Span, Visitor, parallel, spans
@@ -32,6 +33,8 @@ from everystep.replay.why import Spot, Why, why
 __all__ = ["NonFinite", "find_nonfinite"]
 
 Origin = Literal["operation", "batch", "state", "between", "outside"]
+#: An operation by its place and operator, or a tensor of the state by its name.
+_Meant = tuple[int, str] | str
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class FiniteCheck(Visitor):
 
     may_share = True
 
-    def __init__(self, meant: frozenset[int | str]) -> None:
+    def __init__(self, meant: frozenset[_Meant]) -> None:
         self._meant = meant
         self._found: int | None = None
         self._plans: dict[BoundProgram, tuple[list[Any], Tensor]] = {}
@@ -109,22 +112,19 @@ class FiniteCheck(Visitor):
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span."""
         self._found, self._plans = None, {}
-        return span.first - 1
+        return super().begin(replay, span)
 
-    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
-        """Run steps up to `last`, or to the first that is not finite; return their losses."""
-        stepper, losses = replay.stepper, []
+    def some(self, replay: Replay, last: int) -> list[float]:
+        """Run the next steps, up to the first that is not finite; return their losses."""
+        stepper = self._training = replay.stepper
         assert stepper.state is not None
-        self._training = stepper
-        while stepper.state < last and not self.is_done:
-            number = stepper.state + 1
-            if stepper.is_by_program(number):
-                losses.append(stepper.watch(last, self))
-                continue
-            step = replay.next_step()
-            losses.append(torch.tensor([step.loss], dtype=torch.float64))
-            self._note(number, _first_made(step) is None)
-        return torch.cat(losses) if losses else torch.empty(0)
+        number = stepper.state + 1
+        if stepper.can_watch(number):
+            losses: list[float] = stepper.watch(last, self).tolist()
+            return losses
+        step = replay.next_step()
+        self._note(number, _first_made(step) is None)
+        return [step.loss]
 
     def calls(self, bound: BoundProgram) -> list[Any]:
         """Return the calls of a step with a check of each result."""
@@ -146,24 +146,50 @@ class FiniteCheck(Visitor):
         return self._found
 
     def _plan(self, bound: BoundProgram) -> tuple[list[Any], Tensor]:
-        """Return the calls of a step with a check of each result, and where the answers are."""
-        operations = bound.program.operations
-        flags = torch.ones(len(operations), dtype=torch.bool, device=bound.loss.device)
+        """Return the calls of a step with a check of each result, and where the answers are.
+
+        A step that is opened has the operations of an optimizer in place of its step as a whole. So
+        operations have other places from there on, and all infinities count: opening the step decides.
+        """
+        program = bound.program
+        flags = torch.ones(len(program.operations) + 1, dtype=torch.bool, device=bound.loss.device)
         after: dict[int, list[Any]] = {}
-        for index, operation in enumerate(operations):
+        inputs = [n for n in program.tensors if program.storage_of(n).kind == "input" and "~" not in n]
+        self._check(after, -1, flags, [bound.tensor(name) for name in inputs], [])
+        is_same_place = True
+        for index, operation in enumerate(program.operations):
             names = {*filter(None, operation.results), *operation.written()} - unset_results(operation)
-            tensors = [bound.tensor(name) for name in names]
-            floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-            if floats:
-                after[index] = [partial(self._look, flags[index], floats, index in self._meant)]
+            is_optimizer = operation.operator in OPTIMIZERS
+            is_same_place &= not is_optimizer
+            is_meant = is_same_place and (index, operation.operator) in self._meant
+            meant = names if is_meant else names & self._meant if is_optimizer else set()
+            both = ([bound.tensor(n) for n in each] for each in (names - meant, meant))
+            self._check(after, index, flags, *both)
         return bound.calls_with(after), flags
 
+    def _check(
+        self,
+        after: dict[int, list[Any]],
+        index: int,
+        flags: Tensor,
+        tensors: list[Tensor],
+        may_be_infinite: list[Tensor],
+    ) -> None:
+        """Add the check of tensors after an operation."""
+        both = [
+            [t for t in ts if t.is_floating_point() or t.is_complex()]
+            for ts in (tensors, may_be_infinite)
+        ]
+        if any(both):
+            after[index] = [partial(self._look, flags[index], *both)]
+
     @staticmethod
-    def _look(flag: Tensor, tensors: list[Tensor], only_nans: bool) -> None:
+    def _look(flag: Tensor, tensors: list[Tensor], may_be_infinite: list[Tensor]) -> None:
         flag.fill_(True)
         for tensor in tensors:
-            looked = ~torch.isnan(tensor) if only_nans else torch.isfinite(tensor)
-            flag.logical_and_(looked.all())
+            flag.logical_and_(torch.isfinite(tensor).all())
+        for tensor in may_be_infinite:
+            flag.logical_and_((~torch.isnan(tensor)).all())
 
 
 @on_cpu()
@@ -209,7 +235,7 @@ def _first_suspect(
     opener: Opener,
     begin: int,
     bound: int,
-    meant: frozenset[int | str],
+    meant: frozenset[_Meant],
     processes: int | None,
     on_progress: Callable[[int], None],
 ) -> int | None:
@@ -248,10 +274,12 @@ def _of_update(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if n.startswith(("parameter/", "optimizer/"))}
 
 
-def _not_finite_in(step: Step) -> frozenset[int | str]:
+def _not_finite_in(step: Step) -> frozenset[_Meant]:
     """Return the operations of a step with results that are not finite, and what an optimizer has so."""
     operations = (
-        index for index, each in enumerate(step.operations) if _count(each.made.values()) != (0, 0)
+        (index, each.operation.operator)
+        for index, each in enumerate(step.operations)
+        if _count(each.made.values()) != (0, 0)
     )
     kept = (name for name, tensor in _of_update(step.end).items() if _count([tensor]) != (0, 0))
     return frozenset((*operations, *kept))

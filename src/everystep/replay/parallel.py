@@ -12,8 +12,6 @@ from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from everystep.device import select
 from everystep.errors import RunError
 from everystep.numerics import Numerics
@@ -35,8 +33,8 @@ __all__ = [
 
 #: If the training took less than this, this process replays it alone: others must start first.
 ALONE_SECONDS = 4.0
-#: Steps that run between two looks at the losses; 1 of watched steps: each may be the last possible.
-STRIDE = 1
+#: Steps that run between two looks at the losses.
+STRIDE = 256
 #: Neighbouring spans that a process is given at once, if there are enough.
 GROUP = 8
 #: Spans for each core, where spans should be long.
@@ -107,14 +105,37 @@ class Visitor:
 
     may_share = False
     is_done = False
+    _failed: RunError | None = None
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Return the state to start from: that before the span, or an earlier one."""
+        self._failed = None
         return span.first - 1
 
-    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
-        """Run the steps from the replay's current state up to `last`; return their losses."""
-        return replay.stepper.run(last)
+    def take(self, replay: Replay, last: int) -> list[float]:
+        """Run the steps from the replay's current state up to `last`; return their losses.
+
+        If a step fails, return the losses of those before it: the next call raises.
+
+        Raises:
+            RunError: the next step fails.
+        """
+        if self._failed is not None:
+            raise self._failed
+        losses: list[float] = []
+        try:
+            while replay.stepper.state < last and not self.is_done:  # type: ignore[operator]
+                losses += self.some(replay, last)
+        except RunError as error:
+            if not losses:
+                raise
+            self._failed = error
+        return losses
+
+    def some(self, replay: Replay, last: int) -> list[float]:
+        """Run the next steps, up to `last` at most; return their losses."""
+        losses: list[float] = replay.stepper.run(last).tolist()
+        return losses
 
     def result(self) -> Any:
         """Return the result for the span."""
@@ -248,7 +269,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
         while step < span.last and not visitor.is_done:
             try:
                 last = min(span.last, step + STRIDE)
-                losses = visitor.take(replay, last, span).tolist()
+                losses = visitor.take(replay, last)
             except RunError as error:
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))

@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from everystep.bounded import check_steps
@@ -83,6 +82,7 @@ class Query(Visitor):
 
     def begin(self, replay: Replay, span: Span) -> int:
         """Begin with the state before the span; a step earlier if it needs tensors of that step."""
+        super().begin(replay, span)
         self._answers, self._probe, self._first = [], None, span.first
         earlier = self.looks_back and span.first > replay.stretches[span.at].first
         start = span.first - 1 - earlier
@@ -91,23 +91,21 @@ class Query(Visitor):
             self._evaluator.previous_loss = known[0] if known else None
         return start
 
-    def take(self, replay: Replay, last: int, span: Span) -> Tensor:
-        """Run the steps up to `last`, and ask; return their losses."""
+    def some(self, replay: Replay, last: int) -> list[float]:
+        """Run the next steps, and ask; return their losses."""
         stepper = replay.stepper
-        losses: list[float] = []
         assert stepper.state is not None
-        while stepper.state < last and not self.is_done:
-            number = stepper.state + 1
-            if not self._is_looked_at(number):
-                until = min(last, self._next_due(number) - 1 - self.looks_back)
-                losses += stepper.run(max(number, until)).tolist()
-            elif self._evaluator is None:
-                losses.append(self._open(replay, number))
-            else:
-                losses += self._look(replay, number, last)
-            if self._evaluator is not None:
-                self._evaluator.previous_loss = losses[-1]
-        return torch.tensor(losses, dtype=torch.float64)
+        number = stepper.state + 1
+        if not self._is_looked_at(number):
+            until = min(last, self._next_due(number) - 1 - self.looks_back)
+            losses: list[float] = stepper.run(max(number, until)).tolist()
+        elif self._evaluator is None:
+            losses = [self._open(replay, number)]
+        else:
+            losses = self._look(replay, number, last)
+        if self._evaluator is not None:
+            self._evaluator.previous_loss = losses[-1]
+        return losses
 
     def result(self) -> Answers:
         """Return the answers of the span."""
@@ -128,7 +126,7 @@ class Query(Visitor):
             return [step.loss]
         if self._probe is None:
             self._probe = Probe(replay.stepper, self._tensors(), self._answer)
-        if not replay.stepper.is_by_program(number):
+        if not replay.stepper.can_watch(number):
             return [self._probe.observe()]
         while number < last and self._is_looked_at(number + 1):
             number += 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from everystep.replay.rows import Rows
     from everystep.replay.why import Why
 
-__all__ = ["Batch", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
+__all__ = ["Batch", "Hook", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class Step:
 
 
 class Hook(Protocol):
-    """Observes steps while programs run them. The bits of a step are the same with and without it."""
+    """Observes steps while bound programs run them. A step has the same bits with and without it."""
 
     def calls(self, bound: BoundProgram) -> list[Call]:
         """Return the calls of a step, with observing calls in between."""
@@ -296,10 +296,14 @@ class ReplayStepper(Protocol):
     def watch(self, last: int, hook: Hook) -> Tensor:
         """Run the steps up to `last`, observed by a hook; return their losses (steps), on the CPU.
 
-        A program must run the next step. `watch` ends at the first step that no program runs, or when
-        the hook says so.
+        A bound program must run the next step, see `can_watch`. `watch` ends at the first step that none
+        runs, or when the hook returns so.
         """
-        raise AssertionError("no program runs its steps in place of Python")
+        raise AssertionError("no bound program runs its steps")
+
+    def can_watch(self, number: int) -> bool:
+        """Tell whether a hook can observe the next step: a program that is bound runs it."""
+        return self.is_by_program(number)
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it."""

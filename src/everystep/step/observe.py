@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +19,7 @@ __all__ = [
     "Place",
     "Places",
     "PlainObserver",
+    "gradients_by_parameter",
     "makes_gradients",
 ]
 
@@ -95,7 +96,7 @@ class PlainObserver:
         #: What backward last left of each gradient that no optimizer has used yet, and where.
         self._left: dict[str, tuple[Tensor, Place]] = {}
         self._gradients_on: dict[str, list[tuple[str, str]]] = {}
-        for parameter, name in (dict(_pending(program)) | program.gradients).items():
+        for parameter, name in gradients_by_parameter(program).items():
             on = self._gradients_on.setdefault(program.tensors[name].storage, [])
             on.append((parameter, name))
         self._plain = plain
@@ -173,8 +174,8 @@ def makes_gradients(operation: Operation) -> bool:
     return operation.phase == "backward" or operation.name.rstrip("_") == UNSCALES
 
 
-def _pending(program: Program) -> Iterator[tuple[str, str]]:
-    """Yield the gradients that a step leaves behind, by parameter, with the names of their tensors."""
-    for name in (*program.state_names, *program.ends):
-        if name.startswith(_GRADIENT):
-            yield name.removeprefix(_GRADIENT), program.ends.get(name, name)
+def gradients_by_parameter(program: Program) -> dict[str, str]:
+    """Return the names of the gradients that a step makes or leaves behind, by parameter."""
+    pending = (name for name in (*program.state_names, *program.ends) if name.startswith(_GRADIENT))
+    left = {name.removeprefix(_GRADIENT): program.ends.get(name, name) for name in pending}
+    return left | program.gradients
