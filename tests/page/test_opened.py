@@ -93,7 +93,7 @@ def test_the_chapter(runs):
     content = step_content(step, run)
     assert (content["run"], content["step"], content["steps"]) == ("chapter", 3, 20)
     assert content["loss"] == step.loss and float(content["loss_text"]) == pytest.approx(step.loss)
-    assert content["is_exact"] and content["is_by_program"] and content["problems"] == []
+    assert content["is_exact"] and content["problems"] == []
     assert content["hyperparameters"] == {"lr": 1e-4}
     assert content["optimizer"] == {"name": "GradientDescent", "settings": {"lr": "0.0001"}}
     assert content["loss_function"] == {"name": "MSELoss", "text": "MSELoss(reduction='sum')"}

@@ -28,7 +28,6 @@ def test_a_step_opens_to_what_was_in_it(name, number):
     run = everystep.open(by_train(case.make(), **case.options).directory)
     step = run[number]
     assert step.is_exact
-    assert step.is_by_program
     assert same(step.parameters, seen.parameters)
     assert same(step.activations, seen.activations)
     assert same({n: u.before for n, u in step.updates.items()}, seen.parameters)

@@ -378,7 +378,6 @@ def test_a_step_that_python_replays_is_followed_too(small, tmp_path):
     chance = random.Random(0)
     for expression in ("gradients['0.weight'][3, 1]", "activations['1'][2, 3]", "loss"):
         step = opened[3]
-        assert not step.is_by_program
         for line in followed(step.why(expression, terms=ALL), chance):
             assert complaints(line) == []
 

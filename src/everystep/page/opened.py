@@ -64,7 +64,6 @@ def _content(step: Step, run: Run, facts: Facts) -> dict[str, Any]:
         "recorded_loss_text": shortest(step.recorded_loss),
         "is_exact": step.is_exact,
         "diverged_at": step.diverged_at,
-        "is_by_program": step.is_by_program,
         "is_of_loop": loop is not None,
         "has_loss": training.has_loss,
         "problems": run.problems,

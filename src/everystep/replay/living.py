@@ -145,7 +145,7 @@ class Living:
         while self.state < last:
             stepper = self._ready()
             alone = self._settings or self._between  # which may change before each step
-            with self._failing():
+            with self._watching():
                 stepper.advance(self.state + 1 if alone else last)
             losses.append(stepper.collect()[1])
             self.state = stepper.step
@@ -162,7 +162,7 @@ class Living:
         watched, number, device = self._watched, self.state + 1, self._training.device
         before = {name: tensor.clone() for name, tensor in watched.parts.state().items()}
         generators = Generators.capture(device)
-        with self._failing():
+        with self._watching():
             batch = dict(zip("xy", self._training.batch(number), strict=True))
             given = {f"batch/{name}": tensor.detach().clone() for name, tensor in batch.items()}
             watched.take(number, *batch.values())
@@ -225,8 +225,8 @@ class Living:
                 set_hyperparameter(self._training.optimizer, name, value)
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """Name the step in which user code or torch raised."""
+    def _watching(self) -> Iterator[None]:
+        """Follow modules and optimizers within; name the step in which user code or torch raised."""
         try:
             yield
         except EverystepError:
@@ -235,6 +235,8 @@ class Living:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             number = self._stepper.step + 1
             raise RunError(f"step {number} fails during the replay: {reason}") from error
+        finally:
+            self._watched.finish()
 
 
 def _training(

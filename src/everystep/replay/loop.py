@@ -27,7 +27,7 @@ from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.batches import batches_of, settings_of
 from everystep.replay.bound_steps import BoundStep, BoundSteps, replace_state
 from everystep.replay.programs import read_program
-from everystep.replay.step import Batch, Hook, ReplayStepper
+from everystep.replay.step import Batch, Hook, NotReplayedError, ReplayStepper
 from everystep.replay.stored_inputs import StoredInputs
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
@@ -115,7 +115,7 @@ class LoopStepper(ReplayStepper):
         self._tensors: dict[str, Tensor] = {}
         self._bound = BoundSteps(self._tensors, self._device)
         #: A step that failed after others of the same call; the next call raises this.
-        self._failed: tuple[int, RunError] | None = None
+        self._failed: tuple[int, NotReplayedError] | None = None
         self._loaded: State | None = None
         self._between = run.change_files()
         self._settled: int | None = None
@@ -177,7 +177,7 @@ class LoopStepper(ReplayStepper):
         assert self.state is not None and self._loaded is not None
         if not self._is_own_loop:  # its snapshots have what changed after the step
             self.settle()
-        copies = {name: copy_of(tensor) for name, tensor in self._tensors.items()}
+        copies = {name: copy_of(t) for name, t in self._tensors.items() if self._is_kept(name)}
         known = self._loaded.parameters
         parameters = {
             path: copies[f"{kind}/{path}"]
@@ -209,6 +209,12 @@ class LoopStepper(ReplayStepper):
         """Run steps that the run does not have. further: returns what repeats each."""
         self._further = further
         self._rows = {}
+
+    def _is_kept(self, name: str) -> bool:
+        """Tell whether a state has a tensor: not a gradient that everystep's own step drops."""
+        if self._is_own_loop or not name.startswith("gradient/"):
+            return True
+        return any(name in plain.state for plain in self._programs.values())
 
     def settle(self) -> None:
         """Apply what the loop changed after the last step, outside of any step."""
@@ -262,9 +268,9 @@ class LoopStepper(ReplayStepper):
                     self._read_inputs(self.state + 1, last)
                     losses.append(self._take(self.state + 1))
         except RunError as error:
+            self._failed = self.state + 1, NotReplayedError(str(error))
             if not losses:
-                raise
-            self._failed = self.state + 1, error
+                raise self._failed[1] from None
         return torch.tensor(losses, dtype=torch.float64)
 
     def _raise_failed(self, number: int) -> None:
@@ -362,6 +368,12 @@ class LoopStepper(ReplayStepper):
         """
         assert self.state is not None
         number = self.state + 1
+        try:
+            return self._observe(number)
+        except RunError as error:
+            raise NotReplayedError(str(error)) from None
+
+    def _observe(self, number: int) -> Observation:
         self.settle()
         row = self._row(number)
         plain = self._program(row)
@@ -502,8 +514,8 @@ class LoopStepper(ReplayStepper):
         self._compare_digests(number, inputs.digests)
         return self._recorded_loss(number) if taken.loss is None else float(taken.loss)
 
-    def _not_replayed(self, number: int, reason: str) -> RunError:
-        return RunError(f"step {number} of {self._run.name} cannot be replayed: {reason}")
+    def _not_replayed(self, number: int, reason: str) -> NotReplayedError:
+        return NotReplayedError(f"step {number} of {self._run.name} cannot be replayed: {reason}")
 
     def _differ(self, number: int, how: str) -> None:
         self._diverged(number, f"step {number} differs from the recording: {how}")

@@ -19,6 +19,7 @@ from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import read_snapshot
 from everystep.replay.processes import Opener, cores, in_worker, needs_worker, workers
 from everystep.replay.replay import Replay, same_number
+from everystep.replay.step import NotReplayedError
 from everystep.step.check import StateDifference, state_differences
 
 __all__ = [
@@ -270,7 +271,7 @@ def _replay(replay: Replay, span: Span, visitor: Visitor, threads: int) -> Repla
             try:
                 last = min(span.last, step + STRIDE)
                 losses = visitor.take(replay, last)
-            except RunError as error:
+            except NotReplayedError as error:
                 # The steps before it, and after it, may be as recorded.
                 replay.problems.append(str(error))
                 found.stopped_at = max(step + 1, span.first)

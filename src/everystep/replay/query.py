@@ -198,7 +198,7 @@ def check_question(expression: Expression, opener: Opener) -> None:
         raise ExpressionError(f"{before[0]} cannot be asked for together with rows")
     replay = opener.replay_here()
     step = replay.step(1)
-    activations = list(step.activations) if step.is_by_program else replay.stepper.module_paths()
+    activations = replay.stepper.module_paths()
     expression.check(
         {
             "parameters": list(step.parameters),

@@ -138,7 +138,6 @@ class Replay:
         recorded = self.recorded_loss(number)
         dropped = stepper.gradients()
         before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
-        is_by_program = stepper.is_by_program(number)
         batch = stepper.batch(number)
         observation = stepper.observe()
         loss = float(observation.loss)
@@ -164,7 +163,6 @@ class Replay:
             },
             operations=tuple(observation.operations),
             hyperparameters=stepper.hyperparameters(),
-            is_by_program=is_by_program,
             epoch=stepper.epoch(number),
             places=observation.places,
             state=before,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from everystep.errors import UsageError
+from everystep.errors import RunError, UsageError
 from everystep.program.calls import Call
 from everystep.program.execute import BoundProgram, Observed
 from everystep.program.operation import Phase
@@ -120,9 +120,7 @@ class Step:
     dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
     backward pass left them (clipping them is the first part of the update); updates: by
     parameter; operations: in order, with inputs and results; hyperparameters: the lr and similar
-    settings, `lr[1]` for the second param group; is_by_program: whether a program replayed it, or
-    Python; epoch: from 0;
-    places: the memory that the names of its tensors mean; state, end: every tensor of the state before
+    settings, `lr[1]` for the second param group; epoch: from 0; places: the memory that the names of its tensors mean; state, end: every tensor of the state before
     the step, and after it, by its name in the run (`optimizer/0.weight/exp_avg`); earlier: opens another
     step of the run; to_html: writes it as a notebook shows it; why_text: writes an answer of `why`.
     """
@@ -140,7 +138,6 @@ class Step:
     updates: dict[str, Update]
     operations: tuple[Observed, ...]
     hyperparameters: dict[str, float]
-    is_by_program: bool
     epoch: int
     places: Places = field(repr=False, compare=False)
     state: dict[str, Tensor] = field(repr=False, compare=False)
@@ -250,6 +247,10 @@ class Step:
         )
 
 
+class NotReplayedError(RunError):
+    """A step that cannot be replayed; the message gives the reason."""
+
+
 class Hook(Protocol):
     """Observes steps while bound programs run them. A step has the same bits with and without it."""
 
@@ -303,7 +304,6 @@ class ReplayStepper(Protocol):
 
     def can_watch(self, number: int) -> bool:
         """Tell whether a hook can observe the next step: a program that is bound runs it."""
-        return self.is_by_program(number)
 
     def observe(self) -> Observation:
         """Run the next step, and return everything in it."""
@@ -332,10 +332,6 @@ class ReplayStepper(Protocol):
     def epoch(self, number: int) -> int:
         """Return the epoch of a step, from 0; a user's loop has no epochs."""
         return 0
-
-    def is_by_program(self, number: int) -> bool:
-        """Tell whether a program runs a step in place of Python; never in a user's loop."""
-        return False
 
 
 class Statistics(NamedTuple):

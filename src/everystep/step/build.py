@@ -113,8 +113,7 @@ class _Builder:
         path, storage_of = self._path, [tensor.storage for tensor in self._path.tensors]
         made = {n: k for n, k in path.ends if n not in self._state and not n.startswith("gradient/")}
         loss = {} if path.loss is None else {"loss": path.loss}
-        named = dict(path.named)
-        gradients = {f"gradient/{n}": k for n, k in path.gradients if f"gradient/{n}" not in named}
+        gradients = {f"gradient/{n}": k for n, k in path.gradients if f"gradient/{n}" not in self._state}
         for known in (made, loss, self._state, gradients):
             for name, number in known.items():
                 self._names.setdefault(storage_of[number], name)

@@ -90,8 +90,8 @@ class OptimizerCalls:
         operator = _BY_KIND.get(type(optimizer))
         if operator is None or any(getattr(optimizer, name) for name in _HOOKS):
             return None
-        if any(len(hooks) > 1 for hooks in _HOOKS_OF_ALL):  # one is everystep's
-            return None
+        if any(len(hooks) > 1 and not all(map(_is_ours, hooks.values())) for hooks in _HOOKS_OF_ALL):
+            return None  # one is everystep's, and each training in another thread has one
         own = vars(optimizer).keys() - _OWN
         if own and not all(key.startswith("_optimizer_") for key in own):
             return None
@@ -155,6 +155,11 @@ class _Code:
                 return False
             self._step = step
         return True
+
+
+def _is_ours(hook: Any) -> bool:
+    """Tell whether a hook is everystep's."""
+    return str(getattr(hook, "__module__", "")).startswith("everystep.")
 
 
 def _is_written_by_torch(function: Any) -> bool:

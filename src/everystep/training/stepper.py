@@ -151,17 +151,21 @@ class Stepper:
         """Run code that may change the training; note its changes, which stay.
 
         Programs continue with changed values of tensors. If something else changes that they depend on,
-        they are made again.
+        they are made again. A change is seen by comparing values: not every one counts for torch.
         """
         self._hand_over_gradients(as_copies=True)
         with self._changes.noting(self.training, self.step):
             yield
-        self._watched.note_versions()
         self._way_back.close()
         self._has_other_code_run, self._era = True, self._era + 1
         self._check_dataset()
         if self.reason is None:
+            self._watched.note_versions()
             self._compare_guards()
+        else:  # the watch of the next step notes what has changed, and what is gone
+            self._watched.note_changed(
+                name for _, each in self._changes.collect() for name in each.tensors
+            )
 
     def _hand_over_gradients(self, *, as_copies: bool) -> None:
         """Set the gradients of the last step where other code looks for them.

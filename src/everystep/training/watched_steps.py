@@ -5,8 +5,8 @@ Python's steps are watched as those of a user's own loop are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, optim
@@ -104,6 +104,7 @@ class WatchedSteps:
         #: The loss of the step under way, and how often it had been changed.
         self._logged: tuple[Tensor | None, int | None] = None, 0
         self._follower: Follower | None = None
+        self._nesting: Any = None
 
     @property
     def programs(self) -> tuple[int, ...]:
@@ -154,7 +155,8 @@ class WatchedSteps:
             changed = {name: copy_of(after[name]) for name in watch.changed_unseen}
             self._writer.change(number, changed)
         copied = self._elsewhere.copied
-        self._taken.append(self._rows.row(number, watch, path, after, inputs, text_of((x, y)), copied))
+        self._nesting = text_of((x, y))
+        self._taken.append(self._rows.row(number, watch, path, after, inputs, self._nesting, copied))
         self._elsewhere.clean()
         self._notices.of_step(number, watch, is_compiled=False)
         self._versions = versions_by_name(after)
@@ -224,7 +226,7 @@ class WatchedSteps:
 
     def add(self, first: int, count: int, taken: TakenByProgram, path: Path) -> None:
         """Note that a program has run `count` steps from `first` on, with the same numbers."""
-        row = self._rows.row(first, taken, path, {}, {})
+        row = self._rows.row(first, taken, path, {}, {}, self._nesting)
         if count > 1 and taken.generators:  # which are those before the first step
             inputs = {n: t for n, t in row.inputs.items() if not n.startswith("generator/")}
             self._taken += [row, row._replace(step=first + 1, inputs=inputs, count=count - 1)]
@@ -250,6 +252,12 @@ class WatchedSteps:
         """Note that what has changed since the last step belongs to it, or was recorded."""
         if self._versions is not None:
             self._versions = versions_by_name(self.parts.state())
+
+    def note_changed(self, names: Iterable[str]) -> None:
+        """Note that tensors of the state have other values, whatever torch counts."""
+        for name in names:
+            if self._versions is not None:
+                self._versions.pop(name, None)
 
     def finish(self) -> None:
         """Stop following modules and optimizers."""

@@ -193,9 +193,7 @@ class _Opened:
 
     def _exactness(self) -> str:
         step = self.step
-        how = "by program" if step.is_by_program else "without your code"
-        if self.training.loop is not None:
-            how = "without your loop code"
+        how = "without your code" if self.training.loop is None else "without your loop code"
         if step.is_exact and not self.training.has_loss:
             return f"{how}; no loss was logged, so only `everystep verify` can check it"
         if step.is_exact:

@@ -38,7 +38,6 @@ def step_json(step: Step, facts: Facts, *, values: bool = False) -> str:
         "recorded_loss": step.recorded_loss,
         "is_exact": step.is_exact,
         "diverged_at": step.diverged_at,
-        "is_by_program": step.is_by_program,
         "hyperparameters": step.hyperparameters,
         "clip_norm": training.clip_norm,
     }

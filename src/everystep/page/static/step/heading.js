@@ -33,8 +33,8 @@ export function heading() {
 }
 
 function exactnessText(content) {
-  const { is_exact, is_by_program, is_of_loop, has_loss, diverged_at, loss_text, recorded_loss_text } = content;
-  const how = is_of_loop ? "without the code of your loop" : is_by_program ? "by program" : "without your code";
+  const { is_exact, is_of_loop, has_loss, diverged_at, loss_text, recorded_loss_text } = content;
+  const how = is_of_loop ? "without the code of your loop" : "without your code";
   if (is_exact && !has_loss) return `Replayed ${how}. Without losses, only Verify can tell whether it matches the recording.`;
   if (is_exact) return `Replayed ${how}, bit-identical.`;
   const here = !has_loss
