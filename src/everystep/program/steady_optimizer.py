@@ -128,7 +128,8 @@ def _shown(value: Any) -> Any:
 
 
 def _is_memory(operator: Any) -> bool:
-    return operator.overloadpacket.__name__.startswith(("empty", "new_empty"))
+    name: str = operator.overloadpacket.__name__
+    return name.startswith(("empty", "new_empty"))
 
 
 def _place(tensor: Tensor) -> int:
