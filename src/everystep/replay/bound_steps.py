@@ -41,7 +41,7 @@ class BoundStep:
     """A program that is bound, and what it was given last.
 
     batch: the names of the tensors of the batch that it reads; outside, contents: the other inputs that
-    it has, and where their bytes are, by storage; is_by_rule: whether rows of the batch come from a rule;
+    it has, and where their bytes are, by storage; is_by_rule: whether its batch is of a rule;
     places: where the state is; era: of `BoundSteps`, when it was last known to be there; reads: the
     operations that read a number; steps: that it ran; numbers, inputs: of the row that was put into it,
     as the database has them; recorded: these numbers; generator: the state to draw from, if any;
