@@ -21,9 +21,10 @@ from everystep.program.execute import BoundProgram, Memory
 from everystep.program.memory import ALIGNMENT, copy_into
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters
-from everystep.program.optimizers import BoundOptimizer, OptimizerOperator
+from everystep.program.optimizers import OptimizerOperator
 from everystep.program.plain import READ, is_number, is_number_slot
 from everystep.program.program import Program
+from everystep.program.steady_optimizer import SteadyOptimizer
 from everystep.program.unset import unread_inputs
 
 __all__ = ["LiveProgram", "LiveStep", "has_fixed_shapes"]
@@ -85,6 +86,7 @@ class LiveProgram(BoundProgram):
         self.numbers: list[Number] = []
         self.reads: list[int] = []
         self._puts: list[_Put] = []
+        self._optimizers: list[SteadyOptimizer] = []
         known = {program.tensors[name].storage: state[name] for name in program.state_names}
         given = [name for name in batch if name in program.tensors]
         here = _in_place(program, {name: fixed[name] for name in given if name in fixed}, device)
@@ -122,6 +124,8 @@ class LiveProgram(BoundProgram):
         self.numbers = [*numbers]
         for put, number in zip(self._puts, numbers, strict=True):
             put(number)
+        for optimizer in self._optimizers:
+            optimizer.settle()
 
     def take(self, numbers: Sequence[Number]) -> LiveStep:
         """Run a step on the loaded batch; call it inside `without_autograd`.
@@ -152,7 +156,8 @@ class LiveProgram(BoundProgram):
             return self._reading(arguments[0])
         results = [None if name is None else self.tensor(name) for name in operation.results]
         if isinstance(operator, OptimizerOperator):
-            return [_stepping(operator, arguments, keywords, results)]
+            self._optimizers.append(_stepping(operator, arguments, keywords, results))
+            return [self._optimizers[-1]]
         made = late_calls if slots else prebuilt_calls
         return made(operator, arguments, keywords, results)
 
@@ -234,30 +239,17 @@ def _holds_number(value: Any) -> bool:
     return any(map(_holds_number, value)) if isinstance(value, list | tuple) else is_number(value)
 
 
-class _Stepping:
-    """Takes the step of an optimizer, with the settings that it finds in their place."""
-
-    def __init__(
-        self, operator: OptimizerOperator, arguments: Sequence[Any], settings: Mapping[str, Any]
-    ) -> None:
-        self._optimizer = BoundOptimizer(operator, *arguments)
-        self._settings = settings
-
-    def __call__(self) -> None:
-        self._optimizer.step(self._settings)
-
-
 def _stepping(
     operator: OptimizerOperator,
     arguments: Sequence[Any],
     settings: Mapping[str, Any],
     results: Sequence[Tensor | None],
-) -> Call:
+) -> SteadyOptimizer:
     """Return what takes the step of an optimizer, with the settings that it finds."""
     if results:
         raise ProgramError(f"{operator} creates tensors, which only the first step of a training does")
     try:
-        return _Stepping(operator, arguments, settings)
+        return SteadyOptimizer(operator, arguments, settings)
     except ValueError as error:
         raise ProgramError(f"{operator}: {error}") from None
 

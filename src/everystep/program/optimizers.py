@@ -168,6 +168,15 @@ class BoundOptimizer:
         # Without what torch wraps around it: hooks, marks for a profiler, a call of the compiler.
         self._step = inspect.unwrap(operator.kind.step)
 
+    def given(self) -> list[Tensor]:
+        """Return the parameters and the gradients."""
+        return [tensor for pair in self._given for tensor in pair]
+
+    def kept(self) -> list[Tensor]:
+        """Return what it keeps for its parameters."""
+        kept = (value for own in self._optimizer.state.values() for value in own.values())
+        return [value for value in kept if isinstance(value, Tensor)]
+
     def step(self, settings: Mapping[str, Sequence[Any]]) -> list[Tensor]:
         """Take a step with settings, by key and param group; return what `made` names.
 

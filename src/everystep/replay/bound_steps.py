@@ -40,16 +40,18 @@ BATCH, INPUT, GENERATOR = "batch/", "input/", "generator/"
 class BoundStep:
     """A program that is bound, and what it was given last.
 
-    batch: the names of the tensors of the batch that it reads; outside: the other inputs that it is
-    bound to; is_by_rule: whether rows of the batch come from a rule; places: where the state is; era: of
-    `BoundSteps`, when it was last known to be there; reads: the operations that read a number; steps:
-    that it ran; numbers, inputs: of the row that was put into it, as the database has them; recorded:
-    these numbers; generator: the state to draw from, if any; digests: of the state after the step.
+    batch: the names of the tensors of the batch that it reads; outside, contents: the other inputs that
+    it has, and where their bytes are, by storage; is_by_rule: whether its batch is of a rule;
+    places: where the state is; era: of `BoundSteps`, when it was last known to be there; reads: the
+    operations that read a number; steps: that it ran; numbers, inputs: of the row that was put into it,
+    as the database has them; recorded: these numbers; generator: the state to draw from, if any;
+    digests: of the state after the step.
     """
 
     live: LiveProgram
     batch: list[str]
     outside: dict[str, Given]
+    contents: dict[str, Tensor]
     is_by_rule: bool
     places: list[int]
     era: int
@@ -75,8 +77,8 @@ class BoundStep:
         return True
 
     def is_for(self, given: Inputs, *, is_by_rule: bool) -> bool:
-        """Tell whether it is bound to the inputs of a step, as far as these are not loaded."""
-        return is_by_rule == self.is_by_rule and self.outside == _outside(given)
+        """Tell whether it is bound to inputs of the same names as those of a step."""
+        return is_by_rule == self.is_by_rule and self.outside.keys() == _outside(given).keys()
 
     def load(self, row: Repeat, given: Inputs, tensors: Callable[[Repeat], dict[str, Tensor]]) -> bool:
         """Load the inputs of a row; return whether they fit.
@@ -90,8 +92,17 @@ class BoundStep:
         if names not in ([], [f"{GENERATOR}0"]):
             return False  # it sets a generator between two draws
         self.digests, self.generator = given.digests, None
-        if any(f"{BATCH}{name}" in given.given for name in self.batch) or names:
+        outside = _outside(given)
+        is_other = outside != self.outside
+        if any(f"{BATCH}{name}" in given.given for name in self.batch) or names or is_other:
             found = tensors(row)
+            others = [(c, found.get(f"{INPUT}{name}")) for name, c in self.contents.items()]
+            if any(o is None or (o.shape, o.dtype) != (c.shape, c.dtype) for c, o in others):
+                return False
+            for content, other in others if is_other else ():
+                assert other is not None
+                content.copy_(other)
+            self.outside = outside
             self.generator = found.get(f"{GENERATOR}0")
             batch = {name: found.get(f"{BATCH}{name}") for name in self.batch}
             if not _fit(batch, self.live):
@@ -203,13 +214,17 @@ class BoundSteps:
         outside = {name: each for name, each in outside.items() if name in program.storages}
         places = self._laid(plain)
         live = None
+        contents = {
+            name: tensor.to("cpu" if program.storages[name].host else self._device, copy=True)
+            for name, tensor in outside.items()
+        }
         if places is not None and _can_be_bound(program, batch, outside):
-            live = self._live(program, row.step, batch, outside, rule)
+            live = self._live(program, row.step, batch, contents, rule)
         if places is None or live is None:
             self._left.add(row.program)
             return None
         reads = [n for n, each in enumerate(program.operations) if each.operator == READ]
-        known = _outside(given), rule is not None
+        known = _outside(given), contents, rule is not None
         bound = self._bound[row.program] = BoundStep(live, batch, *known, places, self._era, reads)
         while len(self._bound) > 1 and self._bytes() > MOST_BYTES:
             del self._bound[next(iter(self._bound))]
@@ -220,13 +235,9 @@ class BoundSteps:
         program: Program,
         step: int,
         batch: list[str],
-        outside: Mapping[str, Tensor],
+        contents: Mapping[str, Tensor],
         rule: RowsOf | None,
     ) -> LiveProgram | None:
-        contents = {
-            name: tensor.to("cpu" if program.storages[name].host else self._device, copy=True)
-            for name, tensor in outside.items()
-        }
         rows = {} if rule is None else dict(zip("xy", rule(step), strict=True))
         rows = {name: rows[name] for name in batch if name in rows}
         fixed = rows if rule is not None and rule.is_fixed else {}

@@ -1,0 +1,136 @@
+"""Steady optimizer: the step of one of torch's optimizers as operators, while its settings stay.
+
+Torch's class computes in Python which operators to call. Where it reads no number from a tensor, that
+depends on settings and shapes alone: once it was seen, the operators are called directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from everystep.program.calls import Call, prebuilt_calls
+from everystep.program.operator_mode import OperatorMode
+from everystep.program.operators import computes, draws_random_numbers, leaves, writes
+from everystep.program.optimizers import BoundOptimizer, OptimizerOperator
+
+__all__ = ["SteadyOptimizer"]
+
+#: Steps with the same settings, before operators are called directly: a schedule sets others each time.
+SAME_BEFORE = 3
+#: Bytes that the results of its operators may take. With larger tensors, Python takes little of a step.
+MOST_BYTES = 4_000_000
+
+
+class SteadyOptimizer:
+    """An optimizer of a program, on fixed tensors.
+
+    Args:
+        operator: its class.
+        arguments: as of `BoundOptimizer`.
+        settings: by key and param group, which may be exchanged before any step.
+    """
+
+    def __init__(
+        self, operator: OptimizerOperator, arguments: Sequence[Any], settings: Mapping[str, Any]
+    ) -> None:
+        self._optimizer = BoundOptimizer(operator, *arguments)
+        self._settings = settings
+        self._known = ""
+        self._same = 0
+        self._is_steady = True
+        self._calls: list[Call] | None = None
+
+    def settle(self) -> None:
+        """Note that settings may have been exchanged."""
+        now = repr([[_shown(value) for value in each] for each in self._settings.values()])
+        if now != self._known:
+            self._known, self._same, self._calls = now, 0, None
+
+    def __call__(self) -> None:
+        """Take a step; call this below autograd."""
+        if self._calls is not None:
+            for call in self._calls:
+                call()
+            return
+        self._same += 1
+        if self._same <= SAME_BEFORE or not self._is_steady:
+            self._optimizer.step(self._settings)
+            return
+        seen = _Seen()
+        kept = self._optimizer.kept()
+        with seen:
+            self._optimizer.step(self._settings)
+        is_kept = [*map(id, kept)] == [*map(id, self._optimizer.kept())]
+        given = {t.untyped_storage().data_ptr() for t in (*kept, *self._optimizer.given())}
+        self._calls = seen.calls(given) if is_kept else None
+        self._is_steady = self._calls is not None
+
+
+class _Seen(OperatorMode):  # type: ignore[no-untyped-call]
+    """Sees the operators that are called, and keeps their arguments and results: no memory is reused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # A list of arguments may be changed after the call.
+        self._operations.append((func, _held(args), dict(kwargs or {}), result))
+        return result
+
+    def calls(self, given: set[int]) -> list[Call] | None:
+        """Return what repeats the operators on the same memory; None if something else may differ.
+
+        given: the memory of the tensors of the optimizer, which the operators may write.
+        """
+        made: set[int] = set()
+        found: list[Call] = []
+        size = 0
+        for operator, arguments, keywords, result in self._operations:
+            results = [*leaves(result)]
+            if (not results and operator._schema.returns) or draws_random_numbers(operator):
+                return None  # it gave a number to Python
+            named = dict(zip((a.name for a in operator._schema.arguments), arguments, strict=False))
+            written = [
+                t for n, v in (named | keywords).items() if n in writes(operator) for t in leaves(v)
+            ]
+            if not {_place(tensor) for tensor in written} <= given | made:
+                return None  # a constant, which the next step finds changed
+            if not computes(operator):
+                made |= {_place(t) for t in results} if _is_memory(operator) else set()
+                continue
+            if not written:
+                read = {_place(t) for t in leaves([*arguments, *keywords.values()])}
+                own = {_place(tensor) for tensor in results}
+                if not own.isdisjoint(read):
+                    return None
+                made |= own
+                size += sum(tensor.nbytes for tensor in results)
+            if size > MOST_BYTES:
+                return None
+            found += prebuilt_calls(operator, [*arguments], dict(keywords), results)
+        return found
+
+
+def _held(value: Any) -> Any:
+    return type(value)(map(_held, value)) if type(value) in (list, tuple) else value
+
+
+def _shown(value: Any) -> Any:
+    """Return a setting, or which tensor it is: operators read its number themselves."""
+    return id(value) if isinstance(value, Tensor) else value
+
+
+def _is_memory(operator: Any) -> bool:
+    name: str = operator.overloadpacket.__name__
+    return name.startswith(("empty", "new_empty"))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
