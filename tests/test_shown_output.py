@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ BLOCK = re.compile(
 )
 #: Stands for lines that a page leaves out.
 OMITTED = re.compile(r"^\.\.\.\n", re.MULTILINE)
-
-
-def run(script: str, directory: Path) -> None:
-    command = [sys.executable, "-X", "utf8", script]
-    done = subprocess.run(command, cwd=directory, capture_output=True, encoding="utf-8", timeout=240)
-    assert done.returncode == 0, done.stderr
 
 
 def assert_prints(printed: str, shown: str) -> None:
@@ -62,7 +55,7 @@ def test_the_commands_print_what_is_shown(
     for varies, language, content in blocks:
         if language == "python":
             (tmp_path / "story.py").write_text(content, encoding="utf-8")
-            run("story.py", tmp_path)
+            runpy.run_path("story.py", run_name="__main__")
             continue
         for command in re.split(r"^\$ ", content, flags=re.MULTILINE)[1:]:
             line, _, shown = command.partition("\n")

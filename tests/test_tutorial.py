@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,19 +29,6 @@ def blocks() -> list[tuple[str, str]]:
     return fenced.findall(TUTORIAL.read_text(encoding="utf-8"))
 
 
-def execute(arguments: list[str], directory: Path) -> str:
-    """Run this Python in a directory, check that it succeeds, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-X", "utf8", *arguments],
-        cwd=directory,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def assert_same_output(printed: str, shown: str) -> None:
     """Text and whole numbers must be equal; other numbers may differ as processors do."""
     context = f"printed:\n{printed}\nthe tutorial shows:\n{shown}"
@@ -57,7 +43,7 @@ def assert_same_output(printed: str, shown: str) -> None:
         assert got == expected if whole else near, f"{got} is not {expected}; {context}"
 
 
-def test_python_prints_what_is_shown_and_gives_the_published_losses(tmp_path: Path) -> None:
+def test_python_prints_what_is_shown_and_gives_the_published_losses(tmp_path: Path, capfd) -> None:
     every = blocks()
     code = [content for language, content in every if language == "python"]
     ends = f"\nprint({END_OF_BLOCK!r})\n"
@@ -65,7 +51,8 @@ def test_python_prints_what_is_shown_and_gives_the_published_losses(tmp_path: Pa
     script = tmp_path / "tutorial.py"
     script.write_text(ends.join([*code, keep]), encoding="utf-8")
 
-    printed = execute([script.name], tmp_path).split(f"{END_OF_BLOCK}\n")[:-1]
+    runpy.run_path(script.name, run_name="__main__")
+    printed = capfd.readouterr().out.split(f"{END_OF_BLOCK}\n")[:-1]
 
     following = [after for (language, _), after in pairwise([*every, ("", "")]) if language == "python"]
     assert len(printed) == len(following)
@@ -136,5 +123,5 @@ def test_the_python_of_the_readme_and_of_the_reference_runs(page, before, count,
     text = (Path(__file__).parent.parent / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == count
-    command = [sys.executable, "-c", "\n".join([before, *blocks])]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "page.py").write_text("\n".join([before, *blocks]), encoding="utf-8")
+    runpy.run_path("page.py", run_name="__main__")

@@ -35,9 +35,9 @@ def page(shelf):
     return Application(shelf)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A server of a directory that begins empty."""
+    """A server of a directory that begins empty; each test has runs of its own there."""
     directory = tmp_path_factory.mktemp("served") / "runs"
     directory.mkdir()
     with served(directory) as server:

@@ -256,6 +256,6 @@ def test_what_an_operation_writes_is_in_the_order_of_its_arguments_in_every_proc
             text=True,
             check=True,
         ).stdout
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")  # with which a set of both names has either order
     }
     assert found == {"mean variance\n"}

@@ -19,7 +19,7 @@ EAGER = {
     "CTCLoss": "shape that depends on values",
     "CTCLoss-5": "shape that depends on values",
 }
-STEPS = 50
+STEPS = 20
 
 CASES = module_cases()
 

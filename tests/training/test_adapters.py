@@ -12,7 +12,6 @@ import torch
 import transformers
 from tests.training.by_hand import bits
 from tests.training.loops import unrecorded
-from tests.training.test_record import REPLAY
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -26,14 +25,30 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 36
 
 
-def replayed(run):
-    """Return what a process that knows nothing of the training makes of a run."""
-    output = subprocess.run(
-        [sys.executable, "-c", REPLAY, str(run.directory)], capture_output=True, text=True, check=False
-    )
-    assert output.returncode == 0, output.stderr
-    (found,) = json.loads(output.stdout).values()
-    return found
+#: Takes directories of runs from stdin, a line each.
+REPLAY = """
+import json, sys
+import everystep
+for line in sys.stdin:
+    found = everystep.open(line.strip()).verify(processes=1, progress=False)
+    print(json.dumps([found.is_exact, str(found)]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def replays():
+    """Assert that a run replays exactly in a process that knows nothing of any training."""
+    command = [sys.executable, "-c", REPLAY]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def replays(run):
+            process.stdin.write(f"{run.directory.resolve()}\n")
+            process.stdin.flush()
+            is_exact, text = json.loads(process.stdout.readline())
+            assert is_exact, text
+
+        yield replays
+        process.stdin.close()
 
 
 class Classifier(pl.LightningModule):
@@ -63,7 +78,7 @@ class Classifier(pl.LightningModule):
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}])
-def test_lightning(tmp_path, monkeypatch, options):
+def test_lightning(tmp_path, monkeypatch, replays, options):
     monkeypatch.chdir(tmp_path)
 
     def fit(*callbacks):
@@ -90,8 +105,7 @@ def test_lightning(tmp_path, monkeypatch, options):
     assert model.losses == expected.losses
     assert run.losses["loss"].to_list() == model.losses
     assert [bits(p) for p in model.parameters()] == [bits(p) for p in expected.parameters()]
-    found = replayed(run)
-    assert found["exact"], found["text"]
+    replays(run)
     assert (len(run), run.status) == (len(model.losses), "finished")
     assert run[-1].batch.x.shape == (16, 8)
 
@@ -117,7 +131,9 @@ def test_lightning_that_fails_closes_its_run(tmp_path, monkeypatch):
     assert (len(callback.run), callback.run.status) == (5, "failed")
 
 
-def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(tmp_path, monkeypatch):
+def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(
+    tmp_path, monkeypatch, replays
+):
     monkeypatch.chdir(tmp_path)
 
     def fit(steps, checkpoint=None):
@@ -135,8 +151,7 @@ def test_a_fit_that_goes_on_from_its_checkpoint_is_a_new_run_that_replays(tmp_pa
     whole, first = fit(18), fit(12)
     second = fit(18, tmp_path / "last.ckpt")
     assert (len(first), len(second), second.directory) == (12, 6, Path("runs/loop-3"))
-    found = replayed(second)
-    assert found["exact"], found["text"]
+    replays(second)
     for name, tensor in whole.parameters(0).items():
         assert second.parameters(0)[name].shape == tensor.shape
 
@@ -170,7 +185,7 @@ def bert():
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_hugging_face_trainer(tmp_path, accumulated):
+def test_hugging_face_trainer(tmp_path, replays, accumulated):
     torch.manual_seed(0)
     start = bert()
 
@@ -201,8 +216,7 @@ def test_hugging_face_trainer(tmp_path, accumulated):
     model = trained(callback)
     run = callback.run
     assert [bits(p) for p in model.parameters()] == [bits(p) for p in expected.parameters()]
-    found = replayed(run)
-    assert found["exact"], found["text"]
+    replays(run)
     assert (len(run), run.status) == (STEPS // accumulated, "finished")
     batch = run[2].batch
     assert batch["input_ids"].shape == (4, 10)
@@ -210,7 +224,7 @@ def test_hugging_face_trainer(tmp_path, accumulated):
     assert run.losses["loss"][-1] < run.losses["loss"][0]
 
 
-def test_a_loop_of_hugging_face_bert_with_dict_batches(tmp_path):
+def test_a_loop_of_hugging_face_bert_with_dict_batches(tmp_path, replays):
     def trained(record):
         torch.manual_seed(0)
         model = bert()
@@ -228,5 +242,4 @@ def test_a_loop_of_hugging_face_bert_with_dict_batches(tmp_path):
 
     expected = trained(unrecorded)
     assert trained(lambda **parts: everystep.record(run=tmp_path / "bert", **parts)) == expected
-    found = replayed(everystep.open(tmp_path / "bert"))
-    assert found["exact"], found["text"]
+    replays(everystep.open(tmp_path / "bert"))
