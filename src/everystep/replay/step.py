@@ -120,9 +120,10 @@ class Step:
     dropped: gradients of the previous step, which zero_grad drops; gradients: by parameter, as the
     backward pass left them (clipping them is the first part of the update); updates: by
     parameter; operations: in order, with inputs and results; hyperparameters: the lr and similar
-    settings, `lr[1]` for the second param group; epoch: from 0; places: the memory that the names of its tensors mean; state, end: every tensor of the state before
-    the step, and after it, by its name in the run (`optimizer/0.weight/exp_avg`); earlier: opens another
-    step of the run; to_html: writes it as a notebook shows it; why_text: writes an answer of `why`.
+    settings, `lr[1]` for the second param group; epoch: from 0; places: the memory that the names of its
+    tensors mean; state, end: every tensor of the state before the step, and after it, by its name in the
+    run (`optimizer/0.weight/exp_avg`); earlier: opens another step of the run; to_html: writes it as a
+    notebook shows it; why_text: writes an answer of `why`.
     """
 
     number: int
