@@ -10,7 +10,9 @@ import shutil
 import signal
 import sys
 import threading
+from contextlib import ExitStack, chdir, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -101,6 +103,25 @@ def a_cache_of_its_own(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def kept_processes():
+    """Let one process after another rerun in the same environment: starting one takes seconds."""
+    module = import_module("everystep.replay.rerun.rerun")
+    kept, real = {}, module.other_process
+
+    @contextmanager
+    def known(place, environment):
+        key = place.interpreter, *environment.items()
+        if key not in kept:
+            with chdir(Path(__file__).parent):  # that of the test will be removed
+                kept[key] = ends.enter_context(real(place, environment))
+        yield kept[key]
+
+    with ExitStack() as ends, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "other_process", known)
+        yield
 
 
 def descent(parameters):

@@ -476,8 +476,8 @@ def test_an_answer_that_nobody_receives_is_no_success(everystep_command):
         os.close(ours)
         assert run_with(reader, *arguments) == (141, ""), arguments
         os.close(reader)
-        closed = "everystep: the output cannot be written: stdout is closed\n"
-        assert run_with(None, *arguments, shell=">&-") == (1, closed), arguments
+    closed = "everystep: the output cannot be written: stdout is closed\n"
+    assert run_with(None, "losses", "run", shell=">&-") == (1, closed)
     assert run_with(subprocess.DEVNULL, "verify", "run", shell="2>&- <&-") == (0, "")
 
 

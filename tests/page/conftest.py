@@ -1,5 +1,7 @@
 """A state directory, runs and servers of the tests' own."""
 
+from contextlib import ExitStack, chdir
+
 import pytest
 from tests.page.serving import Application, served, written
 
@@ -40,6 +42,8 @@ def server(tmp_path_factory):
     """A server of a directory that begins empty; each test has runs of its own there."""
     directory = tmp_path_factory.mktemp("served") / "runs"
     directory.mkdir()
-    with served(directory) as server:
+    with ExitStack() as stack:
+        with chdir(directory):  # that of the test will be removed
+            server = stack.enter_context(served(directory))
         server.directory = directory
         yield server

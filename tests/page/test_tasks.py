@@ -192,6 +192,7 @@ def test_what_if_ranks_trainings_without_rows(runs):
     assert "cannot end at step 20" in wrong["error"]["error"]
 
 
+@pytest.mark.usefixtures("kept_processes")
 def test_a_rerun_says_where_a_run_parts(runs):
     async def use(client, _):
         bodies = {"precision": "float64"}, {"precision": "float16"}, {"python": "/bin/true"}

@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -17,6 +15,8 @@ import everystep
 from everystep.errors import ExperimentError, RunError, TrainingError, UsageError
 from everystep.replay.rerun import Place
 from everystep.views.rerun import rerun_data, rerun_sentence
+
+pytestmark = pytest.mark.usefixtures("kept_processes")
 
 STEPS = 30
 #: The chapter's loop, with nothing of everystep; prints its losses as hexadecimal numbers.
@@ -36,24 +36,6 @@ for step in range(int(sys.argv[1])):
             parameter.copy_(parameter - parameter.grad * 1e-4)
     print(loss.item().hex())
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process_for_each_environment():
-    """Let one process after another rerun in the same environment: starting one takes seconds."""
-    module = import_module("everystep.replay.rerun.rerun")
-    kept, real = {}, module.other_process
-
-    @contextmanager
-    def known(place, environment):
-        key = place.interpreter, *environment.items()
-        if key not in kept:
-            kept[key] = ends.enter_context(real(place, environment))
-        yield kept[key]
-
-    with ExitStack() as ends, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "other_process", known)
-        yield
 
 
 @pytest.fixture(scope="module")

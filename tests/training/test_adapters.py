@@ -36,10 +36,11 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def replays():
+def replays(tmp_path_factory):
     """Assert that a run replays exactly in a process that knows nothing of any training."""
     command = [sys.executable, "-c", REPLAY]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path_factory.mktemp("replays"), **pipes) as process:
 
         def replays(run):
             process.stdin.write(f"{run.directory.resolve()}\n")
