@@ -114,7 +114,7 @@ def test_a_layer_that_a_metric_freezes_and_unfreezes_replays():
     calls = iter([freezes, unfreezes])
     metrics = {"mine": lambda p, t: next(calls, lambda made: None)(made) or 0.0}
     run = by_train(made, steps=STEPS, metrics=metrics, evaluate_every=10)
-    assert {rule.since for rule in run.facts.training.engine.programs} == {1, 11, 21}
+    assert run.facts.training.engine.reason is None
     opened = verified(run)
     assert bits(opened[15].updates["0.weight"].after) == bits(opened[15].updates["0.weight"].before)
     assert bits(opened[25].updates["0.weight"].after) != bits(opened[25].updates["0.weight"].before)

@@ -48,7 +48,7 @@ def test_answers_are_shown_in_a_line(run):
     assert repr(measured).startswith("<measured twice: 20 values, 1257 at step 1, ")
     assert repr(run.diff(run, progress=False)).endswith(": all that was compared is the same>")
     fork = run.fork(5, lr=1e-3, progress=False)
-    assert "they diverge in step 6 at operation #11, aten.mul.Tensor" in repr(
+    assert "they diverge in step 6 at operation #12, aten.mul.Tensor" in repr(
         run.diff(fork, progress=False)
     )
 

@@ -142,34 +142,44 @@ def _optimizers() -> Iterator[Kind]:
             2,
             "aten._foreach_mul_.Scalar",
         ),
-        (Adam, {}, "lr", (0.05, 0.06), 1, "torch.optim.Adam"),
-        (Adam, {}, "betas", ((0.9, 0.999), (0.8, 0.999)), 1, "torch.optim.Adam"),
-        (Adam, {}, "betas", ((0.9, 0.999), (0.9, 0.99)), 1, "torch.optim.Adam"),
-        (Adam, {}, "eps", (1e-8, 1e-7), 1, "torch.optim.Adam"),
-        (Adam, {}, "weight_decay", (0, 0.1), 1, "torch.optim.Adam"),
-        (Adam, {"fused": True}, "eps", (1e-8, 1e-7), 1, "aten._fused_adam_.tensor_lr"),
-        (Adam, {"fused": True}, "lr", (0.01, 0.02), 1, "aten._fused_adam_.tensor_lr"),
-        (AdamW, {}, "eps", (1e-8, 1.1e-8), 1, "torch.optim.AdamW"),
-        (AdamW, {}, "weight_decay", (0.01, 0.02), 1, "torch.optim.AdamW"),
-        (AdamW, {"fused": True}, "weight_decay", (0.01, 0.02), 1, "aten._fused_adamw_.tensor_lr"),
+        (Adam, {}, "lr", (0.05, 0.06), 1, "aten.addcdiv_.default"),
+        (Adam, {}, "betas", ((0.9, 0.999), (0.8, 0.999)), 1, "aten.lerp_.Scalar"),
+        (Adam, {}, "betas", ((0.9, 0.999), (0.9, 0.99)), 1, "aten.addcmul_.default"),
+        (Adam, {}, "eps", (1e-8, 1e-7), 1, "aten.add_.Tensor"),
+        (Adam, {}, "weight_decay", (0, 0.1), 1, "aten.lerp_.Scalar"),
+        (Adam, {"fused": True}, "eps", (1e-8, 1e-7), 1, "aten._fused_adam_.default"),
+        (Adam, {"fused": True}, "lr", (0.01, 0.02), 1, "aten._fused_adam_.default"),
+        (AdamW, {}, "eps", (1e-8, 1.1e-8), 1, "aten.add_.Tensor"),
+        (AdamW, {}, "weight_decay", (0.01, 0.02), 1, "aten.mul_.Tensor"),
+        (AdamW, {"fused": True}, "weight_decay", (0.01, 0.02), 1, "aten._fused_adamw_.default"),
         (RMSprop, {}, "alpha", (0.99, 0.9), 1, "aten.addcmul_.default"),
         (RMSprop, {}, "centered", (False, True), 1, "aten.zeros.default"),
         (SGD, {"momentum": 0.9}, "foreach", (False, True), 1, "aten.add_.Tensor"),
-        (Adam, {}, "fused", (None, True), 1, "torch.optim.Adam"),
-        (Adagrad, {}, "lr_decay", (0, 0.1), 2, "torch.optim.Adagrad"),
-        (Adamax, {}, "eps", (1e-8, 1e-3), 1, "torch.optim.Adamax"),
-        (NAdam, {}, "momentum_decay", (0.004, 0.01), 1, "torch.optim.NAdam"),
-        (RAdam, {}, "eps", (1e-8, 1e-3), 6, "torch.optim.RAdam"),
+        (Adam, {}, "fused", (None, True), 1, "aten.zeros_like.default"),
+        (Adagrad, {}, "lr_decay", (0, 0.1), 2, "aten.addcdiv_.default"),
+        (Adamax, {}, "eps", (1e-8, 1e-3), 1, "aten.add_.Tensor"),
+        (NAdam, {}, "momentum_decay", (0.004, 0.01), 1, "aten.addcdiv_.default"),
+        (RAdam, {}, "eps", (1e-8, 1e-3), 6, "aten.add_.Tensor"),
         (Rprop, {}, "etas", ((0.5, 1.2), (0.5, 1.3)), 2, "aten.index_put_.default"),
-        (ASGD, {}, "lambd", (1e-4, 1e-2), 1, "torch.optim.ASGD"),
+        (ASGD, {}, "lambd", (1e-4, 1e-2), 1, "aten.mul_.Tensor"),
         (Adadelta, {}, "rho", (0.9, 0.8), 1, "aten.addcmul_.default"),
         (Strong, {}, "strength", (0.01, 0.02), 1, "aten.sub_.Tensor"),
     )
     for make, common, setting, pair, step, operator in rows:
         one, other = (Training(optimizer=_optimizer(make, common | {setting: value})) for value in pair)
         shown = f"{pair[0]!r} | {pair[1]!r}"
-        cause = f"{make.__name__}: {setting} {shown}"
-        yield Kind(f"{make.__name__} {setting}, {shown}", one, other, step, update(operator), (cause,))
+        causes = (f"{make.__name__}: {setting} {shown}", *COMPUTED.get((make, setting), ()))
+        yield Kind(f"{make.__name__} {setting}, {shown}", one, other, step, update(operator), causes)
+
+
+#: Numbers that an optimizer computes from a setting, which are named as well.
+COMPUTED: dict[Any, tuple[str, ...]] = {
+    (Adam, "lr"): ("value of aten.addcdiv_ ...",),
+    (AdamW, "weight_decay"): ("other of aten.mul_ ...",),
+    (Adagrad, "lr_decay"): ("value of aten.addcdiv_ ...",),
+    (NAdam, "momentum_decay"): ("value of aten.addcdiv_ ...",),
+    (ASGD, "lambd"): ("other of aten.mul_ ...",),
+}
 
 
 def _optimizer(
@@ -242,28 +252,22 @@ def _schedules() -> Iterator[Kind]:
         for base in (0.85, 0.8)
     )
     # The schedule writes it into the optimizer.
-    causes = "SGD: base_momentum 0.85 | 0.8", "SGD: momentum ..."
-    yield Kind("base_momentum of OneCycleLR", one, other, 2, update("torch.optim.SGD"), causes)
+    causes = ("SGD: momentum ...",)
+    yield Kind("base_momentum of OneCycleLR", one, other, 2, update("aten.mul_.Tensor"), causes)
     one, other = (
         Training(optimizer=partial(Adagrad, lr=0.01, initial_accumulator_value=value))
         for value in (0, 0.1)
     )
-    both = (
-        "Adagrad: initial_accumulator_value 0 | 0.1",
-        *(
-            f"sum of {name} of state 0: {count} of {count} numbers, by at most 0.1 (1 of the largest)"
-            for name, count in (("0.weight", 32), ("0.bias", 8), ("2.weight", 24), ("2.bias", 3))
-        ),
-    )
-    yield Kind("Adagrad initial_accumulator_value", one, other, 1, update("torch.optim.Adagrad"), both)
+    cause = "sum of 0.weight of state 0: 32 of 32 numbers, by at most 0.1 (1 of the largest)"
+    place = update("aten.addcmul_.default")
+    yield Kind("Adagrad initial_accumulator_value", one, other, 1, place, (cause,))
     for fused in (False, True):
         one, other = (
             Training(optimizer=partial(Adam, lr=torch.tensor(lr), fused=fused)) for lr in (0.01, 0.02)
         )
-        place = update("aten._fused_adam_.tensor_lr" if fused else "torch.optim.Adam")
-        yield Kind(
-            f"an lr that is a tensor, fused {fused}", one, other, 1, place, ("Adam: lr 0.01 | 0.02",)
-        )
+        place = update("aten._fused_adam_.tensor_lr" if fused else "aten.addcdiv_.default")
+        causes = "Adam: lr 0.01 | 0.02", *(() if fused else COMPUTED[Adam, "lr"])
+        yield Kind(f"an lr that is a tensor, fused {fused}", one, other, 1, place, causes)
     yield Kind(
         "a schedule or none",
         Training(),

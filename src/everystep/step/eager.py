@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
+from everystep.program.operation import Phase
 from everystep.step.hyperparameters import hyperparameters
 from everystep.step.named_state import first_names, named_state, parameter_names
 from everystep.step.state import State
@@ -97,7 +98,13 @@ class EagerStep:
         self.training = training
         self.advance = _advancing(training)
 
-    def take(self, x: Tensor, y: Tensor, log: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
+    def take(
+        self,
+        x: Tensor,
+        y: Tensor,
+        log: Callable[[Tensor], None] = lambda loss: None,
+        enter: Callable[[Phase], None] = lambda phase: None,
+    ) -> Tensor:
         """Run a step on a batch: forward, loss, zero the gradients, backward, clip, update.
 
         Returns a copy of the loss, still on the device. The schedule is left to the caller.
@@ -105,18 +112,24 @@ class EagerStep:
         Args:
             x, y: the batch.
             log: called with the loss itself before the gradients are zeroed.
+            enter: called with each phase as it begins.
 
         Raises:
             ExperimentError: the loss is not one number.
             ModelError: the loss does not depend on any parameter.
         """
-        loss = self.training.loss(self.training.model(x), y)
+        prediction = self.training.model(x)
+        enter("loss")
+        loss = self.training.loss(prediction, y)
         check_loss_value(loss)
         with torch._C._DisableTorchDispatch():  # not an operation of the step
             value = loss.detach().clone()  # it may be a view of what the update changes
         log(loss)
+        enter("zero_grad")
         self.zero_grad()
+        enter("backward")
         loss.backward()  # type: ignore[no-untyped-call]
+        enter("update")
         self.clip()
         self.update()
         return value

@@ -42,7 +42,7 @@ def scripted_fault(name: str, module: nn.Module) -> Fault | None:
 class Follower:
     """Follows the thread that makes it, from `begin` to `finish`.
 
-    where: the innermost module and optimizer that run.
+    where: the innermost module and optimizer that run, and the phase of what runs outside of them.
 
     Args:
         modules: paths of modules, by id.
@@ -73,6 +73,7 @@ class Follower:
         self._nodes: list[int] = [0]
         self._hooks: list[Any] = []
         self.where: tuple[Any, ...] = ()
+        self._phase: Phase | None = None
 
     def begin(self) -> None:
         """Register the hooks."""
@@ -92,10 +93,15 @@ class Follower:
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
         self._open, self._optimizer, self._modules, self._nodes = [], [], [], []
+        self.enter(None)
+
+    def enter(self, phase: Phase | None) -> None:
+        """Begin a phase, where the step is known; None: it is found out."""
+        self._phase = phase
         self._moved()
 
     def _moved(self) -> None:
-        self.where = (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:])
+        self.where = (*self._open[-1:], len(self._optimizer), *self._optimizer[-1:], self._phase)
         self._modules.append(self._open[-1] if self._open else None)
         self._nodes.append(_next_node())
 
@@ -117,6 +123,8 @@ class Follower:
             return "forward", module or None
         if self._optimizer:
             return "update", self._optimizer[-1]
+        if self._phase is not None:
+            return self._phase, None
         if is_zeroing:
             return "zero_grad", None
         return ("loss" if torch.is_grad_enabled() else "other"), None

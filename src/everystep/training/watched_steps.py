@@ -141,7 +141,8 @@ class WatchedSteps:
             watch.add_batch({"x": x, "y": y})
             self._under_way = watch
             try:
-                loss = self._eager.take(x, y, self._log)
+                loss = self._eager.take(x, y, self._log, follower.enter)
+                follower.enter("other")
                 if self._eager.advance is not None:
                     self._eager.advance(number)
             finally:
