@@ -107,7 +107,8 @@ class BoundStep:
             batch = {name: found.get(f"{BATCH}{name}") for name in self.batch}
             if not _fit(batch, self.live):
                 return False
-            self.live.load({name: tensor for name, tensor in batch.items() if tensor is not None})
+            specs = self.live.program.tensors
+            self.live.load({n: _laid_as(t, specs[n]) for n, t in batch.items() if t is not None})
         self.inputs = row.inputs
         return True
 
@@ -302,6 +303,16 @@ def _can_be_bound(program: Program, batch: Sequence[str], outside: Collection[st
 def _outside(given: Inputs) -> dict[str, Given]:
     """Return the inputs that do not belong to the batch."""
     return {name: each for name, each in given.given.items() if name.startswith(INPUT)}
+
+
+def _laid_as(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """Return a tensor with the strides that a program expects, zeros between its numbers."""
+    if tensor.stride() == spec.stride:
+        return tensor
+    laid = torch.empty_strided(spec.shape, spec.stride, dtype=tensor.dtype, device=tensor.device)
+    laid.untyped_storage().fill_(0)  # type: ignore[no-untyped-call]
+    copy_into(laid, tensor)
+    return laid
 
 
 def _fit(batch: Mapping[str, Tensor | None], live: LiveProgram) -> bool:

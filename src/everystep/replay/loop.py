@@ -253,7 +253,10 @@ class LoopStepper(ReplayStepper):
 
     def can_watch(self, number: int) -> bool:
         """Tell whether a hook can observe the next step: a program that is bound runs it."""
-        return self._begin(number, number + BLOCK) is not None
+        try:
+            return self._begin(number, number + BLOCK) is not None
+        except RunError:  # which running the step reports
+            return False
 
     def _advance(self, last: int, hook: Hook | None = None) -> Tensor:
         """Run steps; if one fails after others, return the losses of these: the next call raises."""
