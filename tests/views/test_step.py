@@ -53,7 +53,7 @@ CHAPTER = """\
 two-layer-1, step 137 of 137
 
 loss      SHORT, in full LOSS
-replayed  bit-identical, by program
+replayed  bit-identical, without your code
 
 batch     all 64 rows, in order
   x  float32  64{by}1,000
@@ -199,7 +199,7 @@ def test_a_step_that_diverged_says_so(small, opened):
 
     step, facts = opened(*small, 3)
     page = step_text(replace(step, diverged_at=2, recorded_loss=1.5), facts)
-    assert "NOT bit-identical, by program: replayed loss" in page.plain
+    assert "NOT bit-identical, without your code: replayed loss" in page.plain
     assert "recorded 1.5\n" in page.plain and "steps from 2 on differ from the recording" in page.plain
     assert any(span.style == "yellow" for span in page.spans)
 

@@ -52,19 +52,20 @@ def phase_names() -> list[str]:
 
 
 def operation_numbers(ctx: typer.Context) -> list[tuple[str, str]]:
-    """Return the operations of a step, if all steps of the run have the same program.
+    """Return the operations of a step, except those of an optimizer, which opening it finds out.
 
     Each with its operator, which zsh and fish show.
     """
+    from everystep.recording.files import program_file
     from everystep.recording.finding import find_run
     from everystep.recording.run import RecordedRun
 
     try:
-        run = RecordedRun(find_run(_arguments(ctx, "run")[0]))
-        programs = [file.name for file in run.files() if file.name.endswith(".json")]
-        if len(programs) != 1:
-            return []
-        operations = json.loads(run.read_file(programs[0]))["operations"]
+        name, step, *_ = _arguments(ctx, "run")
+        run = RecordedRun(find_run(name))
+        (row,) = run.repeats(int(step), int(step))
+        operations = json.loads(run.read_file(program_file(row.program or 0)))["operations"]
+        operations = [each for each in operations if not each["operator"].startswith("optim.")]
         return [(str(number), each["operator"]) for number, each in enumerate(operations)]
     except (RunError, ValueError, LookupError, TypeError):
         return []

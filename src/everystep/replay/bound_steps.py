@@ -310,7 +310,7 @@ def _laid_as(tensor: Tensor, spec: TensorSpec) -> Tensor:
     if tensor.stride() == spec.stride:
         return tensor
     laid = torch.empty_strided(spec.shape, spec.stride, dtype=tensor.dtype, device=tensor.device)
-    laid.untyped_storage().fill_(0)  # type: ignore[no-untyped-call]
+    torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(laid.untyped_storage()).zero_()
     copy_into(laid, tensor)
     return laid
 

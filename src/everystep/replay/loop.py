@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -255,7 +255,7 @@ class LoopStepper(ReplayStepper):
         """Tell whether a hook can observe the next step: a program that is bound runs it."""
         try:
             return self._begin(number, number + BLOCK) is not None
-        except RunError:  # which running the step reports
+        except NotReplayedError:  # which running the step reports
             return False
 
     def _advance(self, last: int, hook: Hook | None = None) -> Tensor:
@@ -270,10 +270,10 @@ class LoopStepper(ReplayStepper):
                 if hook is None and self.state < last:
                     self._read_inputs(self.state + 1, last)
                     losses.append(self._take(self.state + 1))
-        except RunError as error:
-            self._failed = self.state + 1, NotReplayedError(str(error))
+        except NotReplayedError as error:
+            self._failed = self.state + 1, error
             if not losses:
-                raise self._failed[1] from None
+                raise
         return torch.tensor(losses, dtype=torch.float64)
 
     def _raise_failed(self, number: int) -> None:
@@ -371,12 +371,6 @@ class LoopStepper(ReplayStepper):
         """
         assert self.state is not None
         number = self.state + 1
-        try:
-            return self._observe(number)
-        except RunError as error:
-            raise NotReplayedError(str(error)) from None
-
-    def _observe(self, number: int) -> Observation:
         self.settle()
         row = self._row(number)
         plain = self._program(row)
@@ -565,33 +559,37 @@ class LoopStepper(ReplayStepper):
                 self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
         row = self._rows.get(number)
         if row is None:
-            raise RunError(f"{self._run.name} has no record of step {number}: the database was changed")
+            raise NotReplayedError(
+                f"{self._run.name} has no record of step {number}: the database was changed"
+            )
         return row
 
     def _numbers(self, row: Repeat) -> list[int | float]:
         found = unpacked(row.numbers, f"step {row.step} of {self._run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
-            raise RunError(
+            raise NotReplayedError(
                 f"step {row.step} of {self._run.name} has invalid numbers: the database was changed"
             )
         return found
 
     def _program(self, row: Repeat) -> PlainProgram:
         if row.program is None:
-            raise RunError(
+            raise NotReplayedError(
                 f"step {row.step} of {self._run.name} cannot be replayed: it did something that a "
                 "program cannot hold, as a notice reported when it was recorded"
             )
         if row.program not in self._programs:
-            program = self._recorded[row.program] = read_program(self._run, row.program)
+            with _as_not_replayed():
+                program = self._recorded[row.program] = read_program(self._run, row.program)
             if self._conversion is not None:
                 program = self._conversion.program(program)
             self._programs[row.program] = PlainProgram(program, self._device)
         return self._programs[row.program]
 
     def _inputs(self, row: Repeat) -> _Inputs:
-        inputs = self._stored.given(row)
-        tensors = self._stored.tensors(row)
+        with _as_not_replayed():
+            inputs = self._stored.given(row)
+            tensors = self._stored.tensors(row)
         if self._rule is not None and "batch/x" not in tensors:
             rows = zip("xy", self._rule(row.step), strict=True)
             tensors |= {f"batch/{name}": copy_on_cpu(part) for name, part in rows}
@@ -609,6 +607,15 @@ class LoopStepper(ReplayStepper):
         cast = conversion.contents(self._recorded[program], others)
         tensors = {name: conversion.tensor(name, tensor) for name, tensor in inputs.items()}
         return tensors | {prefix + name: content for name, content in cast.items()}
+
+
+@contextmanager
+def _as_not_replayed() -> Iterator[None]:
+    """Report that something of the run cannot be read as what keeps a step from being replayed."""
+    try:
+        yield
+    except RunError as error:
+        raise NotReplayedError(str(error)) from None
 
 
 def _run(

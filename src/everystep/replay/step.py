@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from everystep.replay.rows import Rows
     from everystep.replay.why import Why
 
-__all__ = ["Batch", "Hook", "ReplayStepper", "Segment", "Statistics", "Step", "Update", "statistics"]
+__all__ = [
+    "Batch",
+    "Hook",
+    "NotReplayedError",
+    "ReplayStepper",
+    "Segment",
+    "Statistics",
+    "Step",
+    "Update",
+    "statistics",
+]
 
 
 @dataclass(frozen=True)

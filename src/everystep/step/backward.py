@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, 
 from everystep.step.entries import Entry
 from everystep.step.graph import Graph, graph_of, leaves_if_other
 from everystep.step.hooks import handles
+from everystep.step.replaced import run_engine
 
 if TYPE_CHECKING:
     from everystep.step.cursor import Cursor
@@ -21,55 +21,40 @@ __all__ = ["BackwardPasses"]
 
 
 class BackwardPasses:
-    """Runs the backward passes of a step while it is watched, in place of torch's own call.
-
-    `torch.autograd._engine_run_backward` is the one place through which `backward` and `grad` start the
-    engine. torch has no hook there, so it is replaced while a step is watched.
-    """
+    """Runs the backward passes of a step while it is watched, in place of torch's own call."""
 
     def __init__(self, cursor: Cursor) -> None:
         self._cursor = cursor
-        self._thread = threading.get_ident()
         self._since = torch._C._autograd._get_sequence_nr()
         self._handles = handles()
-        self._engine: Any = None
 
-    def listen(self) -> None:
-        """Run the backward passes from here on."""
-        self._engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-        torch.autograd._engine_run_backward = self._run  # type: ignore[attr-defined,assignment]
-
-    def leave(self) -> None:
-        """Let torch run the backward passes again."""
-        torch.autograd._engine_run_backward = self._engine  # type: ignore[attr-defined]
-
-    def _run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        cursor, engine = self._cursor, self._engine
-        is_ours = not cursor.is_paused and threading.get_ident() == self._thread
-        if is_ours:
+    def run(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a backward pass; see `torch.autograd._engine_run_backward`."""
+        cursor = self._cursor
+        if not cursor.is_paused:
             cursor.optimizers.recover()
-        if not is_ours or _get_current_dispatch_mode() is not cursor:
-            return engine(outputs, *args, **kwargs)
+        if cursor.is_paused or _get_current_dispatch_mode() is not cursor:
+            return run_engine(outputs, *args, **kwargs)
         graph = None
         if not cursor.has_saved_hooks:
             graph = graph_of(outputs, args, kwargs, self._since, self._handles)
         if graph is None or cursor.paths.have_hooks(graph.leaves):
             leaves = leaves_if_other(outputs)
             if leaves is None:
-                return engine(outputs, *args, **kwargs)
+                return run_engine(outputs, *args, **kwargs)
             return self._run_by_content(leaves, outputs, args, kwargs, runs_python=True)
         self._handles = handles()  # looking for hooks has registered some
         if graph.is_other:
             return self._run_by_content(graph.leaves, outputs, args, kwargs)
         if cursor.at is None:
-            return engine(outputs, *args, **kwargs)
+            return run_engine(outputs, *args, **kwargs)
         return self._run_graph(graph, outputs, args, kwargs)
 
     def _run_graph(self, graph: Graph, outputs: Any, args: Any, kwargs: Any) -> Any:
         """Run a pass that a path can hold: unwatched if its operations are known."""
         cursor, begin = self._cursor, len(self._cursor.numbers)
         if not self._begins(graph):
-            return self._engine(outputs, *args, **kwargs)
+            return run_engine(outputs, *args, **kwargs)
         entry = cursor.at
         assert entry is not None
         jump = entry.jump if cursor.is_followed else None
@@ -78,7 +63,7 @@ class BackwardPasses:
             result = self._unwatched(outputs, args, kwargs)
             self._jump(entry, graph, result)
             return result
-        result = self._engine(outputs, *args, **kwargs)
+        result = run_engine(outputs, *args, **kwargs)
         if cursor.at is not None:
             self._ends(entry, begin, _left(graph.leaves, result))
         return result
@@ -134,7 +119,7 @@ class BackwardPasses:
     def _unwatched(self, outputs: Any, args: Any, kwargs: Any) -> Any:
         _pop_mode()
         try:
-            return self._engine(outputs, *args, **kwargs)
+            return run_engine(outputs, *args, **kwargs)
         finally:
             _push_mode(self._cursor)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.operators import leaves
+from everystep.step import replaced
 from everystep.step.backward import BackwardPasses
 from everystep.step.checks import MISS, check_of
 from everystep.step.elsewhere import Elsewhere, version_of, versions_of
@@ -38,7 +39,6 @@ __all__ = ["Cursor"]
 _NO_OPERATIONS = ("profiler", "prim")
 #: Stands for a logged tensor that the step has not met: its content is kept each time.
 _UNKNOWN = ("unknown",)
-_DATA = torch._C.TensorBase.data
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -629,22 +629,19 @@ class Cursor(Watch):  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth == 1:
-            self._backward.listen()
-            # No call of the dispatcher shows that `tensor.data = other` gives a tensor other memory.
-            torch.Tensor.data = property(_DATA.__get__, self._set_data, _DATA.__delete__)  # type: ignore
+            replaced.begin(self._backward.run, self._moved)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.optimizers.recover()
-            self._backward.leave()
-            del torch.Tensor.data
+            replaced.end()
             self._close_trail()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def _set_data(self, tensor: Tensor, value: Tensor) -> None:
-        _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
+    def _moved(self, tensor: Tensor) -> None:
+        """Forget a tensor that has got other memory."""
         if self.at is not None:
             if self.is_followed:
                 self._tensors.count = self.at.met

@@ -90,7 +90,7 @@ class OptimizerCalls:
         operator = _BY_KIND.get(type(optimizer))
         if operator is None or any(getattr(optimizer, name) for name in _HOOKS):
             return None
-        if any(len(hooks) > 1 and not all(map(_is_ours, hooks.values())) for hooks in _HOOKS_OF_ALL):
+        if any(len(hooks) > 1 and not all(map(_is_ours, [*hooks.values()])) for hooks in _HOOKS_OF_ALL):
             return None  # one is everystep's, and each training in another thread has one
         own = vars(optimizer).keys() - _OWN
         if own and not all(key.startswith("_optimizer_") for key in own):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from everystep.step.guards import Guards, held
 from everystep.step.hooks import has_hooks_on_node
+from everystep.step.replaced import OF_WATCHES
 from everystep.step.torchs_own import (
     HOOKS,
     guard_contents,
@@ -208,7 +209,7 @@ def _process_settings(device: torch.device) -> dict[str, Any]:
         "the number of active dispatch modes": torch._C._len_torch_dispatch_stack(),
         "hooks on all modules": _hooks_on_all(),
         "hooks on saved tensors": _has_tensor_hooks(),
-        "the number of methods of Tensor": len(vars(torch.Tensor)),
+        "the number of methods of Tensor": len(vars(torch.Tensor).keys() - OF_WATCHES),
     }
     for kind in {"cpu", device.type}:
         found[f"autocast on {kind}"] = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -253,7 +254,8 @@ def _names_of_functions() -> tuple[tuple[str, ...], ...]:
         tuple(
             name
             for name, value in vars(place).items()
-            if isinstance(value, kinds) or (place is torch.Tensor and callable(value))
+            if name not in OF_WATCHES
+            and (isinstance(value, kinds) or (place is torch.Tensor and callable(value)))
         )
         for place in _PLACES
     )
@@ -282,8 +284,9 @@ def _has_tensor_hooks() -> bool:
 def _hooks_on_all() -> bool:
     """Tell whether there is a hook on all modules or all optimizers; torch's own do not count."""
     modules, optimizers = vars(nn.modules.module), vars(sys.modules[torch.optim.Optimizer.__module__])
-    found = [hook for name in HOOKS for hook in modules[f"_global{name}"].values()]
-    found += [hook for name in _HOOKS_ON_OPTIMIZERS for hook in optimizers.get(name, {}).values()]
+    tables = [modules[f"_global{name}"] for name in HOOKS]
+    tables += [optimizers.get(name, {}) for name in _HOOKS_ON_OPTIMIZERS]
+    found = [hook for table in tables for hook in [*table.values()]]  # other threads may change them
     return not all(map(_is_harmless, found))
 
 

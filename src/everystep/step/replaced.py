@@ -1,0 +1,82 @@
+"""Replaced: the two functions of torch that are others while steps are watched, in any thread.
+
+torch has no hook where `backward` and `grad` start the engine (`torch.autograd._engine_run_backward`),
+nor where `tensor.data = other` gives a tensor other memory, which no call of the dispatcher shows. They
+belong to the process, and a watch to its thread: each has its own, and others see torch's functions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["OF_WATCHES", "begin", "end", "run_engine"]
+
+#: The names of these, of which another thread may be the reason that they are replaced.
+OF_WATCHES = {"_engine_run_backward", "data"}
+
+_DATA = torch._C.TensorBase.data
+
+
+class _Watch(NamedTuple):
+    """run: runs a backward pass; moves: called with a tensor that has got other memory."""
+
+    run: Callable[..., Any]
+    moves: Callable[[Tensor], None]
+
+
+class _OfThread(threading.local):
+    """The watches of a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.watches: list[_Watch] = []
+
+
+_here = _OfThread()
+_lock = threading.Lock()
+_count = 0
+#: torch's own, or what somebody has put in its place.
+_engine: Any = None
+
+
+def begin(run: Callable[..., Any], moves: Callable[[Tensor], None]) -> None:
+    """Let a watch run the backward passes of this thread, and know when a tensor gets other memory."""
+    global _count, _engine
+    with _lock:
+        if not _count:
+            _engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+            torch.autograd._engine_run_backward = _run  # type: ignore[attr-defined,assignment]
+            torch.Tensor.data = property(_DATA.__get__, _set_data, _DATA.__delete__)  # type: ignore
+        _count += 1
+    _here.watches.append(_Watch(run, moves))
+
+
+def end() -> None:
+    """End what `begin` began last in this thread."""
+    global _count
+    _here.watches.pop()
+    with _lock:
+        _count -= 1
+        if not _count:
+            torch.autograd._engine_run_backward = _engine  # type: ignore[attr-defined]
+            del torch.Tensor.data
+
+
+def run_engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a backward pass as torch does."""
+    return _engine(outputs, *args, **kwargs)
+
+
+def _run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    watches = _here.watches
+    return (watches[-1].run if watches else _engine)(outputs, *args, **kwargs)
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    _DATA.__set__(tensor, value)  # type: ignore[attr-defined]
+    if _here.watches:
+        _here.watches[-1].moves(tensor)
