@@ -171,7 +171,7 @@ def test_an_encoding_without_mathematical_signs_is_no_error():
     run = everystep.train_experiment("two-layer", {"steps": 3}, directory="r\xfcn", progress=False)
     losses = [str(np.float32(loss)) for loss in run.losses["loss"]]  # other processors have other ones
     for arguments, shown in (
-        (["step", "r\xfcn", "2", "--op", "4"], "d#2 = 2 * (#2 - y)"),
+        (["step", "r\xfcn", "2", "--op", "5"], "d#2 = 2 * (#2 - y)"),
         (["losses", "r\xfcn"], losses[2]),
         (["train", "--steps", "2", "--run", "\u0142"], losses[1]),
     ):

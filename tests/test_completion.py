@@ -59,7 +59,7 @@ def test_commands_options_and_names(complete, runs):
 def test_phases_operations_and_measurements(complete):
     assert complete("step", "first-1", "2", "--phase", "") == list(PHASES)
     numbers = complete("step", "first-1", "2", "--op", "1")
-    assert numbers == ["1", *map(str, range(10, 19))]
+    assert numbers == ["1", "10", "11"]  # those of the update are found when the step is opened
     operator = everystep.open("first-1")[2].operations[1].operation.operator
     assert complete("step", "first-1", "2", "--op", "1", shell="fish")[0] == f"1\t{operator}"
     assert complete("plot", "first-1", "first-2", "-m", "t") == ["twice"]

@@ -138,7 +138,7 @@ def test_every_task(runs):
 
 def check_comparison(result, runs):
     assert result["sentence"] == (
-        "The losses first differ at step 2; the first operation that differs is #11 of step 1, "
+        "The losses first differ at step 2; the first operation that differs is #12 of step 1, "
         "aten.mul (update), because of GradientDescent: lr 0.0001 | 0.0002."
     )
     assert result["runs"] == [HOSTILE, "other"] and not result["same"]
