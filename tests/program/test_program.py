@@ -9,13 +9,14 @@ from contextlib import suppress
 
 import pytest
 import torch
+from everystep.program.bound import BoundProgram
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import everystep
 from everystep.errors import ProgramError
-from everystep.program.execute import BoundProgram, allocate, without_autograd
+from everystep.program.calls import without_autograd
 from everystep.program.memory import ALIGNMENT, plan_memory
 from everystep.program.program import Program
 
