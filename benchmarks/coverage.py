@@ -20,6 +20,7 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from everystep.step.stepper import Stepper  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.optim.lr_scheduler import StepLR  # noqa: E402
@@ -28,7 +29,6 @@ import everystep  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step.check import same_bits  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.step.stepper import Stepper  # noqa: E402
 
 __all__ = ["coverage_page"]
 

@@ -17,12 +17,13 @@ from everystep import numerics
 numerics.prepare()  # before torch computes
 
 import torch  # noqa: E402
+from everystep.step.stepper import Stepper  # noqa: E402
 
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
-from everystep.program.execute import BoundProgram, without_autograd  # noqa: E402
+from everystep.program.bound import BoundProgram  # noqa: E402
+from everystep.program.calls import without_autograd  # noqa: E402
 from everystep.step.eager import EagerStep, Training  # noqa: E402
-from everystep.step.stepper import Stepper  # noqa: E402
 
 __all__ = ["main"]
 

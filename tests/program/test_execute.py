@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from everystep.errors import ProgramError
-from everystep.program.execute import BoundProgram, allocate, without_autograd
+from everystep.program.bound import BoundProgram
+from everystep.program.calls import without_autograd
 from everystep.program.program import Program
 from everystep.step.check import same_bits
 from everystep.step.eager import EagerStep

@@ -15,7 +15,8 @@ from torch import nn
 
 import everystep
 from everystep.errors import ProgramError
-from everystep.program.execute import BoundProgram, allocate, without_autograd
+from everystep.program.bound import BoundProgram
+from everystep.program.calls import without_autograd
 from everystep.program.memory import ALIGNMENT, plan_memory
 from everystep.program.program import Program
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 
 import everystep
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation, TensorSpec
 from everystep.recording.asked import asked_differences
 from everystep.recording.facts import ModuleFacts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.replay.causes import COMPUTED_OTHERWISE
 from everystep.replay.diff import Difference

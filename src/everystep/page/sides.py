@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.replay.operations import OperationDifference
 from everystep.run import Run
 from everystep.step.check import as_integers

@@ -18,7 +18,7 @@ from everystep.program.memory import copy_into, repeats
 from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import leaves, out_variant
 
-__all__ = ["ASK_FOR_GRADIENTS", "Call", "late_calls", "prebuilt_calls", "quickest"]
+__all__ = ["ASK_FOR_GRADIENTS", "Call", "late_calls", "prebuilt_calls", "without_autograd"]
 
 Call = Callable[[], Any]
 
@@ -46,6 +46,22 @@ _ELEMENTWISE_LOSSES = {
 ASK_FOR_GRADIENTS = {"aten.mkldnn_rnn_layer.default"}
 
 
+class without_autograd:  # noqa: N801  # used as a function, and much faster than a generator
+    """Bypass autograd within: programs hold its operations already."""
+
+    __slots__ = ("_before", "_guard")
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._guard = torch._C._AutoDispatchBelowAutograd()
+        self._guard.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        self._guard.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._before)
+
+
 def prebuilt_calls(
     operator: Any,
     arguments: list[Any],
@@ -54,7 +70,7 @@ def prebuilt_calls(
 ) -> list[Call]:
     """Return functions that, called in order, apply the operator and write its results into `results`.
 
-    Make and call them below autograd.
+    Make and call them inside `without_autograd`.
     """
     if _writes_in_place(operator):
         return [_fastest(operator, arguments, keywords)]

@@ -83,7 +83,7 @@ class Program(Model):
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for index, operation in enumerate(self.operations):
-            for name in (*filter(None, operation.results), *operation.written()):
+            for name in operation.changed():
                 first.setdefault(self.tensors[name].storage, index)
             if operation.phase == "forward" and operation.module:
                 parts = operation.module.split(".")
@@ -94,11 +94,6 @@ class Program(Model):
             made = [first.get(self.tensors[name].storage, -1) for name in names]
             latest = found[path] = max([latest, last.get(path, -1), *made])
         return found
-
-    def backward_until(self) -> int:
-        """Return the operation after which gradients are as the backward phase leaves them."""
-        in_update = (i for i, operation in enumerate(self.operations) if operation.phase == "update")
-        return next(in_update, len(self.operations)) - 1
 
     def storage_of(self, tensor: str) -> Storage:
         """Return the storage of a tensor."""

@@ -1,6 +1,6 @@
 """Bound steps: programs of a run that are bound to the state of a replay, for many steps in a row.
 
-The interpreter of plain programs runs any step. A program on fixed memory runs the same operations
+The interpreter runs any step. A program on fixed memory runs the same operations
 faster, once it is bound, which takes some milliseconds.
 """
 
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.experiment.batches import RowsOf
-from everystep.program.live import LiveProgram, has_fixed_shapes
+from everystep.program.bound import BoundProgram
+from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into
+from everystep.program.number_slots import READ
 from everystep.program.operation import TensorSpec
-from everystep.program.plain import READ, PlainProgram, lay_state
 from everystep.program.program import Program
+from everystep.program.steady_operations import has_fixed_shapes
 from everystep.recording.contents import Given, Inputs
 from everystep.recording.database import Repeat
 from everystep.step.check import same_bits
@@ -48,7 +50,7 @@ class BoundStep:
     digests: of the state after the step.
     """
 
-    live: LiveProgram
+    live: BoundProgram
     batch: list[str]
     outside: dict[str, Given]
     contents: dict[str, Tensor]
@@ -165,13 +167,13 @@ class BoundSteps:
             self._interpreted[row.program] += 1
         self.touched()
 
-    def find(self, row: Repeat, plain: PlainProgram) -> BoundStep | None:
+    def find(self, row: Repeat, interpreter: Interpreter) -> BoundStep | None:
         """Return the program of a step, if it is bound to the state as it is now."""
         assert row.program is not None
         bound = self._bound.get(row.program)
         if bound is None or bound.era == self._era:
             return bound
-        places = self._laid(plain)
+        places = self._laid(interpreter)
         if places == bound.places:
             bound.era = self._era
             return bound
@@ -193,7 +195,7 @@ class BoundSteps:
     def bind(
         self,
         row: Repeat,
-        plain: PlainProgram,
+        interpreter: Interpreter,
         given: Inputs,
         tensors: Mapping[str, Tensor],
         rule: RowsOf | None,
@@ -202,17 +204,17 @@ class BoundSteps:
 
         Args:
             row: of the step.
-            plain: its program.
+            interpreter: its program.
             given, tensors: its inputs.
             rule: where rows of the batch come from, None if they are among the inputs.
         """
         assert row.program is not None
-        program = plain.program
+        program = interpreter.program
         names = set("xy") if rule is not None else {n.removeprefix(BATCH) for n in tensors}
-        batch = [name for name in plain.inputs if name in names]
+        batch = [name for name in interpreter.inputs if name in names]
         outside = {n.removeprefix(INPUT): t for n, t in tensors.items() if n.startswith(INPUT)}
         outside = {name: each for name, each in outside.items() if name in program.storages}
-        places = self._laid(plain)
+        places = self._laid(interpreter)
         live = None
         contents = {
             name: tensor.to("cpu" if program.storages[name].host else self._device, copy=True)
@@ -237,14 +239,14 @@ class BoundSteps:
         batch: list[str],
         contents: Mapping[str, Tensor],
         rule: RowsOf | None,
-    ) -> LiveProgram | None:
+    ) -> BoundProgram | None:
         rows = {} if rule is None else dict(zip("xy", rule(step), strict=True))
         rows = {name: rows[name] for name in batch if name in rows}
         fixed = rows if rule is not None and rule.is_fixed else {}
         if not all(_is_alike_spec(tensor, program.tensors[name]) for name, tensor in rows.items()):
             return None
         try:
-            return LiveProgram(program, self._state, contents, batch, self._device, fixed=fixed)
+            return BoundProgram(program, self._state, contents, batch, self._device, fixed=fixed)
         except ProgramError:
             return None
 
@@ -264,14 +266,14 @@ class BoundSteps:
         bound.era = self._era
         self._latest = bound
 
-    def _laid(self, plain: PlainProgram) -> list[int] | None:
+    def _laid(self, interpreter: Interpreter) -> list[int] | None:
         """Lay out the state as a program expects; return where it is, None if it does not fit."""
-        before = [self._state.get(name) for name in plain.state]
+        before = [self._state.get(name) for name in interpreter.state]
         try:
-            lay_state(plain, self._state, self._device)
+            interpreter.lay_state(self._state)
         except ProgramError:
             return None
-        now = [self._state[name] for name in plain.state]
+        now = [self._state[name] for name in interpreter.state]
         if any(one is not other for one, other in zip(before, now, strict=True)):
             self.touched()
         return [tensor.untyped_storage().data_ptr() for tensor in now]
@@ -304,7 +306,7 @@ def _outside(given: Inputs) -> dict[str, Given]:
     return {name: each for name, each in given.given.items() if name.startswith(INPUT)}
 
 
-def _fit(batch: Mapping[str, Tensor | None], live: LiveProgram) -> bool:
+def _fit(batch: Mapping[str, Tensor | None], live: BoundProgram) -> bool:
     return all(
         each is not None and _is_alike_spec(each, live.program.tensors[name])
         for name, each in batch.items()

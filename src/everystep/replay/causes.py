@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.recording.asked import Setting
 from everystep.recording.texts import value_text
 from everystep.replay.evidence import Evidence

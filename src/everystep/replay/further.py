@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from everystep.program.interpreter import Interpreter
+from everystep.program.number_slots import is_number
 from everystep.program.optimizers import OptimizerOperator
-from everystep.program.plain import PlainProgram, is_number
 from everystep.program.program import Program
 from everystep.recording.contents import inputs_of, packed, unpacked
 from everystep.recording.database import Repeat
@@ -112,8 +113,10 @@ class FurtherSteps:
     def _with_rate(self, program: int, numbers: list[Number], lr: float) -> list[Number]:
         """Return the numbers of a step with another learning rate."""
         found: list[Number] = []
-        plain = PlainProgram(self._program(program), torch.device("cpu"))
-        for operation, own in zip(plain.program.operations, plain.numbers_of(numbers), strict=True):
+        interpreter = Interpreter(self._program(program), torch.device("cpu"))
+        for operation, own in zip(
+            interpreter.program.operations, interpreter.numbers_of(numbers), strict=True
+        ):
             place = 0
             for key, value in operation.keywords.items():
                 if isinstance(operation.resolved, OptimizerOperator):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.program.operators import draws_random_numbers, parameters, resolve
 from everystep.program.unset import unread_inputs

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from everystep.program.execute import BoundProgram
+from everystep.program.bound import BoundProgram
 from everystep.program.memory import copy_on_cpu
 from everystep.program.program import Program
 from everystep.replay.expression import Reference
@@ -216,7 +216,7 @@ class OpenedStep:
 def _gradients_of(program: Program) -> dict[str, Place]:
     """Return where each gradient is read, by parameter: as backward leaves it, before an update uses it.
 
-    See `PlainObserver`, which reads them in an opened step.
+    See `StepObserver`, which reads them in an opened step.
     """
     found = {}
     for parameter, name in gradients_by_parameter(program).items():

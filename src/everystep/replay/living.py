@@ -18,9 +18,9 @@ from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, RunError
 from everystep.experiment.batches import Batches, RowsOf
 from everystep.experiment.specification import load
-from everystep.program.execute import without_autograd
+from everystep.program.calls import without_autograd
+from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, copy_on_cpu
-from everystep.program.plain import PlainProgram, lay_inputs
 from everystep.program.program import Program
 from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun, Stretch
@@ -30,7 +30,7 @@ from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import BatchSource, Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
-from everystep.step.observe import Observation, PlainObserver
+from everystep.step.observe import Observation, StepObserver
 from everystep.step.state import State
 from everystep.training.dataset_batches import DatasetBatches
 from everystep.training.objects import Objects
@@ -172,11 +172,11 @@ class Living:
             raise RunError(f"step {number} cannot be observed: a program cannot hold what it does")
         after = Generators.capture(device)
         generators.restore(device)
-        plain = PlainProgram(program.built.program, device)
-        observer = PlainObserver(plain, program.numbers)
+        interpreter = Interpreter(program.built.program, device)
+        observer = StepObserver(interpreter, program.numbers)
         with without_autograd():
-            inputs = lay_inputs(plain, given | program.inputs)
-            done = plain.run(before, inputs, program.numbers, {}, observer.look)
+            inputs = interpreter.lay_inputs(given | program.inputs)
+            done = interpreter.run(before, inputs, program.numbers, {}, observer.look)
         after.restore(device)
         assert done.loss is not None
         return observer.observation(done.loss)

@@ -1,4 +1,4 @@
-"""Loop: replays steps that Python took and everystep watched, with plain programs alone."""
+"""Loop: replays steps that Python took and everystep watched, with programs alone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from everystep.device import select
 from everystep.errors import ProgramError, RunError
 from everystep.experiment.batches import RowsOf
-from everystep.program.execute import without_autograd
+from everystep.program.calls import without_autograd
+from everystep.program.interpreter import Environment, Interpreted, Interpreter
 from everystep.program.memory import copy_on_cpu
-from everystep.program.plain import Environment, PlainProgram, PlainStep, lay_inputs
 from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.contents import digest_of, unpacked
@@ -32,7 +32,7 @@ from everystep.replay.stored_inputs import StoredInputs
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
-from everystep.step.observe import Observation, PlainObserver
+from everystep.step.observe import Observation, StepObserver
 from everystep.step.own_state import PREFIX
 from everystep.step.state import State, copy_of
 from everystep.training.batch import nested_again
@@ -105,8 +105,8 @@ class LoopStepper(ReplayStepper):
         self._device = select(facts.device)
         self._diverged = diverged
         self._conversion = conversion
-        self._programs: dict[int, PlainProgram] = {}
-        self._expanders: dict[PlainProgram, Expander] = {}
+        self._programs: dict[int, Interpreter] = {}
+        self._expanders: dict[Interpreter, Expander] = {}
         self._recorded: dict[int, Program] = {}
         self._rows: dict[int, Repeat] = {}
         self._losses: dict[int, float] = {}
@@ -214,7 +214,7 @@ class LoopStepper(ReplayStepper):
         """Tell whether a state has a tensor: not a gradient that everystep's own step drops."""
         if self._is_own_loop or not name.startswith("gradient/"):
             return True
-        return any(name in plain.state for plain in self._programs.values())
+        return any(name in interpreter.state for interpreter in self._programs.values())
 
     def settle(self) -> None:
         """Apply what the loop changed after the last step, outside of any step."""
@@ -314,14 +314,14 @@ class LoopStepper(ReplayStepper):
         row = self._row(number)
         if row.program is None:
             return None
-        plain = self._program(row)
-        bound = self._bound.find(row, plain)
+        interpreter = self._program(row)
+        bound = self._bound.find(row, interpreter)
         if bound is None or row.inputs != bound.inputs:
             self._read_inputs(number, last)
             given = self._stored.given(row)
             rule = None if "batch/x" in given.given else self._rule
             if bound is None and self._bound.is_worth(row, self._rows_of(number, last)):
-                bound = self._bound.bind(row, plain, given, self._inputs(row).tensors, rule)
+                bound = self._bound.bind(row, interpreter, given, self._inputs(row).tensors, rule)
             if bound is None:
                 return None
             if not bound.is_for(given, is_by_rule=rule is not None):
@@ -376,13 +376,13 @@ class LoopStepper(ReplayStepper):
     def _observe(self, number: int) -> Observation:
         self.settle()
         row = self._row(number)
-        plain = self._program(row)
-        if plain not in self._expanders:
-            self._expanders[plain] = Expander(plain, self._device)
+        interpreter = self._program(row)
+        if interpreter not in self._expanders:
+            self._expanders[interpreter] = Expander(interpreter, self._device)
         given = self._numbers(row), self._tensors, partial(self._before, row)
         with without_autograd():
-            expansion = self._expanders[plain].expanded(*given)
-        observer = PlainObserver(expansion.plain, expansion.numbers)
+            expansion = self._expanders[interpreter].expanded(*given)
+        observer = StepObserver(expansion.interpreter, expansion.numbers)
         loss = self._take(number, observer.look, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))
         has_unseen = bool(self._facts.unseen)
@@ -397,9 +397,11 @@ class LoopStepper(ReplayStepper):
                 found.update((name, environment.tensor(name).clone()) for name in names)
                 raise _FoundError
 
-        drawn, plain = Generators.capture(self._device), self._program(row)
+        drawn, interpreter = Generators.capture(self._device), self._program(row)
         with suppress(_FoundError):
-            _run(plain, _copies(self._tensors), self._inputs(row).tensors, self._numbers(row), look)
+            _run(
+                interpreter, _copies(self._tensors), self._inputs(row).tensors, self._numbers(row), look
+            )
         drawn.restore(self._device)
         return found
 
@@ -485,8 +487,8 @@ class LoopStepper(ReplayStepper):
     def module_paths(self) -> list[str]:
         """Return the paths of modules, of which not each need run at each step."""
         numbers = self._facts.programs
-        plain = [self._program(Repeat(0, n, None, None)).program for n in numbers]
-        return list(dict.fromkeys(path for program in plain for path in program.activations))
+        programs = [self._program(Repeat(0, n, None, None)).program for n in numbers]
+        return list(dict.fromkeys(path for program in programs for path in program.activations))
 
     def _take(
         self,
@@ -502,10 +504,10 @@ class LoopStepper(ReplayStepper):
         self._bound.interpreted(row)
         if expansion is None:
             expansion = Expanded(self._program(row), self._numbers(row), {})
-        plain, numbers, more = expansion
+        interpreter, numbers, more = expansion
         try:
             with without_autograd():
-                taken = _run(plain, self._tensors, inputs.tensors | more, numbers, look)
+                taken = _run(interpreter, self._tensors, inputs.tensors | more, numbers, look)
         except (ProgramError, ValueError) as error:
             raise self._not_replayed(number, str(error)) from None
         self.state = number
@@ -573,7 +575,7 @@ class LoopStepper(ReplayStepper):
             )
         return found
 
-    def _program(self, row: Repeat) -> PlainProgram:
+    def _program(self, row: Repeat) -> Interpreter:
         if row.program is None:
             raise RunError(
                 f"step {row.step} of {self._run.name} cannot be replayed: it did something that a "
@@ -583,7 +585,7 @@ class LoopStepper(ReplayStepper):
             program = self._recorded[row.program] = read_program(self._run, row.program)
             if self._conversion is not None:
                 program = self._conversion.program(program)
-            self._programs[row.program] = PlainProgram(program, self._device)
+            self._programs[row.program] = Interpreter(program, self._device)
         return self._programs[row.program]
 
     def _inputs(self, row: Repeat) -> _Inputs:
@@ -609,16 +611,16 @@ class LoopStepper(ReplayStepper):
 
 
 def _run(
-    plain: PlainProgram,
+    interpreter: Interpreter,
     state: dict[str, Tensor],
     inputs: dict[str, Tensor],
     numbers: list[int | float],
     look: Callable[[int, Environment], None] | None,
-) -> PlainStep:
+) -> Interpreted:
     """Run a step on a state, with its inputs by the names that a row has."""
     drawn = ((_GENERATOR.fullmatch(name), tensor) for name, tensor in inputs.items())
     generators = {int(found[1]): tensor for found, tensor in drawn if found}
-    return plain.run(state, lay_inputs(plain, inputs), numbers, generators, look)
+    return interpreter.run(state, interpreter.lay_inputs(inputs), numbers, generators, look)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

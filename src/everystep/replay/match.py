@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from everystep.errors import ProgramError, RunError
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.program.precision import Precision
 from everystep.replay.given import draws
 from everystep.replay.processes import Opener

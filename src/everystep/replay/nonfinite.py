@@ -18,7 +18,8 @@ from torch import Tensor
 
 from everystep.device import on_cpu
 from everystep.errors import RunError
-from everystep.program.execute import BoundProgram, Observed
+from everystep.program.bound import BoundProgram
+from everystep.program.observed import Observed
 from everystep.program.operation import Phase
 from everystep.program.optimizers import OPTIMIZERS
 from everystep.program.unset import unset_results

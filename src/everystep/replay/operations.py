@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.replay.given import Sources, other_sources, pairs_of_inputs, source_texts
 from everystep.replay.step import Step
 from everystep.step.check import Size, as_integers, bytes_of, same_bits, size_of_difference

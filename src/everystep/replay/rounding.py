@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.arguments import references
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.replay.step import Step
 
 __all__ = ["Apart", "Residue", "apart", "relative_difference", "tolerance"]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from everystep.errors import RunError, UsageError
+from everystep.program.bound import BoundProgram
 from everystep.program.calls import Call
-from everystep.program.execute import BoundProgram, Observed
+from everystep.program.observed import Observed
 from everystep.program.operation import Phase
 from everystep.program.unset import overwrites, unset_results
 from everystep.step.observe import Observation, Places

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from everystep.program.arguments import encode
+from everystep.program.number_slots import READ
 from everystep.program.operators import draws_random_numbers
-from everystep.program.plain import READ
 from everystep.program.program import MOST_ENTRIES, Operation, Program, Storage, TensorSpec
 from everystep.step.path import FLOAT, INT, Path
 

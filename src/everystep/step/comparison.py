@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from everystep.program.execute import without_autograd
-from everystep.program.live import LiveProgram
-from everystep.program.memory import copy_into
-from everystep.program.plain import PlainProgram, lay_inputs, lay_state, tensor_on
+from everystep.program.bound import BoundProgram
+from everystep.program.calls import without_autograd
+from everystep.program.interpreter import Interpreter
+from everystep.program.memory import copy_into, tensor_on
 from everystep.step.build import BuiltPath
 from everystep.step.check import same_bits
 
@@ -55,7 +55,7 @@ class Comparison:
     Args:
         parts: of the training.
         built: the program.
-        plain: the same, for the plain interpreter.
+        interpreter: the same, for the interpreter.
         bind: binds it to a state.
         inputs: returns the bytes of inputs that are not in the batch, by `input/storage`.
         read: the places, among the numbers of the program, of those that Python reads.
@@ -66,8 +66,8 @@ class Comparison:
         self,
         parts: Carried,
         built: BuiltPath,
-        plain: PlainProgram,
-        bind: Callable[[Mapping[str, Tensor]], LiveProgram],
+        interpreter: Interpreter,
+        bind: Callable[[Mapping[str, Tensor]], BoundProgram],
         inputs: Callable[[], dict[str, Tensor]],
         read: Mapping[int, int],
         *,
@@ -75,12 +75,12 @@ class Comparison:
     ) -> None:
         self._parts = parts
         self._built = built
-        self._plain_program = plain
+        self._interpreter = interpreter
         self._bind = bind
         self._inputs = inputs
         self._read = read
         self._draws = draws
-        self._copy: tuple[LiveProgram, dict[str, Tensor]] | None = None
+        self._copy: tuple[BoundProgram, dict[str, Tensor]] | None = None
 
     def difference(
         self,
@@ -97,13 +97,13 @@ class Comparison:
             numbers: of the step.
             logged: what Python's step has given.
         """
-        plain = self._plain_program
+        interpreter = self._interpreter
         live, copies = self._bound_to_copies(before.tensors)
         inputs = self._inputs() | {f"batch/{name}": tensor for name, tensor in batch.items()}
-        laid = lay_inputs(plain, inputs)
+        laid = interpreter.lay_inputs(inputs)
         given = {
             name: tensor_on(laid[spec.storage].untyped_storage(), spec)
-            for name, spec in plain.inputs.items()
+            for name, spec in interpreter.inputs.items()
             if name in batch
         }
         after = torch.get_rng_state()
@@ -111,20 +111,20 @@ class Comparison:
         try:
             with without_autograd():
                 live.load(given)
-                done = live.take(self._built.numbers(numbers))
+                found = live.take(self._built.numbers(numbers))
             is_drawn_alike = not self._draws or torch.equal(torch.get_rng_state(), after)
         finally:
             torch.set_rng_state(after)
         state = self._parts.state()
-        now = {name: copies[name] for name in plain.state if name in state} | live.ends
+        now = {name: copies[name] for name in interpreter.state if name in state} | live.ends
         other = (n for n, tensor in now.items() if n not in state or not same_bits(state[n], tensor))
         name = next(other, None)
         if name is not None:
             return f"the program computes different values of {name.partition('/')[2]} than Python"
         for place, index in self._read.items():
-            if repr(done.numbers[index]) != repr(numbers[place]):
+            if repr(live.numbers[index]) != repr(numbers[place]):
                 return "the program reads another number than Python"
-        for name, tensor in done.given.items():
+        for name, tensor in found.items():
             value = logged.get(name)
             if isinstance(value, Tensor) and not same_bits(
                 value.detach().reshape(()), tensor.reshape(())
@@ -132,15 +132,15 @@ class Comparison:
                 return f"the program computes another {name} than Python"
         return None if is_drawn_alike else "the program draws different random numbers than Python"
 
-    def _bound_to_copies(self, state: Mapping[str, Tensor]) -> tuple[LiveProgram, dict[str, Tensor]]:
+    def _bound_to_copies(self, state: Mapping[str, Tensor]) -> tuple[BoundProgram, dict[str, Tensor]]:
         """Return the program on a copy of a state, and the copy; a small one serves again."""
         if self._copy is not None:
             with torch.no_grad():
                 for name, copy in self._copy[1].items():
                     copy_into(copy, state[name])
             return self._copy
-        copies = {name: state[name] for name in self._plain_program.state}
-        lay_state(self._plain_program, copies, self._parts.device)
+        copies = {name: state[name] for name in self._interpreter.state}
+        self._interpreter.lay_state(copies)
         live = self._bind(copies)
         size = sum(tensor.nbytes for tensor in copies.values()) + live.temporary_bytes
         if size <= SMALL_BYTES:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from everystep.program.arguments import decode, references
+from everystep.program.interpreter import Interpreter
+from everystep.program.memory import tensor_on
 from everystep.program.operation import Operation, Phase
 from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, BoundOptimizer
-from everystep.program.plain import PlainProgram, tensor_on
 from everystep.program.program import Program
 from everystep.step.build import BuiltPath, build_path
 from everystep.step.elsewhere import Elsewhere
@@ -34,7 +35,7 @@ class Expanded(NamedTuple):
     inputs: bytes of what these bring along, such as a constant, by `input/name`.
     """
 
-    plain: PlainProgram
+    interpreter: Interpreter
     numbers: list[Number]
     inputs: dict[str, Tensor]
 
@@ -43,23 +44,23 @@ class Expander:
     """Expands steps with a program.
 
     Args:
-        plain: the program.
+        interpreter: the program.
         device: where it runs.
     """
 
-    def __init__(self, plain: PlainProgram, device: torch.device) -> None:
-        self._plain = plain
+    def __init__(self, interpreter: Interpreter, device: torch.device) -> None:
+        self._interpreter = interpreter
         self._device = device
-        operations = plain.program.operations
+        operations = interpreter.program.operations
         self._places = [n for n, each in enumerate(operations) if each.operator in OPTIMIZERS]
         #: By place: what an optimizer reads as a number, and whether the state before the step tells it.
-        self._small = {place: _small(operations[place], plain.program) for place in self._places}
+        self._small = {place: _small(operations[place], interpreter.program) for place in self._places}
         self._is_told = {place: self._tells(place) for place in self._places}
         self._last: tuple[list[Path], _Spliced] | None = None
 
     def _tells(self, place: int) -> bool:
         """Tell whether what an optimizer reads as a number is in the state, and unchanged until then."""
-        program = self._plain.program
+        program = self._interpreter.program
         written: set[str] = set()
         made: set[str | None] = set()
         for each in program.operations[:place]:
@@ -85,17 +86,17 @@ class Expander:
             before: runs the step up to an operation, where the state does not tell what it is given.
         """
         if not self._places:
-            return Expanded(self._plain, [*numbers], {})
-        own = self._plain.numbers_of(numbers)
-        stand_ins = _StandIns(self._plain.program, state, self._device)
+            return Expanded(self._interpreter, [*numbers], {})
+        own = self._interpreter.numbers_of(numbers)
+        stand_ins = _StandIns(self._interpreter.program, state, self._device)
         watched: list[tuple[Path, Watch]] = []
         for place in self._places:
             if not self._is_told[place]:
                 stand_ins.set(before(place, self._small[place]))
-            watched.append(stand_ins.take(self._plain.operation_with(place, own[place])))
+            watched.append(stand_ins.take(self._interpreter.operation_with(place, own[place])))
         paths = [path for path, _ in watched]
         if self._last is None or self._last[0] != paths:
-            self._last = paths, _Spliced(self._plain, self._places, watched, self._device)
+            self._last = paths, _Spliced(self._interpreter, self._places, watched, self._device)
         spliced = self._last[1]
         inputs: dict[str, Tensor] = {}
         for place, (_, watch), (built, names) in zip(self._places, watched, spliced.parts, strict=True):
@@ -104,7 +105,7 @@ class Expander:
                 content = watch.content(storage)
                 assert content is not None
                 inputs[f"input/{names[name]}"] = content
-        return Expanded(spliced.plain, [number for each in own for number in each], inputs)
+        return Expanded(spliced.interpreter, [number for each in own for number in each], inputs)
 
 
 def _small(operation: Operation, program: Program) -> list[str]:
@@ -180,12 +181,12 @@ class _Spliced:
 
     def __init__(
         self,
-        plain: PlainProgram,
+        interpreter: Interpreter,
         places: Sequence[int],
         watched: Sequence[tuple[Path, Watch]],
         device: torch.device,
     ) -> None:
-        program = plain.program
+        program = interpreter.program
         self.parts: list[tuple[BuiltPath, dict[str, str]]] = []
         self._tensors = dict(program.tensors)
         self._storages = dict(program.storages)
@@ -200,7 +201,7 @@ class _Spliced:
             "tensors": self._tensors,
             "storages": self._storages,
         }
-        self.plain = PlainProgram(program.model_copy(update=parts), device)
+        self.interpreter = Interpreter(program.model_copy(update=parts), device)
 
     def _renamed(self, part: Program, known: set[str]) -> tuple[list[Operation], dict[str, str]]:
         """Return the operations of a part, and the new names of its storages.

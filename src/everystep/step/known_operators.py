@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from everystep.program.number_slots import READ, is_number_slot
 from everystep.program.operators import (
     NotAllowedError,
     computes,
@@ -14,7 +15,6 @@ from everystep.program.operators import (
     resolve,
     writes,
 )
-from everystep.program.plain import READ, is_number_slot
 
 __all__ = ["KnownOperator", "known_operator"]
 

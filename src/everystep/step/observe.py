@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from everystep.program.execute import Observed
+from everystep.program.interpreter import Environment, Interpreter
 from everystep.program.memory import copy_on_cpu
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation, Storage, TensorSpec
-from everystep.program.plain import Environment, PlainProgram
 from everystep.program.program import Program
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "Observation",
     "Place",
     "Places",
-    "PlainObserver",
+    "StepObserver",
     "gradients_by_parameter",
     "makes_gradients",
 ]
@@ -77,18 +77,18 @@ def _places_of(program: Program, after: Mapping[str, int], gradients: Mapping[st
     )
 
 
-class PlainObserver:
-    """Observes everything in a step of the interpreter of plain programs.
+class StepObserver:
+    """Observes everything in a step of the interpreter.
 
     Args:
-        plain: the program.
+        interpreter: the program.
         numbers: of the step.
 
     The interpreter calls `look`; `observation` returns the observations.
     """
 
-    def __init__(self, plain: PlainProgram, numbers: list[int | float]) -> None:
-        program = plain.program
+    def __init__(self, interpreter: Interpreter, numbers: list[int | float]) -> None:
+        program = interpreter.program
         self._operations: list[Observed] = []
         self._activations: dict[str, tuple[Tensor, ...]] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -99,11 +99,11 @@ class PlainObserver:
         for parameter, name in gradients_by_parameter(program).items():
             on = self._gradients_on.setdefault(program.tensors[name].storage, [])
             on.append((parameter, name))
-        self._plain = plain
+        self._interpreter = interpreter
         self._program = program
-        self._with_numbers = plain.operations_with(numbers)
+        self._with_numbers = interpreter.operations_with(numbers)
         self._due: dict[int, list[str]] = {}
-        for path, index in plain.given_after.items():
+        for path, index in interpreter.given_after.items():
             self._due.setdefault(index, []).append(path)
         #: Copies of tensors by their names, of each storage.
         self._copies: dict[str, dict[str, Tensor]] = {}
@@ -111,7 +111,7 @@ class PlainObserver:
 
     def observation(self, loss: Tensor) -> Observation:
         """Return the observation of the step with this loss."""
-        places = _places_of(self._program, self._plain.given_after, self._read)
+        places = _places_of(self._program, self._interpreter.given_after, self._read)
         order = dict.fromkeys([*self._program.gradients, *self._gradients])
         gradients = {name: self._gradients[name] for name in order if name in self._gradients}
         return Observation(loss, self._operations, self._activations, gradients, places)
@@ -146,7 +146,7 @@ class PlainObserver:
 
     def _look_after(self, index: int, environment: Environment) -> None:
         operation = self._with_numbers[index]
-        written = self._plain.written[index]
+        written = self._interpreter.written[index]
         names = [name for name in operation.results if name] or written
         changed = {self._storage(name) for name in (*names, *written)}
         for storage in changed:

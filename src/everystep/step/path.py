@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from everystep.program.plain import READ
+from everystep.program.number_slots import READ
 from everystep.program.program import Phase
 
 __all__ = [

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from everystep.errors import ProgramError
-from everystep.program.execute import without_autograd
-from everystep.program.live import LiveProgram
+from everystep.program.bound import BoundProgram
+from everystep.program.calls import without_autograd
+from everystep.program.interpreter import Interpreter
+from everystep.program.memory import lies_as
+from everystep.program.number_slots import READ
 from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
-from everystep.program.plain import READ, PlainProgram, lies_as
 from everystep.step.build import BuiltPath
 from everystep.step.check import same_bits
 from everystep.step.comparison import Carried, Comparison, PartsCopy
@@ -176,14 +178,14 @@ class StandIn:
         self.schedules = [*schedules]
         self._draws = any(draws_random_numbers(each.operator) for each in path.operations)
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
-        plain_program = PlainProgram(built.program, parts.device)
-        self._state = plain_program.state
+        interpreter = Interpreter(built.program, parts.device)
+        self._state = interpreter.state
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         self._is_quiet = is_quiet
         self._fixed = fixed
         self._places: list[int] = []
         self._era: int | None = None
-        self.live: LiveProgram | None = None
+        self.live: BoundProgram | None = None
         #: The batch that the program holds, until something else runs.
         self._loaded: list[Tensor] = []
         #: The places of the numbers that Python reads, by the name under which it logs them.
@@ -197,7 +199,7 @@ class StandIn:
         other += [name for name in path.gone if not name.startswith("gradient/")]
         if other:
             raise CreatesTensorsError(f"{other[0].partition('/')[2]} is another tensor after each step")
-        compared = plain_program, self._bind, self._inputs, self._read
+        compared = interpreter, self._bind, self._inputs, self._read
         self._comparison = Comparison(parts, built, *compared, draws=self._draws)
         lying = {path.tensors[number].storage: name for name, number in path.named}
         self._written = [
@@ -312,7 +314,7 @@ class StandIn:
         taken = self._begun(numbers, is_still=is_settled)
         self.load(batch)
         with without_autograd():
-            done = live.take(self._built.numbers(numbers))
+            found = live.take(self._built.numbers(numbers))
         self.end(taken)
         if any(state.get(name) is not tensor for name, tensor in live.ends.items()):
             self._hand_out(state, live.ends)
@@ -326,11 +328,11 @@ class StandIn:
             torch.autograd.graph.increment_version(written)
         for schedule in self.schedules:
             schedule.step()
-        read = {place: done.numbers[index] for place, index in self._read.items()}
+        read = {place: live.numbers[index] for place, index in self._read.items()}
         for place, number in read.items():
             numbers[place] = number
         logged = {name: read[place] for name, place in self._logged_reads.items()}
-        return taken, {**done.given, **self._plain, **logged}
+        return taken, {**found, **self._plain, **logged}
 
     def load(self, batch: Mapping[str, Tensor]) -> None:
         """Put a batch where the program reads it, unless it is there already."""
@@ -407,10 +409,10 @@ class StandIn:
         else:
             state[name] = gradient
 
-    def _bind(self, state: Mapping[str, Tensor]) -> LiveProgram:
+    def _bind(self, state: Mapping[str, Tensor]) -> BoundProgram:
         contents = {name.removeprefix("input/"): tensor for name, tensor in self._inputs().items()}
         given = self._built.program, state, contents, self._batch, self._parts.device
-        return LiveProgram(*given, fixed=self._fixed)
+        return BoundProgram(*given, fixed=self._fixed)
 
     def _inputs(self) -> dict[str, Tensor]:
         """Return the bytes of inputs that are not in the batch, by the name of their storage."""

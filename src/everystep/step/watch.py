@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everystep.program.number_slots import READ
 from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import draws_random_numbers, leaves, parameters, writes
-from everystep.program.plain import READ
 from everystep.step.elsewhere import Elsewhere, version_of
 from everystep.step.follow import Follower
 from everystep.step.gathered import gathers_data

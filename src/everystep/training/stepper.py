@@ -19,7 +19,7 @@ from torch import Tensor
 
 from everystep import clock
 from everystep.errors import DatasetChangedError, TrainingError
-from everystep.program.execute import without_autograd
+from everystep.program.calls import without_autograd
 from everystep.step.acceleration import Acceleration
 from everystep.step.checkpoint import Change, ChangeLog
 from everystep.step.comparison import PartsCopy

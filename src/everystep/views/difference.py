@@ -9,7 +9,7 @@ from everystep.views.listed import listed
 from everystep.views.terminal import shortest
 
 if TYPE_CHECKING:
-    from everystep.program.execute import Observed
+    from everystep.program.observed import Observed
     from everystep.replay.data import DataDifference
     from everystep.replay.diff import Difference
     from everystep.replay.operations import OperationDifference, TensorDifference

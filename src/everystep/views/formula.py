@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from everystep.program.elements.optimizers import FUSED, UPDATES, update
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.recording.facts import OptimizerFacts
 from everystep.recording.texts import optimizers_text

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.views.notation import Call, right_side
 
 __all__ = ["Line", "mathematics"]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from everystep.program.arguments import references
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 from everystep.views.lines import TIMES

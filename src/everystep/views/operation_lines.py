@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.views.lines import Cell, number_cells, number_headings, table_lines, table_width, without
 from everystep.views.mathematics import Line
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from everystep.errors import RunError, TrainingError
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.recording.snapshots import write_snapshot
 from everystep.replay.rerun.child import PROTOCOL
 from everystep.replay.rerun.place import Place

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from everystep.device import on_cpu
 from everystep.errors import UsageError
 from everystep.numerics import Numerics
-from everystep.program.plain import READ
+from everystep.program.number_slots import READ
 from everystep.program.precision import counters
 from everystep.program.program import Program
 from everystep.recording.run import RecordedRun

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from everystep.program.arguments import decode, references
-from everystep.program.execute import Observed, without_autograd
+from everystep.program.calls import without_autograd
+from everystep.program.observed import Observed
 from everystep.program.operators import leaves
 from everystep.replay.rows.labels import MIXED, Tracked
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.replay.rows.call import Call, MixesError, Result
 from everystep.replay.rows.labels import MIXED, SHARED, SUM, Reason, Tracked
 from everystep.replay.rows.memory import Memory

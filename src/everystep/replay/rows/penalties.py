@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.replay.rows.labels import SUM, Tracked
 from everystep.step.observe import Places
 

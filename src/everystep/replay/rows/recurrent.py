@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from everystep.program.execute import without_autograd
+from everystep.program.calls import without_autograd
 from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
 from everystep.replay.rows.labels import MIXED, SHARED, Tracked, elementwise, reduced, rows_in
 from everystep.replay.rows.results import by_key

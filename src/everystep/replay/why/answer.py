@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from everystep.program.execute import Observed
+from everystep.program.observed import Observed
 from everystep.replay.shown import Shown
 from everystep.replay.step import Step
 from everystep.replay.why.rows import batch_rows
