@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everystep.errors import ProgramError
 from everystep.program.arguments import decode, json_floats
-from everystep.program.calls import ASK_FOR_GRADIENTS
+from everystep.program.calls import ASK_FOR_GRADIENTS, flattened
 from everystep.program.memory import copy_into, lies_as, tensor_on
 from everystep.program.number_slots import READ, Number, count_numbers, is_number, is_number_slot
 from everystep.program.operation import Operation
@@ -48,7 +48,7 @@ class Interpreter:
     def __init__(self, program: Program, device: torch.device) -> None:
         self.program = program
         self._device = device
-        self._calls = [_Call(operation) for operation in program.operations]
+        self._calls = [_Instruction(operation) for operation in program.operations]
         needed = program.state_names
         self.state = {name: spec for name, spec in program.tensors.items() if name in needed}
         self.inputs = {
@@ -190,7 +190,7 @@ class Interpreter:
         return torch.device("cpu") if self.program.storages[storage].host else self._device
 
 
-class _Call:
+class _Instruction:
     """An operation with its operator looked up; arguments are put in place at each call."""
 
     def __init__(self, operation: Operation) -> None:
@@ -245,7 +245,7 @@ class _Call:
             known = next(numbers)
             same = known == result or (known != known and result != result)
             return None if same else f"returns {result} to Python, but the recording has {known}"
-        flat = _flat(result) if self.operation.results else []
+        flat = flattened(result) if self.operation.results else []
         for name, tensor in zip(self.operation.results, flat, strict=False):
             if name is not None:
                 environment.put(name, tensor)
@@ -255,13 +255,6 @@ class _Call:
 def _next(numbers: Iterator[Number], value: Any) -> Number:
     """Return the step's number for a slot in its program."""
     return (int if isinstance(value, int) else float)(next(numbers))
-
-
-def _flat(value: Any) -> list[Any]:
-    found: list[Any] = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        found += item if isinstance(item, list | tuple) else [item]
-    return found
 
 
 class Environment:

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from everystep.bounded import parse_json
 from everystep.errors import ProgramError
-from everystep.program.arguments import decode, encode, json_floats, references
+from everystep.program.arguments import json_floats
 from everystep.program.checked import is_known_sound, note_sound
 from everystep.program.operation import (
     DIMENSIONS,
@@ -39,9 +39,6 @@ __all__ = [
     "Program",
     "Storage",
     "TensorSpec",
-    "decode",
-    "encode",
-    "references",
 ]
 
 FORMAT_VERSION = 1
