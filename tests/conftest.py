@@ -39,6 +39,7 @@ from everystep import cli, clock  # noqa: E402
 from everystep.experiment.batches import Batches  # noqa: E402
 from everystep.step import verified  # noqa: E402
 from everystep.step.eager import Training  # noqa: E402
+from everystep.training.stepper import Stepper  # noqa: E402
 from everystep.training.watched_steps import WatchedSteps  # noqa: E402
 
 # Its assertions report what they compared, whichever test imports it first.
@@ -174,6 +175,17 @@ def step_of():
 def program_of(step_of):
     """Take a step of a training in Python, and return its program."""
     return lambda training, step=1: step_of(training, step).built.program
+
+
+@pytest.fixture
+def stepper_of():
+    """Return what runs the steps of a training, and writes nothing."""
+
+    def stepper_of(training, steps, engine="auto"):
+        watched = WatchedSteps(training, Unwritten(), is_by_rule=True)
+        return Stepper(training, watched, steps, engine)
+
+    return stepper_of
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from everystep.program.arguments import encode
 from everystep.program.elements import Call, Formula, NoRuleError, Words, how_made
 from everystep.program.elements.call import numbers_of
 from everystep.program.operation import Operation
-from everystep.program.operators import PLAIN_ONLY, leaves, resolve
+from everystep.program.operators import leaves, resolve
 
 torch.manual_seed(3)
 
@@ -550,7 +550,7 @@ class Ran:
     """An operator that has run, with copies of what it was given."""
 
     def __init__(self, name, given, keywords, values=None):
-        operator = resolve(f"aten.{name}", is_plain=f"aten.{name}" in PLAIN_ONLY)
+        operator = resolve(f"aten.{name}")
         self.names = {}
         self.inputs = dict(values or {})
         arguments = tuple(encode(each, self._name) for each in given)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from everystep.program.operators import (
+    BY_VALUES,
     NotAllowedError,
     computes,
     draws_random_numbers,
@@ -39,9 +40,11 @@ def allowed_operators():
             continue
 
 
-def test_what_is_allowed_makes_tensors_from_tensors_and_numbers():
+def test_what_is_allowed_makes_tensors_of_known_shapes_with_few_exceptions():
     names = set()
     for operator in allowed_operators():
+        if str(operator) in BY_VALUES:
+            continue
         assert operator.namespace == "aten"
         assert not UNWANTED & set(operator.tags), operator
         for parameter in parameters(operator):
@@ -65,7 +68,7 @@ def test_what_a_program_has_gives_no_view_and_nothing_changes_shape_in_place():
 @pytest.mark.parametrize(
     "name",
     [
-        *("from_file.default", "_local_scalar_dense.default", "item.default", "equal.default"),
+        *("from_file.default", "item.default", "equal.default"),
         *(
             "set_.source_Tensor",
             "set_.default",
@@ -89,7 +92,7 @@ def test_what_a_program_has_gives_no_view_and_nothing_changes_shape_in_place():
             "_lazy_clone.default",
         ),
         *("sym_constrain_range.default", "_make_dep_token.default", "_foobar.default"),
-        *("nonzero.default", "masked_select.default", "bincount.out", "repeat_interleave.Tensor_out"),
+        *("bincount.out", "repeat_interleave.Tensor_out"),
         *(
             "_unsafe_index.Tensor",
             "_unsafe_index_put.default",

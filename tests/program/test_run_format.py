@@ -69,5 +69,5 @@ def test_it_names_every_key_of_a_program(run):
     parts = (program, program.operations[0], program.tensors["x"], program.storages["x"])
     keys = {key for part in parts for key in type(part).model_fields}
     assert {key for key in keys if f"`{key}`" not in PAGE} == set()
-    for kind in ("input", "state", "constant", "hyperparameter", "temporary"):
+    for kind in ("input", "state", "temporary"):
         assert f"`{kind}`" in PAGE

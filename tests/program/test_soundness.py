@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.step.test_torch_modules import EAGER
 from tests.step.torch_modules import WARNINGS, module_cases
 from torch import nn
 from torch.nn import functional
@@ -21,7 +20,7 @@ from everystep.program.program import Program
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
 
-CASES = [case for case in module_cases() if case.name not in EAGER]
+CASES = module_cases()
 OPTIMIZERS = [
     (name, options)
     for name in torch.optim.__all__
@@ -35,7 +34,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_program_of_every_module_of_torch_is_read_as_it_was_written(case, make_trainee, program_of):
     model, x, y, loss = case.make()
-    text = program_of(make_trainee(model, x, y, loss=loss)).program.to_json()
+    text = program_of(make_trainee(model, x, y, loss=loss)).to_json()
     assert Program.from_json(text).to_json() == text
 
 
@@ -48,7 +47,7 @@ def test_the_program_of_every_optimizer_is_read_as_it_was_written(
     data = torch.randn(6, 4), torch.randn(6, 2)
     training = make_trainee(model, *data, optimizer=optimizer, clip_norm=0.5)
     for step in (1, 2):
-        program = program_of(training, step).program
+        program = program_of(training, step)
         assert Program.from_json(program.to_json()) == program
 
 
@@ -91,8 +90,12 @@ FUNCTIONS = {
 def test_the_program_of_a_function_is_read_as_it_was_written(name, make_trainee, program_of):
     model, x = Function(FUNCTIONS[name]), torch.randn(6, 4)
     training = make_trainee(model, x, torch.zeros(6), loss=lambda p, y: p.abs().square().mean())
-    text = program_of(training).program.to_json()
+    text = program_of(training).to_json()
     assert Program.from_json(text).to_json() == text
+
+
+class FusedAdam(torch.optim.Adam):
+    """Not torch's own class: a program has its kernel, not its step."""
 
 
 @pytest.fixture
@@ -100,9 +103,9 @@ def convolutional(make_trainee, program_of):
     """A program as JSON data; its backward pass uses what the forward pass kept."""
     layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(18, 3))
-    optimizer = {"optimizer": lambda p: torch.optim.Adam(p, fused=True)}
-    training = make_trainee(model, torch.randn(4, 1, 8, 8), torch.randn(4, 3), **optimizer)
-    return json.loads(program_of(training).program.to_json())
+    optimizer = partial(FusedAdam, fused=True)
+    training = make_trainee(model, torch.randn(4, 1, 8, 8), torch.randn(4, 3), optimizer=optimizer)
+    return json.loads(program_of(training).to_json())
 
 
 def place_of(program, name):
@@ -218,15 +221,12 @@ A_LOT = 2**45
         ("sum.dim_IntList", ["a", [2**63]], "dim must be of type Optional"),
         ("cat.default", [["a", 1.0]], "tensors must be of type List"),
         ("gelu.default", ["a"], "r, which"),
-        ("index.Tensor", ["a", ["mask"]], "selects by a mask"),
         ("_fft_c2r.default", ["a", [-1], 0, 4], "do not fit"),
     ],
 )
 def test_an_operator_that_does_not_fit_is_refused_by_name(operator, arguments, message):
     shapes = {"a": [2, 3], "b": [5], "c": [1, 2, 3], "r": [2, 3]}
     program = one_operation(operator, arguments, shapes, ["r"])
-    program["storages"]["mask"] = {"kind": "temporary", "bytes": 2}
-    program["tensors"]["mask"] = {"dtype": "bool", "shape": [2]}
     if operator == "gelu.default":
         program["tensors"]["r"]["shape"] = [3, 2]
     with pytest.raises(ProgramError, match=message) as raised:
@@ -317,7 +317,7 @@ def values(data):
 
 def test_reading_draws_no_random_numbers(make_trainee, program_of):
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-    text = program_of(make_trainee(model, torch.randn(6, 4), torch.randn(6, 4))).program.to_json()
+    text = program_of(make_trainee(model, torch.randn(6, 4), torch.randn(6, 4))).to_json()
     before = torch.get_rng_state()
     Program.from_json(text)
     assert torch.equal(torch.get_rng_state(), before)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from benchmarks.faults.kinds.judging import all_kinds, judged
 from benchmarks.faults.kinds.sides import Training, with_module
-from everystep.program.observed import Observed
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -19,6 +18,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 
 import everystep
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation, TensorSpec
 from everystep.recording.asked import asked_differences
 from everystep.recording.facts import ModuleFacts

@@ -1,30 +1,29 @@
 """By program or eagerly: which step is taken how, and what becomes of a program that does not hold."""
 
+import copy
+
 import pytest
 import torch
-from tests.conftest import stepper_of
 from torch import nn
 
+import everystep
 from everystep.errors import TrainingError
-from everystep.step import advance, verified
+from everystep.step import losses as kept
 from everystep.step.verified import CheckPlan
 
 
-def take(stepper, steps, stretch=1000):
-    """Take all steps; return the losses, those that became void replaced."""
-    losses = {}
+def take(stepper, steps):
+    """Take all steps."""
     while stepper.step < steps:
-        stepper.advance(min(stepper.step + stretch, steps))
-        first, values = stepper.collect()
-        losses |= dict(enumerate(values.tolist(), start=first))
+        stepper.advance(steps)
+        stepper.collect()
     stepper.finish()
-    return list(losses.values())
 
 
-def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee):
+def test_it_is_checked_at_powers_of_two_and_at_the_last_step(small, make_trainee, stepper_of):
     stepper = stepper_of(make_trainee(*small), 300)
     take(stepper, 300)
-    assert stepper.checked == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
+    assert stepper.checked == [2, 4, 8, 16, 32, 64, 128, 256, 300]
 
 
 def test_checks_take_a_hundredth_of_the_time_once_they_are_far_enough_apart(checks_in_time):
@@ -69,37 +68,39 @@ def test_a_program_that_is_captured_at_a_check_counts_as_checked(checks_in_time)
         assert (plan.checked, plan.next) == ([1, 2], expected)
 
 
-def test_the_program_of_a_heavy_first_step_is_not_compared(
-    small, make_trainee, checks_in_time, monkeypatch
-):
-    monkeypatch.setattr(verified, "LIGHT_SECONDS", 0.0)
-    stepper = stepper_of(make_trainee(*small), 20)
-    take(stepper, 20)
-    assert stepper.checked == [2]
-    assert len(stepper.programs.built) == 1 and stepper.reason is None
-    stepper = stepper_of(make_trainee(*small), 1)
-    take(stepper, 1)
-    assert stepper.checked == [1]  # the last
+def test_the_last_step_is_checked_where_few_steps_are_run(small, make_trainee, stepper_of):
+    stepper = stepper_of(make_trainee(*small), 3)
+    take(stepper, 3)
+    assert stepper.checked == [2, 3]
 
 
-def test_a_short_last_batch_has_a_program_of_its_own(small, make_trainee):
-    stepper = stepper_of(make_trainee(*small, batch_size=8), 30)
-    take(stepper, 30)
-    assert stepper.reason is None
-    shapes = [built.program.tensors["x"].shape for built in stepper.programs.built]
-    assert shapes == [(8, 4), (4, 4)]
-    assert [rule.steps for rule in stepper.programs.rules()] == ["every", "later"]
+def test_a_short_last_batch_has_a_program_of_its_own(small):
+    model, x, y = small
+    run = everystep.train(
+        model,
+        (x, y),
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        batch_size=8,
+        steps=30,
+        progress=False,
+    )
+    engine = run.facts.training.engine
+    assert engine.reason is None and engine.by_program > 0
+    shapes = {tuple(run[step].batch.tensors["x"].shape) for step in range(1, 4)}
+    assert shapes == {(8, 4), (4, 4)}
+    assert run.verify(processes=1, progress=False).is_exact
 
 
-def test_where_a_program_is_demanded_its_absence_is_an_error(small, make_trainee):
+def test_where_a_program_is_demanded_its_absence_is_an_error(small, make_trainee, stepper_of):
     model, x, y = small
     model.register_forward_hook(lambda *_: None)
     with pytest.raises(TrainingError, match=r"the model has a forward hook.*auto"):
         stepper_of(make_trainee(model, x, y), 10, engine="program")
 
 
-def test_losses_wait_until_they_are_collected(small, make_trainee, monkeypatch):
-    monkeypatch.setattr(advance, "ROOM", 16)
+def test_losses_wait_until_they_are_collected(small, make_trainee, stepper_of, monkeypatch):
+    monkeypatch.setattr(kept, "ROOM", 16)
     stepper = stepper_of(make_trainee(*small), 100)
     stepper.advance(100)
     assert stepper.step == 16
@@ -111,21 +112,13 @@ def test_losses_wait_until_they_are_collected(small, make_trainee, monkeypatch):
     assert (first, len(losses)) == (17, 4)
 
 
-def test_the_caller_finds_the_gradients_of_the_last_step(small, make_trainee):
+def test_the_caller_finds_the_gradients_of_the_last_step(small, make_trainee, stepper_of):
     model, x, y = small
-    training = make_trainee(model, x, y)
-    stepper = stepper_of(training, 1000)
-    stepper.advance(50)  # no step at which gradients would be there from a check
-    before = [p.detach().clone() for p in model.parameters()]
+    stepper = stepper_of(make_trainee(model, x, y), 1000)
+    stepper.advance(50)  # a step that a program runs
+    by_hand = copy.deepcopy(model)
+    stepper.advance(51)
     stepper.finish()
-    handed_over = [p.grad.clone() for p in model.parameters()]
-    lr = torch.tensor(1e-3)
-    undone = [p + g * lr for p, g in zip(before, handed_over, strict=True)]
-    loss = nn.MSELoss(reduction="sum")
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), undone, strict=True):
-            parameter.copy_(value)
-    model.zero_grad()
-    loss(model(x), y).backward()
-    for parameter, gradient in zip(model.parameters(), handed_over, strict=True):
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+    nn.MSELoss(reduction="sum")(by_hand(x), y).backward()
+    for parameter, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)

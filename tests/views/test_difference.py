@@ -1,8 +1,8 @@
 """Where two runs part, in one sentence; as lines and as data it is tested with diff."""
 
 import pytest
-from everystep.program.observed import Observed
 
+from everystep.program.observed import Observed
 from everystep.program.operation import Operation
 from everystep.replay.causes import COMPUTED_OTHERWISE
 from everystep.replay.diff import Difference

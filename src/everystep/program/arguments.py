@@ -16,7 +16,7 @@ import torch
 from everystep.device import kinds
 from everystep.program.operators import NotAllowedError
 
-__all__ = ["DTYPES", "decode", "encode", "fits", "json_floats", "python_floats", "references"]
+__all__ = ["DTYPES", "decode", "encode", "fits", "json_floats", "references"]
 
 #: Those that a program's tensors may have, by name.
 DTYPES = {
@@ -132,15 +132,6 @@ def json_floats(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: json_floats(item) for key, item in value.items()}
     return [*map(json_floats, value)] if isinstance(value, list | tuple) else value
-
-
-def python_floats(value: Any) -> Any:
-    """Return the argument of `json_floats`."""
-    if isinstance(value, dict):
-        if _key(value) == "float":
-            return _ENUMERATIONS["float"][value["float"]]
-        return {key: python_floats(item) for key, item in value.items()}
-    return [*map(python_floats, value)] if isinstance(value, list | tuple) else value
 
 
 def _key(value: Any) -> str | None:

@@ -18,7 +18,14 @@ from everystep.program.memory import copy_into, repeats
 from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import leaves, out_variant
 
-__all__ = ["ASK_FOR_GRADIENTS", "Call", "late_calls", "prebuilt_calls", "quickest"]
+__all__ = [
+    "ASK_FOR_GRADIENTS",
+    "Call",
+    "flattened",
+    "late_calls",
+    "prebuilt_calls",
+    "without_autograd",
+]
 
 Call = Callable[[], Any]
 
@@ -46,6 +53,22 @@ _ELEMENTWISE_LOSSES = {
 ASK_FOR_GRADIENTS = {"aten.mkldnn_rnn_layer.default"}
 
 
+class without_autograd:  # noqa: N801  # used as a function, and much faster than a generator
+    """Bypass autograd within: programs hold its operations already."""
+
+    __slots__ = ("_before", "_guard")
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._guard = torch._C._AutoDispatchBelowAutograd()
+        self._guard.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        self._guard.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._before)
+
+
 def prebuilt_calls(
     operator: Any,
     arguments: list[Any],
@@ -54,10 +77,10 @@ def prebuilt_calls(
 ) -> list[Call]:
     """Return functions that, called in order, apply the operator and write its results into `results`.
 
-    Make and call them below autograd.
+    Make and call them inside `without_autograd`.
     """
     if _writes_in_place(operator):
-        return [_fastest(operator, arguments, keywords)]
+        return [partial(_quickest(operator, arguments, keywords), *arguments, **keywords)]
     if len(results) == 1 and results[0] is not None and not keywords:
         if str(operator) in _SAME_AS:
             return [_SAME_AS[str(operator)](arguments, results[0])]
@@ -75,7 +98,7 @@ def late_calls(
 ) -> list[Call]:
     """Return what `prebuilt_calls` returns; the arguments may be exchanged for others of their type."""
     if _writes_in_place(operator):
-        function = quickest(operator, arguments, keywords)
+        function = _quickest(operator, arguments, keywords)
     else:
         function, keywords = _into_results(operator, arguments, keywords, results)
 
@@ -106,7 +129,7 @@ def _into_results(
         else:
             given = dict(zip(names, results, strict=True))
         keywords |= given
-        return quickest(overload, arguments, keywords), keywords
+        return _quickest(overload, arguments, keywords), keywords
     return _copying(operator, results), keywords
 
 
@@ -142,26 +165,22 @@ def _copying(operator: Any, results: Sequence[Tensor | None]) -> Callable[..., N
         compute = torch.enable_grad()(compute)
 
     def call(*arguments: Any, **keywords: Any) -> None:
-        flat = _flat(compute(*arguments, **keywords))
+        flat = flattened(compute(*arguments, **keywords))
         for index, target in targets:
             copy_into(target, flat[index])
 
     return call
 
 
-def _flat(value: Any) -> list[Any]:
+def flattened(value: Any) -> list[Any]:
+    """Return the results of an operator, with those that are in lists."""
     found: list[Any] = []
     for item in value if isinstance(value, list | tuple) else [value]:
         found += item if isinstance(item, list | tuple) else [item]
     return found
 
 
-def _fastest(operator: Any, arguments: list[Any], keywords: dict[str, Any]) -> Call:
-    """Return the fastest call."""
-    return partial(quickest(operator, arguments, keywords), *arguments, **keywords)
-
-
-def quickest(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Callable[..., Any]:
+def _quickest(operator: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Callable[..., Any]:
     """Return the fastest callable for an operator with such arguments.
 
     torch's own Python binding, if one calls exactly this operator, is about a microsecond faster than

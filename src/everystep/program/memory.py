@@ -1,7 +1,8 @@
-"""Placement of temporary tensors in one block of memory, reused as soon as a tensor is dead.
+"""Memory: the tensors of a program on it, and a plan that lets temporary tensors share one block.
 
-The plan is "greedy by size" of Y. Pisarchyk and J. Lee, "Efficient Memory Management for Deep Neural Net
-Inference" (2020): the largest storage first, each at the lowest offset that is free during its lifetime.
+The plan reuses memory as soon as a tensor is dead. It is "greedy by size" of Y. Pisarchyk and J. Lee,
+"Efficient Memory Management for Deep Neural Net Inference" (2020): the largest storage first, each at
+the lowest offset that is free during its lifetime.
 """
 
 from __future__ import annotations
@@ -9,11 +10,23 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from everystep.errors import ProgramError
+from everystep.program.operation import TensorSpec
 from everystep.program.program import Program
 
-__all__ = ["ALIGNMENT", "MemoryPlan", "copy_into", "copy_on_cpu", "plan_memory", "repeats"]
+__all__ = [
+    "ALIGNMENT",
+    "MemoryPlan",
+    "copy_into",
+    "copy_on_cpu",
+    "lies_as",
+    "plan_memory",
+    "repeats",
+    "tensor_on",
+]
 
 #: As torch aligns its own tensors, so that kernels take the same path.
 ALIGNMENT = 64
@@ -53,6 +66,34 @@ def plan_memory(program: Program, names: Collection[str]) -> MemoryPlan:
         placed.append((offset, life))
     size = max((offset + _aligned(life.bytes) for offset, life in placed), default=0)
     return MemoryPlan({life.name: offset for offset, life in placed}, size)
+
+
+def lies_as(tensor: Tensor, spec: TensorSpec) -> bool:
+    """Tell whether a tensor has the geometry that a program expects."""
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.torch_dtype:
+        return False
+    if tensor.layout != torch.strided or tensor.storage_offset() != spec.offset:
+        return False
+    return 0 in spec.shape or all(
+        one == two or size == 1
+        for one, two, size in zip(tensor.stride(), spec.stride, spec.shape, strict=True)
+    )
+
+
+def tensor_on(storage: torch.UntypedStorage, spec: TensorSpec, start: int = 0) -> Tensor:
+    """Return a tensor on memory.
+
+    start: where the storage of the program begins in it, in bytes, perhaps before it.
+
+    Raises:
+        ProgramError: it would exceed the memory.
+    """
+    if start + spec.end > storage.nbytes():
+        size = storage.nbytes() - start
+        raise ProgramError(f"a tensor needs {spec.end} bytes, but the storage has {size}")
+    offset = spec.offset + start // spec.torch_dtype.itemsize
+    empty = torch.empty(0, dtype=spec.torch_dtype, device=storage.device)
+    return empty.set_(storage, offset, spec.shape, spec.stride)
 
 
 def repeats(tensor: Tensor) -> bool:

@@ -157,6 +157,10 @@ class Operation(Model):
         known = (p.name for p in parameters(self.resolved) if p.name in written)
         return [tensor for name in known for tensor in references(given.get(name))]
 
+    def changed(self) -> list[str]:
+        """Return the names of its results, and of the tensors that it writes into."""
+        return [*filter(None, self.results), *self.written()]
+
     def check(self, tensors: Mapping[str, TensorSpec]) -> None:
         """Check that the operator is allowed, and that its arguments have the right kinds.
 

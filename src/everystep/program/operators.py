@@ -15,6 +15,7 @@ from everystep.program.optimizers import ARGUMENTS, OPTIMIZERS, OptimizerOperato
 from everystep.program.trusting import what_is_unknown
 
 __all__ = [
+    "ALLOCATING",
     "BY_VALUES",
     "NotAllowedError",
     "Parameter",
@@ -31,8 +32,8 @@ __all__ = [
 _Packet: Any = type(torch.ops.aten.mul)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 
-#: Operators that only a plain program may use: one gives a number to Python, the shapes of the results
-#: of two depend on numbers, and two are those of a scaler of gradients, which check what they are given.
+#: Exceptions to the rules for operators: one gives a number to Python, the shapes of the results of two
+#: depend on numbers, and two are those of a scaler of gradients, which check what they are given.
 BY_VALUES = {
     *("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"),
     *("aten._amp_foreach_non_finite_check_and_unscale_.default", "aten._amp_update_scale_.default"),
@@ -68,11 +69,12 @@ _NEEDED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ),
 )
 
+#: They return memory as they find it.
+ALLOCATING = frozenset(
+    ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+)
 #: They return memory, or a view of it, although their schema does not say that they return a view.
-_MEMORY_ONLY = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-    *("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"),
-}
+_MEMORY_ONLY = {*ALLOCATING, "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes"}
 
 #: Written by the kernel, though the schema does not say so.
 _UNDECLARED_WRITES = {

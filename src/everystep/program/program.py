@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from everystep.bounded import parse_json
 from everystep.errors import ProgramError
-from everystep.program.arguments import decode, encode, json_floats, references
+from everystep.program.arguments import json_floats
 from everystep.program.checked import is_known_sound, note_sound
 from everystep.program.operation import (
     DIMENSIONS,
@@ -39,9 +39,6 @@ __all__ = [
     "Program",
     "Storage",
     "TensorSpec",
-    "decode",
-    "encode",
-    "references",
 ]
 
 FORMAT_VERSION = 1
@@ -83,7 +80,7 @@ class Program(Model):
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for index, operation in enumerate(self.operations):
-            for name in (*filter(None, operation.results), *operation.written()):
+            for name in operation.changed():
                 first.setdefault(self.tensors[name].storage, index)
             if operation.phase == "forward" and operation.module:
                 parts = operation.module.split(".")
@@ -94,11 +91,6 @@ class Program(Model):
             made = [first.get(self.tensors[name].storage, -1) for name in names]
             latest = found[path] = max([latest, last.get(path, -1), *made])
         return found
-
-    def backward_until(self) -> int:
-        """Return the operation after which gradients are as the backward phase leaves them."""
-        in_update = (i for i, operation in enumerate(self.operations) if operation.phase == "update")
-        return next(in_update, len(self.operations)) - 1
 
     def storage_of(self, tensor: str) -> Storage:
         """Return the storage of a tensor."""

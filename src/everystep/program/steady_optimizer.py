@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everystep.program.calls import Call, prebuilt_calls
 from everystep.program.operator_mode import OperatorMode
-from everystep.program.operators import computes, draws_random_numbers, leaves, writes
+from everystep.program.operators import ALLOCATING, computes, draws_random_numbers, leaves, writes
 from everystep.program.optimizers import BoundOptimizer, OptimizerOperator
 
 __all__ = ["SteadyOptimizer"]
@@ -64,7 +64,7 @@ class SteadyOptimizer:
         with seen:
             self._optimizer.step(self._settings)
         is_kept = [*map(id, kept)] == [*map(id, self._optimizer.kept())]
-        given = {t.untyped_storage().data_ptr() for t in (*kept, *self._optimizer.given())}
+        given = _memory([*kept, *self._optimizer.given()])
         self._calls = seen.calls(given) if is_kept else None
         self._is_steady = self._calls is not None
 
@@ -97,24 +97,19 @@ class _Seen(OperatorMode):  # type: ignore[no-untyped-call]
             if (not results and operator._schema.returns) or draws_random_numbers(operator):
                 return None  # it gave a number to Python
             named = dict(zip((a.name for a in operator._schema.arguments), arguments, strict=False))
-            written = [
-                t for n, v in (named | keywords).items() if n in writes(operator) for t in leaves(v)
-            ]
-            if not {_place(tensor) for tensor in written} <= given | made:
+            written = _memory([v for n, v in (named | keywords).items() if n in writes(operator)])
+            if not written <= given | made:
                 return None  # a constant, which the next step finds changed
-            if not computes(operator):
-                made |= {_place(t) for t in results} if _is_memory(operator) else set()
-                continue
-            if not written:
-                read = {_place(t) for t in leaves([*arguments, *keywords.values()])}
-                own = {_place(tensor) for tensor in results}
-                if not own.isdisjoint(read):
+            if not written and (computes(operator) or operator.overloadpacket.__name__ in ALLOCATING):
+                own = _memory(results)
+                if not own.isdisjoint(_memory([*arguments, *keywords.values()])):
                     return None
                 made |= own
                 size += sum(tensor.nbytes for tensor in results)
             if size > MOST_BYTES:
                 return None
-            found += prebuilt_calls(operator, [*arguments], dict(keywords), results)
+            if computes(operator):
+                found += prebuilt_calls(operator, [*arguments], dict(keywords), results)
         return found
 
 
@@ -127,10 +122,6 @@ def _shown(value: Any) -> Any:
     return id(value) if isinstance(value, Tensor) else value
 
 
-def _is_memory(operator: Any) -> bool:
-    name: str = operator.overloadpacket.__name__
-    return name.startswith(("empty", "new_empty"))
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory(values: Any) -> set[int]:
+    """Return where the memory of tensors in lists is."""
+    return {tensor.untyped_storage().data_ptr() for tensor in leaves(values)}

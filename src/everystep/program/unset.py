@@ -8,18 +8,9 @@ from __future__ import annotations
 
 from everystep.program.arguments import references
 from everystep.program.operation import Operation
+from everystep.program.operators import ALLOCATING
 
 __all__ = ["overwrites", "unread_inputs", "unset_results"]
-
-#: They return memory as they find it.
-_ALLOCATING = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "empty_permuted",
-}
 
 #: From which of their results on kernels return their own memory, of which they do not write all:
 #: workspaces, reserves, a table of the CTC loss, the state of a generator that only dropout sets, and
@@ -60,7 +51,7 @@ def overwrites(operation: Operation) -> bool:
 
 def unset_results(operation: Operation) -> frozenset[str]:
     """Return the names of results without numbers, and of what it could have written and did not."""
-    first = 0 if operation.name in _ALLOCATING else _MEMORY_FROM.get(operation.name)
+    first = 0 if operation.name in ALLOCATING else _MEMORY_FROM.get(operation.name)
     found = frozenset() if first is None else frozenset(filter(None, operation.results[first:]))
     if operation.name.startswith("rrelu_with_noise") and "backward" not in operation.name:
         given = operation.given()

@@ -88,7 +88,7 @@ class Expander:
         if not self._places:
             return Expanded(self._interpreter, [*numbers], {})
         own = self._interpreter.numbers_of(numbers)
-        stand_ins = _StandIns(self._interpreter.program, state, self._device)
+        stand_ins = _StandIns(self._interpreter, state, self._device)
         watched: list[tuple[Path, Watch]] = []
         for place in self._places:
             if not self._is_told[place]:
@@ -130,8 +130,10 @@ class _Following:
 class _StandIns:
     """Tensors that lie as those of a program, on other memory."""
 
-    def __init__(self, program: Program, state: Mapping[str, Tensor], device: torch.device) -> None:
-        self._program = program
+    def __init__(
+        self, interpreter: Interpreter, state: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self._interpreter = interpreter
         self._state = state
         self._device = device
         self._memory: dict[str, torch.UntypedStorage] = {}
@@ -160,12 +162,9 @@ class _StandIns:
     def _tensor(self, name: str) -> Tensor:
         """Return the stand-in of a tensor; one of a single number has its value in the state."""
         if name not in self._tensors:
-            spec = self._program.tensors[name]
+            spec = self._interpreter.program.tensors[name]
             if spec.storage not in self._memory:
-                storage = self._program.storages[spec.storage]
-                place = torch.device("cpu") if storage.host else self._device
-                whole = torch.zeros(storage.bytes, dtype=torch.uint8, device=place)
-                self._memory[spec.storage] = whole.untyped_storage()
+                self._memory[spec.storage] = self._interpreter.fresh(spec.storage)
             tensor = tensor_on(self._memory[spec.storage], spec)
             if not spec.shape and name in self._state:
                 tensor.copy_(self._state[name])

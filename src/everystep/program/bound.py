@@ -1,0 +1,290 @@
+"""Bound: a program that is bound to memory, and runs one step after the other there.
+
+Binding does everything that is the same at every step: place the tensors on their storages, look up the
+operators, fill in the arguments. What remains is a list of calls without arguments, each of which writes
+into existing memory. Numbers of the step are put in their places before a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everystep.errors import ProgramError
+from everystep.program.arguments import decode
+from everystep.program.batch_memory import Anchor, BatchMemory, anchors_in_place
+from everystep.program.calls import Call, late_calls, prebuilt_calls, without_autograd
+from everystep.program.memory import plan_memory, tensor_on
+from everystep.program.number_slots import READ, Number, is_number, is_number_slot
+from everystep.program.operation import Operation
+from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.optimizers import OptimizerOperator
+from everystep.program.program import Program
+from everystep.program.steady_operations import steady_operations
+from everystep.program.steady_optimizer import SteadyOptimizer
+
+__all__ = ["BoundProgram"]
+
+#: Puts a number of the step where an operation finds it.
+_Put = Callable[[Number], None]
+
+
+class BoundProgram:
+    """A program, bound to the live tensors of a training, and to memory of its own for all others.
+
+    A step is `put`, if its numbers differ from those of the step before; `load`, if its batch does; and
+    `run`. `take` does the first and the last, and returns copies.
+
+    Args:
+        program: the program to run.
+        state: the tensors of the training by name; their memory must not move.
+        inputs: bytes of each input storage that does not belong to the batch, by the storage's name.
+        batch: the names of the tensors of the batch.
+        device: the device of memory that the program allocates.
+        fixed: tensors of a batch that is the same at every step, by name. The program reads them where
+            they are, if they lie as it expects, and a copy if not.
+
+    loss: the live tensor of the loss, or a NaN to be set from outside if the program has none; logged:
+    the live tensors of all numbers that the step logs, by name; ends: the tensors that state names have
+    after the step. The next step writes into all of them again. numbers: of the step, with those that
+    it read after it ran; reads: the places of these among the numbers; draws: whether the step draws
+    random numbers; calls: what a step calls, in order; temporary_bytes: the memory that the program
+    itself uses.
+
+    Raises:
+        ProgramError: the program cannot be bound to these tensors, or memory is exhausted; gives the
+            reason.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        state: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        batch: Collection[str],
+        device: torch.device,
+        *,
+        fixed: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.program = program
+        self.numbers: list[Number] = []
+        self.reads: list[int] = []
+        self._puts: list[_Put] = []
+        self._optimizers: list[SteadyOptimizer] = []
+        steady = steady_operations(program)
+        given = [name for name in batch if name in program.tensors]
+        here = anchors_in_place(program, {name: fixed[name] for name in given if name in fixed}, device)
+        loaded = [name for name in given if program.tensors[name].storage not in here]
+        self._batch = BatchMemory(program, loaded, device)
+        temporary = _temporary(program, device, steady)
+        known = {program.tensors[name].storage: state[name] for name in program.state_names}
+        anchors = here | self._batch.anchors | temporary
+        anchors |= _given(program, {**known, **inputs}, anchors)
+        self._tensors = {
+            name: tensor_on(anchors[spec.storage].storage, spec, anchors[spec.storage].start)
+            for name, spec in program.tensors.items()
+        }
+        sizes = {each.storage.data_ptr(): each.storage.nbytes() for each in temporary.values()}
+        self.temporary_bytes = sum(sizes.values())
+        self._batch.bind(self.tensor)
+        if fixed:
+            self.load(fixed)
+        nan = torch.full((), math.nan, dtype=torch.float64)
+        self.loss = nan if program.loss is None else self.tensor(program.loss)
+        logged = {} if program.loss is None else {"loss": program.loss}
+        self.logged = {n: self.tensor(tensor) for n, tensor in (logged | program.logged).items()}
+        self.ends = {name: self.tensor(tensor) for name, tensor in program.ends.items()}
+        self.draws = any(draws_random_numbers(each.resolved) for each in program.operations)
+        with without_autograd():
+            self._calls_of = [self._bound(each) for each in program.operations]
+            for place in sorted(steady):
+                self._run_once(place)
+        self.calls = [*chain.from_iterable(self._calls_of)]
+
+    def load(self, batch: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a batch, of the geometry of the program, to where it reads them."""
+        self._batch.load(batch)
+
+    def put(self, numbers: Sequence[Number]) -> None:
+        """Put the numbers of a step where its operations find them.
+
+        numbers: in the order of the operations, with one for each that the step reads.
+
+        Raises:
+            ProgramError: there are more or fewer than the program needs.
+        """
+        if len(numbers) != len(self._puts):
+            raise ProgramError(
+                f"the step has {len(numbers)} numbers, but its program needs {len(self._puts)}"
+            )
+        self.numbers = [*numbers]
+        for put, number in zip(self._puts, numbers, strict=True):
+            put(number)
+        for optimizer in self._optimizers:
+            optimizer.settle()
+
+    def run(self) -> None:
+        """Run the step on what the memory holds; call it inside `without_autograd`.
+
+        Raises:
+            RuntimeError: a kernel rejects its arguments (or IndexError, ValueError, TypeError).
+        """
+        for call in self.calls:
+            call()
+
+    def take(self, numbers: Sequence[Number]) -> dict[str, Tensor]:
+        """Run a step on the loaded batch; return copies of what it logs, by name.
+
+        Call it inside `without_autograd`.
+
+        numbers: of the step, in the order of its operations.
+
+        Raises:
+            RuntimeError: as `run`.
+        """
+        self.put(numbers)
+        self.run()
+        return {name: tensor.clone() for name, tensor in self.logged.items()}
+
+    def calls_with(self, after: Mapping[int, Sequence[Call]]) -> list[Call]:
+        """Return the calls of an observed step: `after` runs after operation i (-1: before all)."""
+        found = list(after.get(-1, ()))
+        for index, calls in enumerate(self._calls_of):
+            found += [*calls, *after.get(index, ())]
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the program, on its live memory."""
+        return self._tensors[name]
+
+    def _run_once(self, place: int) -> None:
+        """Run a steady operation, now instead of at each step."""
+        calls, self._calls_of[place] = self._calls_of[place], []
+        try:
+            for call in calls:
+                call()
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise ProgramError(f"{self.program.operations[place].operator}: {error}") from None
+
+    def _bound(self, operation: Operation) -> list[Call]:
+        """Return the calls of an operation, and note where they find the numbers of the step."""
+        operator = operation.resolved
+        names = [p.name for p in parameters(operator) if p.is_positional]
+        arguments = [self._decoded(value) for value in operation.arguments]
+        keywords = {key: self._decoded(value) for key, value in operation.keywords.items()}
+        slots: list[_Put] = []
+        for place, (name, value) in enumerate(zip(names, operation.arguments, strict=False)):
+            if is_number_slot(operator, name):
+                slots += _slots(value, arguments, place)
+        for name, value in operation.keywords.items():
+            if is_number_slot(operator, name):
+                slots += _slots(value, keywords, name)
+        self._puts += slots
+        if operation.operator == READ:
+            return self._reading(arguments[0])
+        results = [None if name is None else self.tensor(name) for name in operation.results]
+        if isinstance(operator, OptimizerOperator):
+            self._optimizers.append(_stepping(operator, arguments, keywords, results))
+            return [self._optimizers[-1]]
+        made = late_calls if slots else prebuilt_calls
+        return made(operator, arguments, keywords, results)
+
+    def _reading(self, tensor: Tensor) -> list[Call]:
+        """Return what reads a number from a tensor."""
+        place = len(self._puts)
+        self.reads.append(place)
+        self._puts.append(lambda number: None)
+
+        def read() -> None:
+            self.numbers[place] = tensor.item()
+
+        return [read]
+
+    def _decoded(self, value: Any) -> Any:
+        try:
+            return decode(value, self.tensor)
+        except ValueError as error:
+            raise ProgramError(str(error)) from None
+
+
+def _stepping(
+    operator: OptimizerOperator,
+    arguments: Sequence[Any],
+    settings: Mapping[str, Any],
+    results: Sequence[Tensor | None],
+) -> SteadyOptimizer:
+    """Return what takes the step of an optimizer, with the settings that it finds."""
+    if results:
+        raise ProgramError(f"{operator} creates tensors, which only the first step of a training does")
+    try:
+        return SteadyOptimizer(operator, arguments, settings)
+    except ValueError as error:
+        raise ProgramError(f"{operator}: {error}") from None
+
+
+def _slots(value: Any, target: Any, place: Any) -> Iterator[_Put]:
+    """Yield what puts the numbers of a step into an argument, which is at some place of a list."""
+    if isinstance(value, list | tuple):
+        target[place] = items = [*target[place]]
+        for index, item in enumerate(value):
+            yield from _slots(item, items, index)
+    elif is_number(value):
+        kind = int if isinstance(value, int) else float
+
+        def put(number: Number) -> None:
+            target[place] = kind(number)
+
+        yield put
+
+
+def _given(program: Program, memory: Mapping[str, Tensor], others: Collection[str]) -> dict[str, Anchor]:
+    """Return where the storages are that the caller gives, by name.
+
+    others: those that have memory already.
+    """
+    found = {}
+    for name, storage in program.storages.items():
+        if name in others:
+            continue
+        if name not in memory:
+            raise ProgramError(f"{name} is missing, but the program needs it")
+        given = memory[name].untyped_storage()
+        if given.nbytes() < storage.bytes:
+            raise ProgramError(
+                f"the program needs {storage.bytes} bytes of {name}, which has only {given.nbytes()}"
+            )
+        found[name] = Anchor(given)
+    return found
+
+
+def _temporary(program: Program, device: torch.device, steady: Collection[int]) -> dict[str, Anchor]:
+    """Return where the temporary storages are: one block has all that need not persist.
+
+    steady: places of operations that do not run at each step.
+    """
+    names = program.of_kind("temporary")
+    shown = (program.loss, *program.gradients.values(), *program.ends.values(), *program.logged.values())
+    made = (name for place in steady for name in program.operations[place].changed())
+    kept = {program.tensors[name].storage for name in (*filter(None, shown), *made)}
+    alone = {name for name in names if name in kept or program.storages[name].host}
+    plan = plan_memory(program, [name for name in names if name not in alone])
+
+    def memory(size: int, *, is_host: bool = False) -> torch.UntypedStorage:
+        place = "cpu" if is_host else device
+        return torch.empty(size, dtype=torch.uint8, device=place).untyped_storage()
+
+    try:
+        shared = memory(plan.size)
+        own = {
+            name: Anchor(memory(program.storages[name].bytes, is_host=program.storages[name].host))
+            for name in alone
+        }
+    except RuntimeError as error:
+        raise ProgramError(f"not enough memory for the program: {error}") from None
+    return own | {name: Anchor(shared, start) for name, start in plan.offsets.items()}

@@ -1,0 +1,65 @@
+"""Number slots: the arguments of operations with numbers that belong to a step, not to its program.
+
+These are the `Scalar` and `float` arguments, numbers in the place of a tensor, the settings of an
+optimizer, and what the step read from tensors. A training with another learning rate at every step has
+one program.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from everystep.program.operation import Operation
+from everystep.program.operators import parameters
+from everystep.program.optimizers import OptimizerOperator
+
+__all__ = ["READ", "Number", "count_numbers", "has_numbers", "is_number", "is_number_slot"]
+
+Number = int | float
+#: The operator by which Python reads a number from a tensor.
+READ = "aten._local_scalar_dense.default"
+#: Operators with `Scalar` arguments that decide the shape of their result.
+_SHAPED_BY_NUMBERS = {"arange", "range"}
+#: Whole numbers that bound a draw.
+_BOUNDS = {"randint": {"low", "high"}, "randint_like": {"low", "high"}, "random_": {"from", "to"}}
+
+
+@cache
+def _slots(operator: Any) -> frozenset[str]:
+    """Return the arguments of an operator that hold numbers which may differ at each step."""
+    if isinstance(operator, OptimizerOperator):
+        return frozenset(operator.settings)
+    name = operator.overloadpacket.__name__
+    if name in _SHAPED_BY_NUMBERS:
+        return frozenset()
+    bounds: set[str] = _BOUNDS.get(name, set())
+    # A number may replace a tensor, too.
+    kinds = ("number", "float", "Tensor")
+    held = [f"{holder}[{kind}]" for holder in ("Optional", "List") for kind in kinds]
+    return frozenset(
+        p.name for p in parameters(operator) if p.kind in (*kinds, *held) or p.name in bounds
+    )
+
+
+def is_number_slot(operator: Any, name: str) -> bool:
+    """Tell whether numbers in an argument of an operator belong to the step, not to its program."""
+    return name in _slots(operator)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether an argument, as a program holds it, is a number, not a truth value."""
+    is_special = isinstance(value, dict) and "float" in value
+    return is_special or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def count_numbers(value: Any) -> int:
+    """Return how many numbers an argument, as a program holds it, has."""
+    return sum(map(count_numbers, value)) if isinstance(value, list | tuple) else int(is_number(value))
+
+
+def has_numbers(operation: Operation) -> bool:
+    """Tell whether an operation has arguments that belong to the step."""
+    operator = operation.resolved
+    given = operation.given().items()
+    return any(is_number_slot(operator, name) and count_numbers(value) for name, value in given)
