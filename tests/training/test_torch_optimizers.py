@@ -84,6 +84,7 @@ def test_it_has_the_bits_of_the_loop_and_comes_back(name, tmp_path):
     assert len([*(tmp_path / "run" / "programs").iterdir()]) <= 2
     for number in (1, 7, 12):
         step = run[number]
+        assert step.is_exact
         updates = [each.operation for each in step.operations if each.operation.phase == "update"]
         assert updates and all(each.operator.startswith("aten.") for each in updates)
     if name == "sgd":

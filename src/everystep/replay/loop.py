@@ -214,6 +214,9 @@ class LoopStepper(ReplayStepper):
         """Tell whether a state has a tensor: not a gradient that everystep's own step drops."""
         if self._is_own_loop or not name.startswith("gradient/"):
             return True
+        for number in self._facts.programs:  # one that was not needed yet may read the gradient
+            with suppress(NotReplayedError):
+                self._program(Repeat(0, number, None, None))
         return any(name in interpreter.state for interpreter in self._programs.values())
 
     def settle(self) -> None:

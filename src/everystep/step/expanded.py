@@ -53,8 +53,8 @@ class Expander:
         self._device = device
         operations = interpreter.program.operations
         self._places = [n for n, each in enumerate(operations) if each.operator in OPTIMIZERS]
-        #: By place: what an optimizer reads as a number, and whether the state before the step tells it.
-        self._small = {place: _small(operations[place], interpreter.program) for place in self._places}
+        #: By place: of what an optimizer reads numbers, and whether the state before the step tells it.
+        self._read = {place: _read(operations[place], interpreter.program) for place in self._places}
         self._is_told = {place: self._tells(place) for place in self._places}
         self._last: tuple[list[Path], _Spliced] | None = None
 
@@ -72,7 +72,7 @@ class Expander:
         return all(
             (name in program.state_names or name in made)
             and program.tensors[name].storage not in written
-            for name in self._small[place]
+            for name in self._read[place]
         )
 
     def expanded(
@@ -92,7 +92,7 @@ class Expander:
         watched: list[tuple[Path, Watch]] = []
         for place in self._places:
             if not self._is_told[place]:
-                stand_ins.set(before(place, self._small[place]))
+                stand_ins.set(before(place, self._read[place]))
             watched.append(stand_ins.take(self._interpreter.operation_with(place, own[place])))
         paths = [path for path, _ in watched]
         if self._last is None or self._last[0] != paths:
@@ -108,8 +108,10 @@ class Expander:
         return Expanded(spliced.interpreter, [number for each in own for number in each], inputs)
 
 
-def _small(operation: Operation, program: Program) -> list[str]:
-    """Return the tensors of a single number that an optimizer keeps, or has as a setting."""
+def _read(operation: Operation, program: Program) -> list[str]:
+    """Return the tensors of which an optimizer reads numbers: of a single one, kept or as a setting."""
+    if OPTIMIZERS[operation.operator].kind is torch.optim.Adafactor:
+        return [*dict.fromkeys(operation.reads())]  # it reads the norms of parameters and updates
     given = operation.arguments[ARGUMENTS.index("kept")], *operation.keywords.values()
     return [name for name in references(given) if not program.tensors[name].shape]
 
@@ -213,6 +215,9 @@ class _Spliced:
         for name in part.storages.keys() - places.keys():
             places[name] = next(_free(name, self._storages))
             self._storages[places[name]] = part.storages[name]
+        for name, storage in part.storages.items():
+            if storage.kind == "input":  # what begins as a constant may be a result of the outer program
+                self._storages[places[name]] = storage
         for name in [name for name in part.tensors if name not in names]:
             names[name] = next(_free(name, self._tensors))
             spec = part.tensors[name]

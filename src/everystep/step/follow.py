@@ -23,6 +23,12 @@ __all__ = ["Follower", "is_compiled", "scripted_fault"]
 
 _next_node = torch._C._autograd._get_sequence_nr
 
+#: The followers of each thread. torch's hooks for all modules and all optimizers are set by the first one
+#: and removed by the last: other threads may be iterating over torch's tables of them.
+_followers: dict[int, tuple[Follower, ...]] = {}
+_hooks: list[Any] = []
+_lock = threading.Lock()
+
 
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether calls of a module run a graph of torch.compile's."""
@@ -71,24 +77,25 @@ class Follower:
         # The modules that ran in turn, and the number of the first node of the graph that each made.
         self._modules: list[str | None] = [None]
         self._nodes: list[int] = [0]
-        self._hooks: list[Any] = []
         self.where: tuple[Any, ...] = ()
         self._phase: Phase | None = None
 
     def begin(self) -> None:
-        """Register the hooks."""
-        self._hooks = [
-            register_module_forward_pre_hook(self.opened),
-            register_module_forward_hook(self.closed, always_call=True),
-            register_optimizer_step_pre_hook(self._step_begins),
-            register_optimizer_step_post_hook(self._step_ends),
-        ]
+        """Begin to follow."""
+        with _lock:
+            _followers[self._thread] = (*_followers.get(self._thread, ()), self)
+            if not _hooks:
+                _hooks.extend(_registered())
 
     def finish(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Follow no longer."""
+        with _lock:
+            others = tuple(each for each in _followers.pop(self._thread, ()) if each is not self)
+            if others:
+                _followers[self._thread] = others
+            if not _followers:
+                while _hooks:
+                    _hooks.pop().remove()
 
     def step_begins(self) -> None:
         """Begin another step: nothing runs."""
@@ -129,30 +136,26 @@ class Follower:
             return "zero_grad", None
         return ("loss" if torch.is_grad_enabled() else "other"), None
 
-    def _is_ours(self) -> bool:
-        return threading.get_ident() == self._thread
-
-    def opened(self, module: nn.Module, inputs: Any) -> None:
-        """Note that a module begins, as torch's hooks do.
+    def opened(self, module: nn.Module) -> None:
+        """Note that a module begins.
 
         Raises:
             UsageError: it is compiled.
         """
-        if self._is_ours():
-            if is_compiled(module):
-                raise UsageError(
-                    f"{type(module).__name__} is compiled (torch.compile); torch would run it "
-                    "uncompiled while everystep watches, with different results; use the uncompiled "
-                    "module in the loop"
-                )
-            # A module that is not a part, such as a loss, belongs to the module around it.
-            around = self._open[-1] if self._open else None
-            self._open.append(self.modules.get(id(module), around))
-            self._moved()
+        if is_compiled(module):
+            raise UsageError(
+                f"{type(module).__name__} is compiled (torch.compile); torch would run it "
+                "uncompiled while everystep watches, with different results; use the uncompiled "
+                "module in the loop"
+            )
+        # A module that is not a part, such as a loss, belongs to the module around it.
+        around = self._open[-1] if self._open else None
+        self._open.append(self.modules.get(id(module), around))
+        self._moved()
 
-    def closed(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def closed(self, module: nn.Module, output: Any) -> None:
         """Note that a module is done."""
-        if not self._is_ours() or not self._open:
+        if not self._open:
             return
         path = self._open.pop()
         self._moved()
@@ -160,14 +163,50 @@ class Follower:
             given = list(output.values()) if isinstance(output, dict) else output
             self._module_done(path, list(leaves(given)))
 
-    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
-        if self._is_ours():
-            self._optimizer.append(self._optimizers.get(id(optimizer)))
-            self._moved()
-            self._optimizer_begins(optimizer, len(args) > 1 or bool(keywords))
+    def update_begins(self, optimizer: torch.optim.Optimizer, has_arguments: bool) -> None:
+        """Note that an optimizer begins its step."""
+        self._optimizer.append(self._optimizers.get(id(optimizer)))
+        self._moved()
+        self._optimizer_begins(optimizer, has_arguments)
 
-    def _step_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._is_ours() and self._optimizer:
+    def update_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that an optimizer is done with its step."""
+        if self._optimizer:
             self._optimizer.pop()
             self._moved()
             self._optimizer_ends(optimizer)
+
+
+def _registered() -> list[Any]:
+    """Register torch's hooks for all modules and optimizers; return what removes them."""
+    return [
+        register_module_forward_pre_hook(_module_begins),
+        register_module_forward_hook(_module_ends, always_call=True),
+        register_optimizer_step_pre_hook(_update_begins),
+        register_optimizer_step_post_hook(_update_ends),
+    ]
+
+
+def _here() -> tuple[Follower, ...]:
+    """Return the followers of the current thread."""
+    return _followers.get(threading.get_ident(), ())
+
+
+def _module_begins(module: nn.Module, inputs: Any) -> None:
+    for follower in _here():
+        follower.opened(module)
+
+
+def _module_ends(module: nn.Module, inputs: Any, output: Any) -> None:
+    for follower in _here():
+        follower.closed(module, output)
+
+
+def _update_begins(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
+    for follower in _here():
+        follower.update_begins(optimizer, len(args) > 1 or bool(keywords))
+
+
+def _update_ends(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for follower in _here():
+        follower.update_ends(optimizer)
