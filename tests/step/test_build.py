@@ -27,7 +27,7 @@ def test_every_operation_knows_its_phase_and_module_also_backwards(chapter, make
     places = [(each.phase, each.module) for each in program.operations]
     assert places[:4] == [("forward", "0"), ("forward", "1"), ("forward", "2"), ("loss", None)]
     assert [module for phase, module in places if phase == "backward"] == [
-        *(None, "2", "2", "2", "1", "0", "0")
+        *(None, None, "2", "2", "2", "1", "0", "0")
     ]
     assert places[12:] == [("update", None)]
 

@@ -156,7 +156,7 @@ CHANGES = {
 }
 
 
-def differs_or_same(make, **options):
+def differs_or_same(make, engine="auto", **options):
     """Assert that a training has the bits of the loop, or is refused by name."""
     expected = make()
     losses = by_hand(expected, steps=STEPS, **options)
@@ -164,7 +164,7 @@ def differs_or_same(make, **options):
     if not made.metrics:
         options.pop("evaluate_every", None)
     try:
-        run = by_train(made, steps=STEPS, **options)
+        run = by_train(made, steps=STEPS, engine=engine, **options)
     except EverystepError:
         return None
     assert run.losses["loss"].to_list() == losses
@@ -175,6 +175,28 @@ def differs_or_same(make, **options):
 @pytest.mark.parametrize("kind", CHANGES)
 def test_what_is_changed_and_put_back_counts(kind):
     assert differs_or_same(CHANGES[kind], evaluate_every=1) is not None
+
+
+class Causal(nn.Module):
+    """torch looks whether the mask is causal, and then takes another kernel."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(2, 1, 8, dropout=0.0, batch_first=True)
+        self.inner = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(2))
+
+    def forward(self, x):
+        return self.inner(x.reshape(-1, 2, 2), mask=self.mask)[:, 1]
+
+
+def test_a_number_that_python_reads_from_what_does_not_change():
+    def make():
+        torch.manual_seed(1)
+        return metric_that(new_training(model=Causal), fills(lambda model: model.mask))
+
+    run = differs_or_same(make, evaluate_every=1, engine="program")
+    assert run.facts.training.engine.by_program > OFF - ON
 
 
 def with_dataset(wrap, change):

@@ -252,8 +252,8 @@ def _schedules() -> Iterator[Kind]:
         for base in (0.85, 0.8)
     )
     # The schedule writes it into the optimizer.
-    causes = ("SGD: momentum ...",)
-    yield Kind("base_momentum of OneCycleLR", one, other, 2, update("aten.mul_.Tensor"), causes)
+    momentum = ("SGD: momentum ...",)
+    yield Kind("base_momentum of OneCycleLR", one, other, 2, update("aten.mul_.Tensor"), momentum)
     one, other = (
         Training(optimizer=partial(Adagrad, lr=0.01, initial_accumulator_value=value))
         for value in (0, 0.1)
@@ -266,8 +266,11 @@ def _schedules() -> Iterator[Kind]:
             Training(optimizer=partial(Adam, lr=torch.tensor(lr), fused=fused)) for lr in (0.01, 0.02)
         )
         place = update("aten._fused_adam_.tensor_lr" if fused else "aten.addcdiv_.default")
-        causes = "Adam: lr 0.01 | 0.02", *(() if fused else COMPUTED[Adam, "lr"])
-        yield Kind(f"an lr that is a tensor, fused {fused}", one, other, 1, place, causes)
+        also = () if fused else COMPUTED[Adam, "lr"]
+        yield Kind(
+            *(f"an lr that is a tensor, fused {fused}", one, other, 1, place),
+            ("Adam: lr 0.01 | 0.02", *also),
+        )
     yield Kind(
         "a schedule or none",
         Training(),

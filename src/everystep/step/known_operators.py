@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,16 +51,9 @@ class KnownOperator(NamedTuple):
     copies: bool = False
 
 
-_known: dict[int, KnownOperator] = {}
-_kept_alive: list[Any] = []
-
-
+@cache
 def known_operator(func: Any) -> KnownOperator:
     """Return what is known of an operator."""
-    return _known.get(id(func)) or _learn(func)
-
-
-def _learn(func: Any) -> KnownOperator:
     name = func.overloadpacket.__name__
     how, text = "see", str(func)
     if func.namespace in ("prim", "profiler") or name in _OTHER_GEOMETRY:
@@ -76,7 +70,7 @@ def _learn(func: Any) -> KnownOperator:
                 is_view = any(r.alias_info for r in func._schema.returns) or "unsafe" in name
                 how = "pass" if is_view else "make"
     try:
-        known = KnownOperator(
+        return KnownOperator(
             how,
             tuple(writes(func)),
             tuple((p.name, is_number_slot(func, p.name)) for p in parameters(func)),
@@ -92,10 +86,7 @@ def _learn(func: Any) -> KnownOperator:
             name == "copy_",
         )
     except (AttributeError, RuntimeError):  # an operator without a schema that can be read
-        known = KnownOperator("has no schema" if how == "see" else how)
-    _known[id(func)] = known
-    _kept_alive.append(func)  # its id is a key
-    return known
+        return KnownOperator("has no schema" if how == "see" else how)
 
 
 def _makes_dtype(func: Any) -> bool:

@@ -61,6 +61,10 @@ class SeenOperation(NamedTuple):
     writes: tuple[int, ...]
     numbers: int
 
+    def tensors_read(self) -> list[int]:
+        """Return the numbers of the tensors among its arguments."""
+        return _tensors_in((*self.arguments, *(value for _, value in self.keywords)))
+
 
 def is_name(value: Any) -> bool:
     """Tell whether an argument of an observed operation is a tensor, or has one in it."""
@@ -148,8 +152,7 @@ class Path:
         used: set[int] = set()
         for operation in self.operations:
             used.update(operation.writes)
-            read = _tensors_in((operation.arguments, operation.keywords))
-            used.update(self.tensors[number].storage for number in read)
+            used.update(self.tensors[number].storage for number in operation.tensors_read())
         used.update(self.tensors[number].storage for _, number in self.ends)
         return {
             name

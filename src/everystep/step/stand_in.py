@@ -35,6 +35,7 @@ from everystep.step.parts import Parts
 from everystep.step.path import Path
 from everystep.step.taken import TakenByProgram
 from everystep.step.torchs_own import is_torchs_schedule
+from everystep.step.unchanging import unchanging_reads
 
 __all__ = ["Around", "CreatesTensorsError", "NotReplaceableError", "StandIn"]
 
@@ -180,6 +181,8 @@ class StandIn:
         self._parameters = {name: p for p, name in parts.parameter_names().items()}
         interpreter = Interpreter(built.program, parts.device)
         self._state = interpreter.state
+        #: Copies of the tensors of which Python reads numbers that it does not log.
+        self._unchanging: dict[str, Tensor] = {}
         self._moves = [name for name in self._state if name.startswith("gradient/")]
         self._is_quiet = is_quiet
         self._fixed = fixed
@@ -222,17 +225,25 @@ class StandIn:
                 raise NotReplaceableError(f"{name} is returned as a Python number; return the tensor")
             if places:
                 found[name] = places[0]
-        if not set(read) <= {*found.values()}:
+        changing = {n for step in self._optimizer_steps for n in range(step.begin, step.end)}
+        unchanging = unchanging_reads(self.path, self._fixed, changing)
+        other = {*read} - {*found.values()}
+        if not other <= unchanging.keys():
             raise NotReplaceableError(
                 "Python, or a function of torch, reads a number from a tensor, and may branch on it; "
                 "compute with the tensor, or only return the number"
             )
+        sources = {storage for place in other for storage in unchanging[place]}
+        tensors = self._parts.state() | dict(self._fixed)
+        for name, number in self.path.named:
+            if name in tensors and self.path.tensors[number].storage in sources:
+                self._unchanging[name] = tensors[name].detach().clone()
         return found
 
     def _reason_against(self, batch: Mapping[str, Tensor], seen: Cursor) -> str | None:
         path = self.path
         if seen.unseen:
-            return f"a program cannot hold {next(iter(seen.unseen))}"
+            return f"a program cannot hold the step: {next(iter(seen.unseen))}"
         if seen.changed_unseen:
             name = seen.changed_unseen[0].partition("/")[2]
             return f"something changes {name} where torch does not see it"
@@ -264,6 +275,9 @@ class StandIn:
         """
         if era != self._era:
             self._loaded = []
+            now = {**state, **self._fixed}
+            if any(not same_bits(now[name], known) for name, known in self._unchanging.items()):
+                return False
         elif self.live is not None and not self._moves:
             return True
         found = {name: state[name] for name in self._state if name in state}

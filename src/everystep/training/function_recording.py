@@ -62,8 +62,8 @@ class FunctionRecording(Recording[R]):
         known = self._open().state
         return known if is_settled and known is not None else self._parts.state()
 
-    def program_of(self, path: Path) -> BuiltPath | None:
-        """Return the program of an observed step, None if it has none."""
+    def program_of(self, path: Path) -> BuiltPath | str:
+        """Return the program of an observed step, or why it has none."""
         return self._open().program_of(path)
 
     def note_function(self, facts: Callable[[], FunctionFacts]) -> None:

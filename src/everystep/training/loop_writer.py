@@ -212,10 +212,10 @@ class LoopWriter:
             self.flush()
             self._flush_at = time.perf_counter() + FLUSH_SECONDS
 
-    def program_of(self, path: StepPath) -> BuiltPath | None:
-        """Return the program of a path, None if it has none."""
+    def program_of(self, path: StepPath) -> BuiltPath | str:
+        """Return the program of a path, or why it has none."""
         known = self._rows.program_of(path)
-        return None if known is None else known.built
+        return known if isinstance(known, str) else known.built
 
     def note_versions(self) -> None:
         """Note that the state equals that after the last step, although tensors were written since."""
@@ -321,12 +321,12 @@ class LoopWriter:
         if (is_due or self.step == recorder.recorded) and self._pending is None:
             self._pending = self._snapshot()
 
-    def _keep_pending(self, following: WrittenProgram | None = None) -> None:
+    def _keep_pending(self, following: WrittenProgram | str | None = None) -> None:
         """Write the snapshot that waits: with its gradients only if the step after it has used them."""
         if self._pending is None:
             return
         state, self._pending = self._pending, None
-        if following is not None:
+        if isinstance(following, WrittenProgram):
             used = following.built.program.state_names
             rest = {
                 name: tensor

@@ -212,8 +212,8 @@ class VouchedStep:
         try:
             if unknown:
                 raise NotReplaceableError(f"{min(unknown)} is not the result of an operation")
-            if built is None:
-                raise NotReplaceableError("a program cannot hold the step")
+            if isinstance(built, str):
+                raise NotReplaceableError(built)
             did = around.optimizers, around.schedules()
             known = self._parts, built, path, seen, *did, _tensors_of(batch), plain
             kind.stand_in = StandIn(*known, is_quiet=self._is_quiet)

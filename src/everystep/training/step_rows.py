@@ -61,14 +61,15 @@ class StepRows:
     def __init__(self, writer: StepWriter) -> None:
         self.written: list[int] = []
         self._writer = writer
-        self._programs: dict[Path, WrittenProgram | None] = {}
+        #: The program of each path, or why there is none.
+        self._programs: dict[Path, WrittenProgram | str] = {}
         self._generator = torch.get_rng_state()
         self._copied = 0
         self._began = clock.now()
 
-    def program_of(self, path: Path) -> WrittenProgram | None:
-        """Return the program of a path that a row was made of, None if it has none."""
-        return self._programs.get(path)
+    def program_of(self, path: Path) -> WrittenProgram | str:
+        """Return the program of a path that a row was made of, or why it has none."""
+        return self._programs.get(path, "the steps do something else each time")
 
     def forget_generator(self) -> None:
         """Note the generator again at the next draw: it is not as the last row left it."""
@@ -103,7 +104,7 @@ class StepRows:
                 del self._programs[next(iter(self._programs))]
         size = sum(t.nbytes for n, t in inputs.items() if n.startswith("batch/"))
         size, self._copied = size + copied - self._copied, copied
-        if known is None:
+        if isinstance(known, str):
             return Taken(step, None, None, inputs, nesting, size, {})
         for name, storage in known.built.inputs.items():
             content = watch.content(storage)
@@ -117,12 +118,12 @@ class StepRows:
         numbers = known.built.numbers(watch.numbers)
         return Taken(step, known.number, numbers, inputs, nesting, size, self._digests(step, state))
 
-    def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | None:
+    def _build(self, step: int, path: Path, watch: AnyWatch) -> WrittenProgram | str:
         try:
             built = build_path(path, watch.numbers)
         except (NotCapturableError, NotAllowedError) as error:
             say(f"step {step} cannot be replayed without your code: {error}")
-            return None
+            return str(error)
         number = self._writer.program(built.program)
         self.written.append(number)
         return WrittenProgram(number, built)

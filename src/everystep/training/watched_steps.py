@@ -169,7 +169,7 @@ class WatchedSteps:
         assert self._last is not None
         watch, path, _ = self._last
         known = self._rows.program_of(path)
-        if known is None:
+        if isinstance(known, str):
             return None
         brought = {f"input/{n}": watch.content(place) for n, place in known.built.inputs.items()}
         inputs = {name: content for name, content in brought.items() if content is not None}
@@ -184,8 +184,8 @@ class WatchedSteps:
         assert self._last is not None
         watch, path, _ = self._last
         known = self._rows.program_of(path)
-        if known is None:
-            raise NotReplaceableError("a program cannot hold the step")
+        if isinstance(known, str):
+            raise NotReplaceableError(known)
         if path.loss is None or path.storages[path.tensors[path.loss].storage].kind != "temporary":
             raise NotReplaceableError("the loss is not the result of an operation of the step")
         batch = {"x": x, "y": y}

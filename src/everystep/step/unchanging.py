@@ -1,0 +1,62 @@
+"""Reads of what does not change: numbers that Python reads and that are the same at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from everystep.program.number_slots import READ
+from everystep.program.operators import draws_random_numbers
+from everystep.step.path import Path
+
+__all__ = ["unchanging_reads"]
+
+
+def unchanging_reads(
+    path: Path, fixed: Container[str], changing_numbers: Container[int]
+) -> dict[int, set[int]]:
+    """Return the numbers that Python reads from what is computed of unchanging tensors alone.
+
+    Such a mask or variance is of the state, of a batch that stays, or from outside, and no operation of
+    the step writes into it.
+
+    Args:
+        path: what a step does.
+        fixed: the names of the tensors of a batch that stays.
+        changing_numbers: the places of numbers that differ from step to step.
+
+    Returns:
+        By the place of the number in the step: the storages that it depends on.
+    """
+    written = {storage for operation in path.operations for storage in operation.writes}
+    names = {path.tensors[tensor].storage: name for name, tensor in path.named}
+    depends: dict[int, set[int]] = {}
+    for storage, known in enumerate(path.storages):
+        is_fixed = known.kind != "input" or storage not in names or names[storage] in fixed
+        if is_fixed and storage not in written:
+            depends[storage] = {storage}
+    found: dict[int, set[int]] = {}
+    place = 0
+    for operation in path.operations:
+        read = {path.tensors[number].storage for number in operation.tensors_read()}
+        numbers = range(place, place + operation.numbers)
+        place += operation.numbers
+        sources = {source for storage in read for source in depends.get(storage, ())}
+        is_unchanging = read <= depends.keys()
+        if str(operation.operator) == READ:
+            if is_unchanging:
+                found[numbers.start] = sources
+            continue
+        if draws_random_numbers(operation.operator) or _leaves_bytes(operation.operator):
+            is_unchanging = False
+        if not is_unchanging or any(number in changing_numbers for number in numbers):
+            for storage in operation.writes:
+                depends.pop(storage, None)
+        else:
+            depends.update(dict.fromkeys(operation.writes, sources))
+    return found
+
+
+def _leaves_bytes(operator: Any) -> bool:
+    """Tell whether a result has bytes of memory that nothing has written."""
+    return any(part in operator.overloadpacket.__name__ for part in ("empty", "resize"))
