@@ -53,7 +53,7 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
             _take(parent.directory, directory, f"{row.directory}/{name}")
         database.add_snapshot(row)
     changes = changes_in(row.name for row in files)
-    later = {name for step, name in changes.items() if step >= at}
+    later = {name for step, name in changes.items() if step > at}
     taken = [row for row in files if row.name not in later]
     for file in taken:
         _take(parent.directory, directory, file.name)

@@ -8,6 +8,7 @@ import torch
 
 from everystep.program.interpreter import Interpreter
 from everystep.program.number_slots import is_number
+from everystep.program.operators import draws_random_numbers
 from everystep.program.optimizers import OptimizerOperator
 from everystep.program.program import Program
 from everystep.recording.contents import inputs_of, packed, unpacked
@@ -52,6 +53,23 @@ class FurtherSteps:
             row = self._like(number)
             if row is None or row.program is None or self._makes_state(row.program):
                 return "it has too few steps: no program takes later ones"
+        return None
+
+    def reason_against_changes(self, at: int) -> str | None:
+        """Return why what code between the steps changed after a state keeps programs from the steps.
+
+        It may change something else in other steps; what it draws matters if the steps draw, too.
+        """
+        run, names = self._run, set[str]()
+        for step, file in run.change_files().items():
+            if step > at:
+                change = run.change(file)
+                names |= {*change.tensors, *change.gone}
+        own = sorted(name for name in names if not name.startswith("generator/"))
+        if own:
+            return f"code between the steps changed {own[0].partition('/')[2]} later"
+        if names and any(map(self._draws, run.facts.training.programs)):
+            return "code between the steps drew random numbers later, and the steps draw, too"
         return None
 
     def row(self, number: int) -> Repeat:
@@ -109,6 +127,9 @@ class FurtherSteps:
     def _makes_state(self, program: int) -> bool:
         """Tell whether steps with a program make tensors that later ones find, as the first does."""
         return any(not name.startswith("gradient/") for name in self._program(program).ends)
+
+    def _draws(self, program: int) -> bool:
+        return any(draws_random_numbers(each.resolved) for each in self._program(program).operations)
 
     def _with_rate(self, program: int, numbers: list[Number], lr: float) -> list[Number]:
         """Return the numbers of a step with another learning rate."""

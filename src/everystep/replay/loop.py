@@ -117,7 +117,12 @@ class LoopStepper(ReplayStepper):
         #: A step that failed after others of the same call; the next call raises this.
         self._failed: tuple[int, NotReplayedError] | None = None
         self._loaded: State | None = None
-        self._between = run.change_files()
+        #: A snapshot of everystep's own steps has what changed after its step.
+        self._between = {
+            step: name
+            for step, name in run.change_files().items()
+            if self._is_own_loop or step >= stretch.first
+        }
         self._settled: int | None = None
         self._has_diverged = False
         self._further: Callable[[int], Repeat] | None = None
