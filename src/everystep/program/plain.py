@@ -19,7 +19,7 @@ from everystep.program.arguments import decode, json_floats
 from everystep.program.calls import ASK_FOR_GRADIENTS
 from everystep.program.memory import copy_into
 from everystep.program.operation import Operation, TensorSpec
-from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
 from everystep.program.optimizers import OptimizerOperator
 from everystep.program.program import Program
 
@@ -165,7 +165,7 @@ class PlainProgram:
                     torch.set_rng_state(generators[draws])
                 draws += call.draws
                 found = call.run(environment, left)
-            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            except REFUSALS as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ProgramError(f"operation #{index}, {call.operation.operator}: {reason}") from None
             differs = differs or (found and f"operation #{index}, {call.operation.operator}, {found}")
@@ -246,7 +246,11 @@ def _count(value: Any) -> int:
 
 
 def _next(numbers: Iterator[Number], value: Any) -> Number:
-    """Return the step's number for a slot in its program."""
+    """Return the step's number for a slot in its program.
+
+    Raises:
+        ValueError, OverflowError: it is not of the kind that the program has there.
+    """
     return (int if isinstance(value, int) else float)(next(numbers))
 
 
