@@ -254,11 +254,16 @@ class WatchedSteps:
         if self._versions is not None:
             self._versions = versions_by_name(self.parts.state())
 
-    def note_changed(self, names: Iterable[str]) -> None:
-        """Note that tensors of the state have other values, whatever torch counts."""
+    def note_changes(self, step: int, names: Iterable[str]) -> None:
+        """Store what code has changed after a step.
+
+        names: of tensors of the state that have other values, whatever torch counts.
+        """
         for name in names:
             if self._versions is not None:
                 self._versions.pop(name, None)
+        self._note_changes(step, self.parts.state())
+        self.note_versions()
 
     def finish(self) -> None:
         """Stop following modules and optimizers."""
