@@ -206,6 +206,9 @@ class LoopStepper(ReplayStepper):
         }
         generators = Generators.capture(self._device).tensors()
         rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
+        if not self._is_own_loop and self.state in self._between:  # what code has drawn since the step
+            changed = self._run.change(self._between[self.state]).tensors
+            rest |= {name: each for name, each in changed.items() if name.startswith("generator/")}
         names = "names" if self._is_own_loop else "live"
         settings = self._loaded.settings | {"step": self.state, names: [*copies]}
         if "optimizer" in settings:

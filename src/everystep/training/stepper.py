@@ -163,8 +163,8 @@ class Stepper:
             self._watched.note_versions()
             self._compare_guards()
         else:  # the watch notes what has changed, and what is gone
-            changed = [name for _, each in self._changes.collect() for name in each.tensors]
-            self._watched.note_changes(self.step, changed)
+            for step, change in self._changes.collect():
+                self._watched.note_changes(step, change.tensors)
 
     def _hand_over_gradients(self, *, as_copies: bool) -> None:
         """Set the gradients of the last step where other code looks for them.
