@@ -11,6 +11,7 @@ import torch
 from tests.sealing import seal_files
 
 from everystep.program.program import MOST_ENTRIES
+from everystep.recording.contents import packed, unpacked
 from everystep.recording.data import _digest
 
 REST = "snapshots/000000/rest.safetensors"
@@ -24,6 +25,19 @@ def sql(*statements):
         with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
             for statement in statements:
                 database.execute(*((statement,) if isinstance(statement, str) else statement))
+
+    return change
+
+
+def numbers(number):
+    """Return what makes all numbers of all steps but the first ones the same one."""
+
+    def change(run):
+        with closing(sqlite3.connect(run / "run.sqlite")) as database, database:
+            rows = database.execute("SELECT step, numbers FROM repeats WHERE step > 2").fetchall()
+            for step, known in rows:
+                forged = [number] * len(unpacked(known, "a step") or [])
+                database.execute("UPDATE repeats SET numbers = ? WHERE step = ?", (packed(forged), step))
 
     return change
 
@@ -211,6 +225,9 @@ HOSTILE = {
     ),
     "huge number of a program": within("engine", "programs", 0, value=2**63),
     "negative number of a program": sql("UPDATE repeats SET program = -1"),
+    "numbers that are truth values": numbers(True),
+    "numbers that are NaN": numbers(float("nan")),
+    "huge whole numbers": numbers(10**400),
     "earlier huge": fact("earlier", []),
     "200,001 operations": program(_many_operations),
     "program without storages": program(lambda data: data.pop("storages")),

@@ -127,6 +127,27 @@ def test_runs_started_at_once_take_different_directories(small):
     assert [run.status for run in everystep.runs()] == ["finished"] * 4
 
 
+def test_trainings_in_threads_do_not_disturb_each_other(small):
+    _, x, y = small
+
+    def train_some():
+        for _ in range(3):
+            train(nn.Linear(4, 2), (x, y), steps=4, engine="eager")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=train_some) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert [run.status for run in everystep.runs()] == ["finished"] * 12
+    assert all(run.verify(progress=False, processes=1).is_exact for run in everystep.runs())
+
+
 def test_what_is_no_run_is_told(tmp_path):
     with pytest.raises(everystep.RunError, match="everystep train"):
         everystep.open("nothing")

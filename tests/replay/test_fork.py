@@ -621,3 +621,23 @@ def assert_complete(parent: everystep.Run, fork: everystep.Run) -> None:
 def files_of(run: everystep.Run) -> dict[Path, bytes]:
     paths = (path for path in run.directory.rglob("*") if path.is_file())
     return {path: path.read_bytes() for path in paths if not path.name.startswith("run.sqlite-")}
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_a_fork_begins_with_what_a_metric_has_drawn(engine):
+    def options():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+        return {
+            "model": model,
+            "loss": nn.MSELoss(),
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),
+            "metrics": {"mine": lambda prediction, target: float(torch.rand(()))},
+        }
+
+    data = torch.linspace(0, 1, 48).reshape(12, 4), torch.ones(12, 2)
+    given = {"evaluate_every": 5, "steps": 20, "engine": engine, "progress": False}
+    parent = everystep.train(data=data, **options(), **given)
+    for at in (5, 7):
+        fork = everystep.open(parent.directory).fork(at, **options(), progress=False)
+        assert fork.losses.equals(parent.losses)

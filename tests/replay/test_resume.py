@@ -709,6 +709,38 @@ def test_programs_alone_are_refused_where_code_had_a_part():
         everystep.open("eager").fork(5, steps=20)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model[0].weight.data.mul_(0.9), "code after step 5 changed 0.weight"),
+        (lambda model: torch.rand(1), "code between the steps drew random numbers"),
+    ],
+)
+def test_programs_alone_are_refused_where_code_changed_something_between_steps(change, reason):
+    def metric(prediction, target):
+        change(case["model"])
+        return 0.0
+
+    case = mlp_case(ALONE["SGD"])
+    options = {"metrics": {"m": metric}, "evaluate_every": 5, "steps": 20}
+    run = everystep.train(**case, **options, directory="runs/changed")
+    with pytest.raises(RunError, match=reason):
+        everystep.open("changed").fork(10, steps=30)
+    case = mlp_case(ALONE["SGD"])
+    own = {name: case[name] for name in ("model", "loss", "optimizer")}
+    fork = run.fork(20, **own, metrics={"m": metric}, steps=30, progress=False)
+    assert everystep.open(fork.directory).verify(progress=False).is_exact
+
+
+def test_programs_alone_go_on_with_gradients_that_add_up():
+    case = mlp_case(ALONE["SGD"])
+    case["optimizer"] = ALONE["SGD"](case["model"][0].parameters())
+    everystep.train(**case, steps=20, directory="runs/whole")
+    for at in (1, 20):
+        fork = everystep.open("whole").fork(at, steps=25, progress=False)
+        assert fork.verify(progress=False).is_exact
+
+
 def test_objects_that_were_stopped_before_their_first_state_begin_with_the_same_draws(monkeypatch):
     data = torch.ones(12, 4), torch.ones(12, 1)
 

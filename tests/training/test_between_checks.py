@@ -331,3 +331,23 @@ def test_losses_of_another_dtype_are_recorded_in_full():
         )
 
     assert differs_or_same(make) is not None
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: made.model[0].weight.data.mul_(0.9),
+        lambda made: [own["momentum_buffer"].zero_() for own in made.optimizer.state.values()],
+    ],
+)
+def test_what_a_metric_changes_after_the_last_step_is_recorded(change, engine):
+    made = new_training()
+
+    def metric(prediction, target):
+        change(made)
+        return 0.0
+
+    made.metrics = {"mine": metric}
+    run = by_train(made, steps=20, evaluate_every=5, engine=engine)
+    assert run.verify(progress=False, processes=1).is_exact

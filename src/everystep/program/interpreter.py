@@ -16,7 +16,7 @@ from everystep.program.calls import ASK_FOR_GRADIENTS, flattened
 from everystep.program.memory import copy_into, lies_as, tensor_on
 from everystep.program.number_slots import READ, Number, count_numbers, is_number, is_number_slot
 from everystep.program.operation import Operation
-from everystep.program.operators import draws_random_numbers, parameters
+from everystep.program.operators import REFUSALS, draws_random_numbers, parameters
 from everystep.program.program import Program
 
 __all__ = ["Environment", "Interpreted", "Interpreter"]
@@ -119,7 +119,7 @@ class Interpreter:
                     torch.set_rng_state(generators[draws])
                 draws += call.draws
                 found = call.run(environment, left)
-            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            except REFUSALS as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ProgramError(f"operation #{index}, {call.operation.operator}: {reason}") from None
             differs = differs or (found and f"operation #{index}, {call.operation.operator}, {found}")
@@ -253,7 +253,11 @@ class _Instruction:
 
 
 def _next(numbers: Iterator[Number], value: Any) -> Number:
-    """Return the step's number for a slot in its program."""
+    """Return the step's number for a slot in its program.
+
+    Raises:
+        ValueError, OverflowError: it is not of the kind that the program has there.
+    """
     return (int if isinstance(value, int) else float)(next(numbers))
 
 

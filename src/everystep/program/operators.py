@@ -17,6 +17,7 @@ from everystep.program.trusting import what_is_unknown
 __all__ = [
     "ALLOCATING",
     "BY_VALUES",
+    "REFUSALS",
     "NotAllowedError",
     "Parameter",
     "computes",
@@ -28,6 +29,8 @@ __all__ = [
     "writes",
 ]
 
+#: What operators raise that refuse their arguments; an optimizer computes with Python's numbers, too.
+REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError)
 #: What `torch.ops` has for each name: all overloads of an operator.
 _Packet: Any = type(torch.ops.aten.mul)
 _NAME = re.compile(r"aten\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")

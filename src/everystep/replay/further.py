@@ -53,23 +53,24 @@ class FurtherSteps:
             row = self._like(number)
             if row is None or row.program is None or self._makes_state(row.program):
                 return "it has too few steps: no program takes later ones"
-        return None
+        return self._reason_against_changes()
 
-    def reason_against_changes(self, at: int) -> str | None:
-        """Return why what code between the steps changed after a state keeps programs from the steps.
+    def _reason_against_changes(self) -> str | None:
+        """Return what code between the steps did that programs would not do, None if it did nothing.
 
-        It may change something else in other steps; what it draws matters if the steps draw, too.
+        What it drew matters only to steps that draw, too.
         """
-        run, names = self._run, set[str]()
-        for step, file in run.change_files().items():
-            if step > at:
-                change = run.change(file)
-                names |= {*change.tensors, *change.gone}
-        own = sorted(name for name in names if not name.startswith("generator/"))
-        if own:
-            return f"code between the steps changed {own[0].partition('/')[2]} later"
-        if names and any(map(self._draws, run.facts.training.programs)):
-            return "code between the steps drew random numbers later, and the steps draw, too"
+        run = self._run
+        has_drawn = False
+        for step, file in sorted(run.change_files().items()):
+            change = run.change(file)
+            names = sorted({*change.tensors, *change.gone})
+            own = [name for name in names if not name.startswith("generator/")]
+            if own:
+                return f"code after step {step} changed {own[0].partition('/')[2]}"
+            has_drawn = True
+        if has_drawn and any(map(self._draws, run.facts.training.programs)):
+            return "code between the steps drew random numbers, and the steps draw, too"
         return None
 
     def row(self, number: int) -> Repeat:

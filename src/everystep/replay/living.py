@@ -217,6 +217,10 @@ class Living:
             for name, tensor in tensors.items():
                 if name in live and live[name].shape == tensor.shape:
                     copy_into(live[name], tensor)
+        prefix, device = "generator/", self._training.device
+        drawn = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if drawn:
+            Generators.from_tensors(Generators.capture(device).tensors() | drawn).restore(device)
 
     def _set_hyperparameters(self, step: int) -> None:
         for name, setting in self._settings.items():

@@ -19,6 +19,7 @@ from everystep.experiment.batches import RowsOf
 from everystep.program.calls import without_autograd
 from everystep.program.interpreter import Environment, Interpreted, Interpreter
 from everystep.program.memory import copy_on_cpu
+from everystep.program.operators import REFUSALS
 from everystep.program.precision import Precision
 from everystep.program.program import Program
 from everystep.recording.contents import digest_of, unpacked
@@ -29,6 +30,7 @@ from everystep.replay.bound_steps import BoundStep, BoundSteps, replace_state
 from everystep.replay.programs import read_program
 from everystep.replay.step import Batch, Hook, NotReplayedError, ReplayStepper
 from everystep.replay.stored_inputs import StoredInputs
+from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
@@ -204,6 +206,9 @@ class LoopStepper(ReplayStepper):
         }
         generators = Generators.capture(self._device).tensors()
         rest |= {f"generator/{name}": tensor for name, tensor in generators.items()}
+        if not self._is_own_loop and self.state in self._between:  # what code has drawn since the step
+            changed = self._run.change(self._between[self.state]).tensors
+            rest |= {name: each for name, each in changed.items() if name.startswith("generator/")}
         names = "names" if self._is_own_loop else "live"
         settings = self._loaded.settings | {"step": self.state, names: [*copies]}
         if "optimizer" in settings:
@@ -211,9 +216,12 @@ class LoopStepper(ReplayStepper):
         return State(self.state, parameters, rest, settings)
 
     def go_on(self, further: Callable[[int], Repeat]) -> None:
-        """Run steps that the run does not have. further: returns what repeats each."""
+        """Run steps that the run does not have, with nothing between them.
+
+        further: returns what repeats each.
+        """
         self._further = further
-        self._rows = {}
+        self._rows, self._between = {}, {}
 
     def _is_kept(self, name: str) -> bool:
         """Tell whether a state has a tensor: not a gradient that everystep's own step drops."""
@@ -307,7 +315,7 @@ class LoopStepper(ReplayStepper):
                 try:
                     for call in calls:
                         call()
-                except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                except REFUSALS as error:
                     reason = str(error).strip().partition("\n")[0] or type(error).__name__
                     raise self._not_replayed(number, reason) from None
                 self._end(number, bound)
@@ -385,8 +393,12 @@ class LoopStepper(ReplayStepper):
         if interpreter not in self._expanders:
             self._expanders[interpreter] = Expander(interpreter, self._device)
         given = self._numbers(row), self._tensors, partial(self._before, row)
-        with without_autograd():
-            expansion = self._expanders[interpreter].expanded(*given)
+        try:
+            with without_autograd():
+                expansion = self._expanders[interpreter].expanded(*given)
+        except (ProgramError, NotCapturableError, *REFUSALS) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise self._not_replayed(number, reason) from None
         observer = StepObserver(expansion.interpreter, expansion.numbers)
         loss = self._take(number, observer.look, expansion)
         found = observer.observation(torch.tensor(loss, dtype=torch.float64))

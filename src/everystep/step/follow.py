@@ -23,8 +23,8 @@ __all__ = ["Follower", "is_compiled", "scripted_fault"]
 
 _next_node = torch._C._autograd._get_sequence_nr
 
-#: The followers of each thread. torch's hooks for all modules and all optimizers are set by the first
-#: one and removed by the last: other threads may be iterating over torch's tables of them.
+#: The followers of each thread. The first one sets torch's hooks for all modules and optimizers, and the
+#: last one removes them: other threads may be iterating over torch's tables of hooks.
 _followers: dict[int, tuple[Follower, ...]] = {}
 _hooks: list[Any] = []
 _lock = threading.Lock()

@@ -162,10 +162,9 @@ class Stepper:
         if self.reason is None:
             self._watched.note_versions()
             self._compare_guards()
-        else:  # the watch of the next step notes what has changed, and what is gone
-            self._watched.note_changed(
-                name for _, each in self._changes.collect() for name in each.tensors
-            )
+        else:  # the watch notes what has changed, and what is gone
+            for step, change in self._changes.collect():
+                self._watched.note_changes(step, change.tensors)
 
     def _hand_over_gradients(self, *, as_copies: bool) -> None:
         """Set the gradients of the last step where other code looks for them.

@@ -5,7 +5,8 @@ Python's steps are watched as those of a user's own loop are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -254,11 +255,17 @@ class WatchedSteps:
         if self._versions is not None:
             self._versions = versions_by_name(self.parts.state())
 
-    def note_changed(self, names: Iterable[str]) -> None:
-        """Note that tensors of the state have other values, whatever torch counts."""
-        for name in names:
+    def note_changes(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Store what code has changed after a step.
+
+        tensors: of the state and of generators, that have other values, whatever torch counts.
+        """
+        for name in tensors:
             if self._versions is not None:
                 self._versions.pop(name, None)
+        drawn = {name: each for name, each in tensors.items() if name.startswith("generator/")}
+        self._note_changes(step, self.parts.state(), drawn)
+        self.note_versions()
 
     def finish(self) -> None:
         """Stop following modules and optimizers."""
@@ -287,12 +294,18 @@ class WatchedSteps:
         copies = self._copies.of({"x": x, "y": y})
         return {f"batch/{name}": copy for name, copy in copies.items()}
 
-    def _note_changes(self, step: int, state: dict[str, Tensor]) -> None:
-        """Store what code between two steps has changed: a metric, a schedule, a Dataset."""
+    def _note_changes(
+        self, step: int, state: dict[str, Tensor], drawn: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Store what code between two steps has changed: a metric, a schedule, a Dataset.
+
+        drawn: the states of generators from which it has drawn, by `generator/name`.
+        """
         before, now = self._versions, versions_by_name(state)
-        if before is None or before == now:
+        if before is None or (before == now and not drawn):
             return
         changed = {name: copy_of(state[name]) for name in now if before.get(name) != now[name]}
+        changed |= drawn
         gone = [name for name in before.keys() - now.keys() if not name.startswith("gradient/")]
         if changed or gone:
             self._writer.change(step, changed, gone)

@@ -55,16 +55,15 @@ def objects_from(given: Mapping[str, Any], known: Objects | None) -> tuple[Objec
     return replace(objects, **others), is_own
 
 
-def check_alone(run: RecordedRun, call: str, reason: str | None = None, at: int | None = None) -> None:
+def check_alone(run: RecordedRun, call: str, reason: str | None = None) -> None:
     """Check that the programs of a run can go on with it alone.
 
-    call: the beginning of the call that was made; reason: why they cannot, if already known; at: the
-    state from which they would, None for the last.
+    call: the beginning of the call that was made; reason: why they cannot, if already known.
 
     Raises:
         RunError: they cannot.
     """
-    reason = reason_against(run, at) or reason
+    reason = reason_against(run) or reason
     if reason is None:
         return
     cure = f"pass the objects: {call}model=..., loss=..., optimizer=...)"

@@ -35,11 +35,8 @@ STRETCH_SECONDS = 0.05
 TIMED_STEPS = 8
 
 
-def reason_against(run: RecordedRun, at: int | None = None) -> str | None:
-    """Return why programs alone cannot go on with a run, None if they can.
-
-    at: the state from which they would, None for the last.
-    """
+def reason_against(run: RecordedRun) -> str | None:
+    """Return why programs alone cannot go on with a run, None if they can."""
     facts = run.facts.training
     engine = facts.engine
     if engine is None or engine.eager_from is not None:
@@ -48,8 +45,7 @@ def reason_against(run: RecordedRun, at: int | None = None) -> str | None:
         return f"it has a schedule ({next(iter(facts.schedules.values())).class_name})"
     if facts.data.lazy or facts.data_file is None or not facts.data_file.stored:
         return "the run does not hold its data"
-    further = FurtherSteps(run)
-    return further.reason_against() or (None if at is None else further.reason_against_changes(at))
+    return FurtherSteps(run).reason_against()
 
 
 def resume_alone(run: RecordedRun, steps: int, budget: int, progress: Progress) -> Outcome:

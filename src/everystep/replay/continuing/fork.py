@@ -210,7 +210,7 @@ def fork(
     if objects is not None:
         return _fork_objects(asked, objects, is_own, opener, progress), objects
     others = set(asked.changed) - {"lr", "steps"}
-    check_alone(run, "fork(..., ", "only lr and steps can change" if others else None, asked.at)
+    check_alone(run, "fork(..., ", "only lr and steps can change" if others else None)
     asked.check()
     last, lr = asked.settings.get("steps") or run.facts.steps or 0, asked.settings.get("lr")
     outcome = fork_alone(run, asked.at, last, lr, asked.directory, asked.runs, asked.budget, progress)
