@@ -145,14 +145,14 @@ def check_comparison(result, runs):
     assert result["asked"] == [{"name": "optimizer GradientDescent.lr", "values": ["0.0001", "0.0002"]}]
     assert result["operation"]["causes"] == ["GradientDescent: lr 0.0001 | 0.0002"]
     one, other = result["sides"]
-    assert one["operator"] == other["operator"] == "aten.mul.Tensor" and one["number"] == 11
-    assert one["mathematics"] == "0.weight.grad * lr"
+    assert one["operator"] == other["operator"] == "aten.mul.Tensor" and one["number"] == 12
+    assert one["mathematics"] == "0.weight.grad * 0.0001"
     named = {(each["role"], each["name"]): each for each in other["tensors"]}
     gradient, product = named["input", "gradient/0.weight"], named["result", "mul"]
     assert gradient["different"] == [] and product["shape"] == [100, 1000]
     (top, bottom), (left, right) = product["window"]
     assert (bottom - top, right - left) == (64, 64)
-    whole = everystep.open(runs / "other")[1].operations[11].results["mul"]
+    whole = everystep.open(runs / "other")[1].operations[12].results["mul"]
     assert product["values"] == whole[top:bottom, left:right].tolist()
     assert all(top <= i < bottom and left <= j < right for i, j in product["different"])
     assert len(product["different"]) > 3000

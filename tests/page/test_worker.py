@@ -160,16 +160,16 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
 
 
 def slow(run, size=10_000):
-    """Let a run's step compute for minutes; a product of matrices of this size cannot be interrupted."""
-    path = run / "programs" / "1.json"
-    data = json.loads(path.read_text())
-    data["storages"]["large"] = {"kind": "temporary", "bytes": 4 * size**2}
-    data["tensors"]["large"] = {"dtype": "float32", "shape": [size, size]}
-    more = {"phase": "forward", "results": ["large"]}
-    fill = more | {"operator": "aten.full.default", "arguments": [[size, size], 1.0]}
-    multiply = more | {"operator": "aten.mm.default", "arguments": ["large", "large"]}
-    data["operations"] = [fill, *[multiply] * 300, *data["operations"]]
-    path.write_text(json.dumps(data))
+    """Let a run's steps compute for minutes; a product of matrices of this size cannot be interrupted."""
+    for path in (run / "programs").iterdir():
+        data = json.loads(path.read_text())
+        data["storages"]["large"] = {"kind": "temporary", "bytes": 4 * size**2}
+        data["tensors"]["large"] = {"dtype": "float32", "shape": [size, size]}
+        more = {"phase": "forward", "results": ["large"]}
+        fill = more | {"operator": "aten.full.default", "arguments": [[size, size], 1.0]}
+        multiply = more | {"operator": "aten.mm.default", "arguments": ["large", "large"]}
+        data["operations"] = [fill, *[multiply] * 300, *data["operations"]]
+        path.write_text(json.dumps(data))
     seal_files(run)
 
 

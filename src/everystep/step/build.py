@@ -213,8 +213,7 @@ class _Builder:
             is_used = not needed.isdisjoint(self._writes(operation))
             if is_used or draws_random_numbers(operation.resolved):
                 kept.add(id(operation))
-                if not operation.operator.split(".")[1].endswith("_like"):  # it reads only a shape
-                    needed |= {self._tensors[name].storage for name in operation.reads()}
+                needed |= {self._tensors[name].storage for name in operation.reads()}
         return kept
 
     def _writes(self, operation: Operation) -> set[str]:

@@ -37,7 +37,7 @@ def test_a_step_shows_the_very_numbers_that_python_gives(chapter, step):
     shown = page.locator(".step")
     [loss, exact] = [page.locator(f".step-heading {place}") for place in (".loss-full", ".exactness")]
     assert float(loss.inner_text()) == pytest.approx(step.loss, rel=1e-7)
-    expect(exact).to_have_text("Replayed by program, bit-identical.")
+    expect(exact).to_have_text("Replayed without your code, bit-identical.")
     assert shown.get_by_role("heading", level=3).all_inner_texts() == [
         f"{number} {name}".strip() for number, name in zip(["", *range(1, 6)], PHASES, strict=True)
     ]
@@ -69,8 +69,8 @@ def test_the_update_is_told_in_both_notations_with_its_relative_size(chapter, st
         expect(
             row.get_by_role("img", name=re.compile(f"^Heat map of 0.weight, {name}:"))
         ).to_be_visible()
-    row.get_by_role("link", name="#11").click()
-    expect(operation(page, 11)).to_be_visible()
+    row.get_by_role("link", name="#12").click()
+    expect(operation(page, 12)).to_be_visible()
 
 
 def test_each_operation_is_a_line_of_mathematics_and_of_aten(chapter):
@@ -79,7 +79,7 @@ def test_each_operation_is_a_line_of_mathematics_and_of_aten(chapter):
         (0, "x · 0.weightT + 0.bias", "aten.addmm.default"),
         (1, "relu(#0)", "aten.relu.default"),
         (3, "loss = sum((#2 \N{MINUS SIGN} y)2)", "aten.mse_loss.default"),
-        (9, "0.weight.grad = ∂#0T · x", "aten.mm.default"),
+        (10, "0.weight.grad = ∂#0T · x", "aten.mm.default"),
     ):
         expect(operation(page, number).locator(".mathematics")).to_have_text(line)
         expect(operation(page, number).locator(".operator")).to_have_text(operator)
@@ -137,8 +137,8 @@ def test_the_network_is_drawn_layer_by_layer_and_each_tells_all_of_itself(chapte
     for name in ("output", "weight", "weight.grad", "bias", "bias.grad"):
         expect(detail.get_by_role("button", name=name, exact=True)).to_be_visible()
     expect(detail).to_contain_text(f"norm {step.activations['0'].norm():.4g}".rstrip("0"))
-    detail.get_by_role("link", name="#9").click()
-    expect(page).to_have_url(re.compile("operation=9"))
+    detail.get_by_role("link", name="#10").click()
+    expect(page).to_have_url(re.compile("operation=10"))
 
 
 def test_images_are_shown_as_images_with_their_classes_and_rows(visit, recorded):

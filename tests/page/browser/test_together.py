@@ -23,7 +23,7 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
     page = visit("/compare?one=chapter&other=fork")
     verdict = page.locator("main").get_by_role("status").filter(has_text="first differ at step")
     expect(verdict).to_contain_text(
-        "The losses first differ at step 139; the first operation that differs is #11 of step 138"
+        "The losses first differ at step 139; the first operation that differs is #12 of step 138"
     )
     expect(verdict).to_contain_text("because of GradientDescent: lr 0.0001 | 0.0002")
     row = page.locator("table.differences tr").filter(has_text="optimizer GradientDescent.lr")
@@ -44,7 +44,7 @@ def test_two_runs_are_compared_down_to_the_operation(visit):
     )
     sides.nth(1).get_by_role("link", name="Open it in step 138").click()
     expect_step(page, 138)
-    expect(page).to_have_url(re.compile(r"/runs/fork\?step=138&phase=update&operation=11$"))
+    expect(page).to_have_url(re.compile(r"/runs/fork\?step=138&phase=update&operation=12$"))
     page.go_back()
     expect(verdict).to_be_visible()  # at once: what was compared is known
     expect(page.get_by_role("progressbar")).to_have_count(0)

@@ -120,9 +120,11 @@ function rangeText(entries, { segments }) {
 // Autograd begins with a 1 for the number that backward is called on.
 function beginningText(entries, { segments, operations, tensors }) {
   const backward = entries.find(({ phase }) => phase === "backward");
-  const before = backward && operations[segments[backward.place].first - 1];
-  if (before?.operator !== "aten.ones_like.default") return "";
-  const [{ called, tensor }] = before.inputs;
+  if (!backward) return "";
+  const { first } = segments[backward.place];
+  const beginning = [operations[first], operations[first - 1]].find((one) => one?.operator === "aten.ones_like.default");
+  if (!beginning) return "";
+  const [{ called, tensor }] = beginning.inputs;
   return `backward from ${called} = ${short(tensors[tensor].mean)}`;
 }
 
