@@ -166,7 +166,7 @@ def slow(run, size=10_000):
         data["storages"]["large"] = {"kind": "temporary", "bytes": 4 * size**2}
         data["tensors"]["large"] = {"dtype": "float32", "shape": [size, size]}
         more = {"phase": "forward", "results": ["large"]}
-        fill = more | {"operator": "aten.full.default", "arguments": [[size, size], 1.0]}
+        fill = more | {"operator": "aten.ones.default", "arguments": [[size, size]]}
         multiply = more | {"operator": "aten.mm.default", "arguments": ["large", "large"]}
         data["operations"] = [fill, *[multiply] * 300, *data["operations"]]
         path.write_text(json.dumps(data))
