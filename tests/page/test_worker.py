@@ -160,7 +160,7 @@ def test_a_worker_at_work(directory, trained, tmp_path, monkeypatch):
 
 
 def slow(run, size=10_000):
-    """Let a run's steps compute for minutes; a product of matrices of this size cannot be interrupted."""
+    """Let a run's steps compute for minutes; a product of such matrices cannot be interrupted."""
     for path in (run / "programs").iterdir():
         data = json.loads(path.read_text())
         data["storages"]["large"] = {"kind": "temporary", "bytes": 4 * size**2}

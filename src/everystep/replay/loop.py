@@ -28,7 +28,7 @@ from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.batches import batches_of, settings_of
 from everystep.replay.bound_steps import BoundStep, BoundSteps, replace_state
 from everystep.replay.programs import read_program
-from everystep.replay.step import Batch, Hook, NotReplayedError, ReplayStepper
+from everystep.replay.step import Batch, Hook, NotReplayedError, ReplayStepper, reading
 from everystep.replay.stored_inputs import StoredInputs
 from everystep.step.build import NotCapturableError
 from everystep.step.expanded import Expanded, Expander
@@ -576,7 +576,8 @@ class LoopStepper(ReplayStepper):
             if self._further is not None:
                 self._rows = {step: self._further(step) for step in range(number, last + 1)}
             else:
-                rows = cut(self._run.repeats(number, last), number, last)
+                with reading():
+                    rows = cut(self._run.repeats(number, last), number, last)
                 steps = ((row, row.step + place) for row in rows for place in range(row.count))
                 self._rows = {step: row._replace(step=step, count=1) for row, step in steps}
         row = self._rows.get(number)
@@ -587,7 +588,8 @@ class LoopStepper(ReplayStepper):
         return row
 
     def _numbers(self, row: Repeat) -> list[int | float]:
-        found = unpacked(row.numbers, f"step {row.step} of {self._run.name}") or []
+        with reading():
+            found = unpacked(row.numbers, f"step {row.step} of {self._run.name}") or []
         if not isinstance(found, list) or not all(type(each) in (int, float, bool) for each in found):
             raise NotReplayedError(
                 f"step {row.step} of {self._run.name} has invalid numbers: the database was changed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -33,6 +34,7 @@ __all__ = [
     "Statistics",
     "Step",
     "Update",
+    "reading",
     "statistics",
 ]
 
@@ -261,6 +263,19 @@ class Step:
 
 class NotReplayedError(RunError):
     """A step that cannot be replayed; the message gives the reason."""
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Read what repeats a step: where it is damaged, the step cannot be replayed.
+
+    Raises:
+        NotReplayedError: it cannot be read.
+    """
+    try:
+        yield
+    except RunError as error:
+        raise NotReplayedError(str(error)) from None
 
 
 class Hook(Protocol):

@@ -14,6 +14,7 @@ from everystep.program.arguments import DTYPES
 from everystep.recording.contents import Given, Inputs, inputs_of
 from everystep.recording.database import Repeat
 from everystep.recording.run import RecordedRun
+from everystep.replay.step import reading
 
 __all__ = ["StoredInputs"]
 
@@ -50,12 +51,13 @@ class StoredInputs:
         """Return the inputs of a step without their contents.
 
         Raises:
-            RunError: they cannot be read.
+            NotReplayedError: they cannot be read.
         """
         if row.inputs not in self._given:
             if len(self._given) >= KEPT_STEPS:
                 self._given.clear()
-            self._given[row.inputs] = inputs_of(row.inputs, self._what(row))
+            with reading():
+                self._given[row.inputs] = inputs_of(row.inputs, self._what(row))
         return self._given[row.inputs]
 
     def read_ahead(self, rows: Iterable[Repeat]) -> None:
