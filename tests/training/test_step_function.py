@@ -168,3 +168,38 @@ def test_a_step_without_parts_is_shown_the_way():
 def test_what_a_step_must_not_return(result):
     with pytest.raises(everystep.UsageError, match="the step returns"):
         everystep.train(lambda batch: result, [1], parts={"x": torch.zeros(2)}, steps=1, progress=False)
+
+
+def test_a_number_is_read_from_what_the_steps_of_another_batch_change():
+    """Python looks at the count at each short batch; only long ones change it."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        model.register_buffer("count", torch.zeros(()))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(x):
+            if len(x) == 4:
+                loss = model(x).square().mean() * (1 if model.count > 4 else 2)
+            else:
+                model.count.add_(1)
+                loss = model(x).abs().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step, {"model": model, "optimizer": optimizer}, model
+
+    generator = torch.Generator().manual_seed(1)
+    lengths = [5] * 4 + [4] * 4 + [5, 4] * 8
+    batches = [torch.randn(length, 3, generator=generator) for length in lengths]
+    step, _, expected = made()
+    losses = [step(x).item() for x in batches]
+    step, parts, model = made()
+    run = everystep.train(step, batches, parts=parts, epochs=1, engine="program", progress=False)
+    assert run.losses["loss"].to_list() == losses
+    assert bits(model.weight) == bits(expected.weight)
+    assert run.facts.training.loop.function.by_program > 0
+    assert run.verify(processes=1, progress=False).is_exact

@@ -273,11 +273,13 @@ class StandIn:
 
         era: within the same era, only programs have run.
         """
+        # Within an era, too: the program of another batch may have written them.
+        now = {**state, **self._fixed} if self._unchanging else {}
+        for name, known in self._unchanging.items():
+            if name not in now or not same_bits(now[name], known):
+                return False
         if era != self._era:
             self._loaded = []
-            now = {**state, **self._fixed}
-            if any(not same_bits(now[name], known) for name, known in self._unchanging.items()):
-                return False
         elif self.live is not None and not self._moves:
             return True
         found = {name: state[name] for name in self._state if name in state}
