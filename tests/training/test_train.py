@@ -387,7 +387,9 @@ def test_a_snapshot_holds_all_that_the_training_goes_on_with(small):
     other = network()
     other.load_state_dict(parameters)
     optimizer = torch.optim.SGD(
-        other.parameters(), lr=settings["optimizer"]["groups"][0]["lr"], momentum=0.9
+        other.parameters(),
+        lr=settings["held"]["optimizer"]["optimizer"]["groups"][0]["lr"],
+        momentum=0.9,
     )
     for name, parameter in other.named_parameters():
         optimizer.state[parameter]["momentum_buffer"] = tensors[f"optimizer/{name}/momentum_buffer"]

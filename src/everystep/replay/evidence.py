@@ -128,7 +128,7 @@ def around(replay: Replay, number: int) -> Around:
         stepper.given(number)  # sets what belongs to the step
         before = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
         generators = stepper.generators(number)
-        optimizer = stepper.capture().settings.get("optimizer", {})
+        optimizer = {} if stepper.has_gradients_in_state else stepper.capture().optimizer("optimizer")
         stepper.run(number)
         after = {name: copy_on_cpu(tensor) for name, tensor in stepper.named_state().items()}
     groups = {

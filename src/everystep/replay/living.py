@@ -26,7 +26,6 @@ from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.batches import batch_source, settings_of, stored_data
 from everystep.replay.step import Batch
-from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import BatchSource, Training
 from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
@@ -104,21 +103,22 @@ class Living:
         """
         training = self._training
         try:
-            state.restore(training.model, training.loss, training.optimizer, None, training.device)
-        except ValueError as error:
+            training.restore(state, ("model", "loss", "optimizer"))
+        except RunError as error:
             raise RunError(
                 f"state {state.step} does not fit the training: {error}; open the run with objects as "
                 "they were before training: everystep.open(run, model=..., loss=..., optimizer=...)"
             ) from None
         self._moved(state.step)
 
-    def save(self) -> Checkpoint:
+    def save(self) -> State:
         """Return a copy of the current state."""
-        return Checkpoint(self._training)
+        assert self.state is not None
+        return self._training.snapshot(self.state)
 
-    def restore(self, step: int, saved: Checkpoint) -> None:
+    def restore(self, step: int, saved: State) -> None:
         """Bring the training back to what `save` returned after `step`."""
-        saved.restore(self._training, forget_new=True)
+        self._training.restore(saved)
         self._moved(step)
 
     def capture(self) -> State:

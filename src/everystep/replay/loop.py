@@ -49,7 +49,6 @@ LOOK_AHEAD = 64
 MOST_NAMED = 3
 _GENERATOR = re.compile(r"generator/([0-9]{1,9})")
 _RATE = re.compile(r"(\w+\.)?lr(\[\d+\])?")
-_OWN_GRADIENT = f"{PREFIX}gradient/"
 
 
 class _FoundError(Exception):
@@ -140,14 +139,11 @@ class LoopStepper(ReplayStepper):
         Raises:
             RunError: it is not a state of a loop.
         """
-        names = state.settings.get("names" if self._is_own_loop else "live")
+        names = state.settings.get("names")
         if not isinstance(names, list):
             raise RunError(f"state {state.step} of {self._run.name} is not a state of watched steps")
         named = state.named() | {n: t for n, t in state.rest.items() if n.startswith(PREFIX)}
         tensors = {n: named[n] for n in names if n in named}
-        for name in named:  # those that an optimizer of a class of its own keeps
-            if name.startswith(_OWN_GRADIENT):
-                tensors[f"gradient/{name.removeprefix(_OWN_GRADIENT)}"] = named[name]
         self._replace(tensors, self._here)
         self._loaded, self._loaded_at = state, state.step
         self._settled = None
@@ -197,7 +193,7 @@ class LoopStepper(ReplayStepper):
         parameters |= {
             path: copies[f"parameter/{path}"]
             for _, _, path in new
-            if path not in known and "#" not in path
+            if path not in known and "#" not in path and f"parameter/{path}" not in self._loaded.rest
         }
         rest = {
             name: tensor
@@ -209,11 +205,9 @@ class LoopStepper(ReplayStepper):
         if not self._is_own_loop and self.state in self._between:  # what code has drawn since the step
             changed = self._run.change(self._between[self.state]).tensors
             rest |= {name: each for name, each in changed.items() if name.startswith("generator/")}
-        names = "names" if self._is_own_loop else "live"
-        settings = self._loaded.settings | {"step": self.state, names: [*copies]}
-        if "optimizer" in settings:
-            settings["optimizer"] = self._optimizer_settings(settings["optimizer"])
-        return State(self.state, parameters, rest, settings)
+        settings = self._loaded.settings | {"step": self.state, "names": [*copies]}
+        state = State(self.state, parameters, rest, settings)
+        return state if self._is_own_loop else state.with_optimizer("optimizer", self._groups())
 
     def go_on(self, further: Callable[[int], Repeat]) -> None:
         """Run steps that the run does not have, with nothing between them.
@@ -442,20 +436,21 @@ class LoopStepper(ReplayStepper):
         known = {name: value for name, value in found.items() if value is not None}
         return known if self._is_own_loop else self._rates_of_state() | known
 
-    def _optimizer_settings(self, known: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of the optimizer with the numbers that the last step has used."""
-        groups = [dict(group) for group in known["groups"]]
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the param groups of everystep's own steps with the numbers that the last one used."""
+        known = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
+        groups = [dict(group) for group in known]
         for name, setting in self._settings.items():
             value = setting.at(self.state or 0)
             if value is not None:
                 set_hyperparameter(SimpleNamespace(param_groups=groups), name, value)
-        return known | {"groups": groups}
+        return groups
 
     def _rates_of_state(self) -> dict[str, float]:
         """Return the learning rates in the state that was loaded."""
-        groups = self._loaded.settings.get("optimizer", {}).get("groups", []) if self._loaded else []
+        known = self._loaded.optimizer("optimizer").get("groups", []) if self._loaded else []
         found = {}
-        for index, group in enumerate(groups):
+        for index, group in enumerate(known):
             rate = group.get("lr", self._tensors.get(f"group/{index}/lr"))
             if isinstance(rate, int | float | Tensor):
                 found[f"lr[{index}]" if index else "lr"] = float(rate)

@@ -121,4 +121,5 @@ def _against_functions(schedule: LRScheduler | None) -> str | None:
 
 def _but_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what a step carries, without what the optimizer creates and replaces itself."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
+    own = "optimizer/", "part/optimizer."
+    return {name: tensor for name, tensor in state.items() if not name.startswith(own)}

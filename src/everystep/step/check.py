@@ -167,7 +167,7 @@ def state_differences(
     """Return the tensors of two states that differ, except Python's and NumPy's generators.
 
     only_model: compare only parameters and buffers; only_seen: only what operations of steps can change,
-    which excludes random generators, and what an optimizer keeps besides tensors.
+    which excludes random generators.
     """
     found = []
     both = [_compared(state, only_seen=only_seen) for state in (recorded, replayed)]
@@ -190,13 +190,11 @@ def state_differences(
 
 def _compared(state: State, *, only_seen: bool) -> set[str]:
     # Draws of Python between steps are not repeated; steps get the recorded generators.
-    is_own_loop = "names" in state.settings
-    is_seen = is_own_loop or only_seen
-    left_out = ("generator/", PREFIX) if is_seen else ("generator/python", "generator/numpy")
+    left_out = (PREFIX, *(["generator/"] if only_seen else ["generator/python", "generator/numpy"]))
     own = {n for n in state.rest if not n.startswith(left_out)}
-    found = own | {f"parameters/{name}" for name in state.parameters}
     # The tensors of a state_dict may change meanwhile, as layers are added and removed.
-    return {_OF_MODEL.sub("parameters/", name) for name in found} if is_own_loop else found
+    found = own | {f"parameter/{name}" for name in state.parameters}
+    return {_OF_MODEL.sub("parameters/", name) for name in found}
 
 
 def _tensor(state: State, name: str) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,26 +14,13 @@ from everystep.program.interpreter import Interpreter
 from everystep.program.memory import copy_into, tensor_on
 from everystep.step.build import BuiltPath
 from everystep.step.check import same_bits
+from everystep.step.parts import Parts
 
-__all__ = ["Carried", "Comparison", "PartsCopy"]
+__all__ = ["Comparison", "PartsCopy"]
 
 Number = int | float
 #: A copy of so many bytes, of the state and of the program's memory, is kept for the next comparison.
 SMALL_BYTES = 16_000_000
-
-
-class Carried(Protocol):
-    """What a training carries from step to step."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is trained."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the live tensors by name; pending gradients among them."""
-
-    def parameter_names(self) -> dict[Tensor, str]:
-        """Return each parameter with its name."""
 
 
 class PartsCopy(NamedTuple):
@@ -43,7 +30,7 @@ class PartsCopy(NamedTuple):
     generator: Tensor
 
     @classmethod
-    def of(cls, parts: Carried) -> PartsCopy:
+    def of(cls, parts: Parts) -> PartsCopy:
         """Copy what the parts carry now."""
         copies = {name: tensor.detach().clone() for name, tensor in parts.state().items()}
         return cls(copies, torch.get_rng_state())
@@ -64,7 +51,7 @@ class Comparison:
 
     def __init__(
         self,
-        parts: Carried,
+        parts: Parts,
         built: BuiltPath,
         interpreter: Interpreter,
         bind: Callable[[Mapping[str, Tensor]], BoundProgram],

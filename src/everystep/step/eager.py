@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,12 +16,20 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from everystep.errors import EverystepError, ExperimentError, Fault, ModelError
 from everystep.program.operation import Phase
 from everystep.step.hyperparameters import hyperparameters
-from everystep.step.named_state import first_names, named_state, parameter_names
+from everystep.step.parts import Parts
+from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 
 _OPTIMIZER_MODULE = sys.modules[torch.optim.Optimizer.__module__]
 
-__all__ = ["BatchSource", "EagerStep", "Training", "changes_more_than_lr", "check_loss_value"]
+__all__ = [
+    "BatchSource",
+    "EagerStep",
+    "Training",
+    "changes_more_than_lr",
+    "check_loss_value",
+    "training_parts",
+]
 
 
 class BatchSource(Protocol):
@@ -62,18 +71,44 @@ class Training:
     steps_per_epoch: int = 1
     clip_norm: float | None = None
 
+    @cached_property
+    def parts(self) -> Parts:
+        """What is carried from one step to the next: model, optimizer, and what else keeps something."""
+        return training_parts(self.model, self.loss, self.optimizer, self.schedule)
+
+    @cached_property
+    def _whole(self) -> PartsState:
+        return PartsState(self.parts)
+
     def snapshot(self, step: int) -> State:
-        """Return a copy of the state after `step`."""
-        return State.capture(step, self.model, self.loss, self.optimizer, self.schedule, self.device)
+        """Return a copy of the state after `step`, without the gradients that the next step drops."""
+        return self._whole.snapshot(step, self.named_state())
+
+    def restore(self, state: State, kinds: Collection[str] | None = None) -> None:
+        """Bring everything to a state.
+
+        kinds: of `model`, `loss`, `optimizer` and `schedule`, those to restore, where the others may be
+        of another training; None: all.
+
+        Raises:
+            RunError: it is the state of something else; lists what does not fit.
+        """
+        self._whole.restore(state, kinds)
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return the live tensors that the training carries from one step to the next, by name."""
-        return named_state(self.model, self.loss, self.optimizer)
+        """Return the live tensors that the training carries from one step to the next, by name.
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Return the live gradients by their parameter's name."""
-        named = first_names(self.model) | parameter_names(self.model, self.optimizer)
-        return {name: p.grad for p, name in named.items() if p.grad is not None}
+        A gradient is among them only where no step drops it: of a parameter that the optimizer does not
+        have, or of an optimizer that zeroes gradients in its own way.
+        """
+        found = self.parts.state()
+        if has_own_zero_grad(self.optimizer):
+            return found
+        names = self.parts.parameter_names()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                found.pop(f"gradient/{names[parameter]}", None)
+        return found
 
     def rates(self) -> dict[int, float]:
         """Return the current learning rate of each param group that has one, by its number."""
@@ -89,6 +124,18 @@ class Training:
     def hyperparameters(self) -> dict[str, float]:
         """Return the current numbers of the optimizer's param groups, by name."""
         return hyperparameters(self.optimizer)
+
+
+def training_parts(
+    model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, schedule: LRScheduler | None
+) -> Parts:
+    """Return what a training of a model carries from one step to the next."""
+    named: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    if schedule is not None:
+        named["schedule"] = schedule
+    if isinstance(loss, nn.Module):
+        named["loss"] = loss
+    return Parts(named, apart=("loss",))
 
 
 class EagerStep:
@@ -134,19 +181,12 @@ class EagerStep:
         self.update()
         return value
 
-    @property
-    def has_own_zero_grad(self) -> bool:
-        """Whether the optimizer has a custom zero_grad."""
-        optimizer = self.training.optimizer
-        usual = torch.optim.Optimizer.zero_grad
-        return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
-
     def zero_grad(self) -> None:
         """Do what `optimizer.zero_grad()` does, without its mark for torch's profiler.
 
         The mark takes longer than the work: a twentieth of a step of the chapter's network.
         """
-        if self.has_own_zero_grad:
+        if has_own_zero_grad(self.training.optimizer):
             self.training.optimizer.zero_grad()
             return
         for group in self.training.optimizer.param_groups:
@@ -247,6 +287,12 @@ def _advancing(training: Training) -> Callable[[int], None] | None:
     if training.schedule_every == "step":
         return lambda number: schedule.step()
     return lambda number: schedule.step() if number % every == 0 else None
+
+
+def has_own_zero_grad(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer has a custom zero_grad."""
+    usual = torch.optim.Optimizer.zero_grad
+    return type(optimizer).zero_grad is not usual or "zero_grad" in vars(optimizer)
 
 
 def changes_more_than_lr(schedule: Any) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.step.named_state import entries_of
-from everystep.step.plain_data import plain, update_plain
+from everystep.step.registered import entries_of
 
 __all__ = ["optimizer_settings", "restore_optimizer"]
 
@@ -17,13 +16,13 @@ __all__ = ["optimizer_settings", "restore_optimizer"]
 def optimizer_settings(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
     """Return what an optimizer holds besides tensors. names: of its parameters."""
     values = {
-        f"{names.get(parameter, '#')}/{key}": plain(value)
+        f"{names.get(parameter, '#')}/{key}": _plain(value)
         for parameter, entries in entries_of(optimizer)
         for key, value in entries.items()
         if not isinstance(value, Tensor)
     }
     groups = [
-        {k: plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+        {k: _plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
         | {"params": [names[parameter] for parameter in group["params"]]}
         for group in optimizer.param_groups
     ]
@@ -49,15 +48,12 @@ def restore_optimizer(
     Raises:
         ValueError: it is the state of another optimizer.
     """
-    if type(optimizer).__qualname__ != settings["class"]:
-        kinds = f"{type(optimizer).__qualname__}, but the state belongs to {settings['class']}"
-        raise ValueError(f"the optimizer is {kinds}")
     if [len(g["params"]) for g in settings["groups"]] != [
         len(g["params"]) for g in optimizer.param_groups
     ]:
         raise ValueError("the optimizer has different param groups")
     for group, known in zip(optimizer.param_groups, settings["groups"], strict=True):
-        update_plain(group, {key: value for key, value in known.items() if key != "params"})
+        _update_plain(group, {key: value for key, value in known.items() if key != "params"})
     for parameter, name in names.items():
         begins = f"{prefix}{name}/"
         tensors = {n.removeprefix(begins): t for n, t in saved.items() if n.startswith(begins)}
@@ -89,3 +85,30 @@ def _made(optimizer: torch.optim.Optimizer, parameter: Tensor, tensor: Tensor) -
         group.get("fused") or group.get("capturable") for group in optimizer.param_groups
     )
     return tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON can hold it; of what it cannot hold, the class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return type(value).__name__  # a user's object may count how often it is printed
+
+
+def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Set numbers, strings and lists of these; everything else was written only as text."""
+    for key, value in saved.items():
+        there = target.get(key)
+        if isinstance(there, Mapping | Tensor) or callable(there):
+            continue
+        if isinstance(value, list):
+            items = [*value, *there] if isinstance(there, list | tuple) else value
+            if all(isinstance(item, bool | int | float | None) for item in items):
+                target[key] = tuple(value) if isinstance(there, tuple) else value
+        elif not isinstance(value, Mapping) and not (isinstance(value, str) and there != value):
+            target[key] = value

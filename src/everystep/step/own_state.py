@@ -21,7 +21,6 @@ __all__ = [
     "decoded",
     "encoded",
     "keeps_own_state",
-    "live_tensors",
     "restore",
 ]
 
@@ -60,20 +59,7 @@ def captured(
         for name, value in vars(optimizer).items()
         if name not in _OF_TORCH
     }
-    return walk.tensors | _pending(optimizer, names), data
-
-
-def live_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], known: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of `captured` that the optimizer itself holds, not copies of other things."""
-    if not keeps_own_state(optimizer):
-        return {}
-    walk = _Capturing(names, known)
-    for name, value in vars(optimizer).items():
-        if name not in _OF_TORCH:
-            walk.encoded(value, name)
-    return {name: tensor for name, tensor in walk.tensors.items() if name not in walk.copied}
+    return walk.tensors, data
 
 
 def restore(
@@ -89,9 +75,6 @@ def restore(
         del own[name]  # it came later; its class may have a default
     for name, node in data.items():
         own[name] = walk.decoded(node, own.get(name), name)
-    for parameter, name in names.items():
-        pending = tensors.get(f"{PREFIX}gradient/{name}")
-        parameter.grad = None if pending is None else pending.to(parameter.device, copy=True)
 
 
 def encoded(
@@ -113,13 +96,6 @@ def encoded(
 def decoded(value: Any, place: str, tensors: Mapping[str, Tensor], data: Any) -> Any:
     """Restore in an object what `encoded` returned, as far as possible in place; return the object."""
     return _Restoring({}, tensors).decoded(data, value, place)
-
-
-def _pending(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """Return the gradients that a custom `zero_grad` may not drop."""
-    if type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad:
-        return {}
-    return {f"{PREFIX}gradient/{n}": p.grad for p, n in names.items() if p.grad is not None}
 
 
 class _Capturing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from operator import is_
 from typing import Any
 
@@ -14,11 +14,11 @@ from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
 from everystep.step.generators import Generators
-from everystep.step.named_state import entries_of, registered, state_dict_of
 from everystep.step.own_state import keeps_own_state
+from everystep.step.registered import entries_of, registered, state_dict_of
 from everystep.step.state import State, copy_of
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "check_parts"]
 
 #: How deep tensors are looked for within the attributes, dicts and lists of a part.
 _DEPTH = 6
@@ -38,21 +38,21 @@ class Parts:
     Args:
         named: the parts by name: modules, optimizers, schedules, scalers, averaged copies, tensors,
             or dicts, lists and objects that hold tensors.
-
-    Raises:
-        UsageError: one cannot be carried from step to step, or two have the same names.
+        apart: modules among them that are no models, such as a loss with weights: a snapshot does not
+            have their tensors among the parameters.
     """
 
-    def __init__(self, named: Mapping[str, Any]) -> None:
-        _check(named)
+    def __init__(self, named: Mapping[str, Any], apart: Collection[str] = ()) -> None:
         self.named = dict(named)
+        self.apart = apart
         self.modules = {n: part for n, part in named.items() if isinstance(part, nn.Module)}
         self.optimizers = {
             name: part for name, part in named.items() if isinstance(part, torch.optim.Optimizer)
         }
         modules_and_optimizers = self.modules.keys() | self.optimizers.keys()
         self._others = {n: part for n, part in named.items() if n not in modules_and_optimizers}
-        self.main = next((n for n in self.modules if n == "model" or len(self.modules) == 1), None)
+        models = self.modules.keys() - set(apart)
+        self.main = next((n for n in self.modules if n == "model" or models == {n}), None)
         self.device = self._device()
         self._layout: _Layout | None = None
 
@@ -91,9 +91,18 @@ class Parts:
         if faults:
             raise UsageError(faults, "the parts of the training")
 
+    def only(self, names: Collection[str]) -> Parts:
+        """Return some of the parts, with the names that their tensors have here."""
+        return Parts({name: part for name, part in self.named.items() if name in names}, self.apart)
+
     def prefix(self, name: str) -> str:
         """Return what the names of a module's tensors begin with."""
-        return "" if name == self.main else f"{name}."
+        if name == self.main:
+            return ""
+        taken = vars(self.named[self.main])["_modules"] if name in self.apart and self.main else ()
+        while name in taken:
+            name += "_"
+        return f"{name}."
 
     def module_paths(self) -> dict[int, str]:
         """Return the path of each module, by its id."""
@@ -146,6 +155,13 @@ class Parts:
                 found[name] = gradient
         return found
 
+    def gradients(self, of: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """Return the pending gradients by the names of their parameters. of: those of an optimizer."""
+        names = self.parameter_names()
+        groups = of.param_groups if of is not None else [{"params": [*names]}]
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        return {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
+
     def _of_modules_and_optimizers(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, module in self.modules.items():
@@ -179,6 +195,7 @@ class Parts:
         parameters = {
             f"{self.prefix(name)}{path}": copy_of(tensor)
             for name, module in self.modules.items()
+            if name not in self.apart
             for path, tensor in state_dict_of(module).items()
         }
         rest = {
@@ -287,7 +304,12 @@ def _has_objects(table: Mapping[Any, Any], keys: list[Any], values: list[Any], k
     return len(objects) == len(known) and all(map(is_, objects, known))
 
 
-def _check(named: Mapping[str, Any]) -> None:
+def check_parts(named: Mapping[str, Any]) -> None:
+    """Check parts as a user has named them.
+
+    Raises:
+        UsageError: one cannot be carried from step to step, or two have the same names.
+    """
     faults = []
     if not named:
         faults.append(Fault("parts", "pass at least the model: everystep.record(model=model)"))

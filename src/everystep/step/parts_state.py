@@ -6,7 +6,7 @@ them, and of modules the plain attributes that changed since the recording began
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
-from everystep.step.named_state import entries_of
 from everystep.step.optimizer_state import optimizer_settings, restore_optimizer
 from everystep.step.own_state import captured, decoded, encoded, keeps_own_state, restore
 from everystep.step.parts import Parts
+from everystep.step.registered import entries_of
 from everystep.step.state import State
 
 __all__ = ["PartsState"]
@@ -35,9 +35,12 @@ class PartsState:
         self.parts = self._parts = parts
         self._at_first = {name: _attributes(module) for name, module in parts.modules.items()}
 
-    def snapshot(self, step: int) -> State:
-        """Return a copy of everything that the parts hold after `step`, on the CPU."""
-        parts, live = self._parts, self._parts.state()
+    def snapshot(self, step: int, live: Mapping[str, Tensor] | None = None) -> State:
+        """Return a copy of everything that the parts hold after `step`, on the CPU.
+
+        live: their tensors as far as a state has them; None: all.
+        """
+        parts, live = self._parts, self._parts.state() if live is None else live
         tensors: dict[str, Tensor] = {}
         held: dict[str, Any] = {}
         others = {id(part) for part in parts.named.values()}
@@ -59,22 +62,27 @@ class PartsState:
         self, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Any]:
         names = self._parts.parameter_names()
+        settings = {"optimizer": optimizer_settings(optimizer, names)}
         entries = (value for _, each in entries_of(optimizer) for value in each.values())
         is_usual = all(isinstance(value, (Tensor, *_PLAIN)) for value in entries)
         if is_usual and not keeps_own_state(optimizer):
-            return {}, {"optimizer": optimizer_settings(optimizer, names)}
+            return {}, settings
         tensors, data = captured(optimizer, names, live)
-        return tensors, {"own": data}
+        return tensors, settings | {"own": data}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: State, only: Collection[str] | None = None) -> None:
         """Bring the parts to a state that was written in this or another process.
+
+        only: some parts, where the others may be those of another training, and what they compute with
+            is theirs to set; None: all, as they were.
 
         Raises:
             RunError: it is the state of other parts; lists what does not fit.
         """
-        parts = self._parts
+        parts = self._parts if only is None else self._parts.only(only)
         held = state.settings.get("held", {})
-        if not isinstance(held, dict) or held.keys() != parts.named.keys():
+        wanted = parts.named.keys()
+        if not isinstance(held, dict) or not (held.keys() == wanted or (only and wanted <= held.keys())):
             known = ", ".join(held) if isinstance(held, dict) else "none"
             raise RunError(
                 f"the run was recorded with the parts {known}, not {', '.join(parts.named)}; pass the "
@@ -84,31 +92,35 @@ class PartsState:
         # Files hold tensors in no fixed order; an optimizer gets its entries in the order that it had.
         saved = {name: saved[name] for name in state.settings["names"] if name in saved} | saved
         try:
-            for name, part in parts.named.items():
-                self._restore_part(name, part, held[name], saved)
+            for name in parts.named:
+                self._restore_part(parts, name, held[name], saved)
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise RunError(f"the part {name!r} does not fit the snapshot: {error}") from None
-        self._fill(state, saved)
-        frozen = set(state.settings.get("frozen", ()))
-        for parameter, name in parts.parameter_names().items():
-            if parameter.is_leaf:
-                parameter.requires_grad_(name not in frozen)
+        _fill(parts, state, saved, is_whole=only is None)
+        if only is None:
+            frozen = set(state.settings.get("frozen", ()))
+            for parameter, name in parts.parameter_names().items():
+                if parameter.is_leaf:
+                    parameter.requires_grad_(name not in frozen)
         state.generators.restore(parts.device)
 
     def _restore_part(
-        self, name: str, part: Any, held: Mapping[str, Any], saved: Mapping[str, Tensor]
+        self, parts: Parts, name: str, held: Mapping[str, Any], saved: Mapping[str, Tensor]
     ) -> None:
-        names = self._parts.parameter_names()
+        part, names = parts.named[name], parts.parameter_names()
         if isinstance(part, nn.Module):
             modules = dict(part.named_modules())
             for path, attributes in (self._at_first[name] | held["attributes"]).items():
                 for attribute, value in attributes.items():
                     object.__setattr__(modules[path], attribute, value)
         elif isinstance(part, torch.optim.Optimizer):
+            own_class, known = type(part).__qualname__, held["optimizer"]["class"]
+            if own_class != known:
+                raise ValueError(f"it is {own_class}, but the snapshot has {known}")
             if "own" in held:
                 restore(part, names, saved, held["own"])
                 return
-            own = "" if len(self._parts.optimizers) == 1 else f"{name}."
+            own = "" if len(parts.optimizers) == 1 else f"{name}."
             _restore_groups(part, names, held["optimizer"]["groups"])
             in_it = {p: names[p] for group in part.param_groups for p in group["params"]}
             restore_optimizer(part, in_it, held["optimizer"], saved, f"optimizer/{own}")
@@ -117,38 +129,39 @@ class PartsState:
         else:
             decoded(part, name, saved, held["object"])
 
-    def _fill(self, state: State, saved: Mapping[str, Tensor]) -> None:
-        """Write the saved values into the tensors of the parts, and set pending gradients.
 
-        Raises:
-            RunError: tensors are missing, or have another shape.
-        """
-        for parameter, name in self._parts.parameter_names().items():
-            gradient = saved.get(f"gradient/{name}")
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
-        live, faults = self._parts.state(), []
-        for name in state.settings["names"]:
-            if name.startswith("gradient/"):
-                continue
-            tensor, value = live.get(name), saved.get(name)
-            path = name.partition("/")[2]
-            if value is None or tensor is None:
-                faults.append(Fault(path, "is in the snapshot, but not in the parts"))
-            elif tensor.shape != value.shape or tensor.dtype != value.dtype:
-                faults.append(
-                    Fault(path, f"is {_geometry(tensor)}, but {_geometry(value)} was recorded")
-                )
-            else:
-                with torch.no_grad():
-                    copy_into(tensor, value)
-        known = set(state.settings["names"])
-        faults += [
-            Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
-            for name in live
-            if name not in known and not name.startswith("gradient/")
-        ]
-        if faults:
-            raise RunError(faults, f"the parts, which must be as they were after step {state.step}")
+def _fill(parts: Parts, state: State, saved: Mapping[str, Tensor], *, is_whole: bool) -> None:
+    """Write the saved values into the tensors of parts, and set pending gradients.
+
+    is_whole: whether the state is of these parts alone.
+
+    Raises:
+        RunError: tensors are missing, or have another shape.
+    """
+    for parameter, name in parts.parameter_names().items():
+        gradient = saved.get(f"gradient/{name}")
+        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+    live, faults = parts.state(), []
+    known = [name for name in state.settings["names"] if is_whole or name in live]
+    for name in known:
+        if name.startswith("gradient/"):
+            continue
+        tensor, value = live.get(name), saved.get(name)
+        path = name.partition("/")[2]
+        if value is None or tensor is None:
+            faults.append(Fault(path, "is in the snapshot, but not in the parts"))
+        elif tensor.shape != value.shape or tensor.dtype != value.dtype:
+            faults.append(Fault(path, f"is {_geometry(tensor)}, but {_geometry(value)} was recorded"))
+        else:
+            with torch.no_grad():
+                copy_into(tensor, value)
+    faults += [
+        Fault(name.partition("/")[2], "is in the parts, but not in the snapshot")
+        for name in live.keys() - set(known)
+        if not name.startswith("gradient/")
+    ]
+    if faults:
+        raise RunError(faults, f"the parts, which must be as they were after step {state.step}")
 
 
 def _restore_groups(

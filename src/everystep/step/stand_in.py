@@ -26,7 +26,7 @@ from everystep.program.operation import TensorSpec
 from everystep.program.operators import draws_random_numbers
 from everystep.step.build import BuiltPath
 from everystep.step.check import same_bits
-from everystep.step.comparison import Carried, Comparison, PartsCopy
+from everystep.step.comparison import Comparison, PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import changes_more_than_lr
 from everystep.step.optimizer_call import OptimizerCalls
@@ -154,7 +154,7 @@ class StandIn:
 
     def __init__(
         self,
-        parts: Carried,
+        parts: Parts,
         built: BuiltPath,
         path: Path,
         seen: Cursor,

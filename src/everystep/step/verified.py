@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from everystep.errors import TrainingError
-from everystep.step.checkpoint import Checkpoint
 from everystep.step.eager import Training
+from everystep.step.state import State
 
 __all__ = ["CheckPlan", "WayBack"]
 
@@ -79,15 +79,15 @@ class WayBack:
 
     def __init__(self, step: int) -> None:
         self.step = step
-        self._checkpoint: Checkpoint | None = None
+        self._state: State | None = None
 
     def keep(self, training: Training, step: int) -> None:
         """Keep a copy of the verified state."""
-        self.step, self._checkpoint = step, Checkpoint(training)
+        self.step, self._state = step, training.snapshot(step)
 
     def close(self) -> None:
         """Close the way back: unknown code has run, and cannot be undone."""
-        self._checkpoint = None
+        self._state = None
 
     def go(self, training: Training, number: int, reason: str) -> None:
         """Restore the state, because step `number` cannot be trusted.
@@ -95,10 +95,10 @@ class WayBack:
         Raises:
             TrainingError: there is no way back.
         """
-        if self._checkpoint is None:
+        if self._state is None:
             raise TrainingError(
                 f"step {number} cannot be trusted: {reason}. Your code has run since the last check, "
                 f"at step {self.step}, so training cannot go back. Steps up to {self.step} are "
                 'verified, later ones are not; engine="eager" trains without programs'
             )
-        self._checkpoint.restore(training, forget_new=True, has_schedule=True)
+        training.restore(self._state)

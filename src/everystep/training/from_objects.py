@@ -19,7 +19,6 @@ from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.guards import Guards
-from everystep.step.named_state import named_state
 from everystep.training.arguments import is_dataset
 from everystep.training.dataset import length_of, read_once
 from everystep.training.dataset_batches import DatasetBatches
@@ -73,7 +72,6 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
             "the model is in evaluation mode, so dropout and batch norm behave as in evaluation; to "
             "train in training mode, call model.train() first"
         )
-    _check_dense(objects)
     read = _read(objects, seed, progress)
     data = read.data
     numbers = None if data is None else data.numbers
@@ -99,6 +97,7 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         steps_per_epoch=batches.steps_per_epoch,
         clip_norm=iteration.clip_norm,
     )
+    _check_dense(training)
     evaluation = _evaluation(objects, read, device)
     every = iteration.evaluate_every or default_evaluate_every(steps, batches)
     measured = every if evaluation else None
@@ -116,9 +115,8 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     )
 
 
-def _check_dense(objects: Objects) -> None:
-    state = named_state(objects.model, objects.loss, objects.optimizer)
-    sparse = [name for name, tensor in state.items() if tensor.layout != torch.strided]
+def _check_dense(training: Training) -> None:
+    sparse = [name for name, tensor in training.named_state().items() if tensor.layout != torch.strided]
     if sparse:
         raise ModelError(
             f"{', '.join(sparse)}: snapshots cannot hold sparse tensors; make it dense (to_dense()), "

@@ -298,7 +298,7 @@ class LoopWriter:
             return
         self._later = None
         now = self._snapshot()
-        different = [each.tensor for each in state_differences(later, now)]
+        different = [each.tensor for each in state_differences(later, now, only_seen=True)]
         held = [state.settings.get("held", {}) for state in (later, now)]
         texts = [{n: json.dumps(each, sort_keys=True) for n, each in of.items()} for of in held]
         different += [f"part/{name}" for name in texts[0] if texts[0][name] != texts[1].get(name)]

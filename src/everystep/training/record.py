@@ -25,7 +25,7 @@ from everystep.step.cursor import Cursor
 from everystep.step.elsewhere import Elsewhere
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
-from everystep.step.parts import Parts
+from everystep.step.parts import Parts, check_parts
 from everystep.step.parts_state import PartsState
 from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
@@ -59,6 +59,7 @@ class Recording(Generic[R]):
         resumed: R | None = None,
         is_accepted: bool = False,
     ) -> None:
+        check_parts(parts)
         self._parts = Parts(parts)
         self._resumed = resumed
         self._is_accepted = is_accepted
@@ -431,19 +432,14 @@ class Recording(Generic[R]):
             with self.paused():
                 self._under_way.rates |= self._parts.rates(optimizer)
                 self._under_way.watch.optimizers.begins(
-                    optimizer, name, has_arguments, lambda: self._gradients_of(optimizer)
+                    optimizer, name, has_arguments, lambda: self._parts.gradients(optimizer)
                 )
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         if self._under_way is not None and not self._under_way.watch.is_paused:
             name = self._optimizer_names.get(id(optimizer))
             with self.paused():
-                self._under_way.watch.optimizers.ends(name, lambda: self._gradients_of(optimizer))
-
-    def _gradients_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        names = self._parts.parameter_names()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return {names[p]: p.grad for p in parameters if p.grad is not None and p in names}
+                self._under_way.watch.optimizers.ends(name, lambda: self._parts.gradients(optimizer))
 
     def _open(self) -> LoopWriter:
         """Return the writer.

@@ -21,9 +21,9 @@ from everystep import clock
 from everystep.errors import DatasetChangedError, TrainingError
 from everystep.program.calls import without_autograd
 from everystep.step.acceleration import Acceleration
-from everystep.step.checkpoint import Change, ChangeLog
 from everystep.step.comparison import PartsCopy
 from everystep.step.eager import EagerStep, Training
+from everystep.step.foreign_changes import Change, ChangeLog
 from everystep.step.losses import Losses
 from everystep.step.stand_in import CreatesTensorsError, NotReplaceableError, StandIn
 from everystep.step.verified import CheckPlan, WayBack

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, optim
 
 from everystep.recording.repeats import Taken
@@ -20,8 +19,6 @@ from everystep.step.eager import EagerStep, Training
 from everystep.step.elsewhere import Elsewhere, version_of, versions_by_name
 from everystep.step.follow import Follower
 from everystep.step.known_paths import KnownPaths
-from everystep.step.named_state import first_names, parameter_names
-from everystep.step.own_state import live_tensors
 from everystep.step.path import Path
 from everystep.step.stand_in import NotReplaceableError, StandIn
 from everystep.step.state import copy_of
@@ -30,39 +27,7 @@ from everystep.training.batch import BatchCopies, text_of
 from everystep.training.notices import Notices
 from everystep.training.step_rows import StepRows, StepWriter
 
-__all__ = ["TrainingParts", "WatchedSteps"]
-
-
-class TrainingParts:
-    """What a training of a model carries from step to step, as parts of a loop are known.
-
-    Args:
-        training: the training.
-    """
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        self.device = training.device
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the live tensors by name; pending gradients among them."""
-        training, names = self._training, self.parameter_names()
-        found = training.named_state()
-        found |= live_tensors(training.optimizer, names, found)
-        for parameter, name in names.items():
-            gradient = parameter.grad
-            if gradient is not None and gradient.layout is torch.strided:
-                found[f"gradient/{name}"] = gradient
-        return found
-
-    def parameter_names(self) -> dict[Tensor, str]:
-        """Return each parameter of the model and of the optimizer with its name."""
-        model, optimizer = self._training.model, self._training.optimizer
-        return first_names(model) | parameter_names(model, optimizer)
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients by the names of their parameters."""
-        return {name: p.grad for p, name in self.parameter_names().items() if p.grad is not None}
+__all__ = ["WatchedSteps"]
 
 
 class LastProgram(NamedTuple):
@@ -85,7 +50,7 @@ class WatchedSteps:
     """
 
     def __init__(self, training: Training, writer: StepWriter, *, is_by_rule: bool) -> None:
-        self.parts = TrainingParts(training)
+        self.parts = training.parts
         self._training = training
         self._writer = writer
         self._eager = EagerStep(training)

@@ -36,7 +36,6 @@ from everystep.replay.continuing.alone import fork_alone
 from everystep.replay.processes import Opener
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
-from everystep.step.named_state import parameter_names
 from everystep.step.optimizer_state import optimizer_settings
 from everystep.step.state import State
 from everystep.training.facts import optimizer_facts
@@ -152,11 +151,11 @@ class Fork:
 
         A replayed state has no schedule: it continues from the snapshot before.
         """
-        schedule, settings = training.schedule, state.settings
+        schedule = training.schedule
         known = self.run.state_near(self.at, after=self.stretch.first - 2)
         if schedule is None or known is None:
             return state
-        known.restore(training.model, training.loss, training.optimizer, schedule, training.device)
+        training.restore(known)
         batches = self.stretch.facts.batches
         # Epochs are the parent's up to here.
         advance = EagerStep(replace(training, steps_per_epoch=batches.steps_per_epoch)).advance
@@ -170,10 +169,9 @@ class Fork:
                         schedule.step(followed[number])
                 elif advance is not None:
                     advance(number)
-        names = parameter_names(training.model, training.optimizer)
-        optimizer = optimizer_settings(training.optimizer, names)
-        optimizer |= {"values": settings["optimizer"]["values"]}
-        return replace(state, settings={"step": self.at, "optimizer": optimizer})
+        names = training.parts.parameter_names()
+        groups = optimizer_settings(training.optimizer, names)["groups"]
+        return state.with_optimizer("optimizer", groups)
 
 
 def fork(
@@ -299,15 +297,10 @@ def _bring_to(
     optimizer, schedule = training.optimizer, training.schedule
     same_optimizer = old.optimizer.name == new.optimizer.name
     same_schedule = same_optimizer and old.schedule == new.schedule
+    kinds = ["model", *["loss"] * (old.loss == new.loss), *["optimizer"] * same_optimizer]
     try:
-        state.restore(
-            training.model,
-            training.loss if old.loss == new.loss else None,
-            optimizer if same_optimizer else None,
-            None,
-            training.device,
-        )
-    except ValueError as error:
+        training.restore(state, kinds)
+    except RunError as error:
         raise ExperimentError(
             [Fault("model.layers", f"the parent's parameters do not fit: {error}")], "the fork"
         ) from None
@@ -339,10 +332,10 @@ def _bring_objects_to(training: Training, state: State, keep: bool) -> dict[str,
     """Bring live objects to the parent's state; `keep`: the settings of the optimizer stay."""
     optimizer = training.optimizer
     fresh = _settings_of(optimizer)
-    same = type(optimizer).__qualname__ == state.settings["optimizer"]["class"]
+    same = type(optimizer).__qualname__ == state.optimizer("optimizer")["class"]
     try:
-        state.restore(training.model, training.loss, optimizer if same else None, None, training.device)
-    except ValueError as error:
+        training.restore(state, ("model", "loss", *["optimizer"] * same))
+    except RunError as error:
         raise RunError(f"the objects do not fit the run's state: {error}") from None
     before = training.hyperparameters() if same else {}
     if keep:

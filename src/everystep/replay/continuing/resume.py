@@ -31,8 +31,9 @@ from everystep.replay.continuing.again import (
     with_data,
 )
 from everystep.replay.continuing.alone import resume_alone
-from everystep.step.eager import Training
+from everystep.step.eager import training_parts
 from everystep.step.generators import generators_preserved
+from everystep.step.parts_state import PartsState
 from everystep.step.state import State
 from everystep.training.arguments import is_dataset
 from everystep.training.from_experiment import experiment_job
@@ -118,7 +119,7 @@ class Resume:
         check_changes(run, changed, is_accepted=self.is_accepted)
         if state is not None:
             check_rules(run, state.step)
-            _restore(job.training, state, job.training.device)
+            job.training.restore(state)
         at = begin if self.is_accepted else recorded
         origin = Origin(
             run=run,
@@ -290,7 +291,8 @@ def _restore_objects(run: RecordedRun, objects: Objects) -> None:
     device = select(run.facts.training.device)
     with generators_preserved(device):
         objects.model.to(device)
-        _restore(objects, state, device)
+        parts = training_parts(objects.model, objects.loss, objects.optimizer, objects.schedule)
+        PartsState(parts).restore(state)
 
 
 def _steps_of(iteration: Iteration, facts: TrainingFacts) -> int:
@@ -325,15 +327,3 @@ def _check_same_data(job: Job, facts: TrainingFacts) -> None:
     if job.data.validation is not None:
         named["validation_x"], named["validation_y"] = job.data.validation
     check_data(named, facts.data_file, "the data")
-
-
-def _restore(live: Training | Objects, state: State, device: torch.device) -> None:
-    """Bring the objects of a training to a state.
-
-    Raises:
-        RunError: it does not fit.
-    """
-    try:
-        state.restore(live.model, live.loss, live.optimizer, live.schedule, device)
-    except ValueError as error:
-        raise RunError(f"the snapshot of step {state.step} does not fit: {error}") from None

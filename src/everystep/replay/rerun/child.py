@@ -68,7 +68,7 @@ class Answers:
         recorded = read_snapshot(free.run.directory, row)
         with free.in_force(max(row.step, 1)):
             here = free.stepper.capture()
-        return {"differ": [each.tensor for each in state_differences(recorded, here)]}
+        return {"differ": [each.tensor for each in state_differences(recorded, here, only_seen=True)]}
 
     def footprints(self, first: int, last: int, state: list[Any]) -> dict[str, Any]:
         """Replay steps from a recorded state on; return a digest of each loss, with its state."""
