@@ -34,12 +34,11 @@ from everystep.replay.continuing.alone import resume_alone
 from everystep.step.eager import Training
 from everystep.step.generators import generators_preserved
 from everystep.step.state import State
-from everystep.training.arguments import is_dataset
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.objects import Objects
+from everystep.training.objects import Objects, is_dataset
 from everystep.training.resumed import changes, check_changes, check_rules, resume_facts
 
 __all__ = ["Resume", "resume", "resume_experiment", "resume_objects"]
