@@ -133,13 +133,13 @@ class Operations:
 def in_detail() -> None:
     """Let this process write each step by itself, and a snapshot of each."""
     from everystep.recording import recorder, snapshots
-    from everystep.training import loop, loop_writer
+    from everystep.training import writer
 
     recorder.Recorder.is_behind = property(lambda self: False)  # type: ignore[assignment, method-assign]
     snapshots.REPLAY_SECONDS = 0.0
     snapshots.TIME_SHARE = 1e9
-    loop.FLUSH_SECONDS = loop_writer.FLUSH_SECONDS = 0.0
-    loop.TIMED_STEPS = loop_writer.TIMED_STEPS = 2
+    writer.FLUSH_SECONDS = 0.0
+    writer.TIMED_STEPS = 2
 
 
 def operations(

@@ -238,7 +238,7 @@ def _train_step(
     going: tuple[Run | None, bool],
 ) -> Run:
     from everystep.training.from_step import check_step, train_step
-    from everystep.training.function_recording import FunctionRecording
+    from everystep.training.step_function import FunctionRecording
 
     check_step(step, batches, parts, others)
     watcher = progress_of(progress)

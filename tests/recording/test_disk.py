@@ -22,7 +22,7 @@ from everystep.recording import connection, lock, recorder
 from everystep.recording.database import Database
 from everystep.recording.run import RecordedRun
 from everystep.recording.snapshots import SnapshotPlan
-from everystep.training import loop_writer
+from everystep.training import writer
 
 
 def loop(directory, events=()):
@@ -46,7 +46,7 @@ def loop(directory, events=()):
 def test_steps_wait_while_another_program_holds_the_database(mode, monkeypatch, capfd):
     """The loop itself holds the database: a step that waited for it would never end."""
     monkeypatch.setattr(recorder, "LATE_SECONDS", 0.0)
-    monkeypatch.setattr(loop_writer, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
     with ExitStack() as held:
 
         def hold():

@@ -160,8 +160,7 @@ def by_rule(tmp_path_factory):
     options = {"loss": torch.nn.MSELoss(), "optimizer": optimizer, "progress": False}
     place = tmp_path_factory.mktemp("rows") / "run"
     with pytest.MonkeyPatch.context() as patch:  # all are written at once
-        for module in ("loop", "loop_writer"):
-            patch.setattr(f"everystep.training.{module}.FLUSH_SECONDS", math.inf)
+        patch.setattr("everystep.training.writer.FLUSH_SECONDS", math.inf)
         return everystep.train(model, data, steps=50, directory=place, **options)
 
 

@@ -58,17 +58,16 @@ def dying(monkeypatch):
             recorder._error = error
 
     def finish(writer, status, reason):
-        end(writer._recorder) if Dying.is_dead else finished(writer, status, reason)
+        end(writer.recorder) if Dying.is_dead else finished(writer, status, reason)
 
-    def finish_failed(recorder, training, error):
-        end(recorder) if isinstance(error, Killed) else failed(recorder, training, error)
+    def finish_failed(writer, error):
+        end(writer.recorder) if isinstance(error, Killed) else failed(writer, error)
 
-    failed, finished = loop._finish_failed, LoopWriter.finish
-    monkeypatch.setattr(loop, "_finish_failed", finish_failed)
+    failed, finished = loop._ModelWriter._close_failed, LoopWriter.finish
+    monkeypatch.setattr(loop._ModelWriter, "_close_failed", finish_failed)
     monkeypatch.setattr(LoopWriter, "finish", finish)
-    monkeypatch.setattr("everystep.training.loop.FLUSH_SECONDS", 0.0)
     monkeypatch.setattr("everystep.training.loop.STRETCH_SECONDS", 0.0)
-    monkeypatch.setattr("everystep.training.loop_writer.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(Recorder, "_put", put)
     monkeypatch.setattr(
         SnapshotPlan, "choose_interval", lambda plan, *times: vars(plan).update(interval=2)

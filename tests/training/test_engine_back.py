@@ -23,7 +23,7 @@ from torch.optim import lr_scheduler
 import everystep
 from everystep.recording import snapshots
 from everystep.recording.recorder import Recorder
-from everystep.training import loop
+from everystep.training import writer
 from everystep.training.watched_steps import WatchedSteps
 
 
@@ -95,7 +95,7 @@ def test_a_check_that_fails_takes_back_what_was_not_verified(
 
 
 def test_what_was_recorded_long_ago_is_taken_back(monkeypatch, failing_check):
-    monkeypatch.setattr(loop, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
     failing_check(600)
     made = new_training()
     run = by_train(made, steps=1300)
@@ -138,7 +138,7 @@ def test_a_schedule_that_follows_the_validation_loss_goes_back_too(failing_check
 def test_where_a_program_is_demanded_only_verified_steps_are_kept(
     monkeypatch, snapshots_at_every_step, failing_check
 ):
-    monkeypatch.setattr(loop, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "FLUSH_SECONDS", 0.0)
     _, losses, states, _ = states_by_hand(32)
     failing_check(64)
     with pytest.raises(everystep.TrainingError, match=r"different bits at step 64; engine"):

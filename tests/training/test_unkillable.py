@@ -142,7 +142,7 @@ def test_a_measurement_without_values_leaves_no_name():
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["_keep_what_is_unknown", "_snapshot_if_due", "flush"])
+@pytest.mark.parametrize("moment", ["_keep_what_is_unknown", "is_snapshot_due", "flush"])
 def test_a_signal_while_a_step_is_recorded_waits_until_it_is(monkeypatch, kind, moment):
     recorded, calls = getattr(LoopWriter, moment), []
 
@@ -154,7 +154,7 @@ def test_a_signal_while_a_step_is_recorded_waits_until_it_is(monkeypatch, kind, 
 
     ended = []
     with monkeypatch.context() as patch:
-        patch.setattr("everystep.training.loop_writer.FLUSH_SECONDS", 0.0)
+        patch.setattr("everystep.training.writer.FLUSH_SECONDS", 0.0)
         patch.setattr(LoopWriter, moment, interrupted)
         patch.setattr("os.kill", lambda process, number: ended.append(number))
         with pytest.raises(KeyboardInterrupt if kind == signal.SIGINT else SystemExit):

@@ -19,8 +19,7 @@ from everystep.recording.facts import TrainingFacts
 from everystep.recording.run import RecordedRun, Stretch
 from everystep.replay.columns import Setting
 from everystep.step.eager import BatchSource
-from everystep.training.dataset import length_of, read_rows
-from everystep.training.dataset_batches import DatasetBatches
+from everystep.training.dataset import DatasetBatches, length_of, read_rows
 from everystep.training.objects import Objects
 
 __all__ = ["batch_source", "batches_of", "rule_of", "settings_of", "stored_data"]

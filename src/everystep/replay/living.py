@@ -31,7 +31,7 @@ from everystep.step.generators import Generators
 from everystep.step.hyperparameters import is_hyperparameter, set_hyperparameter
 from everystep.step.observe import Observation, StepObserver
 from everystep.step.state import State
-from everystep.training.dataset_batches import DatasetBatches
+from everystep.training.dataset import DatasetBatches
 from everystep.training.objects import Objects
 from everystep.training.stepper import Engine, Stepper
 from everystep.training.watched_steps import WatchedSteps

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from everystep import numerics
-from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import EverystepError, ExperimentError, Fault, TrainingError
 from everystep.experiment.batches import Batches
@@ -19,15 +19,15 @@ from everystep.experiment.model import build_model, try_model
 from everystep.experiment.optimizer import build_optimizer, build_schedule, with_fused
 from everystep.experiment.preparation import CategoricalColumn, TablePreparation
 from everystep.experiment.specification import Experiment
-from everystep.step.eager import Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.generators import generators_preserved
-from everystep.training.facts import describe
+from everystep.training.from_objects import job_of
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.measurements import standard_measurements
+from everystep.training.objects import Objects
 
-__all__ = ["default_evaluate_every", "experiment_job", "total_steps", "train_experiment"]
+__all__ = ["experiment_job", "train_experiment"]
 
 
 def train_experiment(
@@ -62,20 +62,6 @@ def train_experiment(
             ) from error
 
 
-def total_steps(steps: int | None, epochs: int | None, batches: Batches) -> int:
-    """Return the number of steps, which may be set in epochs.
-
-    Raises:
-        UsageError: there are too many.
-    """
-    return check_steps(steps if steps is not None else (epochs or 0) * batches.steps_per_epoch)
-
-
-def default_evaluate_every(steps: int, batches: Batches) -> int:
-    """Return the steps of an epoch, or a hundredth of all steps if each step is an epoch."""
-    return batches.steps_per_epoch if batches.batch_size else max(1, steps // 100)
-
-
 def experiment_job(
     experiment: Experiment, name: str, device: torch.device, data: Data | None = None
 ) -> Job:
@@ -96,7 +82,6 @@ def experiment_job(
     path = getattr(experiment.data, "path", None)
     name_of_rows = Path(path).name if path else "the data"
     batches = Batches(len(data.x), *order, numbers=data.numbers, source=name_of_rows)
-    steps = total_steps(experiment.steps, experiment.epochs, batches)
     model = build_model(experiment.model, data.x[:2])
     loss = build_loss(experiment.loss)
     few_rows = data.x[: min(2, batches.smallest)]
@@ -107,39 +92,19 @@ def experiment_job(
     _check_schedule(experiment)
     optimizer = build_optimizer(experiment.optimizer, model.parameters())
     schedule = build_schedule(experiment.schedule, optimizer) if experiment.schedule else None
+    every = experiment.schedule.every if experiment.schedule else "step"
+    objects = Objects(model, loss, optimizer, schedule=schedule, schedule_every=every)
     on_device = data.to(device)
-    training = Training(
-        model=model,
-        loss=loss,
-        optimizer=optimizer,
-        batch=batches.of(on_device.x, on_device.y),
-        device=device,
-        schedule=schedule,
-        schedule_every=experiment.schedule.every if experiment.schedule else "step",
-        steps_per_epoch=batches.steps_per_epoch,
-        clip_norm=experiment.clip_norm,
-    )
     evaluation = on_device.validation and Evaluation(
         model, standard_measurements(loss, on_device.validation[1]), {}, *on_device.validation, device
     )
-    every = experiment.evaluate_every or default_evaluate_every(steps, batches)
+    batch = batches.of(on_device.x, on_device.y)
     source = experiment.data.model_dump(exclude_none=True)
+    job = job_of(objects, experiment, batches, batch, data, source, evaluation, device)
     text = experiment.to_toml()
-    measured = every if evaluation else None
-    facts = describe(training, data, batches, source, experiment, measured)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Job(
-        name=name,
-        training=training,
-        steps=steps,
-        facts=facts.model_copy(update={"experiment_digest": digest}),
-        data=data,
-        experiment_toml=text,
-        evaluation=evaluation,
-        evaluate_every=every,
-        engine=experiment.engine,
-        notices=[message] if (message := numerics.warning()) else [],
-    )
+    job = job.with_facts(experiment_digest=hashlib.sha256(text.encode()).hexdigest())
+    notices = [message] if (message := numerics.warning()) else []
+    return replace(job, name=name, experiment_toml=text, notices=notices)
 
 
 def _origin(data: Data) -> str:

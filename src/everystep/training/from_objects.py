@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from everystep import numerics
+from everystep.bounded import check_steps
 from everystep.device import select
 from everystep.errors import DataError, DeviceError, ModelError
 from everystep.experiment.batches import Batches
@@ -19,17 +21,14 @@ from everystep.experiment.specification import Iteration
 from everystep.step.eager import BatchSource, Training
 from everystep.step.evaluate import Evaluation
 from everystep.step.guards import Guards
-from everystep.training.arguments import is_dataset
-from everystep.training.dataset import length_of, read_once
-from everystep.training.dataset_batches import DatasetBatches
+from everystep.training.dataset import DatasetBatches, length_of, read_once
 from everystep.training.facts import describe
-from everystep.training.from_experiment import default_evaluate_every, total_steps
 from everystep.training.job import Job, Outcome, Progress
 from everystep.training.loop import run_job
 from everystep.training.measurements import standard_measurements
-from everystep.training.objects import Objects
+from everystep.training.objects import Objects, is_dataset
 
-__all__ = ["objects_job", "train_objects"]
+__all__ = ["job_of", "objects_job", "train_objects"]
 
 Pair = tuple[Any, Any]
 
@@ -76,7 +75,6 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
     data = read.data
     numbers = None if data is None else data.numbers
     batches = Batches(read.rows, iteration.batch_size, seed, iteration.drop_last, numbers=numbers)
-    steps = total_steps(iteration.steps, iteration.epochs, batches)
     if data is None:
         kind = type(objects.data).__name__
         notices.append(f"the Dataset is read at every step: {kind} is not one of torch's, of tensors")
@@ -86,6 +84,41 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         on_device = data.to(device)
         is_read = read.guards is not None
         batch = batches.of(on_device.x, on_device.y, is_read=is_read, guards=read.guards)
+    source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
+    job = job_of(
+        objects, iteration, batches, batch, data, source, _evaluation(objects, read, device), device
+    )
+    _check_dense(job.training)
+    name = _snake(type(objects.model).__name__)
+    stored = data.to(torch.device("cpu")) if data else None
+    return replace(job, name=name, data=stored, notices=notices)
+
+
+def job_of(
+    objects: Objects,
+    iteration: Iteration,
+    batches: Batches,
+    batch: BatchSource,
+    data: Data | None,
+    source: dict[str, Any],
+    evaluation: Evaluation | None,
+    device: torch.device,
+) -> Job:
+    """Return the job of training live objects.
+
+    Args:
+        objects: the model, the loss, the optimizer and the schedule.
+        iteration: the settings of the training.
+        batches: the rows that each step sees.
+        batch: provides them.
+        data: None if a Dataset is read at every step.
+        source: the facts about where the data comes from.
+        evaluation: what is measured.
+        device: that the objects are on.
+
+    Raises:
+        UsageError: there are too many steps.
+    """
     training = Training(
         model=objects.model,
         loss=objects.loss,
@@ -97,21 +130,19 @@ def objects_job(objects: Objects, iteration: Iteration, device: torch.device, pr
         steps_per_epoch=batches.steps_per_epoch,
         clip_norm=iteration.clip_norm,
     )
-    _check_dense(training)
-    evaluation = _evaluation(objects, read, device)
-    every = iteration.evaluate_every or default_evaluate_every(steps, batches)
-    measured = every if evaluation else None
-    source = {"source": "dataset" if is_dataset(objects.data) else "tensors", "lazy": data is None}
+    steps = check_steps(iteration.steps or (iteration.epochs or 0) * batches.steps_per_epoch)
+    # By default an epoch, or a hundredth of all steps if each step is an epoch.
+    usual = batches.steps_per_epoch if batches.batch_size else max(1, steps // 100)
+    every = iteration.evaluate_every or usual
     return Job(
-        name=_snake(type(objects.model).__name__),
+        name="",
         training=training,
         steps=steps,
-        facts=describe(training, data, batches, source, iteration, measured),
-        data=data.to(torch.device("cpu")) if data else None,
+        facts=describe(training, data, batches, source, iteration, every if evaluation else None),
+        data=data,
         evaluation=evaluation,
         evaluate_every=every,
         engine=iteration.engine,
-        notices=notices,
     )
 
 

@@ -15,12 +15,11 @@ from everystep import numerics
 from everystep.bounded import check_steps
 from everystep.errors import ExperimentError, Fault
 from everystep.experiment.specification import Iteration
-from everystep.training.function_recording import FunctionRecording
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
 from everystep.training.place import is_quiet
 from everystep.training.rows import called
-from everystep.training.step_function import VouchedStep, run_step
+from everystep.training.step_function import FunctionRecording, VouchedStep, run_step
 
 __all__ = ["check_step", "train_step"]
 

@@ -1,13 +1,10 @@
-"""The training loop: runs the steps, and passes their results to the recorder and the display."""
+"""The training of a model: runs the steps, and passes their results to the recorder and the display."""
 
 from __future__ import annotations
 
 import math
 import shutil
-import time
-from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +20,16 @@ from everystep.step.eager import changes_more_than_lr
 from everystep.step.evaluate import Evaluation
 from everystep.step.hyperparameters import expected_to_change
 from everystep.step.torchs_own import is_torchs_schedule
-from everystep.training.dataset_batches import DatasetBatches
+from everystep.training.dataset import DatasetBatches
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Job, Origin, Outcome, Progress
-from everystep.training.resumed import facts_resumed, seconds_in_all
+from everystep.training.resumed import facts_resumed
 from everystep.training.stepper import Stepper
 from everystep.training.watched_steps import WatchedSteps
+from everystep.training.writer import RunWriter, now
 
-__all__ = ["now", "run_job"]
+__all__ = ["run_job"]
 
-#: Seconds between two looks at the losses: each waits for the device once.
-FLUSH_SECONDS = 0.1
-#: Steps that are timed, one by one, before the snapshots' interval is chosen.
-TIMED_STEPS = 8
 #: Steps run in stretches of about so many seconds; Ctrl-C waits for the end of one.
 STRETCH_SECONDS = 0.02
 
@@ -57,35 +51,19 @@ def run_job(job: Job, directory: Path | None, runs: Path, budget: int, progress:
     """
     job.check()
     recorder, facts = _recorder(job, directory, runs, budget)
-    started = time.perf_counter()
     progress.begin(recorder.directory, facts)
-    training = _Loop(job, recorder, progress)
+    training = _ModelWriter(job, recorder, progress)
     with interrupt_deferred() as interrupt:
         try:
-            reason = _run(training, recorder, interrupt)
+            reason = training.train(interrupt)
             status = "finished" if reason is None else "stopped"
-            seconds = seconds_in_all(job.origin, time.perf_counter() - started)
-            recorder.finish({"status": status, "reason": reason, "finished": now(), "seconds": seconds})
-            training.show_written()
+            training.close(status, reason, {})
         finally:
             progress.end()
         place = recorder.directory
         if interrupt and not interrupt.is_by_user:
             progress.notice(f"stopped {reason} after step {training.step}; everystep resume {place}")
     return Outcome(place, status, reason, interrupt.is_by_user)
-
-
-def _run(training: _Loop, recorder: Recorder, interrupt: Interrupt) -> str | None:
-    """Run a training to its end; return None, or why it stopped before. Close the run if it raises."""
-    try:
-        reason = training.run(interrupt)
-        training.finish()
-    except BaseException as error:
-        _finish_failed(recorder, training, error)
-        raise
-    finally:
-        training.watched.finish()
-    return reason
 
 
 def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tuple[Recorder, Facts]:
@@ -109,37 +87,54 @@ def _recorder(job: Job, directory: Path | None, runs: Path, budget: int) -> tupl
         raise
 
 
-class _Loop:
-    """One training under way: what is due next, and what was not passed on yet."""
+class _ModelWriter(RunWriter):
+    """Takes the steps of a training of a model, and writes them."""
 
     def __init__(self, job: Job, recorder: Recorder, progress: Progress) -> None:
+        origin = job.origin
+        resumed = None if origin is None else origin.resumed
+        super().__init__(
+            recorder,
+            job.start,
+            progress.notice,
+            progress.advance,
+            seconds_before=0.0 if resumed is None else resumed.seconds,
+            is_finite=_nonfinite_before(origin) is None,
+        )
+        goes_on = "training continues (stop_on_nan = true stops it)"
+        ends = "training stops" if job.facts.stop_on_nan else goes_on
+        self.advice = f"{ends}. ", "; a smaller lr often helps"
         self.job = job
-        self.recorder = recorder
-        self.progress = progress
-        self.step = job.start
         self.watched = WatchedSteps(job.training, recorder, is_by_rule=job.data is not None)
-        self._lost_to = 0
         self._stepper: Stepper | None = None
-        self._step_seconds = math.inf
-        self._measurements: list[tuple[str, int, float]] = []
-        self._known = self._expected()
-        if job.origin is not None:
-            self._known = self._known | job.origin.hyperparameters
-            self._note_hyperparameters(job.start + 1, job.training.hyperparameters())
+        self.rates = self._expected()
+        if origin is not None:
+            self.rates = self.rates | origin.hyperparameters
+            self.note_rates(job.start + 1, job.training.hyperparameters())
         self._loss_dtype: Any = None
-        self._snapshot_step = -1 if job.origin is None else job.start
-        self._nonfinite_step = _nonfinite_before(job.origin)
+        self._snapshot_step = -1 if origin is None else job.start
         self._has_lost = False
         self._engine: EngineFacts | None = None
 
-    def run(self, interrupt: Interrupt) -> str | None:
+    def train(self, interrupt: Interrupt) -> str | None:
+        """Train to the end; return None, or why it stopped before. Close the run if that raises."""
+        try:
+            reason = self._run(interrupt)
+            self._finish()
+        except BaseException as error:
+            self._close_failed(error)
+            raise
+        finally:
+            self.watched.finish()
+        return reason
+
+    def _run(self, interrupt: Interrupt) -> str | None:
         """Run all steps; return None, or why it stopped before the last."""
         job = self.job
         self._keep_beginning()
         settings = job.steps, job.engine, job.start
         stepper = self._stepper = Stepper(job.training, self.watched, *settings)
         self._keep_engine(stepper)
-        flush_at = time.perf_counter() + FLUSH_SECONDS
         while self.step < job.steps:
             if not self._advance(stepper):
                 continue
@@ -149,18 +144,16 @@ class _Loop:
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
-            if self._is_snapshot_due():
+            if self.is_snapshot_due():
                 self._snapshot()
             if interrupt:
                 self.flush()
                 return interrupt.reason
-            if stepper.is_full or time.perf_counter() >= flush_at:
-                self.flush()
-                flush_at = time.perf_counter() + FLUSH_SECONDS
+            self.flush_if_due(is_full=stepper.is_full)
         self.flush()
         return None
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Leave the live training in its last state, and take a snapshot of it.
 
         Raises:
@@ -178,33 +171,32 @@ class _Loop:
             self._snapshot()
         self._keep_rows()
 
-    def show_written(self) -> None:
-        """Show the losses that are on disk by now, so that none that was shown can be lost."""
-        for first, losses in self.recorder.written():
-            self.progress.advance(first, losses)
-
-    def forget_void_steps(self) -> None:
-        """Delete what was recorded of steps that a failed check made void."""
-        if self._stepper is not None and self._stepper.step < self.step:
-            self.recorder.forget_after(self._stepper.step)
+    def _close_failed(self, error: BaseException) -> None:
+        """Close the run of a training that raised; what the training raised comes first."""
+        with suppress(Exception):  # the device or the disk may be what failed
+            self.flush()
+            if self._stepper is not None and self._stepper.step < self.step:
+                self.recorder.forget_after(self._stepper.step)  # a failed check made them void
+        reason = str(error).strip() or type(error).__name__
+        with suppress(Exception):
+            self.recorder.finish({"status": "failed", "reason": reason, "finished": now()})
 
     def flush(self) -> None:
-        """Fetch the losses from the device; hand them and the measurements over."""
+        """Fetch the losses from the device; write them and the measurements.
+
+        Each time waits for the device once.
+        """
         self.recorder.check()
         if self._stepper is None:
             return
         hyperparameters = self._stepper.hyperparameters
         first, values = self._stepper.collect()
-        taken = self.watched.collect()
+        self.taken += self.watched.collect()
         for step, each in hyperparameters:
-            changed = [
-                (name, step, value) for name, value in each.items() if self._known.get(name) != value
-            ]
-            self._measurements += changed
-            self._known = each
+            self.note_rates(step, each)
         losses: list[float] = values.tolist()
-        measured, self._measurements = self._measurements, []
         if not losses:
+            measured, self.measured = self.measured, []
             if measured:
                 self.recorder.measurements(measured)
             return
@@ -212,8 +204,7 @@ class _Loop:
         if values.dtype != self._loss_dtype:
             self._loss_dtype = values.dtype
             found["loss_dtype"] = str(values.dtype).removeprefix("torch.")
-        found |= self._nonfinite_in(first, losses)
-        self.recorder.losses(first, losses, measured, found, taken)
+        self.write(first, losses, found)
         self.recorder.wait()
         self.show_written()
         self._keep_engine(self._stepper)
@@ -221,7 +212,7 @@ class _Loop:
     def _keep_beginning(self) -> None:
         job, recorder = self.job, self.recorder
         for message in job.notices:
-            self.progress.notice(message)
+            self._notice(message)
         if self.step not in recorder.plan.kept:
             self._snapshot()
         if job.data is not None and (job.origin is None or job.origin.has_new_data):
@@ -230,16 +221,6 @@ class _Loop:
                 named["validation_x"], named["validation_y"] = job.data.validation
             is_fork = job.origin is not None and job.origin.fork is not None
             recorder.data(named, f"data-{job.start + 1}.safetensors" if is_fork else DATA_FILE)
-
-    def _is_snapshot_due(self) -> bool:
-        recorder = self.recorder
-        if recorder.lost_to > self._lost_to:
-            # Old batches were dropped: everything from here on must open without them.
-            self._lost_to = recorder.lost_to
-            recorder.plan.pinned = {0, self.step}
-            return True
-        is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
-        return is_due or self.step == recorder.recorded
 
     def _advance(self, stepper: Stepper) -> bool:
         """Run steps up to the next one with something to do.
@@ -250,14 +231,12 @@ class _Loop:
         stepper.advance(self._next_stop())
         self.step = stepper.step
         if self.step > before:
-            seconds = (clock.now() - started) / (self.step - before)
-            self._step_seconds = min(self._step_seconds, seconds)
-        if self.step >= self.job.start + TIMED_STEPS and not self.recorder.has_interval:
-            state = self.job.training.named_state()
-            size = sum(tensor.nbytes for tensor in state.values())
-            self.recorder.choose_interval(self._step_seconds, size)
+            self.timed(started, self._size_of_state, self.step - before)
         self._keep_engine(stepper)
         return self.step > before
+
+    def _size_of_state(self) -> int:
+        return sum(tensor.nbytes for tensor in self.job.training.named_state().values())
 
     def _keep_rows(self) -> None:
         """Record the rows of a Dataset that was read at every step, if they stayed the same."""
@@ -278,17 +257,17 @@ class _Loop:
                 self.recorder.change(step, change.tensors)
             if change.lost and not self._has_lost:
                 self._has_lost = True
-                self.progress.notice(
+                self._notice(
                     f"after step {step}, your code changed {change.lost}, which the run does not "
                     f"hold; replays may differ after step {step}"
                 )
 
     def _next_stop(self) -> int:
         step, job = self.step, self.job
-        if step < job.start + TIMED_STEPS or job.facts.stop_on_nan:
+        if not self.has_timed_steps or job.facts.stop_on_nan:
             return step + 1
         stops = [job.steps, *([self.recorder.recorded] if step < self.recorder.recorded else [])]
-        stops.append(step + max(1, int(STRETCH_SECONDS / self._step_seconds)))
+        stops.append(step + max(1, int(STRETCH_SECONDS / self.step_seconds)))
         if job.evaluation is not None:
             stops.append(_next_multiple(step, job.evaluate_every))
         if self.recorder.plan.interval is not None:
@@ -320,13 +299,13 @@ class _Loop:
         """Switch to eager steps; discard what was recorded of later steps."""
         last = stepper.step
         self.recorder.forget_after(last)
-        self._measurements = [row for row in self._measurements if row[1] <= last]
+        self.measured = [row for row in self.measured if row[1] <= last]
         self._snapshot_step = min(self._snapshot_step, last)
         first = stepper.eager_from or 1
         since = f" from step {first} on" if first > self.job.start + 1 else ""
         is_vouchable = stepper.acceleration.is_vouchable
         cure = '; engine="program" vouches for such code' if is_vouchable else ""
-        self.progress.notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
+        self._notice(f"Python runs the steps{since}: {stepper.reason}{cure}")
 
     def _snapshot(self) -> None:
         self.flush()  # a state on disk means that its steps are there
@@ -348,11 +327,6 @@ class _Loop:
             if not expected_to_change(name, more_than_lr=more)
         }
 
-    def _note_hyperparameters(self, step: int, now: dict[str, float]) -> None:
-        changed = [(name, step, n) for name, n in now.items() if self._known.get(name) != n]
-        self._measurements += changed
-        self._known = now
-
     def _is_evaluation(self, step: int) -> bool:
         return step % self.job.evaluate_every == 0 or step == self.job.steps
 
@@ -367,24 +341,7 @@ class _Loop:
                 measured = _evaluated(evaluation, follows)
         else:
             measured = _evaluated(evaluation, follows)
-        self._measurements += [(name, self.step, value) for name, value in measured.items()]
-
-    def _nonfinite_in(self, first: int, losses: Sequence[float]) -> dict[str, Any]:
-        """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
-        if self._nonfinite_step is not None:
-            return {}
-        for step, loss in enumerate(losses, start=first):
-            if not math.isfinite(loss):
-                self._nonfinite_step = step
-                goes_on = "training continues (stop_on_nan = true stops it)"
-                self.progress.notice(
-                    f"the loss is {loss} at step {step}; "
-                    f"{'training stops' if self.job.facts.stop_on_nan else goes_on}. "
-                    f"everystep when {self.recorder.directory.name} nonfinite finds where it came from; "
-                    "a smaller lr often helps"
-                )
-                return {"nonfinite_step": step}
-        return {}
+        self.measured += [(name, self.step, value) for name, value in measured.items()]
 
 
 def _evaluated(evaluation: Evaluation, follows: ReduceLROnPlateau | None) -> dict[str, float]:
@@ -403,19 +360,3 @@ def _nonfinite_before(origin: Origin | None) -> int | None:
     """Return the first step with a loss that is not finite, if the training starts after it."""
     step = None if origin is None else origin.run.facts.nonfinite_step
     return step if origin is not None and step is not None and step <= origin.at else None
-
-
-def _finish_failed(recorder: Recorder, training: _Loop, error: BaseException) -> None:
-    """Close the run of a training that raised; what the training raised comes first."""
-    with suppress(Exception):  # the device or the disk may be what failed
-        training.flush()
-        training.forget_void_steps()
-    reason = str(error).strip() or type(error).__name__
-    with suppress(Exception):
-        recorder.finish({"status": "failed", "reason": reason, "finished": now()})
-
-
-def now() -> datetime:
-    """Return the time with its zone, to the millisecond."""
-    time = datetime.now(UTC)
-    return time.replace(microsecond=time.microsecond // 1000 * 1000)

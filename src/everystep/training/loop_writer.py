@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,14 +13,9 @@ from torch import Tensor
 
 from everystep import clock, numerics
 from everystep.recording.continuation import shortened
-from everystep.recording.facts import (
-    Facts,
-    FunctionFacts,
-    LoopFacts,
-)
+from everystep.recording.facts import Facts, FunctionFacts, LoopFacts
 from everystep.recording.notice import say
 from everystep.recording.recorder import Recorder
-from everystep.recording.repeats import Taken
 from everystep.step.build import BuiltPath
 from everystep.step.check import state_differences
 from everystep.step.elsewhere import versions_by_name
@@ -31,18 +24,13 @@ from everystep.step.path import Path as StepPath
 from everystep.step.state import State, copy_of
 from everystep.step.taken import TakenByProgram
 from everystep.training.facts import facts_of_loop
-from everystep.training.loop import now
-from everystep.training.loop_resume import ResumedLoop
 from everystep.training.notices import Notices
 from everystep.training.place import Place
+from everystep.training.resumed import ResumedLoop
 from everystep.training.step_rows import AnyWatch, StepRows, WrittenProgram
+from everystep.training.writer import RunWriter, now
 
 __all__ = ["LoopWriter", "StepUnderWay", "changes_of"]
-
-#: Seconds from one time that the recording is passed to the writing thread to the next.
-FLUSH_SECONDS = 0.1
-#: Steps that are timed before the snapshots' interval is chosen.
-TIMED_STEPS = 8
 
 W = TypeVar("W", bound=AnyWatch, covariant=True)
 
@@ -87,8 +75,8 @@ class StepUnderWay(Generic[W]):
         return self.watch.is_empty and not self.logged
 
 
-class LoopWriter:
-    """Turns watched steps into what a run stores, and passes it to the recorder.
+class LoopWriter(RunWriter):
+    """Turns watched steps of a loop into what a run stores.
 
     Args:
         directory: of the run; empty unless it is resumed.
@@ -98,8 +86,8 @@ class LoopWriter:
         advanced: called with a step that was written, and the losses from it on.
         resumed: where a run goes on, None for a new one.
 
-    step: the last step that was added; last_path: what it did; state: the
-    live tensors after it; function: returns how the steps of a function ran.
+    last_path: what the last step did; state: the live tensors after it; function: returns how the steps
+    of a function ran.
     """
 
     def __init__(
@@ -112,60 +100,36 @@ class LoopWriter:
         advanced: Callable[[int, Sequence[float]], None] | None,
         resumed: ResumedLoop | None = None,
     ) -> None:
-        self.step = 0 if resumed is None else resumed.state.step
-        self._advanced = advanced
         self._whole = parts
         self._parts = parts.parts
         self._place = place
-        self._later = None if resumed is None else resumed.later
-        self._seconds_before = 0.0 if resumed is None else resumed.facts.resumed[-1].seconds
         self.last_path: StepPath | None = None
         self.state: dict[str, Tensor] | None = None
         self.function: Callable[[], FunctionFacts] | None = None
-        self._taken: list[Taken] = []
-        self._losses: list[Any] = []
-        self._measured: list[tuple[str, int, Any]] = []
-        self._rates: dict[str, float] = {}
         self._pending: State | None = None
-        self._lost_to = 0
         self._notices = Notices()
         self._is_still = False
-        self._is_finite = resumed is None or resumed.is_finite
-        self._has_loss = False
-        self._loss_dtype = "float64"
-        self._flush_at = 0.0
-        self._step_seconds = math.inf
-        self._started, self._began = time.perf_counter(), clock.now()
         if resumed is None:
             beginning = parts.snapshot(0)
             trained = facts_of_loop(self._parts, LoopFacts.of(self._parts.named))
             facts = Facts(name=directory.name, started=now(), steps=0, trained=trained)
-            self._recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
-            self._recorder.snapshot(beginning)
+            recorder = Recorder(directory, facts, snapshot_budget, batch_budget=batch_budget)
+            recorder.snapshot(beginning)
+            super().__init__(recorder, 0, say, advanced)
+            self._has_loss, self._loss_dtype, self._later = False, "float64", None
         else:
-            self._has_loss, self._rates = resumed.has_loss, resumed.rates
-            self._loss_dtype = resumed.loss_dtype
-            at, budget = self.step, snapshot_budget
-            self._recorder = Recorder(
-                directory, resumed.facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
+            at, facts, budget = resumed.state.step, resumed.facts, snapshot_budget
+            recorder = Recorder(
+                directory, facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
             )
-        self._rows = StepRows(self._recorder)
+            before, is_finite = facts.resumed[-1].seconds, resumed.is_finite
+            super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
+            self.rates, self._later = resumed.rates, resumed.later
+            self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype
+        self._rows = StepRows(recorder)
         self._versions = versions_by_name(self._parts.state())
         if message := numerics.warning():
             say(message)
-
-    @property
-    def directory(self) -> Path:
-        """The run's directory; it may be moved while it is written."""
-        return self._recorder.directory
-
-    def wait(self) -> None:
-        """Wait for the disk if too much is queued.
-
-        Raises:
-            RecordingError: writing the run failed.
-        """
-        self._recorder.wait()
 
     def note_changes(self, state: dict[str, Tensor]) -> None:
         """Store what the loop changed since the last step, outside of any. state: the current one."""
@@ -177,7 +141,7 @@ class LoopWriter:
         if not changed and not gone:
             return
         copies = {name: copy_of(tensor) for name, tensor in changed.items()}
-        self._recorder.change(self.step, copies, gone)
+        self.recorder.change(self.step, copies, gone)
         if self._versions:
             name = next(iter((*changed, *gone))).partition("/")[2]
             self._notices.changed_between(self.step, name)
@@ -198,19 +162,18 @@ class LoopWriter:
         inputs = {f"batch/{name}": tensor for name, tensor in step.batch.items()}
         inputs |= self._place.generators
         given = after, inputs, step.nested, copied
-        self._taken.append(self._rows.row(self.step, step.watch, path, *given))
+        self.taken.append(self._rows.row(self.step, step.watch, path, *given))
         self._note_logged(step, path)
         self._notices.of_step(self.step, step.watch, is_compiled=step.is_compiled)
-        self._step_seconds = min(self._step_seconds, clock.now() - step.started)
+        self.timed(step.started, self._size_of_state)
         self._keep_pending(self._rows.program_of(path))
         self._compare_with_later()
-        self._snapshot_if_due()
+        if self.is_snapshot_due():
+            self._pending = self._snapshot()
         self._is_still = isinstance(step.watch, TakenByProgram) and step.watch.is_still
         if not self._is_still:
             self._versions = versions_by_name(after)
-        if time.perf_counter() >= self._flush_at:
-            self.flush()
-            self._flush_at = time.perf_counter() + FLUSH_SECONDS
+        self.flush_if_due()
 
     def program_of(self, path: StepPath) -> BuiltPath | str:
         """Return the program of a path, or why it has none."""
@@ -228,10 +191,10 @@ class LoopWriter:
     def take_back(self) -> None:
         """Discard the last step, which an exception left."""
         self.step -= 1
-        self._recorder.forget_after(self.step)
-        self._taken = [row for row in self._taken if row.step <= self.step]
-        self._losses = self._losses[: max(0, len(self._losses) - 1)]
-        self._measured = [row for row in self._measured if row[1] <= self.step]
+        self.recorder.forget_after(self.step)
+        self.taken = [row for row in self.taken if row.step <= self.step]
+        self.losses = self.losses[: max(0, len(self.losses) - 1)]
+        self.measured = [row for row in self.measured if row[1] <= self.step]
         if self._pending is not None and self._pending.step > self.step:
             self._pending = None
         self.forget_versions()
@@ -251,14 +214,11 @@ class LoopWriter:
             last = self._snapshot()
             # A draw that found no more batches may have used the generators, and no step did.
             rest = last.rest | self._place.at_end
-            self._recorder.snapshot(State(last.step, last.parameters, rest, last.settings))
-        seconds = time.perf_counter() - self._started
-        in_all = None if self._seconds_before is None else self._seconds_before + seconds
-        self._recorder.finish(
-            self._loop_facts()
-            | {"status": status, "reason": reason, "finished": now(), "seconds": in_all}
-        )
-        self._show_written()
+            self.recorder.snapshot(State(last.step, last.parameters, rest, last.settings))
+        self.close(status, reason, self._loop_facts())
+
+    def _size_of_state(self) -> int:
+        return sum(tensor.nbytes for tensor in self._parts.state().values())
 
     def _snapshot(self) -> State:
         """Return the current state, with the place in the batches."""
@@ -267,7 +227,7 @@ class LoopWriter:
         return State(state.step, state.parameters, state.rest | tensors, state.settings | settings)
 
     def _note_logged(self, step: StepUnderWay[AnyWatch], path: StepPath) -> None:
-        self._losses.append(step.logged.pop("loss", None))
+        self.losses.append(step.logged.pop("loss", None))
         if step.loss is not None:
             is_wide = path.loss is None or path.tensors[path.loss].dtype == torch.float64
             if is_wide or not self._has_loss:  # one that float32 would round widens all of them
@@ -276,16 +236,14 @@ class LoopWriter:
         for name, value in step.logged.items():
             # What the loop logs as a rate may be the one after the step; the name is of the one used.
             title = f"{name} (logged)" if name in step.rates else name
-            self._measured.append((title, self.step, value))
-        rates = step.rates.items()
-        self._measured += [(name, self.step, v) for name, v in rates if self._rates.get(name) != v]
-        self._rates = step.rates
+            self.measured.append((title, self.step, value))
+        self.note_rates(self.step, step.rates)
 
     def _keep_what_is_unknown(self, step: StepUnderWay[AnyWatch], state: dict[str, Tensor]) -> None:
         """Store what the step changed unseen."""
         if step.watch.changed_unseen:
             changed = {name: copy_of(state[name]) for name in step.watch.changed_unseen}
-            self._recorder.change(self.step, changed)
+            self.recorder.change(self.step, changed)
 
     def _compare_with_later(self) -> None:
         """Compare the state of a resumed loop with a snapshot that it reaches again.
@@ -304,22 +262,7 @@ class LoopWriter:
         different += [f"part/{name}" for name in texts[0] if texts[0][name] != texts[1].get(name)]
         if different:
             problem = f"the state is not the recorded one ({shortened(different)})"
-            raise self._recorder.differs(self.step, problem)
-
-    def _snapshot_if_due(self) -> None:
-        recorder = self._recorder
-        if self.step >= TIMED_STEPS and not recorder.has_interval:
-            size = sum(tensor.nbytes for tensor in self._parts.state().values())
-            recorder.choose_interval(self._step_seconds, size)
-        if recorder.lost_to > self._lost_to:
-            # Old batches were dropped: everything from here on must open without them.
-            self._lost_to = recorder.lost_to
-            recorder.plan.pinned = {0, self.step}
-            self._keep_pending()
-            self._pending = self._snapshot()
-        is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
-        if (is_due or self.step == recorder.recorded) and self._pending is None:
-            self._pending = self._snapshot()
+            raise self.recorder.differs(self.step, problem)
 
     def _keep_pending(self, following: WrittenProgram | str | None = None) -> None:
         """Write the snapshot that waits: with its gradients only if the step after it has used them."""
@@ -335,57 +278,27 @@ class LoopWriter:
             }
             state = State(state.step, state.parameters, rest, state.settings)
         self.flush()  # a state on disk means that its steps are there
-        self._recorder.snapshot(state)
+        self.recorder.snapshot(state)
 
     def flush(self) -> None:
-        """Pass what was recorded so far to the writer; this also happens several times a second."""
-        recorder = self._recorder
-        if not self._taken:
+        """Write everything recorded so far; this also happens several times a second."""
+        if not self.taken:
             return
-        first = self._taken[0].step
-        losses = [math.nan if loss is None else float(loss) for loss in self._losses]
-        measured = [(name, step, float(value)) for name, step, value in self._measured]
-        logged = [
-            (first + place, losses[place]) for place, loss in enumerate(self._losses) if loss is not None
-        ]
-        found = {"loss_dtype": self._loss_dtype} | self._nonfinite_in(logged)
-        # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
-        recorder.losses(first, losses, measured, self._loop_facts() | found, self._taken)
-        self._taken, self._losses, self._measured = [], [], []
-        self._show_written()
-
-    def _show_written(self) -> None:
-        for first, losses in self._recorder.written():
-            if self._advanced is not None:
-                self._advanced(first, losses)
-
-    def _nonfinite_in(self, losses: list[tuple[int, float]]) -> dict[str, Any]:
-        """Return the fact about the first loss that is not finite, and print it; {} if there is none.
-
-        losses: of the steps that have logged one.
-        """
-        if not self._has_loss or not self._is_finite:
-            return {}
-        for step, loss in losses:
-            if not math.isfinite(loss):
-                self._is_finite = False
-                name = self._recorder.directory.name
-                say(
-                    f"the loss is {loss} at step {step}; everystep when {name} nonfinite finds where it "
-                    "came from"
-                )
-                return {"nonfinite_step": step}
-        return {}
+        first = self.taken[0].step
+        losses = [None if loss is None else float(loss) for loss in self.losses]
+        self.measured = [(name, step, float(value)) for name, step, value in self.measured]
+        self.write(first, losses, {"loss_dtype": self._loss_dtype} | self._loop_facts())
+        self.show_written()
 
     def _loop_facts(self) -> dict[str, Any]:
         loop = LoopFacts(
             parts=LoopFacts.of(self._parts.named).parts,
-            programs=self._recorder.program_count,
+            programs=self.recorder.program_count,
             unseen=tuple(sorted(self._notices.unseen)),
             has_loss=self._has_loss,
             function=None if self.function is None else self.function(),
         )
-        return {"loop": loop, "steps": max(self.step, self._recorder.recorded)}
+        return {"loop": loop, "steps": max(self.step, self.recorder.recorded)}
 
 
 def _compiled() -> int:

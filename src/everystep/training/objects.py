@@ -1,30 +1,38 @@
-"""Objects: what the user trains with, checked and copied."""
+"""Objects: what the user trains with, checked and copied; every error has a fix."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from everystep.errors import DataError, ExperimentError, Fault, RunError, UsageError
-from everystep.training.arguments import (
-    data_faults,
-    loss_faults,
-    metrics_faults,
-    model_faults,
-    optimizer_faults,
-    schedule_faults,
-    validation_faults,
-)
+from everystep.program.operation import path_faults
+from everystep.recording.names import check_measurement_names
+from everystep.step.follow import is_compiled, scripted_fault
 from everystep.training.dataset import DEFAULT_DATASET_LIMIT
+from everystep.training.measurements import RESERVED_NAMES
+from everystep.training.rows import called, unfit
 
-__all__ = ["Objects"]
+__all__ = ["Objects", "is_dataset"]
 
 
 @dataclass(frozen=True)
@@ -105,13 +113,13 @@ class Objects:
             raise kind(faults, "" if is_data and len(faults) == 1 else "the arguments of train")
 
     def _faults(self) -> Iterator[Fault]:
-        yield from model_faults(self.model)
-        yield from data_faults(self.data)
-        yield from loss_faults(self.loss)
-        yield from optimizer_faults(self.optimizer, self.model)
-        yield from schedule_faults(self.schedule, self.schedule_every, self.validation is not None)
-        yield from validation_faults(self.validation)
-        yield from metrics_faults(self.metrics)
+        yield from _model_faults(self.model)
+        yield from _data_faults(self.data)
+        yield from _loss_faults(self.loss)
+        yield from _optimizer_faults(self.optimizer, self.model)
+        yield from _schedule_faults(self.schedule, self.schedule_every, self.validation is not None)
+        yield from _validation_faults(self.validation)
+        yield from _metrics_faults(self.metrics)
         if isinstance(self.dataset_limit, bool) or not isinstance(self.dataset_limit, int | float):
             yield Fault("dataset_limit", f"must be a number of bytes, not {self.dataset_limit!r}")
 
@@ -128,9 +136,9 @@ class Objects:
                 f"pass {' and '.join(missing)} as well: a step needs a model, a loss and an optimizer"
             )
         faults = [
-            *model_faults(self.model),
-            *loss_faults(self.loss),
-            *optimizer_faults(self.optimizer, self.model),
+            *_model_faults(self.model),
+            *_loss_faults(self.loss),
+            *_optimizer_faults(self.optimizer, self.model),
         ]
         if faults:
             raise UsageError(faults, "the given objects")
@@ -160,3 +168,233 @@ def _whole_optimizers() -> Iterator[None]:
 
 def _first_sentence(error: Exception) -> str:
     return str(error).partition(". ")[0].partition("\n")[0]
+
+
+Faults = Iterator[Fault]
+
+
+def is_dataset(data: Any) -> TypeGuard[Dataset[Any]]:
+    """Tell whether rows are to be read by number, from a Dataset or something like it."""
+    if isinstance(data, DataLoader | Sampler):
+        return False
+    return isinstance(data, Dataset) or (
+        not isinstance(data, tuple | list | Tensor | np.ndarray | Mapping | str | bytes)
+        and hasattr(data, "__getitem__")
+        and hasattr(data, "__len__")
+    )
+
+
+def _model_faults(model: Any) -> Faults:
+    """Yield what is wrong with the model."""
+    if not isinstance(model, nn.Module):
+        cure = ""
+        if inspect.isclass(model):
+            cure = f"; create an instance: {model.__name__}(...)"
+        elif isinstance(model, list | tuple):
+            cure = "; wrap the layers: nn.Sequential(*layers)"
+        elif callable(model):
+            cure = (
+                "; write the function as the forward of a module, or pass parts= to train your own step"
+            )
+        yield Fault("model", f"must be an nn.Module, not {called(model)}{cure}")
+        return
+    if fault := scripted_fault("model", model):
+        yield fault
+        return
+    if any(map(is_compiled, model.modules())):
+        yield Fault("model", "is compiled (torch.compile); pass the uncompiled module")
+        return
+    yield from path_faults(dict.fromkeys(path for path, _ in model.named_modules()))
+    yield from path_faults(
+        dict.fromkeys((*dict(model.named_parameters()), *dict(model.named_buffers())))
+    )
+    lazy = [
+        name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if nn.parameter.is_lazy(tensor)
+    ]
+    if lazy:
+        problem = f"{', '.join(lazy)}: lazy layers infer their sizes from the first batch"
+        yield Fault("model", f"{problem}; run a batch through the model first: model(x[:1])")
+
+
+def _loss_faults(loss: Any) -> Faults:
+    """Yield what is wrong with the loss."""
+    if inspect.isclass(loss):
+        yield Fault("loss", f"is the class {loss.__name__}; create an instance: add parentheses")
+    elif not callable(loss):
+        problem = f"must be a callable of (prediction, target), not {called(loss)}"
+        yield Fault("loss", f"{problem}; such as torch.nn.MSELoss()")
+
+
+def _optimizer_faults(optimizer: Any, model: Any) -> Faults:
+    """Yield what is wrong with the optimizer, and with it for this model."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        yield Fault("optimizer", _no_optimizer(optimizer))
+        return
+    name = type(optimizer).__name__
+    demanded = _demanded(optimizer)
+    if demanded:
+        yield Fault(
+            "optimizer",
+            f"the step of {name} requires {' and '.join(demanded)}, but everystep runs one forward "
+            "and one backward pass per step and then calls optimizer.step() (an optimizer that needs "
+            "a closure evaluates the loss itself); use Adam, or SGD with momentum",
+        )
+    if not isinstance(model, nn.Module):
+        return
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in own for parameter in model.parameters()):
+        yield Fault(
+            "optimizer", "has none of the model's parameters, so it would never update the model"
+        )
+
+
+def _schedule_faults(schedule: Any, every: Any, has_validation: bool) -> Faults:
+    """Yield what is wrong with the schedule, and with when it advances."""
+    if not isinstance(schedule, LRScheduler | None):
+        cure = "; combine several with SequentialLR or ChainedScheduler"
+        problem = f"must be a torch.optim.lr_scheduler of the optimizer, not {called(schedule)}"
+        yield Fault("schedule", problem + cure * isinstance(schedule, list | tuple))
+    if isinstance(schedule, ReduceLROnPlateau) and not has_validation:
+        problem = "ReduceLROnPlateau needs a validation loss; pass validation=(x, y)"
+        yield Fault("schedule", problem)
+    if every not in ("step", "epoch"):
+        yield Fault("schedule_every", f"must be 'step' or 'epoch', not {every!r}")
+
+
+def _metrics_faults(metrics: Any) -> Faults:
+    """Yield what is wrong with the metrics."""
+    if not (
+        isinstance(metrics, Mapping)
+        and all(isinstance(name, str) and callable(each) for name, each in metrics.items())
+    ):
+        yield Fault("metrics", "must map names to callables of (prediction, target)")
+        return
+    try:
+        check_measurement_names({*RESERVED_NAMES, *metrics})
+    except UsageError as error:
+        yield Fault("metrics", str(error))
+    taken = ", ".join(sorted(RESERVED_NAMES & set(metrics)))
+    if taken:
+        problem = f"{taken}: reserved for columns of the loss table; choose other names"
+        yield Fault("metrics", problem)
+
+
+def _data_faults(data: Any) -> Faults:
+    """Yield what is wrong with the data, without reading rows of a Dataset."""
+    if isinstance(data, tuple | list) and len(data) == 2:
+        yield from _pair_faults("data", data)
+    elif not is_dataset(data):
+        problem = f"must be a pair of tensors (x, y) or a Dataset, not {called(data)}"
+        yield Fault("data", problem + _instead_of(data, "data"))
+
+
+def _validation_faults(validation: Any) -> Faults:
+    """Yield what is wrong with the validation part."""
+    if isinstance(validation, tuple | list) and len(validation) == 2:
+        yield from _pair_faults("validation", validation)
+    elif validation is not None and not (isinstance(validation, float) and 0 < validation < 1):
+        what = str(validation) if isinstance(validation, int | float) else called(validation)
+        problem = f"must be a pair of tensors (x, y) or a fraction of the rows such as 0.2, not {what}"
+        yield Fault("validation", problem + _instead_of(validation, "validation"))
+
+
+def _pair_faults(name: str, pair: Any) -> Faults:
+    """Yield what is wrong with x and y of `data` or `validation`, each on its own and together."""
+    sizes = []
+    for letter, part in zip("xy", pair, strict=True):
+        wrong = unfit(part, letter)
+        has_rows = isinstance(part, Tensor | np.ndarray)
+        if wrong is not None and "sparse" in wrong.what:
+            yield Fault(name, f"{letter} is sparse; {wrong.cure}")
+        elif wrong is not None:
+            what = f"{letter} must be a tensor with rows along the first dimension, not {wrong.what}"
+            yield Fault(name, f"{what}; {wrong.cure}")
+        elif not has_rows or part.ndim == 0:
+            yield Fault(
+                name,
+                f"{letter} must be a tensor with rows along the first dimension, not a single number",
+            )
+        else:
+            sizes.append(len(part))
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        counts = f"x has {sizes[0]} rows and y has {sizes[1]}"
+        yield Fault(name, f"{counts}; they must match")
+    elif sizes == [0, 0]:
+        yield Fault(name, "has no rows")
+
+
+def _no_optimizer(given: Any) -> str:
+    if inspect.isclass(given) and issubclass(given, torch.optim.Optimizer):
+        return (
+            f"is the class {given.__name__}; create an instance: {given.__name__}(model.parameters(), "
+            "lr=1e-3)"
+        )
+    if isinstance(given, list | tuple | Mapping):
+        return (
+            f"must be one optimizer, not {called(given)}; for different settings per layer, use param "
+            "groups: torch.optim.SGD([{'params': ..., 'lr': ...}, {'params': ..., 'lr': ...}])"
+        )
+    return (
+        "must be an optimizer over the model's parameters, such as "
+        f"everystep.GradientDescent(model.parameters(), lr=1e-4), not {called(given)}"
+    )
+
+
+def _demanded(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the required arguments of `step`, without torch's wrapper.
+
+    They are looked up in the class: a schedule puts a wrapper on the object.
+    """
+    try:
+        _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
+    except (TypeError, ValueError):  # something that has no signature, or no `self`
+        return []
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    demanded = [p.name for p in parameters if p.default is p.empty and p.kind not in fixed]
+    return [f"a {name}" if name == "closure" else name for name in demanded]
+
+
+def _instead_of(given: Any, name: str) -> str:
+    """Return the fix if something that yields batches or rows was passed as data."""
+    if name == "validation" and (isinstance(given, DataLoader) or is_dataset(given)):
+        return "; stack its rows: x, y = next(iter(DataLoader(dataset, batch_size=len(dataset))))"
+    if isinstance(given, DataLoader):
+        return _instead_of_loader(given)
+    if isinstance(given, Sampler):
+        size = getattr(given, "batch_size", None)
+        return "; it yields row numbers, not rows: pass the Dataset" + _batch_size(size)
+    if isinstance(given, Iterator):
+        return "; it can be iterated only once: pass the tensors or the Dataset that it reads"
+    if isinstance(given, list | tuple) and given and isinstance(given[0], list | tuple):
+        return "; stack the rows: x = torch.stack([x for x, y in rows]), and likewise for y"
+    if isinstance(given, Mapping):
+        return "; pass its tensors as (x, y)"
+    return ""
+
+
+def _instead_of_loader(loader: DataLoader[Any]) -> str:
+    if isinstance(loader.dataset, IterableDataset):
+        return "; pass a map-style Dataset (__len__ and __getitem__), and batch_size="
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    drop_last = getattr(loader.batch_sampler, "drop_last", False)
+    cure = f"; pass its Dataset instead: data=loader.dataset{_batch_size(size)}"
+    cure += ", drop_last=True" * bool(drop_last)
+    unused = []
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        unused.append("batch sampler")
+    elif not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        unused.append("sampler")
+    if loader.collate_fn is not default_collate and loader.batch_sampler is not None:
+        unused.append("collate_fn")
+    if unused:
+        cure += (
+            f" (without its {' and '.join(unused)}: everystep shuffles rows by the seed, and stacks "
+            "them)"
+        )
+    return cure
+
+
+def _batch_size(size: Any) -> str:
+    return f", batch_size={size}" if isinstance(size, int) else ", batch_size=..."

@@ -29,9 +29,9 @@ from everystep.step.parts import Parts, check_parts
 from everystep.step.parts_state import PartsState
 from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
-from everystep.training.loop_resume import resumed_loop
 from everystep.training.loop_writer import LoopWriter, StepUnderWay, changes_of
 from everystep.training.place import Place
+from everystep.training.resumed import resumed_loop
 from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Recording"]
@@ -328,7 +328,7 @@ class Recording(Generic[R]):
         writer = self._open()
         if self._under_way is not None:
             raise UsageError("a step is already in progress; a recording has one loop at a time")
-        writer.wait()
+        writer.recorder.wait()
         self._place.at_end = {}
         state = self._parts.state()
         writer.note_changes(state)

@@ -24,8 +24,8 @@ from everystep.replay.replay import Replay
 from everystep.step.state import State
 from everystep.training.interrupt import Interrupt, interrupt_deferred
 from everystep.training.job import Outcome, Progress
-from everystep.training.loop import now
 from everystep.training.resumed import facts_resumed, resume_facts
+from everystep.training.writer import now
 
 __all__ = ["fork_alone", "reason_against", "resume_alone"]
 

@@ -35,12 +35,11 @@ from everystep.step.eager import training_parts
 from everystep.step.generators import generators_preserved
 from everystep.step.parts_state import PartsState
 from everystep.step.state import State
-from everystep.training.arguments import is_dataset
 from everystep.training.from_experiment import experiment_job
 from everystep.training.from_objects import objects_job
 from everystep.training.job import Job, Origin, Outcome, Progress
 from everystep.training.loop import run_job
-from everystep.training.objects import Objects
+from everystep.training.objects import Objects, is_dataset
 from everystep.training.resumed import changes, check_changes, check_rules, resume_facts
 
 __all__ = ["Resume", "resume", "resume_experiment", "resume_objects"]

@@ -1,0 +1,165 @@
+"""The writer of a run while it is trained: of a loop, of a step function, or of a model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from everystep import clock
+from everystep.recording.recorder import Recorder
+from everystep.recording.repeats import Taken
+
+__all__ = ["RunWriter", "now"]
+
+#: Seconds from one time that the recording is passed to the writing thread to the next.
+FLUSH_SECONDS = 0.1
+#: Steps that are timed, one by one, before the snapshots' interval is chosen.
+TIMED_STEPS = 8
+
+
+def now() -> datetime:
+    """Return the time with its zone, to the millisecond."""
+    time = datetime.now(UTC)
+    return time.replace(microsecond=time.microsecond // 1000 * 1000)
+
+
+class RunWriter:
+    """Collects what a run stores of its steps, passes it to the recorder, and closes the run.
+
+    Args:
+        recorder: of the run.
+        start: the state that the training begins with.
+        notice: shows a message to the user.
+        advanced: called with a step that was written, and the losses from it on.
+        seconds_before: how long the training took before it was resumed; None if unknown.
+        is_finite: whether each loss so far was.
+
+    step: the last step; taken, losses, measured: what is to be written of the steps so far; rates: the
+    numbers of the optimizers that are recorded only when they change; step_seconds: the time of a step.
+    """
+
+    #: What the notice of a loss that is not finite begins and ends with.
+    advice = "", ""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        start: int,
+        notice: Callable[[str], None],
+        advanced: Callable[[int, Sequence[float]], None] | None,
+        *,
+        seconds_before: float | None = 0.0,
+        is_finite: bool = True,
+    ) -> None:
+        self.recorder = recorder
+        self.step = self.start = start
+        self.taken: list[Taken] = []
+        self.losses: list[Any] = []
+        self.measured: list[tuple[str, int, Any]] = []
+        self.rates: dict[str, float] = {}
+        self.step_seconds = math.inf
+        self._notice = notice
+        self._advanced = advanced
+        self._is_finite = is_finite
+        self._lost_to = 0
+        self._seconds_before = seconds_before
+        self._started = time.perf_counter()
+        self._flush_at = 0.0
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory; it may be moved while it is written."""
+        return self.recorder.directory
+
+    @property
+    def has_timed_steps(self) -> bool:
+        """Whether enough steps were timed to choose the snapshots' interval."""
+        return self.step >= self.start + TIMED_STEPS
+
+    def note_rates(self, step: int, rates: dict[str, float]) -> None:
+        """Keep the numbers of a step's optimizers that have changed."""
+        changed = ((name, step, rate) for name, rate in rates.items() if self.rates.get(name) != rate)
+        self.measured += changed
+        self.rates = rates
+
+    def timed(self, began: float, size: Callable[[], int], count: int = 1) -> None:
+        """Note the time of `count` steps that just ran, and choose the snapshots' interval from it.
+
+        Args:
+            began: when, on the clock.
+            size: returns the bytes of the current state.
+            count: of steps.
+        """
+        self.step_seconds = min(self.step_seconds, (clock.now() - began) / count)
+        if self.has_timed_steps and not self.recorder.has_interval:
+            self.recorder.choose_interval(self.step_seconds, size())
+
+    def is_snapshot_due(self) -> bool:
+        """Tell whether the current state should be kept."""
+        recorder = self.recorder
+        if recorder.lost_to > self._lost_to:
+            # Old batches were dropped: everything from here on must open without them.
+            self._lost_to = recorder.lost_to
+            recorder.plan.pinned = {0, self.step}
+            return True
+        is_due = recorder.plan.is_due(self.step) and not recorder.is_behind
+        return is_due or self.step == recorder.recorded
+
+    def flush_if_due(self, *, is_full: bool = False) -> None:
+        """Flush if the last time is long enough ago, or if no more can wait."""
+        if is_full or time.perf_counter() >= self._flush_at:
+            self.flush()
+            self._flush_at = time.perf_counter() + FLUSH_SECONDS
+
+    def flush(self) -> None:
+        """Pass what was recorded so far to the recorder; this also happens several times a second."""
+        raise NotImplementedError
+
+    def write(self, first: int, losses: Sequence[float | None], facts: dict[str, Any]) -> None:
+        """Pass what was collected to the recorder.
+
+        Args:
+            first: the first of the steps.
+            losses: of the steps, None where the training logs none.
+            facts: to be written with them.
+        """
+        facts |= self._nonfinite_in(first, losses)
+        numbers = [math.nan if loss is None else loss for loss in losses]
+        # Ctrl-C may end this anywhere: one call passes everything on, or nothing.
+        self.recorder.losses(first, numbers, self.measured, facts, self.taken)
+        self.taken, self.losses, self.measured = [], [], []
+
+    def show_written(self) -> None:
+        """Show the losses that are on disk by now, so that none that was shown can be lost."""
+        for first, losses in self.recorder.written():
+            if self._advanced is not None:
+                self._advanced(first, losses)
+
+    def close(self, status: str, reason: str | None, facts: dict[str, Any]) -> None:
+        """Write what is left, and how the training ended, and close the run.
+
+        Raises:
+            RecordingError: writing failed; what was written before is kept.
+        """
+        seconds = time.perf_counter() - self._started
+        in_all = None if self._seconds_before is None else self._seconds_before + seconds
+        ends = {"status": status, "reason": reason, "finished": now(), "seconds": in_all}
+        self.recorder.finish(facts | ends)
+        self.show_written()
+
+    def _nonfinite_in(self, first: int, losses: Sequence[float | None]) -> dict[str, Any]:
+        """Return the fact about the first loss that is not finite, and print it; {} if there is none."""
+        for step, loss in enumerate(losses, start=first) if self._is_finite else ():
+            if loss is not None and not math.isfinite(loss):
+                self._is_finite = False
+                before, after = self.advice
+                self._notice(
+                    f"the loss is {loss} at step {step}; {before}everystep when "
+                    f"{self.directory.name} nonfinite finds where it came from{after}"
+                )
+                return {"nonfinite_step": step}
+        return {}
