@@ -114,6 +114,8 @@ def train(
     directory: str | Path | None = None,
     resume: bool | str | Path = False,
     anyway: bool = False,
+    fork: str | Path | None = None,
+    at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     dataset_limit: int | None = None,
@@ -169,6 +171,8 @@ def train(
             runs/. True: go on with `directory` if that exists, and begin it otherwise. The other
             arguments are as before, except for more `steps`; see `Run.resume`.
         anyway: go on although something changed, as in `Run.resume`.
+        fork, at: of a step function: begin with the state of a run after step `at`, as in `record`;
+            a run of a model has `Run.fork`.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches to keep for a step function, as in `record`.
         dataset_limit: maximum bytes of a Dataset as tensors; default: 2 GB.
@@ -206,8 +210,10 @@ def train(
             **{"dataset_limit": dataset_limit},
         }
         budgets = (snapshot_budget, batch_budget)
-        going = _resumed(place, resume), anyway
+        going = _resumed(place, resume), anyway, _forked(fork, at)
         return _train_step(model, data, parts, others, iteration, place, budgets, progress, going)
+    if fork is not None or at is not None:
+        raise UsageError("a training of a model is forked by its run: everystep.open(run).fork(at, ...)")
     limit = DEFAULT_DATASET_LIMIT if dataset_limit is None else dataset_limit
     # What they are is checked where all faults are found at once.
     live, of_pair, updating, rows = cast("tuple[Any, Any, Any, Any]", (model, loss, optimizer, data))
@@ -235,7 +241,7 @@ def _train_step(
     place: Path | None,
     budgets: tuple[int, float],
     progress: bool,
-    going: tuple[Run | None, bool],
+    going: tuple[Run | None, bool, tuple[Run, int] | None],
 ) -> Run:
     from everystep.training.from_step import check_step, train_step
     from everystep.training.step_function import FunctionRecording
@@ -251,6 +257,7 @@ def _train_step(
         watcher.advance,
         resumed=going[0],
         is_accepted=going[1],
+        fork=going[2],
     )
     return run_of(train_step(step, batches, iteration, recording, watcher))
 
@@ -260,6 +267,8 @@ def record(
     run: str | Path | None = None,
     resume: bool | str | Path = False,
     anyway: bool = False,
+    fork: str | Path | None = None,
+    at: int | None = None,
     snapshot_budget: int = DEFAULT_BUDGET,
     batch_budget: float = DEFAULT_BATCH_BUDGET,
     **parts: Any,
@@ -279,12 +288,18 @@ def record(
     the parts get the values of the newest snapshot, and `steps` skips the batches before it. The run's
     later steps are taken again and compared with the recording.
 
+    With `fork` and `at`, a new run equals another one up to step `at` and continues with this loop. The
+    parts get the values of the newest snapshot before, and `steps` skips the batches before that. The
+    loop takes the steps from there to `at` again, compared with the recording; what should differ (a
+    learning rate, say) may change once `recording.step_count` is `at`.
+
     Args:
         run: the run's directory, which must not exist; default: the next free `runs/loop-1`, ...
         resume: the run to go on with: its directory, or its name in runs/. True: go on with `run` if
             that exists, and begin it otherwise.
         anyway: go on although the parts, the versions or the numerics changed; the recorded steps after
             the snapshot are discarded, and the run says what changed.
+        fork, at: the run to make a fork of, and the step after which the fork begins.
         snapshot_budget: maximum bytes of snapshots.
         batch_budget: maximum bytes of batches; beyond that, everystep drops the oldest ones, and their
             steps no longer open.
@@ -294,7 +309,7 @@ def record(
 
     Raises:
         UsageError: an argument is not a part of a training.
-        RunError: the run to go on with does not exist.
+        RunError: the run to go on with, or to fork, does not exist.
     """
     from everystep.training.record import Recording
 
@@ -308,7 +323,20 @@ def record(
         Run,
         resumed=_resumed(place, resume, "run"),
         is_accepted=anyway,
+        fork=_forked(fork, at),
     )
+
+
+def _forked(fork: str | Path | None, at: int | None) -> tuple[Run, int] | None:
+    """Return the run to make a fork of, and the step after which it begins; None for no fork.
+
+    Raises:
+        UsageError: only one of the two is given.
+        RunError: the run does not exist.
+    """
+    if (fork is None) != (at is None):
+        raise UsageError("a fork needs a run and a step: fork=RUN, at=STEP")
+    return None if fork is None or at is None else (Run(find_run(fork)), at)
 
 
 def _resumed(place: Path | None, resume: bool | str | Path, name: str = "directory") -> Run | None:

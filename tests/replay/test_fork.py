@@ -15,8 +15,10 @@ import pytest
 import torch
 from tests.training.by_hand import Made, bits, by_train, contents, mlp, momentum, new_training
 from tests.training.engine_cases import CASES
+from tests.training.loops import unrecorded
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
 
 import everystep
 from everystep import numerics
@@ -641,3 +643,104 @@ def test_a_fork_begins_with_what_a_metric_has_drawn(engine):
     for at in (5, 7):
         fork = everystep.open(parent.directory).fork(at, **options(), progress=False)
         assert fork.losses.equals(parent.losses)
+
+
+# Forks of loops and step functions.
+
+
+def tuned(record, steps=24, rate=None, at=0):
+    """A loop with dropout, shuffled batches and a schedule, which may set a rate after step `at`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    schedule = StepLR(optimizer, 2, gamma=0.9)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(20, 6, generator=generator), torch.randn(20, 1, generator=generator)
+    batches = DataLoader(TensorDataset(*rows), batch_size=5, shuffle=True)
+    with record(model=model, optimizer=optimizer, schedule=schedule) as recording:
+        done = 0
+        for _ in range(steps // 4):
+            for x, y in recording.steps(batches):
+                done = getattr(recording, "step_count", done)
+                if rate is not None and done >= at:
+                    optimizer.param_groups[0]["lr"] = rate
+                loss = nn.functional.mse_loss(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recording.log(loss=loss)
+                done += 1
+            schedule.step()
+    return recording, [value.detach() for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("at", [0, 13, 24])
+def test_a_fork_of_a_loop_that_changes_nothing_has_the_parents_bits(at):
+    _, by_hand = tuned(unrecorded, 28)
+    parent = tuned(partial(everystep.record, run="runs/parent"))[0].run
+    recording, state = tuned(partial(everystep.record, fork="parent", at=at), 28)
+    fork = recording.run
+    assert fork.name == "parent-fork-1" and fork.facts.fork.at == at and len(fork) == 28
+    assert fork.losses["loss"][:24].equals(parent.losses["loss"])
+    assert all(map(torch.equal, state, by_hand))
+    assert fork.verify(progress=False).is_exact
+
+
+@pytest.mark.parametrize("at", [0, 13])
+def test_a_fork_of_a_loop_has_the_bits_of_a_loop_that_changes_there(at):
+    _, by_hand = tuned(unrecorded, rate=0.1, at=at)
+    parent = tuned(partial(everystep.record, run="runs/parent"))[0].run
+    before = contents_of(parent.directory)
+    recording, state = tuned(partial(everystep.record, fork="parent", at=at), rate=0.1, at=at)
+    assert all(map(torch.equal, state, by_hand))
+    assert recording.run.verify(progress=False).is_exact
+    assert recording.run[at + 1].gradients and contents_of(parent.directory) == before
+
+
+def contents_of(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_fork_of_a_loop_that_differs_too_early_is_refused_and_leaves_nothing():
+    tuned(partial(everystep.record, run="runs/parent"))
+    with pytest.raises(RunError, match=r"parent cannot be forked at step 13: .*step_count is 13"):
+        tuned(partial(everystep.record, fork="parent", at=13), rate=0.1)
+    with pytest.raises(RunError, match="parent has no step 25"):
+        tuned(partial(everystep.record, fork="parent", at=25))
+    with pytest.raises(UsageError, match="a fork needs a run and a step"):
+        everystep.record(fork="parent", model=nn.Linear(1, 1))
+    with pytest.raises(RunError, match=r"recorded from your own code.*record\(fork='runs/parent', at=7"):
+        everystep.open("parent").fork(7)
+    with (
+        pytest.raises(RunError, match="recorded with the parts model, optimizer, schedule, not model"),
+        everystep.record(fork="parent", at=13, model=nn.Linear(6, 1)),
+    ):
+        pass
+    assert [path.name for path in Path("runs").iterdir()] == ["parent"]
+
+
+@pytest.mark.parametrize("engine", ["auto", "program"])
+def test_a_fork_of_a_step_function_has_the_parents_bits(engine):
+    def train(steps, **settings):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        rows = torch.randn(20, 4), torch.randn(20, 2)
+        batches = DataLoader(TensorDataset(*rows), batch_size=5, shuffle=True)
+
+        def step(batch):
+            x, y = batch
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        parts = {"model": model, "optimizer": optimizer}
+        settings = {"parts": parts, "engine": engine, "progress": False} | settings
+        return everystep.train(step, batches, steps=steps, **settings)
+
+    whole, parent = train(30), train(20, directory="runs/parent")
+    fork = train(30, fork="parent", at=11)
+    assert fork.losses.equals(whole.losses) and fork.facts.fork.parent == parent.name
+    assert fork.verify(progress=False).is_exact

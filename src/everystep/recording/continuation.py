@@ -41,6 +41,7 @@ class Continuation:
         before = database.facts()
         self._before = {name: getattr(before, name) for name in ("status", "reason", "finished")}
         self._is_loop = before.trained is not None and before.trained.loop is not None
+        self._fork = before.fork
         self._name = directory.resolve().name
         self._database = database
         self._facts = dict(facts)
@@ -133,6 +134,13 @@ class Continuation:
 
     def differs(self, step: int, problem: str) -> RunError:
         """Return the error of a step that is not as recorded when it is taken again."""
+        if self._fork is not None and step <= self._fork.at:
+            return RunError(
+                f"{self._fork.parent} cannot be forked at step {self._fork.at}: when step {step} is "
+                f"repeated, {problem}. The loop takes the steps from the newest snapshot to the fork "
+                f"again: change it only once recording.step_count is {self._fork.at}, or fork at a step "
+                "with a snapshot"
+            )
         cure = "Restore the code, the data and the versions of the training"
         if self._is_loop:
             cure += (

@@ -27,8 +27,8 @@ class Inherited(NamedTuple):
 def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -> Inherited:
     """Take over a parent's recording up to state `at`; hard-link files if possible.
 
-    The state itself is not taken over: the fork starts with its own. Runs in a transaction of the
-    database.
+    The state itself is taken over from a loop alone: other forks start with their own. Runs in a
+    transaction of the database.
 
     Raises:
         OSError: a file cannot be linked or copied.
@@ -47,13 +47,16 @@ def inherit(directory: Path, database: Database, parent: RecordedRun, at: int) -
         database.write_contents(contents)
         for number in {file for _, file, _, _ in contents}:
             _take(parent.directory, directory, f"{BATCHES}/{number}.bin")
-    snapshots = [row for row in parent.snapshot_rows() if row.step < at]
+    # A fork of a loop begins with a snapshot of its parent; others bring their own of that state.
+    is_loop = parent.facts.training.loop is not None
+    snapshots = [row for row in parent.snapshot_rows() if row.step < at + is_loop]
     for row in snapshots:
         for name in (PARAMETERS, REST):
             _take(parent.directory, directory, f"{row.directory}/{name}")
         database.add_snapshot(row)
     changes = changes_in(row.name for row in files)
-    later = {name for step, name in changes.items() if step > at}
+    # What the parent's loop changed before its next step, the loop of the fork does, or not.
+    later = {name for step, name in changes.items() if step > at - is_loop}
     taken = [row for row in files if row.name not in later]
     for file in taken:
         _take(parent.directory, directory, file.name)

@@ -122,7 +122,8 @@ class LoopWriter(RunWriter):
             recorder = Recorder(
                 directory, facts, budget, at=at, batch_budget=batch_budget, is_resumed=True
             )
-            before, is_finite = facts.resumed[-1].seconds, resumed.is_finite
+            before = facts.resumed[-1].seconds if facts.resumed else 0.0
+            is_finite = resumed.is_finite
             super().__init__(recorder, at, say, advanced, seconds_before=before, is_finite=is_finite)
             self.rates, self._later = resumed.rates, resumed.later
             self._has_loss, self._loss_dtype = resumed.has_loss, resumed.loss_dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import shutil
 import signal
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from everystep.errors import RecordingError, RunError, UsageError
 from everystep.program.operation import path_faults
 from everystep.recording.names import check_measurement_names
 from everystep.recording.notice import say
-from everystep.recording.recorder import create_directory
+from everystep.recording.recorder import Recorder, create_directory
 from everystep.recording.run import RecordedRun
 from everystep.step.cursor import Cursor
 from everystep.step.elsewhere import Elsewhere
@@ -31,7 +32,7 @@ from everystep.training.batch import BatchCopies, tensors_of, text_of
 from everystep.training.interrupt import Interrupt
 from everystep.training.loop_writer import LoopWriter, StepUnderWay, changes_of
 from everystep.training.place import Place
-from everystep.training.resumed import resumed_loop
+from everystep.training.resumed import forked_loop, resumed_loop
 from everystep.training.step_rows import AnyWatch
 
 __all__ = ["Recording"]
@@ -58,11 +59,13 @@ class Recording(Generic[R]):
         *,
         resumed: R | None = None,
         is_accepted: bool = False,
+        fork: tuple[RecordedRun, int] | None = None,
     ) -> None:
         check_parts(parts)
         self._parts = Parts(parts)
         self._resumed = resumed
         self._is_accepted = is_accepted
+        self._fork = fork if resumed is None else None
         self._place = Place(self._parts.device)
         self._open_run = open_run
         self._advanced = advanced
@@ -116,10 +119,14 @@ class Recording(Generic[R]):
             )
         _check_alone()
         self._parts.check()
-        before = () if self._resumed is None else self._resumed.measurement_names
+        known = self._fork[0] if self._fork is not None else self._resumed
+        before = () if known is None else known.measurement_names
         self._measured = {*before, *self._parts.rates()}
         check_measurement_names(self._measured)
-        self._writer = self._begun() if self._resumed is None else self._gone_on()
+        if self._fork is not None:
+            self._writer = self._forked(*self._fork)
+        else:
+            self._writer = self._begun() if self._resumed is None else self._gone_on(self._resumed)
         self._follower.begin()
         self._interrupt.listen()
         _recording.append(self)
@@ -132,20 +139,36 @@ class Recording(Generic[R]):
         place.begin()
         return LoopWriter(directory, whole, place, *self._budgets, self._advanced)
 
-    def _gone_on(self) -> LoopWriter:
-        """Go on with a run: bring the parts to its newest snapshot.
+    def _gone_on(self, run: RecordedRun, *, is_new: bool = False) -> LoopWriter:
+        """Go on with a run: bring the parts to its newest snapshot. is_new: it is a fork just made.
 
         Raises:
             RunError: the run or the parts are other ones.
         """
-        run, whole, place = self._resumed, PartsState(self._parts), self._place
-        assert run is not None
-        resumed = resumed_loop(run, self._parts, is_accepted=self._is_accepted)
+        whole, place = PartsState(self._parts), self._place
+        resumed = resumed_loop(run, self._parts, is_accepted=self._is_accepted, is_new=is_new)
         whole.restore(resumed.state)
         if resumed.goal is not None:
             place.resume(resumed.goal, resumed.state.step, resumed.draw, self._settle)
         self._restore = lambda: whole.restore(resumed.state)
         return LoopWriter(run.directory, whole, place, *self._budgets, self._advanced, resumed)
+
+    def _forked(self, parent: RecordedRun, at: int) -> LoopWriter:
+        """Make a run of a parent's steps up to `at`, and go on with it.
+
+        Raises:
+            RunError: the parent or the parts are other ones.
+        """
+        facts = forked_loop(parent, self._parts, at)
+        place, runs = self._directories
+        directory = create_directory(place, f"{parent.name}-fork", runs)
+        try:
+            facts = facts.model_copy(update={"name": directory.name})
+            Recorder(directory, facts, self._budgets[0], parent, at, self._budgets[1]).finish({})
+            return self._gone_on(RecordedRun(directory), is_new=True)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)  # made just now, and not started
+            raise
 
     def __exit__(
         self,
@@ -174,6 +197,8 @@ class Recording(Generic[R]):
                 raise
         finally:
             self._interrupt.leave()
+            if error is not None and self._fork is not None and writer.step <= self._fork[1]:
+                shutil.rmtree(writer.directory, ignore_errors=True)  # it has no step of its own
         if error is None and self._interrupt.is_by_user:
             raise KeyboardInterrupt
 

@@ -1,5 +1,5 @@
-"""Resuming a run that ended early: what must be as it was, what the run reports about it, and for a
-user's loop the state that it continues from, and its place in the batches.
+"""Continuing a run: what must be as it was, what the run reports about it, and for a user's loop the
+state that it continues from, and its place in the batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 from everystep.errors import RunError
 from everystep.recording.asked import asked_differences
 from everystep.recording.contents import Given, given_of, unpacked
-from everystep.recording.facts import EarlierFacts, Facts, LoopFacts, ResumeFacts, TrainingFacts
+from everystep.recording.facts import (
+    EarlierFacts,
+    Facts,
+    ForkFacts,
+    LoopFacts,
+    ResumeFacts,
+    TrainingFacts,
+)
 from everystep.recording.run import RecordedRun
 from everystep.step.parts import Parts
 from everystep.step.state import State
@@ -25,6 +32,7 @@ __all__ = [
     "check_changes",
     "check_rules",
     "facts_resumed",
+    "forked_loop",
     "resume_facts",
     "resumed_loop",
 ]
@@ -76,7 +84,7 @@ def check_rules(run: RecordedRun, step: int) -> None:
         RunError: a fork's parent took some, or the training before a change that was accepted.
     """
     facts = run.facts
-    if facts.fork is not None and step < facts.fork.at:
+    if facts.fork is not None and step < facts.fork.at and facts.training.loop is None:
         raise RunError(
             f"{run.name} cannot be resumed: it ended before the state that it begins with was on disk, "
             f"or that snapshot is damaged; fork {facts.fork.parent} again (--at {facts.fork.at})"
@@ -143,7 +151,9 @@ class ResumedLoop(NamedTuple):
     draw: Callable[[int], Drawn]
 
 
-def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> ResumedLoop:
+def resumed_loop(
+    run: RecordedRun, parts: Parts, *, is_accepted: bool, is_new: bool = False
+) -> ResumedLoop:
     """Return where a recorded loop goes on.
 
     That is the second newest snapshot if there is one: the state at the newest is then compared, which
@@ -153,15 +163,13 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
         run: of a loop.
         parts: as they were before the training.
         is_accepted: go on although something changed.
+        is_new: the run is a fork that has just been made.
 
     Raises:
         RunError: the run is of another kind, has no snapshot, or something changed.
     """
     before = run.facts
-    if before.training.loop is None:
-        raise RunError(
-            f"{run.name} was not recorded from your own loop; resume it with everystep resume {run.name}"
-        )
+    _check_is_loop(run, "resume it with everystep resume")
     now = facts_of_loop(parts, LoopFacts.of(parts.named))
     changed = changes(before.training, now)
     check_changes(run, changed, is_accepted=is_accepted)
@@ -176,7 +184,8 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
     check_rules(run, state.step)
     at, later = (state.step, None) if is_accepted else (recorded, state)
     earlier = run.state_near(state.step - 1, on_problem=problems.append)
-    if later is None or earlier is None or earlier.step < _changed_at(before):
+    begun = 0 if before.fork is None else before.fork.at
+    if later is None or earlier is None or earlier.step < max(begun, _changed_at(before)):
         later = None
     else:
         state = earlier
@@ -184,15 +193,50 @@ def resumed_loop(run: RecordedRun, parts: Parts, *, is_accepted: bool) -> Resume
     if changed:
         facts = facts_resumed(run, now, at, resumed)
     else:
-        facts = Facts(resumed=(*before.resumed, resumed), finished=None)
-    nonfinite = before.nonfinite_step
+        facts = Facts(resumed=(*before.resumed, *([] if is_new else [resumed])), finished=None)
+    return _continued(run, parts, state, later, facts)
+
+
+def forked_loop(parent: RecordedRun, parts: Parts, at: int) -> Facts:
+    """Return the facts of a fork of a recorded loop.
+
+    Its loop takes the steps from the newest snapshot to `at` again, as a resumed loop does: nothing but
+    a snapshot holds all that a loop carries.
+
+    Args:
+        parent: the run.
+        parts: of the loop that makes the fork.
+        at: the step after which it begins.
+
+    Raises:
+        RunError: the parent is of another kind, or has no such step.
+    """
+    _check_is_loop(parent, "fork it with everystep fork")
+    if not 0 <= at <= (newest := parent.newest_step()):
+        raise RunError(f"{parent.name} has no step {at}: it has {newest:,} steps")
+    trained = facts_of_loop(parts, LoopFacts.of(parts.named))
+    fork = ForkFacts(parent=parent.name, directory=str(parent.directory), at=at, changed={})
+    return Facts(started=datetime.now(UTC), steps=at, trained=trained, fork=fork)
+
+
+def _check_is_loop(run: RecordedRun, cure: str) -> None:
+    if run.facts.training.loop is None:
+        raise RunError(f"{run.name} was not recorded from your own loop; {cure} {run.name}")
+
+
+def _continued(
+    run: RecordedRun, parts: Parts, state: State, later: State | None, facts: Facts
+) -> ResumedLoop:
+    before = run.facts
+    nonfinite, loop = before.nonfinite_step, before.training.loop
+    has_loss = loop is not None and loop.has_loss
     return ResumedLoop(
         state=state,
         later=later,
         facts=facts,
         is_finite=nonfinite is None or nonfinite > state.step,
-        has_loss=before.training.loop.has_loss,
-        loss_dtype=before.loss_dtype if before.training.loop.has_loss else "float64",
+        has_loss=has_loss,
+        loss_dtype=before.loss_dtype if has_loss else "float64",
         rates={name: rate for name in parts.rates() for rate in _rate(run, name, state.step)},
         goal=_goal(run, state),
         draw=lambda step: _drawn(run, step),

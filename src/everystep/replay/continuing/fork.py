@@ -198,8 +198,9 @@ def fork(
     run = asked.run
     if run.facts.training.loop:
         raise RunError(
-            f"{run.name} was recorded from your own loop, which a fork would need; load "
-            f"run.parameters({asked.at}) into your model and record your loop from there"
+            f"{run.name} was recorded from your own code, which makes its forks: "
+            f"everystep.record(fork={str(run.directory)!r}, at={asked.at}, ...) or, of a step function, "
+            "everystep.train(step, batches, fork=..., at=..., parts=...)"
         )
     if (run.directory / EXPERIMENT_FILE).exists() and given["model"] is None:
         settings = {"optimizer.lr" if k == "lr" else k: v for k, v in asked.settings.items()}
