@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-torch check format bench torture clean
+.PHONY: run test sweep test-torch check format bench torture clean
 
 run: .venv/installed                ## train the chapter's network, write its table, plot and report
 	@set -e; run=runs/chapter-$$(date +%Y%m%d-%H%M%S); \
@@ -16,11 +16,14 @@ test: .venv/installed-dev           ## import contracts, types, and the whole te
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+sweep: .venv/installed-dev          ## the whole test suite with every case of its tables, which `make test` samples
+	$(BIN)/pytest --sweep
+
 # Each version takes some gigabytes, so continuous integration does not run this.
 test-torch:                         ## the test suite with another torch: make test-torch VERSION=2.15.0
 	@test -n "$(VERSION)" || { echo 'name a torch version: make test-torch VERSION=2.15.0' >&2; exit 2; }
 	$(MAKE) .venv-torch-$(VERSION)/installed
-	.venv-torch-$(VERSION)/bin/pytest
+	.venv-torch-$(VERSION)/bin/pytest --sweep
 
 check: .venv/installed-dev          ## format and lint, then all of `make test`
 	$(BIN)/ruff format --check .

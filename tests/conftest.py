@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections import Counter
 from contextlib import ExitStack, chdir, contextmanager
 from functools import partial
 from importlib import import_module
@@ -47,6 +48,27 @@ pytest.register_assert_rewrite("tests.training.by_hand")
 
 settings.register_profile("everystep", deadline=None, max_examples=50)
 settings.load_profile("everystep")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sweep", action="store_true", help="run every case of every table of tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --sweep, keep some cases of the tables that are marked `sweep(every=N)`: each Nth."""
+    if config.getoption("--sweep"):
+        return
+    seen, left_out = Counter(), []
+    for item in items:
+        mark = item.get_closest_marker("sweep")
+        if mark is not None:
+            place = seen[item.function]
+            seen[item.function] += 1
+            if "every" not in mark.kwargs or place % mark.kwargs["every"]:
+                left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    out = set(map(id, left_out))
+    items[:] = [item for item in items if id(item) not in out]
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_each_command_answers_in_words(kind, good, tmp_path, monkeypatch, everystep_command):
     shelf = tmp_path / "shelf"

@@ -311,6 +311,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_found(fault):
     one, other = train(**fault.one), train(**fault.other)

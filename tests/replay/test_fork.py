@@ -244,6 +244,7 @@ def test_a_fork_with_new_objects_has_the_bits_of_a_loop_whose_rules_change(new, 
     assert {n: bits(t) for n, t in made.model.state_dict().items()} == expected.states[STEPS]
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize(
     ("experiment", "settings", "change"),
     [

@@ -87,6 +87,7 @@ RECORDED = {
 }
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", RECORDED)
 def test_each_step_has_the_bits_that_opening_it_shows(name, tmp_path):
     loop, parameter = RECORDED[name]

@@ -376,6 +376,7 @@ CARRY_NOTHING = [
 ]
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", CARRY_NOTHING)
 def test_a_loop_that_was_killed_ends_in_the_bits_of_one_that_was_not(name, dying):
     seeded()

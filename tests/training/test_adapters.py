@@ -185,6 +185,7 @@ def bert():
     return transformers.BertForMaskedLM(config)
 
 
+@pytest.mark.sweep(every=2)
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_hugging_face_trainer(tmp_path, replays, accumulated):
     torch.manual_seed(0)

@@ -347,6 +347,7 @@ def alone(request, monkeypatch):
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
 
+@pytest.mark.sweep(every=2)
 def test_a_recorded_loop(alone, monkeypatch):
     name, losses, state = alone
     parts, step, batches = made(name, monkeypatch)
@@ -360,6 +361,7 @@ def test_a_recorded_loop(alone, monkeypatch):
     assert all(run[number].is_exact for number in (3, 9, len(batches)))
 
 
+@pytest.mark.sweep(every=2)
 def test_a_step_function(alone, monkeypatch):
     name, losses, state = alone
     parts, step, batches = made(name, monkeypatch)

@@ -74,6 +74,7 @@ def vouched(case, steps=STEPS, **others):
     return trained(case, steps, engine="program", **others)
 
 
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("name", [name for name, make in CASES.items() if make().reason is None])
 def test_it_is_the_loop_by_hand(name):
     plain = seeded(CASES[name])
@@ -86,6 +87,7 @@ def test_it_is_the_loop_by_hand(name):
     assert run.verify(progress=False, processes=1).is_exact
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", [name for name, make in CASES.items() if make().reason])
 def test_where_no_program_can_run_it_that_is_refused_and_python_does(name):
     case = seeded(CASES[name])
@@ -381,6 +383,7 @@ def function_of_torch():
     return changing(what)
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_between_steps_holds_or_ends_the_training(name):
     plain = seeded(CHANGES[name])

@@ -64,6 +64,7 @@ def assert_same_or_refused(make, **options):
     return expected
 
 
+@pytest.mark.sweep(every=4)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_python_does_what_it_does_in_the_loop(case):
     options = {"steps": STEPS} | case.options

@@ -48,6 +48,7 @@ def take_loop(name, record):
     return LOOPS[name](STEPS, record)
 
 
+@pytest.mark.sweep(every=3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_does_the_same_recorded_and_every_step_opens_again(name, tmp_path):
     losses, states = take_loop(name, unrecorded)
