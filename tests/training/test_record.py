@@ -283,7 +283,7 @@ def test_calls_at_the_wrong_time_say_what_to_do(made):
         recording.__enter__()
     with pytest.raises(everystep.UsageError, match="the recording has ended"):
         recording.begin_step(batch)
-    with pytest.raises(everystep.RunError, match="your own loop"):
+    with pytest.raises(everystep.RunError, match="your own code"):
         recording.run.fork(1)
 
 
