@@ -80,7 +80,16 @@ def exchanges(made):
     made.model[3].weight.data = made.model[3].weight.data * 0.5
 
 
-METRICS = [clamps, resets_a_buffer, draws, clears_momentum, decays_more, exchanges, drops_less]
+def replaces(made):
+    layer, group = made.model[3], made.optimizer.param_groups[0]
+    other = nn.Parameter(layer.bias.detach() * 2)
+    group["params"] = [other if each is layer.bias else each for each in group["params"]]
+    layer.bias = other
+
+
+METRICS = [
+    *(clamps, resets_a_buffer, draws, clears_momentum, decays_more, exchanges, drops_less, replaces)
+]
 
 
 @pytest.mark.parametrize("change", METRICS, ids=lambda each: each.__name__)
@@ -107,6 +116,26 @@ def test_what_a_metric_changes_is_part_of_the_run(change, times, capfd):
     assert run.facts.training.engine.reason is None
     verified(run)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_data_that_a_metric_writes_into_is_kept_from_there_on(batch_size, capfd):
+    def make():
+        made = new()
+
+        def metric(prediction, target):
+            made.x.mul_(1.01)
+            return 0.0
+
+        made.metrics = {"mine": metric}
+        return made
+
+    settings = {"steps": STEPS, "evaluate_every": 10, "batch_size": batch_size}
+    losses = by_hand(make(), **settings)
+    run = by_train(make(), **settings)
+    assert run.losses["loss"].to_list() == losses
+    verified(run)
+    assert "from step 11 on: your code changes the data" in capfd.readouterr().err
 
 
 def test_a_layer_that_a_metric_freezes_and_unfreezes_replays():

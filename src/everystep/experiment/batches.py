@@ -242,6 +242,10 @@ class RowsOf:
             torch.index_select(self._x, 0, indices, out=x)
             torch.index_select(self._y, 0, indices, out=y)
 
+    def versions(self) -> list[int | None]:
+        """Return how often each of the two tensors was changed, None where torch does not count."""
+        return [None if each.is_inference() else each._version for each in (self._x, self._y)]
+
     def _indices(self, step: int) -> Tensor | None:
         indices = self._batches.indices(step)
         return None if indices is None else indices.to(self._x.device)

@@ -52,6 +52,9 @@ class BatchSource(Protocol):
     def into(self, step: int, x: Tensor, y: Tensor) -> None:
         """Write the batch of a step into tensors of its shape."""
 
+    def versions(self) -> list[int | None]:
+        """Return what changes with the rows that a rule finds; nothing where no rule finds them."""
+
 
 @dataclass(frozen=True)
 class Training:

@@ -113,7 +113,6 @@ class _ModelWriter(RunWriter):
             self.note_rates(job.start + 1, job.training.hyperparameters())
         self._loss_dtype: Any = None
         self._snapshot_step = -1 if origin is None else job.start
-        self._has_lost = False
         self._engine: EngineFacts | None = None
 
     def train(self, interrupt: Interrupt) -> str | None:
@@ -140,7 +139,6 @@ class _ModelWriter(RunWriter):
                 continue
             if job.evaluation is not None and self._is_evaluation(self.step):
                 self._evaluate()
-            self._keep_changes(stepper)
             if job.facts.stop_on_nan and not math.isfinite(loss := stepper.last_loss()):
                 self.flush()
                 return f"the loss is {loss} at step {self.step} (stop_on_nan)"
@@ -249,18 +247,6 @@ class _ModelWriter(RunWriter):
             shapes = {name: tuple(part.shape) for name, part in zip("xy", rows, strict=True)}
             data = self.job.facts.data.model_copy(update={"lazy": False} | shapes)
             self.recorder.facts({"data": data})
-
-    def _keep_changes(self, stepper: Stepper) -> None:
-        """Record changes by other code between two steps."""
-        for step, change in stepper.collect_changes():
-            if change.tensors:
-                self.recorder.change(step, change.tensors)
-            if change.lost and not self._has_lost:
-                self._has_lost = True
-                self._notice(
-                    f"after step {step}, your code changed {change.lost}, which the run does not "
-                    f"hold; replays may differ after step {step}"
-                )
 
     def _next_stop(self) -> int:
         step, job = self.step, self.job

@@ -23,7 +23,6 @@ from everystep.program.calls import without_autograd
 from everystep.step.acceleration import Acceleration
 from everystep.step.comparison import PartsCopy
 from everystep.step.eager import EagerStep, Training
-from everystep.step.foreign_changes import Change, ChangeLog
 from everystep.step.losses import Losses
 from everystep.step.stand_in import CreatesTensorsError, NotReplaceableError, StandIn
 from everystep.step.verified import CheckPlan, WayBack
@@ -77,7 +76,6 @@ class Stepper:
         self._advance_schedule = EagerStep(training).advance
         self._plan = CheckPlan(start)
         self._losses = Losses()
-        self._changes = ChangeLog()
         #: The programs, by the shape of their batches; the step before the first that they may run.
         self._stand_ins: dict[Any, StandIn] = {}
         self._since = start
@@ -151,20 +149,16 @@ class Stepper:
         """Run code that may change the training; note its changes, which stay.
 
         Programs continue with changed values of tensors. If something else changes that they depend on,
-        they are made again. A change is seen by comparing values: not every one counts for torch.
+        they are made again.
         """
         self._hand_over_gradients(as_copies=True)
-        with self._changes.noting(self.training, self.step):
+        with self._watched.noting_changes(self.step):
             yield
         self._way_back.close()
         self._has_other_code_run, self._era = True, self._era + 1
         self._check_dataset()
         if self.reason is None:
-            self._watched.note_versions()
             self._compare_guards()
-        else:  # the watch notes what has changed, and what is gone
-            for step, change in self._changes.collect():
-                self._watched.note_changes(step, change.tensors)
 
     def _hand_over_gradients(self, *, as_copies: bool) -> None:
         """Set the gradients of the last step where other code looks for them.
@@ -185,10 +179,6 @@ class Stepper:
         changed = None if guards is None else guards.difference(is_thorough=False)
         if changed is not None:
             raise DatasetChangedError(changed, self.step)
-
-    def collect_changes(self) -> list[tuple[int, Change]]:
-        """Return the changes by other code, with their steps, since the last call."""
-        return self._changes.collect()
 
     def collect(self) -> tuple[int, Tensor]:
         """Return the step of the first loss not yet collected, and the losses from there on."""
@@ -316,7 +306,6 @@ class Stepper:
         self._way_back.go(self.training, number, reason)
         self._losses.drop(number - verified)
         self.hyperparameters = [each for each in self.hyperparameters if each[0] <= verified]
-        self._changes.forget_after(verified)
         self._watched.forget_after(verified)
         self.step, self._last = verified, None
         self._leave_to_python(f"{reason} at step {number}", verified + 1)

@@ -5,7 +5,8 @@ Python's steps are watched as those of a user's own loop are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ from torch import Tensor, optim
 
 from everystep.recording.repeats import Taken
 from everystep.step.build import BuiltPath
+from everystep.step.check import same_bits
 from everystep.step.comparison import PartsCopy
 from everystep.step.cursor import Cursor
 from everystep.step.eager import EagerStep, Training
 from everystep.step.elsewhere import Elsewhere, version_of, versions_by_name
 from everystep.step.follow import Follower
+from everystep.step.generators import Generators
 from everystep.step.known_paths import KnownPaths
 from everystep.step.path import Path
 from everystep.step.stand_in import NotReplaceableError, StandIn
@@ -85,10 +88,7 @@ class WatchedSteps:
     @property
     def has_rule(self) -> bool:
         """Whether a rule still finds the rows of each step: not if the data was changed."""
-        batch = self._training.batch
-        if not self._is_by_rule or not batch.is_fixed or self._data_versions is None:
-            return self._is_by_rule
-        return self._data_versions == [*map(version_of, batch(1))]
+        return self._is_by_rule and self._data_versions in (None, self._training.batch.versions())
 
     def take(self, number: int, x: Tensor, y: Tensor) -> Tensor:
         """Take a whole step on a batch, and advance the schedule; return the loss.
@@ -220,17 +220,25 @@ class WatchedSteps:
         if self._versions is not None:
             self._versions = versions_by_name(self.parts.state())
 
-    def note_changes(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store what code has changed after a step.
-
-        tensors: of the state and of generators, that have other values, whatever torch counts.
-        """
-        for name in tensors:
-            if self._versions is not None:
-                self._versions.pop(name, None)
-        drawn = {name: each for name, each in tensors.items() if name.startswith("generator/")}
+    @contextmanager
+    def noting_changes(self, step: int) -> Iterator[None]:
+        """Store what the code within changes after a step, by value: torch counts not every change."""
+        before = {name: tensor.detach().clone() for name, tensor in self._carried().items()}
+        yield
+        changed = {
+            name: tensor
+            for name, tensor in self._carried().items()
+            if name not in before or not same_bits(tensor, before[name])
+        }
+        drawn = {name: copy_of(each) for name, each in changed.items() if name.startswith("generator/")}
+        if self._versions is not None:
+            self._versions = {n: each for n, each in self._versions.items() if n not in changed}
         self._note_changes(step, self.parts.state(), drawn)
         self.note_versions()
+
+    def _carried(self) -> dict[str, Tensor]:
+        generators = Generators.capture(self._training.device).tensors()
+        return self._training.named_state() | {f"generator/{name}": t for name, t in generators.items()}
 
     def finish(self) -> None:
         """Stop following modules and optimizers."""
@@ -249,13 +257,10 @@ class WatchedSteps:
 
     def _inputs(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Return the batch as a row has it: nothing where a rule finds it."""
-        if self._is_by_rule:
-            versions = [version_of(x), version_of(y)]
-            is_fixed = self._training.batch.is_fixed
-            if not is_fixed or self._data_versions is None or versions == self._data_versions:
-                self._data_versions = versions
-                return {}
-            # A step has written into the data itself: from then on the rule finds other rows.
+        if self.has_rule:
+            self._data_versions = self._training.batch.versions()
+            return {}
+        # A step, or other code, has written into the data itself: from then on a rule finds other rows.
         copies = self._copies.of({"x": x, "y": y})
         return {f"batch/{name}": copy for name, copy in copies.items()}
 
