@@ -16,19 +16,16 @@ from torch import Tensor
 
 from everystep.program.operators import leaves
 from everystep.step import replaced
-from everystep.step.backward import BackwardPasses
+from everystep.step.backward import OTHER_WHEN_WATCHED, BackwardPasses
 from everystep.step.checks import MISS, check_of
 from everystep.step.elsewhere import Elsewhere, version_of, versions_of
-from everystep.step.entries import Ending, Entry, Learned, flattened, geometry
 from everystep.step.follow import Follower
-from everystep.step.gathered import gathers_data
-from everystep.step.graph import OTHER_WHEN_WATCHED
-from everystep.step.known_operators import KnownOperator, known_operator
+from everystep.step.known_operators import KnownOperator, gathers_data, known_operator
 from everystep.step.known_paths import KnownPaths
 from everystep.step.met_tensors import StrangeError
 from everystep.step.optimizer_call import OptimizerCall
 from everystep.step.optimizer_steps import OptimizerSteps
-from everystep.step.path import Marks, Path
+from everystep.step.path import Ending, Entry, Learned, Marks, Path, flattened, geometry
 from everystep.step.saved import saved_results
 from everystep.step.seen_tensors import is_plain
 from everystep.step.watch import Kept, Made, Watch, run_counted

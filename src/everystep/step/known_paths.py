@@ -9,11 +9,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from everystep.step.entries import Entry, geometry
 from everystep.step.hooks import handles, has_hooks_on_node
 from everystep.step.met_tensors import MetTensors
 from everystep.step.optimizer_call import OptimizerCalls
-from everystep.step.path import Marks
+from everystep.step.path import Entry, Marks, geometry
 
 __all__ = ["KnownPaths"]
 

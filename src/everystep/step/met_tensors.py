@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from everystep.program.memory import ALIGNMENT
-from everystep.step.entries import geometry
+from everystep.step.path import geometry
 from everystep.step.seen_tensors import is_plain
 
 __all__ = ["MetTensors", "StrangeError"]

@@ -1,4 +1,4 @@
-"""Own state: everything that a custom optimizer keeps, as named tensors and plain data.
+"""What optimizers and other objects hold: as named tensors and plain data, to write and to restore.
 
 torch's optimizers keep tensors by parameter, and settings by param group. Others keep lists of tensors,
 counters, generators or another optimizer in their attributes. All of it is stored by its path, so that a
@@ -15,13 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from everystep.step.registered import entries_of
+
 __all__ = [
     "PREFIX",
     "captured",
     "decoded",
     "encoded",
     "keeps_own_state",
+    "optimizer_settings",
     "restore",
+    "restore_optimizer",
 ]
 
 #: Prefix of the names of tensors that only this module knows.
@@ -262,3 +266,104 @@ class _Restoring:
             there.extend(items)
             return there
         return deque(items) if kind == "deque" else _LISTS[kind](items)
+
+
+def optimizer_settings(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
+    """Return what an optimizer holds besides tensors. names: of its parameters."""
+    values = {
+        f"{names.get(parameter, '#')}/{key}": _plain(value)
+        for parameter, entries in entries_of(optimizer)
+        for key, value in entries.items()
+        if not isinstance(value, Tensor)
+    }
+    groups = [
+        {k: _plain(v) for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+        | {"params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__qualname__, "groups": groups, "values": values}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    settings: Mapping[str, Any],
+    saved: Mapping[str, Tensor],
+    prefix: str = "optimizer/",
+) -> None:
+    """Restore the settings and the entries of an optimizer; tensors that it has are filled in later.
+
+    Args:
+        optimizer: of the class that it was written of.
+        names: of its parameters.
+        settings: as `optimizer_settings` returned them.
+        saved: tensors by name.
+        prefix: what the names of its tensors begin with.
+
+    Raises:
+        ValueError: it is the state of another optimizer.
+    """
+    if [len(g["params"]) for g in settings["groups"]] != [
+        len(g["params"]) for g in optimizer.param_groups
+    ]:
+        raise ValueError("the optimizer has different param groups")
+    for group, known in zip(optimizer.param_groups, settings["groups"], strict=True):
+        _update_plain(group, {key: value for key, value in known.items() if key != "params"})
+    for parameter, name in names.items():
+        begins = f"{prefix}{name}/"
+        tensors = {n.removeprefix(begins): t for n, t in saved.items() if n.startswith(begins)}
+        values = {
+            key.removeprefix(f"{name}/"): value
+            for key, value in settings["values"].items()
+            if key.rpartition("/")[0] == name
+        }
+        if not tensors and not values:
+            optimizer.state.pop(parameter, None)
+            continue
+        entries = optimizer.state[parameter]
+        for key in entries.keys() - tensors.keys() - values.keys():
+            del entries[key]
+        entries.update(values)
+        for key, tensor in tensors.items():
+            there = entries.get(key)
+            if not isinstance(there, Tensor) or there.shape != tensor.shape:
+                entries[key] = _made(optimizer, parameter, tensor)
+
+
+def _made(optimizer: torch.optim.Optimizer, parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Return a new tensor of an optimizer, on the device where torch would have it."""
+    if tensor.shape == parameter.shape:  # kernels go through both in the same order
+        like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+        return like.copy_(tensor)
+    # A count of steps stays on the CPU, where torch's optimizers look for it.
+    on_cpu = tensor.ndim == 0 and not any(
+        group.get("fused") or group.get("capturable") for group in optimizer.param_groups
+    )
+    return tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON can hold it; of what it cannot hold, the class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return type(value).__name__  # a user's object may count how often it is printed
+
+
+def _update_plain(target: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Set numbers, strings and lists of these; everything else was written only as text."""
+    for key, value in saved.items():
+        there = target.get(key)
+        if isinstance(there, Mapping | Tensor) or callable(there):
+            continue
+        if isinstance(value, list):
+            items = [*value, *there] if isinstance(there, list | tuple) else value
+            if all(isinstance(item, bool | int | float | None) for item in items):
+                target[key] = tuple(value) if isinstance(there, tuple) else value
+        elif not isinstance(value, Mapping) and not (isinstance(value, str) and there != value):
+            target[key] = value

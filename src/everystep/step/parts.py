@@ -13,10 +13,8 @@ from everystep.errors import Fault, UsageError
 from everystep.program.arguments import DTYPES
 from everystep.program.operation import path_faults
 from everystep.step.follow import is_compiled, scripted_fault
-from everystep.step.generators import Generators
 from everystep.step.own_state import keeps_own_state
-from everystep.step.registered import entries_of, registered, state_dict_of
-from everystep.step.state import State, copy_of
+from everystep.step.registered import entries_of, registered
 
 __all__ = ["Parts", "check_parts"]
 
@@ -173,39 +171,6 @@ class Parts:
         for part, optimizer in self.optimizers.items():
             found |= self._of_optimizer(part, optimizer, names, found)
         return found
-
-    def snapshot(
-        self,
-        step: int,
-        live: Mapping[str, Tensor],
-        held: Mapping[str, Tensor],
-        settings: Mapping[str, Any],
-    ) -> State:
-        """Return a copy of the state after `step`, on the CPU.
-
-        `parameters` is exactly the state_dict of the part called `model`, or of the only module; of
-        others, each name begins with that of the part.
-
-        Args:
-            step: the step.
-            live: the tensors of the state.
-            held: tensors that the parts hold besides, by name.
-            settings: what they hold that is not a tensor.
-        """
-        parameters = {
-            f"{self.prefix(name)}{path}": copy_of(tensor)
-            for name, module in self.modules.items()
-            if name not in self.apart
-            for path, tensor in state_dict_of(module).items()
-        }
-        rest = {
-            name: copy_of(tensor)
-            for name, tensor in (*live.items(), *held.items())
-            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
-        }
-        generators = Generators.capture(self.device).tensors()
-        rest |= {f"generator/{name}": copy_of(value) for name, value in generators.items()}
-        return State(step, parameters, rest, {"step": step, "names": [*live], **settings})
 
     def rates(self, only: torch.optim.Optimizer | None = None) -> dict[str, float]:
         """Return the current learning rates: `lr`, `lr[1]`, or `optimizer_g.lr`.

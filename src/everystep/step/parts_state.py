@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from everystep.errors import Fault, RunError
 from everystep.program.memory import copy_into
-from everystep.step.optimizer_state import optimizer_settings, restore_optimizer
-from everystep.step.own_state import captured, decoded, encoded, keeps_own_state, restore
+from everystep.step.generators import Generators
+from everystep.step.own_state import (
+    captured,
+    decoded,
+    encoded,
+    keeps_own_state,
+    optimizer_settings,
+    restore,
+    restore_optimizer,
+)
 from everystep.step.parts import Parts
-from everystep.step.registered import entries_of
-from everystep.step.state import State
+from everystep.step.registered import entries_of, state_dict_of
+from everystep.step.state import State, copy_of
 
 __all__ = ["PartsState"]
 
@@ -38,6 +46,9 @@ class PartsState:
     def snapshot(self, step: int, live: Mapping[str, Tensor] | None = None) -> State:
         """Return a copy of everything that the parts hold after `step`, on the CPU.
 
+        `parameters` is exactly the state_dict of the part called `model`, or of the only module; of
+        others, each name begins with that of the part.
+
         live: their tensors as far as a state has them; None: all.
         """
         parts, live = self._parts, self._parts.state() if live is None else live
@@ -54,9 +65,22 @@ class PartsState:
                 found, data = encoded(part, name, live, others - {id(part)})
                 tensors |= found
                 held[name] = {"object": data}
+        parameters = {
+            f"{parts.prefix(name)}{path}": copy_of(tensor)
+            for name, module in parts.modules.items()
+            if name not in parts.apart
+            for path, tensor in state_dict_of(module).items()
+        }
+        rest = {
+            name: copy_of(tensor)
+            for name, tensor in (*live.items(), *tensors.items())
+            if name.partition("/")[2] not in parameters or not name.startswith(("parameter/", "buffer/"))
+        }
+        generators = Generators.capture(parts.device).tensors()
+        rest |= {f"generator/{name}": copy_of(value) for name, value in generators.items()}
         frozen = [n for p, n in parts.parameter_names().items() if not p.requires_grad]
-        settings = {"held": held, "frozen": frozen}
-        return parts.snapshot(step, live, tensors, settings)
+        settings = {"step": step, "names": [*live], "held": held, "frozen": frozen}
+        return State(step, parameters, rest, settings)
 
     def _of_optimizer(
         self, optimizer: torch.optim.Optimizer, live: Mapping[str, Tensor]

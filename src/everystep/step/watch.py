@@ -20,8 +20,7 @@ from everystep.program.operator_mode import OperatorMode
 from everystep.program.operators import draws_random_numbers, leaves, parameters, writes
 from everystep.step.elsewhere import Elsewhere, version_of
 from everystep.step.follow import Follower
-from everystep.step.gathered import gathers_data
-from everystep.step.known_operators import KnownOperator, known_operator
+from everystep.step.known_operators import KnownOperator, gathers_data, known_operator
 from everystep.step.optimizer_call import OptimizerCall
 from everystep.step.path import FLOAT, INT, Marks, Path, SeenOperation, Tables, is_name
 from everystep.step.seen_tensors import SeenTensors, UnseenError, is_plain

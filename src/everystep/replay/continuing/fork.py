@@ -36,7 +36,7 @@ from everystep.replay.continuing.alone import fork_alone
 from everystep.replay.processes import Opener
 from everystep.replay.replay import no_such_step
 from everystep.step.eager import EagerStep, Training
-from everystep.step.optimizer_state import optimizer_settings
+from everystep.step.own_state import optimizer_settings
 from everystep.step.state import State
 from everystep.training.facts import optimizer_facts
 from everystep.training.from_experiment import experiment_job
