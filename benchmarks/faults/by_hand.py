@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import everystep
 from benchmarks.faults.setups import Setup, Setups
@@ -149,7 +150,7 @@ def _backward(setup: Setup, model: nn.Sequential, forward: _Forward) -> tuple[li
         ("0", "aten.mm.default"),
         ("0", "aten.sum.dim_IntList"),
     ]
-    seen = []
+    seen = [Seen("backward", None, "aten.ones_like.default", [torch.ones_like(forward.loss)])]
     for position, ((module, operator), slope) in enumerate(zip(operators, slopes, strict=True)):
         if position != 4 or setup.dropout:
             seen.append(Seen("backward", module, operator, [slope]))
@@ -176,10 +177,24 @@ def _update(
                 after = parameter.add_(gradient, alpha=-lr)
                 seen.append(Seen("update", None, "aten.add_.Tensor", [after.clone()]))
     if setup.optimizer == "Adam":
-        optimizer.step()
-        after_all = [parameter.detach().clone() for parameter in parameters]
-        seen.append(Seen("update", None, "torch.optim.Adam", after_all))
+        with _Operations() as operations:
+            optimizer.step()
+        seen += operations.seen
     return seen
+
+
+class _Operations(TorchDispatchMode):
+    """Collects the operations of an optimizer's step, with a copy of what each gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Seen] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.seen.append(Seen("update", None, str(func), [result.detach().clone()]))
+        return result
 
 
 _ACTIVATIONS = {
