@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
+from everystep.ops import Call, Formula, NoRuleError, Words, how_made
+from everystep.ops.call import numbers_of
 from everystep.program.arguments import encode
-from everystep.program.elements import Call, Formula, NoRuleError, Words, how_made
-from everystep.program.elements.call import numbers_of
 from everystep.program.operation import Operation
 from everystep.program.operators import leaves, resolve
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 import everystep
-from everystep.program.elements.rules import KINDS
+from everystep.ops.rules import KINDS
 from everystep.views.lines import TIMES
 from everystep.views.mathematics import mathematics
 from everystep.views.notation import kind_of

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everystep.ops.labels import MIXED, SHARED, SUM, Reason, Tracked
+from everystep.ops.rows import MixesError, Result, RowsCall
+from everystep.ops.rows_of_rules import RULES
 from everystep.program.observed import Observed
-from everystep.replay.rows.call import Call, MixesError, Result
-from everystep.replay.rows.labels import MIXED, SHARED, SUM, Reason, Tracked
 from everystep.replay.rows.memory import Memory
 from everystep.replay.rows.penalties import Penalties
-from everystep.replay.rows.rules import RULES
 from everystep.replay.step import Step
 from everystep.step.observe import Place, makes_gradients
 
@@ -137,7 +137,7 @@ def _results(
     ):
         return {name: Result(_filled(SHARED, tensor)) for name, tensor in made.items()}, None
     storages = {name: places.tensors[name].storage for name in (*given, *made)}
-    call = Call(
+    call = RowsCall(
         seen,
         given,
         is_term=any(

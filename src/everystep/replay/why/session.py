@@ -9,7 +9,7 @@ from torch import Tensor
 
 from everystep.device import on_cpu
 from everystep.errors import UsageError
-from everystep.program.elements import Call, Made, NoRuleError, Piece, how_made
+from everystep.ops import Call, Made, NoRuleError, Piece, how_made
 from everystep.replay.step import Step
 from everystep.replay.why.answer import Group, Number, Origin, Term, Why
 from everystep.replay.why.compute import Tensors, as_tensor, computed, same_value_bits

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, Result, Rule, none_mixed
-from everystep.replay.rows.labels import SHARED, Tracked, elementwise, reduced
-from everystep.replay.rows.results import of_shape
+from everystep.ops.labels import SHARED, Tracked, elementwise, reduced
+from everystep.ops.rows import Result, RowsCall, RowsRule, none_mixed, of_shape
 
 __all__ = ["LOSSES"]
 
@@ -21,7 +20,7 @@ _LOSSES = [
 ]
 
 
-def _loss(call: Call) -> list[Result]:
+def _loss(call: RowsCall) -> list[Result]:
     """Losses that are means or sums of a number for each element."""
     labels = elementwise([each.labels for each in call.tensors()])
     none_mixed(labels)
@@ -39,7 +38,7 @@ def _mean_or_sum(each: Tensor, labels: Tensor, divisor: Tensor | float, *, is_me
     return Result(found, lambda row: whole.term(row).sum() / (divisor if is_mean else 1), is_mean)
 
 
-def _nll_loss(call: Call) -> list[Result]:
+def _nll_loss(call: RowsCall) -> list[Result]:
     call.require_shared("weight")
     classes = reduced(call["self"].labels, [1 if call["self"].labels.dim() > 1 else 0])
     labels = elementwise([classes, call["target"].labels])
@@ -52,7 +51,7 @@ def _nll_loss(call: Call) -> list[Result]:
     return [_mean_or_sum(each, labels, call.results[1], is_mean=mode == 1), shared]
 
 
-def _nll_loss_backward(call: Call) -> list[Result]:
+def _nll_loss_backward(call: RowsCall) -> list[Result]:
     call.require_shared("weight", "total_weight")
     whole = call["self"]
     axis = 1 if whole.labels.dim() > 1 else 0
@@ -62,7 +61,7 @@ def _nll_loss_backward(call: Call) -> list[Result]:
     return [Result(elementwise(parts).expand(call.results[0].shape))]
 
 
-def _margin(call: Call) -> list[Result]:
+def _margin(call: RowsCall) -> list[Result]:
     """Losses that are a number for each row of classes, and perhaps which classes are its targets."""
     labels = _of_classes(call)
     rows = labels.reshape(-1, labels.shape[-1])[:, 0]
@@ -74,14 +73,14 @@ def _margin(call: Call) -> list[Result]:
     return [_mean_or_sum(each, rows, len(each), is_mean=mode == 1), *others]
 
 
-def _margin_backward(call: Call) -> list[Result]:
+def _margin_backward(call: RowsCall) -> list[Result]:
     gradient = call["grad_output"].labels
     labels = _of_classes(call)
     parts = [labels, gradient.unsqueeze(-1) if gradient.dim() and labels.dim() > 1 else gradient]
     return [Result(elementwise(parts).expand(call.results[0].shape))]
 
 
-def _of_classes(call: Call) -> Tensor:
+def _of_classes(call: RowsCall) -> Tensor:
     """Return the labels of rows of classes (N, C), each of its row."""
     call.require_shared("weight")
     whole, target = call["self"], call["target"].labels
@@ -94,7 +93,7 @@ def _of_classes(call: Call) -> Tensor:
     return none_mixed(labels)
 
 
-LOSSES: dict[str, Rule] = {
+LOSSES: dict[str, RowsRule] = {
     **dict.fromkeys(_LOSSES, _loss),
     **dict.fromkeys(["multi_margin_loss", "multilabel_margin_loss_forward"], _margin),
     **dict.fromkeys(["multi_margin_loss_backward", "multilabel_margin_loss_backward"], _margin_backward),

@@ -7,13 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
-from everystep.replay.rows.labels import MIXED, Tracked, elementwise, reduced, rows_in
-from everystep.replay.rows.results import (
+from everystep.ops.labels import MIXED, Tracked, elementwise, reduced, rows_in
+from everystep.ops.rows import (
+    MixesError,
+    Result,
+    RowsCall,
+    RowsRule,
     asked_of,
     by_key,
     first_axis,
     leading,
+    none_mixed,
     of_shape,
     with_parameters,
 )
@@ -65,7 +69,7 @@ _BATCHED = {
 _BATCH_NORMS = ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit"]
 
 
-def _batched(call: Call) -> list[Result]:
+def _batched(call: RowsCall) -> list[Result]:
     names = _BATCHED[call.name]
     if any(call[name] is None for name in names):
         raise MixesError("has no rule")
@@ -81,13 +85,13 @@ def _batched(call: Call) -> list[Result]:
     return [Result(leading(keys, result)) for result in call.results]
 
 
-def _convolution(call: Call) -> list[Result]:
+def _convolution(call: RowsCall) -> list[Result]:
     call.require_shared("weight", "bias")
     keys = none_mixed(first_axis(call["input"]))
     return [Result(leading(keys, call.results[0]))]
 
 
-def _convolution_backward(call: Call) -> list[Result]:
+def _convolution_backward(call: RowsCall) -> list[Result]:
     call.require_shared("weight")
     gradient, given = call["grad_output"], call["input"]
     own = none_mixed(first_axis(gradient))
@@ -102,13 +106,13 @@ def _convolution_backward(call: Call) -> list[Result]:
     return with_parameters(call, leading, own, keys, select)
 
 
-def _group_norm(call: Call) -> list[Result]:
+def _group_norm(call: RowsCall) -> list[Result]:
     call.require_shared("weight", "bias")
     keys = none_mixed(first_axis(call["input"]))
     return [Result(leading(keys, result)) for result in call.results]
 
 
-def _group_norm_backward(call: Call) -> list[Result]:
+def _group_norm_backward(call: RowsCall) -> list[Result]:
     call.require_shared("weight")
     names = ("grad_out", "input", "mean", "rstd")
     keys = first_axis(*(call[name] for name in names))
@@ -126,7 +130,7 @@ def _group_norm_backward(call: Call) -> list[Result]:
     return with_parameters(call, leading, keys, keys, select)
 
 
-def _layer_norm(call: Call) -> list[Result]:
+def _layer_norm(call: RowsCall) -> list[Result]:
     call.require_shared("weight", "bias")
     axes = range(-len(call["normalized_shape"]), 0)
     labels = reduced(call["input"].labels, axes, keepdim=True)
@@ -134,7 +138,7 @@ def _layer_norm(call: Call) -> list[Result]:
     return [Result(labels.expand(result.shape)) for result in call.results]
 
 
-def _layer_norm_backward(call: Call) -> list[Result]:
+def _layer_norm_backward(call: RowsCall) -> list[Result]:
     call.require_shared("weight", "bias")
     shape = call["normalized_shape"]
     axes = range(-len(shape), 0)
@@ -159,7 +163,7 @@ def _layer_norm_backward(call: Call) -> list[Result]:
     return with_parameters(call, laid, places, places.reshape(-1), select)
 
 
-def _batch_norm(call: Call) -> list[Result]:
+def _batch_norm(call: RowsCall) -> list[Result]:
     """The place of a row stays its own, although in training mode its numbers depend on other rows."""
     call.require_shared("weight", "bias")
     if not _is_training(call):
@@ -172,11 +176,11 @@ def _batch_norm(call: Call) -> list[Result]:
     return [of_shape(labels, first), *(Result(mixed.expand(o.shape), why=why) for o in others)]
 
 
-def _is_training(call: Call) -> bool:
+def _is_training(call: RowsCall) -> bool:
     return bool(call["training"] or call["train"] or call.name == "_batch_norm_with_update")
 
 
-def _batch_norm_backward(call: Call) -> list[Result]:
+def _batch_norm_backward(call: RowsCall) -> list[Result]:
     name = "grad_out" if call["grad_out"] is not None else "grad_output"
     gradient, given = call[name], call["input"]
     both = elementwise([gradient.labels, given.labels])
@@ -207,7 +211,7 @@ def _batch_norm_backward(call: Call) -> list[Result]:
     return found
 
 
-LAYERS: dict[str, Rule] = {
+LAYERS: dict[str, RowsRule] = {
     **dict.fromkeys(_BATCHED, _batched),
     **dict.fromkeys(_BATCH_NORMS, _batch_norm),
     **dict.fromkeys(["native_batch_norm_backward", "cudnn_batch_norm_backward"], _batch_norm_backward),

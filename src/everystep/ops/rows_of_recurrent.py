@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from everystep.ops.labels import MIXED, SHARED, Tracked, elementwise, reduced, rows_in
+from everystep.ops.rows import MixesError, Result, RowsCall, RowsRule, by_key, none_mixed
 from everystep.program.calls import without_autograd
-from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
-from everystep.replay.rows.labels import MIXED, SHARED, Tracked, elementwise, reduced, rows_in
-from everystep.replay.rows.results import by_key
 
 __all__ = ["RECURRENT"]
 
@@ -18,14 +17,14 @@ __all__ = ["RECURRENT"]
 _SETTINGS = ("mode", "hidden_size", "num_layers", "has_biases", "bidirectional", "batch_first")
 
 
-def _rows(call: Call, sequences: tuple[str, ...], states: tuple[str, ...]) -> Tensor:
+def _rows(call: RowsCall, sequences: tuple[str, ...], states: tuple[str, ...]) -> Tensor:
     """Return the labels of the rows (N) that sequences and states have in common."""
     given = [(call[name], [0, 2]) for name in sequences] + [(call[name], [1]) for name in states]
     parts = [reduced(each.labels, axes) for each, axes in given if isinstance(each, Tracked)]
     return none_mixed(elementwise(parts))
 
 
-def _layer(call: Call) -> list[Result]:
+def _layer(call: RowsCall) -> list[Result]:
     call.require_shared("weight0", "weight1", "weight2", "weight3")
     keys = _rows(call, ("input",), ("hx_", "cx_"))
     output, *states, workspace = call.results
@@ -37,7 +36,7 @@ def _layer(call: Call) -> list[Result]:
     ]
 
 
-def _layer_backward(call: Call) -> list[Result]:
+def _layer_backward(call: RowsCall) -> list[Result]:
     weights = ("weight1", "weight2", "weight3", "weight4")
     call.require_shared(*weights)
     sequences, states = ("input", "output", "grad_output"), ("hx_", "cx_tmp", "grad_hy", "grad_cy")
@@ -60,7 +59,11 @@ def _layer_backward(call: Call) -> list[Result]:
 
 
 def _of_rows(
-    call: Call, weights: tuple[str, ...], sequences: tuple[str, ...], states: tuple[str, ...], at: Tensor
+    call: RowsCall,
+    weights: tuple[str, ...],
+    sequences: tuple[str, ...],
+    states: tuple[str, ...],
+    at: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of some rows alone; the kernel's memory is made again for them."""
     chosen = {
@@ -84,7 +87,7 @@ def _of_rows(
     return call.again(**chosen | {"output": output}, hy_=hy, cy_=cy, workspace=workspace)
 
 
-RECURRENT: dict[str, Rule] = {
+RECURRENT: dict[str, RowsRule] = {
     "mkldnn_rnn_layer": _layer,
     "mkldnn_rnn_layer_backward": _layer_backward,
 }

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from everystep.program.elements.activations import ACTIVATIONS, WITH_ARGUMENTS
-from everystep.program.elements.call import Call, Made, NoRuleError
-from everystep.program.elements.convolutions import CONVOLUTIONS
-from everystep.program.elements.elementwise import (
+from everystep.ops.activations import ACTIVATIONS, WITH_ARGUMENTS
+from everystep.ops.call import Call, Made, NoRuleError
+from everystep.ops.convolutions import CONVOLUTIONS
+from everystep.ops.elementwise import (
     BY_ARGUMENTS,
     ELEMENTWISE,
     elementwise,
     foreach,
 )
-from everystep.program.elements.losses import LOSSES
-from everystep.program.elements.margins import MARGINS
-from everystep.program.elements.movements import DRAWN, FILLED, MOVED, PICKED, drawn, filled, moved
-from everystep.program.elements.normalizations import NORMALIZATIONS, running
-from everystep.program.elements.optimizers import FUSED, fused, unscaled
-from everystep.program.elements.recurrent import RECURRENT
-from everystep.program.elements.resizing import RESIZING
-from everystep.program.elements.sums import PRODUCTS, REDUCTIONS, matrix_product
+from everystep.ops.losses import LOSSES
+from everystep.ops.margins import MARGINS
+from everystep.ops.movements import DRAWN, FILLED, MOVED, PICKED, drawn, filled, moved
+from everystep.ops.normalizations import NORMALIZATIONS, running
+from everystep.ops.optimizers import FUSED, fused, unscaled
+from everystep.ops.recurrent import RECURRENT
+from everystep.ops.resizing import RESIZING
+from everystep.ops.sums import PRODUCTS, REDUCTIONS, matrix_product
 
 __all__ = ["KINDS", "how_made"]
 

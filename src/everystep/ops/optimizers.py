@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from everystep.program.elements.call import (
+from everystep.ops.call import (
     Call,
     Formula,
     Made,
@@ -18,7 +18,7 @@ from everystep.program.elements.call import (
     Words,
     aligned,
 )
-from everystep.program.elements.formula import names_in
+from everystep.ops.formula import names_in
 
 __all__ = ["FUSED", "UPDATES", "Update", "fused", "unscaled", "update"]
 

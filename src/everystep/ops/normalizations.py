@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from everystep.program.elements.call import (
+from everystep.ops.call import (
     Axis,
     Call,
     Formula,
@@ -19,8 +19,8 @@ from everystep.program.elements.call import (
     Words,
     grid,
 )
-from everystep.program.elements.formula import names_in
-from everystep.program.elements.sums import single
+from everystep.ops.formula import names_in
+from everystep.ops.sums import single
 
 __all__ = ["NORMALIZATIONS", "running"]
 

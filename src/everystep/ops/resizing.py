@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from everystep.program.elements.call import Call, Made, Sum, Terms
+from everystep.ops.call import Call, Made, Sum, Terms
 from everystep.program.operators import parameters
 
 __all__ = ["RESIZING"]

@@ -8,10 +8,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
-from everystep.replay.rows.elementwise import all_elementwise
-from everystep.replay.rows.labels import MIXED, SHARED, SUM, Tracked, elementwise, reduced, rows_in
-from everystep.replay.rows.results import by_key, of_shape, sum_of
+from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, elementwise, reduced, rows_in
+from everystep.ops.rows import (
+    MixesError,
+    Result,
+    RowsCall,
+    RowsRule,
+    by_key,
+    none_mixed,
+    of_shape,
+    sum_of,
+)
+from everystep.ops.rows_of_elementwise import all_elementwise
 
 __all__ = ["SUMS"]
 
@@ -26,13 +34,13 @@ _REDUCING = [
 ]  # fmt: skip
 
 
-def _axes(call: Call, tracked: Tracked) -> list[int]:
+def _axes(call: RowsCall, tracked: Tracked) -> list[int]:
     given = call["dim"]
     axes = [given] if isinstance(given, int) else [*(given or ())]
     return [axis % tracked.labels.dim() for axis in axes] or [*range(tracked.labels.dim())]
 
 
-def _summed(call: Call) -> list[Result]:
+def _summed(call: RowsCall) -> list[Result]:
     """sum and mean over axes."""
     whole: Tracked = call["self"]
     if not whole.labels.dim():
@@ -61,7 +69,7 @@ def _summed(call: Call) -> list[Result]:
     return [Result(labels, terms, is_mean)]
 
 
-def _reducing(call: Call) -> list[Result]:
+def _reducing(call: RowsCall) -> list[Result]:
     if isinstance(call["other"], Tracked):
         return all_elementwise(call)
     whole: Tracked = call["self"]
@@ -70,7 +78,7 @@ def _reducing(call: Call) -> list[Result]:
     return [of_shape(labels, result) for result in call.results]
 
 
-def _along(call: Call) -> list[Result]:
+def _along(call: RowsCall) -> list[Result]:
     axis = -1 if call["dim"] is None else call["dim"]
     labels = elementwise([reduced(each.labels, [axis], keepdim=True) for each in call.tensors()])
     none_mixed(labels)
@@ -90,7 +98,7 @@ _FACTORS: dict[str, dict[str, int | None]] = {
 }
 
 
-def _product(call: Call) -> list[Result]:
+def _product(call: RowsCall) -> list[Result]:
     """Products of matrices: (..., i, k) with (..., k, j), perhaps added to another tensor."""
     axes, shape = _FACTORS[call.name], call.results[0].shape
     factors = {name: _matrix(call[name], axis) for name, axis in axes.items()}
@@ -172,7 +180,7 @@ def _product_terms(
     return masked
 
 
-def _trilinear(call: Call) -> list[Result]:
+def _trilinear(call: RowsCall) -> list[Result]:
     """Products of three tensors, each broadcast along some axes, and then added up along others."""
     names = ("i1", "i2", "i3")
     given = [call[name] for name in names]
@@ -201,13 +209,13 @@ def _trilinear(call: Call) -> list[Result]:
     return [Result(labels, terms)]
 
 
-def _embedding(call: Call) -> list[Result]:
+def _embedding(call: RowsCall) -> list[Result]:
     call.require_shared("weight")
     labels = elementwise([call["indices"].labels])
     return [Result(labels.unsqueeze(-1).expand(call.results[0].shape))]
 
 
-def _embedding_backward(call: Call) -> list[Result]:
+def _embedding_backward(call: RowsCall) -> list[Result]:
     if call["scale_grad_by_freq"]:
         raise MixesError("divides by how often an entry is in the batch")
     gradient, indices = call["grad_output"], call["indices"]
@@ -228,7 +236,7 @@ def _embedding_backward(call: Call) -> list[Result]:
     return [Result(labels, by_key(rows, call.results[0], select))]
 
 
-SUMS: dict[str, Rule] = {
+SUMS: dict[str, RowsRule] = {
     **dict.fromkeys(["sum", "mean"], _summed),
     **dict.fromkeys(_FACTORS, _product),
     **dict.fromkeys(_ALONG, _along),

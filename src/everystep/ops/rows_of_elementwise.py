@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, Result, Rule
-from everystep.replay.rows.labels import MIXED, SHARED, SUM, Tracked, elementwise
-from everystep.replay.rows.places import joined
-from everystep.replay.rows.results import of_shape, sum_of
+from everystep.ops.labels import MIXED, SHARED, SUM, Tracked, elementwise
+from everystep.ops.rows import Result, RowsCall, RowsRule, of_shape, sum_of
+from everystep.ops.rows_of_places import joined
 
 __all__ = ["ELEMENTWISE", "all_elementwise"]
 
@@ -43,13 +42,13 @@ _MOVING = [
 ]  # fmt: skip
 
 
-def all_elementwise(call: Call) -> list[Result]:
+def all_elementwise(call: RowsCall) -> list[Result]:
     """Each number from one number of each tensor, broadcast."""
     labels = elementwise([each.labels for each in call.tensors()])
     return [of_shape(labels, result) for result in call.results]
 
 
-def _creating(call: Call) -> list[Result]:
+def _creating(call: RowsCall) -> list[Result]:
     value = call["value"] if call.name == "fill" else None
     if isinstance(value, Tracked):
         return [Result(value.labels.expand(call.results[0].shape))]
@@ -57,7 +56,7 @@ def _creating(call: Call) -> list[Result]:
     return [Result(shared.expand(result.shape)) for result in call.results]
 
 
-def _added(call: Call) -> list[Result]:
+def _added(call: RowsCall) -> list[Result]:
     """clone, copy, neg, add, ...: sums of their arguments, times numbers."""
     if not call.results[0].is_floating_point():
         return all_elementwise(call)
@@ -86,7 +85,7 @@ def _is_zero(tracked: Tracked) -> bool:
     return tracked.is_shared and not bool(tracked.value.count_nonzero())
 
 
-def _scaled(call: Call) -> list[Result]:
+def _scaled(call: RowsCall) -> list[Result]:
     """mul, div: linear in a sum if the other factor is of no row."""
     if call["rounding_mode"] is not None:
         return all_elementwise(call)
@@ -117,7 +116,7 @@ def _constant(tracked: Tracked) -> Tracked:
     return tracked
 
 
-def _moving(call: Call) -> list[Result]:
+def _moving(call: RowsCall) -> list[Result]:
     """Run the operator on labels instead of numbers, and join the labels of what says where to."""
     name = next(n for n in ("tensors", "self", "grad_output") if call[n] is not None)
     moved = call[name] if isinstance(call[name], list) else [call[name]]
@@ -138,7 +137,7 @@ def _moving(call: Call) -> list[Result]:
     return [sum_of(found, terms, moved)]
 
 
-ELEMENTWISE: dict[str, Rule] = {
+ELEMENTWISE: dict[str, RowsRule] = {
     **dict.fromkeys(_ELEMENTWISE, all_elementwise),
     **dict.fromkeys(_CREATING, _creating),
     **dict.fromkeys(_MOVING, _moving),

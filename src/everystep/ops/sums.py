@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from everystep.program.elements.call import (
+from everystep.ops.call import (
     Axis,
     Call,
     Formula,

@@ -5,7 +5,7 @@ definition in torch's documentation. Nothing is guessed by changing inputs and l
 operator without a rule has none, which `how_made` says.
 """
 
-from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, Sum, Terms, Words
-from everystep.program.elements.rules import how_made
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Terms, Words
+from everystep.ops.rules import how_made
 
 __all__ = ["Call", "Formula", "Made", "NoRuleError", "Piece", "Sum", "Terms", "Words", "how_made"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from everystep.program.elements.call import Axis, Call, Formula, Made, Piece
-from everystep.program.elements.elementwise import elementwise
+from everystep.ops.call import Axis, Call, Formula, Made, Piece
+from everystep.ops.elementwise import elementwise
 
 __all__ = ["ACTIVATIONS", "WITH_ARGUMENTS"]
 

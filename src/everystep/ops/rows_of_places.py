@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everystep.replay.rows.call import Call, MixesError, Result, Rule, none_mixed
-from everystep.replay.rows.labels import SHARED, Tracked, elementwise, gathered
-from everystep.replay.rows.results import sum_of
+from everystep.ops.labels import SHARED, Tracked, elementwise, gathered
+from everystep.ops.rows import MixesError, Result, RowsCall, RowsRule, none_mixed, sum_of
 
 __all__ = ["PLACES", "joined"]
 
 
-def joined(call: Call, labels: Tensor, where: list[Tracked]) -> Tensor:
+def joined(call: RowsCall, labels: Tensor, where: list[Tracked]) -> Tensor:
     """Return the labels of numbers that were picked, with those of what says where they are."""
     if all(each.is_shared for each in where):
         return labels
@@ -43,7 +42,7 @@ def _of_index(index: Tracked) -> Tensor:
     return index.labels[index.value.bool()] if is_mask else index.labels
 
 
-def _index_put(call: Call) -> list[Result]:
+def _index_put(call: RowsCall) -> list[Result]:
     """Numbers are added to others, or put into their place, where indices say."""
     whole, given = call["self"], call["values"]
     indices = [each.value if isinstance(each, Tracked) else slice(None) for each in call["indices"]]
@@ -56,7 +55,7 @@ def _index_put(call: Call) -> list[Result]:
     return _added(call, "values", cells, labels.expand(cells.shape))
 
 
-def _put(call: Call, whole: Tracked, given: Tracked) -> Tensor:
+def _put(call: RowsCall, whole: Tracked, given: Tracked) -> Tensor:
     indices = [each for each in call["indices"] if each is not None]
     if all(each.is_shared for each in indices):
         labels = [elementwise([each.labels]).contiguous() for each in (whole, given)]
@@ -67,7 +66,7 @@ def _put(call: Call, whole: Tracked, given: Tracked) -> Tensor:
     return elementwise([whole.labels, where.labels, given.labels.reshape(())])
 
 
-def _scatter_add(call: Call) -> list[Result]:
+def _scatter_add(call: RowsCall) -> list[Result]:
     whole, index, given = call["self"], call["index"], call["src"]
     used = tuple(slice(size) for size in index.value.shape)
     axis = call["dim"] % max(whole.value.dim(), 1)
@@ -79,7 +78,7 @@ def _scatter_add(call: Call) -> list[Result]:
     return _added(call, "src", cells.gather(axis, index.value.cpu()), labels)
 
 
-def _added(call: Call, name: str, cells: Tensor, labels: Tensor) -> list[Result]:
+def _added(call: RowsCall, name: str, cells: Tensor, labels: Tensor) -> list[Result]:
     """Return what is known where numbers with these labels are added to cells of `self`."""
     whole, given = call["self"], call[name]
     if not whole.is_shared:
@@ -100,7 +99,7 @@ def _added(call: Call, name: str, cells: Tensor, labels: Tensor) -> list[Result]
     return [sum_of(found.reshape(whole.value.shape), terms, [given])]
 
 
-def _scattered(call: Call) -> list[Result]:
+def _scattered(call: RowsCall) -> list[Result]:
     """Numbers are put into others, where an index says."""
     whole, index, given = call["self"], call["index"], call["src"]
     if call["reduce"] is not None:
@@ -113,7 +112,7 @@ def _scattered(call: Call) -> list[Result]:
     return [Result(whole.labels.clone().scatter_(call["dim"], where, labels.contiguous()))]
 
 
-PLACES: dict[str, Rule] = {
+PLACES: dict[str, RowsRule] = {
     "index_put": _index_put,
     "scatter": _scattered,
     "scatter_add": _scatter_add,

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from everystep.ops.formula import number_text, parsed, value, written
 from everystep.program.arguments import decode
-from everystep.program.elements.formula import number_text, parsed, value, written
 from everystep.program.operation import Operation
 from everystep.program.operators import parameters
 

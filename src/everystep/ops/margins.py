@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from everystep.program.elements.call import Axis, Call, Formula, Made, Sum, Terms
+from everystep.ops.call import Axis, Call, Formula, Made, Sum, Terms
 
 __all__ = ["MARGINS"]
 

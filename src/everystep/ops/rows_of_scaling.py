@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from everystep.replay.rows.call import Call, Result, Rule
-from everystep.replay.rows.labels import SHARED, Tracked
-from everystep.step.observe import UNSCALES
+from everystep.ops.labels import SHARED, Tracked
+from everystep.ops.rows import Result, RowsCall, RowsRule
 
 __all__ = ["SCALING"]
 
 
-def _unscaled(call: Call) -> list[Result]:
+def _unscaled(call: RowsCall) -> list[Result]:
     """Gradients, in place, and whether one of them is not finite."""
     call.require_shared("inv_scale")
     scale = call["inv_scale"].value
@@ -23,4 +22,4 @@ def _unscaled(call: Call) -> list[Result]:
     return [*map(of, call["self"]), Result(shared.expand(call["found_inf"].labels.shape))]
 
 
-SCALING: dict[str, Rule] = {UNSCALES: _unscaled}
+SCALING: dict[str, RowsRule] = {"_amp_foreach_non_finite_check_and_unscale": _unscaled}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from everystep.program.elements.call import Call, Made, NoRuleError, Piece, Words, grid
+from everystep.ops.call import Call, Made, NoRuleError, Piece, Words, grid
 
 __all__ = ["RECURRENT"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from everystep.program.elements.call import Call, Formula, Made, Piece, Sum, Terms, grid
-from everystep.program.elements.elementwise import elementwise
-from everystep.program.elements.formula import names_in
+from everystep.ops.call import Call, Formula, Made, Piece, Sum, Terms, grid
+from everystep.ops.elementwise import elementwise
+from everystep.ops.formula import names_in
 
 __all__ = ["LOSSES"]
 

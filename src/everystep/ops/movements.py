@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everystep.program.arguments import decode
-from everystep.program.elements.call import (
+from everystep.ops.call import (
     Axis,
     Call,
     Formula,
@@ -27,7 +26,8 @@ from everystep.program.elements.call import (
     Words,
     tensors_in,
 )
-from everystep.program.elements.sums import single
+from everystep.ops.sums import single
+from everystep.program.arguments import decode
 
 __all__ = ["DRAWN", "FILLED", "MOVED", "PICKED", "drawn", "filled", "moved"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece, Sum, Words, grid
-from everystep.program.elements.sums import product, single
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece, Sum, Words, grid
+from everystep.ops.sums import product, single
 
 __all__ = ["CONVOLUTIONS"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from everystep.program.elements.call import Call, Formula, Made, NoRuleError, Piece
-from everystep.program.elements.formula import names_in
+from everystep.ops.call import Call, Formula, Made, NoRuleError, Piece
+from everystep.ops.formula import names_in
 
 __all__ = ["BY_ARGUMENTS", "ELEMENTWISE", "elementwise", "foreach"]
 
